@@ -1,0 +1,106 @@
+"""Digests, and files and folders that are either whole or not there.
+
+A file is written beside its place and renamed onto it. A folder is built in the scratch
+area, its manifest last, and renamed onto its place: a manifest that exists means complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.core.errors import StaleArtifactError
+
+_CHUNK = 1 << 20
+
+
+def digest_bytes(*parts: bytes) -> str:
+    """128-bit BLAKE2b over length-prefixed parts, as 32 hexadecimal digits."""
+    state = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        state.update(len(part).to_bytes(8, "little"))
+        state.update(part)
+    return state.hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """Digest of a JSON value, independent of the order of its keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return digest_bytes(text.encode())
+
+
+def sha256_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file's content; ``on_bytes`` hears of every chunk that was read."""
+    state = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            state.update(chunk)
+            if on_bytes is not None:
+                on_bytes(len(chunk))
+    return state.hexdigest()
+
+
+def digest_files(folder: Path, names: Iterable[str]) -> str:
+    """One digest over the named files of a folder: their names and contents."""
+    return digest_json({name: sha256_file(folder / name) for name in sorted(names)})
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary name to write to; it becomes ``path`` when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text with line feeds, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON, whole or not at all. NaN and infinity are refused: JSON has none."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+
+
+def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line, whole or not at all."""
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """Read a JSON file that an earlier stage made.
+
+    Raises:
+        StaleArtifactError: It is missing or damaged; the message ends with ``remedy``.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StaleArtifactError(f"{path} is missing; {remedy}") from None
+    except ValueError as error:
+        raise StaleArtifactError(f"{path} is damaged ({error}); {remedy}") from None
+
+
+def publish_folder(built: Path, place: Path) -> None:
+    """Move a finished folder onto its place; what stood there goes only when the new one is in."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    old = built.with_name(f"{built.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        os.replace(place, old)
+    os.replace(built, place)
+    shutil.rmtree(old, ignore_errors=True)

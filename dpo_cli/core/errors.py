@@ -1,0 +1,64 @@
+"""The errors a user can act on, each with its own exit code.
+
+Every message says *where, what, got, what to do*, one line a problem::
+
+    params.yaml: train.beta must be > 0, got -1
+
+    DpoCliError
+    |-- ParamsError          3   params.yaml or --set
+    |-- DataError            4   an input file or a row in it
+    |-- StaleArtifactError   5   something an earlier stage made is missing, damaged or of another run
+    |-- MachineError         6   the model directory, the device, memory, another process
+    `-- Interrupted        130   Ctrl-C or SIGTERM; work is saved
+
+Exit code 2 is a usage error of the command line, 1 is a bug and comes with its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+
+class DpoCliError(Exception):
+    """Base of all errors that are the user's to mend; never raised itself.
+
+    Args:
+        problems: One message, or several that were found in one go.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class ParamsError(DpoCliError):
+    """A setting is unknown, out of range, or has no effect."""
+
+    exit_code = 3
+
+
+class DataError(DpoCliError):
+    """An input file cannot be read, or a row in it cannot be understood."""
+
+    exit_code = 4
+
+
+class StaleArtifactError(DpoCliError):
+    """An earlier stage's output is missing, damaged, or belongs to another run."""
+
+    exit_code = 5
+
+
+class MachineError(DpoCliError):
+    """The machine cannot do it: model directory, device, memory, or another process."""
+
+    exit_code = 6
+
+
+class Interrupted(DpoCliError):
+    """The user stopped the stage; what was done is kept for the next run."""
+
+    exit_code = 130

@@ -1,0 +1,47 @@
+"""Where everything lies in a project folder: the one home of every path.
+
+Paths are relative to the project folder, which is the working directory of every command
+(``-C DIR`` changes into it). dvc.yaml names the same paths; a test holds the two equal.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+PARAMS = Path("params.yaml")
+
+RAW = Path("data/raw")
+SFT_DATA = Path("data/sft")
+PREFERENCE_DATA = Path("data/preference")
+REFERENCE = Path("data/reference")
+
+BASE = Path("models/base")
+SFT_MODEL = Path("models/sft")
+DPO_MODEL = Path("models/dpo")
+
+REPORTS = Path("reports")
+REPORT_HTML = REPORTS / "report.html"
+
+
+def report_dir(stage: str) -> Path:
+    """Folder of a stage's metrics, plots and rejected rows."""
+    return REPORTS / stage
+
+
+def metrics_file(stage: str) -> Path:
+    """The stage's metrics, one JSON object under the stage's name."""
+    return report_dir(stage) / "metrics.json"
+
+
+def rejects_file(stage: str) -> Path:
+    """One JSON line for every row that the stage left out."""
+    return report_dir(stage) / "rejects.jsonl"
+
+
+def scratch_root() -> Path:
+    """Half-done work, ignored by git and DVC.
+
+    Under DVC it lies in the main workspace, so that experiments in temporary folders share it.
+    """
+    return Path(os.environ.get("DVC_ROOT", ".")) / ".scratch"

@@ -1,0 +1,39 @@
+"""What a stage says while it works, as a protocol: the console prints it, tests record it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+
+class Meter(Protocol):
+    """A piece of long work that is under way."""
+
+    def advance(self, amount: int) -> None:
+        """So much more of it is done."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Show a short text beside it, such as the current loss."""
+        ...
+
+
+class Reporter(Protocol):
+    """Where a stage reports to."""
+
+    def say(self, text: str) -> None:
+        """One line the user should see."""
+        ...
+
+    def warn(self, text: str) -> None:
+        """One line the user should act on or know of."""
+        ...
+
+    def meter(self, label: str, total: int, unit: str) -> AbstractContextManager[Meter]:
+        """Open a piece of long work of ``total`` units."""
+        ...
+
+    def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """Print a summary: one quantity and its value a row."""
+        ...

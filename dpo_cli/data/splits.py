@@ -1,0 +1,19 @@
+"""Train or held out: decided by the prompt's content alone.
+
+The same prompt falls on the same side in every file, so no held-out prompt can be in any
+training data, and adding rows moves none across.
+"""
+
+from __future__ import annotations
+
+from dpo_cli.data.schema import Messages, content_id
+
+
+def split_position(prompt: Messages) -> float:
+    """A number in [0, 1) that is uniform over prompts and fixed for each."""
+    return int(content_id(prompt)[:16], 16) / 2.0**64
+
+
+def is_held_out(prompt: Messages, eval_fraction: float) -> bool:
+    """Whether the prompt belongs to the eval split."""
+    return split_position(prompt) < eval_fraction

@@ -1,0 +1,102 @@
+"""From canonical tables to token groups, with every row that does not fit accounted for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from dpo_cli.core.errors import StaleArtifactError
+from dpo_cli.data.chat import ChatEncoder
+from dpo_cli.data.formats.base import RowProblem
+from dpo_cli.data.schema import Messages
+
+
+@dataclass(frozen=True)
+class TokenGroup:
+    """A prompt with K completions, as token ids.
+
+    Attributes:
+        id: The row's content id.
+        group: The prompt's content id.
+        prompt: Token ids of the prompt.
+        completions: Token ids of each completion; its last one ends the turn.
+    """
+
+    id: str
+    group: str
+    prompt: tuple[int, ...]
+    completions: tuple[tuple[int, ...], ...]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt with its longest completion."""
+        return len(self.prompt) + max(map(len, self.completions))
+
+
+@dataclass
+class TokenTable:
+    """The token groups of a table, and the rows that were left out.
+
+    Attributes:
+        groups: In the order of the table.
+        prompts: The prompts' messages, by group id.
+        rejects: One entry for each row left out: file, row, reason, detail.
+    """
+
+    groups: list[TokenGroup]
+    prompts: dict[str, Messages]
+    rejects: list[dict[str, Any]]
+
+
+def tokenise_table(
+    path: Path, completion_columns: Sequence[str], encoder: ChatEncoder, max_length: int, remedy: str
+) -> TokenTable:
+    """Tokenise a canonical table.
+
+    Args:
+        path: A parquet file of :mod:`dpo_cli.data.schema`.
+        completion_columns: The columns with completions: ``completion``, or ``chosen`` and ``rejected``.
+        encoder: The model's chat encoder.
+        max_length: Tokens a prompt with one completion may have.
+        remedy: What to do when the table is missing.
+
+    Raises:
+        StaleArtifactError: The table is missing or damaged.
+    """
+    if not path.is_file():
+        raise StaleArtifactError(f"{path} is missing; {remedy}")
+    try:
+        frame = pl.read_parquet(path)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise StaleArtifactError(f"{path} is damaged ({error}); {remedy}") from None
+    table = TokenTable([], {}, [])
+    for index, row in enumerate(frame.iter_rows(named=True)):
+        try:
+            group = _tokenise_row(row, completion_columns, encoder, max_length)
+        except RowProblem as problem:
+            table.rejects.append(
+                {"file": path.as_posix(), "row": index, "reason": problem.reason, "detail": problem.detail}
+            )
+            continue
+        table.groups.append(group)
+        table.prompts[group.group] = row["prompt"]
+    return table
+
+
+def _tokenise_row(
+    row: dict[str, Any], columns: Sequence[str], encoder: ChatEncoder, max_length: int
+) -> TokenGroup:
+    prompt = row["prompt"]
+    group = TokenGroup(
+        id=row["id"],
+        group=row.get("group") or row["id"],
+        prompt=tuple(encoder.encode_prompt(prompt)),
+        completions=tuple(tuple(encoder.encode_completion(prompt, row[column])) for column in columns),
+    )
+    if group.longest > max_length:
+        raise RowProblem("over_long", f"has {group.longest} tokens, more than {max_length}")
+    return group

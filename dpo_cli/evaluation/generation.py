@@ -1,0 +1,143 @@
+"""Sampling answers, each from a random stream of its own.
+
+What is sampled for a prompt depends on the seed, the prompt and the model alone, never on
+which prompts share its batch: every prompt has its own stream of uniforms, and a token is
+drawn by inverting the cumulative distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from dpo_cli.core.artifacts import digest_json
+from dpo_cli.core.progress import Meter
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """A prompt to answer: its content id and its token ids."""
+
+    id: str
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A sampled answer.
+
+    Attributes:
+        tokens: Token ids as sampled, the stop token included where one came.
+        finished: Whether a stop token came before the limit.
+    """
+
+    tokens: tuple[int, ...]
+    finished: bool
+
+
+class _InverseCdf(LogitsProcessor):
+    """Leaves one token possible in each row: the one that the row's next uniform picks."""
+
+    def __init__(self, uniforms_RS: torch.Tensor, temperature: float) -> None:
+        self._uniforms = uniforms_RS
+        self._temperature = temperature
+        self._step = 0
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Scores [R, V] to minus infinity everywhere but at the sampled token."""
+        cumulative = (scores.float() / self._temperature).softmax(-1).double().cumsum(-1)
+        targets = self._uniforms[:, self._step, None] * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, targets, right=True).clamp(max=scores.shape[1] - 1)
+        self._step += 1
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)  # type: ignore[return-value]
+
+
+def sample_answers(
+    model: Any,
+    prompts: Sequence[PromptTokens],
+    *,
+    stop_ids: Sequence[int],
+    temperature: float,
+    max_new_tokens: int,
+    max_tokens: int,
+    seed: int,
+    stream: str,
+    autocast_dtype: torch.dtype,
+    meter: Meter,
+) -> dict[str, Answer]:
+    """Sample one answer to each prompt, without truncating the distribution.
+
+    Args:
+        model: A causal LM in eval mode.
+        prompts: What to answer.
+        stop_ids: Tokens that end an answer.
+        temperature: 0 takes the likeliest token.
+        max_new_tokens: Limit of an answer, tokens.
+        max_tokens: Token budget of a batch, prompts and answers together.
+        seed: With the prompt's id and ``stream`` it fixes the random stream.
+        stream: Name of the model that answers, so that two models get different streams.
+        autocast_dtype: Compute dtype.
+        meter: Hears of every answer.
+
+    Returns:
+        The answers by prompt id.
+    """
+    model.generation_config = GenerationConfig()
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0]
+    )
+    answers: dict[str, Answer] = {}
+    device = model.get_input_embeddings().weight.device
+    for batch in _batches(prompts, max_new_tokens, max_tokens):
+        length = max(len(prompt.tokens) for prompt in batch)
+        tokens = torch.zeros(len(batch), length, dtype=torch.long)
+        mask = torch.zeros(len(batch), length, dtype=torch.long)
+        for row, prompt in enumerate(batch):
+            tokens[row, length - len(prompt.tokens) :] = torch.tensor(prompt.tokens)
+            mask[row, length - len(prompt.tokens) :] = 1
+        processors = LogitsProcessorList()
+        if temperature > 0:
+            uniforms = np.stack([_uniforms(seed, stream, prompt.id, max_new_tokens) for prompt in batch])
+            processors.append(_InverseCdf(torch.from_numpy(uniforms).to(device), temperature))
+        enabled = autocast_dtype != torch.float32
+        with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
+            output = model.generate(
+                input_ids=tokens.to(device),
+                attention_mask=mask.to(device),
+                generation_config=config,
+                logits_processor=processors,
+            )
+        for prompt, row in zip(batch, output[:, length:].tolist(), strict=True):
+            answers[prompt.id] = _cut(row, stop_ids)
+        meter.advance(len(batch))
+    return answers
+
+
+def _batches(prompts: Sequence[PromptTokens], max_new_tokens: int, max_tokens: int) -> list[list[PromptTokens]]:
+    """Prompts of like length together, prompts and answers within the budget."""
+    batches: list[list[PromptTokens]] = []
+    for prompt in sorted(prompts, key=lambda prompt: (len(prompt.tokens), prompt.id)):
+        cost = len(prompt.tokens) + max_new_tokens
+        if batches and (len(batches[-1]) + 1) * cost <= max_tokens:
+            batches[-1].append(prompt)
+        else:
+            batches.append([prompt])
+    return batches
+
+
+def _uniforms(seed: int, stream: str, prompt_id: str, count: int) -> np.ndarray:
+    """float64 [count] in [0, 1), from a counter-based generator keyed by what fixes the stream."""
+    key = int(digest_json([seed, stream, prompt_id]), 16)
+    return np.random.Generator(np.random.Philox(key=key)).random(count)
+
+
+def _cut(tokens: Sequence[int], stop_ids: Sequence[int]) -> Answer:
+    for index, token in enumerate(tokens):
+        if token in stop_ids:
+            return Answer(tuple(tokens[: index + 1]), finished=True)
+    return Answer(tuple(tokens), finished=False)

@@ -1,0 +1,1 @@
+"""Who decides which of two answers is better."""

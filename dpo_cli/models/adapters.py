@@ -1,0 +1,177 @@
+"""LoRA adapters, and the graph that reference and policy share.
+
+The reference model is the base with what SFT made of it: an adapter on it, or whole weights
+of its own, or nothing. The policy starts as exactly that: it goes on with SFT's adapter, or
+with a new one whose update is zero.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+
+from dpo_cli.core import paths
+from dpo_cli.core.artifacts import digest_files, digest_json, read_json, write_json
+from dpo_cli.core.errors import MachineError, StaleArtifactError
+from dpo_cli.core.params import LoraParams
+from dpo_cli.models.device import Machine
+from dpo_cli.models.load import keep_weights_unpacked, load_model
+
+SFT_MANIFEST = "sft.json"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_SFT_REMEDY = "run: dpo-cli sft"
+POLICY, REFERENCE = "default", "reference"
+
+
+def add_adapter(model: Any, lora: LoraParams, seed: int) -> PeftModel:
+    """Put a fresh LoRA adapter with a zero update on a model (Hu et al. 2021, section 4.1).
+
+    Raises:
+        MachineError: The model has no layer of the named kind.
+    """
+    names = lora.target_modules
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules="all-linear" if names == ["all-linear"] else sorted(names),
+    )
+    try:
+        return get_peft_model(model, config)  # type: ignore[return-value]
+    except ValueError as error:
+        raise MachineError(f"the adapter does not fit the model: {str(error).splitlines()[0]}") from error
+
+
+def save_adapter(model: PeftModel, folder: Path, base_name: str) -> None:
+    """Write the policy's adapter in PEFT's layout, the same bytes for the same adapter."""
+    model.save_pretrained(str(folder), selected_adapters=[POLICY])
+    (folder / "README.md").unlink(missing_ok=True)
+    config_path = folder / ADAPTER_FILES[0]
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base_name
+    for key, value in config.items():
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            config[key] = sorted(value)
+    write_json(config_path, config)
+
+
+@dataclass(frozen=True)
+class SftResult:
+    """What stage sft left in models/sft.
+
+    Attributes:
+        method: none, full, lora or qlora.
+        digest: One digest of everything in it that the graph depends on.
+    """
+
+    method: str
+    digest: str
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether SFT made an adapter."""
+        return self.method in ("lora", "qlora")
+
+
+def write_sft_manifest(folder: Path, method: str, files: list[str], base_digest: str) -> None:
+    """Write the manifest of models/sft; its last file, so that its presence means complete."""
+    digest = digest_json({"method": method, "base": base_digest, "files": digest_files(folder, files)})
+    write_json(folder / SFT_MANIFEST, {"method": method, "base": base_digest, "files": files, "digest": digest})
+
+
+def read_sft_result(base_digest: str) -> SftResult:
+    """Check models/sft and say what it is.
+
+    Raises:
+        StaleArtifactError: It is missing, damaged, or made for another base model.
+    """
+    path = paths.SFT_MODEL / SFT_MANIFEST
+    manifest = read_json(path, _SFT_REMEDY)
+    if manifest["base"] != base_digest:
+        raise StaleArtifactError(f"{path}: made for another base model than models/base is now; {_SFT_REMEDY}")
+    try:
+        digest = digest_json(
+            {
+                "method": manifest["method"],
+                "base": base_digest,
+                "files": digest_files(paths.SFT_MODEL, manifest["files"]),
+            }
+        )
+    except FileNotFoundError as error:
+        raise StaleArtifactError(f"{error.filename} is missing; {_SFT_REMEDY}") from None
+    if digest != manifest["digest"]:
+        raise StaleArtifactError(f"{paths.SFT_MODEL} has changed since it was made; {_SFT_REMEDY}")
+    return SftResult(manifest["method"], digest)
+
+
+def load_reference(base: Path, sft: SftResult, machine: Machine, quantization: str) -> Any:
+    """The reference model, frozen and in eval mode."""
+    model = _load_backbone(base, sft, machine, quantization)
+    if sft.has_adapter:
+        model = PeftModel.from_pretrained(model, str(paths.SFT_MODEL), adapter_name=POLICY)
+        keep_weights_unpacked(model)
+    return model.eval()
+
+
+def load_policy_at_start(
+    base: Path, sft: SftResult, machine: Machine, quantization: str, lora: LoraParams, seed: int
+) -> PeftModel:
+    """The policy before its first step: equal to the reference, its adapter trainable."""
+    model = _load_backbone(base, sft, machine, quantization)
+    if sft.has_adapter:
+        policy = PeftModel.from_pretrained(model, str(paths.SFT_MODEL), adapter_name=POLICY, is_trainable=True)
+    else:
+        policy = add_adapter(model, lora, seed)
+    keep_weights_unpacked(policy)
+    return policy
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """Policy and reference as one model in memory; only the adapter changes."""
+
+    model: PeftModel
+    reference_adapter: str | None
+
+    def use_policy(self) -> Any:
+        """The model as the policy."""
+        self.model.base_model.enable_adapter_layers()
+        self.model.set_adapter(POLICY)
+        return self.model.eval()
+
+    def use_reference(self) -> Any:
+        """The model as the reference."""
+        if self.reference_adapter is None:
+            self.model.base_model.disable_adapter_layers()
+        else:
+            self.model.set_adapter(self.reference_adapter)
+        return self.model.eval()
+
+
+def load_pair(base: Path, sft: SftResult, machine: Machine, quantization: str) -> ModelPair:
+    """The trained policy in models/dpo and its reference, on one set of frozen weights.
+
+    Raises:
+        StaleArtifactError: There is no adapter in models/dpo.
+    """
+    for name in ADAPTER_FILES:
+        if not (paths.DPO_MODEL / name).is_file():
+            raise StaleArtifactError(f"{paths.DPO_MODEL / name} is missing; run: dpo-cli train")
+    model = _load_backbone(base, sft, machine, quantization)
+    pair = PeftModel.from_pretrained(model, str(paths.DPO_MODEL), adapter_name=POLICY)
+    if sft.has_adapter:
+        pair.load_adapter(str(paths.SFT_MODEL), adapter_name=REFERENCE)
+    keep_weights_unpacked(pair)
+    return ModelPair(pair, REFERENCE if sft.has_adapter else None)
+
+
+def _load_backbone(base: Path, sft: SftResult, machine: Machine, quantization: str) -> Any:
+    folder = paths.SFT_MODEL if sft.method == "full" else base
+    return load_model(folder, machine, quantization=quantization)

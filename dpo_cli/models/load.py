@@ -1,0 +1,165 @@
+"""Loading causal language models from a directory: safetensors only, no code from it, no network."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from dpo_cli.core import paths
+from dpo_cli.core.errors import MachineError, ParamsError
+from dpo_cli.core.params import EMBEDDED, ModelParams, RuntimeParams
+from dpo_cli.models.device import Machine
+
+_LFS_POINTER = b"version https://git-lfs"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own bars and notes off the terminal; what matters we say ourselves."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module=r"(transformers|peft|bitsandbytes|torch)\.")
+
+
+def base_folder(model: ModelParams, runtime: RuntimeParams) -> Path:
+    """The directory that holds the base model.
+
+    Raises:
+        ParamsError: A model of one's own was named but no directory was given, or the other way round.
+        MachineError: The directory is missing or holds no model that can be loaded.
+    """
+    given = os.environ.get("DPO_MODEL_PATH") or runtime.model_path
+    if model.name == EMBEDDED:
+        if given:
+            raise ParamsError(
+                f"DPO_MODEL_PATH is set but params.yaml: model.name is {EMBEDDED}, which reads no directory;"
+                " give the model a name of its own"
+            )
+        return paths.BASE
+    if not given:
+        raise ParamsError(
+            f"params.yaml: runtime.model_path (or DPO_MODEL_PATH) must be the directory of model {model.name!r}"
+        )
+    folder = Path(given).expanduser()
+    check_model_folder(folder)
+    return folder
+
+
+def check_model_folder(folder: Path) -> None:
+    """Refuse a directory that cannot be loaded safely, with the reason.
+
+    Raises:
+        MachineError: It is missing, has no configuration, no safetensors weights, only pickles,
+            or Git LFS pointers in place of weights.
+    """
+    if not folder.is_dir():
+        raise MachineError(f"model directory {folder} is missing; check runtime.model_path or DPO_MODEL_PATH")
+    if not (folder / "config.json").is_file():
+        raise MachineError(f"{folder} has no config.json: not a model in Hugging Face layout")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+        if pickles:
+            raise MachineError(
+                f"{folder} has only pickled weights ({pickles[0]}), which can run code when loaded;"
+                " convert them to safetensors"
+            )
+        raise MachineError(f"{folder} has no weights: no *.safetensors file is there")
+    for path in weights:
+        with path.open("rb") as file:
+            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise MachineError(f"{path} is a Git LFS pointer, not weights; fetch them with: git lfs pull")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model directory.
+
+    Raises:
+        MachineError: There is none, or it needs code from the directory.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise MachineError(f"{folder}: the tokenizer cannot be loaded: {_first_line(error)}") from error
+
+
+def context_length(folder: Path) -> int | None:
+    """The longest sequence the model knows positions for, where its configuration says so."""
+    return getattr(_load_config(folder).get_text_config(), "max_position_embeddings", None)
+
+
+def _load_config(folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise MachineError(f"{folder}: config.json cannot be used: {_first_line(error)}") from error
+
+
+def load_model(folder: Path, machine: Machine, *, quantization: str, trainable: bool = False) -> Any:
+    """Load a causal LM.
+
+    Args:
+        folder: Model directory.
+        machine: Device and compute dtype.
+        quantization: ``nf4`` for 4-bit weights with double quantisation, ``none`` for plain ones.
+        trainable: Hold plain weights in float32, for training all of them.
+
+    Returns:
+        The model in eval mode with frozen weights and every dropout of its configuration off.
+
+    Raises:
+        MachineError: It cannot be loaded.
+    """
+    check_model_folder(folder)
+    config = _load_config(folder)
+    for name, value in config.to_dict().items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+    quantization_config = None
+    if quantization == "nf4":
+        quantization_config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=machine.compute_dtype,
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32 if trainable else machine.compute_dtype,
+            quantization_config=quantization_config,
+            device_map={"": machine.device},
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except torch.OutOfMemoryError as error:
+        raise MachineError(f"{folder} does not fit into the memory of {machine.device}") from error
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise MachineError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from error
+    keep_weights_unpacked(model)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def keep_weights_unpacked(model: torch.nn.Module) -> None:
+    """Turn off bitsandbytes' repacking of 4-bit weights on CPUs with AVX512-BF16.
+
+    There the first forward in eval mode without gradients would repack each weight in place
+    to a bfloat16 layout, and nothing undoes it: later log-probabilities move, training loses
+    the gradient through the layer, and a saved model is corrupt.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,1 @@
+"""Floor 2: losses as pure functions of log-probabilities."""

@@ -1,0 +1,1 @@
+"""Floor 3: the reference model's log-probabilities, kept by content."""

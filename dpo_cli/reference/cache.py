@@ -1,0 +1,149 @@
+"""The reference cache: log-probabilities of completions, kept by content.
+
+``data/reference/part-*.parquet`` holds one row a completion:
+
+==============  ============  ============================================================
+key             string        128-bit hash of the token ids of prompt and completion
+logp            float64       sum of token_logps, nats
+num_tokens      int32         tokens of the completion, end of turn included
+token_logps     list[float32] log pi_ref of each token, nats
+==============  ============  ============================================================
+
+and ``manifest.json``, written last, the identity of the graph that made them. A row is found
+by its key, never by its position. Template, truncation and tokenizer need no special care:
+they are in the token ids. Beta, loss and learning rate are not in the identity, so changing
+them recomputes nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+from array import array
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from dpo_cli.core.artifacts import atomic_path, digest_bytes, digest_json, read_json, sha256_file, write_json
+from dpo_cli.core.errors import StaleArtifactError
+from dpo_cli.data.tokenise import TokenGroup
+
+MANIFEST = "manifest.json"
+SCHEMA = {"key": pl.String, "logp": pl.Float64, "num_tokens": pl.Int32, "token_logps": pl.List(pl.Float32)}
+_REMEDY = "run: dpo-cli precompute-ref"
+_ROWS_A_PART = 100_000
+
+
+def completion_key(prompt: Sequence[int], completion: Sequence[int]) -> str:
+    """128-bit hash of the token ids, as 32 hexadecimal digits."""
+    return digest_bytes(array("i", prompt).tobytes(), array("i", completion).tobytes())
+
+
+def group_keys(group: TokenGroup) -> list[str]:
+    """The keys of a group's completions."""
+    return [completion_key(group.prompt, completion) for completion in group.completions]
+
+
+class RowStore:
+    """Rows that were computed for one graph, in shards; it survives a kill and the deletion of the output.
+
+    It lies in the scratch area under the digest of the graph's identity. Every run with that
+    graph takes from it what is there, so grown data computes only the new rows.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def load(self) -> pl.DataFrame:
+        """All rows that are there; a damaged shard is left out and deleted."""
+        frames = [pl.DataFrame(schema=SCHEMA)]
+        for shard in sorted(self._folder.glob("shard-*.parquet")):
+            try:
+                frames.append(pl.read_parquet(shard, columns=list(SCHEMA)).cast(SCHEMA))  # type: ignore[arg-type]
+            except (pl.exceptions.PolarsError, OSError):
+                shard.unlink()
+        return pl.concat(frames).unique("key", keep="first", maintain_order=True)
+
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add a shard of rows."""
+        if not rows:
+            return
+        frame = pl.DataFrame(rows, schema=SCHEMA)
+        name = digest_json(sorted(frame["key"].to_list()))
+        with atomic_path(self._folder / f"shard-{name}.parquet") as temporary:
+            frame.write_parquet(temporary)
+
+
+def forget_other_stores(root: Path, keep: Path, how_many: int) -> None:
+    """Delete the oldest stores of other graphs, all but ``how_many``."""
+    others = [path for path in root.iterdir() if path.is_dir() and path != keep]
+    others.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in others[how_many:]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def write_cache(folder: Path, rows: pl.DataFrame, identity: Mapping[str, Any]) -> None:
+    """Write a cache into an empty folder: parts in the order of their keys, then the manifest."""
+    rows = rows.select(list(SCHEMA)).sort("key")
+    parts = {}
+    for number, begin in enumerate(range(0, max(rows.height, 1), _ROWS_A_PART)):
+        name = f"part-{number:05d}.parquet"
+        rows.slice(begin, _ROWS_A_PART).write_parquet(folder / name)
+        parts[name] = sha256_file(folder / name)
+    write_json(folder / MANIFEST, {"identity": dict(identity), "num_rows": rows.height, "parts": parts})
+
+
+def read_cache(folder: Path, identity: Mapping[str, Any]) -> dict[str, float]:
+    """The summed log-probabilities by key, of a cache that was made for this graph.
+
+    Raises:
+        StaleArtifactError: It is missing, damaged, or of another graph; the message names the
+            field that differs.
+    """
+    manifest = read_json(folder / MANIFEST, _REMEDY)
+    refuse_other_graph(folder / MANIFEST, manifest.get("identity", {}), identity)
+    frames = []
+    for name, digest in manifest["parts"].items():
+        part = folder / name
+        if not part.is_file():
+            raise StaleArtifactError(f"{part} is missing; {_REMEDY}")
+        if sha256_file(part) != digest:
+            raise StaleArtifactError(f"{part} is damaged: its content is not what was written; {_REMEDY}")
+        frames.append(pl.read_parquet(part, columns=["key", "logp"]))
+    table = pl.concat(frames)
+    return dict(zip(table["key"].to_list(), table["logp"].to_list(), strict=True))
+
+
+def refuse_other_graph(where: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Compare two identities.
+
+    Raises:
+        StaleArtifactError: With every field that differs.
+    """
+    fields = sorted(set(found) | set(expected))
+    different = [
+        f"{where}: made for another graph: {field} is {expected.get(field)!r} now, was {found.get(field)!r}; {_REMEDY}"
+        for field in fields
+        if found.get(field) != expected.get(field)
+    ]
+    if different:
+        raise StaleArtifactError(different)
+
+
+def reference_logps(cache: Mapping[str, float], groups: Sequence[TokenGroup]) -> dict[str, list[float]]:
+    """Reference log-probabilities of each group's completions, by row id.
+
+    Raises:
+        StaleArtifactError: A completion is not in the cache.
+    """
+    found = {}
+    for group in groups:
+        keys = group_keys(group)
+        if any(key not in cache for key in keys):
+            raise StaleArtifactError(
+                f"data/reference has no row for {group.id} of data/preference: the data has changed; {_REMEDY}"
+            )
+        found[group.id] = [cache[key] for key in keys]
+    return found

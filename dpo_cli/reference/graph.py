@@ -1,0 +1,107 @@
+"""The graph that reference and policy share: which weights, held how, computed in what.
+
+Opening it checks every artifact it is made of; its identity is what a reference cache is kept
+under.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.core import paths
+from dpo_cli.core.errors import ParamsError
+from dpo_cli.core.params import ModelParams, ReferenceParams, RuntimeParams
+from dpo_cli.data.chat import ChatEncoder
+from dpo_cli.data.tokenise import TokenTable, tokenise_table
+from dpo_cli.models.adapters import SftResult, read_sft_result
+from dpo_cli.models.device import Machine, prepare_machine
+from dpo_cli.models.identity import base_digest, library_versions, read_lock, verify_model
+from dpo_cli.models.load import base_folder, context_length, load_tokenizer
+from dpo_cli.scoring.scorer import ENGINE_VERSION
+
+SPLITS = ("train", "eval")
+_PAIR_COLUMNS = ("chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Everything that a log-probability of the reference depends on, checked.
+
+    Attributes:
+        base: Directory of the base model.
+        sft: What stage sft made of it.
+        machine: Device and compute dtype.
+        quantization: ``nf4`` or ``none``.
+        max_length: Tokens a prompt with one answer may have.
+        tokenizer: The model's tokenizer.
+        encoder: Messages to token ids.
+        identity: The graph's identity, as a cache's manifest holds it.
+    """
+
+    base: Path
+    sft: SftResult
+    machine: Machine
+    quantization: str
+    max_length: int
+    tokenizer: Any
+    encoder: ChatEncoder
+    identity: dict[str, Any]
+
+    def tokenise_pairs(self, split: str) -> TokenTable:
+        """The preference pairs of a split as token groups (chosen, rejected)."""
+        path = paths.PREFERENCE_DATA / f"{split}.parquet"
+        return tokenise_table(path, _PAIR_COLUMNS, self.encoder, self.max_length, "run: dpo-cli convert-preferences")
+
+
+def open_graph(model: ModelParams, reference: ReferenceParams, runtime: RuntimeParams) -> Graph:
+    """Check base model and SFT result, and describe the graph that they make.
+
+    Raises:
+        StaleArtifactError: The base model is not the locked one, or models/sft is missing,
+            damaged or of another base.
+        ParamsError: reference.max_length is beyond the model's context.
+    """
+    base, encoder, tokenizer = open_base(model, runtime)
+    check_context(base, reference.max_length, "reference.max_length")
+    machine = prepare_machine(runtime)
+    digest = base_digest()
+    sft = read_sft_result(digest)
+    identity = {
+        "base": digest,
+        "sft": sft.digest,
+        "quantization": reference.quantization,
+        "compute_dtype": machine.dtype_name,
+        "engine": ENGINE_VERSION,
+        **library_versions(),
+    }
+    return Graph(
+        base, sft, machine, reference.quantization, reference.max_length, tokenizer, encoder, identity
+    )
+
+
+def open_base(model: ModelParams, runtime: RuntimeParams) -> tuple[Path, ChatEncoder, Any]:
+    """The checked base model: its directory, its chat encoder and its tokenizer."""
+    lock = read_lock()
+    folder = base_folder(model, runtime)
+    verify_model(folder, lock)
+    tokenizer = load_tokenizer(folder)
+    return folder, ChatEncoder(tokenizer, model.chat_template), tokenizer
+
+
+def check_context(base: Path, max_length: int, name: str) -> None:
+    """Refuse a length for which the model knows no positions.
+
+    Raises:
+        ParamsError: With both figures.
+    """
+    context = context_length(base)
+    if context is not None and max_length > context:
+        raise ParamsError(f"params.yaml: {name} must be <= {context}, the model's context, got {max_length}")
+
+
+def all_rejects(tables: Sequence[TokenTable]) -> list[dict[str, Any]]:
+    """The rows that some tables left out."""
+    return [reject for table in tables for reject in table.rejects]

@@ -1,0 +1,1 @@
+"""Floor 2: a prompt with K completions to log-probabilities. The engine every stage shares."""

@@ -1,0 +1,314 @@
+"""Stage evaluate: is the tuned model better, by how much, how surely, and at what cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+
+from dpo_cli.core import paths
+from dpo_cli.core.artifacts import read_json, write_json, write_json_lines, write_text
+from dpo_cli.core.errors import DataError, StaleArtifactError
+from dpo_cli.core.params import EvaluateParams, Params, RuntimeParams
+from dpo_cli.core.progress import Reporter
+from dpo_cli.core.scratch import stage_scratch
+from dpo_cli.data.schema import Messages, content_id
+from dpo_cli.data.tokenise import TokenGroup, TokenTable
+from dpo_cli.evaluation.bootstrap import Estimate, cluster_bootstrap
+from dpo_cli.evaluation.generation import Answer, PromptTokens, sample_answers
+from dpo_cli.evaluation.held_out import HeldOut, HeldOutPair, summarise_held_out
+from dpo_cli.evaluation.judges.exact import WorldJudge, world_task
+from dpo_cli.evaluation.kl import SequenceKl, estimates_disagree, sequence_kl
+from dpo_cli.evaluation.report.page import write_report
+from dpo_cli.evaluation.verdict import headline, verdict
+from dpo_cli.evaluation.win_rate import compare
+from dpo_cli.models.adapters import ModelPair, load_pair
+from dpo_cli.models.device import peak_memory_gib
+from dpo_cli.models.load import quiet_libraries
+from dpo_cli.objectives.pairwise import pairwise_loss
+from dpo_cli.reference.cache import read_cache, reference_logps
+from dpo_cli.reference.graph import Graph, open_graph
+from dpo_cli.scoring.layout import split_by_tokens
+from dpo_cli.scoring.scorer import Scorer
+
+_SFT, _DPO = "sft", "dpo"
+_TRAIN_REMEDY = "run: dpo-cli train"
+_MARGIN_BINS = 40
+
+
+def run(params: Params, reporter: Reporter) -> dict[str, Any]:
+    """Write reports/evaluate and reports/report.html.
+
+    Raises:
+        StaleArtifactError: Something an earlier stage made is missing, damaged or of another graph.
+        DataError: A held-out prompt is in the training data, or the judge does not know a prompt.
+    """
+    quiet_libraries()
+    knobs, runtime = params.evaluate, params.runtime
+    graph = open_graph(params.model, params.reference, runtime)
+    provenance = read_json(paths.DPO_MODEL / "provenance.json", _TRAIN_REMEDY)
+    if provenance["graph"] != graph.identity:
+        raise StaleArtifactError(f"{paths.DPO_MODEL}: trained on another graph than models/sft is now; {_TRAIN_REMEDY}")
+    trained = provenance["params"]["train"]
+    table = graph.tokenise_pairs("eval")
+    if not table.groups:
+        raise DataError("data/preference/eval.parquet: no pair is within reference.max_length")
+    num_leaked = _count_leaked_prompts(table)
+    if num_leaked:
+        raise DataError(f"{num_leaked} held-out prompts are in the training data; run: dpo-cli convert-sft, convert-preferences")
+    cache = read_cache(paths.REFERENCE, graph.identity)
+    with stage_scratch("evaluate", "run"):
+        pair = load_pair(graph.base, graph.sft, graph.machine, graph.quantization)
+        held_out = _held_out(pair, graph, table, cache, trained, knobs, runtime, reporter)
+        prompts = _prompts(table, knobs.num_prompts)
+        answers = _answers(pair, graph, prompts, knobs, runtime, reporter)
+        kls = _kls(pair, graph, prompts, answers[_DPO], knobs, runtime, reporter)
+        samples = _judge(knobs, graph, table, prompts, answers)
+        metrics = _metrics(knobs, held_out, trained, samples, kls, answers)
+        metrics |= {"num_leaked_prompts": num_leaked, "peak_mem_gib": peak_memory_gib(graph.machine)}
+        folder = paths.report_dir("evaluate")
+        write_json_lines(folder / "samples.jsonl", samples)
+        write_text(folder / "margins.csv", _histogram(held_out.margins))
+        write_json(paths.metrics_file("evaluate"), {"evaluate": metrics})
+        write_report(paths.REPORT_HTML)
+    rows = [(finding.name, f"{finding.value}  ({finding.meaning})") for finding in verdict(metrics)]
+    reporter.table(f"evaluate: {headline(metrics)[0]}", [*rows, ("report", paths.REPORT_HTML.as_posix())])
+    return metrics
+
+
+def _count_leaked_prompts(held_out: TokenTable) -> int:
+    """Held-out prompts that are in any training data."""
+    seen: set[str] = set()
+    for path in (paths.SFT_DATA / "train.parquet", paths.PREFERENCE_DATA / "train.parquet"):
+        if not path.is_file():
+            raise StaleArtifactError(f"{path} is missing; run: dpo-cli repro")
+        for (prompt,) in pl.read_parquet(path, columns=["prompt"]).iter_rows():
+            seen.add(content_id(prompt))
+    return sum(group in seen for group in held_out.prompts)
+
+
+def _held_out(
+    pair: ModelPair,
+    graph: Graph,
+    table: TokenTable,
+    cache: Mapping[str, float],
+    trained: Mapping[str, Any],
+    knobs: EvaluateParams,
+    runtime: RuntimeParams,
+    reporter: Reporter,
+) -> HeldOut:
+    """Score the held-out pairs with the policy and compare with the cached reference."""
+    reference = reference_logps(cache, table.groups)
+    scorer = Scorer(pair.use_policy(), graph.machine.compute_dtype)
+    pairs = []
+    label = "evaluate: scoring held-out pairs"
+    with torch.no_grad(), reporter.meter(label, len(table.groups), "pairs") as meter:
+        for indices in split_by_tokens(table.groups, runtime.max_tokens_per_microbatch):
+            batch = [table.groups[index] for index in indices]
+            logps = scorer.score(batch).logps_BK.tolist()
+            pairs += [_held_out_pair(group, row, reference[group.id]) for group, row in zip(batch, logps, strict=True)]
+            meter.advance(len(batch))
+    loss = pairwise_loss(trained["loss"], trained["beta"], trained["label_smoothing"])
+    return summarise_held_out(
+        pairs, loss, trained["beta"], draws=knobs.bootstrap_draws, confidence=knobs.confidence, seed=knobs.seed
+    )
+
+
+def _held_out_pair(group: TokenGroup, policy: Sequence[float], reference: Sequence[float]) -> HeldOutPair:
+    chosen, rejected = group.completions
+    return HeldOutPair(
+        id=group.id,
+        group=group.group,
+        policy=(policy[0], policy[1]),
+        reference=(reference[0], reference[1]),
+        num_tokens=(len(chosen), len(rejected)),
+    )
+
+
+def _prompts(table: TokenTable, limit: int) -> list[PromptTokens]:
+    """The held-out prompts to answer, each once, in the order of their ids, which is random."""
+    tokens = {group.group: group.prompt for group in table.groups}
+    chosen = sorted(tokens)[: limit or None]
+    return [PromptTokens(group, tokens[group]) for group in chosen]
+
+
+@dataclass(frozen=True)
+class _Speaker:
+    """A model that answers, and the random stream it answers from."""
+
+    name: str
+    model: Any
+
+
+def _answers(
+    pair: ModelPair,
+    graph: Graph,
+    prompts: Sequence[PromptTokens],
+    knobs: EvaluateParams,
+    runtime: RuntimeParams,
+    reporter: Reporter,
+) -> dict[str, dict[str, Answer]]:
+    """Answers of both models by name and prompt."""
+    answers = {}
+    for name, use in ((_SFT, pair.use_reference), (_DPO, pair.use_policy)):
+        speaker = _Speaker(name, use())
+        answers[name] = _sample(speaker, graph, prompts, knobs.temperature, knobs, runtime, reporter)
+    return answers
+
+
+def _sample(
+    speaker: _Speaker,
+    graph: Graph,
+    prompts: Sequence[PromptTokens],
+    temperature: float,
+    knobs: EvaluateParams,
+    runtime: RuntimeParams,
+    reporter: Reporter,
+) -> dict[str, Answer]:
+    label = f"evaluate: {speaker.name} answers at T = {temperature:g}"
+    with reporter.meter(label, len(prompts), "prompts") as meter:
+        return sample_answers(
+            speaker.model,
+            prompts,
+            stop_ids=graph.encoder.stop_ids,
+            temperature=temperature,
+            max_new_tokens=knobs.max_new_tokens,
+            max_tokens=runtime.max_tokens_per_microbatch,
+            seed=knobs.seed,
+            stream=speaker.name,
+            autocast_dtype=graph.machine.compute_dtype,
+            meter=meter,
+        )
+
+
+def _kls(
+    pair: ModelPair,
+    graph: Graph,
+    prompts: Sequence[PromptTokens],
+    answers: Mapping[str, Answer],
+    knobs: EvaluateParams,
+    runtime: RuntimeParams,
+    reporter: Reporter,
+) -> dict[str, SequenceKl]:
+    """KL along samples of the policy at temperature 1, by prompt."""
+    if knobs.temperature != 1:
+        speaker = _Speaker(_DPO, pair.use_policy())
+        answers = _sample(speaker, graph, prompts, 1.0, knobs, runtime, reporter)
+    scorer = Scorer(pair.use_policy(), graph.machine.compute_dtype)
+    kls = {}
+    with reporter.meter("evaluate: KL along the answers", len(prompts), "prompts") as meter:
+        for prompt in prompts:
+            tokens = answers[prompt.id].tokens
+            group = TokenGroup(prompt.id, prompt.id, prompt.tokens, (tokens,))
+            pair.use_policy()
+            policy = scorer.next_token_logps(group)
+            pair.use_reference()
+            kls[prompt.id] = sequence_kl(policy, scorer.next_token_logps(group), tokens)
+            meter.advance(1)
+    return kls
+
+
+def _judge(
+    knobs: EvaluateParams,
+    graph: Graph,
+    table: TokenTable,
+    prompts: Sequence[PromptTokens],
+    answers: Mapping[str, Mapping[str, Answer]],
+) -> list[dict[str, Any]]:
+    """One row a prompt: both answers and, where there is a judge, who wins."""
+    judge = WorldJudge() if knobs.judge == "world" else None
+    rows = []
+    for prompt in prompts:
+        messages = table.prompts[prompt.id]
+        row: dict[str, Any] = {"id": prompt.id, "prompt": messages}
+        for name in (_SFT, _DPO):
+            answer = answers[name][prompt.id]
+            row[name] = {
+                "text": graph.encoder.decode(list(answer.tokens)),
+                "num_tokens": len(answer.tokens),
+                "finished": answer.finished,
+            }
+        if judge is not None:
+            _add_judgment(row, judge, messages)
+        rows.append(row)
+    return rows
+
+
+def _add_judgment(row: dict[str, Any], judge: WorldJudge, messages: Messages) -> None:
+    text = messages[-1]["content"]
+    task = world_task(text)
+    for name in (_SFT, _DPO):
+        row[name]["reward"] = task.reward(row[name]["text"])
+        row[name]["well_formed"] = row[name]["finished"] and task.is_well_formed(row[name]["text"])
+    row["win"] = compare(judge, text, row[_DPO]["text"], row[_SFT]["text"])
+
+
+def _metrics(
+    knobs: EvaluateParams,
+    held_out: HeldOut,
+    trained: Mapping[str, Any],
+    samples: Sequence[Mapping[str, Any]],
+    kls: Mapping[str, SequenceKl],
+    answers: Mapping[str, Mapping[str, Answer]],
+) -> dict[str, Any]:
+    prompts = [sample["id"] for sample in samples]
+
+    def interval(values: Sequence[float]) -> Estimate:
+        return cluster_bootstrap(
+            values, prompts, draws=knobs.bootstrap_draws, confidence=knobs.confidence, seed=knobs.seed
+        )
+
+    zero = torch.zeros(1, 2, dtype=torch.float64)
+    at_reference = pairwise_loss(trained["loss"], trained["beta"], trained["label_smoothing"])(zero, zero, zero + 1)
+    kl = interval([kls[prompt].exact for prompt in prompts])
+    metrics: dict[str, Any] = {
+        "reward_accuracy": held_out.reward_accuracy.value,
+        "reward_accuracy_ci": _ends(held_out.reward_accuracy),
+        "loss": held_out.loss.value,
+        "loss_ci": _ends(held_out.loss),
+        "loss_at_reference": at_reference.item(),
+        "margin": held_out.margin.value,
+        "margin_ci": _ends(held_out.margin),
+        "chosen_reward": held_out.chosen_reward,
+        "rejected_reward": held_out.rejected_reward,
+        "reference_accuracy": held_out.reference_accuracy,
+        "longer_accuracy": held_out.longer_accuracy,
+        "num_ties": held_out.num_ties,
+        "num_pairs": held_out.num_pairs,
+        "num_prompts": len({*prompts}) if samples else 0,
+        "num_generated_prompts": len(prompts),
+        "kl": kl.value,
+        "kl_ci": _ends(kl),
+        "kl_k1": float(np.mean([kls[prompt].k1 for prompt in prompts])),
+        "kl_estimates_disagree": estimates_disagree([kls[prompt] for prompt in prompts]),
+    }
+    for name in (_SFT, _DPO):
+        metrics[f"finished_{name}"] = float(np.mean([answers[name][prompt].finished for prompt in prompts]))
+        metrics[f"answer_tokens_{name}"] = float(np.mean([len(answers[name][prompt].tokens) for prompt in prompts]))
+    if knobs.judge != "none":
+        win_rate = interval([sample["win"] for sample in samples])
+        metrics |= {"win_rate": win_rate.value, "win_rate_ci": _ends(win_rate)}
+        metrics["tie_rate"] = float(np.mean([sample["win"] == 0.5 for sample in samples]))
+        for name in (_SFT, _DPO):
+            metrics[f"reward_{name}"] = float(np.mean([sample[name]["reward"] for sample in samples]))
+            metrics[f"well_formed_{name}"] = float(np.mean([sample[name]["well_formed"] for sample in samples]))
+        metrics["win_rate_ceiling"] = 1 - metrics["reward_sft"] / 2
+    return metrics
+
+
+def _ends(estimate: Estimate) -> list[float]:
+    return [estimate.low, estimate.high]
+
+
+def _histogram(margins: Sequence[float]) -> str:
+    """The distribution of margins as CSV: middle of the bin, share of the pairs."""
+    counts, edges = np.histogram(margins, bins=_MARGIN_BINS)
+    rows = [
+        f"{(low + high) / 2:.6g},{count / len(margins):.6g}"
+        for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
+    ]
+    return "\n".join(["margin,share", *rows]) + "\n"

@@ -1,0 +1,158 @@
+"""Stage sft: supervised fine-tuning, which gives the model that DPO starts from and refers to."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from dpo_cli.core import paths
+from dpo_cli.core.artifacts import digest_json, publish_folder, sha256_file, write_json, write_json_lines
+from dpo_cli.core.errors import DataError, StaleArtifactError
+from dpo_cli.core.params import Params, SftParams
+from dpo_cli.core.progress import Reporter
+from dpo_cli.core.scratch import Scratch, stage_scratch
+from dpo_cli.data.tokenise import TokenTable, tokenise_table
+from dpo_cli.models.adapters import ADAPTER_FILES, add_adapter, save_adapter, write_sft_manifest
+from dpo_cli.models.device import peak_memory_gib, prepare_machine
+from dpo_cli.models.identity import base_digest, library_versions, model_files
+from dpo_cli.models.load import keep_weights_unpacked, load_model, quiet_libraries
+from dpo_cli.reference.graph import all_rejects, check_context, open_base
+from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.training.history import merge_log, write_tsv
+from dpo_cli.training.objective import SftObjective
+from dpo_cli.training.run import Fit, fit
+
+_COLUMNS = ("loss", "eval_loss", "grad_norm", "learning_rate")
+
+
+def run(params: Params, reporter: Reporter) -> dict[str, Any]:
+    """Write models/sft: an adapter, a whole model, or a marker, as sft.method says.
+
+    Raises:
+        StaleArtifactError: models/base or data/sft is missing or stale.
+        DataError: No row of a split is within sft.max_length.
+        Interrupted: The user asked to stop; a checkpoint is kept.
+    """
+    quiet_libraries()
+    sft = params.sft
+    base, encoder, tokenizer = open_base(params.model, params.runtime)
+    digest = base_digest()
+    if sft.method == "none":
+        with stage_scratch("sft", "none") as scratch:
+            return _publish_none(scratch, digest, reporter)
+    check_context(base, sft.max_length, "sft.max_length")
+    machine = prepare_machine(params.runtime)
+    train, held_out = (
+        tokenise_table(
+            paths.SFT_DATA / f"{split}.parquet", ("completion",), encoder, sft.max_length, "run: dpo-cli convert-sft"
+        )
+        for split in ("train", "eval")
+    )
+    _refuse_empty(train, held_out, sft.max_length)
+    fingerprint = digest_json(
+        {
+            "base": digest,
+            "data": [sha256_file(paths.SFT_DATA / f"{split}.parquet") for split in ("train", "eval")],
+            "model": params.model.model_dump(),
+            "sft": sft.model_dump(),
+            **library_versions(),
+        }
+    )
+    with stage_scratch("sft", fingerprint) as scratch:
+        whole = sft.method == "full"
+        model = load_model(
+            base, machine, quantization="nf4" if sft.method == "qlora" else "none", trainable=whole
+        )
+        if whole:
+            model.requires_grad_(True)
+        else:
+            model = add_adapter(model, sft.lora, sft.seed)
+            keep_weights_unpacked(model)
+        result = fit(
+            model,
+            Scorer(model, machine.compute_dtype),
+            SftObjective(),
+            train.groups,
+            held_out.groups,
+            section="sft",
+            params=sft,
+            runtime=params.runtime,
+            machine=machine,
+            work=scratch.folder,
+            reporter=reporter,
+        )
+        built = scratch.build_folder()
+        if whole:
+            model.save_pretrained(built)
+            tokenizer.save_pretrained(built)
+            files = model_files(built)
+        else:
+            save_adapter(model, built, params.model.name)
+            files = list(ADAPTER_FILES)
+        write_sft_manifest(built, sft.method, files, digest)
+        publish_folder(built, paths.SFT_MODEL)
+        scratch.clear()
+    metrics = _metrics(sft, train, held_out, result, peak_memory_gib(machine))
+    rows = merge_log(result.history, _COLUMNS)
+    write_tsv(paths.report_dir("sft") / "steps.tsv", rows, ("step", *_COLUMNS))
+    write_json_lines(paths.rejects_file("sft"), all_rejects([train, held_out]))
+    write_json(paths.metrics_file("sft"), {"sft": metrics})
+    reporter.table(
+        "sft",
+        [
+            ("method", sft.method),
+            ("rows", f"{metrics['num_rows']} train, {metrics['num_eval']} held out"),
+            ("left out", f"{metrics['num_rejected']} (listed in {paths.rejects_file('sft').as_posix()})"),
+            ("steps", str(metrics["num_steps"])),
+            ("held-out loss", f"{metrics['eval_loss_start']:.4f} -> {metrics['eval_loss']:.4f} nats a token"),
+            ("speed", f"{metrics['rows_per_s']:.1f} rows/s"),
+            ("peak memory", f"{metrics['peak_mem_gib']:.2f} GiB"),
+        ],
+    )
+    return metrics
+
+
+def _publish_none(scratch: Scratch, base: str, reporter: Reporter) -> dict[str, Any]:
+    """The base model is the reference as it is: only a marker is written."""
+    built = scratch.build_folder()
+    write_sft_manifest(built, "none", [], base)
+    publish_folder(built, paths.SFT_MODEL)
+    scratch.clear()
+    metrics: dict[str, Any] = {"method": "none"}
+    write_tsv(paths.report_dir("sft") / "steps.tsv", [], ("step", *_COLUMNS))
+    write_json_lines(paths.rejects_file("sft"), [])
+    write_json(paths.metrics_file("sft"), {"sft": metrics})
+    reporter.table("sft", [("method", "none: the base model is taken as it is")])
+    return metrics
+
+
+def _refuse_empty(train: TokenTable, held_out: TokenTable, max_length: int) -> None:
+    for split, table in (("train", train), ("eval", held_out)):
+        if not table.groups and not table.rejects:
+            raise StaleArtifactError(f"data/sft/{split}.parquet has no rows; run: dpo-cli convert-sft")
+        if not table.groups:
+            raise DataError(
+                f"data/sft/{split}.parquet: none of its {len(table.rejects)} rows fits (first:"
+                f" {table.rejects[0]['detail']}); raise sft.max_length, now {max_length}"
+            )
+
+
+def _metrics(
+    sft: SftParams, train: TokenTable, held_out: TokenTable, result: Fit, peak_gib: float
+) -> dict[str, Any]:
+    tokens = sum(len(group.prompt) + len(group.completions[0]) for group in train.groups) / len(train.groups)
+    eval_loss = result.last("eval_loss")
+    return {
+        "method": sft.method,
+        "num_rows": len(train.groups),
+        "num_eval": len(held_out.groups),
+        "num_rejected": len(train.rejects) + len(held_out.rejects),
+        "num_steps": result.num_steps,
+        "loss": result.last("loss"),
+        "eval_loss_start": result.first("eval_loss"),
+        "eval_loss": eval_loss,
+        "eval_perplexity": math.exp(min(eval_loss, 700.0)),
+        "rows_per_s": result.groups_per_s,
+        "logical_tokens_per_s": result.groups_per_s * tokens,
+        "peak_mem_gib": peak_gib,
+    }

@@ -1,0 +1,212 @@
+"""Stage train: Direct Preference Optimization against the cached reference."""
+
+from __future__ import annotations
+
+import math
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.core import paths
+from dpo_cli.core.artifacts import (
+    digest_json,
+    publish_folder,
+    sha256_file,
+    write_json,
+    write_json_lines,
+    write_text,
+)
+from dpo_cli.core.errors import DataError
+from dpo_cli.core.params import LoraParams, Params, TrainParams
+from dpo_cli.core.progress import Reporter
+from dpo_cli.core.scratch import stage_scratch
+from dpo_cli.data.tokenise import TokenTable
+from dpo_cli.models.adapters import load_policy_at_start, save_adapter
+from dpo_cli.models.device import peak_memory_gib
+from dpo_cli.models.identity import read_lock
+from dpo_cli.models.load import quiet_libraries
+from dpo_cli.objectives.pairwise import pairwise_loss
+from dpo_cli.reference.cache import read_cache, reference_logps
+from dpo_cli.reference.graph import SPLITS, Graph, all_rejects, open_graph
+from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.training.gate import StepZero, check_step_zero
+from dpo_cli.training.history import merge_log, write_tsv
+from dpo_cli.training.objective import PairObjective
+from dpo_cli.training.run import Fit, fit
+
+_PAIR_METRICS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
+COLUMNS = (
+    "loss",
+    *_PAIR_METRICS,
+    "grad_norm",
+    "learning_rate",
+    "eval_loss",
+    *(f"eval_{name}" for name in _PAIR_METRICS),
+)
+PROVENANCE = "provenance.json"
+
+
+def run(params: Params, reporter: Reporter) -> dict[str, Any]:
+    """Write models/dpo: the tuned adapter, its tokenizer, a model card and its provenance.
+
+    Raises:
+        StaleArtifactError: Something an earlier stage made is missing, damaged or of another
+            graph, or policy and reference differ before the first step.
+        DataError: No pair of a split is within reference.max_length.
+        Interrupted: The user asked to stop; a checkpoint is kept.
+    """
+    quiet_libraries()
+    knobs = params.train
+    graph = open_graph(params.model, params.reference, params.runtime)
+    cache = read_cache(paths.REFERENCE, graph.identity)
+    train, held_out = (graph.tokenise_pairs(split) for split in SPLITS)
+    _refuse_empty(train, held_out, graph.max_length)
+    objective = PairObjective(
+        pairwise_loss(knobs.loss, knobs.beta, knobs.label_smoothing),
+        knobs.beta,
+        reference_logps(cache, [*train.groups, *held_out.groups]),
+    )
+    provenance = _provenance(params, graph)
+    with stage_scratch("train", digest_json(provenance)) as scratch:
+        policy = load_policy_at_start(
+            graph.base, graph.sft, graph.machine, graph.quantization, knobs.lora or LoraParams(), knobs.seed
+        )
+        scorer = Scorer(policy, graph.machine.compute_dtype)
+        step_zero = check_step_zero(
+            policy, scorer, objective, train.groups, params.runtime.max_tokens_per_microbatch
+        )
+        result = fit(
+            policy,
+            scorer,
+            objective,
+            train.groups,
+            held_out.groups,
+            section="train",
+            params=knobs,
+            runtime=params.runtime,
+            machine=graph.machine,
+            work=scratch.folder,
+            reporter=reporter,
+        )
+        metrics = _metrics(graph, train, held_out, step_zero, result)
+        built = scratch.build_folder()
+        save_adapter(policy, built, params.model.name)
+        graph.tokenizer.save_pretrained(built)
+        write_text(built / "README.md", _model_card(params, metrics))
+        write_json(built / PROVENANCE, provenance)
+        publish_folder(built, paths.DPO_MODEL)
+        scratch.clear()
+    rows = merge_log(result.history, COLUMNS)
+    write_tsv(paths.report_dir("train") / "steps.tsv", rows, ("step", *COLUMNS))
+    write_json_lines(paths.rejects_file("train"), all_rejects([train, held_out]))
+    write_json(paths.metrics_file("train"), {"train": metrics})
+    _print_summary(knobs, metrics, reporter)
+    return metrics
+
+
+def _refuse_empty(train: TokenTable, held_out: TokenTable, max_length: int) -> None:
+    for split, table in (("train", train), ("eval", held_out)):
+        if not table.groups:
+            raise DataError(
+                f"data/preference/{split}.parquet: none of its {len(table.rejects)} pairs fits;"
+                f" raise reference.max_length, now {max_length}"
+            )
+
+
+def _provenance(params: Params, graph: Graph) -> dict[str, Any]:
+    """Everything the adapter depends on; no time and no path, so equal runs give equal bytes."""
+    return {
+        "dpo_cli": version("dpo-cli"),
+        "params": {
+            "model": params.model.model_dump(),
+            "reference": params.reference.model_dump(),
+            "train": params.train.model_dump(),
+        },
+        "base": read_lock(),
+        "graph": graph.identity,
+        "data": {
+            split: {"sha256": sha256_file(Path(paths.PREFERENCE_DATA) / f"{split}.parquet")} for split in SPLITS
+        },
+    }
+
+
+def _metrics(
+    graph: Graph, train: TokenTable, held_out: TokenTable, step_zero: StepZero, result: Fit
+) -> dict[str, Any]:
+    tokens = sum(
+        2 * len(group.prompt) + sum(map(len, group.completions)) for group in train.groups
+    ) / len(train.groups)
+    return {
+        "num_pairs": len(train.groups),
+        "num_eval": len(held_out.groups),
+        "num_rejected": len(train.rejects) + len(held_out.rejects),
+        "num_steps": result.num_steps,
+        "step0_loss": step_zero.loss,
+        "step0_max_abs_margin": step_zero.max_abs_margin,
+        "step0_max_abs_logp_difference": step_zero.max_abs_logp_difference,
+        "loss": result.last("loss"),
+        "eval_loss_start": result.first("eval_loss"),
+        "eval_loss": result.last("eval_loss"),
+        "eval_accuracy": result.last("eval_rewards/accuracies"),
+        "eval_margin": result.last("eval_rewards/margins"),
+        "pairs_per_s": result.groups_per_s,
+        "logical_tokens_per_s": result.groups_per_s * tokens,
+        "peak_mem_gib": peak_memory_gib(graph.machine),
+    }
+
+
+def _model_card(params: Params, metrics: dict[str, Any]) -> str:
+    knobs = params.train
+    return f"""---
+library_name: peft
+base_model: {params.model.name}
+tags: [dpo, lora]
+---
+
+# {params.model.name}, tuned with DPO
+
+A LoRA adapter trained with Direct Preference Optimization (Rafailov et al. 2023) by dpo-cli.
+
+| | |
+|---|---|
+| loss | {knobs.loss}, beta {knobs.beta:g} |
+| pairs | {metrics["num_pairs"]} for training, {metrics["num_eval"]} held out |
+| steps | {metrics["num_steps"]} of {knobs.batch_size} pairs |
+| held-out loss | {metrics["eval_loss_start"]:.4f} before, {metrics["eval_loss"]:.4f} after |
+| held-out accuracy | {metrics["eval_accuracy"]:.3f} |
+
+It belongs to the very base model whose digests `{PROVENANCE}` lists. To use it:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE_DIRECTORY), THIS_DIRECTORY)
+```
+"""
+
+
+def _print_summary(knobs: TrainParams, metrics: dict[str, Any], reporter: Reporter) -> None:
+    expected = f" (ln 2 = {math.log(2):.6f})" if knobs.loss == "sigmoid" else ""
+    reporter.table(
+        "train",
+        [
+            ("loss", f"{knobs.loss}, beta {knobs.beta:g}"),
+            ("pairs", f"{metrics['num_pairs']} train, {metrics['num_eval']} held out"),
+            ("pairs left out", f"{metrics['num_rejected']} (listed in {paths.rejects_file('train').as_posix()})"),
+            ("steps", str(metrics["num_steps"])),
+            ("step-0 loss", f"{metrics['step0_loss']:.6f}{expected}"),
+            ("step-0 largest margin", f"{metrics['step0_max_abs_margin']:.2g}"),
+            ("held-out loss", f"{metrics['eval_loss_start']:.4f} -> {metrics['eval_loss']:.4f}"),
+            ("held-out accuracy", f"{metrics['eval_accuracy']:.3f}"),
+            ("speed", f"{metrics['pairs_per_s']:.1f} pairs/s, {metrics['logical_tokens_per_s']:.0f} logical tokens/s"),
+            ("peak memory", f"{metrics['peak_mem_gib']:.2f} GiB"),
+        ],
+    )

@@ -1,0 +1,56 @@
+"""Progress, checkpoints by time, and a graceful stop, as callbacks of the training loop."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dpo_cli.core.interrupts import StopRequest
+from dpo_cli.core.progress import Meter
+
+
+class ProgressCallback(TrainerCallback):
+    """Moves the meter, with the latest loss beside it."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count the steps of an earlier run."""
+        self._meter.advance(state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """One more step."""
+        self._meter.advance(1)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Show the loss of the last step."""
+        logs: dict[str, float] = kwargs.get("logs") or {}
+        if "loss" in logs:
+            self._meter.note(f"loss {logs['loss']:.4f}")
+
+
+class CheckpointCallback(TrainerCallback):
+    """Saves after so many seconds, and when the user asks to stop.
+
+    Attributes:
+        stopped: Whether training ended because the user asked.
+    """
+
+    def __init__(self, stop: StopRequest, every_s: float) -> None:
+        self._stop = stop
+        self._every_s = every_s
+        self._saved_at = time.monotonic()
+        self.stopped = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Decide between two steps, when the state is whole."""
+        if self._stop.requested:
+            self.stopped = control.should_save = control.should_training_stop = True
+        elif time.monotonic() - self._saved_at >= self._every_s:
+            control.should_save = True
+            self._saved_at = time.monotonic()

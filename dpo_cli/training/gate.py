@@ -1,0 +1,96 @@
+"""The step-0 gate: before the first step the policy must be its reference.
+
+DPO's loss is ln 2 and every margin 0 when policy and reference are the same model (Rafailov
+et al. 2023, section 4). If they are not, the cache belongs to another graph and every
+gradient that followed would be wrong; so the run is stopped, with what differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dpo_cli.core.errors import StaleArtifactError
+from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.scoring.layout import split_by_tokens
+from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.training.objective import PairObjective
+
+NUM_PAIRS = 64
+TOLERANCE = 1e-4
+"""Nats by which a log-probability may differ in float32, and the least that is allowed in bfloat16."""
+_NOISE_FACTOR = 4.0
+
+
+@dataclass(frozen=True)
+class StepZero:
+    """What the gate saw.
+
+    Attributes:
+        loss: Mean loss of the gate's pairs before the first step, nats.
+        max_abs_margin: Largest |beta * delta|.
+        max_abs_logp_difference: Largest |log pi - log ref| of one answer, nats.
+        num_pairs: Pairs scored.
+    """
+
+    loss: float
+    max_abs_margin: float
+    max_abs_logp_difference: float
+    num_pairs: int
+
+
+def check_step_zero(
+    model: torch.nn.Module,
+    scorer: Scorer,
+    objective: PairObjective,
+    groups: Sequence[TokenGroup],
+    max_tokens: int,
+) -> StepZero:
+    """Score some pairs through the training forward and compare with the cache.
+
+    Raises:
+        StaleArtifactError: They differ by more than rounding: than 1e-4 nats, or, where that is
+            more, than four times the difference between scoring a pair alone and in a batch.
+    """
+    model.train()
+    sample = sorted(groups, key=lambda group: group.id)[:NUM_PAIRS]
+    losses, margins, differences = [], [], []
+    worst: tuple[float, TokenGroup] = (-1.0, sample[0])
+    for indices in split_by_tokens(sample, max_tokens):
+        batch = [sample[index] for index in indices]
+        scores = scorer.score(batch)
+        result = objective.losses(batch, scores)
+        difference = (scores.logps_BK.detach() - objective.reference_logps(batch, scorer.device)).abs().amax(1)
+        losses.append(result.losses_B.detach())
+        margins.append(result.metrics["rewards/margins"].abs())
+        differences.append(difference)
+        index = int(difference.argmax())
+        worst = max(worst, (float(difference[index]), batch[index]), key=lambda pair: pair[0])
+        del scores, result
+    step_zero = StepZero(
+        loss=torch.cat(losses).mean().item(),
+        max_abs_margin=torch.cat(margins).max().item(),
+        max_abs_logp_difference=torch.cat(differences).max().item(),
+        num_pairs=len(sample),
+    )
+    if not step_zero.max_abs_logp_difference <= TOLERANCE:
+        allowed = max(TOLERANCE, _NOISE_FACTOR * _batch_noise(scorer, sample, max_tokens))
+        if not step_zero.max_abs_logp_difference <= allowed:
+            raise StaleArtifactError(
+                f"data/reference: policy and reference differ before the first step, by {worst[0]:.3g} nats in row"
+                f" {worst[1].id} (allowed {allowed:.2g}): the cache is of another graph; run: dpo-cli precompute-ref"
+            )
+    return step_zero
+
+
+@torch.no_grad()
+def _batch_noise(scorer: Scorer, groups: Sequence[TokenGroup], max_tokens: int) -> float:
+    """Largest difference between a pair's log-probabilities alone and in a batch, nats."""
+    noise = 0.0
+    for indices in split_by_tokens(groups, max_tokens):
+        together = scorer.score([groups[index] for index in indices]).logps_BK
+        alone = torch.cat([scorer.score([groups[index]]).logps_BK for index in indices])
+        noise = max(noise, (together - alone).abs().max().item())
+    return noise

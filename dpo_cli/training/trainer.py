@@ -1,0 +1,201 @@
+"""The training loop: transformers.Trainer, fed with token groups instead of padded tensors.
+
+``batch_size`` groups make an optimizer step, and that alone decides the mathematics. Inside
+the step the groups are split into micro-batches by a token budget, gradients are summed over
+them and divided once by the weight of the whole batch, so a memory setting never changes a
+result beyond rounding.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from dpo_cli.core.errors import MachineError, ParamsError
+from dpo_cli.core.params import TrainingParams
+from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.models.device import Machine
+from dpo_cli.scoring.layout import split_by_tokens
+from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.training.objective import Objective
+
+_OPTIMIZERS = {"adamw": "adamw_torch", "rmsprop": "rmsprop", "paged_adamw_8bit": "paged_adamw_8bit"}
+_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a training is.
+
+    Attributes:
+        num_steps: Optimizer steps in all.
+        num_warmup_steps: Of them with a rising learning rate.
+    """
+
+    num_steps: int
+    num_warmup_steps: int
+
+    @classmethod
+    def of(cls, params: TrainingParams, num_groups: int) -> Plan:
+        """The plan for so many groups."""
+        steps = params.max_steps or math.ceil(params.epochs * math.ceil(num_groups / params.batch_size))
+        return cls(steps, round(params.warmup_ratio * steps))
+
+
+def training_arguments(
+    params: TrainingParams, plan: Plan, machine: Machine, folder: Path, section: str, *, evaluate_at_start: bool
+) -> TrainingArguments:
+    """Our knobs as transformers' arguments.
+
+    Raises:
+        MachineError: The optimizer needs CUDA and there is none.
+    """
+    on_cpu = machine.device.type == "cpu"
+    if params.optimizer == "paged_adamw_8bit" and on_cpu:
+        raise MachineError(f"{section}.optimizer paged_adamw_8bit needs CUDA; set it to adamw")
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        use_cpu=on_cpu,
+        per_device_train_batch_size=params.batch_size,
+        max_steps=plan.num_steps,
+        learning_rate=params.learning_rate,
+        lr_scheduler_type=_SCHEDULES[params.schedule],
+        warmup_steps=plan.num_warmup_steps,
+        optim=_OPTIMIZERS[params.optimizer],
+        weight_decay=params.weight_decay,
+        max_grad_norm=params.max_grad_norm,
+        seed=params.seed,
+        data_seed=params.seed,
+        eval_strategy="steps",
+        eval_steps=params.eval_steps or plan.num_steps,
+        eval_on_start=evaluate_at_start,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        save_total_limit=2,
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        dataloader_num_workers=0,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process drives one device; no DataParallel
+    return arguments
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint in a folder; its state file is written last."""
+    found = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*")}
+    for step in sorted(found, reverse=True):
+        try:
+            json.loads((found[step] / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return found[step]
+    return None
+
+
+class GroupTrainer(Trainer):
+    """Trains on token groups with any objective.
+
+    Args:
+        model: The model, its trainable parameters marked.
+        scorer: Scores groups with that model.
+        objective: What is minimised.
+        train_groups: Training data.
+        held_out: Groups for the held-out loss.
+        max_tokens: Token budget of a micro-batch.
+        arguments: From :func:`training_arguments`.
+        callbacks: Further callbacks.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        scorer: Scorer,
+        objective: Objective,
+        train_groups: Sequence[TokenGroup],
+        held_out: Sequence[TokenGroup],
+        max_tokens: int,
+        arguments: TrainingArguments,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        self._scorer = scorer
+        self._objective = objective
+        self._max_tokens = max_tokens
+        self._step_metrics: dict[str, float] = {}
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=list(train_groups),  # type: ignore[arg-type]
+            eval_dataset=list(held_out),  # type: ignore[arg-type]
+            data_collator=lambda groups: {"groups": groups},
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Accumulate the gradient of one optimizer batch; returns its loss, detached float32 scalar."""
+        model.train()
+        groups: list[TokenGroup] = inputs["groups"]
+        weight = self._objective.weight(groups)
+        total = 0.0
+        sums: dict[str, float] = {}
+        for indices in split_by_tokens(groups, self._max_tokens):
+            batch = [groups[index] for index in indices]
+            result = self._objective.losses(batch, self._scorer.score(batch))
+            loss = result.losses_B.sum() / weight
+            self.accelerator.backward(loss)
+            total += loss.item()
+            for name, values in result.metrics.items():
+                sums[name] = sums.get(name, 0.0) + values.sum().item()
+        if not math.isfinite(total):
+            raise ParamsError(
+                f"the loss became {total} at step {self.state.global_step + 1};"
+                f" lower the learning rate, now {self.args.learning_rate:g}"
+            )
+        self._step_metrics = {name: value / len(groups) for name, value in sums.items()}
+        return torch.tensor(total, device=self.args.device)
+
+    @torch.no_grad()
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Held-out loss and metrics, weighted by example whatever the micro-batches."""
+        self.model.eval()  # type: ignore[union-attr]
+        groups: Sequence[TokenGroup] = self.eval_dataset  # type: ignore[assignment]
+        total = 0.0
+        sums: dict[str, float] = {}
+        for indices in split_by_tokens(groups, self._max_tokens):
+            batch = [groups[index] for index in indices]
+            result = self._objective.losses(batch, self._scorer.score(batch))
+            total += result.losses_B.sum().item()
+            for name, values in result.metrics.items():
+                sums[name] = sums.get(name, 0.0) + values.sum().item()
+        metrics = {"eval_loss": total / self._objective.weight(groups)}
+        metrics |= {f"eval_{name}": value / len(groups) for name, value in sums.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log a step with the objective's metrics beside the loss."""
+        if "loss" in logs:
+            logs = {**logs, **self._step_metrics}
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted here: Trainer's estimate is for padded tensors."""
+        return 0
+
+    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+        """The model as it is: the scorer calls its parts, so no wrapper may stand around it."""
+        return model
