@@ -39,7 +39,9 @@ class Section(BaseModel):
 class SftSource(Section):
     """Where the instruction data is."""
 
-    path: str = knob("data/raw/instructions.json", "File of instruction data, under data/raw so that DVC sees a change.")
+    path: str = knob(
+        "data/raw/instructions.json", "File of instruction data, under data/raw so that DVC sees a change."
+    )
     format: Literal["auto", "alpaca"] = knob("auto", "Format of its rows; auto detects it and says what it found.")
 
 
@@ -182,9 +184,7 @@ class RuntimeParams(Section):
     max_tokens_per_microbatch: int = knob(
         4096, "Memory knob: tokens that go through the model at once, padding included.", unit="tokens", ge=1
     )
-    checkpoint_minutes: float = knob(
-        10.0, "Work that a kill may cost; 0 saves after every step.", unit="minutes", ge=0
-    )
+    checkpoint_minutes: float = knob(10.0, "Work that a kill may cost; 0 saves after every step.", unit="minutes", ge=0)
     model_path: str | None = Field(
         default=None,
         description="Directory of the base model in Hugging Face layout with safetensors weights;"
@@ -272,7 +272,12 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node[parts[-1]] = value
 
 
-_BOUNDS = {"greater_than": "> {gt:g}", "greater_than_equal": ">= {ge:g}", "less_than": "< {lt:g}", "less_than_equal": "<= {le:g}"}
+_BOUNDS = {
+    "greater_than": "> {gt:g}",
+    "greater_than_equal": ">= {ge:g}",
+    "less_than": "< {lt:g}",
+    "less_than_equal": "<= {le:g}",
+}
 _TYPES = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",

@@ -179,9 +179,7 @@ def convert_stage(
     return metrics
 
 
-def _choose_format(
-    source: Path, kind: Kind[Example], name: str, head: list[Record]
-) -> tuple[Format[Example], str]:
+def _choose_format(source: Path, kind: Kind[Example], name: str, head: list[Record]) -> tuple[Format[Example], str]:
     if name != "auto":
         return next(reader for reader in kind.formats if reader.name == name), "named in params.yaml"
     rows = [record.value for record in head if isinstance(record.value, dict)]

@@ -72,7 +72,7 @@ def read_records(path: Path, on_bytes: Callable[[int], None] = lambda _: None) -
         raise DataError(f"{path} is a Git LFS pointer, not the data itself; fetch it with: git lfs pull")
     try:
         with io.BufferedReader(_CountedFile(path, on_bytes), _BLOCK) as raw:
-            file = gzip.GzipFile(fileobj=raw) if head.startswith(b"\x1f\x8b") else raw
+            file: Any = gzip.GzipFile(fileobj=raw) if head.startswith(b"\x1f\x8b") else raw
             yield from _read_json(path, file)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path} is a damaged gzip file ({error}); fetch it again") from None
@@ -113,9 +113,7 @@ def _read_lines(path: Path, file: IO[bytes]) -> Iterator[Record]:
             raise _not_utf8(path, data, line) from None
         except json.JSONDecodeError as error:
             hint = "; expected a JSON array or one JSON value a line" if row == 0 else ""
-            raise DataError(
-                f"{path}, line {line}, column {error.colno}: broken JSON: {error.msg}{hint}"
-            ) from None
+            raise DataError(f"{path}, line {line}, column {error.colno}: broken JSON: {error.msg}{hint}") from None
         except RecursionError:
             raise DataError(f"{path}, line {line}: JSON nested too deeply") from None
         yield Record(row, line, value)

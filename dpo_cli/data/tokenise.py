@@ -87,9 +87,7 @@ def tokenise_table(
     return table
 
 
-def _tokenise_row(
-    row: dict[str, Any], columns: Sequence[str], encoder: ChatEncoder, max_length: int
-) -> TokenGroup:
+def _tokenise_row(row: dict[str, Any], columns: Sequence[str], encoder: ChatEncoder, max_length: int) -> TokenGroup:
     prompt = row["prompt"]
     group = TokenGroup(
         id=row["id"],

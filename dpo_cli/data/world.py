@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -76,7 +76,7 @@ class _Family:
 
 # --- vocabulary and grammar ---------------------------------------------------------------
 
-_SLOTS: dict[str, dict[str, list[str]]] = {
+_SLOTS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "en": {
         "name": "Tom Anna Ben Clara David Emma Frank Grace Henry Ivy Jack Kate Leo Mia Noah Olga".split(),
         "friend": "Paul Rosa Sam Tina Victor Wendy Oscar Lucy".split(),

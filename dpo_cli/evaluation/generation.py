@@ -48,7 +48,7 @@ class _InverseCdf(LogitsProcessor):
         self._temperature = temperature
         self._step = 0
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:  # type: ignore[override]
         """Scores [R, V] to minus infinity everywhere but at the sampled token."""
         cumulative = (scores.float() / self._temperature).softmax(-1).double().cumsum(-1)
         targets = self._uniforms[:, self._step, None] * cumulative[:, -1:]

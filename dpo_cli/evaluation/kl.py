@@ -32,9 +32,7 @@ class SequenceKl:
     k1: float
 
 
-def sequence_kl(
-    policy_logps_NV: torch.Tensor, reference_logps_NV: torch.Tensor, tokens: Sequence[int]
-) -> SequenceKl:
+def sequence_kl(policy_logps_NV: torch.Tensor, reference_logps_NV: torch.Tensor, tokens: Sequence[int]) -> SequenceKl:
     """Both estimates from one answer.
 
     Args:

@@ -142,14 +142,14 @@ class ModelPair:
 
     def use_policy(self) -> Any:
         """The model as the policy."""
-        self.model.base_model.enable_adapter_layers()
+        self.model.enable_adapter_layers()  # type: ignore[operator]
         self.model.set_adapter(POLICY)
         return self.model.eval()
 
     def use_reference(self) -> Any:
         """The model as the reference."""
         if self.reference_adapter is None:
-            self.model.base_model.disable_adapter_layers()
+            self.model.disable_adapter_layers()  # type: ignore[operator]
         else:
             self.model.set_adapter(self.reference_adapter)
         return self.model.eval()

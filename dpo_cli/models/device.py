@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ def prepare_machine(runtime: RuntimeParams) -> Machine:
     Raises:
         MachineError: runtime.device is cuda and there is none, or several processes were started.
     """
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_processes > 1:
+        raise MachineError(f"{num_processes} processes were started (WORLD_SIZE); a stage runs as one, on one device")
     torch.set_num_threads(runtime.threads)
     available = torch.cuda.is_available()
     if runtime.device == "cuda" and not available:

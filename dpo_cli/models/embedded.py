@@ -12,7 +12,6 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
@@ -89,14 +88,22 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
             num_key_value_heads=4,
             max_position_embeddings=8192,
             tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=_special_id(tokenizer, PAD),
+            eos_token_id=_special_id(tokenizer, END),
             bos_token_id=None,
         )
     )
 
 
-def build_embedded(folder: Path, work: Path, seed: int, num_steps: int, checkpoint_s: float, reporter: Reporter) -> None:
+def _special_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(token_id, int)
+    return token_id
+
+
+def build_embedded(
+    folder: Path, work: Path, seed: int, num_steps: int, checkpoint_s: float, reporter: Reporter
+) -> None:
     """Build tokenizer and weights into ``folder``, in Hugging Face layout.
 
     Args:
@@ -178,8 +185,7 @@ def _examples(
     No prompt that the split could hold out (position below WORLD_HELD_OUT) is ever drawn.
     """
     rng = random.Random(f"pretraining {seed} {step}")
-    special: list[Any] = tokenizer.convert_tokens_to_ids([USER, END, ASSISTANT])
-    begin, end, answer = special
+    begin, end, answer = (_special_id(tokenizer, name) for name in (USER, END, ASSISTANT))
     copying = step < _COPY_UNTIL * num_steps
 
     def encode(text: str) -> list[int]:

@@ -77,9 +77,7 @@ def open_graph(model: ModelParams, reference: ReferenceParams, runtime: RuntimeP
         "engine": ENGINE_VERSION,
         **library_versions(),
     }
-    return Graph(
-        base, sft, machine, reference.quantization, reference.max_length, tokenizer, encoder, identity
-    )
+    return Graph(base, sft, machine, reference.quantization, reference.max_length, tokenizer, encoder, identity)
 
 
 def open_base(model: ModelParams, runtime: RuntimeParams) -> tuple[Path, ChatEncoder, Any]:

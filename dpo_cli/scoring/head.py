@@ -63,7 +63,7 @@ def token_logps(
     Returns:
         float32 [N], nats.
     """
-    vocabulary = head.weight.shape[0]
+    vocabulary = head.weight.shape[0]  # type: ignore[index]
     chunk = max(_MIN_CHUNK_ROWS, _CHUNK_BYTES // (8 * vocabulary))
 
     def logps(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

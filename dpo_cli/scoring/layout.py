@@ -68,9 +68,7 @@ def pad_groups(groups: Sequence[TokenGroup]) -> Layout:
         predictors.append(torch.arange(len(prompt) - 1, end - 1) + row * length)
         targets.append(torch.tensor(completion))
         owners.append(torch.full((len(completion),), row))
-    return Layout(
-        tokens, torch.cat(predictors), torch.cat(targets), torch.cat(owners), len(groups), num_completions
-    )
+    return Layout(tokens, torch.cat(predictors), torch.cat(targets), torch.cat(owners), len(groups), num_completions)
 
 
 def split_by_tokens(groups: Sequence[TokenGroup], max_tokens: int) -> list[list[int]]:

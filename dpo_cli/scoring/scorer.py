@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.scoring.head import LogitTransform, token_logps
@@ -47,7 +48,7 @@ class Scorer:
 
     def __init__(self, model: torch.nn.Module, compute_dtype: torch.dtype) -> None:
         self._model = model
-        causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self._causal = causal
         self._autocast_dtype = compute_dtype if compute_dtype != torch.float32 else None
         self._head = causal.get_output_embeddings()

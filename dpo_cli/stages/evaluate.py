@@ -59,7 +59,9 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         raise DataError("data/preference/eval.parquet: no pair is within reference.max_length")
     num_leaked = _count_leaked_prompts(table)
     if num_leaked:
-        raise DataError(f"{num_leaked} held-out prompts are in the training data; run: dpo-cli convert-sft, convert-preferences")
+        raise DataError(
+            f"{num_leaked} held-out prompts are in the training data; run: dpo-cli convert-sft, convert-preferences"
+        )
     cache = read_cache(paths.REFERENCE, graph.identity)
     with stage_scratch("evaluate", "run"):
         pair = load_pair(graph.base, graph.sft, graph.machine, graph.quantization)

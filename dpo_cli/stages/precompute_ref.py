@@ -99,9 +99,7 @@ def _unique_completions(groups: Sequence[TokenGroup]) -> dict[str, TokenGroup]:
     }
 
 
-def _compute(
-    graph: Graph, missing: Sequence[TokenGroup], store: RowStore, params: Params, reporter: Reporter
-) -> None:
+def _compute(graph: Graph, missing: Sequence[TokenGroup], store: RowStore, params: Params, reporter: Reporter) -> None:
     """Score completions, longest batches last, and store them as time passes."""
     runtime = params.runtime
     model = load_reference(graph.base, graph.sft, graph.machine, graph.quantization)

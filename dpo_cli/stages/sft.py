@@ -60,9 +60,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     )
     with stage_scratch("sft", fingerprint) as scratch:
         whole = sft.method == "full"
-        model = load_model(
-            base, machine, quantization="nf4" if sft.method == "qlora" else "none", trainable=whole
-        )
+        model = load_model(base, machine, quantization="nf4" if sft.method == "qlora" else "none", trainable=whole)
         if whole:
             model.requires_grad_(True)
         else:
@@ -83,12 +81,12 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         )
         built = scratch.build_folder()
         if whole:
-            model.save_pretrained(built)
+            model.save_pretrained(str(built))
             tokenizer.save_pretrained(built)
             files = model_files(built)
         else:
             save_adapter(model, built, params.model.name)
-            files = list(ADAPTER_FILES)
+            files = list[str](ADAPTER_FILES)
         write_sft_manifest(built, sft.method, files, digest)
         publish_folder(built, paths.SFT_MODEL)
         scratch.clear()
@@ -137,9 +135,7 @@ def _refuse_empty(train: TokenTable, held_out: TokenTable, max_length: int) -> N
             )
 
 
-def _metrics(
-    sft: SftParams, train: TokenTable, held_out: TokenTable, result: Fit, peak_gib: float
-) -> dict[str, Any]:
+def _metrics(sft: SftParams, train: TokenTable, held_out: TokenTable, result: Fit, peak_gib: float) -> dict[str, Any]:
     tokens = sum(len(group.prompt) + len(group.completions[0]) for group in train.groups) / len(train.groups)
     eval_loss = result.last("eval_loss")
     return {

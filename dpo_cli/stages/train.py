@@ -79,9 +79,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
             graph.base, graph.sft, graph.machine, graph.quantization, knobs.lora or LoraParams(), knobs.seed
         )
         scorer = Scorer(policy, graph.machine.compute_dtype)
-        step_zero = check_step_zero(
-            policy, scorer, objective, train.groups, params.runtime.max_tokens_per_microbatch
-        )
+        step_zero = check_step_zero(policy, scorer, objective, train.groups, params.runtime.max_tokens_per_microbatch)
         result = fit(
             policy,
             scorer,
@@ -131,18 +129,12 @@ def _provenance(params: Params, graph: Graph) -> dict[str, Any]:
         },
         "base": read_lock(),
         "graph": graph.identity,
-        "data": {
-            split: {"sha256": sha256_file(Path(paths.PREFERENCE_DATA) / f"{split}.parquet")} for split in SPLITS
-        },
+        "data": {split: {"sha256": sha256_file(Path(paths.PREFERENCE_DATA) / f"{split}.parquet")} for split in SPLITS},
     }
 
 
-def _metrics(
-    graph: Graph, train: TokenTable, held_out: TokenTable, step_zero: StepZero, result: Fit
-) -> dict[str, Any]:
-    tokens = sum(
-        2 * len(group.prompt) + sum(map(len, group.completions)) for group in train.groups
-    ) / len(train.groups)
+def _metrics(graph: Graph, train: TokenTable, held_out: TokenTable, step_zero: StepZero, result: Fit) -> dict[str, Any]:
+    tokens = sum(2 * len(group.prompt) + sum(map(len, group.completions)) for group in train.groups) / len(train.groups)
     return {
         "num_pairs": len(train.groups),
         "num_eval": len(held_out.groups),

@@ -1,7 +1,7 @@
-"""HH transcripts (Bai et al. 2022): ``{"chosen", "rejected"}``, both whole conversations.
+r"""HH transcripts (Bai et al. 2022): ``{"chosen", "rejected"}``, both whole conversations.
 
-Each is a text of turns ``\\n\\nHuman: ...\\n\\nAssistant: ...``. The prompt is what both have in
-common up to their last common ``\\n\\nAssistant:``; what follows is the answer.
+Each is a text of turns ``\n\nHuman: ...\n\nAssistant: ...``. The prompt is what both have in
+common up to their last common ``\n\nAssistant:``; what follows is the answer.
 """
 
 from __future__ import annotations
@@ -21,14 +21,12 @@ def _read_turns(text: str) -> Messages:
     if start.strip():
         raise RowProblem("bad_transcript", "text stands before the first turn")
     makers = {"Human": user, "Assistant": assistant}
-    return [
-        makers[role](content.removeprefix(" ")) for role, content in zip(pieces[::2], pieces[1::2], strict=True)
-    ]
+    return [makers[role](content.removeprefix(" ")) for role, content in zip(pieces[::2], pieces[1::2], strict=True)]
 
 
 def _read(row: RawRow) -> PreferenceExample:
     chosen, rejected = text_field(row, "chosen"), text_field(row, "rejected")
-    cut = os.path.commonprefix([chosen, rejected]).rfind(_ANSWER)
+    cut = os.path.commonprefix([chosen, rejected]).rfind(_ANSWER)  # noqa: RUF071 (texts, not paths)
     if cut < 0:
         raise RowProblem("bad_transcript", "chosen and rejected share no opening up to an Assistant turn")
     answers = [text[cut + len(_ANSWER) :] for text in (chosen, rejected)]

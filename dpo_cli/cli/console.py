@@ -1,0 +1,163 @@
+"""The terminal: progress bars where there is one, a plain line per interval where there is none.
+
+Progress and notes go to standard error, results to standard output, so that a pipe gets the
+results alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from dpo_cli.core.progress import Meter
+
+_PLAIN_INTERVAL_S = 10.0
+
+
+class ConsoleReporter:
+    """Prints what a stage reports.
+
+    Args:
+        show_tables: Print summaries; off where the results are printed as JSON.
+    """
+
+    def __init__(self, *, show_tables: bool = True) -> None:
+        self._notes = Console(stderr=True, highlight=False)
+        self._results = Console(highlight=False)
+        self._show_tables = show_tables
+
+    def say(self, text: str) -> None:
+        """One line the user should see."""
+        self._notes.print(Text(text), soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """One line the user should act on or know of."""
+        self._notes.print(Text.assemble(("warning: ", "bold yellow"), text), soft_wrap=True)
+
+    @contextmanager
+    def meter(self, label: str, total: int, unit: str) -> Iterator[Meter]:
+        """A bar on a terminal, else a line every ten seconds and one at the end."""
+        if not self._notes.is_terminal:
+            meter = _PlainMeter(self, label, total, unit)
+            yield meter
+            meter.close()
+            return
+        columns: list[ProgressColumn | str] = [
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            _AmountColumn(unit),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        ]
+        with Progress(*columns, console=self._notes) as progress:
+            yield _BarMeter(progress, progress.add_task(label, total=total, note=""))
+
+    def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """Print a summary."""
+        if not self._show_tables:
+            return
+        table = Table(title=Text(title), title_justify="left", title_style="bold", show_header=False, box=None)
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in rows:
+            table.add_row(Text(name), Text(value))
+        self._results.print()
+        self._results.print(table)
+
+
+class _BarMeter:
+    def __init__(self, progress: Progress, task: int) -> None:
+        self._progress = progress
+        self._task = task
+
+    def advance(self, amount: int) -> None:
+        self._progress.advance(self._task, amount)  # type: ignore[arg-type]
+
+    def note(self, text: str) -> None:
+        self._progress.update(self._task, note=text)  # type: ignore[arg-type]
+
+
+class _AmountColumn(ProgressColumn):
+    """Done and total with the rate, such as ``40/129 steps, 6.2/s``."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        total = None if task.total is None else int(task.total)
+        rate = f", {_number(task.speed, self._unit)}/s" if task.speed else ""
+        return Text(f"{_amount(int(task.completed), total, self._unit)}{rate}")
+
+
+class _PlainMeter:
+    """Says how far the work is, at most once an interval."""
+
+    def __init__(self, reporter: ConsoleReporter, label: str, total: int, unit: str) -> None:
+        self._reporter = reporter
+        self._label = label
+        self._total = total
+        self._unit = unit
+        self._done = 0
+        self._note = ""
+        self._begun = self._said = time.monotonic()
+
+    def advance(self, amount: int) -> None:
+        self._done += amount
+        now = time.monotonic()
+        if now - self._said >= _PLAIN_INTERVAL_S and self._done < self._total:
+            self._said = now
+            rate = self._done / (now - self._begun)
+            left = (self._total - self._done) / rate
+            self._say(f", {_number(rate, self._unit)}/s, {_duration(left)} left")
+
+    def note(self, text: str) -> None:
+        self._note = text
+
+    def close(self) -> None:
+        """The work is done."""
+        self._say(f" in {_duration(time.monotonic() - self._begun)}")
+
+    def _say(self, rest: str) -> None:
+        note = f", {self._note}" if self._note else ""
+        self._reporter.say(f"{self._label}: {_amount(self._done, self._total, self._unit)}{rest}{note}")
+
+
+def _amount(done: int, total: int | None, unit: str) -> str:
+    if unit == "bytes":
+        return _number(done, unit) if total is None else f"{_number(done, unit)} of {_number(total, unit)}"
+    return f"{done}/{total} {unit}" if total is not None else f"{done} {unit}"
+
+
+def _number(value: float, unit: str) -> str:
+    if unit != "bytes":
+        return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+    for name in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {name}" if name == "B" else f"{value:.1f} {name}"
+        value /= 1024
+    return f"{value:.1f} GiB"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

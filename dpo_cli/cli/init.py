@@ -1,0 +1,149 @@
+"""``dpo-cli init``: a project folder of one's own, with the same pipeline as this repository."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from dpo_cli.core import paths
+from dpo_cli.core.artifacts import write_text
+from dpo_cli.core.errors import DataError, MachineError
+from dpo_cli.core.params_text import EMBEDDED_PRESET, params_yaml
+from dpo_cli.core.pipeline import dvc_yaml
+from dpo_cli.core.progress import Reporter
+from dpo_cli.data import world
+
+DVC_CONFIG = """\
+[core]
+    analytics = false
+    check_update = false
+"""
+DVC_FOLDER_GITIGNORE = "/config.local\n/tmp\n/cache\n"
+DVCIGNORE = "__pycache__/\n*.py[co]\n*.tmp\n.scratch/\n"
+GITATTRIBUTES = "* text=auto eol=lf\n"
+GITIGNORE = """\
+.scratch/
+*.tmp
+
+# made by the pipeline, kept by DVC
+/data/sft
+/data/preference
+/data/reference
+/models/base
+/models/sft
+/models/dpo
+"""
+
+
+@dataclass(frozen=True)
+class ProjectFiles:
+    """What the user brings; None stands for the embedded default.
+
+    Attributes:
+        sft: File of instruction data.
+        preferences: File of preference data.
+        model: Directory of the base model.
+    """
+
+    sft: Path | None = None
+    preferences: Path | None = None
+    model: Path | None = None
+
+
+def create_project(folder: Path, files: ProjectFiles, reporter: Reporter) -> None:
+    """Make a project folder.
+
+    Raises:
+        DataError: A given file is missing, or the folder holds a project already.
+        MachineError: The model directory is missing, or git cannot be run.
+    """
+    _check(folder, files)
+    folder.mkdir(parents=True, exist_ok=True)
+    values = _settings(files)
+    for key, source, name, rows in (
+        ("data.sft.path", files.sft, "instructions.json", world.instruction_rows),
+        ("data.preferences.path", files.preferences, "preferences.json", world.preference_rows),
+    ):
+        target = paths.RAW / (source.name if source else name)
+        if source is None:
+            write_text(folder / target, rows_json(rows(0)))
+        else:
+            (folder / paths.RAW).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, folder / target)
+            values[key] = target.as_posix()
+    for name, text in {
+        ".dvc/config": DVC_CONFIG,
+        ".dvc/.gitignore": DVC_FOLDER_GITIGNORE,
+        ".dvcignore": DVCIGNORE,
+        ".gitattributes": GITATTRIBUTES,
+        ".gitignore": GITIGNORE,
+        "dvc.yaml": yaml_text(dvc_yaml()),
+        "params.yaml": params_yaml(values),
+    }.items():
+        if name.startswith(".git") and (folder / name).exists():
+            reporter.warn(f"{folder / name} is kept as it is; dpo-cli would have written {text.split()!r}")
+            continue
+        write_text(folder / name, text)
+    _ensure_git(folder)
+    reporter.say(f"{folder} is ready. Look at {folder / 'params.yaml'}, then run: dpo-cli -C {folder} repro")
+
+
+def _settings(files: ProjectFiles) -> dict[str, Any]:
+    """Settings that differ from their defaults, by dotted path."""
+    values: dict[str, Any] = {}
+    if files.model is None:
+        values |= EMBEDDED_PRESET
+    else:
+        folder = files.model.resolve()
+        values |= {"model.name": folder.name, "runtime.model_path": folder.as_posix()}
+    values["evaluate.judge"] = "none" if files.preferences else "world"
+    if files.preferences and files.model is None:
+        values |= {"evaluate.num_prompts": 128, "evaluate.max_new_tokens": 128}
+    return values
+
+
+def rows_json(rows: list[dict[str, str]]) -> str:
+    """Rows as a JSON array, one row a line."""
+    return "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n"
+
+
+def yaml_text(tree: Any) -> str:
+    """A tree as block-style YAML."""
+    stream = io.StringIO()
+    yaml = YAML()
+    yaml.width = 120
+    yaml.indent(mapping=2, sequence=2, offset=0)
+    yaml.dump(tree, stream)
+    return stream.getvalue()
+
+
+def _check(folder: Path, files: ProjectFiles) -> None:
+    for path in (files.sft, files.preferences):
+        if path is not None and not path.is_file():
+            raise DataError(f"{path} is missing; give the file of your data")
+    if files.sft is not None and files.preferences is not None and files.sft.name == files.preferences.name:
+        raise DataError(f"both files are named {files.sft.name}; they are copied into one folder, so rename one")
+    if files.model is not None and not files.model.is_dir():
+        raise MachineError(f"{files.model} is missing; --model takes the directory of a model")
+    for name in ("params.yaml", "dvc.yaml", ".dvc"):
+        if (folder / name).exists():
+            raise DataError(f"{folder / name} exists already; give a new folder, or delete it first")
+
+
+def _ensure_git(folder: Path) -> None:
+    """DVC's experiments and diffs need git."""
+    try:
+        inside = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "--is-inside-work-tree"], capture_output=True, check=False
+        )
+        if inside.returncode:
+            subprocess.run(["git", "-C", str(folder), "init", "-q", "-b", "main"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise MachineError(f"git cannot be run ({error}); DVC needs it") from None

@@ -1,0 +1,70 @@
+"""``dpo-cli repro``: DVC with this interpreter, then the verdict."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from dpo_cli.core import paths
+from dpo_cli.core.artifacts import read_json
+from dpo_cli.core.errors import ParamsError
+from dpo_cli.core.pipeline import STAGES
+from dpo_cli.core.progress import Reporter
+from dpo_cli.evaluation.verdict import headline, verdict
+
+EXIT_CODE_FILE = "DPO_CLI_EXIT_CODE_FILE"
+"""Environment variable: the file to which a failing stage writes its exit code, which DVC hides."""
+
+
+def reproduce(targets: Sequence[str], *, force: bool, reporter: Reporter) -> int:
+    """Run ``dvc repro`` in the working directory and print the verdict.
+
+    Args:
+        targets: Stages, by either of their names; none: all.
+        force: Run stages that did not change, too.
+        reporter: Prints the verdict.
+
+    Returns:
+        0, or the exit code of the stage that failed, or DVC's own.
+
+    Raises:
+        ParamsError: This is no project folder, or there is no such stage.
+    """
+    for path in (Path(".dvc"), Path("dvc.yaml")):
+        if not path.exists():
+            raise ParamsError(f"{path} is missing: {Path.cwd()} is no project folder; make one: dpo-cli init DIR")
+    stages = {stage.command: stage.name for stage in STAGES} | {stage.name: stage.name for stage in STAGES}
+    unknown = [target for target in targets if target not in stages]
+    if unknown:
+        known = ", ".join(stage.command for stage in STAGES)
+        raise ParamsError([f"{target} is not a stage; there are {known}" for target in unknown])
+    command = [sys.executable, "-m", "dvc", "repro", *(["--force"] if force else []), *map(stages.__getitem__, targets)]
+    code = _run(command)
+    if code == 0 and (not targets or "evaluate" in map(stages.__getitem__, targets)):
+        metrics = read_json(paths.metrics_file("evaluate"), "run: dpo-cli evaluate")["evaluate"]
+        rows = [(finding.name, f"{finding.value}  ({finding.meaning})") for finding in verdict(metrics)]
+        reporter.table(headline(metrics)[0], [*rows, ("report", paths.REPORT_HTML.as_posix())])
+    return code
+
+
+def _run(command: Sequence[str]) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        code_file = Path(folder) / "exit_code"
+        environment = os.environ | {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+            EXIT_CODE_FILE: str(code_file),
+        }
+        # Ctrl-C reaches the stage by itself; it saves and ends, then DVC ends, then we do.
+        before = signal.signal(signal.SIGINT, lambda signum, frame: None)
+        try:
+            code = subprocess.run(command, env=environment, check=False).returncode
+        finally:
+            signal.signal(signal.SIGINT, before)
+        if code and code_file.exists():
+            return int(code_file.read_text(encoding="utf-8"))
+    return code

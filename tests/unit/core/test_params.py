@@ -1,0 +1,299 @@
+"""The schema of params.yaml: every problem in one go, in words that say what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from dpo_cli.core.errors import ParamsError
+from dpo_cli.core.params import Params, iter_settings, load_params, parse_params
+
+
+def problems_of(tree: dict[str, Any]) -> list[str]:
+    with pytest.raises(ParamsError) as caught:
+        parse_params(tree)
+    return caught.value.problems
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "params.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+# --- values -------------------------------------------------------------------------------
+
+
+def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
+    assert load_params(write(tmp_path, "")) == Params()
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    params = load_params(
+        write(tmp_path, "train:\n  beta: 0.3\n  loss: hinge\nsft:\n  lora: {r: 4, target_modules: [q_proj]}\n")
+    )
+    assert (params.train.beta, params.train.loss) == (0.3, "hinge")
+    assert (params.sft.lora.r, params.sft.lora.target_modules) == (4, ["q_proj"])
+    assert params.train.batch_size == Params().train.batch_size
+
+
+@pytest.mark.parametrize("text", ["1e-06", "1.0e-6", "0.000001"])
+def test_a_learning_rate_is_a_number_however_it_is_written(tmp_path: Path, text: str) -> None:
+    """PyYAML reads 1e-06, which ``dvc exp run -S`` writes, as a string."""
+    assert load_params(write(tmp_path, f"train: {{learning_rate: {text}}}\n")).train.learning_rate == 1e-6
+
+
+def test_a_byte_order_mark_does_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_bytes(b"\xef\xbb\xbftrain:\n  beta: 0.3\n")
+    assert load_params(path).train.beta == 0.3
+
+
+def test_params_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Params().train.beta = 0.5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("tree", "problem"),
+    [
+        ({"train": {"beta": -1}}, "train.beta must be > 0, got -1"),
+        ({"train": {"beta": 0}}, "train.beta must be > 0, got 0"),
+        ({"train": {"label_smoothing": 0.5}}, "train.label_smoothing must be < 0.5, got 0.5"),
+        ({"sft": {"batch_size": 0}}, "sft.batch_size must be >= 1, got 0"),
+        ({"sft": {"batch_size": 1.5}}, "sft.batch_size must be a whole number, got 1.5"),
+        ({"sft": {"batch_size": "16"}}, "sft.batch_size must be a whole number, got '16'"),
+        ({"train": {"beta": "0.1"}}, "train.beta must be a number, got '0.1'"),
+        ({"train": {"beta": True}}, "train.beta must be a number, got True"),
+        ({"model": {"name": 7}}, "model.name must be text, got 7"),
+        ({"train": {"loss": "dpo"}}, "train.loss must be one of 'sigmoid', 'cdpo', 'ipo' or 'hinge', got 'dpo'"),
+        ({"train": 5}, "train must be a section, got 5"),
+        ({"train": {"lora": 5}}, "train.lora must be a section, got 5"),
+        ({"sft": {"lora": {"target_modules": "q_proj"}}}, "sft.lora.target_modules must be a list, got 'q_proj'"),
+        ({"data": {"eval_fraction": 1}}, "data.eval_fraction must be < 1, got 1"),
+        ({"evaluate": {"confidence": 0.5}}, "evaluate.confidence must be > 0.5, got 0.5"),
+    ],
+)
+def test_a_wrong_value_says_where_what_and_got(tree: dict[str, Any], problem: str) -> None:
+    assert problems_of(tree) == [f"params.yaml: {problem}"]
+
+
+@pytest.mark.parametrize("path", ["model.name", "sft.lora.target_modules"])
+def test_an_empty_value_is_refused_where_one_is_needed(path: str) -> None:
+    *sections, name = path.split(".")
+    tree: Any = {name: "" if name == "name" else []}
+    for section in reversed(sections):
+        tree = {section: tree}
+    (problem,) = problems_of(tree)
+    assert problem.startswith(f"params.yaml: {path}: ")
+
+
+def test_not_a_number_is_no_number() -> None:
+    (problem,) = problems_of({"train": {"beta": float("nan")}})
+    assert "train.beta must be > 0" in problem
+
+
+@pytest.mark.xfail(strict=True, reason="infinity passes the schema; train.epochs .inf then ends in an OverflowError")
+@pytest.mark.parametrize("name", ["beta", "epochs", "learning_rate", "max_grad_norm"])
+def test_infinity_is_no_number(name: str) -> None:
+    (problem,) = problems_of({"train": {name: float("inf")}})
+    assert f"train.{name}" in problem
+
+
+def test_all_problems_of_a_file_come_in_one_go() -> None:
+    found = problems_of(
+        {
+            "train": {"beta": -1, "lerning_rate": 1e-5},
+            "sft": {"lora": {"r": 0}},
+            "evaluat": {},
+            "runtime": {"device": "tpu"},
+        }
+    )
+    assert len(found) == 5
+    for part in ("train.beta", "train.lerning_rate", "sft.lora.r", "evaluat", "runtime.device"):
+        assert sum(f"params.yaml: {part} " in problem for problem in found) == 1
+
+
+# --- unknown keys -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tree", "name", "nearest"),
+    [
+        ({"train": {"bta": 1}}, "train.bta", "train.beta"),
+        ({"train": {"lerning_rate": 1}}, "train.lerning_rate", "train.learning_rate"),
+        ({"trian": {}}, "trian", "train"),
+        ({"sft": {"lora": {"alhpa": 1}}}, "sft.lora.alhpa", "sft.lora.alpha"),
+        ({"train": {"lora": {"rr": 1}}}, "train.lora.rr", "train.lora.r"),
+        ({"data": {"sft": {"pth": ""}}}, "data.sft.pth", "data.sft.path"),
+        ({"sft": {"beta": 0.1}}, "sft.beta", "train.beta"),
+        ({"train": {"device": "cpu"}}, "train.device", "runtime.device"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_name(tree: dict[str, Any], name: str, nearest: str) -> None:
+    assert problems_of(tree) == [f"params.yaml: {name} is not a setting; did you mean {nearest}?"]
+
+
+def test_an_unknown_key_without_a_near_name_lists_what_there_is() -> None:
+    (problem,) = problems_of({"reference": {"zzzzzzzz": 1}})
+    assert problem == (
+        "params.yaml: reference.zzzzzzzz is not a setting; there are reference.quantization, reference.max_length"
+    )
+
+
+# --- settings without effect, and contradictions -------------------------------------------
+
+OWN = {"name": "mine"}
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"runtime": {"model_path": "somewhere"}}, "runtime.model_path has no effect with model.name embedded"),
+        ({"model": {"chat_template": "chatml"}}, "model.chat_template has no effect with model.name embedded"),
+        ({"model": OWN | {"seed": 3}}, "model.seed has no effect with model.name mine"),
+        ({"model": OWN | {"pretrain_steps": 3}}, "model.pretrain_steps has no effect with model.name mine"),
+        (
+            {"evaluate": {"judge": "world"}, "data": {"eval_fraction": 0.4}},
+            "data.eval_fraction must be <= 0.3 with evaluate.judge world, got 0.4",
+        ),
+        ({"sft": {"method": "full", "lora": {"r": 4}}}, "sft.lora has no effect with sft.method full"),
+        ({"train": {"lora": {"r": 4}}}, "train.lora has no effect with sft.method qlora"),
+        ({"train": {"loss": "cdpo"}}, "train.loss cdpo needs train.label_smoothing > 0"),
+        ({"train": {"label_smoothing": 0.1}}, "train.label_smoothing has no effect with train.loss sigmoid"),
+        ({"train": {"max_steps": 5, "epochs": 2.0}}, "train.epochs has no effect beside train.max_steps"),
+        ({"sft": {"max_steps": 5, "epochs": 2.0}}, "sft.epochs has no effect beside sft.max_steps"),
+        ({"sft": {"optimizer": "rmsprop", "weight_decay": 0.1}}, "sft.weight_decay has no effect with sft.optimizer"),
+    ],
+)
+def test_a_setting_without_effect_is_an_error(tree: dict[str, Any], words: str) -> None:
+    (problem,) = problems_of(tree)
+    assert problem.startswith(f"params.yaml: {words}")
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"evaluate": {"judge": "world"}, "data": {"eval_fraction": 0.3}},
+        {"train": {"loss": "cdpo", "label_smoothing": 0.1}},
+        {"sft": {"method": "none", "max_steps": 5, "epochs": 2.0}, "train": {"lora": {"r": 4}}},
+        {"sft": {"method": "full"}, "train": {"lora": {"r": 4}}},
+        {"train": {"max_steps": 5}},
+        {"model": OWN | {"chat_template": "chatml"}, "runtime": {"model_path": "somewhere"}},
+    ],
+)
+def test_settings_that_go_together_pass(tree: dict[str, Any]) -> None:
+    parse_params(tree)
+
+
+def test_several_settings_without_effect_come_in_one_go() -> None:
+    assert len(problems_of({"model": OWN | {"seed": 3, "pretrain_steps": 3}, "train": {"label_smoothing": 0.1}})) == 3
+
+
+# --- the file -----------------------------------------------------------------------------
+
+
+def test_a_missing_file_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ParamsError, match=r"params.yaml is missing; run the command in a project folder"):
+        load_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train:\n  beta: [1\n", r"params.yaml, line \d+, column \d+: not valid YAML: "),
+        ("train:\n  beta: 0.1\n  beta: 0.2\n", "not valid YAML: found duplicate key"),
+        ("train: !!python/object:os.system {}\n", "not valid YAML: "),
+        ("a: 1\n---\nb: 2\n", "not valid YAML: "),
+        ("- 1\n- 2\n", "must hold sections .* got list"),
+        ("beta\n", "must hold sections .* got str"),
+    ],
+)
+def test_a_file_that_holds_no_sections_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(ParamsError, match=words):
+        load_params(write(tmp_path, text))
+
+
+def test_a_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_bytes("model: {revision: 版本}\n".encode("gbk"))
+    with pytest.raises(ParamsError, match="not UTF-8 text"):
+        load_params(path)
+
+
+@pytest.mark.xfail(strict=True, raises=ValueError, reason="load_params lets ruamel's ValueError through")
+@pytest.mark.parametrize("overrides", [[], ["model.revision=2024-13-01"]])
+def test_a_date_that_does_not_exist_is_a_problem_of_the_file(tmp_path: Path, overrides: list[str]) -> None:
+    path = write(tmp_path, "" if overrides else "model: {revision: 2024-13-01}\n")
+    with pytest.raises(ParamsError):
+        load_params(path, overrides)
+
+
+@pytest.mark.xfail(strict=True, raises=RecursionError, reason="load_params lets a RecursionError through")
+def test_yaml_nested_too_deeply_is_a_problem_of_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ParamsError):
+        load_params(write(tmp_path, "[" * 3000))
+
+
+# --- overrides ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("train.beta=0.5", "train.beta", 0.5),
+        ("train.beta = 0.5", "train.beta", 0.5),
+        ("train.learning_rate=1e-06", "train.learning_rate", 1e-6),
+        ("data.sft.path=data/raw/a=b.json", "data.sft.path", "data/raw/a=b.json"),
+        ("sft.lora.target_modules=[q_proj, v_proj]", "sft.lora.target_modules", ["q_proj", "v_proj"]),
+        ("sft.max_steps=null", "sft.max_steps", None),
+        ("reference.max_length=77", "reference.max_length", 77),
+    ],
+)
+def test_an_override_wins_over_the_file(tmp_path: Path, override: str, path: str, value: Any) -> None:
+    found: Any = load_params(write(tmp_path, "train:\n  beta: 0.2\nsft:\n  max_steps: 3\n"), [override])
+    for part in path.split("."):
+        found = getattr(found, part)
+    assert found == value
+
+
+def test_a_later_override_wins_over_an_earlier_one(tmp_path: Path) -> None:
+    assert load_params(write(tmp_path, ""), ["train.beta=0.5", "train.beta=0.6"]).train.beta == 0.6
+
+
+def test_an_override_opens_a_section_that_is_null(tmp_path: Path) -> None:
+    path = write(tmp_path, "sft: {method: none}\ntrain:\n  lora: null\n")
+    lora = load_params(path, ["train.lora.r=3"]).train.lora
+    assert lora is not None
+    assert lora.r == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("beta", "--set takes section.key=value, got 'beta'"),
+        ("beta=1", "--set takes section.key=value, got 'beta=1'"),
+        (".beta=1", "--set takes section.key=value"),
+        ("train..beta=1", "--set takes section.key=value"),
+        ("train.beta=[", r"--set train.beta, line \d+, column \d+: not valid YAML"),
+        ("train.beta.deep=1", "--set train.beta.deep: beta is a value, not a section"),
+        ("train.bta=1", "train.bta is not a setting; did you mean train.beta?"),
+        ("train.beta=-1", "train.beta must be > 0, got -1"),
+    ],
+)
+def test_a_wrong_override_says_what_is_wrong(tmp_path: Path, override: str, words: str) -> None:
+    with pytest.raises(ParamsError, match=words.replace("?", r"\?")):
+        load_params(write(tmp_path, "train:\n  beta: 0.2\n"), [override])
+
+
+# --- the schema itself ---------------------------------------------------------------------
+
+
+def test_every_setting_has_a_meaning_and_its_default_is_valid() -> None:
+    settings = dict(iter_settings())
+    assert [path for path, field in settings.items() if not field.description] == []
+    assert {"train.beta", "data.sft.path", "sft.lora.r", "runtime.model_path"} <= set(settings)
+    assert parse_params(Params().model_dump()) == Params()

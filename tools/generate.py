@@ -1,0 +1,171 @@
+"""Write what is derived from the code: dvc.yaml, params.yaml, the embedded data, docs/params.md, docs/cli.md.
+
+python tools/generate.py           write the files
+python tools/generate.py --check   name those that differ from the code, and exit 1
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import html
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from dpo_cli.cli.init import DVC_CONFIG, DVC_FOLDER_GITIGNORE, DVCIGNORE, GITATTRIBUTES, rows_json, yaml_text  # noqa: E402
+from dpo_cli.core import paths  # noqa: E402
+from dpo_cli.core.params import Params, iter_settings  # noqa: E402
+from dpo_cli.core.params_text import EMBEDDED_PRESET, params_yaml, range_of, unit_of  # noqa: E402
+from dpo_cli.core.pipeline import STAGES, dvc_yaml  # noqa: E402
+from dpo_cli.data import world  # noqa: E402
+
+_GENERATED = "<!-- Written by tools/generate.py; edit the code, then run: make docs -->"
+
+
+# --- what a stage's code is ------------------------------------------------------------------------
+
+
+def closure(module: str) -> list[str]:
+    """Every file that a module's imports reach within dpo_cli, as paths from the root, sorted.
+
+    Packages whose ``__init__`` holds nothing but a docstring are left out: they cannot change a result.
+    """
+    found: set[Path] = set()
+    waiting = [ROOT / (module.replace(".", "/") + ".py")]
+    while waiting:
+        path = waiting.pop()
+        if path in found:
+            continue
+        found.add(path)
+        waiting += _imported_files(path)
+    files = {path for path in found if not _is_only_a_docstring(path)}
+    files |= {template for path in found for template in path.parent.glob("*.jinja")}
+    return sorted(path.relative_to(ROOT).as_posix() for path in files)
+
+
+def _imported_files(path: Path) -> Iterator[Path]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in names:
+            if name.split(".")[0] == "dpo_cli":
+                yield from _files_of(name)
+
+
+def _files_of(name: str) -> Iterator[Path]:
+    parts = name.split(".")
+    for end in range(1, len(parts) + 1):
+        place = ROOT.joinpath(*parts[:end])
+        for path in (place.with_suffix(".py"), place / "__init__.py"):
+            if path.is_file():
+                yield path
+
+
+def _is_only_a_docstring(path: Path) -> bool:
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    return path.name == "__init__.py" and all(
+        isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in body
+    )
+
+
+# --- documents -------------------------------------------------------------------------------------
+
+
+def params_md() -> str:
+    """docs/params.md: a table a section."""
+    lines = [
+        "# Settings of params.yaml",
+        "",
+        _GENERATED,
+        "",
+        "The defaults suit a model of a few billion parameters on one consumer GPU. The embedded default of this"
+        " repository sets some of them otherwise; the last column says which.",
+    ]
+    section = ""
+    for path, field in iter_settings():
+        name = path.split(".")[0]
+        if name != section:
+            section = name
+            model = Params.model_fields[name].annotation
+            lines += ["", f"## {name}", "", (model.__doc__ or "").strip(), ""]
+            lines += ["| setting | meaning | unit | values | default | embedded |", "|---|---|---|---|---|---|"]
+        default = field.get_default(call_default_factory=True)
+        cells = [f"`{path}`", field.description or "", unit_of(field), range_of(field), _cell(default)]
+        cells.append(_cell(EMBEDDED_PRESET[path]) if path in EMBEDDED_PRESET else "")
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, list):
+        return f"[{', '.join(map(str, value))}]"
+    return f"{value:g}" if isinstance(value, float) else str(value) or '""'
+
+
+def cli_md() -> str:
+    """docs/cli.md: the help of every command."""
+    command = [sys.executable, "-m", "typer", "dpo_cli.cli.app", "utils", "docs", "--name", "dpo-cli"]
+    text = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    text = re.sub(
+        r"^# `dpo-cli`$", f"# The commands of dpo-cli\n\n{_GENERATED}", html.unescape(text), count=1, flags=re.M
+    )
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def generated_files() -> dict[Path, str]:
+    """Every generated file with its content."""
+    code = {stage.name: closure(f"dpo_cli.stages.{stage.name}") for stage in STAGES}
+    header = "# Written by tools/generate.py from dpo_cli/core/pipeline.py; settings are in params.yaml.\n"
+    texts = {
+        ".dvc/.gitignore": DVC_FOLDER_GITIGNORE,
+        ".dvc/config": DVC_CONFIG,
+        ".dvcignore": DVCIGNORE,
+        ".gitattributes": GITATTRIBUTES,
+        "docs/cli.md": cli_md(),
+        "docs/params.md": params_md(),
+        "dvc.yaml": header + yaml_text(dvc_yaml(code)),
+        "params.yaml": params_yaml(EMBEDDED_PRESET),
+        (paths.RAW / "instructions.json").as_posix(): rows_json(world.instruction_rows(0)),
+        (paths.RAW / "preferences.json").as_posix(): rows_json(world.preference_rows(0)),
+    }
+    return {ROOT / name: text for name, text in texts.items()}
+
+
+def main() -> int:
+    """Write or check."""
+    check = sys.argv[1:] == ["--check"]
+    stale = 0
+    for path, text in generated_files().items():
+        before = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if before == text:
+            continue
+        name = path.relative_to(ROOT).as_posix()
+        if check:
+            stale += 1
+            difference = difflib.unified_diff(
+                before.splitlines(), text.splitlines(), name, "generated", lineterm="", n=1
+            )
+            print("\n".join([*difference][:20]))
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8", newline="\n")
+        print(f"wrote {name}")
+    if stale:
+        print(f"{stale} generated files differ from the code; run: make docs")
+    return int(stale > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
