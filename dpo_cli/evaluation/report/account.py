@@ -125,7 +125,7 @@ def _train_rows(trained: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("steps", _count(trained["num_steps"]), ""),
         ("loss at step 0", f"{trained['step0_loss']:.6f}", ""),
         ("largest margin at step 0", _small(trained["step0_max_abs_margin"]), "nats"),
-        ("largest drift from the cache", _small(trained["step0_max_abs_logp_difference"]), "nats"),
+        ("largest difference from the cache", _small(trained["step0_max_abs_logp_difference"]), "nats"),
         ("held-out loss", _change(trained["eval_loss_start"], trained["eval_loss"]), ""),
         ("held-out accuracy", f"{100 * trained['eval_accuracy']:.1f}", "%"),
         ("held-out margin", _signed(trained["eval_margin"]), "nats"),

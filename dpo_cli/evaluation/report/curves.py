@@ -20,7 +20,7 @@ Role = Literal["a", "b", "muted"]
 Pace = Literal["train", "eval"]
 
 _SIZE_INCHES = (4.6, 2.5)
-_FONT_POINTS = 9
+_FONT_POINTS = 10
 # Stand-ins that no figure uses otherwise; the page's style sheet decides on light or dark.
 _CSS_COLOURS = {"#01fe01": "--muted", "#01fe02": "--line", "#01fe03": "--a", "#01fe04": "--b"}
 _MUTED, _LINE, _A, _B = _CSS_COLOURS

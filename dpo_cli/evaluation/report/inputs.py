@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,10 @@ from dpo_cli.core.artifacts import read_json
 from dpo_cli.core.errors import StaleArtifactError
 
 STAGES = ("convert_sft", "convert_preferences", "sft", "precompute_ref", "train", "evaluate")
+
+_LOSSES = ("step", "loss", "eval_loss")
+_REWARDS = tuple(f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies"))
+_TRAIN_COLUMNS = (*_LOSSES, *_REWARDS, *(f"eval_{name}" for name in _REWARDS))
 
 Table = Mapping[str, list[float]]
 """Columns of equal length by name; an empty cell is NaN."""
@@ -47,9 +51,9 @@ def read_inputs() -> Inputs:
     """
     return Inputs(
         metrics={stage: _read_metrics(stage) for stage in STAGES},
-        sft_steps=_read_table("sft", "steps.tsv", "\t"),
-        train_steps=_read_table("train", "steps.tsv", "\t"),
-        margins=_read_table("evaluate", "margins.csv", ","),
+        sft_steps=_read_table("sft", "steps.tsv", "\t", _LOSSES),
+        train_steps=_read_table("train", "steps.tsv", "\t", _TRAIN_COLUMNS),
+        margins=_read_table("evaluate", "margins.csv", ",", ("margin", "share")),
         samples=_read_samples(),
     )
 
@@ -66,9 +70,12 @@ def _read_metrics(stage: str) -> dict[str, Any]:
     return content[stage]
 
 
-def _read_table(stage: str, name: str, delimiter: str) -> Table:
+def _read_table(stage: str, name: str, delimiter: str, wanted: Sequence[str]) -> Table:
     path = paths.report_dir(stage) / name
     header, *rows = csv.reader(_read_lines(path, _remedy(stage)), delimiter=delimiter)
+    missing = [column for column in wanted if column not in header]
+    if missing:
+        raise StaleArtifactError(f"{path} is damaged (it has no column {missing[0]}); {_remedy(stage)}")
     try:
         cells = [[float(cell) if cell else math.nan for cell in row] for row in rows]
         columns = list(map(list, zip(*cells, strict=True))) if cells else [[] for _ in header]

@@ -114,7 +114,7 @@ def test_json_has_no_nan(tmp_path: Path, value: float) -> None:
 
 
 def test_json_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    value = {"text": "é\u2028\n\"中", "list": [1, 2.5, None, True], "empty": {}}
+    value = {"text": 'é\u2028\n"中', "list": [1, 2.5, None, True], "empty": {}}
     write_json(tmp_path / "a.json", value)
     assert read_json(tmp_path / "a.json", "") == value
 

@@ -1,0 +1,145 @@
+"""From messages to token ids: an exact boundary, and an end of turn that is scored."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from dpo_cli.core.errors import MachineError
+from dpo_cli.data.chat import NAMED_TEMPLATES, ChatEncoder
+from dpo_cli.data.formats.base import RowProblem
+from dpo_cli.data.schema import Messages, assistant, user
+
+PROMPT: Messages = [{"role": "system", "content": "Be kind."}, user("Hi"), assistant("Hello"), user("Add 1: 5 cats")]
+ANSWER: Messages = [assistant("6 cats")]
+
+
+@pytest.fixture
+def own(tokenizer: Any) -> Any:
+    """A copy of the tokenizer that a test may change."""
+    return copy.deepcopy(tokenizer)
+
+
+def encoded(encoder: ChatEncoder, tokenizer: Any, prompt: Messages, answer: Messages) -> tuple[str, str]:
+    """Prompt and completion as the model sees them, special tokens shown."""
+    return (
+        tokenizer.decode(encoder.encode_prompt(prompt)),
+        tokenizer.decode(encoder.encode_completion(prompt, answer)),
+    )
+
+
+def test_the_models_own_template_is_taken(tokenizer: Any) -> None:
+    encoder = ChatEncoder(tokenizer)
+    prompt, completion = encoded(encoder, tokenizer, PROMPT, ANSWER)
+    assert prompt == (
+        "<|system|>Be kind.<|end|><|user|>Hi<|end|><|assistant|>Hello<|end|><|user|>Add 1: 5 cats<|end|><|assistant|>"
+    )
+    assert completion == "6 cats<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "completion"),
+    [
+        (
+            "plain",
+            "Be kind.\n\nUser: Hi\n\nAssistant: Hello<|end|>\n\nUser: Add 1: 5 cats\n\nAssistant:",
+            " 6 cats<|end|>",
+        ),
+        (
+            "alpaca",
+            "Be kind.\n\n### Instruction:\nHi\n\n### Response:\nHello<|end|>\n\n"
+            "### Instruction:\nAdd 1: 5 cats\n\n### Response:\n",
+            "6 cats<|end|>",
+        ),
+        (
+            "chatml",
+            "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+            "<|im_start|>assistant\nHello<|im_end|>\n<|im_start|>user\nAdd 1: 5 cats<|im_end|>\n"
+            "<|im_start|>assistant\n",
+            "6 cats<|im_end|>\n<|end|>",
+        ),
+    ],
+)
+def test_a_named_template_overrides_the_models_own(tokenizer: Any, name: str, prompt: str, completion: str) -> None:
+    assert encoded(ChatEncoder(tokenizer, name), tokenizer, PROMPT, ANSWER) == (prompt, completion)
+
+
+def test_chatml_ends_the_turn_with_its_own_token_where_the_model_has_one(own: Any) -> None:
+    own.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    encoder = ChatEncoder(own, "chatml")
+    assert encoded(encoder, own, PROMPT, ANSWER)[1] == "6 cats<|im_end|>"
+    assert encoder.end_id == own.convert_tokens_to_ids("<|im_end|>")
+    assert encoder.stop_ids == sorted([own.eos_token_id, encoder.end_id])
+
+
+@pytest.mark.parametrize("name", ["auto", *NAMED_TEMPLATES])
+@pytest.mark.parametrize("text", ["6 cats", "", " leading", "trailing \n", "两只猫。😀", "<|user|>odd", "a<|end|>b"])
+def test_a_completion_ends_its_turn_exactly_once_and_keeps_its_text(tokenizer: Any, name: str, text: str) -> None:
+    encoder = ChatEncoder(tokenizer, name)
+    ids = encoder.encode_completion(PROMPT, [assistant(text)])
+    assert ids[-1] == encoder.end_id
+    assert len(ids) < 2 or ids[-2] != encoder.end_id
+    if "<|" not in text:
+        assert ids.count(encoder.end_id) == 1
+        shown = encoder.decode(ids)
+        expected = {"plain": f" {text}", "chatml": f"{text}<|im_end|>\n"}.get(name, text)
+        assert shown == expected
+
+
+def test_prompt_and_completion_are_tokenised_apart(tokenizer: Any) -> None:
+    """Joined text would merge tokens across the boundary and move it."""
+    encoder = ChatEncoder(tokenizer, "plain")
+    ids = encoder.encode_prompt([user("x")])
+    joined = tokenizer("User: x\n\nAssistant: 6", add_special_tokens=False)["input_ids"]
+    completion = encoder.encode_completion([user("x")], [assistant("6")])
+    assert tokenizer.decode(ids) == "User: x\n\nAssistant:"
+    assert tokenizer.decode([*ids, *completion[:-1]]) == tokenizer.decode(joined)
+
+
+def test_the_bos_token_stands_once_before_the_prompt(own: Any) -> None:
+    own.bos_token = "<|system|>"
+    own.add_bos_token = True
+    encoder = ChatEncoder(own, "plain")
+    assert own.decode(encoder.encode_prompt([user("x")])) == "<|system|>User: x\n\nAssistant:"
+    assert "<|system|>" not in own.decode(encoder.encode_completion([user("x")], [assistant("6")]))
+
+
+def test_where_an_answer_rewrites_the_prompt_its_bare_text_is_taken(own: Any) -> None:
+    own.chat_template = (
+        "{% for m in messages %}{{ '<|user|>' + m.content + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>think' }}{% endif %}"
+    )
+    encoder = ChatEncoder(own)
+    assert encoded(encoder, own, [user("q")], [assistant("a")]) == ("<|user|>q<|end|><|assistant|>think", "a<|end|>")
+
+
+def test_a_template_that_refuses_a_row_is_the_rows_problem(own: Any) -> None:
+    own.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + own.chat_template
+    )
+    encoder = ChatEncoder(own)
+    for act in (lambda: encoder.encode_prompt(PROMPT), lambda: encoder.encode_completion(PROMPT, ANSWER)):
+        with pytest.raises(RowProblem, match="no system turn") as caught:
+            act()
+        assert caught.value.reason == "template_refused"
+    assert encoder.encode_prompt([user("q")])
+
+
+def test_a_model_without_a_template_needs_a_named_one(own: Any) -> None:
+    own.chat_template = None
+    with pytest.raises(MachineError, match="set model.chat_template to one of plain, chatml, alpaca"):
+        ChatEncoder(own)
+    assert ChatEncoder(own, "plain").end_id == own.eos_token_id
+
+
+def test_a_model_without_an_end_of_sequence_is_refused(own: Any) -> None:
+    own.eos_token = None
+    with pytest.raises(MachineError, match="no EOS token"):
+        ChatEncoder(own)
+
+
+def test_decoding_leaves_special_tokens_out(tokenizer: Any) -> None:
+    encoder = ChatEncoder(tokenizer)
+    assert encoder.decode(encoder.encode_completion([user("q")], [assistant("6 cats，好")])) == "6 cats，好"

@@ -1,0 +1,115 @@
+"""From canonical tables to token groups, with every row that does not fit accounted for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from dpo_cli.core.errors import StaleArtifactError
+from dpo_cli.data.chat import ChatEncoder
+from dpo_cli.data.schema import PREFERENCE_SCHEMA, SFT_SCHEMA, PreferenceExample, SftExample, assistant, user
+from dpo_cli.data.tokenise import TokenGroup, tokenise_table
+
+REMEDY = "run: dpo-cli convert-sft"
+
+
+@pytest.fixture
+def encoder(tokenizer: Any) -> ChatEncoder:
+    return ChatEncoder(tokenizer)
+
+
+def write(path: Path, examples: list[Any], schema: dict[str, Any]) -> Path:
+    pl.DataFrame([example.row("rows.json") for example in examples], schema=schema).write_parquet(path)
+    return path
+
+
+def pair(prompt: str, chosen: str = "6 cats", rejected: str = "5") -> PreferenceExample:
+    return PreferenceExample([user(prompt)], [assistant(chosen)], [assistant(rejected)])
+
+
+def test_a_pair_becomes_a_group_of_two_completions(tmp_path: Path, encoder: ChatEncoder) -> None:
+    example = pair("5 cats")
+    path = write(tmp_path / "a.parquet", [example], PREFERENCE_SCHEMA)
+    table = tokenise_table(path, ("chosen", "rejected"), encoder, 99, REMEDY)
+    (group,) = table.groups
+    row = example.row("")
+    assert (group.id, group.group) == (row["id"], row["group"])
+    assert list(group.prompt) == encoder.encode_prompt(example.prompt)
+    assert [list(completion) for completion in group.completions] == [
+        encoder.encode_completion(example.prompt, example.chosen),
+        encoder.encode_completion(example.prompt, example.rejected),
+    ]
+    assert table.prompts == {row["group"]: example.prompt}
+
+
+def test_an_instruction_becomes_a_group_of_one_completion_under_its_own_id(
+    tmp_path: Path, encoder: ChatEncoder
+) -> None:
+    example = SftExample([user("q")], [assistant("a")])
+    path = write(tmp_path / "a.parquet", [example], SFT_SCHEMA)
+    (group,) = tokenise_table(path, ("completion",), encoder, 99, REMEDY).groups
+    assert group.id == group.group == example.row("")["id"]
+    assert len(group.completions) == 1
+
+
+def test_the_longest_side_counts() -> None:
+    assert TokenGroup("a", "a", (1, 2), ((1,), (1, 2, 3))).longest == 5
+
+
+@pytest.mark.parametrize("longer", ["chosen", "rejected"])
+def test_an_over_long_row_is_left_out_and_listed_with_its_length(
+    tmp_path: Path, encoder: ChatEncoder, longer: str
+) -> None:
+    long = pair("q", **{longer: "cats " * 40})
+    path = write(tmp_path / "a.parquet", [pair("one"), long, pair("two")], PREFERENCE_SCHEMA)
+    table = tokenise_table(path, ("chosen", "rejected"), encoder, 30, REMEDY)
+    assert [group.id for group in table.groups] == [pair("one").row("")["id"], pair("two").row("")["id"]]
+    length = len(encoder.encode_prompt(long.prompt)) + len(
+        encoder.encode_completion(long.prompt, getattr(long, longer))
+    )
+    assert table.rejects == [
+        {
+            "file": path.as_posix(),
+            "row": 1,
+            "reason": "over_long",
+            "detail": f"has {length} tokens, more than 30",
+        }
+    ]
+    assert set(table.prompts) == {group.group for group in table.groups}
+
+
+def test_a_row_of_exactly_the_longest_length_is_kept(tmp_path: Path, encoder: ChatEncoder) -> None:
+    path = write(tmp_path / "a.parquet", [pair("one")], PREFERENCE_SCHEMA)
+    columns = ("chosen", "rejected")
+    longest = tokenise_table(path, columns, encoder, 99, REMEDY).groups[0].longest
+    assert len(tokenise_table(path, columns, encoder, longest, REMEDY).groups) == 1
+    assert len(tokenise_table(path, columns, encoder, longest - 1, REMEDY).rejects) == 1
+
+
+def test_a_row_that_the_template_refuses_is_listed(tmp_path: Path, tokenizer: Any) -> None:
+    import copy
+
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = (
+        "{% if 'bad' in messages[0].content %}{{ raise_exception('no') }}{% endif %}" + own.chat_template
+    )
+    path = write(tmp_path / "a.parquet", [pair("one"), pair("bad")], PREFERENCE_SCHEMA)
+    table = tokenise_table(path, ("chosen", "rejected"), ChatEncoder(own), 99, REMEDY)
+    assert len(table.groups) == 1
+    assert [(reject["row"], reject["reason"]) for reject in table.rejects] == [(1, "template_refused")]
+
+
+def test_a_missing_table_says_which_stage_to_run(tmp_path: Path, encoder: ChatEncoder) -> None:
+    with pytest.raises(StaleArtifactError, match=rf"a.parquet is missing; {REMEDY}$"):
+        tokenise_table(tmp_path / "a.parquet", ("completion",), encoder, 9, REMEDY)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_a_damaged_table_says_which_stage_to_run(tmp_path: Path, encoder: ChatEncoder, keep: int) -> None:
+    path = write(tmp_path / "a.parquet", [pair("one")], PREFERENCE_SCHEMA)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(StaleArtifactError, match=rf"(?s)a.parquet is damaged .*{REMEDY}$"):
+        tokenise_table(path, ("chosen", "rejected"), encoder, 9, REMEDY)
