@@ -100,7 +100,7 @@ def _sft_rows(sft: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("steps", _count(sft["num_steps"]), ""),
         ("held-out loss", _change(sft["eval_loss_start"], sft["eval_loss"]), "nats a token"),
         ("held-out perplexity", f"{sft['eval_perplexity']:.3f}", ""),
-        ("speed", f"{sft['rows_per_s']:.1f}", "rows/s"),
+        ("speed", f"{sft['rows_per_s']:,.1f}", "rows/s"),
         ("logical tokens", _count(sft["logical_tokens_per_s"]), "tokens/s"),
         _peak_memory(sft),
     ]
@@ -108,7 +108,7 @@ def _sft_rows(sft: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def _reference_rows(cached: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     speed = [
-        ("speed", f"{cached['completions_per_s']:.1f}", "answers/s"),
+        ("speed", f"{cached['completions_per_s']:,.1f}", "answers/s"),
         ("completion tokens", _count(cached["completion_tokens_per_s"]), "tokens/s"),
     ]
     return [
@@ -129,7 +129,7 @@ def _train_rows(trained: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("held-out loss", _change(trained["eval_loss_start"], trained["eval_loss"]), ""),
         ("held-out accuracy", f"{100 * trained['eval_accuracy']:.1f}", "%"),
         ("held-out margin", _signed(trained["eval_margin"]), "nats"),
-        ("speed", f"{trained['pairs_per_s']:.1f}", "pairs/s"),
+        ("speed", f"{trained['pairs_per_s']:,.1f}", "pairs/s"),
         ("logical tokens", _count(trained["logical_tokens_per_s"]), "tokens/s"),
         _peak_memory(trained),
     ]

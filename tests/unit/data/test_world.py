@@ -133,12 +133,6 @@ def test_preferences_hold_the_good_answer_over_a_bad_one_and_a_few_dirty_rows() 
     assert len({tuple(row.values()) for row in rows}) < len(rows)
 
 
-def test_the_two_files_have_few_prompts_in_common() -> None:
-    instructions = {f"{row['instruction']}\n{row['input']}".strip() for row in instruction_rows(0)}
-    preferences = {row["prompt"] for row in preference_rows(0)}
-    assert len(instructions & preferences) < 0.1 * len(instructions)
-
-
 def test_every_text_of_the_world_is_made_of_its_words(tasks: list[Task]) -> None:
     import re
 

@@ -1,0 +1,146 @@
+"""The command line: help for every command, documents for every command, one-line errors with their exit codes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpo_cli.core.pipeline import STAGES
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = [*(stage.command for stage in STAGES), "init", "repro"]
+
+
+def run(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dpo_cli", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Path:
+    """A new project with the embedded world."""
+    folder = tmp_path / "fresh"
+    assert run("init", str(folder)).returncode == 0
+    return folder
+
+
+def set_param(folder: Path, before: str, after: str) -> None:
+    path = folder / "params.yaml"
+    text = path.read_text(encoding="utf-8")
+    assert before in text
+    path.write_text(text.replace(before, after, 1), encoding="utf-8")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example_and_is_documented(command: str) -> None:
+    shown = run(command, "--help")
+    assert shown.returncode == 0
+    assert "Examples" in shown.stdout
+    assert f"## `dpo-cli {command}`" in (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+
+
+def test_help_imports_neither_torch_nor_its_like() -> None:
+    code = (
+        "import sys; sys.argv = ['dpo-cli', '--help']\n"
+        "from dpo_cli.cli.app import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'peft', 'polars', 'numpy', 'dvc'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "precompute-ref" in result.stdout
+
+
+def expect_error(result: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    assert result.returncode == code, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("dpo-cli: error: ")]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+def test_an_unknown_key_names_the_nearest_one(fresh: Path) -> None:
+    set_param(fresh, "  beta: ", "  betta: ")
+    expect_error(run("convert-sft", folder=fresh), 3, "train.betta", "did you mean train.beta")
+
+
+def test_a_value_out_of_range(fresh: Path) -> None:
+    result = run("convert-sft", "--set", "train.beta=-1", folder=fresh)
+    expect_error(result, 3, "train.beta must be > 0, got -1")
+
+
+def test_a_file_that_is_not_there(fresh: Path) -> None:
+    (fresh / "data/raw/preferences.json").unlink()
+    expect_error(run("convert-preferences", folder=fresh), 4, "preferences.json is missing")
+    assert not (fresh / "data/preference").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (b"", "is empty"),
+        (b'[{"prompt": "a", "chosen": "b", "rejec', "cut off"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
+        ("[]".encode("utf-16"), "UTF-16"),
+        (gzip.compress(b"[{}]" * 99)[:-9], "gzip"),
+    ],
+)
+def test_a_file_that_cannot_be_read_publishes_nothing(fresh: Path, content: bytes, word: str) -> None:
+    (fresh / "data/raw/preferences.json").write_bytes(content)
+    expect_error(run("convert-preferences", folder=fresh), 4, "data/raw/preferences.json", word)
+    assert not (fresh / "data/preference").exists()
+    assert not (fresh / "reports").exists()
+
+
+def name_model(project: Path, model: Path) -> None:
+    set_param(project, "  name: embedded", "  name: mine")
+    set_param(project, "model_path: null", f"model_path: {model}")
+    set_param(project, "pretrain_steps: 1200", "pretrain_steps: 900")
+
+
+@pytest.mark.parametrize(
+    ("files", "word"),
+    [([], "config.json"), (["config.json"], "no weights"), (["config.json", "pytorch_model.bin"], "pickled")],
+)
+def test_a_directory_that_is_no_safe_model(fresh: Path, tmp_path: Path, files: list[str], word: str) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in files:
+        (model / name).write_text("{}", encoding="utf-8")
+    name_model(fresh, model)
+    expect_error(run("base", folder=fresh), 6, word)
+    assert not (fresh / "models/base").exists()
+
+
+def test_set_is_refused_under_dvc(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVC_STAGE", "convert_sft")
+    expect_error(run("convert-sft", "--set", "train.beta=1", folder=fresh), 3, "--set")
+
+
+def test_json_goes_to_standard_output_alone(fresh: Path) -> None:
+    result = run("convert-sft", "--json", folder=fresh)
+    assert result.returncode == 0
+    metrics = json.loads(result.stdout)["convert_sft"]
+    assert metrics["num_read"] == metrics["num_train"] + metrics["num_eval"] + metrics["num_rejected"]
+
+
+def test_an_earlier_stage_that_did_not_run_is_named(fresh: Path) -> None:
+    expect_error(run("train", folder=fresh), 5, "run: dpo-cli base")
+
+
+def test_init_overwrites_nothing(fresh: Path) -> None:
+    before = (fresh / "params.yaml").read_bytes()
+    expect_error(run("init", str(fresh)), 4, "exists already")
+    assert (fresh / "params.yaml").read_bytes() == before
+
+
+def test_repro_outside_a_project(tmp_path: Path) -> None:
+    expect_error(run("repro", folder=tmp_path), 3, "dpo-cli init")

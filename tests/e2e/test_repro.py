@@ -1,0 +1,156 @@
+"""`dvc repro` on a shrunken world, through the real nf4 path: invariants 1, 7, 8, 9 and 11 of the design."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_cli.data import world
+
+pytestmark = pytest.mark.slow
+
+_SMALL = {
+    "pretrain_steps: 1200": "pretrain_steps: 60",
+    "epochs: 1.7": "epochs: 1.0",
+    "epochs: 3.0": "epochs: 1.0",
+    "num_prompts: 0": "num_prompts: 16",
+    "max_new_tokens: 48": "max_new_tokens: 12",
+}
+
+
+def run(folder: Path, *command: str, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("DVC_")}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    environment |= {
+        f"GIT_{role}_{key}": value
+        for role in ("AUTHOR", "COMMITTER")
+        for key, value in (("NAME", "test"), ("EMAIL", "test@example.org"))
+    }
+    return subprocess.run([*prefix, *command], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def repro(folder: Path, prefix: tuple[str, ...] = ()) -> str:
+    result = run(folder, sys.executable, "-m", "dpo_cli", "repro", prefix=prefix)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def new_project(folder: Path) -> Path:
+    assert run(folder.parent, sys.executable, "-m", "dpo_cli", "init", str(folder)).returncode == 0
+    params = folder / "params.yaml"
+    text = params.read_text(encoding="utf-8")
+    for before, after in _SMALL.items():
+        assert before in text, before
+        text = text.replace(before, after)
+    params.write_text(text, encoding="utf-8")
+    for name, rows in (
+        ("instructions", world.instruction_rows(0, 160)),
+        ("preferences", world.preference_rows(0, 160)),
+    ):
+        (folder / f"data/raw/{name}.json").write_text(json.dumps(rows), encoding="utf-8")
+    return folder
+
+
+def metrics(folder: Path, stage: str) -> dict[str, Any]:
+    return json.loads((folder / f"reports/{stage}/metrics.json").read_text(encoding="utf-8"))[stage]
+
+
+@pytest.fixture(scope="module")
+def no_network() -> tuple[str, ...]:
+    """A command that runs another in a network namespace without a network, where the system allows it."""
+    command = ("unshare", "-rn") if os.geteuid() else ("unshare", "-n")
+    if shutil.which("unshare") is None or subprocess.run([*command, "true"], check=False).returncode:
+        return ()
+    return command
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, no_network: tuple[str, ...]) -> Path:
+    folder = new_project(tmp_path_factory.mktemp("e2e") / "one")
+    repro(folder, no_network)
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "commit", "-qm", "first")
+    return folder
+
+
+def test_the_pipeline_runs_without_a_network(project: Path, no_network: tuple[str, ...]) -> None:
+    if not no_network:
+        pytest.skip("this system makes no network namespace")
+    assert (project / "reports/report.html").is_file()
+
+
+def test_step_zero_is_the_reference(project: Path) -> None:
+    train = metrics(project, "train")
+    assert train["step0_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert train["step0_max_abs_margin"] <= 1e-4
+    assert train["eval_loss"] < train["eval_loss_start"]
+
+
+def test_every_row_is_accounted_for(project: Path) -> None:
+    for stage in ("convert_sft", "convert_preferences"):
+        account = metrics(project, stage)
+        rejects = (project / f"reports/{stage}/rejects.jsonl").read_text(encoding="utf-8").splitlines()
+        assert len(rejects) == account["num_rejected"] > 0
+        assert account["num_read"] == 160 == account["num_train"] + account["num_eval"] + len(rejects)
+
+
+def test_no_held_out_prompt_was_trained_on(project: Path) -> None:
+    assert metrics(project, "evaluate")["num_leaked_prompts"] == 0
+
+
+def test_a_second_run_does_nothing_then_beta_runs_train_and_evaluate_alone(project: Path) -> None:
+    before = (project / "dvc.lock").read_bytes()
+    assert "Running stage" not in repro(project)
+    assert (project / "dvc.lock").read_bytes() == before
+    experiment = run(project, sys.executable, "-m", "dvc", "exp", "run", "-S", "train.beta=0.5")
+    assert experiment.returncode == 0, experiment.stdout + experiment.stderr
+    ran = [line.split("'")[1] for line in experiment.stdout.splitlines() if line.startswith("Running stage")]
+    assert ran == ["train", "evaluate"]
+    diff = run(project, sys.executable, "-m", "dvc", "metrics", "diff")
+    assert "train.eval_margin" in diff.stdout or "eval_margin" in diff.stdout
+    plots = run(project, sys.executable, "-m", "dvc", "plots", "show")
+    assert plots.returncode == 0, plots.stderr
+
+
+def test_the_cache_knows_what_it_holds(project: Path) -> None:
+    result = run(project, sys.executable, "-m", "dpo_cli", "precompute-ref", "--json")
+    again = json.loads(result.stdout)["precompute_ref"]
+    assert again["num_computed"] == 0
+    assert again["num_reused"] == again["num_completions"]
+    manifest = project / "data/reference/manifest.json"
+    content = json.loads(manifest.read_text(encoding="utf-8"))
+    assert content["graph"]["sft"]
+    content["graph"]["sft"] = "0" * 32
+    manifest.chmod(0o644)
+    manifest.write_text(json.dumps(content), encoding="utf-8")
+    refused = run(project, sys.executable, "-m", "dpo_cli", "train")
+    assert refused.returncode == 5, refused.stderr
+    assert "sft" in refused.stderr
+    assert (project / "models/dpo/adapter_model.safetensors").is_file()
+
+
+def test_two_projects_make_the_same_bytes(project: Path, tmp_path: Path) -> None:
+    other = new_project(tmp_path / "two")
+    repro(other)
+    first = run(project, "git", "show", "HEAD:dvc.lock").stdout
+    assert models(first) == models((other / "dvc.lock").read_text(encoding="utf-8"))
+
+
+def models(lock: str) -> dict[str, str]:
+    from ruamel.yaml import YAML
+
+    stages = YAML(typ="safe").load(lock)["stages"]
+    return {
+        out["path"]: out["md5"]
+        for stage in stages.values()
+        for out in stage["outs"]
+        if out["path"].startswith(("models/", "data/"))
+    }

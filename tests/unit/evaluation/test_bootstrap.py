@@ -1,0 +1,85 @@
+"""Intervals by prompt: right on average, wider where rows hang together, the same in any order."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dpo_cli.evaluation import bootstrap
+from dpo_cli.evaluation.bootstrap import cluster_bootstrap
+
+
+def interval(values: list[float], clusters: list[str], **changes: float) -> bootstrap.Estimate:
+    settings = {"draws": 2000, "confidence": 0.95, "seed": 0} | changes
+    return cluster_bootstrap(values, clusters, **settings)  # type: ignore[arg-type]
+
+
+def test_the_value_is_the_mean_over_rows() -> None:
+    estimate = interval([1, 0, 0, 1, 1], ["a", "a", "a", "b", "c"])
+    assert estimate.value == pytest.approx(0.6)
+    assert estimate.low <= estimate.value <= estimate.high
+
+
+def test_equal_values_have_no_interval() -> None:
+    assert interval([0.25] * 6, list("aabbcd")) == bootstrap.Estimate(0.25, 0.25, 0.25)
+
+
+def test_one_prompt_says_nothing_of_other_prompts() -> None:
+    estimate = interval([0, 1, 1, 1], ["a"] * 4)
+    assert estimate == bootstrap.Estimate(0.75, 0.75, 0.75)
+
+
+def test_with_a_row_a_prompt_the_interval_is_the_normal_one() -> None:
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=400)
+    estimate = interval(values.tolist(), [f"{i}" for i in range(400)], draws=4000)
+    error = values.std() / 20
+    assert estimate.low == pytest.approx(values.mean() - 1.96 * error, abs=0.15 * error)
+    assert estimate.high == pytest.approx(values.mean() + 1.96 * error, abs=0.15 * error)
+
+
+def test_ten_equal_rows_a_prompt_count_as_one() -> None:
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=100)
+    single = interval(values.tolist(), [f"{i:03d}" for i in range(100)])
+    repeated = interval(np.repeat(values, 10).tolist(), [f"{i // 10:03d}" for i in range(1000)])
+    assert (repeated.low, repeated.high) == pytest.approx((single.low, single.high))
+    as_if_independent = interval(np.repeat(values, 10).tolist(), [f"{i:04d}" for i in range(1000)])
+    assert repeated.high - repeated.low > 2.5 * (as_if_independent.high - as_if_independent.low)
+
+
+def test_nominal_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
+    """Rows of a prompt share its effect: clustered intervals of 90% must cover 0 in about 90 of 100 data sets."""
+    rng = np.random.default_rng(0)
+    clusters = [f"{i // 4}" for i in range(240)]
+    hits = 0
+    for seed in range(200):
+        effects = rng.normal(size=60).repeat(4) + 0.3 * rng.normal(size=240)
+        estimate = interval(effects.tolist(), clusters, draws=400, confidence=0.9, seed=seed)
+        hits += estimate.low <= 0 <= estimate.high
+    assert 0.83 <= hits / 200 <= 0.96
+
+
+def test_more_confidence_is_a_wider_interval() -> None:
+    values, clusters = [float(i % 3) for i in range(60)], [f"{i}" for i in range(60)]
+    narrow, wide = (interval(values, clusters, confidence=confidence) for confidence in (0.8, 0.99))
+    assert wide.low < narrow.low < narrow.high < wide.high
+
+
+def test_the_seed_alone_decides_the_draws() -> None:
+    values, clusters = [float(i % 3) for i in range(60)], [f"{i}" for i in range(60)]
+    assert interval(values, clusters) == interval(values, clusters)
+    assert interval(values, clusters) != interval(values, clusters, seed=1)
+
+
+def test_drawing_in_pieces_changes_nothing_but_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, clusters = [float(i % 3) for i in range(60)], [f"{i}" for i in range(60)]
+    whole = interval(values, clusters)
+    monkeypatch.setattr(bootstrap, "_MAX_CELLS", 60 * 7)
+    assert interval(values, clusters) == whole
+
+
+def test_the_size_of_a_prompt_weighs() -> None:
+    """A draw of prompts is averaged over its rows, so a mean can lie anywhere between the two prompts'."""
+    estimate = interval([0, 1, 1, 1], ["a", "b", "b", "b"])
+    assert (estimate.low, estimate.value, estimate.high) == (0, 0.75, 1)

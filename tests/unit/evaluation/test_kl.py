@@ -1,0 +1,109 @@
+"""KL estimates against the exact figure, on a model small enough to enumerate every answer."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.evaluation.kl import SequenceKl, estimates_disagree, sequence_kl
+from dpo_cli.scoring.scorer import Scorer
+
+VOCABULARY, END, LONGEST = 10, 1, 3
+
+
+def answers() -> list[tuple[int, ...]]:
+    """Every answer: tokens up to the end token, or cut at the longest length."""
+    others = [token for token in range(VOCABULARY) if token != END]
+    found = [(*body, END) for length in range(LONGEST) for body in itertools.product(others, repeat=length)]
+    return found + list(itertools.product(others, repeat=LONGEST))
+
+
+@pytest.fixture(scope="module")
+def both(make_llama: Callable[..., Any]) -> list[tuple[float, float, SequenceKl]]:
+    """log pi, log ref and the two estimates of every answer to one prompt."""
+    policy, reference = (Scorer(make_llama(VOCABULARY, seed=seed), torch.float32) for seed in (1, 2))
+    rows = []
+    for tokens in answers():
+        group = TokenGroup("a", "a", (3, 4, 5), (tokens,))
+        policy_logps, reference_logps = policy.next_token_logps(group), reference.next_token_logps(group)
+        index = torch.tensor(tokens)[:, None]
+        sums = [logps.double().gather(1, index).sum().item() for logps in (policy_logps, reference_logps)]
+        rows.append((sums[0], sums[1], sequence_kl(policy_logps, reference_logps, tokens)))
+    return rows
+
+
+def test_both_estimates_are_right_on_average_over_all_answers(both: list[tuple[float, float, SequenceKl]]) -> None:
+    mass = sum(math.exp(policy) for policy, _, _ in both)
+    assert mass == pytest.approx(1, abs=1e-5)
+    exact = sum(math.exp(policy) * (policy - reference) for policy, reference, _ in both)
+    assert exact > 0.5
+    assert sum(math.exp(policy) * kl.exact for policy, _, kl in both) == pytest.approx(exact, rel=1e-4)
+    assert sum(math.exp(policy) * kl.k1 for policy, _, kl in both) == pytest.approx(exact, rel=1e-4)
+
+
+def test_the_exact_estimate_varies_less(both: list[tuple[float, float, SequenceKl]]) -> None:
+    def variance(values: list[float]) -> float:
+        weights = [math.exp(policy) for policy, _, _ in both]
+        mean = sum(weight * value for weight, value in zip(weights, values, strict=True))
+        return sum(weight * (value - mean) ** 2 for weight, value in zip(weights, values, strict=True))
+
+    assert variance([kl.exact for _, _, kl in both]) < 0.5 * variance([kl.k1 for _, _, kl in both])
+
+
+def test_samples_of_the_policy_agree_and_samples_of_another_model_do_not(
+    both: list[tuple[float, float, SequenceKl]],
+) -> None:
+    def sample(column: int, seed: int) -> list[SequenceKl]:
+        weights = torch.tensor([row[column] for row in both], dtype=torch.float64).exp()
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.multinomial(weights, 400, replacement=True, generator=generator)
+        return [both[index][2] for index in drawn.tolist()]
+
+    assert not any(estimates_disagree(sample(0, seed)) for seed in range(20))
+    assert all(estimates_disagree(sample(1, seed)) for seed in range(20))
+
+
+def test_a_model_has_no_distance_from_itself() -> None:
+    logps = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).log_softmax(1)
+    assert sequence_kl(logps, logps, [0, 1, 2, 3, 4]) == SequenceKl(0.0, 0.0)
+
+
+def test_the_estimates_by_hand() -> None:
+    policy = torch.tensor([[0.5, 0.25, 0.25], [0.8, 0.1, 0.1]]).log()
+    reference = torch.tensor([[0.25, 0.5, 0.25], [0.8, 0.1, 0.1]]).log()
+    found = sequence_kl(policy, reference, [0, 2])
+    assert found.exact == pytest.approx(0.5 * math.log(2) - 0.25 * math.log(2), rel=1e-6)
+    assert found.k1 == pytest.approx(math.log(2), rel=1e-6)
+
+
+def test_a_token_that_is_impossible_for_the_policy_adds_nothing() -> None:
+    """lim p -> 0 of p log p is 0; models mask padded vocabulary with minus infinity."""
+    policy = torch.tensor([[0.5, 0.5, 0.0]]).log()
+    reference = torch.tensor([[0.25, 0.75, 0.0]]).log()
+    expected = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
+    assert sequence_kl(policy, reference, [0]).exact == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_planted_mismatch_sets_the_alarm_off() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(300, generator=generator).tolist()
+    honest = [SequenceKl(1.0, 1.0 + 2 * value) for value in noise]
+    planted = [SequenceKl(1.0, 2.0 + 2 * value) for value in noise]
+    assert not estimates_disagree(honest)
+    assert estimates_disagree(planted)
+
+
+@pytest.mark.parametrize("samples", [[], [SequenceKl(1.0, 9.0)]])
+def test_too_few_samples_cannot_disagree(samples: list[SequenceKl]) -> None:
+    assert not estimates_disagree(samples)
+
+
+def test_rounding_alone_is_no_mismatch() -> None:
+    assert not estimates_disagree([SequenceKl(0.0, 1e-9)] * 50)
+    assert estimates_disagree([SequenceKl(0.0, 1e-3)] * 50)

@@ -1,0 +1,179 @@
+"""The losses against their formulas, written again with plain floats."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from dpo_cli.objectives.pairwise import PairwiseLoss, cdpo, hinge, ipo, log_ratios, pairwise_loss, sigmoid
+from dpo_cli.objectives.sft import negative_log_likelihood
+
+BETAS = [0.05, 0.1, 0.5, 2.0]
+ROWS = [
+    # policy (chosen, rejected), reference (chosen, rejected), tokens (chosen, rejected)
+    ((-10.0, -12.0), (-10.0, -12.0), (3, 4)),
+    ((-10.0, -12.0), (-11.0, -11.0), (3, 4)),
+    ((-31.5, -7.25), (-30.0, -9.0), (17, 2)),
+    ((-100.0, -1.0), (-90.0, -30.0), (40, 1)),
+    ((-0.125, -55.0), (-9.0, -20.0), (1, 25)),
+]
+
+
+def tensors(rows: list[tuple[tuple[float, float], tuple[float, float], tuple[int, int]]]) -> list[torch.Tensor]:
+    policy, reference, num_tokens = (list(column) for column in zip(*rows, strict=True))
+    kinds = (torch.float64, torch.float64, torch.int64)
+    return [
+        torch.tensor(values, dtype=kind) for values, kind in zip((policy, reference, num_tokens), kinds, strict=True)
+    ]
+
+
+def log_sigmoid(x: float) -> float:
+    return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
+
+
+def expected(name: str, beta: float, smoothing: float, row: tuple[tuple[float, ...], ...]) -> float:
+    (policy_w, policy_l), (reference_w, reference_l), (tokens_w, tokens_l) = row
+    ratio_w, ratio_l = policy_w - reference_w, policy_l - reference_l
+    margin = beta * (ratio_w - ratio_l)
+    match name:
+        case "sigmoid":
+            return -log_sigmoid(margin)
+        case "cdpo":
+            return -(1 - smoothing) * log_sigmoid(margin) - smoothing * log_sigmoid(-margin)
+        case "ipo":
+            return (ratio_w / tokens_w - ratio_l / tokens_l - 1 / (2 * beta)) ** 2
+        case "hinge":
+            return max(0.0, 1 - margin)
+    raise AssertionError(name)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize(
+    ("name", "smoothing"), [("sigmoid", 0.0), ("cdpo", 0.1), ("cdpo", 0.4), ("ipo", 0.0), ("hinge", 0.0)]
+)
+def test_a_loss_is_its_formula(name: str, smoothing: float, beta: float) -> None:
+    losses = pairwise_loss(name, beta, smoothing)(*tensors(ROWS))
+    assert losses.dtype == torch.float64
+    assert losses.tolist() == pytest.approx([expected(name, beta, smoothing, row) for row in ROWS], rel=1e-12)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize(
+    ("loss", "value"),
+    [
+        (sigmoid, math.log(2)),
+        (lambda beta: cdpo(beta, 0.3), math.log(2)),
+        (hinge, 1.0),
+    ],
+)
+def test_before_the_first_step_a_loss_knows_nothing(
+    loss: Callable[[float], PairwiseLoss], value: float, beta: float
+) -> None:
+    policy, _, num_tokens = tensors(ROWS)
+    assert loss(beta)(policy, policy, num_tokens).tolist() == pytest.approx([value] * len(ROWS), rel=1e-12)
+    assert ipo(beta)(policy, policy, num_tokens).tolist() == pytest.approx([1 / (2 * beta) ** 2] * len(ROWS))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_the_gradient_of_dpo_is_the_papers(beta: float) -> None:
+    """Rafailov et al. 2023, section 4: -beta * sigma(r_l - r_w) * (grad log pi_w - grad log pi_l)."""
+    policy, reference, num_tokens = tensors(ROWS)
+    policy.requires_grad_()
+    sigmoid(beta)(policy, reference, num_tokens).sum().backward()
+    assert policy.grad is not None
+    for found, ((policy_w, policy_l), (reference_w, reference_l), _) in zip(policy.grad.tolist(), ROWS, strict=True):
+        reward_w, reward_l = beta * (policy_w - reference_w), beta * (policy_l - reference_l)
+        weight = beta / (1 + math.exp(reward_w - reward_l))
+        assert found == pytest.approx([-weight, weight], rel=1e-12)
+
+
+def test_cdpo_without_noise_is_dpo() -> None:
+    arguments = tensors(ROWS)
+    assert torch.equal(cdpo(0.1, 0.0)(*arguments), sigmoid(0.1)(*arguments))
+
+
+def test_cdpo_is_least_where_the_margin_fits_the_noise() -> None:
+    """Its minimum is at sigma(margin) = 1 - e: the certainty that the labels deserve."""
+    noise, beta = 0.2, 0.5
+    best = math.log((1 - noise) / noise) / beta
+    zero = torch.zeros(3, 2, dtype=torch.float64)
+    policy = torch.tensor([[best - 0.1, 0.0], [best, 0.0], [best + 0.1, 0.0]], dtype=torch.float64)
+    around = cdpo(beta, noise)(policy, zero, zero + 1).tolist()
+    assert around[1] < min(around[0], around[2])
+
+
+def test_ipo_is_zero_at_its_target() -> None:
+    policy = torch.tensor([[10.0, 0.0]], dtype=torch.float64)
+    zero = torch.zeros_like(policy)
+    assert ipo(0.25)(policy, zero, torch.tensor([[5, 7]])).item() == 0
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "cdpo", "hinge", "ipo"])
+@pytest.mark.parametrize("margin", [-1e6, 1e6])
+def test_no_margin_is_too_large(name: str, margin: float) -> None:
+    policy = torch.tensor([[margin, 0.0]], dtype=torch.float64, requires_grad=True)
+    loss = pairwise_loss(name, 0.1, 0.1)(policy, torch.zeros(1, 2), torch.ones(1, 2))
+    loss.sum().backward()
+    assert torch.isfinite(loss).all()
+    assert policy.grad is not None
+    assert torch.isfinite(policy.grad).all()
+
+
+def test_float32_log_probabilities_are_subtracted_in_float64() -> None:
+    policy = torch.tensor([[-1000.125, -1000.25]], dtype=torch.float32)
+    reference = torch.tensor([[-1000.1250001, -1000.2500002]], dtype=torch.float64)
+    ratios = log_ratios(policy, reference)
+    assert ratios.dtype == torch.float64
+    assert ratios.tolist()[0] == pytest.approx([1e-7, 2e-7], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("sigmoid", sigmoid), ("ipo", ipo), ("hinge", hinge), ("cdpo", lambda beta: cdpo(beta, 0.3))]
+)
+def test_a_loss_is_found_by_its_name(name: str, kind: Callable[[float], PairwiseLoss]) -> None:
+    arguments = tensors(ROWS)
+    assert torch.equal(pairwise_loss(name, 0.3, 0.3)(*arguments), kind(0.3)(*arguments))
+
+
+def test_an_unknown_name_is_no_loss() -> None:
+    with pytest.raises(KeyError):
+        pairwise_loss("dpo", 0.1)
+
+
+def test_instruction_loss_is_the_negative_sum() -> None:
+    assert negative_log_likelihood(torch.tensor([[-2.0], [-3.5]])).tolist() == [2.0, 3.5]
+
+
+# --- the theory (float64) -----------------------------------------------------------------
+
+
+def test_dpo_on_a_table_finds_the_optimal_policy() -> None:
+    """Rafailov et al. 2023, eq. 4: pi* = ref * exp(r / beta) / Z, from the exact Bradley-Terry preferences."""
+    beta, answers = 0.5, 4
+    generator = torch.Generator().manual_seed(0)
+    reward = torch.randn(answers, generator=generator, dtype=torch.float64)
+    reference = torch.randn(answers, generator=generator, dtype=torch.float64).log_softmax(0)
+    pairs = list(itertools.combinations(range(answers), 2))
+    logits = reference.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([logits], lr=1, max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-15)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        policy = logits.log_softmax(0)
+        total = torch.zeros((), dtype=torch.float64)
+        for a, b in pairs:
+            prefers_a = torch.sigmoid(reward[a] - reward[b])
+            for (w, l), share in (((a, b), prefers_a), ((b, a), 1 - prefers_a)):
+                rows = (policy[[w, l]][None], reference[[w, l]][None], torch.ones(1, 2))
+                total = total + share * sigmoid(beta)(*rows).sum()
+        total.backward()
+        return total
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimal = (reference + reward / beta).softmax(0)
+    total_variation = (logits.softmax(0) - optimal).abs().sum() / 2
+    assert total_variation < 1e-6
