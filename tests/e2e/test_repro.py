@@ -127,8 +127,8 @@ def test_the_cache_knows_what_it_holds(project: Path) -> None:
     assert again["num_reused"] == again["num_completions"]
     manifest = project / "data/reference/manifest.json"
     content = json.loads(manifest.read_text(encoding="utf-8"))
-    assert content["graph"]["sft"]
-    content["graph"]["sft"] = "0" * 32
+    assert content["identity"]["sft"]
+    content["identity"]["sft"] = "0" * 32
     manifest.chmod(0o644)
     manifest.write_text(json.dumps(content), encoding="utf-8")
     refused = run(project, sys.executable, "-m", "dpo_cli", "train")

@@ -167,8 +167,8 @@ def test_dpo_on_a_table_finds_the_optimal_policy() -> None:
         total = torch.zeros((), dtype=torch.float64)
         for a, b in pairs:
             prefers_a = torch.sigmoid(reward[a] - reward[b])
-            for (w, l), share in (((a, b), prefers_a), ((b, a), 1 - prefers_a)):
-                rows = (policy[[w, l]][None], reference[[w, l]][None], torch.ones(1, 2))
+            for (win, lose), share in (((a, b), prefers_a), ((b, a), 1 - prefers_a)):
+                rows = (policy[[win, lose]][None], reference[[win, lose]][None], torch.ones(1, 2))
                 total = total + share * sigmoid(beta)(*rows).sum()
         total.backward()
         return total

@@ -1,0 +1,216 @@
+"""Sampled answers: from the right distribution, whatever shares the batch, the same every time."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from dpo_cli.evaluation.generation import Answer, PromptTokens, sample_answers
+
+STOP = 1
+
+
+@pytest.fixture(scope="module")
+def model(make_llama: Callable[..., Any]) -> Any:
+    return make_llama(12, initializer_range=0.15)
+
+
+@pytest.fixture
+def sample(model: Any, reporter: Any) -> Callable[..., dict[str, Answer]]:
+    def run(prompts: Sequence[PromptTokens], **changes: Any) -> dict[str, Answer]:
+        settings: dict[str, Any] = {
+            "stop_ids": [STOP],
+            "temperature": 1.0,
+            "max_new_tokens": 8,
+            "max_tokens": 4096,
+            "seed": 0,
+            "stream": "dpo",
+            "autocast_dtype": torch.float32,
+        }
+        with reporter.meter("answers", len(prompts), "prompts") as meter:
+            return sample_answers(model, prompts, meter=meter, **(settings | changes))
+
+    return run
+
+
+def some_prompts(count: int) -> list[PromptTokens]:
+    rng = random.Random(0)
+    return [
+        PromptTokens(f"prompt-{number:03d}", tuple(rng.randrange(2, 12) for _ in range(rng.randint(1, 15))))
+        for number in range(count)
+    ]
+
+
+def distribution(model: Any, tokens: Sequence[int], temperature: float = 1.0) -> torch.Tensor:
+    with torch.no_grad():
+        return (model(input_ids=torch.tensor([list(tokens)])).logits[0, -1].double() / temperature).softmax(0)
+
+
+# --- determinism --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("max_tokens", [1, 100, 4096])
+def test_an_answer_does_not_depend_on_what_shares_its_batch(
+    sample: Callable[..., dict[str, Answer]], temperature: float, max_tokens: int
+) -> None:
+    prompts = some_prompts(24)
+    together = sample(prompts, temperature=temperature, max_tokens=100_000)
+    assert sample(prompts, temperature=temperature, max_tokens=max_tokens) == together
+    assert sample(prompts[::-1], temperature=temperature, max_tokens=max_tokens) == together
+    assert sample(prompts[5:9], temperature=temperature) == {p.id: together[p.id] for p in prompts[5:9]}
+
+
+def test_seed_stream_and_prompt_fix_the_random_stream(sample: Callable[..., dict[str, Answer]]) -> None:
+    prompts = some_prompts(24)
+    first = sample(prompts)
+    assert sample(prompts) == first
+    assert sample(prompts, seed=1) != first
+    assert sample(prompts, stream="sft") != first
+    renamed = sample([PromptTokens(f"other-{prompt.id}", prompt.tokens) for prompt in prompts])
+    assert [renamed[f"other-{prompt.id}"] for prompt in prompts] != [first[prompt.id] for prompt in prompts]
+
+
+def test_a_longer_limit_goes_on_with_the_same_answer(sample: Callable[..., dict[str, Answer]]) -> None:
+    prompts = some_prompts(24)
+    short, long = sample(prompts, max_new_tokens=4), sample(prompts, max_new_tokens=9)
+    assert all(long[prompt.id].tokens[:4] == short[prompt.id].tokens for prompt in prompts)
+
+
+def test_torchs_random_state_is_neither_read_nor_moved(sample: Callable[..., dict[str, Answer]]) -> None:
+    prompts = some_prompts(6)
+    torch.manual_seed(1)
+    first, state = sample(prompts), torch.get_rng_state()
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert sample(prompts) == first
+
+
+# --- the distribution ---------------------------------------------------------------------
+
+
+def test_temperature_0_takes_the_likeliest_token(model: Any, sample: Callable[..., dict[str, Answer]]) -> None:
+    prompts = some_prompts(10)
+    answers = sample(prompts, temperature=0.0)
+    for prompt in prompts:
+        tokens = list(prompt.tokens)
+        while len(tokens) < len(prompt.tokens) + 8:
+            tokens.append(int(distribution(model, tokens).argmax()))
+            if tokens[-1] == STOP:
+                break
+        assert answers[prompt.id].tokens == tuple(tokens[len(prompt.tokens) :])
+    assert len({answer.tokens for answer in answers.values()}) > 3
+
+
+def test_a_cold_sample_is_greedy(sample: Callable[..., dict[str, Answer]]) -> None:
+    prompts = some_prompts(10)
+    assert sample(prompts, temperature=1e-4) == sample(prompts, temperature=0.0)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_the_first_token_follows_the_models_distribution(
+    model: Any, sample: Callable[..., dict[str, Answer]], temperature: float
+) -> None:
+    """Chi-square with 11 degrees of freedom: above 31.3 by chance once in a thousand seeds."""
+    count = 3000
+    prompt = (5, 7, 3)
+    answers = sample(
+        [PromptTokens(f"{number}", prompt) for number in range(count)], temperature=temperature, max_new_tokens=1
+    )
+    seen = Counter(answer.tokens[0] for answer in answers.values())
+    expected = (distribution(model, prompt, temperature) * count).tolist()
+    assert min(expected) > 0
+    assert sum((seen[token] - mean) ** 2 / mean for token, mean in enumerate(expected)) < 31.3
+    uniform = sum((seen[token] - count / 12) ** 2 / (count / 12) for token in range(12))
+    assert uniform > 100, "the test could not tell the model from a uniform one"
+
+
+def test_the_second_token_is_drawn_apart_from_the_first(model: Any, sample: Callable[..., dict[str, Answer]]) -> None:
+    """Pairs of tokens follow the joint distribution; pooled below 5 expected, about 60 degrees of freedom."""
+    count, prompt = 3000, (5, 7, 3)
+    answers = sample([PromptTokens(f"{number}", prompt) for number in range(count)], max_new_tokens=2)
+    seen = Counter(answer.tokens for answer in answers.values())
+    first = distribution(model, prompt)
+    expected: dict[tuple[int, ...], float] = {(STOP,): count * first[STOP].item()}
+    for token in set(range(12)) - {STOP}:
+        for following, share in enumerate(distribution(model, (*prompt, token)).tolist()):
+            expected[token, following] = count * first[token].item() * share
+    assert set(seen) <= set(expected)
+    large = {tokens: mean for tokens, mean in expected.items() if mean >= 5}
+    rest = count - sum(large.values())
+    chi_square = sum((seen[tokens] - mean) ** 2 / mean for tokens, mean in large.items())
+    chi_square += (count - sum(seen[tokens] for tokens in large) - rest) ** 2 / rest
+    freedom = len(large)
+    assert freedom > 30
+    assert chi_square < freedom + 3.5 * (2 * freedom) ** 0.5
+
+
+# --- where answers end --------------------------------------------------------------------
+
+
+def test_an_answer_ends_with_its_first_stop_token_or_at_the_limit(sample: Callable[..., dict[str, Answer]]) -> None:
+    answers = sample(some_prompts(60), stop_ids=[1, 4]).values()
+    for answer in answers:
+        stops = [token in (1, 4) for token in answer.tokens]
+        assert not any(stops[:-1])
+        assert answer.finished == stops[-1]
+        assert answer.finished or len(answer.tokens) == 8
+        assert len(answer.tokens) <= 8
+    assert {answer.finished for answer in answers} == {True, False}
+
+
+def test_every_answer_is_reported(sample: Callable[..., dict[str, Answer]], reporter: Any) -> None:
+    answers = sample(some_prompts(13), max_tokens=60)
+    assert set(answers) == {prompt.id for prompt in some_prompts(13)}
+    assert reporter.meters[-1].done == 13
+
+
+def test_batches_keep_the_budget(model: Any, sample: Callable[..., dict[str, Answer]], monkeypatch: Any) -> None:
+    shapes: list[tuple[int, int]] = []
+    generate = model.generate
+
+    def watched(**arguments: Any) -> Any:
+        shapes.append(tuple(arguments["input_ids"].shape))
+        return generate(**arguments)
+
+    monkeypatch.setattr(model, "generate", watched)
+    sample(some_prompts(24), max_tokens=100)
+    assert sum(rows for rows, _ in shapes) == 24
+    assert all(rows * (length + 8) <= 100 for rows, length in shapes)
+    assert len(shapes) < 24
+
+
+def test_what_the_models_own_configuration_says_of_sampling_is_not_followed(
+    make_llama: Callable[..., Any], reporter: Any
+) -> None:
+    """A shipped generation_config may cut the distribution (top_k, top_p) or forbid tokens."""
+    from transformers import GenerationConfig
+
+    prompts = [PromptTokens(f"{number}", (5, 7, 3)) for number in range(300)]
+    found = []
+    for shipped in (GenerationConfig(), GenerationConfig(do_sample=True, top_k=1, min_new_tokens=5, temperature=0.1)):
+        model = make_llama(12, initializer_range=0.15)
+        model.generation_config = shipped
+        with reporter.meter("", 1, "") as meter:
+            found.append(
+                sample_answers(
+                    model,
+                    prompts,
+                    stop_ids=[STOP],
+                    temperature=1.0,
+                    max_new_tokens=3,
+                    max_tokens=10_000,
+                    seed=0,
+                    stream="a",
+                    autocast_dtype=torch.float32,
+                    meter=meter,
+                )
+            )
+    assert found[0] == found[1]
+    assert len({answer.tokens for answer in found[0].values()}) > 50

@@ -1,0 +1,143 @@
+"""What the metrics mean: each finding's colour, and the sentence on top."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dpo_cli.evaluation.verdict import HIGH_KL, WELL_FORMED, Finding, headline, verdict
+
+METRICS: dict[str, Any] = {
+    "win_rate": 0.75,
+    "win_rate_ci": [0.7, 0.8],
+    "tie_rate": 0.1,
+    "win_rate_ceiling": 0.875,
+    "reward_sft": 0.25,
+    "reward_dpo": 0.75,
+    "reward_accuracy": 0.97,
+    "reward_accuracy_ci": [0.95, 0.99],
+    "reference_accuracy": 0.6,
+    "longer_accuracy": 0.55,
+    "num_pairs": 500,
+    "num_prompts": 128,
+    "loss": 0.3,
+    "loss_ci": [0.28, 0.33],
+    "loss_at_reference": 0.6931,
+    "margin": 2.0,
+    "margin_ci": [1.8, 2.2],
+    "kl": 1.2,
+    "kl_ci": [1.0, 1.4],
+    "kl_k1": 1.3,
+    "kl_estimates_disagree": False,
+    "well_formed_sft": 0.97,
+    "well_formed_dpo": 0.99,
+    "finished_sft": 0.98,
+    "finished_dpo": 0.99,
+    "answer_tokens_sft": 10.0,
+    "answer_tokens_dpo": 11.0,
+    "chosen_reward": 0.5,
+    "rejected_reward": -1.5,
+    "num_ties": 0,
+}
+JUDGED = ("win_rate", "win_rate_ci", "tie_rate", "well_formed_sft", "well_formed_dpo", "reward_sft", "reward_dpo")
+
+
+def without_judge(**changes: Any) -> dict[str, Any]:
+    return {name: value for name, value in (METRICS | changes).items() if name not in JUDGED}
+
+
+def finding(name: str, **changes: Any) -> Finding:
+    (found,) = [finding for finding in verdict(METRICS | changes) if finding.name == name]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "status"),
+    [
+        ("win rate over SFT", {"win_rate_ci": [0.51, 0.8]}, "good"),
+        ("win rate over SFT", {"win_rate_ci": [0.49, 0.8]}, "warn"),
+        ("win rate over SFT", {"win_rate_ci": [0.5, 0.8]}, "warn"),
+        ("win rate over SFT", {"win_rate": 0.4, "win_rate_ci": [0.3, 0.49]}, "bad"),
+        ("held-out reward accuracy", {"reward_accuracy_ci": [0.51, 0.6]}, "good"),
+        ("held-out reward accuracy", {"reward_accuracy_ci": [0.49, 0.6]}, "warn"),
+        ("held-out reward accuracy", {"reward_accuracy_ci": [0.3, 0.49]}, "bad"),
+        ("held-out loss", {}, "good"),
+        ("held-out loss", {"loss": 0.7, "loss_ci": [0.65, 0.75]}, "warn"),
+        ("held-out loss", {"loss": 0.9, "loss_ci": [0.7, 1.1]}, "bad"),
+        ("KL from the reference", {}, "good"),
+        ("KL from the reference", {"kl": HIGH_KL + 1}, "warn"),
+        ("KL from the reference", {"kl_estimates_disagree": True}, "bad"),
+        ("well-formed answers", {}, "good"),
+        ("well-formed answers", {"well_formed_sft": 0.6, "well_formed_dpo": WELL_FORMED - 0.1}, "warn"),
+        ("well-formed answers", {"well_formed_sft": 0.9, "well_formed_dpo": WELL_FORMED - 0.1}, "bad"),
+        ("answers that end by themselves", {}, "plain"),
+        ("answers that end by themselves", {"finished_dpo": 0.9}, "warn"),
+        ("reward of chosen answers", {}, "plain"),
+        ("reward of chosen answers", {"chosen_reward": -0.1}, "warn"),
+    ],
+)
+def test_a_finding_has_the_colour_of_its_figure(name: str, changes: dict[str, Any], status: str) -> None:
+    assert finding(name, **changes).status == status
+
+
+def test_the_win_rate_comes_first_and_every_finding_says_what_it_means() -> None:
+    findings = verdict(METRICS)
+    assert findings[0].name == "win rate over SFT"
+    assert findings[0].value.startswith("75.0% [70.0%, 80.0%]")
+    assert all(found.meaning and found.value for found in findings)
+    assert len({found.name for found in findings}) == len(findings) == 7
+
+
+def test_without_a_judge_there_is_no_win_rate() -> None:
+    names = {found.name for found in verdict(without_judge())}
+    assert "win rate over SFT" not in names
+    assert "well-formed answers" not in names
+    assert len(names) == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "words"),
+    [
+        ({}, "good", "is better than the SFT model"),
+        ({"win_rate_ci": [0.45, 0.6]}, "warn", "open"),
+        ({"win_rate_ci": [0.3, 0.45]}, "bad", "harm"),
+        ({"kl_estimates_disagree": True}, "bad", "see the red lines"),
+        ({"well_formed_dpo": 0.5}, "bad", "see the red lines"),
+        ({"loss": 0.9, "loss_ci": [0.8, 1.0]}, "bad", "see the red lines"),
+        ({"chosen_reward": -1.0, "kl": 50.0}, "good", "is better"),
+    ],
+)
+def test_the_headline_with_a_judge(changes: dict[str, Any], status: str, words: str) -> None:
+    text, found = headline(METRICS | changes)
+    assert found == status
+    assert words in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "words"),
+    [
+        ({}, "good", "no judge compared its answers"),
+        ({"reward_accuracy_ci": [0.45, 0.6]}, "warn", "do not show"),
+        ({"reward_accuracy_ci": [0.3, 0.45]}, "bad", "harm"),
+        ({"kl_estimates_disagree": True}, "bad", "harm"),
+    ],
+)
+def test_the_headline_without_a_judge(changes: dict[str, Any], status: str, words: str) -> None:
+    text, found = headline(without_judge(**changes))
+    assert found == status
+    assert words in text
+
+
+def test_a_red_line_never_stands_under_a_good_headline() -> None:
+    broken = [
+        {"kl_estimates_disagree": True},
+        {"well_formed_dpo": 0.1},
+        {"loss": 0.9, "loss_ci": [0.8, 1.0]},
+        {"reward_accuracy_ci": [0.2, 0.3]},
+        {"win_rate_ci": [0.2, 0.3]},
+    ]
+    for changes in broken:
+        metrics = METRICS | changes
+        assert "bad" in {found.status for found in verdict(metrics)}
+        assert headline(metrics)[1] == "bad"
