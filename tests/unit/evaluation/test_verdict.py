@@ -21,6 +21,7 @@ METRICS: dict[str, Any] = {
     "longer_accuracy": 0.55,
     "num_pairs": 500,
     "num_prompts": 128,
+    "num_generated_prompts": 128,
     "loss": 0.3,
     "loss_ci": [0.28, 0.33],
     "loss_at_reference": 0.6931,

@@ -1,0 +1,70 @@
+"""Tiny random models of several families, saved to disk, through qlora SFT, the reference cache and DPO in nf4."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_cli.core.params import parse_params
+from dpo_cli.data import world
+
+_SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+
+
+def _config(family: str, vocab_size: int, special: dict[str, int]) -> Any:
+    import transformers
+
+    extra = {"head_dim": 16} if family in ("Qwen3", "Gemma2") else {}
+    make: Callable[..., Any] = getattr(transformers, f"{family}Config")
+    return make(vocab_size=vocab_size, **_SHAPE, **extra, **special)
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Llama", "Gemma2", "Phi3"])
+def test_a_tiny_model_goes_through_nf4(
+    family: str, project: Path, tmp_path: Path, tokenizer: Any, reporter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from dpo_cli.stages import base, convert_preferences, convert_sft, precompute_ref, sft, train
+
+    torch.manual_seed(0)
+    special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+    folder = tmp_path / family
+    AutoModelForCausalLM.from_config(_config(family, len(tokenizer), special)).save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    raw = project / "data/raw"
+    raw.mkdir(parents=True, exist_ok=True)
+    (raw / "instructions.json").write_text(json.dumps(world.instruction_rows(0, 80)), encoding="utf-8")
+    (raw / "preferences.json").write_text(json.dumps(world.preference_rows(0, 80)), encoding="utf-8")
+    training = {"learning_rate": 1e-3, "batch_size": 8, "max_steps": 4}
+    params = parse_params(
+        {
+            "data": {"eval_fraction": 0.2},
+            "model": {"name": family.lower()},
+            "sft": {**training, "max_length": 256},
+            "reference": {"max_length": 256},
+            "train": training,
+            "runtime": {"model_path": str(folder), "device": "cpu"},
+        }
+    )
+    for stage in (base, convert_sft, convert_preferences, sft, precompute_ref):
+        stage.run(params, reporter)
+    metrics = train.run(params, reporter)
+    assert metrics["step0_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert metrics["step0_max_abs_margin"] <= 1e-4
+    assert metrics["eval_loss"] < metrics["eval_loss_start"]
+    assert Path("models/dpo/adapter_model.safetensors").stat().st_size > 0
+    assert not Path("models/base/model.safetensors").exists()
