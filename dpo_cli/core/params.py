@@ -33,7 +33,7 @@ def knob(default: Any, doc: str, *, unit: str = "", **constraints: Any) -> Any:
 class Section(BaseModel):
     """Base of all sections: unknown keys refused, no silent conversion of types, immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class SftSource(Section):
@@ -220,7 +220,7 @@ def load_params(path: Path, overrides: Sequence[str] = ()) -> Params:
         tree = YAML(typ="safe").load(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ParamsError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except YAMLError as error:
+    except (YAMLError, ValueError, RecursionError) as error:
         raise ParamsError(f"{path}{_yaml_place(error)}") from error
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
@@ -246,7 +246,7 @@ def parse_params(tree: Mapping[str, Any], source: str = "params.yaml") -> Params
     return params
 
 
-def _yaml_place(error: YAMLError) -> str:
+def _yaml_place(error: Exception) -> str:
     if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return f", line {mark.line + 1}, column {mark.column + 1}: not valid YAML: {error.problem}"
@@ -260,7 +260,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise ParamsError(f"--set takes section.key=value, got {override!r}")
     try:
         value = YAML(typ="safe").load(text)
-    except YAMLError as error:
+    except (YAMLError, ValueError, RecursionError) as error:
         raise ParamsError(f"--set {key}{_yaml_place(error)}") from error
     node = tree
     for part in parts[:-1]:
@@ -282,6 +282,7 @@ _TYPES = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
     "float_type": "a number",
+    "finite_number": "a finite number",
     "string_type": "text",
     "bool_type": "true or false",
     "list_type": "a list",

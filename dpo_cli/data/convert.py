@@ -241,5 +241,5 @@ class _TableWriter:
 
     def close(self) -> None:
         self._flush()
-        pl.scan_parquet(self._parts / "*.parquet").sink_parquet(self._path)
+        pl.scan_parquet(sorted(self._parts.iterdir()), glob=False).sink_parquet(self._path)
         shutil.rmtree(self._parts)

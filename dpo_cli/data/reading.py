@@ -108,7 +108,7 @@ def _read_lines(path: Path, file: IO[bytes]) -> Iterator[Record]:
         if not data.strip():
             continue
         try:
-            value = json.loads(data.decode("utf-8"))
+            value = json.loads(data.decode("utf-8").rstrip("\r\n"))
         except UnicodeDecodeError:
             raise _not_utf8(path, data, line) from None
         except json.JSONDecodeError as error:
@@ -116,6 +116,8 @@ def _read_lines(path: Path, file: IO[bytes]) -> Iterator[Record]:
             raise DataError(f"{path}, line {line}, column {error.colno}: broken JSON: {error.msg}{hint}") from None
         except RecursionError:
             raise DataError(f"{path}, line {line}: JSON nested too deeply") from None
+        except ValueError as error:
+            raise DataError(f"{path}, line {line}: {error}") from None
         yield Record(row, line, value)
         row += 1
 
@@ -209,7 +211,11 @@ def _decode_element(text: _ArrayText, decoder: json.JSONDecoder) -> tuple[Any, i
                 raise text.broken(f"{error.msg}{cut}", error.pos) from None
         except RecursionError:
             raise text.broken("nested too deeply", text.position) from None
+        except ValueError as error:
+            raise text.broken(str(error), text.position) from None
         else:
-            if end < len(text.text) or text.at_end:
+            # Behind a number that ends the block, '.', 'e' or 'e+' may be the start of its rest.
+            needed = 3 if isinstance(value, int | float) else 1
+            if end + needed <= len(text.text) or text.at_end:
                 return value, end
         text.read_more()

@@ -70,7 +70,7 @@ def tokenise_table(
     if not path.is_file():
         raise StaleArtifactError(f"{path} is missing; {remedy}")
     try:
-        frame = pl.read_parquet(path)
+        frame = pl.read_parquet(path, glob=False)
     except (pl.exceptions.PolarsError, OSError) as error:
         raise StaleArtifactError(f"{path} is damaged ({error}); {remedy}") from None
     table = TokenTable([], {}, [])

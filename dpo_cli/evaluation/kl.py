@@ -41,7 +41,7 @@ def sequence_kl(policy_logps_NV: torch.Tensor, reference_logps_NV: torch.Tensor,
         tokens: The N sampled tokens, the stop token included.
     """
     policy, reference = policy_logps_NV.double(), reference_logps_NV.double()
-    exact = (policy.exp() * (policy - reference)).sum()
+    exact = torch.where(policy > -torch.inf, policy.exp() * (policy - reference), 0.0).sum()  # 0 log 0 = 0
     index = torch.tensor(tokens, device=policy.device)[:, None]
     k1 = (policy.gather(1, index) - reference.gather(1, index)).sum()
     return SequenceKl(exact.item(), k1.item())

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from dpo_cli.core import paths
@@ -142,7 +143,7 @@ def load_model(folder: Path, machine: Machine, *, quantization: str, trainable: 
         )
     except torch.OutOfMemoryError as error:
         raise MachineError(f"{folder} does not fit into the memory of {machine.device}") from error
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise MachineError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from error
     keep_weights_unpacked(model)
     model.requires_grad_(False)

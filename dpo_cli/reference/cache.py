@@ -17,6 +17,7 @@ them recomputes nothing.
 
 from __future__ import annotations
 
+import os
 import shutil
 from array import array
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from typing import Any
 
 import polars as pl
 
-from dpo_cli.core.artifacts import atomic_path, digest_bytes, digest_json, read_json, sha256_file, write_json
+from dpo_cli.core.artifacts import digest_bytes, read_json, sha256_file, write_json
 from dpo_cli.core.errors import StaleArtifactError
 from dpo_cli.data.tokenise import TokenGroup
 
@@ -60,20 +61,23 @@ class RowStore:
         """All rows that are there; a damaged shard is left out and deleted."""
         frames = [pl.DataFrame(schema=SCHEMA)]
         for shard in sorted(self._folder.glob("shard-*.parquet")):
-            try:
-                frames.append(pl.read_parquet(shard, columns=list(SCHEMA)).cast(SCHEMA))  # type: ignore[arg-type]
-            except (pl.exceptions.PolarsError, OSError):
+            if shard.stem != f"shard-{sha256_file(shard)}":
                 shard.unlink()
+                continue
+            frames.append(pl.read_parquet(shard, columns=list(SCHEMA), glob=False))
         return pl.concat(frames).unique("key", keep="first", maintain_order=True)
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add a shard of rows."""
+        """Add a shard of rows; its name holds the digest of its content."""
         if not rows:
             return
         frame = pl.DataFrame(rows, schema=SCHEMA)
-        name = digest_json(sorted(frame["key"].to_list()))
-        with atomic_path(self._folder / f"shard-{name}.parquet") as temporary:
-            frame.write_parquet(temporary)
+        written = self._folder / f"new.{os.getpid()}.tmp"
+        try:
+            frame.write_parquet(written)
+            written.replace(self._folder / f"shard-{sha256_file(written)}.parquet")
+        finally:
+            written.unlink(missing_ok=True)
 
 
 def forget_other_stores(root: Path, keep: Path, how_many: int) -> None:
@@ -103,7 +107,9 @@ def read_cache(folder: Path, identity: Mapping[str, Any]) -> dict[str, float]:
             field that differs.
     """
     manifest = read_json(folder / MANIFEST, _REMEDY)
-    refuse_other_graph(folder / MANIFEST, manifest.get("identity", {}), identity)
+    if not (isinstance(manifest, dict) and all(isinstance(manifest.get(key), dict) for key in ("identity", "parts"))):
+        raise StaleArtifactError(f"{folder / MANIFEST} is damaged: it has no identity and parts; {_REMEDY}")
+    refuse_other_graph(folder / MANIFEST, manifest["identity"], identity)
     frames = []
     for name, digest in manifest["parts"].items():
         part = folder / name
@@ -111,7 +117,7 @@ def read_cache(folder: Path, identity: Mapping[str, Any]) -> dict[str, float]:
             raise StaleArtifactError(f"{part} is missing; {_REMEDY}")
         if sha256_file(part) != digest:
             raise StaleArtifactError(f"{part} is damaged: its content is not what was written; {_REMEDY}")
-        frames.append(pl.read_parquet(part, columns=["key", "logp"]))
+        frames.append(pl.read_parquet(part, columns=["key", "logp"], glob=False))
     table = pl.concat(frames)
     return dict(zip(table["key"].to_list(), table["logp"].to_list(), strict=True))
 

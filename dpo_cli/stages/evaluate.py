@@ -88,7 +88,7 @@ def _count_leaked_prompts(held_out: TokenTable) -> int:
     for path in (paths.SFT_DATA / "train.parquet", paths.PREFERENCE_DATA / "train.parquet"):
         if not path.is_file():
             raise StaleArtifactError(f"{path} is missing; run: dpo-cli repro")
-        for (prompt,) in pl.read_parquet(path, columns=["prompt"]).iter_rows():
+        for (prompt,) in pl.read_parquet(path, columns=["prompt"], glob=False).iter_rows():
             seen.add(content_id(prompt))
     return sum(group in seen for group in held_out.prompts)
 

@@ -25,7 +25,7 @@ def _read_turns(text: str) -> Messages:
 
 
 def _read(row: RawRow) -> PreferenceExample:
-    chosen, rejected = text_field(row, "chosen"), text_field(row, "rejected")
+    chosen, rejected = (f"\n\n{text_field(row, name).lstrip()}" for name in ("chosen", "rejected"))
     cut = os.path.commonprefix([chosen, rejected]).rfind(_ANSWER)  # noqa: RUF071 (texts, not paths)
     if cut < 0:
         raise RowProblem("bad_transcript", "chosen and rejected share no opening up to an Assistant turn")

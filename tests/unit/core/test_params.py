@@ -93,10 +93,9 @@ def test_an_empty_value_is_refused_where_one_is_needed(path: str) -> None:
 
 def test_not_a_number_is_no_number() -> None:
     (problem,) = problems_of({"train": {"beta": float("nan")}})
-    assert "train.beta must be > 0" in problem
+    assert "train.beta must be a finite number" in problem
 
 
-@pytest.mark.xfail(strict=True, reason="infinity passes the schema; train.epochs .inf then ends in an OverflowError")
 @pytest.mark.parametrize("name", ["beta", "epochs", "learning_rate", "max_grad_norm"])
 def test_infinity_is_no_number(name: str) -> None:
     (problem,) = problems_of({"train": {name: float("inf")}})
@@ -224,7 +223,6 @@ def test_a_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
         load_params(path)
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="load_params lets ruamel's ValueError through")
 @pytest.mark.parametrize("overrides", [[], ["model.revision=2024-13-01"]])
 def test_a_date_that_does_not_exist_is_a_problem_of_the_file(tmp_path: Path, overrides: list[str]) -> None:
     path = write(tmp_path, "" if overrides else "model: {revision: 2024-13-01}\n")
@@ -232,7 +230,6 @@ def test_a_date_that_does_not_exist_is_a_problem_of_the_file(tmp_path: Path, ove
         load_params(path, overrides)
 
 
-@pytest.mark.xfail(strict=True, raises=RecursionError, reason="load_params lets a RecursionError through")
 def test_yaml_nested_too_deeply_is_a_problem_of_the_file(tmp_path: Path) -> None:
     with pytest.raises(ParamsError):
         load_params(write(tmp_path, "[" * 3000))

@@ -144,9 +144,6 @@ def test_reasons_are_counted_most_frequent_first(run: Callable[..., Any]) -> Non
     assert list(report.num_rejected_by_reason.items()) == [("empty_rejected", 3), ("empty_chosen", 1)]
 
 
-@pytest.mark.xfail(
-    strict=True, raises=pl.exceptions.ComputeError, reason="_TableWriter.close scans its parts by a glob"
-)
 def test_where_the_data_is_written_does_not_matter(tmp_path: Path) -> None:
     """A project folder may have brackets in its name: they are no pattern."""
     source = tmp_path / "rows.json"

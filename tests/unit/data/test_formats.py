@@ -235,7 +235,6 @@ def test_a_transcript_must_be_text() -> None:
     assert reason_of(HH, {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": None}) == "not_text"
 
 
-@pytest.mark.xfail(strict=True, raises=RowProblem, reason="auto takes it for hh, and then every row is refused")
 def test_a_transcript_without_empty_lines_before_it_is_read_where_it_is_detected() -> None:
     row = {"chosen": "Human: q\n\nAssistant: a", "rejected": "Human: q\n\nAssistant: b"}
     assert HH.matches(row)

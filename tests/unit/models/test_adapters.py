@@ -1,0 +1,266 @@
+"""Adapters: the policy starts as its reference, and what SFT left is checked before it is used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+
+from dpo_cli.core import paths
+from dpo_cli.core.errors import MachineError, StaleArtifactError
+from dpo_cli.core.params import LoraParams
+from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.models.adapters import (
+    ADAPTER_FILES,
+    SFT_MANIFEST,
+    SftResult,
+    add_adapter,
+    load_pair,
+    load_policy_at_start,
+    load_reference,
+    read_sft_result,
+    save_adapter,
+    write_sft_manifest,
+)
+from dpo_cli.models.load import load_model
+from dpo_cli.scoring.scorer import Scorer
+
+LORA = LoraParams(r=4, alpha=8.0)
+NONE, QLORA, FULL = (SftResult(method, "digest") for method in ("none", "qlora", "full"))
+
+
+def randomise(model: Any, seed: int) -> Any:
+    """Give an adapter an update that is not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1, generator=generator)
+    return model
+
+
+@pytest.fixture
+def tuned(tiny_folder: Path, cpu: Any) -> Callable[..., Any]:
+    """``tuned(seed)``: the tiny model with an adapter that does something."""
+
+    def make(seed: int = 0, lora: LoraParams = LORA) -> Any:
+        return randomise(add_adapter(load_model(tiny_folder, cpu, quantization="none"), lora, seed), seed)
+
+    return make
+
+
+@pytest.fixture
+def sft(project: Path, tuned: Callable[..., Any]) -> Path:
+    """models/sft with an adapter in it."""
+    save_adapter(tuned(1), paths.SFT_MODEL, "embedded")
+    write_sft_manifest(paths.SFT_MODEL, "qlora", list(ADAPTER_FILES), "base-digest")
+    return paths.SFT_MODEL
+
+
+@pytest.fixture
+def logps(make_groups: Callable[..., list[TokenGroup]]) -> Callable[[Any], torch.Tensor]:
+    groups = make_groups(6)
+
+    def score(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return Scorer(model, torch.float32).score(groups).logps_BK
+
+    return score
+
+
+# --- fresh adapters -----------------------------------------------------------------------
+
+
+def test_a_fresh_adapter_changes_nothing_and_alone_is_trained(
+    tiny_folder: Path, cpu: Any, logps: Callable[[Any], torch.Tensor]
+) -> None:
+    model = load_model(tiny_folder, cpu, quantization="none")
+    before = logps(model)
+    adapted = add_adapter(model, LORA, seed=0)
+    assert torch.equal(logps(adapted), before)
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+    assert not any("lm_head" in name or "embed" in name for name in trained)
+
+
+def test_the_seed_decides_the_start(tuned: Callable[..., Any]) -> None:
+    def start(seed: int) -> list[torch.Tensor]:
+        torch.manual_seed(123)
+        return [p.detach().clone() for name, p in tuned(seed).named_parameters() if "lora_A" in name]
+
+    assert all(map(torch.equal, start(3), start(3)))
+    assert not any(map(torch.equal, start(3), start(4)))
+
+
+def test_the_shape_is_that_of_the_params(tuned: Callable[..., Any]) -> None:
+    model = tuned(0, LoraParams(r=3, alpha=6.0, dropout=0.25, target_modules=["v_proj", "q_proj"]))
+    config = model.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (3, 6.0, 0.25)
+    layers = {name.split(".lora_")[0].rpartition(".")[2] for name, _ in model.named_parameters() if "lora_" in name}
+    assert layers == {"q_proj", "v_proj"}
+    assert {p.shape[0] for name, p in model.named_parameters() if "lora_A" in name} == {3}
+
+
+def test_layers_that_the_model_has_not_are_named(tiny_folder: Path, cpu: Any) -> None:
+    with pytest.raises(MachineError, match=r"the adapter does not fit the model: .*no_such_layer"):
+        add_adapter(load_model(tiny_folder, cpu, quantization="none"), LoraParams(target_modules=["no_such_layer"]), 0)
+
+
+# --- saving -------------------------------------------------------------------------------
+
+
+def test_the_same_adapter_is_saved_as_the_same_bytes(tuned: Callable[..., Any], tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        save_adapter(tuned(5), tmp_path / name, "mine")
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == sorted(ADAPTER_FILES)
+    for name in ADAPTER_FILES:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_saved_adapter_names_its_base_model_and_no_path(
+    tuned: Callable[..., Any], tmp_path: Path, tiny_folder: Path
+) -> None:
+    save_adapter(tuned(5), tmp_path, "mine")
+    text = (tmp_path / "adapter_config.json").read_text()
+    assert json.loads(text)["base_model_name_or_path"] == "mine"
+    assert str(tiny_folder) not in text
+    assert json.loads(text)["target_modules"] == sorted(json.loads(text)["target_modules"])
+
+
+# --- what SFT left ------------------------------------------------------------------------
+
+
+def test_what_sft_left_is_described(sft: Path) -> None:
+    result = read_sft_result("base-digest")
+    assert (result.method, result.has_adapter) == ("qlora", True)
+    manifest = json.loads((sft / SFT_MANIFEST).read_text())
+    assert manifest["digest"] == result.digest
+
+
+@pytest.mark.parametrize(("method", "has"), [("none", False), ("full", False), ("lora", True), ("qlora", True)])
+def test_lora_and_qlora_leave_an_adapter(method: str, has: bool) -> None:
+    assert SftResult(method, "").has_adapter is has
+
+
+def test_the_digest_is_of_method_base_and_files(project: Path, sft: Path) -> None:
+    digests = {read_sft_result("base-digest").digest}
+    write_sft_manifest(sft, "lora", list(ADAPTER_FILES), "base-digest")
+    digests.add(read_sft_result("base-digest").digest)
+    write_sft_manifest(sft, "lora", list(ADAPTER_FILES), "other")
+    digests.add(read_sft_result("other").digest)
+    (sft / ADAPTER_FILES[0]).write_text("{}")
+    write_sft_manifest(sft, "lora", list(ADAPTER_FILES), "other")
+    digests.add(read_sft_result("other").digest)
+    assert len(digests) == 4
+
+
+def test_another_base_model_is_refused(sft: Path) -> None:
+    with pytest.raises(StaleArtifactError, match=r"made for another base model .*run: dpo-cli sft"):
+        read_sft_result("another")
+
+
+@pytest.mark.parametrize("name", ADAPTER_FILES)
+def test_a_file_that_changed_or_is_gone_is_refused(sft: Path, name: str) -> None:
+    path = sft / name
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(StaleArtifactError, match=r"has changed since it was made; run: dpo-cli sft"):
+        read_sft_result("base-digest")
+    path.unlink()
+    with pytest.raises(StaleArtifactError, match=rf"{name} is missing; run: dpo-cli sft"):
+        read_sft_result("base-digest")
+
+
+def test_before_stage_sft_there_is_nothing(project: Path) -> None:
+    with pytest.raises(StaleArtifactError, match=r"sft.json is missing; run: dpo-cli sft"):
+        read_sft_result("base-digest")
+
+
+# --- policy and reference -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_the_policy_starts_as_the_reference(
+    sft: Path, tiny_folder: Path, cpu: Any, logps: Callable[[Any], torch.Tensor], quantization: str
+) -> None:
+    for result in (NONE, QLORA):
+        reference = logps(load_reference(tiny_folder, result, cpu, quantization))
+        policy = load_policy_at_start(tiny_folder, result, cpu, quantization, LORA, seed=0)
+        assert (logps(policy.eval()) - reference).abs().max() <= 1e-5
+        assert (logps(policy.train()) - reference).abs().max() <= 1e-5
+    assert (logps(load_reference(tiny_folder, NONE, cpu, quantization)) - reference).abs().max() > 0.1
+
+
+def test_the_reference_is_frozen_and_the_policy_trains_its_adapter_alone(
+    sft: Path, tiny_folder: Path, cpu: Any
+) -> None:
+    reference = load_reference(tiny_folder, QLORA, cpu, "none")
+    assert not reference.training
+    assert not any(parameter.requires_grad for parameter in reference.parameters())
+    for result in (QLORA, NONE):
+        policy = load_policy_at_start(tiny_folder, result, cpu, "none", LORA, seed=0)
+        trained = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
+        assert len(trained) == 2 * 2 * 7
+        assert all("lora_" in name for name in trained)
+
+
+def test_whole_weights_of_sft_take_the_place_of_the_base(
+    project: Path, tiny_folder: Path, cpu: Any, tuned: Callable[..., Any], logps: Callable[[Any], torch.Tensor]
+) -> None:
+    merged = tuned(2).merge_and_unload()
+    merged.save_pretrained(paths.SFT_MODEL)
+    reference = logps(load_reference(tiny_folder, FULL, cpu, "none"))
+    assert (reference - logps(merged)).abs().max() <= 1e-5
+    policy = load_policy_at_start(tiny_folder, FULL, cpu, "none", LORA, seed=0)
+    assert torch.equal(logps(policy), reference)
+
+
+@pytest.mark.parametrize("result", [NONE, QLORA])
+def test_a_pair_is_policy_or_reference_as_asked(
+    sft: Path,
+    tiny_folder: Path,
+    cpu: Any,
+    tuned: Callable[..., Any],
+    logps: Callable[[Any], torch.Tensor],
+    result: SftResult,
+) -> None:
+    trained = tuned(7)
+    save_adapter(trained, paths.DPO_MODEL, "mine")
+    reference = logps(load_reference(tiny_folder, result, cpu, "none"))
+    pair = load_pair(tiny_folder, result, cpu, "none")
+    for _ in range(2):
+        assert (logps(pair.use_policy()) - logps(trained)).abs().max() <= 1e-5
+        assert (logps(pair.use_reference()) - reference).abs().max() <= 1e-5
+    assert not pair.use_policy().training
+    assert (logps(trained) - reference).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", ADAPTER_FILES)
+def test_a_pair_needs_a_trained_policy(
+    sft: Path, tiny_folder: Path, cpu: Any, tuned: Callable[..., Any], name: str
+) -> None:
+    save_adapter(tuned(7), paths.DPO_MODEL, "mine")
+    (paths.DPO_MODEL / name).unlink()
+    with pytest.raises(StaleArtifactError, match=rf"{name} is missing; run: dpo-cli train"):
+        load_pair(tiny_folder, QLORA, cpu, "none")
+
+
+def test_no_way_to_load_leaves_a_layer_to_the_trap(
+    sft: Path, tiny_folder: Path, cpu: Any, tuned: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
+    save_adapter(tuned(7), paths.DPO_MODEL, "mine")
+    for result in (NONE, QLORA):
+        models = [
+            load_reference(tiny_folder, result, cpu, "nf4"),
+            load_policy_at_start(tiny_folder, result, cpu, "nf4", LORA, seed=0),
+            load_pair(tiny_folder, result, cpu, "nf4").model,
+        ]
+        for model in models:
+            layers = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+            assert len(layers) >= 14
+            assert not any(layer.support_avx512bf16_for_cpu for layer in layers)

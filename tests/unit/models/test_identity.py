@@ -1,0 +1,136 @@
+"""What a model is: the digests of its files, never its path."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_cli.core import paths
+from dpo_cli.core.artifacts import sha256_file, write_json
+from dpo_cli.core.errors import StaleArtifactError
+from dpo_cli.models.identity import (
+    LOCK_NAME,
+    base_digest,
+    library_versions,
+    lock_model,
+    model_files,
+    read_lock,
+    verify_model,
+)
+
+FILES = {
+    "config.json": "{}",
+    "model.safetensors": "weights",
+    "tokenizer.json": "{}",
+    "chat_template.jinja": "{{ x }}",
+    "merges.txt": "a b",
+}
+OTHERS = {"README.md": "# model", "pytorch_model.bin": "pickle", "notes.txt": "", LOCK_NAME: "{}"}
+
+
+@pytest.fixture
+def folder(project: Path) -> Path:
+    path = project / "model"
+    path.mkdir()
+    for name, text in (FILES | OTHERS).items():
+        (path / name).write_text(text)
+    (path / "sub").mkdir()
+    (path / "sub" / "config.json").write_text("{}")
+    return path
+
+
+def lock(folder: Path) -> dict[str, Any]:
+    return lock_model(folder, "mine", "v1", lambda _: None)
+
+
+def test_weights_configuration_and_tokenizer_make_a_model(folder: Path) -> None:
+    assert model_files(folder) == sorted(FILES)
+
+
+def test_a_lock_holds_sizes_and_digests_and_no_path(folder: Path) -> None:
+    found = lock(folder)
+    assert (found["name"], found["revision"]) == ("mine", "v1")
+    assert found["files"] == {
+        name: {"size": len(text), "sha256": sha256_file(folder / name)} for name, text in sorted(FILES.items())
+    }
+    assert str(folder) not in json.dumps(found)
+
+
+def test_the_same_model_elsewhere_has_the_same_lock(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "README.md").write_text("changed")
+    assert lock(copy) == lock(folder)
+    verify_model(copy, lock(folder))
+
+
+def test_every_byte_is_reported_whether_it_is_read_or_remembered(folder: Path) -> None:
+    total = sum(map(len, FILES.values()))
+    for _ in range(2):
+        heard: list[int] = []
+        lock_model(folder, "mine", "", heard.append)
+        assert sum(heard) == total
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_changed_is_refused_with_its_name(folder: Path, name: str) -> None:
+    found = lock(folder)
+    before = (folder / name).stat()
+    (folder / name).write_text(FILES[name][::-1] + "!")
+    with pytest.raises(StaleArtifactError, match=rf"{name} has changed since the model was locked; put the locked"):
+        verify_model(folder, found)
+    (folder / name).write_text("#" * len(FILES[name]))
+    os.utime(folder / name, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    with pytest.raises(StaleArtifactError, match=rf"{name} has changed"):
+        verify_model(folder, found)
+
+
+def test_a_missing_file_and_a_new_one_are_refused(folder: Path) -> None:
+    found = lock(folder)
+    (folder / "merges.txt").unlink()
+    with pytest.raises(StaleArtifactError, match=r"merges.txt is missing: not the model that was locked"):
+        verify_model(folder, found)
+    (folder / "merges.txt").write_text(FILES["merges.txt"])
+    (folder / "adapter.safetensors").write_text("")
+    with pytest.raises(StaleArtifactError, match=r"adapter.safetensors is new: not the model that was locked"):
+        verify_model(folder, found)
+
+
+def test_a_digest_that_is_remembered_is_not_of_another_file(folder: Path) -> None:
+    """Weights are large, so digests are kept by path, size and time of change."""
+    first = lock(folder)
+    memory = json.loads((paths.scratch_root() / "digests.json").read_text())
+    assert len(memory) == len(FILES)
+    (folder / "config.json").write_text("[]")
+    os.utime(folder / "config.json", ns=(0, 10**9))
+    assert lock(folder)["files"]["config.json"] != first["files"]["config.json"]
+
+
+def test_a_damaged_memory_of_digests_is_forgotten(folder: Path) -> None:
+    first = lock(folder)
+    (paths.scratch_root() / "digests.json").write_text("{half")
+    assert lock(folder) == first
+    json.loads((paths.scratch_root() / "digests.json").read_text())
+
+
+def test_the_base_digest_is_of_the_lock_alone(project: Path, folder: Path) -> None:
+    write_json(paths.BASE / LOCK_NAME, lock(folder))
+    before = base_digest()
+    assert read_lock() == lock(folder)
+    shutil.rmtree(folder)
+    assert base_digest() == before
+    write_json(paths.BASE / LOCK_NAME, read_lock() | {"revision": "v2"})
+    assert base_digest() != before
+
+
+def test_before_stage_base_there_is_no_lock(project: Path) -> None:
+    with pytest.raises(StaleArtifactError, match=r"model.lock.json is missing; run: dpo-cli base"):
+        read_lock()
+
+
+def test_the_libraries_that_move_a_log_probability_are_named() -> None:
+    assert set(library_versions()) == {"torch", "transformers", "peft", "bitsandbytes"}
