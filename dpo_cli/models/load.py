@@ -131,7 +131,7 @@ def load_model(folder: Path, machine: Machine, *, quantization: str, trainable: 
             bnb_4bit_compute_dtype=machine.compute_dtype,
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=torch.float32 if trainable else machine.compute_dtype,
@@ -140,11 +140,16 @@ def load_model(folder: Path, machine: Machine, *, quantization: str, trainable: 
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
+            output_loading_info=True,
         )
     except torch.OutOfMemoryError as error:
         raise MachineError(f"{folder} does not fit into the memory of {machine.device}") from error
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise MachineError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from error
+    if missing := sorted(loading["missing_keys"]):
+        raise MachineError(
+            f"{folder}: the weights lack {missing[0]} ({len(missing)} missing in all); fetch the model again"
+        )
     keep_weights_unpacked(model)
     model.requires_grad_(False)
     return model.eval()

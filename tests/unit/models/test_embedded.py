@@ -36,7 +36,17 @@ def test_every_word_of_the_world_is_one_token(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "plain", "Tom has 5 cats.", "小明有21本书。", "naïve 😀 \u200b\t\r\n  x", "12345", "中" * 3, "a<|end|>b", "\x00"],
+    [
+        "",
+        "plain",
+        "Tom has 5 cats.",
+        "小明有21本书。",
+        "naïve 😀 \u200b\t\r\n  x",
+        "12345",
+        "中" * 3,
+        "a<|end|>b",
+        "\x00",
+    ],
 )
 def test_any_text_comes_back_as_it_was(tokenizer: Any, text: str) -> None:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
