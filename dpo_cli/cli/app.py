@@ -17,12 +17,10 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from dpo_cli.cli.console import ConsoleReporter
-from dpo_cli.cli.init import ProjectFiles, create_project
 from dpo_cli.cli.repro import EXIT_CODE_FILE, reproduce
 from dpo_cli.core import paths
 from dpo_cli.core.environment import prepare_environment
 from dpo_cli.core.errors import DpoCliError, Interrupted, MachineError, ParamsError
-from dpo_cli.core.params import load_params
 from dpo_cli.core.pipeline import STAGES, Stage
 from dpo_cli.core.scratch import die_with_parent
 
@@ -121,6 +119,8 @@ def _run_stage(stage: Stage, overrides: list[str], *, as_json: bool) -> None:
     with _errors_as_exit_codes(as_json=as_json):
         if overrides and "DVC_STAGE" in os.environ:
             raise ParamsError("--set has no place in a DVC stage: DVC would not see it; change params.yaml")
+        from dpo_cli.core.params import load_params  # here, so that --help does not wait for it
+
         params = load_params(paths.PARAMS, overrides)
         die_with_parent()
         run: Callable[..., dict[str, Any]] = importlib.import_module(f"dpo_cli.stages.{stage.name}").run
@@ -175,6 +175,8 @@ def init_command(
     Without files it holds the embedded small world, without a model the embedded tiny model.
     What stands in the folder already is never overwritten.
     """
+    from dpo_cli.cli.init import ProjectFiles, create_project  # here, so that --help does not wait for it
+
     with _errors_as_exit_codes(as_json=False):
         create_project(folder, ProjectFiles(sft=sft, preferences=preferences, model=model), ConsoleReporter())
 

@@ -16,16 +16,16 @@ from dpo_cli.core.params import LoraParams, Params
 
 EMBEDDED_PRESET: dict[str, Any] = {
     "data.eval_fraction": 0.15,
-    "model.pretrain_steps": 1200,
+    "model.pretrain_steps": 1600,
     "sft.learning_rate": 2e-3,
     "sft.batch_size": 32,
     "sft.epochs": 3.0,
-    "train.learning_rate": 5e-4,
+    "train.learning_rate": 1e-3,
     "train.batch_size": 8,
-    "train.epochs": 1.7,
     "train.beta": 2.0,
     "evaluate.judge": "world",
     "evaluate.num_prompts": 0,
+    "evaluate.temperature": 0.7,
     "evaluate.max_new_tokens": 48,
 }
 """What the embedded default sets otherwise than the schema, whose defaults suit a real model."""

@@ -48,6 +48,7 @@ class HeldOut:
         longer_accuracy: How often the chosen answer is the longer one: a baseline that reads nothing.
         num_ties: Pairs with equal implicit rewards.
         num_pairs: Pairs in all.
+        num_prompts: Different prompts in them.
         margins: Margin of each pair, in the order of their ids.
     """
 
@@ -60,6 +61,7 @@ class HeldOut:
     longer_accuracy: float
     num_ties: int
     num_pairs: int
+    num_prompts: int
     margins: list[float]
 
 
@@ -88,6 +90,7 @@ def summarise_held_out(
         longer_accuracy=_half_ties((num_tokens[:, 0] - num_tokens[:, 1]).double()).mean().item(),
         num_ties=int((margins == 0).sum()),
         num_pairs=len(rows),
+        num_prompts=len(set(clusters)),
         margins=margins.tolist(),
     )
 

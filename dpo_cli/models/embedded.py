@@ -34,7 +34,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
-_ROWS, _ROW_LENGTH = 8, 128
+_ROWS, _ROW_LENGTH = 4, 128
 """Shape of a pretraining batch: rows into which examples are packed, and their length in tokens."""
 _PEAK_LEARNING_RATE = 8e-3
 _WARMUP_STEPS = 50

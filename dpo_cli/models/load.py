@@ -131,7 +131,7 @@ def load_model(folder: Path, machine: Machine, *, quantization: str, trainable: 
             bnb_4bit_compute_dtype=machine.compute_dtype,
         )
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=torch.float32 if trainable else machine.compute_dtype,
@@ -142,6 +142,7 @@ def load_model(folder: Path, machine: Machine, *, quantization: str, trainable: 
             use_safetensors=True,
             output_loading_info=True,
         )
+        model, loading = loaded
     except torch.OutOfMemoryError as error:
         raise MachineError(f"{folder} does not fit into the memory of {machine.device}") from error
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:

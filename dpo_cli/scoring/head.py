@@ -19,6 +19,11 @@ _CHUNK_BYTES = 256 << 20
 _MIN_CHUNK_ROWS = 64
 
 
+def max_logit_rows(vocabulary: int) -> int:
+    """How many rows of logits, with their float32 copy, may be held at once: 256 MiB, but 64 rows at least."""
+    return max(_MIN_CHUNK_ROWS, _CHUNK_BYTES // (8 * vocabulary))
+
+
 @dataclass(frozen=True)
 class LogitTransform:
     """What a model does to its head's output: scale, then soft cap.
@@ -63,8 +68,7 @@ def token_logps(
     Returns:
         float32 [N], nats.
     """
-    vocabulary = head.weight.shape[0]  # type: ignore[index]
-    chunk = max(_MIN_CHUNK_ROWS, _CHUNK_BYTES // (8 * vocabulary))
+    chunk = max_logit_rows(head.weight.shape[0])  # type: ignore[index]
 
     def logps(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = transform(head(hidden))

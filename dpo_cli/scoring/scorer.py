@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 
 from dpo_cli.data.tokenise import TokenGroup
-from dpo_cli.scoring.head import LogitTransform, token_logps
+from dpo_cli.scoring.head import LogitTransform, max_logit_rows, token_logps
 from dpo_cli.scoring.layout import Layout, pad_groups
 
 ENGINE_VERSION = 1
@@ -76,16 +76,22 @@ class Scorer:
         shape = (layout.num_groups, layout.num_completions)
         return Scores(sums.view(shape), counts.view(shape), token_logps_N)
 
+    @property
+    def max_distribution_tokens(self) -> int:
+        """Token budget within which whole next-token distributions fit into memory."""
+        return max_logit_rows(self._head.weight.shape[0])
+
     @torch.no_grad()
-    def next_token_logps(self, group: TokenGroup) -> torch.Tensor:
-        """Whole next-token distributions along a group's only completion.
+    def next_token_logps(self, groups: Sequence[TokenGroup]) -> list[torch.Tensor]:
+        """Whole next-token distributions along each group's only completion.
 
         Returns:
-            float32 [N, V], log-probabilities, one row for each token of the completion.
+            For each group float32 [N, V], log-probabilities, one row for each token of its completion.
         """
-        layout = pad_groups([group]).to(self.device)
+        layout = pad_groups(groups).to(self.device)
         with self._autocast():
-            return self._logits(layout).log_softmax(-1)
+            logps_NV = self._logits(layout).log_softmax(-1)
+        return list(logps_NV.split([len(group.completions[0]) for group in groups]))
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(

@@ -201,16 +201,19 @@ def _kls(
         speaker = _Speaker(_DPO, pair.use_policy())
         answers = _sample(speaker, graph, prompts, 1.0, knobs, runtime, reporter)
     scorer = Scorer(pair.use_policy(), graph.machine.compute_dtype)
+    groups = [TokenGroup(prompt.id, prompt.id, prompt.tokens, (answers[prompt.id].tokens,)) for prompt in prompts]
+    budget = min(runtime.max_tokens_per_microbatch, scorer.max_distribution_tokens)
     kls = {}
     with reporter.meter("evaluate: KL along the answers", len(prompts), "prompts") as meter:
-        for prompt in prompts:
-            tokens = answers[prompt.id].tokens
-            group = TokenGroup(prompt.id, prompt.id, prompt.tokens, (tokens,))
+        for indices in split_by_tokens(groups, budget):
+            batch = [groups[index] for index in indices]
             pair.use_policy()
-            policy = scorer.next_token_logps(group)
+            policy = scorer.next_token_logps(batch)
             pair.use_reference()
-            kls[prompt.id] = sequence_kl(policy, scorer.next_token_logps(group), tokens)
-            meter.advance(1)
+            reference = scorer.next_token_logps(batch)
+            for group, ours, theirs in zip(batch, policy, reference, strict=True):
+                kls[group.id] = sequence_kl(ours, theirs, group.completions[0])
+            meter.advance(len(batch))
     return kls
 
 
@@ -281,8 +284,9 @@ def _metrics(
         "longer_accuracy": held_out.longer_accuracy,
         "num_ties": held_out.num_ties,
         "num_pairs": held_out.num_pairs,
-        "num_prompts": len({*prompts}) if samples else 0,
+        "num_prompts": held_out.num_prompts,
         "num_generated_prompts": len(prompts),
+        "temperature": knobs.temperature,
         "kl": kl.value,
         "kl_ci": _ends(kl),
         "kl_k1": float(np.mean([kls[prompt].k1 for prompt in prompts])),

@@ -18,8 +18,7 @@ from dpo_cli.data import world
 pytestmark = pytest.mark.slow
 
 _SMALL = {
-    "pretrain_steps: 1200": "pretrain_steps: 60",
-    "epochs: 1.7": "epochs: 1.0",
+    "pretrain_steps: 1600": "pretrain_steps: 100",
     "epochs: 3.0": "epochs: 1.0",
     "num_prompts: 0": "num_prompts: 16",
     "max_new_tokens: 48": "max_new_tokens: 12",

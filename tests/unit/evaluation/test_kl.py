@@ -31,7 +31,7 @@ def both(make_llama: Callable[..., Any]) -> list[tuple[float, float, SequenceKl]
     rows = []
     for tokens in answers():
         group = TokenGroup("a", "a", (3, 4, 5), (tokens,))
-        policy_logps, reference_logps = policy.next_token_logps(group), reference.next_token_logps(group)
+        (policy_logps,), (reference_logps,) = policy.next_token_logps([group]), reference.next_token_logps([group])
         index = torch.tensor(tokens)[:, None]
         sums = [logps.double().gather(1, index).sum().item() for logps in (policy_logps, reference_logps)]
         rows.append((sums[0], sums[1], sequence_kl(policy_logps, reference_logps, tokens)))

@@ -94,6 +94,7 @@ METRICS: dict[str, dict[str, Any]] = {
         "num_ties": 0,
         "num_pairs": 354,
         "num_generated_prompts": 100,
+        "temperature": 0.7,
         "kl": 4.2,
         "kl_k1": 4.3,
         "kl_estimates_disagree": False,

@@ -22,6 +22,7 @@ METRICS: dict[str, Any] = {
     "num_pairs": 500,
     "num_prompts": 128,
     "num_generated_prompts": 128,
+    "temperature": 1.0,
     "loss": 0.3,
     "loss_ci": [0.28, 0.33],
     "loss_at_reference": 0.6931,

@@ -128,14 +128,16 @@ def test_next_token_distributions_are_those_of_the_models_own_forward(
     family: str, make_groups: Callable[..., list[TokenGroup]]
 ) -> None:
     model = build(family)
-    (group,) = make_groups(1, vocabulary=VOCABULARY, completions=1, completion_lengths=(6, 6))
-    ours = Scorer(model, torch.float32).next_token_logps(group)
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([[*group.prompt, *group.completions[0]]])).logits[0]
-    begin = len(group.prompt)
-    expected = logits[begin - 1 : begin + 5].float().log_softmax(-1)
-    assert ours.shape == (6, VOCABULARY)
-    assert (ours - expected).abs().max() <= 1e-4
+    groups = make_groups(3, vocabulary=VOCABULARY, completions=1)
+    together = Scorer(model, torch.float32).next_token_logps(groups)
+    for group, ours in zip(groups, together, strict=True):
+        (completion,) = group.completions
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[*group.prompt, *completion]])).logits[0]
+        begin = len(group.prompt)
+        expected = logits[begin - 1 : begin + len(completion) - 1].float().log_softmax(-1)
+        assert ours.shape == (len(completion), VOCABULARY)
+        assert (ours - expected).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "granite", "gpt2"])
@@ -262,7 +264,7 @@ def test_a_model_that_does_not_do_what_its_configuration_says_is_taken_at_its_wo
     theirs = torch.autograd.grad((expected * weights).sum(), model.lm_head.weight)[0]
     assert relative(ours, theirs) <= 1e-5
     (single,) = make_groups(1, completions=1)
-    assert scorer.next_token_logps(single).exp().sum(1) == pytest.approx(1.0, abs=1e-5)
+    assert scorer.next_token_logps([single])[0].exp().sum(1) == pytest.approx(1.0, abs=1e-5)
 
 
 @pytest.mark.parametrize(
