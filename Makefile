@@ -33,7 +33,7 @@ docs: $(VENV)/.installed-dev
 	$(BIN)/python tools/generate.py
 
 bench: $(VENV)/.installed
-	$(THREADS) $(BIN)/python benchmarks/run.py
+	$(THREADS) $(BIN)/python benchmarks/scoring.py
 
 clean:
 	rm -rf $(VENV) .scratch

@@ -16,11 +16,11 @@ from dpo_cli.core.params import LoraParams, Params
 
 EMBEDDED_PRESET: dict[str, Any] = {
     "data.eval_fraction": 0.15,
-    "model.pretrain_steps": 1600,
+    "model.pretrain_steps": 1800,
     "sft.learning_rate": 2e-3,
     "sft.batch_size": 32,
     "sft.epochs": 3.0,
-    "train.learning_rate": 1e-3,
+    "train.learning_rate": 7.5e-4,
     "train.batch_size": 8,
     "train.beta": 2.0,
     "evaluate.judge": "world",

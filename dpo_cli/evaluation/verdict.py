@@ -80,7 +80,8 @@ def _win_rate(metrics: Mapping[str, Any]) -> Finding:
         f"{_percent(metrics['win_rate'])} {_interval((low, high))}",
         status,
         f"on {metrics['num_generated_prompts']} unseen prompts at T = {metrics['temperature']:g},"
-        f" ties ({_percent(metrics['tie_rate'])}) one half; at most {_percent(metrics['win_rate_ceiling'])}, since SFT is often right already",
+        f" ties ({_percent(metrics['tie_rate'])}) one half; at most {_percent(metrics['win_rate_ceiling'])},"
+        " since SFT is often right already",
     )
 
 

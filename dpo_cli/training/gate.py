@@ -7,6 +7,7 @@ gradient that followed would be wrong; so the run is stopped, with what differs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,7 +63,8 @@ def check_step_zero(
         batch = [sample[index] for index in indices]
         scores = scorer.score(batch)
         result = objective.losses(batch, scores)
-        difference = (scores.logps_BK.detach() - objective.reference_logps(batch, scorer.device)).abs().amax(1)
+        gap = scores.logps_BK.detach() - objective.reference_logps(batch, scorer.device)
+        difference = gap.abs().amax(1).nan_to_num(nan=math.inf, posinf=math.inf)  # no number is never within rounding
         losses.append(result.losses_B.detach())
         margins.append(result.metrics["rewards/margins"].abs())
         differences.append(difference)

@@ -103,7 +103,7 @@ def test_a_file_that_cannot_be_read_publishes_nothing(fresh: Path, content: byte
 def name_model(project: Path, model: Path) -> None:
     set_param(project, "  name: embedded", "  name: mine")
     set_param(project, "model_path: null", f"model_path: {model}")
-    set_param(project, "pretrain_steps: 1600", "pretrain_steps: 900")
+    set_param(project, "pretrain_steps: 1800", "pretrain_steps: 900")
 
 
 @pytest.mark.parametrize(

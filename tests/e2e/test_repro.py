@@ -1,4 +1,4 @@
-"""`dvc repro` on a shrunken world, through the real nf4 path: invariants 1, 7, 8, 9 and 11 of the design."""
+"""`dvc repro` on a shrunken world, through the real nf4 path: invariants 1, 3, 6, 7, 8, 9 and 11 of the design."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from dpo_cli.data import world
 pytestmark = pytest.mark.slow
 
 _SMALL = {
-    "pretrain_steps: 1600": "pretrain_steps: 100",
+    "pretrain_steps: 1800": "pretrain_steps: 100",
     "epochs: 3.0": "epochs: 1.0",
     "num_prompts: 0": "num_prompts: 16",
     "max_new_tokens: 48": "max_new_tokens: 12",
@@ -134,6 +135,40 @@ def test_the_cache_knows_what_it_holds(project: Path) -> None:
     assert refused.returncode == 5, refused.stderr
     assert "sft" in refused.stderr
     assert (project / "models/dpo/adapter_model.safetensors").is_file()
+
+
+@pytest.fixture
+def small_budget(project: Path, tmp_path: Path) -> Callable[[str], dict[str, Any]]:
+    """Run one stage of a copy of the project in micro-batches of 256 tokens; gives its metrics."""
+    folder = tmp_path / "copy"
+    shutil.copytree(project, folder, ignore=shutil.ignore_patterns(".git", ".scratch"))
+
+    def run_stage(stage: str) -> dict[str, Any]:
+        budget = ("--set", "runtime.max_tokens_per_microbatch=256")
+        result = run(folder, sys.executable, "-m", "dpo_cli", stage, "--json", *budget)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)[stage]
+
+    return run_stage
+
+
+def test_evaluation_does_not_depend_on_the_batch(
+    project: Path, small_budget: Callable[[str], dict[str, Any]], tmp_path: Path
+) -> None:
+    found, expected = small_budget("evaluate"), metrics(project, "evaluate")
+    samples = "reports/evaluate/samples.jsonl"
+    assert (tmp_path / "copy" / samples).read_bytes() == (project / samples).read_bytes()
+    for name, value in expected.items():
+        if name != "peak_mem_gib":
+            assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
+
+
+def test_training_does_not_depend_on_the_micro_batch(
+    project: Path, small_budget: Callable[[str], dict[str, Any]]
+) -> None:
+    found, expected = small_budget("train"), metrics(project, "train")
+    for name in ("step0_loss", "loss", "eval_loss_start", "eval_loss", "eval_margin"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-4), name
 
 
 def test_two_projects_make_the_same_bytes(project: Path, tmp_path: Path) -> None:

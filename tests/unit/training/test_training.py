@@ -1,0 +1,320 @@
+"""The training loop: one mathematics whatever the memory, and a stop that loses nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dpo_cli.core.errors import Interrupted, MachineError, ParamsError, StaleArtifactError
+from dpo_cli.core.params import LoraParams, RuntimeParams, TrainingParams, TrainParams
+from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.models.adapters import add_adapter
+from dpo_cli.models.load import keep_weights_unpacked, load_model
+from dpo_cli.objectives.pairwise import pairwise_loss
+from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.training.gate import check_step_zero
+from dpo_cli.training.objective import Objective, PairObjective, SftObjective
+from dpo_cli.training.run import Fit, fit
+from dpo_cli.training.trainer import Plan, last_checkpoint, training_arguments
+
+KNOBS = TrainParams(learning_rate=5e-3, batch_size=8, epochs=2.0, eval_steps=3)
+
+
+@pytest.fixture
+def policy(tiny_folder: Path, cpu: Any) -> Callable[[], Any]:
+    """``policy()``: the tiny model in nf4 with a fresh adapter; every call gives the same weights."""
+
+    def make() -> Any:
+        model = add_adapter(load_model(tiny_folder, cpu, quantization="nf4"), LoraParams(r=4, alpha=8.0), seed=0)
+        keep_weights_unpacked(model)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def pairs(make_groups: Callable[..., list[TokenGroup]]) -> tuple[list[TokenGroup], list[TokenGroup]]:
+    """Training pairs, whose number is no multiple of the batch, and held-out pairs."""
+    return make_groups(20, seed=1), make_groups(6, seed=2)
+
+
+def reference(scorer: Scorer, groups: Sequence[TokenGroup]) -> dict[str, list[float]]:
+    """Log-probabilities by row id, each pair scored alone."""
+    with torch.no_grad():
+        return {group.id: scorer.score([group]).logps_BK[0].tolist() for group in groups}
+
+
+def run_dpo(
+    model: Any,
+    pairs: tuple[list[TokenGroup], list[TokenGroup]],
+    work: Path,
+    cpu: Any,
+    reporter: Any,
+    runtime: RuntimeParams | None = None,
+    knobs: TrainingParams = KNOBS,
+) -> Fit:
+    scorer = Scorer(model, torch.float32)
+    train, held_out = pairs
+    objective = PairObjective(pairwise_loss("sigmoid", 0.1), 0.1, reference(scorer, [*train, *held_out]))
+    return run(model, scorer, objective, pairs, work, cpu, reporter, runtime, knobs)
+
+
+def run(
+    model: Any,
+    scorer: Scorer,
+    objective: Objective,
+    pairs: tuple[list[TokenGroup], list[TokenGroup]],
+    work: Path,
+    cpu: Any,
+    reporter: Any,
+    runtime: RuntimeParams | None = None,
+    knobs: TrainingParams = KNOBS,
+) -> Fit:
+    work.mkdir(parents=True, exist_ok=True)
+    return fit(
+        model,
+        scorer,
+        objective,
+        *pairs,
+        section="train",
+        params=knobs,
+        runtime=runtime or RuntimeParams(),
+        machine=cpu,
+        work=work,
+        reporter=reporter,
+    )
+
+
+def adapter(model: Any) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def losses(fitted: Fit, name: str = "loss") -> list[float]:
+    return [entry[name] for entry in fitted.history if name in entry]
+
+
+# --- what is minimised --------------------------------------------------------------------
+
+
+def test_training_lowers_the_loss_from_ln_2(
+    policy: Callable[[], Any], pairs: Any, tmp_path: Path, cpu: Any, reporter: Any
+) -> None:
+    model = policy()
+    before = {name: value.clone() for name, value in model.state_dict().items() if "lora" not in name}
+    fitted = run_dpo(model, pairs, tmp_path / "a", cpu, reporter)
+    assert fitted.num_steps == 6 == len(losses(fitted))
+    assert fitted.first("eval_loss") == pytest.approx(math.log(2), abs=1e-5)
+    assert losses(fitted)[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses(fitted)[-1] < 0.6
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items()), "frozen weights moved"
+
+
+@pytest.mark.parametrize("budget", [1, 64, 256])
+def test_the_token_budget_does_not_change_the_loss_curve(
+    budget: int, policy: Callable[[], Any], pairs: Any, tmp_path: Path, cpu: Any, reporter: Any
+) -> None:
+    curves = {}
+    for tokens in (budget, 8192):
+        runtime = RuntimeParams(max_tokens_per_microbatch=tokens)
+        fitted = run_dpo(policy(), pairs, tmp_path / str(tokens), cpu, reporter, runtime)
+        curves[tokens] = [*losses(fitted), *losses(fitted, "eval_loss"), *losses(fitted, "rewards/margins")]
+    assert curves[budget] == pytest.approx(curves[8192], rel=1e-5, abs=1e-6)
+
+
+def test_a_step_takes_the_mean_over_the_pairs_of_its_batch(
+    policy: Callable[[], Any], pairs: Any, tmp_path: Path, cpu: Any, reporter: Any
+) -> None:
+    """One step of RMSprop-free arithmetic: the logged gradient norm is that of the mean loss over the batch."""
+    train, held_out = pairs[0][:8], pairs[1]
+    knobs = KNOBS.model_copy(update={"max_steps": 1, "warmup_ratio": 0.0, "max_grad_norm": 1e9})
+    fitted = run_dpo(
+        policy(), (train, held_out), tmp_path, cpu, reporter, RuntimeParams(max_tokens_per_microbatch=40), knobs
+    )
+    model = policy()
+    scorer = Scorer(model, torch.float32)
+    targets = torch.tensor(list(reference(scorer, train).values()), dtype=torch.float64)
+    scores = torch.cat([scorer.score([group]).logps_BK for group in train])
+    delta = (scores - targets) @ torch.tensor([1.0, -1.0], dtype=torch.float64)
+    (-torch.nn.functional.logsigmoid(0.1 * delta)).mean().backward()
+    norm = torch.stack([value.grad.norm() for value in model.parameters() if value.grad is not None]).norm()
+    assert fitted.first("grad_norm") == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_sft_is_the_mean_over_the_tokens_of_the_batch(
+    policy: Callable[[], Any],
+    make_groups: Callable[..., list[TokenGroup]],
+    tmp_path: Path,
+    cpu: Any,
+    reporter: Any,
+) -> None:
+    groups = make_groups(8, completions=1)
+    model = policy()
+    scorer = Scorer(model, torch.float32)
+    with torch.no_grad():
+        scores = scorer.score(groups)
+    expected = -(scores.logps_BK.sum() / scores.num_tokens_BK.sum()).item()
+    runtime = RuntimeParams(max_tokens_per_microbatch=40)
+    fitted = run(model, scorer, SftObjective(), (groups, groups), tmp_path, cpu, reporter, runtime)
+    assert losses(fitted)[0] == pytest.approx(expected, rel=1e-5)
+    assert fitted.first("eval_loss") == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_tie_counts_one_half(make_groups: Callable[..., list[TokenGroup]]) -> None:
+    from dpo_cli.scoring.scorer import Scores
+
+    groups = make_groups(3)
+    objective = PairObjective(pairwise_loss("sigmoid", 1.0), 1.0, {group.id: [0.0, 0.0] for group in groups})
+    logps = torch.tensor([[2.0, 1.0], [1.0, 1.0], [0.0, 3.0]], dtype=torch.float64)
+    result = objective.losses(groups, Scores(logps, torch.ones(3, 2, dtype=torch.int64), torch.zeros(6)))
+    assert result.metrics["rewards/accuracies"].tolist() == [1.0, 0.5, 0.0]
+    assert result.metrics["rewards/margins"].tolist() == [1.0, 0.0, -3.0]
+
+
+def test_a_loss_that_is_no_number_stops_the_run_with_a_remedy(
+    policy: Callable[[], Any], pairs: Any, tmp_path: Path, cpu: Any, reporter: Any
+) -> None:
+    model = policy()
+    scorer = Scorer(model, torch.float32)
+    groups = [*pairs[0], *pairs[1]]
+    objective = PairObjective(pairwise_loss("sigmoid", 0.1), 0.1, {group.id: [math.nan, 0.0] for group in groups})
+    with pytest.raises(ParamsError, match="lower the learning rate"):
+        run(model, scorer, objective, pairs, tmp_path, cpu, reporter)
+
+
+# --- stopping and going on ----------------------------------------------------------------
+
+
+def test_stopped_and_run_again_it_makes_the_same_bytes(
+    policy: Callable[[], Any], pairs: Any, tmp_path: Path, cpu: Any, make_reporter: Any
+) -> None:
+    whole = policy()
+    uninterrupted = run_dpo(whole, pairs, tmp_path / "whole", cpu, make_reporter())
+
+    import os
+    import signal
+
+    def stop(done: int) -> None:
+        if done == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    work = tmp_path / "stopped"
+    with pytest.raises(Interrupted, match=r"stopped and saved at step 2 of 6; run it again to go on"):
+        run_dpo(policy(), pairs, work, cpu, make_reporter(stop))
+    resumed = policy()
+    reporter = make_reporter()
+    fitted = run_dpo(resumed, pairs, work, cpu, reporter)
+    assert reporter.said == ["train: going on from checkpoint-2"]
+    assert reporter.meters[0].done == 6
+    assert losses(fitted) == losses(uninterrupted)
+    assert losses(fitted, "eval_loss") == losses(uninterrupted, "eval_loss")
+    for name, value in adapter(whole).items():
+        assert torch.equal(adapter(resumed)[name], value), name
+
+
+def test_killed_between_checkpoints_it_goes_on_from_the_last_one(
+    policy: Callable[[], Any], pairs: Any, tmp_path: Path, cpu: Any, make_reporter: Any
+) -> None:
+    whole = policy()
+    run_dpo(whole, pairs, tmp_path / "whole", cpu, make_reporter())
+
+    class Killed(BaseException):
+        pass
+
+    def kill(done: int) -> None:
+        if done == 4:
+            raise Killed
+
+    work = tmp_path / "killed"
+    every_step = RuntimeParams(checkpoint_minutes=0.0)
+    with pytest.raises(Killed):
+        run_dpo(policy(), pairs, work, cpu, make_reporter(kill), every_step)
+    last = last_checkpoint(work)
+    assert last is not None
+    assert last.name == "checkpoint-3"
+    (work / "checkpoint-4").mkdir()  # a kill in the middle of a save leaves a folder without its last file
+    resumed = policy()
+    run_dpo(resumed, pairs, work, cpu, make_reporter(), every_step)
+    for name, value in adapter(whole).items():
+        assert torch.equal(adapter(resumed)[name], value), name
+
+
+def test_two_runs_make_the_same_bytes(
+    policy: Callable[[], Any], pairs: Any, tmp_path: Path, cpu: Any, reporter: Any
+) -> None:
+    models = [policy(), policy()]
+    for number, model in enumerate(models):
+        run_dpo(model, pairs, tmp_path / str(number), cpu, reporter)
+    first, second = map(adapter, models)
+    assert all(torch.equal(second[name], value) for name, value in first.items())
+
+
+# --- settings -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "warmup"),
+    [
+        ({}, 6, 1),
+        ({"epochs": 0.5}, 2, 0),
+        ({"max_steps": 40, "epochs": 1.0}, 40, 4),
+        ({"batch_size": 100}, 2, 0),
+        ({"warmup_ratio": 0.0}, 6, 0),
+    ],
+)
+def test_the_plan_counts_steps(changes: dict[str, Any], steps: int, warmup: int) -> None:
+    assert Plan.of(KNOBS.model_copy(update=changes), 20) == Plan(steps, warmup)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+def test_every_schedule_and_optimizer_trains(
+    schedule: str, optimizer: str, policy: Callable[[], Any], pairs: Any, tmp_path: Path, cpu: Any, reporter: Any
+) -> None:
+    changes = {"schedule": schedule, "optimizer": optimizer, "warmup_ratio": 0.34}
+    fitted = run_dpo(policy(), pairs, tmp_path, cpu, reporter, knobs=KNOBS.model_copy(update=changes))
+    rates = losses(fitted, "learning_rate")
+    assert rates[0] == 0  # the rate rises from 0
+    assert max(rates) == pytest.approx(5e-3)
+    assert (rates[-1] == pytest.approx(5e-3)) == (schedule == "constant")
+    assert losses(fitted)[-1] < losses(fitted)[0]
+
+
+def test_an_optimizer_of_cuda_is_refused_on_the_cpu(tmp_path: Path, cpu: Any) -> None:
+    knobs = KNOBS.model_copy(update={"optimizer": "paged_adamw_8bit"})
+    with pytest.raises(MachineError, match=r"train\.optimizer paged_adamw_8bit needs CUDA"):
+        training_arguments(knobs, Plan.of(knobs, 8), cpu, tmp_path, "train", evaluate_at_start=True)
+
+
+# --- the step-0 gate ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [16, 4096])
+def test_the_gate_lets_the_reference_through(budget: int, policy: Callable[[], Any], pairs: Any) -> None:
+    model = policy()
+    scorer = Scorer(model, torch.float32)
+    objective = PairObjective(pairwise_loss("sigmoid", 0.1), 0.1, reference(scorer, pairs[0]))
+    seen = check_step_zero(model, scorer, objective, pairs[0], budget)
+    assert seen.loss == pytest.approx(math.log(2), abs=1e-5)
+    assert seen.max_abs_margin <= 1e-4
+    assert seen.num_pairs == 20
+
+
+@pytest.mark.parametrize("value", [0.01, -3.0, math.nan, math.inf])
+def test_the_gate_stops_a_cache_of_another_graph_and_names_the_row(
+    value: float, policy: Callable[[], Any], pairs: Any
+) -> None:
+    model = policy()
+    scorer = Scorer(model, torch.float32)
+    logps = reference(scorer, pairs[0])
+    row = pairs[0][7].id
+    logps[row] = [logps[row][0] + value, logps[row][1]]
+    objective = PairObjective(pairwise_loss("sigmoid", 0.1), 0.1, logps)
+    with pytest.raises(StaleArtifactError, match=r"differ before the first step.*run: dpo-cli precompute-ref") as error:
+        check_step_zero(model, scorer, objective, pairs[0], 4096)
+    assert row in str(error.value)
