@@ -41,6 +41,17 @@ GITIGNORE = """\
 /models/dpo
 """
 
+# The embedded model on data of another world: it spells most texts out in bytes, and sees few pairs.
+OWN_SFT_DATA = {"sft.max_length": 2048}
+OWN_PREFERENCES = {
+    "reference.max_length": 2048,
+    "train.learning_rate": 1e-4,
+    "train.beta": 0.1,
+    "evaluate.num_prompts": 128,
+    "evaluate.temperature": 1.0,
+    "evaluate.max_new_tokens": 128,
+}
+
 
 @dataclass(frozen=True)
 class ProjectFiles:
@@ -104,8 +115,9 @@ def _settings(files: ProjectFiles) -> dict[str, Any]:
         folder = files.model.resolve()
         values |= {"model.name": folder.name, "runtime.model_path": folder.as_posix()}
     values["evaluate.judge"] = "none" if files.preferences else "world"
-    if files.preferences and files.model is None:
-        values |= {"evaluate.num_prompts": 128, "evaluate.max_new_tokens": 128}
+    if files.model is None:
+        values |= OWN_SFT_DATA if files.sft else {}
+        values |= OWN_PREFERENCES if files.preferences else {}
     return values
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,9 @@ from dpo_cli.core.errors import StaleArtifactError
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.formats.base import RowProblem
 from dpo_cli.data.schema import Messages
+
+_MANY = 0.05
+"""Share of rows left out above which a stage warns."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,18 @@ def tokenise_table(
         table.groups.append(group)
         table.prompts[group.group] = row["prompt"]
     return table
+
+
+def explain_rejects(tables: Sequence[TokenTable], setting: str, max_length: int) -> str | None:
+    """A warning where many rows of some tables were left out: how many, why, and which setting decides it."""
+    rejects = [reject for table in tables for reject in table.rejects]
+    num_rows = len(rejects) + sum(len(table.groups) for table in tables)
+    if len(rejects) <= _MANY * num_rows:
+        return None
+    reasons = Counter(reject["reason"] for reject in rejects).most_common()
+    named = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in reasons)
+    remedy = f"; {setting} is {max_length}, raise it to keep long ones" if "over_long" in dict(reasons) else ""
+    return f"{len(rejects)} of {num_rows} rows ({len(rejects) / num_rows:.0%}) are left out: {named}{remedy}"
 
 
 def _tokenise_row(row: dict[str, Any], columns: Sequence[str], encoder: ChatEncoder, max_length: int) -> TokenGroup:

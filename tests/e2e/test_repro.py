@@ -81,6 +81,14 @@ def project(tmp_path_factory: pytest.TempPathFactory, no_network: tuple[str, ...
     return folder
 
 
+@pytest.fixture
+def copy(project: Path, tmp_path: Path) -> Path:
+    """A copy of the project that a test may change."""
+    folder = tmp_path / "copy"
+    shutil.copytree(project, folder, ignore=shutil.ignore_patterns(".git", ".scratch"))
+    return folder
+
+
 def test_the_pipeline_runs_without_a_network(project: Path, no_network: tuple[str, ...]) -> None:
     if not no_network:
         pytest.skip("this system makes no network namespace")
@@ -125,27 +133,30 @@ def test_the_cache_knows_what_it_holds(project: Path) -> None:
     again = json.loads(result.stdout)["precompute_ref"]
     assert again["num_computed"] == 0
     assert again["num_reused"] == again["num_completions"]
-    manifest = project / "data/reference/manifest.json"
+
+
+def test_a_cache_of_another_adapter_is_refused_and_nothing_is_touched(copy: Path) -> None:
+    manifest = copy / "data/reference/manifest.json"
     content = json.loads(manifest.read_text(encoding="utf-8"))
     assert content["identity"]["sft"]
     content["identity"]["sft"] = "0" * 32
     manifest.chmod(0o644)
     manifest.write_text(json.dumps(content), encoding="utf-8")
-    refused = run(project, sys.executable, "-m", "dpo_cli", "train")
+    before = (copy / "models/dpo/adapter_model.safetensors").read_bytes()
+    refused = run(copy, sys.executable, "-m", "dpo_cli", "train")
     assert refused.returncode == 5, refused.stderr
-    assert "sft" in refused.stderr
-    assert (project / "models/dpo/adapter_model.safetensors").is_file()
+    assert "sft is " in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+    assert (copy / "models/dpo/adapter_model.safetensors").read_bytes() == before
 
 
 @pytest.fixture
-def small_budget(project: Path, tmp_path: Path) -> Callable[[str], dict[str, Any]]:
+def small_budget(copy: Path) -> Callable[[str], dict[str, Any]]:
     """Run one stage of a copy of the project in micro-batches of 256 tokens; gives its metrics."""
-    folder = tmp_path / "copy"
-    shutil.copytree(project, folder, ignore=shutil.ignore_patterns(".git", ".scratch"))
 
     def run_stage(stage: str) -> dict[str, Any]:
         budget = ("--set", "runtime.max_tokens_per_microbatch=256")
-        result = run(folder, sys.executable, "-m", "dpo_cli", stage, "--json", *budget)
+        result = run(copy, sys.executable, "-m", "dpo_cli", stage, "--json", *budget)
         assert result.returncode == 0, result.stderr
         return json.loads(result.stdout)[stage]
 
@@ -153,11 +164,11 @@ def small_budget(project: Path, tmp_path: Path) -> Callable[[str], dict[str, Any
 
 
 def test_evaluation_does_not_depend_on_the_batch(
-    project: Path, small_budget: Callable[[str], dict[str, Any]], tmp_path: Path
+    project: Path, copy: Path, small_budget: Callable[[str], dict[str, Any]]
 ) -> None:
     found, expected = small_budget("evaluate"), metrics(project, "evaluate")
     samples = "reports/evaluate/samples.jsonl"
-    assert (tmp_path / "copy" / samples).read_bytes() == (project / samples).read_bytes()
+    assert (copy / samples).read_bytes() == (project / samples).read_bytes()
     for name, value in expected.items():
         if name != "peak_mem_gib":
             assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name

@@ -11,7 +11,7 @@ import pytest
 from dpo_cli.core.errors import StaleArtifactError
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.schema import PREFERENCE_SCHEMA, SFT_SCHEMA, PreferenceExample, SftExample, assistant, user
-from dpo_cli.data.tokenise import TokenGroup, tokenise_table
+from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_rejects, tokenise_table
 
 REMEDY = "run: dpo-cli convert-sft"
 
@@ -113,3 +113,15 @@ def test_a_damaged_table_says_which_stage_to_run(tmp_path: Path, encoder: ChatEn
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(StaleArtifactError, match=rf"(?s)a.parquet is damaged .*{REMEDY}$"):
         tokenise_table(path, ("chosen", "rejected"), encoder, 9, REMEDY)
+
+
+@pytest.mark.parametrize(("num_long", "said"), [(0, False), (1, False), (3, True)])
+def test_many_rows_left_out_are_worth_a_warning(num_long: int, said: bool) -> None:
+    group = TokenGroup("a", "a", (1,), ((2,),))
+    rejects = [{"reason": "over_long"}] * num_long
+    warning = explain_rejects([TokenTable([group] * 30, {}, rejects)], "sft.max_length", 16)
+    assert (warning is not None) == said
+    if warning:
+        assert warning == (
+            "3 of 33 rows (9%) are left out: 3 over long; sft.max_length is 16, raise it to keep long ones"
+        )

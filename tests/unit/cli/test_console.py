@@ -1,0 +1,63 @@
+"""What is printed where: notes to standard error, results to standard output, progress without a terminal as lines."""
+
+from __future__ import annotations
+
+import pytest
+
+from dpo_cli.cli import console
+from dpo_cli.cli.console import ConsoleReporter
+
+
+class Clock:
+    """Time that passes when told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(console, "time", clock)
+    return clock
+
+
+def test_progress_is_a_line_an_interval_with_rate_and_time_left(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ConsoleReporter().meter("train: training", 100, "steps") as meter:
+        for _ in range(100):
+            clock.now += 1
+            meter.note("loss 0.5000")
+            meter.advance(1)
+    out, error = capsys.readouterr()
+    lines = error.splitlines()
+    assert out == ""
+    assert len(lines) == 10
+    assert lines[0] == "train: training: 10/100 steps, 1.0/s, 1 min 30 s left, loss 0.5000"
+    assert lines[-1] == "train: training: 100/100 steps in 1 min 40 s, loss 0.5000"
+
+
+def test_bytes_are_told_in_units(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with ConsoleReporter().meter("reading", 3 << 30, "bytes") as meter:
+        clock.now += 20
+        meter.advance(1 << 30)
+    assert "1.0 GiB of 3.0 GiB, 51.2 MiB/s, 40 s left" in capsys.readouterr().err
+
+
+def test_results_go_to_standard_output_and_notes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = ConsoleReporter()
+    reporter.say("a note [not markup]")
+    reporter.warn("mind this")
+    reporter.table("stage", [("figure", "1 [0, 2]")])
+    out, error = capsys.readouterr()
+    assert error.splitlines() == ["a note [not markup]", "warning: mind this"]
+    assert "1 [0, 2]" in out
+
+
+def test_no_table_is_printed_beside_json(capsys: pytest.CaptureFixture[str]) -> None:
+    ConsoleReporter(show_tables=False).table("stage", [("figure", "1")])
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,77 @@
+"""New projects: what the user brings is copied and named, and the settings fit it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_cli.cli.init import ProjectFiles, create_project
+from dpo_cli.core.errors import DataError, MachineError
+from dpo_cli.core.params import load_params
+
+
+@pytest.fixture
+def sft(tmp_path: Path) -> Path:
+    path = tmp_path / "学术问题.json"
+    path.write_text('[{"instruction": "a", "output": "b"}]', encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def preferences(tmp_path: Path) -> Path:
+    path = tmp_path / "pairs.jsonl.gz"
+    path.write_bytes(b"anything")
+    return path
+
+
+def test_without_files_it_is_the_embedded_default(tmp_path: Path, reporter: Any) -> None:
+    create_project(tmp_path / "new", ProjectFiles(), reporter)
+    params = load_params(tmp_path / "new/params.yaml")
+    assert params == load_params(Path(__file__).resolve().parents[3] / "params.yaml")
+    for name in (".dvc/config", ".dvcignore", ".git", ".gitignore", "dvc.yaml", "data/raw/instructions.json"):
+        assert (tmp_path / "new" / name).exists()
+    assert "dpo_cli/" not in (tmp_path / "new/dvc.yaml").read_text(encoding="utf-8")
+
+
+def test_files_are_copied_whole_and_named_in_the_settings(
+    tmp_path: Path, sft: Path, preferences: Path, reporter: Any
+) -> None:
+    create_project(tmp_path / "new", ProjectFiles(sft, preferences), reporter)
+    params = load_params(tmp_path / "new/params.yaml")
+    assert params.data.sft.path == "data/raw/学术问题.json"
+    assert params.data.preferences.path == "data/raw/pairs.jsonl.gz"
+    assert (tmp_path / "new" / params.data.preferences.path).read_bytes() == b"anything"
+    assert params.evaluate.judge == "none", "the world's judge knows no foreign prompt"
+    assert params.train.beta == 0.1
+
+
+def test_a_model_takes_the_defaults_for_real_models(tmp_path: Path, preferences: Path, reporter: Any) -> None:
+    model = tmp_path / "Qwen2.5-0.5B"
+    model.mkdir()
+    create_project(tmp_path / "new", ProjectFiles(preferences=preferences, model=model), reporter)
+    params = load_params(tmp_path / "new/params.yaml")
+    assert params.model.name == "Qwen2.5-0.5B"
+    assert params.runtime.model_path == model.as_posix()
+    assert params.train.learning_rate == 5e-6
+
+
+def test_what_is_missing_is_named_and_nothing_is_made(tmp_path: Path, sft: Path, reporter: Any) -> None:
+    for files, error in (
+        (ProjectFiles(sft=tmp_path / "no.json"), DataError),
+        (ProjectFiles(sft=sft, preferences=sft), DataError),
+        (ProjectFiles(model=tmp_path / "no"), MachineError),
+    ):
+        with pytest.raises(error):
+            create_project(tmp_path / "new", files, reporter)
+        assert not (tmp_path / "new").exists()
+
+
+def test_a_gitignore_that_is_there_is_kept(tmp_path: Path, reporter: Any) -> None:
+    folder = tmp_path / "new"
+    folder.mkdir()
+    (folder / ".gitignore").write_text("mine\n", encoding="utf-8")
+    create_project(folder, ProjectFiles(), reporter)
+    assert (folder / ".gitignore").read_text(encoding="utf-8") == "mine\n"
+    assert any(".gitignore is kept" in text for text in reporter.warned)
