@@ -4,7 +4,7 @@
 
 Both sides score the same random pairs with the same random llama on one CPU thread, take turns, and must agree in
 their log-probabilities, or no ratio is printed. ``plain`` scores every position of a right-padded batch in the order
-of the file, sixteen pairs at a time; ``ours`` sorts by length, keeps a token budget, and sends only the positions that
+of the file, eight pairs at a time; ``ours`` sorts by length, keeps a token budget, and sends only the positions that
 predict an answer's token through the head.
 """
 
@@ -24,9 +24,9 @@ from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.scoring.layout import split_by_tokens
 from dpo_cli.scoring.scorer import Scorer
 
-TURNS = 5
-NUM_PAIRS = 96
-PAIRS_A_BATCH = 16
+TURNS = 3
+NUM_PAIRS = 32
+PAIRS_A_BATCH = 8
 BUDGET = 4096
 TOLERANCE = 1e-3
 

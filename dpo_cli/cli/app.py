@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -100,9 +102,36 @@ def _errors_as_exit_codes(*, as_json: bool) -> Iterator[None]:
         _fail(Interrupted("stopped; nothing was published, run it again to start this stage over"), as_json=as_json)
     except DpoCliError as error:
         _fail(error, as_json=as_json)
+    except (MemoryError, OSError, RuntimeError) as error:
+        if (problem := _machine_problem(error)) is None:
+            raise
+        _fail(MachineError(problem), as_json=as_json)
+
+
+def _machine_problem(error: Exception) -> str | None:
+    """What the machine lacks, where that is what went wrong: memory, room on the disk, or a right."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported
+        return "out of memory; lower runtime.max_tokens_per_microbatch in params.yaml, then run it again to go on"
+    if isinstance(error, OSError) and error.errno in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+    ):
+        return f"{error.filename or 'a file'} cannot be written or read: {error.strerror}; free room or mend the rights"
+    return None
+
+
+def _forced(match: re.Match[str]) -> str:
+    stage = match[1] in {stage.command for stage in STAGES}
+    return f"run: dpo-cli repro {match[1]} --force" if stage else match[0]
 
 
 def _fail(error: DpoCliError, *, as_json: bool) -> NoReturn:
+    if "DVC_STAGE" in os.environ:
+        # DVC's cache of runs would bring back what the user is to make anew, were it not forced
+        error.problems = [re.sub(r"run: dpo-cli ([a-z-]+)", _forced, problem) for problem in error.problems]
     for problem in error.problems:
         typer.echo(f"dpo-cli: {'' if isinstance(error, Interrupted) else 'error: '}{problem}", err=True)
     if as_json:
@@ -190,7 +219,9 @@ def repro_command(
     targets: Annotated[
         list[str] | None, typer.Argument(metavar="[STAGE]...", help="Stages to bring up to date; none: all.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Run stages that did not change, too.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Run them though they did not change: the named stages alone, or all.")
+    ] = False,
 ) -> None:
     """Bring the project up to date: run the stages whose inputs changed, then print the verdict.
 

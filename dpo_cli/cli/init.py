@@ -13,7 +13,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from dpo_cli.core import paths
-from dpo_cli.core.artifacts import write_text
+from dpo_cli.core.artifacts import atomic_path, write_text
 from dpo_cli.core.errors import DataError, MachineError
 from dpo_cli.core.params_text import EMBEDDED_PRESET, params_yaml
 from dpo_cli.core.pipeline import dvc_yaml
@@ -45,7 +45,7 @@ GITIGNORE = """\
 OWN_SFT_DATA = {"sft.max_length": 2048}
 OWN_PREFERENCES = {
     "reference.max_length": 2048,
-    "train.learning_rate": 1e-4,
+    "train.learning_rate": 2e-5,
     "train.beta": 0.1,
     "evaluate.num_prompts": 128,
     "evaluate.temperature": 1.0,
@@ -78,17 +78,18 @@ def create_project(folder: Path, files: ProjectFiles, reporter: Reporter) -> Non
     _check(folder, files)
     folder.mkdir(parents=True, exist_ok=True)
     values = _settings(files)
-    for key, source, name, rows in (
-        ("data.sft.path", files.sft, "instructions.json", world.instruction_rows),
-        ("data.preferences.path", files.preferences, "preferences.json", world.preference_rows),
+    for (key, rows), (source, target) in zip(
+        (("data.sft.path", world.instruction_rows), ("data.preferences.path", world.preference_rows)),
+        _raw_files(folder, files),
+        strict=True,
     ):
-        target = paths.RAW / (source.name if source else name)
         if source is None:
-            write_text(folder / target, rows_json(rows(0)))
-        else:
-            (folder / paths.RAW).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, folder / target)
-            values[key] = target.as_posix()
+            write_text(target, rows_json(rows(0)))
+            continue
+        if not target.exists():
+            with atomic_path(target) as temporary:
+                shutil.copyfile(source, temporary)
+        values[key] = target.relative_to(folder).as_posix()
     for name, text in {
         ".dvc/config": DVC_CONFIG,
         ".dvc/.gitignore": DVC_FOLDER_GITIGNORE,
@@ -98,7 +99,7 @@ def create_project(folder: Path, files: ProjectFiles, reporter: Reporter) -> Non
         "dvc.yaml": yaml_text(dvc_yaml()),
         "params.yaml": params_yaml(values),
     }.items():
-        if name.startswith(".git") and (folder / name).exists():
+        if (folder / name).exists():
             reporter.warn(f"{folder / name} is kept as it is; dpo-cli would have written {text.split()!r}")
             continue
         write_text(folder / name, text)
@@ -147,6 +148,15 @@ def _check(folder: Path, files: ProjectFiles) -> None:
     for name in ("params.yaml", "dvc.yaml", ".dvc"):
         if (folder / name).exists():
             raise DataError(f"{folder / name} exists already; give a new folder, or delete it first")
+    for source, target in _raw_files(folder, files):
+        if target.exists() and not (source and target.samefile(source)):
+            raise DataError(f"{target} exists already; name it with --sft or --preferences, or move it away")
+
+
+def _raw_files(folder: Path, files: ProjectFiles) -> list[tuple[Path | None, Path]]:
+    """Instruction and preference data: the given file, and where it goes."""
+    names = ((files.sft, "instructions.json"), (files.preferences, "preferences.json"))
+    return [(source, folder / paths.RAW / (source.name if source else name)) for source, name in names]
 
 
 def _ensure_git(folder: Path) -> None:

@@ -26,7 +26,7 @@ def reproduce(targets: Sequence[str], *, force: bool, reporter: Reporter) -> int
 
     Args:
         targets: Stages, by either of their names; none: all.
-        force: Run stages that did not change, too.
+        force: Run the targets though they did not change; without targets, all.
         reporter: Prints the verdict.
 
     Returns:
@@ -43,7 +43,9 @@ def reproduce(targets: Sequence[str], *, force: bool, reporter: Reporter) -> int
     if unknown:
         known = ", ".join(stage.command for stage in STAGES)
         raise ParamsError([f"{target} is not a stage; there are {known}" for target in unknown])
-    command = [sys.executable, "-m", "dvc", "repro", *(["--force"] if force else []), *map(stages.__getitem__, targets)]
+    # named and forced means those stages alone: DVC would force all that comes before them, too
+    options = ["--force", *(["--single-item"] if targets else [])] if force else []
+    command = [sys.executable, "-m", "dvc", "repro", *options, *map(stages.__getitem__, targets)]
     code = _run(command)
     if code == 0 and (not targets or "evaluate" in map(stages.__getitem__, targets)):
         metrics = read_json(paths.metrics_file("evaluate"), "run: dpo-cli evaluate")["evaluate"]

@@ -96,11 +96,16 @@ def read_json(path: Path, remedy: str) -> Any:
 
 
 def publish_folder(built: Path, place: Path) -> None:
-    """Move a finished folder onto its place; what stood there goes only when the new one is in."""
+    """Move a finished folder onto its place; what stood there goes only when the new one is in.
+
+    The two may lie on different disks.
+    """
     place.parent.mkdir(parents=True, exist_ok=True)
-    old = built.with_name(f"{built.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    new, old = (place.with_name(f".{place.name}.{word}.tmp") for word in ("new", "old"))
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.move(built, new)
     if place.exists():
         os.replace(place, old)
-    os.replace(built, place)
+    os.replace(new, place)
     shutil.rmtree(old, ignore_errors=True)

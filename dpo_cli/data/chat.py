@@ -1,12 +1,13 @@
 """Chat templates: from messages to the token ids of a prompt and of its completions.
 
-Prompt and completion are rendered by the same template, tokenised apart and joined as ids,
-so the boundary between them is exact. The token that ends the model's turn belongs to the
+Prompt and completion are rendered by the same template and joined as ids, so the boundary
+between them is exact. The token that ends the model's turn belongs to the
 completion and is scored.
 """
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Any, Protocol
 
 from jinja2 import TemplateError
@@ -43,6 +44,16 @@ NAMED_TEMPLATES = {
 """Chat templates for models that bring none, by their name in model.chat_template."""
 
 
+_TODAY = date(2024, 7, 26)
+"""The day that templates are told which print the date: token ids must not change overnight."""
+_FIXED_CLOCK = (
+    "{%- macro strftime_now(form) -%}{{ form"
+    + "".join(f" | replace('%{code}', '{_TODAY.strftime(f'%{code}')}')" for code in "aAbBdHIjmMpSyY")
+    + " }}{%- endmacro -%}"
+)
+"""Put before a template that asks for the time, it answers in place of the clock."""
+
+
 class Tokenizer(Protocol):
     """What is used of a Hugging Face tokenizer."""
 
@@ -71,6 +82,7 @@ class ChatEncoder:
         template: ``auto`` for the tokenizer's own template, or a name in NAMED_TEMPLATES.
 
     Attributes:
+        template: The chat template in use.
         end_id: The token that ends the model's turn.
 
     Raises:
@@ -80,45 +92,74 @@ class ChatEncoder:
     def __init__(self, tokenizer: Tokenizer, template: str = "auto") -> None:
         if tokenizer.eos_token_id is None:
             raise MachineError("the model's tokenizer has no EOS token; set eos_token in its tokenizer_config.json")
-        if template == "auto" and not tokenizer.chat_template:
+        own = tokenizer.chat_template
+        own = own.get("default") if isinstance(own, dict) else own  # some tokenizers have several, by name
+        if template == "auto" and not own:
             raise MachineError(
                 "the model has no chat template; set model.chat_template to one of " + ", ".join(NAMED_TEMPLATES)
             )
         self._tokenizer = tokenizer
-        self._template = NAMED_TEMPLATES.get(template)
-        self._special_ids = frozenset(tokenizer.all_special_ids)
+        self.template: str = NAMED_TEMPLATES.get(template) or own
+        self._rendered = f"{_FIXED_CLOCK}{self.template}" if "strftime_now" in self.template else self.template
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        self._special_ids = frozenset(tokenizer.all_special_ids) | {
+            token_id for token_id, token in added.items() if token.special
+        }
         self.end_id: int = tokenizer.eos_token_id
-        self.end_id = self.encode_completion([user("a")], [assistant("b")])[-1]
+        self.end_id = self._probe()
 
     @property
     def stop_ids(self) -> list[int]:
         """Tokens at which generation stops."""
         return sorted({self.end_id, int(self._tokenizer.eos_token_id)})
 
+    def _probe(self) -> int:
+        """Try the template on one short exchange; the token that ends the turn in it."""
+        question, answer = [user("question")], [assistant("answer")]
+        remedy = f"set model.chat_template to one of {', '.join(NAMED_TEMPLATES)}"
+        try:
+            text = self._render(question + answer, add_generation_prompt=False)
+            end = self.encode_completion(question, answer)[-1]
+        except RowProblem as problem:
+            raise MachineError(f"a question and its answer: {problem}; {remedy}") from None
+        if "question" not in text or "answer" not in text:
+            raise MachineError(f"the model's chat template leaves out what a plain message says; {remedy}")
+        return end
+
     def encode_prompt(self, prompt: Messages) -> list[int]:
         """Token ids of a prompt, up to where the model's turn begins.
 
         Raises:
-            RowProblem: The template refuses these messages.
+            RowProblem: The template refuses these messages, or makes nothing of them.
         """
-        return self._tokenise(self._render(prompt, add_generation_prompt=True))
+        ids = self._tokenise(self._render(prompt, add_generation_prompt=True))
+        if not ids:
+            raise RowProblem("empty_prompt", "the model's chat template makes no token of the prompt")
+        return ids
 
     def encode_completion(self, prompt: Messages, completion: Messages) -> list[int]:
         """Token ids of a completion of this prompt, with the token that ends the turn.
 
         Where the template writes the prompt differently once an answer follows, the
-        completion's bare text is taken.
+        completion's bare text is taken. Where the ids of both together begin with the prompt's,
+        the rest of them is the completion; else it is tokenised apart.
 
         Raises:
             RowProblem: The template refuses these messages.
         """
         before = self._render(prompt, add_generation_prompt=True)
         whole = self._render(prompt + completion, add_generation_prompt=False)
-        ids = self._tokenise(whole[len(before) :] if whole.startswith(before) else text_of(completion))
-        last_special = max((i for i, token in enumerate(ids) if token in self._special_ids), default=None)
-        if last_special is not None and not self.decode(ids[last_special + 1 :]).strip():
-            return ids[: last_special + 1]
-        return [*ids, self.end_id]
+        if whole.startswith(before):
+            prompt_ids, ids = self._tokenise(before), self._tokenise(whole)
+            same = ids[: len(prompt_ids)] == prompt_ids
+            ids = ids[len(prompt_ids) :] if same else self._tokenise(whole[len(before) :])
+        else:
+            ids = self._tokenise(text_of(completion))
+        end = len(ids)  # of the text: behind it stand only special tokens and white space
+        while end and (ids[end - 1] in self._special_ids or not self.decode(ids[end - 1 : end]).strip()):
+            end -= 1
+        closing = next((i for i in range(end, len(ids)) if ids[i] in self._special_ids), None)
+        return ids[: closing + 1] if closing is not None else [*ids, self.end_id]
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of token ids, special tokens left out."""
@@ -130,9 +171,10 @@ class ChatEncoder:
                 messages,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                chat_template=self._template,
+                chat_template=self._rendered,
+                date_string=_TODAY.strftime("%d %b %Y"),
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError) as error:
             raise RowProblem("template_refused", f"the model's chat template refuses it: {error}") from None
 
     def _tokenise(self, text: str) -> list[int]:

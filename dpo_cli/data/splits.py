@@ -10,8 +10,13 @@ from dpo_cli.data.schema import Messages, content_id
 
 
 def split_position(prompt: Messages) -> float:
-    """A number in [0, 1) that is uniform over prompts and fixed for each."""
-    return int(content_id(prompt)[:16], 16) / 2.0**64
+    """A number in [0, 1) that is uniform over openings and fixed for each.
+
+    The opening is all up to the first user turn, so a longer conversation falls where the
+    shorter one falls that it goes on from.
+    """
+    first = next((index for index, message in enumerate(prompt) if message["role"] == "user"), len(prompt) - 1)
+    return int(content_id(prompt[: first + 1])[:16], 16) / 2.0**64
 
 
 def is_held_out(prompt: Messages, eval_fraction: float) -> bool:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from dpo_cli.core import paths
 from dpo_cli.core.errors import MachineError, ParamsError
 from dpo_cli.core.params import EMBEDDED, ModelParams, RuntimeParams
+from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.models.device import Machine
 
 _LFS_POINTER = b"version https://git-lfs"
@@ -88,6 +89,12 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise MachineError(f"{folder}: the tokenizer cannot be loaded: {_first_line(error)}") from error
+
+
+def save_tokenizer(tokenizer: Any, encoder: ChatEncoder, folder: Path) -> None:
+    """Save a tokenizer with the chat template that was used, so that whoever serves the model uses it too."""
+    tokenizer.chat_template = encoder.template
+    tokenizer.save_pretrained(folder)
 
 
 def context_length(folder: Path) -> int | None:

@@ -149,7 +149,8 @@ def reference_logps(cache: Mapping[str, float], groups: Sequence[TokenGroup]) ->
         keys = group_keys(group)
         if any(key not in cache for key in keys):
             raise StaleArtifactError(
-                f"data/reference has no row for {group.id} of data/preference: the data has changed; {_REMEDY}"
+                f"data/reference has no row for {group.id} of data/preference: the data"
+                f" or the chat template has changed; {_REMEDY}"
             )
         found[group.id] = [cache[key] for key in keys]
     return found

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.core import paths
+from dpo_cli.core.artifacts import sha256_file
 from dpo_cli.core.errors import ParamsError
 from dpo_cli.core.params import ModelParams, ReferenceParams, RuntimeParams
 from dpo_cli.data.chat import ChatEncoder
@@ -98,6 +99,11 @@ def check_context(base: Path, max_length: int, name: str) -> None:
     context = context_length(base)
     if context is not None and max_length > context:
         raise ParamsError(f"params.yaml: {name} must be <= {context}, the model's context, got {max_length}")
+
+
+def preference_digests() -> dict[str, str]:
+    """SHA-256 of the preference table of each split."""
+    return {split: sha256_file(paths.PREFERENCE_DATA / f"{split}.parquet") for split in SPLITS}
 
 
 def all_rejects(tables: Sequence[TokenTable]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from dpo_cli.core.params import EvaluateParams, Params, RuntimeParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.schema import Messages, content_id
-from dpo_cli.data.tokenise import TokenGroup, TokenTable
+from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_rejects
 from dpo_cli.evaluation.bootstrap import Estimate, cluster_bootstrap
 from dpo_cli.evaluation.generation import Answer, PromptTokens, sample_answers
 from dpo_cli.evaluation.held_out import HeldOut, HeldOutPair, summarise_held_out
@@ -31,7 +31,7 @@ from dpo_cli.models.device import peak_memory_gib
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.objectives.pairwise import pairwise_loss
 from dpo_cli.reference.cache import read_cache, reference_logps
-from dpo_cli.reference.graph import Graph, open_graph
+from dpo_cli.reference.graph import Graph, check_context, open_graph, preference_digests
 from dpo_cli.scoring.layout import split_by_tokens
 from dpo_cli.scoring.scorer import Scorer
 
@@ -53,10 +53,16 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     provenance = read_json(paths.DPO_MODEL / "provenance.json", _TRAIN_REMEDY)
     if provenance["graph"] != graph.identity:
         raise StaleArtifactError(f"{paths.DPO_MODEL}: trained on another graph than models/sft is now; {_TRAIN_REMEDY}")
+    if provenance["data"] != preference_digests():
+        raise StaleArtifactError(
+            f"{paths.DPO_MODEL}: trained on other data than data/preference is now; {_TRAIN_REMEDY}"
+        )
     trained = provenance["params"]["train"]
     table = graph.tokenise_pairs("eval")
     if not table.groups:
-        raise DataError("data/preference/eval.parquet: no pair is within reference.max_length")
+        raise DataError(
+            f"data/preference/eval.parquet: {explain_rejects([table], 'reference.max_length', graph.max_length)}"
+        )
     num_leaked = _count_leaked_prompts(table)
     if num_leaked:
         raise DataError(
@@ -67,6 +73,8 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         pair = load_pair(graph.base, graph.sft, graph.machine, graph.quantization)
         held_out = _held_out(pair, graph, table, cache, trained, knobs, runtime, reporter)
         prompts = _prompts(table, knobs.num_prompts)
+        longest = max(len(prompt.tokens) for prompt in prompts)
+        check_context(graph.base, longest + knobs.max_new_tokens, "evaluate.max_new_tokens + the longest prompt")
         answers = _answers(pair, graph, prompts, knobs, runtime, reporter)
         kls = _kls(pair, graph, prompts, answers[_DPO], knobs, runtime, reporter)
         samples = _judge(knobs, graph, table, prompts, answers)

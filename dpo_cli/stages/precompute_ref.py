@@ -45,9 +45,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     wanted = _unique_completions([group for table in tables for group in table.groups])
     if not wanted:
         raise DataError(
-            f"data/preference: none of its {len(rejects)} pairs fits (first:"
-            f" {rejects[0]['detail'] if rejects else 'there are none'});"
-            f" raise reference.max_length, now {graph.max_length}"
+            f"data/preference: {explain_rejects(tables, 'reference.max_length', graph.max_length) or 'has no pairs'}"
         )
     if warning := explain_rejects(tables, "reference.max_length", graph.max_length):
         reporter.warn(f"precompute-ref: {warning}")

@@ -15,7 +15,7 @@ from dpo_cli.data.tokenise import TokenTable, explain_rejects, tokenise_table
 from dpo_cli.models.adapters import ADAPTER_FILES, add_adapter, save_adapter, write_sft_manifest
 from dpo_cli.models.device import peak_memory_gib, prepare_machine
 from dpo_cli.models.identity import base_digest, library_versions, model_files
-from dpo_cli.models.load import keep_weights_unpacked, load_model, quiet_libraries
+from dpo_cli.models.load import keep_weights_unpacked, load_model, quiet_libraries, save_tokenizer
 from dpo_cli.reference.graph import all_rejects, check_context, open_base
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.history import merge_log, write_tsv
@@ -84,19 +84,19 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         built = scratch.build_folder()
         if whole:
             model.save_pretrained(str(built))
-            tokenizer.save_pretrained(built)
+            save_tokenizer(tokenizer, encoder, built)
             files = model_files(built)
         else:
             save_adapter(model, built, params.model.name)
             files = list[str](ADAPTER_FILES)
         write_sft_manifest(built, sft.method, files, digest)
         publish_folder(built, paths.SFT_MODEL)
+        metrics = _metrics(sft, train, held_out, result, peak_memory_gib(machine))
+        rows = merge_log(result.history, _COLUMNS)
+        write_tsv(paths.report_dir("sft") / "steps.tsv", rows, ("step", *_COLUMNS))
+        write_json_lines(paths.rejects_file("sft"), all_rejects([train, held_out]))
+        write_json(paths.metrics_file("sft"), {"sft": metrics})
         scratch.clear()
-    metrics = _metrics(sft, train, held_out, result, peak_memory_gib(machine))
-    rows = merge_log(result.history, _COLUMNS)
-    write_tsv(paths.report_dir("sft") / "steps.tsv", rows, ("step", *_COLUMNS))
-    write_json_lines(paths.rejects_file("sft"), all_rejects([train, held_out]))
-    write_json(paths.metrics_file("sft"), {"sft": metrics})
     reporter.table(
         "sft",
         [
@@ -131,10 +131,7 @@ def _refuse_empty(train: TokenTable, held_out: TokenTable, max_length: int) -> N
         if not table.groups and not table.rejects:
             raise StaleArtifactError(f"data/sft/{split}.parquet has no rows; run: dpo-cli convert-sft")
         if not table.groups:
-            raise DataError(
-                f"data/sft/{split}.parquet: none of its {len(table.rejects)} rows fits (first:"
-                f" {table.rejects[0]['detail']}); raise sft.max_length, now {max_length}"
-            )
+            raise DataError(f"data/sft/{split}.parquet: {explain_rejects([table], 'sft.max_length', max_length)}")
 
 
 def _metrics(sft: SftParams, train: TokenTable, held_out: TokenTable, result: Fit, peak_gib: float) -> dict[str, Any]:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import (
     digest_json,
     publish_folder,
-    sha256_file,
     write_json,
     write_json_lines,
     write_text,
@@ -20,14 +18,14 @@ from dpo_cli.core.errors import DataError
 from dpo_cli.core.params import LoraParams, Params, TrainParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
-from dpo_cli.data.tokenise import TokenTable
+from dpo_cli.data.tokenise import TokenTable, explain_rejects
 from dpo_cli.models.adapters import load_policy_at_start, save_adapter
 from dpo_cli.models.device import peak_memory_gib
 from dpo_cli.models.identity import read_lock
-from dpo_cli.models.load import quiet_libraries
+from dpo_cli.models.load import quiet_libraries, save_tokenizer
 from dpo_cli.objectives.pairwise import pairwise_loss
 from dpo_cli.reference.cache import read_cache, reference_logps
-from dpo_cli.reference.graph import SPLITS, Graph, all_rejects, open_graph
+from dpo_cli.reference.graph import SPLITS, Graph, all_rejects, open_graph, preference_digests
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.gate import StepZero, check_step_zero
 from dpo_cli.training.history import merge_log, write_tsv
@@ -96,15 +94,15 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         metrics = _metrics(graph, train, held_out, step_zero, result)
         built = scratch.build_folder()
         save_adapter(policy, built, params.model.name)
-        graph.tokenizer.save_pretrained(built)
-        write_text(built / "README.md", _model_card(params, metrics))
+        save_tokenizer(graph.tokenizer, graph.encoder, built)
+        write_text(built / "README.md", _model_card(params, graph, metrics))
         write_json(built / PROVENANCE, provenance)
         publish_folder(built, paths.DPO_MODEL)
+        rows = merge_log(result.history, COLUMNS)
+        write_tsv(paths.report_dir("train") / "steps.tsv", rows, ("step", *COLUMNS))
+        write_json_lines(paths.rejects_file("train"), all_rejects([train, held_out]))
+        write_json(paths.metrics_file("train"), {"train": metrics})
         scratch.clear()
-    rows = merge_log(result.history, COLUMNS)
-    write_tsv(paths.report_dir("train") / "steps.tsv", rows, ("step", *COLUMNS))
-    write_json_lines(paths.rejects_file("train"), all_rejects([train, held_out]))
-    write_json(paths.metrics_file("train"), {"train": metrics})
     _print_summary(knobs, metrics, reporter)
     return metrics
 
@@ -113,8 +111,7 @@ def _refuse_empty(train: TokenTable, held_out: TokenTable, max_length: int) -> N
     for split, table in (("train", train), ("eval", held_out)):
         if not table.groups:
             raise DataError(
-                f"data/preference/{split}.parquet: none of its {len(table.rejects)} pairs fits;"
-                f" raise reference.max_length, now {max_length}"
+                f"data/preference/{split}.parquet: {explain_rejects([table], 'reference.max_length', max_length)}"
             )
 
 
@@ -129,7 +126,7 @@ def _provenance(params: Params, graph: Graph) -> dict[str, Any]:
         },
         "base": read_lock(),
         "graph": graph.identity,
-        "data": {split: {"sha256": sha256_file(Path(paths.PREFERENCE_DATA) / f"{split}.parquet")} for split in SPLITS},
+        "data": preference_digests(),
     }
 
 
@@ -154,8 +151,15 @@ def _metrics(graph: Graph, train: TokenTable, held_out: TokenTable, step_zero: S
     }
 
 
-def _model_card(params: Params, metrics: dict[str, Any]) -> str:
+def _model_card(params: Params, graph: Graph, metrics: dict[str, Any]) -> str:
     knobs = params.train
+    whole = graph.sft.method == "full"
+    belongs = (
+        "the whole model that stage sft made of it (models/sft of the same run)"
+        if whole
+        else f"the very base model whose digests `{PROVENANCE}` lists"
+    )
+    directory = "SFT_DIRECTORY" if whole else "BASE_DIRECTORY"
     return f"""---
 library_name: peft
 base_model: {params.model.name}
@@ -174,13 +178,13 @@ A LoRA adapter trained with Direct Preference Optimization (Rafailov et al. 2023
 | held-out loss | {metrics["eval_loss_start"]:.4f} before, {metrics["eval_loss"]:.4f} after |
 | held-out accuracy | {metrics["eval_accuracy"]:.3f} |
 
-It belongs to the very base model whose digests `{PROVENANCE}` lists. To use it:
+It belongs to {belongs}. To use it:
 
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE_DIRECTORY), THIS_DIRECTORY)
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({directory}), THIS_DIRECTORY)
 ```
 """
 

@@ -42,6 +42,7 @@ class StepZero:
     num_pairs: int
 
 
+@torch.no_grad()
 def check_step_zero(
     model: torch.nn.Module,
     scorer: Scorer,
@@ -53,9 +54,12 @@ def check_step_zero(
 
     Raises:
         StaleArtifactError: They differ by more than rounding: than 1e-4 nats, or, where that is
-            more, than four times the difference between scoring a pair alone and in a batch.
+            more, than four times the difference between scoring an answer alone and in a batch.
     """
     model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.eval()  # the first training step turns it on again
     sample = sorted(groups, key=lambda group: group.id)[:NUM_PAIRS]
     losses, margins, differences = [], [], []
     worst: tuple[float, TokenGroup] = (-1.0, sample[0])
@@ -63,14 +67,13 @@ def check_step_zero(
         batch = [sample[index] for index in indices]
         scores = scorer.score(batch)
         result = objective.losses(batch, scores)
-        gap = scores.logps_BK.detach() - objective.reference_logps(batch, scorer.device)
+        gap = scores.logps_BK - objective.reference_logps(batch, scorer.device)
         difference = gap.abs().amax(1).nan_to_num(nan=math.inf, posinf=math.inf)  # no number is never within rounding
-        losses.append(result.losses_B.detach())
+        losses.append(result.losses_B)
         margins.append(result.metrics["rewards/margins"].abs())
         differences.append(difference)
         index = int(difference.argmax())
         worst = max(worst, (float(difference[index]), batch[index]), key=lambda pair: pair[0])
-        del scores, result
     step_zero = StepZero(
         loss=torch.cat(losses).mean().item(),
         max_abs_margin=torch.cat(margins).max().item(),
@@ -78,7 +81,7 @@ def check_step_zero(
         num_pairs=len(sample),
     )
     if not step_zero.max_abs_logp_difference <= TOLERANCE:
-        allowed = max(TOLERANCE, _NOISE_FACTOR * _batch_noise(scorer, sample, max_tokens))
+        allowed = max(TOLERANCE, _NOISE_FACTOR * _batch_noise(scorer, sample))
         if not step_zero.max_abs_logp_difference <= allowed:
             raise StaleArtifactError(
                 f"data/reference: policy and reference differ before the first step, by {worst[0]:.3g} nats in row"
@@ -87,12 +90,22 @@ def check_step_zero(
     return step_zero
 
 
-@torch.no_grad()
-def _batch_noise(scorer: Scorer, groups: Sequence[TokenGroup], max_tokens: int) -> float:
-    """Largest difference between a pair's log-probabilities alone and in a batch, nats."""
+def _batch_noise(scorer: Scorer, groups: Sequence[TokenGroup]) -> float:
+    """Largest difference between an answer's log-probability alone and in a padded batch, nats.
+
+    The cache scores single answers in batches of its own, training scores pairs: neither's
+    batches may decide what counts as rounding.
+    """
+    singles = [
+        TokenGroup(group.id, group.group, group.prompt, (completion,))
+        for group in sorted(groups, key=lambda group: (group.longest, group.id))
+        for completion in group.completions
+    ]
+    # short answers beside a long one: as much padding as a batch can have
+    batches = [[short, singles[-1 - index]] for index, short in enumerate(singles[: len(singles) // 2])]
     noise = 0.0
-    for indices in split_by_tokens(groups, max_tokens):
-        together = scorer.score([groups[index] for index in indices]).logps_BK
-        alone = torch.cat([scorer.score([groups[index]]).logps_BK for index in indices])
+    for batch in batches:
+        together = scorer.score(batch).logps_BK
+        alone = torch.cat([scorer.score([single]).logps_BK for single in batch])
         noise = max(noise, (together - alone).abs().max().item())
     return noise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from dpo_cli.models.device import Machine
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.callbacks import CheckpointCallback, ProgressCallback
 from dpo_cli.training.objective import Objective
-from dpo_cli.training.trainer import GroupTrainer, Plan, last_checkpoint, training_arguments
+from dpo_cli.training.trainer import GroupTrainer, Plan, diverged, last_checkpoint, training_arguments
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,11 @@ class Fit:
         num_steps: Optimizer steps in all.
         history: The trainer's log, one entry a logged event.
         groups_per_s: Groups trained a second of this process's steps, held-out passes included.
-        num_groups_seen: Groups trained in all steps.
     """
 
     num_steps: int
     history: list[dict[str, Any]]
     groups_per_s: float
-    num_groups_seen: int
 
     def last(self, name: str) -> float:
         """The last logged value of a metric."""
@@ -76,6 +75,7 @@ def fit(
 
     Raises:
         Interrupted: The user asked to stop; a checkpoint is in ``work``.
+        ParamsError: The loss is no number any more.
     """
     plan = Plan.of(params, len(train_groups))
     checkpoint = last_checkpoint(work)
@@ -95,10 +95,17 @@ def fit(
             runtime.max_tokens_per_microbatch,
             arguments,
             [ProgressCallback(meter), saver],
+            section,
         )
         begun = time.monotonic()
         first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if checkpoint is None:
+            trainer.train()
+        elif first_step < plan.num_steps:
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+        else:  # killed between the last step and the end of the stage
+            trainer.load_finished(checkpoint)
+            meter.advance(first_step)
         elapsed_s = time.monotonic() - begun
     if saver.stopped and trainer.state.global_step < plan.num_steps:
         raise Interrupted(
@@ -107,9 +114,7 @@ def fit(
         )
     groups_per_step = min(params.batch_size, len(train_groups))
     done = plan.num_steps - first_step
-    return Fit(
-        plan.num_steps,
-        trainer.state.log_history,
-        groups_per_s=done * groups_per_step / max(elapsed_s, 1e-9),
-        num_groups_seen=plan.num_steps * groups_per_step,
-    )
+    fitted = Fit(plan.num_steps, trainer.state.log_history, groups_per_s=done * groups_per_step / max(elapsed_s, 1e-9))
+    if not math.isfinite(fitted.last("eval_loss")):
+        raise diverged(section, "held-out loss", fitted.last("eval_loss"), plan.num_steps, params.learning_rate)
+    return fitted

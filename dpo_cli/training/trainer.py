@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from dpo_cli.core.errors import MachineError, ParamsError
 from dpo_cli.core.params import TrainingParams
@@ -104,6 +104,14 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def diverged(section: str, what: str, value: float, step: int, learning_rate: float) -> ParamsError:
+    """The error for a loss that is no number any more."""
+    return ParamsError(
+        f"params.yaml: {section}.learning_rate is too high: the {what} became {value} at step {step};"
+        f" lower it, now {learning_rate:g}"
+    )
+
+
 class GroupTrainer(Trainer):
     """Trains on token groups with any objective.
 
@@ -116,6 +124,7 @@ class GroupTrainer(Trainer):
         max_tokens: Token budget of a micro-batch.
         arguments: From :func:`training_arguments`.
         callbacks: Further callbacks.
+        section: Name of the stage, for messages.
     """
 
     def __init__(
@@ -128,12 +137,13 @@ class GroupTrainer(Trainer):
         max_tokens: int,
         arguments: TrainingArguments,
         callbacks: list[TrainerCallback],
+        section: str,
     ) -> None:
         self._scorer = scorer
         self._objective = objective
         self._max_tokens = max_tokens
         self._step_metrics: dict[str, float] = {}
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._section = section
         super().__init__(
             model=model,
             args=arguments,
@@ -160,10 +170,7 @@ class GroupTrainer(Trainer):
             for name, values in result.metrics.items():
                 sums[name] = sums.get(name, 0.0) + values.sum().item()
         if not math.isfinite(total):
-            raise ParamsError(
-                f"the loss became {total} at step {self.state.global_step + 1};"
-                f" lower the learning rate, now {self.args.learning_rate:g}"
-            )
+            raise diverged(self._section, "loss", total, self.state.global_step + 1, self.args.learning_rate)
         self._step_metrics = {name: value / len(groups) for name, value in sums.items()}
         return torch.tensor(total, device=self.args.device)
 
@@ -185,6 +192,11 @@ class GroupTrainer(Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def load_finished(self, checkpoint: Path) -> None:
+        """Take weights and log from the checkpoint of the last step, without training on."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log a step with the objective's metrics beside the loss."""

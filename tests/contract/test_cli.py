@@ -144,3 +144,30 @@ def test_init_overwrites_nothing(fresh: Path) -> None:
 
 def test_repro_outside_a_project(tmp_path: Path) -> None:
     expect_error(run("repro", folder=tmp_path), 3, "dpo-cli init")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        ("MemoryError()", "lower runtime.max_tokens_per_microbatch"),
+        ("type('OutOfMemoryError', (RuntimeError,), {})()", "lower runtime.max_tokens_per_microbatch"),
+        ("OSError(28, 'No space left on device', 'models/x')", "models/x"),
+    ],
+)
+def test_a_machine_that_lacks_something_is_no_traceback(error: str, words: str, fresh: Path) -> None:
+    code = (
+        "import sys; sys.argv = ['dpo-cli', 'convert-sft']\n"
+        "import dpo_cli.stages.convert_sft as stage\n"
+        "from dpo_cli.cli.app import main\n"
+        f"def run(params, reporter): raise {error}\n"
+        "stage.run = run\n"
+        "main()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=fresh, capture_output=True, text=True, check=False)
+    expect_error(result, 6, words)
+
+
+def test_under_dvc_the_remedy_forces_the_stage(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else DVC's cache of runs would bring back the very output that is to be made anew."""
+    monkeypatch.setenv("DVC_STAGE", "train")
+    expect_error(run("train", folder=fresh), 5, "run: dpo-cli repro base --force")

@@ -13,12 +13,13 @@ from dpo_cli.data.schema import Messages, RawRow, SftExample, assistant, user
 def read_alpaca_prompt(row: RawRow) -> Messages:
     """The prompt of an Alpaca row: system, history, then instruction and input."""
     instruction, extra = text_field(row, "instruction"), optional_text(row, "input")
-    prompt: Messages = []
-    if system := optional_text(row, "system"):
-        prompt.append({"role": "system", "content": system})
-    prompt += _read_history(row)
-    prompt.append(user(f"{instruction}\n{extra}" if extra.strip() else instruction))
-    return prompt
+    return [*read_context(row), user(f"{instruction}\n{extra}" if extra.strip() else instruction)]
+
+
+def read_context(row: RawRow) -> Messages:
+    """What stands before the question in fields of its own: ``system`` and ``history``."""
+    system = optional_text(row, "system")
+    return [*([{"role": "system", "content": system}] if system else []), *_read_history(row)]
 
 
 def _read_history(row: RawRow) -> Messages:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dpo_cli.data.formats.alpaca import read_alpaca_prompt
+from dpo_cli.data.formats.alpaca import read_alpaca_prompt, read_context
 from dpo_cli.data.formats.base import Format, RowProblem, check_answer, check_prompt, has_all, read_messages
 from dpo_cli.data.schema import Messages, PreferenceExample, RawRow, assistant, user
 
@@ -16,7 +16,10 @@ def _read_prompt(row: RawRow) -> Messages:
     if "prompt" not in row:
         return read_alpaca_prompt(row)
     value = row["prompt"]
-    return [user(value)] if isinstance(value, str) else check_prompt(read_messages(value, "prompt"))
+    before = read_context(row)
+    return (
+        [*before, user(value)] if isinstance(value, str) else [*before, *check_prompt(read_messages(value, "prompt"))]
+    )
 
 
 def _read_answer(row: RawRow, name: str, prompt: Messages) -> Messages:

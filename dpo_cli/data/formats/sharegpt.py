@@ -6,6 +6,7 @@ system turn and ends with the user's.
 
 from __future__ import annotations
 
+from dpo_cli.data.formats.alpaca import read_context
 from dpo_cli.data.formats.base import Format, RowProblem, check_answer, check_prompt, has_all, read_messages
 from dpo_cli.data.schema import PreferenceExample, RawRow
 
@@ -15,7 +16,7 @@ def _read(row: RawRow) -> PreferenceExample:
         if name not in row:
             raise RowProblem("missing_field", f"has no {name!r}")
     return PreferenceExample(
-        prompt=check_prompt(read_messages(row["conversations"], "conversations")),
+        prompt=[*read_context(row), *check_prompt(read_messages(row["conversations"], "conversations"))],
         chosen=check_answer(read_messages(row["chosen"], "chosen"), "chosen"),
         rejected=check_answer(read_messages(row["rejected"], "rejected"), "rejected"),
     )

@@ -75,3 +75,17 @@ def test_a_gitignore_that_is_there_is_kept(tmp_path: Path, reporter: Any) -> Non
     create_project(folder, ProjectFiles(), reporter)
     assert (folder / ".gitignore").read_text(encoding="utf-8") == "mine\n"
     assert any(".gitignore is kept" in text for text in reporter.warned)
+
+
+def test_data_that_lies_there_is_used_and_never_overwritten(tmp_path: Path, reporter: Any) -> None:
+    folder = tmp_path / "new"
+    raw = folder / "data/raw"
+    raw.mkdir(parents=True)
+    (raw / "mine.json").write_text("[1]", encoding="utf-8")
+    (raw / "preferences.json").write_text("[2]", encoding="utf-8")
+    with pytest.raises(DataError, match=r"preferences\.json exists already"):
+        create_project(folder, ProjectFiles(sft=raw / "mine.json"), reporter)
+    create_project(folder, ProjectFiles(sft=raw / "mine.json", preferences=raw / "preferences.json"), reporter)
+    assert (raw / "mine.json").read_text(encoding="utf-8") == "[1]"
+    assert (raw / "preferences.json").read_text(encoding="utf-8") == "[2]"
+    assert load_params(folder / "params.yaml").data.sft.path == "data/raw/mine.json"

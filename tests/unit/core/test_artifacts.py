@@ -165,6 +165,7 @@ def test_a_new_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:
 
 def test_what_a_killed_publication_left_behind_does_no_harm(tmp_path: Path) -> None:
     place = build(tmp_path / "models", a="1")
-    build(tmp_path / "scratch" / "out.old", leftover="1")
+    build(tmp_path / ".models.old.tmp", leftover="1")
+    build(tmp_path / ".models.new.tmp", leftover="1")
     publish_folder(build(tmp_path / "scratch" / "out", a="2"), place)
     assert names_in(tmp_path) == ["models", "models/a", "scratch"]

@@ -143,3 +143,61 @@ def test_a_model_without_an_end_of_sequence_is_refused(own: Any) -> None:
 def test_decoding_leaves_special_tokens_out(tokenizer: Any) -> None:
     encoder = ChatEncoder(tokenizer)
     assert encoder.decode(encoder.encode_completion([user("q")], [assistant("6 cats，好")])) == "6 cats，好"
+
+
+def test_a_template_that_prints_the_date_prints_the_same_one_every_day(own: Any) -> None:
+    own.chat_template = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+        "{{ date_string }} {{ strftime_now('%Y') }}{% for m in messages %}{{ m.content + '<|end|>' }}{% endfor %}"
+    )
+    assert own.decode(ChatEncoder(own).encode_prompt([user("Hi")])) == "26 Jul 2024 2024Hi<|end|>"
+
+
+def test_the_turn_ends_at_the_first_special_token_behind_the_text(own: Any) -> None:
+    """Phi-3 writes <|end|>, a line end and <|endoftext|>; Gemma-3's <end_of_turn> is in no map of special tokens."""
+    from tokenizers import AddedToken
+
+    own.add_tokens([AddedToken("<|turn_end|>", special=True)])
+    own.chat_template = (
+        "{% for m in messages %}{{ '<|user|>' if m.role == 'user' else '<|assistant|>' }}"
+        "{{ m.content + '<|turn_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+    )
+    encoder = ChatEncoder(own)
+    assert encoded(encoder, own, [user("Hi")], [assistant("yo \n")])[1] == "yo \n<|turn_end|>"
+    assert own.decode([encoder.end_id]) == "<|turn_end|>"
+    assert set(own.convert_ids_to_tokens(encoder.stop_ids)) == {"<|turn_end|>", "<|end|>"}
+
+
+def test_an_answer_has_the_tokens_that_the_model_sees_in_the_whole_text() -> None:
+    """A SentencePiece tokenizer puts a space before a text of its own, which the answer is not."""
+
+    class Piece:
+        chat_template = "{{ bos }}"
+        eos_token_id = 0
+        all_special_ids = (0,)
+
+        def apply_chat_template(self, conversation: Any, **kwargs: Any) -> str:
+            text = "".join(f"[{message['content']}]" for message in conversation)
+            return text if kwargs["add_generation_prompt"] else f"{text}\0"
+
+        def __call__(self, text: str, **kwargs: Any) -> dict[str, list[int]]:
+            return {"input_ids": [ord(character) for character in f" {text}"]}
+
+        def decode(self, token_ids: list[int], **kwargs: Any) -> str:
+            return "".join(map(chr, token_ids))
+
+    tokenizer = Piece()
+    encoder = ChatEncoder(tokenizer)
+    prompt, completion = encoder.encode_prompt([user("q")]), encoder.encode_completion([user("q")], [assistant("a")])
+    assert tokenizer.decode([*prompt, *completion]) == " [q][a]\0"
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ raise_exception('a system turn is needed') }}", "{% for m in messages %}{{ m.content[0].text }}{% endfor %}"],
+)
+def test_a_template_that_cannot_take_a_plain_exchange_is_refused(own: Any, template: str) -> None:
+    own.chat_template = template
+    with pytest.raises(MachineError, match=r"set model\.chat_template"):
+        ChatEncoder(own)

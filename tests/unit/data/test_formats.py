@@ -269,3 +269,20 @@ def test_details_hold_nothing_of_a_texts_content() -> None:
     with pytest.raises(RowProblem) as caught:
         PAIRS.read({"prompt": [user("secret"), assistant("secret")], "chosen": "secret", "rejected": "secret"})
     assert "secret" not in caught.value.detail
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {
+            "conversations": [{"from": "human", "value": "q"}],
+            "chosen": {"from": "gpt", "value": "a"},
+            "rejected": {"from": "gpt", "value": "b"},
+        },
+    ],
+)
+def test_system_and_history_in_fields_of_their_own_are_part_of_the_prompt(row: dict[str, Any]) -> None:
+    row = {**row, "system": "s", "history": [["u", "v"]]}
+    reader = next(reader for reader in PREFERENCE_FORMATS if reader.matches(row))
+    assert [message["content"] for message in reader.read(row).prompt] == ["s", "u", "v", "q"]

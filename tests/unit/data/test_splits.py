@@ -42,8 +42,15 @@ def test_role_and_turns_are_part_of_the_prompt() -> None:
     prompts = [
         [user("a")],
         [assistant("a")],
-        [user("a"), user("")],
+        [user(""), user("a")],
         [user("a\n")],
         [{"role": "system", "content": "a"}],
     ]
     assert len({split_position(prompt) for prompt in prompts}) == len(prompts)
+
+
+def test_a_conversation_falls_where_its_opening_falls() -> None:
+    for number in range(200):
+        opening = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": f"question {number}"}]
+        longer = [*opening, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "and then?"}]
+        assert split_position(longer) == split_position(opening)

@@ -183,7 +183,7 @@ def test_a_loss_that_is_no_number_stops_the_run_with_a_remedy(
     scorer = Scorer(model, torch.float32)
     groups = [*pairs[0], *pairs[1]]
     objective = PairObjective(pairwise_loss("sigmoid", 0.1), 0.1, {group.id: [math.nan, 0.0] for group in groups})
-    with pytest.raises(ParamsError, match="lower the learning rate"):
+    with pytest.raises(ParamsError, match=r"train\.learning_rate is too high"):
         run(model, scorer, objective, pairs, tmp_path, cpu, reporter)
 
 
@@ -318,3 +318,48 @@ def test_the_gate_stops_a_cache_of_another_graph_and_names_the_row(
     with pytest.raises(StaleArtifactError, match=r"differ before the first step.*run: dpo-cli precompute-ref") as error:
         check_step_zero(model, scorer, objective, pairs[0], 4096)
     assert row in str(error.value)
+
+
+def test_live_dropout_does_not_blind_the_gate(tiny_folder: Path, cpu: Any, pairs: Any) -> None:
+    lora = LoraParams(r=4, alpha=8.0, dropout=0.5)
+    model = add_adapter(load_model(tiny_folder, cpu, quantization="none"), lora, seed=0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    scorer = Scorer(model.eval(), torch.float32)
+    objective = PairObjective(pairwise_loss("sigmoid", 1.0), 1.0, reference(scorer, pairs[0]))
+    assert check_step_zero(model, scorer, objective, pairs[0], 4096).max_abs_margin <= 1e-4
+
+
+@pytest.mark.parametrize("budget", [16, 64, 4096])
+def test_a_right_cache_in_bfloat16_passes_at_any_budget(budget: int, policy: Callable[[], Any], pairs: Any) -> None:
+    model = policy()
+    scorer = Scorer(model, torch.bfloat16)
+    with torch.no_grad():  # as precompute-ref scores: single answers, many together
+        singles = [
+            TokenGroup(group.id, group.group, group.prompt, (completion,))
+            for group in pairs[0]
+            for completion in group.completions
+        ]
+        logps = scorer.score(singles).logps_BK[:, 0].view(-1, 2).tolist()
+    cached = {group.id: row for group, row in zip(pairs[0], logps, strict=True)}
+    objective = PairObjective(pairwise_loss("sigmoid", 0.1), 0.1, cached)
+    check_step_zero(model, scorer, objective, pairs[0], budget)
+    cached[pairs[0][3].id][0] += 1.0
+    with pytest.raises(StaleArtifactError):
+        check_step_zero(model, scorer, objective, pairs[0], budget)
+
+
+def test_killed_after_the_last_step_it_trains_no_step_more(
+    policy: Callable[[], Any], pairs: Any, tmp_path: Path, cpu: Any, make_reporter: Any
+) -> None:
+    knobs = KNOBS.model_copy(update={"max_steps": 4, "epochs": 1.0})  # ends in the middle of an epoch
+    every_step = RuntimeParams(checkpoint_minutes=0.0)
+    first = policy()
+    fitted = run_dpo(first, pairs, tmp_path, cpu, make_reporter(), every_step, knobs)
+    again = policy()
+    refitted = run_dpo(again, pairs, tmp_path, cpu, make_reporter(), every_step, knobs)
+    assert losses(refitted) == losses(fitted)
+    assert losses(refitted, "eval_loss") == losses(fitted, "eval_loss")
+    for name, value in adapter(first).items():
+        assert torch.equal(adapter(again)[name], value), name
