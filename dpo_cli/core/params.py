@@ -61,7 +61,7 @@ class DataParams(Section):
     preferences: PreferenceSource = Field(default_factory=PreferenceSource, description="Preference data.")
     eval_fraction: float = knob(
         0.1,
-        "Share of prompts held out. A prompt's hash decides, for both files alike: adding rows moves none across.",
+        "Share of prompts held out. The hash of a prompt's opening decides, for both files alike: adding rows moves none.",
         gt=0,
         lt=1,
     )

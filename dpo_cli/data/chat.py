@@ -99,7 +99,7 @@ class ChatEncoder:
                 "the model has no chat template; set model.chat_template to one of " + ", ".join(NAMED_TEMPLATES)
             )
         self._tokenizer = tokenizer
-        self.template: str = NAMED_TEMPLATES.get(template) or own
+        self.template = NAMED_TEMPLATES.get(template) or str(own)
         self._rendered = f"{_FIXED_CLOCK}{self.template}" if "strftime_now" in self.template else self.template
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self._special_ids = frozenset(tokenizer.all_special_ids) | {
