@@ -61,7 +61,8 @@ class DataParams(Section):
     preferences: PreferenceSource = Field(default_factory=PreferenceSource, description="Preference data.")
     eval_fraction: float = knob(
         0.1,
-        "Share of prompts held out. The hash of a prompt's opening decides, for both files alike: adding rows moves none.",
+        "Share of prompts held out. A hash of the prompt's opening decides, for both files alike: adding rows moves"
+        " none.",
         gt=0,
         lt=1,
     )
