@@ -69,10 +69,12 @@ class SftResult:
     Attributes:
         method: none, full, lora or qlora.
         digest: One digest of everything in it that the graph depends on.
+        data: SHA-256 of the tables it was trained on, by split; None where it was not trained.
     """
 
     method: str
     digest: str
+    data: dict[str, str] | None = None
 
     @property
     def has_adapter(self) -> bool:
@@ -80,10 +82,13 @@ class SftResult:
         return self.method in ("lora", "qlora")
 
 
-def write_sft_manifest(folder: Path, method: str, files: list[str], base_digest: str) -> None:
+def write_sft_manifest(
+    folder: Path, method: str, files: list[str], base_digest: str, data: dict[str, str] | None = None
+) -> None:
     """Write the manifest of models/sft; its last file, so that its presence means complete."""
     digest = digest_json({"method": method, "base": base_digest, "files": digest_files(folder, files)})
-    write_json(folder / SFT_MANIFEST, {"method": method, "base": base_digest, "files": files, "digest": digest})
+    manifest = {"method": method, "base": base_digest, "files": files, "digest": digest, "data": data}
+    write_json(folder / SFT_MANIFEST, manifest)
 
 
 def read_sft_result(base_digest: str) -> SftResult:
@@ -108,7 +113,7 @@ def read_sft_result(base_digest: str) -> SftResult:
         raise StaleArtifactError(f"{error.filename} is missing; {_SFT_REMEDY}") from None
     if digest != manifest["digest"]:
         raise StaleArtifactError(f"{paths.SFT_MODEL} has changed since it was made; {_SFT_REMEDY}")
-    return SftResult(manifest["method"], digest)
+    return SftResult(manifest["method"], digest, manifest["data"])
 
 
 def load_reference(base: Path, sft: SftResult, machine: Machine, quantization: str) -> Any:

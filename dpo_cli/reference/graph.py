@@ -101,9 +101,9 @@ def check_context(base: Path, max_length: int, name: str) -> None:
         raise ParamsError(f"params.yaml: {name} must be <= {context}, the model's context, got {max_length}")
 
 
-def preference_digests() -> dict[str, str]:
-    """SHA-256 of the preference table of each split."""
-    return {split: sha256_file(paths.PREFERENCE_DATA / f"{split}.parquet") for split in SPLITS}
+def table_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each split's table in data/sft or data/preference."""
+    return {split: sha256_file(folder / f"{split}.parquet") for split in SPLITS}
 
 
 def all_rejects(tables: Sequence[TokenTable]) -> list[dict[str, Any]]:

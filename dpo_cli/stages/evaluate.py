@@ -31,7 +31,7 @@ from dpo_cli.models.device import peak_memory_gib
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.objectives.pairwise import pairwise_loss
 from dpo_cli.reference.cache import read_cache, reference_logps
-from dpo_cli.reference.graph import Graph, check_context, open_graph, preference_digests
+from dpo_cli.reference.graph import Graph, check_context, open_graph, table_digests
 from dpo_cli.scoring.layout import split_by_tokens
 from dpo_cli.scoring.scorer import Scorer
 
@@ -53,7 +53,9 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     provenance = read_json(paths.DPO_MODEL / "provenance.json", _TRAIN_REMEDY)
     if provenance["graph"] != graph.identity:
         raise StaleArtifactError(f"{paths.DPO_MODEL}: trained on another graph than models/sft is now; {_TRAIN_REMEDY}")
-    if provenance["data"] != preference_digests():
+    if graph.sft.data is not None and graph.sft.data != table_digests(paths.SFT_DATA):
+        raise StaleArtifactError(f"{paths.SFT_MODEL}: trained on other data than data/sft is now; run: dpo-cli sft")
+    if provenance["data"] != table_digests(paths.PREFERENCE_DATA):
         raise StaleArtifactError(
             f"{paths.DPO_MODEL}: trained on other data than data/preference is now; {_TRAIN_REMEDY}"
         )

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from dpo_cli.core import paths
-from dpo_cli.core.artifacts import digest_json, publish_folder, sha256_file, write_json, write_json_lines
+from dpo_cli.core.artifacts import digest_json, publish_folder, write_json, write_json_lines
 from dpo_cli.core.errors import DataError, StaleArtifactError
 from dpo_cli.core.params import Params, SftParams
 from dpo_cli.core.progress import Reporter
@@ -16,7 +16,7 @@ from dpo_cli.models.adapters import ADAPTER_FILES, add_adapter, save_adapter, wr
 from dpo_cli.models.device import peak_memory_gib, prepare_machine
 from dpo_cli.models.identity import base_digest, library_versions, model_files
 from dpo_cli.models.load import keep_weights_unpacked, load_model, quiet_libraries, save_tokenizer
-from dpo_cli.reference.graph import all_rejects, check_context, open_base
+from dpo_cli.reference.graph import all_rejects, check_context, open_base, table_digests
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.history import merge_log, write_tsv
 from dpo_cli.training.objective import SftObjective
@@ -51,10 +51,11 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     _refuse_empty(train, held_out, sft.max_length)
     if warning := explain_rejects([train, held_out], "sft.max_length", sft.max_length):
         reporter.warn(f"sft: {warning}")
+    data = table_digests(paths.SFT_DATA)
     fingerprint = digest_json(
         {
             "base": digest,
-            "data": [sha256_file(paths.SFT_DATA / f"{split}.parquet") for split in ("train", "eval")],
+            "data": data,
             "model": params.model.model_dump(),
             "sft": sft.model_dump(),
             **library_versions(),
@@ -89,7 +90,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         else:
             save_adapter(model, built, params.model.name)
             files = list[str](ADAPTER_FILES)
-        write_sft_manifest(built, sft.method, files, digest)
+        write_sft_manifest(built, sft.method, files, digest, data)
         publish_folder(built, paths.SFT_MODEL)
         metrics = _metrics(sft, train, held_out, result, peak_memory_gib(machine))
         rows = merge_log(result.history, _COLUMNS)

@@ -25,7 +25,7 @@ from dpo_cli.models.identity import read_lock
 from dpo_cli.models.load import quiet_libraries, save_tokenizer
 from dpo_cli.objectives.pairwise import pairwise_loss
 from dpo_cli.reference.cache import read_cache, reference_logps
-from dpo_cli.reference.graph import SPLITS, Graph, all_rejects, open_graph, preference_digests
+from dpo_cli.reference.graph import SPLITS, Graph, all_rejects, open_graph, table_digests
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.gate import StepZero, check_step_zero
 from dpo_cli.training.history import merge_log, write_tsv
@@ -126,7 +126,7 @@ def _provenance(params: Params, graph: Graph) -> dict[str, Any]:
         },
         "base": read_lock(),
         "graph": graph.identity,
-        "data": preference_digests(),
+        "data": table_digests(paths.PREFERENCE_DATA),
     }
 
 

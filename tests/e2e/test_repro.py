@@ -199,3 +199,13 @@ def models(lock: str) -> dict[str, str]:
         for out in stage["outs"]
         if out["path"].startswith(("models/", "data/"))
     }
+
+
+@pytest.mark.parametrize(("folder", "stage"), [("sft", "sft"), ("preference", "train")])
+def test_evaluation_refuses_a_model_that_was_trained_on_another_split(copy: Path, folder: str, stage: str) -> None:
+    table = copy / f"data/{folder}/train.parquet"
+    table.chmod(0o644)
+    table.write_bytes((copy / f"data/{folder}/eval.parquet").read_bytes())
+    refused = run(copy, sys.executable, "-m", "dpo_cli", "evaluate")
+    assert refused.returncode == 5, refused.stderr
+    assert f"trained on other data than data/{folder} is now; run: dpo-cli {stage}" in refused.stderr
