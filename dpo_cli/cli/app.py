@@ -99,7 +99,7 @@ def _errors_as_exit_codes(*, as_json: bool) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _fail(Interrupted("stopped; nothing was published, run it again to start this stage over"), as_json=as_json)
+        _fail(Interrupted("stopped; nothing was published and nothing saved is lost; run it again"), as_json=as_json)
     except DpoCliError as error:
         _fail(error, as_json=as_json)
     except (MemoryError, OSError, RuntimeError) as error:
@@ -151,11 +151,21 @@ def _run_stage(stage: Stage, overrides: list[str], *, as_json: bool) -> None:
         from dpo_cli.core.params import load_params  # here, so that --help does not wait for it
 
         params = load_params(paths.PARAMS, overrides)
+        _refuse_unread(stage, overrides)
         die_with_parent()
         run: Callable[..., dict[str, Any]] = importlib.import_module(f"dpo_cli.stages.{stage.name}").run
         metrics = run(params, ConsoleReporter(show_tables=not as_json))
     if as_json:
         typer.echo(json.dumps({stage.name: metrics}, ensure_ascii=False))
+
+
+def _refuse_unread(stage: Stage, overrides: list[str]) -> None:
+    read = (*stage.params, "runtime")
+    unread = [override for override in overrides if override.partition(".")[0].strip() not in read]
+    if unread:
+        raise ParamsError(
+            [f"--set {override} has no effect on {stage.command}, which reads {', '.join(read)}" for override in unread]
+        )
 
 
 def _add_stage(stage: Stage) -> None:
@@ -226,8 +236,8 @@ def repro_command(
     """Bring the project up to date: run the stages whose inputs changed, then print the verdict.
 
     It is `dvc repro` with this very interpreter, so no environment need be activated. It ends
-    with the exit code of the stage that failed. To try a setting without editing params.yaml:
-    `dvc exp run -S train.beta=0.5`.
+    with the exit code of the stage that failed. To try a setting as an experiment of DVC, in a
+    project that is committed to git: `dvc exp run -S train.beta=0.5`.
     """
     with _errors_as_exit_codes(as_json=False):
         code = reproduce(targets or [], force=force, reporter=ConsoleReporter())

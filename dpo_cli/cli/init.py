@@ -143,8 +143,9 @@ def _check(folder: Path, files: ProjectFiles) -> None:
             raise DataError(f"{path} is missing; give the file of your data")
     if files.sft is not None and files.preferences is not None and files.sft.name == files.preferences.name:
         raise DataError(f"both files are named {files.sft.name}; they are copied into one folder, so rename one")
-    if files.model is not None and not files.model.is_dir():
-        raise MachineError(f"{files.model} is missing; --model takes the directory of a model")
+    if files.model is not None and not (files.model / "config.json").is_file():
+        state = "has no config.json" if files.model.is_dir() else "is missing"
+        raise MachineError(f"{files.model} {state}; --model takes the directory of a model in Hugging Face layout")
     for name in ("params.yaml", "dvc.yaml", ".dvc"):
         if (folder / name).exists():
             raise DataError(f"{folder / name} exists already; give a new folder, or delete it first")
@@ -160,12 +161,20 @@ def _raw_files(folder: Path, files: ProjectFiles) -> list[tuple[Path | None, Pat
 
 
 def _ensure_git(folder: Path) -> None:
-    """DVC's experiments and diffs need git."""
+    """DVC's experiments and diffs need a git repository with a commit; one that is there already is left alone."""
     try:
         inside = subprocess.run(
             ["git", "-C", str(folder), "rev-parse", "--is-inside-work-tree"], capture_output=True, check=False
         )
         if inside.returncode:
-            subprocess.run(["git", "-C", str(folder), "init", "-q", "-b", "main"], check=True, capture_output=True)
+            git = ["git", "-C", str(folder)]
+            named = subprocess.run([*git, "config", "user.email"], capture_output=True, check=False).returncode == 0
+            author = [] if named else ["-c", "user.name=dpo-cli", "-c", "user.email=dpo-cli@localhost"]
+            for arguments in (
+                ["init", "-q", "-b", "main"],
+                ["add", "--all"],
+                [*author, "commit", "-q", "--no-gpg-sign", "-m", "A new dpo-cli project"],
+            ):
+                subprocess.run([*git, *arguments], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise MachineError(f"git cannot be run ({error}); DVC needs it") from None

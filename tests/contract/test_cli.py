@@ -171,3 +171,15 @@ def test_under_dvc_the_remedy_forces_the_stage(fresh: Path, monkeypatch: pytest.
     """Else DVC's cache of runs would bring back the very output that is to be made anew."""
     monkeypatch.setenv("DVC_STAGE", "train")
     expect_error(run("train", folder=fresh), 5, "run: dpo-cli repro base --force")
+
+
+def test_a_setting_that_the_stage_does_not_read_is_refused(fresh: Path) -> None:
+    result = run("convert-sft", "--set", "train.beta=0.5", folder=fresh)
+    expect_error(result, 3, "--set train.beta=0.5 has no effect on convert-sft", "data, runtime")
+
+
+def test_a_new_project_is_committed_so_that_experiments_work(fresh: Path) -> None:
+    log = subprocess.run(["git", "log", "--oneline"], cwd=fresh, capture_output=True, text=True, check=True)
+    assert len(log.stdout.splitlines()) == 1
+    status = subprocess.run(["git", "status", "--short"], cwd=fresh, capture_output=True, text=True, check=True)
+    assert status.stdout == ""

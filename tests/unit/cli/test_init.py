@@ -50,6 +50,7 @@ def test_files_are_copied_whole_and_named_in_the_settings(
 def test_a_model_takes_the_defaults_for_real_models(tmp_path: Path, preferences: Path, reporter: Any) -> None:
     model = tmp_path / "Qwen2.5-0.5B"
     model.mkdir()
+    (model / "config.json").write_text("{}", encoding="utf-8")
     create_project(tmp_path / "new", ProjectFiles(preferences=preferences, model=model), reporter)
     params = load_params(tmp_path / "new/params.yaml")
     assert params.model.name == "Qwen2.5-0.5B"
@@ -62,6 +63,7 @@ def test_what_is_missing_is_named_and_nothing_is_made(tmp_path: Path, sft: Path,
         (ProjectFiles(sft=tmp_path / "no.json"), DataError),
         (ProjectFiles(sft=sft, preferences=sft), DataError),
         (ProjectFiles(model=tmp_path / "no"), MachineError),
+        (ProjectFiles(model=tmp_path), MachineError),
     ):
         with pytest.raises(error):
             create_project(tmp_path / "new", files, reporter)
