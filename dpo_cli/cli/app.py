@@ -22,7 +22,7 @@ from dpo_cli.cli.console import ConsoleReporter
 from dpo_cli.cli.repro import EXIT_CODE_FILE, reproduce
 from dpo_cli.core import paths
 from dpo_cli.core.environment import prepare_environment
-from dpo_cli.core.errors import DpoCliError, Interrupted, MachineError, ParamsError
+from dpo_cli.core.errors import DataError, DpoCliError, Interrupted, MachineError, ParamsError
 from dpo_cli.core.pipeline import STAGES, Stage
 from dpo_cli.core.scratch import die_with_parent
 
@@ -54,6 +54,34 @@ app = typer.Typer(
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting of params.yaml; may be repeated."),
+]
+FilesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[FILE]...", help="Data files; none: the sources in params.yaml."),
+]
+KindOption = Annotated[
+    str | None,
+    typer.Option("--as", metavar="sft|preferences", help="What the file is read as; left out: found by its rows."),
+]
+SettingOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A setting of the source, as under data.sft or data.preferences: `format=hh`, `columns='{prompt: q}'`.",
+    ),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", metavar="DIR", help="Count and show tokens of this model; `embedded`: the embedded one's."),
+]
+TemplateOption = Annotated[
+    str | None,
+    typer.Option("--template", metavar="NAME", help="Chat template: auto, plain, chatml or alpaca."),
+]
+MaxLengthOption = Annotated[
+    int | None,
+    typer.Option("--max-length", metavar="N", min=2, help="Tokens a row may have; left out: the project's limit."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the metrics as one JSON object, and no tables.")]
 
@@ -183,6 +211,135 @@ def _add_stage(stage: Stage) -> None:
 
 for _stage in STAGES:
     _add_stage(_stage)
+
+
+# --- data ---------------------------------------------------------------------------------
+
+data_app = typer.Typer(
+    name="data",
+    help="Look at data before it is used: what is wrong with it, how it is read, and what the model will see.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+app.add_typer(data_app, rich_help_panel="Data")
+
+
+@data_app.command(
+    "check",
+    epilog=_examples(
+        "dpo-cli data check pairs.jsonl instructions.json",
+        "dpo-cli data check answers.json --set columns='{prompt: question, first: a1, second: a2, label: best}'",
+        "dpo-cli data check pairs.jsonl --list longer_chosen",
+        "dpo-cli data check pairs.jsonl --model ~/models/Qwen2.5-0.5B --max-length 1024",
+    ),
+)
+def data_check_command(
+    files: FilesArgument = None,
+    kind: KindOption = None,
+    settings: SettingOption = None,
+    listed: Annotated[
+        str | None, typer.Option("--list", metavar="CHECK", help="Name all rows that this check finds.")
+    ] = None,
+    model: ModelOption = None,
+    template: TemplateOption = None,
+    max_length: MaxLengthOption = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the figures as one JSON object, and no tables.")
+    ] = False,
+) -> None:
+    """Read files as the conversion would, and report every row that it would leave out. Writes nothing.
+
+    Exit code 0: every row is taken; 4: some row, or a whole file, is refused.
+    """
+    with _errors_as_exit_codes(as_json=as_json):
+        # here, so that --help does not wait for them
+        from dpo_cli.cli.data import CheckOptions, check_sources, refuse_unknown_check
+        from dpo_cli.cli.sources import sources_of
+
+        _refuse_without_model(model, {"--template": template, "--max-length": max_length})
+        refuse_unknown_check(listed)
+        reporter = ConsoleReporter(show_tables=not as_json)
+        options = CheckOptions(listed, model, template, max_length)
+        figures, accepted = check_sources(sources_of(files or [], kind, settings or []), options, reporter)
+    if as_json:
+        typer.echo(json.dumps(figures, ensure_ascii=False))
+    if not accepted:
+        raise typer.Exit(DataError.exit_code)
+
+
+@data_app.command(
+    "show",
+    epilog=_examples(
+        "dpo-cli data show pairs.jsonl --row 17",
+        "dpo-cli data show pairs.jsonl --row 17 --model ~/models/Qwen2.5-0.5B",
+        "dpo-cli data show instructions.json --as sft --model embedded",
+    ),
+)
+def data_show_command(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A data file.")],
+    row: Annotated[int, typer.Option("--row", metavar="N", min=0, help="Which row, counted from 0.")] = 0,
+    kind: KindOption = None,
+    settings: SettingOption = None,
+    model: ModelOption = None,
+    template: TemplateOption = None,
+    max_length: MaxLengthOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as one JSON object.")] = False,
+) -> None:
+    """Show one row as the conversion reads it and, with --model, as the tokens that the model sees. Writes nothing.
+
+    Exit code 0: the row is taken; 4: it, or a part of it, is left out. Rows that repeat others are
+    found by `dpo-cli data check`.
+    """
+    with _errors_as_exit_codes(as_json=as_json):
+        _refuse_without_model(model, {"--template": template, "--max-length": max_length})
+        from dpo_cli.cli.show import describe_row, json_of, print_row, token_view  # here, so that --help is fast
+        from dpo_cli.cli.sources import sources_of
+
+        [source] = sources_of([file], kind, settings or [])
+        found = describe_row(source, row, token_view(model, template, max_length, source) if model else None)
+        if as_json:
+            typer.echo(json_of(found))
+        else:
+            print_row(found)
+    if found["left_out"]:
+        raise typer.Exit(DataError.exit_code)
+
+
+@data_app.command(
+    "stats",
+    epilog=_examples(
+        "dpo-cli data stats pairs.jsonl instructions.json",
+        "dpo-cli data stats pairs.jsonl --model ~/models/Qwen2.5-0.5B",
+    ),
+)
+def data_stats_command(
+    files: FilesArgument = None,
+    kind: KindOption = None,
+    settings: SettingOption = None,
+    model: ModelOption = None,
+    template: TemplateOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
+) -> None:
+    """Say what data is like: lengths, turns, which answers are longer, languages. Writes nothing.
+
+    Lengths are characters, or tokens with --model. Rows that the conversion would refuse are not
+    counted; those that repeat others are.
+    """
+    with _errors_as_exit_codes(as_json=as_json):
+        _refuse_without_model(model, {"--template": template})
+        from dpo_cli.cli.sources import sources_of  # here, so that --help does not wait for them
+        from dpo_cli.cli.stats import stats_of_sources
+
+        reporter = ConsoleReporter(show_tables=not as_json)
+        figures = stats_of_sources(sources_of(files or [], kind, settings or []), model, template, reporter)
+    if as_json:
+        typer.echo(json.dumps(figures, ensure_ascii=False))
+
+
+def _refuse_without_model(model: str | None, options: dict[str, Any]) -> None:
+    idle = [name for name, value in options.items() if value is not None]
+    if model is None and idle:
+        raise ParamsError([f"{name} has no effect without --model" for name in idle])
 
 
 # --- projects -----------------------------------------------------------------------------

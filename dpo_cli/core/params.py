@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
@@ -36,29 +36,120 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class SftSource(Section):
+Column = str | list[str]
+Labels = Literal["first", "second", "tie"]
+Roles = Literal["system", "user", "assistant", "tool"]
+
+
+class Source(Section):
+    """A source of data: a file, or several of one kind."""
+
+    path: str = Field(
+        min_length=1, description="File under data/raw, where DVC sees a change; * and ? stand for several files."
+    )
+    format: Any = knob("auto", "Format of its rows; auto detects it and says what it found.")
+    columns: dict[str, Column] = knob(
+        {}, "Where fields lie that go by other names: {prompt: question}; a.b is b within a; a list makes a list."
+    )
+    records: str = knob("", "Where the list of rows lies, if not at the top: a key, or keys with dots between.")
+    roles: dict[str, Roles] = knob({}, "Further names of roles: {narrator: system}.")
+    weight: float = knob(
+        1.0,
+        "How often a row of it is seen in an epoch: 0.5 takes half of its prompts (a hash decides), 2 takes every row"
+        " twice. The eval split is not weighted.",
+        gt=0,
+        le=100,
+    )
+    max_rows: int | None = knob(None, "Stop after so many rows of it.", unit="rows", ge=1)
+    split: Literal["auto", "train", "eval"] = knob(
+        "auto", "auto: data.eval_fraction of its prompts are held out; else all of it goes to one split."
+    )
+
+
+SftFormat = Literal[
+    "auto", "alpaca", "prompt_completion", "messages", "oasst",
+    "sharegpt", "pairs", "hh", "implicit", "two_outputs", "kwise",
+]  # fmt: skip
+PreferenceFormat = Literal["auto", "sharegpt", "pairs", "hh", "implicit", "two_outputs", "kwise", "oasst"]
+
+
+class SftSource(Source):
+    """A source of instruction data."""
+
+    format: SftFormat = knob("auto", "Format of its rows; auto detects it and says what it found.")
+    turns: Literal["last", "all"] = knob(
+        "last", "Of a conversation (format messages): its last answer is the example, or every answer is one."
+    )
+
+
+class PreferenceSource(Source):
+    """A source of preference data."""
+
+    format: PreferenceFormat = knob("auto", "Format of its rows; auto detects it and says what it found.")
+    labels: dict[str, Labels] = knob(
+        {}, 'What a label means that names the better of two outputs: {"1": first, "0": second}.'
+    )
+    pairs: Literal["all", "adjacent", "best_vs_worst"] = knob(
+        "all",
+        "Pairs made of K ranked answers: all that are not tied, those of neighbouring ranks, or the best with the"
+        " worst.",
+    )
+
+
+class SftData(SftSource):
     """Where the instruction data is."""
 
     path: str = knob(
-        "data/raw/instructions.json", "File of instruction data, under data/raw so that DVC sees a change."
+        "data/raw/instructions.json",
+        "File of instruction data under data/raw, where DVC sees a change; * and ? stand for several files.",
+        min_length=1,
     )
-    format: Literal["auto", "alpaca"] = knob("auto", "Format of its rows; auto detects it and says what it found.")
+    also: list[SftSource] = knob([], "Further sources: a list of mappings with the settings above.")
 
 
-class PreferenceSource(Section):
+class PreferenceData(PreferenceSource):
     """Where the preference data is."""
 
-    path: str = knob("data/raw/preferences.json", "File of preference data, under data/raw.")
-    format: Literal["auto", "pairs", "sharegpt", "hh"] = knob(
-        "auto", "Format of its rows; auto detects it and says what it found."
+    path: str = knob(
+        "data/raw/preferences.json",
+        "File of preference data under data/raw; * and ? stand for several files.",
+        min_length=1,
     )
+    also: list[PreferenceSource] = knob([], "Further sources: a list of mappings with the settings above.")
+
+
+Policy = Literal["drop", "keep", "error"]
+StrictPolicy = Literal["drop", "error"]
+
+
+class DataChecks(Section):
+    """What to do with rows that a check finds: drop lists them and leaves them out, keep counts them, error stops."""
+
+    malformed: StrictPolicy = knob("drop", "The row does not fit its format: a field missing, not text, no such role.")
+    empty_prompt: StrictPolicy = knob("drop", "Nothing is asked.")
+    empty_completion: Policy = knob("drop", "The answer to an instruction is empty.")
+    empty_chosen: Policy = knob("drop", "The preferred answer is empty.")
+    empty_rejected: Policy = knob("drop", "The other answer is empty.")
+    equal_sides: Policy = knob("drop", "Both answers are the same, up to white space around them.")
+    tie: StrictPolicy = knob("drop", "Neither answer won: no pair can be made.")
+    duplicate: Policy = knob("drop", "The same prompt and answers came before; the first one stays.")
+    contradiction: Policy = knob("drop", "The same two answers are there in both orders; drop leaves out both.")
+    shared_prompt: Policy = knob(
+        "drop", "A train row's prompt is in eval, too; only sources with a split of their own can have it."
+    )
+    repeated_prompt: Policy = knob("keep", "An earlier row has the same prompt with other answers.")
+    prefix_sides: Policy = knob("keep", "One answer is the beginning of the other.")
+    longer_chosen: Policy = knob("keep", "The preferred answer is the longer one: length bias where it is not half.")
+    chat_markers: Policy = knob("keep", "A text holds marks of chat templates, such as <|im_end|> or Human:.")
+    placeholders: Policy = knob("keep", "A text holds {{placeholders}}; they are kept as they stand.")
+    replacement_characters: Policy = knob("keep", "A text holds U+FFFD: it was decoded wrongly once.")
 
 
 class DataParams(Section):
     """What goes in. Read by convert_sft and convert_preferences."""
 
-    sft: SftSource = Field(default_factory=SftSource, description="Instruction data.")
-    preferences: PreferenceSource = Field(default_factory=PreferenceSource, description="Preference data.")
+    sft: SftData = Field(default_factory=SftData, description="Instruction data.")
+    preferences: PreferenceData = Field(default_factory=PreferenceData, description="Preference data.")
     eval_fraction: float = knob(
         0.1,
         "Share of prompts held out. A hash of the prompt's opening decides, for both files alike: adding rows moves"
@@ -66,6 +157,7 @@ class DataParams(Section):
         gt=0,
         lt=1,
     )
+    checks: DataChecks = Field(default_factory=DataChecks, description="What is done with rows that a check finds.")
 
 
 class ModelParams(Section):
@@ -121,6 +213,17 @@ class TrainingParams(Section):
     seed: int = knob(0, "Seeds the adapter's start, the order of rows and dropout.", ge=0)
 
 
+class TokenChecks(Section):
+    """What to do with rows by their tokens: drop lists them and leaves them out, keep counts them, error stops."""
+
+    over_long: StrictPolicy = knob("drop", "The row has more than max_length tokens; nothing is ever cut off.")
+    lost_eos: Policy = knob("drop", "An answer does not end with a token that ends the model's turn.")
+    double_bos: Policy = knob(
+        "keep", "The prompt begins with two BOS tokens: the template writes one, the text another."
+    )
+    double_eos: Policy = knob("keep", "An answer's text ends with an end token of its own; one is scored.")
+
+
 class SftParams(TrainingParams):
     """Supervised fine-tuning, which gives the reference model. Read by sft."""
 
@@ -133,6 +236,7 @@ class SftParams(TrainingParams):
     max_length: int = knob(
         1024, "Longer rows (prompt + completion) are left out, counted and listed.", unit="tokens", ge=2
     )
+    checks: TokenChecks = Field(default_factory=TokenChecks, description="What is done with rows by their tokens.")
 
 
 class ReferenceParams(Section):
@@ -144,6 +248,7 @@ class ReferenceParams(Section):
     max_length: int = knob(
         1024, "Pairs with a longer side (prompt + answer) are left out, counted and listed.", unit="tokens", ge=2
     )
+    checks: TokenChecks = Field(default_factory=TokenChecks, description="What is done with pairs by their tokens.")
 
 
 class TrainParams(TrainingParams):
@@ -181,6 +286,9 @@ class RuntimeParams(Section):
     """This machine. No stage lists it: it never changes a result beyond rounding."""
 
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "auto takes CUDA where there is one.")
+    workers: int | None = knob(
+        None, "Processes that convert large files of JSON lines; null: as many as there are cores.", ge=1
+    )
     threads: int = knob(1, "CPU threads of torch. More than one can be slower on a shared machine.", ge=1)
     max_tokens_per_microbatch: int = knob(
         4096, "Memory knob: tokens that go through the model at once, padding included.", unit="tokens", ge=1
@@ -240,7 +348,8 @@ def parse_params(tree: Mapping[str, Any], source: str = "params.yaml") -> Params
     try:
         params = Params.model_validate(tree)
     except ValidationError as error:
-        raise ParamsError([f"{source}: {_explain(problem)}" for problem in error.errors()]) from None
+        problems = dict.fromkeys(f"{source}: {explain(problem)}" for problem in error.errors())
+        raise ParamsError(list(problems)) from None
     dead = [f"{source}: {problem}" for problem in _contradictions(params)]
     if dead:
         raise ParamsError(dead)
@@ -293,13 +402,21 @@ _TYPES = {
 }
 
 
-def _explain(problem: Any) -> str:
-    """One pydantic problem as *where must what, got what*."""
-    location = [part for part in problem["loc"] if part != "LoraParams"]
+_NOISE = ("LoraParams", "str", "list[str]")
+"""What pydantic adds to the place of a problem where a value may be of several types."""
+
+
+def explain(problem: Any, section: type[BaseModel] | None = None) -> str:
+    """One pydantic problem of a section as *where must what, got what*."""
+    location = [part for part in problem["loc"] if part not in _NOISE]
     where = ".".join(str(part) for part in location)
     kind, context, got = problem["type"], problem.get("ctx", {}), problem["input"]
+    if "columns" in location and kind in ("string_type", "list_type"):
+        return f"{where} must be text or a list of texts, got {got!r}"
+    if kind == "missing":
+        return f"{where} is missing"
     if kind == "extra_forbidden":
-        return _unknown_key(location)
+        return _unknown_key(location, section or Params)
     if kind in _BOUNDS:
         return f"{where} must be {_BOUNDS[kind].format(**context)}, got {got!r}"
     if kind == "literal_error":
@@ -309,12 +426,12 @@ def _explain(problem: Any) -> str:
     return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {got!r}"
 
 
-def _unknown_key(location: Sequence[Any]) -> str:
+def _unknown_key(location: Sequence[Any], model: type[BaseModel]) -> str:
     *parents, name = (str(part) for part in location)
-    model: type[BaseModel] = Params
     for parent in parents:
-        annotation = model.model_fields[parent].annotation
-        model = LoraParams if annotation == (LoraParams | None) else annotation  # type: ignore[assignment]
+        if parent.isdigit():  # a place in a list of sections
+            continue
+        model = _section_in(model.model_fields[parent].annotation)
     prefix = "".join(f"{parent}." for parent in parents)
     close = difflib.get_close_matches(name, model.model_fields, n=1, cutoff=0.5)
     if close:
@@ -323,6 +440,13 @@ def _unknown_key(location: Sequence[Any]) -> str:
     if elsewhere:
         return f"{prefix}{name} is not a setting; did you mean {elsewhere[0]}?"
     return f"{prefix}{name} is not a setting; there are {', '.join(prefix + field for field in model.model_fields)}"
+
+
+def _section_in(annotation: Any) -> type[BaseModel]:
+    """The section in the type of a field: itself, one that may be null, or a list of them."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(argument for argument in get_args(annotation) if issubclass(argument, BaseModel))
 
 
 def iter_settings(model: type[BaseModel] = Params, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -344,6 +468,27 @@ def _differs(section: BaseModel, *names: str) -> list[str]:
     return [name for name in names if getattr(section, name) != fields[name].get_default(call_default_factory=True)]
 
 
+def _idle_columns(params: Params) -> list[str]:
+    """Settings of sources that say what is known already."""
+    found = []
+    for section, first in (("data.sft", params.data.sft), ("data.preferences", params.data.preferences)):
+        for index, source in enumerate([first, *first.also]):
+            where = section if index == 0 else f"{section}.also.{index - 1}"
+            found += [
+                f"{where}.columns.{field} has no effect: it names itself"
+                for field, key in source.columns.items()
+                if field == key
+            ]
+            if isinstance(source, SftSource) and source.turns == "all" and source.format not in ("auto", "messages"):
+                found.append(f"{where}.turns has no effect with format {source.format}; messages reads it")
+            if isinstance(source, PreferenceSource):
+                if source.labels and source.format not in ("auto", "two_outputs"):
+                    found.append(f"{where}.labels has no effect with format {source.format}; two_outputs reads it")
+                if source.pairs != "all" and source.format not in ("auto", "kwise", "oasst"):
+                    found.append(f"{where}.pairs has no effect with format {source.format}; kwise and oasst read it")
+    return found
+
+
 def _contradictions(params: Params) -> list[str]:
     """Settings that contradict each other, and settings that were moved from their default for nothing."""
     found: list[str] = []
@@ -363,6 +508,7 @@ def _contradictions(params: Params) -> list[str]:
             f"data.eval_fraction must be <= {WORLD_HELD_OUT:g} with evaluate.judge world, got"
             f" {params.data.eval_fraction:g}: the embedded model has read the other prompts"
         )
+    found += _idle_columns(params)
     if sft.method == "full":
         found += [f"sft.{name} has no effect with sft.method full" for name in _differs(sft, "lora")]
     if train.lora is not None and sft.method in ("lora", "qlora"):

@@ -122,6 +122,8 @@ def _scalar(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, float):
         return _float(value)
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_scalar(key)}: {_scalar(inner)}' for key, inner in value.items())}}}"
     if isinstance(value, list):
         return f"[{', '.join(map(_scalar, value))}]"
     if isinstance(value, str):

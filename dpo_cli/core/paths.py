@@ -39,6 +39,11 @@ def rejects_file(stage: str) -> Path:
     return report_dir(stage) / "rejects.jsonl"
 
 
+def checks_file(stage: str) -> Path:
+    """What each check of the data found: count, rate and the first rows."""
+    return report_dir(stage) / "checks.json"
+
+
 def scratch_root() -> Path:
     """Half-done work, ignored by git and DVC.
 

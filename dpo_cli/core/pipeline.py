@@ -65,7 +65,7 @@ STAGES: tuple[Stage, ...] = (
         params=("data",),
         inputs=(paths.RAW,),
         output=paths.SFT_DATA,
-        reports=(paths.rejects_file("convert_sft"),),
+        reports=(paths.rejects_file("convert_sft"), paths.checks_file("convert_sft")),
     ),
     Stage(
         name="convert_preferences",
@@ -74,7 +74,7 @@ STAGES: tuple[Stage, ...] = (
         params=("data",),
         inputs=(paths.RAW,),
         output=paths.PREFERENCE_DATA,
-        reports=(paths.rejects_file("convert_preferences"),),
+        reports=(paths.rejects_file("convert_preferences"), paths.checks_file("convert_preferences")),
     ),
     Stage(
         name="sft",

@@ -7,6 +7,7 @@ completion and is scored.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import date
 from typing import Any, Protocol
 
@@ -58,6 +59,7 @@ class Tokenizer(Protocol):
     """What is used of a Hugging Face tokenizer."""
 
     chat_template: Any
+    bos_token_id: Any
     eos_token_id: Any
     all_special_ids: Any
 
@@ -107,6 +109,7 @@ class ChatEncoder:
         }
         self.end_id: int = tokenizer.eos_token_id
         self.end_id = self._probe()
+        self._end_texts = tuple(filter(None, (tokenizer.decode([token_id]).strip() for token_id in self.stop_ids)))
 
     @property
     def stop_ids(self) -> list[int]:
@@ -160,6 +163,27 @@ class ChatEncoder:
             end -= 1
         closing = next((i for i in range(end, len(ids)) if ids[i] in self._special_ids), None)
         return ids[: closing + 1] if closing is not None else [*ids, self.end_id]
+
+    def check_tokens(
+        self, prompt_ids: Sequence[int], completions: Sequence[Messages], completions_ids: Sequence[Sequence[int]]
+    ) -> list[str]:
+        """Names of the checks (:class:`dpo_cli.core.params.TokenChecks`) that a row's tokens fail, but for the length.
+
+        Args:
+            prompt_ids: Token ids of the prompt.
+            completions: Its answers.
+            completions_ids: Token ids of each answer.
+        """
+        found = []
+        bos = self._tokenizer.bos_token_id
+        if bos is not None and list(prompt_ids[:2]) == [bos, bos]:
+            found.append("double_bos")
+        if any(text_of(completion).rstrip().endswith(self._end_texts) for completion in completions):
+            found.append("double_eos")
+        stop_ids = self.stop_ids
+        if any(not ids or ids[-1] not in stop_ids for ids in completions_ids):
+            found.append("lost_eos")
+        return found
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of token ids, special tokens left out."""

@@ -1,31 +1,122 @@
-"""What makes a row unfit for training, whatever its format."""
+"""What can be wrong with an example, whatever its format; what becomes of it is up to the policy.
+
+Each check has a setting of its name in data.checks (:class:`dpo_cli.core.params.DataChecks`).
+The checks of a single example are here; those that compare rows with each other (duplicate,
+contradiction, repeated and shared prompts) are in :mod:`dpo_cli.data.repeats`.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
 from dpo_cli.data.schema import Messages, PreferenceExample, SftExample, text_of
 
+FORMAT_CHECK = "malformed"
+"""The check that rows fail which do not fit their format, whatever the reason."""
 
-def _is_empty(messages: Messages) -> bool:
-    return not text_of(messages).strip()
+ROW_REASONS = ("tie", "empty_prompt")
+"""Reasons for which a format refuses a row that are checks of their own."""
+
+_OF_BOTH = ("malformed", "empty_prompt", "duplicate", "shared_prompt", "repeated_prompt")
+_OF_TEXTS = ("chat_markers", "placeholders", "replacement_characters")
+CHECKS_OF: Mapping[str, tuple[str, ...]] = {
+    "sft": (*_OF_BOTH, "empty_completion", *_OF_TEXTS),
+    "preference": (
+        *_OF_BOTH, "empty_chosen", "empty_rejected", "equal_sides", "tie", "contradiction", "prefix_sides",
+        "longer_chosen", *_OF_TEXTS,
+    ),
+}  # fmt: skip
+"""The checks that instruction data and preference data can fail."""
+
+_MARKERS = re.compile(
+    r"<\|[^|<>\s]{1,40}\|>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>|\n\n(?:Human|Assistant):"
+    r"|(?:^|\n)(?:Human|Assistant):|###\s?(?:Instruction|Response|Human|Assistant|User|System)\b"
+)
+_PLACEHOLDER = re.compile(r"\{\{\s*[\w.-]{1,60}\s*\}\}")
 
 
-def check_sft(example: SftExample) -> str | None:
-    """The reason to leave an instruction row out, if there is one."""
-    if _is_empty(example.prompt):
-        return "empty_prompt"
-    if _is_empty(example.completion):
-        return "empty_completion"
-    return None
+def has_chat_markers(text: str) -> bool:
+    """Whether a text holds marks by which some chat template ends or begins a turn."""
+    # most texts hold none of these signs, and then the slow search is spared
+    if "<" in text or "INST]" in text or "###" in text or "Human:" in text or "Assistant:" in text:
+        return _MARKERS.search(text) is not None
+    return False
 
 
-def check_preference(example: PreferenceExample) -> str | None:
-    """The reason to leave a pair out, if there is one."""
-    if _is_empty(example.prompt):
-        return "empty_prompt"
-    if _is_empty(example.chosen):
-        return "empty_chosen"
-    if _is_empty(example.rejected):
-        return "empty_rejected"
-    if text_of(example.chosen).strip() == text_of(example.rejected).strip():
-        return "equal_sides"
-    return None
+def has_placeholders(text: str) -> bool:
+    """Whether a text holds ``{{placeholders}}``."""
+    return "{{" in text and _PLACEHOLDER.search(text) is not None
+
+
+def _find_in_text(text: str, found: list[str]) -> None:
+    if has_chat_markers(text):
+        found.append("chat_markers")
+    if "{{" in text and has_placeholders(text):
+        found.append("placeholders")
+    if "\ufffd" in text:
+        found.append("replacement_characters")
+
+
+def is_empty(messages: Messages) -> bool:
+    """Whether there is nothing but white space."""
+    text = text_of(messages)
+    return not text or text.isspace()
+
+
+def check_sft(example: SftExample) -> list[str]:
+    """Names of the checks that an instruction fails."""
+    found: list[str] = []
+    _find_in_text(f"{text_of(example.prompt)}\n{text_of(example.completion)}", found)
+    if is_empty(example.prompt):
+        found.append("empty_prompt")
+    if is_empty(example.completion):
+        found.append("empty_completion")
+    return found
+
+
+def check_preference(example: PreferenceExample) -> list[str]:
+    """Names of the checks that a pair fails."""
+    prompt, chosen, rejected = text_of(example.prompt), text_of(example.chosen), text_of(example.rejected)
+    found: list[str] = []
+    _find_in_text(f"{prompt}\n{chosen}\n{rejected}", found)
+    if not prompt or prompt.isspace():
+        found.append("empty_prompt")
+    if not chosen or chosen.isspace():
+        found.append("empty_chosen")
+    if not rejected or rejected.isspace():
+        found.append("empty_rejected")
+    if chosen == rejected or chosen.strip() == rejected.strip():
+        found.append("equal_sides")
+    elif chosen and rejected and (chosen.startswith(rejected) or rejected.startswith(chosen)):
+        found.append("prefix_sides")
+    if len(chosen) > len(rejected):
+        found.append("longer_chosen")
+    return found
+
+
+def reason_to_drop(found: list[str], policies: Mapping[str, str]) -> str | None:
+    """The check by which an example is left out, if one of them says so."""
+    reasons = [name for name in found if policies[name] != "keep"]
+    return min(reasons, key=_ORDER.index) if reasons else None
+
+
+_ORDER = (
+    "empty_prompt", "empty_completion", "empty_chosen", "empty_rejected", "equal_sides", "prefix_sides",
+    "chat_markers", "placeholders", "replacement_characters", "longer_chosen",
+)  # fmt: skip
+"""The one that is named where an example fails several."""
+
+DESCRIPTIONS: Mapping[str, str] = {
+    "empty_prompt": "has no prompt",
+    "empty_completion": "has an empty answer",
+    "empty_chosen": "has an empty preferred answer",
+    "empty_rejected": "has an empty rejected answer",
+    "equal_sides": "has two equal answers",
+    "prefix_sides": "has an answer that is the beginning of the other",
+    "chat_markers": "holds marks of chat templates",
+    "placeholders": "holds {{placeholders}}",
+    "replacement_characters": "holds U+FFFD",
+    "longer_chosen": "has a longer preferred answer",
+}
+"""What a check says of an example that fails it."""

@@ -1,245 +1,543 @@
-"""From a raw file to train.parquet and eval.parquet, with every row accounted for.
+"""From raw files to train.parquet and eval.parquet, with every row accounted for.
 
-Rows stream through: format, checks, duplicates, split. What is left out is counted by reason
-and listed with its file, row and line, never with its content.
+Blocks stream through: format, checks of single examples, split (:mod:`dpo_cli.data.blocks`).
+Then rows are compared with each other (:mod:`dpo_cli.data.repeats`), and what stays is written.
+What is left out is counted by reason and listed with its file, row and line, never with its
+content. Memory does not grow with the files.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections import Counter
-from collections.abc import Callable
+import gc
+import glob
+import json
+import multiprocessing
+import signal
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any
 
+import numpy as np
 import polars as pl
+import pyarrow as pa
 
-from dpo_cli.core import paths
-from dpo_cli.core.artifacts import publish_folder, write_json, write_json_lines
-from dpo_cli.core.errors import DataError, ParamsError
-from dpo_cli.core.progress import Reporter
-from dpo_cli.core.scratch import stage_scratch
-from dpo_cli.data.formats.base import Example, Format, RowProblem
-from dpo_cli.data.reading import Record, read_records
-from dpo_cli.data.splits import is_held_out
+from dpo_cli.core.errors import DataError
+from dpo_cli.core.params import PreferenceSource, SftSource, Source
+from dpo_cli.data.blocks import (
+    DIGESTS,
+    BlockPlan,
+    BlockResult,
+    Reject,
+    convert_block,
+    examples_file,
+    rankings_file,
+    write_arrow,
+)
+from dpo_cli.data.checks import CHECKS_OF
+from dpo_cli.data.formats import PREFERENCE_FORMATS, SFT_FORMATS
+from dpo_cli.data.formats.base import Reading
+from dpo_cli.data.formats.detect import RowReader
+from dpo_cli.data.reading.base import Block
+from dpo_cli.data.reading.files import read_blocks, read_records
+from dpo_cli.data.repeats import CHECKS, Repeats, find_repeats
+from dpo_cli.data.schema import PREFERENCE_SCHEMA, RANKING_SCHEMA, SFT_SCHEMA
 
 SPLITS = ("train", "eval")
+SAMPLED_OUT = "sampled_out"
+"""The reason for which a source's weight leaves a row out."""
+
 _DETECTION_ROWS = 100
-_ROWS_A_PART = 20_000
+_RECORDS_A_BLOCK = 1000
+_ROWS_A_GROUP = 20_000
+_COMPRESSION = 1
+_BYTES_WORTH_A_POOL = 16 << 20
+_COMPARED = {
+    "duplicate": "repeats",
+    "contradiction": "has the answers in the other order than",
+    "shared_prompt": "has the prompt of the held-out",
+    "repeated_prompt": "has the prompt of",
+}
+
+
+@dataclass
+class FileAccount:
+    """A file that was read.
+
+    Attributes:
+        path: The file.
+        why: The format of its rows, and why that one.
+        num_rows: Rows read.
+        formats: How many of them had which format.
+        stopped: Whether max_rows ended the reading.
+        first: The number of its first row among the rows of all files.
+    """
+
+    path: Path
+    why: str
+    num_rows: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
+    stopped: bool = False
+    first: int = 0
+
+
+@dataclass
+class Finding:
+    """What a check found.
+
+    Attributes:
+        policy: What becomes of it: drop, keep or error.
+        count: Examples, or rows where no example could be made, that fail it.
+        rows: The first of them: file and row.
+    """
+
+    policy: str
+    count: int = 0
+    rows: list[tuple[str, int]] = field(default_factory=list)
+
+
+@dataclass
+class ConvertedBlock:
+    """A block that was converted.
+
+    Attributes:
+        file: The file it is of.
+        examples: Its rows that stay, as Arrow, where there are any.
+        first: The number of its first row among all rows.
+        start: The number of its first example among all examples.
+        num: Its examples.
+        num_used: Rows of which one of them is.
+        num_by_split: How many of them go where.
+        is_weighted: Whether its rows are taken more or less often than once.
+    """
+
+    file: FileAccount
+    examples: Path
+    first: int
+    start: int
+    num: int
+    num_used: int
+    num_by_split: dict[str, int]
+    is_weighted: bool
 
 
 @dataclass
 class Conversion:
-    """What became of the rows of a file.
+    """What became of the rows of all files.
 
     Attributes:
-        format: Name of the format they were read in, and why that one.
+        files: The files, in order.
         num_read: Rows read.
-        num_written: Rows written, by split.
-        rejects: One entry for each row left out: file, row, line, reason, detail.
+        num_used: Rows of which something was written: ``num_read`` less the rows left out.
+        num_written: Examples written, by split, copies included.
+        num_rankings: Rankings written, by split.
+        num_ties: Tied pairs within rankings, of which no pair is made.
+        num_items: Examples found, and rows in which none was.
+        num_checked: Examples that no check of a single one left out; later they are compared with each other.
+        rejected: How many rows or parts of rows were left out for which reason.
+        checks: What each check found.
+        blocks: The files in blocks, in order; their rows lie in the working folder.
     """
 
-    format: str
-    why: str
+    files: list[FileAccount] = field(default_factory=list)
     num_read: int = 0
+    num_used: int = 0
     num_written: Counter[str] = field(default_factory=Counter)
-    rejects: list[dict[str, Any]] = field(default_factory=list)
+    num_rankings: Counter[str] = field(default_factory=Counter)
+    num_ties: int = 0
+    num_items: int = 0
+    num_checked: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    checks: dict[str, Finding] = field(default_factory=dict)
+    blocks: list[ConvertedBlock] = field(default_factory=list)
 
     @property
-    def num_rejected_by_reason(self) -> dict[str, int]:
-        """How many rows were left out for which reason, most frequent first."""
-        return dict(Counter(reject["reason"] for reject in self.rejects).most_common())
-
-
-@dataclass(frozen=True)
-class Kind(Generic[Example]):
-    """What tells instruction data from preference data.
-
-    Attributes:
-        formats: The formats it may come in.
-        check: The reason to leave an example out, if there is one.
-        schema: Columns of the canonical table.
-    """
-
-    formats: tuple[Format[Example], ...]
-    check: Callable[[Example], str | None]
-    schema: dict[str, Any]
+    def num_rejected_rows(self) -> int:
+        """Rows of which nothing was written."""
+        return self.num_read - self.num_used
 
 
 def convert(
-    source: Path,
-    kind: Kind[Example],
-    format_name: str,
+    sources: Sequence[Source],
+    policies: Mapping[str, str],
     eval_fraction: float,
-    folder: Path,
+    work: Path,
+    out: Path | None,
+    rejects_file: Path,
+    *,
+    workers: int = 1,
+    rows_listed: int = 20,
     on_bytes: Callable[[int], None] = lambda _: None,
 ) -> Conversion:
-    """Convert a raw file into ``folder/train.parquet`` and ``folder/eval.parquet``.
+    """Convert raw files into ``out/train.parquet`` and ``out/eval.parquet``, rankings beside them.
 
     Args:
-        source: The raw file.
-        kind: Instruction or preference data.
-        format_name: A format's name, or ``auto``.
+        sources: Where the data is; all of one kind, instructions or preferences.
+        policies: What to do with what each check finds (:class:`dpo_cli.core.params.DataChecks`).
         eval_fraction: Share of prompts held out.
-        folder: An empty folder to write to.
-        on_bytes: Hears of every so many bytes of the file that were read.
+        work: An empty folder for what is half done, about as large as the data.
+        out: An empty folder to write to; None: only check.
+        rejects_file: Where the rows left out are listed, one JSON line each.
+        workers: Processes that share the work on large files of JSON lines.
+        rows_listed: Rows named for each check.
+        on_bytes: Hears of every so many bytes of the files that were read.
 
     Raises:
-        DataError: The file cannot be read, has no known format, or leaves a split empty.
+        DataError: A file cannot be read, has no known format, leaves a split empty, or fails a
+            check whose policy is ``error``.
+        ParamsError: A source's columns name a field that there is none of.
     """
-    records = read_records(source, on_bytes)
-    head = list(islice(records, _DETECTION_ROWS))
-    reader, why = _choose_format(source, kind, format_name, head)
-    report = Conversion(reader.name, why)
-    tables = {split: _TableWriter(folder / f"{split}.parquet", kind.schema) for split in SPLITS}
-    first_row: dict[str, int] = {}
-    for record in chain(head, records):
-        report.num_read += 1
-        try:
-            row, split = _convert_record(record, kind, reader, eval_fraction, source.name)
-            if row["id"] in first_row:
-                raise RowProblem("duplicate", f"repeats row {first_row[row['id']]}")
-        except RowProblem as problem:
-            report.rejects.append(
-                {
-                    "file": source.as_posix(),
-                    "row": record.row,
-                    "line": record.line,
-                    "reason": problem.reason,
-                    "detail": problem.detail,
-                }
+    kind = "sft" if isinstance(sources[0], SftSource) else "preference"
+    run = _Run(kind, policies, eval_fraction, work, rows_listed)
+    for source in sources:
+        for path in find_files(source):
+            run.read_file(source, path, workers, on_bytes)
+    repeats = run.compare()
+    run.finish(repeats, out, rejects_file)
+    if out is not None:
+        _refuse_empty_split(run.report, sources, eval_fraction)
+    return run.report
+
+
+def find_files(source: Source) -> list[Path]:
+    """The files of a source, in order.
+
+    Raises:
+        DataError: A pattern matches none.
+    """
+    if not any(mark in source.path for mark in "*?"):
+        return [Path(source.path)]
+    found = sorted(Path(name) for name in glob.glob(source.path))  # noqa: PTH207 (a path with a pattern, not a folder)
+    if not found:
+        raise DataError(f"{source.path}: no file has such a name; put your data there, or name it in params.yaml")
+    return found
+
+
+def plan_of(source: Source, path: Path, policies: Mapping[str, str], eval_fraction: float) -> tuple[BlockPlan, str]:
+    """How the rows of a file are read, and why so: by the source's settings and the file's first rows.
+
+    Raises:
+        DataError: The file cannot be read, or its rows have no known format.
+        ParamsError: The columns name a field that there is none of.
+    """
+    kind = "sft" if isinstance(source, SftSource) else "preference"
+    reading = Reading(
+        roles=source.roles,
+        labels=source.labels if isinstance(source, PreferenceSource) else {},
+        turns=source.turns if isinstance(source, SftSource) else "last",
+        pairs=source.pairs if isinstance(source, PreferenceSource) else "all",
+    )
+    formats = SFT_FORMATS if kind == "sft" else PREFERENCE_FORMATS
+    reader = RowReader(formats, source.format, source.columns, reading)
+    head = [record.value for record in islice(read_records(path, within=source.records), _DETECTION_ROWS)]
+    why = reader.detect(path, head) if source.format == "auto" else f"{source.format}: named in params.yaml"
+    fraction = {"auto": eval_fraction, "train": 0.0, "eval": 1.0}[source.split]
+    plan = BlockPlan(
+        path, kind, source.format, reader.fallback, source.columns, reading, policies, fraction, source.weight
+    )
+    return plan, why
+
+
+class _Run:
+    """One conversion, step by step."""
+
+    def __init__(
+        self, kind: str, policies: Mapping[str, str], eval_fraction: float, work: Path, rows_listed: int
+    ) -> None:
+        self.report = Conversion(checks={name: Finding(policies[name]) for name in policies if name in CHECKS_OF[kind]})
+        self._kind = kind
+        self._policies = policies
+        self._eval_fraction = eval_fraction
+        self._work = work
+        self._rows_listed = rows_listed
+        self._digests = work / "digests"
+        self._blocks = self.report.blocks
+
+    # --- reading ------------------------------------------------------------------------------
+
+    def read_file(self, source: Source, path: Path, workers: int, on_bytes: Callable[[int], None]) -> None:
+        """Read and convert a file, block by block."""
+        plan, why = plan_of(source, path, self._policies, self._eval_fraction)
+        account = FileAccount(path, why, first=self.report.num_read)
+        self.report.files.append(account)
+        if source.max_rows is None:
+            blocks = read_blocks(path, on_bytes, source.records)
+        else:
+            records = islice(read_records(path, on_bytes, source.records), source.max_rows + 1)
+            blocks = self._limited(records, source.max_rows, account)
+        pool = workers if path.stat().st_size >= _BYTES_WORTH_A_POOL and source.max_rows is None else 1
+        with self._digests.open("ab") as digests:
+            for result in _convert_blocks(plan, blocks, self._work, len(self._blocks), pool):
+                self._take(result, account, digests, is_weighted=source.weight != 1)
+
+    @staticmethod
+    def _limited(records: Iterator[Any], max_rows: int, account: FileAccount) -> Iterator[Block]:
+        left = max_rows
+        while left and (block := list(islice(records, min(_RECORDS_A_BLOCK, left)))):
+            left -= len(block)
+            yield block
+        account.stopped = next(records, None) is not None
+
+    def _take(self, result: BlockResult, account: FileAccount, digests: Any, *, is_weighted: bool) -> None:
+        index, first = len(self._blocks), self.report.num_read
+        held_out = int(result.digests["held_out"].sum())
+        self._blocks.append(
+            ConvertedBlock(
+                account,
+                examples_file(self._work, index),
+                first,
+                self.report.num_checked,
+                result.num_examples,
+                len(np.unique(result.digests["row"])),
+                {"train": result.num_examples - held_out, "eval": held_out},
+                is_weighted,
             )
-            continue
-        first_row[row["id"]] = record.row
-        tables[split].add(row)
-        report.num_written[split] += 1
-    for split, table in tables.items():
-        if not report.num_written[split]:
-            raise DataError(_nothing_left(source, report, split, eval_fraction))
-        table.close()
-    return report
-
-
-def convert_stage(
-    stage: str,
-    path: str,
-    kind: Kind[Example],
-    format_name: str,
-    eval_fraction: float,
-    place: Path,
-    reporter: Reporter,
-) -> dict[str, Any]:
-    """Convert a raw file, publish the tables with their metrics, and print the account of its rows.
-
-    Returns:
-        The stage's metrics.
-
-    Raises:
-        ParamsError: The file does not lie under data/raw, where DVC would see it change.
-        DataError: See :func:`convert`; nothing is published then.
-    """
-    source = Path(path)
-    if ".." in source.parts or not source.is_relative_to(paths.RAW):
-        key = {"convert_sft": "data.sft.path", "convert_preferences": "data.preferences.path"}[stage]
-        raise ParamsError(
-            f"params.yaml: {key} must lie under {paths.RAW.as_posix()}, which DVC watches, got {path};"
-            " copy the file there"
         )
-    size = source.stat().st_size if source.is_file() else 0
-    with stage_scratch(stage, "run") as scratch:
-        built = scratch.build_folder()
-        with reporter.meter(f"{stage}: reading {source.name}", size, "bytes") as meter:
-            report = convert(source, kind, format_name, eval_fraction, built, meter.advance)
-        publish_folder(built, place)
-        scratch.clear()
-    metrics: dict[str, Any] = {
-        "num_read": report.num_read,
-        "num_train": report.num_written["train"],
-        "num_eval": report.num_written["eval"],
-        "num_rejected": len(report.rejects),
-        "rejected": report.num_rejected_by_reason,
-    }
-    rejects_file = paths.rejects_file(stage)
-    write_json_lines(rejects_file, report.rejects)
-    write_json(paths.metrics_file(stage), {stage: metrics})
-    reporter.table(
-        stage,
-        [
-            ("file", source.as_posix()),
-            ("format", f"{report.format} ({report.why})"),
-            ("rows read", str(report.num_read)),
-            ("written to train", str(metrics["num_train"])),
-            ("written to eval", str(metrics["num_eval"])),
-            *((f"left out: {reason.replace('_', ' ')}", str(n)) for reason, n in metrics["rejected"].items()),
-            ("left out, listed in", f"{rejects_file.as_posix()} ({metrics['num_rejected']})"),
-        ],
-    )
-    return metrics
+        if result.rejects:
+            in_block = first - account.first
+            for reject in result.rejects:
+                reject.row += in_block
+            rejects = [vars(reject) for reject in result.rejects]
+            (self._work / f"{index:08d}.rejects.json").write_text(json.dumps(rejects), encoding="utf-8")
+        for name, rows in result.found.items():
+            self._note(name, len(rows), (first + row for row in rows))
+        result.digests["row"] += first
+        result.digests.tofile(digests)
+        self.report.num_checked += result.num_examples
+        self.report.num_read += result.num_rows
+        self.report.num_ties += result.num_ties
+        account.num_rows += result.num_rows
+        account.formats.update(result.formats)
+
+    # --- comparing ----------------------------------------------------------------------------
+
+    def compare(self) -> Repeats:
+        """Compare all examples with each other."""
+        if not self.report.num_checked:
+            return Repeats(
+                {name: np.empty(0, np.int64) for name in CHECKS}, {name: np.empty(0, np.int64) for name in CHECKS}
+            )
+        repeats = find_repeats(self._digests, self.report.num_checked, self._policies)
+        for name in CHECKS:
+            if self._policies[name] == "keep" and name in self.report.checks:
+                self._note_indices(name, repeats.indices[name])
+        return repeats
+
+    def _note_indices(self, name: str, indices: np.ndarray) -> None:
+        listed = indices[: self._rows_listed]
+        digests = np.memmap(self._digests, DIGESTS, "r") if len(listed) else None
+        self._note(name, len(indices), (int(digests[int(i)]["row"]) for i in listed) if digests is not None else ())
+
+    def _note(self, name: str, count: int, rows: Any) -> None:
+        finding = self.report.checks[name]
+        finding.count += count
+        room = self._rows_listed - len(finding.rows)
+        if room > 0:
+            finding.rows += [self._place_of(row) for row in islice(rows, room)]
+
+    def _place_of(self, row: int) -> tuple[str, int]:
+        """A row among all rows, as its file and its number there."""
+        account = self._account_of(row)
+        return account.path.as_posix(), row - account.first
+
+    # --- writing ------------------------------------------------------------------------------
+
+    def finish(self, repeats: Repeats, out: Path | None, rejects_file: Path) -> None:
+        """List what is left out, and write what stays."""
+        dropped = [name for name in CHECKS if self._policies[name] != "keep"]
+        with rejects_file.open("w", encoding="utf-8", newline="\n") as listing:
+            for index, block in enumerate(self._blocks):
+                account = block.file
+                rejects = self._rejects_of(index)
+                ends = (block.start, block.start + block.num)
+                ranges = {name: np.searchsorted(repeats.indices[name], ends) for name in dropped}
+                if block.num and (block.is_weighted or any(low < high for low, high in ranges.values())):
+                    rejects += self._thin_out(block, repeats, ranges)
+                self._count(index, block)
+                rejects.sort(key=lambda reject: reject.row)
+                for reject in rejects:
+                    self._list(reject, account, listing)
+        self._judge()
+        if out is not None:
+            self._write(out)
+
+    def _account_of(self, row: int) -> FileAccount:
+        return next(account for account in reversed(self.report.files) if account.first <= row)
+
+    def _thin_out(self, block: ConvertedBlock, repeats: Repeats, ranges: Mapping[str, np.ndarray]) -> list[Reject]:
+        """Write a block anew without the rows that later checks drop, and with as many copies as its weight says."""
+        account, file = block.file, block.examples
+        table = read_arrow(file)
+        shift = block.first - account.first
+        stays = np.ones(block.num, bool)
+        rejects = []
+        for name, (low, high) in ranges.items():
+            hits = repeats.indices[name][low:high] - block.start
+            stays[hits] = False
+            for at, other in zip(hits, repeats.others[name][low:high], strict=True):
+                path, row = self._place_of(int(other))
+                where = f"row {row}" if path == account.path.as_posix() else f"row {row} of {path}"
+                rejects.append(_reject_at(table, int(at), shift, name, f"{_COMPARED[name]} {where}"))
+        copies = table["copies"].to_numpy()
+        for at in np.flatnonzero(stays & (copies == 0)):
+            rejects.append(_reject_at(table, int(at), shift, SAMPLED_OUT, "left out by the weight of its source"))
+        table = table.take(np.repeat(np.arange(block.num), np.where(stays, copies, 0)))
+        file.unlink()
+        if table.num_rows:
+            write_arrow(file, table)
+        held_out = table["held_out"].to_numpy()
+        block.num_by_split = {"train": int((~held_out).sum()), "eval": int(held_out.sum())}
+        block.num_used = len(np.unique(table["row"].to_numpy()))
+        self.report.num_items += int((stays & (copies > 0)).sum()) - block.num
+        return rejects
+
+    def _count(self, index: int, block: ConvertedBlock) -> None:
+        self.report.num_used += block.num_used
+        self.report.num_items += block.num
+        self.report.num_written.update(block.num_by_split)
+        file = rankings_file(self._work, index)
+        if file.exists():
+            rankings = self._used_rankings(block, file)
+            held_out = rankings["held_out"].to_numpy()
+            self.report.num_rankings.update({"train": int((~held_out).sum()), "eval": int(held_out.sum())})
+
+    @staticmethod
+    def _used_rankings(block: ConvertedBlock, file: Path) -> pa.Table:
+        """The rankings of a block of which at least one pair stays; the others are deleted."""
+        rankings = read_arrow(file)
+        used = read_arrow(block.examples)["ranking"].to_numpy() if block.examples.exists() else np.empty(0, np.int32)
+        kept = np.unique(used[used >= 0])
+        rankings = rankings.take(np.repeat(kept, rankings["copies"].to_numpy()[kept]))
+        file.unlink()
+        if rankings.num_rows:
+            write_arrow(file, rankings)
+        return rankings
+
+    def _write(self, out: Path) -> None:
+        canonical = SFT_SCHEMA if self._kind == "sft" else PREFERENCE_SCHEMA
+        for name, file_of, schema in (("", examples_file, canonical), (".ranking", rankings_file, RANKING_SCHEMA)):
+            files = [file for index in range(len(self._blocks)) if (file := file_of(self._work, index)).exists()]
+            if not files:
+                continue
+            rows = pl.scan_ipc(files, glob=False)
+            pl.collect_all(
+                [
+                    rows.filter(pl.col("held_out") == (split == "eval"))
+                    .select(schema.names)
+                    .sink_parquet(
+                        out / f"{split}{name}.parquet",
+                        compression="zstd",
+                        compression_level=_COMPRESSION,
+                        row_group_size=_ROWS_A_GROUP,
+                        lazy=True,
+                    )
+                    for split in SPLITS
+                ]
+            )
+
+    def _rejects_of(self, index: int) -> list[Reject]:
+        file = self._work / f"{index:08d}.rejects.json"
+        return [Reject(**reject) for reject in json.loads(file.read_text(encoding="utf-8"))] if file.exists() else []
+
+    def _list(self, reject: Reject, account: FileAccount, listing: Any) -> None:
+        entry = {
+            "file": account.path.as_posix(),
+            "row": reject.row,
+            **({"line": reject.line} if reject.line is not None else {}),
+            **({"part": reject.part} if reject.part else {}),
+            "reason": reject.reason,
+            "detail": reject.detail,
+        }
+        listing.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self.report.rejected[reject.reason] += 1
+        self.report.num_items += 1
+        if reject.check in self.report.checks:
+            self._note(reject.check, 1, iter([account.first + reject.row]))
+
+    def _judge(self) -> None:
+        """Stop where a check whose policy is ``error`` found something."""
+        problems = []
+        for name, finding in self.report.checks.items():
+            if finding.policy == "error" and finding.count:
+                rows = ", ".join(str(row) for _, row in finding.rows[:5]) + (", ..." if finding.count > 5 else "")
+                problems.append(
+                    f"{finding.rows[0][0]}: {finding.count} rows fail the check {name} (rows {rows});"
+                    f" mend them, or set data.checks.{name} to drop"
+                )
+        if problems:
+            raise DataError(problems)
 
 
-def _choose_format(source: Path, kind: Kind[Example], name: str, head: list[Record]) -> tuple[Format[Example], str]:
-    if name != "auto":
-        return next(reader for reader in kind.formats if reader.name == name), "named in params.yaml"
-    rows = [record.value for record in head if isinstance(record.value, dict)]
-    counts = [sum(map(reader.matches, rows)) for reader in kind.formats]
-    if not any(counts):
-        found = ", ".join(rows[0]) if rows else f"rows of type {type(head[0].value).__name__}" if head else "no rows"
-        known = "; ".join(f"{reader.name}: {reader.fields}" for reader in kind.formats)
-        raise DataError(f"{source}: unknown format: its first row has {found}; known formats are {known}")
-    best = kind.formats[counts.index(max(counts))]
-    return best, f"{max(counts)} of the first {len(head)} rows have {best.fields}"
+# --- blocks in processes ------------------------------------------------------------------------
 
 
-def _convert_record(
-    record: Record, kind: Kind[Example], reader: Format[Example], eval_fraction: float, source: str
-) -> tuple[dict[str, Any], str]:
-    if not isinstance(record.value, dict):
-        raise RowProblem("not_an_object", f"must be a JSON object, got {type(record.value).__name__}")
-    example = reader.read(record.value)
-    reason = kind.check(example)
-    if reason is not None:
-        raise RowProblem(reason, reason.replace("_", " "))
+def _convert_blocks(
+    plan: BlockPlan, blocks: Iterator[Block], folder: Path, first_index: int, workers: int
+) -> Iterator[BlockResult]:
+    """Convert blocks, in order, perhaps in other processes; only a few are held at a time."""
+    if workers <= 1:
+        reader = plan.reader()
+        for index, block in enumerate(blocks, start=first_index):
+            yield convert_block(plan, block, folder, index, reader)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _begin_worker, (plan, folder))
+    waiting: deque[Future[BlockResult]] = deque()
     try:
-        return example.row(source), "eval" if is_held_out(example.prompt, eval_fraction) else "train"
-    except UnicodeEncodeError:
-        raise RowProblem("bad_unicode", "has half of a surrogate pair, which is no text") from None
+        for index, block in enumerate(blocks, start=first_index):
+            waiting.append(pool.submit(_convert_in_worker, block, index))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _nothing_left(source: Path, report: Conversion, split: str, eval_fraction: float) -> str:
-    counts = ", ".join(f"{reason} {count}" for reason, count in report.num_rejected_by_reason.items())
+_worker: tuple[BlockPlan, Path, RowReader] | None = None
+
+
+def _begin_worker(plan: BlockPlan, folder: Path) -> None:
+    """Set up a process of the pool. Ctrl-C is the parent's to handle."""
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.disable()  # rows hold no cycles, and looking for them takes a third of the time
+    _worker = (plan, folder, plan.reader())
+
+
+def _convert_in_worker(block: Block, index: int) -> BlockResult:
+    assert _worker is not None
+    plan, folder, reader = _worker
+    return convert_block(plan, block, folder, index, reader)
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+def read_arrow(path: Path) -> pa.Table:
+    """The rows or rankings of a block."""
+    with pa.OSFile(str(path)) as file:
+        return pa.ipc.open_file(file).read_all()
+
+
+def _reject_at(table: pa.Table, at: int, shift: int, reason: str, detail: str) -> Reject:
+    row = table.slice(at, 1).select(["row", "line", "part"]).to_pylist()[0]
+    return Reject(row["row"] + shift, row["line"], row["part"], reason, reason, detail)
+
+
+def _refuse_empty_split(report: Conversion, sources: Sequence[Source], eval_fraction: float) -> None:
+    name = ", ".join(account.path.as_posix() for account in report.files)
+    counts = ", ".join(f"{reason} {count}" for reason, count in report.rejected.most_common())
     if not sum(report.num_written.values()):
-        return f"{source}: all {report.num_read} rows were left out: {counts or 'it holds none'}"
-    return (
-        f"{source}: no row fell into the {split} split ({report.num_read} read, {len(report.rejects)} left out); "
-        f"add rows, or change data.eval_fraction, now {eval_fraction:g}"
-    )
-
-
-class _TableWriter:
-    """Writes rows to one parquet file through parts, so that memory does not grow with the file."""
-
-    def __init__(self, path: Path, schema: dict[str, Any]) -> None:
-        self._path = path
-        self._schema = schema
-        self._rows: list[dict[str, Any]] = []
-        self._parts = path.with_suffix(".parts")
-        self._num_parts = 0
-
-    def add(self, row: dict[str, Any]) -> None:
-        self._rows.append(row)
-        if len(self._rows) >= _ROWS_A_PART:
-            self._flush()
-
-    def _flush(self) -> None:
-        self._parts.mkdir(parents=True, exist_ok=True)
-        frame = pl.DataFrame(self._rows, schema=self._schema)
-        frame.write_parquet(self._parts / f"{self._num_parts:06d}.parquet")
-        self._num_parts += 1
-        self._rows.clear()
-
-    def close(self) -> None:
-        self._flush()
-        pl.scan_parquet(sorted(self._parts.iterdir()), glob=False).sink_parquet(self._path)
-        shutil.rmtree(self._parts)
+        raise DataError(f"{name}: all {report.num_read} rows were left out: {counts or 'it holds none'}")
+    for split in SPLITS:
+        if not report.num_written[split]:
+            ends = any(source.split != "auto" for source in sources)
+            remedy = "the split of its sources" if ends else f"data.eval_fraction, now {eval_fraction:g}"
+            raise DataError(
+                f"{name}: no row fell into the {split} split ({report.num_read} read, {report.num_rejected_rows}"
+                f" left out); add rows, or change {remedy}"
+            )

@@ -1,43 +1,58 @@
 """The canonical rows that every format becomes, and their identity.
 
-A message is ``{"role": "system" | "user" | "assistant", "content": text}``. Prompts and
-completions are lists of messages. Identities are content hashes: the same content has the
-same id in any file, at any row, on any machine.
+A message is ``{"role": "system" | "user" | "assistant" | "tool", "content": text}``. Prompts
+and completions are lists of messages. Identities are content hashes: the same content has
+the same id in any file, at any row, on any machine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import pairwise
 from typing import Any
 
-import polars as pl
+import orjson
+import pyarrow as pa
 
 from dpo_cli.core.artifacts import digest_json
 
 Message = dict[str, str]
 Messages = list[Message]
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 
-_MESSAGES = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
+RawRow = Mapping[str, Any]
+"""One record of an input file, as the file has it."""
 
-SFT_SCHEMA: dict[str, Any] = {
-    "id": pl.String,
-    "prompt": _MESSAGES,
-    "completion": _MESSAGES,
-    "source": pl.String,
-}
-PREFERENCE_SCHEMA: dict[str, Any] = {
-    "id": pl.String,
-    "prompt": _MESSAGES,
-    "chosen": _MESSAGES,
-    "rejected": _MESSAGES,
-    "chosen_score": pl.Float64,
-    "rejected_score": pl.Float64,
-    "source": pl.String,
-    "group": pl.String,
-}
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+"""The Arrow type of a message list."""
+
+SFT_SCHEMA = pa.schema([("id", pa.string()), ("prompt", MESSAGES), ("completion", MESSAGES), ("source", pa.string())])
+PREFERENCE_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("prompt", MESSAGES),
+        ("chosen", MESSAGES),
+        ("rejected", MESSAGES),
+        ("chosen_score", pa.float64()),
+        ("rejected_score", pa.float64()),
+        ("source", pa.string()),
+        ("group", pa.string()),
+    ]
+)
+RANKING_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("prompt", MESSAGES),
+        ("completions", pa.list_(MESSAGES)),
+        ("ranks", pa.list_(pa.int32())),
+        ("scores", pa.list_(pa.float64())),
+        ("source", pa.string()),
+        ("group", pa.string()),
+    ]
+)
 
 
 def user(content: str) -> Message:
@@ -51,17 +66,50 @@ def assistant(content: str) -> Message:
 
 
 def content_id(*parts: Messages) -> str:
-    """128-bit content hash of some message lists, as 32 hexadecimal digits."""
-    return digest_json([[[message["role"], message["content"]] for message in part] for part in parts])
+    """128-bit content hash of some message lists, as 32 hexadecimal digits.
+
+    The hash of several parts is a hash of their hashes, so that it costs little where these are known.
+
+    Raises:
+        UnicodeEncodeError: A text holds half of a surrogate pair.
+    """
+    return part_id(parts[0]) if len(parts) == 1 else joint_id(*map(part_id, parts))
+
+
+def part_id(part: Messages) -> str:
+    """Content hash of one message list: the digest of its [role, content] pairs, in a list of one part, as JSON.
+
+    It is :func:`~dpo_cli.core.artifacts.digest_json`, made faster.
+
+    Raises:
+        UnicodeEncodeError: A text holds half of a surrogate pair.
+    """
+    value = [[[message["role"], message["content"]] for message in part]]
+    try:
+        data = orjson.dumps(value)
+    except TypeError:  # half of a surrogate pair, or text of a class of its own
+        return digest_json(value)
+    return blake2b(len(data).to_bytes(8, "little") + data, digest_size=16).hexdigest()
+
+
+def joint_id(*ids: str) -> str:
+    """Content hash of several parts, given theirs; their order matters."""
+    return blake2b("".join(ids).encode(), digest_size=16).hexdigest()
 
 
 def text_of(messages: Messages) -> str:
     """All contents of a message list as one text."""
-    return "\n".join(message["content"] for message in messages)
+    return messages[0]["content"] if len(messages) == 1 else "\n".join(message["content"] for message in messages)
 
 
-@dataclass(frozen=True)
-class SftExample:
+class Example:
+    """Base of what a row may hold."""
+
+    __slots__ = ()
+
+
+@dataclass(slots=True)
+class SftExample(Example):
     """An instruction and its answer."""
 
     prompt: Messages
@@ -77,8 +125,8 @@ class SftExample:
         }
 
 
-@dataclass(frozen=True)
-class PreferenceExample:
+@dataclass(slots=True)
+class PreferenceExample(Example):
     """A prompt with the answer that was preferred and the one that was not."""
 
     prompt: Messages
@@ -101,5 +149,65 @@ class PreferenceExample:
         }
 
 
-RawRow = Mapping[str, Any]
-"""One record of an input file, as the file has it."""
+@dataclass(slots=True)
+class RankingExample(Example):
+    """A prompt with K answers in order.
+
+    Attributes:
+        prompt: The messages up to where it is the model's turn.
+        completions: K answers, best first.
+        ranks: Their ranks from 1, ascending; equal is tied.
+        scores: What the ranks come from, where that is scores.
+        verdicts: Pairs (better, worse) of places in ``completions``, where the order comes from
+            pairwise verdicts, which need not agree with each other.
+    """
+
+    prompt: Messages
+    completions: list[Messages]
+    ranks: list[int]
+    scores: list[float] | None = None
+    verdicts: list[tuple[int, int]] | None = None
+
+    def row(self, source: str) -> dict[str, Any]:
+        """The canonical row (:data:`RANKING_SCHEMA`)."""
+        return {
+            "id": content_id(self.prompt, *self.completions),
+            "prompt": self.prompt,
+            "completions": self.completions,
+            "ranks": self.ranks,
+            "scores": self.scores,
+            "source": source,
+            "group": content_id(self.prompt),
+        }
+
+    def pairs(self, scheme: str) -> list[tuple[int, int]]:
+        """Places (better, worse) of the pairs that a scheme makes.
+
+        Args:
+            scheme: ``all``: every pair that is not tied, by the verdicts where there are any;
+                ``adjacent``: every pair of neighbouring ranks; ``best_vs_worst``: the first of the
+                best with the last of the worst.
+        """
+        ranks = self.ranks
+        if scheme == "all":
+            if self.verdicts is not None:
+                return self.verdicts
+            places = range(len(ranks))
+            return [(i, j) for i in places for j in places[i + 1 :] if ranks[i] < ranks[j]]
+        if scheme == "adjacent":
+            levels = sorted(set(ranks))
+            after = dict(pairwise(levels))
+            return [(i, j) for i, rank in enumerate(ranks) for j, other in enumerate(ranks) if other == after.get(rank)]
+        return [(0, len(ranks) - 1)] if ranks[0] < ranks[-1] else []
+
+    def pair(self, better: int, worse: int) -> PreferenceExample:
+        """One of its pairs."""
+        scores = self.scores or [None] * len(self.ranks)
+        return PreferenceExample(
+            self.prompt, self.completions[better], self.completions[worse], scores[better], scores[worse]
+        )
+
+
+def table_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+    """Canonical rows as an Arrow table."""
+    return pa.Table.from_pylist([dict(row) for row in rows], schema=schema)

@@ -9,14 +9,26 @@ from __future__ import annotations
 from dpo_cli.data.schema import Messages, content_id
 
 
+def opening_of(prompt: Messages) -> Messages:
+    """All up to the first user turn."""
+    if len(prompt) == 1:
+        return prompt
+    first = next((index for index, message in enumerate(prompt) if message["role"] == "user"), len(prompt) - 1)
+    return prompt[: first + 1]
+
+
+def position_of(digest: str) -> float:
+    """A number in [0, 1) by the first 64 bits of a content id."""
+    return int(digest[:16], 16) / 2.0**64
+
+
 def split_position(prompt: Messages) -> float:
     """A number in [0, 1) that is uniform over openings and fixed for each.
 
     The opening is all up to the first user turn, so a longer conversation falls where the
     shorter one falls that it goes on from.
     """
-    first = next((index for index, message in enumerate(prompt) if message["role"] == "user"), len(prompt) - 1)
-    return int(content_id(prompt[: first + 1])[:16], 16) / 2.0**64
+    return position_of(content_id(opening_of(prompt)))
 
 
 def is_held_out(prompt: Messages, eval_fraction: float) -> bool:

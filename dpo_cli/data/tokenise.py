@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from dpo_cli.core.errors import StaleArtifactError
+from dpo_cli.core.errors import DataError, StaleArtifactError
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.formats.base import RowProblem
 from dpo_cli.data.schema import Messages
@@ -49,15 +49,22 @@ class TokenTable:
         groups: In the order of the table.
         prompts: The prompts' messages, by group id.
         rejects: One entry for each row left out: file, row, reason, detail.
+        found: For each check, the rows that fail it and stay.
     """
 
     groups: list[TokenGroup]
     prompts: dict[str, Messages]
     rejects: list[dict[str, Any]]
+    found: dict[str, list[int]] = field(default_factory=dict)
 
 
 def tokenise_table(
-    path: Path, completion_columns: Sequence[str], encoder: ChatEncoder, max_length: int, remedy: str
+    path: Path,
+    completion_columns: Sequence[str],
+    encoder: ChatEncoder,
+    max_length: int,
+    policies: Mapping[str, str],
+    remedy: str,
 ) -> TokenTable:
     """Tokenise a canonical table.
 
@@ -66,10 +73,12 @@ def tokenise_table(
         completion_columns: The columns with completions: ``completion``, or ``chosen`` and ``rejected``.
         encoder: The model's chat encoder.
         max_length: Tokens a prompt with one completion may have.
+        policies: What to do with what each check of tokens finds (:class:`dpo_cli.core.params.TokenChecks`).
         remedy: What to do when the table is missing.
 
     Raises:
         StaleArtifactError: The table is missing or damaged.
+        DataError: Rows fail a check whose policy is ``error``.
     """
     if not path.is_file():
         raise StaleArtifactError(f"{path} is missing; {remedy}")
@@ -80,7 +89,7 @@ def tokenise_table(
     table = TokenTable([], {}, [])
     for index, row in enumerate(frame.iter_rows(named=True)):
         try:
-            group = _tokenise_row(row, completion_columns, encoder, max_length)
+            group, found = tokenise_row(row, completion_columns, encoder, max_length, policies)
         except RowProblem as problem:
             table.rejects.append(
                 {"file": path.as_posix(), "row": index, "reason": problem.reason, "detail": problem.detail}
@@ -88,7 +97,35 @@ def tokenise_table(
             continue
         table.groups.append(group)
         table.prompts[group.group] = row["prompt"]
+        for name in found:
+            table.found.setdefault(name, []).append(index)
+    _refuse_errors(table, path, policies)
     return table
+
+
+def _refuse_errors(table: TokenTable, path: Path, policies: Mapping[str, str]) -> None:
+    problems = []
+    for name, policy in policies.items():
+        rows = [reject["row"] for reject in table.rejects if reject["reason"] == name] if policy == "error" else []
+        if rows:
+            shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+            problems.append(
+                f"{path}: {len(rows)} rows fail the check {name} (rows {shown}); mend them, or set the check to drop"
+            )
+    if problems:
+        raise DataError(problems)
+
+
+def explain_found(tables: Sequence[TokenTable]) -> str | None:
+    """A warning where rows stay that fail a check of their tokens."""
+    counts = Counter({name: 0 for table in tables for name in table.found})
+    for table in tables:
+        counts.update({name: len(rows) for name, rows in table.found.items()})
+    if not counts:
+        return None
+    return "kept, though their tokens are odd: " + ", ".join(
+        f"{count} rows with {name.replace('_', ' ')}" for name, count in counts.items()
+    )
 
 
 def explain_rejects(tables: Sequence[TokenTable], setting: str, max_length: int) -> str | None:
@@ -103,14 +140,37 @@ def explain_rejects(tables: Sequence[TokenTable], setting: str, max_length: int)
     return f"{len(rejects)} of {num_rows} rows ({len(rejects) / num_rows:.0%}) are left out: {named}{remedy}"
 
 
-def _tokenise_row(row: dict[str, Any], columns: Sequence[str], encoder: ChatEncoder, max_length: int) -> TokenGroup:
+def tokenise_row(
+    row: dict[str, Any],
+    columns: Sequence[str],
+    encoder: ChatEncoder,
+    max_length: int,
+    policies: Mapping[str, str],
+) -> tuple[TokenGroup, list[str]]:
+    """A canonical row's tokens, and the names of the checks that it fails and stays nevertheless.
+
+    Raises:
+        RowProblem: The template refuses the row, it is over long, or a check leaves it out.
+    """
     prompt = row["prompt"]
+    completions = [row[column] for column in columns]
     group = TokenGroup(
         id=row["id"],
         group=row.get("group") or row["id"],
         prompt=tuple(encoder.encode_prompt(prompt)),
-        completions=tuple(tuple(encoder.encode_completion(prompt, row[column])) for column in columns),
+        completions=tuple(tuple(encoder.encode_completion(prompt, completion)) for completion in completions),
     )
     if group.longest > max_length:
         raise RowProblem("over_long", f"has {group.longest} tokens, more than {max_length}")
-    return group
+    found = encoder.check_tokens(group.prompt, completions, group.completions)
+    for name in found:
+        if policies[name] != "keep":
+            raise RowProblem(name, _TOKEN_DETAILS[name])
+    return group, found
+
+
+_TOKEN_DETAILS = {
+    "lost_eos": "has an answer that does not end with a token that ends the turn",
+    "double_bos": "has a prompt that begins with two BOS tokens",
+    "double_eos": "has an answer whose text ends with an end token of its own",
+}

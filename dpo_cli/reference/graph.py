@@ -6,7 +6,7 @@ under.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class Graph:
         machine: Device and compute dtype.
         quantization: ``nf4`` or ``none``.
         max_length: Tokens a prompt with one answer may have.
+        policies: What becomes of pairs that fail a check of their tokens.
         tokenizer: The model's tokenizer.
         encoder: Messages to token ids.
         identity: The graph's identity, as a cache's manifest holds it.
@@ -47,6 +48,7 @@ class Graph:
     machine: Machine
     quantization: str
     max_length: int
+    policies: Mapping[str, str]
     tokenizer: Any
     encoder: ChatEncoder
     identity: dict[str, Any]
@@ -54,7 +56,9 @@ class Graph:
     def tokenise_pairs(self, split: str) -> TokenTable:
         """The preference pairs of a split as token groups (chosen, rejected)."""
         path = paths.PREFERENCE_DATA / f"{split}.parquet"
-        return tokenise_table(path, _PAIR_COLUMNS, self.encoder, self.max_length, "run: dpo-cli convert-preferences")
+        return tokenise_table(
+            path, _PAIR_COLUMNS, self.encoder, self.max_length, self.policies, "run: dpo-cli convert-preferences"
+        )
 
 
 def open_graph(model: ModelParams, reference: ReferenceParams, runtime: RuntimeParams) -> Graph:
@@ -78,7 +82,17 @@ def open_graph(model: ModelParams, reference: ReferenceParams, runtime: RuntimeP
         "engine": ENGINE_VERSION,
         **library_versions(),
     }
-    return Graph(base, sft, machine, reference.quantization, reference.max_length, tokenizer, encoder, identity)
+    return Graph(
+        base,
+        sft,
+        machine,
+        reference.quantization,
+        reference.max_length,
+        reference.checks.model_dump(),
+        tokenizer,
+        encoder,
+        identity,
+    )
 
 
 def open_base(model: ModelParams, runtime: RuntimeParams) -> tuple[Path, ChatEncoder, Any]:

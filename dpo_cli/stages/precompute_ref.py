@@ -16,7 +16,7 @@ from dpo_cli.core.interrupts import graceful_stop
 from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
-from dpo_cli.data.tokenise import TokenGroup, explain_rejects
+from dpo_cli.data.tokenise import TokenGroup, explain_found, explain_rejects
 from dpo_cli.models.adapters import load_reference
 from dpo_cli.models.device import peak_memory_gib
 from dpo_cli.models.load import quiet_libraries
@@ -48,6 +48,8 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
             f"data/preference: {explain_rejects(tables, 'reference.max_length', graph.max_length) or 'has no pairs'}"
         )
     if warning := explain_rejects(tables, "reference.max_length", graph.max_length):
+        reporter.warn(f"precompute-ref: {warning}")
+    if warning := explain_found(tables):
         reporter.warn(f"precompute-ref: {warning}")
     identity_digest = digest_json(graph.identity)
     with stage_scratch("precompute_ref", identity_digest) as scratch:

@@ -11,7 +11,7 @@ from dpo_cli.core.errors import DataError, StaleArtifactError
 from dpo_cli.core.params import Params, SftParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import Scratch, stage_scratch
-from dpo_cli.data.tokenise import TokenTable, explain_rejects, tokenise_table
+from dpo_cli.data.tokenise import TokenTable, explain_found, explain_rejects, tokenise_table
 from dpo_cli.models.adapters import ADAPTER_FILES, add_adapter, save_adapter, write_sft_manifest
 from dpo_cli.models.device import peak_memory_gib, prepare_machine
 from dpo_cli.models.identity import base_digest, library_versions, model_files
@@ -44,12 +44,19 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     machine = prepare_machine(params.runtime)
     train, held_out = (
         tokenise_table(
-            paths.SFT_DATA / f"{split}.parquet", ("completion",), encoder, sft.max_length, "run: dpo-cli convert-sft"
+            paths.SFT_DATA / f"{split}.parquet",
+            ("completion",),
+            encoder,
+            sft.max_length,
+            sft.checks.model_dump(),
+            "run: dpo-cli convert-sft",
         )
         for split in ("train", "eval")
     )
     _refuse_empty(train, held_out, sft.max_length)
     if warning := explain_rejects([train, held_out], "sft.max_length", sft.max_length):
+        reporter.warn(f"sft: {warning}")
+    if warning := explain_found([train, held_out]):
         reporter.warn(f"sft: {warning}")
     data = table_digests(paths.SFT_DATA)
     fingerprint = digest_json(

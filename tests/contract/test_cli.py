@@ -13,7 +13,7 @@ import pytest
 from dpo_cli.core.pipeline import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = [*(stage.command for stage in STAGES), "init", "repro"]
+COMMANDS = [*(stage.command for stage in STAGES), "data check", "data show", "data stats", "init", "repro"]
 
 
 def run(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -38,7 +38,7 @@ def set_param(folder: Path, before: str, after: str) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example_and_is_documented(command: str) -> None:
-    shown = run(command, "--help")
+    shown = run(*command.split(), "--help")
     assert shown.returncode == 0
     assert "Examples" in shown.stdout
     assert f"## `dpo-cli {command}`" in (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-from pathlib import Path
+from collections.abc import Iterator
+from itertools import combinations
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dpo_cli.core.errors import DataError
 from dpo_cli.data.formats import PREFERENCE_FORMATS, SFT_FORMATS
-from dpo_cli.data.formats.base import RowProblem
-from dpo_cli.data.reading import read_records
-from dpo_cli.data.schema import Messages, PreferenceExample, SftExample, assistant, content_id, user
+from dpo_cli.data.formats.base import Format, Reading, RowProblem
+from dpo_cli.data.formats.boundaries import is_boundary
+from dpo_cli.data.formats.detect import RowReader, UnknownFormatError
+from dpo_cli.data.formats.implicit import IMPLICIT
+from dpo_cli.data.schema import (
+    ROLES,
+    Messages,
+    PreferenceExample,
+    RankingExample,
+    SftExample,
+    assistant,
+    content_id,
+    text_of,
+    user,
+)
 from dpo_cli.data.splits import is_held_out, split_position
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=40)
 VISIBLE = TEXT.filter(lambda text: bool(text.strip()))
-in_a_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @st.composite
@@ -34,155 +44,392 @@ def conversations(draw: st.DrawFn) -> Messages:
 
 # --- formats: a canonical example in any format reads back as it was ----------------------------------------------
 
+ROLE_NAMES = {"system": "system", "user": "human", "assistant": "gpt"}
 
-def as_alpaca(prompt: Messages, answer: str) -> dict[str, Any]:
+
+def read_auto(formats: Any, row: dict[str, Any]) -> Any:
+    """What ``format: auto`` makes of a file with this row."""
+    row = json.loads(json.dumps(row))
+    reader = RowReader(formats, "auto", {}, Reading())
+    reader.detect("rows.json", [row])
+    return reader.read(row)[1]
+
+
+def fields_of(prompt: Messages) -> dict[str, Any]:
+    """A prompt but for its last question, in fields of its own."""
     system = prompt[0]["content"] if prompt[0]["role"] == "system" else ""
     turns = [message["content"] for message in prompt if message["role"] != "system"]
-    history = [list(pair) for pair in zip(turns[:-1:2], turns[1::2], strict=True)]
-    return {"system": system, "history": history, "instruction": turns[-1], "input": "", "output": answer}
+    return {"system": system, "history": [list(pair) for pair in zip(turns[:-1:2], turns[1::2], strict=True)]}
+
+
+def from_value(messages: Messages) -> list[dict[str, str]]:
+    return [{"from": ROLE_NAMES[message["role"]], "value": message["content"]} for message in messages]
+
+
+def typed(messages: Messages) -> list[dict[str, Any]]:
+    """Messages whose content is in two typed parts."""
+    return [{"role": message["role"], "content": parts_of(message["content"])} for message in messages]
+
+
+def parts_of(text: str) -> list[dict[str, str]]:
+    middle = len(text) // 2
+    return [{"type": "text", "text": text[:middle]}, {"type": "text", "value": text[middle:]}]
+
+
+def as_alpaca(prompt: Messages, answer: str) -> dict[str, Any]:
+    return {**fields_of(prompt), "instruction": prompt[-1]["content"], "input": "", "output": answer}
+
+
+def as_prompt_completion(prompt: Messages, answer: str) -> dict[str, Any]:
+    return {"prompt": prompt, "completion": [assistant(answer)]}
+
+
+def as_question_and_answer(prompt: Messages, answer: str) -> dict[str, Any]:
+    return {**fields_of(prompt), "question": prompt[-1]["content"], "answer": answer}
+
+
+def as_messages(prompt: Messages, answer: str) -> dict[str, Any]:
+    return {"messages": [*prompt, assistant(answer)]}
+
+
+def as_conversations(prompt: Messages, answer: str) -> dict[str, Any]:
+    return {"conversations": from_value([*prompt, assistant(answer)])}
+
+
+def as_typed_messages(prompt: Messages, answer: str) -> dict[str, Any]:
+    return {"messages": typed([*prompt, assistant(answer)])}
+
+
+def as_messages_in_a_cell(prompt: Messages, answer: str) -> dict[str, Any]:
+    return {"messages": json.dumps([*prompt, assistant(answer)])}
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        as_alpaca,
+        as_prompt_completion,
+        as_question_and_answer,
+        as_messages,
+        as_conversations,
+        as_typed_messages,
+        as_messages_in_a_cell,
+    ],
+)
+@given(prompt=conversations(), answer=VISIBLE)
+def test_instructions_read_back(write: Any, prompt: Messages, answer: str) -> None:
+    assert read_auto(SFT_FORMATS, write(prompt, answer)) == SftExample(prompt, [assistant(answer)])
 
 
 def as_sharegpt(prompt: Messages, chosen: str, rejected: str) -> dict[str, Any]:
-    names = {"system": "system", "user": "human", "assistant": "gpt"}
-    turns = [{"from": names[message["role"]], "value": message["content"]} for message in prompt]
     return {
-        "conversations": turns,
+        "conversations": from_value(prompt),
         "chosen": {"from": "gpt", "value": chosen},
         "rejected": {"from": "gpt", "value": rejected},
     }
+
+
+def as_chosen_conversation(prompt: Messages, chosen: str, rejected: str) -> dict[str, Any]:
+    return {"messages": [*prompt, assistant(chosen)], "rejected_response": rejected}
 
 
 def as_pairs(prompt: Messages, chosen: str, rejected: str) -> dict[str, Any]:
     return {"prompt": prompt, "chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}
 
 
+def as_text_pairs(prompt: Messages, chosen: str, rejected: str) -> dict[str, Any]:
+    return {**fields_of(prompt), "instruction": prompt[-1]["content"], "chosen": chosen, "rejected": rejected}
+
+
+def as_pairs_in_cells(prompt: Messages, chosen: str, rejected: str) -> dict[str, Any]:
+    return {name: json.dumps(value) for name, value in as_pairs(prompt, chosen, rejected).items()}
+
+
 def as_whole_conversations(prompt: Messages, chosen: str, rejected: str) -> dict[str, Any]:
+    return {"prompt": prompt, **as_implicit(prompt, chosen, rejected)}
+
+
+def as_conversations_with_a_text(prompt: Messages, chosen: str, rejected: str) -> dict[str, Any]:
+    return {"prompt": prompt[-1]["content"], **as_implicit(prompt, chosen, rejected)}
+
+
+def as_implicit(prompt: Messages, chosen: str, rejected: str) -> dict[str, Any]:
+    return {"chosen": [*prompt, assistant(chosen)], "rejected": [*prompt, assistant(rejected)]}
+
+
+def as_chosen_messages(prompt: Messages, chosen: str, rejected: str) -> dict[str, Any]:
     return {
-        "prompt": prompt,
-        "chosen": [*prompt, assistant(chosen)],
-        "rejected": [*prompt, assistant(rejected)],
+        "chosen_messages": typed([*prompt, assistant(chosen)]),
+        "rejected_messages": typed([*prompt, assistant(rejected)]),
     }
 
 
-def detect(formats: Any, row: dict[str, Any]) -> Any:
-    """The first format that knows the row, as ``format: auto`` takes it."""
-    return next(reader for reader in formats if reader.matches(row))
+def as_label(prompt: Messages, chosen: str, rejected: str) -> dict[str, Any]:
+    return {"prompt": prompt, "output_1": rejected, "output_2": chosen, "label": 2}
 
 
-@given(conversations(), VISIBLE)
-def test_alpaca_reads_back(prompt: Messages, answer: str) -> None:
-    row = json.loads(json.dumps(as_alpaca(prompt, answer)))
-    assert detect(SFT_FORMATS, row).read(row) == SftExample(prompt, [assistant(answer)])
+def as_arena(prompt: Messages, chosen: str, rejected: str) -> dict[str, Any]:
+    sides = as_implicit(prompt, chosen, rejected)
+    return {"conversation_a": sides["chosen"], "conversation_b": sides["rejected"], "winner": "model_a"}
 
 
-@pytest.mark.parametrize("write", [as_sharegpt, as_pairs, as_whole_conversations])
+def as_votes(prompt: Messages, chosen: str, rejected: str) -> dict[str, Any]:
+    votes = {"annotator1": 2, "annotator2": None, "annotator3": 2, "annotator4": 1}
+    return {
+        **fields_of(prompt),
+        "instruction": prompt[-1]["content"],
+        "response1": rejected,
+        "response2": chosen,
+        **votes,
+    }
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        as_sharegpt,
+        as_chosen_conversation,
+        as_pairs,
+        as_text_pairs,
+        as_pairs_in_cells,
+        as_whole_conversations,
+        as_conversations_with_a_text,
+        as_implicit,
+        as_chosen_messages,
+        as_label,
+        as_arena,
+        as_votes,
+    ],
+)
 @given(prompt=conversations(), chosen=VISIBLE, rejected=VISIBLE)
 def test_preferences_read_back(write: Any, prompt: Messages, chosen: str, rejected: str) -> None:
-    row = json.loads(json.dumps(write(prompt, chosen, rejected)))
     expected = PreferenceExample(prompt, [assistant(chosen)], [assistant(rejected)])
-    assert detect(PREFERENCE_FORMATS, row).read(row) == expected
+    assert read_auto(PREFERENCE_FORMATS, write(prompt, chosen, rejected)) == expected
+
+
+SCORES = st.floats(-1e6, 1e6)
+
+
+@given(conversations(), VISIBLE, VISIBLE, SCORES, SCORES, st.booleans())
+def test_scored_preferences_read_back(
+    prompt: Messages, one: str, other: str, score: float, other_score: float, by_score: bool
+) -> None:
+    row: dict[str, Any] = {"prompt": prompt, "response_a": one, "response_b": other}
+    if by_score:
+        assume(score != other_score)
+        row |= {"score_a": score, "score_b": other_score}
+    else:
+        row = {"prompt": prompt, "chosen": one, "rejected": other, "score_chosen": score, "score_rejected": other_score}
+    expected = PreferenceExample(prompt, [assistant(one)], [assistant(other)], score, other_score)
+    if by_score and score < other_score:
+        expected = PreferenceExample(prompt, [assistant(other)], [assistant(one)], other_score, score)
+    assert read_auto(PREFERENCE_FORMATS, row) == expected
 
 
 PLAIN = st.text(st.sampled_from("abc 你好.?\n"), min_size=1, max_size=12).filter(lambda text: text == text.strip())
 
 
-@given(st.lists(st.tuples(PLAIN, PLAIN), max_size=3), PLAIN, PLAIN, PLAIN)
-def test_a_transcript_reads_back(turns: list[tuple[str, str]], question: str, chosen: str, rejected: str) -> None:
+@given(st.lists(st.tuples(PLAIN, PLAIN), max_size=3), PLAIN, PLAIN, PLAIN, st.booleans())
+def test_a_transcript_reads_back(
+    turns: list[tuple[str, str]], question: str, chosen: str, rejected: str, with_prompt: bool
+) -> None:
     shared = "".join(f"\n\nHuman: {asked}\n\nAssistant: {answered}" for asked, answered in turns)
     shared += f"\n\nHuman: {question}\n\nAssistant:"
-    row = {"chosen": f"{shared} {chosen}", "rejected": f"{shared} {rejected}"}
+    if with_prompt:
+        row = {"prompt": shared, "chosen": f" {chosen}", "rejected": f" {rejected}"}
+    else:
+        row = {"chosen": f"{shared} {chosen}", "rejected": f"{shared} {rejected}"}
     prompt = [message for asked, answered in turns for message in (user(asked), assistant(answered))]
     expected = PreferenceExample([*prompt, user(question)], [assistant(chosen)], [assistant(rejected)])
-    assert detect(PREFERENCE_FORMATS, row).read(row) == expected
+    assert read_auto(PREFERENCE_FORMATS, row) == expected
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | TEXT,
+@given(VISIBLE, TEXT, TEXT)
+def test_an_implicit_prompt_and_its_answers_are_the_texts_again(start: str, one: str, other: str) -> None:
+    chosen, rejected = start + one, start + other
+    try:
+        example = IMPLICIT.read({"chosen": chosen, "rejected": rejected}, Reading())
+    except RowProblem as problem:
+        assert problem.reason == "no_common_prompt"
+        return
+    assert isinstance(example, PreferenceExample)
+    cut = len(text_of(example.prompt))
+    assert text_of(example.prompt) + text_of(example.chosen) == chosen
+    assert text_of(example.prompt) + text_of(example.rejected) == rejected
+    assert is_boundary(chosen, cut)
+    assert is_boundary(rejected, cut)
+
+
+# --- formats: rankings ---------------------------------------------------------------------------------------------
+
+ANSWERS = st.lists(st.tuples(VISIBLE, st.integers(0, 3)), min_size=2, max_size=5)
+"""Answers with their levels, 0 the best."""
+
+
+def as_ranks(answers: list[tuple[str, int]]) -> dict[str, Any]:
+    return {"completions": [text for text, _ in answers], "ranks": [level for _, level in answers]}
+
+
+def as_scores(answers: list[tuple[str, int]]) -> dict[str, Any]:
+    return {"responses": [text for text, _ in answers], "scores": [-float(level) for _, level in answers]}
+
+
+def as_answers_with_ranks(answers: list[tuple[str, int]]) -> dict[str, Any]:
+    return {"answers": [{"answer": text, "rank": 2.0 * level + 1} for text, level in answers]}
+
+
+def as_answers_with_scores(answers: list[tuple[str, int]]) -> dict[str, Any]:
+    return {"completions": [{"response": text, "overall_score": -level, "model": "m"} for text, level in answers]}
+
+
+def as_verdicts(answers: list[tuple[str, int]]) -> dict[str, Any]:
+    levels = [level for _, level in answers]
+    verdicts = [0 if one == other else 1 if one < other else 2 for one, other in combinations(levels, 2)]
+    return {"completions": [text for text, _ in answers], "preference": verdicts}
+
+
+def as_matrix(answers: list[tuple[str, int]]) -> dict[str, Any]:
+    levels = [level for _, level in answers]
+    matrix = [[0.5 if one == other else 0.9 if one < other else 0.1 for other in levels] for one in levels]
+    return {"completions": [text for text, _ in answers], "preference": matrix}
+
+
+def ranking_of(prompt: Messages, answers: list[tuple[str, int]], write: Any) -> RankingExample:
+    """The ranking in these answers, worked out level by level."""
+    ordered = [answer for level in range(4) for answer in answers if answer[1] == level]
+    levels = [level for _, level in ordered]
+    pairs = [(i, j) for i, j in combinations(range(len(levels)), 2) if levels[i] < levels[j]]
+    return RankingExample(
+        prompt,
+        [[assistant(text)] for text, _ in ordered],
+        [len({other for other in levels if other < level}) + 1 for level in levels],
+        [-float(level) for level in levels] if write in (as_scores, as_answers_with_scores) else None,
+        pairs if write in (as_verdicts, as_matrix) else None,
+    )
+
+
+@pytest.mark.parametrize(
+    "write", [as_ranks, as_scores, as_answers_with_ranks, as_answers_with_scores, as_verdicts, as_matrix]
+)
+@given(prompt=conversations(), answers=ANSWERS)
+def test_rankings_read_back(write: Any, prompt: Messages, answers: list[tuple[str, int]]) -> None:
+    row = {"prompt": prompt, **write(answers)}
+    expected = ranking_of(prompt, answers, write)
+    found = read_auto(PREFERENCE_FORMATS, row)
+    assert found == expected
+    assert found.pairs("all") == [
+        (i, j) for i, j in combinations(range(len(answers)), 2) if found.ranks[i] < found.ranks[j]
+    ]
+
+
+@given(conversations(), st.lists(VISIBLE, min_size=2, max_size=5))
+def test_a_list_in_order_reads_back(prompt: Messages, texts: list[str]) -> None:
+    row = {**fields_of(prompt), "instruction": prompt[-1]["content"], "input": "", "output": texts}
+    expected = RankingExample(prompt, [[assistant(text)] for text in texts], list(range(1, len(texts) + 1)))
+    assert read_auto(PREFERENCE_FORMATS, row) == expected
+
+
+@given(conversations(), ANSWERS)
+def test_a_tree_reads_back(prompt: Messages, answers: list[tuple[str, int]]) -> None:
+    prompt = [message for message in prompt if message["role"] != "system"]
+    node: dict[str, Any] = {
+        "role": "prompter",
+        "text": prompt[-1]["content"],
+        "replies": [{"role": "assistant", "text": text, "rank": level, "replies": []} for text, level in answers],
+    }
+    for message in reversed(prompt[:-1]):
+        role = "prompter" if message["role"] == "user" else "assistant"
+        node = {"role": role, "text": message["content"], "replies": [node]}
+    parts = [example for _, example in read_auto(PREFERENCE_FORMATS, {"prompt": node})]
+    assert parts == [ranking_of(prompt, answers, as_ranks)]
+
+
+# --- formats: anything else ----------------------------------------------------------------------------------------
+
+ODD_TEXT = TEXT | st.sampled_from(
+    [
+        *("", " ", "[", "[1, 2]", '["a"]', '[{"role": "user", "content": "q"}]', "[{'role': 'user'}]"),
+        *("\n\nHuman: q\n\nAssistant:", "\n\nHuman: q\n\nAssistant: a", "2", "nan", "tie", "model_a", "true"),
+    ]
+)
+MESSAGE = st.fixed_dictionaries(
+    {},
+    optional={
+        "role": st.sampled_from(["user", "assistant", "system", "tool", "robot"]) | st.none(),
+        "from": st.sampled_from(["human", "gpt"]),
+        "content": st.deferred(lambda: JSON),
+        "text": ODD_TEXT,
+        "rank": st.integers(-1, 2) | st.none(),
+        "score": st.floats(),
+        "weight": st.sampled_from([0, 1, None]),
+        "tool_calls": st.none() | st.just([{}]),
+        "replies": st.lists(st.deferred(lambda: MESSAGE), max_size=3),
+    },
+)
+JSON: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | ODD_TEXT | MESSAGE,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=6,
 )
-FIELDS = ("instruction", "input", "output", "history", "system", "prompt", "conversations", "chosen", "rejected")
+FORMATS = (*SFT_FORMATS, *PREFERENCE_FORMATS)
+FIELDS = sorted(
+    {name for fmt in FORMATS for field, others in fmt.names.items() for name in (field, *others)}
+    | {"output_1", "output_2", "conversation_a", "conversation_b", "winner", "annotator1", "score_1", "score_2"}
+    | {"human_ref_A", "human_ref_B", "labels", "response_1", "response_2", "response_3", "tools", "replies"}
+)
 
 
-@given(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=6))
-def test_any_object_is_read_or_refused_with_a_reason(row: dict[str, Any]) -> None:
-    for reader in (*SFT_FORMATS, *PREFERENCE_FORMATS):
+def check_found(found: Any) -> None:
+    """What is read is an example, or parts that are examples or problems."""
+    for example in [part for _, part in found] if isinstance(found, Iterator) else [found]:
+        if isinstance(example, RowProblem):
+            assert example.reason
+            assert str(example)
+            continue
+        messages = [*example.prompt]
+        for field in ("completion", "chosen", "rejected"):
+            messages += getattr(example, field, [])
+        for completion in getattr(example, "completions", []):
+            messages += completion
+        assert example.prompt
+        assert all(isinstance(message["content"], str) and message["role"] in ROLES for message in messages)
+        if isinstance(example, RankingExample):
+            assert example.ranks == sorted(example.ranks)
+            for scheme in ("all", "adjacent", "best_vs_worst"):
+                assert all(better != worse for better, worse in example.pairs(scheme))
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
+@given(data=st.data())
+def test_any_object_is_read_or_refused_with_a_reason(fmt: Format[Any], data: st.DataObject) -> None:
+    needed = data.draw(st.sampled_from(fmt.needs))
+    names = st.sampled_from([*fmt.names, *needed, *needed])
+    row = data.draw(st.dictionaries(names, JSON, max_size=6))
+    for turns in ("last", "all"):
         try:
-            example = reader.read(row)
+            check_found(fmt.read(row, Reading(turns=turns)))
         except RowProblem as problem:
             assert problem.reason
             assert str(problem)
-        else:
-            assert all(isinstance(message["content"], str) for message in example.prompt)
 
 
-# --- files ----------------------------------------------------------------------------------------------------------
-
-
-ROWS = st.lists(st.dictionaries(TEXT, JSON, max_size=3), min_size=1, max_size=6)
-
-
-def render(rows: list[dict[str, Any]], form: str, ascii_only: bool) -> bytes:
-    lines = [json.dumps(row, ensure_ascii=ascii_only) for row in rows]
-    if form == "array":
-        return f"[{','.join(lines)}]".encode()
-    if form == "indented":
-        return json.dumps(rows, ensure_ascii=ascii_only, indent=2).encode()
-    return ("\r\n" if form == "crlf" else "\n").join([*lines, ""]).encode()
-
-
-@in_a_folder
-@given(
-    rows=ROWS,
-    form=st.sampled_from(["array", "indented", "lines", "crlf"]),
-    ascii_only=st.booleans(),
-    mark=st.booleans(),
-    compress=st.booleans(),
-)
-def test_a_file_in_any_form_gives_its_rows(
-    rows: list[dict[str, Any]], form: str, ascii_only: bool, mark: bool, compress: bool, tmp_path: Path
-) -> None:
-    data = (b"\xef\xbb\xbf" if mark else b"") + render(rows, form, ascii_only)
-    path = tmp_path / "rows"
-    path.write_bytes(gzip.compress(data) if compress else data)
-    records = list(read_records(path))
-    assert [record.value for record in records] == rows
-    assert [record.row for record in records] == list(range(len(rows)))
-
-
-@in_a_folder
-@given(
-    rows=ROWS,
-    form=st.sampled_from(["array", "indented", "lines"]),
-    compress=st.booleans(),
-    data=st.data(),
-)
-def test_a_damaged_file_is_named_or_read_but_never_a_traceback(
-    rows: list[dict[str, Any]], form: str, compress: bool, data: st.DataObject, tmp_path: Path
-) -> None:
-    whole = render(rows, form, ascii_only=False)
-    whole = gzip.compress(whole) if compress else whole
-    place = data.draw(st.integers(0, len(whole) - 1))
-    damaged = data.draw(
-        st.sampled_from([whole[:place], whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :]])
-    )
-    path = tmp_path / "damaged"
-    path.write_bytes(damaged)
-    try:
-        list(read_records(path))
-    except DataError as error:
-        assert "damaged" in str(error)
-
-
-@in_a_folder
-@given(data=st.binary(max_size=200))
-def test_any_bytes_are_read_or_refused(data: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "bytes"
-    path.write_bytes(data)
-    try:
-        list(read_records(path))
-    except DataError as error:
-        assert str(error).startswith(str(path))
+@settings(max_examples=300)
+@given(st.lists(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=6) | JSON, min_size=1, max_size=4))
+def test_any_rows_are_read_by_auto_or_refused_with_a_reason(rows: list[Any]) -> None:
+    for formats in (SFT_FORMATS, PREFERENCE_FORMATS):
+        reader = RowReader(formats, "auto", {}, Reading())
+        try:
+            assert reader.detect("rows.json", rows)
+        except UnknownFormatError as error:
+            assert str(error).startswith("rows.json: ")
+        for row in rows:
+            try:
+                fmt, found = reader.read(row)
+                assert fmt in formats
+                check_found(found)
+            except RowProblem as problem:
+                assert problem.reason
+                assert str(problem)
 
 
 # --- identity and split ---------------------------------------------------------------------------------------------

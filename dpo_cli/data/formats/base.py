@@ -1,22 +1,23 @@
-"""What a format is, and the small checks that readers share."""
+"""What a format is, what it finds in a row, and the small checks that readers share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from dpo_cli.data.schema import Message, Messages, PreferenceExample, RawRow, SftExample
+from dpo_cli.data.schema import Example, RawRow
 
-Example = TypeVar("Example", SftExample, PreferenceExample)
+Found = TypeVar("Found", bound=Example)
 
 
 class RowProblem(Exception):
-    """This row does not fit its format.
+    """This row, or a part of it, does not fit its format.
 
     Args:
         reason: A short name, counted in the table, such as ``missing_field``.
-        detail: What is wrong in this row, without its content.
+        detail: What is wrong in this row, without its content. Fields are named as ``'prompt'`` or
+            ``prompt[0]``, so that :mod:`dpo_cli.data.formats.columns` can put the file's names in.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -26,29 +27,87 @@ class RowProblem(Exception):
 
 
 @dataclass(frozen=True)
-class Format(Generic[Example]):
+class Reading:
+    """What a source says beside its format, for readers that ask.
+
+    Attributes:
+        roles: Further names of roles, such as ``{"narrator": "system"}``.
+        labels: What a label means that names the better of two outputs: ``first``, ``second`` or ``tie``.
+        turns: ``last``: a conversation is one example, its last answer; ``all``: one for each answer.
+        pairs: Which pairs are made of K ranked answers: ``all``, ``adjacent`` or ``best_vs_worst``.
+        labels_found: Whether ``labels`` come from the outputs' names; else the user says them.
+    """
+
+    roles: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    turns: str = "last"
+    pairs: str = "all"
+    labels_found: bool = False
+
+
+Column = str | list[str]
+"""Where a field lies in a row: a key, keys with dots between, or several such whose values make a list."""
+
+Columns = dict[str, Column]
+"""Where fields lie, by the fields' names."""
+
+Part = tuple[str, Found | RowProblem]
+"""A part of a row by its name (empty: the whole row), and what was found in it."""
+
+Suggestion = tuple[Columns, dict[str, str]]
+"""Columns, and meanings of labels."""
+
+
+def always(row: RawRow) -> bool:
+    """Any row."""
+    return True
+
+
+def never(row: RawRow) -> bool:
+    """No row."""
+    return False
+
+
+@dataclass(frozen=True)
+class Format(Generic[Found]):
     """A format of input rows.
 
     Attributes:
         name: Its name in params.yaml.
         fields: What its rows are known by, for messages.
-        matches: Whether a row looks like this format.
-        read: The canonical example in a row; raises :class:`RowProblem`.
+        names: The fields it reads, each with the other names it goes by in the wild.
+        needs: Alternatives of fields that a row must have, by their names in ``names``.
+        read: The canonical example in a row, or several of them as parts; raises :class:`RowProblem`.
+        matches: What the row's values must look like beside its having the fields.
+        weak: Whether a row that matches might as well be a row of another format that lacks a
+            field; it is read so only in a file most of whose rows are of this format.
+        note: What a user should know who did not choose it, for the account.
+        doubt: Why reading these rows of a file so would be a guess, and how to say what they are;
+            empty: it would be none. Only asked where the user names no format.
+        suggest: Columns (and meanings of labels) for a row with these fields, where ``names`` cannot
+            say it, beside those that the user names.
     """
 
     name: str
     fields: str
-    matches: Callable[[RawRow], bool]
-    read: Callable[[RawRow], Example]
+    names: Mapping[str, tuple[str, ...]]
+    needs: tuple[tuple[str, ...], ...]
+    read: Callable[[RawRow, Reading], Found | Iterator[Part[Found]]]
+    matches: Callable[[RawRow], bool] = always
+    weak: Callable[[RawRow], bool] = never
+    note: Callable[[RawRow, Reading], str] = lambda row, reading: ""
+    doubt: Callable[[Sequence[RawRow], Reading], str] = lambda rows, reading: ""
+    suggest: Callable[[Collection[str], Mapping[str, Column]], Suggestion | None] = lambda keys, named: None
 
 
 def text_field(row: RawRow, name: str) -> str:
     """A field that must hold text."""
-    if name not in row:
-        raise RowProblem("missing_field", f"has no {name!r}")
-    value = row[name]
+    try:
+        value = row[name]
+    except KeyError:
+        raise RowProblem("missing_field", f"has no {name!r}") from None
     if not isinstance(value, str):
-        raise RowProblem("not_text", f"{name!r} must be text, got {type(value).__name__}")
+        raise RowProblem("not_text", f"{name!r} must be text, got {kind_of(value)}")
     return value
 
 
@@ -57,55 +116,36 @@ def optional_text(row: RawRow, name: str) -> str:
     return "" if row.get(name) is None else text_field(row, name)
 
 
-_ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-}
+def optional_number(row: RawRow, name: str) -> float | None:
+    """A field that holds a number where it is there, perhaps as text; missing, null and empty are None."""
+    value = row.get(name)
+    return None if value is None or value == "" else number(value, repr(name))
 
 
-def read_message(value: Any, where: str) -> Message:
-    """A turn in the form ``{"from", "value"}`` or ``{"role", "content"}``."""
-    if not isinstance(value, dict):
-        raise RowProblem("bad_message", f"{where} must be a message, got {type(value).__name__}")
-    name, content = value.get("role", value.get("from")), value.get("content", value.get("value"))
-    role = _ROLES.get(name) if isinstance(name, str) else None
-    if role is None:
-        raise RowProblem("unknown_role", f"{where} has the role {name!r}; known are {', '.join(_ROLES)}")
-    if not isinstance(content, str):
-        raise RowProblem("not_text", f"{where} must have text content, got {type(content).__name__}")
-    return {"role": role, "content": content}
+def number(value: Any, where: str) -> float:
+    """A score: a number, a truth value, or a number as text."""
+    try:
+        found = float(value) if isinstance(value, int | float | str) else None
+    except (ValueError, OverflowError):
+        found = None
+    if found is None or found != found or found in (float("inf"), float("-inf")):
+        raise RowProblem("not_a_number", f"{where} must be a finite number, got {kind_of(value)}")
+    return found
 
 
-def read_messages(values: Any, where: str) -> Messages:
-    """A list of turns, or a single one."""
-    if isinstance(values, dict):
-        return [read_message(values, where)]
-    if not isinstance(values, list):
-        raise RowProblem("bad_message", f"{where} must be a list of messages, got {type(values).__name__}")
-    return [read_message(value, f"{where}[{index}]") for index, value in enumerate(values)]
-
-
-def check_prompt(prompt: Messages) -> Messages:
-    """A prompt begins with a system or user turn and ends with a user turn."""
-    if not prompt:
-        raise RowProblem("empty_prompt", "has no prompt")
-    if prompt[-1]["role"] != "user":
-        raise RowProblem("prompt_not_ending_with_user", f"the prompt ends with a {prompt[-1]['role']} turn")
-    return prompt
-
-
-def check_answer(answer: Messages, where: str) -> Messages:
-    """An answer is one assistant turn."""
-    if [message["role"] for message in answer] != ["assistant"]:
-        roles = ", ".join(message["role"] for message in answer) or "nothing"
-        raise RowProblem("not_one_answer", f"{where} must be one assistant turn, got {roles}")
-    return answer
-
-
-def has_all(row: RawRow, names: Iterable[str]) -> bool:
-    """Whether the row has all of these fields."""
-    return all(name in row for name in names)
+def kind_of(value: Any) -> str:
+    """What a value is, in the words of JSON, without its content."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "a truth value"
+    if isinstance(value, int | float):
+        return "a number"
+    if isinstance(value, str):
+        return "text" if value else "empty text"
+    if isinstance(value, list):
+        return f"a list of {len(value)}" if value else "an empty list"
+    if isinstance(value, dict):
+        keys = [str(key)[:40] for key in value]
+        return f"an object with {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}" if keys else "an empty object"
+    return f"a {type(value).__name__}"

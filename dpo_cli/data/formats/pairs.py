@@ -1,47 +1,73 @@
 """Pairs: ``{"prompt", "chosen", "rejected"}``, each a text or a list of messages.
 
-In place of ``prompt`` a row may have ``instruction`` and ``input`` as in Alpaca.
+In place of ``prompt`` a row may have ``instruction`` and ``input`` as in Alpaca. Answers may be
+whole conversations: what both share is the prompt then, where it holds what ``prompt`` asks.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
-from dpo_cli.data.formats.alpaca import read_alpaca_prompt, read_context
-from dpo_cli.data.formats.base import Format, RowProblem, check_answer, check_prompt, has_all, read_messages
-from dpo_cli.data.schema import Messages, PreferenceExample, RawRow, assistant, user
+from dpo_cli.data.formats.base import Format, Reading, RowProblem, optional_number
+from dpo_cli.data.formats.hh import are_transcripts
+from dpo_cli.data.formats.implicit import split_implicit
+from dpo_cli.data.formats.prompts import PROMPT_NAMES, PROMPT_NEEDS, SIDE_NAMES, read_answer, read_prompt
+from dpo_cli.data.schema import Messages, PreferenceExample, RawRow
+
+_NUM_ECHOES = 3
+_LONG_ECHO = 20
 
 
-def _read_prompt(row: RawRow) -> Messages:
-    if "prompt" not in row:
-        return read_alpaca_prompt(row)
-    value = row["prompt"]
-    before = read_context(row)
+def _read(row: RawRow, reading: Reading) -> PreferenceExample:
+    prompt = read_prompt(row, reading)
+    chosen_score = optional_number(row, "chosen_score") if "chosen_score" in row else None
+    rejected_score = optional_number(row, "rejected_score") if "rejected_score" in row else None
+    try:
+        chosen = read_answer(row, "chosen", prompt, reading)
+        rejected = read_answer(row, "rejected", prompt, reading)
+    except RowProblem as problem:
+        if problem.reason != "not_one_answer":
+            raise
+        return _read_conversations(row, prompt, reading, problem, chosen_score, rejected_score)
+    return PreferenceExample(prompt, chosen, rejected, chosen_score, rejected_score)
+
+
+def _read_conversations(
+    row: RawRow, prompt: Messages, reading: Reading, problem: RowProblem, *scores: float | None
+) -> PreferenceExample:
+    """The pair in two conversations that hold more than the prompt, such as a system turn."""
+    try:
+        pair = split_implicit(row, reading, *scores)
+    except RowProblem as other:
+        raise (other if other.reason == "diverges_early" else problem) from None
+    if prompt[-1] not in pair.prompt:
+        raise problem
+    return pair
+
+
+def _doubt(rows: Sequence[RawRow], reading: Reading) -> str:
+    if all(map(are_transcripts, rows)):
+        return (
+            "both answers are transcripts from the first Human turn in every row;"
+            " say format: hh to take the prompt from them, or format: pairs if such a text is the answer"
+        )
+    texts = [[row.get(name) for name in ("prompt", "chosen", "rejected")] for row in rows]
+    asked = [(p, c, r) for p, c, r in texts if isinstance(p, str) and isinstance(c, str) and isinstance(r, str)]
+    if not asked or not all(p.strip() and c.startswith(p) and r.startswith(p) for p, c, r in asked):
+        return ""
+    if len(asked) < _NUM_ECHOES and all(len(prompt) < _LONG_ECHO for prompt, _, _ in asked):
+        return ""
     return (
-        [*before, user(value)] if isinstance(value, str) else [*before, *check_prompt(read_messages(value, "prompt"))]
+        "both answers begin with the whole prompt in every row;"
+        " say format: implicit to cut it off them, or format: pairs if they are to repeat it"
     )
-
-
-def _read_answer(row: RawRow, name: str, prompt: Messages) -> Messages:
-    value: Any = row.get(name)
-    if isinstance(value, str):
-        return [assistant(value)]
-    if value is None:
-        raise RowProblem("missing_field", f"has no {name!r}")
-    messages = read_messages(value, name)
-    if messages[: len(prompt)] == prompt:  # the whole conversation, prompt included
-        messages = messages[len(prompt) :]
-    return check_answer(messages, name)
-
-
-def _read(row: RawRow) -> PreferenceExample:
-    prompt = _read_prompt(row)
-    return PreferenceExample(prompt, _read_answer(row, "chosen", prompt), _read_answer(row, "rejected", prompt))
 
 
 PAIRS = Format(
     name="pairs",
     fields="prompt (or instruction), chosen and rejected",
-    matches=lambda row: has_all(row, ("chosen", "rejected")) and ("prompt" in row or "instruction" in row),
+    names={**PROMPT_NAMES, **SIDE_NAMES},
+    needs=tuple((*asked, "chosen", "rejected") for asked in PROMPT_NEEDS),
     read=_read,
+    doubt=_doubt,
 )

@@ -1,30 +1,66 @@
-"""ShareGPT pairs: ``{"conversations": [turns], "chosen": turn, "rejected": turn}``.
+"""Conversations with two answers: ``{"conversations": [turns], "chosen": turn, "rejected": turn}``.
 
 A turn is ``{"from", "value"}`` or ``{"role", "content"}``; the conversation may begin with a
-system turn and ends with the user's.
+system turn and ends with the user's or a tool's. Without ``chosen``, its last answer is that:
+``{"messages": [turns with an answer], "rejected_response": "..."}``.
 """
 
 from __future__ import annotations
 
-from dpo_cli.data.formats.alpaca import read_context
-from dpo_cli.data.formats.base import Format, RowProblem, check_answer, check_prompt, has_all, read_messages
+from dpo_cli.data.formats.base import Format, Reading, RowProblem, optional_number
+from dpo_cli.data.formats.content import check_prompt, is_conversation, last_role, read_messages, turns_in
+from dpo_cli.data.formats.prompts import (
+    CONVERSATION_NAMES,
+    PROMPT_NAMES,
+    SIDE_NAMES,
+    read_answer,
+    roles_of,
+    with_context,
+)
 from dpo_cli.data.schema import PreferenceExample, RawRow
 
 
-def _read(row: RawRow) -> PreferenceExample:
-    for name in ("conversations", "chosen", "rejected"):
-        if name not in row:
-            raise RowProblem("missing_field", f"has no {name!r}")
+def _read(row: RawRow, reading: Reading) -> PreferenceExample:
+    if row.get("conversations") is None:
+        raise RowProblem("missing_field", "has no 'conversations'")
+    turns = read_messages(row["conversations"], "conversations", roles_of(reading))
+    prompt = with_context(row, turns, reading)
+    if row.get("chosen") is None and prompt and prompt[-1]["role"] == "assistant":
+        prompt, chosen = prompt[:-1], prompt[-1:]
+    else:
+        chosen = None
+    check_prompt(prompt)
     return PreferenceExample(
-        prompt=[*read_context(row), *check_prompt(read_messages(row["conversations"], "conversations"))],
-        chosen=check_answer(read_messages(row["chosen"], "chosen"), "chosen"),
-        rejected=check_answer(read_messages(row["rejected"], "rejected"), "rejected"),
+        prompt,
+        chosen or read_answer(row, "chosen", prompt, reading),
+        read_answer(row, "rejected", prompt, reading),
+        optional_number(row, "chosen_score"),
+        optional_number(row, "rejected_score"),
     )
+
+
+def _matches(row: RawRow) -> bool:
+    turns = row["conversations"]
+    turns = turns_in(turns) if isinstance(turns, str) else turns
+    if not is_conversation(turns):
+        return False
+    # with an answer at its end it is another copy of what the other fields hold, unless it holds the chosen one
+    return last_role(turns) != "assistant" or row.get("chosen") is None
 
 
 SHAREGPT = Format(
     name="sharegpt",
-    fields="conversations, chosen and rejected",
-    matches=lambda row: has_all(row, ("conversations", "chosen", "rejected")),
+    fields="conversations (or messages) and two answers, chosen and rejected",
+    names={
+        "conversations": (*CONVERSATION_NAMES, "context"),
+        **{name: PROMPT_NAMES[name] for name in ("system", "history")},
+        **SIDE_NAMES,
+        "rejected": (*SIDE_NAMES["rejected"], "rejected_messages"),
+    },
+    needs=(("conversations", "chosen", "rejected"), ("conversations", "rejected")),
     read=_read,
+    matches=_matches,
+    note=lambda row, reading: (
+        "" if row.get("chosen") is not None else "the conversation's last answer is the chosen one"
+    ),
 )

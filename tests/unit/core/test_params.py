@@ -139,7 +139,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(tree: dict[str, Any], n
 def test_an_unknown_key_without_a_near_name_lists_what_there_is() -> None:
     (problem,) = problems_of({"reference": {"zzzzzzzz": 1}})
     assert problem == (
-        "params.yaml: reference.zzzzzzzz is not a setting; there are reference.quantization, reference.max_length"
+        "params.yaml: reference.zzzzzzzz is not a setting; there are reference.quantization, reference.max_length,"
+        " reference.checks"
     )
 
 
@@ -294,3 +295,59 @@ def test_every_setting_has_a_meaning_and_its_default_is_valid() -> None:
     assert [path for path, field in settings.items() if not field.description] == []
     assert {"train.beta", "data.sft.path", "sft.lora.r", "runtime.model_path"} <= set(settings)
     assert parse_params(Params().model_dump()) == Params()
+
+
+# --- sources of data ----------------------------------------------------------------------
+
+
+def test_a_source_may_have_columns_roles_labels_and_further_sources() -> None:
+    params = parse_params(
+        {
+            "data": {
+                "preferences": {
+                    "columns": {"prompt": "question", "completions": ["a.text", "b.text"]},
+                    "labels": {"1": "first", "0": "second"},
+                    "also": [{"path": "data/raw/more.csv", "roles": {"narrator": "system"}, "weight": 0.5}],
+                }
+            }
+        }
+    )
+    first, more = params.data.preferences, params.data.preferences.also[0]
+    assert first.columns["completions"] == ["a.text", "b.text"]
+    assert (more.path, more.format, more.roles, more.split) == (
+        "data/raw/more.csv",
+        "auto",
+        {"narrator": "system"},
+        "auto",
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ({"columns": {"prompt": 5}}, "columns.prompt must be text or a list of texts, got 5"),
+        ({"roles": {"x": "boss"}}, "roles.x must be one of 'system', 'user', 'assistant' or 'tool', got 'boss'"),
+        ({"also": [{"format": "hh"}]}, "also.0.path is missing"),
+        ({"also": [{"path": "a", "formt": "hh"}]}, "formt is not a setting; did you mean"),
+        ({"also": {"path": "a"}}, "also must be a list, got {'path': 'a'}"),
+        ({"max_rows": 0}, "max_rows must be >= 1, got 0"),
+        ({"weight": 0.0}, "weight must be > 0, got 0.0"),
+        ({"columns": {"prompt": "prompt"}}, "columns.prompt has no effect: it names itself"),
+        ({"format": "pairs", "pairs": "adjacent"}, "pairs has no effect with format pairs; kwise and oasst read it"),
+        ({"format": "hh", "labels": {"1": "first"}}, "labels has no effect with format hh; two_outputs reads it"),
+    ],
+)
+def test_an_odd_source_is_refused(source: dict[str, Any], problem: str) -> None:
+    (found,) = problems_of({"data": {"preferences": source}})
+    assert found.startswith("params.yaml: data.preferences.")
+    assert problem in found
+
+
+def test_turns_are_read_by_conversations_alone() -> None:
+    (found,) = problems_of({"data": {"sft": {"format": "alpaca", "turns": "all"}}})
+    assert found == "params.yaml: data.sft.turns has no effect with format alpaca; messages reads it"
+
+
+def test_what_a_check_cannot_do_is_refused() -> None:
+    (found,) = problems_of({"data": {"checks": {"tie": "keep"}}})
+    assert found == "params.yaml: data.checks.tie must be one of 'drop' or 'error', got 'keep'"

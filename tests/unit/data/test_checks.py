@@ -1,37 +1,110 @@
-"""What makes a row unfit, whatever its format."""
+"""What can be wrong with an example, and what becomes of it."""
 
 from __future__ import annotations
 
 import pytest
 
-from dpo_cli.data.checks import check_preference, check_sft
+from dpo_cli.core.params import DataChecks
+from dpo_cli.data.checks import (
+    CHECKS_OF,
+    DESCRIPTIONS,
+    check_preference,
+    check_sft,
+    has_chat_markers,
+    has_placeholders,
+    reason_to_drop,
+)
+from dpo_cli.data.repeats import CHECKS
 from dpo_cli.data.schema import PreferenceExample, SftExample, assistant, user
 
+POLICIES = DataChecks().model_dump()
+
 
 @pytest.mark.parametrize(
-    ("prompt", "chosen", "rejected", "reason"),
+    ("prompt", "chosen", "rejected", "found"),
     [
-        ("q", "a", "b", None),
-        (" \n", "a", "b", "empty_prompt"),
-        ("q", "", "b", "empty_chosen"),
-        ("q", "a", "\t", "empty_rejected"),
-        ("q", "a", "a", "equal_sides"),
-        ("q", "a", " a\n", "equal_sides"),
-        ("q", "a", "A", None),
-        ("q", "q", "b", None),
+        ("q", "a", "b", set()),
+        (" \n", "a", "b", {"empty_prompt"}),
+        ("q", "", "b", {"empty_chosen"}),
+        ("q", "a", "\t", {"empty_rejected"}),
+        ("q", "", " ", {"empty_chosen", "empty_rejected", "equal_sides"}),
+        ("q", "a", "a", {"equal_sides"}),
+        ("q", "a", " a\n", {"equal_sides"}),
+        ("q", "a", "A", set()),
+        ("q", "q", "b", set()),
+        ("q", "ab", "a", {"prefix_sides", "longer_chosen"}),
+        ("q", "a", "ab", {"prefix_sides"}),
+        ("q", "abc", "xy", {"longer_chosen"}),
+        ("q {{name}}", "a", "b", {"placeholders"}),
+        ("q", "a", "b</s>", {"chat_markers"}),
+        ("q", "a\ufffd", "b ", {"replacement_characters"}),
     ],
 )
-def test_a_pair(prompt: str, chosen: str, rejected: str, reason: str | None) -> None:
-    assert check_preference(PreferenceExample([user(prompt)], [assistant(chosen)], [assistant(rejected)])) == reason
+def test_a_pair(prompt: str, chosen: str, rejected: str, found: set[str]) -> None:
+    pair = PreferenceExample([user(prompt)], [assistant(chosen)], [assistant(rejected)])
+    assert set(check_preference(pair)) == found
 
 
 @pytest.mark.parametrize(
-    ("prompt", "completion", "reason"),
-    [("q", "a", None), ("", "a", "empty_prompt"), ("q", " ", "empty_completion"), ("q", "q", None)],
+    ("prompt", "completion", "found"),
+    [
+        ("q", "a", set()),
+        ("", "a", {"empty_prompt"}),
+        ("q", " ", {"empty_completion"}),
+        ("q", "q", set()),
+        ("q", "<|im_end|>", {"chat_markers"}),
+    ],
 )
-def test_an_instruction(prompt: str, completion: str, reason: str | None) -> None:
-    assert check_sft(SftExample([user(prompt)], [assistant(completion)])) == reason
+def test_an_instruction(prompt: str, completion: str, found: set[str]) -> None:
+    assert set(check_sft(SftExample([user(prompt)], [assistant(completion)]))) == found
 
 
 def test_a_prompt_with_text_in_any_turn_is_not_empty() -> None:
-    assert check_sft(SftExample([user("hi"), assistant(""), user("")], [assistant("a")])) is None
+    assert check_sft(SftExample([user("hi"), assistant(""), user("")], [assistant("a")])) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<|im_end|>",
+        "a <|endoftext|> b",
+        "</s>",
+        "<s>[INST] x",
+        "[/INST]",
+        "x\n\nHuman: y",
+        "Assistant: y",
+        "<end_of_turn>",
+        "### Instruction:\nGo",
+        "###Response",
+    ],
+)
+def test_marks_of_chat_templates_are_seen(text: str) -> None:
+    assert has_chat_markers(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["a < b | c > d", "<b>bold</b>", "# Title", "### Results", "the Human: a study", "x[INST", "a <| b |> c"]
+)
+def test_what_only_looks_like_a_mark_is_none(text: str) -> None:
+    assert not has_chat_markers(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "holds"), [("{{name}}", True), ("{{ a.b }}", True), ("{{}}", False), ("{name}", False)]
+)
+def test_placeholders_are_seen(text: str, holds: bool) -> None:
+    assert has_placeholders(text) == holds
+
+
+def test_an_example_that_fails_several_checks_is_left_out_for_the_gravest() -> None:
+    assert reason_to_drop(["longer_chosen", "chat_markers", "equal_sides", "empty_chosen"], POLICIES) == "empty_chosen"
+    assert reason_to_drop(["longer_chosen", "chat_markers"], POLICIES) is None
+    assert reason_to_drop(["longer_chosen", "chat_markers"], POLICIES | {"longer_chosen": "drop"}) == "longer_chosen"
+    assert reason_to_drop(["chat_markers"], POLICIES | {"chat_markers": "error"}) == "chat_markers"
+
+
+def test_every_setting_is_a_check_and_every_check_has_a_setting() -> None:
+    settings = set(DataChecks.model_fields)
+    assert {name for names in CHECKS_OF.values() for name in names} == settings
+    # a check is of a single example, of rows beside each other, or of the format
+    assert set(DESCRIPTIONS) | set(CHECKS) | {"malformed", "tie"} == settings

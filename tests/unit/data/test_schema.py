@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import polars as pl
+import pytest
 
+from dpo_cli.core.artifacts import digest_json
 from dpo_cli.data.schema import (
     PREFERENCE_SCHEMA,
     SFT_SCHEMA,
     PreferenceExample,
+    RankingExample,
     SftExample,
     assistant,
     content_id,
+    joint_id,
+    table_of,
     text_of,
     user,
 )
@@ -46,10 +50,57 @@ def test_the_group_is_the_prompts_id() -> None:
 def test_rows_have_the_columns_of_their_schema() -> None:
     rows = [(PAIR.row("a"), PREFERENCE_SCHEMA), (SftExample([user("q")], [assistant("a")]).row("a"), SFT_SCHEMA)]
     for row, schema in rows:
-        assert list(row) == list(schema)
-        assert pl.DataFrame([row], schema=schema).to_dicts() == [row]
+        assert list(row) == schema.names
+        assert table_of([row], schema).to_pylist() == [row]
 
 
 def test_the_text_of_messages_is_all_their_contents() -> None:
     assert text_of([user("a"), assistant("b")]) == "a\nb"
     assert text_of([]) == ""
+
+
+def test_a_parts_id_is_the_digest_of_its_json() -> None:
+    """The fast way agrees with the plain one, whatever must be escaped."""
+    texts = ["", 'a"b\\c/', "line\nend\r\t", "\x00\x1f\x7f", "中文 😀 \u2028", "\b\f"]
+    for text in texts:
+        assert content_id([user(text), assistant("a")]) == digest_json([[["user", text], ["assistant", "a"]]])
+
+
+def test_the_id_of_several_parts_is_one_of_theirs_in_order() -> None:
+    parts = [[user("q")], [assistant("good")], [assistant("bad")]]
+    assert content_id(*parts) == joint_id(*map(content_id, parts)) == PAIR.row("a")["id"]
+    assert content_id(*parts) != content_id(*reversed(parts))
+
+
+def test_half_a_surrogate_pair_has_no_id() -> None:
+    with pytest.raises(UnicodeEncodeError):
+        content_id([user("\ud800")])
+
+
+RANKING = RankingExample([user("q")], [[assistant(text)] for text in "abcd"], [1, 2, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("scheme", "pairs"),
+    [
+        ("all", [(0, 1), (0, 2), (0, 3), (1, 3), (2, 3)]),
+        ("adjacent", [(0, 1), (0, 2), (1, 3), (2, 3)]),
+        ("best_vs_worst", [(0, 3)]),
+    ],
+)
+def test_a_ranking_makes_the_pairs_of_a_scheme(scheme: str, pairs: list[tuple[int, int]]) -> None:
+    assert RANKING.pairs(scheme) == pairs
+
+
+def test_verdicts_go_before_ranks_where_all_pairs_are_asked_for() -> None:
+    cycle = RankingExample(
+        [user("q")], [[assistant(text)] for text in "abc"], [1, 1, 1], None, [(0, 1), (1, 2), (2, 0)]
+    )
+    assert cycle.pairs("all") == [(0, 1), (1, 2), (2, 0)]
+    assert cycle.pairs("adjacent") == cycle.pairs("best_vs_worst") == []
+
+
+def test_a_pair_of_a_ranking_has_its_scores() -> None:
+    scored = RankingExample([user("q")], [[assistant("a")], [assistant("b")]], [1, 2], [0.9, 0.1])
+    assert scored.pair(0, 1) == PreferenceExample([user("q")], [assistant("a")], [assistant("b")], 0.9, 0.1)
+    assert RANKING.pair(0, 3) == PreferenceExample([user("q")], [assistant("a")], [assistant("d")])

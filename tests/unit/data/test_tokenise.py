@@ -5,15 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from dpo_cli.core.errors import StaleArtifactError
+from dpo_cli.core.errors import DataError, StaleArtifactError
+from dpo_cli.core.params import TokenChecks
 from dpo_cli.data.chat import ChatEncoder
-from dpo_cli.data.schema import PREFERENCE_SCHEMA, SFT_SCHEMA, PreferenceExample, SftExample, assistant, user
-from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_rejects, tokenise_table
+from dpo_cli.data.schema import (
+    PREFERENCE_SCHEMA,
+    SFT_SCHEMA,
+    PreferenceExample,
+    SftExample,
+    assistant,
+    table_of,
+    user,
+)
+from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_found, explain_rejects, tokenise_table
 
 REMEDY = "run: dpo-cli convert-sft"
+POLICIES = TokenChecks().model_dump()
 
 
 @pytest.fixture
@@ -21,8 +32,8 @@ def encoder(tokenizer: Any) -> ChatEncoder:
     return ChatEncoder(tokenizer)
 
 
-def write(path: Path, examples: list[Any], schema: dict[str, Any]) -> Path:
-    pl.DataFrame([example.row("rows.json") for example in examples], schema=schema).write_parquet(path)
+def write(path: Path, examples: list[Any], schema: pa.Schema) -> Path:
+    pq.write_table(table_of([example.row("rows.json") for example in examples], schema), path)
     return path
 
 
@@ -33,7 +44,7 @@ def pair(prompt: str, chosen: str = "6 cats", rejected: str = "5") -> Preference
 def test_a_pair_becomes_a_group_of_two_completions(tmp_path: Path, encoder: ChatEncoder) -> None:
     example = pair("5 cats")
     path = write(tmp_path / "a.parquet", [example], PREFERENCE_SCHEMA)
-    table = tokenise_table(path, ("chosen", "rejected"), encoder, 99, REMEDY)
+    table = tokenise_table(path, ("chosen", "rejected"), encoder, 99, POLICIES, REMEDY)
     (group,) = table.groups
     row = example.row("")
     assert (group.id, group.group) == (row["id"], row["group"])
@@ -50,7 +61,7 @@ def test_an_instruction_becomes_a_group_of_one_completion_under_its_own_id(
 ) -> None:
     example = SftExample([user("q")], [assistant("a")])
     path = write(tmp_path / "a.parquet", [example], SFT_SCHEMA)
-    (group,) = tokenise_table(path, ("completion",), encoder, 99, REMEDY).groups
+    (group,) = tokenise_table(path, ("completion",), encoder, 99, POLICIES, REMEDY).groups
     assert group.id == group.group == example.row("")["id"]
     assert len(group.completions) == 1
 
@@ -65,7 +76,7 @@ def test_an_over_long_row_is_left_out_and_listed_with_its_length(
 ) -> None:
     long = pair("q", **{longer: "cats " * 40})
     path = write(tmp_path / "a.parquet", [pair("one"), long, pair("two")], PREFERENCE_SCHEMA)
-    table = tokenise_table(path, ("chosen", "rejected"), encoder, 30, REMEDY)
+    table = tokenise_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY)
     assert [group.id for group in table.groups] == [pair("one").row("")["id"], pair("two").row("")["id"]]
     length = len(encoder.encode_prompt(long.prompt)) + len(
         encoder.encode_completion(long.prompt, getattr(long, longer))
@@ -84,9 +95,9 @@ def test_an_over_long_row_is_left_out_and_listed_with_its_length(
 def test_a_row_of_exactly_the_longest_length_is_kept(tmp_path: Path, encoder: ChatEncoder) -> None:
     path = write(tmp_path / "a.parquet", [pair("one")], PREFERENCE_SCHEMA)
     columns = ("chosen", "rejected")
-    longest = tokenise_table(path, columns, encoder, 99, REMEDY).groups[0].longest
-    assert len(tokenise_table(path, columns, encoder, longest, REMEDY).groups) == 1
-    assert len(tokenise_table(path, columns, encoder, longest - 1, REMEDY).rejects) == 1
+    longest = tokenise_table(path, columns, encoder, 99, POLICIES, REMEDY).groups[0].longest
+    assert len(tokenise_table(path, columns, encoder, longest, POLICIES, REMEDY).groups) == 1
+    assert len(tokenise_table(path, columns, encoder, longest - 1, POLICIES, REMEDY).rejects) == 1
 
 
 def test_a_row_that_the_template_refuses_is_listed(tmp_path: Path, tokenizer: Any) -> None:
@@ -97,14 +108,14 @@ def test_a_row_that_the_template_refuses_is_listed(tmp_path: Path, tokenizer: An
         "{% if 'bad' in messages[0].content %}{{ raise_exception('no') }}{% endif %}" + own.chat_template
     )
     path = write(tmp_path / "a.parquet", [pair("one"), pair("bad")], PREFERENCE_SCHEMA)
-    table = tokenise_table(path, ("chosen", "rejected"), ChatEncoder(own), 99, REMEDY)
+    table = tokenise_table(path, ("chosen", "rejected"), ChatEncoder(own), 99, POLICIES, REMEDY)
     assert len(table.groups) == 1
     assert [(reject["row"], reject["reason"]) for reject in table.rejects] == [(1, "template_refused")]
 
 
 def test_a_missing_table_says_which_stage_to_run(tmp_path: Path, encoder: ChatEncoder) -> None:
     with pytest.raises(StaleArtifactError, match=rf"a.parquet is missing; {REMEDY}$"):
-        tokenise_table(tmp_path / "a.parquet", ("completion",), encoder, 9, REMEDY)
+        tokenise_table(tmp_path / "a.parquet", ("completion",), encoder, 9, POLICIES, REMEDY)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
@@ -112,7 +123,7 @@ def test_a_damaged_table_says_which_stage_to_run(tmp_path: Path, encoder: ChatEn
     path = write(tmp_path / "a.parquet", [pair("one")], PREFERENCE_SCHEMA)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(StaleArtifactError, match=rf"(?s)a.parquet is damaged .*{REMEDY}$"):
-        tokenise_table(path, ("chosen", "rejected"), encoder, 9, REMEDY)
+        tokenise_table(path, ("chosen", "rejected"), encoder, 9, POLICIES, REMEDY)
 
 
 @pytest.mark.parametrize(("num_long", "said"), [(0, False), (1, False), (3, True)])
@@ -125,3 +136,59 @@ def test_many_rows_left_out_are_worth_a_warning(num_long: int, said: bool) -> No
         assert warning == (
             "3 of 33 rows (9%) are left out: 3 over long; sft.max_length is 16, raise it to keep long ones"
         )
+
+
+# --- checks of tokens ---------------------------------------------------------------------
+
+
+def odd_encoder(tokenizer: Any, template: str) -> ChatEncoder:
+    import copy
+
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = template
+    own.bos_token = own.eos_token
+    return ChatEncoder(own)
+
+
+_DOUBLE_BOS = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role + ' ' + m.content + ' ' }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_prompt_with_two_bos_tokens_is_counted_or_left_out(tmp_path: Path, tokenizer: Any) -> None:
+    template = _DOUBLE_BOS.replace("m.role + ' ' + m.content", "m.content")
+    encoder = odd_encoder(tokenizer, template)
+    path = write(tmp_path / "a.parquet", [pair("one"), pair(tokenizer.eos_token + "two")], PREFERENCE_SCHEMA)
+    columns = ("chosen", "rejected")
+    kept = tokenise_table(path, columns, encoder, 99, POLICIES, REMEDY)
+    assert (len(kept.groups), kept.found) == (2, {"double_bos": [1]})
+    left = tokenise_table(path, columns, encoder, 99, POLICIES | {"double_bos": "drop"}, REMEDY)
+    assert [(reject["row"], reject["reason"]) for reject in left.rejects] == [(1, "double_bos")]
+    with pytest.raises(DataError, match=r"1 rows fail the check double_bos \(rows 1\)"):
+        tokenise_table(path, columns, encoder, 99, POLICIES | {"double_bos": "error"}, REMEDY)
+
+
+def test_an_answer_that_writes_its_own_end_is_counted_and_ends_once(tmp_path: Path, encoder: ChatEncoder) -> None:
+    end = encoder._tokenizer.decode([encoder.end_id])
+    path = write(tmp_path / "a.parquet", [pair("one"), pair("two", chosen=f"6 cats{end}")], PREFERENCE_SCHEMA)
+    table = tokenise_table(path, ("chosen", "rejected"), encoder, 99, POLICIES, REMEDY)
+    assert table.found == {"double_eos": [1]}
+    assert table.groups[0].completions[0] == table.groups[1].completions[0]
+    assert explain_found([table, table]) == "kept, though their tokens are odd: 2 rows with double eos"
+    assert explain_found([TokenTable([], {}, [])]) is None
+
+
+def test_no_answer_is_ever_cut_so_each_ends_with_an_end_token(tmp_path: Path, encoder: ChatEncoder) -> None:
+    examples = [pair(f"q {number}", chosen="cats " * number) for number in range(1, 40)]
+    path = write(tmp_path / "a.parquet", examples, PREFERENCE_SCHEMA)
+    table = tokenise_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY)
+    assert 0 < len(table.groups) < len(examples)
+    assert {reject["reason"] for reject in table.rejects} == {"over_long"}
+    assert all(ids[-1] in encoder.stop_ids for group in table.groups for ids in group.completions)
+
+
+def test_over_long_rows_can_stop_the_stage(tmp_path: Path, encoder: ChatEncoder) -> None:
+    path = write(tmp_path / "a.parquet", [pair("one"), pair("two", chosen="cats " * 40)], PREFERENCE_SCHEMA)
+    with pytest.raises(DataError, match=r"1 rows fail the check over_long \(rows 1\)"):
+        tokenise_table(path, ("chosen", "rejected"), encoder, 30, POLICIES | {"over_long": "error"}, REMEDY)

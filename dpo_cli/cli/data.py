@@ -1,0 +1,179 @@
+"""``dpo-cli data``: look at data before it is used. Nothing here writes to the project."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.cli.sources import policies_of, project_params
+from dpo_cli.core.errors import ParamsError
+from dpo_cli.core.params import DataParams, SftSource, Source, TokenChecks
+from dpo_cli.core.progress import Reporter
+from dpo_cli.data.convert import Conversion, Finding, convert, find_files, read_arrow
+from dpo_cli.data.convert_stage import account_rows, checks_of, metrics_of, warnings_of
+from dpo_cli.data.formats.base import RowProblem
+from dpo_cli.data.tokenise import tokenise_row
+
+_ALL_ROWS = 1 << 60
+_ROWS_NAMED = 5
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """What a check is asked for.
+
+    Attributes:
+        listed: The check whose rows are all to be named; None: the first ones of each.
+        model: A model's folder, or ``embedded``, by whose tokens rows are checked, too.
+        template: Its chat template, as :func:`~dpo_cli.cli.show.token_view` takes it.
+        max_length: Tokens a row may have; None: what the project says.
+    """
+
+    listed: str | None = None
+    model: str | None = None
+    template: str | None = None
+    max_length: int | None = None
+
+    @property
+    def rows_named(self) -> int:
+        """How many rows are named for each check."""
+        return _ALL_ROWS if self.listed else _ROWS_NAMED
+
+
+def check_sources(sources: Sequence[Source], options: CheckOptions, reporter: Reporter) -> tuple[dict[str, Any], bool]:
+    """Convert sources without writing anything, and print what was found.
+
+    Args:
+        sources: Where the data is; sources of one kind are compared with each other.
+        options: What is asked for.
+        reporter: Gets the tables.
+
+    Returns:
+        The figures by kind, and whether all rows are accepted.
+
+    Raises:
+        DataError: A file cannot be read or has no known format.
+        MachineError: The model's tokenizer cannot be used.
+    """
+    params = project_params()
+    fraction = (params.data if params else DataParams()).eval_fraction
+    workers = (params.runtime.workers if params else None) or os.cpu_count() or 1
+    figures: dict[str, Any] = {}
+    accepted = True
+    for kind in ("sft", "preferences"):
+        mine = [source for source in sources if isinstance(source, SftSource) == (kind == "sft")]
+        if not mine:
+            continue
+        size = sum(path.stat().st_size for source in mine for path in find_files(source) if path.is_file())
+        with tempfile.TemporaryDirectory(prefix="dpo-cli-") as folder:
+            work = Path(folder) / "work"
+            work.mkdir()
+            rejects = Path(folder) / "rejects.jsonl"
+            with reporter.meter(f"checking {kind}", size, "bytes") as meter:
+                report = convert(
+                    mine,
+                    {name: "drop" if policy == "error" else policy for name, policy in policies_of().items()},
+                    fraction,
+                    work,
+                    None,
+                    rejects,
+                    workers=workers,
+                    rows_listed=options.rows_named,
+                    on_bytes=meter.advance,
+                )
+            examples = _first_of_each_reason(rejects)
+            tokens = _check_tokens(report, mine[0], options, reporter) if options.model else None
+        figures[kind] = {**metrics_of(report), "checks": checks_of(report)}
+        accepted &= not report.rejected
+        _print(kind, report, options, examples, reporter)
+        if tokens is not None:
+            figures[kind]["tokens"] = {name: vars(finding) for name, finding in tokens.items()}
+            accepted &= all(finding.policy == "keep" or not finding.count for finding in tokens.values())
+            _print_findings(
+                f"{kind}: tokens, as {options.model} sees them", tokens, report.num_checked, options, reporter
+            )
+    return figures, accepted
+
+
+def _check_tokens(report: Conversion, source: Source, options: CheckOptions, reporter: Reporter) -> dict[str, Finding]:
+    """What the checks of tokens find in the rows that a conversion leaves."""
+    from dpo_cli.cli.show import token_view  # here: transformers takes seconds
+
+    assert options.model is not None
+    view = token_view(options.model, options.template, options.max_length, source)
+    policies = {name: "drop" if policy == "error" else policy for name, policy in view.policies.items()}
+    columns = ("completion",) if isinstance(source, SftSource) else ("chosen", "rejected")
+    findings = {name: Finding(policy) for name, policy in policies.items()}
+    findings["template_refused"] = Finding("drop")
+    total = sum(block.num for block in report.blocks)
+    with reporter.meter("tokenising", total, "examples") as meter:
+        for block in report.blocks:
+            rows = read_arrow(block.examples).to_pylist() if block.examples.exists() else []
+            for row in rows:
+                try:
+                    _, found = tokenise_row(row, columns, view.encoder, view.max_length, policies)
+                except RowProblem as problem:
+                    found = [problem.reason]
+                for name in found:
+                    finding = findings.setdefault(name, Finding("drop"))
+                    finding.count += 1
+                    if len(finding.rows) < options.rows_named:
+                        place = (block.file.path.as_posix(), row["row"] + block.first - block.file.first)
+                        finding.rows.append(place)
+            meter.advance(block.num)
+    return findings
+
+
+def _first_of_each_reason(rejects: Path) -> dict[str, str]:
+    """For each reason to leave rows out, what is said of the first one."""
+    found: dict[str, str] = {}
+    with rejects.open(encoding="utf-8") as file:
+        for line in file:
+            entry = json.loads(line)
+            if entry["reason"] not in found:
+                place = f"line {entry['line']}" if "line" in entry else f"row {entry['row']}"
+                part = f", {entry['part']}" if "part" in entry else ""
+                found[entry["reason"]] = f"{entry['file']}, {place}{part}: {entry['detail']}"
+    return found
+
+
+def _print(kind: str, report: Conversion, options: CheckOptions, examples: dict[str, str], reporter: Reporter) -> None:
+    rows = [row for row in account_rows(report, None) if not row[0].startswith(("left out:", "kept:"))]
+    rows += [(f"left out: {reason.replace('_', ' ')}", f"{count}: {examples[reason]}{', ...' if count > 1 else ''}")
+             for reason, count in report.rejected.most_common()]  # fmt: skip
+    reporter.table(f"{kind}: what goes in", rows)
+    _print_findings(f"{kind}: checks", report.checks, report.num_items, options, reporter)
+    for warning in warnings_of(report):
+        reporter.warn(warning)
+
+
+def _print_findings(
+    title: str, findings: Mapping[str, Finding], total: int, options: CheckOptions, reporter: Reporter
+) -> None:
+    rows = []
+    for name, finding in findings.items():
+        if options.listed is not None and name != options.listed:
+            continue
+        shown = ", ".join(str(row) for _, row in finding.rows)
+        more = ", ..." if finding.count > len(finding.rows) else ""
+        share = finding.count / total if total else 0.0
+        where = f"rows {shown}{more}" if finding.rows else ""
+        rows.append((name, f"{finding.count:>7} {share:>7.2%}  {finding.policy:<5}  {where}".rstrip()))
+    if rows:
+        reporter.table(f"{title} (count, rate, policy, {'rows' if options.listed else 'first rows'})", rows)
+
+
+def refuse_unknown_check(name: str | None) -> None:
+    """``--list`` takes the name of a check.
+
+    Raises:
+        ParamsError: There is none of that name.
+    """
+    known = [*policies_of(), *TokenChecks.model_fields]
+    if name is not None and name not in known:
+        raise ParamsError(f"--list: {name} is no check; there are {', '.join(known)}")

@@ -1,0 +1,111 @@
+"""Data files as the user names them on the command line, or in params.yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from dpo_cli.core import paths
+from dpo_cli.core.errors import DataError, ParamsError
+from dpo_cli.core.params import DataParams, Params, PreferenceSource, SftSource, Source, explain, load_params
+from dpo_cli.data.convert import find_files, plan_of
+from dpo_cli.data.formats.detect import UnknownFormatError
+
+KINDS = {"sft": SftSource, "preferences": PreferenceSource}
+
+
+def project_params() -> Params | None:
+    """The settings of the project in the working directory, if it is one."""
+    return load_params(paths.PARAMS) if paths.PARAMS.is_file() else None
+
+
+def sources_of(files: Sequence[str], kind: str | None, settings: Sequence[str]) -> list[Source]:
+    """The sources that the user means.
+
+    A file that is a source in params.yaml has the settings it has there, and those given beside.
+
+    Raises:
+        ParamsError: A setting is wrong, or no file is given outside a project.
+        DataError: A file cannot be read, or fits no format.
+    """
+    if kind is not None and kind not in KINDS:
+        raise ParamsError(f"--as must be sft or preferences, got {kind!r}")
+    given = _parse(settings)
+    params = project_params()
+    data = params.data if params else None
+    if not files:
+        if data is None:
+            raise ParamsError("name a file, or run this in a project folder, whose params.yaml names them")
+        known = _known(data)
+        return [_updated(source, given) for source in known if kind is None or isinstance(source, KINDS[kind])]
+    return [_source_of(file, kind, given, data) for file in files]
+
+
+def policies_of() -> dict[str, str]:
+    """What to do with what each check finds: the project's settings, or the defaults."""
+    params = project_params()
+    return (params.data if params else DataParams()).checks.model_dump()
+
+
+def _known(data: DataParams) -> list[Source]:
+    return [data.sft, *data.sft.also, data.preferences, *data.preferences.also]
+
+
+def _files_of(source: Source) -> list[Path]:
+    try:
+        return find_files(source)
+    except DataError:  # a pattern without a file; the stage says so
+        return []
+
+
+def _source_of(file: str, kind: str | None, given: dict[str, Any], data: DataParams | None) -> Source:
+    for source in _known(data) if data else []:
+        mine = Path(source.path) == Path(file) or any(path == Path(file) for path in _files_of(source))
+        if mine and (kind is None or isinstance(source, KINDS[kind])):
+            return _updated(source, {"path": file, **given})
+    wanted = [kind] if kind else ["preferences", "sft"]
+    problem: DataError | None = None
+    for name in wanted:
+        try:
+            source = _made(KINDS[name], {"path": file, **given})
+            plan_of(source, Path(file), {}, 0.5)
+        except UnknownFormatError as error:  # as the next kind, perhaps
+            problem = error
+        except ParamsError as error:
+            if name == wanted[-1]:
+                raise
+            problem = DataError(error.problems)
+        else:
+            return source
+    assert problem is not None
+    raise problem
+
+
+def _parse(settings: Sequence[str]) -> dict[str, Any]:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    given: dict[str, Any] = {}
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        if not separator:
+            raise ParamsError(f"--set takes key=value, got {setting!r}")
+        try:
+            given[key.strip()] = YAML(typ="safe").load(text)
+        except YAMLError as error:
+            raise ParamsError(f"--set {key}: not valid YAML: {str(error).splitlines()[0]}") from None
+    return given
+
+
+def _updated(source: Source, given: dict[str, Any]) -> Source:
+    return _made(type(source), {**source.model_dump(), **given}) if given else source
+
+
+def _made(kind: type[Source], values: dict[str, Any]) -> Source:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ParamsError([f"--set {explain(problem, kind)}" for problem in error.errors()]) from None

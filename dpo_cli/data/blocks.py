@@ -1,0 +1,379 @@
+"""One block of a file, from records to canonical rows: a pure function, so that processes can share the work.
+
+What is made lies in files beside each other, one set a block: the rows as Arrow, and their
+digests, by which :mod:`dpo_cli.data.repeats` finds rows that repeat or contradict each other.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dpo_cli.data.checks import (
+    DESCRIPTIONS,
+    FORMAT_CHECK,
+    ROW_REASONS,
+    check_preference,
+    check_sft,
+    reason_to_drop,
+)
+from dpo_cli.data.formats import PREFERENCE_FORMATS, SFT_FORMATS
+from dpo_cli.data.formats.base import Column, Reading, RowProblem
+from dpo_cli.data.formats.detect import RowReader
+from dpo_cli.data.reading.base import Block, Lines
+from dpo_cli.data.reading.json_text import parse_lines
+from dpo_cli.data.schema import (
+    MESSAGES,
+    PREFERENCE_SCHEMA,
+    RANKING_SCHEMA,
+    SFT_SCHEMA,
+    Messages,
+    PreferenceExample,
+    RankingExample,
+    SftExample,
+    content_id,
+    joint_id,
+    part_id,
+    table_of,
+)
+from dpo_cli.data.splits import opening_of, position_of
+
+DIGESTS = np.dtype(
+    [
+        ("id_high", "<u8"),
+        ("id_low", "<u8"),
+        ("group", "<u8"),
+        ("sides", "<u8"),  # of the two answers, whatever their order
+        ("flipped", "u1"),  # in which order they are
+        ("held_out", "u1"),
+        ("row", "<i8"),  # in the block; made global when the block comes back
+    ]
+)
+"""What is remembered of an example to compare it with all others."""
+
+_WHERE_TO = [pa.field("held_out", pa.bool_()), pa.field("copies", pa.int32())]
+_WHERE_FROM = [
+    pa.field("row", pa.int64()),
+    pa.field("line", pa.int64()),
+    pa.field("part", pa.string()),
+    pa.field("ranking", pa.int32()),
+]
+RANKING_BLOCK_SCHEMA = pa.schema([*RANKING_SCHEMA, *_WHERE_TO])
+"""Columns of a block's file of rankings."""
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """All that decides what becomes of the blocks of one file; it travels to other processes.
+
+    Attributes:
+        path: The file.
+        kind: ``sft`` or ``preference``.
+        format: A format's name, or ``auto``.
+        fallback: The format of rows that fit none.
+        columns: Where fields lie, as the user says.
+        reading: What the source says beside.
+        policies: What to do with what each check finds.
+        eval_fraction: Share of prompts held out; 0 or 1 sends all of it to one split.
+        weight: How often a train row is taken.
+    """
+
+    path: Path
+    kind: str
+    format: str
+    fallback: str
+    columns: Mapping[str, Column]
+    reading: Reading
+    policies: Mapping[str, str]
+    eval_fraction: float
+    weight: float
+
+    def reader(self) -> RowReader:
+        """The reader of its rows."""
+        formats = SFT_FORMATS if self.kind == "sft" else PREFERENCE_FORMATS
+        reader = RowReader(formats, self.format, self.columns, self.reading)
+        reader.use_fallback(self.fallback)
+        return reader
+
+
+@dataclass
+class Reject:
+    """A row, or a part of one, that is left out.
+
+    Attributes:
+        row: Its number in the file, from 0.
+        line: Its line in the file, where it has lines.
+        part: The part of the row; empty: the whole of it.
+        check: The check by which it is left out.
+        reason: Why, in short; mostly the check's name.
+        detail: What is wrong, without content.
+    """
+
+    row: int
+    line: int | None
+    part: str
+    check: str
+    reason: str
+    detail: str
+
+
+@dataclass
+class BlockResult:
+    """What became of a block.
+
+    Attributes:
+        num_rows: Rows in it.
+        num_examples: Rows in its Arrow file.
+        rejects: What is left out so far.
+        found: For each check, the rows of the block that fail it and are kept.
+        formats: How many rows had which format.
+        digests: Of its examples (:data:`DIGESTS`).
+        num_ties: Pairs of ranked answers that are tied.
+    """
+
+    num_rows: int
+    num_examples: int = 0
+    rejects: list[Reject] = field(default_factory=list)
+    found: dict[str, list[int]] = field(default_factory=dict)
+    formats: Counter[str] = field(default_factory=Counter)
+    digests: np.ndarray = field(default_factory=lambda: np.empty(0, DIGESTS))
+    num_ties: int = 0
+
+
+def block_schema(kind: str) -> pa.Schema:
+    """Columns of a block's Arrow file."""
+    canonical = SFT_SCHEMA if kind == "sft" else PREFERENCE_SCHEMA
+    return pa.schema([*canonical, *_WHERE_TO, *_WHERE_FROM])
+
+
+def examples_file(folder: Path, index: int) -> Path:
+    """The rows of a block."""
+    return folder / f"{index:08d}.arrow"
+
+
+def rankings_file(folder: Path, index: int) -> Path:
+    """The rankings of a block, where it has any."""
+    return folder / f"{index:08d}.rankings.arrow"
+
+
+def convert_block(
+    plan: BlockPlan, block: Block, folder: Path, index: int, reader: RowReader | None = None
+) -> BlockResult:
+    """Convert a block and write its rows.
+
+    Args:
+        plan: How.
+        block: Lines or records. Row numbers in the result count from the block's first row.
+        folder: Where its files go.
+        index: The block's number, which names its files.
+        reader: The plan's reader, where the caller keeps one.
+
+    Raises:
+        DataError: A line is no JSON; its row number counts from the block's start.
+    """
+    reader = reader or plan.reader()
+    records = parse_lines(plan.path, block) if isinstance(block, Lines) else block
+    first_row = records[0].row if records else 0
+    rows = _Rows(plan)
+    for record in records:
+        rows.place(record.row - first_row, record.line)
+        try:
+            fmt, found = reader.read(record.value)
+            rows.formats[fmt.name] += 1
+            if isinstance(found, Iterator):
+                for part, example in found:
+                    rows.add_part(example, part)
+            else:
+                rows.add(found, "")
+        except RowProblem as problem:
+            rows.refuse(problem, "")
+    return rows.write(folder, index, len(records))
+
+
+class _Rows:
+    """The rows of a block."""
+
+    def __init__(self, plan: BlockPlan) -> None:
+        self._plan = plan
+        self._check: Any = check_sft if plan.kind == "sft" else check_preference
+        self.formats: Counter[str] = Counter()
+        self._rejects: list[Reject] = []
+        self._found: dict[str, list[int]] = {}
+        self._rows: list[tuple[Any, ...]] = []  # as _COLUMNS, then the example's own
+        self._rankings: list[dict[str, Any]] = []
+        self._num_ties = 0
+        self._row: int = 0
+        self._line: int | None = None
+        self._prompt: Messages | None = None
+        self._prompt_facts: tuple[str, bool, int] = ("", False, 1)
+
+    def place(self, row: int, line: int | None) -> None:
+        """Where the examples that follow come from."""
+        self._row, self._line = row, line
+
+    def refuse(self, problem: RowProblem, part: str) -> None:
+        """Leave out what does not fit its format."""
+        check = problem.reason if problem.reason in ROW_REASONS else FORMAT_CHECK
+        self._rejects.append(Reject(self._row, self._line, part, check, problem.reason, problem.detail))
+
+    def add_part(self, example: Any, part: str) -> None:
+        """Add one of several things that a row holds."""
+        if isinstance(example, RowProblem):
+            self.refuse(example, part)
+            return
+        try:
+            self.add(example, part)
+        except RowProblem as problem:
+            self.refuse(problem, part)
+
+    def add(self, example: SftExample | PreferenceExample | RankingExample, part: str) -> None:
+        """Add an example, or the pairs of a ranking."""
+        if isinstance(example, RankingExample):
+            self._add_ranking(example, part)
+        else:
+            self._add_example(example, part, -1)
+
+    def _add_ranking(self, example: RankingExample, part: str) -> None:
+        pairs = example.pairs(self._plan.reading.pairs)
+        num = len(example.ranks)
+        if not pairs:
+            raise RowProblem("tie", f"is a tie: no two of its {num} answers differ in rank")
+        facts = self._facts_of(example.prompt)
+        self._num_ties += num * (num - 1) // 2 - len(example.pairs("all"))
+        self._rankings.append({**_row_of(example, self._plan.path.name), "held_out": facts[1], "copies": facts[2]})
+        ranking = len(self._rankings) - 1
+        for better, worse in pairs:
+            name = f"answers {better + 1} > {worse + 1}"
+            pair = example.pair(better, worse)
+            self._add_example(pair, f"{part}, {name}" if part else name, ranking)
+
+    def _add_example(self, example: SftExample | PreferenceExample, part: str, ranking: int) -> None:
+        found = self._check(example)
+        if found:
+            reason = reason_to_drop(found, self._plan.policies)
+            if reason is not None:
+                self._rejects.append(Reject(self._row, self._line, part, reason, reason, DESCRIPTIONS[reason]))
+                return
+            for name in found:
+                rows = self._found.setdefault(name, [])
+                rows.append(self._row)
+        try:
+            group, held_out, copies = self._facts_of(example.prompt)
+            place = (group, held_out, copies, self._row, self._line, part, ranking)
+            if isinstance(example, SftExample):
+                example_id = sides = joint_id(group, part_id(example.completion))
+                flipped = False
+                columns: tuple[Any, ...] = (example.prompt, example.completion)
+            else:
+                chosen, rejected = part_id(example.chosen), part_id(example.rejected)
+                flipped = chosen > rejected
+                example_id = joint_id(group, chosen, rejected)
+                sides = joint_id(group, rejected, chosen) if flipped else example_id
+                columns = (
+                    example.prompt,
+                    example.chosen,
+                    example.rejected,
+                    example.chosen_score,
+                    example.rejected_score,
+                )
+        except UnicodeEncodeError:
+            raise RowProblem("bad_unicode", "has half of a surrogate pair, which is no text") from None
+        self._rows.append((example_id, sides, flipped, *place, *columns))
+
+    def _facts_of(self, prompt: Messages) -> tuple[str, bool, int]:
+        """The prompt's id, its split, and how often its rows are taken; remembered for the pairs of a ranking."""
+        if prompt is self._prompt:
+            return self._prompt_facts
+        plan = self._plan
+        group = content_id(prompt)
+        opening = opening_of(prompt)
+        position = position_of(group if len(opening) == len(prompt) else content_id(opening))
+        held_out = position < plan.eval_fraction
+        copies = 1 if held_out or plan.weight == 1 else int(plan.weight) + (position_of(group[16:]) < plan.weight % 1)
+        self._prompt, self._prompt_facts = prompt, (group, held_out, copies)
+        return self._prompt_facts
+
+    def write(self, folder: Path, index: int, num_rows: int) -> BlockResult:
+        """Write the files, and say what became of the block."""
+        digests = np.empty(0, DIGESTS)
+        if self._rows:
+            columns = dict(zip(_COLUMNS[self._plan.kind], zip(*self._rows, strict=True), strict=True))
+            write_arrow(examples_file(folder, index), _table_of(columns, self._plan))
+            digests = _digests_of(columns)
+        if self._rankings:
+            write_arrow(rankings_file(folder, index), table_of(self._rankings, RANKING_BLOCK_SCHEMA))
+        return BlockResult(num_rows, len(self._rows), self._rejects, self._found, self.formats, digests, self._num_ties)
+
+
+_FACTS = ("id", "sides", "flipped", "group", "held_out", "copies", "row", "line", "part", "ranking", "prompt")
+_COLUMNS = {
+    "sft": (*_FACTS, "completion"),
+    "preference": (*_FACTS, "chosen", "rejected", "chosen_score", "rejected_score"),
+}
+"""What is known of an example, in the order in which it is collected."""
+
+
+def _table_of(columns: Mapping[str, Sequence[Any]], plan: BlockPlan) -> pa.Table:
+    """A block's rows, as :func:`block_schema` has them."""
+    schema = block_schema(plan.kind)
+    arrays = []
+    for column in schema:
+        if column.name == "source":
+            arrays.append(pa.repeat(pa.scalar(plan.path.name), len(columns["id"])))
+        elif column.type == MESSAGES:
+            arrays.append(_messages_array(columns[column.name]))
+        else:
+            arrays.append(pa.array(columns[column.name], column.type))
+    return pa.table(arrays, schema=schema)
+
+
+def _digests_of(columns: Mapping[str, Sequence[Any]]) -> np.ndarray:
+    """What is remembered of a block's rows (:data:`DIGESTS`)."""
+
+    def words(name: str) -> np.ndarray:
+        return np.frombuffer(bytes.fromhex("".join(columns[name])), "<u8").reshape(-1, 2)
+
+    digests = np.empty(len(columns["id"]), DIGESTS)
+    digests["id_high"], digests["id_low"] = words("id").T
+    digests["group"], digests["sides"] = words("group")[:, 0], words("sides")[:, 0]
+    for name in ("flipped", "held_out", "row"):
+        digests[name] = columns[name]
+    return digests
+
+
+def write_arrow(path: Path, table: pa.Table) -> None:
+    """Write rows or rankings of a block."""
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+def _row_of(example: RankingExample, source: str) -> dict[str, Any]:
+    try:
+        return example.row(source)
+    except UnicodeEncodeError:
+        raise RowProblem("bad_unicode", "has half of a surrogate pair, which is no text") from None
+
+
+def _messages_array(rows: Sequence[Messages]) -> pa.Array:
+    """Message lists as a list<struct<role, content>> array, built from flat columns."""
+    if all(len(messages) == 1 for messages in rows):
+        flat = [messages[0] for messages in rows]
+        offsets = np.arange(len(rows) + 1, dtype=np.int32)
+    else:
+        flat = list(chain.from_iterable(rows))
+        offsets = np.fromiter(accumulate(map(len, rows), initial=0), np.int32, len(rows) + 1)
+    struct = pa.StructArray.from_arrays(
+        [
+            pa.array([message["role"] for message in flat], pa.string()),
+            pa.array([message["content"] for message in flat], pa.string()),
+        ],
+        ["role", "content"],
+    )
+    return pa.ListArray.from_arrays(pa.array(offsets), struct)

@@ -1,0 +1,169 @@
+"""Messages as they come: names of roles and fields, typed content parts, conversations as JSON text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import orjson
+
+from dpo_cli.data.formats.base import RowProblem, kind_of
+from dpo_cli.data.schema import Message, Messages
+
+ROLE_NAMES: Mapping[str, str] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "agent": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+    "ai": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "ipython": "tool",
+}
+"""The canonical role behind every name it goes by, in small letters."""
+
+ROLE_KEYS = ("role", "from", "speaker")
+_CONTENT_KEYS = ("content", "value", "text")
+_CALL_KEYS = ("tool_calls", "function_call")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_PYTHON = re.compile(r"\[?\s*\{'\w+':")
+
+
+def read_message(value: Any, where: str, roles: Mapping[str, str] = ROLE_NAMES) -> Message:
+    """A turn, such as ``{"from", "value"}`` or ``{"role", "content"}``."""
+    try:
+        role, content = roles[value["role"]], value["content"]
+        if type(content) is str and len(value) == 2:
+            return {"role": role, "content": content}
+    except (KeyError, TypeError):
+        pass  # not of the most frequent shape
+    if not isinstance(value, dict):
+        raise RowProblem("bad_message", f"{where} must be a message, got {kind_of(value)}")
+    key = next((key for key in ROLE_KEYS if key in value), None)
+    if key is None:
+        raise RowProblem("unknown_role", f"{where} has no role: it is {kind_of(value)}")
+    role = _role_of(value[key], roles)
+    if role is None:
+        known = ", ".join(roles)
+        raise RowProblem(
+            "unknown_role",
+            f"{where} has the role {_shown(value[key])}; known are {known}; say in roles which of them it is",
+        )
+    if any(value.get(call) for call in _CALL_KEYS):
+        raise RowProblem("tool_call", f"{where} calls a tool in a field of its own, which is no text")
+    content = next((value[key] for key in _CONTENT_KEYS if key in value), None)
+    return {"role": role, "content": read_content(content, where)}
+
+
+def _role_of(name: Any, roles: Mapping[str, str]) -> str | None:
+    return (roles.get(name) or roles.get(name.lower())) if isinstance(name, str) else None
+
+
+def _shown(name: Any) -> str:
+    return repr(name[:40]) if isinstance(name, str) else kind_of(name)
+
+
+def read_content(content: Any, where: str) -> str:
+    """Text, or a list of typed parts that are all text, such as ``[{"type": "text", "text": ...}]``."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise RowProblem("not_text", f"{where} must have text content, got {kind_of(content)}")
+    return "".join(_part_text(part, f"{where} has a part {index}") for index, part in enumerate(content))
+
+
+def _part_text(part: Any, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict):
+        raise RowProblem("not_text", f"{where} that is {kind_of(part)}; only text is read")
+    if part.get("type") in _TEXT_PARTS:
+        for key in ("text", "value"):
+            if isinstance(part.get(key), str):
+                return part[key]
+    raise RowProblem("not_text", f"{where} of type {_shown(part.get('type'))}; only text is read")
+
+
+def read_messages(values: Any, where: str, roles: Mapping[str, str] = ROLE_NAMES) -> Messages:
+    """A list of turns, a single one, or either as JSON text (as a CSV file has it)."""
+    if isinstance(values, str):
+        turns = turns_in(values)
+        if turns is None:
+            refuse_python(values, where)
+            raise RowProblem("bad_message", f"{where!r} must be a list of messages, got text")
+        values = turns
+    if isinstance(values, dict):
+        return [read_message(values, where, roles)]
+    if not isinstance(values, list):
+        raise RowProblem("bad_message", f"{where!r} must be a list of messages, got {kind_of(values)}")
+    return [read_message(value, f"{where}[{index}]", roles) for index, value in enumerate(values)]
+
+
+def turns_in(text: str) -> Any:
+    """The turns that a text holds as JSON, as a CSV file has them: a list of turns, or one; else None."""
+    if not text.lstrip().startswith(("[", "{")) or not any(f'"{key}"' in text for key in ROLE_KEYS):
+        return None
+    value = json_in(text)
+    return value if is_turn(value) or is_conversation(value) else None
+
+
+def json_in(text: str) -> Any:
+    """What a text says as JSON; None where it is none."""
+    try:
+        return orjson.loads(text)
+    except ValueError:
+        return None
+
+
+def refuse_python(text: str, where: str) -> None:
+    """Messages as Python prints them are no JSON and no text.
+
+    Raises:
+        RowProblem: The text looks like that.
+    """
+    if _PYTHON.match(text) and any(f"'{key}'" in text for key in ROLE_KEYS):
+        raise RowProblem(
+            "not_json", f"{where!r} holds messages as Python prints them; write the file as JSON lines or parquet"
+        )
+
+
+def check_prompt(prompt: Messages) -> Messages:
+    """A prompt ends where it is the model's turn: with a user's turn or a tool's."""
+    if not prompt:
+        raise RowProblem("empty_prompt", "has no prompt")
+    if prompt[-1]["role"] not in ("user", "tool"):
+        raise RowProblem("prompt_not_ending_with_user", f"the prompt ends with a turn of the {prompt[-1]['role']}")
+    return prompt
+
+
+def check_answer(answer: Messages, where: str) -> Messages:
+    """An answer is one assistant turn."""
+    if len(answer) != 1 or answer[0]["role"] != "assistant":
+        roles = ", ".join(message["role"] for message in answer[:9]) or "nothing"
+        raise RowProblem("not_one_answer", f"{where!r} must be one assistant turn, or the prompt and one, got {roles}")
+    return answer
+
+
+def is_turn(value: Any) -> bool:
+    """Whether a value looks like a turn: it says whose it is."""
+    return isinstance(value, dict) and any(key in value for key in ROLE_KEYS)
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether a value is a list of turns."""
+    return isinstance(value, list) and bool(value) and all(map(is_turn, value))
+
+
+def last_role(turns: Sequence[Any]) -> str | None:
+    """Whose the last turn of a conversation is, where its name is a usual one."""
+    last = turns[-1]
+    return _role_of(next((last[key] for key in ROLE_KEYS if key in last), None), ROLE_NAMES)

@@ -1,0 +1,233 @@
+"""Which format a row has, and where its fields lie: named by the user, or found and explained."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from dpo_cli.core.errors import DataError, ParamsError
+from dpo_cli.data.formats.base import Column, Columns, Format, Reading, RowProblem, always, kind_of, never
+from dpo_cli.data.formats.columns import MISSING, Plan, look_up, plan_of, shown
+from dpo_cli.data.formats.content import is_turn
+from dpo_cli.data.formats.unpaired import unpaired_label
+from dpo_cli.data.schema import RawRow
+
+_Test = Callable[[RawRow], bool]
+_Step = tuple[Plan, bool, _Test | None, _Test | None]
+"""A plan, whether it renames fields, and what to ask of a row: whether it matches, and whether it does so weakly."""
+_PLANS_KEPT = 10_000
+"""Rows whose keys are data must not fill the memory."""
+
+
+class UnknownFormatError(DataError):
+    """The file is sound, but no format fits its rows."""
+
+
+class RowReader:
+    """Reads the rows of one source, each in the format that fits it.
+
+    Args:
+        formats: The formats a row may have, in the order in which they are tried.
+        name: A format's name, or ``auto``.
+        columns: Where fields lie, as the user says; an empty path says that there is no such field.
+        reading: What the source says beside.
+
+    Raises:
+        ParamsError: ``columns`` names a field that no format has.
+    """
+
+    def __init__(
+        self, formats: Sequence[Format[Any]], name: str, columns: Mapping[str, Column], reading: Reading
+    ) -> None:
+        self._formats = [fmt for fmt in formats if name in ("auto", fmt.name)]
+        self._columns = columns
+        self._reading = reading
+        self._steps: dict[tuple[str, ...], list[_Step]] = {}
+        self._fallbacks: dict[tuple[str, ...], Plan] = {}
+        self._main: Format[Any] | None = None
+        known = {field for fmt in self._formats for field in fmt.names}
+        for field in columns:
+            if field not in known:
+                close = difflib.get_close_matches(field, known, n=1)
+                hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(sorted(known))}"
+                raise ParamsError(f"columns.{field} is not a field of the format {name}{hint}")
+
+    def read(self, row: RawRow) -> tuple[Format[Any], Any]:
+        """The row's format and what it reads: an example, or an iterator of parts.
+
+        Raises:
+            RowProblem: The row fits no format.
+        """
+        if type(row) is not dict:
+            raise RowProblem("not_an_object", f"must be a JSON object, got {kind_of(row)}")
+        keys = tuple(row)
+        steps = self._steps.get(keys)
+        for plan, moves, matches, weak in self._steps_of(keys) if steps is None else steps:
+            found = plan.rename(row) if moves else row
+            if (matches is None or matches(found)) and (weak is None or not self._is_doubtful(plan, found)):
+                break
+        else:
+            plan = self._fallback_of(keys)
+            found = plan.rename(row)
+            if plan.rivals:
+                field, rivals = next(iter(plan.rivals.items()))
+                raise RowProblem("two_fields", f"{' and '.join(rivals)} may both be {field}; say which in columns")
+        try:
+            return plan.format, plan.format.read(found, plan.reading)
+        except RowProblem as problem:
+            raise plan.named(problem) from None
+
+    def _steps_of(self, keys: tuple[str, ...]) -> list[_Step]:
+        """What to try for rows with these keys, in the order of the formats."""
+        plans = [plan_of(fmt, keys, self._columns, self._reading) for fmt in self._formats]
+        steps = [
+            (
+                plan,
+                bool(plan.columns or plan.hidden),
+                None if plan.format.matches is always else plan.format.matches,
+                None if plan.format.weak is never else plan.format.weak,
+            )
+            for plan in plans
+            if plan.fits
+        ]
+        if len(self._steps) < _PLANS_KEPT:
+            self._steps[keys] = steps
+        return steps
+
+    def _fallback_of(self, keys: tuple[str, ...]) -> Plan:
+        """How rows with these keys are read where none of the steps does."""
+        plan = self._fallbacks.get(keys)
+        if plan is None:
+            plan = plan_of(self._main or self._formats[0], keys, self._columns, self._reading)
+            if len(self._fallbacks) < _PLANS_KEPT:
+                self._fallbacks[keys] = plan
+        return plan
+
+    def _is_doubtful(self, plan: Plan, row: RawRow) -> bool:
+        """Whether the row is more likely one of the file's main format that lacks a field."""
+        return self._main is not None and plan.format is not self._main and plan.format.weak(row)
+
+    # --- a whole file -------------------------------------------------------------------------
+
+    def detect(self, file: Any, rows: Sequence[Any]) -> str:
+        """Find the formats of a file's first rows, and say why.
+
+        Rows that fit no format are read as the most frequent one, whose reader says what is wrong.
+
+        Raises:
+            UnknownFormatError: No row fits any format, or reading them as one would be a guess.
+        """
+        objects = [row for row in rows if isinstance(row, dict)]
+        self._refuse_unknown_paths(file, objects)
+        self._main = None
+        found: dict[str, list[tuple[Plan, RawRow]]] = {}
+        for plan, row in filter(None, map(self._choose, objects)):
+            found.setdefault(plan.format.name, []).append((plan, row))
+        if not found:
+            raise UnknownFormatError(f"{file}: {self._why_none(rows, objects)}")
+        best = max(found, key=lambda name: len(found[name]))
+        self.use_fallback(best)
+        for name in [name for name in found if name != best]:
+            found[name] = [(plan, row) for plan, row in found[name] if not plan.format.weak(row)]
+        for name, read in found.items():
+            if read and (doubt := read[0][0].format.doubt([row for _, row in read], read[0][0].reading)):
+                raise UnknownFormatError(f"{file}: its rows look like {name}, but {doubt}")
+        told = sorted((read for read in found.values() if read), key=len, reverse=True)
+        rest = len(rows) - sum(map(len, told))
+        unread = f"; {rest} of them fit no format and are read as {best}" if rest else ""
+        return "; ".join(_explain(read, len(rows)) for read in told) + unread
+
+    def use_fallback(self, name: str) -> None:
+        """Read rows that fit no format as this one."""
+        self._main = next(fmt for fmt in self._formats if fmt.name == name)
+        self._fallbacks.clear()
+
+    @property
+    def fallback(self) -> str:
+        """The format of rows that fit none."""
+        return (self._main or self._formats[0]).name
+
+    def _choose(self, row: dict[str, Any]) -> tuple[Plan, RawRow] | None:
+        keys = tuple(row)
+        for plan, *_ in self._steps.get(keys) or self._steps_of(keys):
+            try:
+                renamed = plan.rename(row)
+            except RowProblem:
+                continue
+            if plan.format.matches(renamed):
+                return plan, renamed
+        return None
+
+    # --- what to say where nothing fits ---------------------------------------------------------
+
+    def _refuse_unknown_paths(self, file: Any, objects: Sequence[Mapping[str, Any]]) -> None:
+        for field, column in self._columns.items():
+            for path in filter(None, [column] if isinstance(column, str) else column):
+                if objects and all(look_up(row, path) is MISSING for row in objects):
+                    close = difflib.get_close_matches(path, list(_paths(objects[0])), n=1)
+                    hint = f"; did you mean {close[0]}?" if close else ""
+                    raise UnknownFormatError(
+                        f"{file}: columns.{field} names {path!r}, which none of the first {len(objects)} rows has{hint}"
+                    )
+
+    def _why_none(self, rows: Sequence[Any], objects: Sequence[dict[str, Any]]) -> str:
+        if not objects:
+            return f"its rows must be JSON objects, got {kind_of(rows[0])}" if rows else "it has no rows"
+        first = objects[0]
+        label = unpaired_label(objects)
+        if label and any(name in first for name in ("completion", "response", "messages", "conversations", "output")):
+            return (
+                f"its rows are single completions that {label} calls good or bad (unpaired, as KTO takes them);"
+                " DPO needs two answers to the same prompt in a row: chosen and rejected"
+            )
+        known = "; ".join(f"{fmt.name}: {fmt.fields}" for fmt in self._formats)
+        lists = [key for key, value in first.items() if isinstance(value, list) and any(map(_is_row, value[:1]))]
+        hint = f"; if the rows lie within, say records: {lists[0]}" if lists and len(rows) == 1 else ""
+        return (
+            f"unknown format: its first row has {', '.join(first) or 'no fields'};"
+            f" {self._closest(first)}say with columns which field is which{hint}; known formats are {known}"
+        )
+
+    def _closest(self, row: dict[str, Any]) -> str:
+        """What keeps the row from the format that comes next to it."""
+        plans = [plan_of(fmt, tuple(row), self._columns, self._reading) for fmt in self._formats]
+        for plan in plans:
+            if plan.rivals and not plan.missing:
+                field, rivals = next(iter(plan.rivals.items()))
+                return f"as {plan.format.name}, {' and '.join(rivals)} may both be {field}; "
+        for plan in plans:
+            if plan.fits:
+                try:
+                    plan.format.read(plan.rename(row), plan.reading)
+                except RowProblem as problem:
+                    if problem.reason not in ("missing_field", "not_a_list"):
+                        return f"read as {plan.format.name}: {plan.named(problem).detail}; "
+        plan = min(plans, key=lambda plan: (len(plan.missing) or 9, -len(plan.needed)))
+        if 0 < len(plan.missing) < len(plan.needed) - 1:
+            return f"{plan.format.name} comes next to it, which needs {' and '.join(plan.missing)}, too; "
+        return ""
+
+
+def _is_row(value: Any) -> bool:
+    return isinstance(value, dict) and not is_turn(value)
+
+
+def _paths(row: Mapping[str, Any], before: str = "") -> Iterator[str]:
+    """The keys of a row, and those of the objects in it."""
+    for key, value in row.items():
+        yield f"{before}{key}"
+        if isinstance(value, dict) and not before:
+            yield from _paths(value, f"{key}.")
+
+
+def _explain(read: Sequence[tuple[Plan, RawRow]], num_rows: int) -> str:
+    """What is told of the rows of one format."""
+    plan, row = read[0]
+    columns: Columns = {}
+    for other, _ in read:
+        columns = {**other.columns, **columns}
+    moved = ", ".join(f"{field} <- {shown(column)}" for field, column in columns.items() if field != column)
+    told = f"{plan.format.name}: {len(read)} of the first {num_rows} rows have {plan.format.fields}"
+    note = plan.format.note(row, plan.reading)
+    return f"{told}{f' ({moved})' if moved else ''}{f'; {note}' if note else ''}"

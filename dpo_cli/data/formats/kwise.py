@@ -1,0 +1,177 @@
+"""K answers to a prompt with their order: ranks, scores, truth values, pairwise verdicts, or the list's own order.
+
+``{"prompt", "completions": [...]}`` where a completion is a text, a turn, or an object with its
+text and its rank or score. The order comes from ``ranks`` (1 is best, equal is tied),
+``scores`` (higher is better; true is better than false) or ``preference``: the verdicts on all
+pairs in the order 1-2, 1-3, ..., 2-3, ... (1 or 2: which wins, 0: tie), or a matrix whose entry
+[i][j] says how often i beat j. In their place, ``output`` is a list in order, best first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from dpo_cli.data.formats.base import Column, Columns, Format, Reading, RowProblem, Suggestion, kind_of, number
+from dpo_cli.data.formats.content import is_turn, json_in
+from dpo_cli.data.formats.prompts import PROMPT_NAMES, PROMPT_NEEDS, read_answer, read_prompt
+from dpo_cli.data.formats.verdicts import read_verdicts
+from dpo_cli.data.schema import Messages, RankingExample, RawRow
+
+_NUMBERED = re.compile(r"(prediction|completion|response|output|answer|candidate|score|rating|reward|rank)[ _]?(\d+)")
+_ORDER = ("ranks", "scores", "preference")
+_TEXT_KEYS = ("text", "response", "completion", "content", "answer", "output", "solution", "value")
+_RANK_KEYS = ("rank",)
+_SCORE_KEYS = ("score", "overall_score", "rating", "reward", "pm_score", "is_correct", "correct")
+_NUMBERED_ORDER = {"score": "scores", "rating": "scores", "reward": "scores", "rank": "ranks"}
+
+
+def suggest(keys: Collection[str], named: Mapping[str, Column]) -> Suggestion | None:
+    """The columns of a row whose answers, and perhaps their scores or ranks, are numbered fields."""
+    numbered: dict[str, dict[int, str]] = {}
+    for name in keys:
+        if match := _NUMBERED.fullmatch(name):
+            numbered.setdefault(match[1], {})[int(match[2])] = name
+    answers = [stem for stem in numbered if stem not in _NUMBERED_ORDER and len(numbered[stem]) > 2]
+    if len(answers) != 1 or "completions" in named:
+        return None
+    numbers = sorted(numbered[answers[0]])
+    columns: Columns = {"completions": [numbered[answers[0]][number] for number in numbers]}
+    for stem, field in _NUMBERED_ORDER.items():
+        if sorted(numbered.get(stem, {})) == numbers and field not in columns:
+            columns[field] = [numbered[stem][number] for number in numbers]
+    return columns, {}
+
+
+def ranks_of_scores(scores: Sequence[float]) -> list[int]:
+    """Ranks from 1 (best), equal scores tied, without gaps."""
+    levels = {score: rank for rank, score in enumerate(sorted(set(scores), reverse=True), start=1)}
+    return [levels[score] for score in scores]
+
+
+def _list(value: Any) -> Any:
+    """A list, perhaps as JSON text, as a CSV file has it."""
+    return json_in(value) if isinstance(value, str) and value[:1] == "[" else value
+
+
+def _completion(value: Any, index: int, prompt: Messages, reading: Reading, row: RawRow) -> Messages:
+    where = f"completions[{index}]"
+    if isinstance(value, dict) and not is_turn(value):
+        key = next((key for key in _TEXT_KEYS if value.get(key) is not None), None)
+        if key is None:
+            raise RowProblem("missing_field", f"{where} has no text: it is {kind_of(value)}")
+        value = value[key]
+    return read_answer({"prompt": row.get("prompt"), where: value}, where, prompt, reading)
+
+
+def _of_each(row: RawRow, name: str, values: list[Any], keys: Sequence[str]) -> list[Any] | None:
+    """What the row says of each completion in a list beside them, or in the completions themselves."""
+    listed = _list(row.get(name))
+    if listed is not None:
+        if not isinstance(listed, list) or len(listed) != len(values):
+            raise RowProblem(
+                "bad_ranking",
+                f"{name!r} must have a value for each of the {len(values)} completions, got {kind_of(listed)}",
+            )
+        return listed
+    objects = [value if isinstance(value, dict) else {} for value in values]
+    for key in keys:
+        own = [value.get(key) for value in objects]
+        if None not in own:
+            return own
+    key = next((key for key in keys if any(value.get(key) is not None for value in objects)), None)
+    if key is None:
+        return None
+    index = next(index for index, value in enumerate(objects) if value.get(key) is None)
+    raise RowProblem("no_ranking", f"completions[{index}] has no {key}, others have")
+
+
+def _ranks(listed: list[Any]) -> list[int]:
+    if any(isinstance(rank, bool) for rank in listed):
+        raise RowProblem("bad_ranking", "'ranks' must be numbers, got truth values; as scores, true is better")
+    return ranks_of_scores([-number(rank, f"ranks[{index}]") for index, rank in enumerate(listed)])
+
+
+def _answers(row: RawRow) -> tuple[list[Any], bool]:
+    """The answers, and whether they are in order."""
+    values = _list(row.get("completions"))
+    in_order = values is None and "output" in row
+    values = _list(row.get("output")) if in_order else values
+    if values is None:
+        raise RowProblem("missing_field", "has no 'completions'")
+    if not isinstance(values, list):
+        raise RowProblem(
+            "not_a_list",
+            f"'{'output' if in_order else 'completions'}' must be a list of answers, got {kind_of(values)}",
+        )
+    if len(values) < 2:
+        raise RowProblem("too_few_completions", f"has {kind_of(values)} completions, a comparison needs two")
+    return values, in_order
+
+
+def _read(row: RawRow, reading: Reading) -> RankingExample:
+    values, in_order = _answers(row)
+    prompt = read_prompt(row, reading)
+    completions = [_completion(value, index, prompt, reading, row) for index, value in enumerate(values)]
+    scores: list[float] | None = None
+    verdicts: list[tuple[int, int]] | None = None
+    if (listed := _of_each(row, "ranks", values, _RANK_KEYS)) is not None:
+        ranks = _ranks(listed)
+    elif (listed := _of_each(row, "scores", values, _SCORE_KEYS)) is not None:
+        scores = [number(score, f"scores[{index}]") for index, score in enumerate(listed)]
+        ranks = ranks_of_scores(scores)
+    elif row.get("preference") is not None:
+        verdicts = read_verdicts(_list(row["preference"]), len(values))
+        ranks = ranks_of_scores([sum((i == won) - (i == lost) for won, lost in verdicts) for i in range(len(values))])
+    elif in_order and not any(name in row for name in _ORDER):
+        ranks = list(range(1, len(values) + 1))
+    else:
+        raise RowProblem(
+            "no_ranking",
+            "has no 'ranks', 'scores' or 'preference'; if the answers are in order, best first,"
+            " say columns: {output: NAME} with the name of their list",
+        )
+    order = sorted(range(len(values)), key=lambda index: ranks[index])  # stable: tied ones stay as they came
+    place = {old: new for new, old in enumerate(order)}
+    return RankingExample(
+        prompt,
+        [completions[index] for index in order],
+        [ranks[index] for index in order],
+        None if scores is None else [scores[index] for index in order],
+        None if verdicts is None else sorted((place[better], place[worse]) for better, worse in verdicts),
+    )
+
+
+def _has_order(row: RawRow) -> bool:
+    values = _list(row.get("completions"))
+    return any(row.get(name) is not None for name in _ORDER) or any(
+        isinstance(value, dict) and value.get(key) is not None
+        for value in (values if isinstance(values, list) else ())
+        for key in (*_RANK_KEYS, *_SCORE_KEYS)
+    )
+
+
+def _matches(row: RawRow) -> bool:
+    if row.get("completions") is not None:
+        return isinstance(_list(row["completions"]), list) and _has_order(row)
+    return isinstance(_list(row.get("output")), list)
+
+
+KWISE = Format(
+    name="kwise",
+    fields="a list of completions with ranks, scores or pairwise preference, or output as a list in order",
+    names={
+        **PROMPT_NAMES,
+        "completions": ("responses", "answers", "candidates", "generations", "outputs"),
+        "ranks": ("rank",),
+        "scores": ("ratings", "rewards", "score", "rating"),
+        "preference": ("preferences", "comparisons"),
+        "output": (),
+    },
+    needs=tuple((*asked, answers) for answers in ("completions", "output") for asked in PROMPT_NEEDS),
+    read=_read,
+    matches=_matches,
+    note=lambda row, reading: "" if _has_order(row) else "the order of the list is the ranking, best first",
+    suggest=suggest,
+)

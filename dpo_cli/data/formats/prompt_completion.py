@@ -1,0 +1,32 @@
+"""Prompt and completion: ``{"prompt", "completion"}``, each a text or a list of messages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dpo_cli.data.formats.base import Format, Reading
+from dpo_cli.data.formats.content import is_conversation
+from dpo_cli.data.formats.prompts import PROMPT_NAMES, read_answer, read_prompt
+from dpo_cli.data.formats.unpaired import unpaired_doubt
+from dpo_cli.data.schema import RawRow, SftExample
+
+
+def _read(row: RawRow, reading: Reading) -> SftExample:
+    prompt = read_prompt(row, reading)
+    return SftExample(prompt, read_answer(row, "completion", prompt, reading))
+
+
+def _matches(row: RawRow) -> bool:
+    completion: Any = row["completion"]
+    return not isinstance(completion, list) or is_conversation(completion)
+
+
+PROMPT_COMPLETION = Format(
+    name="prompt_completion",
+    fields="prompt and completion",
+    names={**PROMPT_NAMES, "completion": ("answer", "response", "output", "target")},
+    needs=(("prompt", "completion"), ("instruction", "completion")),
+    read=_read,
+    matches=_matches,
+    doubt=unpaired_doubt,
+)

@@ -1,0 +1,180 @@
+"""The prompt of a row, in the ways that formats share: text or messages, with system and history before it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dpo_cli.data.formats.base import Reading, RowProblem, kind_of, optional_text, text_field
+from dpo_cli.data.formats.content import (
+    ROLE_NAMES,
+    check_answer,
+    check_prompt,
+    is_turn,
+    json_in,
+    read_messages,
+    refuse_python,
+    turns_in,
+)
+from dpo_cli.data.formats.transcripts import is_open_transcript, read_open_transcript
+from dpo_cli.data.schema import Messages, RawRow, assistant, user
+
+PROMPT_NAMES: dict[str, tuple[str, ...]] = {
+    "prompt": ("question", "query", "input"),
+    "instruction": (),
+    "input": ("context",),
+    "system": ("system_prompt",),
+    "history": (),
+}
+"""The fields that make a prompt, with the other names they go by."""
+
+PROMPT_NEEDS = (("prompt",), ("instruction",))
+"""One of these says what is asked."""
+
+CONVERSATION_NAMES = ("messages", "conversations", "conversation")
+"""What a list of messages is called."""
+
+SIDE_NAMES: dict[str, tuple[str, ...]] = {
+    "chosen": ("better", "preferred", "response_j", "chosen_response", "preferred_output", "response"),
+    "rejected": ("worse", "dispreferred", "response_k", "rejected_response", "non_preferred_output"),
+    "chosen_score": ("score_chosen", "chosen_rating", "rating_chosen", "chosen-rating"),
+    "rejected_score": ("score_rejected", "rejected_rating", "rating_rejected", "rejected-rating"),
+}
+"""The fields of a pair's two sides, with the other names they go by."""
+
+_ODD_STARTS = frozenset("[{ \nH")
+"""What messages as JSON text and transcripts begin with, and answers to transcripts; most texts do not."""
+
+
+def read_prompt(row: RawRow, reading: Reading) -> Messages:
+    """``prompt`` as text, messages or a transcript, or ``instruction``; ``input`` stands on a new line below."""
+    value = row.get("prompt")
+    if type(value) is str:
+        if value[:1] not in _ODD_STARTS and "input" not in row:
+            asked = [user(value)]
+        else:
+            asked = _read_odd_prompt(value, row, reading)
+    elif value is not None:
+        asked = _read_prompt_messages(value, row, reading)
+    elif "instruction" in row:
+        asked = [user(_with_input(text_field(row, "instruction"), row))]
+    else:
+        raise RowProblem("missing_field", "has no 'prompt'")
+    return with_context(row, asked, reading) if "system" in row or "history" in row else asked
+
+
+def _read_odd_prompt(text: str, row: RawRow, reading: Reading) -> Messages:
+    if is_open_transcript(text):
+        return _without_input(check_prompt(read_open_transcript(text)), row)
+    turns = turns_in(text)
+    if turns is not None:
+        return _read_prompt_messages(turns, row, reading)
+    refuse_python(text, "prompt")
+    if text.startswith('["') and _is_list_of_texts(json_in(text)):
+        raise RowProblem("not_text", "'prompt' holds a list of texts, as JSON")
+    # beside an instruction, a prompt is that instruction as some template has it, with its input
+    whole = "instruction" in row or optional_text(row, "input") in text
+    return [user(text if whole else _with_input(text, row))]
+
+
+def _is_list_of_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _read_prompt_messages(value: Any, row: RawRow, reading: Reading) -> Messages:
+    if not isinstance(value, list):
+        value = _messages_in(value)
+    asked = check_prompt(read_messages(value, "prompt", roles_of(reading)))
+    return _without_input(asked, row) if "input" in row else asked
+
+
+def _messages_in(value: Any) -> Any:
+    """The messages in an object, as OpenAI's preference files have them, or a single one."""
+    if not isinstance(value, dict):
+        raise RowProblem("not_text", f"'prompt' must be text or messages, got {kind_of(value)}")
+    if not isinstance(value.get("messages"), list) and not is_turn(value):
+        raise RowProblem(
+            "bad_message", f"'prompt' is {kind_of(value)}; say in columns which of them is meant, with a dot between"
+        )
+    return value.get("messages", value)
+
+
+def _with_input(text: str, row: RawRow) -> str:
+    extra = optional_text(row, "input")
+    if not extra.strip():
+        return text
+    return f"{text}\n{extra}" if text else extra
+
+
+def _without_input(asked: Messages, row: RawRow) -> Messages:
+    extra = optional_text(row, "input").strip()
+    if extra and not any(extra in message["content"] for message in asked):
+        raise RowProblem(
+            "two_prompts", "has messages in 'prompt' and text in 'input'; say columns: {input: ''} to leave that out"
+        )
+    return asked
+
+
+def with_context(row: RawRow, messages: Messages, reading: Reading) -> Messages:
+    """Messages with what stands before them in fields of their own: ``system`` and ``history``.
+
+    Raises:
+        RowProblem: They are of another kind, or the messages have another system turn of their own.
+    """
+    system = optional_text(row, "system")
+    context = [*([{"role": "system", "content": system}] if system else []), *_read_history(row, reading)]
+    if system and messages and messages[0]["role"] == "system":
+        if messages[0]["content"] != system:
+            raise RowProblem("two_systems", "has one system prompt in 'system' and another in its messages")
+        messages = messages[1:]
+    return [*context, *messages]
+
+
+def read_answer(row: RawRow, name: str, prompt: Messages, reading: Reading) -> Messages:
+    """An answer as text, as a turn, or as the conversation that ends with it."""
+    value: Any = row.get(name)
+    if type(value) is str:
+        if value[:1] not in _ODD_STARTS:
+            return [assistant(value)]
+        turns = turns_in(value)
+        if turns is None:
+            refuse_python(value, name)
+            asked = row.get("prompt")
+            if value[:1] == " " and type(asked) is str and is_open_transcript(asked):
+                value = value[1:] if asked.endswith(":") else value
+            return [assistant(value)]
+        value = turns
+    if value is None:
+        raise RowProblem("missing_field", f"has no {name!r}")
+    if not isinstance(value, list | dict):
+        raise RowProblem("not_text", f"{name!r} must be text or messages, got {kind_of(value)}")
+    messages = read_messages(value, name, roles_of(reading))
+    if len(messages) > 1 and messages[:-1] == prompt[1 - len(messages) :]:
+        messages = messages[-1:]
+    return check_answer(messages, name)
+
+
+def roles_of(reading: Reading) -> Mapping[str, str]:
+    """All names of roles: the usual ones and the source's own."""
+    return {**ROLE_NAMES, **reading.roles} if reading.roles else ROLE_NAMES
+
+
+def _read_history(row: RawRow, reading: Reading) -> Messages:
+    history = row.get("history") or []
+    if isinstance(history, str):
+        history = json_in(history)
+        if history is None:
+            raise RowProblem("bad_history", "'history' must be a list of pairs, got text that is no JSON")
+    if not isinstance(history, list):
+        raise RowProblem("bad_history", f"'history' must be a list of pairs, got {kind_of(history)}")
+    if history and all(isinstance(turn, dict) for turn in history):
+        messages = read_messages(history, "history", roles_of(reading))
+        if messages[-1]["role"] not in ("assistant", "system"):
+            raise RowProblem("bad_history", f"'history' must end with an answer, it ends with {messages[-1]['role']}")
+        return messages
+    messages: Messages = []
+    for index, turn in enumerate(history):
+        if not (isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
+            raise RowProblem("bad_history", f"history[{index}] must be a pair of texts, got {kind_of(turn)}")
+        messages += [user(turn[0]), assistant(turn[1])]
+    return messages

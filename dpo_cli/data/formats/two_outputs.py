@@ -1,0 +1,128 @@
+"""Two outputs with a verdict: a label, several votes, or a score for each.
+
+``{"input", "output_1", "output_2", "label": 2}`` and its like. Which output a label means is
+told by the ends of the outputs' names (``output_1`` and ``output_2``: 1 and 2;
+``response_0`` and ``response_1``: 0 and 1; ``conversation_a`` and ``conversation_b``: a and b),
+or by ``labels`` in params.yaml. Of several votes the most frequent one counts; a draw between
+them is a tie, and a missing vote is none. Ties make no pair and are counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from dpo_cli.data.formats.base import Format, Reading, RowProblem, kind_of, optional_number
+from dpo_cli.data.formats.content import refuse_python, turns_in
+from dpo_cli.data.formats.implicit import split_implicit
+from dpo_cli.data.formats.labels import TIES, WORDS, label_text, suggest
+from dpo_cli.data.formats.prompts import PROMPT_NAMES, PROMPT_NEEDS, read_answer, read_prompt
+from dpo_cli.data.schema import PreferenceExample, RawRow
+
+_SIDES = ("first", "second")
+
+
+def _side(value: Any, labels: dict[str, str]) -> str:
+    """``first``, ``second`` or ``tie``."""
+    if isinstance(value, list | dict):
+        raise RowProblem("unknown_label", f"'label' must be one value, got {kind_of(value)}")
+    name = label_text(value)
+    side = labels.get(name) or labels.get(name.lower())
+    if side is None:
+        known = ", ".join(f"{label} ({side})" for label, side in labels.items() if side != "tie")
+        raise RowProblem(
+            "unknown_label", f"has the label {name[:40]!r}; known are {known}; say in labels which side it means"
+        )
+    return side
+
+
+def _winner(row: RawRow, reading: Reading) -> str:
+    labels = {**TIES, **(reading.labels or WORDS)}
+    if row.get("label") is not None or ("label" in row and "votes" not in row):
+        if row["label"] is None or row["label"] == "":
+            raise RowProblem("no_label", "has nothing in 'label'")
+        return _side(row["label"], labels)
+    if "votes" in row:
+        votes = row["votes"] if isinstance(row["votes"], list) else [row["votes"]]
+        counts = Counter(_side(vote, labels) for vote in votes if vote is not None and vote != "")
+        if not counts:
+            raise RowProblem("no_label", "has nothing in 'votes'")
+        (best, count), *others = counts.most_common()
+        return "tie" if others and others[0][1] == count else best
+    first, second = (optional_number(row, f"{side}_score") for side in _SIDES)
+    if first is None or second is None:
+        raise RowProblem("no_label", "has neither 'label', 'votes' nor two scores")
+    return "tie" if first == second else "first" if first > second else "second"
+
+
+def _read(row: RawRow, reading: Reading) -> PreferenceExample:
+    for name in _SIDES:
+        if row.get(name) is None:
+            raise RowProblem("missing_field", f"has no {name!r}")
+    winner = _winner(row, reading)
+    if winner == "tie":
+        raise RowProblem("tie", "is a tie: neither side won")
+    better, worse = _SIDES if winner == "first" else _SIDES[::-1]
+    scores = [optional_number(row, f"{name}_score") for name in (better, worse)]
+    if row.get("prompt") is None and row.get("instruction") is None:
+        if all(isinstance(row[name], str) and turns_in(row[name]) is None for name in _SIDES):
+            for name in _SIDES:
+                refuse_python(row[name], name)
+            raise RowProblem("missing_field", "has no 'prompt'")
+        return split_implicit({**row, "chosen": row[better], "rejected": row[worse]}, reading, *scores)
+    prompt = read_prompt(row, reading)
+    return PreferenceExample(
+        prompt, read_answer(row, better, prompt, reading), read_answer(row, worse, prompt, reading), *scores
+    )
+
+
+def _values(rows: Sequence[RawRow]) -> set[str]:
+    """All labels and votes of these rows."""
+    found: set[str] = set()
+    for row in rows:
+        votes = row["votes"] if isinstance(row.get("votes"), list) else []
+        found |= {label_text(value) for value in (row.get("label"), *votes) if value not in (None, "", [], {})}
+    return found
+
+
+def _doubt(rows: Sequence[RawRow], reading: Reading) -> str:
+    values, labels = _values(rows), reading.labels or WORDS
+    numbers = {value for value in values if value.lstrip("-").isdecimal()}
+    if reading.labels_found and numbers == {"0", "1"} and labels.get("0") == "tie":
+        return (
+            "its labels are 0 and 1, and 0 may be a tie or the first output;"
+            ' say labels: {"0": first, "1": second}, or what else they mean'
+        )
+    unknown = sorted(value for value in values if value not in labels and value.lower() not in {**TIES, **labels})
+    if unknown and (set(unknown) & numbers or len(unknown) == len(values)):
+        return (
+            f"its labels {', '.join(value[:40] for value in unknown[:5])} say nothing of which output is better;"
+            f' say it: labels: {{"{unknown[0][:40]}": first}}, and the same for second and tie'
+        )
+    return ""
+
+
+def _note(row: RawRow, reading: Reading) -> str:
+    """What the first label means, which a user can hold against the row."""
+    value = next(iter(sorted(_values([row]))), None)
+    side = {**TIES, **(reading.labels or WORDS)}.get(value or "")
+    if side is None:
+        return ""
+    return f"its first label, {value}, means " + ("a tie" if side == "tie" else f"that the {side} is better")
+
+
+TWO_OUTPUTS = Format(
+    name="two_outputs",
+    fields="two outputs (such as output_1 and output_2) with a label, votes or scores",
+    names={**PROMPT_NAMES, "first": (), "second": (), "label": (), "votes": (), "first_score": (), "second_score": ()},
+    needs=tuple(
+        (*asked, "first", "second", *verdict)
+        for asked in (*PROMPT_NEEDS, ())
+        for verdict in (("label",), ("votes",), ("first_score", "second_score"))
+    ),
+    read=_read,
+    note=_note,
+    doubt=_doubt,
+    suggest=suggest,
+)

@@ -1,0 +1,87 @@
+"""What reading yields, and the errors that every kind of file can have."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dpo_cli.core.errors import DataError
+
+LONGEST = 1 << 27
+"""Bytes of the longest row. More is a quote or a bracket that nothing closes, or a file without rows."""
+
+OnBytes = Callable[[int], None]
+"""Hears of every so many bytes that were read from disk."""
+
+
+class Record(NamedTuple):
+    """One record of a file.
+
+    Attributes:
+        row: Its number, from 0.
+        line: The line it begins at, from 1; None in a file that has no lines.
+        value: What it holds, as JSON has it. In a columnar file times and decimals are
+            texts, and bytes stay bytes.
+    """
+
+    row: int
+    line: int | None
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """A run of whole lines of JSON, not yet parsed, so that another process can do it.
+
+    Attributes:
+        data: The bytes.
+        first_line: The number of the first line, from 1.
+    """
+
+    data: bytes
+    first_line: int
+
+
+Block = Lines | list[Record]
+"""A piece of a file: lines to parse, or records."""
+
+
+def too_long(path: Path, line: int) -> DataError:
+    """The error for a row that does not end."""
+    return DataError(
+        f"{path}, line {line}: a row of more than {LONGEST >> 20} MiB; a quote or a bracket is not closed, or the file"
+        " is one object: then say with records: KEY where in it the list of rows lies"
+    )
+
+
+def not_utf8(path: Path, data: bytes, line: int) -> DataError:
+    """The error for bytes that are not UTF-8; it names the likely encoding."""
+    text = data.decode("utf-8", errors="replace")
+    num_bad = text.count("\ufffd")
+    num_good = sum(character > "\u07ff" for character in text) - num_bad  # of three bytes or four: hardly by chance
+    if num_good <= num_bad and _decoded(data, "gb18030") is not None:
+        return DataError(f"{path}, line {line}: not UTF-8 text, it looks like GBK; convert it: iconv -f GBK -t UTF-8")
+    return DataError(f"{path}, line {line}: not UTF-8 text; fetch the file again, or convert it to UTF-8")
+
+
+def is_utf16(head: bytes) -> bool:
+    """Whether a file that begins like this is UTF-16 text, with or without a byte order mark."""
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return True
+    # An ASCII character has one byte of zero: the first or the last. A few may also be damage in UTF-8.
+    num_first, num_last = head[::2].count(0), head[1::2].count(0)
+    if not num_first + num_last or (_decoded(head, "utf-8") and num_first + num_last < len(head) / 4):
+        return False
+    text = _decoded(head, "utf-16-be" if num_first > num_last else "utf-16-le")
+    return text is not None and "\0" not in text
+
+
+def _decoded(data: bytes, encoding: str) -> str | None:
+    """Bytes as text in an encoding, if they are; the last character may be cut off."""
+    try:
+        return codecs.getincrementaldecoder(encoding)().decode(data)
+    except UnicodeDecodeError:
+        return None

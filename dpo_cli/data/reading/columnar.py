@@ -1,0 +1,144 @@
+"""Parquet and Arrow (file and stream), batch by batch.
+
+Of parquet, the footer is checked against itself, and pages against their checksums where the
+writer left some; few do by default. What cannot be seen: a change in a page without a checksum
+that leaves its values valid; and in any file, one in the header of a page, in the codec or in
+the type of a column, by which all values in it are read in another way. Arrow has no checksums:
+what cannot be seen is a change that leaves all values valid, such as another letter, an end of a
+text that moves to its neighbour, a row that becomes null, or another name of a column in a
+stream. No damage of one byte loses or repeats rows, and a file that is cut off is an error.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpo_cli.core.errors import DataError
+from dpo_cli.data.reading.base import Record
+from dpo_cli.data.reading.parquet_footer import check_footer
+
+_ROWS_A_BATCH = 1000
+_BYTES_A_BATCH = 1 << 22
+
+PARQUET = b"PAR1"
+ARROW_FILE = b"ARROW1"
+ARROW_STREAM = b"\xff\xff\xff\xff"
+_PADDING = 64 + 16  # between the last batch and the footer: up to an alignment, and the end of a stream
+# All machines are little-endian: where a schema says otherwise, it is damaged, and numbers stay as they are.
+_NATIVE = pa.ipc.IpcReadOptions(ensure_native_endian=False)
+_END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+
+
+def read_columnar(path: Path, file: IO[bytes], head: bytes) -> Iterator[Record]:
+    """The records of a parquet or Arrow file.
+
+    Raises:
+        DataError: The file is damaged or cut off, or names a column twice.
+    """
+    name = "parquet" if head.startswith(PARQUET) else "Arrow"
+    read = _parquet if head.startswith(PARQUET) else _arrow_file if head.startswith(ARROW_FILE) else _arrow_stream
+    row = 0
+    try:
+        for batch in read(file):
+            twice = [column for column, count in Counter(batch.schema.names).items() if count > 1]
+            if twice:
+                raise DataError(f"{path}: the columns {twice!r} are there twice")
+            for value in _with_texts(batch).to_pylist():
+                yield Record(row, None, value)
+                row += 1
+    except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError, NotImplementedError, MemoryError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        what, remedy = f"is a damaged {name} file", "fetch it again"
+        if isinstance(error, NotImplementedError):
+            what, remedy = f"is a {name} file that cannot be read", "fetch it again, or save it as JSON lines"
+        raise DataError(f"{path} {what}, behind row {row}: {reason}; {remedy}") from None
+
+
+# --- parquet ------------------------------------------------------------------------------
+
+
+def _parquet(file: IO[bytes]) -> Iterator[pa.RecordBatch]:
+    bytes_a_row = check_footer(file)
+    parquet = pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False, buffer_size=1 << 20)
+    num_rows = 0
+    for batch in parquet.iter_batches(_rows_a_batch(bytes_a_row), use_threads=False):
+        num_rows += batch.num_rows
+        yield batch
+    if num_rows != parquet.metadata.num_rows:
+        raise ValueError(f"{num_rows} rows where the footer says {parquet.metadata.num_rows}")
+
+
+# --- Arrow --------------------------------------------------------------------------------
+
+
+def _arrow_file(file: IO[bytes]) -> Iterator[pa.RecordBatch]:
+    """The batches that the footer names, which must be all that are there, in order."""
+    reader = pa.ipc.open_file(file, options=_NATIVE)
+    file.seek(len(ARROW_FILE) + 2)
+    if file.read(4) == ARROW_STREAM:  # most writers put the schema at the front, too
+        file.seek(-4, 1)
+        if not pa.ipc.open_stream(file, options=_NATIVE).schema.equals(reader.schema):
+            raise ValueError("its two lists of columns do not agree")
+    end = 0
+    for i in range(reader.num_record_batches):
+        batch = reader.get_batch(i)
+        if file.tell() <= end:
+            raise ValueError("a batch of rows lies before the one before it")
+        end = file.tell()
+        yield from _slices(batch)
+    size = file.seek(0, 2)
+    file.seek(-10, 2)
+    footer = size - 10 - int.from_bytes(file.read(4), "little")
+    if footer - end > _PADDING:
+        raise ValueError("it has no rows, or some that its footer does not name")
+
+
+def _arrow_stream(file: IO[bytes]) -> Iterator[pa.RecordBatch]:
+    """The batches up to the mark of the end, which must be there, and the end."""
+    for batch in pa.ipc.open_stream(file, options=_NATIVE):
+        yield from _slices(batch)
+    end = file.tell()
+    file.seek(max(0, end - len(_END_OF_STREAM)))
+    if file.read(len(_END_OF_STREAM)) != _END_OF_STREAM:
+        raise ValueError("it is cut off")
+    if file.read(1):
+        raise ValueError("there is more behind its end")
+
+
+def _slices(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    batch.validate(full=True)
+    num_rows = _rows_a_batch(batch.nbytes // (batch.num_rows or 1))
+    for start in range(0, batch.num_rows, num_rows):
+        yield batch.slice(start, num_rows)
+
+
+def _rows_a_batch(bytes_a_row: int) -> int:
+    return max(1, min(_ROWS_A_BATCH, _BYTES_A_BATCH // max(1, bytes_a_row)))
+
+
+# --- values -------------------------------------------------------------------------------
+
+
+def _with_texts(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Times and decimals as texts."""
+    target = pa.schema([pa.field(column.name, _text_type(column.type)) for column in batch.schema])
+    return batch if target.types == batch.schema.types else batch.cast(target)
+
+
+def _text_type(of: pa.DataType) -> pa.DataType:
+    """A type with all times and decimals within replaced by texts."""
+    if pa.types.is_decimal(of) or (pa.types.is_temporal(of) and not pa.types.is_interval(of)):
+        return pa.string()
+    if pa.types.is_list(of):
+        return pa.list_(of.value_field.with_type(_text_type(of.value_type)))
+    if pa.types.is_large_list(of):
+        return pa.large_list(of.value_field.with_type(_text_type(of.value_type)))
+    if pa.types.is_struct(of):
+        return pa.struct([field.with_type(_text_type(field.type)) for field in of])
+    return of

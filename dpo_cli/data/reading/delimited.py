@@ -1,0 +1,144 @@
+"""CSV and TSV: a header line, then one record a line, with quoting; every value is text.
+
+Quotes are held to the letter of RFC 4180, and a line end must close the last line. So the file
+has an even number of quotes, and each row has as many values as the header. One byte that is
+changed, lost or added below the header is then an error, or changes the texts of one row (one
+without a visible character may become a blank line, which is skipped); it never moves a text to
+another row or column. A file that is cut off gives whole rows, then an error or, where it was cut
+between two rows, nothing. What cannot be seen: a change within a text, lost rows at the end, and
+a change in the header that makes another name or, between two columns, another delimiter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from dpo_cli.core.errors import DataError
+from dpo_cli.data.reading import base
+from dpo_cli.data.reading.base import Record, not_utf8, too_long
+
+_DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon"}
+
+
+def delimiter_of(path: Path, header: bytes) -> str | None:
+    """The delimiter of a header line, the one it has most of outside quotes; None where it is no header.
+
+    Raises:
+        DataError: There are two that it may be.
+    """
+    text = re.sub(r'"[^"]*"', "", header.decode("utf-8", errors="replace"))
+    (most, first), (second, other), _ = sorted(((text.count(each), each) for each in _DELIMITERS), reverse=True)
+    if most and most == second:
+        raise DataError(
+            f"{path}, line 1: no JSON, and as the header of a table it may be cut at each {_DELIMITERS[first]} or"
+            f" each {_DELIMITERS[other]}; quote the names that hold one"
+        )
+    return first if most else None
+
+
+def read_delimited(path: Path, file: IO[bytes], delimiter: str) -> Iterator[Record]:
+    """The records of a CSV or TSV file, as objects of texts.
+
+    Texts that hold the delimiter, quotes or line ends are quoted with ``"``; a quote within
+    is doubled. ``00000`` and ``3.3`` stay what they are. Blank lines are skipped.
+
+    Raises:
+        DataError: It is not UTF-8, a quote stands where none may be, the last line has no end,
+            the header names a column twice or not at all, a line has more or fewer values than
+            the header, or there are no rows.
+    """
+    field = re.compile(rf'"((?:[^"]++|"")*+)"|[^"\n{delimiter}]*+')
+    header: list[str] = []
+    row = 0
+    for line, text in _lines(path, file):
+        if not text.strip(" "):
+            continue
+        values = _values(path, line, text, delimiter, field)
+        if not header:
+            header = _checked_header(path, line, values)
+            continue
+        if len(values) != len(header):
+            names = ", ".join(map(repr, header[:8])) + ", ..." * (len(header) > 8)
+            raise DataError(
+                f"{path}, line {line}: {len(values)} values where the header has {len(header)} ({names[:200]});"
+                f" quote texts that hold a {_DELIMITERS[delimiter]}, a quote or a line end"
+            )
+        yield Record(row, line, dict(zip(header, values, strict=True)))
+        row += 1
+    if not row:
+        raise DataError(
+            f"{path} has no rows: it is read as a table, for the {_DELIMITERS[delimiter]} in its first line, and below"
+            " this header there is nothing"
+        )
+
+
+def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, str]]:
+    """Lines without their ends, each with its number; what is quoted may go on over several."""
+    line = 1
+    while data := file.readline(base.LONGEST):
+        if data.count(b'"') % 2:
+            data = _to_closing_quote(path, file, data, line)
+        if not data.endswith(b"\n"):
+            if len(data) >= base.LONGEST:
+                raise too_long(path, line)
+            line += data.count(b"\n")
+            raise DataError(
+                f"{path}, line {line}: the last line has no line end, so the file may be cut off; if it is whole,"
+                f" add one: echo >> {path}"
+            )
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise not_utf8(path, data, line + data.count(b"\n", 0, error.start)) from None
+        if "\0" in text:
+            at = line + text.count("\n", 0, text.index("\0"))
+            raise DataError(f"{path}, line {at}: a zero byte, which is no text; fetch the file again")
+        yield line, text.rstrip("\r\n")
+        line += data.count(b"\n")
+
+
+def _to_closing_quote(path: Path, file: IO[bytes], data: bytes, line: int) -> bytes:
+    """A line that ends within quotes, with all lines up to the one that closes them."""
+    parts, size = [data], len(data)
+    while size < base.LONGEST:
+        more = file.readline(base.LONGEST)
+        if not more:
+            raise DataError(f"{path}, line {line}: broken CSV: a quote is not closed; the file seems cut off")
+        parts.append(more)
+        size += len(more)
+        if more.count(b'"') % 2:
+            return b"".join(parts)
+    raise too_long(path, line)
+
+
+def _values(path: Path, line: int, text: str, delimiter: str, field: re.Pattern[str]) -> list[str]:
+    if '"' not in text:
+        return text.split(delimiter)
+    values: list[str] = []
+    position = 0
+    while found := field.match(text, position):
+        quoted, position = found[1], found.end()
+        values.append(found[0] if quoted is None else quoted.replace('""', '"'))
+        if position == len(text):
+            return values
+        if text[position] != delimiter:
+            break
+        position += 1
+    at = line + text.count("\n", 0, position)
+    raise DataError(
+        f"{path}, line {at}: broken CSV: a quote in value {len(values)} that does not enclose all of it; a text that"
+        ' holds a quote is itself quoted, and the quote within is written ""'
+    )
+
+
+def _checked_header(path: Path, line: int, names: list[str]) -> list[str]:
+    twice = [name for name, count in Counter(names).items() if count > 1 and name]
+    if twice:
+        raise DataError(f"{path}, line {line}: the header names {', '.join(map(repr, twice))} twice")
+    if "" in names:
+        raise DataError(f"{path}, line {line}: column {names.index('') + 1} has no name in the header")
+    return names

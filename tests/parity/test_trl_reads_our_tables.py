@@ -1,0 +1,114 @@
+"""What the conversion writes goes into TRL's trainers as it is.
+
+Another implementation reads the same prompt, the same answers and the same boundary out of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_cli.core.params import DataChecks, PreferenceSource, SftSource, Source
+from dpo_cli.data.chat import ChatEncoder
+from dpo_cli.data.convert import convert
+
+NUM_ROWS = 24
+
+
+@pytest.fixture(scope="module")
+def model_and_tokenizer() -> Any:
+    """A tiny random llama with the embedded tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from dpo_cli.models.embedded import build_tokenizer
+
+    tokenizer = build_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config), tokenizer
+
+
+def tables(source: Source, folder: Path) -> Any:
+    """The train table of a source, as TRL's users load parquet."""
+    import datasets
+
+    (folder / "work").mkdir()
+    (folder / "out").mkdir()
+    convert([source], DataChecks().model_dump(), 0.2, folder / "work", folder / "out", folder / "rejects.jsonl")
+    return datasets.load_dataset(
+        "parquet", data_files=str(folder / "out" / "train.parquet"), split="train", cache_dir=str(folder / "cache")
+    )
+
+
+def arguments(kind: Any, folder: Path) -> Any:
+    return kind(
+        output_dir=str(folder / "run"),
+        max_steps=1,
+        per_device_train_batch_size=4,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        max_length=256,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+
+
+def test_preferences_go_into_the_dpo_trainer(tmp_path: Path, model_and_tokenizer: Any) -> None:
+    from trl import DPOConfig, DPOTrainer
+
+    rows = [
+        {"prompt": f"What is {n} + 1?", "chosen": f"It is {n + 1}.", "rejected": f"It is {n}."} for n in range(NUM_ROWS)
+    ]
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    table = tables(PreferenceSource(path=str(path)), tmp_path)
+    model, tokenizer = model_and_tokenizer
+    trainer = DPOTrainer(
+        model=model,
+        ref_model=copy.deepcopy(model),
+        args=arguments(DPOConfig, tmp_path),
+        train_dataset=table,
+        processing_class=tokenizer,
+    )
+    encoder = ChatEncoder(tokenizer)
+    for theirs, ours in zip(trainer.train_dataset, table, strict=True):
+        assert theirs["prompt_ids"] == encoder.encode_prompt(ours["prompt"])
+        for side in ("chosen", "rejected"):
+            ids = encoder.encode_completion(ours["prompt"], ours[side])
+            assert theirs[f"{side}_ids"][: len(ids)] == ids
+    result = trainer.train()
+    assert result.global_step == 1
+    assert result.training_loss == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_instructions_go_into_the_sft_trainer(tmp_path: Path, model_and_tokenizer: Any) -> None:
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [{"instruction": "Add 1.", "input": f"{n} cats", "output": f"{n + 1} cats"} for n in range(NUM_ROWS)]
+    path = tmp_path / "instructions.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    table = tables(SftSource(path=str(path)), tmp_path)
+    model, tokenizer = model_and_tokenizer
+    trainer = SFTTrainer(
+        model=model, args=arguments(SFTConfig, tmp_path), train_dataset=table, processing_class=tokenizer
+    )
+    encoder = ChatEncoder(tokenizer)
+    for theirs, ours in zip(trainer.train_dataset, table, strict=True):
+        prompt = encoder.encode_prompt(ours["prompt"])
+        ids = prompt + encoder.encode_completion(ours["prompt"], ours["completion"])
+        assert theirs["input_ids"][: len(ids)] == ids
+        assert theirs["labels"][: len(ids)] == [-100] * len(prompt) + ids[len(prompt) :]
+    assert trainer.train().global_step == 1

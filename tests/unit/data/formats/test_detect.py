@@ -1,0 +1,229 @@
+"""Which format a file's rows have: found row by row, explained, and refused where it would be a guess."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from dpo_cli.core.errors import ParamsError
+from dpo_cli.data.formats import PREFERENCE_FORMATS, SFT_FORMATS
+from dpo_cli.data.formats.base import Reading, RowProblem
+from dpo_cli.data.formats.detect import RowReader, UnknownFormatError
+from dpo_cli.data.schema import SftExample, assistant, user
+
+Q, A, B = user("q"), assistant("a"), assistant("b")
+PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
+
+
+def reader(name: str = "auto", columns: dict[str, Any] | None = None, **reading: Any) -> RowReader:
+    return RowReader(PREFERENCE_FORMATS, name, columns or {}, Reading(**reading))
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        (PAIR, "pairs"),
+        ({"instruction": "q", "chosen": "a", "rejected": "b"}, "pairs"),
+        ({"conversations": [Q], "chosen": A, "rejected": B}, "sharegpt"),
+        ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}, "hh"),
+        ({"chosen": "The a", "rejected": "The b"}, "implicit"),
+        ({"chosen": [Q, A], "rejected": [Q, B]}, "implicit"),
+        ({"input": "q", "output_1": "a", "output_2": "b", "label": 1}, "two_outputs"),
+        ({"prompt": "q", "completions": ["a", "b"], "ranks": [1, 2]}, "kwise"),
+        ({"prompt": {"role": "prompter", "text": "q", "replies": []}}, "oasst"),
+    ],
+)
+def test_a_preference_row_has_one_format(row: dict[str, Any], name: str, auto: Callable[..., Any]) -> None:
+    found = reader()
+    assert found.detect("f", [row]).startswith(f"{name}: 1 of the first 1 rows have ")
+    assert found.fallback == name
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"instruction": "q", "output": "a"}, "alpaca"),
+        ({"prompt": "q", "output": "a"}, "prompt_completion"),
+        ({"messages": [Q, A]}, "messages"),
+        ({"prompt": "q", "messages": [Q, A]}, "messages"),
+        ({"prompt": {"role": "prompter", "text": "q", "replies": []}}, "oasst"),
+        (PAIR, "pairs"),
+    ],
+)
+def test_an_instruction_row_has_one_format(row: dict[str, Any], name: str) -> None:
+    found = RowReader(SFT_FORMATS, "auto", {}, Reading())
+    assert found.detect("f", [row]).startswith(f"{name}: ")
+
+
+def test_each_row_has_its_own_format(auto: Callable[..., Any]) -> None:
+    rows = [PAIR, {"conversations": [Q], "chosen": A, "rejected": B}, {"question": "q", "better": "a", "worse": "b"}]
+    read = auto(*rows)
+    assert read.formats == ["pairs", "sharegpt", "pairs"]
+    assert read.why == (
+        "pairs: 2 of the first 3 rows have prompt (or instruction), chosen and rejected"
+        " (prompt <- question, chosen <- better, rejected <- worse);"
+        " sharegpt: 1 of the first 3 rows have conversations (or messages) and two answers, chosen and rejected"
+    )
+
+
+def test_rows_that_fit_no_format_are_read_as_the_most_frequent_one(auto: Callable[..., Any]) -> None:
+    rows = [{"question": "q", "response_j": "a", "response_k": "b"}] * 3
+    odd = [
+        {"question": "q", "response_j": "a"},
+        {"x": 1},
+        5,
+        {"question": "q", "query": "r", "better": "a", "worse": "b"},
+    ]
+    read = auto(*rows, *odd)
+    assert read.why.endswith("4 of them fit no format and are read as pairs")
+    assert [(problem.reason, problem.detail) for problem in read.found[3:]] == [
+        (
+            "missing_field",
+            "has no 'rejected', nor worse, dispreferred, response_k, rejected_response, non_preferred_output",
+        ),
+        ("missing_field", "has no 'prompt', nor question, query, input"),
+        ("not_an_object", "must be a JSON object, got a number"),
+        ("two_fields", "question and query may both be prompt; say which in columns"),
+    ]
+
+
+def test_a_named_format_reads_every_row_as_it_is() -> None:
+    named = reader("implicit")
+    fmt, found = named.read({"source": "some words", "chosen": "The a", "rejected": "The b"})
+    assert (fmt.name, found.prompt) == ("implicit", [user("The")])
+    with pytest.raises(RowProblem, match="has no 'rejected'"):
+        named.read({"prompt": "q", "chosen": "a"})
+    with pytest.raises(RowProblem, match="has no 'conversations', nor messages"):
+        reader("sharegpt").read(PAIR)
+
+
+def test_a_named_format_takes_single_completions() -> None:
+    named = RowReader(SFT_FORMATS, "prompt_completion", {}, Reading())
+    assert named.read({"prompt": "q", "completion": "a", "label": True})[1] == SftExample([Q], [A])
+
+
+def test_a_reader_that_is_told_the_fallback_reads_as_the_one_that_found_it() -> None:
+    first = reader()
+    first.detect("f", [PAIR])
+    second = reader()
+    second.use_fallback(first.fallback)
+    for row in (PAIR, {"chosen": "The a", "rejected": "The b"}, {"prompt": "q"}, 5, {}):
+        results = []
+        for one in (first, second):
+            try:
+                results.append(one.read(row))  # type: ignore[arg-type]
+            except RowProblem as problem:
+                results.append((problem.reason, problem.detail))
+        assert results[0] == results[1]
+
+
+# --- columns ------------------------------------------------------------------------------
+
+
+def test_columns_say_where_fields_lie(auto: Callable[..., Any]) -> None:
+    row = {"meta": {"ask": "q"}, "answers": [{"t": "a"}, {"t": "b"}], "s": "be kind"}
+    columns = {"prompt": "meta.ask", "chosen": "answers.0.t", "rejected": "answers.1.t", "system": "s"}
+    read = auto(row, columns=columns)
+    assert read.only.prompt == [{"role": "system", "content": "be kind"}, Q]
+    for move in ("prompt <- meta.ask", "chosen <- answers.0.t", "rejected <- answers.1.t", "system <- s"):
+        assert move in read.why
+    found = auto(row, {"answers": []}, columns=columns).found[1]
+    assert (found.reason, found.detail) == ("missing_field", "has no 'meta.ask', which stands for prompt")
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"promt": "q"}, r"columns\.promt is not a field of the format auto; did you mean prompt\?"),
+        ({"zzz": "q"}, r"columns\.zzz is not a field of the format auto; there are chosen, "),
+    ],
+)
+def test_a_field_that_no_format_has_is_refused(columns: dict[str, str], message: str) -> None:
+    with pytest.raises(ParamsError, match=message):
+        reader(columns=columns)
+    with pytest.raises(ParamsError, match="not a field of the format pairs; "):
+        reader("pairs", {"first": "output_1"})
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"prompt": "qestion"},
+            "columns.prompt names 'qestion', which none of the first 1 rows has; did you mean question?",
+        ),
+        ({"system": "meta.sytem"}, "did you mean meta.system?"),
+        ({"history": "zzz"}, "columns.history names 'zzz', which none of the first 1 rows has"),
+    ],
+)
+def test_a_path_that_no_row_has_is_refused(columns: dict[str, str], message: str, auto: Callable[..., Any]) -> None:
+    row = {"question": "q", "chosen": "a", "rejected": "b", "meta": {"system": "s"}}
+    with pytest.raises(UnknownFormatError) as caught:
+        auto(row, columns=columns)
+    assert message in str(caught.value)
+
+
+# --- files that are refused ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "f: it has no rows"),
+        ([5, "a"], "f: its rows must be JSON objects, got a number"),
+        ([["q", "a", "b"]], "f: its rows must be JSON objects, got a list of 3"),
+        ([{}], "its first row has no fields"),
+        ([{"prompt": "q", "chosen": "a"}], "pairs comes next to it, which needs rejected, too"),
+        (
+            [{"prompt": "q", "response_1": "a", "response_2": "b"}],
+            "two_outputs comes next to it, which needs label, too",
+        ),
+        ([{"question": "q", "query": "r", "chosen": "a", "rejected": "b"}], "as pairs, question and query may both be"),
+        (
+            [{"conversations": ["q"], "chosen": "a", "rejected": "b"}],
+            "read as sharegpt: conversations[0] must be a message",
+        ),
+        ([{"data": [PAIR]}], "if the rows lie within, say records: data"),
+        ([{"prompt": "q", "completion": "a", "label": True}], "label calls good or bad (unpaired, as KTO takes them)"),
+        ([{"messages": [Q, A], "label": False}], "DPO needs two answers to the same prompt in a row"),
+    ],
+)
+def test_a_file_of_no_known_format_is_refused_with_what_to_do(rows: list[Any], message: str) -> None:
+    with pytest.raises(UnknownFormatError) as caught:
+        reader().detect("f", rows)
+    assert message in str(caught.value)
+
+
+def test_an_unknown_file_is_told_its_fields_and_the_formats() -> None:
+    with pytest.raises(UnknownFormatError, match=r"its first row has text, url; say with columns .* pairs: prompt"):
+        reader().detect("f", [{"text": "t", "url": "u"}])
+
+
+def test_rows_whose_keys_are_data_are_read_without_filling_the_memory() -> None:
+    found = reader()
+    for number in range(12_000):
+        assert found.read({**PAIR, f"key {number}": 1})[0].name == "pairs"
+    assert len(found._steps) == 10_000
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {
+            "conversations": [{"from": "human", "value": "q"}],
+            "chosen": {"from": "gpt", "value": "a"},
+            "rejected": {"from": "gpt", "value": "b"},
+        },
+        {"input": "q", "output_1": "a", "output_2": "b", "label": 1},
+        {"prompt": "q", "completions": ["a", "b"], "ranks": [1, 2]},
+        {"chosen": [Q, A], "rejected": [Q, B]},
+    ],
+)
+def test_system_and_history_in_fields_of_their_own_are_part_of_the_prompt(
+    row: dict[str, Any], auto: Callable[..., Any]
+) -> None:
+    prompt = auto({**row, "system": "s", "history": [["u", "v"]]}).only.prompt
+    assert [message["content"] for message in prompt] == ["s", "u", "v", "q"]

@@ -1,0 +1,265 @@
+"""K answers in order: rankings and the pairs made of them, worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from dpo_cli.data.formats.base import Reading, RowProblem
+from dpo_cli.data.formats.detect import UnknownFormatError
+from dpo_cli.data.formats.kwise import KWISE, ranks_of_scores
+from dpo_cli.data.schema import PreferenceExample, RankingExample, assistant, user
+
+Q = user("q")
+
+
+def read(answers: list[Any], **order: Any) -> Any:
+    return KWISE.read({"prompt": "q", "completions": answers, **order}, Reading())
+
+
+def texts_of(ranking: RankingExample) -> str:
+    """One letter an answer, in order."""
+    return "".join(completion[0]["content"] for completion in ranking.completions)
+
+
+def pairs_of(ranking: RankingExample, scheme: str) -> set[str]:
+    """Pairs as better > worse."""
+    texts = texts_of(ranking)
+    return {f"{texts[better]}>{texts[worse]}" for better, worse in ranking.pairs(scheme)}
+
+
+@pytest.mark.parametrize(
+    ("order", "texts", "ranks", "all_pairs", "adjacent", "extremes"),
+    [
+        # ranks: 1 is best
+        ({"ranks": [1, 2, 3]}, "abc", [1, 2, 3], "a>b a>c b>c", "a>b b>c", "a>c"),
+        ({"ranks": [3, 1, 2]}, "bca", [1, 2, 3], "b>c b>a c>a", "b>c c>a", "b>a"),
+        ({"ranks": ["3", "1", "2"]}, "bca", [1, 2, 3], "b>c b>a c>a", "b>c c>a", "b>a"),
+        ({"ranks": [0, 2, 1]}, "acb", [1, 2, 3], "a>c a>b c>b", "a>c c>b", "a>b"),
+        ({"ranks": [10, 5, 70]}, "bac", [1, 2, 3], "b>a b>c a>c", "b>a a>c", "b>c"),
+        ({"ranks": [1, 1, 2]}, "abc", [1, 1, 2], "a>c b>c", "a>c b>c", "a>c"),
+        ({"ranks": [2, 1, 2]}, "bac", [1, 2, 2], "b>a b>c", "b>a b>c", "b>c"),
+        ({"ranks": [1.5, 1.5, 3]}, "abc", [1, 1, 2], "a>c b>c", "a>c b>c", "a>c"),
+        ({"ranks": [1, 1, 1]}, "abc", [1, 1, 1], "", "", ""),
+        # scores: higher is better
+        ({"scores": [0.1, 0.9, 0.5]}, "bca", [1, 2, 3], "b>c b>a c>a", "b>c c>a", "b>a"),
+        ({"scores": [-1, "2", 0]}, "bca", [1, 2, 3], "b>c b>a c>a", "b>c c>a", "b>a"),
+        ({"scores": [1, 0, 1]}, "acb", [1, 1, 2], "a>b c>b", "a>b c>b", "a>b"),
+        ({"scores": [True, False, True]}, "acb", [1, 1, 2], "a>b c>b", "a>b c>b", "a>b"),
+        ({"scores": [0, 0, 0]}, "abc", [1, 1, 1], "", "", ""),
+        # verdicts on 1-2, 1-3, 2-3
+        ({"preference": [1, 1, 1]}, "abc", [1, 2, 3], "a>b a>c b>c", "a>b b>c", "a>c"),
+        ({"preference": [2, 2, 2]}, "cba", [1, 2, 3], "b>a c>a c>b", "c>b b>a", "c>a"),
+        ({"preference": [1, 0, 0]}, "acb", [1, 2, 3], "a>b", "a>c c>b", "a>b"),
+        ({"preference": [1, 2, 1]}, "abc", [1, 1, 1], "a>b c>a b>c", "", ""),  # a > b > c > a
+        ({"preference": [0, 0, 0]}, "abc", [1, 1, 1], "", "", ""),
+        # a matrix: entry [i][j] is how often i beat j
+        ({"preference": [[0, 3, 0], [1, 0, 0], [4, 4, 0]]}, "cab", [1, 2, 3], "a>b c>a c>b", "c>a a>b", "c>b"),
+        (
+            {"preference": [[0.5, 0.2, 0.5], [0.8, 0.5, 0.6], [0.5, 0.4, 0.5]]},
+            "bac",
+            [1, 2, 2],
+            "b>a b>c",
+            "b>a b>c",
+            "b>c",
+        ),
+    ],
+)
+def test_an_order_makes_pairs(
+    order: dict[str, Any], texts: str, ranks: list[int], all_pairs: str, adjacent: str, extremes: str
+) -> None:
+    ranking = read(["a", "b", "c"], **order)
+    assert (texts_of(ranking), ranking.ranks) == (texts, ranks)
+    assert pairs_of(ranking, "all") == set(all_pairs.split())
+    assert pairs_of(ranking, "adjacent") == set(adjacent.split())
+    assert pairs_of(ranking, "best_vs_worst") == set(extremes.split())
+
+
+def test_four_answers_with_two_tied_in_the_middle() -> None:
+    ranking = read(["a", "b", "c", "d"], ranks=[4, 2, 1, 2])
+    assert (texts_of(ranking), ranking.ranks) == ("cbda", [1, 2, 2, 3])
+    assert pairs_of(ranking, "all") == {"c>b", "c>d", "c>a", "b>a", "d>a"}
+    assert pairs_of(ranking, "adjacent") == {"c>b", "c>d", "b>a", "d>a"}
+    assert pairs_of(ranking, "best_vs_worst") == {"c>a"}
+
+
+def test_scores_stay_with_their_answers() -> None:
+    ranking = read(["a", "b", "c"], scores=[0.1, 0.9, 0.5])
+    assert ranking.scores == [0.9, 0.5, 0.1]
+    assert ranking.pair(0, 2) == PreferenceExample([Q], [assistant("b")], [assistant("a")], 0.9, 0.1)
+    assert read(["a", "b"], ranks=[1, 2]).pair(0, 1).chosen_score is None
+
+
+def test_an_answer_may_be_there_twice() -> None:
+    ranking = read(["a", "b", "a"], ranks=[1, 2, 3])
+    assert (texts_of(ranking), ranking.ranks) == ("aba", [1, 2, 3])
+    assert ranking.pairs("all") == [(0, 1), (0, 2), (1, 2)]
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        ["a", "b"],
+        [assistant("a"), assistant("b")],
+        [[Q, assistant("a")], [assistant("b")]],
+        [{"text": "a", "model": "x"}, {"text": "b"}],
+        [{"response": "a"}, {"response": "b"}],
+        [{"text": None, "content": "a"}, {"answer": "b"}],
+        json.dumps(["a", "b"]),
+    ],
+)
+def test_answers_come_in_many_shapes(answers: Any) -> None:
+    expected = RankingExample([Q], [[assistant("b")], [assistant("a")]], [1, 2])
+    assert read(answers, ranks=[2, 1]) == expected
+    assert read(answers, ranks="[2, 1]") == expected
+
+
+@pytest.mark.parametrize("key", ["score", "overall_score", "rating", "reward", "is_correct", "correct"])
+def test_answers_may_have_their_own_scores(key: str) -> None:
+    ranking = read([{"text": "a", key: False}, {"text": "b", key: 1.0}])
+    assert (texts_of(ranking), ranking.scores) == ("ba", [1.0, 0.0])
+
+
+def test_ranks_come_before_scores() -> None:
+    assert texts_of(read([{"text": "a", "rank": 2, "score": 9}, {"text": "b", "rank": 1, "score": 3}])) == "ba"
+    assert texts_of(read(["a", "b"], ranks=[2, 1], scores=[9, 3])) == "ba"
+    ranking = read([{"text": "a", "score": None, "rating": 1}, {"text": "b", "score": None, "rating": 2}])
+    assert texts_of(ranking) == "ba"
+
+
+def test_a_list_in_order_says_so() -> None:
+    ranking: Any = KWISE.read({"instruction": "q", "output": ["a", "b", "c"]}, Reading())
+    assert (texts_of(ranking), ranking.ranks, ranking.scores) == ("abc", [1, 2, 3], None)
+    ranking = KWISE.read({"instruction": "q", "output": ["a", "b"], "ranks": [2, 1]}, Reading())
+    assert texts_of(ranking) == "ba"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"completions": None}, "missing_field"),
+        ({"completions": "a"}, "not_a_list"),
+        ({"completions": {"a": 1}}, "not_a_list"),
+        ({"completions": []}, "too_few_completions"),
+        ({"completions": ["a"]}, "too_few_completions"),
+        ({"completions": ["a", None]}, "missing_field"),
+        ({"completions": ["a", 5]}, "not_text"),
+        ({"completions": ["a", {"model": "x"}]}, "missing_field"),
+        ({"completions": ["a", Q]}, "not_one_answer"),
+        ({"prompt": None}, "missing_field"),
+        # an order that is not there is not made up
+        ({"ranks": None}, "no_ranking"),
+        ({"ranks": ...}, "no_ranking"),
+        ({"ranks": None, "completions": [{"text": "a", "rank": 1}, {"text": "b", "rank": None}]}, "no_ranking"),
+        ({"ranks": ..., "completions": [{"text": "a", "score": 1}, {"text": "b"}]}, "no_ranking"),
+        ({"ranks": ..., "completions": ["a", {"text": "b", "rank": 2}]}, "no_ranking"),
+        ({"ranks": ..., "completions": [{"text": "a", "score": 1}, {"text": "b", "rating": 1}]}, "no_ranking"),
+        ({"ranks": [1]}, "bad_ranking"),
+        ({"ranks": [1, 2, 3]}, "bad_ranking"),
+        ({"ranks": 1}, "bad_ranking"),
+        ({"ranks": "1, 2"}, "bad_ranking"),
+        ({"ranks": [True, False]}, "bad_ranking"),
+        ({"ranks": [1, None]}, "not_a_number"),
+        ({"ranks": [1, "second"]}, "not_a_number"),
+        ({"ranks": ..., "scores": [1]}, "bad_ranking"),
+        ({"ranks": ..., "scores": [1, "high"]}, "not_a_number"),
+        ({"ranks": ..., "scores": [1, float("inf")]}, "not_a_number"),
+        ({"ranks": ..., "preference": [1, 2]}, "bad_ranking"),
+        ({"ranks": ..., "preference": "a"}, "bad_ranking"),
+    ],
+)
+def test_an_odd_ranking_is_refused(change: dict[str, Any], reason: str, reason_of: Callable[..., str]) -> None:
+    row = {"prompt": "q", "completions": ["a", "b"], "ranks": [1, 2]} | change
+    assert reason_of(KWISE, {name: value for name, value in row.items() if value is not ...}) == reason
+
+
+def test_a_list_that_only_lacks_its_ranks_is_in_no_order(reason_of: Callable[..., str]) -> None:
+    assert reason_of(KWISE, {"instruction": "q", "output": ["a", "b"], "ranks": None}) == "no_ranking"
+
+
+def test_equal_scores_have_equal_ranks_without_gaps() -> None:
+    assert ranks_of_scores([3.0, 1.0, 3.0, 2.0, 1.0]) == [1, 3, 1, 2, 3]
+    assert ranks_of_scores([]) == []
+
+
+# --- by auto ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "texts"),
+    [
+        ({"prompt": "q", "completions": ["a", "b"], "ranks": [2, 1]}, "ba"),
+        ({"question": "q", "responses": ["a", "b"], "scores": [1, 2]}, "ba"),
+        ({"query": "q", "answers": [{"answer": "a", "rank": 2.0}, {"answer": "b", "rank": 1.0}]}, "ba"),
+        ({"instruction": "q", "input": "", "output": ["a", "b"], "history": []}, "ab"),
+        ({"prompt": "q", "response_1": "a", "response_2": "b", "response_3": "c", "scores": [1, 3, 2]}, "bca"),
+        (
+            {
+                "prompt": "q",
+                "response_1": "a",
+                "response_2": "b",
+                "response_3": "c",
+                "score_1": 1,
+                "score_2": 3,
+                "score_3": 2,
+            },
+            "bca",
+        ),
+        ({"question": "q", **{f"prediction {i}": "abc"[i - 1] for i in (1, 2, 3)}, "preference": [2, 2, 2]}, "cba"),
+        ({"prompt": "q", "completions": '["a", "b"]', "ranks": "[2, 1]"}, "ba"),
+    ],
+)
+def test_rankings_are_known_by_other_names(row: dict[str, Any], texts: str, auto: Callable[..., Any]) -> None:
+    found = auto(row)
+    assert (found.formats, texts_of(found.only)) == (["kwise"], texts)
+    assert ("best first" in found.why) == (texts == "ab")
+
+
+def test_answers_in_fields_of_their_own_are_named_by_a_list(auto: Callable[..., Any]) -> None:
+    row = {"ask": {"text": "q"}, "small": {"text": "a", "right": False}, "large": [{"text": "b", "right": True}]}
+    columns = {
+        "prompt": "ask.text",
+        "completions": ["small.text", "large.0.text"],
+        "scores": ["small.right", "large.0.right"],
+    }
+    assert auto(row, columns=columns).only == RankingExample(
+        [Q], [[assistant("b")], [assistant("a")]], [1, 2], [1.0, 0.0]
+    )
+    lost = {**row, "large": []}
+    found = auto(row, lost, columns=columns).found[1]
+    assert (found.reason, found.detail) == ("missing_field", "has no 'large.0.text'")
+
+
+def test_a_list_of_another_name_may_be_said_to_be_in_order(auto: Callable[..., Any]) -> None:
+    row = {"prompt": "q", "completions": ["a", "b"]}
+    with pytest.raises(
+        UnknownFormatError, match="if the answers are in order, best first, say columns: {output: NAME}"
+    ):
+        auto(row)
+    assert texts_of(auto(row, columns={"output": "completions"}).only) == "ab"
+
+
+def test_a_row_without_ranks_in_a_file_with_ranks_is_refused(auto: Callable[..., Any]) -> None:
+    row = {"prompt": "q", "completions": ["a", "b"], "ranks": [2, 1]}
+    for lost in ({"ranks": None}, {"completions": ["a"]}, {"prompt": None}):
+        found = auto(row, row, {**row, **lost}).found[2]
+        assert isinstance(found, RowProblem)
+    found = auto(row, row, {"prompt": "q", "completions": ["a", "b"]}).found[2]
+    assert found.reason == "no_ranking"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "completions": ["a", "b"], "ranking": [2, 1]},  # ranks, or places in order?
+        {"prompt": "q", "answers": ["a", "b"]},
+        {"question": "q", "context": "c", "answers": {"text": ["a"], "answer_start": [1]}},
+        {"prompt": "q", "response_1": "a", "response_2": "b", "response_3": "c"},
+    ],
+)
+def test_lists_whose_order_nobody_names_are_a_riddle(row: dict[str, Any], auto: Callable[..., Any]) -> None:
+    with pytest.raises(UnknownFormatError):
+        auto(row)

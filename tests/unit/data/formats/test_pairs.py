@@ -1,0 +1,189 @@
+"""Pairs: every shape of prompt and sides, and which odd row is refused for what."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from dpo_cli.data.formats.base import Reading, RowProblem
+from dpo_cli.data.formats.detect import UnknownFormatError
+from dpo_cli.data.formats.pairs import PAIRS
+from dpo_cli.data.schema import PreferenceExample, assistant, user
+
+Q, A, B = user("q"), assistant("a"), assistant("b")
+
+
+def system(content: str) -> dict[str, str]:
+    return {"role": "system", "content": content}
+
+
+def read(row: dict[str, Any]) -> Any:
+    return PAIRS.read(row, Reading())
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": [Q], "chosen": [A], "rejected": [B]},
+        {"prompt": Q, "chosen": A, "rejected": "b"},
+        {"prompt": [Q], "chosen": [Q, A], "rejected": [Q, B]},
+        {"prompt": "q", "chosen": [Q, A], "rejected": [Q, B]},
+        {"instruction": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": None, "instruction": "q", "chosen": "a", "rejected": "b"},
+        {"instruction": "q", "input": "", "chosen": [A], "rejected": B},
+        {"prompt": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"}, "rejected": "b"},
+        {"prompt": [{"role": "human", "content": "q"}], "chosen": {"role": "model", "content": "a"}, "rejected": "b"},
+        {"prompt": json.dumps([Q]), "chosen": json.dumps([A]), "rejected": json.dumps(B)},
+        {"prompt": "q", "chosen": json.dumps([Q, A]), "rejected": json.dumps([Q, B])},
+        {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " a", "rejected": " b"},
+        {"prompt": "Human: q\n\nAssistant: ", "chosen": "a", "rejected": "b"},
+    ],
+)
+def test_a_pair_is_read_in_every_shape(row: dict[str, Any]) -> None:
+    assert read(row) == PreferenceExample([Q], [A], [B])
+
+
+def test_a_pairs_prompt_may_have_many_turns_and_an_input() -> None:
+    turns = [system("s"), user("1"), assistant("2"), user("3")]
+    assert read({"prompt": turns, "chosen": [*turns, A], "rejected": [B]}).prompt == turns
+    assert read({"instruction": "q", "input": "more", "chosen": "a", "rejected": "b"}).prompt == [user("q\nmore")]
+
+
+def test_a_transcript_as_prompt_has_its_turns() -> None:
+    prompt = "\n\nHuman: 1\n\nAssistant: 2\n\nHuman: 3 \n\nAssistant:"
+    example = read({"prompt": prompt, "chosen": "  a", "rejected": "b"})
+    assert example.prompt == [user("1"), assistant("2"), user("3 ")]
+    assert (example.chosen, example.rejected) == ([assistant(" a")], [B])
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        [system("s"), Q],
+        [user("1"), assistant("2"), Q],
+        [system("s"), Q, assistant("2"), user("3")],
+    ],
+)
+def test_conversations_that_hold_more_than_the_prompt_are_the_prompt(before: list[dict[str, str]]) -> None:
+    for prompt in ("q", [Q]):
+        row = {"prompt": prompt, "chosen": [*before, A], "rejected": [*before, B]}
+        assert read(row) == PreferenceExample(before, [A], [B])
+
+
+def test_a_system_field_stands_before_conversations_that_lack_it() -> None:
+    example = read({"system": "s", "prompt": "q", "chosen": [Q, A], "rejected": [Q, B]})
+    assert example.prompt == [system("s"), Q]
+
+
+def test_scores_are_kept() -> None:
+    example = read({"prompt": "q", "chosen": "a", "rejected": "b", "chosen_score": "8.5", "rejected_score": 7})
+    assert (example.chosen_score, example.rejected_score) == (8.5, 7.0)
+    example = read({"prompt": "q", "chosen": "a", "rejected": "b", "chosen_score": None, "rejected_score": ""})
+    assert (example.chosen_score, example.rejected_score) == (None, None)
+
+
+def test_answers_that_look_a_little_like_messages_stay_text() -> None:
+    for text in ('{"answer": 5}', "[1, 2]", '[{"role": "admin", "name": "x"', " yes", "Hello", "\n\nno"):
+        assert read({"prompt": "q", "chosen": text, "rejected": "b"}).chosen == [assistant(text)]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"chosen": None}, "missing_field"),
+        ({"rejected": ...}, "missing_field"),
+        ({"prompt": ...}, "missing_field"),
+        ({"prompt": None}, "missing_field"),
+        ({"prompt": []}, "empty_prompt"),
+        ({"prompt": [Q, A]}, "prompt_not_ending_with_user"),
+        ({"prompt": [system("s")]}, "prompt_not_ending_with_user"),
+        ({"prompt": 5}, "not_text"),
+        ({"prompt": True}, "not_text"),
+        ({"prompt": ["q"]}, "bad_message"),
+        ({"prompt": [{"role": "narrator", "content": "q"}]}, "unknown_role"),
+        ({"prompt": [{"content": "q"}]}, "unknown_role"),
+        ({"prompt": [{"role": ["user"], "content": "q"}]}, "unknown_role"),
+        ({"prompt": [{"role": "user", "content": [{"text": "q"}]}]}, "not_text"),
+        ({"prompt": [{"role": "user"}]}, "not_text"),
+        ({"prompt": {"full_text": "q"}}, "bad_message"),
+        ({"chosen": []}, "not_one_answer"),
+        ({"chosen": [A, Q, A]}, "not_one_answer"),
+        ({"chosen": [Q]}, "not_one_answer"),
+        ({"chosen": [user("other"), A]}, "not_one_answer"),
+        ({"chosen": [user("other"), A], "rejected": [user("other"), B]}, "not_one_answer"),
+        ({"chosen": [Q, A, Q, A], "rejected": [Q, B, Q, B]}, "diverges_early"),
+        ({"chosen": ["a"], "rejected": ["b", "c"]}, "bad_message"),
+        ({"chosen": 3}, "not_text"),
+        ({"rejected": 3.5}, "not_text"),
+        ({"chosen": {"role": "assistant", "content": "a", "tool_calls": [{"id": "x"}]}}, "tool_call"),
+        ({"chosen": "[{'role': 'assistant', 'content': 'a'}]"}, "not_json"),
+        ({"system": "s", "prompt": [system("other"), Q]}, "two_systems"),
+        ({"chosen_score": "good"}, "not_a_number"),
+        ({"chosen_score": [1]}, "not_a_number"),
+        ({"rejected_score": float("nan")}, "not_a_number"),
+    ],
+)
+def test_an_odd_pair_is_refused(change: dict[str, Any], reason: str, reason_of: Callable[..., str]) -> None:
+    row = {"prompt": [Q], "chosen": [A], "rejected": [B]} | change
+    assert reason_of(PAIRS, {name: value for name, value in row.items() if value is not ...}) == reason
+
+
+def test_details_hold_nothing_of_a_texts_content() -> None:
+    with pytest.raises(RowProblem) as caught:
+        read({"prompt": [user("secret"), assistant("secret")], "chosen": "secret", "rejected": "secret"})
+    assert "secret" not in caught.value.detail
+
+
+# --- by auto ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "q", "response_j": "a", "response_k": "b"},
+        {"query": "q", "better": "a", "worse": "b"},
+        {"input": "q", "chosen": "a", "rejected": "b", "generations": ["a", "b"], "rating": [9, 8]},
+        {"query": "q", "response": "a", "rejected_response": "b"},
+        {"prompt": "q", "response": "a", "chosen": "a", "rejected": "b"},
+        {"input": {"messages": [Q], "tools": []}, "preferred_output": [A], "non_preferred_output": [B]},
+        {"prompt": "q", "messages": [Q, A], "chosen": [Q, A], "rejected": [Q, B]},
+    ],
+)
+def test_pairs_are_known_by_other_names(row: dict[str, Any], auto: Callable[..., Any]) -> None:
+    found = auto(row)
+    assert (found.formats, found.only) == (["pairs"], PreferenceExample([Q], [A], [B]))
+
+
+def test_an_input_beside_a_question_is_part_of_the_prompt(auto: Callable[..., Any]) -> None:
+    row = {"context": "c", "question": "q", "chosen": "a", "rejected": "b"}
+    assert auto(row).only.prompt == [user("q\nc")]
+    assert auto(row, columns={"input": ""}).only.prompt == [Q]
+    row = {"input": "q", "context": "c", "chosen": "a", "rejected": "b"}
+    assert auto(row).only.prompt == [user("q\nc")]
+
+
+def test_two_fields_that_both_ask_are_a_riddle(auto: Callable[..., Any]) -> None:
+    row = {"question": "q", "instruction": "Answer it.", "chosen": "a", "rejected": "b"}
+    with pytest.raises(UnknownFormatError, match="question and instruction may both be prompt"):
+        auto(row)
+    assert auto(row, columns={"prompt": "question"}).only.prompt == [Q]
+
+
+def test_answers_that_repeat_the_prompt_are_a_riddle(auto: Callable[..., Any]) -> None:
+    rows = [
+        {"prompt": f"The sky {i} is", "chosen": f"The sky {i} is blue", "rejected": f"The sky {i} is"} for i in "123"
+    ]
+    with pytest.raises(UnknownFormatError, match="both answers begin with the whole prompt in every row; say format"):
+        auto(*rows)
+    assert auto(*rows, {"prompt": "q", "chosen": "a", "rejected": "b"}).formats == ["pairs"] * 4
+    assert auto({"prompt": "Hi", "chosen": "Hi there", "rejected": "Hi!"}).only.chosen == [assistant("Hi there")]
+
+
+def test_whole_transcripts_beside_a_prompt_are_a_riddle(auto: Callable[..., Any]) -> None:
+    sides = {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}
+    with pytest.raises(UnknownFormatError, match="say format: hh"):
+        auto({"prompt": "q", **sides})

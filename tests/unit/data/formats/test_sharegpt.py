@@ -1,0 +1,99 @@
+"""Conversations with two answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from dpo_cli.data.formats.base import Reading
+from dpo_cli.data.formats.sharegpt import SHAREGPT
+from dpo_cli.data.schema import PreferenceExample, assistant, user
+
+Q, A, B = user("q"), assistant("a"), assistant("b")
+ASKED = {"from": "human", "value": "q"}
+
+
+def test_a_sharegpt_pair_is_read() -> None:
+    example: Any = SHAREGPT.read(
+        {
+            "conversations": [
+                {"from": "system", "value": "s"},
+                {"from": "human", "value": "1"},
+                {"from": "gpt", "value": "2"},
+                {"from": "human", "value": "3"},
+            ],
+            "chosen": {"from": "gpt", "value": "a"},
+            "rejected": {"role": "assistant", "content": "b"},
+        },
+        Reading(),
+    )
+    assert example.prompt == [{"role": "system", "content": "s"}, user("1"), assistant("2"), user("3")]
+    assert (example.chosen, example.rejected) == ([A], [B])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [ASKED], "chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}},
+        {"conversations": [ASKED], "chosen": "a", "rejected": "b"},
+        {"conversations": ASKED, "chosen": "a", "rejected": [Q, B]},
+        {"conversations": json.dumps([ASKED]), "chosen": json.dumps(A), "rejected": json.dumps([Q, B])},
+        {"conversations": [Q, A], "rejected": "b"},
+        {"conversations": [Q, A], "chosen": None, "rejected": [B]},
+        {"conversations": [Q, A], "rejected": [Q, B]},
+    ],
+)
+def test_the_answers_come_in_many_shapes(row: dict[str, Any]) -> None:
+    assert SHAREGPT.read(row, Reading()) == PreferenceExample([Q], [A], [B])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [Q], "chosen": A, "rejected": B},
+        {"conversation": [{"speaker": "human", "text": "q"}], "better": A, "worse": B},
+        {"context": [{"from": "user", "content": "q"}], "chosen": [A], "rejected": [B]},
+        {"messages": [Q, A], "rejected_response": "b"},
+        {"messages": [Q, A], "rejected_messages": [Q, B]},
+    ],
+)
+def test_conversations_are_known_by_other_names(row: dict[str, Any], auto: Callable[..., Any]) -> None:
+    read = auto(row)
+    assert (read.formats, read.only) == (["sharegpt"], PreferenceExample([Q], [A], [B]))
+
+
+def test_a_chosen_answer_that_ends_the_conversation_is_told(auto: Callable[..., Any]) -> None:
+    assert "the conversation's last answer is the chosen one" in auto({"messages": [Q, A], "rejected": "b"}).why
+    assert "last answer" not in auto({"messages": [Q], "chosen": "a", "rejected": "b"}).why
+
+
+def test_a_tools_turn_may_end_the_conversation() -> None:
+    turns = [Q, assistant("Let me see."), {"role": "tool", "content": "22"}]
+    example: Any = SHAREGPT.read({"conversations": turns, "chosen": A, "rejected": B}, Reading())
+    assert example.prompt == turns
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"conversations": ...}, "missing_field"),
+        ({"conversations": None}, "missing_field"),
+        ({"chosen": ...}, "missing_field"),
+        ({"rejected": ...}, "missing_field"),
+        ({"conversations": []}, "empty_prompt"),
+        ({"conversations": [Q, A]}, "prompt_not_ending_with_user"),
+        ({"conversations": "q"}, "bad_message"),
+        ({"conversations": ["q"]}, "bad_message"),
+        ({"conversations": [{"from": "function_call", "value": "q"}]}, "unknown_role"),
+        ({"conversations": [{"input": "q", "output": "a"}]}, "unknown_role"),
+        ({"chosen": Q}, "not_one_answer"),
+        ({"chosen": 5}, "not_text"),
+        ({"rejected": {"from": "gpt"}}, "not_text"),
+    ],
+)
+def test_an_odd_sharegpt_pair_is_refused(change: dict[str, Any], reason: str, reason_of: Callable[..., str]) -> None:
+    row = {"conversations": [Q], "chosen": A, "rejected": B} | change
+    assert reason_of(SHAREGPT, {name: value for name, value in row.items() if value is not ...}) == reason

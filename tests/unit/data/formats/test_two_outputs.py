@@ -1,0 +1,229 @@
+"""Two outputs with a verdict: which one a label, votes or scores mean."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from dpo_cli.data.formats.base import Reading, RowProblem
+from dpo_cli.data.formats.detect import UnknownFormatError
+from dpo_cli.data.formats.two_outputs import TWO_OUTPUTS
+from dpo_cli.data.schema import PreferenceExample, assistant, user
+
+Q, A, B = user("q"), assistant("a"), assistant("b")
+FIRST, SECOND = PreferenceExample([Q], [A], [B]), PreferenceExample([Q], [B], [A])
+
+
+@pytest.mark.parametrize(
+    ("names", "label", "expected"),
+    [
+        (("output_1", "output_2"), 1, FIRST),
+        (("output_1", "output_2"), 2, SECOND),
+        (("output_1", "output_2"), "2", SECOND),
+        (("output_1", "output_2"), 2.0, SECOND),
+        (("output_1", "output_2"), "2.0", SECOND),
+        (("output_1", "output_2"), "output_1", FIRST),
+        (("output_1", "output_2"), "A", FIRST),
+        (("output_1", "output_2"), "model_b", SECOND),
+        (("response1", "response2"), "Response2", SECOND),
+        (("response_0", "response_1"), 0, FIRST),
+        (("response_0", "response_1"), 1, SECOND),
+        (("response_a", "response_b"), "a", FIRST),
+        (("response_a", "response_b"), " B ", SECOND),
+        (("answer_A", "answer_B"), "answer_B", SECOND),
+        (("completion a", "completion b"), "second", SECOND),
+    ],
+)
+def test_a_label_means_an_output_by_its_name(
+    names: tuple[str, str], label: Any, expected: PreferenceExample, auto: Callable[..., Any]
+) -> None:
+    for verdict in ("label", "winner", "preference", "choice"):
+        read = auto({"prompt": "q", names[0]: "a", names[1]: "b", verdict: label})
+        assert (read.formats, read.only) == (["two_outputs"], expected)
+
+
+@pytest.mark.parametrize("label", ["tie", "Tie", "tie (bothbad)", "both", "draw", 0, "0", 0.0])
+def test_ties_make_no_pair(label: Any, auto: Callable[..., Any]) -> None:
+    rows = [{"prompt": "q", "output_1": "a", "output_2": "b", "label": label} for label in (label, 1, 2)]
+    found = auto(*rows).found
+    assert (found[0].reason, found[1:]) == ("tie", [FIRST, SECOND])
+
+
+@pytest.mark.parametrize("asked", ["input", "prompt", "question", "query", "instruction"])
+def test_the_prompt_goes_by_many_names(asked: str, auto: Callable[..., Any]) -> None:
+    assert auto({asked: "q", "output_1": "a", "output_2": "b", "label": 2}).only == SECOND
+
+
+def test_an_instruction_has_its_input(auto: Callable[..., Any]) -> None:
+    row = {"instruction": "q", "input": "c", "output_1": "a", "output_2": "b", "label": 2}
+    assert auto(row).only.prompt == [user("q\nc")]
+
+
+@pytest.mark.parametrize(
+    ("votes", "winner"),
+    [
+        ([1, 1, 1], FIRST),
+        ([1, 1, 2], FIRST),
+        ([2, 0, 2], SECOND),
+        ([2, None, None], SECOND),
+        ([2, "", 2], SECOND),
+        (["2", "1", "2"], SECOND),
+        ([1, 2], "tie"),
+        ([0, 1, 2], "tie"),
+        ([0, 0, 2], "tie"),
+        ([1, 1, 0, 0], "tie"),
+        ([1, None, 2], "tie"),
+        ([None, None], "no_label"),
+        ([], "no_label"),
+    ],
+)
+def test_the_most_frequent_vote_counts(votes: list[Any], winner: Any, auto: Callable[..., Any]) -> None:
+    row = {"instruction": "q", "input": "", "response1": "a", "response2": "b"}
+    row |= {f"annotator{number}": vote for number, vote in enumerate(votes, start=1)}
+    sure = {**row, "annotator1": 2, "annotator2": 2}
+    if not votes:
+        row |= {"annotator1": None}
+    found = auto(row, *[sure] * 3).found[0]
+    assert (found.reason if isinstance(found, RowProblem) else found) == winner
+
+
+@pytest.mark.parametrize(
+    ("scores", "winner"),
+    [
+        ((0.9, 0.1), FIRST),
+        (("-1.5", "2"), SECOND),
+        ((1, 1.0), "tie"),
+        ((0, -1), FIRST),
+        ((None, 1), "no_label"),
+        (("", 1), "no_label"),
+        (("good", 1), "not_a_number"),
+        ((float("nan"), 1), "not_a_number"),
+        (([1], 1), "not_a_number"),
+    ],
+)
+def test_the_higher_score_wins(scores: tuple[Any, Any], winner: Any, auto: Callable[..., Any]) -> None:
+    for name in ("score", "rating", "reward"):
+        row = {"prompt": "q", "response_a": "a", "response_b": "b", f"{name}_a": scores[0], f"{name}_b": scores[1]}
+        found = auto(row).found[0]
+        if isinstance(found, RowProblem):
+            assert found.reason == winner
+        else:
+            better, worse = scores if winner is FIRST else scores[::-1]
+            assert found == PreferenceExample(
+                winner.prompt, winner.chosen, winner.rejected, float(better), float(worse)
+            )
+
+
+def test_a_label_decides_and_scores_are_kept(auto: Callable[..., Any]) -> None:
+    row = {"prompt": "q", "answer_1": "a", "answer_2": "b", "label": 2, "score_1": 9, "score_2": 3}
+    assert auto(row).only == PreferenceExample([Q], [B], [A], 3.0, 9.0)
+
+
+@pytest.mark.parametrize("shape", [list, json.dumps])
+def test_whole_conversations_need_no_prompt(shape: Callable[[Any], Any], auto: Callable[..., Any]) -> None:
+    row = {"conversation_a": shape([Q, A]), "conversation_b": shape([Q, B]), "winner": "model_b"}
+    assert auto(row).only == SECOND
+
+
+def test_texts_need_a_prompt_even_where_they_share_an_opening(auto: Callable[..., Any]) -> None:
+    found = auto({"post": "x y", "response_a": "The a", "response_b": "The b", "winner": "a"}).found[0]
+    assert (found.reason, found.detail) == ("missing_field", "has no 'prompt', nor question, query, input")
+
+
+# --- labels that say nothing by themselves -------------------------------------------------
+
+
+@pytest.mark.parametrize("labels", [(0, 1), ("0", "1", "1"), (0.0, 1.0)])
+def test_labels_0_and_1_of_outputs_1_and_2_are_a_riddle(labels: tuple[Any, ...], auto: Callable[..., Any]) -> None:
+    rows = [{"prompt": "q", "output_1": "a", "output_2": "b", "label": label} for label in labels]
+    with pytest.raises(UnknownFormatError, match="0 may be a tie or the first output"):
+        auto(*rows)
+    assert auto(*rows, labels={"0": "first", "1": "second"}).found[:2] == [FIRST, SECOND]
+    assert auto(*rows, {**rows[0], "label": 2}).found[0].reason == "tie"
+
+
+@pytest.mark.parametrize("labels", [(True, False), (1, 2), ("left", "right"), (-1,), (3,), (1.7, 1.2)])
+def test_labels_that_mean_nothing_are_a_riddle(labels: tuple[Any, ...], auto: Callable[..., Any]) -> None:
+    rows = [{"prompt": "q", "response_a": "a", "response_b": "b", "label": label} for label in labels]
+    with pytest.raises(UnknownFormatError, match=r"say nothing of which output is better; say it: labels: "):
+        auto(*rows)
+
+
+def test_the_user_says_what_labels_mean(auto: Callable[..., Any]) -> None:
+    row = {"prompt": "q", "left": "a", "right": "b", "verdict": "R"}
+    columns = {"first": "left", "second": "right", "label": "verdict"}
+    assert auto(row, columns=columns, labels={"L": "first", "R": "second"}).only == SECOND
+    assert (
+        auto({**row, "verdict": "x"}, row, columns=columns, labels={"R": "second", "x": "tie"}).found[0].reason == "tie"
+    )
+    row = {"prompt": "q", "response_a": "a", "response_b": "b", "label": True}
+    assert auto(row, labels={"True": "first", "False": "second"}).only == FIRST
+
+
+def test_columns_of_other_names_have_labels_by_their_ends(auto: Callable[..., Any]) -> None:
+    row = {"prompt": "q", "human 0": "a", "human 1": "b", "better": 1}
+    columns = {"first": "human 0", "second": "human 1", "label": "better"}
+    assert auto(row, columns=columns).only == SECOND
+    columns = {"first": "left", "second": "right", "label": "better"}
+    with pytest.raises(UnknownFormatError, match="say nothing"):
+        auto({"prompt": "q", "left": "a", "right": "b", "better": 1}, columns=columns)
+
+
+def test_a_rare_odd_label_is_refused_alone(auto: Callable[..., Any]) -> None:
+    rows = [{"prompt": "q", "output_1": "a", "output_2": "b", "label": label} for label in (1, 2, "unsure", None, [1])]
+    assert [found.reason for found in auto(*rows).found[2:]] == ["unknown_label", "no_label", "unknown_label"]
+
+
+def test_two_verdicts_or_two_pairs_of_outputs_are_a_riddle(auto: Callable[..., Any]) -> None:
+    row = {"prompt": "q", "output_1": "a", "output_2": "b", "choice": "sports", "winner": 1}
+    with pytest.raises(UnknownFormatError, match="two_outputs comes next to it, which needs label, too"):
+        auto(row)
+    assert auto(row, columns={"label": "winner"}).only == FIRST
+    with pytest.raises(UnknownFormatError):
+        auto({"prompt": "q", "output_1": "a", "output_2": "b", "response_1": "c", "response_2": "d", "winner": 1})
+
+
+def test_the_account_says_what_the_first_label_means(auto: Callable[..., Any]) -> None:
+    row = {"prompt": "q", "response_0": "a", "response_1": "b", "winner": 1}
+    why = auto(row).why
+    assert "(first <- response_0, second <- response_1, label <- winner)" in why
+    assert why.endswith("its first label, 1, means that the second is better")
+
+
+def test_of_three_outputs_none_is_left_aside(auto: Callable[..., Any]) -> None:
+    with pytest.raises(UnknownFormatError):
+        auto({"prompt": "q", "output_1": "a", "output_2": "b", "output_3": "c", "label": 1})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"first": None}, "missing_field"),
+        ({"second": ...}, "missing_field"),
+        ({"label": None}, "no_label"),
+        ({"label": ...}, "no_label"),
+        ({"label": {}}, "unknown_label"),
+        ({"label": "third"}, "unknown_label"),
+        ({"first": 5}, "not_text"),
+        ({"prompt": ...}, "missing_field"),
+        ({"prompt": {"id": 1}}, "bad_message"),
+        ({"prompt": ..., "first": "[{'role': 'user'}]"}, "not_json"),
+        ({"prompt": ..., "first": [Q, A], "second": [user("r"), B]}, "no_common_prompt"),
+        ({"prompt": ..., "first": [Q, A, Q, A], "second": [Q, B, Q, B]}, "diverges_early"),
+    ],
+)
+def test_an_odd_row_of_two_outputs_is_refused(
+    change: dict[str, Any], reason: str, reason_of: Callable[..., str]
+) -> None:
+    row = {"prompt": "q", "first": "a", "second": "b", "label": "first"} | change
+    assert reason_of(TWO_OUTPUTS, {name: value for name, value in row.items() if value is not ...}) == reason
+
+
+def test_without_labels_numbers_mean_nothing() -> None:
+    row = {"prompt": "q", "first": "a", "second": "b"}
+    assert TWO_OUTPUTS.read({**row, "label": "B"}, Reading()) == SECOND
+    with pytest.raises(RowProblem, match="has the label '1'; known are first .*; say in labels which side it means"):
+        TWO_OUTPUTS.read({**row, "label": 1}, Reading())

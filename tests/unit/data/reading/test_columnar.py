@@ -1,0 +1,293 @@
+"""Parquet and Arrow: rows as JSON has them, and damage that is named, with or without checksums."""
+
+from __future__ import annotations
+
+import datetime
+import io
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dpo_cli.core.errors import DataError
+from dpo_cli.data.reading.base import Record
+from dpo_cli.data.reading.files import read_records
+
+Read = Callable[..., list[Record]]
+Message = Callable[..., str]
+
+ROWS: list[dict[str, Any]] = [
+    {
+        "id": i,
+        "messages": [{"role": "user", "content": f"问 {i} 😀\n"}, {"role": "assistant", "content": "x" * (i % 7)}][
+            : i % 3
+        ],
+        "meta": {"score": i / 3, "tags": ["a", None] if i % 2 else None},
+        "text": None if i % 5 == 0 else f"text {i}",
+    }
+    for i in range(60)
+]
+
+
+def as_parquet(table: pa.Table, **options: Any) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(table, file, **{"row_group_size": 16, "write_page_checksum": True, **options})
+    return file.getvalue()
+
+
+def as_file(table: pa.Table, new: Any = pa.ipc.new_file, **options: Any) -> bytes:
+    file = io.BytesIO()
+    with new(file, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
+        writer.write_table(table, max_chunksize=16)
+    return file.getvalue()
+
+
+def as_stream(table: pa.Table, **options: Any) -> bytes:
+    return as_file(table, pa.ipc.new_stream, **options)
+
+
+FORMS = [as_parquet, as_file, as_stream]
+TABLE = pa.Table.from_pylist(ROWS)
+
+
+def values(records: list[Record]) -> list[Any]:
+    return [record.value for record in records]
+
+
+# --- what is read -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", FORMS)
+def test_nested_rows_come_as_they_were_written_over_all_groups(read: Read, write: Any) -> None:
+    records = read(write(TABLE))
+    assert values(records) == ROWS
+    assert [record.row for record in records] == list(range(60))
+    assert {record.line for record in records} == {None}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"compression": "zstd"},
+        {"compression": "gzip"},
+        {"compression": "none", "use_dictionary": False},
+        {"data_page_version": "2.0", "data_page_size": 50},
+        {"row_group_size": 1000, "data_page_size": 10},
+        {"store_schema": False},
+        {"write_page_checksum": False, "write_page_index": True},
+        {"use_dictionary": False, "column_encoding": {"id": "DELTA_BINARY_PACKED", "text": "DELTA_BYTE_ARRAY"}},
+    ],
+)
+def test_parquet_is_read_however_it_was_written(read: Read, options: dict[str, Any]) -> None:
+    assert values(read(as_parquet(TABLE, **options))) == ROWS
+
+
+@pytest.mark.parametrize("write", [as_file, as_stream])
+@pytest.mark.parametrize("compression", ["lz4", "zstd"])
+def test_arrow_may_be_compressed_within(read: Read, write: Any, compression: str) -> None:
+    assert values(read(write(TABLE, compression=compression))) == ROWS
+
+
+@pytest.mark.parametrize("write", FORMS)
+def test_other_types_of_text_and_lists_are_texts_and_lists(read: Read, write: Any) -> None:
+    rows = [{"d": "a", "l": ["x"], "t": "u", "f": [1, 2]}, {"d": None, "l": [], "t": "", "f": [3, 4]}] * 10
+    schema = pa.schema(
+        [
+            ("d", pa.dictionary(pa.int8(), pa.string())),
+            ("l", pa.large_list(pa.large_string())),
+            ("t", pa.string_view()),
+            ("f", pa.list_(pa.int32(), 2)),
+        ]
+    )
+    assert values(read(write(pa.Table.from_pylist(rows, schema)))) == rows
+
+
+@pytest.mark.parametrize("write", FORMS)
+def test_times_and_decimals_are_texts_wherever_they_are(read: Read, write: Any) -> None:
+    time = datetime.datetime(2024, 5, 1, 12)
+    table = pa.table(
+        {
+            "when": pa.array([1, None], pa.timestamp("ns")),
+            "day": [time.date(), None],
+            "zone": pa.array([time, None], pa.timestamp("us", "UTC")),
+            "price": [Decimal("1.50"), None],
+            "log": [[{"at": time, "what": "x"}], []],
+            "bytes": [b"\xff", None],
+        }
+    )
+    first, second = values(read(write(table)))
+    assert first == {
+        "when": "1970-01-01 00:00:00.000000001",
+        "day": "2024-05-01",
+        "zone": "2024-05-01 12:00:00.000000Z",
+        "price": "1.50",
+        "log": [{"at": "2024-05-01 12:00:00.000000", "what": "x"}],
+        "bytes": b"\xff",
+    }
+    assert second == {**dict.fromkeys(first), "log": []}
+
+
+@pytest.mark.parametrize("write", ["write_parquet", "write_ipc", "write_ipc_stream"])
+def test_what_polars_writes_is_read(read: Read, write: str) -> None:
+    file = io.BytesIO()
+    getattr(pl.DataFrame(ROWS), write)(file)
+    assert values(read(file.getvalue())) == ROWS
+
+
+def test_what_datasets_saves_to_disk_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    assert values(list(read_records(file))) == ROWS
+
+
+@pytest.mark.parametrize("write", [as_parquet, as_stream])
+def test_a_file_without_rows_has_none(read: Read, write: Any) -> None:
+    assert read(write(TABLE.slice(0, 0))) == []
+
+
+@pytest.mark.parametrize("write", FORMS)
+def test_a_list_inside_each_row_may_be_the_rows(read: Read, message: Message, write: Any) -> None:
+    records = read(write(TABLE), "messages")
+    assert values(records) == [turn for row in ROWS for turn in row["messages"]]
+    assert [record.row for record in records] == list(range(len(records)))
+    assert message(write(TABLE), "meta.tags") == "row 0: records: there is no list at 'meta.tags'"
+
+
+# --- memory -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pool() -> Iterator[pa.MemoryPool]:
+    """What Arrow allocates during the test."""
+    before = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(before)
+    pa.set_memory_pool(pool)
+    yield pool
+    pa.set_memory_pool(before)
+
+
+LARGE = pa.table({"a": [f"{i:08d}" * 125 for i in range(20_000)], "b": [["x" * 100, str(i)] for i in range(20_000)]})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_dictionary": False}, {"row_group_size": 1000}, {"compression": "snappy"}],
+    ids=["one group", "plain", "many groups", "packed"],
+)
+def test_memory_does_not_grow_with_a_parquet_file(tmp_path: Path, pool: pa.MemoryPool, options: dict[str, Any]) -> None:
+    path = tmp_path / "data"
+    path.write_bytes(as_parquet(LARGE, **{"compression": "none", "row_group_size": 1 << 20, **options}))
+    assert peak_of(path, pool) < 7e6 < LARGE.nbytes / 3
+
+
+@pytest.mark.parametrize("new", [pa.ipc.new_file, pa.ipc.new_stream])
+def test_memory_does_not_grow_with_an_arrow_file(tmp_path: Path, pool: pa.MemoryPool, new: Any) -> None:
+    path = tmp_path / "data"
+    with new(str(path), LARGE.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
+        writer.write_table(LARGE, max_chunksize=1000)
+    assert peak_of(path, pool) < 4e6 < LARGE.nbytes / 5
+
+
+def peak_of(path: Path, pool: pa.MemoryPool) -> int:
+    before, peak, num_rows = pool.bytes_allocated(), 0, 0
+    for _ in read_records(path):
+        num_rows += 1
+        if num_rows % 100 == 0:
+            peak = max(peak, pool.bytes_allocated() - before)
+    assert num_rows == 20_000
+    return peak
+
+
+# --- damage -------------------------------------------------------------------------------
+
+
+def flipped(data: bytes, place: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :]
+
+
+@pytest.mark.parametrize(("write", "name"), [(as_parquet, "parquet"), (as_file, "Arrow"), (as_stream, "Arrow")])
+def test_a_file_that_is_cut_off_is_named(message: Message, write: Any, name: str) -> None:
+    data = write(TABLE)
+    for keep in (8, 20, 300, len(data) // 2, len(data) - 20, len(data) - 9, len(data) - 8, len(data) - 1):
+        text = message(data[:keep])
+        assert text.startswith(f"is a damaged {name} file, behind row ")
+        assert text.endswith("; fetch it again")
+
+
+def test_a_stream_that_is_cut_off_between_two_batches_is_named(message: Message) -> None:
+    first = as_stream(TABLE.slice(0, 16))[:-8]
+    assert as_stream(TABLE).startswith(first)
+    assert message(first) == "is a damaged Arrow file, behind row 16: it is cut off; fetch it again"
+
+
+def test_a_stream_whose_end_comes_too_early_is_named(message: Message) -> None:
+    data = as_stream(TABLE)
+    place = len(as_stream(TABLE.slice(0, 16))) - 8
+    assert "behind row 16: there is more behind its end" in message(data[: place + 4] + bytes(4) + data[place + 8 :])
+    assert "behind row 60: there is more behind its end" in message(data + b"\0")
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_a_page_with_a_wrong_checksum_is_named(message: Message, version: str) -> None:
+    data = as_parquet(
+        TABLE, compression="none", use_dictionary=False, data_page_version=version, write_statistics=False
+    )
+    for text in (b"text 7", b"text 59", "问 40".encode()):
+        assert "checksum" in message(flipped(data, data.index(text) + len(text) - 1))
+
+
+def test_a_change_in_a_page_without_checksum_is_read(read: Read) -> None:
+    data = as_parquet(
+        TABLE, compression="none", use_dictionary=False, write_page_checksum=False, write_statistics=False
+    )
+    got = values(read(flipped(data, data.index(b"text 7") + 5)))
+    assert [i for i in range(60) if got[i] != ROWS[i]] == [7]
+
+
+def test_text_that_is_not_utf_8_is_named(message: Message) -> None:
+    for write in (as_stream, lambda table: as_parquet(table, write_page_checksum=False, compression="none")):
+        data = write(TABLE).replace("问 40".encode(), b"\xff" + "问 40".encode()[1:])
+        assert "behind row " in message(data)
+
+
+def test_what_arrow_cannot_do_is_not_called_damage(message: Message, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise pa.ArrowNotImplementedError("Support for codec 'lzo' not built")
+
+    monkeypatch.setattr(pq, "ParquetFile", refuse)
+    assert message(as_parquet(TABLE)) == (
+        "is a parquet file that cannot be read, behind row 0: Support for codec 'lzo' not built; fetch it again,"
+        " or save it as JSON lines"
+    )
+
+
+def test_columns_of_one_name_are_refused(message: Message) -> None:
+    table = pa.table([pa.array([1]), pa.array([2])], names=["a", "a"])
+    for write in FORMS:
+        assert "twice" in message(write(table))
+
+
+def test_an_arrow_file_whose_two_schemas_differ_is_named(message: Message) -> None:
+    data = as_file(TABLE)
+    for place in (data.index(b"role"), data.rindex(b"role")):
+        assert "do not agree" in message(flipped(data, place))
+
+
+def test_an_arrow_file_whose_footer_loses_or_repeats_batches_is_named(read: Read) -> None:
+    table = pa.table({"a": list(range(64))})
+    data = as_file(table)
+    for place in range(len(data) - 10 - int.from_bytes(data[-10:-6], "little"), len(data)):
+        for bit in range(8):
+            try:
+                got = values(read(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]))
+            except DataError:
+                continue
+            assert got == [{"a": i} for i in range(64)]

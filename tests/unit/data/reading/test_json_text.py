@@ -1,0 +1,346 @@
+"""JSON lines, JSON arrays, and arrays inside large objects: what is read, and how each damage is named."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_cli.data.reading import base, json_text
+from dpo_cli.data.reading.base import Lines, Record
+from dpo_cli.data.reading.files import read_blocks, read_records
+
+Read = Callable[..., list[Record]]
+Message = Callable[..., str]
+Write = Callable[[list[Any]], bytes]
+
+BOM = b"\xef\xbb\xbf"
+ROWS: list[dict[str, Any]] = [
+    {"a": 1, "text": "two\nlines"},
+    {"a": [1.5, None, True], "text": "中文 “quoted” 😀"},
+    {},
+]
+
+
+def as_array(rows: list[Any]) -> bytes:
+    return json.dumps(rows, ensure_ascii=False, indent=1).encode()
+
+
+def as_lines(rows: list[Any]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def values(records: list[Record]) -> list[Any]:
+    return [record.value for record in records]
+
+
+# --- what is read -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 64, 1 << 20])
+@pytest.mark.parametrize("write", [as_array, as_lines])
+@pytest.mark.parametrize("prefix", [b"", BOM, b" \n\t", BOM + b"\r\n"])
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_rows_come_as_they_were_written(
+    read: Read,
+    monkeypatch: pytest.MonkeyPatch,
+    block: int,
+    write: Write,
+    prefix: bytes,
+    compress: Callable[[bytes], bytes],
+) -> None:
+    monkeypatch.setattr(json_text, "BLOCK", block)
+    records = read(compress(prefix + write(ROWS)))
+    assert values(records) == ROWS
+    assert [record.row for record in records] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("block", [1, 3, 1 << 20])
+def test_a_record_names_the_line_it_begins_at(read: Read, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(json_text, "BLOCK", block)
+    assert [record.line for record in read(b'[\n\n{"a": 1},\n{"a":\n2}, {"a": 3}\n,{}\n]')] == [3, 4, 5, 6]
+    assert [record.line for record in read(b'{"a": 1}\n\n \n{"a": 2}\n')] == [1, 4]
+
+
+@pytest.mark.parametrize("block", [1, 2, 9, 1 << 20])
+def test_lines_may_end_in_carriage_returns_and_the_last_one_in_nothing(
+    read: Read, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(json_text, "BLOCK", block)
+    assert values(read(b'{"a": 1}\r\n\r\n{"a": 2}')) == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x7f", "\ufeff"])
+@pytest.mark.parametrize("write", [as_array, as_lines])
+def test_only_a_line_feed_ends_a_line(read: Read, write: Write, mark: str) -> None:
+    rows = [{"a": f"one{mark}two"}, {f"{mark}b": mark}]
+    records = read(write(rows))
+    assert values(records) == rows
+    assert records[-1].line == (2 if write is as_lines else 5)
+
+
+@pytest.mark.parametrize("write", [as_array, as_lines])
+def test_marks_that_are_written_as_escapes_cut_nothing(read: Read, write: Write) -> None:
+    rows = [{"a": "\x0b \x0c \x1c \r \n \0 \t"}, {"b": "\\n \\u2028"}]
+    assert values(read(write(rows))) == rows
+
+
+def test_half_a_surrogate_pair_is_left_to_the_caller(read: Read) -> None:
+    assert values(read(b'{"a": "\\ud800"}\n{"a": "\\ud83d\\ude00"}\n')) == [{"a": "\ud800"}, {"a": "😀"}]
+
+
+def test_an_empty_array_has_no_rows(read: Read) -> None:
+    assert read(b" [ ] \n") == []
+
+
+def test_values_that_are_no_objects_are_left_to_the_caller(read: Read) -> None:
+    assert values(read(b'[1, "a", null, [2], -1.5e3]')) == [1, "a", None, [2], -1500.0]
+    assert values(read(b'1\n"a"\nnull\n')) == [1, "a", None]
+
+
+@pytest.mark.parametrize("number", ["1.5", "1e5", "1E-5", "-0.25"])
+def test_a_number_across_two_blocks_is_one_number(read: Read, monkeypatch: pytest.MonkeyPatch, number: str) -> None:
+    monkeypatch.setattr(json_text, "BLOCK", 1)
+    assert values(read(f"[{number}, {{}}]".encode())) == [float(number), {}]
+
+
+@pytest.mark.parametrize("block", [1, 10, 1 << 20])
+def test_runs_of_lines_are_whole_and_know_their_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(json_text, "BLOCK", block)
+    path = tmp_path / "data"
+    path.write_bytes(b'\n{"a": 1}\n\n{"a": 2}\n{"a": 3}')
+    runs = [run for run in read_blocks(path) if isinstance(run, Lines)]
+    assert b"".join(run.data for run in runs) == path.read_bytes()
+    assert all(run.data.endswith(b"\n") for run in runs[:-1])
+    records = [record for run in runs for record in json_text.parse_lines(path, run)]
+    assert [(record.line, record.value["a"]) for record in records] == [(2, 1), (4, 2), (5, 3)]
+    assert len(runs) == (1 if block > 100 else len(runs))
+
+
+@pytest.mark.parametrize("write", [as_array, as_lines])
+def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Write) -> None:
+    monkeypatch.setattr(json_text, "BLOCK", 1 << 16)
+    path = tmp_path / "data"
+    path.write_bytes(write([{"text": f"{i:04d}" * 250} for i in range(16_000)]))
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in read_records(path)) == 16_000
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4e6 < path.stat().st_size / 4
+
+
+# --- a list inside an object --------------------------------------------------------------
+
+WITHIN = {"version": "1.0", "skip": {"rows": [9]}, "data": {"n": [[1], {}], "rows": ROWS, "more": None}, "end": "x"}
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 64, 1 << 20])
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("prefix", [b"", BOM, b"\n "])
+def test_the_list_inside_one_object_gives_the_rows(
+    read: Read, monkeypatch: pytest.MonkeyPatch, block: int, indent: int | None, prefix: bytes
+) -> None:
+    monkeypatch.setattr(json_text, "BLOCK", block)
+    records = read(prefix + json.dumps(WITHIN, indent=indent).encode() + b"\n", "data.rows")
+    assert values(records) == ROWS
+    assert [record.row for record in records] == [0, 1, 2]
+
+
+def test_rows_inside_an_object_name_the_line_they_begin_at(read: Read) -> None:
+    assert [record.line for record in read(b'{"x": 1,\n"rows": [\n{},\n\n{}, {}]}', "rows")] == [3, 5, 5]
+
+
+@pytest.mark.parametrize("separator", ["\n", "\r\n", "\n\n"])
+def test_each_line_may_hold_a_list(read: Read, separator: str) -> None:
+    lines = [json.dumps({"id": i, "turns": {"rows": [{"i": i}] * i}}) for i in range(4)]
+    records = read((separator.join(lines) + separator).encode(), "turns.rows")
+    assert values(records) == [{"i": 1}, *[{"i": 2}] * 2, *[{"i": 3}] * 3]
+    assert [record.row for record in records] == list(range(6))
+    step = separator.count("\n")
+    assert [record.line for record in records] == [1 + step, *[1 + 2 * step] * 2, *[1 + 3 * step] * 3]
+
+
+def test_each_line_may_hold_a_list_that_is_longer_than_what_the_kind_is_told_by(read: Read) -> None:
+    lines = [{"rows": [{"text": "x" * 100_000}] * 2}] * 3
+    assert len(read(as_lines(lines), "rows")) == 6
+
+
+def test_each_object_of_an_array_may_hold_a_list(read: Read) -> None:
+    records = read(json.dumps([{"rows": ROWS}, {"rows": []}, {"rows": ROWS[:1]}], indent=1).encode(), "rows")
+    assert values(records) == [*ROWS, ROWS[0]]
+    assert [record.row for record in records] == [0, 1, 2, 3]
+
+
+def test_what_lies_before_the_list_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_text, "BLOCK", 1 << 16)
+    path = tmp_path / "data"
+    other = [{"text": "x" * 1000}] * 5000
+    path.write_text(json.dumps({"train": other, "meta": {"more": other}, "test": [{"a": 1}]}), encoding="utf-8")
+    tracemalloc.start()
+    try:
+        assert values(list(read_records(path, within="test"))) == [{"a": 1}]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2e6 < path.stat().st_size / 4
+
+
+@pytest.mark.parametrize("block", [1, 1 << 20])
+@pytest.mark.parametrize(
+    ("data", "within", "words"),
+    [
+        (b'{"a": 1}', "rows", "line 1: records: there is no list at 'rows'; 'rows' is missing"),
+        (b"{}", "rows", "line 1: records: there is no list at 'rows'; 'rows' is missing"),
+        (b'{"a": {"b": 1}}', "a.rows", "line 1: records: there is no list at 'a.rows'; 'rows' is missing"),
+        (b'{"a": [1]}', "a.rows", "line 1: records: there is no list at 'a.rows'"),
+        (b'{"rows": {"a": 1}}', "rows", "line 1: records: there is no list at 'rows'"),
+        (b'{"rows": null}\n', "rows", "line 1: records: there is no list at 'rows'"),
+        (b'{"rows": [1]}\n{"row": [1]}\n', "rows", "line 2: records: there is no list at 'rows'; 'rows' is missing"),
+        (b'{"rows": [1], "rows": [2]}', "rows", "line 1: records: 'rows' is there twice"),
+        (b'[{"rows": [1]},\n{"row": [1]}]', "rows", "line 2: records: there is no list at 'rows'"),
+        (b'[{"rows": 5}]', "rows", "line 1: records: there is no list at 'rows'"),
+        (b"[1]", "rows", "line 1: records: there is no list at 'rows'"),
+        (b'"x"\n', "rows", "line 1: records: there is no list at 'rows'"),
+        (b'{"rows": [{}, {}', "rows", "line 1: broken JSON: the array is not closed; the file seems cut off"),
+        (b'{"rows": [{}],\n', "rows", "line 2: broken JSON: expected '\"' before a name, the file seems cut off"),
+        (b'{"rows": [{}]\n', "rows", "line 2: broken JSON: expected ',' or '}' after the value of 'rows', the file"),
+        (b'{"rows": [{}], "n', "rows", "line 1: broken JSON: Unterminated string"),
+        (b'{"rows": [{}], "n": ', "rows", "the file seems cut off"),
+        (b'{"a": {"rows": [{}]}', "a.rows", "the file seems cut off"),
+        (b'{"rows": [{}]} x', "rows", "line 1: broken JSON: text after the end of the object"),
+        (b'{"rows": [{}]} {"rows": [{}]}', "rows", "line 1: broken JSON: text after the end of the object"),
+        (b'{"rows": [{}]}\n]', "rows", "line 2: broken JSON: expected '{' at the start of an object, got ']'"),
+        (b'{"rows": [{}] "a": 1}', "rows", "line 1: broken JSON: expected ',' or '}' after the value of 'rows', got"),
+        (b'{"a" 1, "rows": [{}]}', "rows", "line 1: broken JSON: expected ':' after 'a', got '1'"),
+        (b'{a: 1, "rows": [{}]}', "rows", "line 1: broken JSON: expected '\"' before a name, got 'a'"),
+        (b'{"rows": [{}],\n"a": tru ' + b" " * 20 + b"}", "rows", "line 2: broken JSON: Expecting value"),
+        (b'{"b": ' + b'{"a":' * 100_000, "rows", "line 1: broken JSON: nested too deeply"),
+    ],
+)
+def test_an_object_without_the_list_or_that_is_broken_is_named(
+    message: Message, monkeypatch: pytest.MonkeyPatch, block: int, data: bytes, within: str, words: str
+) -> None:
+    monkeypatch.setattr(json_text, "BLOCK", block)
+    assert words in message(data, within)
+
+
+def test_one_object_over_many_lines_says_how_to_name_its_list(message: Message) -> None:
+    text = message(json.dumps({"rows": ROWS}, indent=1).encode())
+    assert text.startswith("line 1, column 2: broken JSON")
+    assert "or with records: KEY one object that holds the list of rows" in text
+
+
+# --- text that cannot be read -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [64, 1 << 20])
+@pytest.mark.parametrize("write", [as_array, as_lines])
+def test_gbk_is_named_with_its_line_and_remedy(
+    message: Message, monkeypatch: pytest.MonkeyPatch, write: Write, block: int
+) -> None:
+    monkeypatch.setattr(json_text, "BLOCK", block)
+    data = write([{"a": "plain"}, {"a": "把句子里的每个数字加1"}]).decode().encode("gbk")
+    line = 1 + data[: next(i for i, byte in enumerate(data) if byte > 127)].count(b"\n")
+    assert message(data) == (f"line {line}: not UTF-8 text, it looks like GBK; convert it: iconv -f GBK -t UTF-8")
+
+
+@pytest.mark.parametrize("write", [as_array, as_lines])
+def test_bytes_of_no_encoding_are_named_with_their_line(message: Message, write: Write) -> None:
+    data = write([{"a": "plain"}, {"a": "#"}]).replace(b"#", b"\xff\xff")
+    line = 1 + data[: data.index(b"\xff")].count(b"\n")
+    assert message(data) == f"line {line}: not UTF-8 text; fetch the file again, or convert it to UTF-8"
+
+
+@pytest.mark.parametrize("write", [as_array, as_lines])
+def test_a_damaged_byte_in_chinese_text_does_not_make_it_gbk(message: Message, write: Write) -> None:
+    data = bytearray(write([{"a": "把句子里的每个数字加1，然后写出结果。"}]))
+    data[data.index("数".encode())] ^= 0x20
+    assert message(bytes(data)).endswith("not UTF-8 text; fetch the file again, or convert it to UTF-8")
+
+
+@pytest.mark.parametrize("block", [1, 5, 1 << 20])
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b'[{"a": 1}', "line 1: broken JSON: the array is not closed; the file seems cut off"),
+        (b'[\n{"a": 1},\n', "line 3: broken JSON: the array is not closed; the file seems cut off"),
+        (b"[", "line 1: broken JSON: the array is not closed; the file seems cut off"),
+        (b'[{"a": 1},\n{"a": "long tex', "line 2: broken JSON: Unterminated string"),
+        (b'[{"a": 1},\n{"a": "long tex', "the file seems cut off"),
+        (b'[{"a": 1},\n{"a": ', "the file seems cut off"),
+        (b'[{"a": 1}\n{"a": 2}]', "line 2: broken JSON: expected ',' or ']' after row 0, got '{'"),
+        (b'[{"a": 1}]\n{"a": 2}', "line 2: broken JSON: text after the end of the array"),
+        (b'[{"a": 1}]]', "line 1: broken JSON: text after the end of the array"),
+        (b'[{"a": 1},]', "line 1: broken JSON: Expecting value"),
+        (b"[\n{'a': 1},\n" + b'{"a": 1}, ' * 9 + b"{}]", "line 2: broken JSON: Expecting property name"),
+        (b'[{"a": 1},\n\n{"a": tru}, ' + b'{"a": 1}, ' * 9 + b"{}]", "line 3: broken JSON: Expecting value"),
+        (b'[{"a": "tab\there"}, ' + b'{"a": 1}, ' * 9 + b"{}]", "line 1: broken JSON: Invalid control character"),
+        (b'[{"a": "zero\0"}, ' + b'{"a": 1}, ' * 9 + b"{}]", "line 1: broken JSON: Invalid control character"),
+    ],
+)
+def test_a_broken_array_is_named_with_its_line(
+    message: Message, monkeypatch: pytest.MonkeyPatch, block: int, data: bytes, words: str
+) -> None:
+    monkeypatch.setattr(json_text, "BLOCK", block)
+    assert words in message(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (
+            b"hello\n",
+            "line 1, column 1: broken JSON: Expecting value; expected a JSON array, one JSON value a line, or",
+        ),
+        (b'{"a": 1}\n{"a": 1', "line 2, column 8: broken JSON: Expecting ',' delimiter"),
+        (b'{"a": 1}\n{"a": 1} x\n', "line 2, column 10: broken JSON: Extra data"),
+        (b'{"a": 1}\r{"a": 1}\r', "line 1, column 10: broken JSON: Extra data"),
+        (b'{"a": 1}{"a": 2}\n', "line 1, column 9: broken JSON: Extra data"),
+        (b'{"a": 1}\n{"a": tru}\n', "line 2, column 7: broken JSON: Expecting value"),
+        (b'{"a": 1}\n{"a": "\0"}\n', "line 2, column 8: broken JSON: Invalid control character"),
+        (b'{"a": 1}\n\0\0\0\n', "line 2, column 1: broken JSON: Expecting value"),
+        (b'{"a": "\n"}\n', "line 1, column 7: broken JSON: Unterminated string"),
+        (b'{\n"a": 1\n}\n', "broken JSON: Expecting property name"),
+    ],
+)
+def test_a_broken_line_is_named_with_its_column(message: Message, data: bytes, words: str) -> None:
+    assert words in message(data)
+
+
+def test_a_line_that_is_cut_off_is_named_with_the_column_of_its_end(message: Message) -> None:
+    assert "line 2, column 8: broken JSON: Expecting ',' delimiter" in message(b'{"a": 1}\n{"a": 1\n{"a": 2}\n')
+
+
+@pytest.mark.parametrize("data", [b"[" * 200_000, b'{"a": ' + b"[" * 200_000 + b"\n"])
+def test_json_nested_too_deeply_is_named(message: Message, data: bytes) -> None:
+    assert "nested too deeply" in message(data)
+
+
+@pytest.mark.parametrize("form", [b'{"a": %s}\n', b'[{"a": %s}]'])
+def test_a_number_that_python_refuses_is_named(message: Message, form: bytes) -> None:
+    assert "line 1" in message(form % (b"1" * 5000))
+
+
+@pytest.mark.parametrize(
+    ("data", "within"),
+    [
+        (b'{"a": 1}\n{"a": "' + b"x" * 9000 + b'"}\n', ""),
+        (b'[{"a": 1},\n{"a": "' + b"x" * 9000 + b'"}]', ""),
+        (b'{"a": 1,\n"b": "' + b"x" * 9000 + b'", "rows": []}', "rows"),
+    ],
+)
+def test_a_row_that_does_not_end_is_not_read_into_memory(
+    message: Message, monkeypatch: pytest.MonkeyPatch, data: bytes, within: str
+) -> None:
+    monkeypatch.setattr(json_text, "BLOCK", 16)
+    monkeypatch.setattr(base, "LONGEST", 4096)
+    assert message(data, within).startswith("line 2: a row of more than 0 MiB; a quote or a bracket is not closed, or")

@@ -1,0 +1,103 @@
+"""What the conversion stages publish, print and refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_cli.core.errors import DataError, ParamsError
+from dpo_cli.core.params import Params, parse_params
+from dpo_cli.data import world
+from dpo_cli.stages import convert_preferences, convert_sft
+
+
+def params(**data: Any) -> Params:
+    return parse_params({"data": {"eval_fraction": 0.3, **data}})
+
+
+def write_raw(name: str, rows: list[Any]) -> Path:
+    path = Path("data/raw") / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return path
+
+
+def pairs(number: int, chosen: str = "yes") -> list[dict[str, Any]]:
+    return [{"prompt": f"question {index}", "chosen": chosen, "rejected": "no"} for index in range(number)]
+
+
+def test_a_stage_publishes_tables_metrics_checks_and_rejects(project: Path, reporter: Any) -> None:
+    raw = write_raw("sft.json", world.instruction_rows(0, 600))
+    metrics = convert_sft.run(params(sft={"path": "data/raw/sft.json"}), reporter)
+    assert metrics["num_read"] == 600 == metrics["num_train"] + metrics["num_eval"] + metrics["num_rejected"]
+    assert metrics["rejected"] == {"empty_completion": 2, "duplicate": 2}
+    assert sorted(path.name for path in Path("data/sft").iterdir()) == ["eval.parquet", "train.parquet"]
+    assert json.loads(Path("reports/convert_sft/metrics.json").read_text()) == {"convert_sft": metrics}
+    rejects = [json.loads(line) for line in Path("reports/convert_sft/rejects.jsonl").read_text().splitlines()]
+    assert len(rejects) == metrics["num_rejected"]
+    assert {reject["file"] for reject in rejects} == {"data/raw/sft.json"}
+    checks = json.loads(Path("reports/convert_sft/checks.json").read_text())
+    assert checks["duplicate"]["count"] == 2
+    assert checks["duplicate"]["rate"] == pytest.approx(2 / 600)
+    named = [reject["row"] for reject in rejects if reject["reason"] == "duplicate"]
+    assert [place["row"] for place in checks["duplicate"]["rows"]] == named
+    table = dict(reporter.tables["convert_sft"])
+    assert (table["rows read"], table["left out: duplicate"]) == ("600", "2")
+    (meter,) = reporter.meters
+    assert meter.done == meter.total == raw.stat().st_size
+    assert not any(Path(".scratch/convert_sft").glob("*/*"))
+
+
+def test_several_sources_and_rankings_are_one_account(project: Path, reporter: Any) -> None:
+    write_raw("pairs.json", pairs(40))
+    ranked = [{"prompt": f"rank {n}", "completions": ["a", "b", "c"], "scores": [1, 2, 2]} for n in range(40)]
+    write_raw("ranked.json", ranked)
+    settings = params(preferences={"path": "data/raw/pairs.json", "also": [{"path": "data/raw/ranked.json"}]})
+    metrics = convert_preferences.run(settings, reporter)
+    assert (metrics["num_read"], metrics["num_rejected"]) == (80, 0)
+    assert metrics["num_train"] + metrics["num_eval"] == 40 + 80
+    assert metrics["num_train_rankings"] + metrics["num_eval_rankings"] == 40
+    assert metrics["num_tied_pairs"] == 40
+    assert sorted(path.name for path in Path("data/preference").iterdir()) == [
+        "eval.parquet", "eval.ranking.parquet", "train.parquet", "train.ranking.parquet",
+    ]  # fmt: skip
+
+
+def test_a_conversion_that_fails_leaves_the_tables_of_before(project: Path, reporter: Any) -> None:
+    path = write_raw("pairs.json", pairs(30))
+    path.write_text(path.read_text()[:-9])
+    Path("data/preference").mkdir()
+    Path("data/preference/train.parquet").write_text("old")
+    with pytest.raises(DataError, match="the file seems cut off"):
+        convert_preferences.run(params(preferences={"path": "data/raw/pairs.json"}), reporter)
+    assert Path("data/preference/train.parquet").read_text() == "old"
+    assert not Path("reports").exists()
+
+
+@pytest.mark.parametrize("path", ["elsewhere/rows.json", "data/raw/../rows.json", "/data/raw/rows.json", "data/raws/r"])
+def test_a_file_that_dvc_does_not_watch_is_refused(project: Path, reporter: Any, path: str) -> None:
+    with pytest.raises(ParamsError, match=r"data.preferences.path must lie under data/raw, which DVC watches"):
+        convert_preferences.run(params(preferences={"path": path}), reporter)
+    with pytest.raises(ParamsError, match=r"data.sft.also.0.path must lie under data/raw"):
+        convert_sft.run(params(sft={"also": [{"path": path}]}), reporter)
+
+
+def test_a_scheme_of_pairs_without_rankings_has_no_effect(project: Path, reporter: Any) -> None:
+    write_raw("pairs.json", pairs(30))
+    with pytest.raises(ParamsError, match="pairs adjacent has no effect: data/raw/pairs.json holds pairs"):
+        convert_preferences.run(params(preferences={"path": "data/raw/pairs.json", "pairs": "adjacent"}), reporter)
+    assert not Path("data/preference").exists()
+
+
+def test_length_bias_and_many_rejects_are_warned_of(project: Path, reporter: Any) -> None:
+    write_raw("pairs.json", pairs(150))
+    convert_preferences.run(params(preferences={"path": "data/raw/pairs.json"}), reporter)
+    assert any("the longer one in 100% of the pairs" in text for text in reporter.warned)
+    reporter.warned.clear()
+    write_raw("pairs.json", pairs(75, chosen="ja") + pairs(70, chosen="ja"))
+    convert_preferences.run(params(preferences={"path": "data/raw/pairs.json"}), reporter)
+    (warning,) = reporter.warned
+    assert warning == "70 of 145 rows (48%) are left out: 70 duplicate"

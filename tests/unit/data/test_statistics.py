@@ -1,0 +1,235 @@
+"""Statistics of examples: counted by hand, exact where they say so, and the same in any order."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from dpo_cli.data.formats.base import RowProblem
+from dpo_cli.data.schema import Messages, PreferenceExample, RankingExample, SftExample, assistant, user
+from dpo_cli.data.statistics import DataStatistics, Distribution, script_of, wilson_interval
+
+
+def distribution_of(*values: int) -> Distribution:
+    found = Distribution()
+    for value in values:
+        found.add(value)
+    return found
+
+
+def pair(prompt: str, chosen: str, rejected: str) -> PreferenceExample:
+    return PreferenceExample([user(prompt)], [assistant(chosen)], [assistant(rejected)])
+
+
+def instruction(prompt: str, completion: str) -> SftExample:
+    return SftExample([user(prompt)], [assistant(completion)])
+
+
+# --- distributions ------------------------------------------------------------------------
+
+
+def test_quantiles_of_small_values_are_exact() -> None:
+    found = distribution_of(*range(1, 101))
+    assert (found.count, found.total, found.maximum) == (100, 5050, 100)
+    assert [found.quantile(percent) for percent in (1, 50, 95, 99, 100)] == [1, 50, 95, 99, 100]
+
+
+def test_the_median_of_two_is_the_smaller_one() -> None:
+    assert distribution_of(3, 90).quantile(50) == 3
+
+
+def test_quantiles_of_large_values_are_off_by_less_than_one_percent() -> None:
+    rng = random.Random("lengths")
+    values = sorted(int(10 ** rng.uniform(0, 7)) for _ in range(5000))
+    found = distribution_of(*values)
+    assert found.maximum == values[-1]
+    assert found.total == sum(values)
+    for percent in (10, 50, 95, 99):
+        exact = values[percent * 50 - 1]
+        assert abs(found.quantile(percent) - exact) <= exact / 128
+
+
+def test_memory_does_not_grow_with_the_values() -> None:
+    assert len(distribution_of(*range(200_000))._bins) < 1000
+
+
+def test_no_quantile_is_above_the_maximum() -> None:
+    assert distribution_of(1000).quantile(99) <= 1000
+
+
+def test_bins_double_and_hold_every_value_once() -> None:
+    found = distribution_of(0, 1, 2, 3, 4, 7, 8, 129, 1023, 1024)
+    assert found.histogram() == [
+        (0, 0, 1), (1, 1, 1), (2, 3, 2), (4, 7, 2), (8, 15, 1), (16, 31, 0),
+        (32, 63, 0), (64, 127, 0), (128, 255, 1), (256, 511, 0), (512, 1023, 1), (1024, 2047, 1),
+    ]  # fmt: skip
+
+
+def test_nothing_has_no_figures() -> None:
+    found = Distribution().summary()
+    assert found == {"count": 0, "mean": 0.0, "median": 0, "p95": 0, "p99": 0, "max": 0, "histogram": []}
+
+
+# --- intervals ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "low", "high"),
+    [
+        (5, 10, 0.23659, 0.76341),  # (0.5 +- sqrt(0.025 + z^2/400) z + z^2/20) / (1 + z^2/10)
+        (81, 263, 0.25529, 0.36620),  # Newcombe 1998, table I
+        (15, 148, 0.06240, 0.16050),
+        (0, 20, 0.0, 0.16113),
+        (1, 29, 0.00611, 0.17177),
+        (20, 20, 0.83887, 1.0),
+    ],
+)
+def test_wilson(count: int, total: int, low: float, high: float) -> None:
+    assert wilson_interval(count, total) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_wilson_of_nothing_says_nothing() -> None:
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+
+
+# --- examples -----------------------------------------------------------------------------
+
+
+def test_pairs_by_hand() -> None:
+    statistics = DataStatistics(limits=(5, 8))
+    statistics.add(pair("abcd", "12", "1"))  # 4 + 2 characters
+    statistics.add(pair("ab", "1", "123456"))  # 2 + 6
+    statistics.add(pair("a", "12", "12"))  # 1 + 2
+    statistics.add(
+        PreferenceExample(
+            [{"role": "system", "content": "x"}, user("abc"), assistant("d"), user("e")],  # 6, and 3 line ends
+            [assistant("123")],
+            [assistant("")],
+        )
+    )
+    found = statistics.summary()
+    assert (found["examples"], found["pairs"], found["rankings"], found["unit"]) == (4, 4, 0, "characters")
+    lengths = found["lengths"]
+    assert [lengths[name]["mean"] for name in ("prompt", "chosen", "rejected")] == [4.0, 2.0, 2.25]
+    assert [lengths[name]["max"] for name in ("prompt", "chosen", "rejected")] == [9, 3, 6]
+    assert lengths["prompt"]["median"] == 2
+    assert lengths["prompt_and_longest_answer"]["max"] == 12
+    assert found["over"] == {"5": {"count": 3, "share": 0.75}, "8": {"count": 1, "share": 0.25}}
+    assert found["multi_turn"] == {"count": 1, "share": 0.25}
+    assert found["system_prompt"] == {"count": 1, "share": 0.25}
+    assert (found["turns"]["mean"], found["turns"]["max"]) == (1.25, 2)
+    longer = found["chosen_longer"]
+    assert (longer["count"], longer["equal"], longer["share"]) == (2, 1, 0.5)
+    assert longer["interval"] == pytest.approx([0.15004, 0.84996], abs=1e-4)
+
+
+def test_instructions_have_completions_and_no_pairs() -> None:
+    statistics = DataStatistics()
+    statistics.add(instruction("ab", "cde"))
+    found = statistics.summary()
+    assert set(found["lengths"]) == {"prompt", "completion", "prompt_and_longest_answer"}
+    assert found["lengths"]["completion"]["max"] == 3
+    assert "pairs" not in found
+    assert "over" not in found
+
+
+def test_a_ranking_counts_its_prompt_once_and_its_answers_once_a_pair() -> None:
+    answers = [[assistant("a" * length)] for length in (1, 5, 3)]
+    statistics = DataStatistics()
+    statistics.add(RankingExample([user("ab")], answers, [1, 2, 3]))
+    found = statistics.summary()
+    assert (found["examples"], found["rankings"], found["pairs"]) == (1, 1, 3)
+    assert found["lengths"]["prompt"]["count"] == 1
+    assert found["lengths"]["chosen"]["mean"] == pytest.approx((1 + 1 + 5) / 3)  # 1 > 2, 1 > 3, 2 > 3
+    assert found["lengths"]["rejected"]["mean"] == pytest.approx((5 + 3 + 3) / 3)
+    assert found["chosen_longer"]["count"] == 1
+
+
+def test_of_a_ranking_only_the_pairs_count_that_are_named() -> None:
+    statistics = DataStatistics()
+    statistics.add(
+        RankingExample([user("ab")], [[assistant("a")], [assistant("b")], [assistant("c")]], [1, 2, 3]), [(0, 2)]
+    )
+    assert statistics.summary()["pairs"] == 1
+
+
+class Words:
+    """Lengths in words; a prompt that says so cannot be measured."""
+
+    unit = "words"
+
+    def prompt(self, prompt: Messages) -> int:
+        if "refuse" in prompt[0]["content"]:
+            raise RowProblem("template_refused", "is refused")
+        return len(prompt[0]["content"].split())
+
+    def answer(self, prompt: Messages, answer: Messages) -> int:
+        return len(answer[0]["content"].split())
+
+
+def test_lengths_are_what_the_measure_says_and_what_it_refuses_is_not_counted() -> None:
+    statistics = DataStatistics(Words())
+    statistics.add(instruction("two words", "and three more"))
+    with pytest.raises(RowProblem, match="refused"):
+        statistics.add(instruction("refuse", "a"))
+    with pytest.raises(RowProblem, match="surrogate"):
+        statistics.add(instruction("half \ud83d", "a"))
+    found = statistics.summary()
+    assert found["unit"] == "words"
+    assert found["examples"] == found["lengths"]["prompt"]["count"] == found["sampled"] == 1
+    assert found["lengths"]["completion"]["mean"] == 3
+
+
+# --- languages and scripts ----------------------------------------------------------------
+
+
+def language_of(text: str) -> str:
+    return "zh" if "\u4e00" <= text[0] <= "\u9fff" else "en"
+
+
+def test_languages_of_prompts_and_answers() -> None:
+    statistics = DataStatistics(language_of=language_of)
+    statistics.add(instruction("hello", "there"))
+    statistics.add(instruction("hello", "你好"))
+    statistics.add(SftExample([{"role": "system", "content": "be kind"}, user("你好")], [assistant("你")]))
+    statistics.add(instruction("1 + 1 = ", "2"))
+    found = statistics.summary()["languages"]
+    assert found["prompts"] == {"en": 2, "none": 1, "zh": 1}
+    assert found["answers"] == {"zh": 2, "en": 1, "none": 1}
+    assert found["answer_in_another"] == {"count": 1, "share": 0.25}
+
+
+def test_scripts_are_shares_of_the_letters() -> None:
+    statistics = DataStatistics()
+    statistics.add(instruction("ab 12!", "你好ひカ한яع"))
+    found = statistics.summary()["scripts"]
+    shares = {"Latin": 2, "Han": 2, "Kana": 2, "Hangul": 1, "Cyrillic": 1, "Arabic": 1, "Devanagari": 0, "other": 0}
+    assert found == {script: pytest.approx(count / 9) for script, count in shares.items()}
+
+
+@pytest.mark.parametrize(
+    ("character", "script"),
+    [
+        ("é", "Latin"), ("Ａ", "Latin"), ("々", "Han"), ("ー", "Kana"), ("ｶ", "Kana"), ("ह", "Devanagari"),
+        ("α", "other"), ("1", None), (" ", None), ("😀", None), ("。", None),
+    ],
+)  # fmt: skip
+def test_the_script_of_a_character(character: str, script: str | None) -> None:
+    assert script_of(character) == script
+
+
+def test_the_sample_is_bounded_and_the_same_in_any_order() -> None:
+    examples = [instruction(f"question {number}", "字" if number % 3 else "word") for number in range(300)]
+
+    def sampled(order: list[SftExample]) -> tuple[int, dict[str, float], dict[str, int]]:
+        statistics = DataStatistics(language_of=language_of, sample_size=50)
+        for example in order:
+            statistics.add(example)
+        found = statistics.summary()
+        return found["sampled"], found["scripts"], found["languages"]["answers"]
+
+    first = sampled(examples)
+    assert first[0] == sum(first[2].values()) == 50
+    assert first == sampled(examples[::-1])
+    assert 0.45 < first[2]["zh"] / 50 < 0.85  # 2/3, as in all of them
