@@ -133,11 +133,10 @@ def measure(side: str, source: Path, folder: Path, workers: int) -> tuple[float,
 
 def same_ids(ours: Path, theirs: Path) -> bool:
     """Whether both sides found the same rows."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    import polars as pl
 
-    mine = pa.concat_tables([pq.read_table(ours / f"{split}.parquet", columns=["id"]) for split in ("train", "eval")])
-    return mine.sort_by("id")["id"].equals(pq.read_table(theirs, columns=["id"]).sort_by("id")["id"])
+    mine = pl.concat([pl.read_parquet(ours / f"{split}.parquet", columns=["id"]) for split in ("train", "eval")])
+    return mine.sort("id").equals(pl.read_parquet(theirs, columns=["id"]).sort("id"))
 
 
 def main() -> None:

@@ -334,9 +334,12 @@ class _Run:
     def _note(self, name: str, count: int, rows: Any) -> None:
         finding = self.report.checks[name]
         finding.count += count
-        room = self._rows_listed - len(finding.rows)
-        if room > 0:
-            finding.rows += [self._place_of(row) for row in islice(rows, room)]
+        for row in rows:
+            if len(finding.rows) >= self._rows_listed:
+                break
+            place = self._place_of(row)
+            if finding.rows[-1:] != [place]:  # several pairs of a ranking are of one row
+                finding.rows.append(place)
 
     def _place_of(self, row: int) -> tuple[str, int]:
         """A row among all rows, as its file and its number there."""

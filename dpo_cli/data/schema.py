@@ -186,19 +186,20 @@ class RankingExample(Example):
         Args:
             scheme: ``all``: every pair that is not tied, by the verdicts where there are any;
                 ``adjacent``: every pair of neighbouring ranks; ``best_vs_worst``: the first of the
-                best with the last of the worst.
+                best with the last of the worst. A pair that a verdict decides the other way is none.
         """
-        ranks = self.ranks
+        ranks, places = self.ranks, range(len(self.ranks))
         if scheme == "all":
             if self.verdicts is not None:
                 return self.verdicts
-            places = range(len(ranks))
             return [(i, j) for i in places for j in places[i + 1 :] if ranks[i] < ranks[j]]
         if scheme == "adjacent":
-            levels = sorted(set(ranks))
-            after = dict(pairwise(levels))
-            return [(i, j) for i, rank in enumerate(ranks) for j, other in enumerate(ranks) if other == after.get(rank)]
-        return [(0, len(ranks) - 1)] if ranks[0] < ranks[-1] else []
+            after = dict(pairwise(sorted(set(ranks))))
+            pairs = [(i, j) for i in places for j in places if ranks[j] == after.get(ranks[i])]
+        else:
+            pairs = [(0, len(ranks) - 1)] if ranks[0] < ranks[-1] else []
+        refuted = {(worse, better) for better, worse in self.verdicts or ()}
+        return [pair for pair in pairs if pair not in refuted]
 
     def pair(self, better: int, worse: int) -> PreferenceExample:
         """One of its pairs."""

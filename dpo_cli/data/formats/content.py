@@ -155,15 +155,16 @@ def check_answer(answer: Messages, where: str) -> Messages:
 
 def is_turn(value: Any) -> bool:
     """Whether a value looks like a turn: it says whose it is."""
-    return isinstance(value, dict) and any(key in value for key in ROLE_KEYS)
+    return isinstance(value, dict) and ("role" in value or "from" in value or "speaker" in value)
 
 
 def is_conversation(value: Any) -> bool:
-    """Whether a value is a list of turns."""
-    return isinstance(value, list) and bool(value) and all(map(is_turn, value))
+    """Whether a value looks like a list of turns, by the first and the last of them."""
+    return isinstance(value, list) and bool(value) and is_turn(value[0]) and is_turn(value[-1])
 
 
 def last_role(turns: Sequence[Any]) -> str | None:
     """Whose the last turn of a conversation is, where its name is a usual one."""
     last = turns[-1]
-    return _role_of(next((last[key] for key in ROLE_KEYS if key in last), None), ROLE_NAMES)
+    name = last["role"] if "role" in last else last["from"] if "from" in last else last["speaker"]
+    return _role_of(name, ROLE_NAMES)

@@ -121,6 +121,8 @@ def with_context(row: RawRow, messages: Messages, reading: Reading) -> Messages:
     Raises:
         RowProblem: They are of another kind, or the messages have another system turn of their own.
     """
+    if "system" not in row and "history" not in row:
+        return messages
     system = optional_text(row, "system")
     context = [*([{"role": "system", "content": system}] if system else []), *_read_history(row, reading)]
     if system and messages and messages[0]["role"] == "system":

@@ -100,6 +100,14 @@ def test_verdicts_go_before_ranks_where_all_pairs_are_asked_for() -> None:
     assert cycle.pairs("adjacent") == cycle.pairs("best_vs_worst") == []
 
 
+def test_a_pair_that_a_verdict_decides_the_other_way_is_none() -> None:
+    """a beats b, c and loses to d; b and c beat d: a is best and d is worst, yet d beat a."""
+    answers = [[assistant(text)] for text in "abcd"]
+    odd = RankingExample([user("q")], answers, [1, 2, 3, 4], None, [(0, 1), (0, 2), (1, 2), (1, 3), (2, 3), (3, 0)])
+    assert odd.pairs("best_vs_worst") == []
+    assert odd.pairs("adjacent") == [(0, 1), (1, 2), (2, 3)]
+
+
 def test_a_pair_of_a_ranking_has_its_scores() -> None:
     scored = RankingExample([user("q")], [[assistant("a")], [assistant("b")]], [1, 2], [0.9, 0.1])
     assert scored.pair(0, 1) == PreferenceExample([user("q")], [assistant("a")], [assistant("b")], 0.9, 0.1)

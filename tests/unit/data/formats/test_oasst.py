@@ -16,7 +16,7 @@ def ask(text: str, *replies: Any, **fields: Any) -> dict[str, Any]:
     return {"text": text, "role": "prompter", "replies": list(replies), **fields}
 
 
-def say(text: str, rank: Any = None, *replies: Any, **fields: Any) -> dict[str, Any]:
+def say(text: Any, rank: Any = None, *replies: Any, **fields: Any) -> dict[str, Any]:
     return {"text": text, "role": "assistant", "rank": rank, "replies": list(replies), **fields}
 
 
@@ -130,7 +130,8 @@ def test_a_very_deep_tree_is_read() -> None:
     tree = ask("last", say("a", 0), say("b", 1))
     for number in range(3000):
         tree = ask(f"{number}", say("x", 0, tree))
-    ((_, found),) = OASST.read({"prompt": tree}, Reading())
+    parts: Any = OASST.read({"prompt": tree}, Reading())
+    ((_, found),) = parts
     assert isinstance(found, RankingExample)
     assert len(found.prompt) == 6001
 
