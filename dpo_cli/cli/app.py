@@ -257,7 +257,7 @@ def data_check_command(
         from dpo_cli.cli.sources import sources_of
 
         _refuse_without_model(model, {"--template": template, "--max-length": max_length})
-        refuse_unknown_check(listed)
+        refuse_unknown_check(listed, model)
         reporter = ConsoleReporter(show_tables=not as_json)
         options = CheckOptions(listed, model, template, max_length)
         figures, accepted = check_sources(sources_of(files or [], kind, settings or []), options, reporter)

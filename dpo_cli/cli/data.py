@@ -14,12 +14,12 @@ from dpo_cli.cli.sources import policies_of, project_params
 from dpo_cli.core.errors import ParamsError
 from dpo_cli.core.params import DataParams, SftSource, Source, TokenChecks
 from dpo_cli.core.progress import Reporter
+from dpo_cli.data.blocks import SAMPLED_OUT
 from dpo_cli.data.convert import Conversion, Finding, convert, find_files, read_arrow
 from dpo_cli.data.convert_stage import account_rows, checks_of, metrics_of, warnings_of
 from dpo_cli.data.formats.base import RowProblem
 from dpo_cli.data.tokenise import tokenise_row
 
-_ALL_ROWS = 1 << 60
 _ROWS_NAMED = 5
 
 
@@ -38,11 +38,6 @@ class CheckOptions:
     model: str | None = None
     template: str | None = None
     max_length: int | None = None
-
-    @property
-    def rows_named(self) -> int:
-        """How many rows are named for each check."""
-        return _ALL_ROWS if self.listed else _ROWS_NAMED
 
 
 def check_sources(sources: Sequence[Source], options: CheckOptions, reporter: Reporter) -> tuple[dict[str, Any], bool]:
@@ -83,20 +78,24 @@ def check_sources(sources: Sequence[Source], options: CheckOptions, reporter: Re
                     None,
                     rejects,
                     workers=workers,
-                    rows_listed=options.rows_named,
+                    rows_listed=_ROWS_NAMED,
+                    listed=options.listed,
                     on_bytes=meter.advance,
                 )
+            for name, policy in policies_of().items():
+                if name in report.checks:
+                    report.checks[name].policy = policy
             examples = _first_of_each_reason(rejects)
             tokens = _check_tokens(report, mine[0], options, reporter) if options.model else None
         figures[kind] = {**metrics_of(report), "checks": checks_of(report)}
-        accepted &= not report.rejected
+        accepted &= not set(report.rejected) - {SAMPLED_OUT}
         _print(kind, report, options, examples, reporter)
         if tokens is not None:
             figures[kind]["tokens"] = {name: vars(finding) for name, finding in tokens.items()}
             accepted &= all(finding.policy == "keep" or not finding.count for finding in tokens.values())
-            _print_findings(
-                f"{kind}: tokens, as {options.model} sees them", tokens, report.num_checked, options, reporter
-            )
+            rates = {name: finding.count / (report.num_checked or 1) for name, finding in tokens.items()}
+            title = f"{kind}: left out later by their tokens, as {options.model} sees them"
+            _print_findings(title, tokens, rates, options, reporter)
     return figures, accepted
 
 
@@ -122,9 +121,11 @@ def _check_tokens(report: Conversion, source: Source, options: CheckOptions, rep
                 for name in found:
                     finding = findings.setdefault(name, Finding("drop"))
                     finding.count += 1
-                    if len(finding.rows) < options.rows_named:
+                    if len(finding.rows) < _ROWS_NAMED or name == options.listed:
                         place = (block.file.path.as_posix(), row["row"] + block.first - block.file.first)
                         finding.rows.append(place)
+                    else:
+                        finding.more = True
             meter.advance(block.num)
     return findings
 
@@ -136,7 +137,8 @@ def _first_of_each_reason(rejects: Path) -> dict[str, str]:
         for line in file:
             entry = json.loads(line)
             if entry["reason"] not in found:
-                place = f"line {entry['line']}" if "line" in entry else f"row {entry['row']}"
+                line = f" (line {entry['line']})" if "line" in entry else ""
+                place = f"row {entry['row']}{line}"
                 part = f", {entry['part']}" if "part" in entry else ""
                 found[entry["reason"]] = f"{entry['file']}, {place}{part}: {entry['detail']}"
     return found
@@ -147,33 +149,40 @@ def _print(kind: str, report: Conversion, options: CheckOptions, examples: dict[
     rows += [(f"left out: {reason.replace('_', ' ')}", f"{count}: {examples[reason]}{', ...' if count > 1 else ''}")
              for reason, count in report.rejected.most_common()]  # fmt: skip
     reporter.table(f"{kind}: what goes in", rows)
-    _print_findings(f"{kind}: checks", report.checks, report.num_items, options, reporter)
+    rates = {name: report.rate(name) for name in report.checks}
+    _print_findings(f"{kind}: checks", report.checks, rates, options, reporter)
     for warning in warnings_of(report):
         reporter.warn(warning)
 
 
 def _print_findings(
-    title: str, findings: Mapping[str, Finding], total: int, options: CheckOptions, reporter: Reporter
+    title: str, findings: Mapping[str, Finding], rates: Mapping[str, float], options: CheckOptions, reporter: Reporter
 ) -> None:
-    rows = []
-    for name, finding in findings.items():
-        if options.listed is not None and name != options.listed:
-            continue
-        shown = ", ".join(str(row) for _, row in finding.rows)
-        more = ", ..." if finding.count > len(finding.rows) else ""
-        share = finding.count / total if total else 0.0
-        where = f"rows {shown}{more}" if finding.rows else ""
-        rows.append((name, f"{finding.count:>7} {share:>7.2%}  {finding.policy:<5}  {where}".rstrip()))
+    shown = {name: finding for name, finding in findings.items() if options.listed in (None, name)}
+    rows = [
+        (name, f"{finding.count:>7} {rates[name]:>7.2%}  {finding.policy:<5}  rows {finding.places()}")
+        for name, finding in shown.items()
+        if finding.count
+    ]
+    sound = [name for name, finding in shown.items() if not finding.count]
     if rows:
-        reporter.table(f"{title} (count, rate, policy, {'rows' if options.listed else 'first rows'})", rows)
+        rows.insert(0, ("", f"{'count':>7} {'rate':>7}  policy"))
+    if sound:
+        rows.append(("nothing found", ", ".join(sound)))
+    if rows:
+        reporter.table(title, rows)
+    if any(finding.policy == "error" and finding.count for finding in shown.values()):
+        reporter.warn("a check whose policy is error found something: the conversion will stop there")
 
 
-def refuse_unknown_check(name: str | None) -> None:
-    """``--list`` takes the name of a check.
+def refuse_unknown_check(name: str | None, model: str | None) -> None:
+    """``--list`` takes the name of a check; those of tokens need a model.
 
     Raises:
-        ParamsError: There is none of that name.
+        ParamsError: There is none of that name, or no model.
     """
+    if name in TokenChecks.model_fields and model is None:
+        raise ParamsError(f"--list {name} has no effect without --model: it is a check of tokens")
     known = [*policies_of(), *TokenChecks.model_fields]
     if name is not None and name not in known:
         raise ParamsError(f"--list: {name} is no check; there are {', '.join(known)}")

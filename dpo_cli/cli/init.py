@@ -15,10 +15,12 @@ from ruamel.yaml import YAML
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import atomic_path, write_text
 from dpo_cli.core.errors import DataError, MachineError
+from dpo_cli.core.params import PreferenceSource, SftSource
 from dpo_cli.core.params_text import EMBEDDED_PRESET, params_yaml
 from dpo_cli.core.pipeline import dvc_yaml
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data import world
+from dpo_cli.data.convert import plan_of
 
 DVC_CONFIG = """\
 [core]
@@ -83,13 +85,20 @@ def create_project(folder: Path, files: ProjectFiles, reporter: Reporter) -> Non
         _raw_files(folder, files),
         strict=True,
     ):
+        if source is None and key == "data.sft.path" and files.preferences is not None:
+            values[key] = (paths.RAW / files.preferences.name).as_posix()
+            reporter.say("instructions: none are given, so SFT learns the preferred answers of your preferences")
+            continue
         if source is None:
             write_text(target, rows_json(rows(0)))
+            if files.sft is not None:
+                reporter.warn("preferences: none are given, so those of the embedded small world stand in")
             continue
         if not target.exists():
             with atomic_path(target) as temporary:
                 shutil.copyfile(source, temporary)
         values[key] = target.relative_to(folder).as_posix()
+        _look_at(source, key, reporter)
     for name, text in {
         ".dvc/config": DVC_CONFIG,
         ".dvc/.gitignore": DVC_FOLDER_GITIGNORE,
@@ -104,7 +113,22 @@ def create_project(folder: Path, files: ProjectFiles, reporter: Reporter) -> Non
             continue
         write_text(folder / name, text)
     _ensure_git(folder)
+    if files.model is None and (files.sft or files.preferences):
+        reporter.warn(
+            "no --model is given: the embedded tiny model stands in, which learns next to nothing of real text"
+        )
     reporter.say(f"{folder} is ready. Look at {folder / 'params.yaml'}, then run: dpo-cli -C {folder} repro")
+
+
+def _look_at(path: Path, key: str, reporter: Reporter) -> None:
+    """Say as what a file will be read, or why it will not be."""
+    source = SftSource(path=str(path)) if key == "data.sft.path" else PreferenceSource(path=str(path))
+    try:
+        _, why = plan_of(source, path, {}, 0.5)
+    except DataError as error:
+        reporter.warn(f"{error}; mend the file, or set {key.removesuffix('.path')} in params.yaml, before you go on")
+    else:
+        reporter.say(f"{path.name}: {why}")
 
 
 def _settings(files: ProjectFiles) -> dict[str, Any]:
@@ -117,7 +141,7 @@ def _settings(files: ProjectFiles) -> dict[str, Any]:
         values |= {"model.name": folder.name, "runtime.model_path": folder.as_posix()}
     values["evaluate.judge"] = "none" if files.preferences else "world"
     if files.model is None:
-        values |= OWN_SFT_DATA if files.sft else {}
+        values |= OWN_SFT_DATA if files.sft or files.preferences else {}
         values |= OWN_PREFERENCES if files.preferences else {}
     return values
 

@@ -20,10 +20,10 @@ from rich.text import Text
 from dpo_cli.cli.sources import policies_of, project_params
 from dpo_cli.core.errors import DataError, MachineError, ParamsError
 from dpo_cli.core.params import EMBEDDED, DataParams, ReferenceParams, SftParams, SftSource, Source
-from dpo_cli.data.blocks import BlockPlan, convert_block, examples_file
+from dpo_cli.data.blocks import SAMPLED_OUT, BlockPlan, convert_block, examples_file, fit_answers
 from dpo_cli.data.chat import NAMED_TEMPLATES, ChatEncoder
 from dpo_cli.data.checks import check_preference, check_sft
-from dpo_cli.data.convert import SAMPLED_OUT, find_files, plan_of
+from dpo_cli.data.convert import find_files, plan_of
 from dpo_cli.data.formats.base import RowProblem
 from dpo_cli.data.reading.base import Record
 from dpo_cli.data.reading.files import read_records
@@ -298,7 +298,7 @@ class _Describing:
         """A part of the row: an example, or what is wrong with it."""
         if isinstance(example, RowProblem):
             return {"part": part, "left_out": self._drop(part, self._stage, example.reason, example.detail)}
-        pairs = example.pairs(self._plan.reading.pairs) if isinstance(example, RankingExample) else []
+        pairs = self._pairs_of(example, part) if isinstance(example, RankingExample) else []
         answers = _answers_of(example)
         found: dict[str, Any] = {
             "part": part,
@@ -329,6 +329,14 @@ class _Describing:
             found["left_out"] = None
             return found
         return self._outcome(part, found, example, tokens, range(len(answers)))
+
+    def _pairs_of(self, example: RankingExample, part: str) -> list[tuple[int, int]]:
+        """The pairs of the answers that are fit, by their places; of the others it is said what they lack."""
+        places, unfit = fit_answers(example, self._plan.policies)
+        for place, check, detail in unfit:
+            self._drop(f"{part}, answer {place + 1}" if part else f"answer {place + 1}", self._stage, check, detail)
+        pairs = example.only(places).pairs(self._plan.reading.pairs) if len(places) > 1 else []
+        return [(places[better], places[worse]) for better, worse in pairs]
 
     def _outcome(
         self,

@@ -34,6 +34,8 @@ def sources_of(files: Sequence[str], kind: str | None, settings: Sequence[str]) 
     if kind is not None and kind not in KINDS:
         raise ParamsError(f"--as must be sft or preferences, got {kind!r}")
     given = _parse(settings)
+    if any(all(key not in mine.model_fields for mine in KINDS.values()) for key in given):
+        _made(KINDS[kind or "preferences"], {"path": "a file", **given})  # which says what there is
     params = project_params()
     data = params.data if params else None
     if not files:
@@ -41,7 +43,16 @@ def sources_of(files: Sequence[str], kind: str | None, settings: Sequence[str]) 
             raise ParamsError("name a file, or run this in a project folder, whose params.yaml names them")
         known = _known(data)
         return [_updated(source, given) for source in known if kind is None or isinstance(source, KINDS[kind])]
-    return [_source_of(file, kind, given, data) for file in files]
+    found: list[Source] = []
+    problems: list[str] = []
+    for file in files:
+        try:
+            found.append(_source_of(file, kind, given, data))
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems)
+    return found
 
 
 def policies_of() -> dict[str, str]:
@@ -66,20 +77,20 @@ def _source_of(file: str, kind: str | None, given: dict[str, Any], data: DataPar
         mine = Path(source.path) == Path(file) or any(path == Path(file) for path in _files_of(source))
         if mine and (kind is None or isinstance(source, KINDS[kind])):
             return _updated(source, {"path": file, **given})
-    wanted = [kind] if kind else ["preferences", "sft"]
     problem: DataError | None = None
-    for name in wanted:
+    for name in [kind] if kind else ["preferences", "sft"]:
+        mine = {key: value for key, value in given.items() if key in KINDS[name].model_fields}
+        source = _made(KINDS[name], {"path": file, **mine})
         try:
-            source = _made(KINDS[name], {"path": file, **given})
-            plan_of(source, Path(file), {}, 0.5)
+            for path in find_files(source)[:1]:
+                plan_of(source, path, {}, 0.5)
         except UnknownFormatError as error:  # as the next kind, perhaps
-            problem = error
-        except ParamsError as error:
-            if name == wanted[-1]:
-                raise
-            problem = DataError(error.problems)
+            if problem is None or "unpaired" not in str(problem):
+                problem = error
+        except ParamsError as error:  # columns of the other kind
+            problem = problem or DataError(error.problems)
         else:
-            return source
+            return _made(KINDS[name], {"path": file, **given})
     assert problem is not None
     raise problem
 
@@ -93,6 +104,10 @@ def _parse(settings: Sequence[str]) -> dict[str, Any]:
         key, separator, text = setting.partition("=")
         if not separator:
             raise ParamsError(f"--set takes key=value, got {setting!r}")
+        for section in ("data.sft.", "data.preferences."):
+            key = key.removeprefix(section)
+        if key.strip() in ("path", "also"):
+            raise ParamsError(f"--set {key.strip()} has no place here: the files are named one by one")
         try:
             given[key.strip()] = YAML(typ="safe").load(text)
         except YAMLError as error:
@@ -108,4 +123,6 @@ def _made(kind: type[Source], values: dict[str, Any]) -> Source:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ParamsError([f"--set {explain(problem, kind)}" for problem in error.errors()]) from None
+        raise ParamsError(
+            list(dict.fromkeys(f"--set {explain(problem, kind)}" for problem in error.errors()))
+        ) from None

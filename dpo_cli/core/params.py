@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
@@ -82,11 +82,21 @@ class SftSource(Source):
     )
 
 
+def _label_keys(labels: Any) -> Any:
+    """Labels as YAML reads them, 1 or true, as the texts that they are in the data."""
+    if not isinstance(labels, dict):
+        return labels
+    return {
+        str(key).lower() if isinstance(key, bool) else str(key) if isinstance(key, int) else key: side
+        for key, side in labels.items()
+    }
+
+
 class PreferenceSource(Source):
     """A source of preference data."""
 
     format: PreferenceFormat = knob("auto", "Format of its rows; auto detects it and says what it found.")
-    labels: dict[str, Labels] = knob(
+    labels: Annotated[dict[str, Labels], BeforeValidator(_label_keys)] = knob(
         {}, 'What a label means that names the better of two outputs: {"1": first, "0": second}.'
     )
     pairs: Literal["all", "adjacent", "best_vs_worst"] = knob(
@@ -481,6 +491,8 @@ def _idle_columns(params: Params) -> list[str]:
             ]
             if isinstance(source, SftSource) and source.turns == "all" and source.format not in ("auto", "messages"):
                 found.append(f"{where}.turns has no effect with format {source.format}; messages reads it")
+            if source.weight != 1 and source.split == "eval":
+                found.append(f"{where}.weight has no effect with split eval: only train rows are weighted")
             if isinstance(source, PreferenceSource):
                 if source.labels and source.format not in ("auto", "two_outputs"):
                     found.append(f"{where}.labels has no effect with format {source.format}; two_outputs reads it")

@@ -42,14 +42,19 @@ from dpo_cli.data.schema import (
     joint_id,
     part_id,
     table_of,
+    text_of,
 )
 from dpo_cli.data.splits import opening_of, position_of
+
+SAMPLED_OUT = "sampled_out"
+"""The reason for which a source's weight leaves a row out."""
 
 DIGESTS = np.dtype(
     [
         ("id_high", "<u8"),
         ("id_low", "<u8"),
         ("group", "<u8"),
+        ("opening", "<u8"),
         ("sides", "<u8"),  # of the two answers, whatever their order
         ("flipped", "u1"),  # in which order they are
         ("held_out", "u1"),
@@ -212,7 +217,7 @@ class _Rows:
         self._row: int = 0
         self._line: int | None = None
         self._prompt: Messages | None = None
-        self._prompt_facts: tuple[str, bool, int] = ("", False, 1)
+        self._prompt_facts: tuple[str, str, bool, int] = ("", "", False, 1)
 
     def place(self, row: int, line: int | None) -> None:
         """Where the examples that follow come from."""
@@ -240,19 +245,25 @@ class _Rows:
         else:
             self._add_example(example, part, -1)
 
-    def _add_ranking(self, example: RankingExample, part: str) -> None:
+    def _add_ranking(self, found: RankingExample, part: str) -> None:
+        places, unfit = fit_answers(found, self._plan.policies)
+        before = f"{part}, " if part else ""
+        for place, check, detail in unfit:
+            name = f"{before}answer {place + 1}"
+            self._rejects.append(Reject(self._row, self._line, name, check, check, detail))
+        if len(places) < 2:
+            return
+        example = found.only(places)
         pairs = example.pairs(self._plan.reading.pairs)
-        num = len(example.ranks)
         if not pairs:
-            raise RowProblem("tie", f"is a tie: no two of its {num} answers differ in rank")
-        facts = self._facts_of(example.prompt)
-        self._num_ties += num * (num - 1) // 2 - len(example.pairs("all"))
-        self._rankings.append({**_row_of(example, self._plan.path.name), "held_out": facts[1], "copies": facts[2]})
+            raise RowProblem("tie", f"is a tie: no two of its {len(places)} answers differ in rank")
+        _, _, held_out, copies = self._facts_of(example.prompt)
+        self._num_ties += len(places) * (len(places) - 1) // 2 - len(example.pairs("all"))
+        self._rankings.append({**_row_of(example, self._plan.path.name), "held_out": held_out, "copies": copies})
         ranking = len(self._rankings) - 1
         for better, worse in pairs:
-            name = f"answers {better + 1} > {worse + 1}"
-            pair = example.pair(better, worse)
-            self._add_example(pair, f"{part}, {name}" if part else name, ranking)
+            name = f"{before}answers {places[better] + 1} > {places[worse] + 1}"
+            self._add_example(example.pair(better, worse), name, ranking)
 
     def _add_example(self, example: SftExample | PreferenceExample, part: str, ranking: int) -> None:
         found = self._check(example)
@@ -265,8 +276,12 @@ class _Rows:
                 rows = self._found.setdefault(name, [])
                 rows.append(self._row)
         try:
-            group, held_out, copies = self._facts_of(example.prompt)
-            place = (group, held_out, copies, self._row, self._line, part, ranking)
+            group, opening, held_out, copies = self._facts_of(example.prompt)
+            if not copies:
+                detail = "left out by the weight of its source"
+                self._rejects.append(Reject(self._row, self._line, part, SAMPLED_OUT, SAMPLED_OUT, detail))
+                return
+            place = (group, opening, held_out, copies, self._row, self._line, part, ranking)
             if isinstance(example, SftExample):
                 example_id = sides = joint_id(group, part_id(example.completion))
                 flipped = False
@@ -287,17 +302,20 @@ class _Rows:
             raise RowProblem("bad_unicode", "has half of a surrogate pair, which is no text") from None
         self._rows.append((example_id, sides, flipped, *place, *columns))
 
-    def _facts_of(self, prompt: Messages) -> tuple[str, bool, int]:
-        """The prompt's id, its split, and how often its rows are taken; remembered for the pairs of a ranking."""
+    def _facts_of(self, prompt: Messages) -> tuple[str, str, bool, int]:
+        """The ids of a prompt and its opening, its split, and how often its rows are taken.
+
+        They are remembered for the other pairs of a ranking.
+        """
         if prompt is self._prompt:
             return self._prompt_facts
         plan = self._plan
         group = content_id(prompt)
         opening = opening_of(prompt)
-        position = position_of(group if len(opening) == len(prompt) else content_id(opening))
-        held_out = position < plan.eval_fraction
+        opening_id = group if len(opening) == len(prompt) else content_id(opening)
+        held_out = position_of(opening_id) < plan.eval_fraction
         copies = 1 if held_out or plan.weight == 1 else int(plan.weight) + (position_of(group[16:]) < plan.weight % 1)
-        self._prompt, self._prompt_facts = prompt, (group, held_out, copies)
+        self._prompt, self._prompt_facts = prompt, (group, opening_id, held_out, copies)
         return self._prompt_facts
 
     def write(self, folder: Path, index: int, num_rows: int) -> BlockResult:
@@ -312,7 +330,30 @@ class _Rows:
         return BlockResult(num_rows, len(self._rows), self._rejects, self._found, self.formats, digests, self._num_ties)
 
 
-_FACTS = ("id", "sides", "flipped", "group", "held_out", "copies", "row", "line", "part", "ranking", "prompt")
+def fit_answers(example: RankingExample, policies: Mapping[str, str]) -> tuple[list[int], list[tuple[int, str, str]]]:
+    """Which answers of a ranking stay: none that is empty, or says what a better one says, where these are dropped.
+
+    Returns:
+        The places that stay, ascending; and of the others the place, the check and what is wrong.
+    """
+    places: list[int] = []
+    unfit: list[tuple[int, str, str]] = []
+    seen: dict[str, int] = {}
+    for place, completion in enumerate(example.completions):
+        text = text_of(completion).strip()
+        if not text and policies["empty_rejected"] != "keep":
+            unfit.append((place, "empty_rejected", "has an empty answer"))
+        elif text in seen and policies["equal_sides"] != "keep":
+            unfit.append((place, "equal_sides", f"has the text of answer {seen[text] + 1} again"))
+        else:
+            places.append(place)
+            seen.setdefault(text, place)
+    return places, unfit
+
+
+_FACTS = (
+    "id", "sides", "flipped", "group", "opening", "held_out", "copies", "row", "line", "part", "ranking", "prompt",
+)  # fmt: skip
 _COLUMNS = {
     "sft": (*_FACTS, "completion"),
     "preference": (*_FACTS, "chosen", "rejected", "chosen_score", "rejected_score"),
@@ -342,7 +383,8 @@ def _digests_of(columns: Mapping[str, Sequence[Any]]) -> np.ndarray:
 
     digests = np.empty(len(columns["id"]), DIGESTS)
     digests["id_high"], digests["id_low"] = words("id").T
-    digests["group"], digests["sides"] = words("group")[:, 0], words("sides")[:, 0]
+    for name in ("group", "opening", "sides"):
+        digests[name] = words(name)[:, 0]
     for name in ("flipped", "held_out", "row"):
         digests[name] = columns[name]
     return digests

@@ -38,21 +38,27 @@ _PLACEHOLDER = re.compile(r"\{\{\s*[\w.-]{1,60}\s*\}\}")
 
 def has_chat_markers(text: str) -> bool:
     """Whether a text holds marks by which some chat template ends or begins a turn."""
-    # most texts hold none of these signs, and then the slow search is spared
-    if "<" in text or "INST]" in text or "###" in text or "Human:" in text or "Assistant:" in text:
+    # Most texts hold none of these signs, and to look for a single character costs next to nothing.
+    if (
+        ("<" in text and ("<|" in text or "s>" in text or "_of_turn>" in text))
+        or ("#" in text and "###" in text)
+        or ("]" in text and "INST]" in text)
+        or ("H" in text and "Human:" in text)
+        or ("A" in text and "Assistant:" in text)
+    ):
         return _MARKERS.search(text) is not None
     return False
 
 
 def has_placeholders(text: str) -> bool:
     """Whether a text holds ``{{placeholders}}``."""
-    return "{{" in text and _PLACEHOLDER.search(text) is not None
+    return "{" in text and "{{" in text and _PLACEHOLDER.search(text) is not None
 
 
 def _find_in_text(text: str, found: list[str]) -> None:
     if has_chat_markers(text):
         found.append("chat_markers")
-    if "{{" in text and has_placeholders(text):
+    if has_placeholders(text):
         found.append("placeholders")
     if "\ufffd" in text:
         found.append("replacement_characters")

@@ -12,10 +12,15 @@ import gc
 import glob
 import json
 import multiprocessing
+import os
 import signal
+import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -25,10 +30,11 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from dpo_cli.core.errors import DataError
+from dpo_cli.core.errors import DataError, MachineError
 from dpo_cli.core.params import PreferenceSource, SftSource, Source
 from dpo_cli.data.blocks import (
     DIGESTS,
+    SAMPLED_OUT,
     BlockPlan,
     BlockResult,
     Reject,
@@ -47,9 +53,6 @@ from dpo_cli.data.repeats import CHECKS, Repeats, find_repeats
 from dpo_cli.data.schema import PREFERENCE_SCHEMA, RANKING_SCHEMA, SFT_SCHEMA
 
 SPLITS = ("train", "eval")
-SAMPLED_OUT = "sampled_out"
-"""The reason for which a source's weight leaves a row out."""
-
 _DETECTION_ROWS = 100
 _RECORDS_A_BLOCK = 1000
 _ROWS_A_GROUP = 20_000
@@ -69,16 +72,20 @@ class FileAccount:
 
     Attributes:
         path: The file.
+        source: The source it is of.
         why: The format of its rows, and why that one.
         num_rows: Rows read.
+        num_used: Rows of which something was written.
         formats: How many of them had which format.
         stopped: Whether max_rows ended the reading.
         first: The number of its first row among the rows of all files.
     """
 
     path: Path
+    source: Source
     why: str
     num_rows: int = 0
+    num_used: int = 0
     formats: Counter[str] = field(default_factory=Counter)
     stopped: bool = False
     first: int = 0
@@ -91,12 +98,24 @@ class Finding:
     Attributes:
         policy: What becomes of it: drop, keep or error.
         count: Examples, or rows where no example could be made, that fail it.
-        rows: The first of them: file and row.
+        rows: The first rows of them: file and row.
+        more: Whether there are further rows.
     """
 
     policy: str
     count: int = 0
     rows: list[tuple[str, int]] = field(default_factory=list)
+    more: bool = False
+
+    def places(self) -> str:
+        """The rows it names, by file where there are several."""
+        by_file: dict[str, list[str]] = {}
+        for file, row in self.rows:
+            by_file.setdefault(file, []).append(str(row))
+        listed = [
+            f"{', '.join(rows)} of {file}" if len(by_file) > 1 else ", ".join(rows) for file, rows in by_file.items()
+        ]
+        return "; ".join(listed) + (", ..." if self.more else "")
 
 
 @dataclass
@@ -111,7 +130,8 @@ class ConvertedBlock:
         num: Its examples.
         num_used: Rows of which one of them is.
         num_by_split: How many of them go where.
-        is_weighted: Whether its rows are taken more or less often than once.
+        is_weighted: Whether rows of it are taken more often than once.
+        refuted: Rankings of it with a pair that another row contradicts.
     """
 
     file: FileAccount
@@ -122,6 +142,7 @@ class ConvertedBlock:
     num_used: int
     num_by_split: dict[str, int]
     is_weighted: bool
+    refuted: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
 
 
 @dataclass
@@ -135,6 +156,7 @@ class Conversion:
         num_written: Examples written, by split, copies included.
         num_rankings: Rankings written, by split.
         num_ties: Tied pairs within rankings, of which no pair is made.
+        num_copies: Examples written beyond the first time, by the weight of their source.
         num_items: Examples found, and rows in which none was.
         num_checked: Examples that no check of a single one left out; later they are compared with each other.
         rejected: How many rows or parts of rows were left out for which reason.
@@ -148,11 +170,39 @@ class Conversion:
     num_written: Counter[str] = field(default_factory=Counter)
     num_rankings: Counter[str] = field(default_factory=Counter)
     num_ties: int = 0
+    num_copies: int = 0
     num_items: int = 0
     num_checked: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     checks: dict[str, Finding] = field(default_factory=dict)
     blocks: list[ConvertedBlock] = field(default_factory=list)
+
+    def rate(self, check: str) -> float:
+        """The share of what was looked at that fails a check.
+
+        Of rows where a check is of rows (malformed, tie), of the examples found where it leaves
+        some out, and of the examples that were left then where it keeps them.
+        """
+        finding = self.checks[check]
+        if check in ("malformed", "tie"):
+            total = self.num_read
+        elif finding.policy == "keep":
+            total = self.num_checked
+        else:
+            total = self.num_items - sum(
+                self.checks[name].count for name in ("malformed", "tie") if name in self.checks
+            )
+        return finding.count / total if total else 0.0
+
+    @property
+    def sources(self) -> list[Source]:
+        """The sources of the files."""
+        return [account.source for account in self.files]
+
+    @property
+    def num_sampled_out(self) -> int:
+        """Rows and parts of rows that the weight of their source leaves out."""
+        return self.rejected[SAMPLED_OUT]
 
     @property
     def num_rejected_rows(self) -> int:
@@ -170,6 +220,7 @@ def convert(
     *,
     workers: int = 1,
     rows_listed: int = 20,
+    listed: str | None = None,
     on_bytes: Callable[[int], None] = lambda _: None,
 ) -> Conversion:
     """Convert raw files into ``out/train.parquet`` and ``out/eval.parquet``, rankings beside them.
@@ -183,6 +234,7 @@ def convert(
         rejects_file: Where the rows left out are listed, one JSON line each.
         workers: Processes that share the work on large files of JSON lines.
         rows_listed: Rows named for each check.
+        listed: The check of which all rows are named.
         on_bytes: Hears of every so many bytes of the files that were read.
 
     Raises:
@@ -191,26 +243,32 @@ def convert(
         ParamsError: A source's columns name a field that there is none of.
     """
     kind = "sft" if isinstance(sources[0], SftSource) else "preference"
-    run = _Run(kind, policies, eval_fraction, work, rows_listed)
+    run = _Run(kind, policies, eval_fraction, work, rows_listed, listed)
     for source in sources:
+        left = source.max_rows
         for path in find_files(source):
-            run.read_file(source, path, workers, on_bytes)
+            if left == 0:
+                break
+            num_rows = run.read_file(source, path, workers, left, on_bytes)
+            left = None if left is None else left - num_rows
     repeats = run.compare()
     run.finish(repeats, out, rejects_file)
     if out is not None:
-        _refuse_empty_split(run.report, sources, eval_fraction)
+        _refuse_empty_split(run.report, sources, eval_fraction, rejects_file)
     return run.report
 
 
 def find_files(source: Source) -> list[Path]:
-    """The files of a source, in order.
+    """The files of a source, in order: the one of its name, or those of a pattern with * and ?.
 
     Raises:
         DataError: A pattern matches none.
     """
-    if not any(mark in source.path for mark in "*?"):
-        return [Path(source.path)]
-    found = sorted(Path(name) for name in glob.glob(source.path))  # noqa: PTH207 (a path with a pattern, not a folder)
+    path = Path(source.path)
+    if path.exists() or not any(mark in source.path for mark in "*?"):
+        return [path]
+    pattern = source.path.replace("[", "[[]")  # brackets are part of the name
+    found = sorted(path for name in glob.glob(pattern) if (path := Path(name)).is_file())  # noqa: PTH207
     if not found:
         raise DataError(f"{source.path}: no file has such a name; put your data there, or name it in params.yaml")
     return found
@@ -233,7 +291,9 @@ def plan_of(source: Source, path: Path, policies: Mapping[str, str], eval_fracti
     formats = SFT_FORMATS if kind == "sft" else PREFERENCE_FORMATS
     reader = RowReader(formats, source.format, source.columns, reading)
     head = [record.value for record in islice(read_records(path, within=source.records), _DETECTION_ROWS)]
-    why = reader.detect(path, head) if source.format == "auto" else f"{source.format}: named in params.yaml"
+    why = f"{source.format}: named by you"
+    if source.format in ("auto", "two_outputs"):  # to name two_outputs does not say what its labels mean
+        why = reader.detect(path, head)
     fraction = {"auto": eval_fraction, "train": 0.0, "eval": 1.0}[source.split]
     plan = BlockPlan(
         path, kind, source.format, reader.fallback, source.columns, reading, policies, fraction, source.weight
@@ -245,7 +305,13 @@ class _Run:
     """One conversion, step by step."""
 
     def __init__(
-        self, kind: str, policies: Mapping[str, str], eval_fraction: float, work: Path, rows_listed: int
+        self,
+        kind: str,
+        policies: Mapping[str, str],
+        eval_fraction: float,
+        work: Path,
+        rows_listed: int,
+        listed: str | None,
     ) -> None:
         self.report = Conversion(checks={name: Finding(policies[name]) for name in policies if name in CHECKS_OF[kind]})
         self._kind = kind
@@ -253,25 +319,29 @@ class _Run:
         self._eval_fraction = eval_fraction
         self._work = work
         self._rows_listed = rows_listed
+        self._listed = listed
         self._digests = work / "digests"
         self._blocks = self.report.blocks
 
     # --- reading ------------------------------------------------------------------------------
 
-    def read_file(self, source: Source, path: Path, workers: int, on_bytes: Callable[[int], None]) -> None:
-        """Read and convert a file, block by block."""
+    def read_file(
+        self, source: Source, path: Path, workers: int, max_rows: int | None, on_bytes: Callable[[int], None]
+    ) -> int:
+        """Read and convert a file, block by block, or its first rows; how many there were."""
         plan, why = plan_of(source, path, self._policies, self._eval_fraction)
-        account = FileAccount(path, why, first=self.report.num_read)
+        account = FileAccount(path, source, why, first=self.report.num_read)
         self.report.files.append(account)
-        if source.max_rows is None:
+        if max_rows is None:
             blocks = read_blocks(path, on_bytes, source.records)
         else:
-            records = islice(read_records(path, on_bytes, source.records), source.max_rows + 1)
-            blocks = self._limited(records, source.max_rows, account)
-        pool = workers if path.stat().st_size >= _BYTES_WORTH_A_POOL and source.max_rows is None else 1
+            records = islice(read_records(path, on_bytes, source.records), max_rows + 1)
+            blocks = self._limited(records, max_rows, account)
+        pool = workers if path.stat().st_size >= _BYTES_WORTH_A_POOL and max_rows is None else 1
         with self._digests.open("ab") as digests:
             for result in _convert_blocks(plan, blocks, self._work, len(self._blocks), pool):
-                self._take(result, account, digests, is_weighted=source.weight != 1)
+                self._take(result, account, digests, is_weighted=source.weight > 1)
+        return account.num_rows
 
     @staticmethod
     def _limited(records: Iterator[Any], max_rows: int, account: FileAccount) -> Iterator[Block]:
@@ -327,19 +397,20 @@ class _Run:
         return repeats
 
     def _note_indices(self, name: str, indices: np.ndarray) -> None:
-        listed = indices[: self._rows_listed]
-        digests = np.memmap(self._digests, DIGESTS, "r") if len(listed) else None
-        self._note(name, len(indices), (int(digests[int(i)]["row"]) for i in listed) if digests is not None else ())
+        digests = np.memmap(self._digests, DIGESTS, "r")
+        self._note(name, len(indices), (int(digests[int(index)]["row"]) for index in indices))
 
     def _note(self, name: str, count: int, rows: Any) -> None:
         finding = self.report.checks[name]
         finding.count += count
         for row in rows:
-            if len(finding.rows) >= self._rows_listed:
-                break
             place = self._place_of(row)
-            if finding.rows[-1:] != [place]:  # several pairs of a ranking are of one row
-                finding.rows.append(place)
+            if finding.rows[-1:] == [place]:  # several pairs of a ranking are of one row
+                continue
+            if len(finding.rows) >= self._rows_listed and name != self._listed:
+                finding.more = True
+                break
+            finding.rows.append(place)
 
     def _place_of(self, row: int) -> tuple[str, int]:
         """A row among all rows, as its file and its number there."""
@@ -381,24 +452,28 @@ class _Run:
             hits = repeats.indices[name][low:high] - block.start
             stays[hits] = False
             for at, other in zip(hits, repeats.others[name][low:high], strict=True):
+                reject = _reject_at(table, int(at), shift, name, "")
                 path, row = self._place_of(int(other))
                 where = f"row {row}" if path == account.path.as_posix() else f"row {row} of {path}"
-                rejects.append(_reject_at(table, int(at), shift, name, f"{_COMPARED[name]} {where}"))
-        copies = table["copies"].to_numpy()
-        for at in np.flatnonzero(stays & (copies == 0)):
-            rejects.append(_reject_at(table, int(at), shift, SAMPLED_OUT, "left out by the weight of its source"))
-        table = table.take(np.repeat(np.arange(block.num), np.where(stays, copies, 0)))
+                own = where == f"row {reject.row}"
+                reject.detail = f"{_COMPARED[name]} {'another pair of its row' if own else where}"
+                rejects.append(reject)
+            if name == "contradiction":
+                block.refuted = np.unique(table["ranking"].to_numpy()[hits])
+        table = table.take(np.repeat(np.arange(block.num), np.where(stays, table["copies"].to_numpy(), 0)))
         file.unlink()
         if table.num_rows:
             write_arrow(file, table)
         held_out = table["held_out"].to_numpy()
         block.num_by_split = {"train": int((~held_out).sum()), "eval": int(held_out.sum())}
         block.num_used = len(np.unique(table["row"].to_numpy()))
-        self.report.num_items += int((stays & (copies > 0)).sum()) - block.num
+        self.report.num_items -= int((~stays).sum())
+        self.report.num_copies += table.num_rows - int(stays.sum())
         return rejects
 
     def _count(self, index: int, block: ConvertedBlock) -> None:
         self.report.num_used += block.num_used
+        block.file.num_used += block.num_used
         self.report.num_items += block.num
         self.report.num_written.update(block.num_by_split)
         file = rankings_file(self._work, index)
@@ -409,10 +484,10 @@ class _Run:
 
     @staticmethod
     def _used_rankings(block: ConvertedBlock, file: Path) -> pa.Table:
-        """The rankings of a block of which at least one pair stays; the others are deleted."""
+        """The rankings of a block of which a pair stays and none is contradicted; the others are deleted."""
         rankings = read_arrow(file)
         used = read_arrow(block.examples)["ranking"].to_numpy() if block.examples.exists() else np.empty(0, np.int32)
-        kept = np.unique(used[used >= 0])
+        kept = np.setdiff1d(used[used >= 0], block.refuted)
         rankings = rankings.take(np.repeat(kept, rankings["copies"].to_numpy()[kept]))
         file.unlink()
         if rankings.num_rows:
@@ -465,10 +540,10 @@ class _Run:
         problems = []
         for name, finding in self.report.checks.items():
             if finding.policy == "error" and finding.count:
-                rows = ", ".join(str(row) for _, row in finding.rows[:5]) + (", ..." if finding.count > 5 else "")
+                file = finding.rows[0][0]
                 problems.append(
-                    f"{finding.rows[0][0]}: {finding.count} rows fail the check {name} (rows {rows});"
-                    f" mend them, or set data.checks.{name} to drop"
+                    f"{file}: {finding.count} {'example fails' if finding.count == 1 else 'examples fail'} the check"
+                    f" {name} (rows {finding.places()}), and data.checks.{name} is error; mend them, or set it to drop"
                 )
         if problems:
             raise DataError(problems)
@@ -487,26 +562,51 @@ def _convert_blocks(
             yield convert_block(plan, block, folder, index, reader)
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _begin_worker, (plan, folder))
+    pool = ProcessPoolExecutor(workers, context, _begin_worker, (plan, folder, os.getpid()))
     waiting: deque[Future[BlockResult]] = deque()
     try:
         for index, block in enumerate(blocks, start=first_index):
-            waiting.append(pool.submit(_convert_in_worker, block, index))
+            with _no_interrupt():
+                waiting.append(pool.submit(_convert_in_worker, block, index))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise MachineError(
+            f"{plan.path}: a process of the conversion was ended, perhaps for want of memory; set runtime.workers to 1"
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Processes that are started within never hear of Ctrl-C, which is this one's to handle."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _worker: tuple[BlockPlan, Path, RowReader] | None = None
 
 
-def _begin_worker(plan: BlockPlan, folder: Path) -> None:
-    """Set up a process of the pool. Ctrl-C is the parent's to handle."""
+def _begin_worker(plan: BlockPlan, folder: Path, parent: int) -> None:
+    """Set up a process of the pool. Ctrl-C is the parent's to handle; without a parent it ends."""
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
     gc.disable()  # rows hold no cycles, and looking for them takes a third of the time
     _worker = (plan, folder, plan.reader())
 
@@ -531,11 +631,21 @@ def _reject_at(table: pa.Table, at: int, shift: int, reason: str, detail: str) -
     return Reject(row["row"] + shift, row["line"], row["part"], reason, reason, detail)
 
 
-def _refuse_empty_split(report: Conversion, sources: Sequence[Source], eval_fraction: float) -> None:
+def _refuse_empty_split(
+    report: Conversion, sources: Sequence[Source], eval_fraction: float, rejects_file: Path
+) -> None:
     name = ", ".join(account.path.as_posix() for account in report.files)
     counts = ", ".join(f"{reason} {count}" for reason, count in report.rejected.most_common())
     if not sum(report.num_written.values()):
-        raise DataError(f"{name}: all {report.num_read} rows were left out: {counts or 'it holds none'}")
+        first = ""
+        with rejects_file.open(encoding="utf-8") as file:
+            if line := file.readline():
+                reject = json.loads(line)
+                first = f"; row {reject['row']} {reject['detail']}"
+        named = any(source.format != "auto" for source in sources)
+        hint = ", or set its format to auto" if named and report.num_read else ""
+        remedy = f"; look at it with: dpo-cli data check{hint}" if report.num_read else ""
+        raise DataError(f"{name}: all {report.num_read} rows were left out: {counts or 'it holds none'}{first}{remedy}")
     for split in SPLITS:
         if not report.num_written[split]:
             ends = any(source.split != "auto" for source in sources)

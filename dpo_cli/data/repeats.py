@@ -1,7 +1,7 @@
 """Rows that repeat or contradict each other, found by their digests in bounded memory.
 
-Digests lie in one file, 42 bytes an example. They are compared in portions that hold all
-examples of a prompt, so that memory is bounded by the portion, however many there are.
+Digests lie in one file, 50 bytes an example. They are compared in portions that hold all
+examples of an opening, so that memory is bounded by the portion, however many there are.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dpo_cli.data.blocks import DIGESTS
 _EXAMPLES_A_PORTION = 4_000_000
 _READ_AT_ONCE = 500_000
 
-CHECKS = ("duplicate", "contradiction", "shared_prompt", "repeated_prompt")
+CHECKS = ("shared_prompt", "duplicate", "contradiction", "repeated_prompt")
 """In this order: what an earlier one drops, a later one does not see."""
 
 
@@ -75,7 +75,7 @@ def _read(file: Path, portion: int, num_portions: int) -> Iterator[tuple[np.ndar
         start = 0
         while data := opened.read(_READ_AT_ONCE * DIGESTS.itemsize):
             block = np.frombuffer(data, DIGESTS)
-            mine = np.flatnonzero(block["group"] % np.uint64(num_portions) == portion)
+            mine = np.flatnonzero(block["opening"] % np.uint64(num_portions) == portion)
             yield block[mine], mine + start
             start += len(block)
 
@@ -130,8 +130,8 @@ def _contradictions(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _shared_prompts(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    order, starts = _runs(digests["group"], digests["held_out"])
-    partner = _partners(order, starts, digests["group"])
+    order, starts = _runs(digests["opening"], digests["held_out"])
+    partner = _partners(order, starts, digests["opening"])
     hit = (partner >= 0) & (digests["held_out"][order] == 0)
     return order[hit], order[partner[hit]]
 
@@ -146,7 +146,7 @@ def _repeated_prompts(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 _FINDERS = {
     "duplicate": ("id_high", _duplicates),
     "contradiction": ("sides", _contradictions),
-    "shared_prompt": ("group", _shared_prompts),
+    "shared_prompt": ("opening", _shared_prompts),
     "repeated_prompt": ("group", _repeated_prompts),
 }
 """For each check what must be equal at least, and the finder among those in which it is."""

@@ -201,6 +201,17 @@ class RankingExample(Example):
         refuted = {(worse, better) for better, worse in self.verdicts or ()}
         return [pair for pair in pairs if pair not in refuted]
 
+    def only(self, places: Sequence[int]) -> RankingExample:
+        """The ranking of some of its answers, by their places, ascending; ranks keep their numbers."""
+        at = {old: new for new, old in enumerate(places)}
+        return RankingExample(
+            self.prompt,
+            [self.completions[place] for place in places],
+            [self.ranks[place] for place in places],
+            None if self.scores is None else [self.scores[place] for place in places],
+            None if self.verdicts is None else [(at[i], at[j]) for i, j in self.verdicts if i in at and j in at],
+        )
+
     def pair(self, better: int, worse: int) -> PreferenceExample:
         """One of its pairs."""
         scores = self.scores or [None] * len(self.ranks)

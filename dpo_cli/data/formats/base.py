@@ -129,7 +129,8 @@ def number(value: Any, where: str) -> float:
     except (ValueError, OverflowError):
         found = None
     if found is None or found != found or found in (float("inf"), float("-inf")):
-        raise RowProblem("not_a_number", f"{where} must be a finite number, got {kind_of(value)}")
+        got = "one that is not" if isinstance(value, float) else kind_of(value)
+        raise RowProblem("not_a_number", f"{where} must be a finite number, got {got}")
     return found
 
 

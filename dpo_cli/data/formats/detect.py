@@ -51,7 +51,10 @@ class RowReader:
             if field not in known:
                 close = difflib.get_close_matches(field, known, n=1)
                 hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(sorted(known))}"
-                raise ParamsError(f"columns.{field} is not a field of the format {name}{hint}")
+                of = "" if name == "auto" else f" of the format {name}"
+                raise ParamsError(
+                    f"columns.{field} is not a field{of}{hint} (the field is on the left, the file's name on the right)"
+                )
 
     def read(self, row: RawRow) -> tuple[Format[Any], Any]:
         """The row's format and what it reads: an example, or an iterator of parts.
@@ -181,12 +184,18 @@ class RowReader:
                 f"its rows are single completions that {label} calls good or bad (unpaired, as KTO takes them);"
                 " DPO needs two answers to the same prompt in a row: chosen and rejected"
             )
-        known = "; ".join(f"{fmt.name}: {fmt.fields}" for fmt in self._formats)
+        known = ", ".join(fmt.name for fmt in self._formats)
         lists = [key for key, value in first.items() if isinstance(value, list) and any(map(_is_row, value[:1]))]
         hint = f"; if the rows lie within, say records: {lists[0]}" if lists and len(rows) == 1 else ""
+        fields = ", ".join(key if key == key.strip() else repr(key) for key in first) or "no fields"
+        example = (
+            "chosen: ..., rejected: ..."
+            if any("chosen" in fmt.names for fmt in self._formats[:1])
+            else "completion: ..."
+        )
         return (
-            f"unknown format: its first row has {', '.join(first) or 'no fields'};"
-            f" {self._closest(first)}say with columns which field is which{hint}; known formats are {known}"
+            f"unknown format: its first row has {fields}; {self._closest(first)}say which field is which,"
+            f" such as columns: {{prompt: ..., {example}}}{hint}; known formats (docs/data.md): {known}"
         )
 
     def _closest(self, row: dict[str, Any]) -> str:
@@ -203,6 +212,12 @@ class RowReader:
                 except RowProblem as problem:
                     if problem.reason not in ("missing_field", "not_a_list"):
                         return f"read as {plan.format.name}: {plan.named(problem).detail}; "
+        plain = {key.strip().lower(): key for key in row}
+        for plan in plans:
+            if plan.missing and all(name in plain for name in plan.missing):
+                return (
+                    f"{', '.join(repr(plain[name]) for name in plan.missing)} must be spelt {', '.join(plan.missing)}; "
+                )
         plan = min(plans, key=lambda plan: (len(plan.missing) or 9, -len(plan.needed)))
         if 0 < len(plan.missing) < len(plan.needed) - 1:
             return f"{plan.format.name} comes next to it, which needs {' and '.join(plan.missing)}, too; "

@@ -140,5 +140,8 @@ def _checked_header(path: Path, line: int, names: list[str]) -> list[str]:
     if twice:
         raise DataError(f"{path}, line {line}: the header names {', '.join(map(repr, twice))} twice")
     if "" in names:
-        raise DataError(f"{path}, line {line}: column {names.index('') + 1} has no name in the header")
+        raise DataError(
+            f"{path}, line {line}: column {names.index('') + 1} has no name in the header; name it,"
+            " or leave it out (pandas: to_csv(index=False))"
+        )
     return names

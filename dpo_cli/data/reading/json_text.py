@@ -91,7 +91,12 @@ def _parse_line(path: Path, data: bytes, line: int, *, is_first: bool) -> Any:
     except RecursionError:
         raise DataError(f"{path}, line {line}: JSON nested too deeply") from None
     except ValueError as error:
-        raise DataError(f"{path}, line {line}: {error}") from None
+        raise DataError(f"{path}, line {line}: {_unreadable(error)}") from None
+
+
+def _unreadable(error: ValueError) -> str:
+    """What Python cannot hold: an integer of thousands of digits."""
+    return "a number has too many digits" if "digits" in str(error) else str(error)
 
 
 # --- JSON arrays --------------------------------------------------------------------------
@@ -281,7 +286,7 @@ def _decode(text: _Text) -> Any:
         except RecursionError:
             raise text.broken("nested too deeply", text.position) from None
         except ValueError as error:
-            raise text.broken(str(error), text.position) from None
+            raise text.broken(_unreadable(error), text.position) from None
         else:
             # Behind a number that ends the block, '.', 'e' or 'e+' may be the start of its rest.
             needed = 3 if isinstance(value, int | float) else 1

@@ -51,9 +51,11 @@ def test_a_row_that_is_left_out_ends_with_4_and_is_named(check: Callable[..., Re
         "policy": "drop",
         "count": 1,
         "rate": pytest.approx(1 / 21),
-        "rows": [{"file": "pairs.jsonl", "row": 20}],
+        "first_rows": [{"file": "pairs.jsonl", "row": 20}],
     }
-    assert "pairs.jsonl, line 21: has an empty preferred answer" in check("pairs.jsonl").stdout.replace("\n", " ")
+    assert "pairs.jsonl, row 20 (line 21): has an empty preferred answer" in " ".join(
+        check("pairs.jsonl").stdout.split()
+    )
 
 
 def test_a_file_that_cannot_be_read_is_one_line_and_4(check: Callable[..., Result]) -> None:
@@ -67,8 +69,10 @@ def test_a_file_that_cannot_be_read_is_one_line_and_4(check: Callable[..., Resul
 def test_all_rows_of_a_check_can_be_listed(check: Callable[..., Result]) -> None:
     write("pairs.jsonl", pairs())
     result = check("pairs.jsonl", "--list", "longer_chosen", "--json")
-    assert [place["row"] for place in figures(result)["preferences"]["checks"]["longer_chosen"]["rows"]] == [*range(20)]
-    assert len(figures(check("pairs.jsonl", "--json"))["preferences"]["checks"]["longer_chosen"]["rows"]) == 5
+    assert [place["row"] for place in figures(result)["preferences"]["checks"]["longer_chosen"]["first_rows"]] == [
+        *range(20)
+    ]
+    assert len(figures(check("pairs.jsonl", "--json"))["preferences"]["checks"]["longer_chosen"]["first_rows"]) == 5
     assert check("pairs.jsonl", "--list", "longr").exit_code == 3
 
 

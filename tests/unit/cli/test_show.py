@@ -229,11 +229,11 @@ def test_a_tie_is_left_out(project: Path) -> None:
     assert "answer 2 (rank 1, score 1)" in printed(found)
 
 
-def test_of_a_ranking_the_pair_is_named_that_is_left_out(project: Path) -> None:
+def test_of_a_ranking_the_answer_is_named_that_is_left_out(project: Path) -> None:
     row = {"prompt": "q", "completions": ["a", "b", "a"], "ranks": [1, 2, 3]}
     found = describe_row(source_of(project, row), 0, None)
-    assert [(dropped["part"], dropped["reason"]) for dropped in found["left_out"]] == [("answers 1 > 3", "equal_sides")]
-    assert [pair["left_out"] is None for pair in found["parts"][0]["pairs"]] == [True, False, True]
+    assert [(dropped["part"], dropped["reason"]) for dropped in found["left_out"]] == [("answer 3", "equal_sides")]
+    assert [pair["name"] for pair in found["parts"][0]["pairs"]] == ["answers 1 > 2"]
 
 
 def test_weight_and_max_rows_leave_rows_out(project: Path) -> None:

@@ -43,7 +43,7 @@ def test_a_stage_publishes_tables_metrics_checks_and_rejects(project: Path, repo
     assert checks["duplicate"]["count"] == 2
     assert checks["duplicate"]["rate"] == pytest.approx(2 / 600)
     named = [reject["row"] for reject in rejects if reject["reason"] == "duplicate"]
-    assert [place["row"] for place in checks["duplicate"]["rows"]] == named
+    assert [place["row"] for place in checks["duplicate"]["first_rows"]] == named
     table = dict(reporter.tables["convert_sft"])
     assert (table["rows read"], table["left out: duplicate"]) == ("600", "2")
     (meter,) = reporter.meters

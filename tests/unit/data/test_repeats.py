@@ -21,8 +21,8 @@ KEEP = dict.fromkeys(CHECKS, "keep")
 def example(prompt: int, chosen: int, rejected: int, row: int, held_out: bool = False) -> tuple[int, ...]:
     """Digests of a pair whose texts are numbers."""
     low, high = sorted((chosen, rejected))
-    return (prompt * 10_000 + chosen * 100 + rejected, 7, prompt, prompt * 10_000 + low * 100 + high,
-            int(chosen > rejected), int(held_out), row)  # fmt: skip
+    identity, sides = prompt * 10_000 + chosen * 100 + rejected, prompt * 10_000 + low * 100 + high
+    return (identity, 7, prompt, prompt // 2, sides, int(chosen > rejected), int(held_out), row)
 
 
 @pytest.fixture
@@ -64,6 +64,16 @@ def test_a_train_row_with_a_held_out_prompt_is_shared(find: Any) -> None:
     assert find(examples, KEEP)["shared_prompt"] == [(0, 1)]
 
 
+def test_prompts_that_go_on_from_one_opening_are_shared(find: Any) -> None:
+    """Prompts 2 and 3 have one opening here."""
+    assert find([example(2, 2, 3, 0), example(3, 4, 5, 1, held_out=True)], KEEP)["shared_prompt"] == [(0, 1)]
+
+
+def test_a_held_out_row_stays_though_a_train_row_before_it_is_the_same(find: Any) -> None:
+    found = find([example(1, 2, 3, 0), example(1, 2, 3, 1, held_out=True)], DROP)
+    assert (found["shared_prompt"], found["duplicate"]) == ([(0, 1)], [])
+
+
 def test_pairs_of_one_row_do_not_repeat_its_prompt(find: Any) -> None:
     assert find([example(1, 2, 3, 5), example(1, 2, 4, 5), example(1, 3, 4, 6)], KEEP)["repeated_prompt"] == [(2, 5)]
 
@@ -71,17 +81,17 @@ def test_pairs_of_one_row_do_not_repeat_its_prompt(find: Any) -> None:
 def plain_search(examples: list[tuple[int, ...]]) -> dict[str, list[tuple[int, int]]]:
     """The same by comparing every example with every other."""
     found: dict[str, list[tuple[int, int]]] = {name: [] for name in CHECKS}
-    for index, (id_high, _, group, sides, flipped, held_out, row) in enumerate(examples):
+    for index, (id_high, _, group, opening, sides, flipped, held_out, row) in enumerate(examples):
         earlier = examples[:index]
         if first := next((other for other in earlier if other[0] == id_high), None):
-            found["duplicate"].append((index, first[6]))
-        if other := next((o for o in examples if (o[2], o[3]) == (group, sides) and o[4] != flipped), None):
-            found["contradiction"].append((index, other[6]))
-        if not held_out and (other := next((o for o in examples if o[2] == group and o[5]), None)):
-            found["shared_prompt"].append((index, other[6]))
+            found["duplicate"].append((index, first[-1]))
+        if other := next((o for o in examples if (o[2], o[4]) == (group, sides) and o[5] != flipped), None):
+            found["contradiction"].append((index, other[-1]))
+        if not held_out and (other := next((o for o in examples if o[3] == opening and o[6]), None)):
+            found["shared_prompt"].append((index, other[-1]))
         first = next(o for o in examples if o[2] == group)
-        if first[6] != row:
-            found["repeated_prompt"].append((index, first[6]))
+        if first[-1] != row:
+            found["repeated_prompt"].append((index, first[-1]))
     return found
 
 
