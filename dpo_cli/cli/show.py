@@ -680,7 +680,7 @@ def _title_of(answer: Mapping[str, Any]) -> str:
 
 
 def _checks_text(failed: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} ({policy})" for name, policy in failed.items()) or "nothing found"
+    return ", ".join(f"{name} ({policy})" for name, policy in failed.items()) or "nothing found (of this row alone)"
 
 
 def _token_text(pieces: Sequence[Mapping[str, Any]], style: str) -> Text:

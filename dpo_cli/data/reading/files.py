@@ -82,6 +82,10 @@ def read_blocks(path: Path, on_bytes: OnBytes = lambda _: None, within: str = ""
     """
     compression = ""
     try:
+        if path.exists() and not path.is_file():
+            raise DataError(
+                f"{path} cannot be read: it is a {'folder' if path.is_dir() else 'pipe or device'}, no file"
+            )
         with _CountedFile(path, on_bytes) as raw:
             head = raw.read(_HEAD)
             raw.seek(0)

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import pickle
 import random
 import sqlite3
@@ -344,3 +345,10 @@ def test_a_zstd_file_with_a_wrong_check_sum_is_named(message: Message) -> None:
     assert message(bytes(data)) == (
         "is a damaged Zstandard file (ZSTD decompress failed: Restored data doesn't match checksum); fetch it again"
     )
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="pipe cannot be read: it is a pipe or device, no file"):
+        list(read_records(tmp_path / "pipe"))
