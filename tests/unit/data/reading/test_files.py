@@ -192,7 +192,7 @@ def test_a_missing_file_says_where_to_name_it(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot be read: Is a directory"):
+    with pytest.raises(DataError, match="cannot be read: it is a folder, no file"):
         list(read_records(tmp_path))
 
 
