@@ -85,13 +85,14 @@ def _source_of(file: str, kind: str | None, given: dict[str, Any], data: DataPar
             for path in find_files(source)[:1]:
                 plan_of(source, path, {}, 0.5)
         except UnknownFormatError as error:  # as the next kind, perhaps
-            if problem is None or "unpaired" not in str(problem):
-                problem = error
+            problem = problem or error
         except ParamsError as error:  # columns of the other kind
             problem = problem or DataError(error.problems)
         else:
             return _made(KINDS[name], {"path": file, **given})
     assert problem is not None
+    if kind is None and "unknown format" in str(problem):
+        raise DataError(f"{problem}; instructions are read with --as sft")
     raise problem
 
 

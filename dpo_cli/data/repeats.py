@@ -82,13 +82,9 @@ def _read(file: Path, portion: int, num_portions: int) -> Iterator[tuple[np.ndar
 
 def _repeated(values: np.ndarray) -> np.ndarray:
     """Places, ascending, of the values that are there more than once."""
-    order = np.argsort(values, kind="stable")
-    ordered = values[order]
-    same = np.zeros(len(values), bool)
-    equal = ordered[1:] == ordered[:-1]
-    same[1:] |= equal
-    same[:-1] |= equal
-    return np.sort(order[same])
+    ordered = np.sort(values)
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    return np.flatnonzero(np.isin(values, twice)) if len(twice) else np.empty(0, np.int64)
 
 
 def _runs(*keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -84,7 +84,10 @@ def part_id(part: Messages) -> str:
     Raises:
         UnicodeEncodeError: A text holds half of a surrogate pair.
     """
-    value = [[[message["role"], message["content"]] for message in part]]
+    if len(part) == 1:  # mostly
+        value = [[[part[0]["role"], part[0]["content"]]]]
+    else:
+        value = [[[message["role"], message["content"]] for message in part]]
     try:
         data = orjson.dumps(value)
     except TypeError:  # half of a surrogate pair, or text of a class of its own

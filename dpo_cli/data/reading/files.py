@@ -94,7 +94,7 @@ def read_blocks(path: Path, on_bytes: OnBytes = lambda _: None, within: str = ""
                 yield from _grouped(_unfold(path, read_columnar(path, io.BufferedReader(raw), head), within), raw)
             else:
                 compression = "gzip" if _GZIP.match(head) else "Zstandard" if _ZSTD.match(head) else ""
-                yield from _read_text(path, _decompressed(raw, compression), within)
+                yield from _read_text(path, _decompressed(raw, compression), within, is_plain=not compression)
             raw.report_rest()
     except FileNotFoundError:
         raise DataError(f"{path} is missing; put your data there, or name it in params.yaml") from None
@@ -112,13 +112,14 @@ def _refuse(path: Path, head: bytes) -> None:
             raise DataError(f"{path} {what}")
 
 
-def _read_text(path: Path, file: IO[bytes], within: str) -> Iterator[Block]:
+def _read_text(path: Path, file: IO[bytes], within: str, *, is_plain: bool) -> Iterator[Block]:
     head = file.read(_HEAD)
     if head.startswith(_COLUMNAR):
         raise DataError(f"{path} is a compressed parquet or Arrow file; unpack it first, it is compressed within")
     if _GZIP.match(head) or _ZSTD.match(head):
         raise DataError(f"{path} is compressed twice; unpack it once")
-    head = head.removeprefix(codecs.BOM_UTF8)
+    begin = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
+    head = head[begin:]
     _refuse(path, head)
     if is_utf16(head):
         raise DataError(f"{path} is UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8")
@@ -139,7 +140,7 @@ def _read_text(path: Path, file: IO[bytes], within: str) -> Iterator[Block]:
         records = (record for lines in read_lines(path, text) for record in parse_lines(path, lines))
         yield from _grouped(_unfold(path, records, within), source)
     else:
-        yield from read_lines(path, text)
+        yield from read_lines(path, text, begin if is_plain else None)
 
 
 def _is_json(line: bytes) -> bool:

@@ -32,8 +32,13 @@ _CUT_OFF = "the file seems cut off"
 # --- JSON lines ---------------------------------------------------------------------------
 
 
-def read_lines(path: Path, file: IO[bytes]) -> Iterator[Lines]:
+def read_lines(path: Path, file: IO[bytes], begin: int | None = None) -> Iterator[Lines]:
     """Cut a file into runs of whole lines of about ``BLOCK`` bytes.
+
+    Args:
+        path: The file, for messages.
+        file: Its text.
+        begin: At which byte of the file the text begins; None: it is compressed.
 
     Raises:
         DataError: A line does not end.
@@ -45,7 +50,8 @@ def read_lines(path: Path, file: IO[bytes]) -> Iterator[Lines]:
             if len(rest) >= base.LONGEST and not rest.endswith(b"\n"):
                 raise too_long(path, first_line + data.count(b"\n"))
             data += rest
-        yield Lines(data, first_line)
+        yield Lines(data, first_line, None if begin is None else (path, begin))
+        begin = None if begin is None else begin + len(data)
         first_line += data.count(b"\n")
 
 

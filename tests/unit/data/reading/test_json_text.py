@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import pickle
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -344,3 +345,27 @@ def test_a_row_that_does_not_end_is_not_read_into_memory(
     monkeypatch.setattr(json_text, "BLOCK", 16)
     monkeypatch.setattr(base, "LONGEST", 4096)
     assert message(data, within).startswith("line 2: a row of more than 0 MiB; a quote or a bracket is not closed, or")
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_lines_of_a_plain_file_travel_by_their_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mark: bytes
+) -> None:
+    """What another process reads there is what was read here."""
+    monkeypatch.setattr(json_text, "BLOCK", 50)
+    path = tmp_path / "rows.jsonl"
+    data = mark + b"".join(b'{"a": %d}\n' % number for number in range(100))
+    path.write_bytes(data)
+    blocks = list(read_blocks(path))
+    assert len(blocks) > 5
+    for block in blocks:
+        assert isinstance(block, Lines)
+        assert block.place is not None
+        packed = pickle.dumps(block)
+        assert b'"a"' not in packed
+        assert pickle.loads(packed) == block
+    (tmp_path / "rows.gz").write_bytes(gzip.compress(data))
+    for block in read_blocks(tmp_path / "rows.gz"):
+        assert isinstance(block, Lines)
+        assert block.place is None
+        assert pickle.loads(pickle.dumps(block)) == block
