@@ -292,7 +292,8 @@ def data_show_command(
     """
     with _errors_as_exit_codes(as_json=as_json):
         _refuse_without_model(model, {"--template": template, "--max-length": max_length})
-        from dpo_cli.cli.show import describe_row, json_of, print_row, token_view  # here, so that --help is fast
+        from dpo_cli.cli.show import describe_row, json_of, token_view  # here, so that --help is fast
+        from dpo_cli.cli.show_page import print_row
         from dpo_cli.cli.sources import sources_of
 
         [source] = sources_of([file], kind, settings or [])

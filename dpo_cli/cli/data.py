@@ -14,9 +14,9 @@ from dpo_cli.cli.sources import policies_of, project_params
 from dpo_cli.core.errors import ParamsError
 from dpo_cli.core.params import DataParams, SftSource, Source, TokenChecks
 from dpo_cli.core.progress import Reporter
+from dpo_cli.data.account import Conversion, Finding, account_rows, checks_of, metrics_of, warnings_of
 from dpo_cli.data.blocks import SAMPLED_OUT
-from dpo_cli.data.convert import Conversion, Finding, convert, find_files, read_arrow
-from dpo_cli.data.convert_stage import account_rows, checks_of, metrics_of, warnings_of
+from dpo_cli.data.convert import convert, find_files, read_arrow
 from dpo_cli.data.formats.base import RowProblem
 from dpo_cli.data.tokenise import tokenise_row
 

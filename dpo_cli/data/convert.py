@@ -8,20 +8,9 @@ content. Memory does not grow with the files.
 
 from __future__ import annotations
 
-import gc
 import glob
 import json
-import multiprocessing
-import os
-import signal
-import threading
-import time
-from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,15 +19,14 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from dpo_cli.core.errors import DataError, MachineError
+from dpo_cli.core.errors import DataError
 from dpo_cli.core.params import PreferenceSource, SftSource, Source
+from dpo_cli.data.account import SPLITS, Conversion, ConvertedBlock, FileAccount, Finding
 from dpo_cli.data.blocks import (
     DIGESTS,
-    SAMPLED_OUT,
     BlockPlan,
     BlockResult,
     Reject,
-    convert_block,
     examples_file,
     rankings_file,
     write_arrow,
@@ -51,8 +39,8 @@ from dpo_cli.data.reading.base import Block
 from dpo_cli.data.reading.files import read_blocks, read_records
 from dpo_cli.data.repeats import CHECKS, Repeats, find_repeats
 from dpo_cli.data.schema import PREFERENCE_SCHEMA, RANKING_SCHEMA, SFT_SCHEMA
+from dpo_cli.data.workers import convert_blocks
 
-SPLITS = ("train", "eval")
 _DETECTION_ROWS = 100
 _RECORDS_A_BLOCK = 1000
 _ROWS_A_GROUP = 20_000
@@ -64,150 +52,6 @@ _COMPARED = {
     "shared_prompt": "has the prompt of the held-out",
     "repeated_prompt": "has the prompt of",
 }
-
-
-@dataclass
-class FileAccount:
-    """A file that was read.
-
-    Attributes:
-        path: The file.
-        source: The source it is of.
-        why: The format of its rows, and why that one.
-        num_rows: Rows read.
-        num_used: Rows of which something was written.
-        formats: How many of them had which format.
-        stopped: Whether max_rows ended the reading.
-        first: The number of its first row among the rows of all files.
-    """
-
-    path: Path
-    source: Source
-    why: str
-    num_rows: int = 0
-    num_used: int = 0
-    formats: Counter[str] = field(default_factory=Counter)
-    stopped: bool = False
-    first: int = 0
-
-
-@dataclass
-class Finding:
-    """What a check found.
-
-    Attributes:
-        policy: What becomes of it: drop, keep or error.
-        count: Examples, or rows where no example could be made, that fail it.
-        rows: The first rows of them: file and row.
-        more: Whether there are further rows.
-    """
-
-    policy: str
-    count: int = 0
-    rows: list[tuple[str, int]] = field(default_factory=list)
-    more: bool = False
-
-    def places(self) -> str:
-        """The rows it names, by file where there are several."""
-        by_file: dict[str, list[str]] = {}
-        for file, row in self.rows:
-            by_file.setdefault(file, []).append(str(row))
-        listed = [
-            f"{', '.join(rows)} of {file}" if len(by_file) > 1 else ", ".join(rows) for file, rows in by_file.items()
-        ]
-        return "; ".join(listed) + (", ..." if self.more else "")
-
-
-@dataclass
-class ConvertedBlock:
-    """A block that was converted.
-
-    Attributes:
-        file: The file it is of.
-        examples: Its rows that stay, as Arrow, where there are any.
-        first: The number of its first row among all rows.
-        start: The number of its first example among all examples.
-        num: Its examples.
-        num_used: Rows of which one of them is.
-        num_by_split: How many of them go where.
-        is_weighted: Whether rows of it are taken more often than once.
-        refuted: Rankings of it with a pair that another row contradicts.
-    """
-
-    file: FileAccount
-    examples: Path
-    first: int
-    start: int
-    num: int
-    num_used: int
-    num_by_split: dict[str, int]
-    is_weighted: bool
-    refuted: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
-
-
-@dataclass
-class Conversion:
-    """What became of the rows of all files.
-
-    Attributes:
-        files: The files, in order.
-        num_read: Rows read.
-        num_used: Rows of which something was written: ``num_read`` less the rows left out.
-        num_written: Examples written, by split, copies included.
-        num_rankings: Rankings written, by split.
-        num_ties: Tied pairs within rankings, of which no pair is made.
-        num_copies: Examples written beyond the first time, by the weight of their source.
-        num_items: Examples found, and rows in which none was.
-        num_checked: Examples that no check of a single one left out; later they are compared with each other.
-        rejected: How many rows or parts of rows were left out for which reason.
-        checks: What each check found.
-        blocks: The files in blocks, in order; their rows lie in the working folder.
-    """
-
-    files: list[FileAccount] = field(default_factory=list)
-    num_read: int = 0
-    num_used: int = 0
-    num_written: Counter[str] = field(default_factory=Counter)
-    num_rankings: Counter[str] = field(default_factory=Counter)
-    num_ties: int = 0
-    num_copies: int = 0
-    num_items: int = 0
-    num_checked: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-    checks: dict[str, Finding] = field(default_factory=dict)
-    blocks: list[ConvertedBlock] = field(default_factory=list)
-
-    def rate(self, check: str) -> float:
-        """The share of what was looked at that fails a check.
-
-        Of rows where a check is of rows (malformed, tie), of the examples found where it leaves
-        some out, and of the examples that were left then where it keeps them.
-        """
-        finding = self.checks[check]
-        if check in ("malformed", "tie"):
-            total = self.num_read
-        elif finding.policy == "keep":
-            total = self.num_checked
-        else:
-            total = self.num_items - sum(
-                self.checks[name].count for name in ("malformed", "tie") if name in self.checks
-            )
-        return finding.count / total if total else 0.0
-
-    @property
-    def sources(self) -> list[Source]:
-        """The sources of the files."""
-        return [account.source for account in self.files]
-
-    @property
-    def num_sampled_out(self) -> int:
-        """Rows and parts of rows that the weight of their source leaves out."""
-        return self.rejected[SAMPLED_OUT]
-
-    @property
-    def num_rejected_rows(self) -> int:
-        """Rows of which nothing was written."""
-        return self.num_read - self.num_used
 
 
 def convert(
@@ -339,7 +183,7 @@ class _Run:
             blocks = self._limited(records, max_rows, account)
         pool = workers if path.stat().st_size >= _BYTES_WORTH_A_POOL and max_rows is None else 1
         with self._digests.open("ab") as digests:
-            for result in _convert_blocks(plan, blocks, self._work, len(self._blocks), pool):
+            for result in convert_blocks(plan, blocks, self._work, len(self._blocks), pool):
                 self._take(result, account, digests, is_weighted=source.weight > 1)
         return account.num_rows
 
@@ -547,74 +391,6 @@ class _Run:
                 )
         if problems:
             raise DataError(problems)
-
-
-# --- blocks in processes ------------------------------------------------------------------------
-
-
-def _convert_blocks(
-    plan: BlockPlan, blocks: Iterator[Block], folder: Path, first_index: int, workers: int
-) -> Iterator[BlockResult]:
-    """Convert blocks, in order, perhaps in other processes; only a few are held at a time."""
-    if workers <= 1:
-        reader = plan.reader()
-        for index, block in enumerate(blocks, start=first_index):
-            yield convert_block(plan, block, folder, index, reader)
-        return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _begin_worker, (plan, folder, os.getpid()))
-    waiting: deque[Future[BlockResult]] = deque()
-    try:
-        for index, block in enumerate(blocks, start=first_index):
-            with _no_interrupt():
-                waiting.append(pool.submit(_convert_in_worker, block, index))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise MachineError(
-            f"{plan.path}: a process of the conversion was ended, perhaps for want of memory; set runtime.workers to 1"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def _no_interrupt() -> Iterator[None]:
-    """Processes that are started within never hear of Ctrl-C, which is this one's to handle."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-_worker: tuple[BlockPlan, Path, RowReader] | None = None
-
-
-def _begin_worker(plan: BlockPlan, folder: Path, parent: int) -> None:
-    """Set up a process of the pool. Ctrl-C is the parent's to handle; without a parent it ends."""
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
-    gc.disable()  # rows hold no cycles, and looking for them takes a third of the time
-    _worker = (plan, folder, plan.reader())
-
-
-def _convert_in_worker(block: Block, index: int) -> BlockResult:
-    assert _worker is not None
-    plan, folder, reader = _worker
-    return convert_block(plan, block, folder, index, reader)
 
 
 # --- tables -------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from ruamel.yaml import YAML
 
 from dpo_cli.core.errors import DataError
 from dpo_cli.core.params import DataChecks, PreferenceSource, SftSource, Source
-from dpo_cli.data.convert import SPLITS, Conversion, convert
+from dpo_cli.data.account import SPLITS, Conversion
+from dpo_cli.data.convert import convert
 from dpo_cli.data.splits import split_position
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -20,7 +20,9 @@ import pytest
 from dpo_cli.core.errors import DataError, MachineError
 from dpo_cli.core.params import DataChecks, PreferenceSource, SftSource, Source
 from dpo_cli.data import convert as convert_module
-from dpo_cli.data.convert import SPLITS, Conversion, convert
+from dpo_cli.data import workers as workers_module
+from dpo_cli.data.account import SPLITS, Conversion
+from dpo_cli.data.convert import convert
 from dpo_cli.data.formats import PREFERENCE_FORMATS
 from dpo_cli.data.reading import files, json_text
 from dpo_cli.data.schema import PREFERENCE_SCHEMA, RANKING_SCHEMA, user
@@ -661,7 +663,7 @@ def test_a_process_that_is_ended_is_said_to_be(
 ) -> None:
     path = lines_file(tmp_path / "rows.jsonl", [pair(number) for number in range(500)])
     monkeypatch.setattr(convert_module, "_BYTES_WORTH_A_POOL", 0)
-    monkeypatch.setattr(convert_module, "_begin_worker", os.abort)  # it takes no arguments, and fails
+    monkeypatch.setattr(workers_module, "_begin_worker", os.abort)  # it takes no arguments, and fails
     with pytest.raises(MachineError, match=r"rows.jsonl: a process of the conversion was ended.*runtime.workers to 1"):
         run(sources=[PreferenceSource(path=path)], workers=2)
 

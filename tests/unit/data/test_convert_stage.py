@@ -75,6 +75,32 @@ def test_a_conversion_that_fails_leaves_the_tables_of_before(project: Path, repo
         convert_preferences.run(params(preferences={"path": "data/raw/pairs.json"}), reporter)
     assert Path("data/preference/train.parquet").read_text() == "old"
     assert not Path("reports").exists()
+    assert not any(Path(".scratch/convert_preferences").glob("*/*"))  # as large as the data, and of no use
+
+
+def test_a_conversion_that_is_stopped_leaves_the_tables_of_before_and_no_work(project: Path, reporter: Any) -> None:
+    def stop(done: int) -> None:
+        raise KeyboardInterrupt
+
+    write_raw("pairs.json", pairs(30))
+    Path("data/preference").mkdir()
+    Path("data/preference/train.parquet").write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        convert_preferences.run(params(preferences={"path": "data/raw/pairs.json"}), type(reporter)(stop))
+    assert Path("data/preference/train.parquet").read_text() == "old"
+    assert not any(Path(".scratch/convert_preferences").glob("*/*"))
+
+
+def test_a_check_that_stops_lists_its_rows_and_leaves_the_tables_of_before(project: Path, reporter: Any) -> None:
+    write_raw("pairs.json", [*pairs(30), {"prompt": "x", "chosen": "", "rejected": "no"}])
+    Path("data/preference").mkdir()
+    Path("data/preference/train.parquet").write_text("old")
+    settings = params(preferences={"path": "data/raw/pairs.json"}, checks={"empty_chosen": "error"})
+    with pytest.raises(DataError, match=r"1 example fails the check empty_chosen \(rows 30\)"):
+        convert_preferences.run(settings, reporter)
+    assert Path("data/preference/train.parquet").read_text() == "old"
+    (reject,) = map(json.loads, Path("reports/convert_preferences/rejects.jsonl").read_text().splitlines())
+    assert (reject["row"], reject["reason"]) == (30, "empty_chosen")
 
 
 @pytest.mark.parametrize("path", ["elsewhere/rows.json", "data/raw/../rows.json", "/data/raw/rows.json", "data/raws/r"])

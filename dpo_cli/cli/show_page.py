@@ -1,0 +1,241 @@
+"""What :mod:`dpo_cli.cli.show` found of a row, on the terminal: messages, tokens, boundaries, facts."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+_LONG_TEXT, _LONG_LIST, _LONG_ROW = 240, 8, 60
+
+_CONTEXT, _SCORED = "cyan", "green"
+_SEPARATOR = "│"
+_WIDTH = 80
+_SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+_SHOWN = {"\n": "\n", "\t": "\t", "\x7f": "␡"}
+_JOINERS = "\u200c\u200d"
+"""Characters without a shape of their own that emoji and some scripts need between others."""
+
+
+def print_row(found: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print what :func:`describe_row` found."""
+    _Page(console or Console(highlight=False)).row(found)
+
+
+def visible(text: str) -> str:
+    """A text of which nothing is hidden and nothing steers the terminal: control characters as signs."""
+    return "".join(map(_visible_character, text)) if not text.isprintable() else text
+
+
+def _visible_character(character: str) -> str:
+    if character in _SHOWN:
+        return _SHOWN[character]
+    if character < " ":
+        return chr(0x2400 + ord(character))
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs") and character not in _JOINERS:
+        return f"\\u{ord(character):04x}"
+    return character
+
+
+class _Page:
+    """Prints a row. Long lines are left to the terminal, so that a pipe gets the texts as they are."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._width = min(console.width, _WIDTH)
+
+    def row(self, found: Mapping[str, Any]) -> None:
+        """Print all of it."""
+        parts = found["parts"]
+        dropped = found["left_out"]
+        if len(dropped) == 1:
+            part = f", {dropped[0]['part']}," if dropped[0]["part"] else ""
+            self._print_left_out(f"row {found['row']}{part}", dropped[0])
+        elif dropped:
+            reasons = Counter(f"{one['reason']} ({one['by']})" for one in dropped)
+            named = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+            self._line(f"row {found['row']}: {len(dropped)} parts are left out: {named}; see below", "bold red")
+        line = "" if found["line"] is None else f" (line {found['line']})"
+        self._fact("file", found["file"])
+        self._fact("row", f"{found['row']}{line}")
+        self._fact("read as", f"{found['kind']}; {found['why']}")
+        if found.get("model"):
+            model = found["model"]
+            self._fact("model", model["path"])
+            self._fact(
+                "special", f"BOS {model['bos'] or 'none'}, EOS {model['eos']}; a turn ends with {model['end_of_turn']}"
+            )
+        if len(parts) > 1:
+            self._fact("parts", str(len(parts)))
+        for part in parts:
+            self._part(part)
+        if "raw" in found:
+            self._raw(found["raw"])
+
+    def _part(self, part: Mapping[str, Any]) -> None:
+        if part["part"]:
+            self._line("")
+            self._rule(f"part {part['part']}", "═", "bold")
+        if "prompt" not in part:
+            self._print_left_out("", part["left_out"])
+            return
+        if part["left_out"] and part["part"]:
+            self._print_left_out("", part["left_out"])
+        self._facts(part)
+        for message in part["prompt"]:
+            self._message(message["role"], message["content"], _CONTEXT)
+        self._boundary("the prompt ends here; what follows are its answers")
+        for answer in part["answers"]:
+            title = _title_of(answer)
+            for message in answer["messages"]:
+                role = "" if message["role"] == "assistant" else f", {message['role']}"
+                self._message(f"{title}{role}", message["content"], _SCORED)
+        if "tokens" in part:
+            self._tokens(part)
+
+    def _facts(self, part: Mapping[str, Any]) -> None:
+        copies = f", {part['copies']} times" if "copies" in part else ""
+        self._fact("id", part["id"] or "none")
+        self._fact("split", f"{part['split'] or 'none'}{copies}")
+        if "pairs" not in part:
+            if part["kind"] != "ranking":
+                self._fact("checks", _checks_text(part["checks"]))
+            return
+        self._fact("pairs", str(len(part["pairs"])))
+        for pair in part["pairs"]:
+            failed = _checks_text({**pair["checks"], **pair.get("token_checks", {})})
+            dropped = pair["left_out"]
+            what = f"LEFT OUT by {dropped['by']}: {dropped['reason']}: {dropped['detail']}" if dropped else failed
+            self._fact("", f"{pair['name']}: {what}")
+
+    def _message(self, title: str, content: str, style: str) -> None:
+        self._rule(title, "─", style)
+        if content.strip():
+            self._line(visible(content))
+        else:
+            self._line(f"(empty: {content!r})" if content else "(empty)", "dim")
+
+    # --- tokens -------------------------------------------------------------------------------
+
+    def _tokens(self, part: Mapping[str, Any]) -> None:
+        tokens = part["tokens"]
+        self._line("")
+        if "problem" in tokens:
+            self._rule("tokens", "─", "bold")
+            self._line(f"none: {tokens['problem']}", "red")
+            return
+        groups = [tokens["prompt"]["pieces"], *(answer["pieces"] for answer in tokens["answers"])]
+        self._rule(f"tokens of the prompt: {tokens['prompt']['count']}, not scored", "─", _CONTEXT)
+        text = _token_text(tokens["prompt"]["pieces"], _CONTEXT)
+        if text.plain.endswith("\n"):
+            text.right_crop()  # a line end is printed anyway
+        self._console.print(text, soft_wrap=True)
+        self._boundary("the prompt ends here; what follows is scored")
+        for answer in tokens["answers"]:
+            self._rule(f"tokens of {answer['name']}: {answer['count']}, scored", "─", _SCORED)
+            text = Text.assemble(("⟦", "bold"), _token_text(answer["pieces"], _SCORED), ("⟧", "bold"))
+            self._console.print(text, soft_wrap=True)
+        self._line("")
+        self._line(_legend(groups), "dim")
+        self._token_facts(part)
+
+    def _token_facts(self, part: Mapping[str, Any]) -> None:
+        tokens = part["tokens"]
+        longest = max(answer["with_prompt"] for answer in tokens["answers"])
+        over = longest > tokens["max_length"]
+        counts = [f"{one['name']}: {one['count']} ({one['with_prompt']} with the prompt)" for one in tokens["answers"]]
+        self._fact("tokens", "; ".join([f"prompt: {tokens['prompt']['count']}", *counts]))
+        self._fact(
+            "longest", f"{longest}, {'MORE than' if over else 'within'} the {tokens['max_length']} of max_length"
+        )
+        if "token_checks" in part:
+            self._fact("checks", _checks_text(part["token_checks"]))
+
+    # --- lines --------------------------------------------------------------------------------
+
+    def _raw(self, raw: Any) -> None:
+        self._rule("the row as the file has it", "─", "bold")
+        lines = json.dumps(_shortened(raw), ensure_ascii=False, indent=2).splitlines()
+        for line in lines[:_LONG_ROW]:
+            self._line(visible(line))
+        if len(lines) > _LONG_ROW:
+            self._line(f"… ({len(lines)} lines in all)", "dim")
+
+    def _print_left_out(self, what: str, dropped: Mapping[str, str]) -> None:
+        where = f"{what} is left out" if what else "left out"
+        self._line(visible(f"{where} by {dropped['by']}: {dropped['reason']}: {dropped['detail']}"), "bold red")
+
+    def _fact(self, name: str, value: str) -> None:
+        self._console.print(Text.assemble((f"{name:<9}", "dim"), visible(value)), soft_wrap=True)
+
+    def _line(self, text: str, style: str = "") -> None:
+        self._console.print(Text(text, style), soft_wrap=True)
+
+    def _boundary(self, text: str) -> None:
+        self._rule(text, "━", "bold yellow")
+
+    def _rule(self, title: str, mark: str, style: str) -> None:
+        head = f"{mark * 2} {visible(title)} "
+        self._line(head + mark * max(self._width - Text(head).cell_len, 0), style)
+
+
+def _title_of(answer: Mapping[str, Any]) -> str:
+    facts = [f"{name} {answer[name]:g}" for name in ("rank", "score") if answer.get(name) is not None]
+    return f"{answer['name']} ({', '.join(facts)})" if facts else answer["name"]
+
+
+def _checks_text(failed: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} ({policy})" for name, policy in failed.items()) or "nothing found (of this row alone)"
+
+
+def _token_text(pieces: Sequence[Mapping[str, Any]], style: str) -> Text:
+    """Tokens with a line between them; a special one stands out."""
+    text = Text()
+    for number, piece in enumerate(pieces):
+        if number:
+            text.append(_SEPARATOR, "dim")
+        text.append(_visible_token(piece["text"]), f"bold reverse {style}" if piece["special"] else style)
+        if len(piece["ids"]) > 1:
+            text.append(str(len(piece["ids"])).translate(_SUPERSCRIPTS), "dim")
+    return text
+
+
+def _visible_token(text: str) -> str:
+    """A token's text, with all in it that has no shape of its own made visible."""
+    first = unicodedata.category(text[0]) if text else ""
+    if text and (text[0] in _JOINERS or "\ufe00" <= text[0] <= "\ufe0f"):
+        text = f"\\u{ord(text[0]):04x}{text[1:]}"
+    elif first.startswith("M"):
+        text = f"◌{text}"  # else it would sit on the sign before it
+    return visible(text.replace("\n", "⏎\n").replace("\t", "⇥"))
+
+
+def _legend(groups: Sequence[Sequence[Mapping[str, Any]]]) -> str:
+    pieces = [piece for group in groups for piece in group]
+    signs = [f"{_SEPARATOR} parts tokens", "⟦ ⟧ hold what is scored, the end token included"]
+    if any("\n" in piece["text"] for piece in pieces):
+        signs.append("⏎ is a line end")
+    if any("\t" in piece["text"] for piece in pieces):
+        signs.append("⇥ is a tab")
+    if any(len(piece["ids"]) > 1 for piece in pieces):
+        signs.append("⁴ follows a character split over four tokens")
+    return "; ".join(signs)
+
+
+def _shortened(value: Any) -> Any:
+    """A raw value with its long texts and lists cut; each cut says how much there was."""
+    if isinstance(value, str) and len(value) > _LONG_TEXT:
+        return f"{value[:_LONG_TEXT]}… ({len(value)} characters)"
+    if isinstance(value, list):
+        more = [f"… ({len(value)} in all)"] if len(value) > _LONG_LIST else []
+        return [*map(_shortened, value[:_LONG_LIST]), *more]
+    if isinstance(value, dict):
+        shown = {key: _shortened(inner) for key, inner in islice(value.items(), _LONG_LIST * 3)}
+        return {**shown, "…": f"({len(value)} fields in all)"} if len(value) > len(shown) else shown
+    return value

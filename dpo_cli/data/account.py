@@ -1,0 +1,249 @@
+"""The account of a conversion: what became of every row, as figures, as a table, and as warnings."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_cli.core.params import Source
+from dpo_cli.data.blocks import SAMPLED_OUT
+
+SPLITS = ("train", "eval")
+LENGTH_BIAS = 0.65
+"""Share of pairs whose preferred answer is the longer one, above which there is a warning."""
+
+
+@dataclass
+class FileAccount:
+    """A file that was read.
+
+    Attributes:
+        path: The file.
+        source: The source it is of.
+        why: The format of its rows, and why that one.
+        num_rows: Rows read.
+        num_used: Rows of which something was written.
+        formats: How many of them had which format.
+        stopped: Whether max_rows ended the reading.
+        first: The number of its first row among the rows of all files.
+    """
+
+    path: Path
+    source: Source
+    why: str
+    num_rows: int = 0
+    num_used: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
+    stopped: bool = False
+    first: int = 0
+
+
+@dataclass
+class Finding:
+    """What a check found.
+
+    Attributes:
+        policy: What becomes of it: drop, keep or error.
+        count: Examples, or rows where no example could be made, that fail it.
+        rows: The first rows of them: file and row.
+        more: Whether there are further rows.
+    """
+
+    policy: str
+    count: int = 0
+    rows: list[tuple[str, int]] = field(default_factory=list)
+    more: bool = False
+
+    def places(self) -> str:
+        """The rows it names, by file where there are several."""
+        by_file: dict[str, list[str]] = {}
+        for file, row in self.rows:
+            by_file.setdefault(file, []).append(str(row))
+        listed = [
+            f"{', '.join(rows)} of {file}" if len(by_file) > 1 else ", ".join(rows) for file, rows in by_file.items()
+        ]
+        return "; ".join(listed) + (", ..." if self.more else "")
+
+
+@dataclass
+class ConvertedBlock:
+    """A block that was converted.
+
+    Attributes:
+        file: The file it is of.
+        examples: Its rows that stay, as Arrow, where there are any.
+        first: The number of its first row among all rows.
+        start: The number of its first example among all examples.
+        num: Its examples.
+        num_used: Rows of which one of them is.
+        num_by_split: How many of them go where.
+        is_weighted: Whether rows of it are taken more often than once.
+        refuted: Rankings of it with a pair that another row contradicts.
+    """
+
+    file: FileAccount
+    examples: Path
+    first: int
+    start: int
+    num: int
+    num_used: int
+    num_by_split: dict[str, int]
+    is_weighted: bool
+    refuted: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+
+
+@dataclass
+class Conversion:
+    """What became of the rows of all files.
+
+    Attributes:
+        files: The files, in order.
+        num_read: Rows read.
+        num_used: Rows of which something was written: ``num_read`` less the rows left out.
+        num_written: Examples written, by split, copies included.
+        num_rankings: Rankings written, by split.
+        num_ties: Tied pairs within rankings, of which no pair is made.
+        num_copies: Examples written beyond the first time, by the weight of their source.
+        num_items: Examples found, and rows in which none was.
+        num_checked: Examples that no check of a single one left out; later they are compared with each other.
+        rejected: How many rows or parts of rows were left out for which reason.
+        checks: What each check found.
+        blocks: The files in blocks, in order; their rows lie in the working folder.
+    """
+
+    files: list[FileAccount] = field(default_factory=list)
+    num_read: int = 0
+    num_used: int = 0
+    num_written: Counter[str] = field(default_factory=Counter)
+    num_rankings: Counter[str] = field(default_factory=Counter)
+    num_ties: int = 0
+    num_copies: int = 0
+    num_items: int = 0
+    num_checked: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    checks: dict[str, Finding] = field(default_factory=dict)
+    blocks: list[ConvertedBlock] = field(default_factory=list)
+
+    def rate(self, check: str) -> float:
+        """The share of what was looked at that fails a check.
+
+        Of rows where a check is of rows (malformed, tie), of the examples found where it leaves
+        some out, and of the examples that were left then where it keeps them.
+        """
+        finding = self.checks[check]
+        if check in ("malformed", "tie"):
+            total = self.num_read
+        elif finding.policy == "keep":
+            total = self.num_checked
+        else:
+            total = self.num_items - sum(
+                self.checks[name].count for name in ("malformed", "tie") if name in self.checks
+            )
+        return finding.count / total if total else 0.0
+
+    @property
+    def sources(self) -> list[Source]:
+        """The sources of the files."""
+        return [account.source for account in self.files]
+
+    @property
+    def num_sampled_out(self) -> int:
+        """Rows and parts of rows that the weight of their source leaves out."""
+        return self.rejected[SAMPLED_OUT]
+
+    @property
+    def num_rejected_rows(self) -> int:
+        """Rows of which nothing was written."""
+        return self.num_read - self.num_used
+
+
+# --- what is told of it ---------------------------------------------------------------------
+
+
+def metrics_of(report: Conversion) -> dict[str, Any]:
+    """The figures of a conversion, for metrics.json."""
+    metrics: dict[str, Any] = {
+        "num_read": report.num_read,
+        "num_train": report.num_written["train"],
+        "num_eval": report.num_written["eval"],
+        "num_rejected": report.num_rejected_rows,
+        "rejected": dict(report.rejected.most_common()),
+    }
+    if sum(report.num_rankings.values()):
+        metrics["num_train_rankings"] = report.num_rankings["train"]
+        metrics["num_eval_rankings"] = report.num_rankings["eval"]
+        metrics["num_tied_pairs"] = report.num_ties
+    return metrics
+
+
+def checks_of(report: Conversion) -> dict[str, Any]:
+    """What each check found: its policy, count, rate, and the first rows."""
+    return {
+        name: {
+            "policy": finding.policy,
+            "count": finding.count,
+            "rate": report.rate(name),
+            "first_rows": [{"file": file, "row": row} for file, row in finding.rows],
+        }
+        for name, finding in report.checks.items()
+    }
+
+
+def account_rows(report: Conversion, rejects_file: Path | None) -> list[tuple[str, str]]:
+    """The account of all rows, for a table: read = used + left out.
+
+    Args:
+        report: What became of them.
+        rejects_file: Where the rows left out are listed; None: nothing is written, it is only looked at.
+    """
+    rows: list[tuple[str, str]] = []
+    for account in report.files:
+        rows += [("file", account.path.as_posix()), ("format", account.why)]
+        if len(report.files) > 1 or account.stopped:
+            stopped = "; stopped there by max_rows, the rest was not read" if account.stopped else ""
+            rows.append(("", f"{account.num_rows} rows, {account.num_used} of them used{stopped}"))
+    rows.append(("rows read", str(report.num_read)))
+    rows.append(("rows used", str(report.num_used)))
+    rows.append(("rows left out", str(report.num_rejected_rows)))
+    written = "would go to" if rejects_file is None else "written to"
+    rows += [(f"{written} {split}", str(report.num_written[split])) for split in SPLITS]
+    if report.num_copies:
+        rows.append(("repeated by weight", f"{report.num_copies} of these"))
+    if sum(report.num_rankings.values()):
+        rows += [(f"rankings in {split}", str(report.num_rankings[split])) for split in SPLITS]
+        rows.append(("tied pairs, not written", str(report.num_ties)))
+    rows += [(f"left out: {reason.replace('_', ' ')}", str(count)) for reason, count in report.rejected.most_common()]
+    if rejects_file is not None:
+        rows.append(("left out, listed in", f"{rejects_file.as_posix()} ({sum(report.rejected.values())})"))
+    for name, finding in report.checks.items():
+        if finding.policy == "keep" and finding.count:
+            rows.append((f"kept: {name.replace('_', ' ')}", f"{finding.count} ({report.rate(name):.1%})"))
+    return rows
+
+
+def warnings_of(report: Conversion) -> list[str]:
+    """What the user should know of the data as a whole."""
+    warnings = []
+    longer = report.checks.get("longer_chosen")
+    if longer is not None and longer.policy == "keep" and report.num_checked >= 100:
+        share = report.rate("longer_chosen")
+        if share > LENGTH_BIAS:
+            warnings.append(
+                f"the preferred answer is the longer one in {share:.0%} of the pairs: a model may learn length"
+                " in place of quality"
+            )
+    lost = report.num_rejected_rows - report.num_sampled_out
+    if report.num_read and lost > 0.2 * report.num_read:
+        reasons = Counter({reason: n for reason, n in report.rejected.items() if reason != SAMPLED_OUT})
+        named = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in reasons.most_common(3))
+        warnings.append(f"{lost} of {report.num_read} rows ({lost / report.num_read:.0%}) are left out: {named}")
+    if any(source.split != "auto" for source in report.sources):
+        warnings.append(
+            "a source has a split of its own: its prompts are held out here, and may be among the rows of the other"
+            " conversion's train table; evaluate says how many are (num_leaked_prompts)"
+        )
+    return warnings
