@@ -343,6 +343,71 @@ def _refuse_without_model(model: str | None, options: dict[str, Any]) -> None:
         raise ParamsError([f"{name} has no effect without --model" for name in idle])
 
 
+# --- measurements -------------------------------------------------------------------------
+
+
+@app.command(
+    "bench",
+    rich_help_panel="Measurements",
+    epilog=_examples(
+        "dpo-cli bench",
+        "dpo-cli bench --regime harmless --set runtime.max_tokens_per_microbatch=8192",
+        "dpo-cli bench --shape llama-3.1-8b --pass train",
+        "dpo-cli bench --set runtime.layout=padded --json",
+    ),
+)
+def bench_command(
+    which: Annotated[
+        str | None,
+        typer.Option("--pass", metavar="precompute-ref|train", help="Which pass to measure; left out: both."),
+    ] = None,
+    regime: Annotated[
+        str | None,
+        typer.Option(
+            "--regime",
+            metavar="NAME",
+            help="Random pairs with lengths like `harmless`, `0.42`, `2.15`, `3.91` (prompt to answer), or `equal`;"
+            " left out: the project's own pairs.",
+        ),
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            "--shape",
+            metavar="NAME",
+            help="Random weights in the shape of `tiny`, `qwen2.5-0.5b`, `qwen2.5-1.5b`, `llama-3.2-3b` or"
+            " `llama-3.1-8b`; left out: the project's own model.",
+        ),
+    ] = None,
+    num_pairs: Annotated[int, typer.Option("--pairs", metavar="N", min=1, help="Pairs a turn.")] = 64,
+    num_turns: Annotated[int, typer.Option("--turns", metavar="N", min=1, help="Timed turns.")] = 3,
+    overrides: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object, no tables.")] = False,
+) -> None:
+    """Measure the reference pass and training on this machine: speed, memory, and how far from their limits.
+
+    Reads the project's model and pairs, or makes random ones; writes nothing. MFU holds the operations that
+    the pass needs at the least against the speed of a matrix product in the same run.
+    """
+    with _errors_as_exit_codes(as_json=as_json):
+        # here, so that --help does not wait for them
+        from dpo_cli.cli.bench import PASSES, BenchOptions, measure, refuse_unknown
+        from dpo_cli.core.params import Params, load_params, parse_overrides
+
+        refuse_unknown(regime, shape)
+        if which is not None and which not in PASSES:
+            raise ParamsError(f"--pass must be one of {', '.join(PASSES)}, got {which}")
+        idle = [override for override in overrides or [] if override.startswith("runtime.recompute")]
+        if which == "precompute-ref" and idle:
+            raise ParamsError("--set runtime.recompute has no effect on precompute-ref, which has no backward pass")
+        in_project = paths.PARAMS.is_file() or shape is None
+        params: Params = load_params(paths.PARAMS, overrides or []) if in_project else parse_overrides(overrides or [])
+        options = BenchOptions([which] if which else PASSES, regime, shape, num_pairs, num_turns)  # type: ignore[list-item]
+        figures = measure(options, params, ConsoleReporter(show_tables=not as_json))
+    if as_json:
+        typer.echo(json.dumps(figures, ensure_ascii=False))
+
+
 # --- projects -----------------------------------------------------------------------------
 
 

@@ -300,8 +300,28 @@ class RuntimeParams(Section):
         None, "Processes that convert large files of JSON lines; null: as many as there are cores.", ge=1
     )
     threads: int = knob(1, "CPU threads of torch. More than one can be slower on a shared machine.", ge=1)
-    max_tokens_per_microbatch: int = knob(
-        4096, "Memory knob: tokens that go through the model at once, padding included.", unit="tokens", ge=1
+    max_tokens_per_microbatch: int | None = knob(
+        None,
+        "Memory knob: tokens that go through the model at once, padding included; null: 4096 on a GPU, and 1024 on"
+        " the CPU, where what fits into its caches is faster. Halved where memory runs out.",
+        unit="tokens",
+        ge=1,
+    )
+    layout: Literal["auto", "shared", "packed", "padded"] = knob(
+        "auto",
+        "How a prompt and its answers go through the model: the prompt once (shared), with each answer in one row"
+        " (packed), or in padded rows. auto tries them on the model and takes the cheapest that is right.",
+    )
+    head_mib: int | None = knob(
+        None,
+        "Memory knob: logits that are held at once; null: 256 on a GPU, 32 on the CPU.",
+        unit="MiB",
+        ge=1,
+    )
+    recompute: Literal["auto", "none", "elementwise", "layers"] = knob(
+        "auto",
+        "What the backward pass computes again to save memory: nothing, all but matrix products and attention, or"
+        " whole layers. auto takes the first that fits into free memory.",
     )
     checkpoint_minutes: float = knob(10.0, "Work that a kill may cost; 0 saves after every step.", unit="minutes", ge=0)
     model_path: str | None = Field(
@@ -347,6 +367,18 @@ def load_params(path: Path, overrides: Sequence[str] = ()) -> Params:
     for override in overrides:
         _apply_override(tree, override)
     return parse_params(tree, source=path.name)
+
+
+def parse_overrides(overrides: Sequence[str]) -> Params:
+    """The defaults with ``section.key=value`` overrides, where there is no params.yaml.
+
+    Raises:
+        ParamsError: A value is wrong.
+    """
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_params(tree, source="--set")
 
 
 def parse_params(tree: Mapping[str, Any], source: str = "params.yaml") -> Params:

@@ -21,6 +21,7 @@ from dpo_cli.core.errors import MachineError, StaleArtifactError
 from dpo_cli.core.params import LoraParams
 from dpo_cli.models.device import Machine
 from dpo_cli.models.load import keep_weights_unpacked, load_model
+from dpo_cli.models.lora import use_short_layers
 
 SFT_MANIFEST = "sft.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -36,12 +37,14 @@ def add_adapter(model: Any, lora: LoraParams, seed: int) -> PeftModel:
     """
     names = lora.target_modules
     torch.manual_seed(seed)
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
-        lora_dropout=lora.dropout,
-        target_modules="all-linear" if names == ["all-linear"] else sorted(names),
+    config = use_short_layers(
+        LoraConfig(
+            task_type=TaskType.CAUSAL_LM,
+            r=lora.r,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]
+            lora_dropout=lora.dropout,
+            target_modules="all-linear" if names == ["all-linear"] else sorted(names),
+        )
     )
     try:
         return get_peft_model(model, config)  # type: ignore[return-value]
@@ -120,7 +123,7 @@ def load_reference(base: Path, sft: SftResult, machine: Machine, quantization: s
     """The reference model, frozen and in eval mode."""
     model = _load_backbone(base, sft, machine, quantization)
     if sft.has_adapter:
-        model = PeftModel.from_pretrained(model, str(paths.SFT_MODEL), adapter_name=POLICY)
+        model = _load_adapter(model, paths.SFT_MODEL, trainable=False)
         keep_weights_unpacked(model)
     return model.eval()
 
@@ -131,7 +134,7 @@ def load_policy_at_start(
     """The policy before its first step: equal to the reference, its adapter trainable."""
     model = _load_backbone(base, sft, machine, quantization)
     if sft.has_adapter:
-        policy = PeftModel.from_pretrained(model, str(paths.SFT_MODEL), adapter_name=POLICY, is_trainable=True)
+        policy = _load_adapter(model, paths.SFT_MODEL, trainable=True)
     else:
         policy = add_adapter(model, lora, seed)
     keep_weights_unpacked(policy)
@@ -170,11 +173,17 @@ def load_pair(base: Path, sft: SftResult, machine: Machine, quantization: str) -
         if not (paths.DPO_MODEL / name).is_file():
             raise StaleArtifactError(f"{paths.DPO_MODEL / name} is missing; run: dpo-cli train")
     model = _load_backbone(base, sft, machine, quantization)
-    pair = PeftModel.from_pretrained(model, str(paths.DPO_MODEL), adapter_name=POLICY)
+    pair = _load_adapter(model, paths.DPO_MODEL, trainable=False)
     if sft.has_adapter:
         pair.load_adapter(str(paths.SFT_MODEL), adapter_name=REFERENCE)
     keep_weights_unpacked(pair)
     return ModelPair(pair, REFERENCE if sft.has_adapter else None)
+
+
+def _load_adapter(model: Any, folder: Path, *, trainable: bool) -> PeftModel:
+    """Put a saved adapter on a model, as its policy."""
+    config = use_short_layers(LoraConfig.from_pretrained(str(folder)))  # type: ignore[arg-type]
+    return PeftModel.from_pretrained(model, str(folder), adapter_name=POLICY, is_trainable=trainable, config=config)
 
 
 def _load_backbone(base: Path, sft: SftResult, machine: Machine, quantization: str) -> Any:

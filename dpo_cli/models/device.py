@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
+import psutil
 import torch
 
 from dpo_cli.core.errors import MachineError
@@ -49,9 +52,48 @@ def prepare_machine(runtime: RuntimeParams) -> Machine:
     return Machine(torch.device("cpu"), torch.float32)
 
 
+_TOKENS_ON_GPU = 4096
+_TOKENS_ON_CPU = 1024
+
+
+def token_budget(runtime: RuntimeParams, device: torch.device) -> int:
+    """Tokens that go through the model at once: what the user says, or what suits the device."""
+    if runtime.max_tokens_per_microbatch is not None:
+        return runtime.max_tokens_per_microbatch
+    return _TOKENS_ON_GPU if device.type == "cuda" else _TOKENS_ON_CPU
+
+
 def peak_memory_gib(machine: Machine) -> float:
     """Most memory held so far, GiB: of the GPU on CUDA, resident in the process on the CPU."""
     if machine.device.type == "cuda":
         return torch.cuda.max_memory_allocated(machine.device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Count the peak of memory from here on; where the system cannot, it stays that of the whole process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held since :func:`forget_peak_memory`: of the GPU on CUDA, resident in the process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        return int(peak_memory_gib(Machine(device, torch.float32)) * 2**30)
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory that is still to be had: of the GPU, its allocator's unused share included, or of the machine."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return psutil.virtual_memory().available

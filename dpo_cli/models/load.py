@@ -97,9 +97,23 @@ def save_tokenizer(tokenizer: Any, encoder: ChatEncoder, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+_CHANGING_ROPE = ("longrope", "dynamic")
+
+
 def context_length(folder: Path) -> int | None:
-    """The longest sequence the model knows positions for, where its configuration says so."""
-    return getattr(_load_config(folder).get_text_config(), "max_position_embeddings", None)
+    """The longest sequence the model knows positions for, where its configuration says so.
+
+    Some rotary embeddings turn all positions of a batch differently once any text in it is longer than
+    the model was first trained on. Up to there a text's numbers are its own, so that is the limit.
+    """
+    config = _load_config(folder).get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_layer = [part for part in rope.values() if isinstance(part, dict)] or [rope]
+    for part in by_layer:
+        if part.get("rope_type") in _CHANGING_ROPE and limit is not None:
+            limit = min(limit, part.get("original_max_position_embeddings") or limit)
+    return limit
 
 
 def _load_config(folder: Path) -> Any:

@@ -5,6 +5,10 @@ Legend: N scored tokens, V vocabulary, D hidden.
 Only the rows that predict a scored token go through the head, a bounded number of them at a
 time, so there is never a [tokens, vocabulary] tensor of a whole batch. The log-sum-exp is
 float32 whatever the model computes in: a bfloat16 one costs 0.02 nats a token.
+
+How a log-probability changes with its hidden state does not depend on the loss. So where the
+head itself is not trained, that gradient is taken in the forward pass, while the logits of a
+chunk are there, and only it is kept, [N, D]; the backward pass scales its rows.
 """
 
 from __future__ import annotations
@@ -15,13 +19,15 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-_CHUNK_BYTES = 256 << 20
-_MIN_CHUNK_ROWS = 64
+DEFAULT_HEAD_BYTES = 32 << 20
+"""Bytes of logits that are held at once on the CPU: about what its caches hold."""
+GPU_HEAD_BYTES = 256 << 20
+"""The same on a GPU, which reads the whole head for each chunk of rows."""
 
 
-def max_logit_rows(vocabulary: int) -> int:
-    """How many rows of logits, with their float32 copy, may be held at once: 256 MiB, but 64 rows at least."""
-    return max(_MIN_CHUNK_ROWS, _CHUNK_BYTES // (8 * vocabulary))
+def max_logit_rows(vocabulary: int, head_bytes: int, bytes_each: int) -> int:
+    """How many rows of logits may be held at once, where each logit takes so many bytes; at least one."""
+    return max(1, head_bytes // (bytes_each * vocabulary))
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,8 @@ class LogitTransform:
         scale = getattr(config, "logit_scale", None) or 1.0
         if divisor := getattr(config, "logits_scaling", None):
             scale /= divisor
+        if multiplier := getattr(config, "lm_head_multiplier", None):
+            scale *= multiplier
         return cls(float(scale), getattr(config, "final_logit_softcapping", None))
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
@@ -55,28 +63,143 @@ class LogitTransform:
 
 
 def token_logps(
-    hidden_ND: torch.Tensor, targets_N: torch.Tensor, head: torch.nn.Module, transform: LogitTransform
+    hidden_ND: torch.Tensor,
+    targets_N: torch.Tensor,
+    head: torch.nn.Module,
+    transform: LogitTransform,
+    head_bytes: int = DEFAULT_HEAD_BYTES,
 ) -> torch.Tensor:
     """Log-probability of each target under softmax(transform(head(hidden))).
 
     Args:
         hidden_ND: [N, D], the hidden states that predict the targets.
         targets_N: int64 [N].
-        head: The output embedding.
+        head: The output embedding. A plain frozen linear layer goes the fast way; one that is
+            trained, or is more than that, is called and differentiated as it is.
         transform: What the model does to its logits.
+        head_bytes: Bytes of logits that may be held at once.
 
     Returns:
         float32 [N], nats.
     """
-    chunk = max_logit_rows(head.weight.shape[0])  # type: ignore[index]
+    if is_plain(head) and not any(parameter.requires_grad for parameter in head.parameters()):
+        weight: torch.Tensor = head.weight  # type: ignore[assignment]
+        bias: torch.Tensor | None = head.bias  # type: ignore[assignment]
+        if torch.is_autocast_enabled(hidden_ND.device.type):
+            dtype = torch.get_autocast_dtype(hidden_ND.device.type)
+            hidden_ND, weight = hidden_ND.to(dtype), weight.to(dtype)
+        # float32 logits are worked on in place; narrower ones have a float32 copy, and a narrow one of that
+        bytes_each = 4 if weight.dtype == torch.float32 else 8
+        if transform.softcap is not None:
+            bytes_each += 8  # the cap's slope and what it is made of
+        rows = max_logit_rows(weight.shape[0], head_bytes, bytes_each)
+        return _TargetLogps.apply(hidden_ND, targets_N, weight, bias, transform, rows)  # type: ignore[return-value]
+    return _autograd_logps(hidden_ND, targets_N, head, transform, head_bytes)
+
+
+def is_plain(head: torch.nn.Module) -> bool:
+    """Whether a head is a linear layer of floating-point weights and nothing besides."""
+    return type(head) is torch.nn.Linear and head.weight.is_floating_point() and not _has_hooks(head)
+
+
+def _has_hooks(module: torch.nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+class _TargetLogps(torch.autograd.Function):
+    """z = cap(scale * (W h + b)), logp = z[y] - log sum exp z, and d logp / d h with it.
+
+    d logp / d h = W^T [(onehot(y) - softmax(z)) * cap'(.) * scale]: 4 N V D operations in all, and
+    no logits are computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        targets_N: torch.Tensor,
+        weight_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        transform: LogitTransform,
+        rows: int,
+    ) -> torch.Tensor:
+        wanted = ctx.needs_input_grad[0]
+        logps_N = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_ND.device)
+        unit_ND = torch.empty_like(hidden_ND) if wanted else None
+        buffer = hidden_ND.new_empty(min(rows, len(targets_N)), weight_VD.shape[0])
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            for begin in range(0, len(targets_N), rows):
+                chunk = slice(begin, begin + rows)
+                hidden, targets = hidden_ND[chunk], targets_N[chunk]
+                logits = torch.mm(hidden, weight_VD.T, out=buffer[: len(hidden)])
+                logps_N[chunk], gradient = _chunk_logps(logits, targets, weight_VD, bias_V, transform, wanted=wanted)
+                if unit_ND is not None and gradient is not None:
+                    unit_ND[chunk] = gradient
+        ctx.save_for_backward(unit_ND)
+        return logps_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (unit_ND,) = ctx.saved_tensors
+        (grad_N,) = grads
+        return (unit_ND * grad_N[:, None]).to(unit_ND.dtype), None, None, None, None, None
+
+
+def _chunk_logps(
+    logits_CV: torch.Tensor,
+    targets_C: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    transform: LogitTransform,
+    *,
+    wanted: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probabilities float32 [C] and, where wanted, their gradients [C, D]; overwrites float32 logits."""
+    z = logits_CV.float()  # the logits themselves where they are float32 already
+    if bias_V is not None:
+        z += bias_V
+    if transform.scale != 1.0:
+        z *= transform.scale
+    slope = None
+    if transform.softcap is not None:
+        z = z.div_(transform.softcap).tanh_()
+        slope = 1 - z.square() if wanted else None
+        z *= transform.softcap
+    index = targets_C[:, None]
+    z -= z.amax(1, keepdim=True)
+    picked = z.gather(1, index)
+    z.exp_()
+    sums = z.sum(1, keepdim=True)
+    logps = (picked - sums.log()).squeeze(1)
+    if not wanted:
+        return logps, None
+    at_target = transform.scale
+    if slope is not None:
+        z *= slope
+        at_target = slope.gather(1, index) * transform.scale
+    expected = torch.mm(z.to(weight_VD.dtype), weight_VD)
+    return logps, weight_VD[targets_C] * at_target - expected * (transform.scale / sums)
+
+
+def _autograd_logps(
+    hidden_ND: torch.Tensor,
+    targets_N: torch.Tensor,
+    head: torch.nn.Module,
+    transform: LogitTransform,
+    head_bytes: int,
+) -> torch.Tensor:
+    """The same through the head's own forward and autograd; logits are computed again in the backward pass."""
+    # logits, their transforms, what log-sum-exp makes of them, and the gradients of each
+    bytes_each = 20 if transform.softcap is None else 28
+    rows = max_logit_rows(head.weight.shape[0], head_bytes, bytes_each)  # type: ignore[index]
 
     def logps(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = transform(head(hidden))
         return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
 
-    if hidden_ND.shape[0] <= chunk:
+    if hidden_ND.shape[0] <= rows:
         return logps(hidden_ND, targets_N)
-    pieces = zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True)
+    pieces = zip(hidden_ND.split(rows), targets_N.split(rows), strict=True)
     if not torch.is_grad_enabled():
         return torch.cat([logps(hidden, targets) for hidden, targets in pieces])
     return torch.cat([checkpoint(logps, hidden, targets, use_reentrant=False) for hidden, targets in pieces])

@@ -27,12 +27,13 @@ from dpo_cli.evaluation.report.page import write_report
 from dpo_cli.evaluation.verdict import headline, verdict
 from dpo_cli.evaluation.win_rate import compare
 from dpo_cli.models.adapters import ModelPair, load_pair
-from dpo_cli.models.device import peak_memory_gib
+from dpo_cli.models.device import peak_memory_gib, token_budget
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.objectives.pairwise import pairwise_loss
 from dpo_cli.reference.cache import read_cache, reference_logps
 from dpo_cli.reference.graph import Graph, check_context, open_graph, table_digests
-from dpo_cli.scoring.layout import split_by_tokens
+from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
+from dpo_cli.scoring.probe import open_scorer
 from dpo_cli.scoring.scorer import Scorer
 
 _SFT, _DPO = "sft", "dpo"
@@ -73,12 +74,13 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     cache = read_cache(paths.REFERENCE, graph.identity)
     with stage_scratch("evaluate", "run"):
         pair = load_pair(graph.base, graph.sft, graph.machine, graph.quantization)
-        held_out = _held_out(pair, graph, table, cache, trained, knobs, runtime, reporter)
+        scorer, _ = open_scorer(pair.use_policy(), graph.machine.compute_dtype, runtime, reporter, "evaluate")
+        held_out = _held_out(pair, scorer, table, cache, trained, knobs, runtime, reporter)
         prompts = _prompts(table, knobs.num_prompts)
         longest = max(len(prompt.tokens) for prompt in prompts)
         check_context(graph.base, longest + knobs.max_new_tokens, "evaluate.max_new_tokens + the longest prompt")
         answers = _answers(pair, graph, prompts, knobs, runtime, reporter)
-        kls = _kls(pair, graph, prompts, answers[_DPO], knobs, runtime, reporter)
+        kls = _kls(pair, scorer, graph, prompts, answers[_DPO], knobs, runtime, reporter)
         samples = _judge(knobs, graph, table, prompts, answers)
         metrics = _metrics(knobs, held_out, trained, samples, kls, answers)
         metrics |= {"num_leaked_prompts": num_leaked, "peak_mem_gib": peak_memory_gib(graph.machine)}
@@ -105,7 +107,7 @@ def _count_leaked_prompts(held_out: TokenTable) -> int:
 
 def _held_out(
     pair: ModelPair,
-    graph: Graph,
+    scorer: Scorer,
     table: TokenTable,
     cache: Mapping[str, float],
     trained: Mapping[str, Any],
@@ -115,13 +117,13 @@ def _held_out(
 ) -> HeldOut:
     """Score the held-out pairs with the policy and compare with the cached reference."""
     reference = reference_logps(cache, table.groups)
-    scorer = Scorer(pair.use_policy(), graph.machine.compute_dtype)
+    pair.use_policy()
+    budget = TokenBudget(token_budget(runtime, scorer.device), "evaluate", reporter)
     pairs = []
     label = "evaluate: scoring held-out pairs"
-    with torch.no_grad(), reporter.meter(label, len(table.groups), "pairs") as meter:
-        for indices in split_by_tokens(table.groups, runtime.max_tokens_per_microbatch):
-            batch = [table.groups[index] for index in indices]
-            logps = scorer.score(batch).logps_BK.tolist()
+    with scorer, torch.no_grad(), reporter.meter(label, len(table.groups), "pairs") as meter:
+        for batch, scores in in_micro_batches(table.groups, budget, scorer.split, scorer.score):
+            logps = scores.logps_BK.tolist()
             pairs += [_held_out_pair(group, row, reference[group.id]) for group, row in zip(batch, logps, strict=True)]
             meter.advance(len(batch))
     loss = pairwise_loss(trained["loss"], trained["beta"], trained["label_smoothing"])
@@ -189,7 +191,7 @@ def _sample(
             stop_ids=graph.encoder.stop_ids,
             temperature=temperature,
             max_new_tokens=knobs.max_new_tokens,
-            max_tokens=runtime.max_tokens_per_microbatch,
+            max_tokens=token_budget(runtime, graph.machine.device),
             seed=knobs.seed,
             stream=speaker.name,
             autocast_dtype=graph.machine.compute_dtype,
@@ -199,6 +201,7 @@ def _sample(
 
 def _kls(
     pair: ModelPair,
+    scorer: Scorer,
     graph: Graph,
     prompts: Sequence[PromptTokens],
     answers: Mapping[str, Answer],
@@ -210,19 +213,22 @@ def _kls(
     if knobs.temperature != 1:
         speaker = _Speaker(_DPO, pair.use_policy())
         answers = _sample(speaker, graph, prompts, 1.0, knobs, runtime, reporter)
-    scorer = Scorer(pair.use_policy(), graph.machine.compute_dtype)
     groups = [TokenGroup(prompt.id, prompt.id, prompt.tokens, (answers[prompt.id].tokens,)) for prompt in prompts]
-    budget = min(runtime.max_tokens_per_microbatch, scorer.max_distribution_tokens)
-    kls = {}
-    with reporter.meter("evaluate: KL along the answers", len(prompts), "prompts") as meter:
-        for indices in split_by_tokens(groups, budget):
-            batch = [groups[index] for index in indices]
-            pair.use_policy()
-            policy = scorer.next_token_logps(batch)
-            pair.use_reference()
-            reference = scorer.next_token_logps(batch)
-            for group, ours, theirs in zip(batch, policy, reference, strict=True):
-                kls[group.id] = sequence_kl(ours, theirs, group.completions[0])
+    max_tokens = min(token_budget(runtime, scorer.device), scorer.max_distribution_tokens)
+    budget = TokenBudget(max_tokens, "evaluate", reporter)
+
+    def both(batch: Sequence[TokenGroup]) -> list[SequenceKl]:
+        pair.use_policy()
+        policy = scorer.next_token_logps(batch)
+        pair.use_reference()
+        reference = scorer.next_token_logps(batch)
+        rows = zip(batch, policy, reference, strict=True)
+        return [sequence_kl(ours, theirs, group.completions[0]) for group, ours, theirs in rows]
+
+    kls: dict[str, SequenceKl] = {}
+    with scorer, reporter.meter("evaluate: KL along the answers", len(prompts), "prompts") as meter:
+        for batch, found in in_micro_batches(groups, budget, scorer.split, both):
+            kls.update(zip((group.id for group in batch), found, strict=True))
             meter.advance(len(batch))
     return kls
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import polars as pl
-import torch
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_json, publish_folder, write_json, write_json_lines
@@ -18,12 +17,13 @@ from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.tokenise import TokenGroup, explain_found, explain_rejects
 from dpo_cli.models.adapters import load_reference
-from dpo_cli.models.device import peak_memory_gib
+from dpo_cli.models.device import peak_memory_gib, token_budget
 from dpo_cli.models.load import quiet_libraries
-from dpo_cli.reference.cache import RowStore, completion_key, forget_other_stores, write_cache
+from dpo_cli.reference.cache import RowStore, forget_other_stores, group_keys, write_cache
 from dpo_cli.reference.graph import SPLITS, Graph, all_rejects, open_graph
-from dpo_cli.scoring.layout import split_by_tokens
-from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.reference.scoring import missing_groups, score_groups
+from dpo_cli.scoring.budget import TokenBudget
+from dpo_cli.scoring.probe import Verdict, open_scorer
 
 _OTHER_STORES_KEPT = 3
 
@@ -42,7 +42,8 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     graph = open_graph(params.model, params.reference, params.runtime)
     tables = [graph.tokenise_pairs(split) for split in SPLITS]
     rejects = all_rejects(tables)
-    wanted = _unique_completions([group for table in tables for group in table.groups])
+    groups = [group for table in tables for group in table.groups]
+    wanted = {key for group in groups for key in group_keys(group)}
     if not wanted:
         raise DataError(
             f"data/preference: {explain_rejects(tables, 'reference.max_length', graph.max_length) or 'has no pairs'}"
@@ -55,25 +56,26 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     with stage_scratch("precompute_ref", identity_digest) as scratch:
         store = RowStore(scratch.folder / "rows")
         known = set(store.load()["key"].to_list())
-        missing = [group for key, group in wanted.items() if key not in known]
+        missing = missing_groups(groups, known, token_budget(params.runtime, graph.machine.device))
         begun = time.monotonic()
-        if missing:
-            _compute(graph, missing, store, params, reporter)
+        layout = _compute(graph, missing, store, params, reporter) if missing else None
         elapsed_s = time.monotonic() - begun
-        rows = store.load().filter(pl.col("key").is_in(list(wanted)))
+        rows = store.load().filter(pl.col("key").is_in(sorted(wanted)))
         built = scratch.build_folder()
         write_cache(built, rows, graph.identity)
         publish_folder(built, paths.REFERENCE)
         forget_other_stores(scratch.folder.parent, scratch.folder, _OTHER_STORES_KEPT)
-    num_tokens = sum(len(group.completions[0]) for group in missing)
+    num_computed = sum(len(group.completions) for group in missing)
+    num_tokens = sum(len(completion) for group in missing for completion in group.completions)
     metrics = {
         "num_completions": len(wanted),
-        "num_computed": len(missing),
-        "num_reused": len(wanted) - len(missing),
+        "num_computed": num_computed,
+        "num_reused": len(wanted) - num_computed,
         "num_rejected": len(rejects),
-        "completions_per_s": len(missing) / max(elapsed_s, 1e-9) if missing else 0.0,
+        "completions_per_s": num_computed / max(elapsed_s, 1e-9) if missing else 0.0,
         "completion_tokens_per_s": num_tokens / max(elapsed_s, 1e-9) if missing else 0.0,
         "peak_mem_gib": peak_memory_gib(graph.machine),
+        **(layout.metrics() if layout else {}),
     }
     write_json_lines(paths.rejects_file("precompute_ref"), rejects)
     write_json(paths.metrics_file("precompute_ref"), {"precompute_ref": metrics})
@@ -92,28 +94,22 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     return metrics
 
 
-def _unique_completions(groups: Sequence[TokenGroup]) -> dict[str, TokenGroup]:
-    """Every different completion once, as a group of its own, by its key."""
-    return {
-        completion_key(group.prompt, completion): TokenGroup(group.id, group.group, group.prompt, (completion,))
-        for group in groups
-        for completion in group.completions
-    }
-
-
-def _compute(graph: Graph, missing: Sequence[TokenGroup], store: RowStore, params: Params, reporter: Reporter) -> None:
-    """Score completions, longest batches last, and store them as time passes."""
+def _compute(
+    graph: Graph, missing: Sequence[TokenGroup], store: RowStore, params: Params, reporter: Reporter
+) -> Verdict:
+    """Score groups and store their rows as time passes."""
     runtime = params.runtime
     model = load_reference(graph.base, graph.sft, graph.machine, graph.quantization)
-    scorer = Scorer(model, graph.machine.compute_dtype)
+    scorer, verdict = open_scorer(model, graph.machine.compute_dtype, runtime, reporter, "precompute-ref")
+    budget = TokenBudget(token_budget(runtime, scorer.device), "precompute-ref", reporter)
+    num_completions = sum(len(group.completions) for group in missing)
     pending: list[dict[str, Any]] = []
     saved_at = time.monotonic()
     label = "precompute-ref: scoring answers"
-    with graceful_stop() as stop, torch.no_grad(), reporter.meter(label, len(missing), "answers") as meter:
-        for indices in split_by_tokens(missing, runtime.max_tokens_per_microbatch):
-            batch = [missing[index] for index in indices]
-            pending += _score(scorer, batch)
-            meter.advance(len(batch))
+    with graceful_stop() as stop, reporter.meter(label, num_completions, "answers") as meter:
+        for rows in score_groups(scorer, missing, budget):
+            pending += rows
+            meter.advance(len(rows))
             due = time.monotonic() - saved_at >= runtime.checkpoint_minutes * 60
             if stop.requested or due:
                 store.add(pending)
@@ -122,19 +118,4 @@ def _compute(graph: Graph, missing: Sequence[TokenGroup], store: RowStore, param
             if stop.requested:
                 raise Interrupted("precompute-ref: stopped; what was scored is kept, run it again to go on")
     store.add(pending)
-
-
-def _score(scorer: Scorer, batch: Sequence[TokenGroup]) -> list[dict[str, Any]]:
-    """Rows of the cache for some single completions."""
-    scores = scorer.score(batch)
-    counts = scores.num_tokens_BK[:, 0].tolist()
-    pieces = scores.token_logps_N.cpu().split(counts)
-    return [
-        {
-            "key": completion_key(group.prompt, group.completions[0]),
-            "logp": logps.double().sum().item(),
-            "num_tokens": count,
-            "token_logps": logps.tolist(),
-        }
-        for group, count, logps in zip(batch, counts, pieces, strict=True)
-    ]
+    return verdict

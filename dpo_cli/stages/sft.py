@@ -17,7 +17,7 @@ from dpo_cli.models.device import peak_memory_gib, prepare_machine
 from dpo_cli.models.identity import base_digest, library_versions, model_files
 from dpo_cli.models.load import keep_weights_unpacked, load_model, quiet_libraries, save_tokenizer
 from dpo_cli.reference.graph import all_rejects, check_context, open_base, table_digests
-from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.scoring.probe import Verdict, open_scorer
 from dpo_cli.training.history import merge_log, write_tsv
 from dpo_cli.training.objective import SftObjective
 from dpo_cli.training.run import Fit, fit
@@ -76,9 +76,10 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         else:
             model = add_adapter(model, sft.lora, sft.seed)
             keep_weights_unpacked(model)
+        scorer, layout = open_scorer(model, machine.compute_dtype, params.runtime, reporter, "sft")
         result = fit(
             model,
-            Scorer(model, machine.compute_dtype),
+            scorer,
             SftObjective(),
             train.groups,
             held_out.groups,
@@ -89,6 +90,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
             work=scratch.folder,
             reporter=reporter,
         )
+        scorer.close()
         built = scratch.build_folder()
         if whole:
             model.save_pretrained(str(built))
@@ -99,7 +101,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
             files = list[str](ADAPTER_FILES)
         write_sft_manifest(built, sft.method, files, digest, data)
         publish_folder(built, paths.SFT_MODEL)
-        metrics = _metrics(sft, train, held_out, result, peak_memory_gib(machine))
+        metrics = _metrics(sft, train, held_out, result, layout, peak_memory_gib(machine))
         rows = merge_log(result.history, _COLUMNS)
         write_tsv(paths.report_dir("sft") / "steps.tsv", rows, ("step", *_COLUMNS))
         write_json_lines(paths.rejects_file("sft"), all_rejects([train, held_out]))
@@ -142,7 +144,9 @@ def _refuse_empty(train: TokenTable, held_out: TokenTable, max_length: int) -> N
             raise DataError(f"data/sft/{split}.parquet: {explain_rejects([table], 'sft.max_length', max_length)}")
 
 
-def _metrics(sft: SftParams, train: TokenTable, held_out: TokenTable, result: Fit, peak_gib: float) -> dict[str, Any]:
+def _metrics(
+    sft: SftParams, train: TokenTable, held_out: TokenTable, result: Fit, layout: Verdict, peak_gib: float
+) -> dict[str, Any]:
     tokens = sum(len(group.prompt) + len(group.completions[0]) for group in train.groups) / len(train.groups)
     eval_loss = result.last("eval_loss")
     return {
@@ -158,4 +162,7 @@ def _metrics(sft: SftParams, train: TokenTable, held_out: TokenTable, result: Fi
         "rows_per_s": result.groups_per_s,
         "logical_tokens_per_s": result.groups_per_s * tokens,
         "peak_mem_gib": peak_gib,
+        "recompute": result.recompute,
+        "max_tokens_per_microbatch": result.max_tokens,
+        **layout.metrics(),
     }

@@ -20,13 +20,13 @@ from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.tokenise import TokenTable, explain_rejects
 from dpo_cli.models.adapters import load_policy_at_start, save_adapter
-from dpo_cli.models.device import peak_memory_gib
+from dpo_cli.models.device import peak_memory_gib, token_budget
 from dpo_cli.models.identity import read_lock
 from dpo_cli.models.load import quiet_libraries, save_tokenizer
 from dpo_cli.objectives.pairwise import pairwise_loss
 from dpo_cli.reference.cache import read_cache, reference_logps
 from dpo_cli.reference.graph import SPLITS, Graph, all_rejects, open_graph, table_digests
-from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.scoring.probe import Verdict, open_scorer
 from dpo_cli.training.gate import StepZero, check_step_zero
 from dpo_cli.training.history import merge_log, write_tsv
 from dpo_cli.training.objective import PairObjective
@@ -76,8 +76,10 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         policy = load_policy_at_start(
             graph.base, graph.sft, graph.machine, graph.quantization, knobs.lora or LoraParams(), knobs.seed
         )
-        scorer = Scorer(policy, graph.machine.compute_dtype)
-        step_zero = check_step_zero(policy, scorer, objective, train.groups, params.runtime.max_tokens_per_microbatch)
+        scorer, layout = open_scorer(policy, graph.machine.compute_dtype, params.runtime, reporter, "train")
+        step_zero = check_step_zero(
+            policy, scorer, objective, train.groups, token_budget(params.runtime, scorer.device)
+        )
         result = fit(
             policy,
             scorer,
@@ -91,7 +93,8 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
             work=scratch.folder,
             reporter=reporter,
         )
-        metrics = _metrics(graph, train, held_out, step_zero, result)
+        scorer.close()
+        metrics = _metrics(graph, train, held_out, step_zero, result, layout)
         built = scratch.build_folder()
         save_adapter(policy, built, params.model.name)
         save_tokenizer(graph.tokenizer, graph.encoder, built)
@@ -130,7 +133,9 @@ def _provenance(params: Params, graph: Graph) -> dict[str, Any]:
     }
 
 
-def _metrics(graph: Graph, train: TokenTable, held_out: TokenTable, step_zero: StepZero, result: Fit) -> dict[str, Any]:
+def _metrics(
+    graph: Graph, train: TokenTable, held_out: TokenTable, step_zero: StepZero, result: Fit, layout: Verdict
+) -> dict[str, Any]:
     tokens = sum(2 * len(group.prompt) + sum(map(len, group.completions)) for group in train.groups) / len(train.groups)
     return {
         "num_pairs": len(train.groups),
@@ -148,6 +153,9 @@ def _metrics(graph: Graph, train: TokenTable, held_out: TokenTable, step_zero: S
         "pairs_per_s": result.groups_per_s,
         "logical_tokens_per_s": result.groups_per_s * tokens,
         "peak_mem_gib": peak_memory_gib(graph.machine),
+        "recompute": result.recompute,
+        "max_tokens_per_microbatch": result.max_tokens,
+        **layout.metrics(),
     }
 
 

@@ -15,7 +15,6 @@ import torch
 
 from dpo_cli.core.errors import StaleArtifactError
 from dpo_cli.data.tokenise import TokenGroup
-from dpo_cli.scoring.layout import split_by_tokens
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.objective import PairObjective
 
@@ -63,7 +62,7 @@ def check_step_zero(
     sample = sorted(groups, key=lambda group: group.id)[:NUM_PAIRS]
     losses, margins, differences = [], [], []
     worst: tuple[float, TokenGroup] = (-1.0, sample[0])
-    for indices in split_by_tokens(sample, max_tokens):
+    for indices in scorer.split(sample, max_tokens):
         batch = [sample[index] for index in indices]
         scores = scorer.score(batch)
         result = objective.losses(batch, scores)

@@ -9,16 +9,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.core.errors import Interrupted
+from dpo_cli.core.errors import Interrupted, MachineError
 from dpo_cli.core.interrupts import graceful_stop
 from dpo_cli.core.params import RuntimeParams, TrainingParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.tokenise import TokenGroup
-from dpo_cli.models.device import Machine
+from dpo_cli.models.device import Machine, free_memory_bytes, token_budget
+from dpo_cli.scoring.budget import TokenBudget
+from dpo_cli.scoring.recompute import (
+    CannotRecomputeError,
+    Recompute,
+    first_that_fits,
+    measure_kept,
+    set_recompute,
+)
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.callbacks import CheckpointCallback, ProgressCallback
 from dpo_cli.training.objective import Objective
 from dpo_cli.training.trainer import GroupTrainer, Plan, diverged, last_checkpoint, training_arguments
+
+_BUDGET = "token_budget.json"
+_USABLE = 0.8
+"""Share of the free memory that activations may take; the rest is for the products' own work and the optimizer."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +41,15 @@ class Fit:
         num_steps: Optimizer steps in all.
         history: The trainer's log, one entry a logged event.
         groups_per_s: Groups trained a second of this process's steps, held-out passes included.
+        recompute: What the backward pass computed again.
+        max_tokens: Tokens of a micro-batch, as it was at the end.
     """
 
     num_steps: int
     history: list[dict[str, Any]]
     groups_per_s: float
+    recompute: Recompute
+    max_tokens: int
 
     def last(self, name: str) -> float:
         """The last logged value of a metric."""
@@ -80,8 +96,8 @@ def fit(
     plan = Plan.of(params, len(train_groups))
     checkpoint = last_checkpoint(work)
     arguments = training_arguments(params, plan, machine, work, section, evaluate_at_start=checkpoint is None)
-    if machine.device.type == "cuda":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute = choose_recompute(model, scorer, train_groups, runtime, reporter, section)
+    budget = TokenBudget(token_budget(runtime, machine.device), section, reporter, work / _BUDGET)
     if checkpoint is not None:
         reporter.say(f"{section}: going on from {checkpoint.name}")
     with graceful_stop() as stop, reporter.meter(f"{section}: training", plan.num_steps, "steps") as meter:
@@ -92,7 +108,7 @@ def fit(
             objective,
             train_groups,
             held_out,
-            runtime.max_tokens_per_microbatch,
+            budget,
             arguments,
             [ProgressCallback(meter), saver],
             section,
@@ -114,7 +130,53 @@ def fit(
         )
     groups_per_step = min(params.batch_size, len(train_groups))
     done = plan.num_steps - first_step
-    fitted = Fit(plan.num_steps, trainer.state.log_history, groups_per_s=done * groups_per_step / max(elapsed_s, 1e-9))
+    fitted = Fit(
+        plan.num_steps,
+        trainer.state.log_history,
+        groups_per_s=done * groups_per_step / max(elapsed_s, 1e-9),
+        recompute=recompute,
+        max_tokens=budget.max_tokens,
+    )
     if not math.isfinite(fitted.last("eval_loss")):
         raise diverged(section, "held-out loss", fitted.last("eval_loss"), plan.num_steps, params.learning_rate)
     return fitted
+
+
+def choose_recompute(
+    model: Any,
+    scorer: Scorer,
+    groups: Sequence[TokenGroup],
+    runtime: RuntimeParams,
+    reporter: Reporter,
+    section: str,
+) -> Recompute:
+    """Set what the backward pass computes again: as runtime.recompute says, or as little as fits."""
+    set_recompute(model, "none")
+    if runtime.recompute != "auto":
+        try:
+            set_recompute(model, runtime.recompute)
+        except CannotRecomputeError as error:
+            raise MachineError(f"params.yaml: runtime.recompute {runtime.recompute}: {error}; set it to none") from None
+        return runtime.recompute
+    model.train()
+    tokens = [token for group in groups[:100] for token in (*group.prompt, *group.completions[0])]
+
+    def forward(size: int) -> int:
+        """Score a text of so many tokens of the data."""
+        text = tuple((tokens * (size // len(tokens) + 1))[:size])
+        group = TokenGroup("measured", "measured", text[: size // 2], (text[size // 2 :],))
+        scorer.score([group])
+        return size - 1
+
+    config = scorer.config
+    kept = measure_kept(model, forward, config.num_hidden_layers, config.hidden_size)
+    max_tokens = token_budget(runtime, scorer.device)
+    grade = first_that_fits(kept, max_tokens, _USABLE * free_memory_bytes(scorer.device))
+    try:
+        set_recompute(model, grade)
+    except CannotRecomputeError:
+        return "none"
+    if grade != "none":
+        needed = kept.of("none", max_tokens) / 2**30
+        reporter.say(f"{section}: recompute {grade}: all activations would take {needed:.1f} GiB (runtime.recompute)")
+    return grade

@@ -3,14 +3,15 @@
 ``batch_size`` groups make an optimizer step, and that alone decides the mathematics. Inside
 the step the groups are split into micro-batches by a token budget, gradients are summed over
 them and divided once by the weight of the whole batch, so a memory setting never changes a
-result beyond rounding.
+result beyond rounding. Nothing is read back from the device before the last of them. Where memory
+runs out, the budget is halved and the step done again, with the same groups and random state.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,17 @@ from dpo_cli.core.errors import MachineError, ParamsError
 from dpo_cli.core.params import TrainingParams
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models.device import Machine
-from dpo_cli.scoring.layout import split_by_tokens
+from dpo_cli.scoring.budget import TokenBudget, is_out_of_memory
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.objective import Objective
 
 _OPTIMIZERS = {"adamw": "adamw_torch", "rmsprop": "rmsprop", "paged_adamw_8bit": "paged_adamw_8bit"}
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+_LOSS = ""
+_Means = tuple[float, dict[str, float]]
+"""A loss, divided by the objective's weight, and metrics, by the number of groups."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +127,7 @@ class GroupTrainer(Trainer):
         objective: What is minimised.
         train_groups: Training data.
         held_out: Groups for the held-out loss.
-        max_tokens: Token budget of a micro-batch.
+        budget: Tokens of a micro-batch.
         arguments: From :func:`training_arguments`.
         callbacks: Further callbacks.
         section: Name of the stage, for messages.
@@ -134,14 +140,14 @@ class GroupTrainer(Trainer):
         objective: Objective,
         train_groups: Sequence[TokenGroup],
         held_out: Sequence[TokenGroup],
-        max_tokens: int,
+        budget: TokenBudget,
         arguments: TrainingArguments,
         callbacks: list[TrainerCallback],
         section: str,
     ) -> None:
         self._scorer = scorer
         self._objective = objective
-        self._max_tokens = max_tokens
+        self._budget = budget
         self._step_metrics: dict[str, float] = {}
         self._section = section
         super().__init__(
@@ -158,40 +164,68 @@ class GroupTrainer(Trainer):
         """Accumulate the gradient of one optimizer batch; returns its loss, detached float32 scalar."""
         model.train()
         groups: list[TokenGroup] = inputs["groups"]
-        weight = self._objective.weight(groups)
-        total = 0.0
-        sums: dict[str, float] = {}
-        for indices in split_by_tokens(groups, self._max_tokens):
-            batch = [groups[index] for index in indices]
-            result = self._objective.losses(batch, self._scorer.score(batch))
-            loss = result.losses_B.sum() / weight
-            self.accelerator.backward(loss)
-            total += loss.item()
-            for name, values in result.metrics.items():
-                sums[name] = sums.get(name, 0.0) + values.sum().item()
+        total, metrics = self._within_memory(groups, self._accumulate)
         if not math.isfinite(total):
             raise diverged(self._section, "loss", total, self.state.global_step + 1, self.args.learning_rate)
-        self._step_metrics = {name: value / len(groups) for name, value in sums.items()}
+        self._step_metrics = metrics
         return torch.tensor(total, device=self.args.device)
 
     @torch.no_grad()
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out loss and metrics, weighted by example whatever the micro-batches."""
         self.model.eval()  # type: ignore[union-attr]
-        groups: Sequence[TokenGroup] = self.eval_dataset  # type: ignore[assignment]
-        total = 0.0
-        sums: dict[str, float] = {}
-        for indices in split_by_tokens(groups, self._max_tokens):
-            batch = [groups[index] for index in indices]
-            result = self._objective.losses(batch, self._scorer.score(batch))
-            total += result.losses_B.sum().item()
-            for name, values in result.metrics.items():
-                sums[name] = sums.get(name, 0.0) + values.sum().item()
-        metrics = {"eval_loss": total / self._objective.weight(groups)}
-        metrics |= {f"eval_{name}": value / len(groups) for name, value in sums.items()}
+        groups: list[TokenGroup] = self.eval_dataset  # type: ignore[assignment]
+        total, means = self._within_memory(groups, self._add_up)
+        metrics = {"eval_loss": total} | {f"eval_{name}": value for name, value in means.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _within_memory(
+        self, groups: list[TokenGroup], work: Callable[[list[TokenGroup], list[list[int]]], _Means]
+    ) -> _Means:
+        """Do some work in micro-batches; where they do not fit into memory, all of it again in smaller ones."""
+        random_state = torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        while True:
+            batches = self._scorer.split(groups, self._budget.max_tokens)
+            try:
+                return work(groups, batches)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # out of the except block: the error's traceback holds on to what filled the memory
+            self.model.zero_grad(set_to_none=True)  # type: ignore[union-attr]
+            torch.set_rng_state(random_state[0])
+            if random_state[1] is not None:
+                torch.cuda.set_rng_state(random_state[1])
+            self._budget.halve(batches)
+
+    def _accumulate(self, groups: list[TokenGroup], batches: list[list[int]]) -> _Means:
+        """Gradients of the mean loss, summed over micro-batches; the mean loss and metrics."""
+        weight = self._objective.weight(groups)
+
+        def backward(loss: torch.Tensor) -> None:
+            self.accelerator.backward(loss / weight)
+
+        return self._add_up(groups, batches, backward)
+
+    def _add_up(
+        self, groups: list[TokenGroup], batches: list[list[int]], each: Callable[[torch.Tensor], None] | None = None
+    ) -> _Means:
+        """The mean loss and metrics over micro-batches; ``each`` gets the summed loss of every one."""
+        sums: dict[str, torch.Tensor] = {}
+        for indices in batches:
+            batch = [groups[index] for index in indices]
+            result = self._objective.losses(batch, self._scorer.score(batch))
+            loss = result.losses_B.sum()
+            if each is not None:
+                each(loss)
+            for name, values in {_LOSS: loss.detach(), **result.metrics}.items():
+                sums[name] = sums.get(name, 0.0) + values.sum()
+        names = list(sums)
+        values = torch.stack([sums[name] for name in names]).tolist()  # the one time that the device is waited for
+        means = {name: value / len(groups) for name, value in zip(names, values, strict=True)}
+        return means.pop(_LOSS) * len(groups) / self._objective.weight(groups), means
 
     def load_finished(self, checkpoint: Path) -> None:
         """Take weights and log from the checkpoint of the last step, without training on."""

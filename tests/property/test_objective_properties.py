@@ -9,24 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.objectives.pairwise import pairwise_loss
 from dpo_cli.reference.cache import completion_key
-from dpo_cli.scoring.layout import pad_groups, split_by_tokens
 
 LOGP = st.floats(-500, 0)
 PAIR = st.tuples(LOGP, LOGP)
 TOKENS = st.lists(st.integers(0, 9), min_size=1, max_size=12).map(tuple)
-GROUPS = st.lists(
-    st.builds(
-        lambda prompt, chosen, rejected: (prompt, (chosen, rejected)),
-        TOKENS,
-        TOKENS,
-        TOKENS,
-    ),
-    min_size=1,
-    max_size=12,
-).map(lambda rows: [TokenGroup(f"row-{n}", f"row-{n}", prompt, sides) for n, (prompt, sides) in enumerate(rows)])
 
 
 def loss_of(name: str, policy: tuple[float, float], reference: tuple[float, float], beta: float = 0.1) -> float:
@@ -69,26 +57,6 @@ def test_a_likelier_chosen_answer_never_costs_more(
     name: str, policy: tuple[float, float], reference: tuple[float, float], gain: float
 ) -> None:
     assert loss_of(name, (policy[0] + gain, policy[1]), reference) <= loss_of(name, policy, reference)
-
-
-@given(GROUPS, st.integers(1, 200))
-def test_micro_batches_hold_every_group_once_and_the_budget(groups: list[TokenGroup], budget: int) -> None:
-    batches = split_by_tokens(groups, budget)
-    assert sorted(index for batch in batches for index in batch) == list(range(len(groups)))
-    for batch in batches:
-        padded = pad_groups([groups[index] for index in batch]).tokens_RT.numel()
-        assert padded <= budget or len(batch) == 1
-
-
-@given(GROUPS)
-def test_a_layout_scores_every_completion_token_once(groups: list[TokenGroup]) -> None:
-    layout = pad_groups(groups)
-    completions = [completion for group in groups for completion in group.completions]
-    assert layout.targets_N.tolist() == [token for completion in completions for token in completion]
-    flat = layout.tokens_RT.flatten()
-    length = layout.tokens_RT.shape[1]
-    assert flat[layout.predictors_N + 1].tolist() == layout.targets_N.tolist()
-    assert (layout.predictors_N // length).tolist() == layout.rows_N.tolist()
 
 
 @given(TOKENS, TOKENS, TOKENS, TOKENS)

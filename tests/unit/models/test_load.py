@@ -192,6 +192,22 @@ def test_the_context_length_is_the_configurations(tiny_folder: Path, folder: Pat
     assert context_length(folder) is None
 
 
+def test_a_model_whose_positions_change_for_a_whole_batch_ends_where_they_are_fixed(folder: Path) -> None:
+    """Longrope turns all texts of a batch by its long factors once one of them is beyond the original length."""
+    factors = {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+    config = {
+        "model_type": "phi3",
+        "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096,
+        "rope_scaling": {"type": "longrope", **factors},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    assert context_length(folder) == 4096
+    del config["rope_scaling"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert context_length(folder) == 131072
+
+
 def test_nf4_holds_the_linear_layers_in_4_bits_and_stays_near(
     tiny_folder: Path, cpu: Any, make_groups: Callable[..., list[TokenGroup]]
 ) -> None:
@@ -260,7 +276,10 @@ def spring(
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.data.normal_(std=0.1, generator=generator)
-        model.train()  # the scorer probes without gradients: in eval mode that alone springs the trap
+        # the scorer's own look at the head, in eval mode without gradients, would spring the trap before its time
+        monkeypatch.setattr(Scorer, "_head_agrees", lambda self: True)
+        # and a merged weight is made from the packed one by dequantize_4bit, which does not repack it
+        monkeypatch.setattr("dpo_cli.models.lora.merging_pays", lambda *arguments: False)
         scorer = Scorer(model, torch.float32)
         before = observe(model, scorer)
         model.eval()

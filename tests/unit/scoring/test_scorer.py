@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,10 +10,13 @@ import pytest
 import torch
 import transformers
 
+from dpo_cli.core.params import LoraParams
 from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.models.adapters import add_adapter
 from dpo_cli.scoring import head
-from dpo_cli.scoring.head import LogitTransform
-from dpo_cli.scoring.layout import split_by_tokens
+from dpo_cli.scoring.attention import IMPLEMENTATION
+from dpo_cli.scoring.layout import LAYOUTS, LayoutName, lay_out, num_row_tokens
+from dpo_cli.scoring.recompute import GRADES, Recompute, set_recompute
 from dpo_cli.scoring.scorer import Scorer
 
 VOCABULARY = 100
@@ -40,19 +44,21 @@ _GPT2 = {
     "bos_token_id": None,
     "eos_token_id": 1,
 }
+_SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", _COMMON | {"attention_bias": True}),
+    "mistral": ("MistralConfig", _COMMON | {"sliding_window": 5}),
     "qwen2": ("Qwen2Config", _COMMON),
     "qwen3": ("Qwen3Config", _COMMON | {"head_dim": 16}),
     "gemma2": (
         "Gemma2Config",
         _COMMON
+        | _SLIDING
         | {
             "head_dim": 16,
             "query_pre_attn_scalar": 16,
             "final_logit_softcapping": 2.0,
             "attn_logit_softcapping": 3.0,
-            "sliding_window": 4,
         },
     ),
     "phi3": ("Phi3Config", _COMMON),
@@ -64,6 +70,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("CohereConfig", _COMMON | {"logit_scale": 0.3}),
     "gpt2": ("GPT2Config", _GPT2),
     "gpt_neox": ("GPTNeoXConfig", {k: v for k, v in _COMMON.items() if k != "num_key_value_heads"}),
+    "gpt_oss": (
+        "GptOssConfig",
+        _COMMON
+        | _SLIDING
+        | {
+            "head_dim": 16,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "rope_parameters": {"rope_type": "default"},
+        },
+    ),
 }
 
 
@@ -73,6 +90,9 @@ def build(family: str) -> Any:
     config = getattr(transformers, name)(**values)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    for name, parameter in model.named_parameters():
+        if "sinks" in name:
+            parameter.data.normal_()
     return model.eval()
 
 
@@ -82,54 +102,99 @@ def naive_logps(model: Any, groups: Sequence[TokenGroup]) -> torch.Tensor:
     for group in groups:
         for completion in group.completions:
             tokens = torch.tensor([[*group.prompt, *completion]])
-            logps = model(input_ids=tokens).logits[0].float().log_softmax(-1)
+            logps = model(input_ids=tokens, use_cache=False).logits[0].float().log_softmax(-1)
             begin = len(group.prompt)
             picked = [logps[begin - 1 + i, token].double() for i, token in enumerate(completion)]
             rows.append(torch.stack(picked).sum())
     return torch.stack(rows).view(len(groups), -1)
 
 
-def adapter_gradients(model: Any) -> dict[str, torch.Tensor]:
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+def all_gradients(model: Any) -> torch.Tensor:
+    """All gradients of a model in one vector; they are gone from it then."""
+    found = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad()
+    return torch.cat(found)
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
+def branching_groups(make_groups: Callable[..., list[TokenGroup]], count: int = 6) -> list[TokenGroup]:
+    """Groups of four completions: two that begin alike for ten tokens, one of another kind, and one of one token."""
+    groups = []
+    for group in make_groups(count, completions=5, vocabulary=VOCABULARY, completion_lengths=(2, 9)):
+        trunk, one, two, other, short = group.completions
+        trunk = (trunk * 5)[:10]
+        groups.append(TokenGroup(group.id, group.group, group.prompt, (trunk + one, other, trunk + two, short[:1])))
+    return groups
+
+
+@pytest.fixture
+def make_tuned(make_llama: Callable[..., Any]) -> Callable[[], Any]:
+    """``make_tuned()``: the same tiny llama each time, frozen, with an adapter that does something, in train mode."""
+
+    def make(lora: LoraParams | None = None) -> Any:
+        model = add_adapter(make_llama(VOCABULARY).requires_grad_(False), lora or LoraParams(r=4), seed=0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.1)
+        return model.train()
+
+    return make
+
+
 # --- equal to the naive forward -----------------------------------------------------------
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_probabilities_are_those_of_the_models_own_forward(
-    family: str, make_groups: Callable[..., list[TokenGroup]], monkeypatch: pytest.MonkeyPatch
+    family: str, layout: LayoutName, make_groups: Callable[..., list[TokenGroup]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build(family)
-    groups = make_groups(8, vocabulary=VOCABULARY)
+    groups = make_groups(4, vocabulary=VOCABULARY) + make_groups(4, vocabulary=4, completion_lengths=(9, 20))
     calls: list[int] = []
-    chunked = head.token_logps
+    bounded = head.token_logps
 
     def counted(*args: Any) -> torch.Tensor:
         calls.append(1)
-        return chunked(*args)
+        return bounded(*args)
 
     monkeypatch.setattr("dpo_cli.scoring.scorer.token_logps", counted)
     with torch.no_grad():
-        scores = Scorer(model, torch.float32).score(groups)
         expected = naive_logps(model, groups)
+        scorer = Scorer(model, torch.float32, layout)
+        scores = scorer.score(groups)
     assert scores.logps_BK.dtype == torch.float64
     assert (scores.logps_BK - expected).abs().max() <= 1e-4
     assert expected.std() > 1
     assert calls, "the bounded head should know this family's logits"
+    assert not scorer.uses_own_head
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_oss"])
+def test_branches_are_scored_as_their_texts_are(
+    family: str, layout: LayoutName, make_groups: Callable[..., list[TokenGroup]]
+) -> None:
+    model = build(family)
+    groups = branching_groups(make_groups)
+    with torch.no_grad():
+        expected = naive_logps(model, groups)
+        scores = Scorer(model, torch.float32, layout).score(groups)
+    assert (scores.logps_BK - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_next_token_distributions_are_those_of_the_models_own_forward(
-    family: str, make_groups: Callable[..., list[TokenGroup]]
+    family: str, layout: LayoutName, make_groups: Callable[..., list[TokenGroup]]
 ) -> None:
     model = build(family)
     groups = make_groups(3, vocabulary=VOCABULARY, completions=1)
-    together = Scorer(model, torch.float32).next_token_logps(groups)
+    with Scorer(model, torch.float32, layout) as scorer:
+        together = scorer.next_token_logps(groups)
     for group, ours in zip(groups, together, strict=True):
         (completion,) = group.completions
         with torch.no_grad():
@@ -140,65 +205,178 @@ def test_next_token_distributions_are_those_of_the_models_own_forward(
         assert (ours - expected).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "granite", "gpt2"])
-def test_gradients_are_those_of_naive_autograd(family: str, make_groups: Callable[..., list[TokenGroup]]) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "granite", "gpt2", "gpt_oss"])
+def test_gradients_are_those_of_naive_autograd(
+    family: str, layout: LayoutName, make_groups: Callable[..., list[TokenGroup]]
+) -> None:
     model = build(family)
-    groups = make_groups(6, vocabulary=VOCABULARY)
-    weights = torch.linspace(-1, 1, 12, dtype=torch.float64).view(6, 2)
-    (Scorer(model, torch.float32).score(groups).logps_BK * weights).sum().backward()
-    ours = adapter_gradients(model)
-    model.zero_grad()
+    groups = branching_groups(make_groups, 3)
+    weights = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
     (naive_logps(model, groups) * weights).sum().backward()
-    theirs = adapter_gradients(model)
-    assert ours.keys() == theirs.keys()
-    ours_all = torch.cat([gradient.flatten() for gradient in ours.values()])
-    theirs_all = torch.cat([gradient.flatten() for gradient in theirs.values()])
-    assert relative(ours_all, theirs_all) <= 1e-5
+    theirs = all_gradients(model)
+    (Scorer(model, torch.float32, layout).score(groups).logps_BK * weights).sum().backward()
+    assert relative(all_gradients(model), theirs) <= 1e-5
 
 
-def test_token_log_probabilities_add_up_to_the_sums(make_groups: Callable[..., list[TokenGroup]]) -> None:
-    groups = make_groups(7, completions=3)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_token_log_probabilities_add_up_to_the_sums(
+    layout: LayoutName, make_groups: Callable[..., list[TokenGroup]]
+) -> None:
+    groups = branching_groups(make_groups)
     with torch.no_grad():
-        scores = Scorer(build("llama"), torch.float32).score(groups)
+        scores = Scorer(build("llama"), torch.float32, layout).score(groups)
     lengths = [len(completion) for group in groups for completion in group.completions]
+    assert scores.token_logps_M.dtype == torch.float32
     assert scores.num_tokens_BK.flatten().tolist() == lengths
-    sums = torch.stack([piece.double().sum() for piece in scores.token_logps_N.split(lengths)])
+    sums = torch.stack([piece.double().sum() for piece in scores.token_logps_M.split(lengths)])
     assert torch.allclose(sums, scores.logps_BK.flatten(), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("num_completions", [1, 2, 3])
 def test_a_row_does_not_depend_on_what_shares_its_batch(
-    make_groups: Callable[..., list[TokenGroup]], num_completions: int
+    make_groups: Callable[..., list[TokenGroup]], num_completions: int, layout: LayoutName
 ) -> None:
     groups = make_groups(12, completions=num_completions, prompt_lengths=(1, 30), completion_lengths=(1, 30))
-    scorer = Scorer(build("llama"), torch.float32)
+    scorer = Scorer(build("llama"), torch.float32, layout)
     with torch.no_grad():
         together = scorer.score(groups).logps_BK
         alone = torch.cat([scorer.score([group]).logps_BK for group in groups])
     assert (together - alone).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_log_probabilities_and_gradients_do_not_depend_on_the_micro_batch_budget(
-    make_groups: Callable[..., list[TokenGroup]],
+    layout: LayoutName, make_groups: Callable[..., list[TokenGroup]]
 ) -> None:
     model = build("llama")
     groups = make_groups(24, prompt_lengths=(2, 40), completion_lengths=(1, 30))
-    scorer = Scorer(model, torch.float32)
+    scorer = Scorer(model, torch.float32, layout)
     results = {}
     for budget in (256, 8192):
-        model.zero_grad()
-        batches = split_by_tokens(groups, budget)
+        batches = scorer.split(groups, budget)
+        for batch in batches:
+            num_tokens = lay_out([groups[index] for index in batch], layout).num_tokens
+            assert num_tokens <= budget or len(batch) == 1
         logps = torch.zeros(24, 2, dtype=torch.float64)
         for batch in batches:
             scored = scorer.score([groups[index] for index in batch]).logps_BK
             scored.sum().backward()
             logps[batch] = scored.detach()
-        results[budget] = len(batches), logps, adapter_gradients(model)
+        results[budget] = len(batches), logps, all_gradients(model)
     (many, small_logps, small), (one, large_logps, large) = results.values()
     assert many > one == 1
     assert (small_logps - large_logps).abs().max() <= 1e-4
-    for name, gradient in large.items():
-        assert relative(small[name], gradient) <= 1e-5, name
+    assert relative(small, large) <= 1e-5
+
+
+def test_another_layout_than_the_scorers_may_be_asked_for(make_groups: Callable[..., list[TokenGroup]]) -> None:
+    scorer = Scorer(build("mistral"), torch.float32, "shared")
+    groups = branching_groups(make_groups)
+    with torch.no_grad():
+        results = [scorer.score(groups, name).logps_BK for name in (None, "padded", "packed", "shared")]
+    assert scorer.layout == "shared"
+    for found in results[1:]:
+        assert (found - results[0]).abs().max() <= 1e-4
+    sizes = [num_row_tokens(groups[0], name) for name in LAYOUTS]
+    assert sizes[0] < sizes[1] < sizes[2]
+
+
+# --- attention is lent --------------------------------------------------------------------
+
+
+def test_a_model_has_its_own_attention_back_when_a_scorer_is_closed(
+    make_groups: Callable[..., list[TokenGroup]],
+) -> None:
+    model = build("llama")
+    groups = make_groups(3)
+    with torch.no_grad():
+        before = naive_logps(model, groups)
+        with Scorer(model, torch.float32, "shared") as scorer:
+            scorer.score(groups)
+            assert model.config._attn_implementation == IMPLEMENTATION
+            assert scorer.last_attended is not None
+            assert scorer.last_attended.windows == {None}
+        assert model.config._attn_implementation == "eager"
+        assert torch.equal(naive_logps(model, groups), before)
+        scorer.score(groups)
+        scorer.close()
+        scorer.close()
+        assert model.config._attn_implementation == "eager"
+
+
+def test_a_second_scorer_knows_the_own_attention_while_the_first_has_its_own_attached(
+    make_groups: Callable[..., list[TokenGroup]],
+) -> None:
+    model = build("llama")
+    groups = make_groups(3)
+    with torch.no_grad():
+        expected = naive_logps(model, groups)
+        first = Scorer(model, torch.float32, "shared")
+        first.score(groups)
+        assert model.config._attn_implementation == IMPLEMENTATION
+        second = Scorer(model, torch.float32, "padded")
+        assert model.config._attn_implementation == "eager"
+        for scorer in (second, first, second, first):
+            assert (scorer.score(groups).logps_BK - expected).abs().max() <= 1e-4
+        assert model.config._attn_implementation == IMPLEMENTATION
+        second.close()
+        assert model.config._attn_implementation == "eager"
+
+
+def test_padded_rows_never_touch_the_attention(make_groups: Callable[..., list[TokenGroup]]) -> None:
+    model = build("llama")
+    calls: list[str] = []
+    model.set_attn_implementation = calls.append
+    scorer = Scorer(model, torch.float32, "padded")
+    scorer.score(make_groups(3))
+    scorer.close()
+    assert calls == []
+    assert scorer.last_attended is None
+
+
+def test_what_layers_ask_of_attention_is_kept(make_groups: Callable[..., list[TokenGroup]]) -> None:
+    scorer = Scorer(build("gemma2"), torch.float32, "shared")
+    scorer.score(make_groups(2))
+    assert scorer.last_attended is not None
+    assert scorer.last_attended.windows == {4, None}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("grade", GRADES)
+def test_gradients_of_an_earlier_batch_are_right_after_a_later_one_was_scored(
+    grade: Recompute, layout: LayoutName, make_tuned: Callable[..., Any], make_groups: Callable[..., list[TokenGroup]]
+) -> None:
+    first, second = branching_groups(make_groups)[:3], make_groups(3, completions=4, seed=1)
+    plain = make_tuned()
+    naive_logps(plain, first).sum().backward()
+    expected = all_gradients(plain)
+    model = make_tuned()
+    set_recompute(model, grade)
+    scorer = Scorer(model, torch.float32, layout)
+    earlier, later = scorer.score(first), scorer.score(second)
+    earlier.logps_BK.sum().backward()
+    assert relative(all_gradients(model), expected) <= 1e-5
+    later.logps_BK.sum().backward()
+    naive_logps(plain, second).sum().backward()
+    assert relative(all_gradients(model), all_gradients(plain)) <= 1e-5
+
+
+def test_scores_that_are_gone_hold_no_memory(make_tuned: Callable[..., Any], make_groups: Any) -> None:
+    """The last forward's layout is kept, its activations are not."""
+    scorer = Scorer(make_tuned(), torch.float32, "shared")
+
+    def count() -> int:
+        gc.collect()
+        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+    groups = branching_groups(make_groups)
+    scorer.score(groups)
+    before = count()
+    for _ in range(3):
+        scorer.score(groups)
+    assert count() <= before
 
 
 # --- the head -----------------------------------------------------------------------------
@@ -206,59 +384,55 @@ def test_log_probabilities_and_gradients_do_not_depend_on_the_micro_batch_budget
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_many_small_chunks_give_what_one_large_chunk_gives(
-    family: str, make_groups: Callable[..., list[TokenGroup]], monkeypatch: pytest.MonkeyPatch
+    family: str, make_groups: Callable[..., list[TokenGroup]]
 ) -> None:
     model = build(family)
     groups = make_groups(20, vocabulary=VOCABULARY, completion_lengths=(5, 9))
-    scorer = Scorer(model, torch.float32)
-    rows: list[int] = []
-    model.get_output_embeddings().register_forward_hook(lambda module, args, output: rows.append(output.shape[0]))
-
-    def score() -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        model.zero_grad()
-        with torch.no_grad():
-            without = scorer.score(groups).logps_BK
+    results = []
+    for head_bytes in (1, 100 * VOCABULARY, 1 << 30):
+        scorer = Scorer(model, torch.float32, "shared", head_bytes)
+        rows: list[int] = []
+        hook = model.lm_head.register_forward_hook(lambda module, args, output, rows=rows: rows.append(len(output)))
         scores = scorer.score(groups)
+        hook.remove()
         scores.logps_BK.sum().backward()
-        return without, scores.logps_BK.detach(), adapter_gradients(model)
-
-    whole = score()
-    num_scored, largest = sum(map(len, (c for g in groups for c in g.completions))), max(rows)
-    assert largest == num_scored
-    rows.clear()
-    monkeypatch.setattr(head, "_MIN_CHUNK_ROWS", 1)
-    monkeypatch.setattr(head, "_CHUNK_BYTES", 8 * VOCABULARY * 7)
-    chunks = score()
-    assert max(rows) == 7
-    for ours, theirs in zip(chunks[:2], whole[:2], strict=True):
-        assert (ours - theirs).abs().max() <= 1e-5
-    for name, gradient in whole[2].items():
-        assert relative(chunks[2][name], gradient) <= 1e-5, name
+        results.append((max(rows), scores.logps_BK.detach(), all_gradients(model)))
+    one_row, few_rows, all_rows = (result[0] for result in results)
+    assert one_row == 1 < few_rows < 15 < all_rows == len(lay_out(groups, "shared").targets_N)
+    for _, logps, gradients in results[:2]:
+        assert (logps - results[2][1]).abs().max() <= 1e-5
+        assert relative(gradients, results[2][2]) <= 1e-5
 
 
-def test_only_scored_positions_go_through_the_head(make_groups: Callable[..., list[TokenGroup]]) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_only_scored_positions_go_through_the_head(
+    layout: LayoutName, make_groups: Callable[..., list[TokenGroup]]
+) -> None:
     model = build("llama")
-    scorer = Scorer(model, torch.float32)
+    scorer = Scorer(model, torch.float32, layout)
     rows: list[int] = []
     model.lm_head.register_forward_hook(lambda module, args, output: rows.append(output.numel() // VOCABULARY))
     groups = make_groups(5, prompt_lengths=(30, 40))
     with torch.no_grad():
         scorer.score(groups)
-    assert sum(rows) == sum(len(completion) for group in groups for completion in group.completions)
+    num_scored = len(lay_out(groups, layout).targets_N)
+    assert sum(rows) == num_scored <= sum(len(completion) for group in groups for completion in group.completions)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("field", ["logit_scale", "logits_scaling", "final_logit_softcapping"])
 def test_a_model_that_does_not_do_what_its_configuration_says_is_taken_at_its_word(
-    field: str, make_groups: Callable[..., list[TokenGroup]]
+    field: str, layout: LayoutName, make_groups: Callable[..., list[TokenGroup]]
 ) -> None:
     """Hyperclovax multiplies by what granite divides by: only a probe tells."""
     model = build("llama")
     setattr(model.config, field, 2.0)
     groups = make_groups(6)
-    scorer = Scorer(model, torch.float32)
+    expected = naive_logps(model, groups)
+    scorer = Scorer(model, torch.float32, layout)
+    assert scorer.uses_own_head
     weights = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
     scores = scorer.score(groups)
-    expected = naive_logps(model, groups)
     assert (scores.logps_BK - expected).abs().max() <= 1e-4
     ours = torch.autograd.grad((scores.logps_BK * weights).sum(), model.lm_head.weight)[0]
     theirs = torch.autograd.grad((expected * weights).sum(), model.lm_head.weight)[0]
@@ -267,60 +441,74 @@ def test_a_model_that_does_not_do_what_its_configuration_says_is_taken_at_its_wo
     assert scorer.next_token_logps([single])[0].exp().sum(1) == pytest.approx(1.0, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("values", "scale", "softcap"),
-    [
-        ({}, 1.0, None),
-        ({"logit_scale": 0.25}, 0.25, None),
-        ({"logits_scaling": 4.0}, 0.25, None),
-        ({"logit_scale": None, "final_logit_softcapping": 30.0}, 1.0, 30.0),
-    ],
-)
-def test_the_transform_is_read_from_the_configuration(
-    values: dict[str, Any], scale: float, softcap: float | None
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_model_without_a_backbone_of_its_own_gives_its_logits(
+    layout: LayoutName, make_groups: Callable[..., list[TokenGroup]]
 ) -> None:
-    config = type("Config", (), values)()
-    assert LogitTransform.of(config) == LogitTransform(scale, softcap)
+    class Whole(transformers.LlamaForCausalLM):
+        base_model_prefix = "nothing"
+
+        def get_decoder(self) -> Any:
+            return self
+
+    torch.manual_seed(0)
+    model = Whole(transformers.LlamaConfig(**_COMMON)).eval()
+    groups = branching_groups(make_groups)
+    with torch.no_grad():
+        expected = naive_logps(model, groups)
+        scorer = Scorer(model, torch.float32, layout)
+        assert scorer.uses_own_head
+        assert (scorer.score(groups).logps_BK - expected).abs().max() <= 1e-4
 
 
-def test_the_transform_scales_then_caps_in_float32() -> None:
-    logits = torch.tensor([[-8.0, 0.0, 3.0]], dtype=torch.bfloat16)
-    expected = 2.0 * torch.tanh(torch.tensor([[-4.0, 0.0, 1.5]]) / 2.0)
-    found = LogitTransform(0.5, 2.0)(logits)
-    assert found.dtype == torch.float32
-    assert torch.allclose(found, expected)
+def test_room_for_distributions_follows_the_room_for_logits() -> None:
+    model = build("llama")
+    assert [
+        Scorer(model, torch.float32, "padded", rows * 8 * VOCABULARY).max_distribution_tokens for rows in (1, 10)
+    ] == [8, 80]
 
 
 # --- precision and adapters ---------------------------------------------------------------
 
 
-def test_bfloat16_computes_and_float32_normalises(make_groups: Callable[..., list[TokenGroup]]) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bfloat16_computes_and_float32_normalises(
+    layout: LayoutName, make_groups: Callable[..., list[TokenGroup]]
+) -> None:
     model = build("llama")
     groups = make_groups(12, completion_lengths=(5, 9))
     with torch.no_grad():
-        exact = Scorer(model, torch.float32).score(groups).logps_BK
-        rough = Scorer(model, torch.bfloat16).score(groups)
-    assert rough.token_logps_N.dtype == torch.float32
+        exact = Scorer(model, torch.float32, layout).score(groups).logps_BK
+        rough = Scorer(model, torch.bfloat16, layout).score(groups)
+    assert rough.token_logps_M.dtype == torch.float32
     error = (rough.logps_BK - exact).abs().max()
     assert 1e-6 < error < 0.5
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_peft_model_is_scored_with_its_adapter(
-    make_llama: Callable[..., Any], make_groups: Callable[..., list[TokenGroup]]
+    layout: LayoutName, make_llama: Callable[..., Any], make_groups: Callable[..., list[TokenGroup]]
 ) -> None:
-    from dpo_cli.core.params import LoraParams
-    from dpo_cli.models.adapters import add_adapter
-
     model = make_llama(VOCABULARY)
     groups = make_groups(6)
     with torch.no_grad():
         before = naive_logps(model, groups)
         tuned = add_adapter(model, LoraParams(r=4), seed=0)
-        scorer = Scorer(tuned, torch.float32)
+        scorer = Scorer(tuned, torch.float32, layout)
         assert (scorer.score(groups).logps_BK - before).abs().max() <= 1e-4
         for name, parameter in tuned.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
         moved = scorer.score(groups).logps_BK
         assert (moved - before).abs().max() > 0.1
+        scorer.close()
         assert (moved - naive_logps(tuned, groups)).abs().max() <= 1e-4
+
+
+def test_dropout_of_a_model_in_train_mode_is_not_taken_for_another_head(make_tuned: Callable[..., Any]) -> None:
+    """Two forward passes with dropout differ, whatever the head does; the mode is left as it was."""
+    model = make_tuned(LoraParams(r=4, dropout=0.5))
+    before = [module.training for module in model.modules()]
+    scorer = Scorer(model, torch.float32, "padded")
+    assert not scorer.uses_own_head
+    assert [module.training for module in model.modules()] == before

@@ -1,0 +1,86 @@
+"""The reference pass: every completion of the data scored once, prompts with all their completions at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from dpo_cli.core.artifacts import digest_bytes
+from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.reference.cache import completion_key
+from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
+from dpo_cli.scoring.scorer import Scorer
+
+NO_GRADIENT_FACTOR = 4
+"""A pass without gradients keeps no activations, so on a GPU that many times the tokens go through at once.
+
+On the CPU it does not pay: what goes through at once should fit into the processor's caches.
+"""
+
+
+def missing_groups(groups: Sequence[TokenGroup], known: Collection[str], max_tokens: int) -> list[TokenGroup]:
+    """The completions that are not known yet, by prompt, each once.
+
+    A prompt with more completions than ``max_tokens`` has room for makes several groups.
+
+    Args:
+        groups: Groups of the data; a completion may be in several.
+        known: Keys of the completions that were scored before.
+        max_tokens: Tokens that go through the model at once.
+
+    Returns:
+        In the order in which the prompts first appear. Deterministic.
+    """
+    by_prompt: dict[tuple[int, ...], dict[str, tuple[int, ...]]] = {}
+    for group in groups:
+        for completion in group.completions:
+            key = completion_key(group.prompt, completion)
+            if key not in known:
+                by_prompt.setdefault(group.prompt, {})[key] = completion
+    found = []
+    for prompt, completions in by_prompt.items():
+        portion: dict[str, tuple[int, ...]] = {}
+        for key, completion in completions.items():
+            size = len(prompt) + sum(map(len, portion.values())) + len(completion)
+            if portion and size > max_tokens:
+                found.append(_group(prompt, portion))
+                portion = {}
+            portion[key] = completion
+        found.append(_group(prompt, portion))
+    return found
+
+
+def _group(prompt: tuple[int, ...], completions: dict[str, tuple[int, ...]]) -> TokenGroup:
+    name = digest_bytes("".join(completions).encode())
+    return TokenGroup(name, name, prompt, tuple(completions.values()))
+
+
+@torch.no_grad()
+def score_groups(scorer: Scorer, groups: Sequence[TokenGroup], budget: TokenBudget) -> Iterator[list[dict[str, Any]]]:
+    """Score groups in micro-batches; where one does not fit into memory, go on with smaller ones.
+
+    Yields:
+        The cache's rows of each micro-batch, as it is scored.
+
+    Raises:
+        MachineError: A single group does not fit into memory.
+    """
+    factor = NO_GRADIENT_FACTOR if scorer.device.type == "cuda" else 1
+
+    def split(left: Sequence[TokenGroup], max_tokens: int) -> list[list[int]]:
+        return scorer.split(left, factor * max_tokens)
+
+    for batch, scores in in_micro_batches(groups, budget, split, scorer.score):
+        completions = [(group.prompt, completion) for group in batch for completion in group.completions]
+        pieces = scores.token_logps_M.cpu().split([len(completion) for _, completion in completions])
+        yield [
+            {
+                "key": completion_key(prompt, completion),
+                "logp": logps.double().sum().item(),
+                "num_tokens": len(completion),
+                "token_logps": logps.tolist(),
+            }
+            for (prompt, completion), logps in zip(completions, pieces, strict=True)
+        ]

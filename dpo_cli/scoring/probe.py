@@ -1,0 +1,241 @@
+"""Which layout is right for a model: found by numbers at load, not by a list of families.
+
+A few random groups are scored in each layout and one completion at a time with the model's own
+attention. The cheapest layout that agrees is taken. A model may have what one row cannot
+hold: state that runs from one text into the next (convolutions, state spaces), distances that are
+counted along the row (ALiBi). Where a difference could only show beyond the probe's few hundred
+tokens, the configuration decides: attention in chunks, or windows that no layer asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo_cli.core import paths
+from dpo_cli.core.artifacts import write_json
+from dpo_cli.core.errors import MachineError
+from dpo_cli.core.params import RuntimeParams
+from dpo_cli.core.progress import Reporter
+from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.scoring.attention import Attending, UnsupportedAttentionError
+from dpo_cli.scoring.layout import LAYOUTS, MIN_SHARED_TOKENS, LayoutName
+from dpo_cli.scoring.scorer import ENGINE_VERSION, Scorer, evaluating
+
+TOLERANCE = 1e-4
+"""Nats by which a completion's log-probability may differ in float32."""
+BFLOAT16_TOLERANCE = 0.05
+"""The least that is allowed in bfloat16, where another kernel alone moves a sum by this much."""
+_NOISE_FACTOR = 4.0
+_MAX_WINDOW = 512
+"""A sliding window up to this size is exceeded by the probe's longest prompt."""
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+_MEMORY = "layouts.json"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which layout a model goes through, and why.
+
+    Attributes:
+        layout: Its name.
+        difference: Largest difference from one completion at a time, nats.
+        tolerance: What was allowed, nats.
+        refused: Why each cheaper layout was not taken, by its name.
+        forced: Whether runtime.layout chose it.
+    """
+
+    layout: LayoutName
+    difference: float
+    tolerance: float
+    refused: dict[str, str]
+    forced: bool
+
+    def describe(self) -> str:
+        """One line for the user."""
+        reasons = "".join(f"; not {name}: {reason}" for name, reason in self.refused.items())
+        how = "forced" if self.forced else "found by the probe"
+        return f"layout {self.layout} ({how}; off by {self.difference:.1e} nats, {self.tolerance:.1e} allowed{reasons})"
+
+    def metrics(self) -> dict[str, Any]:
+        """What metrics.json says of it."""
+        return {"layout": self.layout, "layout_difference": self.difference, "layout_refused": self.refused}
+
+
+def open_scorer(
+    model: torch.nn.Module, compute_dtype: torch.dtype, runtime: RuntimeParams, reporter: Reporter, stage: str
+) -> tuple[Scorer, Verdict]:
+    """A scorer in the cheapest layout that is right for the model, or in the one that runtime.layout forces.
+
+    The verdict is remembered in the scratch area, by the model's configuration and what else it
+    depends on.
+
+    Raises:
+        MachineError: The forced layout, or every layout, gives other numbers than the plain computation.
+    """
+    head_bytes = None if runtime.head_mib is None else runtime.head_mib << 20
+    scorer = Scorer(model, compute_dtype, "padded", head_bytes)
+    forced = None if runtime.layout == "auto" else runtime.layout
+    memory = paths.scratch_root() / _MEMORY
+    key = _key(model, compute_dtype, scorer, forced)
+    verdict = _recall(memory, key)
+    if verdict is None:
+        with scorer, evaluating(model):
+            verdict = probe_layouts(scorer, model, forced)
+        _remember(memory, key, verdict)
+    scorer.layout = verdict.layout
+    reporter.say(f"{stage}: {verdict.describe()}")
+    return scorer, verdict
+
+
+@torch.no_grad()
+def probe_layouts(scorer: Scorer, model: Any, forced: LayoutName | None = None) -> Verdict:
+    """Score random groups in each layout until one agrees with one completion at a time.
+
+    Raises:
+        MachineError: The forced layout, or every layout, gives other numbers.
+    """
+    config = scorer.config
+    groups = probe_groups(config.vocab_size, _longest_prompt(config))
+    alone = torch.stack([_alone(scorer, group) for group in groups])
+    padded = scorer.score(groups, "padded").logps_BK.cpu()
+    noise = (padded - alone).abs().max().item()
+    exact = scorer.compute_dtype == torch.float32
+    tolerance = TOLERANCE if exact else max(BFLOAT16_TOLERANCE, _NOISE_FACTOR * noise)
+    refused: dict[str, str] = {}
+    for name in (forced,) if forced else LAYOUTS:
+        reason, difference = _reason_against(name, scorer, config, groups, alone, tolerance)
+        if reason is None:
+            return Verdict(name, difference, tolerance, refused, forced is not None)
+        refused[name] = reason
+    if forced:
+        raise MachineError(
+            f"params.yaml: runtime.layout {forced} is wrong for this model: {refused[forced]}; set it to auto"
+        )
+    raise MachineError(
+        "this model's log-probabilities depend on what else is in a batch"
+        f" (padded: {refused['padded']}); it cannot be scored"
+    )
+
+
+def _alone(scorer: Scorer, group: TokenGroup) -> torch.Tensor:
+    """float64 [K], every completion in a forward pass of its own."""
+    singles = [TokenGroup(group.id, group.group, group.prompt, (completion,)) for completion in group.completions]
+    return torch.cat([scorer.score([single], "padded").logps_BK[0] for single in singles]).cpu()
+
+
+def _reason_against(
+    name: LayoutName,
+    scorer: Scorer,
+    config: Any,
+    groups: Sequence[TokenGroup],
+    alone: torch.Tensor,
+    tolerance: float,
+) -> tuple[str | None, float]:
+    """Why a layout will not do, None where it will, and by how much it is off."""
+    if name != "padded":
+        layer_types = set(getattr(config, "layer_types", None) or ())
+        if strange := sorted(layer_types - _KNOWN_LAYERS):
+            return f"its configuration has layers of {strange[0]}", float("inf")
+        if getattr(config, "attention_chunk_size", None):
+            return "its attention is in chunks", float("inf")
+    try:
+        found = scorer.score(groups, name).logps_BK.cpu()
+    except (UnsupportedAttentionError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return f"it fails ({_first_line(error)})", float("inf")
+    difference = (found - alone).abs().nan_to_num(nan=float("inf")).max().item()
+    if not difference <= tolerance:
+        return f"off by {difference:.2g} nats", difference
+    if name != "padded" and (reason := _missing_window(scorer.last_attended, config)):
+        return reason, difference
+    return None, difference
+
+
+def _missing_window(attended: Attending | None, config: Any) -> str | None:
+    """Why attention was not what the configuration says, where short texts cannot show it."""
+    if attended is None or not attended.windows:
+        return "its layers do not call the attention that was set"
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) and attended.windows == {None}:
+        return "its layers do not say which window they slide"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+
+
+def _longest_prompt(config: Any) -> int:
+    """Tokens of the probe's longest prompt: beyond the sliding window, where that is small enough."""
+    window = getattr(config, "sliding_window", None)
+    longest = window + 7 if isinstance(window, int) and window <= _MAX_WINDOW else 40
+    limit = getattr(config, "max_position_embeddings", None)
+    return min(longest, limit - 40) if isinstance(limit, int) and limit > 48 else min(longest, 8)
+
+
+def probe_groups(vocabulary: int, longest_prompt: int) -> list[TokenGroup]:
+    """Three random groups of three completions, two of which begin alike for a while in each."""
+    rng = random.Random(0)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(1, vocabulary) for _ in range(count))
+
+    groups = []
+    for number, length in enumerate((longest_prompt, 1, 6)):
+        alike = tokens(MIN_SHARED_TOKENS + number)
+        completions = (alike + tokens(3), tokens(9 + 2 * number), alike + tokens(7))
+        groups.append(TokenGroup(f"probe{number}", f"probe{number}", tokens(length), completions))
+    return groups
+
+
+# --- memory -------------------------------------------------------------------------------
+
+
+def _key(model: Any, compute_dtype: torch.dtype, scorer: Scorer, forced: str | None) -> str:
+    """A digest of everything that a verdict depends on."""
+    config = {name: value for name, value in scorer.config.to_dict().items() if not name.startswith("_")}
+    parts = {
+        "config": config,
+        "classes": sorted({type(module).__name__ for module in model.modules()}),
+        "dtype": str(compute_dtype),
+        "device": torch.cuda.get_device_name(scorer.device) if scorer.device.type == "cuda" else scorer.device.type,
+        "forced": forced,
+        "engine": ENGINE_VERSION,
+        "libraries": [version(name) for name in ("torch", "transformers", "peft")],
+    }
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _load(memory: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(memory.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _recall(memory: Path, key: str) -> Verdict | None:
+    entry = _load(memory).get(key)
+    try:
+        verdict = Verdict(**entry) if entry else None
+    except TypeError:
+        return None
+    return verdict if verdict and verdict.layout in LAYOUTS else None
+
+
+def _remember(memory: Path, key: str, verdict: Verdict) -> None:
+    """Keep a verdict; a scratch area that cannot be written only costs the next probe."""
+    try:
+        write_json(memory, {**_load(memory), key: asdict(verdict)})
+    except OSError:
+        return

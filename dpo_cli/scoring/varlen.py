@@ -1,0 +1,267 @@
+"""Variable-length FlashAttention on CUDA: one call for all pieces of a row.
+
+Legend: T tokens of the row, H query heads, G key heads, D head size, K keys of all pieces together.
+
+Every kernel that is there is held against the definition before it is used: its causal mask must
+align the last query with the last key, which is undefined until it has been seen.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+from typing import Any, Protocol
+
+import torch
+
+from dpo_cli.scoring.blocks import additive, block_mask, pieces_of, plain_attention
+from dpo_cli.scoring.layout import Block, Run
+
+_TEST_CAP = 2.0
+"""Low enough to bend scores of unit size, so that a kernel without a soft cap shows."""
+_TOLERANCES = (0.02, 0.06, 0.06, 0.06)
+"""Largest difference of a bfloat16 kernel's output of unit scale from the exact one, and of its three gradients."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Blocks as sequences: the queries of a run, and the keys of the text up to its end.
+
+    Attributes:
+        key_index: int64 [sum of key lengths], positions in the row; None where they are 0, 1, 2, ...
+        query_starts: int32 [S + 1], where each sequence's queries begin.
+        key_starts: int32 [S + 1], the same of the keys.
+        max_queries: Longest run of queries.
+        max_keys: Longest text.
+    """
+
+    key_index: torch.Tensor | None
+    query_starts: torch.Tensor
+    key_starts: torch.Tensor
+    max_queries: int
+    max_keys: int
+
+
+def sequences_of(blocks: tuple[Block, ...], device: torch.device) -> Sequences:
+    """Cut blocks into sequences; a first child is one sequence with its parent, whose text it goes on."""
+    pieces = [piece for block in blocks for piece in pieces_of(block)]
+    query_lengths = [piece.num_queries for piece in pieces]
+    key_lengths = [piece.num_keys for piece in pieces]
+    key_index = [place for piece in pieces for part in piece.keys for place in range(part.start, part.stop)]
+    whole = key_index == list(range(len(key_index)))
+    return Sequences(
+        key_index=None if whole else torch.tensor(key_index, device=device),
+        query_starts=torch.tensor([0, *accumulate(query_lengths)], dtype=torch.int32, device=device),
+        key_starts=torch.tensor([0, *accumulate(key_lengths)], dtype=torch.int32, device=device),
+        max_queries=max(query_lengths),
+        max_keys=max(key_lengths),
+    )
+
+
+class VarlenKernel(Protocol):
+    """Causal attention of sequences, the last query aligned with the last key."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sequences: Sequences,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """From query [T, H, D], key and value [K, G, D] to [T, H, D]."""
+        ...
+
+
+def attend_varlen(
+    kernel: VarlenKernel,
+    sequences: Sequences,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """[T, H, D]."""
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if sequences.key_index is not None:
+        key, value = key.index_select(0, sequences.key_index), value.index_select(0, sequences.key_index)
+    return kernel(query.contiguous(), key.contiguous(), value.contiguous(), sequences, scale, window, softcap)
+
+
+def _flash_attn_kernel() -> VarlenKernel | None:
+    """The flash-attn package's kernel, where it is installed; version 2.1 and later align at the end."""
+    try:
+        from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+    except ImportError:
+        return None
+
+    def kernel(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sequences: Sequences,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        return flash_attn_varlen_func(
+            query,
+            key,
+            value,
+            sequences.query_starts,
+            sequences.key_starts,
+            sequences.max_queries,
+            sequences.max_keys,
+            softmax_scale=scale,
+            causal=True,
+            window_size=(-1, -1) if window is None else (window - 1, 0),
+            softcap=softcap or 0.0,
+        )
+
+    return kernel
+
+
+def _torch_kernel() -> VarlenKernel | None:
+    """PyTorch's own kernel; its signature has changed between versions."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    known = inspect.signature(varlen_attn).parameters
+    has_window = "window_size" in known
+    if not has_window and "is_causal" not in known:
+        return None
+
+    def kernel(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sequences: Sequences,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        if softcap is not None or (window is not None and not has_window):
+            raise NotImplementedError("torch's varlen_attn has no soft cap, and no window in this version")
+        extra: dict[str, Any] = {}
+        if has_window:
+            extra["window_size"] = (-1, 0) if window is None else (window - 1, 0)
+        else:
+            extra["is_causal"] = True
+        if "scale" in known:
+            extra["scale"] = scale
+        elif not math.isclose(scale, query.shape[-1] ** -0.5):
+            query = query * (scale * math.sqrt(query.shape[-1]))
+        if (repeats := query.shape[1] // key.shape[1]) > 1:
+            if "enable_gqa" in known:
+                extra["enable_gqa"] = True
+            else:
+                key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        return varlen_attn(
+            query,
+            key,
+            value,
+            sequences.query_starts,
+            sequences.key_starts,
+            sequences.max_queries,
+            sequences.max_keys,
+            **extra,
+        )  # type: ignore[return-value]
+
+    return kernel
+
+
+VARLEN_KERNELS: dict[str, Callable[[], VarlenKernel | None]] = {
+    "flash-attn": _flash_attn_kernel,
+    "torch": _torch_kernel,
+}
+"""Kernels by name, the one to be tried first at the front; each gives None where it is not installed."""
+
+
+def varlen_kernel(query: torch.Tensor, value: torch.Tensor, softcap: float | None) -> VarlenKernel | None:
+    """The first kernel that is there, can do it and aligns as it must; None where there is none."""
+    if query.dtype not in (torch.bfloat16, torch.float16) or value.shape[-1] != query.shape[-1]:
+        return None
+    return _checked_kernel(query.device, query.dtype, query.shape[-1], softcap is not None)
+
+
+@cache
+def _checked_kernel(device: torch.device, dtype: torch.dtype, head_size: int, capped: bool) -> VarlenKernel | None:
+    for make in VARLEN_KERNELS.values():
+        kernel = make()
+        if kernel is not None and kernel_is_right(kernel, device, dtype, head_size, _TEST_CAP if capped else None):
+            return kernel
+    return None
+
+
+def kernel_is_right(
+    kernel: VarlenKernel, device: torch.device, dtype: torch.dtype, head_size: int, softcap: float | None
+) -> bool:
+    """Whether a kernel and its gradients are what the definition gives, on runs with fewer queries than keys.
+
+    A kernel that aligned the first query with the first key would pass where both are as many.
+    """
+    blocks = (Block(0, (Run(37, -1), Run(5, 0), Run(3, 0))), Block(45, (Run(9, -1),)))
+    generator = torch.Generator().manual_seed(0)
+    size = sum(block.length for block in blocks)
+    inputs = [torch.randn(1, heads, size, head_size, generator=generator) for heads in (4, 2, 2)]
+    weights = torch.randn(1, size, 4, head_size, generator=generator).to(device)
+    scale = head_size**-0.5
+
+    def run(attend: _Attend, number: torch.dtype, window: int | None) -> list[torch.Tensor]:
+        """The output and the gradients of a weighted sum of it, float32."""
+        q, k, v = (tensor.to(device, dtype).to(number).requires_grad_() for tensor in inputs)
+        out = attend(q, k, v, window)
+        (out.float() * weights).sum().backward()
+        return [out.detach().float(), *(leaf.grad.float() for leaf in (q, k, v) if leaf.grad is not None)]
+
+    def by_definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
+        return _by_definition(blocks, q, k, v, scale, window, softcap)
+
+    def by_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
+        return attend_varlen(kernel, sequences_of(blocks, device), q, k, v, scale, window, softcap)[None]
+
+    for window in (None, 8):
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            exact = run(by_definition, torch.float32, window)
+            try:
+                found = run(by_kernel, dtype, window)
+            except (RuntimeError, NotImplementedError, TypeError, ValueError):
+                return False
+        for tolerance, ours, theirs in zip(_TOLERANCES, exact, found, strict=True):
+            # a kernel rounds to bfloat16, whose last digit is worth more where numbers are larger
+            if not bool(((theirs - ours).abs() <= tolerance * ours.abs().clamp(min=1.0)).all()):
+                return False
+    return True
+
+
+_Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int | None], torch.Tensor]
+
+
+def _by_definition(
+    blocks: tuple[Block, ...],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """[1, T, H, D], each block as a whole, masked."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    outputs = []
+    for block in blocks:
+        place = slice(block.start, block.start + block.length)
+        mask = additive(block_mask(block.runs, window), query.dtype, query.device)
+        q, k, v = query[:, :, place], key[:, :, place], value[:, :, place]
+        outputs.append(plain_attention(q, k, v, mask, scale, softcap, None))
+    return torch.cat(outputs, 2).transpose(1, 2)

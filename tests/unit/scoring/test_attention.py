@@ -1,0 +1,597 @@
+"""Attention within blocks against its definition: a token sees its own text up to itself, and nothing else.
+
+Legend: T tokens of the row, H query heads, G key heads, D head size.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AttentionInterface
+
+from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.scoring import varlen
+from dpo_cli.scoring.attention import (
+    IMPLEMENTATION,
+    Attending,
+    UnsupportedAttentionError,
+    attend,
+    attending,
+    block_attention,
+)
+from dpo_cli.scoring.blocks import Piece, block_mask, pieces_of
+from dpo_cli.scoring.layout import Block, Layout, Run, lay_out
+from dpo_cli.scoring.varlen import Sequences, attend_varlen, kernel_is_right, sequences_of, varlen_kernel
+
+CPU = torch.device("cpu")
+HEADS, KEY_HEADS, SIZE = 4, 2, 8
+LAYER: Any = SimpleNamespace(is_causal=True)
+GROUPS = [
+    TokenGroup("a", "a", (11, 12, 13), ((21, 22, 23, 24, 25), (31, 32, 33), (41,))),
+    TokenGroup("b", "b", (14,), ((*range(50, 60), 1, 2, 3), (*range(50, 60), 4, 5), (6, 7, 8, 9))),
+]
+WINDOWS = [None, 1, 3, 6, 100]
+
+
+# --- by definition ------------------------------------------------------------------------
+
+
+def texts_of(blocks: Sequence[Block]) -> list[list[int]]:
+    """For each position of the row the positions of its text up to itself: its run's, its run's parent's, and so on."""
+    texts = []
+    for block in blocks:
+        starts = list(accumulate((run.length for run in block.runs), initial=block.start))
+        for index, run in enumerate(block.runs):
+            before: list[int] = []
+            parent = run.parent
+            while parent >= 0:
+                before = [*range(starts[parent], starts[parent + 1]), *before]
+                parent = block.runs[parent].parent
+            texts += [[*before, *range(starts[index], starts[index] + offset + 1)] for offset in range(run.length)]
+    return texts
+
+
+def visible(blocks: Sequence[Block], window: int | None) -> list[list[int]]:
+    return [text if window is None else text[-window:] for text in texts_of(blocks)]
+
+
+def naive_attention(
+    blocks: Sequence[Block],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """[1, T, H, D]: a softmax for each position and head over the keys that it sees, in the dtype of the inputs."""
+    rows = []
+    for index, keys in enumerate(visible(blocks, window)):
+        heads = []
+        for head in range(query.shape[1]):
+            group = head // (query.shape[1] // key.shape[1])
+            scores = key[0, group, keys] @ query[0, head, index] * scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            if sinks is not None:
+                scores = torch.cat([scores, sinks[head : head + 1]])
+            weights = scores.softmax(0)[: len(keys)]
+            heads.append(weights @ value[0, group, keys])
+        rows.append(torch.stack(heads))
+    return torch.stack(rows)[None]
+
+
+def random_blocks(seed: int) -> tuple[Block, ...]:
+    """Some trees of runs, behind each other in one row."""
+    rng = random.Random(seed)
+    blocks, start = [], 0
+    for _ in range(rng.randint(1, 4)):
+        runs = tuple(
+            Run(rng.randint(1, 7), rng.randrange(index) if index else -1) for index in range(rng.randint(1, 6))
+        )
+        blocks.append(Block(start, runs))
+        start += blocks[-1].length
+    return tuple(blocks)
+
+
+def layout_of(blocks: tuple[Block, ...]) -> Layout:
+    nothing = torch.zeros(0, dtype=torch.long)
+    num_tokens = sum(block.length for block in blocks)
+    row = torch.zeros(1, num_tokens, dtype=torch.long)
+    return Layout(row, row, nothing, nothing, nothing, nothing, blocks, 1, 1, 0)
+
+
+def random_inputs(
+    num_tokens: int, seed: int = 0, value_size: int = SIZE, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query [1, H, T, D], key [1, G, T, D] and value [1, G, T, value_size]."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((HEADS, SIZE), (KEY_HEADS, SIZE), (KEY_HEADS, value_size))
+    query, key, value = (torch.randn(1, h, num_tokens, size, generator=generator).to(dtype) for h, size in shapes)
+    return query, key, value
+
+
+def in_layout(blocks: tuple[Block, ...], *inputs: torch.Tensor, **options: Any) -> torch.Tensor:
+    with attend(Attending(layout_of(blocks))):
+        return block_attention(LAYER, *inputs, None, **options)[0]
+
+
+# --- the mask -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_mask_is_what_a_walk_to_the_ancestors_sees(seed: int, window: int | None) -> None:
+    for block in random_blocks(seed):
+        alone = Block(0, block.runs)
+        expected = torch.zeros(block.length, block.length, dtype=torch.bool)
+        for index, keys in enumerate(visible([alone], window)):
+            expected[index, keys] = True
+        assert torch.equal(block_mask(block.runs, window), expected)
+
+
+def test_a_small_mask_worked_out_by_hand() -> None:
+    """A prompt of two tokens, a completion of two and one of one.
+
+    A window of two reaches from the second completion's token over the first one to the prompt's last.
+    """
+    runs = (Run(2, -1), Run(2, 0), Run(1, 0))
+    assert block_mask(runs, None).int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1],
+    ]
+    assert block_mask(runs, 2).int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 1, 1, 0, 0],
+        [0, 0, 1, 1, 0],
+        [0, 1, 0, 0, 1],
+    ]
+
+
+# --- values and gradients -----------------------------------------------------------------
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "scaled": {"scaling": 0.7},
+    "a window of one": {"sliding_window": 1},
+    "a window": {"sliding_window": 4},
+    "a wide window": {"sliding_window": 100},
+    "a soft cap": {"softcap": 1.5},
+    "sinks": {"s_aux": torch.tensor([-1.0, 0.0, 1.0, 2.0])},
+    "all": {"scaling": 0.5, "sliding_window": 3, "softcap": 2.0, "s_aux": torch.tensor([0.5, -0.5, 1.0, 0.0])},
+}
+
+
+def expected_of(blocks: tuple[Block, ...], *inputs: torch.Tensor, **options: Any) -> torch.Tensor:
+    """The definition in float64."""
+    sinks = options.get("s_aux")
+    return naive_attention(
+        blocks,
+        *(tensor.double() for tensor in inputs),
+        scale=options.get("scaling", SIZE**-0.5),
+        window=options.get("sliding_window"),
+        softcap=options.get("softcap"),
+        sinks=None if sinks is None else sinks.double(),
+    )
+
+
+@pytest.mark.parametrize("value_size", [SIZE, 5])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_values_and_gradients_are_those_of_each_text_by_itself(name: str, value_size: int) -> None:
+    options = dict(OPTIONS[name])
+    layout = lay_out(GROUPS, "shared")
+    inputs = [tensor.requires_grad_() for tensor in random_inputs(layout.num_tokens, value_size=value_size)]
+    if "s_aux" in options:
+        options["s_aux"] = options["s_aux"].clone().requires_grad_()
+    sought = [*inputs, *(value for value in options.values() if isinstance(value, torch.Tensor))]
+    ours = in_layout(layout.blocks, *inputs, **options)
+    theirs = expected_of(layout.blocks, *inputs, **options)
+    assert ours.shape == (1, layout.num_tokens, HEADS, value_size)
+    assert ours.dtype == torch.float32
+    assert (ours - theirs).abs().max() <= 2e-6
+    weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
+    ours_grads = torch.autograd.grad((ours * weights).sum(), sought)
+    theirs_grads = torch.autograd.grad((theirs * weights).sum(), sought)
+    for ours_grad, theirs_grad in zip(ours_grads, theirs_grads, strict=True):
+        assert (ours_grad - theirs_grad).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("window", [None, 3])
+def test_any_tree_of_runs_is_attended_as_its_texts_are(seed: int, window: int | None) -> None:
+    blocks = random_blocks(seed)
+    inputs = [tensor.requires_grad_() for tensor in random_inputs(sum(block.length for block in blocks), seed)]
+    ours = in_layout(blocks, *inputs, sliding_window=window)
+    theirs = expected_of(blocks, *inputs, sliding_window=window)
+    assert (ours - theirs).abs().max() <= 2e-6
+    grads = [torch.autograd.grad(out.sin().sum(), inputs) for out in (ours, theirs)]
+    assert all((one - other).abs().max() <= 1e-5 for one, other in zip(*grads, strict=True))
+
+
+def test_packed_rows_are_attended_as_their_texts_are() -> None:
+    layout = lay_out(GROUPS, "packed")
+    inputs = random_inputs(layout.num_tokens)
+    assert (in_layout(layout.blocks, *inputs) - expected_of(layout.blocks, *inputs)).abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize("trained", [(0,), (1,), (2,), (1, 2)])
+def test_gradients_do_not_depend_on_which_of_them_are_asked_for(trained: tuple[int, ...]) -> None:
+    """LoRA on the values of the first layer alone leaves query and key without a gradient."""
+    blocks = lay_out(GROUPS, "shared").blocks
+    whole = [tensor.requires_grad_() for tensor in random_inputs(sum(block.length for block in blocks))]
+    expected = torch.autograd.grad(in_layout(blocks, *whole).sin().sum(), whole)
+    some = [tensor.detach().requires_grad_(index in trained) for index, tensor in enumerate(whole)]
+    in_layout(blocks, *some).sin().sum().backward()
+    for index, tensor in enumerate(some):
+        if index in trained:
+            assert tensor.grad is not None
+            assert torch.allclose(tensor.grad, expected[index], rtol=0, atol=1e-6)
+        else:
+            assert tensor.grad is None
+
+
+def test_bfloat16_goes_in_and_comes_out_and_is_as_close_as_it_can_be() -> None:
+    blocks = lay_out(GROUPS, "shared").blocks
+    inputs = random_inputs(sum(block.length for block in blocks), dtype=torch.bfloat16)
+    for options in ({}, {"sliding_window": 3}, {"softcap": 2.0}):
+        ours = in_layout(blocks, *inputs, **options)
+        assert ours.dtype == torch.bfloat16
+        assert (ours.double() - expected_of(blocks, *inputs, **options)).abs().max() <= 0.02
+
+
+def test_a_change_in_one_completion_is_not_seen_by_its_siblings_or_by_other_groups() -> None:
+    layout = lay_out(GROUPS, "shared")
+    query, key, value = random_inputs(layout.num_tokens)
+    before = in_layout(layout.blocks, query, key, value)
+    changed = [tensor.clone() for tensor in (query, key, value)]
+    for tensor in changed:
+        tensor[:, :, 3:7] += 10
+    moved = (in_layout(layout.blocks, *changed) - before).abs().amax((0, 2, 3)) > 0
+    assert moved.nonzero().flatten().tolist() == [3, 4, 5, 6]
+
+
+# --- as transformers calls it -------------------------------------------------------------
+
+
+def test_the_name_is_registered_and_no_mask_is_built_for_it() -> None:
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    assert AttentionInterface()[IMPLEMENTATION] is block_attention
+    assert IMPLEMENTATION not in ALL_MASK_ATTENTION_FUNCTIONS
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "message"),
+    [
+        (LAYER, {"attention_mask": torch.zeros(1, 1, 14, 14)}, "has a mask or a bias of its own"),
+        (LAYER, {"position_bias": torch.zeros(1, 4, 14, 14)}, "has a mask or a bias of its own"),
+        (SimpleNamespace(is_causal=False), {}, "has a mask or a bias of its own"),
+        (LAYER, {"dropout": 0.1}, "has attention dropout"),
+    ],
+)
+def test_what_blocks_cannot_have_is_refused(layer: Any, options: dict[str, Any], message: str) -> None:
+    layout = lay_out(GROUPS, "shared")
+    arguments = {"attention_mask": None} | options
+    with attend(Attending(layout)), pytest.raises(UnsupportedAttentionError, match=f"SimpleNamespace {message}"):
+        block_attention(layer, *random_inputs(layout.num_tokens), **arguments)
+
+
+@pytest.mark.parametrize("lengths", [(13, 13, 13), (15, 20, 20)])
+def test_more_or_less_than_the_row_is_refused(lengths: tuple[int, int, int]) -> None:
+    layout = lay_out(GROUPS[:1], "packed")
+    assert layout.num_tokens == 15
+    query, key, value = (random_inputs(length)[index] for index, length in enumerate(lengths))
+    with attend(Attending(layout)), pytest.raises(UnsupportedAttentionError, match="attends to more than the row"):
+        block_attention(LAYER, query, key, value, None)
+
+
+@pytest.mark.parametrize("state", [None, Attending(lay_out(GROUPS, "padded"))])
+def test_attention_without_blocks_is_an_error_and_not_a_guess(state: Attending | None) -> None:
+    with attend(state), pytest.raises(RuntimeError, match="without a layout of blocks"):
+        block_attention(LAYER, *random_inputs(5), None)
+
+
+def test_unknown_arguments_and_a_layer_without_a_direction_are_taken() -> None:
+    layout = lay_out(GROUPS, "shared")
+    inputs = random_inputs(layout.num_tokens)
+    with attend(Attending(layout)):
+        out, weights = block_attention(SimpleNamespace(), *inputs, None, use_cache=False, output_attentions=True)  # type: ignore[arg-type]
+    assert weights is None
+    assert torch.equal(out, in_layout(layout.blocks, *inputs))
+
+
+def test_what_layers_ask_for_is_kept() -> None:
+    layout = lay_out(GROUPS, "shared")
+    state = Attending(layout)
+    with attend(state):
+        for window in (None, 4, 4, 7):
+            block_attention(LAYER, *random_inputs(layout.num_tokens), None, sliding_window=window)
+    assert state.windows == {None, 4, 7}
+    assert state.sequences() is state.sequences()
+
+
+def test_what_is_attended_is_known_inside_and_restored_outside() -> None:
+    outer, inner = (Attending(lay_out(GROUPS, name)) for name in ("shared", "packed"))
+    assert attending() is None
+    with attend(outer):
+        with attend(inner):
+            assert attending() is inner
+        with pytest.raises(ZeroDivisionError), attend(None):
+            assert attending() is None
+            raise ZeroDivisionError
+        assert attending() is outer
+    assert attending() is None
+
+
+# --- pieces and sequences -----------------------------------------------------------------
+
+
+def test_the_pieces_of_a_block_worked_out_by_hand() -> None:
+    """A prompt at 10-11, a branch of three from it with the ends 15 and 16, and 17 from the prompt again."""
+    block = Block(10, (Run(2, -1), Run(3, 0), Run(1, 1), Run(1, 1), Run(1, 0)))
+    assert pieces_of(block) == [
+        Piece(slice(10, 16), (slice(10, 16),)),
+        Piece(slice(16, 17), (slice(10, 15), slice(16, 17))),
+        Piece(slice(17, 18), (slice(10, 12), slice(17, 18))),
+    ]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_each_query_is_in_one_piece_at_the_end_of_its_text(seed: int) -> None:
+    blocks = random_blocks(seed)
+    texts = iter(texts_of(blocks))
+    for piece in (piece for block in blocks for piece in pieces_of(block)):
+        keys = [place for part in piece.keys for place in range(part.start, part.stop)]
+        assert (piece.num_queries, piece.num_keys) == (piece.queries.stop - piece.queries.start, len(keys))
+        assert keys[-piece.num_queries :] == list(range(piece.queries.start, piece.queries.stop))
+        for num_later in range(piece.num_queries - 1, -1, -1):
+            assert keys[: len(keys) - num_later] == next(texts)
+    assert next(texts, None) is None
+
+
+def test_sequences_of_a_shared_row_worked_out_by_hand() -> None:
+    """The prompts 0-2 and 4, the completions 3 (of 0-2), 5-8 and 9 (of 4).
+
+    0-3 and 4-8 are texts that lie in one piece; 9 is one query, whose text is 4 and 9.
+    """
+    blocks = (Block(0, (Run(3, -1), Run(1, 0))), Block(4, (Run(1, -1), Run(4, 0), Run(1, 0))))
+    found = sequences_of(blocks, CPU)
+    assert found.key_index is not None
+    assert found.key_index.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 4, 9]
+    assert found.query_starts.tolist() == [0, 4, 9, 10]
+    assert found.key_starts.tolist() == [0, 4, 9, 11]
+    assert (found.max_queries, found.max_keys) == (5, 5)
+    assert found.query_starts.dtype == found.key_starts.dtype == torch.int32
+
+
+def test_sequences_of_a_packed_row_are_its_texts_and_gather_nothing() -> None:
+    found = sequences_of((Block(0, (Run(4, -1),)), Block(4, (Run(3, -1),))), CPU)
+    assert found.key_index is None
+    assert found.query_starts.tolist() == found.key_starts.tolist() == [0, 4, 7]
+    assert (found.max_queries, found.max_keys) == (4, 4)
+
+
+def test_a_branch_that_goes_on_from_a_branch_is_one_sequence_with_it() -> None:
+    """The prompt 0-1, the branch 2-4 with the ends 5 and 6, and 7 from the prompt again."""
+    found = sequences_of((Block(0, (Run(2, -1), Run(3, 0), Run(1, 1), Run(1, 1), Run(1, 0))),), CPU)
+    assert found.key_index is not None
+    assert found.key_index.tolist() == [*range(6), 0, 1, 2, 3, 4, 6, 0, 1, 7]
+    assert found.query_starts.tolist() == [0, 6, 7, 8]
+    assert found.key_starts.tolist() == [0, 6, 12, 15]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_last_query_of_a_sequence_sees_its_last_key_and_all_see_what_the_blocks_say(seed: int) -> None:
+    """Query i of n sees the first (keys - n + i + 1) keys of its sequence, in the order of its text."""
+    blocks = random_blocks(seed)
+    found = sequences_of(blocks, CPU)
+    num_tokens = sum(block.length for block in blocks)
+    index = list(range(num_tokens)) if found.key_index is None else found.key_index.tolist()
+    query_starts, key_starts = found.query_starts.tolist(), found.key_starts.tolist()
+    assert (query_starts[-1], key_starts[-1]) == (num_tokens, len(index))
+    seen = []
+    for (first_query, end_query), (first_key, end_key) in zip(
+        pairwise(query_starts), pairwise(key_starts), strict=True
+    ):
+        num_later = end_query - first_query - 1
+        assert num_later >= 0
+        seen += [index[first_key : end_key - later] for later in range(num_later, -1, -1)]
+    assert seen == texts_of(blocks)
+    assert found.max_queries == max(end - begin for begin, end in pairwise(query_starts))
+    assert found.max_keys == max(end - begin for begin, end in pairwise(key_starts))
+
+
+# --- variable-length kernels --------------------------------------------------------------
+
+
+def slow_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sequences: Sequences,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    *,
+    align: str = "end",
+    grouped: bool = True,
+) -> torch.Tensor:
+    """A kernel as the protocol wants it, sequence by sequence; and, where asked to be, a wrong one."""
+    repeats = query.shape[1] // key.shape[1]
+    if grouped:
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    else:
+        key, value = key.repeat(1, repeats, 1), value.repeat(1, repeats, 1)
+    pieces = []
+    starts = zip(pairwise(sequences.query_starts.tolist()), pairwise(sequences.key_starts.tolist()), strict=True)
+    for queries, keys in starts:
+        q, k, v = query[slice(*queries)], key[slice(*keys)], value[slice(*keys)]
+        scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        offset = len(k) - len(q) if align == "end" else 0
+        distance = torch.arange(len(q))[:, None] + offset - torch.arange(len(k))
+        hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0.0)
+        pieces.append(torch.einsum("hqk,khd->qhd", weights, v.float()))
+    return torch.cat(pieces).to(query.dtype)
+
+
+def without(**fixed: Any) -> Callable[..., torch.Tensor]:
+    """The kernel with some of its arguments replaced."""
+
+    def kernel(query: Any, key: Any, value: Any, sequences: Any, scale: float, window: Any, softcap: Any) -> Any:
+        values = {"scale": scale, "window": window, "softcap": softcap} | fixed
+        return slow_kernel(query, key, value, sequences, **values)
+
+    return kernel
+
+
+def raising(error: type[Exception]) -> Callable[..., torch.Tensor]:
+    def kernel(*_: Any) -> torch.Tensor:
+        raise error("this kernel cannot do it")
+
+    return kernel
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_a_right_kernel_is_taken(dtype: torch.dtype, softcap: float | None) -> None:
+    assert kernel_is_right(slow_kernel, CPU, dtype, 16, softcap)
+
+
+WRONG: dict[str, Callable[..., torch.Tensor]] = {
+    "aligned at the start": without(align="start"),
+    "without the window": without(window=None),
+    "with another window": lambda q, k, v, s, scale, window, cap: slow_kernel(
+        q, k, v, s, scale, window and window + 1, cap
+    ),
+    "with another scale": without(scale=1.0),
+    "with the wrong heads": without(grouped=False),
+    "of nothing": lambda q, *_: torch.full_like(q, torch.nan),
+    **{f"that raises {error.__name__}": raising(error) for error in (RuntimeError, NotImplementedError, TypeError)},
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_kernel_is_refused(name: str, dtype: torch.dtype) -> None:
+    assert not kernel_is_right(WRONG[name], CPU, dtype, 16, None)
+
+
+def test_a_kernel_that_ignores_a_sharp_soft_cap_is_refused() -> None:
+    assert kernel_is_right(without(softcap=None), CPU, torch.float32, 16, None)
+    assert not kernel_is_right(without(softcap=None), CPU, torch.float32, 16, 0.5)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Callable[[], Any]]]:
+    """The kernels that are looked for, to be filled by a test."""
+    found: dict[str, Callable[[], Any]] = {}
+    monkeypatch.setattr(varlen, "VARLEN_KERNELS", found)
+    varlen._checked_kernel.cache_clear()
+    yield found
+    varlen._checked_kernel.cache_clear()
+
+
+def test_a_kernel_that_ignores_the_soft_cap_of_a_model_is_not_used_for_it(
+    kernels: dict[str, Callable[[], Any]],
+) -> None:
+    """Gemma 2 caps at 50, which hardly bends scores of unit size: the check must ask in a way that shows it."""
+    kernels["deaf"] = lambda: without(softcap=None)
+    query = torch.zeros(1, HEADS, 1, 16, dtype=torch.bfloat16)
+    assert varlen_kernel(query, query, None) is not None
+    assert varlen_kernel(query, query, 50.0) is None
+
+
+def test_the_first_right_kernel_that_is_there_is_used_and_checked_once(
+    kernels: dict[str, Callable[[], Any]],
+) -> None:
+    made: list[str] = []
+
+    def offer(name: str, kernel: Any) -> Callable[[], Any]:
+        def make() -> Any:
+            made.append(name)
+            return kernel
+
+        return make
+
+    kernels.update(
+        missing=offer("missing", None),
+        wrong=offer("wrong", without(align="start")),
+        right=offer("right", slow_kernel),
+        later=offer("later", raising(RuntimeError)),
+    )
+    half = torch.zeros(1, HEADS, 1, 16, dtype=torch.bfloat16)
+    assert varlen_kernel(half, half, None) is slow_kernel
+    assert varlen_kernel(half, half, None) is slow_kernel
+    assert made == ["missing", "wrong", "right"]
+
+
+def test_float32_and_values_of_another_size_go_block_by_block(kernels: dict[str, Callable[[], Any]]) -> None:
+    kernels["right"] = lambda: slow_kernel
+    half = torch.zeros(1, HEADS, 1, 16, dtype=torch.bfloat16)
+    assert varlen_kernel(half, half, None) is slow_kernel
+    assert varlen_kernel(half.float(), half.float(), None) is None
+    assert varlen_kernel(half, half[..., :8], None) is None
+    kernels.clear()
+    varlen._checked_kernel.cache_clear()
+    assert varlen_kernel(half, half, None) is None
+
+
+@pytest.mark.parametrize("name", ["shared", "packed"])
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_sequences_and_blocks_give_the_same_values_and_gradients(
+    name: Any, window: int | None, softcap: float | None
+) -> None:
+    layout = lay_out(GROUPS, name)
+    inputs = [tensor.requires_grad_() for tensor in random_inputs(layout.num_tokens)]
+    sequences = sequences_of(layout.blocks, CPU)
+    ours = attend_varlen(slow_kernel, sequences, *inputs, 0.4, window, softcap)[None]
+    theirs = in_layout(layout.blocks, *inputs, scaling=0.4, sliding_window=window, softcap=softcap)
+    assert (ours - theirs).abs().max() <= 2e-6
+    weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
+    grads = [torch.autograd.grad((out * weights).sum(), inputs) for out in (ours, theirs)]
+    assert all((one - other).abs().max() <= 1e-5 for one, other in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_sequences_and_blocks_agree_on_any_tree(seed: int) -> None:
+    blocks = random_blocks(100 + seed)
+    inputs = random_inputs(sum(block.length for block in blocks), seed)
+    ours = attend_varlen(slow_kernel, sequences_of(blocks, CPU), *inputs, 0.4, 4, None)
+    theirs = in_layout(blocks, *inputs, scaling=0.4, sliding_window=4)
+    assert (ours[None] - theirs).abs().max() <= 2e-6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("window", [None, 4])
+def test_on_cuda_a_kernel_is_found_and_gives_values_and_gradients_of_the_definition(window: int | None) -> None:
+    device = torch.device("cuda")
+    layout = lay_out(GROUPS, "shared").to(device)
+    generator = torch.Generator().manual_seed(0)
+    shapes = (HEADS, KEY_HEADS, KEY_HEADS)
+    halves = [torch.randn(1, h, layout.num_tokens, 64, generator=generator).bfloat16().to(device) for h in shapes]
+    ours_in = [tensor.requires_grad_() for tensor in halves]
+    theirs_in = [tensor.detach().double().cpu().requires_grad_() for tensor in halves]
+    assert varlen_kernel(ours_in[0], ours_in[2], None) is not None
+    with attend(Attending(layout)):
+        ours = block_attention(LAYER, *ours_in, None, sliding_window=window)[0]
+    theirs = naive_attention(layout.blocks, *theirs_in, scale=64**-0.5, window=window)
+    assert (ours.double().cpu() - theirs).abs().max() <= 0.03
+    ours_grads = torch.autograd.grad(ours.float().sin().sum(), ours_in)
+    theirs_grads = torch.autograd.grad(theirs.sin().sum(), theirs_in)
+    for one, other in zip(ours_grads, theirs_grads, strict=True):
+        assert (one.double().cpu() - other).norm() <= 0.03 * other.norm()

@@ -1,0 +1,385 @@
+"""The head against its equation in float64: z = cap(scale * (W h + b)), logp = z[y] - log sum exp z.
+
+Legend: N scored tokens, V vocabulary, D hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dpo_cli.scoring.head import LogitTransform, is_plain, max_logit_rows, token_logps
+from tests.live_memory import LiveMemory
+
+N, V, D = 23, 50, 16
+TRANSFORMS = {
+    "plain": LogitTransform(),
+    "scale": LogitTransform(0.3),
+    "soft cap": LogitTransform(1.0, 2.0),
+    "scale and soft cap": LogitTransform(3.0, 5.0),
+}
+ONE_ROW, FEW_ROWS, ALL_ROWS = 1, 40 * V, 1 << 20
+"""Bytes of logits that leave room for so many rows."""
+
+
+def linear(bias: bool = False, cls: type[torch.nn.Linear] = torch.nn.Linear, size: tuple[int, int] = (D, V)) -> Any:
+    """A frozen head of unit scale."""
+    head = cls(*size, bias=bias)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in head.parameters():
+        parameter.data.normal_(generator=generator)
+    return head.requires_grad_(False)
+
+
+def inputs(num: int = N, vocabulary: int = V, width: int = D) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states that want a gradient, and targets."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(num, width, generator=generator).requires_grad_()
+    return hidden, torch.randint(vocabulary, (num,), generator=generator)
+
+
+def by_definition(
+    hidden: torch.Tensor, targets: torch.Tensor, head: torch.nn.Linear, transform: LogitTransform
+) -> torch.Tensor:
+    """float64 [N], differentiable in hidden states, weight and bias."""
+    z = hidden.double() @ head.weight.double().T
+    if head.bias is not None:
+        z = z + head.bias.double()
+    z = z * transform.scale
+    if transform.softcap is not None:
+        z = transform.softcap * torch.tanh(z / transform.softcap)
+    return z.log_softmax(1)[torch.arange(len(targets)), targets]
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
+
+
+def weighted(logps: torch.Tensor) -> torch.Tensor:
+    """A sum in which every row counts for something else."""
+    return (logps.double() * torch.linspace(-1, 2, len(logps), dtype=torch.float64)).sum()
+
+
+# --- values and gradients -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("head_bytes", [ONE_ROW, FEW_ROWS, ALL_ROWS])
+def test_values_and_gradients_are_those_of_the_equation(name: str, bias: bool, head_bytes: int) -> None:
+    hidden, targets = inputs()
+    head, transform = linear(bias), TRANSFORMS[name]
+    ours = token_logps(hidden, targets, head, transform, head_bytes)
+    theirs = by_definition(hidden, targets, head, transform)
+    assert ours.dtype == torch.float32
+    assert theirs.std() > 0.5
+    assert (ours - theirs).abs().max() <= 4e-6
+    (ours_grad,) = torch.autograd.grad(weighted(ours), hidden)
+    (theirs_grad,) = torch.autograd.grad(weighted(theirs), hidden)
+    assert relative(ours_grad, theirs_grad) <= 1e-6
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_the_heads_own_forward_gives_the_same_values_and_gradients(name: str) -> None:
+    """A subclass is not known to be W h + b, so it is called; here it is nothing else."""
+
+    class Other(torch.nn.Linear):
+        pass
+
+    hidden, targets = inputs()
+    for head_bytes in (FEW_ROWS, ALL_ROWS):
+        fast, slow = (
+            token_logps(hidden, targets, linear(True, cls), TRANSFORMS[name], head_bytes)
+            for cls in (torch.nn.Linear, Other)
+        )
+        assert (fast - slow).abs().max() <= 4e-6
+        grads = [torch.autograd.grad(weighted(logps), hidden)[0] for logps in (fast, slow)]
+        assert relative(*grads) <= 1e-6
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 100.0])
+def test_logits_of_any_size_neither_overflow_nor_vanish(size: float) -> None:
+    hidden, targets = inputs()
+    hidden = (hidden.detach() * size).requires_grad_()
+    for transform in (LogitTransform(), LogitTransform(1.0, 30.0)):
+        ours = token_logps(hidden, targets, linear(), transform)
+        theirs = by_definition(hidden, targets, linear(), transform)
+        assert (ours - theirs).abs().max() <= 4e-6 * max(1.0, theirs.abs().max().item())
+        grads = [torch.autograd.grad(weighted(logps), hidden)[0] for logps in (ours, theirs)]
+        assert relative(*grads) <= 1e-5
+
+
+def test_the_log_probabilities_of_all_targets_are_a_distribution() -> None:
+    hidden, _ = inputs(1)
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            logps = token_logps(hidden.expand(V, D), torch.arange(V), linear(), LogitTransform(), FEW_ROWS)
+        assert logps.double().exp().sum().item() == pytest.approx(1, abs=1e-6)
+
+
+def test_the_gradient_of_a_uniform_head_worked_out_by_hand() -> None:
+    """W = 0 gives logp = -ln V.
+
+    With W = 0 but for the rows of y and one other token, of weights 1 and -1 on the first hidden unit, and h = 0:
+    d logp / d h_1 = w_y - mean over V of w = 1 - (1 - 1) / V = 1, and 0 elsewhere.
+    """
+    head = linear()
+    head.weight.zero_()
+    hidden, targets = torch.zeros(1, D, requires_grad=True), torch.tensor([3])
+    assert token_logps(hidden, targets, head, LogitTransform()).item() == pytest.approx(-math.log(V))
+    head.weight[3, 0], head.weight[4, 0] = 1, -1
+    token_logps(hidden, targets, head, LogitTransform()).backward()
+    assert hidden.grad is not None
+    assert hidden.grad.tolist() == [[1.0] + [0.0] * (D - 1)]
+
+
+def test_no_tokens_give_no_log_probabilities() -> None:
+    hidden, targets = inputs(0)
+    logps = token_logps(hidden, targets, linear(), LogitTransform())
+    assert logps.shape == (0,)
+    logps.sum().backward()
+
+
+# --- how much is held ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "head_bytes", "bytes_each", "rows"),
+    [
+        (1024, 8 << 10, 8, 1),
+        (1024, 80 << 10, 8, 10),
+        (1024, 80 << 10, 4, 20),
+        (128_000, 32 << 20, 8, 32),
+        (50, 1, 8, 1),
+    ],
+)
+def test_rows_are_as_many_as_there_is_room_for_and_at_least_one(
+    vocabulary: int, head_bytes: int, bytes_each: int, rows: int
+) -> None:
+    assert max_logit_rows(vocabulary, head_bytes, bytes_each) == rows
+
+
+def peak_bytes(
+    vocabulary: int,
+    transform: LogitTransform,
+    head_bytes: int,
+    *,
+    wanted: bool = True,
+    trained: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> int:
+    """The most that lives in the forward and, where a gradient is wanted, in the backward pass."""
+    hidden, targets = inputs(64, vocabulary, 4)
+    hidden = (hidden if wanted else hidden.detach()).to(dtype)
+    head = linear(size=(4, vocabulary)).to(dtype).requires_grad_(trained)
+    with LiveMemory() as memory:
+        logps = token_logps(hidden, targets, head, transform, head_bytes)
+        assert logps.requires_grad == wanted
+        if wanted:
+            logps.sum().backward()
+    return memory.peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(2.0), LogitTransform(1.0, 5.0)])
+def test_the_logits_of_one_chunk_live_at_a_time_whatever_the_vocabulary(
+    transform: LogitTransform, wanted: bool, dtype: torch.dtype
+) -> None:
+    """All float32 logits would be 2 MiB at V = 8k and 32 MiB at V = 128k."""
+    head_bytes = 2 << 20
+    peaks = [peak_bytes(size << 10, transform, head_bytes, wanted=wanted, dtype=dtype) for size in (8, 32, 128)]
+    assert max(peaks) <= 1.1 * head_bytes
+    assert peaks[2] <= 1.1 * max(peaks[:2])
+
+
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(1.0, 5.0)])
+def test_a_trained_head_holds_one_chunk_too_and_its_own_gradient(transform: LogitTransform) -> None:
+    head_bytes = 4 << 20
+    for vocabulary in (8 << 10, 32 << 10, 64 << 10):
+        weight_bytes = 4 * 4 * vocabulary
+        peak = peak_bytes(vocabulary, transform, head_bytes, trained=True)
+        assert peak <= 1.1 * head_bytes + 3 * weight_bytes
+
+
+def test_memory_follows_the_bytes_that_are_allowed() -> None:
+    peaks = [peak_bytes(32 << 10, LogitTransform(), mib << 20, wanted=True) for mib in (1, 2, 4)]
+    assert peaks[1] == pytest.approx(2 * peaks[0], rel=0.1)
+    assert peaks[2] == pytest.approx(4 * peaks[0], rel=0.1)
+
+
+def test_what_stays_for_the_backward_pass_is_a_row_of_hidden_size_for_each_token() -> None:
+    hidden, targets = inputs(64, 8 << 10, 4)
+    head = linear(size=(4, 8 << 10))
+    with LiveMemory() as memory:
+        logps = token_logps(hidden, targets, head, LogitTransform(), 1 << 20)
+        assert memory.live <= 64 * 4 * 4 + 64 * 4 + 1024
+        logps.sum().backward()
+        assert memory.peak <= 1.1 * (1 << 20)
+
+
+class Products(TorchDispatchMode):
+    """Shapes of the factors of all matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.shapes.append(tuple(args[-2].shape) + tuple(args[-1].shape))
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_logits_are_computed_twice() -> None:
+    """Two products a chunk, h W^T and its gradient's, both in the forward pass; one without a gradient."""
+    hidden, targets = inputs()
+    with Products() as forward:
+        logps = token_logps(hidden, targets, linear(), LogitTransform(), FEW_ROWS)
+    rows = [shape[0] for shape in forward.shapes[::2]]
+    assert sum(rows) == N
+    assert len(rows) > 2
+    assert forward.shapes == [shape for num in rows for shape in ((num, D, D, V), (num, V, V, D))]
+    with Products() as backward:
+        weighted(logps).backward()
+    assert backward.shapes == []
+    with Products() as without:
+        token_logps(hidden.detach(), targets, linear(), LogitTransform(), FEW_ROWS)
+    assert without.shapes == [(num, D, D, V) for num in rows]
+
+
+# --- heads that are more than a frozen linear layer ---------------------------------------
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("head_bytes", [ONE_ROW, FEW_ROWS, ALL_ROWS])
+def test_a_trained_head_gets_its_gradient(name: str, head_bytes: int) -> None:
+    hidden, targets = inputs()
+    head, transform = linear(True).requires_grad_(True), TRANSFORMS[name]
+    sought = [hidden, head.weight, head.bias]
+    ours = token_logps(hidden, targets, head, transform, head_bytes)
+    theirs = by_definition(hidden, targets, head, transform)
+    assert (ours - theirs).abs().max() <= 4e-6
+    ours_grads = torch.autograd.grad(weighted(ours), sought)
+    theirs_grads = torch.autograd.grad(weighted(theirs), sought)
+    for one, other in zip(ours_grads, theirs_grads, strict=True):
+        assert relative(one, other) <= 2e-6
+
+
+def test_a_trained_bias_alone_gets_its_gradient() -> None:
+    hidden, targets = inputs()
+    head = linear(True)
+    head.bias.requires_grad_(True)
+    (ours,) = torch.autograd.grad(weighted(token_logps(hidden, targets, head, LogitTransform())), head.bias)
+    (theirs,) = torch.autograd.grad(weighted(by_definition(hidden, targets, head, LogitTransform())), head.bias)
+    assert relative(ours, theirs) <= 2e-6
+
+
+def hooked(rows: list[int]) -> Any:
+    head = linear()
+    head.register_forward_hook(lambda module, args, output: rows.append(len(output)) or output * 2)
+    return head
+
+
+def pre_hooked(rows: list[int]) -> Any:
+    head = linear()
+    head.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])) or (args[0] * 2,))
+    return head
+
+
+def subclassed(rows: list[int]) -> Any:
+    class Doubling(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            rows.append(len(x))
+            return super().forward(x) * 2
+
+    return linear(cls=Doubling)
+
+
+@pytest.mark.parametrize("make", [hooked, pre_hooked, subclassed])
+def test_a_head_with_more_to_it_goes_through_its_own_forward_a_chunk_at_a_time(
+    make: Callable[[list[int]], Any],
+) -> None:
+    rows: list[int] = []
+    head = make(rows)
+    assert not is_plain(head)
+    hidden, targets = inputs()
+    ours = token_logps(hidden, targets, head, LogitTransform(), FEW_ROWS)
+    assert sum(rows) == N
+    assert max(rows) * 4 * V <= FEW_ROWS
+    theirs = by_definition(hidden, targets, linear(), LogitTransform(2.0))
+    assert (ours - theirs).abs().max() <= 4e-6
+    grads = [torch.autograd.grad(weighted(logps), hidden)[0] for logps in (ours, theirs)]
+    assert relative(*grads) <= 1e-6
+
+
+def test_what_is_plain() -> None:
+    assert is_plain(linear())
+    assert is_plain(linear().bfloat16())
+    assert not is_plain(torch.nn.Sequential(linear()))
+    assert not is_plain(torch.nn.Embedding(4, 4))
+
+
+# --- bfloat16 -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_under_autocast_only_the_product_is_rounded(name: str) -> None:
+    """Hidden states, weights and logits have 8 bits; sums over the vocabulary and over tokens have 24."""
+    hidden, targets = inputs(400)
+    head, transform = linear(True), TRANSFORMS[name]
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = token_logps(hidden, targets, head, transform, FEW_ROWS)
+    theirs = by_definition(hidden, targets, head, transform)
+    assert ours.dtype == torch.float32
+    error = ours - theirs
+    assert 1e-6 < error.abs().max() <= 0.02 * theirs.abs().max()
+    assert error.mean().abs() <= 0.003
+    (ours_grad,) = torch.autograd.grad(weighted(ours), hidden)
+    (theirs_grad,) = torch.autograd.grad(weighted(theirs), hidden)
+    assert ours_grad.dtype == torch.float32
+    assert relative(ours_grad, theirs_grad) <= 0.02
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_trained_head_and_a_frozen_one_agree_under_autocast(trained: bool) -> None:
+    hidden, targets = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = token_logps(hidden, targets, linear().requires_grad_(trained), LogitTransform(), FEW_ROWS)
+    assert ours.dtype == torch.float32
+    assert (ours - by_definition(hidden, targets, linear(), LogitTransform())).abs().max() <= 0.1
+
+
+# --- what the configuration says ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "scale", "softcap"),
+    [
+        ({}, 1.0, None),
+        ({"logit_scale": 0.25}, 0.25, None),
+        ({"logits_scaling": 4.0}, 0.25, None),
+        ({"lm_head_multiplier": 0.5}, 0.5, None),
+        ({"logit_scale": 3.0, "logits_scaling": 2.0, "lm_head_multiplier": 4.0}, 6.0, None),
+        ({"logit_scale": None, "final_logit_softcapping": 30.0}, 1.0, 30.0),
+        ({"logit_scale": None, "logits_scaling": None, "final_logit_softcapping": None}, 1.0, None),
+    ],
+)
+def test_the_transform_is_read_from_the_configuration(
+    values: dict[str, Any], scale: float, softcap: float | None
+) -> None:
+    assert LogitTransform.of(SimpleNamespace(**values)) == LogitTransform(scale, softcap)
+
+
+def test_the_transform_scales_then_caps_in_float32() -> None:
+    logits = torch.tensor([[-8.0, 0.0, 3.0]], dtype=torch.bfloat16)
+    expected = 2.0 * torch.tanh(torch.tensor([[-4.0, 0.0, 1.5]]) / 2.0)
+    found = LogitTransform(0.5, 2.0)(logits)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, expected)

@@ -1,0 +1,452 @@
+"""The probe: the cheapest layout that gives a model's own numbers, found by numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AttentionInterface
+
+from dpo_cli.core import paths
+from dpo_cli.core.errors import MachineError
+from dpo_cli.core.params import LoraParams, RuntimeParams
+from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.models.adapters import add_adapter
+from dpo_cli.scoring import probe
+from dpo_cli.scoring.attention import IMPLEMENTATION, attending, block_attention
+from dpo_cli.scoring.layout import LAYOUTS, MIN_SHARED_TOKENS, lay_out
+from dpo_cli.scoring.probe import BFLOAT16_TOLERANCE, TOLERANCE, open_scorer, probe_groups, probe_layouts
+from dpo_cli.scoring.scorer import Scorer
+
+_COMMON = {
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.1,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
+_SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+RIGHT: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", _COMMON),
+    "mistral": ("MistralConfig", _COMMON | {"sliding_window": 8}),
+    "qwen3": ("Qwen3Config", _COMMON | {"head_dim": 16}),
+    "gemma3": ("Gemma3TextConfig", _COMMON | _SLIDING | {"head_dim": 16}),
+    "gpt_oss": (
+        "GptOssConfig",
+        _COMMON
+        | _SLIDING
+        | {
+            "head_dim": 16,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "rope_parameters": {"rope_type": "default"},
+        },
+    ),
+}
+LEAKY: dict[str, tuple[str, dict[str, Any], str, str]] = {
+    "bloom": (
+        "BloomConfig",
+        {"vocab_size": 100, "hidden_size": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.1},
+        "off by",
+        "off by",
+    ),
+    "gptj": (
+        "GPTJConfig",
+        {
+            "vocab_size": 100,
+            "n_embd": 64,
+            "n_layer": 2,
+            "n_head": 4,
+            "rotary_dim": 8,
+            "initializer_range": 0.1,
+            "bos_token_id": None,
+            "eos_token_id": 1,
+        },
+        "off by",
+        "its layers do not call the attention that was set",
+    ),
+    "lfm2": (
+        "Lfm2Config",
+        _COMMON | {"layer_types": ["conv", "full_attention"]},
+        "its configuration has layers of conv",
+        "its configuration has layers of conv",
+    ),
+    "llama4": (
+        "Llama4TextConfig",
+        _COMMON | {"attention_chunk_size": 16, "num_local_experts": 2, "intermediate_size_mlp": 96, "head_dim": 16},
+        "its configuration has layers of chunked_attention",
+        "its configuration has layers of chunked_attention",
+    ),
+}
+"""Configuration, and why neither shared nor packed will do: distances along the row, attention of its own,
+convolutions, chunks.
+"""
+F32 = torch.float32
+
+
+def build(name: str, values: dict[str, Any]) -> Any:
+    """A tiny random model, float32, in eval mode."""
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**values)).eval()
+
+
+def naive_logps(model: Any, groups: Sequence[TokenGroup]) -> torch.Tensor:
+    """float64 [B, K], every completion in a forward pass of its own."""
+    rows = []
+    for group in groups:
+        for completion in group.completions:
+            tokens = torch.tensor([[*group.prompt, *completion]])
+            logps = model(input_ids=tokens, use_cache=False).logits[0].double().log_softmax(-1)
+            begin = len(group.prompt) - 1
+            rows.append(sum(logps[begin + i, token] for i, token in enumerate(completion)))
+    return torch.stack(rows).view(len(groups), -1)
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The layout of every forward pass of a scorer."""
+    calls: list[str] = []
+    score = Scorer.score
+
+    def counted(self: Scorer, groups: Sequence[TokenGroup], layout: Any = None) -> Any:
+        calls.append(layout or self.layout)
+        return score(self, groups, layout)
+
+    monkeypatch.setattr(Scorer, "score", counted)
+    return calls
+
+
+@pytest.fixture(autouse=True)
+def _quiet(project: Path) -> Iterator[None]:
+    """In a project folder, without the libraries' remarks on models that cannot be switched."""
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    yield
+    transformers.utils.logging.set_verbosity(before)
+
+
+@pytest.fixture
+def open_(reporter: Any) -> Callable[..., Any]:
+    """``open_(model)``: open_scorer in float32, with runtime.layout as given."""
+
+    def open_one(model: Any, layout: Any = "auto", dtype: torch.dtype = F32) -> Any:
+        return open_scorer(model, dtype, RuntimeParams(layout=layout), reporter, "train")
+
+    return open_one
+
+
+# --- which layout -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", RIGHT)
+def test_models_whose_attention_can_be_set_share_prompts(
+    family: str, open_: Callable[..., Any], make_groups: Callable[..., list[TokenGroup]]
+) -> None:
+    model = build(*RIGHT[family])
+    groups = make_groups(4)
+    with torch.no_grad():
+        expected = naive_logps(model, groups)
+        scorer, verdict = open_(model)
+        found = scorer.score(groups).logps_BK
+    assert (scorer.layout, verdict.layout, verdict.refused, verdict.forced) == ("shared", "shared", {}, False)
+    assert verdict.difference <= verdict.tolerance == TOLERANCE
+    assert (found - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("family", LEAKY)
+def test_a_model_whose_texts_would_leak_into_each_other_is_padded_and_right(
+    family: str, open_: Callable[..., Any], make_groups: Callable[..., list[TokenGroup]], reporter: Any
+) -> None:
+    name, values, not_shared, not_packed = LEAKY[family]
+    model = build(name, values)
+    groups = make_groups(4)
+    with torch.no_grad():
+        expected = naive_logps(model, groups)
+        scorer, verdict = open_(model)
+        found = scorer.score(groups).logps_BK
+    assert (scorer.layout, verdict.layout) == ("padded", "padded")
+    assert verdict.refused["shared"].startswith(not_shared)
+    assert verdict.refused["packed"].startswith(not_packed)
+    assert (found - expected).abs().max() <= 1e-4
+    (line,) = reporter.said
+    assert line.startswith("train: layout padded (found by the probe; off by ")
+    assert f"; not shared: {not_shared}" in line
+    assert f"; not packed: {not_packed}" in line
+    assert "\n" not in line
+    assert verdict.metrics()["layout_refused"] == verdict.refused
+
+
+def test_a_layer_that_fails_is_a_reason_of_one_line(
+    open_: Callable[..., Any], make_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no such kernel\nand a long story")
+
+    _replace_attention(monkeypatch, failing)
+    scorer, verdict = open_(make_llama(100))
+    assert scorer.layout == "padded"
+    assert verdict.refused == dict.fromkeys(("shared", "packed"), "it fails (no such kernel)")
+
+
+def test_a_model_that_drops_positions_is_packed_or_padded_but_not_shared(
+    open_: Callable[..., Any], make_llama: Callable[..., Any]
+) -> None:
+    """A completion's positions go on from the prompt's: a model that counts along the row must be noticed."""
+    model = make_llama(100)
+    forward = model.model.forward
+    model.model.forward = lambda position_ids=None, **kwargs: forward(**kwargs)
+    scorer, verdict = open_(model)
+    assert "shared" in verdict.refused
+    assert scorer.layout != "shared"
+
+
+def _replace_attention(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any]) -> None:
+    monkeypatch.setitem(AttentionInterface._global_mapping, IMPLEMENTATION, function)
+
+
+def _seeing_the_whole_row(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+    attending().windows.add(None)  # type: ignore[union-attr]
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    return out.transpose(1, 2), None
+
+
+def _blind_to_the_window(*args: Any, **kwargs: Any) -> Any:
+    return block_attention(*args, **{**kwargs, "sliding_window": None})
+
+
+def _window_off_by_one(*args: Any, **kwargs: Any) -> Any:
+    window = kwargs.pop("sliding_window")
+    return block_attention(*args, **kwargs, sliding_window=window and window - 1)
+
+
+@pytest.mark.parametrize("function", [_seeing_the_whole_row, _blind_to_the_window, _window_off_by_one])
+def test_wrong_attention_is_noticed(
+    function: Callable[..., Any], open_: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _replace_attention(monkeypatch, function)
+    scorer, verdict = open_(build(*RIGHT["mistral"]))
+    assert scorer.layout == "padded"
+    assert all(reason.startswith("off by") for reason in verdict.refused.values())
+
+
+def test_a_window_that_no_layer_asks_for_is_refused_however_long_it_is(
+    open_: Callable[..., Any], make_llama: Callable[..., Any]
+) -> None:
+    """Llama says no window: a configuration that claims one is not done justice, beyond what the probe can see."""
+    model = make_llama(100)
+    model.config.layer_types = ["sliding_attention", "full_attention"]
+    model.config.sliding_window = 4096
+    scorer, verdict = open_(model)
+    assert scorer.layout == "padded"
+    assert set(verdict.refused.values()) == {"its layers do not say which window they slide"}
+
+
+def test_chunks_are_refused_by_the_configuration_alone(
+    open_: Callable[..., Any], make_llama: Callable[..., Any]
+) -> None:
+    model = make_llama(100)
+    model.config.attention_chunk_size = 8192
+    scorer, verdict = open_(model)
+    assert scorer.layout == "padded"
+    assert set(verdict.refused.values()) == {"its attention is in chunks"}
+
+
+def test_a_model_that_is_not_causal_cannot_be_scored() -> None:
+    model = build("XLNetConfig", {"vocab_size": 100, "d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 96})
+    model.eval()
+    with pytest.raises(MachineError, match=r"depend on what else is in a batch \(padded: .*cannot be scored"):
+        probe_layouts(Scorer(model, F32), model)
+
+
+def test_bfloat16_is_allowed_its_noise_and_no_more(
+    open_: Callable[..., Any], make_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_llama(100)
+    scorer, verdict = open_(model, dtype=torch.bfloat16)
+    assert scorer.layout == "shared"
+    assert verdict.tolerance >= BFLOAT16_TOLERANCE
+    assert TOLERANCE < verdict.difference <= verdict.tolerance
+    _replace_attention(monkeypatch, _seeing_the_whole_row)
+    refused = probe_layouts(Scorer(model, torch.bfloat16), model).refused
+    assert set(refused) == {"shared", "packed"}
+
+
+def test_a_tuned_model_is_probed_with_its_adapter_and_left_in_its_mode(
+    open_: Callable[..., Any], make_llama: Callable[..., Any], scored: list[str]
+) -> None:
+    model = add_adapter(make_llama(100), LoraParams(r=4, dropout=0.3), seed=0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    for mode in (True, False):
+        model.train(mode)
+        scorer, _ = open_(model)
+        assert scorer.layout == "shared"
+        assert {module.training for module in model.modules()} == {mode}
+    assert scored
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# --- forced -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_can_be_forced(
+    layout: Any, open_: Callable[..., Any], make_llama: Callable[..., Any], reporter: Any
+) -> None:
+    scorer, verdict = open_(make_llama(100), layout)
+    assert (scorer.layout, verdict.layout, verdict.refused, verdict.forced) == (layout, layout, {}, True)
+    assert reporter.said[0].startswith(f"train: layout {layout} (forced; off by ")
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed"])
+@pytest.mark.parametrize("family", ["bloom", "lfm2"])
+def test_a_forced_layout_that_is_wrong_is_refused_by_the_name_of_the_setting(
+    layout: Any, family: str, open_: Callable[..., Any]
+) -> None:
+    name, values, reason, _ = LEAKY[family]
+    for _ in range(2):
+        with pytest.raises(MachineError, match=rf"params.yaml: runtime.layout {layout} is wrong .*: {reason}.*to auto"):
+            open_(build(name, values), layout)
+
+
+# --- memory -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def memory(project: Path) -> Path:
+    return paths.scratch_root() / "layouts.json"
+
+
+def test_a_verdict_is_remembered_by_the_configuration(
+    open_: Callable[..., Any], make_llama: Callable[..., Any], scored: list[str], memory: Path
+) -> None:
+    _, first = open_(make_llama(100))
+    assert scored
+    scored.clear()
+    scorer, second = open_(make_llama(100, seed=1))
+    assert scored == []
+    assert (second, scorer.layout) == (first, "shared")
+    assert memory.is_file()
+
+
+def test_a_leaky_models_verdict_is_remembered_with_its_reasons(
+    open_: Callable[..., Any], scored: list[str], reporter: Any
+) -> None:
+    name, values, _, _ = LEAKY["bloom"]
+    _, first = open_(build(name, values))
+    scored.clear()
+    scorer, second = open_(build(name, values))
+    assert (scored, scorer.layout, second) == ([], "padded", first)
+    assert reporter.said[0] == reporter.said[1]
+
+
+def test_another_configuration_dtype_class_or_force_is_probed_anew(
+    open_: Callable[..., Any], make_llama: Callable[..., Any], scored: list[str]
+) -> None:
+    base = make_llama(100)
+    kinds = [
+        (base, "auto", F32),
+        (make_llama(100, rope_theta=500.0), "auto", F32),
+        (make_llama(100, intermediate_size=64), "auto", F32),
+        (base, "auto", torch.bfloat16),
+        (base, "packed", F32),
+        (base, "padded", F32),
+        (add_adapter(make_llama(100), LoraParams(r=4), seed=0), "auto", F32),
+    ]
+    for kind in kinds:
+        scored.clear()
+        open_(*kind)
+        assert scored
+    for kind in kinds:
+        scored.clear()
+        open_(*kind)
+        assert scored == []
+
+
+def test_another_engine_or_library_is_probed_anew(
+    open_: Callable[..., Any], make_llama: Callable[..., Any], scored: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("ENGINE_VERSION", -1), ("version", lambda name: "0")):
+        open_(make_llama(100))
+        scored.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(probe, name, value)
+            open_(make_llama(100))
+        assert scored
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'"text"'])
+def test_a_damaged_memory_is_survived_and_mended(
+    damage: bytes, open_: Callable[..., Any], make_llama: Callable[..., Any], scored: list[str], memory: Path
+) -> None:
+    memory.parent.mkdir()
+    memory.write_bytes(damage)
+    open_(make_llama(100))
+    assert scored
+    scored.clear()
+    open_(make_llama(100))
+    assert scored == []
+
+
+@pytest.mark.parametrize("entry", [5, "text", [], None, {}, {"layout": "shared"}, {"unknown": 1}])
+def test_a_damaged_verdict_is_made_anew(
+    entry: Any, open_: Callable[..., Any], make_llama: Callable[..., Any], scored: list[str], memory: Path
+) -> None:
+    _, first = open_(make_llama(100))
+    kept = json.loads(memory.read_text())
+    (key,) = kept
+    memory.write_text(json.dumps({key: entry, "other": kept[key]}))
+    scored.clear()
+    assert open_(make_llama(100))[1] == first
+    assert scored
+    assert json.loads(memory.read_text()) == {**kept, "other": kept[key]}
+
+
+def test_a_scratch_area_that_cannot_be_written_only_costs_the_next_probe(
+    open_: Callable[..., Any], make_llama: Callable[..., Any], scored: list[str]
+) -> None:
+    paths.scratch_root().write_text("a file where a folder should be")
+    for _ in range(2):
+        scored.clear()
+        scorer, _ = open_(make_llama(100))
+        assert scorer.layout == "shared"
+        assert scored
+
+
+# --- what is asked ------------------------------------------------------------------------
+
+
+def test_the_probes_groups_have_branches_and_go_beyond_a_small_window() -> None:
+    groups = probe_groups(100, 47)
+    assert [len(group.prompt) for group in groups] == [47, 1, 6]
+    assert {len(group.completions) for group in groups} == {3}
+    assert groups == probe_groups(100, 47)
+    for group in groups:
+        one, _, other = group.completions
+        assert one[:MIN_SHARED_TOKENS] == other[:MIN_SHARED_TOKENS]
+        assert lay_out([group], "shared").num_tokens < lay_out([group], "packed").num_tokens - len(group.prompt)
+
+
+@pytest.mark.parametrize("limit", [32, 48, 60, 100, 4096])
+@pytest.mark.parametrize("window", [None, 8, 300, 4096])
+def test_the_probe_stays_within_the_positions_that_a_model_knows(
+    limit: int, window: int | None, make_llama: Callable[..., Any]
+) -> None:
+    model = make_llama(100, max_position_embeddings=limit, sliding_window=window)
+    longest = probe._longest_prompt(model.config)
+    assert max(group.longest for group in probe_groups(100, longest)) <= limit
+    assert longest <= 600
+    if window in (8, 300) and limit > window + 50:
+        assert longest > window

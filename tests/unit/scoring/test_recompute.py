@@ -1,0 +1,315 @@
+"""What the backward pass computes again: the same gradients, and no product twice where none should be."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dpo_cli.core.params import LoraParams
+from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.models.adapters import add_adapter
+from dpo_cli.models.load import load_model
+from dpo_cli.scoring.layout import LAYOUTS, LayoutName
+from dpo_cli.scoring.recompute import (
+    GRADES,
+    CannotRecomputeError,
+    KeptBytes,
+    Recompute,
+    first_that_fits,
+    measure_kept,
+    set_recompute,
+)
+from dpo_cli.scoring.scorer import Scorer
+from tests.live_memory import LiveMemory
+
+VOCABULARY = 100
+
+
+@pytest.fixture
+def make_tuned(make_llama: Callable[..., Any]) -> Callable[..., Any]:
+    """``make_tuned(**changes)``: the same tiny llama each time, frozen, with an adapter that does something."""
+
+    def make(**changes: Any) -> Any:
+        model = add_adapter(make_llama(VOCABULARY, **changes).requires_grad_(False), LoraParams(r=4), seed=0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.1)
+        return model.train()
+
+    return make
+
+
+@pytest.fixture
+def groups(make_groups: Callable[..., list[TokenGroup]]) -> list[TokenGroup]:
+    return make_groups(6, completions=3, completion_lengths=(4, 12))
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products over tokens and attention, by name and by the shapes of what goes in.
+
+    A product of weights alone, an adapter's update B A on top of a weight, is small and has no tokens in it.
+    """
+
+    _NAMES = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu")
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.counts: Counter[tuple[Any, ...]] = Counter()
+        self._weights = {parameter.shape for parameter in model.parameters()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__.rstrip("_")
+        shapes = [arg.shape for arg in args if isinstance(arg, torch.Tensor)]
+        is_product = name in self._NAMES or name.endswith("for_cpu_backward")
+        if is_product and not all(shape in self._weights for shape in shapes):
+            self.counts[name, *map(tuple, shapes)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_products(
+    model: Any, grade: Recompute, groups: list[TokenGroup], layout: LayoutName
+) -> tuple[Counter[Any], Counter[Any]]:
+    """Products of the forward and of the backward pass.
+
+    Checkpointing makes the first layer's input require a gradient, which costs a few products in the
+    backward pass; here the embeddings require one in any case, so that they count for every grade.
+    """
+    set_recompute(model, grade)
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
+    scorer = Scorer(model, torch.float32, layout)
+    with Products(model) as forward:
+        logps = scorer.score(groups).logps_BK
+    with Products(model) as backward:
+        logps.sum().backward()
+    return forward.counts, backward.counts
+
+
+# --- the same gradients -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_grades_give_the_same_log_probabilities_and_gradients(
+    layout: LayoutName, dtype: torch.dtype, make_tuned: Callable[..., Any], groups: list[TokenGroup]
+) -> None:
+    results = []
+    for grade in GRADES:
+        model = make_tuned()
+        set_recompute(model, grade)
+        logps = Scorer(model, dtype, layout).score(groups).logps_BK
+        (logps * torch.linspace(-1, 1, 3, dtype=torch.float64)).sum().backward()
+        results.append((logps.detach(), gradients(model)))
+    (logps, expected), *others = results
+    assert len(expected) == 2 * 2 * 7
+    for other_logps, other in others:
+        assert torch.equal(other_logps, logps)
+        assert other.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert (other[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
+
+
+def test_four_bit_weights_give_the_same_gradients_too(tiny_folder: Path, cpu: Any, groups: list[TokenGroup]) -> None:
+    results = []
+    for grade in GRADES:
+        model = add_adapter(load_model(tiny_folder, cpu, quantization="nf4"), LoraParams(r=4), seed=0).train()
+        set_recompute(model, grade)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.fill_(0.05)
+        Scorer(model, torch.float32, "shared").score(groups).logps_BK[:, 0].sum().backward()
+        results.append(gradients(model))
+    for other in results[1:]:
+        assert len(other) == 2 * 2 * 7
+        for name, gradient in results[0].items():
+            assert (other[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
+
+
+def test_all_weights_of_a_model_may_be_trained(make_llama: Callable[..., Any], groups: list[TokenGroup]) -> None:
+    results = []
+    for grade in GRADES:
+        model = make_llama(VOCABULARY).train()
+        set_recompute(model, grade)
+        Scorer(model, torch.float32, "shared").score(groups).logps_BK.sum().backward()
+        results.append(gradients(model))
+    for other in results[1:]:
+        for name, gradient in results[0].items():
+            assert (other[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
+
+
+def test_a_grade_can_be_taken_back(make_tuned: Callable[..., Any], groups: list[TokenGroup]) -> None:
+    model = make_tuned()
+    expected = count_products(model, "none", groups, "shared")
+    for grade in ("elementwise", "layers", "none"):
+        found = count_products(model, grade, groups, "shared")
+    assert found == expected
+
+
+def test_without_gradients_nothing_is_computed_twice(make_tuned: Callable[..., Any], groups: list[TokenGroup]) -> None:
+    counts = []
+    for grade in GRADES:
+        model = make_tuned().eval()
+        set_recompute(model, grade)
+        scorer = Scorer(model, torch.float32, "shared")
+        with torch.no_grad(), Products(model) as products:
+            scorer.score(groups)
+        counts.append(products.counts)
+    assert counts[0] == counts[1] == counts[2]
+
+
+# --- what is done twice -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_elementwise_does_no_product_twice(
+    layout: LayoutName, make_tuned: Callable[..., Any], groups: list[TokenGroup]
+) -> None:
+    none = count_products(make_tuned(), "none", groups, layout)
+    elementwise = count_products(make_tuned(), "elementwise", groups, layout)
+    assert sum(none[0].values()) > 14
+    assert any("attention" in name for name, *_ in none[0])
+    assert elementwise == none
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layers_does_the_products_of_the_layers_twice_and_no_others(
+    layout: LayoutName, make_tuned: Callable[..., Any], groups: list[TokenGroup]
+) -> None:
+    """The repetition may stop before the last product of a layer, whose output nothing needs; the head is no layer."""
+    forward, none = count_products(make_tuned(), "none", groups, layout)
+    forward_again, layers = count_products(make_tuned(), "layers", groups, layout)
+    assert forward_again == forward
+    of_layers = Counter({key: count for key, count in forward.items() if not any(VOCABULARY in s for s in key[1:])})
+    assert sum(forward.values()) > sum(of_layers.values()) > 14
+    assert none - layers == Counter()
+    again = layers - none
+    assert again - of_layers == Counter()
+    assert sum((of_layers - again).values()) <= 2 * 3
+    for key, count in of_layers.items():
+        if "attention" in key[0]:
+            assert again[key] == count
+
+
+def test_a_model_that_cannot_compute_again_says_so(make_tuned: Callable[..., Any]) -> None:
+    model = make_tuned()
+    model.get_base_model().supports_gradient_checkpointing = False
+    set_recompute(model, "none")
+    for grade in ("elementwise", "layers"):
+        with pytest.raises(CannotRecomputeError, match="LlamaForCausalLM cannot compute its activations again"):
+            set_recompute(model, grade)
+
+
+# --- how much is kept ---------------------------------------------------------------------
+
+
+SHAPE = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 6, "max_position_embeddings": 512}
+
+
+def text_of(size: int) -> TokenGroup:
+    text = tuple(3 + (7 * place) % 90 for place in range(size))
+    return TokenGroup("text", "text", text[: size // 2], (text[size // 2 :],))
+
+
+def measure(model: Any, layout: LayoutName = "shared") -> KeptBytes:
+    """As stage train does it."""
+    scorer = Scorer(model, torch.float32, layout)
+    set_recompute(model, "none")
+
+    def forward(size: int) -> int:
+        scorer.score([text_of(size)])
+        return size - 1
+
+    return measure_kept(model, forward, SHAPE["num_hidden_layers"], SHAPE["hidden_size"])
+
+
+def live_after_forward(model: Any, grade: Recompute, size: int, layout: LayoutName = "shared") -> int:
+    """Bytes that live between forward and backward, of a text of so many tokens."""
+    scorer = Scorer(model, torch.float32, layout)
+    set_recompute(model, grade)
+    scorer.score([text_of(size)])  # whatever is made once and kept is there then
+    with LiveMemory() as memory:
+        scores = scorer.score([text_of(size)])
+        num_bytes = memory.live
+    assert scores.logps_BK.requires_grad
+    return num_bytes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_estimate_is_of_what_lives_after_the_forward_pass(
+    layout: LayoutName, make_tuned: Callable[..., Any]
+) -> None:
+    model = make_tuned(**SHAPE)
+    kept = measure(model, layout)
+    for size in (100, 400):
+        found = live_after_forward(model, "none", size, layout)
+        assert kept.of("none", size - 1) == pytest.approx(found, rel=0.25)
+
+
+def test_no_grade_is_estimated_to_keep_more_than_the_one_before(make_tuned: Callable[..., Any]) -> None:
+    kept = measure(make_tuned(**SHAPE))
+    assert kept.per_token["none"] >= kept.per_token["elementwise"] >= kept.per_token["layers"] > 0
+
+
+@pytest.mark.parametrize("size", [100, 300])
+def test_no_grade_keeps_more_than_the_one_before(size: int, make_tuned: Callable[..., Any]) -> None:
+    """However few tokens there are: what is kept has a row for each of them, and no weight is kept anew."""
+    model = make_tuned(**SHAPE)
+    found = [live_after_forward(model, grade, size) for grade in GRADES]
+    assert found[0] >= found[1] >= found[2] > 0
+
+
+@pytest.mark.parametrize("grade", ["elementwise", "layers"])
+def test_the_estimates_of_the_smaller_grades_are_enough_and_not_wasteful(
+    grade: Recompute, make_tuned: Callable[..., Any]
+) -> None:
+    """The most that lives, in the backward pass, where one layer is computed again on top of what was kept."""
+    model = make_tuned(**SHAPE)
+    estimate = measure(model).of(grade, 399)
+    scorer = Scorer(model, torch.float32, "shared")
+    set_recompute(model, grade)
+    with LiveMemory() as memory:
+        scorer.score([text_of(400)]).logps_BK.sum().backward()
+    assert 0.6 * memory.peak <= estimate <= 2 * memory.peak
+
+
+def test_measuring_leaves_no_gradients_and_no_memory(make_tuned: Callable[..., Any]) -> None:
+    model = make_tuned(**SHAPE)
+    measure(model)
+    with LiveMemory() as memory:
+        measure(model)
+        gc.collect()
+        assert memory.live <= 64 << 10
+    assert gradients(model) == {}
+
+
+def test_kept_bytes_are_a_line() -> None:
+    kept = KeptBytes(1000.0, {"none": 100.0, "elementwise": 40.0, "layers": 10.0})
+    assert kept.of("none", 50) == 6000
+    assert kept.of("layers", 50) == 1500
+
+
+@pytest.mark.parametrize(
+    ("free", "grade"),
+    [
+        (1e9, "none"),
+        (11_000, "none"),
+        (10_999, "elementwise"),
+        (5_000, "elementwise"),
+        (4_999, "layers"),
+        (2_000, "layers"),
+        (0, "layers"),
+    ],
+)
+def test_the_fastest_grade_that_fits_is_taken(free: float, grade: Recompute) -> None:
+    kept = KeptBytes(1000.0, {"none": 100.0, "elementwise": 40.0, "layers": 10.0})
+    assert first_that_fits(kept, 100, free) == grade

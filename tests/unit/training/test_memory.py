@@ -1,0 +1,551 @@
+"""Invariant 3: memory settings, and memory that runs out, change no result; and memory is what the settings say."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dpo_cli.core.errors import Interrupted, MachineError
+from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
+from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.models.adapters import add_adapter
+from dpo_cli.models.load import keep_weights_unpacked, load_model
+from dpo_cli.objectives.pairwise import pairwise_loss
+from dpo_cli.scoring.budget import is_out_of_memory
+from dpo_cli.scoring.layout import LAYOUTS, LayoutName, lay_out
+from dpo_cli.scoring.scorer import Scorer, Scores
+from dpo_cli.training.objective import PairObjective
+from dpo_cli.training.run import Fit, fit
+from dpo_cli.training.trainer import GroupTrainer
+from tests.live_memory import LiveMemory
+
+KNOBS = TrainParams(learning_rate=5e-3, batch_size=8, max_steps=12, eval_steps=4)
+
+
+@pytest.fixture
+def policy(tiny_folder: Path, cpu: Any) -> Callable[..., Any]:
+    """``policy(dropout=0.0)``: the tiny model in nf4 with a fresh adapter; every call gives the same weights."""
+
+    def make(dropout: float = 0.0) -> Any:
+        model = load_model(tiny_folder, cpu, quantization="nf4")
+        model = add_adapter(model, LoraParams(r=4, alpha=8.0, dropout=dropout), seed=0)
+        keep_weights_unpacked(model)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def pairs(make_groups: Callable[..., list[TokenGroup]]) -> list[TokenGroup]:
+    """Pairs of about 100 tokens, three optimizer batches of them."""
+    return make_groups(24, seed=1, prompt_lengths=(5, 60), completion_lengths=(3, 30))
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Callable[[str], Path]:
+    """``work(name)``: a new folder, or the one that was given under that name."""
+
+    def make(name: str) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    return make
+
+
+def open_in(model: Any, layout: LayoutName) -> Scorer:
+    return Scorer(model, torch.float32, layout)
+
+
+def train(
+    scorer: Scorer,
+    model: Any,
+    pairs: Sequence[TokenGroup],
+    max_tokens: int,
+    folder: Path,
+    cpu: Any,
+    reporter: Any,
+    *,
+    recompute: Any = "none",
+    knobs: TrainParams = KNOBS,
+    watch: AbstractContextManager[Any] | None = None,
+) -> Fit:
+    """DPO of a model from its own references, watched; the two shortest pairs are the held-out ones too."""
+    model.eval()
+    with torch.no_grad():
+        logps = Scorer.score(scorer, pairs).logps_BK.tolist()
+    by_id = {pair.id: row for pair, row in zip(pairs, logps, strict=True)}
+    objective = PairObjective(pairwise_loss("sigmoid", 0.1), 0.1, by_id)
+    runtime = RuntimeParams(max_tokens_per_microbatch=max_tokens, recompute=recompute)
+    with watch or nullcontext():
+        return fit(
+            model,
+            scorer,
+            objective,
+            pairs,
+            sorted(pairs, key=lambda pair: pair.longest)[:2],
+            section="train",
+            params=knobs,
+            runtime=runtime,
+            machine=cpu,
+            work=folder,
+            reporter=reporter,
+        )
+
+
+def curve(fitted: Fit, *names: str) -> list[float]:
+    """Logged values of every step: the loss, or those that are named."""
+    return [entry[name] for name in names or ("loss",) for entry in fitted.history if name in entry]
+
+
+def adapter_bytes(model: Any) -> dict[str, bytes]:
+    return {name: value.detach().numpy().tobytes() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def sizes(scorer: Scorer, pairs: Sequence[TokenGroup], max_tokens: int) -> list[int]:
+    """Tokens of each micro-batch."""
+    return [
+        lay_out([pairs[index] for index in batch], scorer.layout).num_tokens
+        for batch in scorer.split(pairs, max_tokens)
+    ]
+
+
+# --- the budget ---------------------------------------------------------------------------
+
+
+def test_neither_the_token_budget_nor_the_layout_changes_the_curve(
+    policy: Callable[..., Any], pairs: Any, work: Any, cpu: Any, reporter: Any
+) -> None:
+    curves = {}
+    for layout in LAYOUTS:
+        for max_tokens in (256, 8192):
+            model = policy()
+            with open_in(model, layout) as scorer:
+                assert (len(scorer.split(pairs[:8], max_tokens)) > 1) == (max_tokens == 256)
+                fitted = train(scorer, model, pairs, max_tokens, work(f"{layout} {max_tokens}"), cpu, reporter)
+            curves[layout, max_tokens] = curve(fitted), curve(fitted, "eval_loss", "rewards/margins", "grad_norm")
+    losses, others = curves["padded", 8192]
+    assert len(losses) == 12
+    assert losses[-1] < 0.6, "a curve that does not move proves little"
+    for setting, (found, beside) in curves.items():
+        assert found == pytest.approx(losses, rel=1e-5), setting
+        assert beside == pytest.approx(others, rel=1e-4, abs=1e-6), setting
+
+
+@pytest.mark.parametrize(("layout", "dropout"), [("shared", 0.0), ("shared", 0.1), ("packed", 0.0), ("padded", 0.1)])
+def test_what_is_computed_again_changes_nothing(
+    layout: LayoutName, dropout: float, policy: Callable[..., Any], pairs: Any, work: Any, cpu: Any, reporter: Any
+) -> None:
+    """With dropout too: what is computed again drops what was dropped the first time, and ``auto`` draws nothing."""
+    knobs = KNOBS.model_copy(update={"max_steps": 4})
+    found = {}
+    for grade in ("none", "elementwise", "layers", "auto"):
+        model = policy(dropout)
+        with open_in(model, layout) as scorer:
+            fitted = train(scorer, model, pairs, 300, work(grade), cpu, reporter, recompute=grade, knobs=knobs)
+        assert grade in ("auto", fitted.recompute)
+        found[grade] = curve(fitted), adapter_bytes(model)
+    for losses, adapter in found.values():
+        assert losses == pytest.approx(found["none"][0], rel=1e-6)
+        assert adapter == found["none"][1], "on the CPU to the bit"
+
+
+# --- memory runs out ----------------------------------------------------------------------
+
+
+def run_out_above(scorer: Scorer, limit: int, monkeypatch: pytest.MonkeyPatch, *, training: bool = True) -> list[int]:
+    """Let scoring fail, when all is computed, where a micro-batch has more tokens; returns the sizes that failed.
+
+    Only that for training, or only that of held-out pairs.
+    """
+    found: list[int] = []
+    score = scorer.score
+
+    def limited(groups: Sequence[TokenGroup], *args: Any) -> Scores:
+        scores = score(groups, *args)
+        size = lay_out(groups, scorer.layout).num_tokens
+        if torch.is_grad_enabled() == training and size > limit:
+            found.append(size)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return scores
+
+    monkeypatch.setattr(scorer, "score", limited)
+    return found
+
+
+def run_out_once(scorer: Scorer, model: Any, call: int, where: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let one micro-batch of training, counted from 1, fail at the end of its forward or of its backward pass.
+
+    At the end of the backward pass: when the gradient of the first layer's adapter is known, and most others are added.
+    """
+    calls: list[int] = []
+    score = scorer.score
+    first = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+    hooks: list[Any] = []
+
+    def out_of_memory(*_: Any) -> None:
+        for hook in hooks:
+            hook.remove()
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    def failing(groups: Sequence[TokenGroup], *args: Any) -> Scores:
+        scores = score(groups, *args)
+        if torch.is_grad_enabled():
+            calls.append(len(groups))
+            if len(calls) == call and where == "forward":
+                out_of_memory()
+            elif len(calls) == call:
+                hooks.append(first.register_hook(out_of_memory))
+        return scores
+
+    monkeypatch.setattr(scorer, "score", failing)
+    return calls
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_where_memory_runs_out_the_budget_is_halved_and_the_losses_stay(
+    layout: LayoutName,
+    policy: Callable[..., Any],
+    pairs: Any,
+    work: Any,
+    cpu: Any,
+    make_reporter: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From 1024 tokens over 512 to 256, where all fit."""
+    small = policy()
+    with open_in(small, layout) as scorer:
+        limit = max(max(sizes(scorer, pairs[start : start + 8], 256)) for start in (0, 8, 16))
+        limit = max(limit, 256)
+        expected = train(scorer, small, pairs, 256, work("small"), cpu, make_reporter())
+    model, reporter = policy(), make_reporter()
+    with open_in(model, layout) as scorer:
+        failures = run_out_above(scorer, limit, monkeypatch)
+        fitted = train(scorer, model, pairs, 1024, work("halved"), cpu, reporter)
+    assert failures
+    assert reporter.warned == [
+        f"train: out of memory; going on with {tokens} tokens at once, which changes no result"
+        " (runtime.max_tokens_per_microbatch)"
+        for tokens in (512, 256)
+    ]
+    assert fitted.max_tokens == 256
+    assert len(curve(fitted)) == 12
+    assert curve(fitted) == pytest.approx(curve(expected), rel=1e-6)
+    assert curve(fitted, "rewards/margins") == pytest.approx(curve(expected, "rewards/margins"), abs=1e-6)
+
+
+def test_held_out_pairs_that_do_not_fit_halve_it_too(
+    policy: Callable[..., Any], pairs: Any, work: Any, cpu: Any, make_reporter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    knobs = KNOBS.model_copy(update={"max_steps": 2})
+    held_out = make_reporter(), make_reporter()
+    fits = []
+    for max_tokens, reporter in zip((80, 160), held_out, strict=True):
+        model = policy()
+        with open_in(model, "packed") as scorer, monkeypatch.context() as patch:
+            if max_tokens == 160:
+                run_out_above(scorer, 100, patch, training=False)
+            fits.append(train(scorer, model, pairs, max_tokens, work(str(max_tokens)), cpu, reporter, knobs=knobs))
+    assert [len(reporter.warned) for reporter in held_out] == [0, 1]
+    assert curve(fits[1], "eval_loss", "loss") == curve(fits[0], "eval_loss", "loss")
+
+
+@pytest.mark.parametrize(
+    ("layout", "where", "recompute"),
+    [
+        *((layout, where, "none") for layout in LAYOUTS for where in ("forward", "backward")),
+        ("shared", "backward", "elementwise"),
+        ("shared", "backward", "layers"),
+    ],
+)
+def test_a_step_that_is_done_again_is_bit_by_bit_an_undisturbed_one(
+    layout: LayoutName,
+    where: str,
+    recompute: str,
+    policy: Callable[..., Any],
+    pairs: Any,
+    work: Any,
+    cpu: Any,
+    make_reporter: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With dropout: when memory runs out, one micro-batch has left gradients, and two have drawn random numbers."""
+    knobs = KNOBS.model_copy(update={"max_steps": 3})
+
+    def run(model: Any, scorer: Scorer, max_tokens: int, reporter: Any) -> Fit:
+        folder = work(str(max_tokens))
+        return train(scorer, model, pairs, max_tokens, folder, cpu, reporter, recompute=recompute, knobs=knobs)
+
+    undisturbed = policy(dropout=0.1)
+    with open_in(undisturbed, layout) as scorer:
+        assert len(scorer.split(pairs[:8], 400)) > 1
+        expected = run(undisturbed, scorer, 200, make_reporter())
+    model, reporter = policy(dropout=0.1), make_reporter()
+    with open_in(model, layout) as scorer:
+        calls = run_out_once(scorer, model, 2, where, monkeypatch)
+        fitted = run(model, scorer, 400, reporter)
+    assert len(calls) > 5
+    assert len(reporter.warned) == 1
+    assert fitted.max_tokens == 200
+    assert curve(fitted, "loss", "grad_norm") == curve(expected, "loss", "grad_norm")
+    assert adapter_bytes(model) == adapter_bytes(undisturbed)
+
+
+def test_without_the_old_random_state_it_would_be_another_step(
+    policy: Callable[..., Any], pairs: Any, work: Any, cpu: Any, reporter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    knobs = KNOBS.model_copy(update={"max_steps": 2})
+    curves = []
+    for name in ("restored", "not restored"):
+        model = policy(dropout=0.1)
+        with open_in(model, "shared") as scorer, monkeypatch.context() as patch:
+            run_out_once(scorer, model, 2, "forward", patch)
+            if name == "not restored":
+                patch.setattr(torch, "set_rng_state", lambda state: None)
+            curves.append(curve(train(scorer, model, pairs, 400, work(name), cpu, reporter, knobs=knobs)))
+    assert curves[0] != pytest.approx(curves[1], rel=1e-6)
+
+
+def test_a_pair_that_does_not_fit_by_itself_is_an_error_of_one_line(
+    policy: Callable[..., Any], pairs: Any, work: Any, cpu: Any, reporter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = policy()
+    with open_in(model, "shared") as scorer:
+        run_out_above(scorer, 10, monkeypatch)
+        with pytest.raises(MachineError, match=r"^train: out of memory with a single prompt and its answers") as error:
+            train(scorer, model, pairs, 1024, work("a"), cpu, reporter)
+    assert "\n" not in str(error.value)
+    assert "runtime.recompute" in str(error.value)
+    halved = [1024 // 2 ** (number + 1) for number in range(len(reporter.warned))]
+    assert all(f"{tokens} tokens" in warning for tokens, warning in zip(halved, reporter.warned, strict=True))
+
+
+def test_a_stopped_run_goes_on_with_the_halved_budget(
+    policy: Callable[..., Any],
+    pairs: Any,
+    work: Any,
+    cpu: Any,
+    make_reporter: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    undisturbed = policy(dropout=0.1)
+    with open_in(undisturbed, "shared") as scorer:
+        expected = train(scorer, undisturbed, pairs, 200, work("undisturbed"), cpu, make_reporter())
+
+    def stop(done: int) -> None:
+        if done == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    model, reporter = policy(dropout=0.1), make_reporter(stop)
+    with open_in(model, "shared") as scorer, monkeypatch.context() as patch:
+        run_out_once(scorer, model, 1, "forward", patch)
+        with pytest.raises(Interrupted, match="stopped and saved at step 5 of 12"):
+            train(scorer, model, pairs, 400, work("stopped"), cpu, reporter)
+    assert len(reporter.warned) == 1
+    memory = work("stopped") / "token_budget.json"
+    assert json.loads(memory.read_text(encoding="utf-8")) == {"max_tokens_per_microbatch": 200}
+    resumed, reporter = policy(dropout=0.1), make_reporter()
+    with open_in(resumed, "shared") as scorer:
+        fitted = train(scorer, resumed, pairs, 400, work("stopped"), cpu, reporter)
+    assert reporter.warned == []
+    assert fitted.max_tokens == 200
+    assert curve(fitted) == curve(expected)
+    assert adapter_bytes(resumed) == adapter_bytes(undisturbed)
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(
+    policy: Callable[..., Any], pairs: Any, work: Any, cpu: Any, reporter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = policy()
+    with open_in(model, "shared") as scorer:
+        score = scorer.score
+
+        def broken(groups: Sequence[TokenGroup], *args: Any) -> Scores:
+            if torch.is_grad_enabled():
+                raise RuntimeError("shapes do not match")
+            return score(groups, *args)
+
+        monkeypatch.setattr(scorer, "score", broken)
+        with pytest.raises(RuntimeError, match="shapes do not match"):
+            train(scorer, model, pairs, 1024, work("a"), cpu, reporter)
+    assert reporter.warned == []
+
+
+def test_what_the_allocator_of_the_cpu_says_is_a_lack_of_memory() -> None:
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(error.value)
+
+
+# --- the device is not waited for ---------------------------------------------------------
+
+
+class _Readings(TorchDispatchMode):
+    """Counts values that are read out of tensors by item, float, int or bool."""
+
+    num = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num += "_local_scalar_dense" in func.name()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_numbers_are_read_back_once_a_step_however_many_micro_batches(
+    layout: LayoutName,
+    policy: Callable[..., Any],
+    pairs: Any,
+    work: Any,
+    cpu: Any,
+    reporter: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found: list[tuple[int, int]] = []
+    lists: list[torch.Tensor] = []
+    training_step, tolist = GroupTrainer.training_step, torch.Tensor.tolist
+
+    def noted(tensor: torch.Tensor) -> Any:
+        lists.append(tensor)
+        return tolist(tensor)
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        lists.clear()
+        with _Readings() as readings:
+            loss = training_step(*args, **kwargs)
+        found.append((len(lists), readings.num))
+        return loss
+
+    monkeypatch.setattr(torch.Tensor, "tolist", noted)
+    monkeypatch.setattr(GroupTrainer, "training_step", counted)
+    knobs = KNOBS.model_copy(update={"max_steps": 3})
+    model = policy()
+    with open_in(model, layout) as scorer:
+        assert len(scorer.split(pairs[:8], 128)) > 3
+        train(scorer, model, pairs, 128, work("a"), cpu, reporter, knobs=knobs)
+    assert [lists_read for lists_read, _ in found] == [1, 1, 1]
+    numbers = {num for _, num in found}
+    if layout == "padded":
+        assert max(numbers) <= len(scorer.split(pairs[:8], 128))
+    else:
+        assert numbers == {0}
+
+
+# --- how much is held ---------------------------------------------------------------------
+
+
+def peak_bytes(
+    model: Any,
+    groups: Sequence[TokenGroup],
+    max_tokens: int,
+    folder: Path,
+    cpu: Any,
+    reporter: Any,
+    *,
+    layout: LayoutName = "shared",
+    head_bytes: int = 1 << 20,
+    recompute: Any = "none",
+    num_steps: int = 1,
+) -> int:
+    """Peak of the bytes that steps of all groups hold beyond the weights, their optimizer included."""
+    knobs = KNOBS.model_copy(update={"max_steps": num_steps, "batch_size": len(groups), "eval_steps": 0})
+    model = add_adapter(model.requires_grad_(False), LoraParams(r=4, alpha=8.0), seed=0)
+    memory = LiveMemory()
+    with Scorer(model, torch.float32, layout, head_bytes) as scorer:
+        train(scorer, model, groups, max_tokens, folder, cpu, reporter, recompute=recompute, knobs=knobs, watch=memory)
+    return memory.peak
+
+
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_the_peak_does_not_grow_with_the_vocabulary(
+    layout: LayoutName, make_llama: Any, make_groups: Any, work: Any, cpu: Any, reporter: Any
+) -> None:
+    """Logits are held for so many rows that their bytes are bounded: rows * V <= head_bytes / 4.
+
+    Written out they would be 4 bytes times 600 answer tokens times V: 20 MB at 8k and 315 MB at 128k.
+    """
+    groups = make_groups(16, prompt_lengths=(10, 40), completion_lengths=(15, 24))
+    assert sum(len(answer) for group in groups for answer in group.completions) > 512
+    peaks = {
+        vocabulary: peak_bytes(
+            make_llama(vocabulary),
+            groups,
+            4096,
+            work(str(vocabulary)),
+            cpu,
+            reporter,
+            layout=layout,
+            head_bytes=16 << 20,
+        )
+        for vocabulary in (8192, 131072)
+    }
+    assert peaks[131072] == pytest.approx(peaks[8192], rel=0.1)
+    assert peaks[131072] < 4 * 512 * 131072 / 2
+
+
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_the_peak_grows_with_the_budget_and_not_with_the_batch(
+    layout: LayoutName, make_llama: Any, make_groups: Any, work: Any, cpu: Any, reporter: Any
+) -> None:
+    groups = make_groups(96, prompt_lengths=(30, 60), completion_lengths=(10, 30))
+    found = {
+        (budget, size): peak_bytes(
+            make_llama(128), groups[:size], budget, work(f"{budget} {size}"), cpu, reporter, layout=layout
+        )
+        for budget, size in ((1024, 96), (2048, 96), (4096, 96), (1024, 48))
+    }
+    assert found[2048, 96] / found[1024, 96] == pytest.approx(2, rel=0.25)
+    assert found[4096, 96] / found[2048, 96] == pytest.approx(2, rel=0.25)
+    assert found[1024, 96] == pytest.approx(found[1024, 48], rel=0.25), "twice the pairs a step take no more"
+
+
+def test_what_is_computed_again_is_not_held(
+    make_llama: Any, make_groups: Any, work: Any, cpu: Any, reporter: Any
+) -> None:
+    groups = make_groups(32, prompt_lengths=(30, 60), completion_lengths=(10, 30))
+    none, elementwise, layers = (
+        peak_bytes(make_llama(128, num_hidden_layers=6), groups, 2048, work(grade), cpu, reporter, recompute=grade)
+        for grade in ("none", "elementwise", "layers")
+    )
+    assert layers < elementwise < none
+    assert layers < 0.5 * none
+
+
+# --- padding ------------------------------------------------------------------------------
+
+
+def harmless_pairs(count: int) -> list[TokenGroup]:
+    """Random tokens with lengths like those of HH harmless: a prompt of 121 on average, answers of 42 and 52."""
+    rng = random.Random(0)
+
+    def tokens(mean: float) -> tuple[int, ...]:
+        return tuple(rng.randrange(3, 100) for _ in range(max(4, round(mean * rng.lognormvariate(-0.245, 0.7)))))
+
+    return [TokenGroup(f"{n:03d}", f"{n:03d}", tokens(121), (tokens(42), tokens(52))) for n in range(count)]
+
+
+def test_padding_is_little_where_lengths_are_those_of_real_pairs() -> None:
+    pairs = harmless_pairs(256)
+    shares, totals = {}, {}
+    for layout in LAYOUTS:
+        scorer = object.__new__(Scorer)
+        scorer.layout = layout
+        laid_out = [lay_out([pairs[index] for index in batch], layout) for batch in scorer.split(pairs, 4096)]
+        totals[layout] = sum(each.num_tokens for each in laid_out)
+        shares[layout] = sum(each.num_padding for each in laid_out) / totals[layout]
+    needed = sum(len(pair.prompt) + len(answer) - 1 for pair in pairs for answer in pair.completions)
+    assert totals["padded"] * (1 - shares["padded"]) == pytest.approx(needed)
+    assert totals["packed"] == needed
+    assert totals["shared"] < 0.7 * needed
+    assert shares["shared"] < 0.03
+    assert shares["packed"] < 0.03
+    assert shares["padded"] < 0.2
