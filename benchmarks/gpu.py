@@ -10,6 +10,7 @@ definition. Where there is no GPU, ``--shapes tiny`` runs all of it small on the
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import subprocess
@@ -66,6 +67,9 @@ def step_zero_margins(shape: str, machine: Machine) -> str:
             for indices in scorer.split(groups, 4096):
                 found[indices] = scorer.score([groups[index] for index in indices]).logps_BK.cpu()
             results[name] = found
+    del model, base  # the next shape runs in a process of its own and needs the room
+    gc.collect()
+    torch.cuda.empty_cache()
     margins = {name: (found - results["padded"]).diff(dim=1).abs().max().item() for name, found in results.items()}
     return ", ".join(f"{name} {margin:.3g}" for name, margin in margins.items() if name != "padded")
 

@@ -386,7 +386,8 @@ def bench_command(
 ) -> None:
     """Measure the reference pass and training on this machine: speed, memory, and how far from their limits.
 
-    Reads the project's model and pairs, or makes random ones; writes nothing. MFU holds the operations that
+    Reads the project's model and pairs, or makes random ones; writes nothing but the probe's verdict under
+    .scratch. MFU holds the operations that
     the pass needs at the least against the speed of a matrix product in the same run.
     """
     with _errors_as_exit_codes(as_json=as_json):

@@ -140,7 +140,7 @@ def _subject(options: BenchOptions, params: Params, machine: Machine) -> tuple[A
         base: Any = model.get_base_model()
         vocabulary = base.config.get_text_config().vocab_size
         groups = random_pairs(regime, options.num_pairs, vocabulary)
-    return model, groups, what, regime or "the project's pairs"
+    return model, groups, what, f"{regime}: {REGIMES[regime].meaning}" if regime else "the project's pairs"
 
 
 # --- the passes ---------------------------------------------------------------------------
@@ -306,7 +306,10 @@ def _rows(found: dict[str, Any], figures: dict[str, Any]) -> list[tuple[str, str
         ),
         ("micro-batch", f"{found['max_tokens_per_microbatch']} tokens, recompute {found['recompute']}"),
         ("MFU", f"{found['mfu']:.1%} of a product's speed on this machine{sheet}"),
-        ("peak memory", f"{found['peak_bytes'] / mib:.0f} MiB; the least: {found['least_bytes'] / mib:.0f} MiB"),
+        (
+            "peak of the process",
+            f"{found['peak_bytes'] / mib:.0f} MiB; the least: {found['least_bytes'] / mib:.0f} MiB",
+        ),
     ]
 
 

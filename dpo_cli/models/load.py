@@ -155,6 +155,8 @@ def load_model(folder: Path, machine: Machine, *, quantization: str, trainable: 
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
+            # the default attention of some versions of transformers leaves a soft cap out in silence
+            attn_implementation="eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None,
             dtype=torch.float32 if trainable else machine.compute_dtype,
             quantization_config=quantization_config,
             device_map={"": machine.device},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from bitsandbytes.nn.modules import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_cli.models.device import Machine
@@ -92,18 +92,22 @@ def random_model(name: str, machine: Machine, quantization: str) -> Any:
 def _quantise(model: Any, machine: Machine) -> None:
     """Put 4-bit layers in place of all linear ones but the head, one by one."""
     head = model.get_output_embeddings()
+    params4bit: Any = Params4bit
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is torch.nn.Linear and child is not head:
                 layer: Any = Linear4bit(
                     child.in_features,
                     child.out_features,
-                    bias=child.bias is not None,
+                    bias=False,
                     compute_dtype=machine.compute_dtype,
                     compress_statistics=True,
                     quant_type="nf4",
+                    device="meta",
                 )
-                layer.load_state_dict(child.state_dict())
-                layer = layer.to(machine.device).requires_grad_(False)  # which quantises it
+                quantised: Any = params4bit(
+                    child.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
+                )
+                layer.weight, layer.bias = quantised.to(machine.device), child.bias
                 setattr(module, name, layer)
     model.is_loaded_in_4bit = True

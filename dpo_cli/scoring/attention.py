@@ -149,6 +149,9 @@ def block_attention(
     if query.shape[2] != state.layout.num_tokens or key.shape[2] != query.shape[2]:
         raise UnsupportedAttentionError(f"{type(module).__name__} attends to more than the row")
     state.windows.add(sliding_window)
+    if torch.is_autocast_enabled(query.device.type):  # rotations leave float32 behind where weights are float32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.device.type == "cuda" and s_aux is None and (kernel := varlen_kernel(query, value, softcap)):
         out_THD = attend_varlen(kernel, state.sequences(), query, key, value, scale, sliding_window, softcap)

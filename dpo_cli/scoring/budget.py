@@ -59,13 +59,13 @@ class TokenBudget:
             torch.cuda.empty_cache()
         if all(len(batch) == 1 for batch in batches):
             raise MachineError(
-                f"{self._stage}: out of memory with a single prompt and its answers at a time; set"
-                " runtime.recompute to layers, or lower the stage's max_length"
+                f"{self._stage}: out of memory with a single prompt and its answers at a time; in training set"
+                " runtime.recompute to layers, or lower sft.max_length or reference.max_length"
             )
         self.max_tokens = max(1, self.max_tokens // 2)
         self._reporter.warn(
-            f"{self._stage}: out of memory; going on with {self.max_tokens} tokens at once, which changes no result"
-            " (runtime.max_tokens_per_microbatch)"
+            f"{self._stage}: out of memory; going on with {self.max_tokens} tokens at once"
+            " (runtime.max_tokens_per_microbatch); without dropout that changes no result beyond rounding"
         )
         if self._memory is not None:
             write_json(self._memory, {"max_tokens_per_microbatch": self.max_tokens})

@@ -173,12 +173,11 @@ def _chunk_logps(
     logps = (picked - sums.log()).squeeze(1)
     if not wanted:
         return logps, None
-    at_target = transform.scale
+    # onehot - softmax before it is rounded: afterwards the two would cancel where the model is sure
+    z.scatter_add_(1, index, -sums)
     if slope is not None:
         z *= slope
-        at_target = slope.gather(1, index) * transform.scale
-    expected = torch.mm(z.to(weight_VD.dtype), weight_VD)
-    return logps, weight_VD[targets_C] * at_target - expected * (transform.scale / sums)
+    return logps, torch.mm(z.to(weight_VD.dtype), weight_VD) * (-transform.scale / sums)
 
 
 def _autograd_logps(

@@ -99,8 +99,8 @@ class Layout:
         """The same layout on another device."""
         if device.type == "cpu":
             return self
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **moved)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
     @property
     def num_tokens(self) -> int:

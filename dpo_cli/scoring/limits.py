@@ -97,7 +97,7 @@ class Work:
         tokens: T, padding included.
         padding: Of them padding.
         scored: n.
-        visible: (query, key) pairs that see each other, padding included.
+        visible: (query, key) pairs that see each other, padding aside.
         largest: Tokens of the largest micro-batch.
         largest_scored: Scored tokens of it.
     """
@@ -117,9 +117,12 @@ class Work:
         layouts = [lay_out(batch, name) for batch in batches]
         visible = 0
         for layout in layouts:
-            rows, length = layout.tokens_RT.shape
-            seen = rows * length * (length + 1) // 2
-            visible += seen if layout.positions_RT is None else int((layout.positions_RT + 1).sum())
+            if layout.positions_RT is not None:
+                visible += int((layout.positions_RT + 1).sum())
+        if name == "padded":
+            for group in (group for batch in batches for group in batch):
+                lengths = [len(group.prompt) + len(completion) - 1 for completion in group.completions]
+                visible += sum(length * (length + 1) // 2 for length in lengths)
         groups = [group for batch in batches for group in batch]
         largest = max(layouts, key=lambda layout: layout.num_tokens)
         return cls(
@@ -139,11 +142,12 @@ class Work:
 def least_operations(sizes: Sizes, work: Work, *, train: bool) -> float:
     """Floating-point operations that a pass needs at the least."""
     attention = 4.0 * sizes.num_layers * sizes.attention_width * work.visible
+    tokens = work.tokens - work.padding
     if train:
         per_token = 4 * sizes.layer_weights + 6 * sizes.adapter_weights
-        return per_token * work.tokens + 4.0 * sizes.head_weights * work.scored + 3.5 * attention
+        return per_token * tokens + 4.0 * sizes.head_weights * work.scored + 3.5 * attention
     per_token = 2 * sizes.layer_weights + 2 * sizes.adapter_weights
-    return per_token * work.tokens + 2.0 * sizes.head_weights * work.scored + attention
+    return per_token * tokens + 2.0 * sizes.head_weights * work.scored + attention
 
 
 def least_bytes(sizes: Sizes, work: Work, head_bytes: int, *, train: bool) -> float:

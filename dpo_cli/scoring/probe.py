@@ -59,10 +59,11 @@ class Verdict:
     refused: dict[str, str]
     forced: bool
 
-    def describe(self) -> str:
+    def describe(self, *, remembered: bool = False) -> str:
         """One line for the user."""
         reasons = "".join(f"; not {name}: {reason}" for name, reason in self.refused.items())
         how = "forced" if self.forced else "found by the probe"
+        how += ", as remembered" if remembered else ""
         return f"layout {self.layout} ({how}; off by {self.difference:.1e} nats, {self.tolerance:.1e} allowed{reasons})"
 
     def metrics(self) -> dict[str, Any]:
@@ -87,12 +88,16 @@ def open_scorer(
     memory = paths.scratch_root() / _MEMORY
     key = _key(model, compute_dtype, scorer, forced)
     verdict = _recall(memory, key)
+    remembered = verdict is not None
     if verdict is None:
         with scorer, evaluating(model):
             verdict = probe_layouts(scorer, model, forced)
         _remember(memory, key, verdict)
     scorer.layout = verdict.layout
-    reporter.say(f"{stage}: {verdict.describe()}")
+    if scorer.device.type == "cuda":
+        with torch.no_grad(), evaluating(model):  # kernels are tried out now, and not within a checkpointed layer
+            scorer.score(probe_groups(scorer.config.vocab_size, 8)[:1])
+    reporter.say(f"{stage}: {verdict.describe(remembered=remembered)}")
     return scorer, verdict
 
 
@@ -165,7 +170,9 @@ def _missing_window(attended: Attending | None, config: Any) -> str | None:
     """Why attention was not what the configuration says, where short texts cannot show it."""
     if attended is None or not attended.windows:
         return "its layers do not call the attention that was set"
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) and attended.windows == {None}:
+    layer_types = getattr(config, "layer_types", None)
+    slides = "sliding_attention" in layer_types if layer_types else bool(getattr(config, "sliding_window", None))
+    if slides and attended.windows == {None}:
         return "its layers do not say which window they slide"
     return None
 

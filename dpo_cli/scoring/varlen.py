@@ -54,9 +54,9 @@ def sequences_of(blocks: tuple[Block, ...], device: torch.device) -> Sequences:
     key_index = [place for piece in pieces for part in piece.keys for place in range(part.start, part.stop)]
     whole = key_index == list(range(len(key_index)))
     return Sequences(
-        key_index=None if whole else torch.tensor(key_index, device=device),
-        query_starts=torch.tensor([0, *accumulate(query_lengths)], dtype=torch.int32, device=device),
-        key_starts=torch.tensor([0, *accumulate(key_lengths)], dtype=torch.int32, device=device),
+        key_index=None if whole else torch.tensor(key_index).to(device, non_blocking=True),
+        query_starts=torch.tensor([0, *accumulate(query_lengths)], dtype=torch.int32).to(device, non_blocking=True),
+        key_starts=torch.tensor([0, *accumulate(key_lengths)], dtype=torch.int32).to(device, non_blocking=True),
         max_queries=max(query_lengths),
         max_keys=max(key_lengths),
     )
@@ -234,6 +234,8 @@ def kernel_is_right(
             exact = run(by_definition, torch.float32, window)
             try:
                 found = run(by_kernel, dtype, window)
+            except torch.OutOfMemoryError:
+                raise
             except (RuntimeError, NotImplementedError, TypeError, ValueError):
                 return False
         for tolerance, ours, theirs in zip(_TOLERANCES, exact, found, strict=True):

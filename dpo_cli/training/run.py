@@ -29,6 +29,8 @@ from dpo_cli.training.objective import Objective
 from dpo_cli.training.trainer import GroupTrainer, Plan, diverged, last_checkpoint, training_arguments
 
 _BUDGET = "token_budget.json"
+_BYTES_A_TRAINED_NUMBER = 12
+"""Its gradient and the optimizer's two moments, float32; made after the first forward pass."""
 _USABLE = 0.8
 """Share of the free memory that activations may take; the rest is for the products' own work and the optimizer."""
 
@@ -171,7 +173,9 @@ def choose_recompute(
     config = scorer.config
     kept = measure_kept(model, forward, config.num_hidden_layers, config.hidden_size)
     max_tokens = token_budget(runtime, scorer.device)
-    grade = first_that_fits(kept, max_tokens, _USABLE * free_memory_bytes(scorer.device))
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    free = _USABLE * free_memory_bytes(scorer.device) - _BYTES_A_TRAINED_NUMBER * trained
+    grade = first_that_fits(kept, max_tokens, free)
     try:
         set_recompute(model, grade)
     except CannotRecomputeError:

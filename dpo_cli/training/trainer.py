@@ -185,7 +185,8 @@ class GroupTrainer(Trainer):
         self, groups: list[TokenGroup], work: Callable[[list[TokenGroup], list[list[int]]], _Means]
     ) -> _Means:
         """Do some work in micro-batches; where they do not fit into memory, all of it again in smaller ones."""
-        random_state = torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        on_gpu = self._scorer.device.type == "cuda"
+        random_state = torch.get_rng_state(), torch.cuda.get_rng_state() if on_gpu else None
         while True:
             batches = self._scorer.split(groups, self._budget.max_tokens)
             try:

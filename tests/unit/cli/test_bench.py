@@ -104,7 +104,7 @@ def test_work_and_operations_by_hand() -> None:
     assert (work.tokens, work.scored, work.visible, work.padding) == (7, 6, 25, 0)
     assert work.logical_tokens == (3 + 2) + (3 + 4)
     padded = Work.of([[group]], "padded")
-    assert (padded.tokens, padded.padding, padded.visible) == (12, 2, 2 * 21)
+    assert (padded.tokens, padded.padding, padded.visible) == (12, 2, 10 + 21)
     sizes = Sizes(100, 10, 50, 2, 8, 8, 1000, 4)
     attention = 4 * 2 * 8 * 25
     assert least_operations(sizes, work, train=True) == 7 * (400 + 60) + 4 * 50 * 6 + 3.5 * attention

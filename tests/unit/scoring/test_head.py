@@ -383,3 +383,28 @@ def test_the_transform_scales_then_caps_in_float32() -> None:
     found = LogitTransform(0.5, 2.0)(logits)
     assert found.dtype == torch.float32
     assert torch.allclose(found, expected)
+
+
+def test_in_bfloat16_a_sure_model_keeps_its_gradient() -> None:
+    """onehot - softmax is nearly 0 where p(y) is nearly 1: rounded first and subtracted then, little of it is left.
+
+    Autograd, which rounds the difference, is the measure: both lose what bfloat16 logits lose.
+    """
+    vocabulary, width = 4096, 256
+    head = linear(size=(width, vocabulary)).to(torch.bfloat16)
+    head.weight.data *= 0.05
+    hidden, targets = inputs(64, vocabulary, width)
+    rows = head.weight[targets].float()
+    sure = (hidden.detach() + 20 * rows / rows.norm(dim=1, keepdim=True)).to(torch.bfloat16)
+
+    def gradient(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        logps = (hidden @ weight.T).to(torch.promote_types(weight.dtype, torch.float32)).log_softmax(-1)
+        picked = logps.gather(1, targets[:, None])
+        assert picked.exp().mean() > 0.99
+        return torch.autograd.grad(picked.sum(), hidden)[0].double()
+
+    exact = gradient(sure.double().requires_grad_(), head.weight.double())
+    rounded = gradient(sure.clone().requires_grad_(), head.weight)
+    leaf = sure.clone().requires_grad_()
+    found = torch.autograd.grad(token_logps(leaf, targets, head, LogitTransform()).sum(), leaf)[0].double()
+    assert relative(found, exact) <= 1.5 * relative(rounded, exact)

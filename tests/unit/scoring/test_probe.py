@@ -349,7 +349,7 @@ def test_a_leaky_models_verdict_is_remembered_with_its_reasons(
     scored.clear()
     scorer, second = open_(build(name, values))
     assert (scored, scorer.layout, second) == ([], "padded", first)
-    assert reporter.said[0] == reporter.said[1]
+    assert reporter.said[1] == reporter.said[0].replace("by the probe", "by the probe, as remembered")
 
 
 def test_another_configuration_dtype_class_or_force_is_probed_anew(

@@ -461,11 +461,12 @@ def test_a_model_without_a_backbone_of_its_own_gives_its_logits(
         assert (scorer.score(groups).logps_BK - expected).abs().max() <= 1e-4
 
 
-def test_room_for_distributions_follows_the_room_for_logits() -> None:
-    model = build("llama")
-    assert [
-        Scorer(model, torch.float32, "padded", rows * 8 * VOCABULARY).max_distribution_tokens for rows in (1, 10)
-    ] == [8, 80]
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, 8192])
+def test_room_for_distributions_is_a_quarter_of_a_gibibyte_whatever_the_head_may_hold(
+    vocabulary: int, make_llama: Callable[..., Any]
+) -> None:
+    scorer = Scorer(make_llama(vocabulary), torch.float32, "padded", head_bytes=1)
+    assert scorer.max_distribution_tokens == (256 << 20) // (8 * vocabulary)
 
 
 # --- precision and adapters ---------------------------------------------------------------
