@@ -3,13 +3,13 @@
 # test    all tests;  `make test-fast` leaves out the slow ones
 # lint    ruff, pyright, import-linter, generated files
 # docs    write the generated files again
-# bench   benchmarks, printed as ratios
+# bench   benchmarks, printed as ratios;  `make bench-trl` compares with TRL, for most of an hour
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 THREADS := OMP_NUM_THREADS=1
 
-.PHONY: setup repro test test-fast lint docs bench clean
+.PHONY: setup repro test test-fast lint docs bench bench-trl clean
 
 setup: $(VENV)/.installed
 
@@ -34,7 +34,11 @@ docs: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(THREADS) $(BIN)/python benchmarks/scoring.py
+	$(THREADS) $(BIN)/python benchmarks/numerics.py
 	$(BIN)/python benchmarks/conversion.py
+
+bench-trl: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/against_trl.py
 
 clean:
 	rm -rf $(VENV) .scratch
