@@ -392,15 +392,13 @@ def bench_command(
     """
     with _errors_as_exit_codes(as_json=as_json):
         # here, so that --help does not wait for them
-        from dpo_cli.cli.bench import PASSES, BenchOptions, measure, refuse_unknown
+        from dpo_cli.cli.bench import PASSES, BenchOptions, measure, refuse_unknown, refuse_unread
         from dpo_cli.core.params import Params, load_params, parse_overrides
 
         refuse_unknown(regime, shape)
         if which is not None and which not in PASSES:
             raise ParamsError(f"--pass must be one of {', '.join(PASSES)}, got {which}")
-        idle = [override for override in overrides or [] if override.startswith("runtime.recompute")]
-        if which == "precompute-ref" and idle:
-            raise ParamsError("--set runtime.recompute has no effect on precompute-ref, which has no backward pass")
+        refuse_unread(overrides or [], which, shape)
         in_project = paths.PARAMS.is_file() or shape is None
         params: Params = load_params(paths.PARAMS, overrides or []) if in_project else parse_overrides(overrides or [])
         options = BenchOptions([which] if which else PASSES, regime, shape, num_pairs, num_turns)  # type: ignore[list-item]

@@ -33,6 +33,10 @@ from dpo_cli.training.run import choose_recompute
 Pass = Literal["precompute-ref", "train"]
 PASSES: tuple[Pass, ...] = ("precompute-ref", "train")
 
+_RUNTIME = [
+    f"runtime.{name}" for name in ("device", "threads", "max_tokens_per_microbatch", "layout", "head_mib", "recompute")
+]
+
 _DATASHEET_TFLOPS = {
     "RTX 3090": 71.0,
     "RTX 4090": 165.2,
@@ -76,6 +80,31 @@ def refuse_unknown(regime: str | None, shape: str | None) -> None:
     ]
     if problems:
         raise ParamsError(problems)
+
+
+def refuse_unread(overrides: Sequence[str], which: str | None, shape: str | None) -> None:
+    """Refuse ``--set`` of what a measurement does not read.
+
+    Raises:
+        ParamsError: With what it reads.
+    """
+    read = ["reference.quantization", "train.lora", "train.batch_size", "train.seed", *_RUNTIME]
+    if which == "precompute-ref":
+        read = [name for name in read if name not in ("train.batch_size", "runtime.recompute")]
+    if shape is None:
+        read += ["model", "reference", "runtime.model_path"]
+    unread = [
+        override
+        for override in overrides
+        if not any(f"{override.partition('=')[0].strip()}.".startswith(f"{name}.") for name in read)
+    ]
+    if unread:
+        raise ParamsError(
+            [
+                f"--set {override} has no effect on this measurement, which reads {', '.join(read)}"
+                for override in unread
+            ]
+        )
 
 
 def measure(options: BenchOptions, params: Params, reporter: Reporter) -> dict[str, Any]:
