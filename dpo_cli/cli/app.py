@@ -398,9 +398,9 @@ def bench_command(
         refuse_unknown(regime, shape)
         if which is not None and which not in PASSES:
             raise ParamsError(f"--pass must be one of {', '.join(PASSES)}, got {which}")
-        refuse_unread(overrides or [], which, shape)
         in_project = paths.PARAMS.is_file() or shape is None
         params: Params = load_params(paths.PARAMS, overrides or []) if in_project else parse_overrides(overrides or [])
+        refuse_unread(overrides or [], which, shape)
         options = BenchOptions([which] if which else PASSES, regime, shape, num_pairs, num_turns)  # type: ignore[list-item]
         figures = measure(options, params, ConsoleReporter(show_tables=not as_json))
     if as_json:

@@ -64,7 +64,7 @@ def test_one_pass_alone_as_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (["bench", "--shape", "tiny", "--set", "train.beta=0.5"], 3, "train.beta=0.5 has no effect"),
         (["bench", "--shape", "tiny", "--set", "model.name=mine"], 3, "model.name=mine has no effect"),
         (["bench", "--shape", "tiny", "--set", "runtime.workers=2"], 3, "runtime.workers=2 has no effect"),
-        (["bench", "--shape", "tiny", "--set", "runtime.layuot=shared"], 3, "runtime.layuot"),
+        (["bench", "--shape", "tiny", "--set", "runtime.layuot=shared"], 3, "did you mean runtime.layout?"),
         (["bench"], 3, "params.yaml is missing"),
     ],
 )
