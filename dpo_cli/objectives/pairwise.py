@@ -6,12 +6,18 @@ tokens they have, and gives one loss a pair. With
     delta = (log pi_w - log ref_w) - (log pi_l - log ref_l)
 
 the implicit reward of an answer is ``beta * log(pi / ref)`` and a pair's margin ``beta * delta``
-(Rafailov et al. 2023, eq. 5). All tensors are float64 [B, 2], column 0 chosen, nats.
+(Rafailov et al. 2023, eq. 5). Log-probabilities are sums over tokens, float64 [B, 2], column 0
+chosen, nats; numbers of tokens are int64 [B, 2]; losses are float64 [B].
+
+What changes another loss is a function of that loss: :func:`f_divergence` and :func:`offset`
+give it other log-ratios, :func:`mixture` adds losses up. Which setting each reads, and when to use
+it, is in :mod:`dpo_cli.core.objectives`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -19,21 +25,42 @@ from torch.nn.functional import logsigmoid
 PairwiseLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(policy_logps_B2, reference_logps_B2, num_tokens_B2) -> loss_B."""
 
+Divergence = Callable[[torch.Tensor], torch.Tensor]
+"""f'(t) of an f-divergence as a function of log t, any shape."""
+
 
 def log_ratios(policy_logps_B2: torch.Tensor, reference_logps_B2: torch.Tensor) -> torch.Tensor:
-    """log(pi / ref) of both answers, float64 [B, 2]."""
+    """log(pi / ref) of both answers, float64 [B, 2].
+
+    Raises:
+        ValueError: There are not two answers.
+    """
+    if policy_logps_B2.shape[-1] != 2:
+        raise ValueError(f"a pairwise loss compares 2 answers, got {policy_logps_B2.shape[-1]}")
     return policy_logps_B2.double() - reference_logps_B2.double()
 
 
-def _delta(ratios_B2: torch.Tensor) -> torch.Tensor:
-    return ratios_B2[:, 0] - ratios_B2[:, 1]
+def _difference(values_B2: torch.Tensor) -> torch.Tensor:
+    return values_B2[:, 0] - values_B2[:, 1]
+
+
+def _delta(policy_B2: torch.Tensor, reference_B2: torch.Tensor) -> torch.Tensor:
+    return _difference(log_ratios(policy_B2, reference_B2))
+
+
+def _smoothed(margins_B: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """The logistic loss where labels are flipped with a probability."""
+    return -(1 - smoothing) * logsigmoid(margins_B) - smoothing * logsigmoid(-margins_B)
+
+
+# --- on the margin ------------------------------------------------------------------------
 
 
 def sigmoid(beta: float) -> PairwiseLoss:
     """-log sigma(beta * delta): DPO (Rafailov et al. 2023, eq. 7)."""
 
     def loss(policy: torch.Tensor, reference: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
-        return -logsigmoid(beta * _delta(log_ratios(policy, reference)))
+        return -logsigmoid(beta * _delta(policy, reference))
 
     return loss
 
@@ -45,8 +72,31 @@ def cdpo(beta: float, label_smoothing: float) -> PairwiseLoss:
     """
 
     def loss(policy: torch.Tensor, reference: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
-        margin = beta * _delta(log_ratios(policy, reference))
-        return -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
+        return _smoothed(beta * _delta(policy, reference), label_smoothing)
+
+    return loss
+
+
+def robust(beta: float, label_smoothing: float) -> PairwiseLoss:
+    """(-(1 - e) log sigma(beta * delta) + e log sigma(-beta * delta)) / (1 - 2 e): robust DPO (Chowdhury et al. 2024).
+
+    Its mean over labels flipped with probability e in (0, 1/2) is the DPO loss on the true labels. It has no
+    lower bound.
+    """
+
+    def loss(policy: torch.Tensor, reference: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
+        margin = beta * _delta(policy, reference)
+        right, flipped = -logsigmoid(margin), -logsigmoid(-margin)
+        return ((1 - label_smoothing) * right - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+
+    return loss
+
+
+def hinge(beta: float) -> PairwiseLoss:
+    """max(0, 1 - beta * delta): SLiC's hinge on the DPO margin (Zhao et al. 2023; Liu et al. 2023, RSO)."""
+
+    def loss(policy: torch.Tensor, reference: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
+        return torch.relu(1 - beta * _delta(policy, reference))
 
     return loss
 
@@ -54,26 +104,288 @@ def cdpo(beta: float, label_smoothing: float) -> PairwiseLoss:
 def ipo(beta: float) -> PairwiseLoss:
     """(delta' - 1 / (2 beta))^2 with log-ratios averaged over tokens: IPO (Azar et al. 2023, eq. 17).
 
-    The paper sums over tokens; the mean is what TRL computes under this name.
+    The paper sums over tokens, see :func:`ipo_sum`; the mean is what TRL computes under this name.
     """
 
     def loss(policy: torch.Tensor, reference: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
-        return (_delta(log_ratios(policy, reference) / num_tokens) - 1 / (2 * beta)) ** 2
+        return (_difference(log_ratios(policy, reference) / num_tokens) - 1 / (2 * beta)) ** 2
 
     return loss
 
 
-def hinge(beta: float) -> PairwiseLoss:
-    """max(0, 1 - beta * delta): SLiC's hinge on the DPO margin (Zhao et al. 2023)."""
+def ipo_sum(beta: float) -> PairwiseLoss:
+    """(delta - 1 / (2 beta))^2: IPO as the paper writes it (Azar et al. 2023, eq. 17)."""
 
     def loss(policy: torch.Tensor, reference: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
-        return torch.relu(1 - beta * _delta(log_ratios(policy, reference)))
+        return (_delta(policy, reference) - 1 / (2 * beta)) ** 2
 
     return loss
 
 
-def pairwise_loss(name: str, beta: float, label_smoothing: float = 0.0) -> PairwiseLoss:
-    """The loss of this name."""
-    if name == "cdpo":
-        return cdpo(beta, label_smoothing)
-    return {"sigmoid": sigmoid, "ipo": ipo, "hinge": hinge}[name](beta)
+def exo_pair(beta: float, label_smoothing: float) -> PairwiseLoss:
+    """KL(p || q), p = (sigma(beta * delta), its rest), q = (1 - e, e): EXO on pairs (Ji et al. 2024, eq. 16)."""
+    log_right, log_flipped = math.log1p(-label_smoothing), math.log(label_smoothing)
+
+    def loss(policy: torch.Tensor, reference: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
+        margin = beta * _delta(policy, reference)
+        right = margin.sigmoid() * (logsigmoid(margin) - log_right)
+        return right + (-margin).sigmoid() * (logsigmoid(-margin) - log_flipped)
+
+    return loss
+
+
+def discopop(beta: float, tau: float) -> PairwiseLoss:
+    """(1 - s) * -log sigma(m) + s * exp(-m), m = beta * delta, s = sigma(m / tau): DiscoPOP (Lu et al. 2024, eq. 5)."""
+
+    def loss(policy: torch.Tensor, reference: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
+        margin = beta * _delta(policy, reference)
+        # s exp(-m) as exp(log s - m): where m is far below zero s is zero and exp(-m) beyond any number
+        exponential = (logsigmoid(margin / tau) - margin).exp()
+        return (-margin / tau).sigmoid() * -logsigmoid(margin) + exponential
+
+    return loss
+
+
+def sigmoid_norm(beta: float) -> PairwiseLoss:
+    """-log sigma(beta * delta'), log-ratios averaged over tokens: length-normalised DPO (Lambert et al. 2024, Tulu 3)."""
+
+    def loss(policy: torch.Tensor, reference: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
+        return -logsigmoid(beta * _difference(log_ratios(policy, reference) / num_tokens))
+
+    return loss
+
+
+# --- on each answer's reward ----------------------------------------------------------------
+
+
+def _rewards(beta: float, policy_B2: torch.Tensor, reference_B2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    chosen, rejected = (beta * log_ratios(policy_B2, reference_B2)).unbind(1)
+    return chosen, rejected
+
+
+def nca_pair(beta: float) -> PairwiseLoss:
+    """-log sigma(r_w) - (log sigma(-r_w) + log sigma(-r_l)) / 2: NCA on pairs (Chen et al. 2024)."""
+
+    def loss(policy: torch.Tensor, reference: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
+        chosen, rejected = _rewards(beta, policy, reference)
+        return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
+
+    return loss
+
+
+def bco_pair(beta: float) -> PairwiseLoss:
+    """-log sigma(r_w) - log sigma(-r_l): a binary classifier on pairs, without the reward shift (Jung et al. 2024)."""
+
+    def loss(policy: torch.Tensor, reference: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
+        chosen, rejected = _rewards(beta, policy, reference)
+        return -logsigmoid(chosen) - logsigmoid(-rejected)
+
+    return loss
+
+
+def sppo_hard(beta: float) -> PairwiseLoss:
+    """(l_w - 1 / (2 beta))^2 + (l_l + 1 / (2 beta))^2, l = log(pi / ref): SPPO, sure labels (Wu et al. 2024, eq. 4.7)."""
+
+    def loss(policy: torch.Tensor, reference: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
+        chosen, rejected = log_ratios(policy, reference).unbind(1)
+        return (chosen - 0.5 / beta) ** 2 + (rejected + 0.5 / beta) ** 2
+
+    return loss
+
+
+def apo_zero(beta: float) -> PairwiseLoss:
+    """(1 - sigma(r_w)) + sigma(r_l): APO-zero (D'Oosterlinck et al. 2024, eq. 7)."""
+
+    def loss(policy: torch.Tensor, reference: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
+        chosen, rejected = _rewards(beta, policy, reference)
+        return (-chosen).sigmoid() + rejected.sigmoid()
+
+    return loss
+
+
+def apo_down(beta: float) -> PairwiseLoss:
+    """sigma(r_w) + (1 - sigma(r_w - r_l)): APO-down (D'Oosterlinck et al. 2024, eq. 8)."""
+
+    def loss(policy: torch.Tensor, reference: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
+        chosen, rejected = _rewards(beta, policy, reference)
+        return chosen.sigmoid() + (rejected - chosen).sigmoid()
+
+    return loss
+
+
+# --- on a whole batch ------------------------------------------------------------------------
+
+
+def aot(beta: float, label_smoothing: float = 0.0) -> PairwiseLoss:
+    """The logistic loss between sorted log-ratios: AOT on pairs (Melnyk et al. 2024).
+
+    log(pi_w / pi_l) and log(ref_w / ref_l) of the whole optimizer batch are each sorted, then compared rank by
+    rank: the first is to dominate the second. Losses come in the order of the ranks.
+    """
+
+    def loss(policy: torch.Tensor, reference: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
+        log_ratios(policy, reference)  # refuses other numbers of answers
+        differences = _difference(policy.double()).sort().values - _difference(reference.double()).sort().values
+        return _smoothed(beta * differences, label_smoothing)
+
+    return loss
+
+
+def aot_unpaired(beta: float, label_smoothing: float = 0.0) -> PairwiseLoss:
+    """The logistic loss between the sorted log-ratios of chosen and of rejected answers: AOT, unpaired (Melnyk 2024).
+
+    Over the whole optimizer batch. Losses come in the order of the ranks.
+    """
+
+    def loss(policy: torch.Tensor, reference: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
+        return _smoothed(beta * _difference(log_ratios(policy, reference).sort(0).values), label_smoothing)
+
+    return loss
+
+
+# --- without a reference ------------------------------------------------------------------------
+
+
+def _free(policy_B2: torch.Tensor) -> torch.Tensor:
+    return log_ratios(policy_B2, torch.zeros_like(policy_B2))
+
+
+def cpo(beta: float, label_smoothing: float = 0.0) -> PairwiseLoss:
+    """-log sigma(beta * (log pi_w - log pi_l)): CPO's preference term (Xu et al. 2024, eq. 3); add ``sft`` for the whole."""
+
+    def loss(policy: torch.Tensor, reference: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
+        return _smoothed(beta * _difference(_free(policy)), label_smoothing)
+
+    return loss
+
+
+def simpo(beta: float, gamma: float, label_smoothing: float = 0.0) -> PairwiseLoss:
+    """-log sigma(beta * (log pi_w / |w| - log pi_l / |l|) - gamma): SimPO (Meng et al. 2024, eq. 6)."""
+
+    def loss(policy: torch.Tensor, reference: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
+        return _smoothed(beta * _difference(_free(policy) / num_tokens) - gamma, label_smoothing)
+
+    return loss
+
+
+def orpo(beta: float) -> PairwiseLoss:
+    """-beta * log sigma(log odds_w - log odds_l): ORPO's odds ratio (Hong et al. 2024, eq. 6-7); add ``sft`` for the whole.
+
+    The odds are p / (1 - p) of the mean probability a token, exp(log pi / |y|); beta is the paper's lambda.
+    """
+
+    def loss(policy: torch.Tensor, reference: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
+        mean = _free(policy) / num_tokens
+        return -beta * logsigmoid(_difference(mean - _log1mexp(mean)))
+
+    return loss
+
+
+def _log1mexp(values: torch.Tensor) -> torch.Tensor:
+    """log(1 - exp(x)) for x <= 0; what a certain answer would make infinite is held at the least of float64."""
+    below = values.clamp(max=-torch.finfo(torch.float64).tiny)
+    small = below > -math.log(2)  # where either form loses its digits, the other has them (Maechler 2012)
+    return torch.where(small, (-torch.expm1(below)).log(), torch.log1p(-below.clamp(max=-math.log(2)).exp()))
+
+
+# --- the chosen answer alone ------------------------------------------------------------------------
+
+
+def sft(policy: torch.Tensor, reference: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
+    """-log pi_w times B over the chosen tokens of the batch: its mean is the loss a token, as TRL's term ``sft``."""
+    return -_free(policy)[:, 0] * len(policy) / num_tokens[:, 0].sum()
+
+
+def sft_norm(policy: torch.Tensor, reference: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
+    """-log pi_w / |w|: the term that RPO adds (Pang et al. 2024, eq. 2)."""
+    return -_free(policy)[:, 0] / num_tokens[:, 0]
+
+
+# --- what changes a loss ------------------------------------------------------------------------
+
+
+def forward_kl(log_t: torch.Tensor) -> torch.Tensor:
+    """f'(t) = 1 - 1 / t, of f(t) = t - log t (Wang et al. 2023, table 1, with the constant that makes f'(1) zero)."""
+    return -torch.expm1(-log_t)
+
+
+def js(log_t: torch.Tensor) -> torch.Tensor:
+    """f'(t) = log(2 t / (1 + t)): the Jensen-Shannon divergence (Wang et al. 2023, table 1)."""
+    return math.log(2) + logsigmoid(log_t)
+
+
+def alpha(coefficient: float) -> Divergence:
+    """f'(t) = (t^(a - 1) - 1) / (a - 1): an alpha-divergence, a != 1 (Wang et al. 2023, table 1)."""
+    power = coefficient - 1
+
+    def derivative(log_t: torch.Tensor) -> torch.Tensor:
+        return torch.expm1(power * log_t) / power
+
+    return derivative
+
+
+def f_divergence(loss: PairwiseLoss, derivative: Divergence) -> PairwiseLoss:
+    """A loss whose reward is beta * f'(pi / ref) in place of beta * log(pi / ref): f-DPO (Wang et al. 2023, eq. 9)."""
+
+    def changed(policy: torch.Tensor, reference: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
+        scores = derivative(log_ratios(policy, reference))
+        return loss(scores, torch.zeros_like(scores), num_tokens)
+
+    return changed
+
+
+def offset(loss: PairwiseLoss, beta: float, margins_B: torch.Tensor) -> PairwiseLoss:
+    """A loss whose margin beta * delta is less by an offset of each pair: ODPO (Amini et al. 2024, eq. 9).
+
+    Args:
+        loss: A loss of the margin.
+        beta: Its beta.
+        margins_B: float64 [B], what the margin must reach before the pair counts as told apart, nats.
+    """
+
+    def changed(policy: torch.Tensor, reference: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
+        shift = torch.stack([margins_B / beta, torch.zeros_like(margins_B)], dim=1)
+        return loss(policy, reference + shift, num_tokens)
+
+    return changed
+
+
+def mixture(losses: Sequence[tuple[float, PairwiseLoss]]) -> PairwiseLoss:
+    """A weighted sum of losses: MPO (Wang et al. 2024, eq. 1), RPO and what else one mixes."""
+
+    def total(policy: torch.Tensor, reference: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
+        return torch.stack([weight * loss(policy, reference, num_tokens) for weight, loss in losses]).sum(0)
+
+    return total
+
+
+def pairwise_loss(
+    name: str, beta: float, *, label_smoothing: float = 0.0, gamma: float = 0.0, tau: float = 0.05
+) -> PairwiseLoss:
+    """The loss of this name; what it does not read is left alone."""
+    return _LOSSES[name](beta, label_smoothing, gamma, tau)
+
+
+_LOSSES: Mapping[str, Callable[[float, float, float, float], PairwiseLoss]] = {
+    "sigmoid": lambda beta, smoothing, gamma, tau: sigmoid(beta),
+    "cdpo": lambda beta, smoothing, gamma, tau: cdpo(beta, smoothing),
+    "robust": lambda beta, smoothing, gamma, tau: robust(beta, smoothing),
+    "hinge": lambda beta, smoothing, gamma, tau: hinge(beta),
+    "ipo": lambda beta, smoothing, gamma, tau: ipo(beta),
+    "ipo_sum": lambda beta, smoothing, gamma, tau: ipo_sum(beta),
+    "exo_pair": lambda beta, smoothing, gamma, tau: exo_pair(beta, smoothing),
+    "discopop": lambda beta, smoothing, gamma, tau: discopop(beta, tau),
+    "sigmoid_norm": lambda beta, smoothing, gamma, tau: sigmoid_norm(beta),
+    "nca_pair": lambda beta, smoothing, gamma, tau: nca_pair(beta),
+    "bco_pair": lambda beta, smoothing, gamma, tau: bco_pair(beta),
+    "sppo_hard": lambda beta, smoothing, gamma, tau: sppo_hard(beta),
+    "apo_zero": lambda beta, smoothing, gamma, tau: apo_zero(beta),
+    "apo_down": lambda beta, smoothing, gamma, tau: apo_down(beta),
+    "aot": lambda beta, smoothing, gamma, tau: aot(beta, smoothing),
+    "aot_unpaired": lambda beta, smoothing, gamma, tau: aot_unpaired(beta, smoothing),
+    "cpo": lambda beta, smoothing, gamma, tau: cpo(beta, smoothing),
+    "simpo": lambda beta, smoothing, gamma, tau: simpo(beta, gamma, smoothing),
+    "orpo": lambda beta, smoothing, gamma, tau: orpo(beta),
+    "sft": lambda beta, smoothing, gamma, tau: sft,
+    "sft_norm": lambda beta, smoothing, gamma, tau: sft_norm,
+}
