@@ -17,6 +17,7 @@ import itertools
 from typing import Literal
 
 import torch
+from torch.nn.functional import logsigmoid
 
 Ties = Literal["average", "groups"]
 
@@ -57,11 +58,9 @@ def _nll(rewards_K: torch.Tensor, ranks: list[int], ties: Ties) -> torch.Tensor:
     nll = rewards_K.new_zeros(())
     for begin, end in zip([0, *ends], ends, strict=False):
         tied, below = rewards_K[begin:end], rewards_K[end:count]
-        if end - begin == 1:
-            nll = nll + torch.cat([tied, below]).logsumexp(0) - tied[0]
-        elif ties == "groups":
+        if end - begin == 1 or ties == "groups":
             if end < count:
-                nll = nll + (torch.logaddexp(tied, below.logsumexp(0)) - tied).sum()
+                nll = nll - logsigmoid(tied - below.logsumexp(0)).sum()
         else:
             nll = nll + _mean_over_orders(tied, below)
     return nll
