@@ -407,7 +407,6 @@ def run_ours(case: Case, runtime_knobs: dict[str, Any]) -> Outcome:
     from dpo_cli.data.tokenise import TokenGroup
     from dpo_cli.models.adapters import SftResult, load_policy_at_start
     from dpo_cli.models.device import prepare_machine, token_budget
-    from dpo_cli.objectives.pairwise import pairwise_loss
     from dpo_cli.scoring.probe import open_scorer
     from dpo_cli.training.objective import PairObjective
     from dpo_cli.training.trainer import GroupTrainer
@@ -457,7 +456,7 @@ def run_ours(case: Case, runtime_knobs: dict[str, Any]) -> Outcome:
             dpo_cli.training.run.fit(
                 policy,
                 scorer,
-                PairObjective(pairwise_loss("sigmoid", BETA), BETA, by_id),
+                PairObjective(TrainParams(beta=BETA), by_id),
                 groups,
                 groups[:1],
                 section="train",

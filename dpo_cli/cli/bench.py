@@ -11,14 +11,13 @@ from typing import Any, Literal
 import torch
 
 from dpo_cli.core.errors import DataError, MachineError, ParamsError
-from dpo_cli.core.params import LoraParams, Params
+from dpo_cli.core.params import LoraParams, Params, TrainParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models.adapters import add_adapter, load_policy_at_start
 from dpo_cli.models.device import Machine, forget_peak_memory, peak_memory_bytes, prepare_machine, token_budget
 from dpo_cli.models.load import keep_weights_unpacked, quiet_libraries
 from dpo_cli.models.shapes import SHAPES, random_model
-from dpo_cli.objectives.pairwise import pairwise_loss
 from dpo_cli.reference.graph import open_graph
 from dpo_cli.reference.scoring import NO_GRADIENT_FACTOR, missing_groups, score_groups
 from dpo_cli.scoring.budget import TokenBudget
@@ -220,7 +219,7 @@ def _training(
         for indices in scorer.split(groups, budget.max_tokens)
         for group, logps in _reference_of(scorer, [groups[index] for index in indices])
     }
-    objective = PairObjective(pairwise_loss("sigmoid", 0.1, 0.0), 0.1, reference)
+    objective = PairObjective(TrainParams(beta=0.1), reference)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-6)
     size = params.train.batch_size
@@ -231,7 +230,7 @@ def _training(
         for step in steps:
             for indices in scorer.split(step, budget.max_tokens):
                 batch = [step[index] for index in indices]
-                losses = objective.losses(batch, scorer.score(batch)).losses_B
+                losses = objective.losses(batch, scorer.score(batch), batch).losses_B
                 (losses.sum() / objective.weight(step)).backward()
             torch.nn.utils.clip_grad_norm_(trainable, 1.0)
             optimizer.step()

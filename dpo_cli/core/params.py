@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from dpo_cli.core.errors import ParamsError
+from dpo_cli.core.objectives import OBJECTIVES, SETTINGS, LossName, PairwiseName, readers
 
 EMBEDDED = "embedded"
 """The value of model.name that stands for the model built by this package."""
@@ -258,6 +259,11 @@ class ReferenceParams(Section):
     max_length: int = knob(
         1024, "Pairs with a longer side (prompt + answer) are left out, counted and listed.", unit="tokens", ge=2
     )
+    rankings: bool = knob(
+        True,
+        "Where the data has rankings, score all their answers, as train.loss plackett_luce needs; false: only those"
+        " in pairs.",
+    )
     checks: TokenChecks = Field(default_factory=TokenChecks, description="What is done with pairs by their tokens.")
 
 
@@ -265,17 +271,50 @@ class TrainParams(TrainingParams):
     """Direct Preference Optimization. Read by train; evaluate takes loss and beta from what train made."""
 
     learning_rate: float = knob(5e-6, "Peak learning rate.", gt=0)
-    loss: Literal["sigmoid", "cdpo", "ipo", "hinge"] = knob(
+    loss: LossName | dict[PairwiseName, Annotated[float, Field(gt=0)]] = knob(
         "sigmoid",
-        "sigmoid: DPO (Rafailov et al. 2023); cdpo: with label noise; ipo: squared, a token (Azar et al. 2023);"
-        " hinge: SLiC (Zhao et al. 2023).",
+        "The objective, or several with their weights: {sigmoid: 1, sft: 0.1}. docs/objectives.md has a table of all:"
+        " formula, paper, and when to use which.",
     )
     beta: float = knob(0.1, "Strength of the pull towards the reference model.", gt=0)
-    label_smoothing: float = knob(0.0, "Share of flipped labels that cdpo assumes.", ge=0, lt=0.5)
+    label_smoothing: float = knob(
+        0.0, "Share of flipped labels that cdpo, robust, exo_pair, aot, cpo and simpo assume.", ge=0, lt=0.5
+    )
+    gamma: float = knob(0.0, "Margin that simpo asks for.", unit="nats", ge=0)
+    discopop_tau: float = knob(0.05, "Temperature of the blend in discopop.", gt=0)
+    divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = knob(
+        "reverse_kl", "What keeps the policy near the reference (f-DPO, Wang et al. 2023); for losses of the margin."
+    )
+    divergence_alpha: float = knob(0.5, "Its alpha, for divergence alpha; towards 1 it is reverse_kl.")
+    ld_alpha: float | None = knob(
+        None,
+        "LD-DPO (Liu et al. 2024): weight of the tokens that one answer has beyond the other's length; null: not at"
+        " all.",
+        ge=0,
+        lt=1,
+    )
+    weighting: Literal["none", "wpo"] = knob(
+        "none", "wpo weighs each pair by how likely it is under the policy (Zhou et al. 2024, eq. 2)."
+    )
+    margin_scale: float = knob(
+        0.0,
+        "Times the difference of the two answers' scores, in the data, is what the margin must reach (ODPO, Amini et"
+        " al. 2024); 0: scores are not read.",
+        ge=0,
+    )
+    ties: Literal["average", "groups"] = knob(
+        "average",
+        "Tied answers of a ranking (plackett_luce): the mean over the orders that they allow, or not compared.",
+    )
     lora: LoraParams | None = Field(
         default=None,
         description="The adapter's shape where sft makes none (methods none and full); null takes the defaults.",
     )
+
+    @property
+    def losses(self) -> dict[LossName, float]:
+        """The objectives with their weights."""
+        return {**self.loss} if isinstance(self.loss, dict) else {self.loss: 1.0}
 
 
 class EvaluateParams(Section):
@@ -390,7 +429,8 @@ def parse_params(tree: Mapping[str, Any], source: str = "params.yaml") -> Params
     try:
         params = Params.model_validate(tree)
     except ValidationError as error:
-        problems = dict.fromkeys(f"{source}: {explain(problem)}" for problem in error.errors())
+        found = [problem for problem in error.errors() if not _is_of_another_type(problem)]
+        problems = dict.fromkeys(f"{source}: {explain(problem)}" for problem in found)
         raise ParamsError(list(problems)) from None
     dead = [f"{source}: {problem}" for problem in _contradictions(params)]
     if dead:
@@ -444,13 +484,24 @@ _TYPES = {
 }
 
 
-_NOISE = ("LoraParams", "str", "list[str]")
+_NOISE = ("LoraParams", "str", "list[str]", "[key]")
 """What pydantic adds to the place of a problem where a value may be of several types."""
+
+
+def _is_type(part: str | int) -> bool:
+    return isinstance(part, str) and part.startswith(("literal[", "dict["))
+
+
+def _is_of_another_type(problem: Any) -> bool:
+    """Whether a problem of a name or a mapping is that it is not the other one of them."""
+    kinds = [str(part) for part in problem["loc"] if _is_type(part)]
+    is_mapping = isinstance(problem["input"], dict)
+    return bool(kinds) and problem["loc"][-1] == kinds[-1] and kinds[-1].startswith("dict[") != is_mapping
 
 
 def explain(problem: Any, section: type[BaseModel] | None = None) -> str:
     """One pydantic problem of a section as *where must what, got what*."""
-    location = [part for part in problem["loc"] if part not in _NOISE]
+    location = [part for part in problem["loc"] if part not in _NOISE and not _is_type(part)]
     where = ".".join(str(part) for part in location)
     kind, context, got = problem["type"], problem.get("ctx", {}), problem["input"]
     if "columns" in location and kind in ("string_type", "list_type"):
@@ -475,12 +526,12 @@ def _unknown_key(location: Sequence[Any], model: type[BaseModel]) -> str:
             continue
         model = _section_in(model.model_fields[parent].annotation)
     prefix = "".join(f"{parent}." for parent in parents)
-    close = difflib.get_close_matches(name, model.model_fields, n=1, cutoff=0.5)
-    if close:
-        return f"{prefix}{name} is not a setting; did you mean {prefix}{close[0]}?"
     elsewhere = [f"{path}" for path, _ in iter_settings() if path.rpartition(".")[2] == name]
     if elsewhere:
         return f"{prefix}{name} is not a setting; did you mean {elsewhere[0]}?"
+    close = difflib.get_close_matches(name, model.model_fields, n=1, cutoff=0.5)
+    if close:
+        return f"{prefix}{name} is not a setting; did you mean {prefix}{close[0]}?"
     return f"{prefix}{name} is not a setting; there are {', '.join(prefix + field for field in model.model_fields)}"
 
 
@@ -533,6 +584,40 @@ def _idle_columns(params: Params) -> list[str]:
     return found
 
 
+def _idle_objective_settings(train: TrainParams) -> list[str]:
+    """Settings of the objective that the chosen one does not read, or that it needs and does not get."""
+    found = []
+    if not train.losses:
+        return ["train.loss must name at least one objective, got {}"]
+    called = " and ".join(train.losses)
+    for setting in _differs(train, *SETTINGS):
+        if not any(setting in OBJECTIVES[name].reads for name in train.losses):
+            named = readers(setting)
+            verb = "reads" if len(named) == 1 else "read"
+            found.append(f"train.{setting} has no effect with train.loss {called}; {_listed(named)} {verb} it")
+    for name in train.losses:
+        found += [
+            f"train.loss {name} needs train.{setting} > 0{_AT_ZERO.get(name, '')}"
+            for setting in OBJECTIVES[name].needs
+            if not _differs(train, setting)
+        ]
+    if _differs(train, "divergence_alpha") and train.divergence != "alpha":
+        found.append(f"train.divergence_alpha has no effect with train.divergence {train.divergence}; alpha reads it")
+    if train.divergence == "alpha" and train.divergence_alpha == 1:
+        found.append("train.divergence_alpha must not be 1: that is train.divergence reverse_kl")
+    coupled = [name for name in train.losses if OBJECTIVES[name].is_coupled]
+    if coupled and len(train.losses) > 1:
+        found.append(f"train.loss {coupled[0]} compares sorted pairs and cannot be mixed with others")
+    return found
+
+
+_AT_ZERO = {"cdpo": "; at 0 it is the sigmoid loss", "robust": "; at 0 it is the sigmoid loss"}
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
 def _contradictions(params: Params) -> list[str]:
     """Settings that contradict each other, and settings that were moved from their default for nothing."""
     found: list[str] = []
@@ -557,11 +642,9 @@ def _contradictions(params: Params) -> list[str]:
         found += [f"sft.{name} has no effect with sft.method full" for name in _differs(sft, "lora")]
     if train.lora is not None and sft.method in ("lora", "qlora"):
         found.append(f"train.lora has no effect with sft.method {sft.method}: train goes on with the adapter of sft")
-    if train.loss == "cdpo":
-        if train.label_smoothing == 0:
-            found.append("train.loss cdpo needs train.label_smoothing > 0; at 0 it is the sigmoid loss")
-    elif train.label_smoothing != 0:
-        found.append(f"train.label_smoothing has no effect with train.loss {train.loss}; cdpo reads it")
+    found += _idle_objective_settings(train)
+    if "plackett_luce" in train.losses and not params.reference.rankings:
+        found.append("train.loss plackett_luce needs reference.rankings true")
     for name, section in (("sft", sft), ("train", train)):
         if name == "sft" and sft.method == "none":
             continue

@@ -24,6 +24,16 @@ REPORTS = Path("reports")
 REPORT_HTML = REPORTS / "report.html"
 
 
+def preference_table(split: str) -> Path:
+    """The pairs of a split."""
+    return PREFERENCE_DATA / f"{split}.parquet"
+
+
+def ranking_table(split: str) -> Path:
+    """The rankings of a split; there is none where no source has rankings."""
+    return PREFERENCE_DATA / f"{split}.ranking.parquet"
+
+
 def report_dir(stage: str) -> Path:
     """Folder of a stage's metrics, plots and rejected rows."""
     return REPORTS / stage

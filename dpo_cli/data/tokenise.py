@@ -70,7 +70,8 @@ def tokenise_table(
 
     Args:
         path: A parquet file of :mod:`dpo_cli.data.schema`.
-        completion_columns: The columns with completions: ``completion``, or ``chosen`` and ``rejected``.
+        completion_columns: The columns with completions: ``completion``, ``chosen`` and ``rejected``, or
+            ``completions``, which holds several.
         encoder: The model's chat encoder.
         max_length: Tokens a prompt with one completion may have.
         policies: What to do with what each check of tokens finds (:class:`dpo_cli.core.params.TokenChecks`).
@@ -153,7 +154,7 @@ def tokenise_row(
         RowProblem: The template refuses the row, it is over long, or a check leaves it out.
     """
     prompt = row["prompt"]
-    completions = [row[column] for column in columns]
+    completions = row["completions"] if "completions" in columns else [row[column] for column in columns]
     group = TokenGroup(
         id=row["id"],
         group=row.get("group") or row["id"],

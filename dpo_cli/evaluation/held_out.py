@@ -40,7 +40,7 @@ class HeldOut:
 
     Attributes:
         reward_accuracy: How often the implicit reward prefers the chosen answer.
-        loss: Mean of the training loss.
+        loss: Mean of -log sigma(margin), whatever the training loss was.
         margin: Mean of beta * delta, nats.
         chosen_reward: Mean implicit reward of the chosen answers, nats.
         rejected_reward: The same of the rejected ones.

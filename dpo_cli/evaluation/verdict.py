@@ -105,7 +105,7 @@ def _loss(metrics: Mapping[str, Any]) -> Finding:
         "held-out loss",
         f"{before:.4f} -> {after:.4f} [{low:.4f}, {high:.4f}]",
         "good" if after < before else "bad" if low > before else "warn",
-        "the training loss on pairs that were not trained on, before and after",
+        "-log σ(margin) of pairs that were not trained on, before and after",
     )
 
 

@@ -18,9 +18,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import logsigmoid
+
+from dpo_cli.core.objectives import OBJECTIVES, PairwiseName
+from dpo_cli.core.params import TrainParams
 
 PairwiseLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(policy_logps_B2, reference_logps_B2, num_tokens_B2) -> loss_B."""
@@ -147,7 +151,7 @@ def discopop(beta: float, tau: float) -> PairwiseLoss:
 
 
 def sigmoid_norm(beta: float) -> PairwiseLoss:
-    """-log sigma(beta * delta'), log-ratios averaged over tokens: length-normalised DPO (Lambert et al. 2024, Tulu 3)."""
+    """-log sigma(beta * delta'), log-ratios averaged over tokens: length-normalised DPO (Lambert et al. 2024)."""
 
     def loss(policy: torch.Tensor, reference: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
         return -logsigmoid(beta * _difference(log_ratios(policy, reference) / num_tokens))
@@ -184,7 +188,7 @@ def bco_pair(beta: float) -> PairwiseLoss:
 
 
 def sppo_hard(beta: float) -> PairwiseLoss:
-    """(l_w - 1 / (2 beta))^2 + (l_l + 1 / (2 beta))^2, l = log(pi / ref): SPPO, sure labels (Wu et al. 2024, eq. 4.7)."""
+    """(l_w - 1 / (2 beta))^2 + (l_l + 1 / (2 beta))^2, l = log(pi / ref): SPPO, labels sure (Wu et al. 2024, 4.7)."""
 
     def loss(policy: torch.Tensor, reference: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
         chosen, rejected = log_ratios(policy, reference).unbind(1)
@@ -251,7 +255,7 @@ def _free(policy_B2: torch.Tensor) -> torch.Tensor:
 
 
 def cpo(beta: float, label_smoothing: float = 0.0) -> PairwiseLoss:
-    """-log sigma(beta * (log pi_w - log pi_l)): CPO's preference term (Xu et al. 2024, eq. 3); add ``sft`` for the whole."""
+    """-log sigma(beta * (log pi_w - log pi_l)): CPO's preference term (Xu et al. 2024, eq. 3); ``sft`` is the other."""
 
     def loss(policy: torch.Tensor, reference: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
         return _smoothed(beta * _difference(_free(policy)), label_smoothing)
@@ -269,7 +273,7 @@ def simpo(beta: float, gamma: float, label_smoothing: float = 0.0) -> PairwiseLo
 
 
 def orpo(beta: float) -> PairwiseLoss:
-    """-beta * log sigma(log odds_w - log odds_l): ORPO's odds ratio (Hong et al. 2024, eq. 6-7); add ``sft`` for the whole.
+    """-beta * log sigma(log odds_w - log odds_l): ORPO's odds ratio (Hong et al. 2024, eq. 6-7); ``sft`` is the other.
 
     The odds are p / (1 - p) of the mean probability a token, exp(log pi / |y|); beta is the paper's lambda.
     """
@@ -291,9 +295,17 @@ def _log1mexp(values: torch.Tensor) -> torch.Tensor:
 # --- the chosen answer alone ------------------------------------------------------------------------
 
 
-def sft(policy: torch.Tensor, reference: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
-    """-log pi_w times B over the chosen tokens of the batch: its mean is the loss a token, as TRL's term ``sft``."""
-    return -_free(policy)[:, 0] * len(policy) / num_tokens[:, 0].sum()
+def sft(mean_tokens: float) -> PairwiseLoss:
+    """-log pi_w over the mean length of the step's chosen answers: a loss a token, as TRL's term ``sft`` has it.
+
+    Args:
+        mean_tokens: Tokens of a chosen answer, a mean over the optimizer batch.
+    """
+
+    def loss(policy: torch.Tensor, reference: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
+        return -_free(policy)[:, 0] / mean_tokens
+
+    return loss
 
 
 def sft_norm(policy: torch.Tensor, reference: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
@@ -334,6 +346,27 @@ def f_divergence(loss: PairwiseLoss, derivative: Divergence) -> PairwiseLoss:
     return changed
 
 
+def shared_length_logps(token_logps_M: torch.Tensor, num_tokens_B2: torch.Tensor, weight: float) -> torch.Tensor:
+    """Sums in which the tokens beyond the shorter answer's length count less: LD-DPO (Liu et al. 2024, eq. 9).
+
+    Args:
+        token_logps_M: [M], log-probabilities of all tokens, answer after answer, nats, with gradient.
+        num_tokens_B2: int64 [B, 2], tokens of each answer; M in all.
+        weight: What the longer answer's further tokens count, 0 to 1.
+
+    Returns:
+        float64 [B, 2].
+    """
+    lengths = num_tokens_B2.flatten()
+    shared = num_tokens_B2.amin(1, keepdim=True).expand_as(num_tokens_B2).flatten()
+    total = len(token_logps_M)
+    owners = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths, output_size=total)
+    places = torch.arange(total, device=lengths.device) - (lengths.cumsum(0) - lengths)[owners]
+    weights = torch.where(places < shared[owners], 1.0, weight).double()
+    sums = torch.zeros(len(lengths), dtype=torch.float64, device=lengths.device)
+    return sums.index_add(0, owners, token_logps_M.double() * weights).view_as(num_tokens_B2)
+
+
 def offset(loss: PairwiseLoss, beta: float, margins_B: torch.Tensor) -> PairwiseLoss:
     """A loss whose margin beta * delta is less by an offset of each pair: ODPO (Amini et al. 2024, eq. 9).
 
@@ -359,33 +392,87 @@ def mixture(losses: Sequence[tuple[float, PairwiseLoss]]) -> PairwiseLoss:
     return total
 
 
-def pairwise_loss(
-    name: str, beta: float, *, label_smoothing: float = 0.0, gamma: float = 0.0, tau: float = 0.05
-) -> PairwiseLoss:
-    """The loss of this name; what it does not read is left alone."""
-    return _LOSSES[name](beta, label_smoothing, gamma, tau)
+# --- by name ------------------------------------------------------------------------
 
 
-_LOSSES: Mapping[str, Callable[[float, float, float, float], PairwiseLoss]] = {
-    "sigmoid": lambda beta, smoothing, gamma, tau: sigmoid(beta),
-    "cdpo": lambda beta, smoothing, gamma, tau: cdpo(beta, smoothing),
-    "robust": lambda beta, smoothing, gamma, tau: robust(beta, smoothing),
-    "hinge": lambda beta, smoothing, gamma, tau: hinge(beta),
-    "ipo": lambda beta, smoothing, gamma, tau: ipo(beta),
-    "ipo_sum": lambda beta, smoothing, gamma, tau: ipo_sum(beta),
-    "exo_pair": lambda beta, smoothing, gamma, tau: exo_pair(beta, smoothing),
-    "discopop": lambda beta, smoothing, gamma, tau: discopop(beta, tau),
-    "sigmoid_norm": lambda beta, smoothing, gamma, tau: sigmoid_norm(beta),
-    "nca_pair": lambda beta, smoothing, gamma, tau: nca_pair(beta),
-    "bco_pair": lambda beta, smoothing, gamma, tau: bco_pair(beta),
-    "sppo_hard": lambda beta, smoothing, gamma, tau: sppo_hard(beta),
-    "apo_zero": lambda beta, smoothing, gamma, tau: apo_zero(beta),
-    "apo_down": lambda beta, smoothing, gamma, tau: apo_down(beta),
-    "aot": lambda beta, smoothing, gamma, tau: aot(beta, smoothing),
-    "aot_unpaired": lambda beta, smoothing, gamma, tau: aot_unpaired(beta, smoothing),
-    "cpo": lambda beta, smoothing, gamma, tau: cpo(beta, smoothing),
-    "simpo": lambda beta, smoothing, gamma, tau: simpo(beta, gamma, smoothing),
-    "orpo": lambda beta, smoothing, gamma, tau: orpo(beta),
-    "sft": lambda beta, smoothing, gamma, tau: sft,
-    "sft_norm": lambda beta, smoothing, gamma, tau: sft_norm,
+@dataclass(frozen=True)
+class BatchFacts:
+    """What a loss may ask of its pairs beside their log-probabilities.
+
+    Attributes:
+        mean_chosen_tokens: Tokens of a chosen answer, a mean over the optimizer batch.
+        score_gaps_B: float64 [B], chosen minus rejected score; None where no loss reads it.
+    """
+
+    mean_chosen_tokens: float
+    score_gaps_B: torch.Tensor | None = None
+
+
+def pairwise_loss(name: PairwiseName, knobs: TrainParams, mean_chosen_tokens: float = 1.0) -> PairwiseLoss:
+    """The loss of this name, as section train sets it; without divergence and offset."""
+    beta, smoothing = knobs.beta, knobs.label_smoothing
+    match name:
+        case "cdpo" | "robust" | "exo_pair" | "aot" | "aot_unpaired" | "cpo":
+            return _SMOOTHED[name](beta, smoothing)
+        case "simpo":
+            return simpo(beta, knobs.gamma, smoothing)
+        case "discopop":
+            return discopop(beta, knobs.discopop_tau)
+        case "sft":
+            return sft(mean_chosen_tokens)
+        case "sft_norm":
+            return sft_norm
+        case _:
+            return _PLAIN[name](beta)
+
+
+_SMOOTHED: Mapping[str, Callable[[float, float], PairwiseLoss]] = {
+    "cdpo": cdpo,
+    "robust": robust,
+    "exo_pair": exo_pair,
+    "aot": aot,
+    "aot_unpaired": aot_unpaired,
+    "cpo": cpo,
 }
+_PLAIN: Mapping[str, Callable[[float], PairwiseLoss]] = {
+    "sigmoid": sigmoid,
+    "hinge": hinge,
+    "ipo": ipo,
+    "ipo_sum": ipo_sum,
+    "nca_pair": nca_pair,
+    "bco_pair": bco_pair,
+    "sppo_hard": sppo_hard,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
+    "sigmoid_norm": sigmoid_norm,
+    "orpo": orpo,
+}
+
+
+def divergence_of(knobs: TrainParams) -> Divergence | None:
+    """What gives f' of the divergence that section train asks for; None for the reverse KL, where it is log t."""
+    match knobs.divergence:
+        case "forward_kl":
+            return forward_kl
+        case "js":
+            return js
+        case "alpha":
+            return alpha(knobs.divergence_alpha)
+        case _:
+            return None
+
+
+def objective_loss(knobs: TrainParams, facts: BatchFacts) -> PairwiseLoss:
+    """The pairwise loss that section train asks for: the sum of its losses, each changed by what it reads."""
+    derivative = divergence_of(knobs)
+    parts: list[tuple[float, PairwiseLoss]] = []
+    for name, weight in knobs.losses.items():
+        if name == "plackett_luce":
+            raise ValueError("plackett_luce is a loss of rankings, not of pairs")
+        loss, reads = pairwise_loss(name, knobs, facts.mean_chosen_tokens), OBJECTIVES[name].reads
+        if facts.score_gaps_B is not None and "margin_scale" in reads:
+            loss = offset(loss, knobs.beta, knobs.margin_scale * facts.score_gaps_B)
+        if derivative is not None and "divergence" in reads:
+            loss = f_divergence(loss, derivative)
+        parts.append((weight, loss))
+    return parts[0][1] if len(parts) == 1 and parts[0][0] == 1 else mixture(parts)

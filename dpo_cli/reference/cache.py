@@ -22,7 +22,7 @@ import shutil
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import polars as pl
 
@@ -34,6 +34,8 @@ MANIFEST = "manifest.json"
 SCHEMA = {"key": pl.String, "logp": pl.Float64, "num_tokens": pl.Int32, "token_logps": pl.List(pl.Float32)}
 _REMEDY = "run: dpo-cli precompute-ref"
 _ROWS_A_PART = 100_000
+
+Cached = TypeVar("Cached")
 
 
 def completion_key(prompt: Sequence[int], completion: Sequence[int]) -> str:
@@ -100,12 +102,27 @@ def write_cache(folder: Path, rows: pl.DataFrame, identity: Mapping[str, Any]) -
 
 
 def read_cache(folder: Path, identity: Mapping[str, Any]) -> dict[str, float]:
-    """The summed log-probabilities by key, of a cache that was made for this graph.
+    """The summed log-probabilities by key, nats, of a cache that was made for this graph.
+
+    Raises:
+        StaleArtifactError: See :func:`read_cache_tokens`.
+    """
+    table = _read(folder, identity, "logp")
+    return dict(zip(table["key"].to_list(), table["logp"].to_list(), strict=True))
+
+
+def read_cache_tokens(folder: Path, identity: Mapping[str, Any]) -> dict[str, list[float]]:
+    """The log-probabilities of every token by key, nats, of a cache that was made for this graph.
 
     Raises:
         StaleArtifactError: It is missing, damaged, or of another graph; the message names the
             field that differs.
     """
+    table = _read(folder, identity, "token_logps")
+    return dict(zip(table["key"].to_list(), table["token_logps"].to_list(), strict=True))
+
+
+def _read(folder: Path, identity: Mapping[str, Any], column: str) -> pl.DataFrame:
     manifest = read_json(folder / MANIFEST, _REMEDY)
     if not (isinstance(manifest, dict) and all(isinstance(manifest.get(key), dict) for key in ("identity", "parts"))):
         raise StaleArtifactError(f"{folder / MANIFEST} is damaged: it has no identity and parts; {_REMEDY}")
@@ -117,9 +134,8 @@ def read_cache(folder: Path, identity: Mapping[str, Any]) -> dict[str, float]:
             raise StaleArtifactError(f"{part} is missing; {_REMEDY}")
         if sha256_file(part) != digest:
             raise StaleArtifactError(f"{part} is damaged: its content is not what was written; {_REMEDY}")
-        frames.append(pl.read_parquet(part, columns=["key", "logp"], glob=False))
-    table = pl.concat(frames)
-    return dict(zip(table["key"].to_list(), table["logp"].to_list(), strict=True))
+        frames.append(pl.read_parquet(part, columns=["key", column], glob=False))
+    return pl.concat(frames)
 
 
 def refuse_other_graph(where: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -138,8 +154,8 @@ def refuse_other_graph(where: Path, found: Mapping[str, Any], expected: Mapping[
         raise StaleArtifactError(different)
 
 
-def reference_logps(cache: Mapping[str, float], groups: Sequence[TokenGroup]) -> dict[str, list[float]]:
-    """Reference log-probabilities of each group's completions, by row id.
+def reference_logps(cache: Mapping[str, Cached], groups: Sequence[TokenGroup]) -> dict[str, list[Cached]]:
+    """What the cache holds of each group's completions, by row id.
 
     Raises:
         StaleArtifactError: A completion is not in the cache.

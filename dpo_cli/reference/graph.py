@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import sha256_file
 from dpo_cli.core.errors import ParamsError
@@ -24,7 +26,6 @@ from dpo_cli.models.load import base_folder, context_length, load_tokenizer
 from dpo_cli.scoring.scorer import ENGINE_VERSION
 
 SPLITS = ("train", "eval")
-_PAIR_COLUMNS = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,16 @@ class Graph:
 
     def tokenise_pairs(self, split: str) -> TokenTable:
         """The preference pairs of a split as token groups (chosen, rejected)."""
-        path = paths.PREFERENCE_DATA / f"{split}.parquet"
-        return tokenise_table(
-            path, _PAIR_COLUMNS, self.encoder, self.max_length, self.policies, "run: dpo-cli convert-preferences"
-        )
+        return self._tokenise(paths.preference_table(split), ("chosen", "rejected"))
+
+    def tokenise_rankings(self, split: str) -> TokenTable:
+        """The rankings of a split as token groups, best answer first; an empty table where there are none."""
+        path = paths.ranking_table(split)
+        return self._tokenise(path, ("completions",)) if path.is_file() else TokenTable([], {}, [])
+
+    def _tokenise(self, path: Path, columns: Sequence[str]) -> TokenTable:
+        remedy = "run: dpo-cli convert-preferences"
+        return tokenise_table(path, columns, self.encoder, self.max_length, self.policies, remedy)
 
 
 def open_graph(model: ModelParams, reference: ReferenceParams, runtime: RuntimeParams) -> Graph:
@@ -115,9 +122,17 @@ def check_context(base: Path, max_length: int, name: str) -> None:
         raise ParamsError(f"params.yaml: {name} must be <= {context}, the model's context, got {max_length}")
 
 
+def read_columns(path: Path, *names: str) -> dict[str, tuple[Any, ...]]:
+    """Some columns of a canonical table by row id; nothing where the table is not there."""
+    if not path.is_file():
+        return {}
+    frame = pl.read_parquet(path, columns=["id", *names], glob=False)
+    return {row[0]: row[1:] for row in frame.select("id", *names).iter_rows()}
+
+
 def table_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of each split's table in data/sft or data/preference."""
-    return {split: sha256_file(folder / f"{split}.parquet") for split in SPLITS}
+    """SHA-256 of each table in data/sft or data/preference, by its name without the suffix."""
+    return {path.name.removesuffix(".parquet"): sha256_file(path) for path in sorted(folder.glob("*.parquet"))}
 
 
 def all_rejects(tables: Sequence[TokenTable]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -36,6 +36,11 @@ class Scores:
     logps_BK: torch.Tensor
     num_tokens_BK: torch.Tensor
     token_logps_M: torch.Tensor
+
+    @classmethod
+    def join(cls, scores: Sequence[Scores]) -> Scores:
+        """Those of some micro-batches as one."""
+        return cls(*(torch.cat([getattr(each, name.name) for each in scores]) for name in fields(cls)))
 
 
 class Scorer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ from dpo_cli.evaluation.win_rate import compare
 from dpo_cli.models.adapters import ModelPair, load_pair
 from dpo_cli.models.device import peak_memory_gib, token_budget
 from dpo_cli.models.load import quiet_libraries
-from dpo_cli.objectives.pairwise import pairwise_loss
+from dpo_cli.objectives.pairwise import sigmoid
 from dpo_cli.reference.cache import read_cache, reference_logps
 from dpo_cli.reference.graph import Graph, check_context, open_graph, table_digests
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
@@ -60,7 +61,6 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         raise StaleArtifactError(
             f"{paths.DPO_MODEL}: trained on other data than data/preference is now; {_TRAIN_REMEDY}"
         )
-    trained = provenance["params"]["train"]
     table = graph.tokenise_pairs("eval")
     if not table.groups:
         raise DataError(
@@ -75,14 +75,16 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     with stage_scratch("evaluate", "run"):
         pair = load_pair(graph.base, graph.sft, graph.machine, graph.quantization)
         scorer, _ = open_scorer(pair.use_policy(), graph.machine.compute_dtype, runtime, reporter, "evaluate")
-        held_out = _held_out(pair, scorer, table, cache, trained, knobs, runtime, reporter)
+        held_out = _held_out(
+            pair, scorer, table, cache, provenance["params"]["train"]["beta"], knobs, runtime, reporter
+        )
         prompts = _prompts(table, knobs.num_prompts)
         longest = max(len(prompt.tokens) for prompt in prompts)
         check_context(graph.base, longest + knobs.max_new_tokens, "evaluate.max_new_tokens + the longest prompt")
         answers = _answers(pair, graph, prompts, knobs, runtime, reporter)
         kls = _kls(pair, scorer, graph, prompts, answers[_DPO], knobs, runtime, reporter)
         samples = _judge(knobs, graph, table, prompts, answers)
-        metrics = _metrics(knobs, held_out, trained, samples, kls, answers)
+        metrics = _metrics(knobs, held_out, samples, kls, answers)
         metrics |= {"num_leaked_prompts": num_leaked, "peak_mem_gib": peak_memory_gib(graph.machine)}
         folder = paths.report_dir("evaluate")
         write_json_lines(folder / "samples.jsonl", samples)
@@ -110,7 +112,7 @@ def _held_out(
     scorer: Scorer,
     table: TokenTable,
     cache: Mapping[str, float],
-    trained: Mapping[str, Any],
+    beta: float,
     knobs: EvaluateParams,
     runtime: RuntimeParams,
     reporter: Reporter,
@@ -126,9 +128,13 @@ def _held_out(
             logps = scores.logps_BK.tolist()
             pairs += [_held_out_pair(group, row, reference[group.id]) for group, row in zip(batch, logps, strict=True)]
             meter.advance(len(batch))
-    loss = pairwise_loss(trained["loss"], trained["beta"], trained["label_smoothing"])
     return summarise_held_out(
-        pairs, loss, trained["beta"], draws=knobs.bootstrap_draws, confidence=knobs.confidence, seed=knobs.seed
+        pairs,
+        sigmoid(beta),
+        beta,
+        draws=knobs.bootstrap_draws,
+        confidence=knobs.confidence,
+        seed=knobs.seed,
     )
 
 
@@ -271,7 +277,6 @@ def _add_judgment(row: dict[str, Any], judge: WorldJudge, messages: Messages) ->
 def _metrics(
     knobs: EvaluateParams,
     held_out: HeldOut,
-    trained: Mapping[str, Any],
     samples: Sequence[Mapping[str, Any]],
     kls: Mapping[str, SequenceKl],
     answers: Mapping[str, Mapping[str, Answer]],
@@ -283,15 +288,13 @@ def _metrics(
             values, prompts, draws=knobs.bootstrap_draws, confidence=knobs.confidence, seed=knobs.seed
         )
 
-    zero = torch.zeros(1, 2, dtype=torch.float64)
-    at_reference = pairwise_loss(trained["loss"], trained["beta"], trained["label_smoothing"])(zero, zero, zero + 1)
     kl = interval([kls[prompt].exact for prompt in prompts])
     metrics: dict[str, Any] = {
         "reward_accuracy": held_out.reward_accuracy.value,
         "reward_accuracy_ci": _ends(held_out.reward_accuracy),
         "loss": held_out.loss.value,
         "loss_ci": _ends(held_out.loss),
-        "loss_at_reference": at_reference.item(),
+        "loss_at_reference": math.log(2),
         "margin": held_out.margin.value,
         "margin_ci": _ends(held_out.margin),
         "chosen_reward": held_out.chosen_reward,

@@ -29,7 +29,7 @@ _OTHER_STORES_KEPT = 3
 
 
 def run(params: Params, reporter: Reporter) -> dict[str, Any]:
-    """Write data/reference: the log-probabilities of all answers of both splits.
+    """Write data/reference: the log-probabilities of all answers of both splits, in pairs and rankings.
 
     Rows that an earlier run computed for the same graph are taken over, however the data grew.
 
@@ -41,6 +41,8 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     quiet_libraries()
     graph = open_graph(params.model, params.reference, params.runtime)
     tables = [graph.tokenise_pairs(split) for split in SPLITS]
+    if params.reference.rankings:
+        tables += [graph.tokenise_rankings(split) for split in SPLITS]
     rejects = all_rejects(tables)
     groups = [group for table in tables for group in table.groups]
     wanted = {key for group in groups for key in group_keys(group)}
@@ -85,7 +87,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
             ("completions", str(metrics["num_completions"])),
             ("computed", str(metrics["num_computed"])),
             ("taken over", str(metrics["num_reused"])),
-            ("pairs left out", f"{len(rejects)} (listed in {paths.rejects_file('precompute_ref').as_posix()})"),
+            ("rows left out", f"{len(rejects)} (listed in {paths.rejects_file('precompute_ref').as_posix()})"),
             ("graph", f"{graph.quantization}, {graph.machine.dtype_name}, sft {graph.sft.method}"),
             ("speed", f"{metrics['completions_per_s']:.1f} completions/s"),
             ("peak memory", f"{metrics['peak_mem_gib']:.2f} GiB"),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
+
+import torch
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import (
@@ -18,18 +21,18 @@ from dpo_cli.core.errors import DataError
 from dpo_cli.core.params import LoraParams, Params, TrainParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
-from dpo_cli.data.tokenise import TokenTable, explain_rejects
+from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_rejects
 from dpo_cli.models.adapters import load_policy_at_start, save_adapter
 from dpo_cli.models.device import peak_memory_gib, token_budget
 from dpo_cli.models.identity import read_lock
 from dpo_cli.models.load import quiet_libraries, save_tokenizer
-from dpo_cli.objectives.pairwise import pairwise_loss
-from dpo_cli.reference.cache import read_cache, reference_logps
-from dpo_cli.reference.graph import SPLITS, Graph, all_rejects, open_graph, table_digests
+from dpo_cli.objectives.pairwise import shared_length_logps
+from dpo_cli.reference.cache import read_cache, read_cache_tokens, reference_logps
+from dpo_cli.reference.graph import SPLITS, Graph, all_rejects, open_graph, read_columns, table_digests
 from dpo_cli.scoring.probe import Verdict, open_scorer
 from dpo_cli.training.gate import StepZero, check_step_zero
 from dpo_cli.training.history import merge_log, write_tsv
-from dpo_cli.training.objective import PairObjective
+from dpo_cli.training.objective import PreferenceObjective, preference_objective
 from dpo_cli.training.run import Fit, fit
 
 _PAIR_METRICS = (
@@ -37,6 +40,9 @@ _PAIR_METRICS = (
     "rewards/rejected",
     "rewards/margins",
     "rewards/accuracies",
+    "rewards/ties",
+    "rewards/kendall_tau",
+    "gradient_weight",
     "logps/chosen",
     "logps/rejected",
 )
@@ -63,14 +69,10 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     quiet_libraries()
     knobs = params.train
     graph = open_graph(params.model, params.reference, params.runtime)
-    cache = read_cache(paths.REFERENCE, graph.identity)
-    train, held_out = (graph.tokenise_pairs(split) for split in SPLITS)
-    _refuse_empty(train, held_out, graph.max_length)
-    objective = PairObjective(
-        pairwise_loss(knobs.loss, knobs.beta, knobs.label_smoothing),
-        knobs.beta,
-        reference_logps(cache, [*train.groups, *held_out.groups]),
-    )
+    ranked = "plackett_luce" in knobs.losses
+    train, held_out = (graph.tokenise_rankings(split) if ranked else graph.tokenise_pairs(split) for split in SPLITS)
+    _refuse_empty(train, held_out, graph.max_length, ranked=ranked)
+    objective = _objective(knobs, graph, [*train.groups, *held_out.groups])
     provenance = _provenance(params, graph)
     with stage_scratch("train", digest_json(provenance)) as scratch:
         policy = load_policy_at_start(
@@ -110,12 +112,59 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     return metrics
 
 
-def _refuse_empty(train: TokenTable, held_out: TokenTable, max_length: int) -> None:
+def _refuse_empty(train: TokenTable, held_out: TokenTable, max_length: int, *, ranked: bool) -> None:
     for split, table in (("train", train), ("eval", held_out)):
-        if not table.groups:
+        if table.groups:
+            continue
+        path = paths.ranking_table(split) if ranked else paths.preference_table(split)
+        if not table.rejects:
+            loss = "params.yaml: train.loss plackett_luce learns from rankings of several answers, and "
             raise DataError(
-                f"data/preference/{split}.parquet: {explain_rejects([table], 'reference.max_length', max_length)}"
+                f"{loss if ranked else ''}{path.as_posix()} {'has no rows' if path.is_file() else 'is missing'}"
             )
+        raise DataError(f"{path.as_posix()}: {explain_rejects([table], 'reference.max_length', max_length)}")
+
+
+def _objective(knobs: TrainParams, graph: Graph, groups: Sequence[TokenGroup]) -> PreferenceObjective:
+    """What is minimised, with the reference's log-probabilities and what else it reads of the data."""
+    if knobs.ld_alpha is None:
+        reference = reference_logps(read_cache(paths.REFERENCE, graph.identity), groups)
+    else:
+        tokens = reference_logps(read_cache_tokens(paths.REFERENCE, graph.identity), groups)
+        reference = {id: _shared_length(sides, knobs.ld_alpha) for id, sides in tokens.items()}
+    if "plackett_luce" in knobs.losses:
+        tables = [read_columns(paths.ranking_table(split), "ranks") for split in SPLITS]
+        ranks = {id: row[0] for table in tables for id, row in table.items()}
+        return preference_objective(knobs, reference, ranks=ranks)
+    return preference_objective(knobs, reference, score_gaps=_score_gaps(knobs, groups))
+
+
+def _shared_length(sides: Sequence[Sequence[float]], weight: float) -> list[float]:
+    lengths = torch.tensor([[len(side) for side in sides]])
+    logps = torch.tensor([logp for side in sides for logp in side], dtype=torch.float32)
+    return shared_length_logps(logps, lengths, weight)[0].tolist()
+
+
+def _score_gaps(knobs: TrainParams, groups: Sequence[TokenGroup]) -> dict[str, float] | None:
+    """Chosen minus rejected score by row id, where the objective reads it.
+
+    Raises:
+        DataError: A pair has no scores.
+    """
+    if not knobs.margin_scale:
+        return None
+    rows = {
+        id: row
+        for split in SPLITS
+        for id, row in read_columns(paths.preference_table(split), "chosen_score", "rejected_score").items()
+    }
+    without = [group.id for group in groups if None in rows[group.id]]
+    if without:
+        raise DataError(
+            f"data/preference: {len(without)} of {len(groups)} pairs have no scores, the first is {without[0]};"
+            " params.yaml: train.margin_scale reads them, set it to 0"
+        )
+    return {id: chosen - rejected for id, (chosen, rejected) in rows.items() if None not in (chosen, rejected)}
 
 
 def _provenance(params: Params, graph: Graph) -> dict[str, Any]:
@@ -136,7 +185,9 @@ def _provenance(params: Params, graph: Graph) -> dict[str, Any]:
 def _metrics(
     graph: Graph, train: TokenTable, held_out: TokenTable, step_zero: StepZero, result: Fit, layout: Verdict
 ) -> dict[str, Any]:
-    tokens = sum(2 * len(group.prompt) + sum(map(len, group.completions)) for group in train.groups) / len(train.groups)
+    tokens = sum(
+        len(group.completions) * len(group.prompt) + sum(map(len, group.completions)) for group in train.groups
+    ) / len(train.groups)
     return {
         "num_pairs": len(train.groups),
         "num_eval": len(held_out.groups),
@@ -180,9 +231,9 @@ A LoRA adapter trained with Direct Preference Optimization (Rafailov et al. 2023
 
 | | |
 |---|---|
-| loss | {knobs.loss}, beta {knobs.beta:g} |
-| pairs | {metrics["num_pairs"]} for training, {metrics["num_eval"]} held out |
-| steps | {metrics["num_steps"]} of {knobs.batch_size} pairs |
+| loss | {_named(knobs)}, beta {knobs.beta:g} |
+| {_unit(knobs)} | {metrics["num_pairs"]} for training, {metrics["num_eval"]} held out |
+| steps | {metrics["num_steps"]} of {knobs.batch_size} {_unit(knobs)} |
 | held-out loss | {metrics["eval_loss_start"]:.4f} before, {metrics["eval_loss"]:.4f} after |
 | held-out accuracy | {metrics["eval_accuracy"]:.3f} |
 
@@ -197,20 +248,30 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({director
 """
 
 
+def _named(knobs: TrainParams) -> str:
+    """The objective in words: its name, or names with their weights."""
+    return ", ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in knobs.losses.items())
+
+
+def _unit(knobs: TrainParams) -> str:
+    return "rankings" if "plackett_luce" in knobs.losses else "pairs"
+
+
 def _print_summary(knobs: TrainParams, metrics: dict[str, Any], reporter: Reporter) -> None:
-    expected = f" (ln 2 = {math.log(2):.6f})" if knobs.loss == "sigmoid" else ""
+    expected = f" (ln 2 = {math.log(2):.6f})" if list(knobs.losses) == ["sigmoid"] else ""
+    unit = _unit(knobs)
     reporter.table(
         "train",
         [
-            ("loss", f"{knobs.loss}, beta {knobs.beta:g}"),
-            ("pairs", f"{metrics['num_pairs']} train, {metrics['num_eval']} held out"),
-            ("pairs left out", f"{metrics['num_rejected']} (listed in {paths.rejects_file('train').as_posix()})"),
+            ("loss", f"{_named(knobs)}, beta {knobs.beta:g}"),
+            (unit, f"{metrics['num_pairs']} train, {metrics['num_eval']} held out"),
+            (f"{unit} left out", f"{metrics['num_rejected']} (listed in {paths.rejects_file('train').as_posix()})"),
             ("steps", str(metrics["num_steps"])),
             ("step-0 loss", f"{metrics['step0_loss']:.6f}{expected}"),
             ("step-0 largest margin", f"{metrics['step0_max_abs_margin']:.2g}"),
             ("held-out loss", f"{metrics['eval_loss_start']:.4f} -> {metrics['eval_loss']:.4f}"),
             ("held-out accuracy", f"{metrics['eval_accuracy']:.3f}"),
-            ("speed", f"{metrics['pairs_per_s']:.1f} pairs/s, {metrics['logical_tokens_per_s']:.0f} logical tokens/s"),
+            ("speed", f"{metrics['pairs_per_s']:.1f} {unit}/s, {metrics['logical_tokens_per_s']:.0f} logical tokens/s"),
             ("peak memory", f"{metrics['peak_mem_gib']:.2f} GiB"),
         ],
     )

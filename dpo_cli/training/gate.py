@@ -17,7 +17,7 @@ from dpo_cli.core.errors import StaleArtifactError
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.scoring.probe import BFLOAT16_TOLERANCE
 from dpo_cli.scoring.scorer import Scorer
-from dpo_cli.training.objective import PairObjective
+from dpo_cli.training.objective import PreferenceObjective
 
 NUM_PAIRS = 64
 TOLERANCE = 1e-4
@@ -46,7 +46,7 @@ class StepZero:
 def check_step_zero(
     model: torch.nn.Module,
     scorer: Scorer,
-    objective: PairObjective,
+    objective: PreferenceObjective,
     groups: Sequence[TokenGroup],
     max_tokens: int,
 ) -> StepZero:
@@ -67,8 +67,8 @@ def check_step_zero(
     for indices in scorer.split(sample, max_tokens):
         batch = [sample[index] for index in indices]
         scores = scorer.score(batch)
-        result = objective.losses(batch, scores)
-        gap = scores.logps_BK - objective.reference_logps(batch, scorer.device)
+        result = objective.losses(batch, scores, sample)
+        gap = objective.policy_logps(scores) - objective.reference_logps(batch, scorer.device)
         difference = gap.abs().amax(1).nan_to_num(nan=math.inf, posinf=math.inf)  # no number is never within rounding
         losses.append(result.losses_B)
         margins.append(result.metrics["rewards/margins"].abs())

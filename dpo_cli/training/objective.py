@@ -1,4 +1,4 @@
-"""What the training loop minimises: an objective function with the constants it needs."""
+"""Objectives as the training loop sees them: scored groups in, losses and metrics out."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import Protocol
 
 import torch
 
+from dpo_cli.core.objectives import OBJECTIVES
+from dpo_cli.core.params import TrainParams
 from dpo_cli.data.tokenise import TokenGroup
-from dpo_cli.objectives.pairwise import PairwiseLoss, log_ratios
+from dpo_cli.objectives.pairwise import BatchFacts, log_ratios, objective_loss, shared_length_logps
+from dpo_cli.objectives.ranking import kendall_tau, plackett_luce
 from dpo_cli.objectives.sft import negative_log_likelihood
 from dpo_cli.scoring.scorer import Scores
 
@@ -28,66 +31,171 @@ class GroupLosses:
 
 
 class Objective(Protocol):
-    """What the training loop needs to know of an objective."""
+    """What the training loop needs to know of an objective.
+
+    Attributes:
+        is_coupled: Whether the loss of one group depends on all others of its optimizer step.
+    """
+
+    is_coupled: bool
 
     def weight(self, groups: Sequence[TokenGroup]) -> float:
         """What the sum of the groups' losses is divided by."""
         ...
 
-    def losses(self, groups: Sequence[TokenGroup], scores: Scores) -> GroupLosses:
-        """The losses of groups that were scored."""
+    def losses(self, groups: Sequence[TokenGroup], scores: Scores, step: Sequence[TokenGroup]) -> GroupLosses:
+        """The losses of groups that were scored, some or all of those of an optimizer step."""
+        ...
+
+
+class PreferenceObjective(Objective, Protocol):
+    """An objective that compares answers, against a reference that is cached."""
+
+    def reference_logps(self, groups: Sequence[TokenGroup], device: torch.device) -> torch.Tensor:
+        """float64 [B, K], nats, as the loss reads them."""
+        ...
+
+    def policy_logps(self, scores: Scores) -> torch.Tensor:
+        """float64 [B, K], nats, as the loss reads them, with gradient."""
         ...
 
 
 class SftObjective:
     """Negative log-likelihood a completion token, over the whole optimizer batch."""
 
+    is_coupled = False
+
     def weight(self, groups: Sequence[TokenGroup]) -> float:
         """The number of completion tokens."""
         return float(sum(len(group.completions[0]) for group in groups))
 
-    def losses(self, groups: Sequence[TokenGroup], scores: Scores) -> GroupLosses:
+    def losses(self, groups: Sequence[TokenGroup], scores: Scores, step: Sequence[TokenGroup]) -> GroupLosses:
         """Losses summed over tokens, nats."""
         return GroupLosses(negative_log_likelihood(scores.logps_BK), {})
 
 
-class PairObjective:
-    """A pairwise preference loss against cached reference log-probabilities, a mean over pairs.
+def preference_objective(
+    knobs: TrainParams,
+    reference: Mapping[str, Sequence[float]],
+    *,
+    score_gaps: Mapping[str, float] | None = None,
+    ranks: Mapping[str, Sequence[int]] | None = None,
+) -> PreferenceObjective:
+    """The objective that section train asks for.
 
     Args:
-        loss: The loss, a pure function.
-        beta: Scale of the implicit reward that is reported.
+        knobs: Section train.
+        reference: Reference log-probabilities of each group's completions by row id, nats; with
+            ``ld_alpha`` those of :func:`~dpo_cli.objectives.pairwise.shared_length_logps`.
+        score_gaps: Chosen minus rejected score by row id, for ``margin_scale``.
+        ranks: Ranks of each group's completions by row id, for ``plackett_luce``.
+    """
+    if "plackett_luce" in knobs.losses:
+        return RankingObjective(knobs, reference, ranks or {})
+    return PairObjective(knobs, reference, score_gaps or {})
+
+
+class PairObjective:
+    """Pairwise preference losses against cached reference log-probabilities, a mean over pairs.
+
+    Args:
+        knobs: Section train: the losses, beta, and what they read.
         reference: Reference log-probabilities (chosen, rejected) by row id, nats.
+        score_gaps: Chosen minus rejected score by row id; read with ``margin_scale`` alone.
     """
 
-    def __init__(self, loss: PairwiseLoss, beta: float, reference: Mapping[str, Sequence[float]]) -> None:
-        self._loss = loss
-        self._beta = beta
+    def __init__(
+        self,
+        knobs: TrainParams,
+        reference: Mapping[str, Sequence[float]],
+        score_gaps: Mapping[str, float] | None = None,
+    ) -> None:
+        self._knobs = knobs
         self._reference = reference
+        self._score_gaps = score_gaps or {}
+        self.is_coupled = any(OBJECTIVES[name].is_coupled for name in knobs.losses)
 
     def reference_logps(self, groups: Sequence[TokenGroup], device: torch.device) -> torch.Tensor:
         """float64 [B, 2]."""
         return torch.tensor([self._reference[group.id] for group in groups], dtype=torch.float64, device=device)
 
+    def policy_logps(self, scores: Scores) -> torch.Tensor:
+        """float64 [B, 2], with gradient."""
+        if self._knobs.ld_alpha is None:
+            return scores.logps_BK
+        return shared_length_logps(scores.token_logps_M, scores.num_tokens_BK, self._knobs.ld_alpha)
+
     def weight(self, groups: Sequence[TokenGroup]) -> float:
         """The number of pairs."""
         return float(len(groups))
 
-    def losses(self, groups: Sequence[TokenGroup], scores: Scores) -> GroupLosses:
+    def losses(self, groups: Sequence[TokenGroup], scores: Scores, step: Sequence[TokenGroup]) -> GroupLosses:
         """Losses and the metrics that TRL logs; an accuracy of a tie is one half."""
-        reference = self.reference_logps(groups, scores.logps_BK.device)
-        losses = self._loss(scores.logps_BK, reference, scores.num_tokens_BK)
-        policy = scores.logps_BK.detach()
-        rewards = self._beta * log_ratios(policy, reference)
-        margins = rewards[:, 0] - rewards[:, 1]
-        return GroupLosses(
-            losses,
-            {
-                "rewards/chosen": rewards[:, 0],
-                "rewards/rejected": rewards[:, 1],
-                "rewards/margins": margins,
-                "rewards/accuracies": (margins.sign() + 1) / 2,
-                "logps/chosen": policy[:, 0],
-                "logps/rejected": policy[:, 1],
-            },
-        )
+        device = scores.logps_BK.device
+        gaps = None
+        if self._knobs.margin_scale:
+            gaps = torch.tensor([self._score_gaps[group.id] for group in groups], dtype=torch.float64, device=device)
+        facts = BatchFacts(sum(len(group.completions[0]) for group in step) / len(step), gaps)
+        policy, reference = self.policy_logps(scores), self.reference_logps(groups, device)
+        losses = objective_loss(self._knobs, facts)(policy, reference, scores.num_tokens_BK)
+        rewards = self._knobs.beta * log_ratios(policy.detach(), reference)
+        return GroupLosses(losses, _metrics(rewards, scores.logps_BK.detach()))
+
+
+class RankingObjective:
+    """Plackett-Luce over rankings against cached reference log-probabilities, a mean over rankings.
+
+    Args:
+        knobs: Section train: beta and ties.
+        reference: Reference log-probabilities of all answers, best first, by row id, nats.
+        ranks: Their ranks by row id, ascending.
+    """
+
+    is_coupled = False
+
+    def __init__(
+        self, knobs: TrainParams, reference: Mapping[str, Sequence[float]], ranks: Mapping[str, Sequence[int]]
+    ) -> None:
+        self._knobs = knobs
+        self._reference = reference
+        self._ranks = ranks
+
+    def reference_logps(self, groups: Sequence[TokenGroup], device: torch.device) -> torch.Tensor:
+        """float64 [B, K]."""
+        return torch.tensor([self._reference[group.id] for group in groups], dtype=torch.float64, device=device)
+
+    def policy_logps(self, scores: Scores) -> torch.Tensor:
+        """float64 [B, K], with gradient."""
+        return scores.logps_BK
+
+    def weight(self, groups: Sequence[TokenGroup]) -> float:
+        """The number of rankings."""
+        return float(len(groups))
+
+    def losses(self, groups: Sequence[TokenGroup], scores: Scores, step: Sequence[TokenGroup]) -> GroupLosses:
+        """Losses and metrics: those of a pair for the best answer and the worst, and Kendall's tau over all."""
+        ranks = torch.tensor([list(self._ranks[group.id]) for group in groups])
+        policy, reference = scores.logps_BK, self.reference_logps(groups, scores.logps_BK.device)
+        losses = plackett_luce(self._knobs.beta, policy, reference, ranks, self._knobs.ties)
+        rewards = self._knobs.beta * (policy.detach() - reference)
+        metrics = _metrics(rewards, policy.detach())
+        tau = kendall_tau(rewards, ranks.to(rewards.device)).nan_to_num(0.0)  # of one tie: neither right nor wrong
+        return GroupLosses(losses, {**metrics, "rewards/kendall_tau": tau, "rewards/accuracies": (tau + 1) / 2})
+
+
+def _metrics(rewards_BK: torch.Tensor, policy_BK: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What is logged of the first and the last answer of each group.
+
+    The gradient weight is sigma(r_l - r_w), by which DPO's gradient weighs a pair (Rafailov et al. 2023, section 4).
+    """
+    margins = rewards_BK[:, 0] - rewards_BK[:, -1]
+    return {
+        "rewards/chosen": rewards_BK[:, 0],
+        "rewards/rejected": rewards_BK[:, -1],
+        "rewards/margins": margins,
+        "rewards/accuracies": (margins.sign() + 1) / 2,
+        "rewards/ties": (margins == 0).double(),
+        "gradient_weight": (-margins).sigmoid(),
+        "logps/chosen": policy_BK[:, 0],
+        "logps/rejected": policy_BK[:, -1],
+    }

@@ -24,7 +24,7 @@ from dpo_cli.core.params import TrainingParams
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models.device import Machine
 from dpo_cli.scoring.budget import TokenBudget, is_out_of_memory
-from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.scoring.scorer import Scorer, Scores
 from dpo_cli.training.objective import Objective
 
 _OPTIMIZERS = {"adamw": "adamw_torch", "rmsprop": "rmsprop", "paged_adamw_8bit": "paged_adamw_8bit"}
@@ -34,6 +34,25 @@ _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with
 _LOSS = ""
 _Means = tuple[float, dict[str, float]]
 """A loss, divided by the objective's weight, and metrics, by the number of groups."""
+
+
+@dataclass(frozen=True)
+class _RandomState:
+    """Where the random streams of CPU and GPU are."""
+
+    cpu: torch.Tensor
+    cuda: torch.Tensor | None
+
+    @classmethod
+    def of(cls, device: torch.device) -> _RandomState:
+        """As they are now."""
+        return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if device.type == "cuda" else None)
+
+    def restore(self) -> None:
+        """Go back to there."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda)
 
 
 @dataclass(frozen=True)
@@ -175,7 +194,9 @@ class GroupTrainer(Trainer):
         """Held-out loss and metrics, weighted by example whatever the micro-batches."""
         self.model.eval()  # type: ignore[union-attr]
         groups: list[TokenGroup] = self.eval_dataset  # type: ignore[assignment]
-        total, means = self._within_memory(groups, self._add_up)
+        total, means = self._within_memory(
+            groups, self._add_up_together if self._objective.is_coupled else self._add_up
+        )
         metrics = {"eval_loss": total} | {f"eval_{name}": value for name, value in means.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -185,8 +206,7 @@ class GroupTrainer(Trainer):
         self, groups: list[TokenGroup], work: Callable[[list[TokenGroup], list[list[int]]], _Means]
     ) -> _Means:
         """Do some work in micro-batches; where they do not fit into memory, all of it again in smaller ones."""
-        on_gpu = self._scorer.device.type == "cuda"
-        random_state = torch.get_rng_state(), torch.cuda.get_rng_state() if on_gpu else None
+        random_state = _RandomState.of(self._scorer.device)
         while True:
             batches = self._scorer.split(groups, self._budget.max_tokens)
             try:
@@ -196,9 +216,7 @@ class GroupTrainer(Trainer):
                     raise
             # out of the except block: the error's traceback holds on to what filled the memory
             self.model.zero_grad(set_to_none=True)  # type: ignore[union-attr]
-            torch.set_rng_state(random_state[0])
-            if random_state[1] is not None:
-                torch.cuda.set_rng_state(random_state[1])
+            random_state.restore()
             self._budget.halve(batches)
 
     def _accumulate(self, groups: list[TokenGroup], batches: list[list[int]]) -> _Means:
@@ -208,7 +226,35 @@ class GroupTrainer(Trainer):
         def backward(loss: torch.Tensor) -> None:
             self.accelerator.backward(loss / weight)
 
+        if self._objective.is_coupled and len(batches) > 1:
+            return self._accumulate_coupled(groups, batches, backward)
         return self._add_up(groups, batches, backward)
+
+    def _accumulate_coupled(
+        self, groups: list[TokenGroup], batches: list[list[int]], backward: Callable[[torch.Tensor], None]
+    ) -> _Means:
+        """The same for a loss of all groups together: what each log-probability weighs, then its gradient.
+
+        The log-probabilities are taken twice, without and with gradients, so that memory is that of a micro-batch.
+        """
+        states, scores = [], []
+        with torch.no_grad():
+            for indices in batches:
+                states.append(_RandomState.of(self._scorer.device))
+                scores.append(self._scorer.score([groups[index] for index in indices]))
+        order = [index for indices in batches for index in indices]
+        whole = Scores.join(scores)
+        leaf = whole.logps_BK.requires_grad_()
+        result = self._objective.losses([groups[index] for index in order], whole, groups)
+        (weights_BK,) = torch.autograd.grad(result.losses_B.sum(), leaf)
+        begin = 0
+        for indices, state in zip(batches, states, strict=True):
+            state.restore()
+            again = self._scorer.score([groups[index] for index in indices])
+            backward((again.logps_BK * weights_BK[begin : begin + len(indices)]).sum())
+            begin += len(indices)
+        sums = {_LOSS: result.losses_B.detach().sum(), **{name: value.sum() for name, value in result.metrics.items()}}
+        return self._means(sums, groups)
 
     def _add_up(
         self, groups: list[TokenGroup], batches: list[list[int]], each: Callable[[torch.Tensor], None] | None = None
@@ -217,12 +263,23 @@ class GroupTrainer(Trainer):
         sums: dict[str, torch.Tensor] = {}
         for indices in batches:
             batch = [groups[index] for index in indices]
-            result = self._objective.losses(batch, self._scorer.score(batch))
+            result = self._objective.losses(batch, self._scorer.score(batch), groups)
             loss = result.losses_B.sum()
             if each is not None:
                 each(loss)
             for name, values in {_LOSS: loss.detach(), **result.metrics}.items():
                 sums[name] = sums.get(name, 0.0) + values.sum()
+        return self._means(sums, groups)
+
+    def _add_up_together(self, groups: list[TokenGroup], batches: list[list[int]]) -> _Means:
+        """The same of a loss of all groups together, without gradients."""
+        scores = [self._scorer.score([groups[index] for index in indices]) for indices in batches]
+        order = [groups[index] for indices in batches for index in indices]
+        result = self._objective.losses(order, Scores.join(scores), groups)
+        sums = {_LOSS: result.losses_B.sum(), **{name: value.sum() for name, value in result.metrics.items()}}
+        return self._means(sums, groups)
+
+    def _means(self, sums: dict[str, torch.Tensor], groups: Sequence[TokenGroup]) -> _Means:
         names = list(sums)
         values = torch.stack([sums[name] for name in names]).tolist()  # the one time that the device is waited for
         means = {name: value / len(groups) for name, value in zip(names, values, strict=True)}

@@ -27,7 +27,6 @@ from dpo_cli.core.params import LoraParams, TrainParams
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models.adapters import add_adapter, save_adapter
 from dpo_cli.models.lora import use_short_layers
-from dpo_cli.objectives.pairwise import pairwise_loss
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.layout import LAYOUTS, LayoutName
 from dpo_cli.scoring.scorer import Scorer
@@ -197,9 +196,9 @@ def score_all(scorer: Scorer, pairs: Sequence[TokenGroup]) -> torch.Tensor:
         return torch.cat([scorer.score(batch).logps_BK for batch in batches])
 
 
-def objective_of(scorer: Scorer, pairs: Sequence[TokenGroup], loss: str = "sigmoid") -> PairObjective:
+def objective_of(scorer: Scorer, pairs: Sequence[TokenGroup], loss: Any = "sigmoid") -> PairObjective:
     reference = {pair.id: row.tolist() for pair, row in zip(pairs, score_all(scorer, pairs), strict=True)}
-    return PairObjective(pairwise_loss(loss, BETA), BETA, reference)
+    return PairObjective(TrainParams(loss=loss, beta=BETA), reference)
 
 
 def our_curve(
@@ -264,7 +263,7 @@ def test_the_losses_that_both_have_are_equal_away_from_the_reference(
             pairs = setting.pairs[index * BATCH_SIZE :][:BATCH_SIZE]
             with torch.no_grad():
                 theirs = trainer.compute_loss(trainer.model, batch).item()
-                result = objective.losses(pairs, scorer.score(pairs))
+                result = objective.losses(pairs, scorer.score(pairs), pairs)
             assert result.metrics["rewards/margins"].abs().max() > 0.1
             assert result.losses_B.mean().item() == pytest.approx(theirs, abs=TOLERANCE)
 

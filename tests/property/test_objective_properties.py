@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpo_cli.core.params import TrainParams
 from dpo_cli.objectives.pairwise import pairwise_loss
 from dpo_cli.reference.cache import completion_key
 
@@ -17,12 +19,14 @@ PAIR = st.tuples(LOGP, LOGP)
 TOKENS = st.lists(st.integers(0, 9), min_size=1, max_size=12).map(tuple)
 
 
-def loss_of(name: str, policy: tuple[float, float], reference: tuple[float, float], beta: float = 0.1) -> float:
+def loss_of(name: Any, policy: tuple[float, float], reference: tuple[float, float], beta: float = 0.1) -> float:
     def tensor(values: tuple[float, float]) -> torch.Tensor:
         return torch.tensor([values], dtype=torch.float64)
 
     smoothing = 0.1 if name == "cdpo" else 0.0
-    return pairwise_loss(name, beta, smoothing)(tensor(policy), tensor(reference), torch.ones(1, 2)).item()
+    return pairwise_loss(name, TrainParams(beta=beta, label_smoothing=smoothing))(
+        tensor(policy), tensor(reference), torch.ones(1, 2)
+    ).item()
 
 
 @given(PAIR, st.floats(0.01, 5))

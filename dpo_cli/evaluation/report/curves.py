@@ -85,12 +85,12 @@ def draw_curves(inputs: Inputs) -> list[Curve]:
     curves = [
         _line_curve(
             "loss",
-            "DPO loss",
+            "Preference loss",
             "Both should fall; held-out loss that rises while training loss falls is over-fitting."
             " The dashed line is the loss before any step.",
             steps,
             _train_and_held_out("loss"),
-            level=inputs.metrics["evaluate"]["loss_at_reference"],
+            level=inputs.metrics["train"]["step0_loss"],
         ),
         _line_curve(
             "accuracy",

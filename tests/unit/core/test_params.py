@@ -69,7 +69,12 @@ def test_params_cannot_be_changed() -> None:
         ({"train": {"beta": "0.1"}}, "train.beta must be a number, got '0.1'"),
         ({"train": {"beta": True}}, "train.beta must be a number, got True"),
         ({"model": {"name": 7}}, "model.name must be text, got 7"),
-        ({"train": {"loss": "dpo"}}, "train.loss must be one of 'sigmoid', 'cdpo', 'ipo' or 'hinge', got 'dpo'"),
+        (
+            {"train": {"loss": "dpo"}},
+            "train.loss must be one of 'sigmoid', 'cdpo', 'robust', 'hinge', 'ipo', 'ipo_sum', 'exo_pair', 'nca_pair', 'bco_pair',"
+            " 'sppo_hard', 'aot', 'aot_unpaired', 'apo_zero', 'apo_down', 'discopop', 'sigmoid_norm', 'simpo', 'orpo', 'cpo',"
+            " 'sft', 'sft_norm' or 'plackett_luce', got 'dpo'",
+        ),
         ({"train": 5}, "train must be a section, got 5"),
         ({"train": {"lora": 5}}, "train.lora must be a section, got 5"),
         ({"sft": {"lora": {"target_modules": "q_proj"}}}, "sft.lora.target_modules must be a list, got 'q_proj'"),

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import pytest
 
+from dpo_cli.core.params import TrainParams
 from dpo_cli.evaluation.held_out import HeldOut, HeldOutPair, summarise_held_out
 from dpo_cli.objectives.pairwise import pairwise_loss
 
 
-def summarise(pairs: list[HeldOutPair], beta: float = 0.5, name: str = "sigmoid") -> HeldOut:
-    return summarise_held_out(pairs, pairwise_loss(name, beta), beta, draws=200, confidence=0.9, seed=0)
+def summarise(pairs: list[HeldOutPair], beta: float = 0.5, name: Any = "sigmoid") -> HeldOut:
+    return summarise_held_out(
+        pairs, pairwise_loss(name, TrainParams(beta=beta)), beta, draws=200, confidence=0.9, seed=0
+    )
 
 
 def pair(

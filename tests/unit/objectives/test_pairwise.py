@@ -5,12 +5,20 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
+from dpo_cli.core.params import TrainParams
 from dpo_cli.objectives.pairwise import PairwiseLoss, cdpo, hinge, ipo, log_ratios, pairwise_loss, sigmoid
 from dpo_cli.objectives.sft import negative_log_likelihood
+
+
+def named(name: Any, beta: float, label_smoothing: float = 0.0) -> PairwiseLoss:
+    """The loss of a name, as section train sets it."""
+    return pairwise_loss(name, TrainParams(beta=beta, label_smoothing=label_smoothing))
+
 
 BETAS = [0.05, 0.1, 0.5, 2.0]
 ROWS = [
@@ -56,7 +64,7 @@ def expected(name: str, beta: float, smoothing: float, row: tuple[tuple[float, .
     ("name", "smoothing"), [("sigmoid", 0.0), ("cdpo", 0.1), ("cdpo", 0.4), ("ipo", 0.0), ("hinge", 0.0)]
 )
 def test_a_loss_is_its_formula(name: str, smoothing: float, beta: float) -> None:
-    losses = pairwise_loss(name, beta, smoothing)(*tensors(ROWS))
+    losses = named(name, beta, smoothing)(*tensors(ROWS))
     assert losses.dtype == torch.float64
     assert losses.tolist() == pytest.approx([expected(name, beta, smoothing, row) for row in ROWS], rel=1e-12)
 
@@ -116,7 +124,7 @@ def test_ipo_is_zero_at_its_target() -> None:
 @pytest.mark.parametrize("margin", [-1e6, 1e6])
 def test_no_margin_is_too_large(name: str, margin: float) -> None:
     policy = torch.tensor([[margin, 0.0]], dtype=torch.float64, requires_grad=True)
-    loss = pairwise_loss(name, 0.1, 0.1)(policy, torch.zeros(1, 2), torch.ones(1, 2))
+    loss = named(name, 0.1, 0.1)(policy, torch.zeros(1, 2), torch.ones(1, 2))
     loss.sum().backward()
     assert torch.isfinite(loss).all()
     assert policy.grad is not None
@@ -136,12 +144,12 @@ def test_float32_log_probabilities_are_subtracted_in_float64() -> None:
 )
 def test_a_loss_is_found_by_its_name(name: str, kind: Callable[[float], PairwiseLoss]) -> None:
     arguments = tensors(ROWS)
-    assert torch.equal(pairwise_loss(name, 0.3, 0.3)(*arguments), kind(0.3)(*arguments))
+    assert torch.equal(named(name, 0.3, 0.3)(*arguments), kind(0.3)(*arguments))
 
 
 def test_an_unknown_name_is_no_loss() -> None:
     with pytest.raises(KeyError):
-        pairwise_loss("dpo", 0.1)
+        named("dpo", 0.1)
 
 
 def test_instruction_loss_is_the_negative_sum() -> None:

@@ -20,7 +20,6 @@ from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.load import keep_weights_unpacked, load_model
-from dpo_cli.objectives.pairwise import pairwise_loss
 from dpo_cli.scoring.budget import is_out_of_memory
 from dpo_cli.scoring.layout import LAYOUTS, LayoutName, lay_out
 from dpo_cli.scoring.scorer import Scorer, Scores
@@ -85,7 +84,7 @@ def train(
     with torch.no_grad():
         logps = Scorer.score(scorer, pairs).logps_BK.tolist()
     by_id = {pair.id: row for pair, row in zip(pairs, logps, strict=True)}
-    objective = PairObjective(pairwise_loss("sigmoid", 0.1), 0.1, by_id)
+    objective = PairObjective(TrainParams(beta=0.1), by_id)
     runtime = RuntimeParams(max_tokens_per_microbatch=max_tokens, recompute=recompute)
     with watch or nullcontext():
         return fit(

@@ -15,7 +15,6 @@ from dpo_cli.core.params import LoraParams, RuntimeParams, TrainingParams, Train
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.load import keep_weights_unpacked, load_model
-from dpo_cli.objectives.pairwise import pairwise_loss
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.gate import check_step_zero
 from dpo_cli.training.objective import Objective, PairObjective, SftObjective
@@ -60,7 +59,7 @@ def run_dpo(
 ) -> Fit:
     scorer = Scorer(model, torch.float32)
     train, held_out = pairs
-    objective = PairObjective(pairwise_loss("sigmoid", 0.1), 0.1, reference(scorer, [*train, *held_out]))
+    objective = PairObjective(TrainParams(beta=0.1), reference(scorer, [*train, *held_out]))
     return run(model, scorer, objective, pairs, work, cpu, reporter, runtime, knobs)
 
 
@@ -169,9 +168,9 @@ def test_a_tie_counts_one_half(make_groups: Callable[..., list[TokenGroup]]) -> 
     from dpo_cli.scoring.scorer import Scores
 
     groups = make_groups(3)
-    objective = PairObjective(pairwise_loss("sigmoid", 1.0), 1.0, {group.id: [0.0, 0.0] for group in groups})
+    objective = PairObjective(TrainParams(beta=1.0), {group.id: [0.0, 0.0] for group in groups})
     logps = torch.tensor([[2.0, 1.0], [1.0, 1.0], [0.0, 3.0]], dtype=torch.float64)
-    result = objective.losses(groups, Scores(logps, torch.ones(3, 2, dtype=torch.int64), torch.zeros(6)))
+    result = objective.losses(groups, Scores(logps, torch.ones(3, 2, dtype=torch.int64), torch.zeros(6)), groups)
     assert result.metrics["rewards/accuracies"].tolist() == [1.0, 0.5, 0.0]
     assert result.metrics["rewards/margins"].tolist() == [1.0, 0.0, -3.0]
 
@@ -182,7 +181,7 @@ def test_a_loss_that_is_no_number_stops_the_run_with_a_remedy(
     model = policy()
     scorer = Scorer(model, torch.float32)
     groups = [*pairs[0], *pairs[1]]
-    objective = PairObjective(pairwise_loss("sigmoid", 0.1), 0.1, {group.id: [math.nan, 0.0] for group in groups})
+    objective = PairObjective(TrainParams(beta=0.1), {group.id: [math.nan, 0.0] for group in groups})
     with pytest.raises(ParamsError, match=r"train\.learning_rate is too high"):
         run(model, scorer, objective, pairs, tmp_path, cpu, reporter)
 
@@ -298,7 +297,7 @@ def test_an_optimizer_of_cuda_is_refused_on_the_cpu(tmp_path: Path, cpu: Any) ->
 def test_the_gate_lets_the_reference_through(budget: int, policy: Callable[[], Any], pairs: Any) -> None:
     model = policy()
     scorer = Scorer(model, torch.float32)
-    objective = PairObjective(pairwise_loss("sigmoid", 0.1), 0.1, reference(scorer, pairs[0]))
+    objective = PairObjective(TrainParams(beta=0.1), reference(scorer, pairs[0]))
     seen = check_step_zero(model, scorer, objective, pairs[0], budget)
     assert seen.loss == pytest.approx(math.log(2), abs=1e-5)
     assert seen.max_abs_margin <= 1e-4
@@ -314,7 +313,7 @@ def test_the_gate_stops_a_cache_of_another_graph_and_names_the_row(
     logps = reference(scorer, pairs[0])
     row = pairs[0][7].id
     logps[row] = [logps[row][0] + value, logps[row][1]]
-    objective = PairObjective(pairwise_loss("sigmoid", 0.1), 0.1, logps)
+    objective = PairObjective(TrainParams(beta=0.1), logps)
     with pytest.raises(StaleArtifactError, match=r"differ before the first step.*run: dpo-cli precompute-ref") as error:
         check_step_zero(model, scorer, objective, pairs[0], 4096)
     assert row in str(error.value)
@@ -327,7 +326,7 @@ def test_live_dropout_does_not_blind_the_gate(tiny_folder: Path, cpu: Any, pairs
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     scorer = Scorer(model.eval(), torch.float32)
-    objective = PairObjective(pairwise_loss("sigmoid", 1.0), 1.0, reference(scorer, pairs[0]))
+    objective = PairObjective(TrainParams(beta=1.0), reference(scorer, pairs[0]))
     assert check_step_zero(model, scorer, objective, pairs[0], 4096).max_abs_margin <= 1e-4
 
 
@@ -343,7 +342,7 @@ def test_a_right_cache_in_bfloat16_passes_at_any_budget(budget: int, policy: Cal
         ]
         logps = scorer.score(singles).logps_BK[:, 0].view(-1, 2).tolist()
     cached = {group.id: row for group, row in zip(pairs[0], logps, strict=True)}
-    objective = PairObjective(pairwise_loss("sigmoid", 0.1), 0.1, cached)
+    objective = PairObjective(TrainParams(beta=0.1), cached)
     check_step_zero(model, scorer, objective, pairs[0], budget)
     cached[pairs[0][3].id][0] += 1.0
     with pytest.raises(StaleArtifactError):

@@ -1,0 +1,271 @@
+"""Every objective that TRL 1.16 has, value and gradient, on random log-probabilities.
+
+TRL's own code is run: ``DPOTrainer._compute_loss`` on a model that returns given log-probabilities,
+``CPOTrainer.cpo_loss`` and ``ORPOTrainer.odds_ratio_loss``. All in float64 where TRL lets it be.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dpo_cli.core.objectives import OBJECTIVES
+from dpo_cli.core.params import TrainParams
+from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.objectives.pairwise import cpo, orpo, shared_length_logps, simpo
+from dpo_cli.scoring.scorer import Scores
+from dpo_cli.training.objective import PairObjective
+
+TOLERANCE = 1e-6
+NUM_PAIRS = 7
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Random pairs: log-probabilities of every token, right-padded, with a prompt of one token before."""
+
+    policy: torch.Tensor  # float64 [2 B, T], chosen rows first
+    reference: torch.Tensor
+    log_sum_sq: torch.Tensor
+    lengths: torch.Tensor  # int64 [2 B]
+
+    @classmethod
+    def draw(cls, seed: int, dtype: torch.dtype = torch.float64) -> Batch:
+        generator = torch.Generator().manual_seed(seed)
+        lengths = torch.randint(1, 9, (2 * NUM_PAIRS,), generator=generator)
+        shape = (2 * NUM_PAIRS, int(lengths.max()))
+        reference = -3 * torch.rand(shape, generator=generator, dtype=torch.float64)
+        policy = (reference + 0.6 * torch.randn(shape, generator=generator, dtype=torch.float64)).clamp(max=-1e-3)
+        log_sum_sq = -2 * torch.rand(shape, generator=generator, dtype=torch.float64)
+        return cls(policy.to(dtype).requires_grad_(), reference.to(dtype), log_sum_sq.to(dtype), lengths)
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """bool [2 B, T], the tokens that are there."""
+        return torch.arange(self.policy.shape[1]) < self.lengths[:, None]
+
+    def sums(self, values: torch.Tensor) -> torch.Tensor:
+        """[2 B]."""
+        return (values * self.mask).sum(1)
+
+
+def trl_loss(batch: Batch, names: list[str], weights: list[float], **settings: Any) -> torch.Tensor:
+    """The loss that TRL's DPOTrainer makes of a batch."""
+    from trl import DPOTrainer
+
+    zeros = torch.zeros_like(batch.policy)
+    completion_mask = torch.cat([torch.zeros(len(zeros), 1, dtype=torch.long), batch.mask.long()], dim=1)
+
+    def model(**_: Any) -> SimpleNamespace:
+        return SimpleNamespace(
+            log_probs=batch.policy * batch.mask,  # as TRL's head leaves them
+            log_sum_sq_probs=batch.log_sum_sq,
+            entropy=zeros,
+            mean_logits=zeros,
+            is_top1=torch.ones_like(batch.mask),
+        )
+
+    reference = batch.sums(batch.reference)
+    if settings.get("ld_alpha") is not None:
+        reference = shared_length_of(batch, batch.reference, settings["ld_alpha"]).T.reshape(-1)
+    model.training = True  # type: ignore[attr-defined]
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"), gather=lambda value: value, gather_for_metrics=lambda value: value
+    )
+    trainer = SimpleNamespace(
+        model=model,
+        accelerator=accelerator,
+        aux_loss_enabled=False,
+        precompute_ref_logps=True,
+        loss_types=names,
+        loss_weights=weights,
+        beta=settings.get("beta", 0.1),
+        ld_alpha=settings.get("ld_alpha"),
+        label_smoothing=settings.get("label_smoothing", 0.0),
+        f_divergence_type=settings.get("f_divergence_type", "reverse_kl"),
+        f_alpha_divergence_coef=settings.get("f_alpha_divergence_coef", 0.5),
+        use_weighting=settings.get("use_weighting", False),
+        args=SimpleNamespace(discopop_tau=settings.get("discopop_tau", 0.05)),
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    inputs = {
+        "input_ids": torch.zeros_like(completion_mask),
+        "attention_mask": torch.ones_like(completion_mask),
+        "completion_mask": completion_mask,
+        "ref_chosen_logps": reference[:NUM_PAIRS],
+        "ref_rejected_logps": reference[NUM_PAIRS:],
+    }
+    return DPOTrainer._compute_loss(trainer, model, inputs, return_outputs=False)  # type: ignore[arg-type]
+
+
+def in_pairs(values: torch.Tensor) -> torch.Tensor:
+    """[2 B, ...], chosen rows first, as [B, 2, ...]."""
+    return torch.stack([values[:NUM_PAIRS], values[NUM_PAIRS:]], dim=1)
+
+
+def flat_tokens(batch: Batch, values: torch.Tensor) -> torch.Tensor:
+    """[M], the tokens that are there, pair after pair."""
+    return in_pairs(values)[in_pairs(batch.mask)]
+
+
+def shared_length_of(batch: Batch, values: torch.Tensor, weight: float) -> torch.Tensor:
+    """[B, 2]."""
+    return shared_length_logps(flat_tokens(batch, values), in_pairs(batch.lengths), weight)
+
+
+def our_loss(batch: Batch, knobs: TrainParams) -> torch.Tensor:
+    """The loss that our objective makes of it."""
+    lengths = in_pairs(batch.lengths)
+    groups = [
+        TokenGroup(str(index), str(index), (0,), tuple((0,) * int(length) for length in row))
+        for index, row in enumerate(lengths)
+    ]
+    reference = (
+        in_pairs(batch.sums(batch.reference))
+        if knobs.ld_alpha is None
+        else shared_length_of(batch, batch.reference, knobs.ld_alpha)
+    )
+    by_id = {group.id: row for group, row in zip(groups, reference.tolist(), strict=True)}
+    scores = Scores(in_pairs(batch.sums(batch.policy)).double(), lengths, flat_tokens(batch, batch.policy))
+    objective = PairObjective(knobs, by_id)
+    return objective.losses(groups, scores, groups).losses_B.sum() / objective.weight(groups)
+
+
+def assert_equal(ours: torch.Tensor, trls: torch.Tensor, policy: torch.Tensor, tolerance: float = TOLERANCE) -> None:
+    """Values and gradients."""
+    (our_grad,) = torch.autograd.grad(ours, policy, retain_graph=True)
+    (trl_grad,) = torch.autograd.grad(trls, policy)
+    assert ours.item() == pytest.approx(trls.item(), abs=tolerance, rel=tolerance)
+    assert trl_grad.abs().max() > 1e-3, "a gradient of nothing proves nothing"
+    torch.testing.assert_close(our_grad, trl_grad, atol=tolerance, rtol=tolerance)
+
+
+SMOOTHED = {"robust": 0.1, "exo_pair": 1e-3, "aot": 0.1, "aot_unpaired": 0.2}
+PLAIN = [
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+]  # fmt: skip
+
+
+def test_these_are_all_that_trl_has() -> None:
+    """Read off the message with which TRL refuses an unknown one; ours have the same names."""
+    with pytest.raises(ValueError, match="Unknown loss type") as refusal:
+        trl_loss(Batch.draw(0), ["nonsense"], [1.0])
+    names = str(refusal.value).split("[")[1].rstrip("]").replace("'", "").split(", ")
+    assert sorted(names) == sorted(PLAIN)
+    assert set(PLAIN) <= set(OBJECTIVES)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_loss_is_trls(name: Any, beta: float, seed: int) -> None:
+    batch = Batch.draw(seed)
+    smoothing = SMOOTHED.get(name, 0.0)
+    trls = trl_loss(batch, [name], [1.0], beta=beta, label_smoothing=smoothing)
+    ours = our_loss(batch, TrainParams(loss=name, beta=beta, label_smoothing=smoothing))
+    # TRL's exo_pair takes its logarithms of e in float32
+    assert_equal(ours, trls, batch.policy)
+
+
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
+def test_without_smoothing(name: Any) -> None:
+    batch = Batch.draw(5)
+    assert_equal(our_loss(batch, TrainParams(loss=name)), trl_loss(batch, [name], [1.0]), batch.policy)
+
+
+@pytest.mark.parametrize("name", [name for name in PLAIN if "divergence" in OBJECTIVES[name].reads])  # type: ignore[index]
+@pytest.mark.parametrize("divergence", ["forward_kl", "js", "alpha"])
+def test_a_divergence_is_trls(name: Any, divergence: Any) -> None:
+    """TRL's alpha-divergence knows no float64 and clamps what would overflow: there it is float32."""
+    dtype = torch.float32 if divergence == "alpha" else torch.float64
+    batch = Batch.draw(1, dtype)
+    smoothing = SMOOTHED.get(name, 0.0)
+    kinds = {"js": "js_divergence", "alpha": "alpha_divergence"}
+    trls = trl_loss(
+        batch,
+        [name],
+        [1.0],
+        label_smoothing=smoothing,
+        f_divergence_type=kinds.get(divergence, divergence),
+        f_alpha_divergence_coef=0.3,
+    )
+    changes = {"divergence_alpha": 0.3} if divergence == "alpha" else {}
+    knobs = TrainParams(loss=name, label_smoothing=smoothing, divergence=divergence, **changes)
+    assert_equal(our_loss(batch, knobs), trls, batch.policy)
+
+
+@pytest.mark.parametrize("name", [name for name in PLAIN if "ld_alpha" in OBJECTIVES[name].reads])  # type: ignore[index]
+@pytest.mark.parametrize("weight", [0.0, 0.4])
+def test_ld_is_trls(name: Any, weight: float) -> None:
+    batch = Batch.draw(2)
+    smoothing = SMOOTHED.get(name, 0.0)
+    trls = trl_loss(batch, [name], [1.0], label_smoothing=smoothing, ld_alpha=weight)
+    ours = our_loss(batch, TrainParams(loss=name, label_smoothing=smoothing, ld_alpha=weight))
+    assert_equal(ours, trls, batch.policy)
+
+
+@pytest.mark.parametrize(
+    "mixture",
+    [
+        {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0},
+        {"sigmoid": 1.0, "sft": 0.5},
+        {"ipo": 2.0, "apo_zero": 0.1},
+    ],
+)
+def test_a_mixture_is_trls(mixture: Any) -> None:
+    batch = Batch.draw(3)
+    trls = trl_loss(batch, list(mixture), list(mixture.values()), beta=0.5)
+    assert_equal(our_loss(batch, TrainParams(loss=mixture, beta=0.5)), trls, batch.policy)
+
+
+@pytest.mark.parametrize("tau", [0.05, 1.0])
+def test_discopop_reads_its_temperature(tau: float) -> None:
+    batch = Batch.draw(4)
+    trls = trl_loss(batch, ["discopop"], [1.0], discopop_tau=tau, beta=0.5)
+    assert_equal(our_loss(batch, TrainParams(loss="discopop", discopop_tau=tau, beta=0.5)), trls, batch.policy)
+
+
+# --- without a reference ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ["cpo", "simpo"])
+def test_cpo_and_simpo_are_trls(kind: str, smoothing: float) -> None:
+    from trl.experimental.cpo import CPOTrainer
+
+    batch = Batch.draw(6)
+    lengths, beta, gamma = in_pairs(batch.lengths), 2.0, 0.7
+    sums = in_pairs(batch.sums(batch.policy))
+    trainer = SimpleNamespace(
+        alpha=0.0,
+        loss_type="simpo" if kind == "simpo" else "sigmoid",
+        beta=beta,
+        simpo_gamma=gamma,
+        label_smoothing=smoothing,
+        accelerator=SimpleNamespace(device=torch.device("cpu")),
+    )
+    seen = sums / lengths if kind == "simpo" else sums
+    trls = CPOTrainer.cpo_loss(trainer, seen[:, 0], seen[:, 1])[0]  # type: ignore[arg-type]
+    loss = simpo(beta, gamma, smoothing) if kind == "simpo" else cpo(beta, smoothing)
+    assert_equal(loss(sums, torch.zeros_like(sums), lengths).mean(), trls.mean(), batch.policy)
+
+
+def test_orpo_is_trls() -> None:
+    """TRL's is float32, and its sign is turned by its caller."""
+    from trl.experimental.orpo import ORPOTrainer
+
+    batch = Batch.draw(7)
+    lengths, beta = in_pairs(batch.lengths), 0.5
+    sums = in_pairs(batch.sums(batch.policy))
+    trainer = SimpleNamespace(beta=beta, accelerator=SimpleNamespace(device=torch.device("cpu")))
+    mean = sums / lengths
+    trls = -ORPOTrainer.odds_ratio_loss(trainer, mean[:, 0], mean[:, 1])[0]  # type: ignore[arg-type]
+    assert_equal(orpo(beta)(sums, torch.zeros_like(sums), lengths).mean(), trls.mean(), batch.policy, 1e-6)
