@@ -71,9 +71,9 @@ def test_params_cannot_be_changed() -> None:
         ({"model": {"name": 7}}, "model.name must be text, got 7"),
         (
             {"train": {"loss": "dpo"}},
-            "train.loss must be one of 'sigmoid', 'cdpo', 'robust', 'hinge', 'ipo', 'ipo_sum', 'exo_pair', 'nca_pair', 'bco_pair',"
-            " 'sppo_hard', 'aot', 'aot_unpaired', 'apo_zero', 'apo_down', 'discopop', 'sigmoid_norm', 'simpo', 'orpo', 'cpo',"
-            " 'sft', 'sft_norm' or 'plackett_luce', got 'dpo'",
+            "train.loss must be one of 'sigmoid', 'cdpo', 'robust', 'hinge', 'ipo', 'ipo_sum', 'exo_pair', 'nca_pair',"
+            " 'bco_pair', 'sppo_hard', 'aot', 'aot_unpaired', 'apo_zero', 'apo_down', 'discopop', 'sigmoid_norm', 'simpo',"
+            " 'orpo', 'cpo', 'sft', 'sft_norm' or 'plackett_luce', got 'dpo'",
         ),
         ({"train": 5}, "train must be a section, got 5"),
         ({"train": {"lora": 5}}, "train.lora must be a section, got 5"),
@@ -145,7 +145,7 @@ def test_an_unknown_key_without_a_near_name_lists_what_there_is() -> None:
     (problem,) = problems_of({"reference": {"zzzzzzzz": 1}})
     assert problem == (
         "params.yaml: reference.zzzzzzzz is not a setting; there are reference.quantization, reference.max_length,"
-        " reference.checks"
+        " reference.rankings, reference.checks"
     )
 
 
