@@ -72,8 +72,8 @@ def test_params_cannot_be_changed() -> None:
         (
             {"train": {"loss": "dpo"}},
             "train.loss must be one of 'sigmoid', 'cdpo', 'robust', 'hinge', 'ipo', 'ipo_sum', 'exo_pair', 'nca_pair',"
-            " 'bco_pair', 'sppo_hard', 'aot', 'aot_unpaired', 'apo_zero', 'apo_down', 'discopop', 'sigmoid_norm', 'simpo',"
-            " 'orpo', 'cpo', 'sft', 'sft_norm' or 'plackett_luce', got 'dpo'",
+            " 'bco_pair', 'sppo_hard', 'aot', 'aot_unpaired', 'apo_zero', 'apo_down', 'discopop', 'sigmoid_norm',"
+            " 'simpo', 'orpo', 'cpo', 'sft', 'sft_norm' or 'plackett_luce', got 'dpo'",
         ),
         ({"train": 5}, "train must be a section, got 5"),
         ({"train": {"lora": 5}}, "train.lora must be a section, got 5"),
