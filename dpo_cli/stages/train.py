@@ -41,18 +41,9 @@ _PAIR_METRICS = (
     "rewards/margins",
     "rewards/accuracies",
     "rewards/ties",
-    "rewards/kendall_tau",
     "gradient_weight",
     "logps/chosen",
     "logps/rejected",
-)
-COLUMNS = (
-    "loss",
-    *_PAIR_METRICS,
-    "grad_norm",
-    "learning_rate",
-    "eval_loss",
-    *(f"eval_{name}" for name in _PAIR_METRICS),
 )
 PROVENANCE = "provenance.json"
 
@@ -97,14 +88,17 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         )
         scorer.close()
         metrics = _metrics(graph, train, held_out, step_zero, result, layout)
+        if ranked:
+            metrics["eval_kendall_tau"] = result.last("eval_rewards/kendall_tau")
         built = scratch.build_folder()
         save_adapter(policy, built, params.model.name)
         save_tokenizer(graph.tokenizer, graph.encoder, built)
         write_text(built / "README.md", _model_card(params, graph, metrics))
         write_json(built / PROVENANCE, provenance)
         publish_folder(built, paths.DPO_MODEL)
-        rows = merge_log(result.history, COLUMNS)
-        write_tsv(paths.report_dir("train") / "steps.tsv", rows, ("step", *COLUMNS))
+        columns = _columns(ranked=ranked)
+        rows = merge_log(result.history, columns)
+        write_tsv(paths.report_dir("train") / "steps.tsv", rows, ("step", *columns))
         write_json_lines(paths.rejects_file("train"), all_rejects([train, held_out]))
         write_json(paths.metrics_file("train"), {"train": metrics})
         scratch.clear()
@@ -257,6 +251,12 @@ def _unit(knobs: TrainParams) -> str:
     return "rankings" if "plackett_luce" in knobs.losses else "pairs"
 
 
+def _columns(*, ranked: bool) -> tuple[str, ...]:
+    """The columns of steps.tsv behind the step."""
+    metrics = (*_PAIR_METRICS, "rewards/kendall_tau") if ranked else _PAIR_METRICS
+    return ("loss", *metrics, "grad_norm", "learning_rate", "eval_loss", *(f"eval_{name}" for name in metrics))
+
+
 def _print_summary(knobs: TrainParams, metrics: dict[str, Any], reporter: Reporter) -> None:
     expected = f" (ln 2 = {math.log(2):.6f})" if list(knobs.losses) == ["sigmoid"] else ""
     unit = _unit(knobs)
@@ -271,6 +271,11 @@ def _print_summary(knobs: TrainParams, metrics: dict[str, Any], reporter: Report
             ("step-0 largest margin", f"{metrics['step0_max_abs_margin']:.2g}"),
             ("held-out loss", f"{metrics['eval_loss_start']:.4f} -> {metrics['eval_loss']:.4f}"),
             ("held-out accuracy", f"{metrics['eval_accuracy']:.3f}"),
+            *(
+                [("held-out Kendall tau", f"{metrics['eval_kendall_tau']:.3f}")]
+                if "eval_kendall_tau" in metrics
+                else []
+            ),
             ("speed", f"{metrics['pairs_per_s']:.1f} {unit}/s, {metrics['logical_tokens_per_s']:.0f} logical tokens/s"),
             ("peak memory", f"{metrics['peak_mem_gib']:.2f} GiB"),
         ],

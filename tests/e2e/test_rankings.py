@@ -1,0 +1,141 @@
+"""Rankings of several answers, from the file to the trained adapter, in-process and through nf4."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dpo_cli.core import paths
+from dpo_cli.core.errors import DataError, ParamsError
+from dpo_cli.core.params import Params, parse_params
+from dpo_cli.data import world
+from dpo_cli.stages import base, convert_preferences, precompute_ref, sft, train
+
+pytestmark = pytest.mark.slow
+
+PUBLIC = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "kwise" / "oaast_rm_zh.rows0-387.json.gz"
+NUM_RANKINGS = 700
+
+
+def params_of(file: str, pairs: str = "all", max_length: int = 256, **train_section: Any) -> Params:
+    knobs = {"learning_rate": 1e-3, "batch_size": 8, "beta": 2.0, "eval_steps": 0, **train_section}
+    return parse_params(
+        {
+            "data": {"preferences": {"path": f"data/raw/{file}", "pairs": pairs}, "eval_fraction": 0.2},
+            "model": {"pretrain_steps": 150},
+            "sft": {"method": "none"},
+            "reference": {"max_length": max_length},
+            "train": knobs,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, make_reporter: Callable[[], Any]) -> Path:
+    """A project whose base model is there."""
+    folder = tmp_path_factory.mktemp("rankings")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        paths.RAW.mkdir(parents=True)
+        rows = world.ranking_rows(0, NUM_RANKINGS)
+        (paths.RAW / "rankings.json").write_text(json.dumps(rows), encoding="utf-8")
+        params = params_of("rankings.json")
+        base.run(params, make_reporter())
+        sft.run(params, make_reporter())
+    return folder
+
+
+@pytest.fixture
+def here(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(project)
+    return project
+
+
+def held_out_tau(params: Params) -> float:
+    """Kendall's tau of the trained implicit reward with the known one, over the held-out rankings of three answers."""
+    from dpo_cli.models.adapters import load_pair
+    from dpo_cli.objectives.ranking import kendall_tau
+    from dpo_cli.reference.cache import read_cache, reference_logps
+    from dpo_cli.reference.graph import open_graph
+    from dpo_cli.scoring.scorer import Scorer
+
+    graph = open_graph(params.model, params.reference, params.runtime)
+    table = graph.tokenise_rankings("eval")
+    reference = reference_logps(read_cache(paths.REFERENCE, graph.identity), table.groups)
+    pair = load_pair(graph.base, graph.sft, graph.machine, graph.quantization)
+    taus = []
+    with torch.no_grad(), Scorer(pair.use_policy(), graph.machine.compute_dtype, "shared") as scorer:
+        for indices in scorer.split(table.groups, 1024):
+            groups = [table.groups[index] for index in indices]
+            rewards = scorer.score(groups).logps_BK - torch.tensor(
+                [reference[group.id] for group in groups], dtype=torch.float64
+            )
+            known = []
+            for group in groups:
+                task = world.task_of(table.prompts[group.group][0]["content"])
+                assert task is not None
+                known.append([task.graded_reward(graph.encoder.decode(list(ids))) for ids in group.completions])
+            assert all(sorted(row, reverse=True) == row for row in known), "the table is best first"
+            taus.append(kendall_tau(rewards, torch.tensor([[1, 2, 3]]).expand(len(groups), 3)))
+    return torch.cat(taus).mean().item()
+
+
+def test_rankings_teach_more_than_their_best_and_worst(here: Path, make_reporter: Callable[[], Any]) -> None:
+    """At equal data, as many rankings a step and as many steps: the order in the middle is learned from it alone."""
+    params = params_of("rankings.json", loss="plackett_luce")
+    convert_preferences.run(params, make_reporter())
+    first = precompute_ref.run(params, make_reporter())
+    assert first["num_computed"] == first["num_completions"] == 3 * NUM_RANKINGS
+    metrics = train.run(params, make_reporter())
+    assert metrics["step0_loss"] == pytest.approx(math.log(6), abs=1e-5), "three answers have 3! orders"
+    assert metrics["step0_max_abs_margin"] <= 1e-4
+    by_ranking = held_out_tau(params)
+    assert by_ranking == pytest.approx(metrics["eval_kendall_tau"], abs=1e-9)
+    steps = (paths.report_dir("train") / "steps.tsv").read_text(encoding="utf-8").splitlines()
+    assert "eval_rewards/kendall_tau" in steps[0].split("\t")
+
+    params = params_of("rankings.json", pairs="best_vs_worst")
+    convert_preferences.run(params, make_reporter())
+    assert precompute_ref.run(params, make_reporter())["num_computed"] == 0, "another loss, the same cache"
+    pairs = train.run(params, make_reporter())
+    assert (pairs["num_steps"], pairs["num_pairs"]) == (metrics["num_steps"], metrics["num_pairs"])
+    by_pairs = held_out_tau(params)
+    print(f"held-out Kendall tau: rankings {by_ranking:.3f}, best against worst {by_pairs:.3f}, before training 0")
+    assert by_ranking > 0.5, "before training every implicit reward is 0, and so is tau"
+    assert by_ranking > by_pairs + 0.05
+
+
+def test_pairs_alone_are_no_rankings(here: Path, make_reporter: Callable[[], Any]) -> None:
+    rows = world.preference_rows(0, 60)
+    (paths.RAW / "pairs.json").write_text(json.dumps(rows), encoding="utf-8")
+    params = params_of("pairs.json", loss="plackett_luce")
+    convert_preferences.run(params, make_reporter())
+    precompute_ref.run(params, make_reporter())
+    with pytest.raises(DataError, match=r"plackett_luce learns from rankings .*train\.ranking\.parquet is missing"):
+        train.run(params, make_reporter())
+
+
+def test_a_cache_without_rankings_says_so() -> None:
+    with pytest.raises(ParamsError, match=r"train\.loss plackett_luce needs reference\.rankings true"):
+        parse_params({"reference": {"rankings": False}, "train": {"loss": "plackett_luce"}})
+
+
+@pytest.mark.skipif(not PUBLIC.is_file(), reason="the public files are not here")
+@pytest.mark.parametrize("ties", ["average", "groups"])
+def test_public_rankings_train_end_to_end(here: Path, make_reporter: Callable[[], Any], ties: str) -> None:
+    rows = json.loads(gzip.decompress(PUBLIC.read_bytes()))
+    (paths.RAW / "oaast_rm_zh.json").write_text(json.dumps(rows[:60]), encoding="utf-8")
+    params = params_of("oaast_rm_zh.json", max_length=512, loss="plackett_luce", ties=ties, max_steps=3)
+    convert_preferences.run(params, make_reporter())
+    precompute_ref.run(params, make_reporter())
+    metrics = train.run(params, make_reporter())
+    assert metrics["num_pairs"] > 5
+    assert math.isfinite(metrics["eval_loss"])
+    assert metrics["step0_max_abs_margin"] <= 1e-4
