@@ -17,7 +17,6 @@ from dpo_cli.core.artifacts import (
 from dpo_cli.core.errors import DataError
 from dpo_cli.core.params import LoraParams, Params, TrainParams
 from dpo_cli.core.progress import Reporter
-from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.tokenise import TokenTable, explain_rejects
 from dpo_cli.models.adapters import load_policy_at_start, save_adapter
 from dpo_cli.models.device import peak_memory_gib, token_budget
@@ -29,30 +28,26 @@ from dpo_cli.reference.graph import SPLITS, Graph, all_rejects, open_graph, tabl
 from dpo_cli.scoring.probe import Verdict, open_scorer
 from dpo_cli.training.gate import StepZero, check_step_zero
 from dpo_cli.training.history import merge_log, write_tsv
-from dpo_cli.training.objective import PairObjective
+from dpo_cli.training.objective import PAIR_METRICS, PairObjective
+from dpo_cli.training.replicas import Replicas, join_replicas, shared_scratch
 from dpo_cli.training.run import Fit, fit
 
-_PAIR_METRICS = (
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "logps/chosen",
-    "logps/rejected",
-)
 COLUMNS = (
     "loss",
-    *_PAIR_METRICS,
+    *PAIR_METRICS,
     "grad_norm",
     "learning_rate",
     "eval_loss",
-    *(f"eval_{name}" for name in _PAIR_METRICS),
+    *(f"eval_{name}" for name in PAIR_METRICS),
 )
 PROVENANCE = "provenance.json"
 
 
 def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     """Write models/dpo: the tuned adapter, its tokenizer, a model card and its provenance.
+
+    Where torchrun started several processes they share the training; the first one writes and
+    reports, the others return nothing.
 
     Raises:
         StaleArtifactError: Something an earlier stage made is missing, damaged or of another
@@ -61,6 +56,11 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         Interrupted: The user asked to stop; a checkpoint is kept.
     """
     quiet_libraries()
+    with join_replicas(params.runtime) as replicas:
+        return _run(params, replicas.reporter(reporter), replicas)
+
+
+def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, Any]:
     knobs = params.train
     graph = open_graph(params.model, params.reference, params.runtime)
     cache = read_cache(paths.REFERENCE, graph.identity)
@@ -72,7 +72,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         reference_logps(cache, [*train.groups, *held_out.groups]),
     )
     provenance = _provenance(params, graph)
-    with stage_scratch("train", digest_json(provenance)) as scratch:
+    with shared_scratch("train", digest_json(provenance), replicas) as scratch:
         policy = load_policy_at_start(
             graph.base, graph.sft, graph.machine, graph.quantization, knobs.lora or LoraParams(), knobs.seed
         )
@@ -92,8 +92,11 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
             machine=graph.machine,
             work=scratch.folder,
             reporter=reporter,
+            replicas=replicas,
         )
         scorer.close()
+        if not replicas.is_first:
+            return {}
         metrics = _metrics(graph, train, held_out, step_zero, result, layout)
         built = scratch.build_folder()
         save_adapter(policy, built, params.model.name)

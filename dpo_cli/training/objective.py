@@ -13,6 +13,15 @@ from dpo_cli.objectives.pairwise import PairwiseLoss, log_ratios
 from dpo_cli.objectives.sft import negative_log_likelihood
 from dpo_cli.scoring.scorer import Scores
 
+PAIR_METRICS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
+
 
 @dataclass(frozen=True)
 class GroupLosses:
@@ -30,6 +39,11 @@ class GroupLosses:
 class Objective(Protocol):
     """What the training loop needs to know of an objective."""
 
+    @property
+    def metric_names(self) -> Sequence[str]:
+        """Names of the metrics that come with the losses; known before anything is scored."""
+        ...
+
     def weight(self, groups: Sequence[TokenGroup]) -> float:
         """What the sum of the groups' losses is divided by."""
         ...
@@ -41,6 +55,8 @@ class Objective(Protocol):
 
 class SftObjective:
     """Negative log-likelihood a completion token, over the whole optimizer batch."""
+
+    metric_names: Sequence[str] = ()
 
     def weight(self, groups: Sequence[TokenGroup]) -> float:
         """The number of completion tokens."""
@@ -59,6 +75,8 @@ class PairObjective:
         beta: Scale of the implicit reward that is reported.
         reference: Reference log-probabilities (chosen, rejected) by row id, nats.
     """
+
+    metric_names: Sequence[str] = PAIR_METRICS
 
     def __init__(self, loss: PairwiseLoss, beta: float, reference: Mapping[str, Sequence[float]]) -> None:
         self._loss = loss
