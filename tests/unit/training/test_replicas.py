@@ -17,6 +17,7 @@ from dpo_cli.core.errors import MachineError
 from dpo_cli.core.params import RuntimeParams
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.training.replicas import ALONE, Replicas, join_replicas
+from tests.replica_worker import Worker
 
 ROOT = Path(__file__).parents[3]
 SAME = ("curve", "tiny_batches", "instructions")
@@ -37,42 +38,37 @@ NUM_SUMS = 7 + 2
 """The loss and six metrics of a pair; the wish to stop and the mark of the batch."""
 
 
-def start(base: Path, folder: Path, names: tuple[str, ...], size: int) -> None:
-    """Run some trainings in so many processes, as torchrun would."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    running = []
-    for rank in range(size):
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        if size > 1:
-            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-            numbers |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            environment |= {name: str(value) for name, value in numbers.items()}
-        command = [sys.executable, "-m", "tests.replica_worker", str(base), str(folder), *names]
-        running.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
-    try:
-        for process in running:
-            _, stderr = process.communicate(timeout=600)
-            assert process.returncode == 0, stderr
-    finally:
-        for process in running:
-            process.kill()
-
-
 @pytest.fixture(scope="module")
 def alone(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What came of each training in one process."""
-    folder = tmp_path_factory.mktemp("alone")
-    start(tiny_folder, folder, SAME, 1)
-    return {name: torch.load(folder / f"{name}.0.pt") for name in SAME}
+    """What came of each training in one process: this one."""
+    worker = Worker(tiny_folder, tmp_path_factory.mktemp("alone"), ALONE)
+    return {name: getattr(worker, name)() for name in SAME}
 
 
 @pytest.fixture(scope="module")
 def both(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """What came of each training in each of two processes that shared it."""
     folder = tmp_path_factory.mktemp("both")
-    start(tiny_folder, folder, TOGETHER, 2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = []
+    for rank in range(2):
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {name: str(value) for name, value in (numbers | meeting).items()}
+        environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        line = [sys.executable, "-m", "tests.replica_worker", str(tiny_folder), str(folder), *TOGETHER]
+        running.append(
+            subprocess.Popen(line, cwd=ROOT, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
+        )
+    try:
+        for process in running:
+            _, stderr = process.communicate(timeout=800)
+            assert process.returncode == 0, stderr
+    finally:
+        for process in running:
+            process.kill()
     return {name: [torch.load(path) for path in sorted(folder.glob(f"{name}.*.pt"))] for name in TOGETHER}
 
 
