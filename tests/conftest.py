@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("dpo_cli", deadline=None, derandomize=True, database=None, max_examples=100)
 settings.load_profile("dpo_cli")
 
-_FOREIGN = ("DVC_ROOT", "DVC_STAGE", "DPO_MODEL_PATH", "WORLD_SIZE")
+_FOREIGN = ("DVC_ROOT", "DVC_STAGE", "DPO_MODEL_PATH", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK")
 
 
 @pytest.fixture(autouse=True)

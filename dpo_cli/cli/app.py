@@ -21,7 +21,7 @@ import typer
 from dpo_cli.cli.console import ConsoleReporter
 from dpo_cli.cli.repro import EXIT_CODE_FILE, reproduce
 from dpo_cli.core import paths
-from dpo_cli.core.environment import prepare_environment
+from dpo_cli.core.environment import claim_gpu, is_first_process, prepare_environment
 from dpo_cli.core.errors import DataError, DpoCliError, Interrupted, MachineError, ParamsError
 from dpo_cli.core.pipeline import STAGES, Stage
 from dpo_cli.core.scratch import die_with_parent
@@ -89,6 +89,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the metrics as o
 def main() -> None:
     """Entry point of the console script and of ``python -m dpo_cli``."""
     prepare_environment()
+    claim_gpu()
     signal.signal(signal.SIGTERM, _interrupt)
     app()
 
@@ -157,12 +158,14 @@ def _forced(match: re.Match[str]) -> str:
 
 
 def _fail(error: DpoCliError, *, as_json: bool) -> NoReturn:
+    if isinstance(error, Interrupted) and not is_first_process():
+        raise typer.Exit(0)  # the first one says it; were this a failure, torchrun would end that one on its way out
     if "DVC_STAGE" in os.environ:
         # DVC's cache of runs would bring back what the user is to make anew, were it not forced
         error.problems = [re.sub(r"run: dpo-cli ([a-z-]+)", _forced, problem) for problem in error.problems]
     for problem in error.problems:
         typer.echo(f"dpo-cli: {'' if isinstance(error, Interrupted) else 'error: '}{problem}", err=True)
-    if as_json:
+    if as_json and is_first_process():
         typer.echo(json.dumps({"errors": error.problems, "exit_code": error.exit_code}, ensure_ascii=False))
     if report_to := os.environ.get(EXIT_CODE_FILE):
         Path(report_to).write_text(str(error.exit_code), encoding="utf-8")
@@ -183,7 +186,7 @@ def _run_stage(stage: Stage, overrides: list[str], *, as_json: bool) -> None:
         die_with_parent()
         run: Callable[..., dict[str, Any]] = importlib.import_module(f"dpo_cli.stages.{stage.name}").run
         metrics = run(params, ConsoleReporter(show_tables=not as_json))
-    if as_json:
+    if as_json and is_first_process():
         typer.echo(json.dumps({stage.name: metrics}, ensure_ascii=False))
 
 

@@ -16,6 +16,25 @@ _SWITCHES = {
 }
 
 
+def is_first_process() -> bool:
+    """Whether this process speaks for those that torchrun started with it; by itself it does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def claim_gpu() -> None:
+    """Of several processes that torchrun started, let each see the GPU of its own number alone.
+
+    So every library takes the right one by itself. To be called once, before CUDA is looked for.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "LOCAL_RANK" not in os.environ:
+        return
+    number = os.environ["LOCAL_RANK"]
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        number = dict(enumerate(given.split(","))).get(int(number), "")
+    os.environ["CUDA_VISIBLE_DEVICES"] = number
+
+
 def prepare_environment() -> None:
     """Turn off downloads and telemetry for this process and its children, and notes at import."""
     os.environ.update(_SWITCHES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 
@@ -37,3 +37,28 @@ class Reporter(Protocol):
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Print a summary: one quantity and its value a row."""
         ...
+
+
+class SilentReporter:
+    """Says nothing: of processes that work together, one reports."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def warn(self, text: str) -> None:
+        """Nothing."""
+
+    def meter(self, label: str, total: int, unit: str) -> AbstractContextManager[Meter]:
+        """A piece of work that nobody watches."""
+        return nullcontext(_SilentMeter())
+
+    def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """Nothing."""
+
+
+class _SilentMeter:
+    def advance(self, amount: int) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass

@@ -42,7 +42,10 @@ def prepare_machine(runtime: RuntimeParams) -> Machine:
     """
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     if num_processes > 1:
-        raise MachineError(f"{num_processes} processes were started (WORLD_SIZE); a stage runs as one, on one device")
+        raise MachineError(
+            f"{num_processes} processes were started (WORLD_SIZE); all but sft and train, outside DVC, run as one,"
+            " on one device"
+        )
     torch.set_num_threads(runtime.threads)
     available = torch.cuda.is_available()
     if runtime.device == "cuda" and not available:

@@ -10,7 +10,7 @@ from dpo_cli.core.artifacts import digest_json, publish_folder, write_json, writ
 from dpo_cli.core.errors import DataError, StaleArtifactError
 from dpo_cli.core.params import Params, SftParams
 from dpo_cli.core.progress import Reporter
-from dpo_cli.core.scratch import Scratch, stage_scratch
+from dpo_cli.core.scratch import Scratch
 from dpo_cli.data.tokenise import TokenTable, explain_found, explain_rejects, tokenise_table
 from dpo_cli.models.adapters import ADAPTER_FILES, add_adapter, save_adapter, write_sft_manifest
 from dpo_cli.models.device import peak_memory_gib, prepare_machine
@@ -20,6 +20,7 @@ from dpo_cli.reference.graph import all_rejects, check_context, open_base, table
 from dpo_cli.scoring.probe import Verdict, open_scorer
 from dpo_cli.training.history import merge_log, write_tsv
 from dpo_cli.training.objective import SftObjective
+from dpo_cli.training.replicas import Replicas, join_replicas, shared_scratch
 from dpo_cli.training.run import Fit, fit
 
 _COLUMNS = ("loss", "eval_loss", "grad_norm", "learning_rate")
@@ -28,18 +29,26 @@ _COLUMNS = ("loss", "eval_loss", "grad_norm", "learning_rate")
 def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     """Write models/sft: an adapter, a whole model, or a marker, as sft.method says.
 
+    Where torchrun started several processes they share the training; the first one writes and
+    reports, the others return nothing.
+
     Raises:
         StaleArtifactError: models/base or data/sft is missing or stale.
         DataError: No row of a split is within sft.max_length.
         Interrupted: The user asked to stop; a checkpoint is kept.
     """
     quiet_libraries()
+    with join_replicas(params.runtime) as replicas:
+        return _run(params, replicas.reporter(reporter), replicas)
+
+
+def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, Any]:
     sft = params.sft
     base, encoder, tokenizer = open_base(params.model, params.runtime)
     digest = base_digest()
     if sft.method == "none":
-        with stage_scratch("sft", "none") as scratch:
-            return _publish_none(scratch, digest, reporter)
+        with shared_scratch("sft", "none", replicas) as scratch:
+            return _publish_none(scratch, digest, reporter) if replicas.is_first else {}
     check_context(base, sft.max_length, "sft.max_length")
     machine = prepare_machine(params.runtime)
     train, held_out = (
@@ -68,7 +77,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
             **library_versions(),
         }
     )
-    with stage_scratch("sft", fingerprint) as scratch:
+    with shared_scratch("sft", fingerprint, replicas) as scratch:
         whole = sft.method == "full"
         model = load_model(base, machine, quantization="nf4" if sft.method == "qlora" else "none", trainable=whole)
         if whole:
@@ -89,8 +98,11 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
             machine=machine,
             work=scratch.folder,
             reporter=reporter,
+            replicas=replicas,
         )
         scorer.close()
+        if not replicas.is_first:
+            return {}
         built = scratch.build_folder()
         if whole:
             model.save_pretrained(str(built))

@@ -17,10 +17,9 @@ from dpo_cli.core.artifacts import (
     write_json_lines,
     write_text,
 )
-from dpo_cli.core.errors import DataError
+from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.core.params import LoraParams, Params, TrainParams
 from dpo_cli.core.progress import Reporter
-from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_rejects
 from dpo_cli.models.adapters import load_policy_at_start, save_adapter
 from dpo_cli.models.device import peak_memory_gib, token_budget
@@ -33,39 +32,44 @@ from dpo_cli.scoring.probe import Verdict, open_scorer
 from dpo_cli.training.gate import StepZero, check_step_zero
 from dpo_cli.training.history import merge_log, write_tsv
 from dpo_cli.training.objective import PreferenceObjective, preference_objective
+from dpo_cli.training.replicas import Replicas, join_replicas, shared_scratch
 from dpo_cli.training.run import Fit, fit
 
-_PAIR_METRICS = (
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "rewards/ties",
-    "gradient_weight",
-    "logps/chosen",
-    "logps/rejected",
-)
 PROVENANCE = "provenance.json"
 
 
 def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     """Write models/dpo: the tuned adapter, its tokenizer, a model card and its provenance.
 
+    Where torchrun started several processes they share the training; the first one writes and
+    reports, the others return nothing.
+
     Raises:
         StaleArtifactError: Something an earlier stage made is missing, damaged or of another
             graph, or policy and reference differ before the first step.
+        ParamsError: The loss cannot be shared by several processes.
         DataError: No pair of a split is within reference.max_length.
         Interrupted: The user asked to stop; a checkpoint is kept.
     """
     quiet_libraries()
+    with join_replicas(params.runtime) as replicas:
+        return _run(params, replicas.reporter(reporter), replicas)
+
+
+def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, Any]:
     knobs = params.train
     graph = open_graph(params.model, params.reference, params.runtime)
     ranked = "plackett_luce" in knobs.losses
     train, held_out = (graph.tokenise_rankings(split) if ranked else graph.tokenise_pairs(split) for split in SPLITS)
     _refuse_empty(train, held_out, graph.max_length, ranked=ranked)
     objective = _objective(knobs, graph, [*train.groups, *held_out.groups])
+    if objective.is_coupled and replicas.size > 1:
+        raise ParamsError(
+            f"params.yaml: train.loss {_named(knobs)} compares all pairs of a step and runs as one process;"
+            f" {replicas.size} were started"
+        )
     provenance = _provenance(params, graph)
-    with stage_scratch("train", digest_json(provenance)) as scratch:
+    with shared_scratch("train", digest_json(provenance), replicas) as scratch:
         policy = load_policy_at_start(
             graph.base, graph.sft, graph.machine, graph.quantization, knobs.lora or LoraParams(), knobs.seed
         )
@@ -85,8 +89,11 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
             machine=graph.machine,
             work=scratch.folder,
             reporter=reporter,
+            replicas=replicas,
         )
         scorer.close()
+        if not replicas.is_first:
+            return {}
         metrics = _metrics(graph, train, held_out, step_zero, result, layout)
         if ranked:
             metrics["eval_kendall_tau"] = result.last("eval_rewards/kendall_tau")
@@ -96,7 +103,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         write_text(built / "README.md", _model_card(params, graph, metrics))
         write_json(built / PROVENANCE, provenance)
         publish_folder(built, paths.DPO_MODEL)
-        columns = _columns(ranked=ranked)
+        columns = _columns(objective.metric_names)
         rows = merge_log(result.history, columns)
         write_tsv(paths.report_dir("train") / "steps.tsv", rows, ("step", *columns))
         write_json_lines(paths.rejects_file("train"), all_rejects([train, held_out]))
@@ -251,9 +258,8 @@ def _unit(knobs: TrainParams) -> str:
     return "rankings" if "plackett_luce" in knobs.losses else "pairs"
 
 
-def _columns(*, ranked: bool) -> tuple[str, ...]:
+def _columns(metrics: Sequence[str]) -> tuple[str, ...]:
     """The columns of steps.tsv behind the step."""
-    metrics = (*_PAIR_METRICS, "rewards/kendall_tau") if ranked else _PAIR_METRICS
     return ("loss", *metrics, "grad_norm", "learning_rate", "eval_loss", *(f"eval_{name}" for name in metrics))
 
 

@@ -37,20 +37,27 @@ class ProgressCallback(TrainerCallback):
 class CheckpointCallback(TrainerCallback):
     """Saves after so many seconds, and when the user asks to stop.
 
+    Args:
+        stop: Whether the user asked; the same for all processes at the same step.
+        every_s: Seconds between two checkpoints.
+        saves: Whether this process saves; where several train together, one does.
+
     Attributes:
         stopped: Whether training ended because the user asked.
     """
 
-    def __init__(self, stop: StopRequest, every_s: float) -> None:
+    def __init__(self, stop: StopRequest, every_s: float, *, saves: bool = True) -> None:
         self._stop = stop
         self._every_s = every_s
+        self._saves = saves
         self._saved_at = time.monotonic()
         self.stopped = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Decide between two steps, when the state is whole."""
         if self._stop.requested:
-            self.stopped = control.should_save = control.should_training_stop = True
-        elif time.monotonic() - self._saved_at >= self._every_s:
+            self.stopped = control.should_training_stop = True
+            control.should_save = self._saves
+        elif self._saves and time.monotonic() - self._saved_at >= self._every_s:
             control.should_save = True
             self._saved_at = time.monotonic()

@@ -16,6 +16,18 @@ from dpo_cli.objectives.ranking import kendall_tau, plackett_luce
 from dpo_cli.objectives.sft import negative_log_likelihood
 from dpo_cli.scoring.scorer import Scores
 
+PAIR_METRICS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "rewards/ties",
+    "gradient_weight",
+    "logps/chosen",
+    "logps/rejected",
+)
+TAU = "rewards/kendall_tau"
+
 
 @dataclass(frozen=True)
 class GroupLosses:
@@ -38,6 +50,11 @@ class Objective(Protocol):
     """
 
     is_coupled: bool
+
+    @property
+    def metric_names(self) -> Sequence[str]:
+        """Names of the metrics that come with the losses; known before anything is scored."""
+        ...
 
     def weight(self, groups: Sequence[TokenGroup]) -> float:
         """What the sum of the groups' losses is divided by."""
@@ -64,6 +81,7 @@ class SftObjective:
     """Negative log-likelihood a completion token, over the whole optimizer batch."""
 
     is_coupled = False
+    metric_names: Sequence[str] = ()
 
     def weight(self, groups: Sequence[TokenGroup]) -> float:
         """The number of completion tokens."""
@@ -103,6 +121,8 @@ class PairObjective:
         reference: Reference log-probabilities (chosen, rejected) by row id, nats.
         score_gaps: Chosen minus rejected score by row id; read with ``margin_scale`` alone.
     """
+
+    metric_names: Sequence[str] = PAIR_METRICS
 
     def __init__(
         self,
@@ -152,6 +172,7 @@ class RankingObjective:
     """
 
     is_coupled = False
+    metric_names: Sequence[str] = (*PAIR_METRICS, TAU)
 
     def __init__(
         self, knobs: TrainParams, reference: Mapping[str, Sequence[float]], ranks: Mapping[str, Sequence[int]]
@@ -180,7 +201,7 @@ class RankingObjective:
         rewards = self._knobs.beta * (policy.detach() - reference)
         metrics = _metrics(rewards, policy.detach())
         tau = kendall_tau(rewards, ranks.to(rewards.device)).nan_to_num(0.0)  # of one tie: neither right nor wrong
-        return GroupLosses(losses, {**metrics, "rewards/kendall_tau": tau, "rewards/accuracies": (tau + 1) / 2})
+        return GroupLosses(losses, {**metrics, TAU: tau, "rewards/accuracies": (tau + 1) / 2})
 
 
 def _metrics(rewards_BK: torch.Tensor, policy_BK: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.core.errors import Interrupted, MachineError
-from dpo_cli.core.interrupts import graceful_stop
+from dpo_cli.core.interrupts import StopRequest, graceful_stop
 from dpo_cli.core.params import RuntimeParams, TrainingParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.tokenise import TokenGroup
@@ -26,6 +26,7 @@ from dpo_cli.scoring.recompute import (
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.callbacks import CheckpointCallback, ProgressCallback
 from dpo_cli.training.objective import Objective
+from dpo_cli.training.replicas import ALONE, Replicas
 from dpo_cli.training.trainer import GroupTrainer, Plan, diverged, last_checkpoint, training_arguments
 
 _BUDGET = "token_budget.json"
@@ -42,7 +43,7 @@ class Fit:
     Attributes:
         num_steps: Optimizer steps in all.
         history: The trainer's log, one entry a logged event.
-        groups_per_s: Groups trained a second of this process's steps, held-out passes included.
+        groups_per_s: Groups trained a second of this run's steps, by all processes, held-out passes included.
         recompute: What the backward pass computed again.
         max_tokens: Tokens of a micro-batch, as it was at the end.
     """
@@ -75,6 +76,7 @@ def fit(
     machine: Machine,
     work: Path,
     reporter: Reporter,
+    replicas: Replicas = ALONE,
 ) -> Fit:
     """Train the marked parameters of a model in place.
 
@@ -90,20 +92,27 @@ def fit(
         machine: Where it runs.
         work: Folder for checkpoints.
         reporter: Hears of the progress.
+        replicas: The processes that share each batch; the first one saves, and all end with the same parameters.
 
     Raises:
-        Interrupted: The user asked to stop; a checkpoint is in ``work``.
+        Interrupted: The user asked to stop, any of the processes; a checkpoint is in ``work``.
+        MachineError: Another process is gone, or has other parameters.
         ParamsError: The loss is no number any more.
     """
     plan = Plan.of(params, len(train_groups))
     checkpoint = last_checkpoint(work)
     arguments = training_arguments(params, plan, machine, work, section, evaluate_at_start=checkpoint is None)
     recompute = choose_recompute(model, scorer, train_groups, runtime, reporter, section)
-    budget = TokenBudget(token_budget(runtime, machine.device), section, reporter, work / _BUDGET)
+    memory = work / (_BUDGET if replicas.is_first else f"{replicas.rank}_{_BUDGET}")
+    budget = TokenBudget(token_budget(runtime, machine.device), section, reporter, memory)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    replicas.agree("the last checkpoint", checkpoint.name if checkpoint else None)
+    replicas.agree_on_parameters("before the first step", trained)
     if checkpoint is not None:
         reporter.say(f"{section}: going on from {checkpoint.name}")
     with graceful_stop() as stop, reporter.meter(f"{section}: training", plan.num_steps, "steps") as meter:
-        saver = CheckpointCallback(stop, runtime.checkpoint_minutes * 60)
+        agreed_stop = stop if replicas.size == 1 else StopRequest()
+        saver = CheckpointCallback(agreed_stop, runtime.checkpoint_minutes * 60, saves=replicas.is_first)
         trainer = GroupTrainer(
             model,
             scorer,
@@ -114,6 +123,9 @@ def fit(
             arguments,
             [ProgressCallback(meter), saver],
             section,
+            replicas=replicas,
+            stop=stop,
+            agreed_stop=agreed_stop,
         )
         begun = time.monotonic()
         first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
@@ -125,11 +137,13 @@ def fit(
             trainer.load_finished(checkpoint)
             meter.advance(first_step)
         elapsed_s = time.monotonic() - begun
+        replicas.wait()  # nobody leaves while the first one saves
     if saver.stopped and trainer.state.global_step < plan.num_steps:
         raise Interrupted(
             f"{section}: stopped and saved at step {trainer.state.global_step} of {plan.num_steps};"
             " run it again to go on"
         )
+    replicas.agree_on_parameters("after the last step", trained)
     groups_per_step = min(params.batch_size, len(train_groups))
     done = plan.num_steps - first_step
     fitted = Fit(

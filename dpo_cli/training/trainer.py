@@ -5,6 +5,9 @@ the step the groups are split into micro-batches by a token budget, gradients ar
 them and divided once by the weight of the whole batch, so a memory setting never changes a
 result beyond rounding. Nothing is read back from the device before the last of them. Where memory
 runs out, the budget is halved and the step done again, with the same groups and random state.
+
+Where several processes train together, each takes its share of the batch in this way, and its
+sums and gradients are added up over all of them once a step.
 """
 
 from __future__ import annotations
@@ -19,13 +22,16 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
+from dpo_cli.core.artifacts import digest_bytes, digest_json
 from dpo_cli.core.errors import MachineError, ParamsError
+from dpo_cli.core.interrupts import StopRequest
 from dpo_cli.core.params import TrainingParams
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models.device import Machine
 from dpo_cli.scoring.budget import TokenBudget, is_out_of_memory
 from dpo_cli.scoring.scorer import Scorer, Scores
 from dpo_cli.training.objective import Objective
+from dpo_cli.training.replicas import ALONE, Replicas
 
 _OPTIMIZERS = {"adamw": "adamw_torch", "rmsprop": "rmsprop", "paged_adamw_8bit": "paged_adamw_8bit"}
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -150,6 +156,9 @@ class GroupTrainer(Trainer):
         arguments: From :func:`training_arguments`.
         callbacks: Further callbacks.
         section: Name of the stage, for messages.
+        replicas: The processes that share each batch.
+        stop: Whether this process was asked to stop.
+        agreed_stop: Gets to know, at the same step in all processes, that one of them was asked to stop.
     """
 
     def __init__(
@@ -163,7 +172,14 @@ class GroupTrainer(Trainer):
         arguments: TrainingArguments,
         callbacks: list[TrainerCallback],
         section: str,
+        *,
+        replicas: Replicas = ALONE,
+        stop: StopRequest | None = None,
+        agreed_stop: StopRequest | None = None,
     ) -> None:
+        self._replicas = replicas
+        self._stop = stop or StopRequest()
+        self._agreed_stop = agreed_stop or StopRequest()
         self._scorer = scorer
         self._objective = objective
         self._budget = budget
@@ -183,7 +199,17 @@ class GroupTrainer(Trainer):
         """Accumulate the gradient of one optimizer batch; returns its loss, detached float32 scalar."""
         model.train()
         groups: list[TokenGroup] = inputs["groups"]
-        total, metrics = self._within_memory(groups, self._accumulate)
+        if self._replicas.size > 1:  # dropout: each process's own numbers, in a run that went on the same ones
+            numbers = digest_json([self.args.seed, self.state.global_step, self._replicas.rank])
+            torch.manual_seed(int(numbers[:15], 16))
+        weight = self._objective.weight(groups)
+
+        def backward(loss: torch.Tensor) -> None:
+            self.accelerator.backward(loss / weight)
+
+        sums_S = self._within_memory(groups, backward)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        total, metrics = self._means(groups, sums_S, trained)
         if not math.isfinite(total):
             raise diverged(self._section, "loss", total, self.state.global_step + 1, self.args.learning_rate)
         self._step_metrics = metrics
@@ -194,23 +220,24 @@ class GroupTrainer(Trainer):
         """Held-out loss and metrics, weighted by example whatever the micro-batches."""
         self.model.eval()  # type: ignore[union-attr]
         groups: list[TokenGroup] = self.eval_dataset  # type: ignore[assignment]
-        total, means = self._within_memory(
-            groups, self._add_up_together if self._objective.is_coupled else self._add_up
-        )
+        total, means = self._means(groups, self._within_memory(groups))
         metrics = {"eval_loss": total} | {f"eval_{name}": value for name, value in means.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _within_memory(
-        self, groups: list[TokenGroup], work: Callable[[list[TokenGroup], list[list[int]]], _Means]
-    ) -> _Means:
-        """Do some work in micro-batches; where they do not fit into memory, all of it again in smaller ones."""
+        self, groups: list[TokenGroup], each: Callable[[torch.Tensor], None] | None = None
+    ) -> torch.Tensor:
+        """Add up this process's share in micro-batches; where they do not fit, all of it again in smaller ones."""
+        share = self._replicas.share(groups)
         random_state = _RandomState.of(self._scorer.device)
         while True:
-            batches = self._scorer.split(groups, self._budget.max_tokens)
+            batches = self._scorer.split(share, self._budget.max_tokens) if share else []
             try:
-                return work(groups, batches)
+                if self._objective.is_coupled:
+                    return self._add_up_together(share, batches, each)
+                return self._add_up(share, batches, each, groups)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -219,71 +246,84 @@ class GroupTrainer(Trainer):
             random_state.restore()
             self._budget.halve(batches)
 
-    def _accumulate(self, groups: list[TokenGroup], batches: list[list[int]]) -> _Means:
-        """Gradients of the mean loss, summed over micro-batches; the mean loss and metrics."""
-        weight = self._objective.weight(groups)
-
-        def backward(loss: torch.Tensor) -> None:
-            self.accelerator.backward(loss / weight)
-
-        if self._objective.is_coupled and len(batches) > 1:
-            return self._accumulate_coupled(groups, batches, backward)
-        return self._add_up(groups, batches, backward)
-
-    def _accumulate_coupled(
-        self, groups: list[TokenGroup], batches: list[list[int]], backward: Callable[[torch.Tensor], None]
-    ) -> _Means:
-        """The same for a loss of all groups together: what each log-probability weighs, then its gradient.
-
-        The log-probabilities are taken twice, without and with gradients, so that memory is that of a micro-batch.
-        """
-        states, scores = [], []
-        with torch.no_grad():
-            for indices in batches:
-                states.append(_RandomState.of(self._scorer.device))
-                scores.append(self._scorer.score([groups[index] for index in indices]))
-        order = [index for indices in batches for index in indices]
-        whole = Scores.join(scores)
-        leaf = whole.logps_BK.requires_grad_()
-        result = self._objective.losses([groups[index] for index in order], whole, groups)
-        (weights_BK,) = torch.autograd.grad(result.losses_B.sum(), leaf)
-        begin = 0
-        for indices, state in zip(batches, states, strict=True):
-            state.restore()
-            again = self._scorer.score([groups[index] for index in indices])
-            backward((again.logps_BK * weights_BK[begin : begin + len(indices)]).sum())
-            begin += len(indices)
-        sums = {_LOSS: result.losses_B.detach().sum(), **{name: value.sum() for name, value in result.metrics.items()}}
-        return self._means(sums, groups)
-
     def _add_up(
-        self, groups: list[TokenGroup], batches: list[list[int]], each: Callable[[torch.Tensor], None] | None = None
-    ) -> _Means:
-        """The mean loss and metrics over micro-batches; ``each`` gets the summed loss of every one."""
+        self,
+        groups: list[TokenGroup],
+        batches: list[list[int]],
+        each: Callable[[torch.Tensor], None] | None,
+        step: Sequence[TokenGroup],
+    ) -> torch.Tensor:
+        """Loss and metrics summed over micro-batches, float64 [S]; ``each`` gets the summed loss of every one.
+
+        ``groups`` are this process's share of those of the ``step``.
+        """
+        names = (_LOSS, *self._objective.metric_names)
         sums: dict[str, torch.Tensor] = {}
         for indices in batches:
             batch = [groups[index] for index in indices]
-            result = self._objective.losses(batch, self._scorer.score(batch), groups)
+            result = self._objective.losses(batch, self._scorer.score(batch), step)
             loss = result.losses_B.sum()
             if each is not None:
                 each(loss)
             for name, values in {_LOSS: loss.detach(), **result.metrics}.items():
                 sums[name] = sums.get(name, 0.0) + values.sum()
-        return self._means(sums, groups)
+        if not batches:
+            return torch.zeros(len(names), dtype=torch.float64, device=self._scorer.device)
+        return torch.stack([sums[name] for name in names])
 
-    def _add_up_together(self, groups: list[TokenGroup], batches: list[list[int]]) -> _Means:
-        """The same of a loss of all groups together, without gradients."""
-        scores = [self._scorer.score([groups[index] for index in indices]) for indices in batches]
-        order = [groups[index] for indices in batches for index in indices]
-        result = self._objective.losses(order, Scores.join(scores), groups)
-        sums = {_LOSS: result.losses_B.sum(), **{name: value.sum() for name, value in result.metrics.items()}}
-        return self._means(sums, groups)
+    def _add_up_together(
+        self, groups: list[TokenGroup], batches: list[list[int]], each: Callable[[torch.Tensor], None] | None
+    ) -> torch.Tensor:
+        """The same where a loss is of all groups of the step together.
 
-    def _means(self, sums: dict[str, torch.Tensor], groups: Sequence[TokenGroup]) -> _Means:
-        names = list(sums)
-        values = torch.stack([sums[name] for name in names]).tolist()  # the one time that the device is waited for
+        The log-probabilities are taken twice: without gradients to see what each of them weighs, then with. So the
+        memory is that of a micro-batch.
+        """
+        states: list[_RandomState] = []
+        found: list[Scores] = []
+        with torch.no_grad():
+            for indices in batches:
+                states.append(_RandomState.of(self._scorer.device))
+                found.append(self._scorer.score([groups[index] for index in indices]))
+        scores = Scores.join(found)
+        in_order = [groups[index] for indices in batches for index in indices]
+        with torch.enable_grad():
+            logps_BK = scores.logps_BK.requires_grad_()
+            result = self._objective.losses(in_order, scores, in_order)
+            loss = result.losses_B.sum()
+        if each is not None:
+            (weights_BK,) = torch.autograd.grad(loss, logps_BK)
+            for indices, state, weights in zip(batches, states, weights_BK.split([*map(len, batches)]), strict=True):
+                state.restore()
+                each((self._scorer.score([groups[index] for index in indices]).logps_BK * weights).sum())
+        metrics = {_LOSS: loss.detach(), **result.metrics}
+        return torch.stack([metrics[name].sum() for name in (_LOSS, *self._objective.metric_names)])
+
+    def _means(
+        self, groups: list[TokenGroup], sums_S: torch.Tensor, parameters: Sequence[torch.nn.Parameter] = ()
+    ) -> _Means:
+        """Mean loss and metrics of a batch from each process's sums; the gradients are summed with them."""
+        values = self._exchange(groups, sums_S, parameters)
+        names = (_LOSS, *self._objective.metric_names)
         means = {name: value / len(groups) for name, value in zip(names, values, strict=True)}
         return means.pop(_LOSS) * len(groups) / self._objective.weight(groups), means
+
+    def _exchange(
+        self, groups: list[TokenGroup], sums_S: torch.Tensor, parameters: Sequence[torch.nn.Parameter]
+    ) -> list[float]:
+        """The sums [S] over all processes; the one time in a step that they, and the device, are waited for.
+
+        Beside them goes whether anyone was asked to stop, and that all of them hold the same batch.
+        """
+        if self._replicas.size == 1:
+            return sums_S.tolist()
+        mark = int(digest_bytes(*(group.id.encode() for group in groups))[:4], 16)  # float32 sums 16 bits exactly
+        beside = torch.tensor([self._stop.requested, mark], dtype=sums_S.dtype, device=sums_S.device)
+        *values, asked, marks = self._replicas.add_up(torch.cat([sums_S, beside]), parameters)
+        if marks != mark * self._replicas.size:
+            raise MachineError(f"{self._section}: the processes do not hold the same batch; this is a bug")
+        self._agreed_stop.requested = self._agreed_stop.requested or asked > 0
+        return values
 
     def load_finished(self, checkpoint: Path) -> None:
         """Take weights and log from the checkpoint of the last step, without training on."""

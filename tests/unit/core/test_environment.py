@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from dpo_cli.core.environment import prepare_environment
+from dpo_cli.core.environment import claim_gpu, is_first_process, prepare_environment
 
 
 def test_downloads_and_telemetry_are_off_even_where_they_were_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -16,3 +16,34 @@ def test_downloads_and_telemetry_are_off_even_where_they_were_on(monkeypatch: py
     prepare_environment()
     names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY")
     assert {os.environ[name] for name in names} == {"1"}
+
+
+@pytest.mark.parametrize(
+    ("given", "number", "seen"),
+    [(None, "1", "1"), ("2,5", "0", "2"), ("2,5", "1", "5"), ("2", "1", ""), ("", "0", "")],
+)
+def test_of_several_processes_each_sees_its_own_gpu(
+    given: str | None, number: str, seen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given or "")
+    if given is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", number)
+    claim_gpu()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
+
+
+def test_one_process_sees_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    claim_gpu()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    claim_gpu()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,5"
+
+
+def test_one_process_speaks_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_first_process()
+    monkeypatch.setenv("RANK", "1")
+    assert not is_first_process()

@@ -1,0 +1,251 @@
+"""Several processes that share every optimizer batch, as torchrun starts them.
+
+Each holds the whole model, all data in the same order and the same optimizer state. It scores its
+share of the batch; then one sum over all processes of one flat tensor, with gradients, loss, metrics
+and the wish to stop, is all that they exchange in a step, and each takes the same optimizer step.
+
+transformers and accelerate know nothing of it: while the processes are together torchrun's variables
+are out of the environment, so nothing is wrapped and no data is sharded behind our back.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dpo_cli.core import paths
+from dpo_cli.core.artifacts import digest_bytes
+from dpo_cli.core.errors import MachineError
+from dpo_cli.core.params import RuntimeParams
+from dpo_cli.core.progress import Reporter, SilentReporter
+from dpo_cli.core.scratch import Scratch, stage_scratch
+from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.models.device import prepare_machine
+from dpo_cli.scoring.budget import is_out_of_memory
+
+_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+_PATIENCE = timedelta(hours=1)
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """This process among those that train together; without torchrun the only one.
+
+    Attributes:
+        rank: Its number, from 0. Number 0 is the first: it alone writes and reports.
+        size: How many there are.
+        group: What sums tensors of the device; None: the default group.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes and reports."""
+        return self.rank == 0
+
+    def reporter(self, reporter: Reporter) -> Reporter:
+        """The reporter for the first process, a silent one for the others."""
+        return reporter if self.is_first else SilentReporter()
+
+    def share(self, groups: Sequence[TokenGroup]) -> list[TokenGroup]:
+        """This process's part of a batch, in its order; none where there are fewer groups than processes.
+
+        The largest group that is left goes to whoever has the fewest tokens so far.
+        """
+        if self.size == 1:
+            return list(groups)
+        sizes = [len(group.prompt) + sum(map(len, group.completions)) for group in groups]
+        loads = [0] * self.size
+        mine = []
+        for index in sorted(range(len(groups)), key=lambda index: (-sizes[index], index)):
+            rank = loads.index(min(loads))
+            loads[rank] += sizes[index]
+            if rank == self.rank:
+                mine.append(index)
+        return [groups[index] for index in sorted(mine)]
+
+    def add_up(self, sums_S: torch.Tensor, parameters: Sequence[torch.nn.Parameter] = ()) -> list[float]:
+        """Sum some figures, and the gradients of some parameters in place, over all processes: one exchange.
+
+        A gradient that nobody has stays None. With parameters all of it is summed in float32.
+
+        Args:
+            sums_S: Figures, float64 [S].
+            parameters: Parameters whose gradients are replaced by their sums.
+
+        Returns:
+            The sums [S], read back: the device is waited for once.
+
+        Raises:
+            MachineError: Another process is gone.
+        """
+        if self.size == 1:
+            return sums_S.tolist()
+        if not parameters:
+            total_S = sums_S.clone()
+            self._all_reduce(total_S)
+            return total_S.tolist()
+        known = torch.tensor([parameter.grad is not None for parameter in parameters], device=sums_S.device)
+        parts = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in parameters]
+        head = torch.cat([sums_S.float(), known.float()])
+        flat = torch.cat([head, *(part.reshape(-1).float() for part in parts)])
+        del parts
+        self._all_reduce(flat)
+        places = flat[len(head) :].split([parameter.numel() for parameter in parameters])
+        figures = flat[: len(head)].tolist()
+        for parameter, place, owners in zip(parameters, places, figures[len(sums_S) :], strict=True):
+            parameter.grad = place.view_as(parameter).to(parameter.dtype) if owners else None
+        return figures[: len(sums_S)]
+
+    def agree(self, what: str, value: Any) -> None:
+        """Go on only if all processes have the same value.
+
+        Raises:
+            MachineError: They have not, or one of them is gone.
+        """
+        if self.size == 1:
+            return
+        values: list[Any] = [None] * self.size
+        with _gone_is_an_error():
+            dist.all_gather_object(values, value)
+        odd = [rank for rank, other in enumerate(values) if other != values[0]]
+        if odd:
+            raise MachineError(
+                f"{self.size} processes were started, and number {odd[0]} differs from the first in {what}"
+                f" ({values[odd[0]]}, not {values[0]})"
+            )
+
+    def agree_on_parameters(self, when: str, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Go on only if all processes hold the same parameters, to the bit.
+
+        Raises:
+            MachineError: They do not, or one of them is gone.
+        """
+        if self.size > 1:
+            self.agree(f"the parameters {when}", digest_bytes(*map(_bytes, parameters)))
+
+    def from_first(self, value: Any) -> Any:
+        """The first process's value, for all.
+
+        Raises:
+            MachineError: One of them is gone.
+        """
+        if self.size == 1:
+            return value
+        values = [value]
+        with _gone_is_an_error():
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def wait(self) -> None:
+        """Go on when all have come so far.
+
+        Raises:
+            MachineError: One of them is gone.
+        """
+        if self.size > 1:
+            with _gone_is_an_error():
+                dist.barrier()
+
+    def _all_reduce(self, tensor: torch.Tensor) -> None:
+        with _gone_is_an_error():
+            dist.all_reduce(tensor, group=self.group)
+
+
+ALONE = Replicas()
+
+
+@contextmanager
+def join_replicas(runtime: RuntimeParams) -> Iterator[Replicas]:
+    """Meet the processes that torchrun started on this machine; they part when the block ends.
+
+    Under DVC nobody is met, and the stage refuses to run as several.
+
+    Raises:
+        MachineError: They are on several machines, do not all have a device of the same kind, or do not meet.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1 and "DVC_STAGE" in os.environ:
+        yield ALONE
+        return
+    if int(os.environ.get("LOCAL_WORLD_SIZE", size)) != size:
+        raise MachineError(f"{size} processes were started on several machines; a stage runs on one")
+    with ExitStack() as stack:
+        if size > 1:
+            _stay_on_loopback()
+            with _gone_is_an_error():
+                dist.init_process_group("gloo", timeout=_PATIENCE)
+            stack.callback(dist.destroy_process_group)
+        stack.enter_context(_hidden(_VARIABLES))
+        if size == 1:
+            yield ALONE
+            return
+        replicas = Replicas(dist.get_rank(), size)
+        kind = prepare_machine(runtime).device.type
+        replicas.agree("runtime.device; start no more processes than there are GPUs", kind)
+        group = dist.new_group(backend="nccl", timeout=_PATIENCE) if kind == "cuda" else None
+        yield Replicas(replicas.rank, size, group)
+
+
+@contextmanager
+def shared_scratch(stage: str, fingerprint: str, replicas: Replicas) -> Iterator[Scratch]:
+    """The stage's scratch folder: the first process holds its lock, the others come in after it.
+
+    Raises:
+        MachineError: The same stage runs already in this project, or the processes have different inputs.
+    """
+    replicas.agree("what the stage reads", fingerprint)
+    with ExitStack() as stack:
+        scratch, problem = Scratch(paths.scratch_root() / stage / fingerprint), None
+        if replicas.is_first:
+            try:
+                scratch = stack.enter_context(stage_scratch(stage, fingerprint))
+            except MachineError as error:
+                problem = str(error)
+        if (problem := replicas.from_first(problem)) is not None:
+            raise MachineError(problem)
+        yield scratch
+
+
+def _bytes(parameter: torch.nn.Parameter) -> bytes:
+    return parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _stay_on_loopback() -> None:
+    names = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
+    if names:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", names[0])
+
+
+@contextmanager
+def _hidden(names: Sequence[str]) -> Iterator[None]:
+    """Without some variables of the environment."""
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+@contextmanager
+def _gone_is_an_error() -> Iterator[None]:
+    """What torch says when another process is not there, as an error of ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise MachineError(f"another process of this run is gone; what it said comes before this ({reason})") from error

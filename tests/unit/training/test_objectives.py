@@ -1,0 +1,253 @@
+"""Objectives in the training loop: each trains, and none depends on how memory deals out its groups."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dpo_cli.core.objectives import OBJECTIVES
+from dpo_cli.core.params import LoraParams, Params, RuntimeParams, TrainParams, parse_params
+from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.models.adapters import add_adapter
+from dpo_cli.models.load import keep_weights_unpacked, load_model
+from dpo_cli.objectives.pairwise import shared_length_logps
+from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.training.objective import PairObjective, PreferenceObjective, preference_objective
+from dpo_cli.training.run import Fit, fit
+
+SETTINGS = {"label_smoothing": 0.1, "gamma": 0.5, "weighting": "none"}
+
+
+def section(loss: Any, **changes: Any) -> TrainParams:
+    """Section train with a loss and what it needs, as params.yaml would be read."""
+    names = list(loss) if isinstance(loss, dict) else [loss]
+    needed = {name: SETTINGS[name] for loss_name in names for name in OBJECTIVES[loss_name].needs}
+    knobs = {"learning_rate": 5e-3, "batch_size": 8, "epochs": 2.0, "eval_steps": 0, **needed, **changes}
+    params: Params = parse_params({"train": {"loss": loss, **knobs}})
+    return params.train
+
+
+@pytest.fixture
+def policy(tiny_folder: Path, cpu: Any) -> Callable[..., Any]:
+    def make(dropout: float = 0.0) -> Any:
+        lora = LoraParams(r=4, alpha=8.0, dropout=dropout)
+        model = add_adapter(load_model(tiny_folder, cpu, quantization="nf4"), lora, seed=0)
+        keep_weights_unpacked(model)
+        return model
+
+    return make
+
+
+def reference_tokens(scorer: Scorer, groups: Sequence[TokenGroup]) -> dict[str, list[torch.Tensor]]:
+    """Log-probabilities of each token by row id and completion."""
+    with torch.no_grad():
+        found = {}
+        for group in groups:
+            tokens = scorer.score([group]).token_logps_M
+            found[group.id] = list(tokens.split([len(completion) for completion in group.completions]))
+        return found
+
+
+def objective_of(
+    knobs: TrainParams, tokens: dict[str, list[torch.Tensor]], ranks: Mapping[str, Sequence[int]] | None = None
+) -> PreferenceObjective:
+    reference = {}
+    for name, sides in tokens.items():
+        lengths = torch.tensor([[len(side) for side in sides]])
+        if knobs.ld_alpha is None:
+            reference[name] = [side.double().sum().item() for side in sides]
+        else:
+            reference[name] = shared_length_logps(torch.cat(sides), lengths, knobs.ld_alpha)[0].tolist()
+    gaps = {name: 0.5 * index for index, name in enumerate(tokens)}
+    return preference_objective(knobs, reference, score_gaps=gaps, ranks=ranks)
+
+
+def train(
+    model: Any,
+    knobs: TrainParams,
+    groups: tuple[list[TokenGroup], list[TokenGroup]],
+    max_tokens: int,
+    folder: Path,
+    cpu: Any,
+    reporter: Any,
+    ranks: Mapping[str, Sequence[int]] | None = None,
+) -> Fit:
+    scorer = Scorer(model, torch.float32, "shared")
+    model.eval()
+    objective = objective_of(knobs, reference_tokens(scorer, [*groups[0], *groups[1]]), ranks)
+    folder.mkdir()
+    with scorer:
+        return fit(
+            model,
+            scorer,
+            objective,
+            *groups,
+            section="train",
+            params=knobs,
+            runtime=RuntimeParams(max_tokens_per_microbatch=max_tokens, recompute="none"),
+            machine=cpu,
+            work=folder,
+            reporter=reporter,
+        )
+
+
+def curve(fitted: Fit) -> list[float]:
+    names = ("loss", "grad_norm", "rewards/margins", "gradient_weight", "eval_loss")
+    return [entry[name] for name in names for entry in fitted.history if name in entry]
+
+
+@pytest.fixture
+def pairs(make_groups: Callable[..., list[TokenGroup]]) -> tuple[list[TokenGroup], list[TokenGroup]]:
+    return make_groups(18, seed=1), make_groups(7, seed=2)
+
+
+KINDS: list[tuple[Any, dict[str, Any]]] = [
+    *((name, {}) for name in OBJECTIVES if name != "plackett_luce"),
+    ({"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}, {}),
+    ("sigmoid", {"ld_alpha": 0.3}),
+    ("sigmoid", {"margin_scale": 0.2}),
+    ("sigmoid", {"divergence": "js"}),
+    ("ipo", {"divergence": "forward_kl"}),
+    ("hinge", {"divergence": "alpha", "divergence_alpha": 0.4}),
+]
+
+
+@pytest.mark.parametrize(("loss", "changes"), KINDS, ids=str)
+def test_the_token_budget_changes_no_curve(
+    loss: Any, changes: Any, policy: Callable[..., Any], pairs: Any, tmp_path: Path, cpu: Any, reporter: Any
+) -> None:
+    """Also of losses that compare all pairs of a step, and of those that divide by its tokens."""
+    knobs = section(loss, beta=0.5, **changes)
+    found = {
+        tokens: train(policy(), knobs, pairs, tokens, tmp_path / str(tokens), cpu, reporter) for tokens in (60, 8192)
+    }
+    assert curve(found[60]) == pytest.approx(curve(found[8192]), rel=1e-4, abs=2e-5)
+    held_out = [entry["eval_loss"] for entry in found[8192].history if "eval_loss" in entry]
+    assert held_out[0] != held_out[-1], "nothing was learned"
+    losses = [entry["loss"] for entry in found[8192].history if "loss" in entry]
+    if loss == "discopop":  # its slope at margin 0 points the wrong way: see docs/objectives.md
+        return
+    assert min(losses[-3:]) < losses[0]
+
+
+@pytest.mark.parametrize("loss", ["aot", "aot_unpaired"])
+def test_a_coupled_loss_has_the_gradient_of_the_whole_batch(
+    loss: Any, policy: Callable[..., Any], pairs: Any, tmp_path: Path, cpu: Any, reporter: Any
+) -> None:
+    """What two passes over micro-batches of single pairs give is what autograd gives through all at once."""
+    knobs = section(loss, beta=0.5, max_grad_norm=1e6, epochs=1.0, max_steps=None, batch_size=18)
+    model = policy()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    scorer = Scorer(model, torch.float32, "shared")
+    groups = pairs[0]
+    tokens = reference_tokens(Scorer(policy(), torch.float32), groups)
+    objective = objective_of(knobs, tokens)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    whole = torch.autograd.grad(objective.losses(groups, scorer.score(groups), groups).losses_B.mean(), trained)
+    norm = math.sqrt(sum(gradient.square().sum().item() for gradient in whole))
+    folder = tmp_path / "steps"
+    folder.mkdir()
+    fitted = fit(
+        model,
+        scorer,
+        objective,
+        groups,
+        groups,
+        section="train",
+        params=knobs,
+        runtime=RuntimeParams(max_tokens_per_microbatch=1),
+        machine=cpu,
+        work=folder,
+        reporter=reporter,
+    )
+    assert fitted.first("grad_norm") == pytest.approx(norm, rel=1e-5)
+    assert fitted.first("loss") == pytest.approx(fitted.first("eval_loss"), rel=1e-6), "the same pairs, the same loss"
+
+
+def test_a_coupled_loss_drops_the_same_in_both_passes(
+    policy: Callable[..., Any], pairs: Any, tmp_path: Path, cpu: Any, reporter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout, what a log-probability weighs and its gradient are of one and the same random network."""
+    seen: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+    score = Scorer.score
+
+    def watched(self: Scorer, groups: Sequence[TokenGroup]) -> Any:
+        scores = score(self, groups)
+        if self._causal.training:
+            seen[torch.is_grad_enabled()].append(scores.logps_BK.detach().clone())
+        return scores
+
+    monkeypatch.setattr(Scorer, "score", watched)
+    knobs = section("aot", beta=5.0, batch_size=18, epochs=1.0)
+    train(policy(dropout=0.5), knobs, pairs, 1, tmp_path / "one", cpu, reporter)
+    assert len(seen[False]) == len(pairs[0])
+    assert torch.equal(torch.cat(seen[False]), torch.cat(seen[True])), "dropout drew other numbers"
+    assert len({row.item() for row in torch.cat(seen[True])[:, 0]}) == len(pairs[0])
+
+
+def rankings(make_groups: Callable[..., list[TokenGroup]]) -> list[TokenGroup]:
+    """Groups of two, three and five answers."""
+    found = []
+    for count in (2, 3, 5):
+        found += [
+            replace(group, id=f"{count} {group.id}", group=f"{count} {group.group}")
+            for group in make_groups(6, completions=count, seed=count)
+        ]
+    return found
+
+
+@pytest.mark.parametrize("ties", ["average", "groups"])
+def test_rankings_of_any_length_train_together(
+    ties: str, policy: Callable[..., Any], make_groups: Any, tmp_path: Path, cpu: Any, reporter: Any
+) -> None:
+    groups = rankings(make_groups)
+    ranks = {
+        group.id: [1, 2, 2, 3, 4][: len(group.completions)] if index % 2 else list(range(1, len(group.completions) + 1))
+        for index, group in enumerate(groups)
+    }
+    changes = {} if ties == "average" else {"ties": ties}
+    knobs = section("plackett_luce", beta=0.5, **changes)
+    found = {
+        tokens: train(policy(), knobs, (groups, groups[::3]), tokens, tmp_path / str(tokens), cpu, reporter, ranks)
+        for tokens in (60, 8192)
+    }
+    assert curve(found[60]) == pytest.approx(curve(found[8192]), rel=1e-4, abs=2e-5)
+    taus = [entry["eval_rewards/kendall_tau"] for entry in found[8192].history if "eval_loss" in entry]
+    assert taus[0] == 0
+    assert taus[-1] > 0
+
+
+def test_a_ranking_of_two_is_a_pair(policy: Callable[..., Any], pairs: Any) -> None:
+    scorer = Scorer(policy(), torch.float32, "shared")
+    groups = pairs[0]
+    tokens = reference_tokens(scorer, groups)
+    noisy = {name: [side + 0.3 * index for index, side in enumerate(sides)] for name, sides in tokens.items()}
+    scores = scorer.score(groups)
+    ranked = objective_of(section("plackett_luce"), noisy, {group.id: [1, 2] for group in groups})
+    paired = objective_of(section("sigmoid"), noisy)
+    assert isinstance(paired, PairObjective)
+    ours, theirs = (objective.losses(groups, scores, groups) for objective in (ranked, paired))
+    assert torch.equal(ours.losses_B, theirs.losses_B)
+    for name, values in theirs.metrics.items():
+        assert torch.equal(ours.metrics[name], values), name
+
+
+def test_the_gradient_weight_is_how_wrong_a_pair_is(policy: Callable[..., Any], pairs: Any) -> None:
+    scorer = Scorer(policy(), torch.float32, "shared")
+    group = pairs[0][0]
+    logps = scorer.score([group]).logps_BK[0].tolist()
+    objective = PairObjective(TrainParams(beta=2.0), {group.id: [logps[0] + 0.5, logps[1] - 0.25]})
+    metrics = objective.losses([group], scorer.score([group]), [group]).metrics
+    assert metrics["rewards/margins"].item() == pytest.approx(-1.5)
+    assert metrics["gradient_weight"].item() == pytest.approx(1 / (1 + math.exp(-1.5)))
+    assert metrics["rewards/ties"].item() == 0
