@@ -13,7 +13,7 @@ import hashlib
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from dpo_cli.core.progress import Reporter
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.scoring.attention import Attending, UnsupportedAttentionError
 from dpo_cli.scoring.layout import LAYOUTS, MIN_SHARED_TOKENS, LayoutName
-from dpo_cli.scoring.scorer import ENGINE_VERSION, Scorer, evaluating
+from dpo_cli.scoring.scorer import ENGINE_VERSION, HeadName, Scorer, evaluating
 
 TOLERANCE = 1e-4
 """Nats by which a completion's log-probability may differ in float32."""
@@ -39,6 +39,12 @@ _MAX_WINDOW = 512
 """A sliding window up to this size is exceeded by the probe's longest prompt."""
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 _MEMORY = "layouts.json"
+_HEADS: dict[HeadName, str] = {
+    "linear": "",
+    "own": "; logits from the model's own code, in chunks",
+    "whole": "; logits from the model's whole forward: runtime.head_mib cannot bound them",
+}
+"""What the user is told of a head."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Verdict:
         tolerance: What was allowed, nats.
         refused: Why each cheaper layout was not taken, by its name.
         forced: Whether runtime.layout chose it.
+        head: Where its logits come from.
     """
 
     layout: LayoutName
@@ -58,17 +65,24 @@ class Verdict:
     tolerance: float
     refused: dict[str, str]
     forced: bool
+    head: HeadName
 
     def describe(self, *, remembered: bool = False) -> str:
         """One line for the user."""
         reasons = "".join(f"; not {name}: {reason}" for name, reason in self.refused.items())
         how = "forced" if self.forced else "found by the probe"
         how += ", as remembered" if remembered else ""
-        return f"layout {self.layout} ({how}; off by {self.difference:.1e} nats, {self.tolerance:.1e} allowed{reasons})"
+        off = f"off by {self.difference:.1e} nats, {self.tolerance:.1e} allowed"
+        return f"layout {self.layout} ({how}; {off}{reasons}){_HEADS[self.head]}"
 
     def metrics(self) -> dict[str, Any]:
         """What metrics.json says of it."""
-        return {"layout": self.layout, "layout_difference": self.difference, "layout_refused": self.refused}
+        return {
+            "layout": self.layout,
+            "layout_difference": self.difference,
+            "layout_refused": self.refused,
+            "head": self.head,
+        }
 
 
 def open_scorer(
@@ -93,6 +107,7 @@ def open_scorer(
         with scorer, evaluating(model):
             verdict = probe_layouts(scorer, model, forced)
         _remember(memory, key, verdict)
+    verdict = replace(verdict, head=scorer.head)
     scorer.layout = verdict.layout
     if scorer.device.type == "cuda":
         with torch.no_grad(), evaluating(model):  # kernels are tried out now, and not within a checkpointed layer
@@ -119,7 +134,7 @@ def probe_layouts(scorer: Scorer, model: Any, forced: LayoutName | None = None) 
     for name in (forced,) if forced else LAYOUTS:
         reason, difference = _reason_against(name, scorer, config, groups, alone, tolerance)
         if reason is None:
-            return Verdict(name, difference, tolerance, refused, forced is not None)
+            return Verdict(name, difference, tolerance, refused, forced is not None, scorer.head)
         refused[name] = reason
     if forced:
         raise MachineError(

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from transformers import AttentionInterface
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dpo_cli.core import paths
 from dpo_cli.core.errors import MachineError
@@ -296,6 +297,28 @@ def test_a_tuned_model_is_probed_with_its_adapter_and_left_in_its_mode(
         assert {module.training for module in model.modules()} == {mode}
     assert scored
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_head_that_the_configuration_does_not_describe_is_named(
+    open_: Callable[..., Any], make_llama: Callable[..., Any], reporter: Any
+) -> None:
+    _, verdict = open_(make_llama(100))
+    assert verdict.metrics()["head"] == "linear"
+    assert "logits" not in reporter.said[0]
+    model = make_llama(100)
+    model.config.logit_scale = 2.0  # which it does not read
+    for _ in range(2):
+        _, verdict = open_(model)
+        assert (verdict.layout, verdict.metrics()["head"]) == ("shared", "own")
+        assert reporter.said.pop().endswith("; logits from the model's own code, in chunks")
+    _, verdict = open_(_AroundItsBackbone(model.config).eval())
+    assert verdict.metrics()["head"] == "whole"
+    assert reporter.said[-1].endswith("; logits from the model's whole forward: runtime.head_mib cannot bound them")
+
+
+class _AroundItsBackbone(transformers.LlamaForCausalLM):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return CausalLMOutputWithPast(logits=self.lm_head(self.model.forward(*args, **kwargs)[0]))
 
 
 # --- forced -------------------------------------------------------------------------------
