@@ -58,6 +58,8 @@ class Verdict:
         refused: Why each cheaper layout was not taken, by its name.
         forced: Whether runtime.layout chose it.
         head: Where its logits come from.
+        attention: What computes its attention.
+        attention_refused: Why kernels were not used, for some layer at least, by their names.
     """
 
     layout: LayoutName
@@ -66,14 +68,22 @@ class Verdict:
     refused: dict[str, str]
     forced: bool
     head: HeadName
+    attention: str
+    attention_refused: dict[str, str]
 
     def describe(self, *, remembered: bool = False) -> str:
         """One line for the user."""
-        reasons = "".join(f"; not {name}: {reason}" for name, reason in self.refused.items())
         how = "forced" if self.forced else "found by the probe"
         how += ", as remembered" if remembered else ""
         off = f"off by {self.difference:.1e} nats, {self.tolerance:.1e} allowed"
-        return f"layout {self.layout} ({how}; {off}{reasons}){_HEADS[self.head]}"
+        return (
+            f"layout {self.layout} ({how}; {off}{_reasons(self.refused)})"
+            f"; attention by {self.describe_attention()}{_HEADS[self.head]}"
+        )
+
+    def describe_attention(self) -> str:
+        """What computes the attention, and what does not, and why."""
+        return f"{self.attention}{_reasons(self.attention_refused)}"
 
     def metrics(self) -> dict[str, Any]:
         """What metrics.json says of it."""
@@ -82,7 +92,13 @@ class Verdict:
             "layout_difference": self.difference,
             "layout_refused": self.refused,
             "head": self.head,
+            "attention": self.attention,
+            "attention_refused": self.attention_refused,
         }
+
+
+def _reasons(refused: dict[str, str]) -> str:
+    return "".join(f"; not {name}: {reason}" for name, reason in refused.items())
 
 
 def open_scorer(
@@ -107,11 +123,12 @@ def open_scorer(
         with scorer, evaluating(model):
             verdict = probe_layouts(scorer, model, forced)
         _remember(memory, key, verdict)
-    verdict = replace(verdict, head=scorer.head)
     scorer.layout = verdict.layout
+    verdict = replace(verdict, head=scorer.head)
     if scorer.device.type == "cuda":
         with torch.no_grad(), evaluating(model):  # kernels are tried out now, and not within a checkpointed layer
             scorer.score(probe_groups(scorer.config.vocab_size, 8)[:1])
+        verdict = replace(verdict, **_attention_of(scorer, verdict.layout))
     reporter.say(f"{stage}: {verdict.describe(remembered=remembered)}")
     return scorer, verdict
 
@@ -134,7 +151,8 @@ def probe_layouts(scorer: Scorer, model: Any, forced: LayoutName | None = None) 
     for name in (forced,) if forced else LAYOUTS:
         reason, difference = _reason_against(name, scorer, config, groups, alone, tolerance)
         if reason is None:
-            return Verdict(name, difference, tolerance, refused, forced is not None, scorer.head)
+            kernels = _attention_of(scorer, name)
+            return Verdict(name, difference, tolerance, refused, forced is not None, scorer.head, **kernels)
         refused[name] = reason
     if forced:
         raise MachineError(
@@ -144,6 +162,14 @@ def probe_layouts(scorer: Scorer, model: Any, forced: LayoutName | None = None) 
         "this model's log-probabilities depend on what else is in a batch"
         f" (padded: {refused['padded']}); it cannot be scored"
     )
+
+
+def _attention_of(scorer: Scorer, layout: LayoutName) -> dict[str, Any]:
+    """What computed the attention of the last forward, as a verdict has it."""
+    attended = scorer.last_attended
+    if layout == "padded" or attended is None:
+        return {"attention": f"the model's own {scorer.own_attention}", "attention_refused": {}}
+    return {"attention": ", ".join(sorted(attended.kernels)), "attention_refused": dict(attended.refused)}
 
 
 def _alone(scorer: Scorer, group: TokenGroup) -> torch.Tensor:

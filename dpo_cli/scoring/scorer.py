@@ -69,6 +69,7 @@ class Scorer:
         layout: How groups go through the model.
         config: The text model's configuration.
         compute_dtype: The dtype of matrix products.
+        own_attention: The attention that the model has by itself.
         head: Where logits come from.
         head_bytes: Bytes of logits that are held at once; not kept to by a ``whole`` head.
         last_attended: What the last forward of one row attended to.
@@ -92,7 +93,7 @@ class Scorer:
         self._autocast_dtype = compute_dtype if compute_dtype != torch.float32 else None
         self._linear = causal.get_output_embeddings()
         self.head_bytes = head_bytes or (GPU_HEAD_BYTES if self.device.type == "cuda" else DEFAULT_HEAD_BYTES)
-        self._own_attention = _own_attention(causal)
+        self.own_attention = _own_attention(causal)
         self.layout: LayoutName = layout
         self.last_attended: Attending | None = None
         self._transform = LogitTransform()
@@ -108,7 +109,7 @@ class Scorer:
 
     def close(self) -> None:
         """Give the model its own attention back."""
-        self._use_attention(self._own_attention)
+        self._use_attention(self.own_attention)
 
     @property
     def device(self) -> torch.device:
@@ -168,7 +169,7 @@ class Scorer:
     def _forward(self, model: Any, layout: Layout) -> Any:
         """The output of the backbone or of the whole model; a padded row needs no mask: the padding is behind."""
         if not layout.blocks:
-            self._use_attention(self._own_attention)
+            self._use_attention(self.own_attention)
             return model(input_ids=layout.tokens_RT, use_cache=False)
         self._use_attention(IMPLEMENTATION)
         self.last_attended = Attending(layout)
