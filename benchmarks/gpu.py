@@ -30,7 +30,7 @@ from dpo_cli.models.load import keep_weights_unpacked
 from dpo_cli.models.shapes import random_model
 from dpo_cli.scoring.layout import LAYOUTS, LayoutName
 from dpo_cli.scoring.regimes import random_pairs
-from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.scoring.scorer import MAX_READ_SHARE, Scorer
 from dpo_cli.scoring.varlen import VARLEN_KERNELS, reason_against
 
 SECONDS = 450
@@ -63,6 +63,7 @@ def step_zero_margins(shape: str, machine: Machine) -> str:
     results: dict[LayoutName, torch.Tensor] = {}
     for name in LAYOUTS:
         with Scorer(model, machine.compute_dtype, name) as scorer:
+            scorer.max_read_share = MAX_READ_SHARE  # as the probe finds for these
             found = torch.zeros(len(groups), 2, dtype=torch.float64)
             for indices in scorer.split(groups, 4096):
                 found[indices] = scorer.score([groups[index] for index in indices]).logps_BK.cpu()

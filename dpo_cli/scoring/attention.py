@@ -55,10 +55,12 @@ class Attending:
         windows: The sliding windows that layers asked for; None stands for full attention.
         kernels: What computed the layers' attention.
         refused: Why a kernel was not used for some layer, by its name.
+        read_P: The positions that the last layer's MLP is computed on; None for all.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, read_P: torch.Tensor | None = None) -> None:
         self.layout = layout
+        self.read_P = read_P
         self.windows: set[int | None] = set()
         self.kernels: set[str] = set()
         self.refused: dict[str, str] = {}

@@ -24,11 +24,14 @@ from dpo_cli.scoring.head import (
     own_logps,
     token_logps,
 )
+from dpo_cli.scoring.last_mlp import ReadRows, last_mlp
 from dpo_cli.scoring.layout import Layout, LayoutName, lay_out, split_by_tokens
 from dpo_cli.scoring.own_head import NoAnswerError, OwnHead
 
-ENGINE_VERSION = 2
+ENGINE_VERSION = 3
 """Raised when a change here may move a log-probability; part of the reference cache's identity."""
+MAX_READ_SHARE = 0.7
+"""Share of a row's positions that are read up to which it pays to compute the last MLP on them alone."""
 
 HeadName = Literal["linear", "own", "whole"]
 """Where logits come from: ``linear``, the output embedding and what the configuration says is done to its output;
@@ -72,6 +75,8 @@ class Scorer:
         own_attention: The attention that the model has by itself.
         head: Where logits come from.
         head_bytes: Bytes of logits that are held at once; not kept to by a ``whole`` head.
+        max_read_share: Share of a row's positions that predict something up to which the last layer's MLP is
+            computed on those alone; 0 computes it on all, which is right for every model.
         last_attended: What the last forward of one row attended to.
 
     For layouts of one row the model's attention is switched to this package's, and stays so for
@@ -95,7 +100,10 @@ class Scorer:
         self.head_bytes = head_bytes or (GPU_HEAD_BYTES if self.device.type == "cuda" else DEFAULT_HEAD_BYTES)
         self.own_attention = _own_attention(causal)
         self.layout: LayoutName = layout
+        self.max_read_share = 0.0
         self.last_attended: Attending | None = None
+        mlp = last_mlp(self._backbone)
+        self._read_rows = None if mlp is None else ReadRows(mlp)
         self._transform = LogitTransform()
         self._own_head = None if self._backbone is None else OwnHead(causal, self._backbone)
         with torch.no_grad(), evaluating(causal):
@@ -110,6 +118,13 @@ class Scorer:
     def close(self) -> None:
         """Give the model its own attention back."""
         self._use_attention(self.own_attention)
+        if self._read_rows is not None:
+            self._read_rows.detach()
+
+    @property
+    def can_read_rows(self) -> bool:
+        """Whether the last layer has an MLP that could be computed on some positions alone."""
+        return self._read_rows is not None
 
     @property
     def device(self) -> torch.device:
@@ -172,9 +187,18 @@ class Scorer:
             self._use_attention(self.own_attention)
             return model(input_ids=layout.tokens_RT, use_cache=False)
         self._use_attention(IMPLEMENTATION)
-        self.last_attended = Attending(layout)
+        self.last_attended = Attending(layout, self._read(layout))
         with attend(self.last_attended):
             return model(input_ids=layout.tokens_RT, position_ids=layout.positions_RT, use_cache=False)
+
+    def _read(self, layout: Layout) -> torch.Tensor | None:
+        """The positions that the last MLP is computed on; None for all."""
+        if self._read_rows is None or layout.read_P is None:
+            return None
+        if not len(layout.read_P) <= self.max_read_share * layout.num_tokens:
+            return None
+        self._read_rows.attach()
+        return layout.read_P
 
     def _hidden(self, layout: Layout) -> torch.Tensor:
         """[N, D], hidden states of the predictors."""

@@ -105,7 +105,7 @@ def layout_of(blocks: tuple[Block, ...]) -> Layout:
     nothing = torch.zeros(0, dtype=torch.long)
     num_tokens = sum(block.length for block in blocks)
     row = torch.zeros(1, num_tokens, dtype=torch.long)
-    return Layout(row, row, nothing, nothing, nothing, nothing, blocks, 1, 1, 0)
+    return Layout(row, row, nothing, nothing, None, nothing, nothing, blocks, 1, 1, 0)
 
 
 def random_inputs(

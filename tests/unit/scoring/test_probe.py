@@ -353,14 +353,14 @@ def test_the_kernel_of_the_attention_is_named_and_why_others_are_not(
         line = reporter.said.pop()
         if slides:
             assert verdict.attention == "PyTorch's flash kernel for the CPU"
-            assert line.endswith(
+            assert (
                 f"; attention by {verdict.attention}; not absent: not installed"
-                "; not old: it fails with a window (no window in this version)"
-            )
+                "; not old: it fails with a window (no window in this version); last MLP"
+            ) in line
         else:
             assert verdict.metrics()["attention"] == "old"
             assert verdict.metrics()["attention_refused"] == {"absent": "not installed"}
-            assert line.endswith("; attention by old; not absent: not installed")
+            assert "; attention by old; not absent: not installed; last MLP" in line
         assert ("as remembered" in line) == remembered
     varlen._choose.cache_clear()
 
@@ -370,7 +370,7 @@ def test_padded_rows_have_the_models_own_attention(
 ) -> None:
     _, verdict = open_(make_llama(100), "padded")
     assert (verdict.attention, verdict.attention_refused) == ("the model's own sdpa", {})
-    assert reporter.said[0].endswith("; attention by the model's own sdpa")
+    assert reporter.said[0].endswith("; attention by the model's own sdpa; last MLP on all positions")
 
 
 # --- forced -------------------------------------------------------------------------------
