@@ -13,6 +13,7 @@ chunk are there, and only it is kept, [N, D]; the backward pass scales its rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +25,19 @@ DEFAULT_HEAD_BYTES = 32 << 20
 GPU_HEAD_BYTES = 256 << 20
 """The same on a GPU, which reads the whole head for each chunk of rows."""
 
+_PLAIN_BYTES = 20
+"""Bytes that autograd holds of a logit: itself, its transform, what log-sum-exp makes of it, and their gradients."""
+_CAPPED_BYTES = 28
+"""The same where a soft cap is among the transforms."""
+
 
 def max_logit_rows(vocabulary: int, head_bytes: int, bytes_each: int) -> int:
     """How many rows of logits may be held at once, where each logit takes so many bytes; at least one."""
     return max(1, head_bytes // (bytes_each * vocabulary))
+
+
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""What Gemma, RecurrentGemma and xLSTM call their soft cap."""
 
 
 @dataclass(frozen=True)
@@ -37,20 +47,24 @@ class LogitTransform:
     Attributes:
         scale: Factor on the logits (Cohere's logit_scale, Granite's 1 / logits_scaling).
         softcap: ``softcap * tanh(z / softcap)`` where set (Gemma's final_logit_softcapping).
+
+    Configurations do not say enough: Granite divides by its logits_scaling, HyperCLOVA X multiplies by it.
     """
 
     scale: float = 1.0
     softcap: float | None = None
 
     @classmethod
-    def of(cls, config: Any) -> LogitTransform:
-        """Read it from a model's configuration."""
-        scale = getattr(config, "logit_scale", None) or 1.0
-        if divisor := getattr(config, "logits_scaling", None):
-            scale /= divisor
-        if multiplier := getattr(config, "lm_head_multiplier", None):
-            scale *= multiplier
-        return cls(float(scale), getattr(config, "final_logit_softcapping", None))
+    def readings(cls, config: Any) -> Iterator[LogitTransform]:
+        """What a model's configuration may mean, the likeliest first."""
+        scale = float(getattr(config, "logit_scale", None) or 1.0) * (
+            getattr(config, "lm_head_multiplier", None) or 1.0
+        )
+        softcap = next((value for name in _SOFTCAPS if (value := getattr(config, name, None))), None)
+        scaling = getattr(config, "logits_scaling", None) or 1.0
+        yield cls(scale / scaling, softcap)
+        if scaling != 1.0:
+            yield cls(scale * scaling, softcap)
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """Transformed logits, float32."""
@@ -187,13 +201,44 @@ def _autograd_logps(
     transform: LogitTransform,
     head_bytes: int,
 ) -> torch.Tensor:
-    """The same through the head's own forward and autograd; logits are computed again in the backward pass."""
-    # logits, their transforms, what log-sum-exp makes of them, and the gradients of each
-    bytes_each = 20 if transform.softcap is None else 28
+    """The same through the head's own forward and autograd."""
+    bytes_each = _PLAIN_BYTES if transform.softcap is None else _CAPPED_BYTES
     rows = max_logit_rows(head.weight.shape[0], head_bytes, bytes_each)  # type: ignore[index]
+    return _checkpointed_logps(hidden_ND, targets_N, lambda hidden: transform(head(hidden)), rows)
+
+
+def own_logps(
+    hidden_ND: torch.Tensor,
+    targets_N: torch.Tensor,
+    own_head: Callable[[torch.Tensor], torch.Tensor],
+    vocabulary: int,
+    head_bytes: int,
+) -> torch.Tensor:
+    """Log-probability of each target under the softmax of a model's own logits, by autograd.
+
+    Args:
+        hidden_ND: [N, D], the hidden states that predict the targets.
+        targets_N: int64 [N].
+        own_head: Gives logits float32 [C, V] of hidden states [C, D].
+        vocabulary: V.
+        head_bytes: Bytes of logits that may be held at once.
+
+    Returns:
+        float32 [N], nats.
+    """
+    return _checkpointed_logps(hidden_ND, targets_N, own_head, max_logit_rows(vocabulary, head_bytes, _CAPPED_BYTES))
+
+
+def _checkpointed_logps(
+    hidden_ND: torch.Tensor,
+    targets_N: torch.Tensor,
+    logits_of: Callable[[torch.Tensor], torch.Tensor],
+    rows: int,
+) -> torch.Tensor:
+    """float32 [N], so many rows at a time; their logits are computed again in the backward pass."""
 
     def logps(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = transform(head(hidden))
+        logits = logits_of(hidden)
         return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
 
     if hidden_ND.shape[0] <= rows:

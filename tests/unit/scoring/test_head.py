@@ -360,21 +360,26 @@ def test_a_trained_head_and_a_frozen_one_agree_under_autocast(trained: bool) -> 
 
 
 @pytest.mark.parametrize(
-    ("values", "scale", "softcap"),
+    ("values", "scales", "softcap"),
     [
-        ({}, 1.0, None),
-        ({"logit_scale": 0.25}, 0.25, None),
-        ({"logits_scaling": 4.0}, 0.25, None),
-        ({"lm_head_multiplier": 0.5}, 0.5, None),
-        ({"logit_scale": 3.0, "logits_scaling": 2.0, "lm_head_multiplier": 4.0}, 6.0, None),
-        ({"logit_scale": None, "final_logit_softcapping": 30.0}, 1.0, 30.0),
-        ({"logit_scale": None, "logits_scaling": None, "final_logit_softcapping": None}, 1.0, None),
+        ({}, [1.0], None),
+        ({"logit_scale": 0.25}, [0.25], None),
+        ({"logits_scaling": 4.0}, [0.25, 4.0], None),
+        ({"logits_scaling": 1.0}, [1.0], None),
+        ({"lm_head_multiplier": 0.5}, [0.5], None),
+        ({"logit_scale": 3.0, "logits_scaling": 2.0, "lm_head_multiplier": 4.0}, [6.0, 24.0], None),
+        ({"logit_scale": None, "final_logit_softcapping": 30.0}, [1.0], 30.0),
+        ({"logits_soft_cap": 20.0}, [1.0], 20.0),
+        ({"output_logit_soft_cap": 10.0, "final_logit_softcapping": None}, [1.0], 10.0),
+        ({"logit_scale": None, "logits_scaling": None, "final_logit_softcapping": None}, [1.0], None),
     ],
 )
-def test_the_transform_is_read_from_the_configuration(
-    values: dict[str, Any], scale: float, softcap: float | None
+def test_transforms_are_read_from_the_configuration(
+    values: dict[str, Any], scales: list[float], softcap: float | None
 ) -> None:
-    assert LogitTransform.of(SimpleNamespace(**values)) == LogitTransform(scale, softcap)
+    """Granite divides by logits_scaling, HyperCLOVA X multiplies."""
+    readings = list(LogitTransform.readings(SimpleNamespace(**values)))
+    assert readings == [LogitTransform(scale, softcap) for scale in scales]
 
 
 def test_the_transform_scales_then_caps_in_float32() -> None:
