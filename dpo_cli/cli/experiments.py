@@ -169,7 +169,7 @@ def read_experiment(name: str, revision: str) -> tuple[Experiment, list[str]]:
 
 def _oddities(name: str, params: dict[str, Any], read: Read) -> list[str]:
     """Where params.yaml or reports/ are not those of the run that dvc.lock recorded."""
-    stages = _yaml(read(_LOCK), f"{name}: {_LOCK}").get("stages", {})
+    stages = _yaml(read(_LOCK), f"{name}: {_LOCK}").get("stages") or {}
     found = []
     ran = flatten(
         {
