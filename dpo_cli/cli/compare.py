@@ -78,7 +78,8 @@ def compare(names: Sequence[str], baseline: str | None, metrics: Sequence[str], 
         MachineError: git cannot be run.
     """
     refs = experiment_refs()
-    based = [ref.name for ref in refs if ref.baseline == head()] if not names else []
+    current = head()
+    based = [ref.name for ref in refs if ref.baseline == current] if not names else []
     first = [baseline] if baseline else [] if names else [WORKSPACE]
     wanted = list(dict.fromkeys([*first, *names, *based]))
     if len(wanted) < 2:

@@ -89,7 +89,7 @@ class Difference:
         high: Upper end.
         num_prompts: Prompts that both have; None without an interval.
         num_left_out: Prompts that only one of them has.
-        why: Why there is no interval; empty where there is one, or where the metric is a text.
+        why: Why there is no interval; empty where there is one, or where the metric is no number.
     """
 
     value: float | None
@@ -124,7 +124,13 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
 
 def flatten_metrics(metrics: Mapping[str, Any]) -> dict[str, Scalar]:
     """Metrics by dotted path, without lists: they are the intervals of a single run."""
-    return {path: value for path, value in flatten(metrics).items() if not str(value).startswith(("[", "{"))}
+    flat: dict[str, Scalar] = {}
+    for key, value in metrics.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}.{path}": each for path, each in flatten_metrics(value).items()}
+        elif not isinstance(value, list):
+            flat[key] = value
+    return flat
 
 
 def rows_of_answers(text: str) -> tuple[dict[str, Rows], dict[str, str]]:
@@ -220,7 +226,7 @@ def difference(
         if metric not in experiment.metrics:
             return Difference(None, why=f"{experiment.name} does not have it")
     values = [experiment.metrics[metric] for experiment in (baseline, other)]
-    if not all(isinstance(value, int | float) for value in values):
+    if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
         return Difference(None)
     apart = float(values[1]) - float(values[0])  # type: ignore[arg-type]
     for experiment in (baseline, other):

@@ -13,7 +13,7 @@ import pytest
 
 from dpo_cli.data import world
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 BETAS = (0.05, 0.1, 0.5, 1.0, 5.0)
 LOSSES = ("sigmoid", "ipo")
