@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ from dpo_cli.models.load import keep_weights_unpacked
 from dpo_cli.models.shapes import random_model
 from dpo_cli.scoring.layout import LAYOUTS, LayoutName
 from dpo_cli.scoring.regimes import random_pairs
-from dpo_cli.scoring.scorer import Scorer
-from dpo_cli.scoring.varlen import VARLEN_KERNELS, kernel_is_right
+from dpo_cli.scoring.scorer import MAX_READ_SHARE, Scorer
+from dpo_cli.scoring.varlen import VARLEN_KERNELS, reason_against
 
 SECONDS = 450
 MIB = 2**20
@@ -45,11 +46,10 @@ def kernels(machine: Machine) -> list[str]:
         if kernel is None:
             lines.append(f"* {name}: not there")
             continue
-        for head_size in (64, 128):
-            for softcap in (None, 30.0):
-                right = kernel_is_right(kernel, machine.device, torch.bfloat16, head_size, softcap)
-                what = f"head size {head_size}" + (", soft cap" if softcap else "")
-                lines.append(f"* {name}, {what}: {'right' if right else 'WRONG OR UNABLE'}")
+        for head_size, window, softcap in product((64, 128), (None, 8), (None, 30.0)):
+            reason = reason_against(kernel, machine.device, torch.bfloat16, head_size, window, softcap)
+            what = f"head size {head_size}" + (", window" if window else "") + (", soft cap" if softcap else "")
+            lines.append(f"* {name}, {what}: {reason or 'right'}")
     return lines
 
 
@@ -63,6 +63,7 @@ def step_zero_margins(shape: str, machine: Machine) -> str:
     results: dict[LayoutName, torch.Tensor] = {}
     for name in LAYOUTS:
         with Scorer(model, machine.compute_dtype, name) as scorer:
+            scorer.max_read_share = MAX_READ_SHARE  # as the probe finds for these
             found = torch.zeros(len(groups), 2, dtype=torch.float64)
             for indices in scorer.split(groups, 4096):
                 found[indices] = scorer.score([groups[index] for index in indices]).logps_BK.cpu()

@@ -221,11 +221,11 @@ def _run_out_above(scorer: Any, limit: int) -> None:
     """Let scoring for the training fail where a micro-batch of several pairs is larger."""
     score = scorer.score
 
-    def limited(groups: Sequence[TokenGroup], *args: Any) -> Scores:
+    def limited(groups: Sequence[TokenGroup], **asked: Any) -> Scores:
         size = sum(len(group.prompt) + sum(map(len, group.completions)) for group in groups)
         if torch.is_grad_enabled() and size > limit and len(groups) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return score(groups, *args)
+        return score(groups, **asked)
 
     scorer.score = limited
 

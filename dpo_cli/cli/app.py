@@ -410,6 +410,63 @@ def bench_command(
         typer.echo(json.dumps(figures, ensure_ascii=False))
 
 
+@app.command(
+    "compare",
+    rich_help_panel="Measurements",
+    epilog=_examples(
+        "dpo-cli compare",
+        "dpo-cli compare --baseline HEAD --metric win_rate,kl",
+        "dpo-cli compare workspace nutty-lamb main~1",
+        "dpo-cli compare HEAD nutty-lamb --all --csv comparison.csv",
+    ),
+)
+def compare_command(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[EXP]...",
+            help="Experiments of DVC, git revisions, or `workspace`; none: the workspace and every experiment based"
+            " on HEAD. The first is the baseline.",
+        ),
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", metavar="EXP", help="Compare with this one in place of the first.")
+    ] = None,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metric",
+            metavar="NAME",
+            help="A metric to show, `evaluate.kl` or `kl`; may be repeated, or hold several with commas between."
+            " None: the main ones that differ.",
+        ),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Show every metric of every stage.")] = False,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write the figures to a CSV file, too.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object, no tables.")] = False,
+) -> None:
+    """Compare experiments: the settings that differ beside the metrics that differ, with paired intervals.
+
+    Values of the same prompt are compared with each other, so the interval is that of the difference, by
+    prompts that both experiments have. Reads params.yaml, dvc.lock and reports/ from git and from the
+    workspace; runs nothing.
+    """
+    with _errors_as_exit_codes(as_json=as_json):
+        if every and metrics:
+            raise ParamsError("--metric has no effect with --all; give one of them")
+        from dpo_cli.cli import compare  # here, so that --help does not wait for it
+
+        found = compare.compare(names or [], baseline, metrics or [], every=every)
+        if csv_file is not None:
+            compare.write_csv(found, csv_file)
+        if as_json:
+            typer.echo(json.dumps(compare.as_json(found), ensure_ascii=False))
+        else:
+            compare.print_comparison(found)
+
+
 # --- projects -----------------------------------------------------------------------------
 
 

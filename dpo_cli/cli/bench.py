@@ -134,12 +134,13 @@ def measure(options: BenchOptions, params: Params, reporter: Reporter) -> dict[s
     scorer, verdict = open_scorer(model, machine.compute_dtype, params.runtime, reporter, "bench")
     figures |= verdict.metrics()
     sizes = Sizes.of(model, machine.compute_dtype)
+    attention = verdict.describe_attention()
     for name in options.which:
         bench = _reference_pass if name == "precompute-ref" else _training
         found = bench(model, scorer, groups, params, machine, options.num_turns, sizes, reporter)
         found |= _utilisation(found, peak, sheet)
         figures[name.replace("-", "_")] = found
-        reporter.table(f"bench: {name}", _rows(found, figures))
+        reporter.table(f"bench: {name}", _rows(found, figures, attention))
     return figures
 
 
@@ -313,7 +314,7 @@ def _utilisation(found: dict[str, Any], peak_flops: float, sheet_flops: float | 
     return {"mfu": achieved / peak_flops, "mfu_datasheet": None if sheet_flops is None else achieved / sheet_flops}
 
 
-def _rows(found: dict[str, Any], figures: dict[str, Any]) -> list[tuple[str, str]]:
+def _rows(found: dict[str, Any], figures: dict[str, Any], attention: str) -> list[tuple[str, str]]:
     mib = 2**20
     sheet = "" if figures["datasheet_tflops"] is None else f"; {found['mfu_datasheet']:.1%} of the datasheet's"
     return [
@@ -332,6 +333,7 @@ def _rows(found: dict[str, Any], figures: dict[str, Any]) -> list[tuple[str, str
             f"{figures['layout']}: {found['tokens_saved_share']:.1%} of the tokens saved,"
             f" {found['padding_share']:.1%} padding",
         ),
+        ("attention", attention),
         ("micro-batch", f"{found['max_tokens_per_microbatch']} tokens, recompute {found['recompute']}"),
         ("MFU", f"{found['mfu']:.1%} of a product's speed on this machine{sheet}"),
         (

@@ -15,6 +15,8 @@ from dpo_cli.core import paths
 
 _TRAIN_STEPS = paths.report_dir("train") / "steps.tsv"
 _SFT_STEPS = paths.report_dir("sft") / "steps.tsv"
+_SAMPLES = paths.report_dir("evaluate") / "samples.jsonl"
+_PAIRS = paths.report_dir("evaluate") / "pairs.csv"
 _MARGINS = paths.report_dir("evaluate") / "margins.csv"
 
 
@@ -123,7 +125,7 @@ STAGES: tuple[Stage, ...] = (
             _TRAIN_STEPS,
         ),
         output=None,
-        reports=(paths.report_dir("evaluate") / "samples.jsonl", _MARGINS, paths.REPORT_HTML),
+        reports=(_SAMPLES, _PAIRS, _MARGINS, paths.REPORT_HTML),
     ),
 )
 

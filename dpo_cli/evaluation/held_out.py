@@ -35,6 +35,27 @@ class HeldOutPair:
 
 
 @dataclass(frozen=True)
+class PairFigures:
+    """What a held-out pair adds to the means.
+
+    Attributes:
+        id: The row's id.
+        group: The prompt's id.
+        chosen_reward: Implicit reward of the chosen answer, beta * log-ratio, nats.
+        rejected_reward: The same of the rejected one.
+        margin: Their difference, nats.
+        loss: The training loss.
+    """
+
+    id: str
+    group: str
+    chosen_reward: float
+    rejected_reward: float
+    margin: float
+    loss: float
+
+
+@dataclass(frozen=True)
 class HeldOut:
     """Figures over all held-out pairs.
 
@@ -49,7 +70,7 @@ class HeldOut:
         num_ties: Pairs with equal implicit rewards.
         num_pairs: Pairs in all.
         num_prompts: Different prompts in them.
-        margins: Margin of each pair, in the order of their ids.
+        rows: What each pair adds, in the order of their ids.
     """
 
     reward_accuracy: Estimate
@@ -62,7 +83,12 @@ class HeldOut:
     num_ties: int
     num_pairs: int
     num_prompts: int
-    margins: list[float]
+    rows: list[PairFigures]
+
+    @property
+    def margins(self) -> list[float]:
+        """Margin of each pair, nats, in the order of their ids."""
+        return [row.margin for row in self.rows]
 
 
 def summarise_held_out(
@@ -75,6 +101,7 @@ def summarise_held_out(
     num_tokens = torch.tensor([pair.num_tokens for pair in rows])
     rewards = beta * log_ratios(policy, reference)
     margins = rewards[:, 0] - rewards[:, 1]
+    losses = loss(policy, reference, num_tokens)
     clusters = [pair.group for pair in rows]
 
     def interval(values: torch.Tensor) -> Estimate:
@@ -82,7 +109,7 @@ def summarise_held_out(
 
     return HeldOut(
         reward_accuracy=interval(_half_ties(margins)),
-        loss=interval(loss(policy, reference, num_tokens)),
+        loss=interval(losses),
         margin=interval(margins),
         chosen_reward=rewards[:, 0].mean().item(),
         rejected_reward=rewards[:, 1].mean().item(),
@@ -91,7 +118,17 @@ def summarise_held_out(
         num_ties=int((margins == 0).sum()),
         num_pairs=len(rows),
         num_prompts=len(set(clusters)),
-        margins=margins.tolist(),
+        rows=[
+            PairFigures(pair.id, pair.group, *figures)
+            for pair, *figures in zip(
+                rows,
+                rewards[:, 0].tolist(),
+                rewards[:, 1].tolist(),
+                margins.tolist(),
+                losses.tolist(),
+                strict=True,
+            )
+        ],
     )
 
 

@@ -383,6 +383,38 @@ def offset(loss: PairwiseLoss, beta: float, margins_B: torch.Tensor) -> Pairwise
     return changed
 
 
+def weighted(loss: PairwiseLoss, weights_B: torch.Tensor) -> PairwiseLoss:
+    """A loss times a weight of each pair, float64 [B]."""
+
+    def changed(policy: torch.Tensor, reference: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
+        return weights_B * loss(policy, reference, num_tokens)
+
+    return changed
+
+
+def wpo_weights(
+    token_logps_M: torch.Tensor, log_sum_squares_M: torch.Tensor, num_tokens_B2: torch.Tensor
+) -> torch.Tensor:
+    """How likely pairs are under the policy: WPO's aligned weights (Zhou et al. 2024, eq. 2 and section 3.2).
+
+    Of each answer exp of the mean, over its tokens, of log p(token) - log sum p^2, so that an answer sampled from
+    the policy has a weight near 1; of a pair the product. No gradient flows.
+
+    Args:
+        token_logps_M: [M], log-probabilities of all tokens, answer after answer, nats.
+        log_sum_squares_M: [M], of each token's distribution the log of the sum of squared probabilities.
+        num_tokens_B2: int64 [B, 2], tokens of each answer; M in all.
+
+    Returns:
+        float64 [B].
+    """
+    aligned = (token_logps_M.detach() - log_sum_squares_M).double()
+    lengths = num_tokens_B2.flatten()
+    owners = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths, output_size=len(aligned))
+    sums = torch.zeros(len(lengths), dtype=torch.float64, device=lengths.device).index_add(0, owners, aligned)
+    return (sums / lengths).exp().view_as(num_tokens_B2).prod(1)
+
+
 def mixture(losses: Sequence[tuple[float, PairwiseLoss]]) -> PairwiseLoss:
     """A weighted sum of losses: MPO (Wang et al. 2024, eq. 1), RPO and what else one mixes."""
 
@@ -402,10 +434,12 @@ class BatchFacts:
     Attributes:
         mean_chosen_tokens: Tokens of a chosen answer, a mean over the optimizer batch.
         score_gaps_B: float64 [B], chosen minus rejected score; None where no loss reads it.
+        weights_B: float64 [B], what each pair counts; None where all count alike.
     """
 
     mean_chosen_tokens: float
     score_gaps_B: torch.Tensor | None = None
+    weights_B: torch.Tensor | None = None
 
 
 def pairwise_loss(name: PairwiseName, knobs: TrainParams, mean_chosen_tokens: float = 1.0) -> PairwiseLoss:
@@ -474,5 +508,7 @@ def objective_loss(knobs: TrainParams, facts: BatchFacts) -> PairwiseLoss:
             loss = offset(loss, knobs.beta, knobs.margin_scale * facts.score_gaps_B)
         if derivative is not None and "divergence" in reads:
             loss = f_divergence(loss, derivative)
+        if facts.weights_B is not None and "weighting" in reads:
+            loss = weighted(loss, facts.weights_B)
         parts.append((weight, loss))
     return parts[0][1] if len(parts) == 1 and parts[0][0] == 1 else mixture(parts)

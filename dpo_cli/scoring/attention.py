@@ -26,7 +26,15 @@ from transformers import AttentionInterface
 from dpo_cli.scoring.blocks import Piece, additive, aligned_mask, gather, pieces_of, plain_attention
 from dpo_cli.scoring.cpu_attention import CpuAttention, has_cpu_kernel
 from dpo_cli.scoring.layout import Block, Layout
-from dpo_cli.scoring.varlen import Sequences, attend_varlen, sequences_of, varlen_kernel
+from dpo_cli.scoring.varlen import (
+    VARLEN_DEVICES,
+    VARLEN_KERNELS,
+    Choice,
+    Sequences,
+    attend_varlen,
+    choose_kernel,
+    sequences_of,
+)
 
 IMPLEMENTATION = "dpo_blocks"
 """The name to switch a model's attention to."""
@@ -45,11 +53,17 @@ class Attending:
     Attributes:
         layout: The layout.
         windows: The sliding windows that layers asked for; None stands for full attention.
+        kernels: What computed the layers' attention.
+        refused: Why a kernel was not used for some layer, by its name.
+        read_P: The positions that the last layer's MLP is computed on; None for all.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, read_P: torch.Tensor | None = None) -> None:
         self.layout = layout
+        self.read_P = read_P
         self.windows: set[int | None] = set()
+        self.kernels: set[str] = set()
+        self.refused: dict[str, str] = {}
         self._pieces: list[Piece] | None = None
         self._sequences: Sequences | None = None
         self._masks: dict[tuple[int, int, int | None, torch.dtype], torch.Tensor] = {}
@@ -153,21 +167,39 @@ def block_attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.device.type == "cuda" and s_aux is None and (kernel := varlen_kernel(query, value, softcap)):
-        out_THD = attend_varlen(kernel, state.sequences(), query, key, value, scale, sliding_window, softcap)
-        return out_THD[None], None
+    if query.device.type in VARLEN_DEVICES:
+        choice = _choose(query, value, sliding_window, softcap, s_aux)
+        state.refused |= choice.refused
+        if choice.name is not None and choice.kernel is not None:
+            state.kernels.add(choice.name)
+            sequences = state.sequences()
+            out_THD = attend_varlen(choice.kernel, sequences, query, key, value, scale, sliding_window, softcap)
+            return out_THD[None], None
     if (repeats := query.shape[1] // key.shape[1]) > 1:
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    if softcap is None and s_aux is None and has_cpu_kernel(query, value):
+    if softcap is not None or s_aux is not None:
+        state.kernels.add("matrix products")
+    elif has_cpu_kernel(query, value):
+        state.kernels.add("PyTorch's flash kernel for the CPU")
 
         def mask_of(piece: Piece) -> torch.Tensor | None:
             return state.mask(piece, sliding_window, query.dtype)
 
         return CpuAttention.apply(query, key, value, state.pieces(), mask_of, scale), None  # type: ignore[return-value]
+    else:
+        state.kernels.add("scaled_dot_product_attention")
     return _attend_pieces(state, query, key, value, scale, sliding_window, softcap, s_aux), None
 
 
 AttentionInterface.register(IMPLEMENTATION, block_attention)
+
+
+def _choose(
+    query: torch.Tensor, value: torch.Tensor, window: int | None, softcap: float | None, sinks: torch.Tensor | None
+) -> Choice:
+    if sinks is not None:
+        return Choice(None, None, dict.fromkeys(VARLEN_KERNELS, "its layers have sinks"))
+    return choose_kernel(query, value, window, softcap)
 
 
 def _attend_pieces(

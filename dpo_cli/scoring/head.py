@@ -13,6 +13,7 @@ chunk are there, and only it is kept, [N, D]; the backward pass scales its rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +25,69 @@ DEFAULT_HEAD_BYTES = 32 << 20
 GPU_HEAD_BYTES = 256 << 20
 """The same on a GPU, which reads the whole head for each chunk of rows."""
 
+_PLAIN_BYTES = 20
+"""Bytes that autograd holds of a logit: itself, its transform, what log-sum-exp makes of it, and their gradients."""
+_CAPPED_BYTES = 28
+"""The same where a soft cap is among the transforms."""
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """What the distributions look like from which tokens are scored; without gradients.
+
+    Attributes:
+        entropies_N: float32 [N], nats.
+        is_likeliest_N: float32 [N], 1 where no token is likelier than the target, else 0.
+        log_sum_squares_N: float32 [N], log of the sum of the squared probabilities.
+    """
+
+    entropies_N: torch.Tensor
+    is_likeliest_N: torch.Tensor
+    log_sum_squares_N: torch.Tensor
+
+    @classmethod
+    def empty(cls, number: int, device: torch.device) -> TokenStatistics:
+        """Room for so many tokens."""
+        return cls(*torch.empty(3, number, dtype=torch.float32, device=device))
+
+    @torch.no_grad()
+    def fill(self, chunk: slice, shifted_CV: torch.Tensor, picked_C1: torch.Tensor) -> None:
+        """Those of a chunk of tokens.
+
+        Args:
+            chunk: Which they are.
+            shifted_CV: float32 [C, V], logits less the largest of their row.
+            picked_C1: float32 [C, 1], the target's of them.
+        """
+        powers = shifted_CV.exp()
+        sums = powers.sum(1)
+        self.entropies_N[chunk] = sums.log() - _dots(powers, shifted_CV) / sums
+        self.is_likeliest_N[chunk] = (picked_C1[:, 0] == 0).float()
+        self.log_sum_squares_N[chunk] = _dots(powers, powers).log() - 2 * sums.log()
+
+    @classmethod
+    def join(cls, statistics: Sequence[TokenStatistics]) -> TokenStatistics:
+        """Those of some micro-batches as one."""
+        columns = zip(*(vars(each).values() for each in statistics), strict=True)
+        return cls(*(torch.cat(column) for column in columns))
+
+    def of(self, tokens_M: torch.Tensor) -> TokenStatistics:
+        """Those of some of the tokens, by their places int64 [M]."""
+        return TokenStatistics(*(values[tokens_M] for values in vars(self).values()))
+
+
+def _dots(left_CV: torch.Tensor, right_CV: torch.Tensor) -> torch.Tensor:
+    """Row by row; without a third tensor of that size."""
+    return torch.bmm(left_CV[:, None, :], right_CV[:, :, None])[:, 0, 0]
+
 
 def max_logit_rows(vocabulary: int, head_bytes: int, bytes_each: int) -> int:
     """How many rows of logits may be held at once, where each logit takes so many bytes; at least one."""
     return max(1, head_bytes // (bytes_each * vocabulary))
+
+
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""What Gemma, RecurrentGemma and xLSTM call their soft cap."""
 
 
 @dataclass(frozen=True)
@@ -37,20 +97,24 @@ class LogitTransform:
     Attributes:
         scale: Factor on the logits (Cohere's logit_scale, Granite's 1 / logits_scaling).
         softcap: ``softcap * tanh(z / softcap)`` where set (Gemma's final_logit_softcapping).
+
+    Configurations do not say enough: Granite divides by its logits_scaling, HyperCLOVA X multiplies by it.
     """
 
     scale: float = 1.0
     softcap: float | None = None
 
     @classmethod
-    def of(cls, config: Any) -> LogitTransform:
-        """Read it from a model's configuration."""
-        scale = getattr(config, "logit_scale", None) or 1.0
-        if divisor := getattr(config, "logits_scaling", None):
-            scale /= divisor
-        if multiplier := getattr(config, "lm_head_multiplier", None):
-            scale *= multiplier
-        return cls(float(scale), getattr(config, "final_logit_softcapping", None))
+    def readings(cls, config: Any) -> Iterator[LogitTransform]:
+        """What a model's configuration may mean, the likeliest first."""
+        scale = float(getattr(config, "logit_scale", None) or 1.0) * (
+            getattr(config, "lm_head_multiplier", None) or 1.0
+        )
+        softcap = next((value for name in _SOFTCAPS if (value := getattr(config, name, None))), None)
+        scaling = getattr(config, "logits_scaling", None) or 1.0
+        yield cls(scale / scaling, softcap)
+        if scaling != 1.0:
+            yield cls(scale * scaling, softcap)
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """Transformed logits, float32."""
@@ -68,6 +132,7 @@ def token_logps(
     head: torch.nn.Module,
     transform: LogitTransform,
     head_bytes: int = DEFAULT_HEAD_BYTES,
+    statistics: TokenStatistics | None = None,
 ) -> torch.Tensor:
     """Log-probability of each target under softmax(transform(head(hidden))).
 
@@ -78,6 +143,7 @@ def token_logps(
             trained, or is more than that, is called and differentiated as it is.
         transform: What the model does to its logits.
         head_bytes: Bytes of logits that may be held at once.
+        statistics: Is filled in, where it is given.
 
     Returns:
         float32 [N], nats.
@@ -92,9 +158,11 @@ def token_logps(
         bytes_each = 4 if weight.dtype == torch.float32 else 8
         if transform.softcap is not None:
             bytes_each += 8  # the cap's slope and what it is made of
+        if statistics is not None:
+            bytes_each += 4  # the powers
         rows = max_logit_rows(weight.shape[0], head_bytes, bytes_each)
-        return _TargetLogps.apply(hidden_ND, targets_N, weight, bias, transform, rows)  # type: ignore[return-value]
-    return _autograd_logps(hidden_ND, targets_N, head, transform, head_bytes)
+        return _TargetLogps.apply(hidden_ND, targets_N, weight, bias, transform, rows, statistics)  # type: ignore[return-value]
+    return _autograd_logps(hidden_ND, targets_N, head, transform, head_bytes, statistics)
 
 
 def is_plain(head: torch.nn.Module) -> bool:
@@ -122,6 +190,7 @@ class _TargetLogps(torch.autograd.Function):
         bias_V: torch.Tensor | None,
         transform: LogitTransform,
         rows: int,
+        statistics: TokenStatistics | None,
     ) -> torch.Tensor:
         wanted = ctx.needs_input_grad[0]
         logps_N = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_ND.device)
@@ -132,7 +201,13 @@ class _TargetLogps(torch.autograd.Function):
                 chunk = slice(begin, begin + rows)
                 hidden, targets = hidden_ND[chunk], targets_N[chunk]
                 logits = torch.mm(hidden, weight_VD.T, out=buffer[: len(hidden)])
-                logps_N[chunk], gradient = _chunk_logps(logits, targets, weight_VD, bias_V, transform, wanted=wanted)
+                z, slope = _transformed(logits, bias_V, transform, wanted=wanted)
+                if statistics is not None:
+                    statistics.fill(chunk, z, z.gather(1, targets[:, None]))
+                logps_N[chunk], gradient = _chunk_logps(
+                    z, slope, targets, weight_VD, transform.scale if wanted else None
+                )
+                del z, slope  # before the next chunk's are made
                 if unit_ND is not None and gradient is not None:
                     unit_ND[chunk] = gradient
         ctx.save_for_backward(unit_ND)
@@ -142,19 +217,16 @@ class _TargetLogps(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (unit_ND,) = ctx.saved_tensors
         (grad_N,) = grads
-        return (unit_ND * grad_N[:, None]).to(unit_ND.dtype), None, None, None, None, None
+        return (unit_ND * grad_N[:, None]).to(unit_ND.dtype), *[None] * 6
 
 
-def _chunk_logps(
-    logits_CV: torch.Tensor,
-    targets_C: torch.Tensor,
-    weight_VD: torch.Tensor,
-    bias_V: torch.Tensor | None,
-    transform: LogitTransform,
-    *,
-    wanted: bool,
+def _transformed(
+    logits_CV: torch.Tensor, bias_V: torch.Tensor | None, transform: LogitTransform, *, wanted: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probabilities float32 [C] and, where wanted, their gradients [C, D]; overwrites float32 logits."""
+    """float32 [C, V], what softmax is taken of, less each row's largest, and the soft cap's slope where it is wanted.
+
+    Overwrites float32 logits.
+    """
     z = logits_CV.float()  # the logits themselves where they are float32 already
     if bias_V is not None:
         z += bias_V
@@ -165,19 +237,30 @@ def _chunk_logps(
         z = z.div_(transform.softcap).tanh_()
         slope = 1 - z.square() if wanted else None
         z *= transform.softcap
-    index = targets_C[:, None]
     z -= z.amax(1, keepdim=True)
+    return z, slope
+
+
+def _chunk_logps(
+    z: torch.Tensor,
+    slope: torch.Tensor | None,
+    targets_C: torch.Tensor,
+    weight_VD: torch.Tensor,
+    scale: float | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probabilities float32 [C] and, where there is a scale, their gradients [C, D]; overwrites ``z``."""
+    index = targets_C[:, None]
     picked = z.gather(1, index)
     z.exp_()
     sums = z.sum(1, keepdim=True)
     logps = (picked - sums.log()).squeeze(1)
-    if not wanted:
+    if scale is None:
         return logps, None
     # onehot - softmax before it is rounded: afterwards the two would cancel where the model is sure
     z.scatter_add_(1, index, -sums)
     if slope is not None:
         z *= slope
-    return logps, torch.mm(z.to(weight_VD.dtype), weight_VD) * (-transform.scale / sums)
+    return logps, torch.mm(z.to(weight_VD.dtype), weight_VD) * (-scale / sums)
 
 
 def _autograd_logps(
@@ -186,19 +269,69 @@ def _autograd_logps(
     head: torch.nn.Module,
     transform: LogitTransform,
     head_bytes: int,
+    statistics: TokenStatistics | None,
 ) -> torch.Tensor:
-    """The same through the head's own forward and autograd; logits are computed again in the backward pass."""
-    # logits, their transforms, what log-sum-exp makes of them, and the gradients of each
-    bytes_each = 20 if transform.softcap is None else 28
+    """The same through the head's own forward and autograd."""
+    bytes_each = _PLAIN_BYTES if transform.softcap is None else _CAPPED_BYTES
     rows = max_logit_rows(head.weight.shape[0], head_bytes, bytes_each)  # type: ignore[index]
+    return _checkpointed_logps(hidden_ND, targets_N, lambda hidden: transform(head(hidden)), rows, statistics)
 
-    def logps(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = transform(head(hidden))
-        return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
+
+def own_logps(
+    hidden_ND: torch.Tensor,
+    targets_N: torch.Tensor,
+    own_head: Callable[[torch.Tensor], torch.Tensor],
+    vocabulary: int,
+    head_bytes: int,
+    statistics: TokenStatistics | None = None,
+) -> torch.Tensor:
+    """Log-probability of each target under the softmax of a model's own logits, by autograd.
+
+    Args:
+        hidden_ND: [N, D], the hidden states that predict the targets.
+        targets_N: int64 [N].
+        own_head: Gives logits float32 [C, V] of hidden states [C, D].
+        vocabulary: V.
+        head_bytes: Bytes of logits that may be held at once.
+        statistics: Is filled in, where it is given.
+
+    Returns:
+        float32 [N], nats.
+    """
+    rows = max_logit_rows(vocabulary, head_bytes, _CAPPED_BYTES)
+    return _checkpointed_logps(hidden_ND, targets_N, own_head, rows, statistics)
+
+
+def _checkpointed_logps(
+    hidden_ND: torch.Tensor,
+    targets_N: torch.Tensor,
+    logits_of: Callable[[torch.Tensor], torch.Tensor],
+    rows: int,
+    statistics: TokenStatistics | None,
+) -> torch.Tensor:
+    """float32 [N], so many rows at a time; their logits are computed again in the backward pass."""
+
+    def logps(begin: int, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return logps_of_logits(logits_of(hidden), targets, statistics, begin)
 
     if hidden_ND.shape[0] <= rows:
-        return logps(hidden_ND, targets_N)
-    pieces = zip(hidden_ND.split(rows), targets_N.split(rows), strict=True)
+        return logps(0, hidden_ND, targets_N)
+    pieces = [
+        (begin, hidden_ND[begin : begin + rows], targets_N[begin : begin + rows])
+        for begin in range(0, len(targets_N), rows)
+    ]
     if not torch.is_grad_enabled():
-        return torch.cat([logps(hidden, targets) for hidden, targets in pieces])
-    return torch.cat([checkpoint(logps, hidden, targets, use_reentrant=False) for hidden, targets in pieces])
+        return torch.cat([logps(*piece) for piece in pieces])
+    return torch.cat([checkpoint(logps, *piece, use_reentrant=False) for piece in pieces])
+
+
+def logps_of_logits(
+    logits_CV: torch.Tensor, targets_C: torch.Tensor, statistics: TokenStatistics | None, begin: int = 0
+) -> torch.Tensor:
+    """Log-probability of each target, float32 [C], nats; fills in the statistics from place ``begin`` on."""
+    picked = logits_CV.gather(1, targets_C[:, None])
+    if statistics is not None:
+        with torch.no_grad():
+            largest = logits_CV.amax(1, keepdim=True)
+            statistics.fill(slice(begin, begin + len(targets_C)), logits_CV - largest, picked - largest)
+    return picked.squeeze(1) - logits_CV.logsumexp(1)

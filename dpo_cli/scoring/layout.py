@@ -76,6 +76,7 @@ class Layout:
         positions_RT: int64 [R, T], position of each token in its text; None where rows are single texts.
         predictors_N: int64 [N], positions in the flattened [R * T] whose next token is scored.
         targets_N: int64 [N], the scored tokens.
+        read_P: int64 [P], the positions of one row that predict something, ascending; None for many rows.
         scored_M: int64 [M], which scored token each completion token is: shared ones are scored once.
         owners_M: int64 [M], the completion of each token, counted over all groups; ascending.
         blocks: What attends to what, for attention; empty where rows are single texts.
@@ -88,6 +89,7 @@ class Layout:
     positions_RT: torch.Tensor | None
     predictors_N: torch.Tensor
     targets_N: torch.Tensor
+    read_P: torch.Tensor | None
     scored_M: torch.Tensor
     owners_M: torch.Tensor
     blocks: tuple[Block, ...]
@@ -145,6 +147,7 @@ def _join(groups: Sequence[TokenGroup], name: LayoutName) -> Layout:
         positions_RT=torch.tensor([row.positions]),
         predictors_N=torch.tensor(row.predictors),
         targets_N=torch.tensor(row.targets),
+        read_P=torch.tensor(sorted(set(row.predictors))),
         scored_M=torch.tensor(row.scored),
         owners_M=torch.tensor(row.owners),
         blocks=tuple(row.blocks),
@@ -265,6 +268,7 @@ def _pad(groups: Sequence[TokenGroup]) -> Layout:
         positions_RT=None,
         predictors_N=torch.cat(predictors),
         targets_N=targets_N,
+        read_P=None,
         scored_M=torch.arange(len(targets_N)),
         owners_M=torch.cat(owners),
         blocks=(),

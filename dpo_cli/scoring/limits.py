@@ -9,7 +9,8 @@ H = vocabulary * hidden.
     attention                   A = 4 * layers * heads * head size * (query, key) pairs that see each other
 
 A frozen weight costs 4 operations a token and not 6: it has no gradient of its own. The head costs
-4 whether its gradient is taken in the forward pass or later.
+4 whether its gradient is taken in the forward pass or later. The last layer's MLP is counted on all
+T tokens, though one row needs it on those alone that predict something (``last_mlp.py``).
 """
 
 from __future__ import annotations

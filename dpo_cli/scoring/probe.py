@@ -13,7 +13,7 @@ import hashlib
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ from dpo_cli.core.params import RuntimeParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.scoring.attention import Attending, UnsupportedAttentionError
+from dpo_cli.scoring.last_mlp import CannotSelectError
 from dpo_cli.scoring.layout import LAYOUTS, MIN_SHARED_TOKENS, LayoutName
-from dpo_cli.scoring.scorer import ENGINE_VERSION, Scorer, evaluating
+from dpo_cli.scoring.scorer import ENGINE_VERSION, MAX_READ_SHARE, HeadName, Scorer, evaluating
 
 TOLERANCE = 1e-4
 """Nats by which a completion's log-probability may differ in float32."""
@@ -39,6 +40,14 @@ _MAX_WINDOW = 512
 """A sliding window up to this size is exceeded by the probe's longest prompt."""
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 _MEMORY = "layouts.json"
+_READ = "what is read"
+_ALL = "all positions"
+_HEADS: dict[HeadName, str] = {
+    "linear": "",
+    "own": "; logits from the model's own code, in chunks",
+    "whole": "; logits from the model's whole forward: runtime.head_mib cannot bound them",
+}
+"""What the user is told of a head."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,10 @@ class Verdict:
         tolerance: What was allowed, nats.
         refused: Why each cheaper layout was not taken, by its name.
         forced: Whether runtime.layout chose it.
+        head: Where its logits come from.
+        attention: What computes its attention.
+        attention_refused: Why kernels were not used, for some layer at least, by their names.
+        last_mlp: Which positions of a row the last layer's MLP is computed on, or why it is on all.
     """
 
     layout: LayoutName
@@ -58,17 +71,40 @@ class Verdict:
     tolerance: float
     refused: dict[str, str]
     forced: bool
+    head: HeadName
+    attention: str
+    attention_refused: dict[str, str]
+    last_mlp: str
 
     def describe(self, *, remembered: bool = False) -> str:
         """One line for the user."""
-        reasons = "".join(f"; not {name}: {reason}" for name, reason in self.refused.items())
         how = "forced" if self.forced else "found by the probe"
         how += ", as remembered" if remembered else ""
-        return f"layout {self.layout} ({how}; off by {self.difference:.1e} nats, {self.tolerance:.1e} allowed{reasons})"
+        off = f"off by {self.difference:.1e} nats, {self.tolerance:.1e} allowed"
+        return (
+            f"layout {self.layout} ({how}; {off}{_reasons(self.refused)})"
+            f"; attention by {self.describe_attention()}; last MLP on {self.last_mlp}{_HEADS[self.head]}"
+        )
+
+    def describe_attention(self) -> str:
+        """What computes the attention, and what does not, and why."""
+        return f"{self.attention}{_reasons(self.attention_refused)}"
 
     def metrics(self) -> dict[str, Any]:
         """What metrics.json says of it."""
-        return {"layout": self.layout, "layout_difference": self.difference, "layout_refused": self.refused}
+        return {
+            "layout": self.layout,
+            "layout_difference": self.difference,
+            "layout_refused": self.refused,
+            "head": self.head,
+            "attention": self.attention,
+            "attention_refused": self.attention_refused,
+            "last_mlp": self.last_mlp,
+        }
+
+
+def _reasons(refused: dict[str, str]) -> str:
+    return "".join(f"; not {name}: {reason}" for name, reason in refused.items())
 
 
 def open_scorer(
@@ -94,9 +130,12 @@ def open_scorer(
             verdict = probe_layouts(scorer, model, forced)
         _remember(memory, key, verdict)
     scorer.layout = verdict.layout
+    scorer.max_read_share = MAX_READ_SHARE if verdict.last_mlp == _READ else 0.0
+    verdict = replace(verdict, head=scorer.head)
     if scorer.device.type == "cuda":
         with torch.no_grad(), evaluating(model):  # kernels are tried out now, and not within a checkpointed layer
             scorer.score(probe_groups(scorer.config.vocab_size, 8)[:1])
+        verdict = replace(verdict, **_attention_of(scorer, verdict.layout))
     reporter.say(f"{stage}: {verdict.describe(remembered=remembered)}")
     return scorer, verdict
 
@@ -117,9 +156,17 @@ def probe_layouts(scorer: Scorer, model: Any, forced: LayoutName | None = None) 
     tolerance = TOLERANCE if exact else max(BFLOAT16_TOLERANCE, _NOISE_FACTOR * noise)
     refused: dict[str, str] = {}
     for name in (forced,) if forced else LAYOUTS:
+        last_mlp = _READ if name != "padded" and scorer.can_read_rows else _ALL
+        scorer.max_read_share = 1.0 if last_mlp == _READ else 0.0
         reason, difference = _reason_against(name, scorer, config, groups, alone, tolerance)
+        if reason is not None and last_mlp == _READ:
+            last_mlp, scorer.max_read_share = f"{_ALL} ({reason})", 0.0
+            reason, difference = _reason_against(name, scorer, config, groups, alone, tolerance)
+        scorer.max_read_share = 0.0
         if reason is None:
-            return Verdict(name, difference, tolerance, refused, forced is not None)
+            kernels = _attention_of(scorer, name)
+            head, is_forced = scorer.head, forced is not None
+            return Verdict(name, difference, tolerance, refused, is_forced, head, **kernels, last_mlp=last_mlp)
         refused[name] = reason
     if forced:
         raise MachineError(
@@ -129,6 +176,14 @@ def probe_layouts(scorer: Scorer, model: Any, forced: LayoutName | None = None) 
         "this model's log-probabilities depend on what else is in a batch"
         f" (padded: {refused['padded']}); it cannot be scored"
     )
+
+
+def _attention_of(scorer: Scorer, layout: LayoutName) -> dict[str, Any]:
+    """What computed the attention of the last forward, as a verdict has it."""
+    attended = scorer.last_attended
+    if layout == "padded" or attended is None:
+        return {"attention": f"the model's own {scorer.own_attention}", "attention_refused": {}}
+    return {"attention": ", ".join(sorted(attended.kernels)), "attention_refused": dict(attended.refused)}
 
 
 def _alone(scorer: Scorer, group: TokenGroup) -> torch.Tensor:
@@ -154,7 +209,7 @@ def _reason_against(
             return "its attention is in chunks", float("inf")
     try:
         found = scorer.score(groups, name).logps_BK.cpu()
-    except (UnsupportedAttentionError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+    except (UnsupportedAttentionError, CannotSelectError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         return f"it fails ({_first_line(error)})", float("inf")

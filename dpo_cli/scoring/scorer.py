@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,11 +16,30 @@ from peft import PeftModel
 
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.scoring.attention import IMPLEMENTATION, Attending, attend
-from dpo_cli.scoring.head import DEFAULT_HEAD_BYTES, GPU_HEAD_BYTES, LogitTransform, max_logit_rows, token_logps
+from dpo_cli.scoring.head import (
+    DEFAULT_HEAD_BYTES,
+    GPU_HEAD_BYTES,
+    LogitTransform,
+    TokenStatistics,
+    logps_of_logits,
+    max_logit_rows,
+    own_logps,
+    token_logps,
+)
+from dpo_cli.scoring.last_mlp import ReadRows, last_mlp
 from dpo_cli.scoring.layout import Layout, LayoutName, lay_out, split_by_tokens
+from dpo_cli.scoring.own_head import NoAnswerError, OwnHead
 
-ENGINE_VERSION = 2
+ENGINE_VERSION = 3
 """Raised when a change here may move a log-probability; part of the reference cache's identity."""
+MAX_READ_SHARE = 0.7
+"""Share of a row's positions that are read up to which it pays to compute the last MLP on them alone."""
+
+HeadName = Literal["linear", "own", "whole"]
+"""Where logits come from: ``linear``, the output embedding and what the configuration says is done to its output;
+``own``, what the model's forward does behind its backbone, in chunks; ``whole``, the model's forward as it is, with
+all of a micro-batch's logits at once.
+"""
 
 
 @dataclass(frozen=True)
@@ -31,16 +50,24 @@ class Scores:
         logps_BK: float64 [B, K], sum over the completion's tokens, nats.
         num_tokens_BK: int64 [B, K], tokens of each completion, end of turn included.
         token_logps_M: float32 [M], all completion tokens, completion after completion.
+        statistics: Of the same tokens, where they were asked for.
     """
 
     logps_BK: torch.Tensor
     num_tokens_BK: torch.Tensor
     token_logps_M: torch.Tensor
+    statistics: TokenStatistics | None = None
 
     @classmethod
     def join(cls, scores: Sequence[Scores]) -> Scores:
         """Those of some micro-batches as one."""
-        return cls(*(torch.cat([getattr(each, name.name) for each in scores]) for name in fields(cls)))
+        found = [each.statistics for each in scores if each.statistics is not None]
+        return cls(
+            torch.cat([each.logps_BK for each in scores]),
+            torch.cat([each.num_tokens_BK for each in scores]),
+            torch.cat([each.token_logps_M for each in scores]),
+            TokenStatistics.join(found) if len(found) == len(scores) else None,
+        )
 
 
 class Scorer:
@@ -54,13 +81,17 @@ class Scorer:
         head_bytes: Bytes of logits that are held at once; None takes what suits the device.
 
     Gradients flow where they are enabled. At construction eight tokens are scored both here and
-    by the model's own forward; where they differ, the model's own head is used from then on.
+    by the model's own forward; where they differ, logits come from the model's own code from then on.
 
     Attributes:
         layout: How groups go through the model.
         config: The text model's configuration.
         compute_dtype: The dtype of matrix products.
-        head_bytes: Bytes of logits that are held at once.
+        own_attention: The attention that the model has by itself.
+        head: Where logits come from.
+        head_bytes: Bytes of logits that are held at once; not kept to by a ``whole`` head.
+        max_read_share: Share of a row's positions that predict something up to which the last layer's MLP is
+            computed on those alone; 0 computes it on all, which is right for every model.
         last_attended: What the last forward of one row attended to.
 
     For layouts of one row the model's attention is switched to this package's, and stays so for
@@ -80,13 +111,18 @@ class Scorer:
         self.compute_dtype = compute_dtype
         self.config: Any = causal.config.get_text_config()
         self._autocast_dtype = compute_dtype if compute_dtype != torch.float32 else None
-        self._head = causal.get_output_embeddings()
+        self._linear = causal.get_output_embeddings()
         self.head_bytes = head_bytes or (GPU_HEAD_BYTES if self.device.type == "cuda" else DEFAULT_HEAD_BYTES)
-        self._transform = LogitTransform.of(self.config)
-        self._own_attention = _own_attention(causal)
+        self.own_attention = _own_attention(causal)
         self.layout: LayoutName = layout
+        self.max_read_share = 0.0
         self.last_attended: Attending | None = None
-        self._own_head = self._backbone is None or not self._head_agrees()
+        mlp = last_mlp(self._backbone)
+        self._read_rows = None if mlp is None else ReadRows(mlp)
+        self._transform = LogitTransform()
+        self._own_head = None if self._backbone is None else OwnHead(causal, self._backbone)
+        with torch.no_grad(), evaluating(causal):
+            self.head: HeadName = self._find_head()
 
     def __enter__(self) -> Scorer:
         return self
@@ -96,46 +132,53 @@ class Scorer:
 
     def close(self) -> None:
         """Give the model its own attention back."""
-        self._use_attention(self._own_attention)
+        self._use_attention(self.own_attention)
+        if self._read_rows is not None:
+            self._read_rows.detach()
+
+    @property
+    def can_read_rows(self) -> bool:
+        """Whether the last layer has an MLP that could be computed on some positions alone."""
+        return self._read_rows is not None
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self._head.weight.device
-
-    @property
-    def uses_own_head(self) -> bool:
-        """Whether logits come from the model's own forward, since ours gives others."""
-        return self._own_head
+        return self._linear.weight.device
 
     def split(self, groups: Sequence[TokenGroup], max_tokens: int) -> list[list[int]]:
         """Micro-batches of at most ``max_tokens`` tokens in this layout, as indices of groups."""
         return split_by_tokens(groups, max_tokens, self.layout)
 
-    def score(self, groups: Sequence[TokenGroup], layout: LayoutName | None = None) -> Scores:
+    def score(
+        self, groups: Sequence[TokenGroup], layout: LayoutName | None = None, *, statistics: bool = False
+    ) -> Scores:
         """Score all completions of some groups in one forward pass.
 
         Args:
             groups: Groups with one number of completions.
             layout: Another layout than the scorer's.
+            statistics: Whether to look at the distributions, too, for about two more readings of the logits.
 
         Returns:
             Sums in float64 over float32 token log-probabilities.
         """
         laid_out = lay_out(groups, layout or self.layout).to(self.device)
         with self._autocast():
-            token_logps_M = self._token_logps(laid_out)[laid_out.scored_M]
+            found = TokenStatistics.empty(len(laid_out.targets_N), self.device) if statistics else None
+            token_logps_M = self._token_logps(laid_out, found)[laid_out.scored_M]
         shape = (laid_out.num_groups, laid_out.num_completions)
         sums = torch.zeros(shape, dtype=torch.float64, device=self.device).view(-1)
         sums = sums.index_add(0, laid_out.owners_M, token_logps_M.double())
         lengths = [len(completion) for group in groups for completion in group.completions]
         counts = torch.tensor(lengths).to(self.device, non_blocking=True)
-        return Scores(sums.view(shape), counts.view(shape), token_logps_M)
+        of_tokens = None if found is None else found.of(laid_out.scored_M)
+        return Scores(sums.view(shape), counts.view(shape), token_logps_M, of_tokens)
 
     @property
     def max_distribution_tokens(self) -> int:
         """Token budget within which whole next-token distributions fit into memory."""
-        return max_logit_rows(self._head.weight.shape[0], GPU_HEAD_BYTES, 8)
+        return max_logit_rows(self._linear.weight.shape[0], GPU_HEAD_BYTES, 8)
 
     @torch.no_grad()
     def next_token_logps(self, groups: Sequence[TokenGroup]) -> list[torch.Tensor]:
@@ -161,42 +204,70 @@ class Scorer:
     def _forward(self, model: Any, layout: Layout) -> Any:
         """The output of the backbone or of the whole model; a padded row needs no mask: the padding is behind."""
         if not layout.blocks:
-            self._use_attention(self._own_attention)
+            self._use_attention(self.own_attention)
             return model(input_ids=layout.tokens_RT, use_cache=False)
         self._use_attention(IMPLEMENTATION)
-        self.last_attended = Attending(layout)
+        self.last_attended = Attending(layout, self._read(layout))
         with attend(self.last_attended):
             return model(input_ids=layout.tokens_RT, position_ids=layout.positions_RT, use_cache=False)
+
+    def _read(self, layout: Layout) -> torch.Tensor | None:
+        """The positions that the last MLP is computed on; None for all."""
+        if self._read_rows is None or layout.read_P is None:
+            return None
+        if not len(layout.read_P) <= self.max_read_share * layout.num_tokens:
+            return None
+        self._read_rows.attach()
+        return layout.read_P
 
     def _hidden(self, layout: Layout) -> torch.Tensor:
         """[N, D], hidden states of the predictors."""
         return self._forward(self._backbone, layout)[0].flatten(0, 1)[layout.predictors_N]
 
-    def _own_logits(self, layout: Layout) -> torch.Tensor:
+    def _whole_logits(self, layout: Layout) -> torch.Tensor:
         return self._forward(self._causal, layout).logits.flatten(0, 1)[layout.predictors_N].float()
 
+    def _logits_of(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """float32 [N, V]."""
+        if self.head == "own" and self._own_head is not None:
+            return self._own_head(hidden_ND)
+        return self._transform(self._linear(hidden_ND))
+
     def _logits(self, layout: Layout) -> torch.Tensor:
-        return self._own_logits(layout) if self._own_head else self._transform(self._head(self._hidden(layout)))
+        return self._whole_logits(layout) if self.head == "whole" else self._logits_of(self._hidden(layout))
 
-    def _token_logps(self, layout: Layout) -> torch.Tensor:
-        if self._own_head:
-            logits = self._own_logits(layout)
-            return logits.gather(1, layout.targets_N[:, None]).squeeze(1) - logits.logsumexp(1)
-        return token_logps(self._hidden(layout), layout.targets_N, self._head, self._transform, self.head_bytes)
+    def _token_logps(self, layout: Layout, statistics: TokenStatistics | None) -> torch.Tensor:
+        if self.head == "whole":
+            return logps_of_logits(self._whole_logits(layout), layout.targets_N, statistics)
+        hidden = self._hidden(layout)
+        if self.head == "own":
+            vocabulary = self._linear.weight.shape[0]
+            return own_logps(hidden, layout.targets_N, self._logits_of, vocabulary, self.head_bytes, statistics)
+        return token_logps(hidden, layout.targets_N, self._linear, self._transform, self.head_bytes, statistics)
 
-    @torch.no_grad()
-    def _head_agrees(self) -> bool:
-        """Whether head and transform give the model's own logits on eight tokens."""
-        with evaluating(self._causal):
-            return self._head_agrees_without_dropout()
-
-    def _head_agrees_without_dropout(self) -> bool:
+    def _find_head(self) -> HeadName:
+        """The first way to the model's own logits on eight tokens that gives them."""
+        if self._own_head is None:
+            return "whole"
         probe = TokenGroup("probe", "probe", (1,), (tuple(range(2, 9)),))
         layout = lay_out([probe], "padded").to(self.device)
         with self._autocast():
-            ours, own = self._transform(self._head(self._hidden(layout))), self._own_logits(layout)
+            hidden, expected = self._hidden(layout), self._whole_logits(layout)
+            fits = hidden.shape[1] == self._linear.weight.shape[1]
+            for transform in LogitTransform.readings(self.config) if fits else ():
+                if self._agree(transform(self._linear(hidden)), expected):
+                    self._transform = transform
+                    return "linear"
+            try:
+                return "own" if self._agree(self._own_head(hidden), expected) else "whole"
+            except NoAnswerError:
+                return "whole"
+
+    def _agree(self, ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+        if ours.shape != theirs.shape:
+            return False
         tolerance = 1e-4 if self._autocast_dtype is None else 1e-2
-        return bool(((ours - own).abs() <= tolerance * own.abs().clamp(min=1.0)).all())
+        return bool(((ours - theirs).abs() <= tolerance * theirs.abs().clamp(min=1.0)).all())
 
 
 @contextmanager

@@ -23,6 +23,9 @@ from dpo_cli.scoring.layout import Block, Run
 
 _TEST_CAP = 2.0
 """Low enough to bend scores of unit size, so that a kernel without a soft cap shows."""
+_TEST_WINDOW = 8
+"""Shorter than the check's longest text, so that a kernel without a window shows."""
+_PARTS = ("output", "gradient of queries", "gradient of keys", "gradient of values")
 _TOLERANCES = (0.02, 0.06, 0.06, 0.06)
 """Largest difference of a bfloat16 kernel's output of unit scale from the exact one, and of its three gradients."""
 
@@ -186,28 +189,69 @@ VARLEN_KERNELS: dict[str, Callable[[], VarlenKernel | None]] = {
 """Kernels by name, the one to be tried first at the front; each gives None where it is not installed."""
 
 
-def varlen_kernel(query: torch.Tensor, value: torch.Tensor, softcap: float | None) -> VarlenKernel | None:
-    """The first kernel that is there, can do it and aligns as it must; None where there is none."""
-    if query.dtype not in (torch.bfloat16, torch.float16) or value.shape[-1] != query.shape[-1]:
-        return None
-    return _checked_kernel(query.device, query.dtype, query.shape[-1], softcap is not None)
+VARLEN_DEVICES = ("cuda",)
+"""Types of devices that have such kernels."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel to use, if any.
+
+    Attributes:
+        name: Its name; None where there is none.
+        kernel: The kernel itself.
+        refused: Why those before it in the list, or all of them, will not do, by their names.
+    """
+
+    name: str | None
+    kernel: VarlenKernel | None
+    refused: dict[str, str]
+
+
+def choose_kernel(query: torch.Tensor, value: torch.Tensor, window: int | None, softcap: float | None) -> Choice:
+    """The first kernel that is there, can do what a layer asks for and aligns as it must.
+
+    A kernel without windows serves the layers that slide none.
+    """
+    reason = None
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        reason = f"numbers are {str(query.dtype).removeprefix('torch.')}"
+    elif value.shape[-1] != query.shape[-1]:
+        reason = "values are of another size than queries"
+    if reason is not None:
+        return Choice(None, None, dict.fromkeys(VARLEN_KERNELS, reason))
+    return _choose(query.device, query.dtype, query.shape[-1], window is not None, softcap is not None)
 
 
 @cache
-def _checked_kernel(device: torch.device, dtype: torch.dtype, head_size: int, capped: bool) -> VarlenKernel | None:
-    for make in VARLEN_KERNELS.values():
+def _choose(device: torch.device, dtype: torch.dtype, head_size: int, windowed: bool, capped: bool) -> Choice:
+    window, softcap = _TEST_WINDOW if windowed else None, _TEST_CAP if capped else None
+    refused: dict[str, str] = {}
+    for name, make in VARLEN_KERNELS.items():
         kernel = make()
-        if kernel is not None and kernel_is_right(kernel, device, dtype, head_size, _TEST_CAP if capped else None):
-            return kernel
-    return None
+        if kernel is None:
+            refused[name] = "not installed"
+        elif (reason := reason_against(kernel, device, dtype, head_size, window, softcap)) is not None:
+            refused[name] = reason
+        else:
+            return Choice(name, kernel, refused)
+    return Choice(None, None, refused)
 
 
-def kernel_is_right(
-    kernel: VarlenKernel, device: torch.device, dtype: torch.dtype, head_size: int, softcap: float | None
-) -> bool:
-    """Whether a kernel and its gradients are what the definition gives, on runs with fewer queries than keys.
+def reason_against(
+    kernel: VarlenKernel,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_size: int,
+    window: int | None,
+    softcap: float | None,
+) -> str | None:
+    """Why a kernel or its gradients are not what the definition gives, on runs with fewer queries than keys.
 
     A kernel that aligned the first query with the first key would pass where both are as many.
+
+    Returns:
+        None where the kernel is right.
     """
     blocks = (Block(0, (Run(37, -1), Run(5, 0), Run(3, 0))), Block(45, (Run(9, -1),)))
     generator = torch.Generator().manual_seed(0)
@@ -216,36 +260,38 @@ def kernel_is_right(
     weights = torch.randn(1, size, 4, head_size, generator=generator).to(device)
     scale = head_size**-0.5
 
-    def run(attend: _Attend, number: torch.dtype, window: int | None) -> list[torch.Tensor]:
+    def run(attend: _Attend, number: torch.dtype) -> list[torch.Tensor]:
         """The output and the gradients of a weighted sum of it, float32."""
-        q, k, v = (tensor.to(device, dtype).to(number).requires_grad_() for tensor in inputs)
-        out = attend(q, k, v, window)
+        leaves = [tensor.to(device, dtype, copy=True).to(number).requires_grad_() for tensor in inputs]
+        out = attend(*leaves)
         (out.float() * weights).sum().backward()
-        return [out.detach().float(), *(leaf.grad.float() for leaf in (q, k, v) if leaf.grad is not None)]
+        none = torch.zeros((), device=device)
+        return [out.detach().float(), *(none if leaf.grad is None else leaf.grad.float() for leaf in leaves)]
 
-    def by_definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
+    def by_definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return _by_definition(blocks, q, k, v, scale, window, softcap)
 
-    def by_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
+    def by_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return attend_varlen(kernel, sequences_of(blocks, device), q, k, v, scale, window, softcap)[None]
 
-    for window in (None, 8):
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            exact = run(by_definition, torch.float32, window)
-            try:
-                found = run(by_kernel, dtype, window)
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, NotImplementedError, TypeError, ValueError):
-                return False
-        for tolerance, ours, theirs in zip(_TOLERANCES, exact, found, strict=True):
-            # a kernel rounds to bfloat16, whose last digit is worth more where numbers are larger
-            if not bool(((theirs - ours).abs() <= tolerance * ours.abs().clamp(min=1.0)).all()):
-                return False
-    return True
+    asked = "".join([" with a window" if window else "", " with a soft cap" if softcap else ""])
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        exact = run(by_definition, torch.float32)
+        try:
+            found = run(by_kernel, dtype)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            return f"it fails{asked} ({(str(error).strip() or type(error).__name__).splitlines()[0][:100]})"
+    for what, tolerance, ours, theirs in zip(_PARTS, _TOLERANCES, exact, found, strict=True):
+        # a kernel rounds to bfloat16, whose last digit is worth more where numbers are larger
+        off = ((theirs - ours).abs() / ours.abs().clamp(min=1.0)).nan_to_num(nan=math.inf).max().item()
+        if not off <= tolerance:
+            return f"its {what} is off{asked} by {off:.2g}"
+    return None
 
 
-_Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int | None], torch.Tensor]
+_Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def _by_definition(

@@ -21,7 +21,7 @@ from dpo_cli.data.schema import Messages, content_id
 from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_rejects
 from dpo_cli.evaluation.bootstrap import Estimate, cluster_bootstrap
 from dpo_cli.evaluation.generation import Answer, PromptTokens, sample_answers
-from dpo_cli.evaluation.held_out import HeldOut, HeldOutPair, summarise_held_out
+from dpo_cli.evaluation.held_out import HeldOut, HeldOutPair, PairFigures, summarise_held_out
 from dpo_cli.evaluation.judges.exact import WorldJudge, world_task
 from dpo_cli.evaluation.kl import SequenceKl, estimates_disagree, sequence_kl
 from dpo_cli.evaluation.report.page import write_report
@@ -83,11 +83,12 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         check_context(graph.base, longest + knobs.max_new_tokens, "evaluate.max_new_tokens + the longest prompt")
         answers = _answers(pair, graph, prompts, knobs, runtime, reporter)
         kls = _kls(pair, scorer, graph, prompts, answers[_DPO], knobs, runtime, reporter)
-        samples = _judge(knobs, graph, table, prompts, answers)
+        samples = _judge(knobs, graph, table, prompts, answers, kls)
         metrics = _metrics(knobs, held_out, samples, kls, answers)
         metrics |= {"num_leaked_prompts": num_leaked, "peak_mem_gib": peak_memory_gib(graph.machine)}
         folder = paths.report_dir("evaluate")
         write_json_lines(folder / "samples.jsonl", samples)
+        write_text(folder / "pairs.csv", _pairs_csv(held_out.rows))
         write_text(folder / "margins.csv", _histogram(held_out.margins))
         write_json(paths.metrics_file("evaluate"), {"evaluate": metrics})
         write_report(paths.REPORT_HTML)
@@ -245,8 +246,9 @@ def _judge(
     table: TokenTable,
     prompts: Sequence[PromptTokens],
     answers: Mapping[str, Mapping[str, Answer]],
+    kls: Mapping[str, SequenceKl],
 ) -> list[dict[str, Any]]:
-    """One row a prompt: both answers and, where there is a judge, who wins."""
+    """One row a prompt: both answers, where there is a judge who wins, and the KL in nats."""
     judge = WorldJudge() if knobs.judge == "world" else None
     rows = []
     for prompt in prompts:
@@ -261,6 +263,7 @@ def _judge(
             }
         if judge is not None:
             _add_judgment(row, judge, messages)
+        row["kl"] = kls[prompt.id].exact
         rows.append(row)
     return rows
 
@@ -327,6 +330,15 @@ def _metrics(
 
 def _ends(estimate: Estimate) -> list[float]:
     return [estimate.low, estimate.high]
+
+
+def _pairs_csv(rows: Sequence[PairFigures]) -> str:
+    """Every held-out pair as CSV, in the order of the ids; rewards, margin and loss to 9 digits."""
+    lines = [
+        f"{row.id},{row.group},{row.chosen_reward:.9g},{row.rejected_reward:.9g},{row.margin:.9g},{row.loss:.9g}"
+        for row in rows
+    ]
+    return "\n".join(["id,prompt,chosen_reward,rejected_reward,margin,loss", *lines]) + "\n"
 
 
 def _histogram(margins: Sequence[float]) -> str:

@@ -19,11 +19,18 @@ from dpo_cli.models.load import keep_weights_unpacked, load_model, quiet_librari
 from dpo_cli.reference.graph import all_rejects, check_context, open_base, table_digests
 from dpo_cli.scoring.probe import Verdict, open_scorer
 from dpo_cli.training.history import merge_log, write_tsv
-from dpo_cli.training.objective import SftObjective
+from dpo_cli.training.objective import TOKEN_METRICS, SftObjective
 from dpo_cli.training.replicas import Replicas, join_replicas, shared_scratch
 from dpo_cli.training.run import Fit, fit
 
-_COLUMNS = ("loss", "eval_loss", "grad_norm", "learning_rate")
+_COLUMNS = (
+    "loss",
+    *TOKEN_METRICS,
+    "eval_loss",
+    *(f"eval_{name}" for name in TOKEN_METRICS),
+    "grad_norm",
+    "learning_rate",
+)
 
 
 def run(params: Params, reporter: Reporter) -> dict[str, Any]:

@@ -11,11 +11,12 @@ import torch
 from dpo_cli.core.objectives import OBJECTIVES
 from dpo_cli.core.params import TrainParams
 from dpo_cli.data.tokenise import TokenGroup
-from dpo_cli.objectives.pairwise import BatchFacts, log_ratios, objective_loss, shared_length_logps
+from dpo_cli.objectives.pairwise import BatchFacts, log_ratios, objective_loss, shared_length_logps, wpo_weights
 from dpo_cli.objectives.ranking import kendall_tau, plackett_luce
 from dpo_cli.objectives.sft import negative_log_likelihood
 from dpo_cli.scoring.scorer import Scores
 
+TOKEN_METRICS = ("entropy", "mean_token_accuracy")
 PAIR_METRICS = (
     "rewards/chosen",
     "rewards/rejected",
@@ -25,6 +26,7 @@ PAIR_METRICS = (
     "gradient_weight",
     "logps/chosen",
     "logps/rejected",
+    *TOKEN_METRICS,
 )
 TAU = "rewards/kendall_tau"
 
@@ -81,7 +83,7 @@ class SftObjective:
     """Negative log-likelihood a completion token, over the whole optimizer batch."""
 
     is_coupled = False
-    metric_names: Sequence[str] = ()
+    metric_names: Sequence[str] = TOKEN_METRICS
 
     def weight(self, groups: Sequence[TokenGroup]) -> float:
         """The number of completion tokens."""
@@ -89,7 +91,7 @@ class SftObjective:
 
     def losses(self, groups: Sequence[TokenGroup], scores: Scores, step: Sequence[TokenGroup]) -> GroupLosses:
         """Losses summed over tokens, nats."""
-        return GroupLosses(negative_log_likelihood(scores.logps_BK), {})
+        return GroupLosses(negative_log_likelihood(scores.logps_BK), _statistics(scores, step))
 
 
 def preference_objective(
@@ -155,11 +157,17 @@ class PairObjective:
         gaps = None
         if self._knobs.margin_scale:
             gaps = torch.tensor([self._score_gaps[group.id] for group in groups], dtype=torch.float64, device=device)
-        facts = BatchFacts(sum(len(group.completions[0]) for group in step) / len(step), gaps)
+        weights = None
+        if self._knobs.weighting == "wpo":
+            if scores.statistics is None:
+                raise ValueError("weighting wpo needs the statistics of the tokens")
+            squares = scores.statistics.log_sum_squares_N
+            weights = wpo_weights(scores.token_logps_M, squares, scores.num_tokens_BK)
+        facts = BatchFacts(sum(len(group.completions[0]) for group in step) / len(step), gaps, weights)
         policy, reference = self.policy_logps(scores), self.reference_logps(groups, device)
         losses = objective_loss(self._knobs, facts)(policy, reference, scores.num_tokens_BK)
         rewards = self._knobs.beta * log_ratios(policy.detach(), reference)
-        return GroupLosses(losses, _metrics(rewards, scores.logps_BK.detach()))
+        return GroupLosses(losses, {**_metrics(rewards, scores.logps_BK.detach()), **_statistics(scores, step)})
 
 
 class RankingObjective:
@@ -199,9 +207,31 @@ class RankingObjective:
         policy, reference = scores.logps_BK, self.reference_logps(groups, scores.logps_BK.device)
         losses = plackett_luce(self._knobs.beta, policy, reference, ranks, self._knobs.ties)
         rewards = self._knobs.beta * (policy.detach() - reference)
-        metrics = _metrics(rewards, policy.detach())
+        metrics = {**_metrics(rewards, policy.detach()), **_statistics(scores, step)}
         tau = kendall_tau(rewards, ranks.to(rewards.device)).nan_to_num(0.0)  # of one tie: neither right nor wrong
         return GroupLosses(losses, {**metrics, TAU: tau, "rewards/accuracies": (tau + 1) / 2})
+
+
+def _statistics(scores: Scores, step: Sequence[TokenGroup]) -> dict[str, torch.Tensor]:
+    """Means over tokens, as sums of each group whose mean over the step's groups they are; float64 [B] each.
+
+    The entropy, nats, is over the tokens of all answers; the accuracy, how often no token was likelier, over those
+    of the first.
+    """
+    if scores.statistics is None:
+        return {}
+    lengths_BK = scores.num_tokens_BK
+    lengths, total = lengths_BK.flatten(), len(scores.token_logps_M)
+    owners = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths, output_size=total)
+    values = torch.stack([scores.statistics.entropies_N, scores.statistics.is_likeliest_N]).double()
+    sums = torch.zeros(2, len(lengths), dtype=torch.float64, device=lengths.device).index_add(1, owners, values)
+    entropies_BK, right_BK = sums.view(2, *lengths_BK.shape)
+    num_tokens = sum(map(len, (completion for group in step for completion in group.completions)))
+    num_first = sum(len(group.completions[0]) for group in step)
+    return {
+        "entropy": entropies_BK.sum(1) * (len(step) / num_tokens),
+        "mean_token_accuracy": right_BK[:, 0] * (len(step) / num_first),
+    }
 
 
 def _metrics(rewards_BK: torch.Tensor, policy_BK: torch.Tensor) -> dict[str, torch.Tensor]:

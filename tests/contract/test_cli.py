@@ -13,7 +13,7 @@ import pytest
 from dpo_cli.core.pipeline import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = [*(stage.command for stage in STAGES), "data check", "data show", "data stats", "init", "repro"]
+COMMANDS = [*(stage.command for stage in STAGES), "data check", "data show", "data stats", "compare", "init", "repro"]
 
 
 def run(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -56,6 +56,16 @@ def test_help_imports_neither_torch_nor_its_like() -> None:
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "precompute-ref" in result.stdout
+
+
+def test_compare_loads_no_model_library() -> None:
+    code = (
+        "import sys, dpo_cli.cli.compare\n"
+        "heavy = {'torch', 'transformers', 'peft', 'polars', 'pydantic', 'dvc'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 def expect_error(result: subprocess.CompletedProcess[str], code: int, *words: str) -> None:

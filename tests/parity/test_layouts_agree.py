@@ -215,7 +215,7 @@ def all_ways(make: Callable[[], Any], groups: Sequence[TokenGroup]) -> dict[str,
     for layout in LAYOUTS:
         model = make()
         with Scorer(model, torch.float32, layout) as scorer:
-            assert not scorer.uses_own_head, "the bounded head should know this family's logits"
+            assert scorer.head == "linear", "the bounded head should know this family's logits"
             results[layout] = Result.of(model, scorer.score(groups).logps_BK)
     return results
 

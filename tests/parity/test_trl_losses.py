@@ -18,6 +18,7 @@ from dpo_cli.core.objectives import OBJECTIVES
 from dpo_cli.core.params import TrainParams
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.objectives.pairwise import cpo, orpo, shared_length_logps, simpo
+from dpo_cli.scoring.head import TokenStatistics
 from dpo_cli.scoring.scorer import Scores
 from dpo_cli.training.objective import PairObjective
 
@@ -133,7 +134,9 @@ def our_loss(batch: Batch, knobs: TrainParams) -> torch.Tensor:
         else shared_length_of(batch, batch.reference, knobs.ld_alpha)
     )
     by_id = {group.id: row for group, row in zip(groups, reference.tolist(), strict=True)}
-    scores = Scores(in_pairs(batch.sums(batch.policy)).double(), lengths, flat_tokens(batch, batch.policy))
+    tokens, squares = flat_tokens(batch, batch.policy), flat_tokens(batch, batch.log_sum_sq)
+    statistics = TokenStatistics(torch.zeros_like(squares), torch.zeros_like(squares), squares)
+    scores = Scores(in_pairs(batch.sums(batch.policy)).double(), lengths, tokens, statistics)
     objective = PairObjective(knobs, by_id)
     return objective.losses(groups, scores, groups).losses_B.sum() / objective.weight(groups)
 
@@ -210,6 +213,21 @@ def test_ld_is_trls(name: Any, weight: float) -> None:
     trls = trl_loss(batch, [name], [1.0], label_smoothing=smoothing, ld_alpha=weight)
     ours = our_loss(batch, TrainParams(loss=name, label_smoothing=smoothing, ld_alpha=weight))
     assert_equal(ours, trls, batch.policy)
+
+
+@pytest.mark.parametrize("name", [name for name in PLAIN if "weighting" in OBJECTIVES[name].reads])  # type: ignore[index]
+def test_wpo_is_trls(name: Any) -> None:
+    """But for hinge, which TRL cannot differentiate with weights: it multiplies what relu has saved in place."""
+    batch = Batch.draw(8)
+    smoothing = SMOOTHED.get(name, 0.0)
+    trls = trl_loss(batch, [name], [1.0], label_smoothing=smoothing, use_weighting=True)
+    ours = our_loss(batch, TrainParams(loss=name, label_smoothing=smoothing, weighting="wpo"))
+    (gradient,) = torch.autograd.grad(ours, batch.policy, retain_graph=True)
+    assert ours.item() == pytest.approx(trls.item(), rel=TOLERANCE)
+    if name == "hinge":
+        return
+    torch.testing.assert_close(gradient, torch.autograd.grad(trls, batch.policy)[0], atol=TOLERANCE, rtol=TOLERANCE)
+    assert gradient.abs().max() > 1e-5
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,16 @@ KNOBS = TrainParams(
     beta=BETA,
     eval_steps=0,
 )
-METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected")
+METRICS = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "entropy",
+    "mean_token_accuracy",
+)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ def test_both_passes_are_measured_and_nothing_is_written(tmp_path: Path, monkeyp
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout.strip().splitlines()[-1])
     assert figures["layout"] == "shared"
+    assert figures["attention"] == "PyTorch's flash kernel for the CPU"
+    assert (figures["attention_refused"], figures["head"]) == ({}, "linear")
     assert figures["quantization"] == "nf4"
     for name in ("precompute_ref", "train"):
         found = figures[name]
@@ -51,6 +53,7 @@ def test_one_pass_alone_as_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "bench: train" in result.stdout
     assert "precompute-ref" not in result.stdout
     assert "layout padded (forced" in result.stderr
+    assert "the model's own sdpa" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,16 @@ def test_the_figures_are_means_over_pairs() -> None:
     assert found.loss.value == pytest.approx(expected, rel=1e-12)
 
 
+def test_the_rows_are_what_the_means_are_of() -> None:
+    found = summarise(PAIRS[::-1])
+    assert [row.id for row in found.rows] == [pair.id for pair in PAIRS]
+    assert [row.group for row in found.rows] == [pair.group for pair in PAIRS]
+    for name in ("margin", "loss", "chosen_reward", "rejected_reward"):
+        mean = sum(getattr(row, name) for row in found.rows) / len(found.rows)
+        expected = getattr(found, name)
+        assert mean == pytest.approx(getattr(expected, "value", expected)), name
+
+
 def test_the_loss_is_the_one_that_was_trained() -> None:
     assert summarise(PAIRS, name="hinge").loss.value == pytest.approx((0 + 2 + 1 + 0.5) / 4)
 

@@ -16,7 +16,7 @@ import torch
 from transformers import AttentionInterface
 
 from dpo_cli.data.tokenise import TokenGroup
-from dpo_cli.scoring import varlen
+from dpo_cli.scoring import attention, varlen
 from dpo_cli.scoring.attention import (
     IMPLEMENTATION,
     Attending,
@@ -27,7 +27,7 @@ from dpo_cli.scoring.attention import (
 )
 from dpo_cli.scoring.blocks import Piece, block_mask, pieces_of
 from dpo_cli.scoring.layout import Block, Layout, Run, lay_out
-from dpo_cli.scoring.varlen import Sequences, attend_varlen, kernel_is_right, sequences_of, varlen_kernel
+from dpo_cli.scoring.varlen import Sequences, attend_varlen, choose_kernel, reason_against, sequences_of
 
 CPU = torch.device("cpu")
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
@@ -105,7 +105,7 @@ def layout_of(blocks: tuple[Block, ...]) -> Layout:
     nothing = torch.zeros(0, dtype=torch.long)
     num_tokens = sum(block.length for block in blocks)
     row = torch.zeros(1, num_tokens, dtype=torch.long)
-    return Layout(row, row, nothing, nothing, nothing, nothing, blocks, 1, 1, 0)
+    return Layout(row, row, nothing, nothing, None, nothing, nothing, blocks, 1, 1, 0)
 
 
 def random_inputs(
@@ -466,9 +466,10 @@ def raising(error: type[Exception]) -> Callable[..., torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [None, 8])
 @pytest.mark.parametrize("softcap", [None, 30.0])
-def test_a_right_kernel_is_taken(dtype: torch.dtype, softcap: float | None) -> None:
-    assert kernel_is_right(slow_kernel, CPU, dtype, 16, softcap)
+def test_a_right_kernel_is_taken(dtype: torch.dtype, window: int | None, softcap: float | None) -> None:
+    assert reason_against(slow_kernel, CPU, dtype, 16, window, softcap) is None
 
 
 WRONG: dict[str, Callable[..., torch.Tensor]] = {
@@ -479,20 +480,43 @@ WRONG: dict[str, Callable[..., torch.Tensor]] = {
     ),
     "with another scale": without(scale=1.0),
     "with the wrong heads": without(grouped=False),
-    "of nothing": lambda q, *_: torch.full_like(q, torch.nan),
+    "of nothing": lambda q, *_: q * torch.nan,
     **{f"that raises {error.__name__}": raising(error) for error in (RuntimeError, NotImplementedError, TypeError)},
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_wrong_kernel_is_refused(name: str, dtype: torch.dtype) -> None:
-    assert not kernel_is_right(WRONG[name], CPU, dtype, 16, None)
+def test_a_wrong_kernel_is_refused_and_the_reason_given(name: str, dtype: torch.dtype) -> None:
+    reason = reason_against(WRONG[name], CPU, dtype, 16, 8, None)
+    raises = "that raises" in name
+    assert reason is not None
+    assert reason.startswith("it fails with a window (this kernel" if raises else "its output is off with a window by ")
+    without_window = reason_against(WRONG[name], CPU, dtype, 16, None, None)
+    assert (without_window is None) == (name in ("without the window", "with another window"))
+
+
+@pytest.mark.parametrize("share", [0.5, 0.0])
+@pytest.mark.parametrize(("place", "what"), enumerate(("queries", "keys", "values")))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_kernel_whose_gradients_are_wrong_or_missing_is_refused(
+    dtype: torch.dtype, place: int, what: str, share: float
+) -> None:
+    def part_of_a_gradient(*args: Any) -> torch.Tensor:
+        whole = args[place].detach()
+        part = share * args[place] + (1 - share) * whole if share else whole
+        return slow_kernel(*args[:place], part, *args[place + 1 :])
+
+    reason = reason_against(part_of_a_gradient, CPU, dtype, 16, None, None)
+    assert reason is not None
+    assert reason.startswith(f"its gradient of {what} is off by ")
 
 
 def test_a_kernel_that_ignores_a_sharp_soft_cap_is_refused() -> None:
-    assert kernel_is_right(without(softcap=None), CPU, torch.float32, 16, None)
-    assert not kernel_is_right(without(softcap=None), CPU, torch.float32, 16, 0.5)
+    assert reason_against(without(softcap=None), CPU, torch.float32, 16, None, None) is None
+    reason = reason_against(without(softcap=None), CPU, torch.float32, 16, None, 0.5)
+    assert reason is not None
+    assert reason.startswith("its output is off with a soft cap by ")
 
 
 @pytest.fixture
@@ -500,9 +524,9 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Callable[[], 
     """The kernels that are looked for, to be filled by a test."""
     found: dict[str, Callable[[], Any]] = {}
     monkeypatch.setattr(varlen, "VARLEN_KERNELS", found)
-    varlen._checked_kernel.cache_clear()
+    varlen._choose.cache_clear()
     yield found
-    varlen._checked_kernel.cache_clear()
+    varlen._choose.cache_clear()
 
 
 def test_a_kernel_that_ignores_the_soft_cap_of_a_model_is_not_used_for_it(
@@ -511,8 +535,25 @@ def test_a_kernel_that_ignores_the_soft_cap_of_a_model_is_not_used_for_it(
     """Gemma 2 caps at 50, which hardly bends scores of unit size: the check must ask in a way that shows it."""
     kernels["deaf"] = lambda: without(softcap=None)
     query = torch.zeros(1, HEADS, 1, 16, dtype=torch.bfloat16)
-    assert varlen_kernel(query, query, None) is not None
-    assert varlen_kernel(query, query, 50.0) is None
+    assert choose_kernel(query, query, None, None).name == "deaf"
+    assert choose_kernel(query, query, None, 50.0).name is None
+
+
+def test_a_kernel_without_windows_serves_layers_that_slide_none(kernels: dict[str, Callable[[], Any]]) -> None:
+    """As PyTorch's own does in the versions before its windows."""
+
+    def no_window(*args: Any) -> torch.Tensor:
+        if args[5] is not None:
+            raise NotImplementedError("no window in this version")
+        return slow_kernel(*args)
+
+    kernels["old"] = lambda: no_window
+    query = torch.zeros(1, HEADS, 1, 16, dtype=torch.bfloat16)
+    found = choose_kernel(query, query, None, None)
+    assert (found.name, found.kernel, found.refused) == ("old", no_window, {})
+    found = choose_kernel(query, query, 4096, None)
+    assert (found.name, found.kernel) == (None, None)
+    assert found.refused == {"old": "it fails with a window (no window in this version)"}
 
 
 def test_the_first_right_kernel_that_is_there_is_used_and_checked_once(
@@ -534,20 +575,66 @@ def test_the_first_right_kernel_that_is_there_is_used_and_checked_once(
         later=offer("later", raising(RuntimeError)),
     )
     half = torch.zeros(1, HEADS, 1, 16, dtype=torch.bfloat16)
-    assert varlen_kernel(half, half, None) is slow_kernel
-    assert varlen_kernel(half, half, None) is slow_kernel
+    for _ in range(2):
+        found = choose_kernel(half, half, None, None)
+        assert (found.name, found.kernel) == ("right", slow_kernel)
+        assert found.refused.keys() == {"missing", "wrong"}
+        assert found.refused["missing"] == "not installed"
+        assert found.refused["wrong"].startswith("its output is off by ")
     assert made == ["missing", "wrong", "right"]
 
 
 def test_float32_and_values_of_another_size_go_block_by_block(kernels: dict[str, Callable[[], Any]]) -> None:
     kernels["right"] = lambda: slow_kernel
     half = torch.zeros(1, HEADS, 1, 16, dtype=torch.bfloat16)
-    assert varlen_kernel(half, half, None) is slow_kernel
-    assert varlen_kernel(half.float(), half.float(), None) is None
-    assert varlen_kernel(half, half[..., :8], None) is None
+    assert choose_kernel(half, half, None, None).kernel is slow_kernel
+    assert choose_kernel(half.float(), half.float(), None, None).refused == {"right": "numbers are float32"}
+    assert choose_kernel(half, half[..., :8], None, None).refused == {
+        "right": "values are of another size than queries"
+    }
     kernels.clear()
-    varlen._checked_kernel.cache_clear()
-    assert varlen_kernel(half, half, None) is None
+    varlen._choose.cache_clear()
+    assert choose_kernel(half, half, None, None).kernel is None
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("window", [None, 4])
+def test_what_computes_a_layers_attention_is_noted_and_what_does_not(
+    window: int | None, sinks: bool, kernels: dict[str, Callable[[], Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "VARLEN_DEVICES", ("cpu",))
+    monkeypatch.setattr(attention, "VARLEN_KERNELS", kernels)
+    kernels |= {"missing": lambda: None, "fake": lambda: slow_kernel}
+    layout = lay_out(GROUPS, "shared")
+    state = Attending(layout)
+    halves = [tensor.bfloat16() for tensor in random_inputs(layout.num_tokens)]
+    extra = {"s_aux": torch.zeros(HEADS)} if sinks else {}
+    with attend(state):
+        found = block_attention(LAYER, *halves, None, sliding_window=window, **extra)[0]
+    exact = naive_attention(
+        layout.blocks,
+        *(half.double() for half in halves),
+        scale=SIZE**-0.5,
+        window=window,
+        sinks=torch.zeros(HEADS).double() if sinks else None,
+    )
+    assert (found.double() - exact).abs().max() <= 0.05
+    if sinks:
+        assert (state.kernels, state.refused) == (
+            {"matrix products"},
+            dict.fromkeys(kernels, "its layers have sinks"),
+        )
+    else:
+        assert (state.kernels, state.refused) == ({"fake"}, {"missing": "not installed"})
+
+
+def test_on_the_cpu_pytorchs_kernel_is_named() -> None:
+    layout = lay_out(GROUPS, "shared")
+    for softcap, name in ((None, "PyTorch's flash kernel for the CPU"), (2.0, "matrix products")):
+        state = Attending(layout)
+        with attend(state):
+            block_attention(LAYER, *random_inputs(layout.num_tokens), None, softcap=softcap)
+        assert (state.kernels, state.refused) == ({name}, {})
 
 
 @pytest.mark.parametrize("name", ["shared", "packed"])
@@ -586,7 +673,7 @@ def test_on_cuda_a_kernel_is_found_and_gives_values_and_gradients_of_the_definit
     halves = [torch.randn(1, h, layout.num_tokens, 64, generator=generator).bfloat16().to(device) for h in shapes]
     ours_in = [tensor.requires_grad_() for tensor in halves]
     theirs_in = [tensor.detach().double().cpu().requires_grad_() for tensor in halves]
-    assert varlen_kernel(ours_in[0], ours_in[2], None) is not None
+    assert choose_kernel(ours_in[0], ours_in[2], window, None).kernel is not None
     with attend(Attending(layout)):
         ours = block_attention(LAYER, *ours_in, None, sliding_window=window)[0]
     theirs = naive_attention(layout.blocks, *theirs_in, scale=64**-0.5, window=window)

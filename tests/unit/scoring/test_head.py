@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_cli.scoring.head import LogitTransform, is_plain, max_logit_rows, token_logps
+from dpo_cli.scoring.head import LogitTransform, TokenStatistics, is_plain, max_logit_rows, token_logps
 from tests.live_memory import LiveMemory
 
 N, V, D = 23, 50, 16
@@ -360,21 +360,26 @@ def test_a_trained_head_and_a_frozen_one_agree_under_autocast(trained: bool) -> 
 
 
 @pytest.mark.parametrize(
-    ("values", "scale", "softcap"),
+    ("values", "scales", "softcap"),
     [
-        ({}, 1.0, None),
-        ({"logit_scale": 0.25}, 0.25, None),
-        ({"logits_scaling": 4.0}, 0.25, None),
-        ({"lm_head_multiplier": 0.5}, 0.5, None),
-        ({"logit_scale": 3.0, "logits_scaling": 2.0, "lm_head_multiplier": 4.0}, 6.0, None),
-        ({"logit_scale": None, "final_logit_softcapping": 30.0}, 1.0, 30.0),
-        ({"logit_scale": None, "logits_scaling": None, "final_logit_softcapping": None}, 1.0, None),
+        ({}, [1.0], None),
+        ({"logit_scale": 0.25}, [0.25], None),
+        ({"logits_scaling": 4.0}, [0.25, 4.0], None),
+        ({"logits_scaling": 1.0}, [1.0], None),
+        ({"lm_head_multiplier": 0.5}, [0.5], None),
+        ({"logit_scale": 3.0, "logits_scaling": 2.0, "lm_head_multiplier": 4.0}, [6.0, 24.0], None),
+        ({"logit_scale": None, "final_logit_softcapping": 30.0}, [1.0], 30.0),
+        ({"logits_soft_cap": 20.0}, [1.0], 20.0),
+        ({"output_logit_soft_cap": 10.0, "final_logit_softcapping": None}, [1.0], 10.0),
+        ({"logit_scale": None, "logits_scaling": None, "final_logit_softcapping": None}, [1.0], None),
     ],
 )
-def test_the_transform_is_read_from_the_configuration(
-    values: dict[str, Any], scale: float, softcap: float | None
+def test_transforms_are_read_from_the_configuration(
+    values: dict[str, Any], scales: list[float], softcap: float | None
 ) -> None:
-    assert LogitTransform.of(SimpleNamespace(**values)) == LogitTransform(scale, softcap)
+    """Granite divides by logits_scaling, HyperCLOVA X multiplies."""
+    readings = list(LogitTransform.readings(SimpleNamespace(**values)))
+    assert readings == [LogitTransform(scale, softcap) for scale in scales]
 
 
 def test_the_transform_scales_then_caps_in_float32() -> None:
@@ -408,3 +413,34 @@ def test_in_bfloat16_a_sure_model_keeps_its_gradient() -> None:
     leaf = sure.clone().requires_grad_()
     found = torch.autograd.grad(token_logps(leaf, targets, head, LogitTransform()).sum(), leaf)[0].double()
     assert relative(found, exact) <= 1.5 * relative(rounded, exact)
+
+
+# --- statistics -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("head_bytes", [ONE_ROW, FEW_ROWS, ALL_ROWS])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_statistics_are_those_of_the_whole_distributions(name: str, head_bytes: int, trained: bool) -> None:
+    """Whatever the chunks, frozen or trained; asking for them changes neither a value nor a gradient."""
+    hidden, targets = inputs()
+    head, transform = linear(True), TRANSFORMS[name]
+    distributions = transform(hidden.double() @ head.weight.double().T + head.bias.double()).double().log_softmax(1)
+    targets[::3] = distributions.argmax(1)[::3]  # else the likeliest is hardly ever the target
+    head.requires_grad_(trained)
+    statistics = TokenStatistics.empty(N, torch.device("cpu"))
+    logps = token_logps(hidden, targets, head, transform, head_bytes, statistics)
+    logps.sum().backward()
+    powers = distributions.exp()
+    torch.testing.assert_close(statistics.entropies_N.double(), -(powers * distributions).sum(1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        statistics.log_sum_squares_N.double(), powers.square().sum(1).log(), atol=1e-5, rtol=1e-5
+    )
+    assert torch.equal(statistics.is_likeliest_N.bool(), distributions.argmax(1) == targets)
+    assert 0 < statistics.is_likeliest_N.sum() < N
+    assert not statistics.entropies_N.requires_grad
+    plain = hidden.detach().clone().requires_grad_()
+    without = token_logps(plain, targets, head, transform, head_bytes)
+    without.sum().backward()
+    torch.testing.assert_close(without, logps, atol=1e-5, rtol=1e-6)  # other chunks, other roundings
+    torch.testing.assert_close(plain.grad, hidden.grad, atol=1e-5, rtol=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,16 @@ import pytest
 import torch
 import transformers
 from transformers import AttentionInterface
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dpo_cli.core import paths
 from dpo_cli.core.errors import MachineError
 from dpo_cli.core.params import LoraParams, RuntimeParams
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models.adapters import add_adapter
-from dpo_cli.scoring import probe
+from dpo_cli.scoring import attention, probe, varlen
 from dpo_cli.scoring.attention import IMPLEMENTATION, attending, block_attention
+from dpo_cli.scoring.blocks import additive, aligned_mask, plain_attention
 from dpo_cli.scoring.layout import LAYOUTS, MIN_SHARED_TOKENS, lay_out
 from dpo_cli.scoring.probe import BFLOAT16_TOLERANCE, TOLERANCE, open_scorer, probe_groups, probe_layouts
 from dpo_cli.scoring.scorer import Scorer
@@ -296,6 +299,78 @@ def test_a_tuned_model_is_probed_with_its_adapter_and_left_in_its_mode(
         assert {module.training for module in model.modules()} == {mode}
     assert scored
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_head_that_the_configuration_does_not_describe_is_named(
+    open_: Callable[..., Any], make_llama: Callable[..., Any], reporter: Any
+) -> None:
+    _, verdict = open_(make_llama(100))
+    assert verdict.metrics()["head"] == "linear"
+    assert "logits" not in reporter.said[0]
+    model = make_llama(100)
+    model.config.logit_scale = 2.0  # which it does not read
+    for _ in range(2):
+        _, verdict = open_(model)
+        assert (verdict.layout, verdict.metrics()["head"]) == ("shared", "own")
+        assert reporter.said.pop().endswith("; logits from the model's own code, in chunks")
+    _, verdict = open_(_AroundItsBackbone(model.config).eval())
+    assert verdict.metrics()["head"] == "whole"
+    assert reporter.said[-1].endswith("; logits from the model's whole forward: runtime.head_mib cannot bound them")
+
+
+class _AroundItsBackbone(transformers.LlamaForCausalLM):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return CausalLMOutputWithPast(logits=self.lm_head(self.model.forward(*args, **kwargs)[0]))
+
+
+@pytest.mark.parametrize(("family", "slides"), [("llama", False), ("mistral", True)])
+def test_the_kernel_of_the_attention_is_named_and_why_others_are_not(
+    family: str, slides: bool, open_: Callable[..., Any], reporter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that has no windows is refused where the model slides some, and nowhere else."""
+
+    def no_window(query: Any, key: Any, value: Any, sequences: Any, scale: float, window: Any, softcap: Any) -> Any:
+        if window is not None:
+            raise NotImplementedError("no window in this version")
+        repeats = query.shape[1] // key.shape[1]
+        starts = [pairwise(found.tolist()) for found in (sequences.query_starts, sequences.key_starts)]
+        pieces = []
+        for queries, keys in zip(*starts, strict=True):
+            places = ((query, queries), (key, keys), (value, keys))
+            q, k, v = (tensor[slice(*place)].float().transpose(0, 1) for tensor, place in places)
+            k, v = k.repeat_interleave(repeats, 0), v.repeat_interleave(repeats, 0)
+            mask = additive(aligned_mask(q.shape[1], k.shape[1], None), torch.float32, q.device)
+            pieces.append(plain_attention(q[None], k[None], v[None], mask, scale, None, None)[0].transpose(0, 1))
+        return torch.cat(pieces).to(query.dtype)
+
+    monkeypatch.setattr(probe, "BFLOAT16_TOLERANCE", 0.2)  # these weights are large
+    monkeypatch.setattr(attention, "VARLEN_DEVICES", ("cpu",))
+    monkeypatch.setattr(varlen, "VARLEN_KERNELS", {"absent": lambda: None, "old": lambda: no_window})
+    varlen._choose.cache_clear()
+    for remembered in (False, True):
+        scorer, verdict = open_(build(*RIGHT[family]), dtype=torch.bfloat16)
+        assert (scorer.layout, verdict.refused) == ("shared", {})
+        line = reporter.said.pop()
+        if slides:
+            assert verdict.attention == "PyTorch's flash kernel for the CPU"
+            assert (
+                f"; attention by {verdict.attention}; not absent: not installed"
+                "; not old: it fails with a window (no window in this version); last MLP"
+            ) in line
+        else:
+            assert verdict.metrics()["attention"] == "old"
+            assert verdict.metrics()["attention_refused"] == {"absent": "not installed"}
+            assert "; attention by old; not absent: not installed; last MLP" in line
+        assert ("as remembered" in line) == remembered
+    varlen._choose.cache_clear()
+
+
+def test_padded_rows_have_the_models_own_attention(
+    open_: Callable[..., Any], make_llama: Callable[..., Any], reporter: Any
+) -> None:
+    _, verdict = open_(make_llama(100), "padded")
+    assert (verdict.attention, verdict.attention_refused) == ("the model's own sdpa", {})
+    assert reporter.said[0].endswith("; attention by the model's own sdpa; last MLP on all positions")
 
 
 # --- forced -------------------------------------------------------------------------------

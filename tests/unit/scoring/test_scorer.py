@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dpo_cli.core.params import LoraParams
 from dpo_cli.data.tokenise import TokenGroup
@@ -170,7 +173,7 @@ def test_log_probabilities_are_those_of_the_models_own_forward(
     assert (scores.logps_BK - expected).abs().max() <= 1e-4
     assert expected.std() > 1
     assert calls, "the bounded head should know this family's logits"
-    assert not scorer.uses_own_head
+    assert scorer.head == "linear"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -424,13 +427,12 @@ def test_only_scored_positions_go_through_the_head(
 def test_a_model_that_does_not_do_what_its_configuration_says_is_taken_at_its_word(
     field: str, layout: LayoutName, make_groups: Callable[..., list[TokenGroup]]
 ) -> None:
-    """Hyperclovax multiplies by what granite divides by: only a probe tells."""
     model = build("llama")
     setattr(model.config, field, 2.0)
     groups = make_groups(6)
     expected = naive_logps(model, groups)
     scorer = Scorer(model, torch.float32, layout)
-    assert scorer.uses_own_head
+    assert scorer.head == "own"
     weights = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
     scores = scorer.score(groups)
     assert (scores.logps_BK - expected).abs().max() <= 1e-4
@@ -439,6 +441,102 @@ def test_a_model_that_does_not_do_what_its_configuration_says_is_taken_at_its_wo
     assert relative(ours, theirs) <= 1e-5
     (single,) = make_groups(1, completions=1)
     assert scorer.next_token_logps([single])[0].exp().sum(1) == pytest.approx(1.0, abs=1e-5)
+
+
+HEADS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "hyperclovax": ("HyperCLOVAXConfig", _COMMON | {"logits_scaling": 4.0}, "linear"),
+    "recurrent_gemma": (
+        "RecurrentGemmaConfig",
+        _COMMON | {"logits_soft_cap": 2.0, "lru_width": 64, "num_hidden_layers": 3},
+        "linear",
+    ),
+    "modernbert-decoder": ("ModernBertDecoderConfig", _COMMON | {"bos_token_id": 1}, "own"),
+    "bert": ("BertConfig", _COMMON | {"is_decoder": True}, "own"),
+    "electra": ("ElectraConfig", _COMMON | {"is_decoder": True}, "own"),
+    "inkling": (
+        "InklingTextConfig",
+        _COMMON | {"unpadded_vocab_size": VOCABULARY - 5, "logits_mup_width_multiplier": 2.0},
+        "own",
+    ),
+}
+"""Families whose logits are more than the output embedding of the hidden states, and where they come from: another
+scale, a cap of another name, further layers, a hidden state of another width, fewer logits than embeddings.
+"""
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_whatever_a_model_does_behind_its_backbone_is_done(
+    family: str, make_groups: Callable[..., list[TokenGroup]]
+) -> None:
+    name, values, head_name = HEADS[family]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**values)).eval()
+    groups = make_groups(4, vocabulary=VOCABULARY - 5, prompt_lengths=(1, 5))
+    weights = torch.linspace(-1, 1, 8, dtype=torch.float64).view(4, 2)
+    results = []
+    for head_bytes in (4 * 28 * VOCABULARY, 1 << 20):
+        with Scorer(model, torch.float32, head_bytes=head_bytes) as scorer:
+            assert scorer.head == head_name
+            scores = scorer.score(groups)
+        (scores.logps_BK * weights).sum().backward()
+        results.append((scores.logps_BK.detach(), all_gradients(model)))
+    expected = naive_logps(model, groups)
+    (expected * weights).sum().backward()
+    gradients = all_gradients(model)
+    for logps, ours in results:
+        assert (logps - expected).abs().max() <= 1e-4
+        assert relative(ours, gradients) <= 1e-5
+
+
+def is_logits(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of the tiny llama is [..., V], the head's own weight turned around aside."""
+    return tensor.ndim > 0 and tensor.shape[-1] == VOCABULARY and tensor.shape != (64, VOCABULARY)
+
+
+class Largest(TorchDispatchMode):
+    """The most logits that an operation gave, forward or backward."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and is_logits(tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("grade", GRADES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_of_a_models_own_code_are_bounded_in_both_passes(
+    layout: LayoutName, grade: Recompute, make_tuned: Callable[..., Any], make_groups: Callable[..., list[TokenGroup]]
+) -> None:
+    """Neither made nor kept for the backward pass at once; and whatever the model does then, the numbers are right."""
+    groups = make_groups(12, completion_lengths=(5, 9))
+    model = make_tuned()
+    (naive_logps(model, groups)[:, 0].sum()).backward()
+    expected = all_gradients(model)
+    model.get_base_model().config.logit_scale = 2.0  # which it does not read
+    set_recompute(model, grade)
+    rows = 6
+    scorer = Scorer(model, torch.float32, layout, head_bytes=rows * 28 * VOCABULARY)
+    assert scorer.head == "own"
+    kept: list[int] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if is_logits(tensor):
+            kept.append(tensor.numel())
+        return tensor
+
+    with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        scored = scorer.score(groups)
+    assert kept == []
+    scorer.score(groups[:2])  # another layout in between
+    with largest:
+        scored.logps_BK[:, 0].sum().backward()
+    assert largest.numbers == rows * VOCABULARY
+    assert relative(all_gradients(model), expected) <= 1e-5
+    assert not model.get_base_model().model._forward_hooks
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -457,7 +555,28 @@ def test_a_model_without_a_backbone_of_its_own_gives_its_logits(
     with torch.no_grad():
         expected = naive_logps(model, groups)
         scorer = Scorer(model, torch.float32, layout)
-        assert scorer.uses_own_head
+        assert scorer.head == "whole"
+        assert (scorer.score(groups).logps_BK - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_model_that_goes_around_its_backbone_gives_its_logits(
+    layout: LayoutName, make_groups: Callable[..., list[TokenGroup]]
+) -> None:
+    """Its logits cannot be had from hidden states."""
+
+    class Around(transformers.LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = self.model.forward(*args, **kwargs)
+            return CausalLMOutputWithPast(logits=2 * self.lm_head(output.last_hidden_state))
+
+    torch.manual_seed(0)
+    model = Around(transformers.LlamaConfig(**_COMMON)).eval()
+    groups = branching_groups(make_groups)
+    with torch.no_grad():
+        expected = naive_logps(model, groups)
+        scorer = Scorer(model, torch.float32, layout)
+        assert scorer.head == "whole"
         assert (scorer.score(groups).logps_BK - expected).abs().max() <= 1e-4
 
 
@@ -511,5 +630,5 @@ def test_dropout_of_a_model_in_train_mode_is_not_taken_for_another_head(make_tun
     model = make_tuned(LoraParams(r=4, dropout=0.5))
     before = [module.training for module in model.modules()]
     scorer = Scorer(model, torch.float32, "padded")
-    assert not scorer.uses_own_head
+    assert scorer.head == "linear"
     assert [module.training for module in model.modules()] == before

@@ -170,8 +170,8 @@ def run_out_above(scorer: Scorer, limit: int, monkeypatch: pytest.MonkeyPatch, *
     found: list[int] = []
     score = scorer.score
 
-    def limited(groups: Sequence[TokenGroup], *args: Any) -> Scores:
-        scores = score(groups, *args)
+    def limited(groups: Sequence[TokenGroup], **asked: Any) -> Scores:
+        scores = score(groups, **asked)
         size = lay_out(groups, scorer.layout).num_tokens
         if torch.is_grad_enabled() == training and size > limit:
             found.append(size)
@@ -197,8 +197,8 @@ def run_out_once(scorer: Scorer, model: Any, call: int, where: str, monkeypatch:
             hook.remove()
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    def failing(groups: Sequence[TokenGroup], *args: Any) -> Scores:
-        scores = score(groups, *args)
+    def failing(groups: Sequence[TokenGroup], **asked: Any) -> Scores:
+        scores = score(groups, **asked)
         if torch.is_grad_enabled():
             calls.append(len(groups))
             if len(calls) == call and where == "forward":
@@ -369,10 +369,10 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(
     with open_in(model, "shared") as scorer:
         score = scorer.score
 
-        def broken(groups: Sequence[TokenGroup], *args: Any) -> Scores:
+        def broken(groups: Sequence[TokenGroup], **asked: Any) -> Scores:
             if torch.is_grad_enabled():
                 raise RuntimeError("shapes do not match")
-            return score(groups, *args)
+            return score(groups, **asked)
 
         monkeypatch.setattr(scorer, "score", broken)
         with pytest.raises(RuntimeError, match="shapes do not match"):

@@ -181,8 +181,8 @@ def test_a_coupled_loss_drops_the_same_in_both_passes(
     seen: dict[bool, list[torch.Tensor]] = {False: [], True: []}
     score = Scorer.score
 
-    def watched(self: Scorer, groups: Sequence[TokenGroup]) -> Any:
-        scores = score(self, groups)
+    def watched(self: Scorer, groups: Sequence[TokenGroup], **asked: Any) -> Any:
+        scores = score(self, groups, **asked)
         if self._causal.training:
             seen[torch.is_grad_enabled()].append(scores.logps_BK.detach().clone())
         return scores

@@ -16,6 +16,7 @@ import torch
 from dpo_cli.core.errors import MachineError
 from dpo_cli.core.params import RuntimeParams
 from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.training.objective import PAIR_METRICS
 from dpo_cli.training.replicas import ALONE, Replicas, join_replicas
 from tests.replica_worker import Worker
 
@@ -34,8 +35,8 @@ TOGETHER = (
     "left_alone",
 )
 NUM_STEPS, NUM_HELD_OUT_PASSES = 9, 4
-NUM_SUMS = 7 + 2
-"""The loss and six metrics of a pair; the wish to stop and the mark of the batch."""
+NUM_SUMS = 1 + len(PAIR_METRICS) + 2
+"""The loss and the metrics of a pair; the wish to stop and the mark of the batch."""
 
 
 @pytest.fixture(scope="module")

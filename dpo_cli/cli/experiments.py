@@ -1,0 +1,264 @@
+"""Experiments by name: where DVC keeps them in git, and what each left under reports/.
+
+DVC keeps an experiment as a commit on its baseline, under ``refs/exps/<first two digits of the
+baseline>/<the rest>/<name>``. The commit holds all tracked files and every output that is not
+cached, so params.yaml, dvc.lock and reports/ are read with git alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import io
+import json
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.core import paths
+from dpo_cli.core.errors import DataError, MachineError, ParamsError, StaleArtifactError
+from dpo_cli.core.pipeline import STAGES
+from dpo_cli.evaluation.comparison import (
+    OF_ANSWERS,
+    OF_PAIRS,
+    Experiment,
+    Rows,
+    flatten,
+    flatten_metrics,
+    rows_of_answers,
+    rows_of_pairs,
+)
+
+WORKSPACE = "workspace"
+_REFS = "refs/exps"
+_BASELINE_DIGITS = (40, 64)
+_NOT_SETTINGS = ("runtime",)
+_LOCK = Path("dvc.lock")
+
+Read = Callable[[Path], bytes | None]
+
+
+@dataclass(frozen=True)
+class Ref:
+    """An experiment of DVC.
+
+    Attributes:
+        name: Its name.
+        baseline: The commit that it is based on.
+        commit: Its own commit.
+    """
+
+    name: str
+    baseline: str
+    commit: str
+
+
+def experiment_refs() -> list[Ref]:
+    """All experiments of this repository, oldest first.
+
+    Raises:
+        MachineError: git cannot be run, or this is no git repository.
+    """
+    found = []
+    listed = _git("for-each-ref", "--sort=committerdate", "--format=%(objectname) %(refname)", _REFS)
+    for line in listed.decode().splitlines():
+        commit, _, ref = line.partition(" ")
+        digits, _, name = ref.removeprefix(f"{_REFS}/").partition("/")
+        rest, _, name = name.partition("/")
+        # what else DVC keeps there (stash, exec, celery) has other names
+        if name and "/" not in name and len(digits + rest) in _BASELINE_DIGITS:
+            found.append(Ref(name, digits + rest, commit))
+    return found
+
+
+def head() -> str:
+    """The commit that is checked out.
+
+    Raises:
+        MachineError: There is none.
+    """
+    commit = _commit_of("HEAD")
+    if commit is None:
+        raise MachineError("this git repository has no commit yet; run: git add --all && git commit")
+    return commit
+
+
+def revisions_of(names: Sequence[str], refs: Sequence[Ref]) -> dict[str, str]:
+    """The commit behind each name; empty for the workspace.
+
+    A name is looked for among the experiments first, those based on HEAD before others, then
+    among all that git knows.
+
+    Raises:
+        ParamsError: There is no such experiment or revision, or more than one.
+    """
+    found: dict[str, str] = {}
+    problems: list[str] = []
+    for name in names:
+        try:
+            found[name] = "" if name == WORKSPACE else _revision_of(name, refs)
+        except ParamsError as error:
+            problems += error.problems
+    if problems:
+        raise ParamsError(problems)
+    return found
+
+
+def _revision_of(name: str, refs: Sequence[Ref]) -> str:
+    named = [ref for ref in refs if ref.name == name]
+    if len(named) > 1:
+        named = [ref for ref in named if ref.baseline == head()] or named
+    if len(named) > 1:
+        commits = ", ".join(f"{ref.commit[:10]} (on {ref.baseline[:10]})" for ref in named)
+        raise ParamsError(f"{name} names {len(named)} experiments; give the commit of one: {commits}")
+    if named:
+        return named[0].commit
+    commit = _commit_of(name)
+    if commit is None:
+        heads = _git("for-each-ref", "--format=%(refname:short)", "refs/heads", "refs/tags").decode().split()
+        known = [*dict.fromkeys(ref.name for ref in refs), *heads, WORKSPACE]
+        near = difflib.get_close_matches(name, known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "dvc exp list --all names what there is"
+        raise ParamsError(f"{name} is neither an experiment nor a git revision; {hint}")
+    return commit
+
+
+def read_experiment(name: str, revision: str) -> tuple[Experiment, list[str]]:
+    """What an experiment left behind, and what is odd about it, one sentence each.
+
+    Args:
+        name: What the user calls it.
+        revision: Its commit; empty for the workspace.
+
+    Raises:
+        StaleArtifactError: It has no metrics of stage evaluate.
+        DataError: A file of it is damaged.
+    """
+    read = _reader(revision)
+    metrics: dict[str, Any] = {}
+    for stage in STAGES:
+        if stage.metrics and (content := read(paths.metrics_file(stage.name))) is not None:
+            metrics |= _json(content, f"{name}: {paths.metrics_file(stage.name)}")
+    if "evaluate" not in metrics:
+        remedy = "commit reports/ of a run, or make one: dvc exp run" if revision else "run: dpo-cli repro"
+        raise StaleArtifactError(f"{name}: {paths.metrics_file('evaluate')} is missing; {remedy}")
+    params = _yaml(read(paths.PARAMS), f"{name}: {paths.PARAMS}")
+    rows: dict[str, Rows] = {}
+    missing: dict[str, str] = {}
+    answers: dict[str, str] = {}
+    for file in (OF_ANSWERS, OF_PAIRS):
+        path = paths.report_dir("evaluate") / file
+        content = read(path)
+        if content is None:
+            missing[file] = f"{name} has no {path}; evaluate it again"
+            continue
+        try:
+            if file == OF_PAIRS:
+                rows |= rows_of_pairs(content.decode())
+            else:
+                found, answers = rows_of_answers(content.decode())
+                rows |= found
+        except ValueError as error:
+            raise DataError(f"{name}: {path} is damaged ({error}); evaluate it again") from None
+    settings = {key: value for key, value in params.items() if key not in _NOT_SETTINGS}
+    experiment = Experiment(name, revision, flatten(settings), flatten_metrics(metrics), rows, missing, answers)
+    return experiment, _oddities(name, params, read)
+
+
+def _oddities(name: str, params: dict[str, Any], read: Read) -> list[str]:
+    """Where params.yaml or reports/ are not those of the run that dvc.lock recorded."""
+    stages = _yaml(read(_LOCK), f"{name}: {_LOCK}").get("stages") or {}
+    found = []
+    ran = flatten(
+        {
+            section: values
+            for stage in STAGES
+            for section, values in stages.get(stage.name, {}).get("params", {}).get(paths.PARAMS.name, {}).items()
+        }
+    )
+    now = flatten({section: values for section, values in params.items() if section not in _NOT_SETTINGS})
+    changed = [path for path in ran if path in now and now[path] != ran[path]]
+    if changed:
+        path = changed[0]
+        rest = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        found.append(
+            f"{name}: params.yaml says {path} = {now[path]}, but its last run had {ran[path]}{rest};"
+            " bring it up to date: dpo-cli repro"
+        )
+    other = []
+    for stage in ("train", "evaluate"):
+        for out in stages.get(stage, {}).get("outs", []):
+            path = Path(out["path"])
+            content = read(path) if path.suffix in (".json", ".jsonl", ".csv") else None
+            if content is not None and hashlib.md5(content, usedforsecurity=False).hexdigest() != out.get("md5"):
+                other.append(path.as_posix())
+    if other:
+        found.append(
+            f"{name}: {', '.join(other)} {'are' if len(other) > 1 else 'is'} not what dvc.lock recorded: made by hand,"
+            " perhaps with --set, so params.yaml need not be what made it"
+        )
+    return found
+
+
+# --- reading --------------------------------------------------------------------------------
+
+
+def _reader(revision: str) -> Read:
+    """Reads a file of the project as it is at a revision; None where it has none."""
+    files: dict[Path, bytes | None] = {}
+
+    def read(path: Path) -> bytes | None:
+        if path not in files:
+            files[path] = _show(revision, path) if revision else (path.read_bytes() if path.is_file() else None)
+        return files[path]
+
+    return read
+
+
+def _show(revision: str, path: Path) -> bytes | None:
+    result = _run_git("show", f"{revision}:./{path.as_posix()}")
+    return None if result.returncode else result.stdout
+
+
+def _commit_of(name: str) -> str | None:
+    result = _run_git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
+    return None if result.returncode else result.stdout.decode().strip()
+
+
+def _git(*arguments: str) -> bytes:
+    result = _run_git(*arguments)
+    if result.returncode:
+        raise MachineError(f"git {arguments[0]}: {result.stderr.decode(errors='replace').strip().splitlines()[-1]}")
+    return result.stdout
+
+
+def _run_git(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+    try:
+        return subprocess.run(["git", *arguments], capture_output=True, check=False)
+    except OSError as error:
+        raise MachineError(f"git cannot be run ({error}); experiments are kept in git") from None
+
+
+def _json(content: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(content)
+    except ValueError as error:
+        raise DataError(f"{where} is damaged ({error})") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{where} is damaged (it is no JSON object)")
+    return value
+
+
+def _yaml(content: bytes | None, where: str) -> dict[str, Any]:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    if content is None:
+        return {}
+    try:
+        value = YAML(typ="safe").load(io.BytesIO(content))
+    except (YAMLError, ValueError) as error:
+        raise DataError(f"{where} is not valid YAML: {str(error).splitlines()[0]}") from None
+    return value if isinstance(value, dict) else {}

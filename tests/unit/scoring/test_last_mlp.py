@@ -1,0 +1,193 @@
+"""The last MLP on what is read alone: the same numbers, fewer rows, and only where that is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from dpo_cli.core.params import LoraParams, RuntimeParams
+from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.models.adapters import add_adapter
+from dpo_cli.models.load import keep_weights_unpacked, load_model
+from dpo_cli.scoring import last_mlp
+from dpo_cli.scoring.layout import LAYOUTS, LayoutName, lay_out
+from dpo_cli.scoring.probe import open_scorer
+from dpo_cli.scoring.recompute import GRADES, Recompute, set_recompute
+from dpo_cli.scoring.scorer import MAX_READ_SHARE, Scorer
+
+ONE_ROW: tuple[LayoutName, ...] = ("shared", "packed")
+
+
+@pytest.fixture(params=["none", "nf4"])
+def make_tuned(
+    request: pytest.FixtureRequest, make_llama: Callable[..., Any], tmp_path: Any, cpu: Any
+) -> Callable[[], Any]:
+    """``make_tuned()``: the same tiny llama each time, with an adapter on all its products, in train mode."""
+    make_llama(100).save_pretrained(tmp_path)
+
+    def make() -> Any:
+        model = add_adapter(load_model(tmp_path, cpu, quantization=request.param), LoraParams(r=4), seed=0)
+        keep_weights_unpacked(model)
+        torch.manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        return model.train()
+
+    return make
+
+
+@pytest.fixture
+def groups(make_groups: Callable[..., list[TokenGroup]]) -> list[TokenGroup]:
+    """Pairs whose prompts are longer than their answers."""
+    return make_groups(5, prompt_lengths=(15, 20))
+
+
+def rows_of(model: Any) -> list[int]:
+    """How many positions each call of the last MLP's last product has, from now on."""
+    rows: list[int] = []
+    product = model.get_base_model().model.layers[-1].mlp.down_proj
+    product.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[1]))
+    return rows
+
+
+@pytest.mark.parametrize("grade", GRADES)
+@pytest.mark.parametrize("layout", ONE_ROW)
+def test_values_and_gradients_stay_the_same_on_fewer_rows(
+    layout: LayoutName, grade: Recompute, make_tuned: Callable[[], Any], groups: list[TokenGroup]
+) -> None:
+    results = []
+    laid_out = lay_out(groups, layout)
+    assert laid_out.read_P is not None
+    for share in (0.0, MAX_READ_SHARE):
+        model = make_tuned()
+        set_recompute(model, grade)
+        rows = rows_of(model)
+        scorer = Scorer(model, torch.float32, layout)
+        scorer.max_read_share = share
+        rows.clear()
+        earlier, later = scorer.score(groups), scorer.score(groups[:2])
+        (earlier.logps_BK * torch.tensor([1.0, -1.0])).sum().backward()
+        assert rows[0] == (len(laid_out.read_P) if share else laid_out.num_tokens)
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        results.append((earlier.logps_BK.detach(), later.logps_BK.detach(), torch.cat(gradients)))
+    for ours, theirs in zip(results[1][:2], results[0][:2], strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5
+    assert (results[1][2] - results[0][2]).norm() <= 1e-5 * results[0][2].norm()
+
+
+def test_the_read_positions_are_those_that_predict_something(groups: list[TokenGroup]) -> None:
+    for name in LAYOUTS:
+        layout = lay_out(groups, name)
+        expected = None if name == "padded" else sorted(set(layout.predictors_N.tolist()))
+        assert (None if layout.read_P is None else layout.read_P.tolist()) == expected
+
+
+def test_where_nearly_all_is_read_nothing_is_selected(
+    make_llama: Callable[..., Any], make_groups: Callable[..., list[TokenGroup]]
+) -> None:
+    model = make_llama(100)
+    scorer = Scorer(model, torch.float32, "shared")
+    scorer.max_read_share = MAX_READ_SHARE
+    scorer.score(make_groups(3, prompt_lengths=(1, 1), completion_lengths=(8, 9)))
+    assert scorer.last_attended is not None
+    assert scorer.last_attended.read_P is None
+
+
+def test_hooks_do_nothing_to_the_models_own_forward_and_are_gone_in_the_end(
+    make_llama: Callable[..., Any], groups: list[TokenGroup]
+) -> None:
+    model = make_llama(100)
+    mlp = model.model.layers[-1].mlp
+    row = torch.tensor([groups[0].prompt])
+    with torch.no_grad():
+        expected = Scorer(model, torch.float32, "padded").score(groups).logps_BK
+        own = model(row).logits
+        first, second = (Scorer(model, torch.float32, "shared") for _ in range(2))
+        first.max_read_share = second.max_read_share = MAX_READ_SHARE
+        for scorer in (first, second, first):
+            assert (scorer.score(groups).logps_BK - expected).abs().max() <= 1e-4
+        assert len(mlp._forward_hooks) == 2
+        model.set_attn_implementation("sdpa")
+        assert torch.equal(model(row).logits, own)
+    first.close()
+    second.close()
+    assert not mlp._forward_hooks
+    assert not mlp._forward_pre_hooks
+
+
+# --- the probe ----------------------------------------------------------------------------
+
+
+def open_(model: Any, reporter: Any) -> Any:
+    return open_scorer(model, torch.float32, RuntimeParams(), reporter, "train")
+
+
+def test_the_probe_lets_a_llama_select(project: Any, make_llama: Callable[..., Any], reporter: Any) -> None:
+    for _ in range(2):
+        scorer, verdict = open_(make_llama(100), reporter)
+        assert (scorer.layout, scorer.max_read_share) == ("shared", MAX_READ_SHARE)
+        assert verdict.metrics()["last_mlp"] == "what is read"
+        assert "; last MLP on what is read" in reporter.said.pop()
+
+
+def test_rows_in_the_wrong_place_are_noticed_and_all_are_computed(
+    project: Any,
+    make_llama: Callable[..., Any],
+    groups: list[TokenGroup],
+    reporter: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    put_back = last_mlp._put_back
+
+    def rolled(mlp: Any, args: Any, output: Any) -> Any:
+        return put_back(mlp, args, output.roll(1, 1))
+
+    monkeypatch.setattr(last_mlp, "_put_back", rolled)
+    model = make_llama(100)
+    scorer, verdict = open_(model, reporter)
+    assert (scorer.layout, scorer.max_read_share, verdict.refused) == ("shared", 0.0, {})
+    assert verdict.last_mlp.startswith("all positions (off by ")
+    with torch.no_grad():
+        expected = scorer.score(groups, "padded").logps_BK
+        assert (scorer.score(groups).logps_BK - expected).abs().max() <= 1e-4
+
+
+def test_an_mlp_that_gives_more_than_the_row_is_left_alone(
+    project: Any, make_llama: Callable[..., Any], reporter: Any
+) -> None:
+    model = make_llama(100)
+    layer = model.model.layers[-1]
+    layer.mlp = _GivesMore(layer.mlp)
+    scorer, verdict = open_(model, reporter)
+    assert scorer.layout == "shared"
+    assert verdict.last_mlp == "all positions (it fails (_GivesMore gives more than the row))"
+
+
+class _GivesMore(torch.nn.Module):
+    """Gives a list that can be added to a tensor, as no tensor can."""
+
+    def __init__(self, mlp: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = mlp
+
+    def forward(self, hidden: torch.Tensor) -> Any:
+        return _Addable(self.inner(hidden))
+
+
+class _Addable:
+    def __init__(self, value: torch.Tensor) -> None:
+        self.value = value
+
+    def __radd__(self, other: torch.Tensor) -> torch.Tensor:
+        return other + self.value
+
+
+def test_a_model_whose_layers_have_no_mlp_of_that_name_is_left_alone(project: Any, reporter: Any) -> None:
+    config = transformers.GPT2Config(vocab_size=100, n_embd=32, n_layer=2, n_head=2, n_positions=128)
+    scorer, verdict = open_(transformers.GPT2LMHeadModel(config).eval(), reporter)
+    assert (scorer.layout, scorer.can_read_rows, verdict.last_mlp) == ("shared", False, "all positions")
