@@ -55,7 +55,7 @@ def _nll(rewards_K: torch.Tensor, ranks: list[int], ties: Ties) -> torch.Tensor:
     """Of one ranking; a scalar."""
     count = sum(rank > 0 for rank in ranks)
     ends = [end for end in range(1, count + 1) if end == count or ranks[end] != ranks[end - 1]]
-    nll = rewards_K.new_zeros(())
+    nll = rewards_K[:0].sum()  # zero, with a gradient where nothing is compared
     for begin, end in zip([0, *ends], ends, strict=False):
         tied, below = rewards_K[begin:end], rewards_K[end:count]
         if end - begin == 1 or ties == "groups":
