@@ -1,4 +1,4 @@
-"""Write what is derived from the code: dvc.yaml, params.yaml, the embedded data, docs/params.md, docs/cli.md.
+"""Write what is derived from the code: dvc.yaml, params.yaml, the embedded data, docs.
 
 python tools/generate.py           write the files
 python tools/generate.py --check   name those that differ from the code, and exit 1
@@ -24,6 +24,7 @@ from dpo_cli.core.params import Params, iter_settings  # noqa: E402
 from dpo_cli.core.params_text import EMBEDDED_PRESET, params_yaml, range_of, unit_of  # noqa: E402
 from dpo_cli.core.pipeline import STAGES, dvc_yaml  # noqa: E402
 from dpo_cli.data import world  # noqa: E402
+from tools.objectives import PICTURE, objectives_md, objectives_svg  # noqa: E402
 
 _GENERATED = "<!-- Written by tools/generate.py; edit the code, then run: make docs -->"
 
@@ -134,6 +135,8 @@ def generated_files() -> dict[Path, str]:
         ".dvcignore": DVCIGNORE,
         ".gitattributes": GITATTRIBUTES,
         "docs/cli.md": cli_md(),
+        "docs/objectives.md": objectives_md(_GENERATED),
+        f"docs/{PICTURE}": objectives_svg(),
         "docs/params.md": params_md(),
         "dvc.yaml": header + yaml_text(dvc_yaml(code)),
         "params.yaml": params_yaml(EMBEDDED_PRESET),
