@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_cli.data.formats.base import Format, Reading, RowProblem, kind_of, optional_number
+from dpo_cli.data.formats.base import Format, Reading, RowProblem, kind_of
 from dpo_cli.data.formats.boundaries import shared_tokens
 from dpo_cli.data.formats.content import (
     check_answer,
@@ -21,7 +21,14 @@ from dpo_cli.data.formats.content import (
     turns_in,
 )
 from dpo_cli.data.formats.hh import are_transcripts
-from dpo_cli.data.formats.prompts import CONVERSATION_NAMES, PROMPT_NAMES, SIDE_NAMES, roles_of, with_context
+from dpo_cli.data.formats.prompts import (
+    CONVERSATION_NAMES,
+    PROMPT_NAMES,
+    SIDE_NAMES,
+    read_scores,
+    roles_of,
+    with_context,
+)
 from dpo_cli.data.schema import PreferenceExample, RawRow, assistant, user
 
 _SIDES = ("chosen", "rejected")
@@ -30,7 +37,7 @@ _PROMPTS = ("prompt", "instruction", *CONVERSATION_NAMES, *PROMPT_NAMES["prompt"
 
 
 def _read(row: RawRow, reading: Reading) -> PreferenceExample:
-    return split_implicit(row, reading, optional_number(row, "chosen_score"), optional_number(row, "rejected_score"))
+    return split_implicit(row, reading, *read_scores(row))
 
 
 def split_implicit(row: RawRow, reading: Reading, *scores: float | None) -> PreferenceExample:

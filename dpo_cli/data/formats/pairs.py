@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dpo_cli.data.formats.base import Format, Reading, RowProblem, optional_number
+from dpo_cli.data.formats.base import Format, Reading, RowProblem
 from dpo_cli.data.formats.hh import are_transcripts
 from dpo_cli.data.formats.implicit import split_implicit
-from dpo_cli.data.formats.prompts import PROMPT_NAMES, PROMPT_NEEDS, SIDE_NAMES, read_answer, read_prompt
+from dpo_cli.data.formats.prompts import PROMPT_NAMES, PROMPT_NEEDS, SIDE_NAMES, read_answer, read_prompt, read_scores
 from dpo_cli.data.schema import Messages, PreferenceExample, RawRow
 
 _NUM_ECHOES = 3
@@ -20,8 +20,7 @@ _LONG_ECHO = 20
 
 def _read(row: RawRow, reading: Reading) -> PreferenceExample:
     prompt = read_prompt(row, reading)
-    chosen_score = optional_number(row, "chosen_score") if "chosen_score" in row else None
-    rejected_score = optional_number(row, "rejected_score") if "rejected_score" in row else None
+    chosen_score, rejected_score = read_scores(row) if _has_scores(row) else (None, None)
     try:
         chosen = read_answer(row, "chosen", prompt, reading)
         rejected = read_answer(row, "rejected", prompt, reading)
@@ -30,6 +29,10 @@ def _read(row: RawRow, reading: Reading) -> PreferenceExample:
             raise
         return _read_conversations(row, prompt, reading, problem, chosen_score, rejected_score)
     return PreferenceExample(prompt, chosen, rejected, chosen_score, rejected_score)
+
+
+def _has_scores(row: RawRow) -> bool:
+    return "margin" in row or "chosen_score" in row or "rejected_score" in row
 
 
 def _read_conversations(

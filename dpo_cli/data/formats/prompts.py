@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_cli.data.formats.base import Reading, RowProblem, kind_of, optional_text, text_field
+from dpo_cli.data.formats.base import Reading, RowProblem, kind_of, number, optional_number, optional_text, text_field
 from dpo_cli.data.formats.content import (
     ROLE_NAMES,
     check_answer,
@@ -39,8 +39,19 @@ SIDE_NAMES: dict[str, tuple[str, ...]] = {
     "rejected": ("worse", "dispreferred", "response_k", "rejected_response", "non_preferred_output"),
     "chosen_score": ("score_chosen", "chosen_rating", "rating_chosen", "chosen-rating"),
     "rejected_score": ("score_rejected", "rejected_rating", "rating_rejected", "rejected-rating"),
+    "margin": (),
 }
 """The fields of a pair's two sides, with the other names they go by."""
+
+
+def read_scores(row: RawRow) -> tuple[float | None, float | None]:
+    """The scores of chosen and rejected; where there is only a ``margin``, as TRL has it, that and 0."""
+    scores = optional_number(row, "chosen_score"), optional_number(row, "rejected_score")
+    margin = row.get("margin")
+    if scores == (None, None) and type(margin) in (int, float):  # anything else by this name is another thing
+        return number(margin, "'margin'"), 0.0
+    return scores
+
 
 _ODD_STARTS = frozenset("[{ \nH")
 """What messages as JSON text and transcripts begin with, and answers to transcripts; most texts do not."""

@@ -7,13 +7,14 @@ system turn and ends with the user's or a tool's. Without ``chosen``, its last a
 
 from __future__ import annotations
 
-from dpo_cli.data.formats.base import Format, Reading, RowProblem, optional_number
+from dpo_cli.data.formats.base import Format, Reading, RowProblem
 from dpo_cli.data.formats.content import check_prompt, is_conversation, last_role, read_messages, turns_in
 from dpo_cli.data.formats.prompts import (
     CONVERSATION_NAMES,
     PROMPT_NAMES,
     SIDE_NAMES,
     read_answer,
+    read_scores,
     roles_of,
     with_context,
 )
@@ -34,8 +35,7 @@ def _read(row: RawRow, reading: Reading) -> PreferenceExample:
         prompt,
         chosen or read_answer(row, "chosen", prompt, reading),
         read_answer(row, "rejected", prompt, reading),
-        optional_number(row, "chosen_score"),
-        optional_number(row, "rejected_score"),
+        *read_scores(row),
     )
 
 

@@ -86,6 +86,21 @@ def test_scores_are_kept() -> None:
     assert (example.chosen_score, example.rejected_score) == (None, None)
 
 
+@pytest.mark.parametrize(
+    ("fields", "scores"),
+    [
+        ({"margin": 1.5}, (1.5, 0.0)),
+        ({"margin": 2}, (2.0, 0.0)),
+        ({"margin": 2, "chosen_score": 4.0, "rejected_score": 1.0}, (4.0, 1.0)),
+        ({"margin": "large"}, (None, None)),
+        ({"margin": None}, (None, None)),
+    ],
+)
+def test_a_margin_stands_for_two_scores(fields: dict[str, Any], scores: tuple[float | None, float | None]) -> None:
+    example = read({"prompt": "q", "chosen": "a", "rejected": "b", **fields})
+    assert (example.chosen_score, example.rejected_score) == scores
+
+
 def test_answers_that_look_a_little_like_messages_stay_text() -> None:
     for text in ('{"answer": 5}', "[1, 2]", '[{"role": "admin", "name": "x"', " yes", "Hello", "\n\nno"):
         assert read({"prompt": "q", "chosen": text, "rejected": "b"}).chosen == [assistant(text)]
