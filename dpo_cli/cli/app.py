@@ -424,7 +424,7 @@ def score_command(
     files: Annotated[
         list[str],
         typer.Argument(
-            metavar="FILE...", help="Pairs or rankings in any format, or tables such as data/preference/eval.parquet."
+            metavar="FILE", help="Pairs or rankings in any format, or tables such as data/preference/eval.parquet."
         ),
     ],
     model: Annotated[
@@ -450,8 +450,8 @@ def score_command(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="How the files are read, as under data.preferences: `format=hh`, `columns='{prompt: q}'`; or a setting"
-            " of runtime, such as `runtime.device=cpu`. May be repeated.",
+            help="How the files are read, as under data.preferences: `format=hh`, `columns='{prompt: q}'`;"
+            " `reference.max_length=N`; or a setting of runtime, such as `runtime.device=cpu`. May be repeated.",
         ),
     ] = None,
     as_json: Annotated[
@@ -465,7 +465,8 @@ def score_command(
     """
     with _errors_as_exit_codes(as_json=as_json):
         # here, so that --help does not wait for them
-        from dpo_cli.cli.score import ScoreOptions, refuse_options, score_files, split_settings
+        from dpo_cli.cli.score import refuse_options, score_files, split_settings
+        from dpo_cli.cli.score_output import ScoreOptions
         from dpo_cli.cli.score_rows import refuse_idle_settings
         from dpo_cli.cli.sources import sources_of
         from dpo_cli.core.params import load_params

@@ -13,7 +13,7 @@ import pytest
 from dpo_cli.core.pipeline import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = [*(stage.command for stage in STAGES), "data check", "data show", "data stats", "init", "repro"]
+COMMANDS = [*(stage.command for stage in STAGES), "data check", "data show", "data stats", "score", "init", "repro"]
 
 
 def run(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
