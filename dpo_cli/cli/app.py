@@ -467,6 +467,81 @@ def compare_command(
             compare.print_comparison(found)
 
 
+# --- rewards ------------------------------------------------------------------------------
+
+
+@app.command(
+    "score",
+    rich_help_panel="Measurements",
+    epilog=_examples(
+        "dpo-cli score new_pairs.jsonl",
+        "dpo-cli score new_pairs.jsonl --html heat.html --out rewards.parquet",
+        "dpo-cli score answers.csv --set columns='{prompt: question, chosen: good, rejected: bad}' --max-rows 1000",
+        "dpo-cli score data/preference/eval.parquet --beta 0.5 --json",
+    ),
+)
+def score_command(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE", help="Pairs or rankings in any format, or tables such as data/preference/eval.parquet."
+        ),
+    ],
+    model: Annotated[
+        Path, typer.Option("--model", metavar="DIR", help="Folder of an adapter that `dpo-cli train` made.")
+    ] = paths.DPO_MODEL,
+    beta: Annotated[
+        float | None,
+        typer.Option("--beta", metavar="X", help="Beta of the reward; left out: what the adapter was trained with."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Write the rows, token by token, as .parquet or .jsonl."),
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write a page with the tokens coloured by log(pi / pi_ref)."),
+    ] = None,
+    max_rows: Annotated[
+        int | None, typer.Option("--max-rows", metavar="N", min=1, help="Read so many rows of each file, at most.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="How the files are read, as under data.preferences: `format=hh`, `columns='{prompt: q}'`;"
+            " `reference.max_length=N`; or a setting of runtime, such as `runtime.device=cpu`. May be repeated.",
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the figures as one JSON object, and no tables.")
+    ] = False,
+) -> None:
+    """Score pairs or rankings with the implicit reward r = beta log(pi / pi_ref) of the tuned model.
+
+    Prints by source how often the reward orders the answers as the data does, and the margin. Files are read
+    as the conversion reads them; rows left out are counted and named. What was scored before is not scored again.
+    """
+    with _errors_as_exit_codes(as_json=as_json):
+        # here, so that --help does not wait for them
+        from dpo_cli.cli.score import refuse_options, score_files, split_settings
+        from dpo_cli.cli.score_output import ScoreOptions
+        from dpo_cli.cli.score_rows import refuse_idle_settings
+        from dpo_cli.cli.sources import sources_of
+        from dpo_cli.core.params import load_params
+
+        overrides, of_files = split_settings(settings or [])
+        params = load_params(paths.PARAMS, overrides)
+        refuse_idle_settings(of_files)
+        options = ScoreOptions(model, beta, max_rows, out, html)
+        sources = sources_of(files, "preferences", of_files)
+        refuse_options(options, sources)
+        figures = score_files(sources, options, params, ConsoleReporter(show_tables=not as_json))
+    if as_json:
+        typer.echo(json.dumps(figures, ensure_ascii=False))
+
+
 # --- projects -----------------------------------------------------------------------------
 
 

@@ -200,13 +200,13 @@ def _token_text(pieces: Sequence[Mapping[str, Any]], style: str) -> Text:
     for number, piece in enumerate(pieces):
         if number:
             text.append(_SEPARATOR, "dim")
-        text.append(_visible_token(piece["text"]), f"bold reverse {style}" if piece["special"] else style)
+        text.append(visible_token(piece["text"]), f"bold reverse {style}" if piece["special"] else style)
         if len(piece["ids"]) > 1:
             text.append(str(len(piece["ids"])).translate(_SUPERSCRIPTS), "dim")
     return text
 
 
-def _visible_token(text: str) -> str:
+def visible_token(text: str) -> str:
     """A token's text, with all in it that has no shape of its own made visible."""
     first = unicodedata.category(text[0]) if text else ""
     if text and (text[0] in _JOINERS or "\ufe00" <= text[0] <= "\ufe0f"):

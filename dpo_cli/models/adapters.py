@@ -163,17 +163,26 @@ class ModelPair:
         return self.model.eval()
 
 
-def load_pair(base: Path, sft: SftResult, machine: Machine, quantization: str) -> ModelPair:
-    """The trained policy in models/dpo and its reference, on one set of frozen weights.
+def load_pair(
+    base: Path, sft: SftResult, machine: Machine, quantization: str, adapter: Path = paths.DPO_MODEL
+) -> ModelPair:
+    """A trained policy and its reference, on one set of frozen weights.
+
+    Args:
+        base: Directory of the base model.
+        sft: What stage sft made of it.
+        machine: Device and compute dtype.
+        quantization: ``nf4`` or ``none``.
+        adapter: The policy's folder.
 
     Raises:
-        StaleArtifactError: There is no adapter in models/dpo.
+        StaleArtifactError: There is no adapter in it.
     """
     for name in ADAPTER_FILES:
-        if not (paths.DPO_MODEL / name).is_file():
-            raise StaleArtifactError(f"{paths.DPO_MODEL / name} is missing; run: dpo-cli train")
+        if not (adapter / name).is_file():
+            raise StaleArtifactError(f"{adapter / name} is missing; run: dpo-cli train")
     model = _load_backbone(base, sft, machine, quantization)
-    pair = _load_adapter(model, paths.DPO_MODEL, trainable=False)
+    pair = _load_adapter(model, adapter, trainable=False)
     if sft.has_adapter:
         pair.load_adapter(str(paths.SFT_MODEL), adapter_name=REFERENCE)
     keep_weights_unpacked(pair)

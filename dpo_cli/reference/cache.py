@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import shutil
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -122,7 +122,21 @@ def read_cache_tokens(folder: Path, identity: Mapping[str, Any]) -> dict[str, li
     return dict(zip(table["key"].to_list(), table["token_logps"].to_list(), strict=True))
 
 
-def _read(folder: Path, identity: Mapping[str, Any], column: str) -> pl.DataFrame:
+def read_cache_rows(folder: Path, identity: Mapping[str, Any], wanted: Collection[str]) -> pl.DataFrame:
+    """The rows (:data:`SCHEMA`) of some keys, as far as they are there, of a cache that was made for this graph.
+
+    Raises:
+        StaleArtifactError: See :func:`read_cache_tokens`.
+    """
+    return rows_of(_read(folder, identity, *list(SCHEMA)[1:]), wanted)
+
+
+def rows_of(rows: pl.DataFrame, wanted: Collection[str]) -> pl.DataFrame:
+    """The rows of some keys, as far as they are there."""
+    return rows.filter(pl.col("key").is_in(sorted(wanted)))
+
+
+def _read(folder: Path, identity: Mapping[str, Any], *columns: str) -> pl.DataFrame:
     manifest = read_json(folder / MANIFEST, _REMEDY)
     if not (isinstance(manifest, dict) and all(isinstance(manifest.get(key), dict) for key in ("identity", "parts"))):
         raise StaleArtifactError(f"{folder / MANIFEST} is damaged: it has no identity and parts; {_REMEDY}")
@@ -134,7 +148,7 @@ def _read(folder: Path, identity: Mapping[str, Any], column: str) -> pl.DataFram
             raise StaleArtifactError(f"{part} is missing; {_REMEDY}")
         if sha256_file(part) != digest:
             raise StaleArtifactError(f"{part} is damaged: its content is not what was written; {_REMEDY}")
-        frames.append(pl.read_parquet(part, columns=["key", column], glob=False))
+        frames.append(pl.read_parquet(part, columns=["key", *columns], glob=False))
     return pl.concat(frames)
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from dpo_cli.core.artifacts import digest_bytes
+from dpo_cli.core.errors import Interrupted
+from dpo_cli.core.interrupts import graceful_stop
+from dpo_cli.core.progress import Reporter
 from dpo_cli.data.tokenise import TokenGroup
-from dpo_cli.reference.cache import completion_key
+from dpo_cli.reference.cache import RowStore, completion_key
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
 from dpo_cli.scoring.scorer import Scorer
 
@@ -84,3 +88,47 @@ def score_groups(scorer: Scorer, groups: Sequence[TokenGroup], budget: TokenBudg
             }
             for (prompt, completion), logps in zip(completions, pieces, strict=True)
         ]
+
+
+def score_into_store(
+    scorer: Scorer,
+    groups: Sequence[TokenGroup],
+    store: RowStore,
+    budget: TokenBudget,
+    *,
+    checkpoint_minutes: float,
+    command: str,
+    what: str,
+    reporter: Reporter,
+) -> None:
+    """Score groups and store their rows as time passes.
+
+    Args:
+        scorer: Scores them.
+        groups: Those that are missing.
+        store: Where their rows go.
+        budget: Tokens that go through the model at once.
+        checkpoint_minutes: Work that a kill may cost.
+        command: Who does it, for messages.
+        what: What it does, for the meter.
+        reporter: Hears of progress.
+
+    Raises:
+        Interrupted: The user asked to stop; what was computed is stored.
+        MachineError: A single group does not fit into memory.
+    """
+    pending: list[dict[str, Any]] = []
+    saved_at = time.monotonic()
+    total = sum(len(group.completions) for group in groups)
+    with graceful_stop() as stop, reporter.meter(f"{command}: {what}", total, "answers") as meter:
+        for rows in score_groups(scorer, groups, budget):
+            pending += rows
+            meter.advance(len(rows))
+            due = time.monotonic() - saved_at >= checkpoint_minutes * 60
+            if stop.requested or due:
+                store.add(pending)
+                pending.clear()
+                saved_at = time.monotonic()
+            if stop.requested:
+                raise Interrupted(f"{command}: stopped; what was scored is kept, run it again to go on")
+    store.add(pending)

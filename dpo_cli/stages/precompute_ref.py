@@ -6,12 +6,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import polars as pl
-
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_json, publish_folder, write_json, write_json_lines
-from dpo_cli.core.errors import DataError, Interrupted
-from dpo_cli.core.interrupts import graceful_stop
+from dpo_cli.core.errors import DataError
 from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
@@ -19,9 +16,9 @@ from dpo_cli.data.tokenise import TokenGroup, explain_found, explain_rejects
 from dpo_cli.models.adapters import load_reference
 from dpo_cli.models.device import peak_memory_gib, token_budget
 from dpo_cli.models.load import quiet_libraries
-from dpo_cli.reference.cache import RowStore, forget_other_stores, group_keys, write_cache
+from dpo_cli.reference.cache import RowStore, forget_other_stores, group_keys, rows_of, write_cache
 from dpo_cli.reference.graph import SPLITS, Graph, all_rejects, open_graph
-from dpo_cli.reference.scoring import missing_groups, score_groups
+from dpo_cli.reference.scoring import missing_groups, score_into_store
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.probe import Verdict, open_scorer
 
@@ -62,7 +59,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         begun = time.monotonic()
         layout = _compute(graph, missing, store, params, reporter) if missing else None
         elapsed_s = time.monotonic() - begun
-        rows = store.load().filter(pl.col("key").is_in(sorted(wanted)))
+        rows = rows_of(store.load(), wanted)
         built = scratch.build_folder()
         write_cache(built, rows, graph.identity)
         publish_folder(built, paths.REFERENCE)
@@ -104,20 +101,14 @@ def _compute(
     model = load_reference(graph.base, graph.sft, graph.machine, graph.quantization)
     scorer, verdict = open_scorer(model, graph.machine.compute_dtype, runtime, reporter, "precompute-ref")
     budget = TokenBudget(token_budget(runtime, scorer.device), "precompute-ref", reporter)
-    num_completions = sum(len(group.completions) for group in missing)
-    pending: list[dict[str, Any]] = []
-    saved_at = time.monotonic()
-    label = "precompute-ref: scoring answers"
-    with graceful_stop() as stop, reporter.meter(label, num_completions, "answers") as meter:
-        for rows in score_groups(scorer, missing, budget):
-            pending += rows
-            meter.advance(len(rows))
-            due = time.monotonic() - saved_at >= runtime.checkpoint_minutes * 60
-            if stop.requested or due:
-                store.add(pending)
-                pending.clear()
-                saved_at = time.monotonic()
-            if stop.requested:
-                raise Interrupted("precompute-ref: stopped; what was scored is kept, run it again to go on")
-    store.add(pending)
+    score_into_store(
+        scorer,
+        missing,
+        store,
+        budget,
+        checkpoint_minutes=runtime.checkpoint_minutes,
+        command="precompute-ref",
+        what="scoring answers",
+        reporter=reporter,
+    )
     return verdict

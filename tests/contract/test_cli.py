@@ -13,7 +13,16 @@ import pytest
 from dpo_cli.core.pipeline import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = [*(stage.command for stage in STAGES), "data check", "data show", "data stats", "compare", "init", "repro"]
+COMMANDS = [
+    *(stage.command for stage in STAGES),
+    "data check",
+    "data show",
+    "data stats",
+    "compare",
+    "score",
+    "init",
+    "repro",
+]
 
 
 def run(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import write_text
 from dpo_cli.evaluation.report.account import data_account, run_tables
 from dpo_cli.evaluation.report.curves import draw_curves
+from dpo_cli.evaluation.report.environment import environment_of
 from dpo_cli.evaluation.report.inputs import read_inputs
 from dpo_cli.evaluation.verdict import headline, verdict
 
@@ -70,15 +69,19 @@ def write_report(path: Path) -> None:
     inputs = read_inputs()
     evaluated = inputs.metrics["evaluate"]
     text, status = headline(evaluated)
-    page = _template().render(
-        headline=text,
-        status=status,
-        findings=verdict(evaluated),
-        curves=draw_curves(inputs),
-        samples=choose_samples(inputs.samples),
-        account=data_account(inputs.metrics),
-        num_leaked=evaluated["num_leaked_prompts"],
-        tables=run_tables(inputs.metrics),
+    page = (
+        environment_of("dpo_cli.evaluation.report")
+        .get_template("page.html.jinja")
+        .render(
+            headline=text,
+            status=status,
+            findings=verdict(evaluated),
+            curves=draw_curves(inputs),
+            samples=choose_samples(inputs.samples),
+            account=data_account(inputs.metrics),
+            num_leaked=evaluated["num_leaked_prompts"],
+            tables=run_tables(inputs.metrics),
+        )
     )
     write_text(path, page)
 
@@ -106,15 +109,3 @@ def _outcome(sample: Mapping[str, Any]) -> str | None:
     if "win" not in sample:
         return None
     return "win" if sample["win"] > 0.5 else "loss" if sample["win"] < 0.5 else "tie"
-
-
-def _template() -> Any:
-    environment = Environment(
-        loader=PackageLoader("dpo_cli.evaluation.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("page.html.jinja")

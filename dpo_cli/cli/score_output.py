@@ -1,0 +1,269 @@
+"""What ``dpo-cli score`` found: as rows in a file, as a page, as tables."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpo_cli.cli.score_rows import InputRow, InputRows
+from dpo_cli.cli.show import pieces_of
+from dpo_cli.cli.show_page import visible, visible_token
+from dpo_cli.core import paths
+from dpo_cli.core.artifacts import atomic_path, write_json_lines
+from dpo_cli.core.progress import Reporter
+from dpo_cli.data.schema import MESSAGES
+from dpo_cli.evaluation.heat.page import HeatAnswer, HeatPiece, HeatRow, choose_rows, write_heat_page
+from dpo_cli.evaluation.implicit_reward import Agreement, RankedAnswers, RewardSummary
+from dpo_cli.reference.graph import Graph
+from dpo_cli.reference.log_ratios import Answers
+
+_NAMED = 5
+_COMPLETION = pa.struct(
+    [
+        ("side", pa.string()),
+        ("rank", pa.int32()),
+        ("messages", MESSAGES),
+        ("reward", pa.float64()),
+        ("logp", pa.float64()),
+        ("ref_logp", pa.float64()),
+        ("num_tokens", pa.int32()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("token_log_ratios", pa.list_(pa.float32())),
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("file", pa.string()),
+        ("row", pa.int64()),
+        ("part", pa.string()),
+        ("source", pa.string()),
+        ("kind", pa.string()),
+        ("in_training", pa.bool_()),
+        ("accuracy", pa.float64()),
+        ("margin", pa.float64()),
+        ("prompt", MESSAGES),
+        ("completions", pa.list_(_COMPLETION)),
+    ]
+)
+"""Columns of ``--out``. Rewards, log-probabilities (``logp``, ``ref_logp``) and margin are in nats."""
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """What is asked for.
+
+    Attributes:
+        model: Folder of the adapter.
+        beta: Of the reward; None: what the adapter was trained with.
+        max_rows: Rows to read of each file; None: all.
+        out: Where the rows go, as .parquet or .jsonl.
+        html: Where the page with token heat goes.
+    """
+
+    model: Path = paths.DPO_MODEL
+    beta: float | None = None
+    max_rows: int | None = None
+    out: Path | None = None
+    html: Path | None = None
+
+
+@dataclass(frozen=True)
+class ScoredRow:
+    """A scored row.
+
+    Attributes:
+        input: The row.
+        answers: Its answers' figures.
+        agreement: How their rewards agree with their ranks.
+        logps: Under the policy, of each answer.
+        ratios: log(pi / pi_ref) of each token of each answer, nats.
+        in_training: Whether its prompt was trained on.
+    """
+
+    input: InputRow
+    answers: RankedAnswers
+    agreement: Agreement
+    logps: list[float]
+    ratios: list[list[float]]
+    in_training: bool
+
+
+def _names(row: InputRow) -> list[str]:
+    return ["chosen", "rejected"] if row.is_pair else [f"rank {rank}" for rank in row.ranks]
+
+
+def write_rows(path: Path, rows: Sequence[ScoredRow]) -> None:
+    """Write the rows as parquet (:data:`SCHEMA`) or JSON lines, by the file's suffix, whole or not at all."""
+    entries = (_entry(row) for row in rows)
+    if path.suffix == ".jsonl":
+        write_json_lines(path, entries)
+        return
+    with atomic_path(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(list(entries), schema=SCHEMA), temporary, compression="zstd")
+
+
+def _entry(row: ScoredRow) -> dict[str, Any]:
+    """A row as ``--out`` has it (:data:`SCHEMA`)."""
+    given, answers = row.input, row.answers
+    return {
+        "id": given.tokens.id,
+        "file": given.file,
+        "row": given.row,
+        "part": given.part,
+        "source": given.source,
+        "kind": "pair" if given.is_pair else "ranking",
+        "in_training": row.in_training,
+        "accuracy": row.agreement.accuracy,
+        "margin": row.agreement.margin,
+        "prompt": given.prompt,
+        "completions": [
+            {
+                "side": ("chosen", "rejected")[place] if given.is_pair else None,
+                "rank": given.ranks[place],
+                "messages": messages,
+                "reward": answers.rewards[place],
+                "logp": row.logps[place],
+                "ref_logp": answers.reference[place],
+                "num_tokens": answers.num_tokens[place],
+                "token_ids": list(given.tokens.completions[place]),
+                "token_log_ratios": row.ratios[place],
+            }
+            for place, messages in enumerate(given.completions)
+        ],
+    }
+
+
+def write_page(
+    options: ScoreOptions,
+    rows: Sequence[ScoredRow],
+    summaries: Mapping[str, RewardSummary],
+    beta: float,
+    confidence: float,
+    graph: Graph,
+) -> None:
+    """Write the page with the tokens of the rows whose margins are worst."""
+    assert options.html is not None
+    shown = choose_rows([row.agreement.margin for row in rows], [sum(row.answers.num_tokens) for row in rows])
+    write_heat_page(
+        options.html,
+        [_heat_row(rows[index], graph.tokenizer) for index in shown],
+        Counter(row.agreement.outcome for row in rows),
+        _told(summaries),
+        beta=beta,
+        model=options.model.as_posix(),
+        confidence=confidence,
+    )
+
+
+def _heat_row(row: ScoredRow, tokenizer: Any) -> HeatRow:
+    given, answers = row.input, row.answers
+    return HeatRow(
+        place=f"{given.source}, row {given.row}{f', {given.part}' if given.part else ''}",
+        outcome=row.agreement.outcome,
+        margin=row.agreement.margin,
+        in_training=row.in_training,
+        prompt=[{**message, "content": visible(message["content"])} for message in given.prompt],
+        answers=[
+            HeatAnswer(
+                name,
+                answers.rewards[place],
+                row.logps[place],
+                answers.reference[place],
+                answers.num_tokens[place],
+                _heat_pieces(tokenizer, given.tokens.completions[place], row.ratios[place]),
+            )
+            for place, name in enumerate(_names(given))
+        ],
+    )
+
+
+def _heat_pieces(tokenizer: Any, ids: Sequence[int], ratios: Sequence[float]) -> list[HeatPiece]:
+    pieces, begin = [], 0
+    for piece in pieces_of(tokenizer, ids):
+        end = begin + len(piece.ids)
+        pieces.append(HeatPiece(visible_token(piece.text), sum(ratios[begin:end]), end - begin, piece.special))
+        begin = end
+    return pieces
+
+
+def _told(summaries: Mapping[str, RewardSummary]) -> dict[str, RewardSummary]:
+    """Without the sum where there is one source."""
+    return {name: one for name, one in summaries.items() if name != "all" or len(summaries) > 2}
+
+
+def print_figures(
+    options: ScoreOptions,
+    given: InputRows,
+    policy: Answers,
+    reference: Answers,
+    summaries: Mapping[str, RewardSummary],
+    beta: float,
+    confidence: float,
+    reporter: Reporter,
+) -> None:
+    """Print what became of the rows, and the figures by source."""
+    rows = [("file", f"{file}: {why}") for file, why in given.formats.items()]
+    rows.append(
+        ("rows", f"{given.num_read} read, {given.num_scored} scored, {given.num_read - given.num_scored} left out")
+    )
+    rows += [("", f"{file} was not read beyond --max-rows") for file in given.stopped]
+    reasons = Counter(entry["reason"] for entry in given.left_out)
+    for reason, count in reasons.most_common():
+        entries = [entry for entry in given.left_out if entry["reason"] == reason]
+        rows.append(
+            (f"left out: {reason.replace('_', ' ')}", f"{count}; {_named(entries, with_file=len(given.formats) > 1)}")
+        )
+    rows.append(("reference", _cached_text(reference)))
+    rows.append(("policy", _cached_text(policy)))
+    rows += [(name, path.as_posix()) for name, path in (("rows in", options.out), ("page", options.html)) if path]
+    reporter.table("score: what there is", rows)
+    lines = [("", f"{'rows':>7} {'accuracy, %':>20} {'margin, nats':>24} {'ref':>6} {'longer':>6}")]
+    for name, one in _told(summaries).items():
+        lines += [("", name), ("", _figures(one))]
+    reporter.table(f"score: {options.model.as_posix()}, r = {beta:g} log(pi / pi_ref)", lines)
+    whole = summaries["all"]
+    reporter.table(
+        "score: how to read it",
+        [
+            ("rows", "pairs and rankings; each counts once in the means"),
+            ("accuracy", "answers in the right order by their reward; of a ranking (Kendall's tau + 1) / 2"),
+            ("margin", "reward of the better answer less that of the other"),
+            ("ref", "accuracy of the reference's log-probability alone"),
+            ("longer", "accuracy of picking the longer answer: a baseline that reads nothing"),
+            ("ties", f"{whole.num_ties} of {whole.num_compared} compared pairs of answers, counted one half"),
+            ("intervals", f"{confidence:.0%}, clustered by prompt ({whole.num_prompts})"),
+        ],
+    )
+
+
+def _named(entries: Sequence[Mapping[str, Any]], *, with_file: bool) -> str:
+    """The first rows that are left out for a reason, and what is said of the first."""
+
+    def place(entry: Mapping[str, Any]) -> str:
+        part = f", {entry['part']}" if entry.get("part") else ""
+        file = f"{Path(entry['file']).name}, " if with_file else ""
+        return f"{file}row {entry['row']}{part}"
+
+    remedy = "; longer ones are scored with --set reference.max_length=N" if entries[0]["reason"] == "over_long" else ""
+    rest = "".join(f"; {place(entry)}" for entry in entries[1:_NAMED])
+    more = f"; {len(entries) - _NAMED} more (--json names all)" if len(entries) > _NAMED else ""
+    return f"{place(entries[0])}: {entries[0]['detail']}{rest}{more}{remedy}"
+
+
+def _cached_text(answers: Answers) -> str:
+    return f"{answers.num_cached} answers taken from the cache, {answers.num_computed} computed"
+
+
+def _figures(one: RewardSummary) -> str:
+    low, high = 100 * one.accuracy.low, 100 * one.accuracy.high
+    accuracy = f"{100 * one.accuracy.value:.1f} [{low:.1f}, {high:.1f}]"
+    margin = f"{one.margin.value:+.2f} [{one.margin.low:+.2f}, {one.margin.high:+.2f}]"
+    baselines = f"{100 * one.reference_accuracy:>6.1f} {100 * one.longer_accuracy:>6.1f}"
+    return f"{one.num_rows:>7} {accuracy:>20} {margin:>24} {baselines}"

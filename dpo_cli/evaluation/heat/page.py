@@ -1,0 +1,170 @@
+"""Answers with their tokens coloured by log(pi / pi_ref), as one HTML file.
+
+Like the report it loads nothing, runs no script and forbids both; all texts are escaped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dpo_cli.core.artifacts import write_text
+from dpo_cli.data.schema import Messages
+from dpo_cli.evaluation.implicit_reward import RewardSummary
+from dpo_cli.evaluation.report.environment import environment_of
+
+ROWS_SHOWN, _TOKENS_SHOWN = 200, 150_000
+SHADES = 8
+_OUTCOMES = {"wrong": "wrong", "tie": "ties", "right": "right"}
+_SCALE_QUANTILE = 0.98
+
+
+@dataclass(frozen=True)
+class HeatPiece:
+    """Tokens that are shown together: one, or the several that a character is split over.
+
+    Attributes:
+        text: Their text, with all in it visible.
+        ratio: Sum of log(pi / pi_ref) over them, nats.
+        num_tokens: How many they are.
+        special: Whether it is a special token, such as the one that ends the turn.
+    """
+
+    text: str
+    ratio: float
+    num_tokens: int
+    special: bool
+
+
+@dataclass(frozen=True)
+class HeatAnswer:
+    """An answer.
+
+    Attributes:
+        name: chosen, rejected, or its rank.
+        reward: beta log(pi / pi_ref), nats.
+        logp: Under the policy, nats.
+        ref_logp: Under the reference, nats.
+        num_tokens: Its tokens, end of turn included.
+        pieces: Its tokens.
+    """
+
+    name: str
+    reward: float
+    logp: float
+    ref_logp: float
+    num_tokens: int
+    pieces: Sequence[HeatPiece]
+
+
+@dataclass(frozen=True)
+class HeatRow:
+    """A row on the page.
+
+    Attributes:
+        place: Where it comes from: file and row.
+        outcome: right, wrong or tie.
+        margin: Mean over its compared answers, nats.
+        in_training: Whether its prompt was trained on.
+        prompt: The messages.
+        answers: Best first.
+    """
+
+    place: str
+    outcome: str
+    margin: float
+    in_training: bool
+    prompt: Messages
+    answers: Sequence[HeatAnswer]
+
+
+def choose_rows(margins: Sequence[float], num_tokens: Sequence[int]) -> list[int]:
+    """Which rows are shown: those with the worst margins, until the page has enough rows or tokens; at least one.
+
+    Args:
+        margins: Of each row, nats.
+        num_tokens: Tokens of each row's answers.
+
+    Returns:
+        Their places, the worst first.
+    """
+    shown: list[int] = []
+    total = 0
+    for index in sorted(range(len(margins)), key=lambda index: (margins[index], index))[:ROWS_SHOWN]:
+        total += num_tokens[index]
+        if shown and total > _TOKENS_SHOWN:
+            break
+        shown.append(index)
+    return shown
+
+
+def write_heat_page(
+    path: Path,
+    rows: Sequence[HeatRow],
+    outcomes: Mapping[str, int],
+    summaries: Mapping[str, RewardSummary],
+    *,
+    beta: float,
+    model: str,
+    confidence: float,
+) -> None:
+    """Write the page, whole or not at all.
+
+    Args:
+        path: The HTML file.
+        rows: Those that are shown, in order.
+        outcomes: How many rows there are in all by their outcome.
+        summaries: Figures by the name of what they are of; all rows first.
+        beta: Of the rewards.
+        model: The adapter's name.
+        confidence: Of the intervals.
+    """
+    scale = scale_of([piece.ratio for row in rows for answer in row.answers for piece in answer.pieces])
+    shown = Counter(row.outcome for row in rows)
+    page = (
+        environment_of("dpo_cli.evaluation.heat")
+        .get_template("page.html.jinja")
+        .render(
+            rows=rows,
+            num_rows=sum(outcomes.values()),
+            outcomes=[
+                (name, plural, shown[name], outcomes[name])
+                for name, plural in _OUTCOMES.items()
+                if outcomes.get(name, 0)
+            ],
+            summaries=summaries,
+            beta=f"{beta:g}",
+            model=model,
+            confidence=f"{confidence:.0%}",
+            scale=scale,
+            shades=[(shade_of(step * scale / SHADES, scale), step) for step in range(-SHADES, SHADES + 1)],
+            shade=lambda ratio: shade_of(ratio, scale),
+            signed=signed,
+            num_shades=SHADES,
+        )
+    )
+    write_text(path, page)
+
+
+def scale_of(ratios: Sequence[float]) -> float:
+    """The ratio that has the full colour, nats: 1, 2 or 5 times a power of ten, which few tokens go beyond."""
+    reach = float(np.quantile(np.abs(ratios), _SCALE_QUANTILE)) if len(ratios) else 1.0
+    reach = max(reach, 0.01)
+    power = 10.0 ** math.floor(math.log10(reach))
+    return next((step * power for step in (1, 2, 5) if step * power >= reach), 10 * power)
+
+
+def shade_of(ratio: float, scale: float) -> str:
+    """The class of a token's colour: ``p1`` to ``p8`` where the policy raises it, ``n1`` to ``n8`` where it lowers."""
+    step = min(SHADES, round(SHADES * abs(ratio) / scale))
+    return f"{'p' if ratio > 0 else 'n'}{step}" if step else ""
+
+
+def signed(number: float, digits: int = 2) -> str:
+    """A number with its sign."""
+    return f"{number:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
