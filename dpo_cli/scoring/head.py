@@ -38,47 +38,58 @@ class TokenStatistics:
     Attributes:
         entropies_N: float32 [N], nats.
         is_likeliest_N: float32 [N], 1 where no token is likelier than the target, else 0.
-        log_sum_squares_N: float32 [N], log of the sum of the squared probabilities.
+        log_sum_squares_N: float32 [N], log of the sum of the squared probabilities; None where it was not asked for.
     """
 
     entropies_N: torch.Tensor
     is_likeliest_N: torch.Tensor
-    log_sum_squares_N: torch.Tensor
+    log_sum_squares_N: torch.Tensor | None
 
     @classmethod
-    def empty(cls, number: int, device: torch.device) -> TokenStatistics:
+    def empty(cls, number: int, device: torch.device, *, squares: bool = False) -> TokenStatistics:
         """Room for so many tokens."""
-        return cls(*torch.empty(3, number, dtype=torch.float32, device=device))
+        entropies, likeliest, sums = torch.empty(3, number, dtype=torch.float32, device=device)
+        return cls(entropies, likeliest, sums if squares else None)
 
     @torch.no_grad()
-    def fill(self, chunk: slice, shifted_CV: torch.Tensor, picked_C1: torch.Tensor) -> None:
+    def fill(self, chunk: slice, shifted_CV: torch.Tensor, targets_C: torch.Tensor) -> None:
         """Those of a chunk of tokens.
 
         Args:
             chunk: Which they are.
             shifted_CV: float32 [C, V], logits less the largest of their row.
-            picked_C1: float32 [C, 1], the target's of them.
+            targets_C: int64 [C].
         """
         powers = shifted_CV.exp()
         sums = powers.sum(1)
-        self.entropies_N[chunk] = sums.log() - _dots(powers, shifted_CV) / sums
+        self.fill_all_but_entropies(chunk, shifted_CV.gather(1, targets_C[:, None]), powers, sums)
+        self.entropies_N[chunk] = sums.log() - powers.mul_(shifted_CV).sum(1) / sums
+
+    @torch.no_grad()
+    def fill_all_but_entropies(
+        self, chunk: slice, picked_C1: torch.Tensor, powers_CV: torch.Tensor, sums_C: torch.Tensor
+    ) -> None:
+        """The same where the powers of the shifted logits and their sums are there."""
         self.is_likeliest_N[chunk] = (picked_C1[:, 0] == 0).float()
-        self.log_sum_squares_N[chunk] = _dots(powers, powers).log() - 2 * sums.log()
+        if self.log_sum_squares_N is not None:
+            self.log_sum_squares_N[chunk] = 2 * (torch.linalg.vector_norm(powers_CV, dim=1) / sums_C).log()
 
     @classmethod
     def join(cls, statistics: Sequence[TokenStatistics]) -> TokenStatistics:
         """Those of some micro-batches as one."""
-        columns = zip(*(vars(each).values() for each in statistics), strict=True)
-        return cls(*(torch.cat(column) for column in columns))
+        squares = [each.log_sum_squares_N for each in statistics if each.log_sum_squares_N is not None]
+        return cls(
+            torch.cat([each.entropies_N for each in statistics]),
+            torch.cat([each.is_likeliest_N for each in statistics]),
+            torch.cat(squares) if squares else None,
+        )
 
     def of(self, tokens_M: torch.Tensor) -> TokenStatistics:
         """Those of some of the tokens, by their places int64 [M]."""
-        return TokenStatistics(*(values[tokens_M] for values in vars(self).values()))
-
-
-def _dots(left_CV: torch.Tensor, right_CV: torch.Tensor) -> torch.Tensor:
-    """Row by row; without a third tensor of that size."""
-    return torch.bmm(left_CV[:, None, :], right_CV[:, :, None])[:, 0, 0]
+        squares = self.log_sum_squares_N
+        return TokenStatistics(
+            self.entropies_N[tokens_M], self.is_likeliest_N[tokens_M], None if squares is None else squares[tokens_M]
+        )
 
 
 def max_logit_rows(vocabulary: int, head_bytes: int, bytes_each: int) -> int:
@@ -158,8 +169,6 @@ def token_logps(
         bytes_each = 4 if weight.dtype == torch.float32 else 8
         if transform.softcap is not None:
             bytes_each += 8  # the cap's slope and what it is made of
-        if statistics is not None:
-            bytes_each += 4  # the powers
         rows = max_logit_rows(weight.shape[0], head_bytes, bytes_each)
         return _TargetLogps.apply(hidden_ND, targets_N, weight, bias, transform, rows, statistics)  # type: ignore[return-value]
     return _autograd_logps(hidden_ND, targets_N, head, transform, head_bytes, statistics)
@@ -201,13 +210,9 @@ class _TargetLogps(torch.autograd.Function):
                 chunk = slice(begin, begin + rows)
                 hidden, targets = hidden_ND[chunk], targets_N[chunk]
                 logits = torch.mm(hidden, weight_VD.T, out=buffer[: len(hidden)])
-                z, slope = _transformed(logits, bias_V, transform, wanted=wanted)
-                if statistics is not None:
-                    statistics.fill(chunk, z, z.gather(1, targets[:, None]))
                 logps_N[chunk], gradient = _chunk_logps(
-                    z, slope, targets, weight_VD, transform.scale if wanted else None
+                    logits, hidden, targets, weight_VD, bias_V, transform, statistics, begin, wanted=wanted
                 )
-                del z, slope  # before the next chunk's are made
                 if unit_ND is not None and gradient is not None:
                     unit_ND[chunk] = gradient
         ctx.save_for_backward(unit_ND)
@@ -220,12 +225,22 @@ class _TargetLogps(torch.autograd.Function):
         return (unit_ND * grad_N[:, None]).to(unit_ND.dtype), *[None] * 6
 
 
-def _transformed(
-    logits_CV: torch.Tensor, bias_V: torch.Tensor | None, transform: LogitTransform, *, wanted: bool
+def _chunk_logps(
+    logits_CV: torch.Tensor,
+    hidden_CD: torch.Tensor,
+    targets_C: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    transform: LogitTransform,
+    statistics: TokenStatistics | None,
+    begin: int,
+    *,
+    wanted: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """float32 [C, V], what softmax is taken of, less each row's largest, and the soft cap's slope where it is wanted.
+    """Log-probabilities float32 [C] and, where wanted, their gradients [C, D]; overwrites float32 logits.
 
-    Overwrites float32 logits.
+    The statistics are filled in from place ``begin`` on. Where logits are linear in the hidden state h, the entropy
+    comes with the gradient g of the log-probability: sum p z = z[y] - h g but for the bias, so it is h g - logp.
     """
     z = logits_CV.float()  # the logits themselves where they are float32 already
     if bias_V is not None:
@@ -237,30 +252,29 @@ def _transformed(
         z = z.div_(transform.softcap).tanh_()
         slope = 1 - z.square() if wanted else None
         z *= transform.softcap
+    index, chunk = targets_C[:, None], slice(begin, begin + len(targets_C))
     z -= z.amax(1, keepdim=True)
-    return z, slope
-
-
-def _chunk_logps(
-    z: torch.Tensor,
-    slope: torch.Tensor | None,
-    targets_C: torch.Tensor,
-    weight_VD: torch.Tensor,
-    scale: float | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probabilities float32 [C] and, where there is a scale, their gradients [C, D]; overwrites ``z``."""
-    index = targets_C[:, None]
+    comes_with_gradient = wanted and slope is None
+    if statistics is not None and not comes_with_gradient:
+        statistics.fill(chunk, z, targets_C)
     picked = z.gather(1, index)
     z.exp_()
     sums = z.sum(1, keepdim=True)
     logps = (picked - sums.log()).squeeze(1)
-    if scale is None:
+    if not wanted:
         return logps, None
+    beside = 0.0 if bias_V is None else transform.scale * (bias_V[targets_C] - (z @ bias_V.float()) / sums[:, 0])
+    if statistics is not None and comes_with_gradient:
+        statistics.fill_all_but_entropies(chunk, picked, z, sums[:, 0])
     # onehot - softmax before it is rounded: afterwards the two would cancel where the model is sure
     z.scatter_add_(1, index, -sums)
     if slope is not None:
         z *= slope
-    return logps, torch.mm(z.to(weight_VD.dtype), weight_VD) * (-scale / sums)
+    gradient = torch.mm(z.to(weight_VD.dtype), weight_VD) * (-transform.scale / sums)
+    if statistics is not None and comes_with_gradient:
+        along = (hidden_CD.float() * gradient.float()).sum(1)
+        statistics.entropies_N[chunk] = (along - logps + beside).clamp(min=0.0)
+    return logps, gradient
 
 
 def _autograd_logps(
@@ -332,6 +346,6 @@ def logps_of_logits(
     picked = logits_CV.gather(1, targets_C[:, None])
     if statistics is not None:
         with torch.no_grad():
-            largest = logits_CV.amax(1, keepdim=True)
-            statistics.fill(slice(begin, begin + len(targets_C)), logits_CV - largest, picked - largest)
+            shifted = logits_CV - logits_CV.amax(1, keepdim=True)
+            statistics.fill(slice(begin, begin + len(targets_C)), shifted, targets_C)
     return picked.squeeze(1) - logits_CV.logsumexp(1)

@@ -41,6 +41,8 @@ HeadName = Literal["linear", "own", "whole"]
 all of a micro-batch's logits at once.
 """
 
+Statistics = Literal["none", "plain", "squares"]
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -151,21 +153,23 @@ class Scorer:
         return split_by_tokens(groups, max_tokens, self.layout)
 
     def score(
-        self, groups: Sequence[TokenGroup], layout: LayoutName | None = None, *, statistics: bool = False
+        self, groups: Sequence[TokenGroup], layout: LayoutName | None = None, *, statistics: Statistics = "none"
     ) -> Scores:
         """Score all completions of some groups in one forward pass.
 
         Args:
             groups: Groups with one number of completions.
             layout: Another layout than the scorer's.
-            statistics: Whether to look at the distributions, too, for about two more readings of the logits.
+            statistics: Whether to look at the distributions, too; ``squares`` gives all of them.
 
         Returns:
             Sums in float64 over float32 token log-probabilities.
         """
         laid_out = lay_out(groups, layout or self.layout).to(self.device)
         with self._autocast():
-            found = TokenStatistics.empty(len(laid_out.targets_N), self.device) if statistics else None
+            found = None
+            if statistics != "none":
+                found = TokenStatistics.empty(len(laid_out.targets_N), self.device, squares=statistics == "squares")
             token_logps_M = self._token_logps(laid_out, found)[laid_out.scored_M]
         shape = (laid_out.num_groups, laid_out.num_completions)
         sums = torch.zeros(shape, dtype=torch.float64, device=self.device).view(-1)

@@ -14,7 +14,7 @@ from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.objectives.pairwise import BatchFacts, log_ratios, objective_loss, shared_length_logps, wpo_weights
 from dpo_cli.objectives.ranking import kendall_tau, plackett_luce
 from dpo_cli.objectives.sft import negative_log_likelihood
-from dpo_cli.scoring.scorer import Scores
+from dpo_cli.scoring.scorer import Scores, Statistics
 
 TOKEN_METRICS = ("entropy", "mean_token_accuracy")
 PAIR_METRICS = (
@@ -49,9 +49,11 @@ class Objective(Protocol):
 
     Attributes:
         is_coupled: Whether the loss of one group depends on all others of its optimizer step.
+        statistics: What it reads of the tokens' distributions.
     """
 
     is_coupled: bool
+    statistics: Statistics
 
     @property
     def metric_names(self) -> Sequence[str]:
@@ -83,6 +85,7 @@ class SftObjective:
     """Negative log-likelihood a completion token, over the whole optimizer batch."""
 
     is_coupled = False
+    statistics: Statistics = "plain"
     metric_names: Sequence[str] = TOKEN_METRICS
 
     def weight(self, groups: Sequence[TokenGroup]) -> float:
@@ -135,6 +138,7 @@ class PairObjective:
         self._knobs = knobs
         self._reference = reference
         self._score_gaps = score_gaps or {}
+        self.statistics: Statistics = "squares" if knobs.weighting == "wpo" else "plain"
         self.is_coupled = any(OBJECTIVES[name].is_coupled for name in knobs.losses)
 
     def reference_logps(self, groups: Sequence[TokenGroup], device: torch.device) -> torch.Tensor:
@@ -159,9 +163,9 @@ class PairObjective:
             gaps = torch.tensor([self._score_gaps[group.id] for group in groups], dtype=torch.float64, device=device)
         weights = None
         if self._knobs.weighting == "wpo":
-            if scores.statistics is None:
-                raise ValueError("weighting wpo needs the statistics of the tokens")
-            squares = scores.statistics.log_sum_squares_N
+            squares = None if scores.statistics is None else scores.statistics.log_sum_squares_N
+            if squares is None:
+                raise ValueError("weighting wpo needs the sums of squared probabilities")
             weights = wpo_weights(scores.token_logps_M, squares, scores.num_tokens_BK)
         facts = BatchFacts(sum(len(group.completions[0]) for group in step) / len(step), gaps, weights)
         policy, reference = self.policy_logps(scores), self.reference_logps(groups, device)
@@ -180,6 +184,7 @@ class RankingObjective:
     """
 
     is_coupled = False
+    statistics: Statistics = "plain"
     metric_names: Sequence[str] = (*PAIR_METRICS, TAU)
 
     def __init__(

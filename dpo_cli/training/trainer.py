@@ -261,7 +261,9 @@ class GroupTrainer(Trainer):
         sums: dict[str, torch.Tensor] = {}
         for indices in batches:
             batch = [groups[index] for index in indices]
-            result = self._objective.losses(batch, self._scorer.score(batch, statistics=True), step)
+            result = self._objective.losses(
+                batch, self._scorer.score(batch, statistics=self._objective.statistics), step
+            )
             loss = result.losses_B.sum()
             if each is not None:
                 each(loss)
@@ -284,7 +286,9 @@ class GroupTrainer(Trainer):
         with torch.no_grad():
             for indices in batches:
                 states.append(_RandomState.of(self._scorer.device))
-                found.append(self._scorer.score([groups[index] for index in indices], statistics=True))
+                found.append(
+                    self._scorer.score([groups[index] for index in indices], statistics=self._objective.statistics)
+                )
         scores = Scores.join(found)
         in_order = [groups[index] for indices in batches for index in indices]
         with torch.enable_grad():

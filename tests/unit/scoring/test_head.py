@@ -428,11 +428,12 @@ def test_statistics_are_those_of_the_whole_distributions(name: str, head_bytes: 
     distributions = transform(hidden.double() @ head.weight.double().T + head.bias.double()).double().log_softmax(1)
     targets[::3] = distributions.argmax(1)[::3]  # else the likeliest is hardly ever the target
     head.requires_grad_(trained)
-    statistics = TokenStatistics.empty(N, torch.device("cpu"))
+    statistics = TokenStatistics.empty(N, torch.device("cpu"), squares=True)
     logps = token_logps(hidden, targets, head, transform, head_bytes, statistics)
     logps.sum().backward()
     powers = distributions.exp()
     torch.testing.assert_close(statistics.entropies_N.double(), -(powers * distributions).sum(1), atol=1e-5, rtol=1e-5)
+    assert statistics.log_sum_squares_N is not None
     torch.testing.assert_close(
         statistics.log_sum_squares_N.double(), powers.square().sum(1).log(), atol=1e-5, rtol=1e-5
     )
