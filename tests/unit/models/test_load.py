@@ -277,7 +277,7 @@ def spring(
             if "lora_B" in name:
                 parameter.data.normal_(std=0.1, generator=generator)
         # the scorer's own look at the head, in eval mode without gradients, would spring the trap before its time
-        monkeypatch.setattr(Scorer, "_head_agrees", lambda self: True)
+        monkeypatch.setattr(Scorer, "_find_head", lambda self: "linear")
         # and a merged weight is made from the packed one by dequantize_4bit, which does not repack it
         monkeypatch.setattr("dpo_cli.models.lora.merging_pays", lambda *arguments: False)
         scorer = Scorer(model, torch.float32)
