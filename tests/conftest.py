@@ -104,7 +104,7 @@ def reporter() -> RecordingReporter:
     return RecordingReporter()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_reporter() -> type[RecordingReporter]:
     """For tests that act while work is under way: ``make_reporter(on_advance)``."""
     return RecordingReporter

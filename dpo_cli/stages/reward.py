@@ -25,7 +25,7 @@ from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.probe import Verdict, open_scorer
 from dpo_cli.scoring.reward import RewardScorer
 from dpo_cli.training.history import merge_log, write_tsv
-from dpo_cli.training.objective import RewardObjective
+from dpo_cli.training.reward_objective import RewardObjective
 from dpo_cli.training.run import Fit, fit
 
 _REWARDS = (

@@ -12,9 +12,8 @@ from dpo_cli.core.objectives import OBJECTIVES
 from dpo_cli.core.params import TrainParams
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.objectives.pairwise import BatchFacts, log_ratios, objective_loss, shared_length_logps
-from dpo_cli.objectives.ranking import Ties, kendall_tau, plackett_luce, plackett_luce_nll
+from dpo_cli.objectives.ranking import kendall_tau, plackett_luce
 from dpo_cli.objectives.sft import negative_log_likelihood
-from dpo_cli.scoring.reward import Rewards
 from dpo_cli.scoring.scorer import Scores
 
 Gives = TypeVar("Gives", covariant=True)
@@ -206,53 +205,19 @@ class RankingObjective:
         losses = plackett_luce(self._knobs.beta, policy, reference, ranks, self._knobs.ties)
         rewards = self._knobs.beta * (policy.detach() - reference)
         metrics = _metrics(rewards, policy.detach())
-        return GroupLosses(losses, metrics | _ranking_metrics(rewards, ranks))
-
-
-class RewardObjective:
-    """-log P of the ranking under the rewards themselves, a mean over groups.
-
-    With two answers it is Bradley-Terry's -log sigma(r_w - r_l) (Rafailov et al. 2023, eq. 2), with more
-    Plackett-Luce's (eq. 18). Rewards are fixed up to a constant a prompt; they are logged less their mean over the
-    group.
-
-    Args:
-        ranks: Ranks of each group's answers by row id, ascending; left out: two answers, the better one first.
-        ties: What tied answers are (:func:`~dpo_cli.objectives.ranking.plackett_luce_nll`).
-    """
-
-    is_coupled = False
-
-    def __init__(self, ranks: Mapping[str, Sequence[int]] | None = None, ties: Ties = "average") -> None:
-        self._ranks = ranks
-        self._ties: Ties = ties
-
-    def weight(self, groups: Sequence[TokenGroup]) -> float:
-        """The number of groups."""
-        return float(len(groups))
-
-    def losses(self, groups: Sequence[TokenGroup], scores: Rewards, step: Sequence[TokenGroup]) -> GroupLosses:
-        """Losses and metrics by DPO's names; with rankings, as there, the accuracy is over all their pairs."""
-        rewards = scores.rewards_BK
-        ranks = torch.tensor([[1, 2] if self._ranks is None else list(self._ranks[group.id]) for group in groups])
-        losses = plackett_luce_nll(rewards, ranks.to(rewards.device), self._ties)
-        detached = rewards.detach()
-        metrics = _reward_metrics(detached - detached.mean(1, keepdim=True))
-        if self._ranks is not None:
-            metrics |= _ranking_metrics(detached, ranks)
-        return GroupLosses(losses, metrics)
+        return GroupLosses(losses, metrics | ranking_metrics(rewards, ranks))
 
 
 def _metrics(rewards_BK: torch.Tensor, policy_BK: torch.Tensor) -> dict[str, torch.Tensor]:
     """What is logged of the first and the last answer of each group."""
     return {
-        **_reward_metrics(rewards_BK),
+        **reward_metrics(rewards_BK),
         "logps/chosen": policy_BK[:, 0],
         "logps/rejected": policy_BK[:, -1],
     }
 
 
-def _reward_metrics(rewards_BK: torch.Tensor) -> dict[str, torch.Tensor]:
+def reward_metrics(rewards_BK: torch.Tensor) -> dict[str, torch.Tensor]:
     """What is logged of the rewards of the first and the last answer of each group.
 
     The gradient weight is sigma(r_l - r_w), by which DPO's gradient weighs a pair (Rafailov et al. 2023, section 4).
@@ -268,7 +233,7 @@ def _reward_metrics(rewards_BK: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def _ranking_metrics(rewards_BK: torch.Tensor, ranks_BK: torch.Tensor) -> dict[str, torch.Tensor]:
+def ranking_metrics(rewards_BK: torch.Tensor, ranks_BK: torch.Tensor) -> dict[str, torch.Tensor]:
     """Kendall's tau and, as the accuracy, the share of pairs of a ranking that the rewards order alike."""
     tau = kendall_tau(rewards_BK, ranks_BK.to(rewards_BK.device)).nan_to_num(0.0)  # of one tie: neither right nor wrong
     return {"rewards/kendall_tau": tau, "rewards/accuracies": (tau + 1) / 2}
