@@ -58,7 +58,7 @@ def _with_head(causal: Any) -> Any:
 def _go_on(model: Any, folder: Path) -> PeftModel:
     """A saved adapter of a causal language model on one with a head, both trainable."""
     config = use_short_layers(LoraConfig.from_pretrained(str(folder)))  # type: ignore[arg-type]
-    config.task_type, config.inference_mode = TaskType.SEQ_CLS, False
+    config.task_type, config.inference_mode, config.base_model_name_or_path = TaskType.SEQ_CLS, False, None
     adapted: PeftModel = get_peft_model(model, config)  # type: ignore[assignment]
     weights = load_peft_weights(str(folder), device="cpu")
     weights[f"base_model.model.{_HEAD}.weight"] = reward_head(adapted).weight.detach().cpu()  # the file has none
