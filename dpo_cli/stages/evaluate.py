@@ -31,13 +31,12 @@ from dpo_cli.evaluation.win_rate import compare
 from dpo_cli.models.adapters import ModelPair, load_pair
 from dpo_cli.models.device import peak_memory_gib, token_budget
 from dpo_cli.models.load import quiet_libraries
-from dpo_cli.models.reward import check_reward_model, load_reward_model, reward_head
+from dpo_cli.models.reward import check_reward_model
 from dpo_cli.objectives.pairwise import sigmoid
 from dpo_cli.reference.cache import read_cache, reference_logps
 from dpo_cli.reference.graph import Graph, check_context, open_graph, table_digests
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
 from dpo_cli.scoring.probe import open_scorer
-from dpo_cli.scoring.reward import RewardScorer
 from dpo_cli.scoring.scorer import Scorer
 
 _SFT, _DPO = "sft", "dpo"
@@ -293,10 +292,17 @@ def _rewards(
     reporter: Reporter,
 ) -> dict[str, list[float]]:
     """The reward model's rewards of both answers, as they were sampled, by prompt."""
-    model = load_reward_model(paths.REWARD_MODEL, graph.base, graph.sft, graph.machine, graph.quantization)
-    inner, _ = open_scorer(model, graph.machine.compute_dtype, runtime, reporter, "evaluate")
-    scorer = RewardScorer(inner, reward_head(model))
-    judge = RewardModel(scorer, graph.encoder, TokenBudget(token_budget(runtime, scorer.device), "evaluate", reporter))
+    judge = RewardModel.load(
+        paths.REWARD_MODEL,
+        graph.base,
+        graph.sft,
+        graph.machine,
+        graph.quantization,
+        graph.encoder,
+        runtime,
+        reporter,
+        "evaluate",
+    )
     groups = [
         TokenGroup(
             prompt.id, prompt.id, prompt.tokens, (answers[_SFT][prompt.id].tokens, answers[_DPO][prompt.id].tokens)

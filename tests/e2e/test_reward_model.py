@@ -25,11 +25,7 @@ from dpo_cli.evaluation.judges.exact import WorldJudge, world_task
 from dpo_cli.evaluation.judges.reward_model import RewardModel
 from dpo_cli.evaluation.win_rate import compare
 from dpo_cli.models.adapters import load_reference
-from dpo_cli.models.reward import load_reward_model, reward_head
 from dpo_cli.reference.graph import Graph, open_graph
-from dpo_cli.scoring.budget import TokenBudget
-from dpo_cli.scoring.probe import open_scorer
-from dpo_cli.scoring.reward import RewardScorer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -81,9 +77,17 @@ def graph(finished: dict[str, Any]) -> Graph:
 @pytest.fixture(scope="module")
 def reward_model(graph: Graph, make_reporter: Callable[[], Any]) -> RewardModel:
     params = make_params()
-    model = load_reward_model(paths.REWARD_MODEL, graph.base, graph.sft, graph.machine, graph.quantization)
-    inner, _ = open_scorer(model, graph.machine.compute_dtype, params.runtime, make_reporter(), "test")
-    return RewardModel(RewardScorer(inner, reward_head(model)), graph.encoder, TokenBudget(1024, "t", make_reporter()))
+    return RewardModel.load(
+        paths.REWARD_MODEL,
+        graph.base,
+        graph.sft,
+        graph.machine,
+        graph.quantization,
+        graph.encoder,
+        params.runtime,
+        make_reporter(),
+        "test",
+    )
 
 
 def test_it_learns_the_known_reward(finished: dict[str, Any]) -> None:

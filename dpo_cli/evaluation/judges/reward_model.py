@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
+from dpo_cli.core.params import RuntimeParams
+from dpo_cli.core.progress import Reporter
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.schema import Messages, assistant, user
 from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.models.adapters import SftResult
+from dpo_cli.models.device import Machine, token_budget
+from dpo_cli.models.reward import load_reward_model, reward_head
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
+from dpo_cli.scoring.probe import open_scorer
 from dpo_cli.scoring.reward import RewardScorer
 
 
@@ -27,6 +34,37 @@ class RewardModel:
         self._scorer = scorer
         self._encoder = encoder
         self._budget = budget
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        base: Path,
+        sft: SftResult,
+        machine: Machine,
+        quantization: str,
+        encoder: ChatEncoder,
+        runtime: RuntimeParams,
+        reporter: Reporter,
+        stage: str,
+    ) -> RewardModel:
+        """The reward model of a folder, on the frozen weights that it was trained on.
+
+        Args:
+            folder: What stage reward made; :func:`dpo_cli.models.reward.check_reward_model` says whether it fits.
+            base: Directory of the base model.
+            sft: What stage sft made of it.
+            machine: Device and compute dtype.
+            quantization: ``nf4`` or ``none``.
+            encoder: Messages to token ids.
+            runtime: Layout and token budget.
+            reporter: Hears of them.
+            stage: Name of the stage, for messages.
+        """
+        model = load_reward_model(folder, base, sft, machine, quantization)
+        scorer, _ = open_scorer(model, machine.compute_dtype, runtime, reporter, stage)
+        budget = TokenBudget(token_budget(runtime, scorer.device), stage, reporter)
+        return cls(RewardScorer(scorer, reward_head(model)), encoder, budget)
 
     @torch.no_grad()
     def rewards(self, groups: Sequence[TokenGroup]) -> list[list[float]]:
