@@ -41,6 +41,7 @@ GITIGNORE = """\
 /models/base
 /models/sft
 /models/dpo
+/models/reward
 """
 
 # The embedded model on data of another world: it spells most texts out in bytes, and sees few pairs.

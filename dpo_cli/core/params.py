@@ -200,13 +200,13 @@ class LoraParams(Section):
 
 
 class TrainingParams(Section):
-    """Knobs that SFT and DPO share."""
+    """Knobs that SFT, DPO and the reward model share."""
 
     learning_rate: float = knob(2e-4, "Peak learning rate.", gt=0)
     batch_size: int = knob(
         16,
-        "Examples (sft) or preference pairs (train) an optimizer step. It alone decides the mathematics;"
-        " memory is bounded by runtime.max_tokens_per_microbatch.",
+        "Examples (sft), preference pairs or rankings (train, reward) an optimizer step. It alone decides the"
+        " mathematics; memory is bounded by runtime.max_tokens_per_microbatch.",
         ge=1,
     )
     epochs: float = knob(1.0, "Passes over the training data.", unit="epochs", gt=0)
@@ -251,7 +251,7 @@ class SftParams(TrainingParams):
 
 
 class ReferenceParams(Section):
-    """The graph that reference and policy share. Read by precompute_ref; train and evaluate follow its manifest."""
+    """The graph that reference, policy and reward model share. Read by precompute_ref, train, reward and evaluate."""
 
     quantization: Literal["nf4", "none"] = knob(
         "nf4", "How the frozen weights are held: 4-bit nf4 with double quantisation, or as they are."
@@ -317,11 +317,32 @@ class TrainParams(TrainingParams):
         return {**self.loss} if isinstance(self.loss, dict) else {self.loss: 1.0}
 
 
+class RewardParams(TrainingParams):
+    """The reward model that DPO does without: a head on the SFT model that scores answers. Read by reward."""
+
+    loss: Literal["none", "bradley_terry", "plackett_luce"] = knob(
+        "none",
+        "none: there is no reward model (the rest of this section rests); bradley_terry: from pairs; plackett_luce:"
+        " from rankings.",
+    )
+    learning_rate: float = knob(1e-4, "Peak learning rate of adapter and head.", gt=0)
+    ties: Literal["average", "groups"] = knob(
+        "average",
+        "Tied answers of a ranking (plackett_luce): the mean over the orders that they allow, or not compared.",
+    )
+    lora: LoraParams | None = Field(
+        default=None,
+        description="The adapter's shape where sft makes none (methods none and full); null takes the defaults.",
+    )
+
+
 class EvaluateParams(Section):
     """Is it better, by how much, and at what cost. Read by evaluate."""
 
-    judge: Literal["none", "world"] = knob(
-        "none", "Who compares the answers: world is the embedded world's known reward; none: no win rate."
+    judge: Literal["none", "world", "reward-model"] = knob(
+        "none",
+        "Who compares the answers: world is the embedded world's known reward; reward-model is what stage reward made"
+        " of the same preferences; none: no win rate.",
     )
     num_prompts: int = knob(128, "Held-out prompts to answer, at most; 0: all.", unit="prompts", ge=0)
     temperature: float = knob(1.0, "Sampling temperature of the compared answers; 0: greedy.", ge=0)
@@ -378,6 +399,7 @@ class Params(Section):
     sft: SftParams = Field(default_factory=SftParams)
     reference: ReferenceParams = Field(default_factory=ReferenceParams)
     train: TrainParams = Field(default_factory=TrainParams)
+    reward: RewardParams = Field(default_factory=RewardParams)
     evaluate: EvaluateParams = Field(default_factory=EvaluateParams)
     runtime: RuntimeParams = Field(default_factory=RuntimeParams)
 
@@ -621,7 +643,7 @@ def _listed(names: Sequence[str]) -> str:
 def _contradictions(params: Params) -> list[str]:
     """Settings that contradict each other, and settings that were moved from their default for nothing."""
     found: list[str] = []
-    model, sft, train = params.model, params.sft, params.train
+    model, sft, train, reward = params.model, params.sft, params.train, params.reward
     if model.name == EMBEDDED:
         if params.runtime.model_path is not None:
             found.append("runtime.model_path has no effect with model.name embedded; give the model a name of its own")
@@ -640,13 +662,22 @@ def _contradictions(params: Params) -> list[str]:
     found += _idle_columns(params)
     if sft.method == "full":
         found += [f"sft.{name} has no effect with sft.method full" for name in _differs(sft, "lora")]
-    if train.lora is not None and sft.method in ("lora", "qlora"):
-        found.append(f"train.lora has no effect with sft.method {sft.method}: train goes on with the adapter of sft")
+    for name, section in (("train", train), ("reward", reward)):
+        if name == "reward" and reward.loss == "none":
+            continue
+        if section.lora is not None and sft.method in ("lora", "qlora"):
+            found.append(
+                f"{name}.lora has no effect with sft.method {sft.method}: {name} goes on with the adapter of sft"
+            )
     found += _idle_objective_settings(train)
     if "plackett_luce" in train.losses and not params.reference.rankings:
         found.append("train.loss plackett_luce needs reference.rankings true")
-    for name, section in (("sft", sft), ("train", train)):
-        if name == "sft" and sft.method == "none":
+    if reward.loss == "bradley_terry" and _differs(reward, "ties"):
+        found.append("reward.ties has no effect with reward.loss bradley_terry; plackett_luce reads it")
+    if reward.loss == "none" and params.evaluate.judge == "reward-model":
+        found.append("evaluate.judge reward-model needs a reward model: set reward.loss")
+    for name, section in (("sft", sft), ("train", train), ("reward", reward)):
+        if (name == "sft" and sft.method == "none") or (name == "reward" and reward.loss == "none"):
             continue
         if section.max_steps is not None and _differs(section, "epochs"):
             found.append(f"{name}.epochs has no effect beside {name}.max_steps; drop one of them")

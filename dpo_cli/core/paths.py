@@ -19,6 +19,7 @@ REFERENCE = Path("data/reference")
 BASE = Path("models/base")
 SFT_MODEL = Path("models/sft")
 DPO_MODEL = Path("models/dpo")
+REWARD_MODEL = Path("models/reward")
 
 REPORTS = Path("reports")
 REPORT_HTML = REPORTS / "report.html"

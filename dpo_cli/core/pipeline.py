@@ -14,6 +14,7 @@ from typing import Any
 from dpo_cli.core import paths
 
 _TRAIN_STEPS = paths.report_dir("train") / "steps.tsv"
+_REWARD_STEPS = paths.report_dir("reward") / "steps.tsv"
 _SFT_STEPS = paths.report_dir("sft") / "steps.tsv"
 _SAMPLES = paths.report_dir("evaluate") / "samples.jsonl"
 _PAIRS = paths.report_dir("evaluate") / "pairs.csv"
@@ -106,6 +107,15 @@ STAGES: tuple[Stage, ...] = (
         reports=(paths.rejects_file("train"), _TRAIN_STEPS),
     ),
     Stage(
+        name="reward",
+        summary="Train a reward model on the preferences, as judge and for Best-of-N; off by default.",
+        example="dpo-cli reward --set reward.loss=bradley_terry",
+        params=("model", "reference", "reward"),
+        inputs=(paths.BASE, paths.SFT_MODEL, paths.PREFERENCE_DATA),
+        output=paths.REWARD_MODEL,
+        reports=(paths.rejects_file("reward"), _REWARD_STEPS),
+    ),
+    Stage(
         name="evaluate",
         summary="Held-out accuracy, win rate over SFT, KL, and a report to look at.",
         example="dpo-cli evaluate --set evaluate.num_prompts=500",
@@ -117,6 +127,7 @@ STAGES: tuple[Stage, ...] = (
             paths.SFT_MODEL,
             paths.REFERENCE,
             paths.DPO_MODEL,
+            paths.REWARD_MODEL,
             *(
                 paths.metrics_file(name)
                 for name in ("convert_sft", "convert_preferences", "sft", "precompute_ref", "train")

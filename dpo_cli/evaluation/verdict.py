@@ -74,15 +74,19 @@ def _interval(ci: tuple[float, float]) -> str:
 
 def _win_rate(metrics: Mapping[str, Any]) -> Finding:
     low, high = metrics["win_rate_ci"]
-    ceiling = metrics["win_rate_ceiling"]
+    ceiling = metrics.get("win_rate_ceiling")
     status: Status = "good" if low > 0.5 else "bad" if high < 0.5 else "warn"
     return Finding(
         "win rate over SFT",
         f"{_percent(metrics['win_rate'])} {_interval((low, high))}",
         status,
         f"on {metrics['num_generated_prompts']} unseen prompts at T = {metrics['temperature']:g},"
-        f" ties ({_percent(metrics['tie_rate'])}) one half; at most {_percent(ceiling)}, since SFT is right on"
-        f" {_percent(2 * (1 - ceiling))} already",
+        f" ties ({_percent(metrics['tie_rate'])}) one half"
+        + (
+            "; the mean of the reward model's probabilities, which learned of the same preferences"
+            if ceiling is None
+            else f"; at most {_percent(ceiling)}, since SFT is right on {_percent(2 * (1 - ceiling))} already"
+        ),
     )
 
 

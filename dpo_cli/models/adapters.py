@@ -29,8 +29,14 @@ _SFT_REMEDY = "run: dpo-cli sft"
 POLICY, REFERENCE = "default", "reference"
 
 
-def add_adapter(model: Any, lora: LoraParams, seed: int) -> PeftModel:
+def add_adapter(model: Any, lora: LoraParams, seed: int, task: TaskType = TaskType.CAUSAL_LM) -> PeftModel:
     """Put a fresh LoRA adapter with a zero update on a model (Hu et al. 2021, section 4.1).
+
+    Args:
+        model: What it is put on.
+        lora: Its shape.
+        seed: Of its start.
+        task: PEFT's name for what it is for; with SEQ_CLS the head named ``score`` is trained and saved with it.
 
     Raises:
         MachineError: The model has no layer of the named kind.
@@ -39,7 +45,7 @@ def add_adapter(model: Any, lora: LoraParams, seed: int) -> PeftModel:
     torch.manual_seed(seed)
     config = use_short_layers(
         LoraConfig(
-            task_type=TaskType.CAUSAL_LM,
+            task_type=task,
             r=lora.r,
             lora_alpha=lora.alpha,  # type: ignore[arg-type]
             lora_dropout=lora.dropout,
@@ -121,9 +127,9 @@ def read_sft_result(base_digest: str) -> SftResult:
 
 def load_reference(base: Path, sft: SftResult, machine: Machine, quantization: str) -> Any:
     """The reference model, frozen and in eval mode."""
-    model = _load_backbone(base, sft, machine, quantization)
+    model = load_backbone(base, sft, machine, quantization)
     if sft.has_adapter:
-        model = _load_adapter(model, paths.SFT_MODEL, trainable=False)
+        model = load_adapter(model, paths.SFT_MODEL, trainable=False)
         keep_weights_unpacked(model)
     return model.eval()
 
@@ -132,11 +138,8 @@ def load_policy_at_start(
     base: Path, sft: SftResult, machine: Machine, quantization: str, lora: LoraParams, seed: int
 ) -> PeftModel:
     """The policy before its first step: equal to the reference, its adapter trainable."""
-    model = _load_backbone(base, sft, machine, quantization)
-    if sft.has_adapter:
-        policy = _load_adapter(model, paths.SFT_MODEL, trainable=True)
-    else:
-        policy = add_adapter(model, lora, seed)
+    model = load_backbone(base, sft, machine, quantization)
+    policy = load_adapter(model, paths.SFT_MODEL, trainable=True) if sft.has_adapter else add_adapter(model, lora, seed)
     keep_weights_unpacked(policy)
     return policy
 
@@ -181,20 +184,21 @@ def load_pair(
     for name in ADAPTER_FILES:
         if not (adapter / name).is_file():
             raise StaleArtifactError(f"{adapter / name} is missing; run: dpo-cli train")
-    model = _load_backbone(base, sft, machine, quantization)
-    pair = _load_adapter(model, adapter, trainable=False)
+    model = load_backbone(base, sft, machine, quantization)
+    pair = load_adapter(model, adapter, trainable=False)
     if sft.has_adapter:
         pair.load_adapter(str(paths.SFT_MODEL), adapter_name=REFERENCE)
     keep_weights_unpacked(pair)
     return ModelPair(pair, REFERENCE if sft.has_adapter else None)
 
 
-def _load_adapter(model: Any, folder: Path, *, trainable: bool) -> PeftModel:
+def load_adapter(model: Any, folder: Path, *, trainable: bool) -> PeftModel:
     """Put a saved adapter on a model, as its policy."""
     config = use_short_layers(LoraConfig.from_pretrained(str(folder)))  # type: ignore[arg-type]
     return PeftModel.from_pretrained(model, str(folder), adapter_name=POLICY, is_trainable=trainable, config=config)
 
 
-def _load_backbone(base: Path, sft: SftResult, machine: Machine, quantization: str) -> Any:
+def load_backbone(base: Path, sft: SftResult, machine: Machine, quantization: str) -> Any:
+    """The frozen weights under the adapter: the base, or what SFT made of all of it."""
     folder = paths.SFT_MODEL if sft.method == "full" else base
     return load_model(folder, machine, quantization=quantization)

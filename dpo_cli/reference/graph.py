@@ -15,10 +15,10 @@ import polars as pl
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import sha256_file
-from dpo_cli.core.errors import ParamsError
+from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.core.params import ModelParams, ReferenceParams, RuntimeParams
 from dpo_cli.data.chat import ChatEncoder
-from dpo_cli.data.tokenise import TokenTable, tokenise_table
+from dpo_cli.data.tokenise import TokenTable, explain_rejects, tokenise_table
 from dpo_cli.models.adapters import SftResult, read_sft_result
 from dpo_cli.models.device import Machine, prepare_machine
 from dpo_cli.models.identity import base_digest, library_versions, read_lock, verify_model
@@ -100,6 +100,30 @@ def open_graph(model: ModelParams, reference: ReferenceParams, runtime: RuntimeP
         encoder,
         identity,
     )
+
+
+def refuse_empty(tables: Sequence[TokenTable], max_length: int, *, section: str, ranked: bool) -> None:
+    """Refuse preference data of which nothing is left to train on, or nothing to hold out.
+
+    Args:
+        tables: Those of :data:`SPLITS`.
+        max_length: reference.max_length, for the message.
+        section: Whose loss asks for them.
+        ranked: Whether they are rankings.
+
+    Raises:
+        DataError: A table has no group.
+    """
+    for split, table in zip(SPLITS, tables, strict=True):
+        if table.groups:
+            continue
+        path = paths.ranking_table(split) if ranked else paths.preference_table(split)
+        if not table.rejects:
+            loss = f"params.yaml: {section}.loss plackett_luce learns from rankings of several answers, and "
+            raise DataError(
+                f"{loss if ranked else ''}{path.as_posix()} {'has no rows' if path.is_file() else 'is missing'}"
+            )
+        raise DataError(f"{path.as_posix()}: {explain_rejects([table], 'reference.max_length', max_length)}")
 
 
 def open_base(model: ModelParams, runtime: RuntimeParams) -> tuple[Path, ChatEncoder, Any]:

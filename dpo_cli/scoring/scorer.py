@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
 
+from dpo_cli.core.errors import MachineError
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.scoring.attention import IMPLEMENTATION, Attending, attend
 from dpo_cli.scoring.head import (
@@ -178,6 +179,34 @@ class Scorer:
         counts = torch.tensor(lengths).to(self.device, non_blocking=True)
         of_tokens = None if found is None else found.of(laid_out.scored_M)
         return Scores(sums.view(shape), counts.view(shape), token_logps_M, of_tokens)
+
+    def last_hidden(self, groups: Sequence[TokenGroup], layout: LayoutName | None = None) -> torch.Tensor:
+        """What the backbone makes of each completion as a whole: the hidden state at its last token, with gradients.
+
+        The last token does not go through the model as long as nothing comes behind it; so one more is laid out
+        behind each completion. Which one makes no difference: it does not go through the model itself.
+
+        Args:
+            groups: Groups with one number of completions.
+            layout: Another layout than the scorer's.
+
+        Returns:
+            [B, K, D], in the dtype that the backbone gives.
+
+        Raises:
+            MachineError: The model has no backbone of its own.
+        """
+        if self._backbone is None:
+            raise MachineError(f"{type(self._causal).__name__} has no part that gives hidden states, as a head needs")
+        longer = [
+            replace(group, completions=tuple((*completion, 0) for completion in group.completions)) for group in groups
+        ]
+        laid_out = lay_out(longer, layout or self.layout)
+        lengths = torch.tensor([len(completion) for group in longer for completion in group.completions])
+        predictors = laid_out.predictors_N[laid_out.scored_M[lengths.cumsum(0) - 1]]
+        with self._autocast():
+            hidden = self._hidden(replace(laid_out, predictors_N=predictors).to(self.device))
+        return hidden.view(laid_out.num_groups, laid_out.num_completions, -1)
 
     @property
     def max_distribution_tokens(self) -> int:

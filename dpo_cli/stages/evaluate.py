@@ -23,6 +23,7 @@ from dpo_cli.evaluation.bootstrap import Estimate, cluster_bootstrap
 from dpo_cli.evaluation.generation import Answer, PromptTokens, sample_answers
 from dpo_cli.evaluation.held_out import HeldOut, HeldOutPair, PairFigures, summarise_held_out
 from dpo_cli.evaluation.judges.exact import WorldJudge, world_task
+from dpo_cli.evaluation.judges.reward_model import RewardModel, preference
 from dpo_cli.evaluation.kl import SequenceKl, estimates_disagree, sequence_kl
 from dpo_cli.evaluation.report.page import write_report
 from dpo_cli.evaluation.verdict import headline, verdict
@@ -30,6 +31,7 @@ from dpo_cli.evaluation.win_rate import compare
 from dpo_cli.models.adapters import ModelPair, load_pair
 from dpo_cli.models.device import peak_memory_gib, token_budget
 from dpo_cli.models.load import quiet_libraries
+from dpo_cli.models.reward import check_reward_model
 from dpo_cli.objectives.pairwise import sigmoid
 from dpo_cli.reference.cache import read_cache, reference_logps
 from dpo_cli.reference.graph import Graph, check_context, open_graph, table_digests
@@ -61,6 +63,8 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         raise StaleArtifactError(
             f"{paths.DPO_MODEL}: trained on other data than data/preference is now; {_TRAIN_REMEDY}"
         )
+    if knobs.judge == "reward-model":
+        check_reward_model(paths.REWARD_MODEL, graph.identity, provenance["data"])
     table = graph.tokenise_pairs("eval")
     if not table.groups:
         raise DataError(
@@ -83,7 +87,8 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         check_context(graph.base, longest + knobs.max_new_tokens, "evaluate.max_new_tokens + the longest prompt")
         answers = _answers(pair, graph, prompts, knobs, runtime, reporter)
         kls = _kls(pair, scorer, graph, prompts, answers[_DPO], knobs, runtime, reporter)
-        samples = _judge(knobs, graph, table, prompts, answers, kls)
+        del pair, scorer  # their memory is the judge's
+        samples = _judge(knobs, graph, table, prompts, answers, kls, runtime, reporter)
         metrics = _metrics(knobs, held_out, samples, kls, answers)
         metrics |= {"num_leaked_prompts": num_leaked, "peak_mem_gib": peak_memory_gib(graph.machine)}
         folder = paths.report_dir("evaluate")
@@ -247,9 +252,12 @@ def _judge(
     prompts: Sequence[PromptTokens],
     answers: Mapping[str, Mapping[str, Answer]],
     kls: Mapping[str, SequenceKl],
+    runtime: RuntimeParams,
+    reporter: Reporter,
 ) -> list[dict[str, Any]]:
     """One row a prompt: both answers, where there is a judge who wins, and the KL in nats."""
     judge = WorldJudge() if knobs.judge == "world" else None
+    rewards = _rewards(graph, prompts, answers, runtime, reporter) if knobs.judge == "reward-model" else {}
     rows = []
     for prompt in prompts:
         messages = table.prompts[prompt.id]
@@ -264,6 +272,8 @@ def _judge(
         if judge is not None:
             _add_judgment(row, judge, messages)
         row["kl"] = kls[prompt.id].exact
+        if prompt.id in rewards:
+            _add_rewards(row, rewards[prompt.id])
         rows.append(row)
     return rows
 
@@ -275,6 +285,41 @@ def _add_judgment(row: dict[str, Any], judge: WorldJudge, messages: Messages) ->
         row[name]["reward"] = task.reward(row[name]["text"])
         row[name]["well_formed"] = row[name]["finished"] and task.is_well_formed(row[name]["text"])
     row["win"] = compare(judge, text, row[_DPO]["text"], row[_SFT]["text"])
+
+
+def _rewards(
+    graph: Graph,
+    prompts: Sequence[PromptTokens],
+    answers: Mapping[str, Mapping[str, Answer]],
+    runtime: RuntimeParams,
+    reporter: Reporter,
+) -> dict[str, list[float]]:
+    """The reward model's rewards of both answers, as they were sampled, by prompt."""
+    judge = RewardModel.load(
+        paths.REWARD_MODEL,
+        graph.base,
+        graph.sft,
+        graph.machine,
+        graph.quantization,
+        graph.encoder,
+        runtime,
+        reporter,
+        "evaluate",
+    )
+    groups = [
+        TokenGroup(
+            prompt.id, prompt.id, prompt.tokens, (answers[_SFT][prompt.id].tokens, answers[_DPO][prompt.id].tokens)
+        )
+        for prompt in prompts
+    ]
+    return dict(zip((prompt.id for prompt in prompts), judge.rewards(groups), strict=True))
+
+
+def _add_rewards(row: dict[str, Any], rewards: Sequence[float]) -> None:
+    """Rewards less their mean, since they are fixed up to a constant a prompt, and Bradley-Terry's probability."""
+    theirs, ours = rewards
+    row[_SFT]["reward"], row[_DPO]["reward"] = (theirs - ours) / 2, (ours - theirs) / 2
+    row["win"] = 0.5 if row[_SFT]["text"] == row[_DPO]["text"] else preference(ours, theirs)
 
 
 def _metrics(
@@ -323,6 +368,8 @@ def _metrics(
         metrics["tie_rate"] = float(np.mean([sample["win"] == 0.5 for sample in samples]))
         for name in (_SFT, _DPO):
             metrics[f"reward_{name}"] = float(np.mean([sample[name]["reward"] for sample in samples]))
+    if knobs.judge == "world":
+        for name in (_SFT, _DPO):
             metrics[f"well_formed_{name}"] = float(np.mean([sample[name]["well_formed"] for sample in samples]))
         metrics["win_rate_ceiling"] = 1 - metrics["reward_sft"] / 2
     return metrics

@@ -20,14 +20,22 @@ from dpo_cli.core.artifacts import (
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.core.params import LoraParams, Params, TrainParams
 from dpo_cli.core.progress import Reporter
-from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_rejects
+from dpo_cli.data.tokenise import TokenGroup, TokenTable
 from dpo_cli.models.adapters import load_policy_at_start, save_adapter
 from dpo_cli.models.device import peak_memory_gib, token_budget
 from dpo_cli.models.identity import read_lock
 from dpo_cli.models.load import quiet_libraries, save_tokenizer
 from dpo_cli.objectives.pairwise import shared_length_logps
 from dpo_cli.reference.cache import read_cache, read_cache_tokens, reference_logps
-from dpo_cli.reference.graph import SPLITS, Graph, all_rejects, open_graph, read_columns, table_digests
+from dpo_cli.reference.graph import (
+    SPLITS,
+    Graph,
+    all_rejects,
+    open_graph,
+    read_columns,
+    refuse_empty,
+    table_digests,
+)
 from dpo_cli.scoring.probe import Verdict, open_scorer
 from dpo_cli.training.gate import StepZero, check_step_zero
 from dpo_cli.training.history import merge_log, write_tsv
@@ -61,7 +69,7 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
     graph = open_graph(params.model, params.reference, params.runtime)
     ranked = "plackett_luce" in knobs.losses
     train, held_out = (graph.tokenise_rankings(split) if ranked else graph.tokenise_pairs(split) for split in SPLITS)
-    _refuse_empty(train, held_out, graph.max_length, ranked=ranked)
+    refuse_empty((train, held_out), graph.max_length, section="train", ranked=ranked)
     objective = _objective(knobs, graph, [*train.groups, *held_out.groups])
     if objective.is_coupled and replicas.size > 1:
         raise ParamsError(
@@ -111,19 +119,6 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
         scratch.clear()
     _print_summary(knobs, metrics, reporter)
     return metrics
-
-
-def _refuse_empty(train: TokenTable, held_out: TokenTable, max_length: int, *, ranked: bool) -> None:
-    for split, table in (("train", train), ("eval", held_out)):
-        if table.groups:
-            continue
-        path = paths.ranking_table(split) if ranked else paths.preference_table(split)
-        if not table.rejects:
-            loss = "params.yaml: train.loss plackett_luce learns from rankings of several answers, and "
-            raise DataError(
-                f"{loss if ranked else ''}{path.as_posix()} {'has no rows' if path.is_file() else 'is missing'}"
-            )
-        raise DataError(f"{path.as_posix()}: {explain_rejects([table], 'reference.max_length', max_length)}")
 
 
 def _objective(knobs: TrainParams, graph: Graph, groups: Sequence[TokenGroup]) -> PreferenceObjective:

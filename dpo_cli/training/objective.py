@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -17,18 +17,46 @@ from dpo_cli.objectives.sft import negative_log_likelihood
 from dpo_cli.scoring.scorer import Scores, Statistics
 
 TOKEN_METRICS = ("entropy", "mean_token_accuracy")
-PAIR_METRICS = (
+REWARD_METRICS = (
     "rewards/chosen",
     "rewards/rejected",
     "rewards/margins",
     "rewards/accuracies",
     "rewards/ties",
     "gradient_weight",
+)
+PAIR_METRICS = (
+    *REWARD_METRICS,
     "logps/chosen",
     "logps/rejected",
     *TOKEN_METRICS,
 )
 TAU = "rewards/kendall_tau"
+
+Gives = TypeVar("Gives", covariant=True)
+Takes = TypeVar("Takes", contravariant=True)
+
+
+class GroupScorer(Protocol[Gives]):
+    """What the training loop needs to know of a forward pass: a Scorer gives log-probabilities, another one rewards."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        ...
+
+    @property
+    def config(self) -> Any:
+        """The text model's configuration."""
+        ...
+
+    def split(self, groups: Sequence[TokenGroup], max_tokens: int) -> list[list[int]]:
+        """Micro-batches of at most ``max_tokens`` tokens, as indices of groups."""
+        ...
+
+    def score(self, groups: Sequence[TokenGroup], *, statistics: Statistics = "none") -> Gives:
+        """What the objective reads of some groups with one number of completions, with gradients."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -44,11 +72,12 @@ class GroupLosses:
     metrics: Mapping[str, torch.Tensor]
 
 
-class Objective(Protocol):
-    """What the training loop needs to know of an objective.
+class Objective(Protocol[Takes]):
+    """What the training loop needs to know of an objective of log-probabilities, or of rewards.
 
     Attributes:
-        is_coupled: Whether the loss of one group depends on all others of its optimizer step.
+        is_coupled: Whether the loss of one group depends on all others of its optimizer step; for
+            log-probabilities alone.
         statistics: What it reads of the tokens' distributions.
     """
 
@@ -64,12 +93,12 @@ class Objective(Protocol):
         """What the sum of the groups' losses is divided by."""
         ...
 
-    def losses(self, groups: Sequence[TokenGroup], scores: Scores, step: Sequence[TokenGroup]) -> GroupLosses:
+    def losses(self, groups: Sequence[TokenGroup], scores: Takes, step: Sequence[TokenGroup]) -> GroupLosses:
         """The losses of groups that were scored, some or all of those of an optimizer step."""
         ...
 
 
-class PreferenceObjective(Objective, Protocol):
+class PreferenceObjective(Objective[Scores], Protocol):
     """An objective that compares answers, against a reference that is cached."""
 
     def reference_logps(self, groups: Sequence[TokenGroup], device: torch.device) -> torch.Tensor:
@@ -213,8 +242,7 @@ class RankingObjective:
         losses = plackett_luce(self._knobs.beta, policy, reference, ranks, self._knobs.ties)
         rewards = self._knobs.beta * (policy.detach() - reference)
         metrics = {**_metrics(rewards, policy.detach()), **_statistics(scores, step)}
-        tau = kendall_tau(rewards, ranks.to(rewards.device)).nan_to_num(0.0)  # of one tie: neither right nor wrong
-        return GroupLosses(losses, {**metrics, TAU: tau, "rewards/accuracies": (tau + 1) / 2})
+        return GroupLosses(losses, metrics | ranking_metrics(rewards, ranks))
 
 
 def _statistics(scores: Scores, step: Sequence[TokenGroup]) -> dict[str, torch.Tensor]:
@@ -240,7 +268,16 @@ def _statistics(scores: Scores, step: Sequence[TokenGroup]) -> dict[str, torch.T
 
 
 def _metrics(rewards_BK: torch.Tensor, policy_BK: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What is logged of the first and the last answer of each group.
+    """What is logged of the first and the last answer of each group."""
+    return {
+        **reward_metrics(rewards_BK),
+        "logps/chosen": policy_BK[:, 0],
+        "logps/rejected": policy_BK[:, -1],
+    }
+
+
+def reward_metrics(rewards_BK: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What is logged of the rewards of the first and the last answer of each group.
 
     The gradient weight is sigma(r_l - r_w), by which DPO's gradient weighs a pair (Rafailov et al. 2023, section 4).
     """
@@ -252,6 +289,10 @@ def _metrics(rewards_BK: torch.Tensor, policy_BK: torch.Tensor) -> dict[str, tor
         "rewards/accuracies": (margins.sign() + 1) / 2,
         "rewards/ties": (margins == 0).double(),
         "gradient_weight": (-margins).sigmoid(),
-        "logps/chosen": policy_BK[:, 0],
-        "logps/rejected": policy_BK[:, -1],
     }
+
+
+def ranking_metrics(rewards_BK: torch.Tensor, ranks_BK: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Kendall's tau and, as the accuracy, the share of pairs of a ranking that the rewards order alike."""
+    tau = kendall_tau(rewards_BK, ranks_BK.to(rewards_BK.device)).nan_to_num(0.0)  # of one tie: neither right nor wrong
+    return {TAU: tau, "rewards/accuracies": (tau + 1) / 2}

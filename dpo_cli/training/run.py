@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dpo_cli.core.errors import Interrupted, MachineError
 from dpo_cli.core.interrupts import StopRequest, graceful_stop
@@ -23,11 +23,12 @@ from dpo_cli.scoring.recompute import (
     measure_kept,
     set_recompute,
 )
-from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.callbacks import CheckpointCallback, ProgressCallback
-from dpo_cli.training.objective import Objective
+from dpo_cli.training.objective import GroupScorer, Objective
 from dpo_cli.training.replicas import ALONE, Replicas
 from dpo_cli.training.trainer import GroupTrainer, Plan, diverged, last_checkpoint, training_arguments
+
+Scored = TypeVar("Scored")
 
 _BUDGET = "token_budget.json"
 _BYTES_A_TRAINED_NUMBER = 12
@@ -65,8 +66,8 @@ class Fit:
 
 def fit(
     model: Any,
-    scorer: Scorer,
-    objective: Objective,
+    scorer: GroupScorer[Scored],
+    objective: Objective[Scored],
     train_groups: Sequence[TokenGroup],
     held_out: Sequence[TokenGroup],
     *,
@@ -160,7 +161,7 @@ def fit(
 
 def choose_recompute(
     model: Any,
-    scorer: Scorer,
+    scorer: GroupScorer[Any],
     groups: Sequence[TokenGroup],
     runtime: RuntimeParams,
     reporter: Reporter,

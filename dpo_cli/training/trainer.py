@@ -29,8 +29,8 @@ from dpo_cli.core.params import TrainingParams
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models.device import Machine
 from dpo_cli.scoring.budget import TokenBudget, is_out_of_memory
-from dpo_cli.scoring.scorer import Scorer, Scores
-from dpo_cli.training.objective import Objective
+from dpo_cli.scoring.scorer import Scores
+from dpo_cli.training.objective import GroupScorer, Objective
 from dpo_cli.training.replicas import ALONE, Replicas
 
 _OPTIMIZERS = {"adamw": "adamw_torch", "rmsprop": "rmsprop", "paged_adamw_8bit": "paged_adamw_8bit"}
@@ -164,8 +164,8 @@ class GroupTrainer(Trainer):
     def __init__(
         self,
         model: Any,
-        scorer: Scorer,
-        objective: Objective,
+        scorer: GroupScorer[Any],
+        objective: Objective[Any],
         train_groups: Sequence[TokenGroup],
         held_out: Sequence[TokenGroup],
         budget: TokenBudget,

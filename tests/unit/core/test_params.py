@@ -356,3 +356,43 @@ def test_turns_are_read_by_conversations_alone() -> None:
 def test_what_a_check_cannot_do_is_refused() -> None:
     (found,) = problems_of({"data": {"checks": {"tie": "keep"}}})
     assert found == "params.yaml: data.checks.tie must be one of 'drop' or 'error', got 'keep'"
+
+
+# --- the reward model ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tree", "problem"),
+    [
+        (
+            {"reward": {"loss": "bradley_terry", "ties": "groups"}},
+            "reward.ties has no effect with reward.loss bradley_terry; plackett_luce reads it",
+        ),
+        (
+            {"reward": {"loss": "bradley_terry", "lora": {"r": 4}}},
+            "reward.lora has no effect with sft.method qlora: reward goes on with the adapter of sft",
+        ),
+        (
+            {"reward": {"loss": "bradley_terry", "max_steps": 5, "epochs": 2.0}},
+            "reward.epochs has no effect beside reward.max_steps; drop one of them",
+        ),
+        (
+            {"reward": {"loss": "plackett_luce", "optimizer": "rmsprop", "weight_decay": 0.1}},
+            "reward.weight_decay has no effect with reward.optimizer rmsprop",
+        ),
+        ({"evaluate": {"judge": "reward-model"}}, "evaluate.judge reward-model needs a reward model: set reward.loss"),
+        (
+            {"reward": {"loss": "sigmoid"}},
+            "reward.loss must be one of 'none', 'bradley_terry' or 'plackett_luce', got 'sigmoid'",
+        ),
+    ],
+)
+def test_settings_of_the_reward_model_that_do_nothing_are_named(tree: dict[str, Any], problem: str) -> None:
+    assert problems_of(tree) == [f"params.yaml: {problem}"]
+
+
+def test_without_a_reward_model_the_rest_of_its_section_rests() -> None:
+    rest = {"ties": "groups", "lora": {"r": 4}, "max_steps": 5, "epochs": 2.0, "learning_rate": 1e-3}
+    assert parse_params({"reward": rest}).reward.loss == "none"
+    parse_params({"reward": {**rest, "loss": "plackett_luce", "max_steps": None}, "sft": {"method": "none"}})
+    parse_params({"reward": {"loss": "bradley_terry"}, "evaluate": {"judge": "reward-model"}})

@@ -143,3 +143,12 @@ def test_a_red_line_never_stands_under_a_good_headline() -> None:
         metrics = METRICS | changes
         assert "bad" in {found.status for found in verdict(metrics)}
         assert headline(metrics)[1] == "bad"
+
+
+def test_a_reward_model_as_judge_has_no_ceiling_and_says_where_it_comes_from() -> None:
+    """No ceiling and no well-formed answers: only the world's judge knows them."""
+    known = ("win_rate_ceiling", "well_formed_sft", "well_formed_dpo")
+    findings = {each.name: each for each in verdict({k: v for k, v in METRICS.items() if k not in known})}
+    assert "at most" not in findings["win rate over SFT"].meaning
+    assert "which learned of the same preferences" in findings["win rate over SFT"].meaning
+    assert "well-formed answers" not in findings

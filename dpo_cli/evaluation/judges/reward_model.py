@@ -1,0 +1,92 @@
+"""A judge that is a reward model: p(first is better) = sigma(r_first - r_second), Bradley-Terry's probability."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from dpo_cli.core.params import RuntimeParams
+from dpo_cli.core.progress import Reporter
+from dpo_cli.data.chat import ChatEncoder
+from dpo_cli.data.schema import Messages, assistant, user
+from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.models.adapters import SftResult
+from dpo_cli.models.device import Machine, token_budget
+from dpo_cli.models.reward import load_reward_model, reward_head
+from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
+from dpo_cli.scoring.probe import open_scorer
+from dpo_cli.scoring.reward import RewardScorer
+
+
+class RewardModel:
+    """Rewards of answers. Only differences between answers to one prompt mean anything.
+
+    Args:
+        scorer: The reward model's forward pass, its model in eval mode.
+        encoder: Messages to token ids.
+        budget: Tokens of a micro-batch.
+    """
+
+    def __init__(self, scorer: RewardScorer, encoder: ChatEncoder, budget: TokenBudget) -> None:
+        self._scorer = scorer
+        self._encoder = encoder
+        self._budget = budget
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        base: Path,
+        sft: SftResult,
+        machine: Machine,
+        quantization: str,
+        encoder: ChatEncoder,
+        runtime: RuntimeParams,
+        reporter: Reporter,
+        stage: str,
+    ) -> RewardModel:
+        """The reward model of a folder, on the frozen weights that it was trained on.
+
+        Args:
+            folder: What stage reward made; :func:`dpo_cli.models.reward.check_reward_model` says whether it fits.
+            base: Directory of the base model.
+            sft: What stage sft made of it.
+            machine: Device and compute dtype.
+            quantization: ``nf4`` or ``none``.
+            encoder: Messages to token ids.
+            runtime: Layout and token budget.
+            reporter: Hears of them.
+            stage: Name of the stage, for messages.
+        """
+        model = load_reward_model(folder, base, sft, machine, quantization)
+        scorer, _ = open_scorer(model, machine.compute_dtype, runtime, reporter, stage)
+        budget = TokenBudget(token_budget(runtime, scorer.device), stage, reporter)
+        return cls(RewardScorer(scorer, reward_head(model)), encoder, budget)
+
+    @torch.no_grad()
+    def rewards(self, groups: Sequence[TokenGroup]) -> list[list[float]]:
+        """The rewards of each group's answers, as token ids; groups may have any number of them, and differ in ids."""
+        found: dict[str, list[float]] = {}
+        with self._scorer.scorer:
+            for batch, scores in in_micro_batches(groups, self._budget, self._scorer.split, self._scorer.score):
+                found.update(zip((group.id for group in batch), scores.rewards_BK.tolist(), strict=True))
+        return [found[group.id] for group in groups]
+
+    def rewards_of_texts(self, prompt: Messages, texts: Sequence[str]) -> list[float]:
+        """The rewards of some answers to a prompt, as texts."""
+        tokens = tuple(self._encoder.encode_prompt(prompt))
+        answers = tuple(tuple(self._encoder.encode_completion(prompt, [assistant(text)])) for text in texts)
+        return self.rewards([TokenGroup("one", "one", tokens, answers)])[0] if texts else []
+
+    def prefer(self, prompt: str, first: str, second: str) -> float:
+        """Probability that the first of two answers to a user's message is the better one."""
+        a, b = self.rewards_of_texts([user(prompt)], [first, second])
+        return preference(a, b)
+
+
+def preference(first: float, second: float) -> float:
+    """Bradley-Terry's probability that the answer with the first reward is better: sigma(first - second)."""
+    return 1 / (1 + math.exp(second - first)) if second <= first else 1 - 1 / (1 + math.exp(first - second))

@@ -1,0 +1,296 @@
+"""Stage reward: the reward model that DPO does without, to judge with and for Best-of-N."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from dpo_cli.core import paths
+from dpo_cli.core.artifacts import digest_json, publish_folder, write_json, write_json_lines, write_text
+from dpo_cli.core.errors import DataError
+from dpo_cli.core.params import LoraParams, Params, RewardParams
+from dpo_cli.core.progress import Reporter
+from dpo_cli.core.scratch import Scratch, stage_scratch
+from dpo_cli.data.tokenise import TokenTable, explain_found, explain_rejects
+from dpo_cli.evaluation.bootstrap import Estimate
+from dpo_cli.evaluation.judges.reward_model import RewardModel
+from dpo_cli.evaluation.reward_figures import RewardedPair, RewardFigures, summarise_rewards
+from dpo_cli.models.adapters import save_adapter
+from dpo_cli.models.device import peak_memory_gib, token_budget
+from dpo_cli.models.identity import read_lock
+from dpo_cli.models.load import quiet_libraries, save_tokenizer
+from dpo_cli.models.reward import REWARD_MANIFEST, load_reward_model_at_start, reward_head, write_reward_manifest
+from dpo_cli.reference.graph import SPLITS, Graph, all_rejects, open_graph, read_columns, refuse_empty, table_digests
+from dpo_cli.scoring.budget import TokenBudget
+from dpo_cli.scoring.probe import Verdict, open_scorer
+from dpo_cli.scoring.reward import RewardScorer
+from dpo_cli.training.history import merge_log, write_tsv
+from dpo_cli.training.reward_objective import RewardObjective
+from dpo_cli.training.run import Fit, fit
+
+_REWARDS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "rewards/ties",
+    "rewards/kendall_tau",
+    "gradient_weight",
+)
+_COLUMNS = (
+    "loss",
+    *_REWARDS,
+    "grad_norm",
+    "learning_rate",
+    "eval_loss",
+    *(f"eval_{name}" for name in _REWARDS),
+)
+_DRAWS = 2000
+_CONFIDENCE = 0.95
+
+
+def run(params: Params, reporter: Reporter) -> dict[str, Any]:
+    """Write models/reward: adapter and head, tokenizer, model card and manifest; a marker with reward.loss none.
+
+    Raises:
+        StaleArtifactError: models/base, models/sft or data/preference is missing or stale.
+        DataError: No pair or ranking of a split is within reference.max_length.
+        Interrupted: The user asked to stop; a checkpoint is kept.
+    """
+    quiet_libraries()
+    knobs = params.reward
+    if knobs.loss == "none":
+        with stage_scratch("reward", "none") as scratch:
+            return _publish_none(scratch, reporter)
+    graph = open_graph(params.model, params.reference, params.runtime)
+    ranked = knobs.loss == "plackett_luce"
+    train, held_out = (graph.tokenise_rankings(split) if ranked else graph.tokenise_pairs(split) for split in SPLITS)
+    refuse_empty((train, held_out), graph.max_length, section="reward", ranked=ranked)
+    pairs = graph.tokenise_pairs("eval") if ranked else held_out
+    if not pairs.groups:
+        raise DataError(f"{paths.preference_table('eval').as_posix()}: no pair is held out to measure with")
+    if warning := explain_rejects([train, held_out], "reference.max_length", graph.max_length):
+        reporter.warn(f"reward: {warning}")
+    if warning := explain_found([train, held_out]):
+        reporter.warn(f"reward: {warning}")
+    provenance = _provenance(params, graph)
+    with stage_scratch("reward", digest_json(provenance)) as scratch:
+        model = load_reward_model_at_start(
+            graph.base, graph.sft, graph.machine, graph.quantization, knobs.lora or LoraParams(), knobs.seed
+        )
+        inner, layout = open_scorer(model, graph.machine.compute_dtype, params.runtime, reporter, "reward")
+        scorer = RewardScorer(inner, reward_head(model))
+        result = fit(
+            model,
+            scorer,
+            _objective(knobs),
+            train.groups,
+            held_out.groups,
+            section="reward",
+            params=knobs,
+            runtime=params.runtime,
+            machine=graph.machine,
+            work=scratch.folder,
+            reporter=reporter,
+        )
+        model.eval()
+        budget = TokenBudget(token_budget(params.runtime, scorer.device), "reward", reporter)
+        figures = _figures(RewardModel(scorer, graph.encoder, budget), pairs, knobs.seed)
+        metrics = _metrics(knobs, graph, train, held_out, figures, result, layout)
+        built = scratch.build_folder()
+        save_adapter(model, built, params.model.name)
+        save_tokenizer(graph.tokenizer, graph.encoder, built)
+        write_text(built / "README.md", _model_card(params, graph, metrics))
+        write_reward_manifest(built, knobs.loss, provenance)
+        publish_folder(built, paths.REWARD_MODEL)
+        rows = merge_log(result.history, _COLUMNS)
+        write_tsv(paths.report_dir("reward") / "steps.tsv", rows, ("step", *_COLUMNS))
+        write_json_lines(paths.rejects_file("reward"), all_rejects([train, held_out]))
+        write_json(paths.metrics_file("reward"), {"reward": metrics})
+        scratch.clear()
+    _print_summary(knobs, metrics, reporter)
+    return metrics
+
+
+def _publish_none(scratch: Scratch, reporter: Reporter) -> dict[str, Any]:
+    """There is no reward model: only a marker is written."""
+    built = scratch.build_folder()
+    write_reward_manifest(built, "none", {})
+    publish_folder(built, paths.REWARD_MODEL)
+    metrics: dict[str, Any] = {"method": "none"}
+    write_tsv(paths.report_dir("reward") / "steps.tsv", [], ("step", *_COLUMNS))
+    write_json_lines(paths.rejects_file("reward"), [])
+    write_json(paths.metrics_file("reward"), {"reward": metrics})
+    scratch.clear()
+    reporter.table("reward", [("loss", "none: no reward model is made (reward.loss)")])
+    return metrics
+
+
+def _objective(knobs: RewardParams) -> RewardObjective:
+    if knobs.loss == "bradley_terry":
+        return RewardObjective()
+    tables = [read_columns(paths.ranking_table(split), "ranks") for split in SPLITS]
+    return RewardObjective({id: row[0] for table in tables for id, row in table.items()}, knobs.ties)
+
+
+def _provenance(params: Params, graph: Graph) -> dict[str, Any]:
+    """Everything the reward model depends on; no time and no path, so equal runs give equal bytes."""
+    return {
+        "dpo_cli": version("dpo-cli"),
+        "params": {
+            "model": params.model.model_dump(),
+            "reference": params.reference.model_dump(),
+            "reward": params.reward.model_dump(),
+        },
+        "base": read_lock(),
+        "graph": graph.identity,
+        "data": table_digests(paths.PREFERENCE_DATA),
+    }
+
+
+def _figures(model: RewardModel, pairs: TokenTable, seed: int) -> RewardFigures:
+    rewards = model.rewards(pairs.groups)
+    rows = [
+        RewardedPair(
+            group.id, group.group, (found[0], found[1]), (len(group.completions[0]), len(group.completions[1]))
+        )
+        for group, found in zip(pairs.groups, rewards, strict=True)
+    ]
+    return summarise_rewards(rows, draws=_DRAWS, confidence=_CONFIDENCE, seed=seed)
+
+
+def _metrics(
+    knobs: RewardParams,
+    graph: Graph,
+    train: TokenTable,
+    held_out: TokenTable,
+    figures: RewardFigures,
+    result: Fit,
+    layout: Verdict,
+) -> dict[str, Any]:
+    tokens = sum(
+        len(group.completions) * len(group.prompt) + sum(map(len, group.completions)) for group in train.groups
+    ) / len(train.groups)
+    metrics: dict[str, Any] = {"method": knobs.loss}
+    for name in ("accuracy", "log_loss", "ece", "margin", "longer_accuracy"):
+        metrics |= _with_interval(name, getattr(figures, name))
+    for name, (count, estimate) in figures.by_length.items():
+        metrics[f"num_chosen_{name}"] = count
+        if estimate is not None:
+            metrics |= _with_interval(f"accuracy_chosen_{name}", estimate)
+    metrics["reliability"] = [
+        {
+            "probability_from": cell.low,
+            "probability_to": cell.high,
+            "num_pairs": cell.num_pairs,
+            "probability": cell.probability,
+            **_with_interval("accuracy", cell.accuracy),
+        }
+        for cell in figures.reliability
+    ]
+    if knobs.loss == "plackett_luce":
+        metrics["eval_kendall_tau"] = result.last("eval_rewards/kendall_tau")
+    return metrics | {
+        "num_ties": figures.num_ties,
+        "num_eval_pairs": figures.num_pairs,
+        "num_eval_prompts": figures.num_prompts,
+        "num_groups": len(train.groups),
+        "num_eval": len(held_out.groups),
+        "num_rejected": len(train.rejects) + len(held_out.rejects),
+        "num_steps": result.num_steps,
+        "loss": result.last("loss"),
+        "eval_loss_start": result.first("eval_loss"),
+        "eval_loss": result.last("eval_loss"),
+        "groups_per_s": result.groups_per_s,
+        "logical_tokens_per_s": result.groups_per_s * tokens,
+        "peak_mem_gib": peak_memory_gib(graph.machine),
+        "recompute": result.recompute,
+        "max_tokens_per_microbatch": result.max_tokens,
+        **layout.metrics(),
+    }
+
+
+def _with_interval(name: str, estimate: Estimate) -> dict[str, Any]:
+    return {name: estimate.value, f"{name}_ci": [estimate.low, estimate.high]}
+
+
+def _model_card(params: Params, graph: Graph, metrics: dict[str, Any]) -> str:
+    knobs = params.reward
+    whole = graph.sft.method == "full"
+    belongs = (
+        "the whole model that stage sft made of it (models/sft of the same run)"
+        if whole
+        else f"the very base model whose digests `{REWARD_MANIFEST}` lists"
+    )
+    directory = "SFT_DIRECTORY" if whole else "BASE_DIRECTORY"
+    held = "in 4-bit nf4" if graph.quantization == "nf4" else "as they are"
+    low, high = metrics["accuracy_ci"]
+    return f"""---
+library_name: peft
+base_model: {params.model.name}
+tags: [reward-model, lora]
+---
+
+# A reward model on {params.model.name}
+
+A LoRA adapter and a scalar head, trained on preferences by dpo-cli. The reward of an answer is the head on the hidden
+state at its last token, the one that ends the turn. Rewards are fixed up to a constant a prompt: only the difference
+of two answers to one prompt means anything, and σ(r_a - r_b) is the probability that a is preferred.
+
+| | |
+|---|---|
+| loss | {knobs.loss} |
+| {_unit(knobs)} | {metrics["num_groups"]} for training, {metrics["num_eval"]} held out |
+| steps | {metrics["num_steps"]} of {knobs.batch_size} {_unit(knobs)} |
+| held-out accuracy | {metrics["accuracy"]:.3f}, 95% interval {low:.3f} to {high:.3f} |
+| the longer answer instead | {metrics["longer_accuracy"]:.3f} |
+| held-out log-loss | {metrics["log_loss"]:.4f} nats a pair |
+| calibration error | {metrics["ece"]:.3f} |
+| frozen weights while training | {held} |
+
+It belongs to {belongs}. To use it:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+base = AutoModelForSequenceClassification.from_pretrained({directory}, num_labels=1)
+model = PeftModel.from_pretrained(base, THIS_DIRECTORY).eval()
+model(input_ids).logits  # of one prompt with one whole answer, the token that ends its turn included
+```
+
+Batches need a padding token that is not the one that ends the turn. Where base weights are loaded in 4-bit, the head
+is to be left out: `BitsAndBytesConfig(..., llm_int8_skip_modules=["score"])`.
+"""
+
+
+def _unit(knobs: RewardParams) -> str:
+    return "rankings" if knobs.loss == "plackett_luce" else "pairs"
+
+
+def _print_summary(knobs: RewardParams, metrics: dict[str, Any], reporter: Reporter) -> None:
+    unit = _unit(knobs)
+    reporter.table(
+        "reward",
+        [
+            ("loss", knobs.loss),
+            (unit, f"{metrics['num_groups']} train, {metrics['num_eval']} held out"),
+            (f"{unit} left out", f"{metrics['num_rejected']} (listed in {paths.rejects_file('reward').as_posix()})"),
+            ("steps", str(metrics["num_steps"])),
+            ("held-out loss", f"{metrics['eval_loss_start']:.4f} -> {metrics['eval_loss']:.4f}"),
+            ("held-out accuracy", _shown(metrics, "accuracy")),
+            ("accuracy of the longer answer", _shown(metrics, "longer_accuracy")),
+            ("log-loss", _shown(metrics, "log_loss")),
+            ("calibration error", _shown(metrics, "ece")),
+            (
+                "speed",
+                f"{metrics['groups_per_s']:.1f} {unit}/s, {metrics['logical_tokens_per_s']:.0f} logical tokens/s",
+            ),
+            ("peak memory", f"{metrics['peak_mem_gib']:.2f} GiB"),
+        ],
+    )
+
+
+def _shown(metrics: dict[str, Any], name: str) -> str:
+    low, high = metrics[f"{name}_ci"]
+    return f"{metrics[name]:.3f} [{low:.3f}, {high:.3f}]"

@@ -1,0 +1,156 @@
+"""The reward model: starts where SFT ended, knows nothing at first, and is saved as others load it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+from dpo_cli.core import paths
+from dpo_cli.core.errors import StaleArtifactError
+from dpo_cli.core.params import LoraParams
+from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.models.adapters import (
+    ADAPTER_FILES,
+    SftResult,
+    add_adapter,
+    load_reference,
+    save_adapter,
+    write_sft_manifest,
+)
+from dpo_cli.models.load import load_model
+from dpo_cli.models.reward import (
+    check_reward_model,
+    load_reward_model,
+    load_reward_model_at_start,
+    reward_head,
+    write_reward_manifest,
+)
+from dpo_cli.scoring.reward import RewardScorer
+from dpo_cli.scoring.scorer import Scorer
+
+LORA = LoraParams(r=4, alpha=8.0)
+RESULTS = {method: SftResult(method, "digest") for method in ("none", "qlora", "full")}
+
+
+def randomise(model: Any, seed: int) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "score" in name:
+            parameter.data.normal_(std=0.1, generator=generator)
+    return model
+
+
+@pytest.fixture
+def sft(project: Path, tiny_folder: Path, cpu: Any) -> None:
+    """models/sft with an adapter that does something."""
+    model = randomise(add_adapter(load_model(tiny_folder, cpu, quantization="none"), LORA, 1), 1)
+    save_adapter(model, paths.SFT_MODEL, "embedded")
+    write_sft_manifest(paths.SFT_MODEL, "qlora", list(ADAPTER_FILES), "base-digest")
+
+
+def start(tiny_folder: Path, cpu: Any, quantization: str = "none", method: str = "qlora") -> Any:
+    return load_reward_model_at_start(tiny_folder, RESULTS[method], cpu, quantization, LORA, 0)
+
+
+def rewards(model: Any, groups: list[TokenGroup]) -> torch.Tensor:
+    with torch.no_grad(), Scorer(model, torch.float32, "shared") as scorer:
+        return RewardScorer(scorer, reward_head(model)).score(groups).rewards_BK
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("method", ["qlora", "none"])
+def test_it_starts_as_the_sft_model_with_a_head_of_zeros(
+    method: str,
+    quantization: str,
+    sft: None,
+    tiny_folder: Path,
+    cpu: Any,
+    make_groups: Callable[..., list[TokenGroup]],
+) -> None:
+    groups = make_groups(4)
+    model = start(tiny_folder, cpu, quantization, method)
+    with torch.no_grad():
+        theirs = Scorer(load_reference(tiny_folder, RESULTS[method], cpu, quantization), torch.float32).score(groups)
+        ours = Scorer(model, torch.float32).score(groups)
+    assert (ours.logps_BK - theirs.logps_BK).abs().max() <= 1e-4
+    assert not rewards(model, groups).any()
+    trained = [name for name, value in model.named_parameters() if value.requires_grad]
+    assert sum("score" in name for name in trained) == 1
+    assert all("lora_" in name or "score" in name for name in trained)
+    assert len(trained) == 1 + 2 * 7 * 2
+    assert reward_head(model).weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_saved_and_loaded_it_gives_the_same_rewards(
+    quantization: str,
+    sft: None,
+    tiny_folder: Path,
+    cpu: Any,
+    tmp_path: Path,
+    make_groups: Callable[..., list[TokenGroup]],
+) -> None:
+    groups = make_groups(6)
+    model = randomise(start(tiny_folder, cpu, quantization), 2)
+    for folder in ("a", "b"):
+        save_adapter(model, tmp_path / folder, "embedded")
+    for name in ADAPTER_FILES:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    again = load_reward_model(tmp_path / "a", tiny_folder, RESULTS["qlora"], cpu, quantization)
+    assert not [name for name, value in again.named_parameters() if value.requires_grad]
+    found = rewards(again, groups)
+    assert torch.equal(found, rewards(model.eval(), groups))
+    assert found.std() > 0.1
+
+
+@pytest.mark.parametrize("method", ["qlora", "none"])
+def test_transformers_and_peft_alone_give_the_same_rewards(
+    method: str,
+    sft: None,
+    tiny_folder: Path,
+    cpu: Any,
+    tmp_path: Path,
+    make_groups: Callable[..., list[TokenGroup]],
+) -> None:
+    """As the model card says: a sequence classifier of one label, and the adapter on it."""
+    groups = make_groups(6)
+    model = randomise(start(tiny_folder, cpu, method=method), 3)
+    save_adapter(model, tmp_path / "saved", "embedded")
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_folder, num_labels=1, dtype=torch.float32)
+    other = PeftModel.from_pretrained(base, str(tmp_path / "saved")).eval()
+    with torch.no_grad():
+        theirs = [
+            [other(torch.tensor([group.prompt + completion])).logits.item() for completion in group.completions]
+            for group in groups
+        ]
+    assert (rewards(model.eval(), groups) - torch.tensor(theirs, dtype=torch.float64)).abs().max() <= 1e-5
+
+
+def test_a_reward_model_of_something_else_is_refused(sft: None, tiny_folder: Path, cpu: Any, project: Path) -> None:
+    folder, graph, data = paths.REWARD_MODEL, {"sft": "a"}, {"train": "1"}
+    with pytest.raises(StaleArtifactError, match=r"reward\.json is missing; run: dpo-cli reward"):
+        check_reward_model(folder, graph, data)
+    save_adapter(start(tiny_folder, cpu), folder, "embedded")
+    write_reward_manifest(folder, "bradley_terry", {"graph": graph, "data": data})
+    check_reward_model(folder, graph, data)
+    with pytest.raises(StaleArtifactError, match="trained on another graph than models/sft is now"):
+        check_reward_model(folder, {"sft": "b"}, data)
+    with pytest.raises(StaleArtifactError, match="trained on other data than data/preference is now"):
+        check_reward_model(folder, graph, {"train": "2"})
+    weights = folder / ADAPTER_FILES[1]
+    kept = weights.read_bytes()
+    weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    with pytest.raises(StaleArtifactError, match="has changed since it was made"):
+        check_reward_model(folder, graph, data)
+    weights.unlink()
+    with pytest.raises(StaleArtifactError, match="is missing; run: dpo-cli reward"):
+        check_reward_model(folder, graph, data)
+    write_reward_manifest(folder, "none", {})
+    with pytest.raises(StaleArtifactError, match=r"holds no reward model: set reward\.loss in params\.yaml"):
+        check_reward_model(folder, graph, data)
