@@ -8,6 +8,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 THREADS := OMP_NUM_THREADS=1
+# Two processes of one thread each; a file's tests stay together, since they share what is dear to make.
+PYTEST := $(THREADS) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 .PHONY: setup repro test test-fast lint docs bench bench-trl clean
 
@@ -17,10 +19,10 @@ repro: setup
 	$(BIN)/dpo-cli repro
 
 test: $(VENV)/.installed-dev
-	$(THREADS) $(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: $(VENV)/.installed-dev
-	$(THREADS) $(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
