@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -154,34 +153,3 @@ def test_an_unknown_name_is_no_loss() -> None:
 
 def test_instruction_loss_is_the_negative_sum() -> None:
     assert negative_log_likelihood(torch.tensor([[-2.0], [-3.5]])).tolist() == [2.0, 3.5]
-
-
-# --- the theory (float64) -----------------------------------------------------------------
-
-
-def test_dpo_on_a_table_finds_the_optimal_policy() -> None:
-    """Rafailov et al. 2023, eq. 4: pi* = ref * exp(r / beta) / Z, from the exact Bradley-Terry preferences."""
-    beta, answers = 0.5, 4
-    generator = torch.Generator().manual_seed(0)
-    reward = torch.randn(answers, generator=generator, dtype=torch.float64)
-    reference = torch.randn(answers, generator=generator, dtype=torch.float64).log_softmax(0)
-    pairs = list(itertools.combinations(range(answers), 2))
-    logits = reference.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([logits], lr=1, max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-15)
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        policy = logits.log_softmax(0)
-        total = torch.zeros((), dtype=torch.float64)
-        for a, b in pairs:
-            prefers_a = torch.sigmoid(reward[a] - reward[b])
-            for (win, lose), share in (((a, b), prefers_a), ((b, a), 1 - prefers_a)):
-                rows = (policy[[win, lose]][None], reference[[win, lose]][None], torch.ones(1, 2))
-                total = total + share * sigmoid(beta)(*rows).sum()
-        total.backward()
-        return total
-
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
-    optimal = (reference + reward / beta).softmax(0)
-    total_variation = (logits.softmax(0) - optimal).abs().sum() / 2
-    assert total_variation < 1e-6
