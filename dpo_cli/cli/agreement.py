@@ -86,8 +86,8 @@ def print_table(found: AgreementTable, console: Console | None = None) -> None:
     console.print()
     console.print(
         Text(
-            f"In brackets {100 * found.confidence:g}% intervals by prompt ({found.draws} draws). A tie is half a win, and"
-            " agrees by half with a win or a loss; for kappa and alpha it is a category of its own."
+            f"In brackets {100 * found.confidence:g}% intervals by prompt ({found.draws} draws). A tie is half a win,"
+            " and agrees by half with a win or a loss; for kappa and alpha it is a category of its own."
         )
     )
 
@@ -172,7 +172,7 @@ def as_json(found: AgreementTable) -> dict[str, Any]:
 
 
 def write_csv(found: AgreementTable, path: Path) -> None:
-    """Write the figures as CSV, one a line: num counts votes, or pairs of them; fields are empty where a figure is undefined."""
+    """Write the figures as CSV, one a line: num counts votes, or pairs of them; an undefined figure is empty."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["method", "baseline", "figure", "first", "second", "num", "value", "low", "high"])

@@ -114,9 +114,7 @@ class MethodAgreement:
         return next((each for each in self.pairs if (each.first, each.second) == (first, second)), None)
 
 
-def summarise_votes(
-    votes: Sequence[Vote], *, draws: int, confidence: float, seed: int
-) -> list[MethodAgreement]:
+def summarise_votes(votes: Sequence[Vote], *, draws: int, confidence: float, seed: int) -> list[MethodAgreement]:
     """Figures for each method and baseline, in the order of their first votes.
 
     Args:
@@ -170,9 +168,7 @@ def _summarise(votes: Sequence[Vote], kinds: Sequence[str], bootstrap: _Bootstra
     )
 
 
-def _between(
-    items: dict[str, list[Vote]], first: str, second: str, bootstrap: _Bootstrap
-) -> PairAgreement | None:
+def _between(items: dict[str, list[Vote]], first: str, second: str, bootstrap: _Bootstrap) -> PairAgreement | None:
     pairs = [
         (one, other)
         for votes in items.values()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo_cli.evaluation.bootstrap import Estimate, cluster_bootstrap_of
+from dpo_cli.evaluation.bootstrap import Estimate, cluster_weights, percentile_interval
 
 _MAX_STEPS = 100
 _TOLERANCE = 1e-10
@@ -55,9 +55,7 @@ class Strengths:
     num_prompts: int
 
 
-def fit_strengths(
-    outcomes: Sequence[Outcome], anchor: str, *, draws: int, confidence: float, seed: int
-) -> Strengths:
+def fit_strengths(outcomes: Sequence[Outcome], anchor: str, *, draws: int, confidence: float, seed: int) -> Strengths:
     """Strengths of all models with intervals by prompt.
 
     Draws in which the strengths are infinite are left out; where they are more than a few, there is no interval.
@@ -82,33 +80,28 @@ def fit_strengths(
         raise ValueError("an outcome needs two different models and a value in [0, 1]")
     number = {name: index for index, name in enumerate(models)}
     size = len(models)
-    columns = np.zeros((len(outcomes), size * size))
-    for row, each in enumerate(outcomes):
+    prompts, owners = np.unique([each.prompt for each in outcomes], return_inverse=True)
+    by_prompt = np.zeros((len(prompts), size, size))
+    order = sorted(range(len(outcomes)), key=lambda row: (outcomes[row].first, outcomes[row].second, outcomes[row].win))
+    for row in order:
+        each = outcomes[row]
         i, j = number[each.first], number[each.second]
-        columns[row, i * size + j] = each.win
-        columns[row, j * size + i] = 1 - each.win
-    wins = columns.sum(0).reshape(size, size)
+        by_prompt[owners[row], i, j] += each.win
+        by_prompt[owners[row], j, i] += 1 - each.win
+    wins = by_prompt.sum(0)
     if not _is_connected(wins[None])[0]:
         raise ValueError(_why_infinite(wins, models))
     base = number[anchor]
-    prompts = [each.prompt for each in outcomes]
-    fitted: dict[bytes, np.ndarray] = {}
-
-    def strengths_of(sums: np.ndarray) -> np.ndarray:
-        key = sums.tobytes()  # the draws are the same for every figure: fit each once
-        if key not in fitted:
-            fitted[key] = bradley_terry(sums.reshape(-1, size, size), base)
-        return fitted[key]
+    fitted = bradley_terry(wins[None], base)[0]
+    drawn = np.concatenate(
+        [
+            bradley_terry((weights @ by_prompt.reshape(len(prompts), -1)).reshape(-1, size, size), base)
+            for weights in cluster_weights(len(prompts), draws=draws, seed=seed)
+        ]
+    )
 
     def difference(i: int, j: int) -> Estimate:
-        return cluster_bootstrap_of(
-            lambda sums, _: strengths_of(sums)[:, i] - strengths_of(sums)[:, j],
-            columns,
-            prompts,
-            draws=draws,
-            confidence=confidence,
-            seed=seed,
-        )
+        return Estimate(float(fitted[i] - fitted[j]), *percentile_interval(drawn[:, i] - drawn[:, j], confidence))
 
     differences = {(i, j): difference(i, j) for i in range(size) for j in range(size)}
     return Strengths(
@@ -120,7 +113,7 @@ def fit_strengths(
             if i != j
         },
         num_outcomes=len(outcomes),
-        num_prompts=len(set(prompts)),
+        num_prompts=len(prompts),
     )
 
 
@@ -165,7 +158,7 @@ def _is_connected(wins: np.ndarray) -> np.ndarray:
     reach = (wins > 0) | np.eye(size, dtype=bool)
     for _ in range(max(1, size.bit_length())):
         reach = (reach.astype(np.int64) @ reach.astype(np.int64)) > 0
-    return reach.all((-1, -2))
+    return np.asarray(reach.all((-1, -2)))
 
 
 def _why_infinite(wins: np.ndarray, models: Sequence[str]) -> str:
@@ -183,4 +176,5 @@ def _why_infinite(wins: np.ndarray, models: Sequence[str]) -> str:
 
 
 def _sigma(logit: float | np.ndarray) -> np.ndarray:
-    return np.exp(-np.logaddexp(0, -np.asarray(logit)))
+    with np.errstate(invalid="ignore"):  # of NaN
+        return np.exp(-np.logaddexp(0, -np.asarray(logit)))

@@ -58,8 +58,9 @@ def test_json_and_csv_have_the_same_figures(votes: Path, tmp_path: Path) -> None
     assert sft["pairs"][0]["cohen_kappa"] == {"value": None, "low": None, "high": None}
     with table.open(encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
-    [line] = [each for each in lines if (each["method"], each["figure"], each["second"]) == ("DPO", "agreement", "human")
-              and each["first"] == "S"]  # fmt: skip
+    [line] = [
+        each for each in lines if [each[key] for key in ("method", "figure", "first")] == ["DPO", "agreement", "S"]
+    ]
     assert float(line["value"]) == pairs["S", "human"]["agreement"]["value"]
     assert [each["value"] for each in lines if each["method"] == "SFT" and each["figure"] == "cohen_kappa"] == [""]
 

@@ -17,7 +17,7 @@ from dpo_cli.evaluation.agreement import (
 )
 from dpo_cli.evaluation.votes import LOSS, TIE, WIN, Vote
 
-# Items by the votes on them: judge S, judge C, the people; 1 is a win of the method. Their sums give the paper's Table 2.
+# Items by their votes: judge S, judge C, the people; 1 is a win of the method. They add up to the paper's Table 2.
 TABLE_2 = {
     "DPO": {
         "0 0 00": 23, "0 0 10": 12, "0 0 11": 2, "0 1 00": 6, "0 1 10": 18, "0 1 11": 11,

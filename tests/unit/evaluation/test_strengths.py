@@ -42,9 +42,7 @@ def hunter_mm(outcomes: list[Outcome], anchor: str) -> dict[str, float]:
             played[pair] = played.get(pair, 0) + 1
     gamma = dict.fromkeys(names, 1.0)
     for _ in range(3000):
-        gamma = {
-            i: won[i] / sum(played.get((i, j), 0) / (gamma[i] + gamma[j]) for j in names if j != i) for i in names
-        }
+        gamma = {i: won[i] / sum(played.get((i, j), 0) / (gamma[i] + gamma[j]) for j in names if j != i) for i in names}
     return {name: math.log(gamma[name] / gamma[anchor]) for name in names}
 
 
