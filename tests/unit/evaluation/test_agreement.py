@@ -15,7 +15,7 @@ from dpo_cli.evaluation.agreement import (
     krippendorff_alpha,
     summarise_votes,
 )
-from dpo_cli.evaluation.votes import LOSS, TIE, WIN, Vote
+from dpo_cli.evaluation.votes import COLUMNS, LOSS, TIE, WIN, Vote, read_votes
 
 # Items by their votes: judge S, judge C, the people; 1 is a win of the method. They add up to the paper's Table 2.
 TABLE_2 = {
@@ -31,17 +31,23 @@ TABLE_2 = {
 }  # fmt: skip
 
 
-def table_2_votes() -> list[Vote]:
-    votes = []
+@pytest.fixture(scope="module")
+def table_2_votes(tmp_path_factory: pytest.TempPathFactory) -> list[Vote]:
+    """The votes of a file in which every other answer of the method was shown as B."""
+    lines = [",".join(COLUMNS)]
     for method, items in TABLE_2.items():
         names = [votes_on for votes_on, count in items.items() for _ in range(count)]
         for number, votes_on in enumerate(names):
             judge_s, judge_c, people = votes_on.split()
             raters = {"S": judge_s, "C": judge_c, **{f"human:{i}": vote for i, vote in enumerate(people)}}
             for rater, vote in raters.items():
-                result = WIN if vote == "1" else LOSS
-                votes.append(Vote(f"{number}", f"p{number}", method, "PPO-0", rater, result))
-    return votes
+                shown_as_a = len(lines) % 2 == 0
+                letter = "A" if (vote == "1") == shown_as_a else "B"
+                first = method if shown_as_a else "PPO-0"
+                lines.append(f"{number},p{number},{method},PPO-0,{rater},{letter},{first}")
+    file = tmp_path_factory.mktemp("votes") / "votes.csv"
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return read_votes(file)
 
 
 def summarise(votes: list[Vote], **changes: float) -> list[MethodAgreement]:
@@ -62,9 +68,13 @@ def vote(item: int, rater: str, result: int, prompt: str = "") -> Vote:
     ],
 )
 def test_the_papers_table_2(
-    method: str, num_votes: int, wins: tuple[int, ...], agreement: tuple[int | None, ...]
+    method: str,
+    num_votes: int,
+    wins: tuple[int, ...],
+    agreement: tuple[int | None, ...],
+    table_2_votes: list[Vote],
 ) -> None:
-    [found] = [each for each in summarise(table_2_votes()) if each.method == method]
+    [found] = [each for each in summarise(table_2_votes) if each.method == method]
     assert found.win_rates["human"].num_votes == num_votes
     rates = [found.win_rates[kind].estimate for kind in ("S", "C", "human")]
     assert tuple(round(100 * rate.value) for rate in rates) == wins
@@ -75,9 +85,9 @@ def test_the_papers_table_2(
     assert found.overall is not None
 
 
-def test_fleiss_for_a_constant_number_of_raters_alone() -> None:
+def test_fleiss_for_a_constant_number_of_raters_alone(table_2_votes: list[Vote]) -> None:
     """All DPO items have two people; one PPO-1 item has a single one, so 199 is odd."""
-    found = {each.method: each for each in summarise(table_2_votes())}
+    found = {each.method: each for each in summarise(table_2_votes)}
     of_people = {name: each.pair("human", "human") for name, each in found.items()}
     assert of_people["SFT"] is None
     assert of_people["DPO"] is not None
@@ -89,8 +99,8 @@ def test_fleiss_for_a_constant_number_of_raters_alone() -> None:
     assert overall == ["fleiss_kappa", "fleiss_kappa", "krippendorff_alpha"]
 
 
-def test_skewed_wins_inflate_raw_agreement_but_not_kappa() -> None:
-    found = {each.method: each.pair("S", "human") for each in summarise(table_2_votes())}
+def test_skewed_wins_inflate_raw_agreement_but_not_kappa(table_2_votes: list[Vote]) -> None:
+    found = {each.method: each.pair("S", "human") for each in summarise(table_2_votes)}
     dpo, ppo = found["DPO"], found["PPO-1"]
     assert dpo is not None
     assert ppo is not None
@@ -111,8 +121,8 @@ def test_ties_agree_by_half() -> None:
     assert pair.coefficient.estimate.value == pytest.approx((2 / 5 - 7 / 25) / (1 - 7 / 25))
 
 
-def test_the_order_of_votes_changes_nothing() -> None:
-    votes = table_2_votes()
+def test_the_order_of_votes_changes_nothing(table_2_votes: list[Vote]) -> None:
+    votes = list(table_2_votes)
     before = {each.method: each for each in summarise(votes)}
     random.Random(0).shuffle(votes)
     for each in summarise(votes):
