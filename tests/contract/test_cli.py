@@ -19,6 +19,7 @@ COMMANDS = [
     "data show",
     "data stats",
     "compare",
+    "agreement",
     "score",
     "init",
     "repro",
@@ -71,6 +72,16 @@ def test_compare_loads_no_model_library() -> None:
     code = (
         "import sys, dpo_cli.cli.compare\n"
         "heavy = {'torch', 'transformers', 'peft', 'polars', 'pydantic', 'dvc'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_agreement_loads_no_model_library() -> None:
+    code = (
+        "import sys, dpo_cli.cli.agreement\n"
+        "heavy = {'torch', 'transformers', 'peft', 'pydantic', 'dvc'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
