@@ -231,7 +231,7 @@ def _training(
         for step in steps:
             for indices in scorer.split(step, budget.max_tokens):
                 batch = [step[index] for index in indices]
-                losses = objective.losses(batch, scorer.score(batch), batch).losses_B
+                losses = objective.losses(batch, scorer.score(batch, statistics=objective.statistics), batch).losses_B
                 (losses.sum() / objective.weight(step)).backward()
             torch.nn.utils.clip_grad_norm_(trainable, 1.0)
             optimizer.step()
