@@ -1,4 +1,4 @@
-"""Rows that were computed once, in shards that are only ever added: they survive a kill and the deletion of an output."""
+"""Rows that were computed once, in shards that are only ever added: they outlive a kill and a deleted output."""
 
 from __future__ import annotations
 
