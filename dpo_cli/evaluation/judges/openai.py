@@ -239,11 +239,15 @@ def _listed(choice: Mapping[str, Any]) -> list[tuple[str, float]]:
 
 
 def _model_of(server: Server, model: str | None) -> tuple[str, dict[str, Any]]:
-    """The name of the model, and what the server says of it."""
+    """The name of the model, and what the server says of it; a server that cannot list its models is believed."""
     try:
         listed = server.get("/models")["data"]
         models = {str(each["id"]): dict(each) for each in listed}
     except (RefusedError, TypeError, KeyError):
+        models = {}
+    except MachineError:
+        if model is None:
+            raise
         models = {}
     if model is None and len(models) != 1:
         found = ", ".join(models) or "none that it names"

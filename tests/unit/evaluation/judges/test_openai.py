@@ -41,6 +41,7 @@ class FakeServer:
         chatter: What it says where it is not constrained; None: the letter.
         dies_after: Chat completions after which it hangs up without an answer.
         trouble: Statuses that the next requests get.
+        lists_models: Whether it can say what models it has.
         longest: Characters of a question beyond which it is refused.
     """
 
@@ -54,6 +55,7 @@ class FakeServer:
         self.bias = 0.7
         self.dies_after: int | None = None
         self.trouble: list[int] = []
+        self.lists_models = True
         self.longest = 10_000
         self.judged: list[str] = []
         self.requests: list[dict[str, Any]] = []
@@ -91,6 +93,9 @@ class Handler(BaseHTTPRequestHandler):
     fake: FakeServer
 
     def do_GET(self) -> None:
+        if not self.fake.lists_models:
+            self.answer(500, "Internal Server Error")
+            return
         listed = [{"id": "judge-7b", "created": id(object()), "meta": {"n_params": 7}}]
         self.answer(200 if self.path == "/v1/models" else 404, {"object": "list", "data": listed})
 
@@ -369,6 +374,16 @@ def test_a_server_that_is_not_there_or_silent_is_one_line(reporter: Any) -> None
 def test_a_model_that_the_server_does_not_have_is_refused(connect: Callable[..., OpenAiJudge]) -> None:
     with pytest.raises(MachineError, match="has no model 'judge-70b'; it has judge-7b"):
         connect(model="judge-70b")
+
+
+def test_a_server_that_cannot_list_its_models_is_asked_for_the_named_one(
+    fake: FakeServer, connect: Callable[..., OpenAiJudge]
+) -> None:
+    """transformers serve without a cache folder does so."""
+    fake.lists_models = False
+    assert connect(model="judge-70b").identity["about"] == {}
+    with pytest.raises(MachineError, match="status 500"):
+        connect()
 
 
 def test_something_else_than_an_openai_compatible_server_is_named(
