@@ -23,6 +23,8 @@ from dpo_cli.evaluation.judges.prompts import Template
 from dpo_cli.evaluation.judges.server import RefusedError, Server
 from dpo_cli.evaluation.win_rate import Pair, compare_all, summarise
 
+_PROBES = 3
+"""Chat completions with which connect finds out what the fake server can do."""
 TEMPLATE = Template("short", "<{prompt}|{a}|{b}> A or B?")
 QUESTIONS = [Question(f"prompt {n}", "x" * n, "x" * 5) for n in range(12)]
 
@@ -111,7 +113,7 @@ class Handler(BaseHTTPRequestHandler):
                 return
             if self.fake.trouble:
                 status = self.fake.trouble.pop(0)
-                self.answer(status, "busy", {"Location": "http://192.0.2.1/v1"} if status == 307 else {})
+                self.answer(status, "busy", {"Location": "/v1/models"} if status == 302 else {})
                 return
             status, answer = self.fake.complete(body)
             if is_question and status == 200:
@@ -318,11 +320,13 @@ def test_a_server_that_dies_midway_loses_no_judgment(
 ) -> None:
     expected = dict(connect().judge(QUESTIONS))
     fake.judged.clear()
-    fake.dies_after = 5
+    fake.dies_after, num_before = 5, len(fake.requests)
     judge = CachedJudge(connect(parallel=parallel), tmp_path)
     with pytest.raises(MachineError, match=r"does not answer \(.*; tried 2 times\).*start it and run this again"):
         list(judge.judge(QUESTIONS))
     assert judge.num_asked == 5
+    vain = len(fake.requests) - num_before - 5
+    assert vain <= 2 * 2 * parallel + _PROBES  # what was under way when it died, and not all that was waiting
     fake.dies_after = None
     again = CachedJudge(connect(parallel=parallel), tmp_path)
     assert dict(again.judge(QUESTIONS)) == expected
@@ -345,7 +349,7 @@ def test_a_busy_server_is_asked_again_after_growing_pauses(fake: FakeServer, url
         server.post("/chat/completions", body)
 
 
-@pytest.mark.parametrize(("status", "says"), [(401, "status 401, busy"), (307, "status 307")])
+@pytest.mark.parametrize(("status", "says"), [(401, "status 401, busy"), (302, "status 302")])
 def test_a_refusal_is_not_tried_again_and_a_redirection_not_followed(
     fake: FakeServer, url: str, status: int, says: str
 ) -> None:
