@@ -467,6 +467,54 @@ def compare_command(
             compare.print_comparison(found)
 
 
+@app.command(
+    "agreement",
+    rich_help_panel="Measurements",
+    epilog=_examples(
+        "dpo-cli agreement votes.csv",
+        "dpo-cli agreement votes.parquet --draws 10000 --confidence 0.9",
+        "dpo-cli agreement votes.csv --csv table.csv --json",
+    ),
+)
+def agreement_command(
+    votes: Annotated[
+        Path,
+        typer.Argument(
+            metavar="VOTES",
+            help="CSV or parquet, a vote a row: item_id, prompt_id, method, baseline, rater, vote (A, B or tie), a_is.",
+        ),
+    ],
+    draws: Annotated[
+        int, typer.Option("--draws", metavar="N", min=100, help="Draws behind each interval, clustered by prompt.")
+    ] = 2000,
+    confidence: Annotated[
+        float, typer.Option("--confidence", metavar="X", help="Coverage of the intervals, between 0.5 and 1.")
+    ] = 0.95,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of the draws.")] = 0,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write the figures to a CSV file, too.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object, no tables.")] = False,
+) -> None:
+    """Say how far judges and people agree, as in the paper's Table 2: win rates, agreement, kappa or alpha.
+
+    A rater is `kind` or `kind:name`, such as `gpt-4-s` and `human:anna`; raters of a kind make one row. `a_is` names
+    the model whose answer was shown as A. A tie is half a win, and agrees by half with a win or a loss.
+    """
+    with _errors_as_exit_codes(as_json=as_json):
+        if not 0.5 < confidence < 1:
+            raise ParamsError(f"--confidence must be > 0.5 and < 1, got {confidence:g}")
+        from dpo_cli.cli import agreement  # here, so that --help does not wait for it
+
+        found = agreement.agreement_of_file(votes, draws=draws, confidence=confidence, seed=seed)
+        if csv_file is not None:
+            agreement.write_csv(found, csv_file)
+        if as_json:
+            typer.echo(json.dumps(agreement.as_json(found), ensure_ascii=False))
+        else:
+            agreement.print_table(found)
+
+
 # --- rewards ------------------------------------------------------------------------------
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,7 @@ from dpo_cli.cli.score_rows import InputRow, read_rows
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import read_json
 from dpo_cli.core.errors import ParamsError, StaleArtifactError
-from dpo_cli.core.objectives import OBJECTIVES
+from dpo_cli.core.objectives import learns_log_ratio
 from dpo_cli.core.params import Params, Source
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.convert import find_files
@@ -32,6 +31,7 @@ from dpo_cli.reference.graph import Graph, open_graph, table_digests
 from dpo_cli.reference.log_ratios import Answers, score_both
 
 OUTPUTS = (".parquet", ".jsonl")
+_MAX_BETA = 1e6
 _SECTIONS = ("data", "model", "sft", "reference", "train", "evaluate", "runtime")
 _READ = (
     *(
@@ -75,8 +75,8 @@ def refuse_options(options: ScoreOptions, sources: Sequence[Source]) -> None:
         ParamsError: With every problem.
     """
     problems = []
-    if options.beta is not None and not (math.isfinite(options.beta) and options.beta > 0):
-        problems.append(f"--beta must be > 0, got {options.beta:g}")
+    if options.beta is not None and not 0 < options.beta <= _MAX_BETA:
+        problems.append(f"--beta must be > 0 and at most {_MAX_BETA:g}, got {options.beta:g}")
     if options.out is not None and options.out.suffix not in OUTPUTS:
         problems.append(f"--out must end with {' or '.join(OUTPUTS)}, got {options.out}")
     if options.html is not None and options.html.suffix not in (".html", ".htm"):
@@ -247,10 +247,11 @@ def _warn(
             f"score: {' and '.join(changed)} differ from what {model.as_posix()} was trained on, so more of the prompts"
             " may be"
         )
-    loss = provenance["params"]["train"].get("loss", "sigmoid")
+    trained = provenance["params"]["train"]
+    loss = trained.get("loss", "sigmoid")
     names = list(loss) if isinstance(loss, dict) else [loss]
-    if all(name in OBJECTIVES and not OBJECTIVES[name].has_reference for name in names):
+    if not learns_log_ratio(names, trained.get("divergence", "reverse_kl"), trained.get("ld_alpha")):
         reporter.warn(
-            f"score: {model.as_posix()} was trained with {', '.join(names)}, which knows no reference: beta"
-            " log(pi / pi_ref) is not the reward that it learned"
+            f"score: {model.as_posix()} was trained with {', '.join(names)} and its settings, whose reward is another"
+            " than beta log(pi / pi_ref) (docs/objectives.md)"
         )

@@ -6,7 +6,7 @@ this table.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +30,7 @@ class ObjectiveInfo:
         reads: Settings of section train that it reads beside beta.
         needs: Of them, those that must not be at their default.
         has_reference: Whether the reference's log-probabilities are in it.
+        learns_log_ratio: Whether the reward that it learns is beta log(pi / ref), summed over tokens.
         is_coupled: Whether one loss depends on all pairs of an optimizer step.
     """
 
@@ -39,6 +40,7 @@ class ObjectiveInfo:
     reads: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     has_reference: bool = True
+    learns_log_ratio: bool = True
     is_coupled: bool = False
 
 
@@ -77,6 +79,7 @@ OBJECTIVES: Mapping[LossName, ObjectiveInfo] = {
         "IPO: Azar et al. 2023, eq. 17, length-normalised as in TRL",
         "labels without noise, where the sigmoid would push on for ever; answers of differing length",
         ("divergence", "weighting"),
+        learns_log_ratio=False,
     ),
     "ipo_sum": ObjectiveInfo(
         "(m / beta - 1 / (2 beta))²",
@@ -146,6 +149,7 @@ OBJECTIVES: Mapping[LossName, ObjectiveInfo] = {
         "length-normalised DPO: Lambert et al. 2024 (Tülu 3), eq. 6",
         "answers grow longer with sigmoid; beta is larger here, about 5",
         ("divergence", "weighting"),
+        learns_log_ratio=False,
     ),
     "simpo": ObjectiveInfo(
         "-log σ(beta (log π_w / |w| - log π_l / |l|) - gamma)",
@@ -190,6 +194,17 @@ OBJECTIVES: Mapping[LossName, ObjectiveInfo] = {
 
 SETTINGS = ("label_smoothing", "gamma", "discopop_tau", "divergence", "ld_alpha", "weighting", "margin_scale", "ties")
 """Settings of section train that only some objectives read."""
+
+
+def learns_log_ratio(losses: Iterable[str], divergence: str = "reverse_kl", ld_alpha: float | None = None) -> bool:
+    """Whether beta log(pi / ref), summed over tokens, is the reward that a training with these settings learned.
+
+    A term on the chosen answer alone, beside others, does not change which reward they learn.
+    """
+    found = [OBJECTIVES[name] for name in losses if name in OBJECTIVES]  # type: ignore[index]
+    comparing = [info for info in found if info not in (OBJECTIVES["sft"], OBJECTIVES["sft_norm"])]
+    ours = bool(comparing) and all(info.has_reference and info.learns_log_ratio for info in comparing)
+    return ours and divergence == "reverse_kl" and ld_alpha is None
 
 
 def readers(setting: str) -> list[LossName]:

@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from dpo_cli.core.errors import ParamsError
-from dpo_cli.core.objectives import OBJECTIVES, SETTINGS, LossName, PairwiseName, readers
+from dpo_cli.core.objectives import OBJECTIVES, SETTINGS, LossName, PairwiseName, learns_log_ratio, readers
 
 EMBEDDED = "embedded"
 """The value of model.name that stands for the model built by this package."""
@@ -268,7 +268,7 @@ class ReferenceParams(Section):
 
 
 class TrainParams(TrainingParams):
-    """Direct Preference Optimization. Read by train; evaluate takes loss and beta from what train made."""
+    """Direct Preference Optimization. Read by train; evaluate takes beta from what train made."""
 
     learning_rate: float = knob(5e-6, "Peak learning rate.", gt=0)
     loss: LossName | dict[PairwiseName, Annotated[float, Field(gt=0)]] = knob(
@@ -278,14 +278,19 @@ class TrainParams(TrainingParams):
     )
     beta: float = knob(0.1, "Strength of the pull towards the reference model.", gt=0)
     label_smoothing: float = knob(
-        0.0, "Share of flipped labels that cdpo, robust, exo_pair, aot, cpo and simpo assume.", ge=0, lt=0.5
+        0.0,
+        "Share of flipped labels that cdpo, robust, exo_pair, aot, aot_unpaired, cpo and simpo assume.",
+        ge=0,
+        lt=0.5,
     )
     gamma: float = knob(0.0, "Margin that simpo asks for.", unit="nats", ge=0)
-    discopop_tau: float = knob(0.05, "Temperature of the blend in discopop.", gt=0)
+    discopop_tau: float = knob(0.05, "Temperature of the blend in discopop.", ge=1e-3, le=1)
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = knob(
         "reverse_kl", "What keeps the policy near the reference (f-DPO, Wang et al. 2023); for losses of the margin."
     )
-    divergence_alpha: float = knob(0.5, "Its alpha, for divergence alpha; towards 1 it is reverse_kl.")
+    divergence_alpha: float = knob(
+        0.5, "Its coefficient, for divergence alpha: 0 is forward_kl, towards 1 it is reverse_kl.", ge=0, lt=1
+    )
     ld_alpha: float | None = knob(
         None,
         "LD-DPO (Liu et al. 2024): weight of the tokens that one answer has beyond the other's length; null: not at"
@@ -315,6 +320,11 @@ class TrainParams(TrainingParams):
     def losses(self) -> dict[LossName, float]:
         """The objectives with their weights."""
         return {**self.loss} if isinstance(self.loss, dict) else {self.loss: 1.0}
+
+    @property
+    def learns_log_ratio(self) -> bool:
+        """Whether beta log(pi / ref), summed over tokens, is the reward that it learns."""
+        return learns_log_ratio(self.losses, self.divergence, self.ld_alpha)
 
 
 class RewardParams(TrainingParams):
@@ -625,11 +635,11 @@ def _idle_objective_settings(train: TrainParams) -> list[str]:
         ]
     if _differs(train, "divergence_alpha") and train.divergence != "alpha":
         found.append(f"train.divergence_alpha has no effect with train.divergence {train.divergence}; alpha reads it")
-    if train.divergence == "alpha" and train.divergence_alpha == 1:
-        found.append("train.divergence_alpha must not be 1: that is train.divergence reverse_kl")
     coupled = [name for name in train.losses if OBJECTIVES[name].is_coupled]
     if coupled and len(train.losses) > 1:
         found.append(f"train.loss {coupled[0]} compares sorted pairs and cannot be mixed with others")
+    if coupled and train.batch_size == 1:
+        found.append(f"train.loss {coupled[0]} compares the pairs of a step: train.batch_size must be > 1, got 1")
     return found
 
 
@@ -674,8 +684,6 @@ def _contradictions(params: Params) -> list[str]:
         found.append("train.loss plackett_luce needs reference.rankings true")
     if reward.loss == "bradley_terry" and _differs(reward, "ties"):
         found.append("reward.ties has no effect with reward.loss bradley_terry; plackett_luce reads it")
-    if reward.loss == "none" and params.evaluate.judge == "reward-model":
-        found.append("evaluate.judge reward-model needs a reward model: set reward.loss")
     for name, section in (("sft", sft), ("train", train), ("reward", reward)):
         if (name == "sft" and sft.method == "none") or (name == "reward" and reward.loss == "none"):
             continue

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 _MAX_CELLS = 4_000_000
 
+MAX_UNDEFINED = 0.05
+"""Share of draws in which a statistic may be undefined; with more it has no interval."""
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its interval.
+    """A mean, or another statistic, with its interval.
 
     Attributes:
         value: The mean over rows.
-        low: Lower end of the interval.
+        low: Lower end of the interval; NaN where there is none.
         high: Upper end.
     """
 
@@ -57,7 +61,8 @@ def cluster_bootstrap_of(
     """A statistic of sums over rows, and its percentile interval, clusters drawn with replacement.
 
     Args:
-        statistic: From sums [draws, columns] and numbers of rows [draws] to the statistic [draws].
+        statistic: From sums [draws, columns] and numbers of rows [draws] to the statistic [draws]; NaN where it is
+            undefined.
         columns: float64 [rows, columns], what is summed.
         clusters: The row's cluster: its prompt.
         draws: Bootstrap draws.
@@ -69,14 +74,48 @@ def cluster_bootstrap_of(
     owners = owners[order]
     sums = np.stack([np.bincount(owners, weights=column, minlength=len(names)) for column in columns[order].T], axis=-1)
     counts = np.bincount(owners, minlength=len(names)).astype(np.float64)
-    rng = np.random.default_rng(seed)
     found = []
-    step = max(1, _MAX_CELLS // len(names))
-    for begin in range(0, draws, step):
-        chosen = rng.integers(len(names), size=(min(step, draws - begin), len(names)))
+    for chosen in _draw(len(names), draws, seed):
         drawn = np.stack([column[chosen].sum(1) for column in sums.T], axis=-1)
         found.append(statistic(drawn, counts[chosen].sum(1)))
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(np.concatenate(found), [tail, 1 - tail])
+    low, high = percentile_interval(np.concatenate(found), confidence)
     (value,) = statistic(sums.sum(0, keepdims=True), counts.sum(keepdims=True))
-    return Estimate(float(value), float(low), float(high))
+    return Estimate(float(value), low, high)
+
+
+def cluster_weights(num_clusters: int, *, draws: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each cluster is drawn, for statistics that are no function of sums.
+
+    Args:
+        num_clusters: At least one.
+        draws: Bootstrap draws.
+        seed: Of the draws: the same ones as in :func:`cluster_bootstrap_of`.
+
+    Yields:
+        int64 [some draws, clusters]; each row sums to num_clusters.
+    """
+    for chosen in _draw(num_clusters, draws, seed):
+        cells = chosen + num_clusters * np.arange(len(chosen))[:, None]
+        yield np.bincount(cells.ravel(), minlength=chosen.size).reshape(chosen.shape)
+
+
+def percentile_interval(found: np.ndarray, confidence: float) -> tuple[float, float]:
+    """The interval of a statistic's draws [draws]; undefined ones (NaN) are left out.
+
+    With more than :data:`MAX_UNDEFINED` of them undefined both ends are NaN: what is left would be
+    a selection.
+    """
+    defined = found[~np.isnan(found)]
+    if len(defined) < (1 - MAX_UNDEFINED) * len(found):
+        return math.nan, math.nan
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(defined, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _draw(num_clusters: int, draws: int, seed: int) -> Iterator[np.ndarray]:
+    """Drawn clusters, int64 [some draws, clusters]: as many draws at a time as memory is meant for."""
+    rng = np.random.default_rng(seed)
+    step = max(1, _MAX_CELLS // num_clusters)
+    for begin in range(0, draws, step):
+        yield rng.integers(num_clusters, size=(min(step, draws - begin), num_clusters))

@@ -48,7 +48,8 @@ _ANSWER_FIGURES = {
 }
 _PAIR_FIGURES = ("loss", "margin", "chosen_reward", "rejected_reward")
 _SCALED = ("evaluate.loss", "evaluate.margin", "evaluate.chosen_reward", "evaluate.rejected_reward")
-_SCALES = ("train.beta", "train.loss", "train.label_smoothing")
+_SCALES = ("train.beta", "train.loss", "train.divergence", "train.divergence_alpha", "train.ld_alpha")
+"""What decides which reward a training learns, and so the scale of a margin; entries of a mapping go with it."""
 _ANOTHER_RUN = 1e-6
 
 Scalar = float | int | bool | str | None
@@ -279,7 +280,7 @@ def caveats(experiments: Sequence[Experiment], metrics: Sequence[str]) -> list[s
     """What keeps figures from meaning the same in all experiments, one sentence each."""
     found = []
     changed = differing([experiment.params for experiment in experiments])
-    scales = [path for path in _SCALES if path in changed]
+    scales = [path for path in _SCALES if any(name == path or name.startswith(f"{path}.") for name in changed)]
     scaled = [name for name in _SCALED if name in metrics]
     if scales and scaled:
         found.append(

@@ -44,7 +44,7 @@ class PairFigures:
         chosen_reward: Implicit reward of the chosen answer, beta * log-ratio, nats.
         rejected_reward: The same of the rejected one.
         margin: Their difference, nats.
-        loss: The training loss.
+        loss: -log sigma(margin), whatever the training loss was.
     """
 
     id: str

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo_cli.evaluation.bootstrap import Estimate, cluster_bootstrap, cluster_bootstrap_of
-
-NUM_BINS = 10
-"""Bins of the preferred answer's probability, equal parts of [1/2, 1]."""
+from dpo_cli.evaluation.bootstrap import Estimate, cluster_bootstrap
+from dpo_cli.evaluation.calibration import NUM_BINS, Bin, calibration_error, half_ties, reliability_table
 
 
 @dataclass(frozen=True)
@@ -32,24 +30,6 @@ class RewardedPair:
     group: str
     rewards: tuple[float, float]
     num_tokens: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Bin:
-    """Pairs whose preferred answer has a probability within a range.
-
-    Attributes:
-        low, high: The range.
-        num_pairs: How many.
-        probability: Mean probability of the preferred answers.
-        accuracy: How often the preferred answer is the chosen one.
-    """
-
-    low: float
-    high: float
-    num_pairs: int
-    probability: float
-    accuracy: Estimate
 
 
 @dataclass(frozen=True)
@@ -100,9 +80,7 @@ def summarise_rewards(
     rewards = np.array([pair.rewards for pair in rows], dtype=np.float64)
     margins = rewards[:, 0] - rewards[:, 1]
     longer = np.array([pair.num_tokens[0] - pair.num_tokens[1] for pair in rows])
-    right = _half_ties(margins)
-    probability = 1 / (1 + np.exp(-np.abs(margins)))
-    bins = np.clip(((probability - 0.5) * 2 * num_bins).astype(int), 0, num_bins - 1)
+    right = half_ties(margins)
 
     def interval(values: np.ndarray, where: np.ndarray | None = None) -> Estimate:
         where = np.ones(len(rows), dtype=bool) if where is None else where
@@ -110,42 +88,25 @@ def summarise_rewards(
             values[where].tolist(), clusters[where].tolist(), draws=draws, confidence=confidence, seed=seed
         )
 
-    ece = cluster_bootstrap_of(
-        lambda sums, counts: np.abs(sums).sum(1) / counts,
-        np.eye(num_bins)[bins] * (right - probability)[:, None],
-        clusters.tolist(),
-        draws=draws,
-        confidence=confidence,
-        seed=seed,
+    ece = calibration_error(
+        margins, clusters.tolist(), draws=draws, confidence=confidence, seed=seed, num_bins=num_bins
+    )
+    reliability = reliability_table(
+        margins, clusters.tolist(), draws=draws, confidence=confidence, seed=seed, num_bins=num_bins
     )
     by_length = {
         name: (int(where.sum()), interval(right, where) if where.any() else None)
         for name, where in (("longer", longer > 0), ("as_long", longer == 0), ("shorter", longer < 0))
     }
-    reliability = [
-        Bin(
-            low=0.5 + number / (2 * num_bins),
-            high=0.5 + (number + 1) / (2 * num_bins),
-            num_pairs=int((bins == number).sum()),
-            probability=float(probability[bins == number].mean()),
-            accuracy=interval(right, bins == number),
-        )
-        for number in sorted(set(bins.tolist()))
-    ]
     return RewardFigures(
         accuracy=interval(right),
         log_loss=interval(np.logaddexp(0.0, -margins)),
         ece=ece,
         margin=interval(margins),
-        longer_accuracy=interval(_half_ties(longer)),
+        longer_accuracy=interval(half_ties(longer)),
         by_length=by_length,
         reliability=reliability,
         num_ties=int((margins == 0).sum()),
         num_pairs=len(rows),
         num_prompts=len(set(clusters.tolist())),
     )
-
-
-def _half_ties(differences: np.ndarray) -> np.ndarray:
-    """1 where positive, 0 where negative, 1/2 where zero."""
-    return (np.sign(differences) + 1) / 2

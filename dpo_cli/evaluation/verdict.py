@@ -105,11 +105,13 @@ def _accuracy(metrics: Mapping[str, Any]) -> Finding:
 def _loss(metrics: Mapping[str, Any]) -> Finding:
     before, after = metrics["loss_at_reference"], metrics["loss"]
     low, high = metrics["loss_ci"]
+    another = not metrics["learns_log_ratio"]
     return Finding(
         "held-out loss",
         f"{before:.4f} -> {after:.4f} [{low:.4f}, {high:.4f}]",
-        "good" if after < before else "bad" if low > before else "warn",
-        "-log σ(margin) of pairs that were not trained on, before and after",
+        "plain" if another else "good" if after < before else "bad" if low > before else "warn",
+        "-log σ(margin) of pairs that were not trained on, before and after"
+        + ("; the training loss learned a reward of another form (docs/objectives.md)" if another else ""),
     )
 
 

@@ -17,7 +17,7 @@ it, is in :mod:`dpo_cli.core.objectives`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,9 @@ from dpo_cli.core.params import TrainParams
 
 PairwiseLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(policy_logps_B2, reference_logps_B2, num_tokens_B2) -> loss_B."""
+
+_MAX_EXPONENT = 80.0
+"""Beyond it a divergence's reward stays as it is and has no gradient, as in TRL's alpha: exp(80) is 5e34."""
 
 Divergence = Callable[[torch.Tensor], torch.Tensor]
 """f'(t) of an f-divergence as a function of log t, any shape."""
@@ -318,7 +321,7 @@ def sft_norm(policy: torch.Tensor, reference: torch.Tensor, num_tokens: torch.Te
 
 def forward_kl(log_t: torch.Tensor) -> torch.Tensor:
     """f'(t) = 1 - 1 / t, of f(t) = t - log t (Wang et al. 2023, table 1, with the constant that makes f'(1) zero)."""
-    return -torch.expm1(-log_t)
+    return -torch.expm1((-log_t).clamp(max=_MAX_EXPONENT))
 
 
 def js(log_t: torch.Tensor) -> torch.Tensor:
@@ -327,11 +330,14 @@ def js(log_t: torch.Tensor) -> torch.Tensor:
 
 
 def alpha(coefficient: float) -> Divergence:
-    """f'(t) = (t^(a - 1) - 1) / (a - 1): an alpha-divergence, a != 1 (Wang et al. 2023, table 1)."""
+    """f'(t) = (t^(a - 1) - 1) / (a - 1), 0 <= a < 1: an alpha-divergence (Wang et al. 2023, table 1).
+
+    The coefficient is TRL's; the paper's is 1 - a. At 0 it is the forward KL, towards 1 the reverse.
+    """
     power = coefficient - 1
 
     def derivative(log_t: torch.Tensor) -> torch.Tensor:
-        return torch.expm1(power * log_t) / power
+        return torch.expm1((power * log_t).clamp(max=_MAX_EXPONENT)) / power
 
     return derivative
 
@@ -496,11 +502,19 @@ def divergence_of(knobs: TrainParams) -> Divergence | None:
             return None
 
 
-def objective_loss(knobs: TrainParams, facts: BatchFacts) -> PairwiseLoss:
-    """The pairwise loss that section train asks for: the sum of its losses, each changed by what it reads."""
+def objective_loss(knobs: TrainParams, facts: BatchFacts, names: Collection[str] | None = None) -> PairwiseLoss:
+    """The pairwise loss that section train asks for: the sum of its losses, each changed by what it reads.
+
+    Args:
+        knobs: Section train.
+        facts: What its losses ask of the pairs.
+        names: Those of its losses that are meant; None for all.
+    """
     derivative = divergence_of(knobs)
     parts: list[tuple[float, PairwiseLoss]] = []
     for name, weight in knobs.losses.items():
+        if names is not None and name not in names:
+            continue
         if name == "plackett_luce":
             raise ValueError("plackett_luce is a loss of rankings, not of pairs")
         loss, reads = pairwise_loss(name, knobs, facts.mean_chosen_tokens), OBJECTIVES[name].reads

@@ -30,7 +30,7 @@ def plackett_luce_nll(rewards_BK: torch.Tensor, ranks_BK: torch.Tensor, ties: Ti
 
     Args:
         rewards_BK: [B, K], any floating dtype, with gradient.
-        ranks_BK: int64 [B, K], see above.
+        ranks_BK: int64 [B, K], see above; on the CPU, or it is waited for.
         ties: What tied answers are. ``average``: any order of them may be the true one, and the mean of
             -log P over those orders is taken. ``groups``: they are not compared; each is chosen from itself and
             all answers below its rank.
@@ -41,14 +41,12 @@ def plackett_luce_nll(rewards_BK: torch.Tensor, ranks_BK: torch.Tensor, ties: Ti
     Raises:
         ValueError: Ranks do not ascend, or more than 12 answers are tied with ``average``.
     """
-    filled_BK = ranks_BK > 0
+    all_ranks, filled_BK = ranks_BK.tolist(), ranks_BK > 0
     backwards = (ranks_BK[:, 1:] < ranks_BK[:, :-1]) & filled_BK[:, 1:]
     if bool(backwards.any()) or bool((filled_BK[:, 1:] & ~filled_BK[:, :-1]).any()):
         raise ValueError("ranks must ascend, those of missing answers (0) last")
-    rewards_BK = rewards_BK.masked_fill(~filled_BK, -torch.inf)
-    return torch.stack(
-        [_nll(rewards, ranks, ties) for rewards, ranks in zip(rewards_BK, ranks_BK.tolist(), strict=True)]
-    )
+    rewards_BK = rewards_BK.masked_fill(~filled_BK.to(rewards_BK.device), -torch.inf)
+    return torch.stack([_nll(rewards, ranks, ties) for rewards, ranks in zip(rewards_BK, all_ranks, strict=True)])
 
 
 def _nll(rewards_K: torch.Tensor, ranks: list[int], ties: Ties) -> torch.Tensor:

@@ -6,6 +6,7 @@ under.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,12 @@ from dpo_cli.core.artifacts import sha256_file
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.core.params import ModelParams, ReferenceParams, RuntimeParams
 from dpo_cli.data.chat import ChatEncoder
-from dpo_cli.data.tokenise import TokenTable, explain_rejects, tokenise_table
+from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_rejects, tokenise_table
 from dpo_cli.models.adapters import SftResult, read_sft_result
 from dpo_cli.models.device import Machine, prepare_machine
 from dpo_cli.models.identity import base_digest, library_versions, read_lock, verify_model
 from dpo_cli.models.load import base_folder, context_length, load_tokenizer
+from dpo_cli.objectives.ranking import MAX_TIED, Ties
 from dpo_cli.scoring.scorer import ENGINE_VERSION
 
 SPLITS = ("train", "eval")
@@ -152,6 +154,28 @@ def read_columns(path: Path, *names: str) -> dict[str, tuple[Any, ...]]:
         return {}
     frame = pl.read_parquet(path, columns=["id", *names], glob=False)
     return {row[0]: row[1:] for row in frame.select("id", *names).iter_rows()}
+
+
+def read_ranks(groups: Sequence[TokenGroup], ties: Ties, section: str) -> dict[str, list[int]]:
+    """The ranks of the rankings of both splits by row id, ascending.
+
+    Args:
+        groups: Those that are trained with.
+        ties: What tied answers are taken for.
+        section: Whose settings they are, for the message.
+
+    Raises:
+        DataError: More answers are tied than can be averaged over.
+    """
+    ranks = {id: row[0] for split in SPLITS for id, row in read_columns(paths.ranking_table(split), "ranks").items()}
+    for group in groups:
+        tied = max(Counter(ranks[group.id]).values())
+        if ties == "average" and tied > MAX_TIED:
+            raise DataError(
+                f"data/preference: the ranking {group.id} has {tied} tied answers, and {section}.ties average takes at"
+                f" most {MAX_TIED}; set it to groups"
+            )
+    return ranks
 
 
 def table_digests(folder: Path) -> dict[str, str]:

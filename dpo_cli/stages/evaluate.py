@@ -14,7 +14,7 @@ import torch
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import read_json, write_json, write_json_lines, write_text
 from dpo_cli.core.errors import DataError, StaleArtifactError
-from dpo_cli.core.params import EvaluateParams, Params, RuntimeParams
+from dpo_cli.core.params import EvaluateParams, Params, RuntimeParams, TrainParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.schema import Messages, content_id
@@ -91,6 +91,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         samples = _judge(knobs, graph, table, prompts, answers, kls, runtime, reporter)
         metrics = _metrics(knobs, held_out, samples, kls, answers)
         metrics |= {"num_leaked_prompts": num_leaked, "peak_mem_gib": peak_memory_gib(graph.machine)}
+        metrics["learns_log_ratio"] = TrainParams.model_validate(provenance["params"]["train"]).learns_log_ratio
         folder = paths.report_dir("evaluate")
         write_json_lines(folder / "samples.jsonl", samples)
         write_text(folder / "pairs.csv", _pairs_csv(held_out.rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -11,7 +12,7 @@ from dpo_cli.core.errors import DataError
 from dpo_cli.core.params import LoraParams, Params, RewardParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import Scratch, stage_scratch
-from dpo_cli.data.tokenise import TokenTable, explain_found, explain_rejects
+from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_found, explain_rejects
 from dpo_cli.evaluation.bootstrap import Estimate
 from dpo_cli.evaluation.judges.reward_model import RewardModel
 from dpo_cli.evaluation.reward_figures import RewardedPair, RewardFigures, summarise_rewards
@@ -20,7 +21,7 @@ from dpo_cli.models.device import peak_memory_gib, token_budget
 from dpo_cli.models.identity import read_lock
 from dpo_cli.models.load import quiet_libraries, save_tokenizer
 from dpo_cli.models.reward import REWARD_MANIFEST, load_reward_model_at_start, reward_head, write_reward_manifest
-from dpo_cli.reference.graph import SPLITS, Graph, all_rejects, open_graph, read_columns, refuse_empty, table_digests
+from dpo_cli.reference.graph import SPLITS, Graph, all_rejects, open_graph, read_ranks, refuse_empty, table_digests
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.probe import Verdict, open_scorer
 from dpo_cli.scoring.reward import RewardScorer
@@ -83,7 +84,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         result = fit(
             model,
             scorer,
-            _objective(knobs),
+            _objective(knobs, [*train.groups, *held_out.groups]),
             train.groups,
             held_out.groups,
             section="reward",
@@ -126,11 +127,10 @@ def _publish_none(scratch: Scratch, reporter: Reporter) -> dict[str, Any]:
     return metrics
 
 
-def _objective(knobs: RewardParams) -> RewardObjective:
+def _objective(knobs: RewardParams, groups: Sequence[TokenGroup]) -> RewardObjective:
     if knobs.loss == "bradley_terry":
         return RewardObjective()
-    tables = [read_columns(paths.ranking_table(split), "ranks") for split in SPLITS]
-    return RewardObjective({id: row[0] for table in tables for id, row in table.items()}, knobs.ties)
+    return RewardObjective(read_ranks(groups, knobs.ties, "reward"), knobs.ties)
 
 
 def _provenance(params: Params, graph: Graph) -> dict[str, Any]:

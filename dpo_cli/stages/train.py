@@ -33,6 +33,7 @@ from dpo_cli.reference.graph import (
     all_rejects,
     open_graph,
     read_columns,
+    read_ranks,
     refuse_empty,
     table_digests,
 )
@@ -123,16 +124,15 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
 
 def _objective(knobs: TrainParams, graph: Graph, groups: Sequence[TokenGroup]) -> PreferenceObjective:
     """What is minimised, with the reference's log-probabilities and what else it reads of the data."""
-    if knobs.ld_alpha is None:
-        reference = reference_logps(read_cache(paths.REFERENCE, graph.identity), groups)
-    else:
+    reference = reference_logps(read_cache(paths.REFERENCE, graph.identity), groups)
+    shared_length = None
+    if knobs.ld_alpha is not None:
         tokens = reference_logps(read_cache_tokens(paths.REFERENCE, graph.identity), groups)
-        reference = {id: _shared_length(sides, knobs.ld_alpha) for id, sides in tokens.items()}
+        shared_length = {id: _shared_length(sides, knobs.ld_alpha) for id, sides in tokens.items()}
     if "plackett_luce" in knobs.losses:
-        tables = [read_columns(paths.ranking_table(split), "ranks") for split in SPLITS]
-        ranks = {id: row[0] for table in tables for id, row in table.items()}
-        return preference_objective(knobs, reference, ranks=ranks)
-    return preference_objective(knobs, reference, score_gaps=_score_gaps(knobs, groups))
+        return preference_objective(knobs, reference, ranks=read_ranks(groups, knobs.ties, "train"))
+    gaps = _score_gaps(knobs, groups)
+    return preference_objective(knobs, reference, shared_length=shared_length, score_gaps=gaps)
 
 
 def _shared_length(sides: Sequence[Sequence[float]], weight: float) -> list[float]:
@@ -154,11 +154,11 @@ def _score_gaps(knobs: TrainParams, groups: Sequence[TokenGroup]) -> dict[str, f
         for split in SPLITS
         for id, row in read_columns(paths.preference_table(split), "chosen_score", "rejected_score").items()
     }
-    without = [group.id for group in groups if None in rows[group.id]]
+    without = [group.id for group in groups if not _has_gap(*rows[group.id])]
     if without:
         raise DataError(
-            f"data/preference: {len(without)} of {len(groups)} pairs have no scores, the first is {without[0]};"
-            " params.yaml: train.margin_scale reads them, set it to 0"
+            f"data/preference: {len(without)} of {len(groups)} pairs have no scores, or none with a finite difference;"
+            f" the first is {without[0]}; params.yaml: train.margin_scale reads them, set it to 0"
         )
     return {id: chosen - rejected for id, (chosen, rejected) in rows.items() if None not in (chosen, rejected)}
 
@@ -242,6 +242,10 @@ from transformers import AutoModelForCausalLM
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({directory}), THIS_DIRECTORY)
 ```
 """
+
+
+def _has_gap(chosen: float | None, rejected: float | None) -> bool:
+    return chosen is not None and rejected is not None and math.isfinite(chosen - rejected)
 
 
 def _named(knobs: TrainParams) -> str:

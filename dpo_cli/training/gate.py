@@ -66,7 +66,7 @@ def check_step_zero(
     worst: tuple[float, TokenGroup] = (-1.0, sample[0])
     for indices in scorer.split(sample, max_tokens):
         batch = [sample[index] for index in indices]
-        scores = scorer.score(batch)
+        scores = scorer.score(batch, statistics=objective.statistics)
         result = objective.losses(batch, scores, sample)
         gap = objective.policy_logps(scores) - objective.reference_logps(batch, scorer.device)
         difference = gap.abs().amax(1).nan_to_num(nan=math.inf, posinf=math.inf)  # no number is never within rounding

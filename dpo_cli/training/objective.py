@@ -130,6 +130,7 @@ def preference_objective(
     knobs: TrainParams,
     reference: Mapping[str, Sequence[float]],
     *,
+    shared_length: Mapping[str, Sequence[float]] | None = None,
     score_gaps: Mapping[str, float] | None = None,
     ranks: Mapping[str, Sequence[int]] | None = None,
 ) -> PreferenceObjective:
@@ -137,14 +138,14 @@ def preference_objective(
 
     Args:
         knobs: Section train.
-        reference: Reference log-probabilities of each group's completions by row id, nats; with
-            ``ld_alpha`` those of :func:`~dpo_cli.objectives.pairwise.shared_length_logps`.
+        reference: Reference log-probabilities of each group's completions by row id, nats.
+        shared_length: The same of :func:`~dpo_cli.objectives.pairwise.shared_length_logps`, for ``ld_alpha``.
         score_gaps: Chosen minus rejected score by row id, for ``margin_scale``.
         ranks: Ranks of each group's completions by row id, for ``plackett_luce``.
     """
     if "plackett_luce" in knobs.losses:
         return RankingObjective(knobs, reference, ranks or {})
-    return PairObjective(knobs, reference, score_gaps or {})
+    return PairObjective(knobs, reference, shared_length, score_gaps)
 
 
 class PairObjective:
@@ -153,7 +154,8 @@ class PairObjective:
     Args:
         knobs: Section train: the losses, beta, and what they read.
         reference: Reference log-probabilities (chosen, rejected) by row id, nats.
-        score_gaps: Chosen minus rejected score by row id; read with ``margin_scale`` alone.
+        shared_length: The same of :func:`~dpo_cli.objectives.pairwise.shared_length_logps`; read with ``ld_alpha``.
+        score_gaps: Chosen minus rejected score by row id; read with ``margin_scale``.
     """
 
     metric_names: Sequence[str] = PAIR_METRICS
@@ -162,17 +164,19 @@ class PairObjective:
         self,
         knobs: TrainParams,
         reference: Mapping[str, Sequence[float]],
+        shared_length: Mapping[str, Sequence[float]] | None = None,
         score_gaps: Mapping[str, float] | None = None,
     ) -> None:
         self._knobs = knobs
-        self._reference = reference
+        self._plain = reference
+        self._reference = reference if knobs.ld_alpha is None else shared_length or {}
         self._score_gaps = score_gaps or {}
         self.statistics: Statistics = "squares" if knobs.weighting == "wpo" else "plain"
         self.is_coupled = any(OBJECTIVES[name].is_coupled for name in knobs.losses)
 
     def reference_logps(self, groups: Sequence[TokenGroup], device: torch.device) -> torch.Tensor:
         """float64 [B, 2]."""
-        return torch.tensor([self._reference[group.id] for group in groups], dtype=torch.float64, device=device)
+        return _rows(self._reference, groups, device)
 
     def policy_logps(self, scores: Scores) -> torch.Tensor:
         """float64 [B, 2], with gradient."""
@@ -198,9 +202,34 @@ class PairObjective:
             weights = wpo_weights(scores.token_logps_M, squares, scores.num_tokens_BK)
         facts = BatchFacts(sum(len(group.completions[0]) for group in step) / len(step), gaps, weights)
         policy, reference = self.policy_logps(scores), self.reference_logps(groups, device)
-        losses = objective_loss(self._knobs, facts)(policy, reference, scores.num_tokens_BK)
+        if self._knobs.ld_alpha is None:
+            losses = objective_loss(self._knobs, facts)(policy, reference, scores.num_tokens_BK)
+        else:
+            losses = self._apart(
+                facts, (policy, reference), (scores.logps_BK, _rows(self._plain, groups, device)), scores
+            )
         rewards = self._knobs.beta * log_ratios(policy.detach(), reference)
         return GroupLosses(losses, {**_metrics(rewards, scores.logps_BK.detach()), **_statistics(scores, step)})
+
+    def _apart(
+        self,
+        facts: BatchFacts,
+        shared: tuple[torch.Tensor, torch.Tensor],
+        plain: tuple[torch.Tensor, torch.Tensor],
+        scores: Scores,
+    ) -> torch.Tensor:
+        """The losses where some read sums of shared length and others plain ones, float64 [B]."""
+        readers = [name for name in self._knobs.losses if "ld_alpha" in OBJECTIVES[name].reads]
+        others = [name for name in self._knobs.losses if name not in readers]
+        losses = objective_loss(self._knobs, facts, readers)(*shared, scores.num_tokens_BK)
+        if others:
+            losses = losses + objective_loss(self._knobs, facts, others)(*plain, scores.num_tokens_BK)
+        return losses
+
+
+def _rows(table: Mapping[str, Sequence[float]], groups: Sequence[TokenGroup], device: torch.device) -> torch.Tensor:
+    """float64 [B, K], the values of some groups."""
+    return torch.tensor([table[group.id] for group in groups], dtype=torch.float64, device=device)
 
 
 class RankingObjective:
@@ -225,7 +254,7 @@ class RankingObjective:
 
     def reference_logps(self, groups: Sequence[TokenGroup], device: torch.device) -> torch.Tensor:
         """float64 [B, K]."""
-        return torch.tensor([self._reference[group.id] for group in groups], dtype=torch.float64, device=device)
+        return _rows(self._reference, groups, device)
 
     def policy_logps(self, scores: Scores) -> torch.Tensor:
         """float64 [B, K], with gradient."""

@@ -37,7 +37,7 @@ _OPTIMIZERS = {"adamw": "adamw_torch", "rmsprop": "rmsprop", "paged_adamw_8bit":
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
-_LOSS = ""
+_LOSS, _INFINITE = "", "infinite"
 _Means = tuple[float, dict[str, float]]
 """A loss, divided by the objective's weight, and metrics, by the number of groups."""
 
@@ -143,6 +143,15 @@ def diverged(section: str, what: str, value: float, step: int, learning_rate: fl
     )
 
 
+def _count_infinite(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+    """How many parameters have a gradient that is no finite number, float64 [1], on their device."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros(1, dtype=torch.float64, device=parameters[0].device)
+    norms = torch.stack(torch._foreach_norm(gradients))  # type: ignore[attr-defined]
+    return (~norms.isfinite()).sum(dtype=torch.float64)[None]
+
+
 class GroupTrainer(Trainer):
     """Trains on token groups with any objective.
 
@@ -209,9 +218,12 @@ class GroupTrainer(Trainer):
 
         sums_S = self._within_memory(groups, backward)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        total, metrics = self._means(groups, sums_S, trained)
+        total, metrics = self._means(groups, torch.cat([sums_S, _count_infinite(trained)]), trained)
+        step = self.state.global_step + 1
         if not math.isfinite(total):
-            raise diverged(self._section, "loss", total, self.state.global_step + 1, self.args.learning_rate)
+            raise diverged(self._section, "loss", total, step, self.args.learning_rate)
+        if metrics.pop(_INFINITE):
+            raise diverged(self._section, "gradient", math.inf, step, self.args.learning_rate)
         self._step_metrics = metrics
         return torch.tensor(total, device=self.args.device)
 
@@ -292,14 +304,17 @@ class GroupTrainer(Trainer):
         scores = Scores.join(found)
         in_order = [groups[index] for indices in batches for index in indices]
         with torch.enable_grad():
-            logps_BK = scores.logps_BK.requires_grad_()
+            read = (scores.logps_BK.requires_grad_(), scores.token_logps_M.requires_grad_())
             result = self._objective.losses(in_order, scores, in_order)
             loss = result.losses_B.sum()
         if each is not None:
-            (weights_BK,) = torch.autograd.grad(loss, logps_BK)
-            for indices, state, weights in zip(batches, states, weights_BK.split([*map(len, batches)]), strict=True):
+            sums_BK, tokens_M = torch.autograd.grad(loss, read, allow_unused=True, materialize_grads=True)
+            of_sums = sums_BK.split([*map(len, batches)])
+            of_tokens = tokens_M.split([len(one.token_logps_M) for one in found])
+            for indices, state, of_sum, of_token in zip(batches, states, of_sums, of_tokens, strict=True):
                 state.restore()
-                each((self._scorer.score([groups[index] for index in indices]).logps_BK * weights).sum())
+                again = self._scorer.score([groups[index] for index in indices])
+                each((again.logps_BK * of_sum).sum() + (again.token_logps_M * of_token).sum())
         metrics = {_LOSS: loss.detach(), **result.metrics}
         return torch.stack([metrics[name].sum() for name in (_LOSS, *self._objective.metric_names)])
 
@@ -308,7 +323,7 @@ class GroupTrainer(Trainer):
     ) -> _Means:
         """Mean loss and metrics of a batch from each process's sums; the gradients are summed with them."""
         values = self._exchange(groups, sums_S, parameters)
-        names = (_LOSS, *self._objective.metric_names)
+        names = [_LOSS, *self._objective.metric_names, *([_INFINITE] if parameters else [])]
         means = {name: value / len(groups) for name, value in zip(names, values, strict=True)}
         return means.pop(_LOSS) * len(groups) / self._objective.weight(groups), means
 

@@ -19,6 +19,7 @@ COMMANDS = [
     "data show",
     "data stats",
     "compare",
+    "agreement",
     "score",
     "init",
     "repro",
@@ -77,6 +78,16 @@ def test_compare_loads_no_model_library() -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_agreement_loads_no_model_library() -> None:
+    code = (
+        "import sys, dpo_cli.cli.agreement\n"
+        "heavy = {'torch', 'transformers', 'peft', 'pydantic', 'dvc'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
 def expect_error(result: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
     assert result.returncode == code, result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("dpo-cli: error: ")]
@@ -109,7 +120,7 @@ def test_a_file_that_is_not_there(fresh: Path) -> None:
         (b'[{"prompt": "a", "chosen": "b", "rejec', "cut off"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
         ("[]".encode("utf-16"), "UTF-16"),
-        (gzip.compress(b"[{}]" * 99)[:-9], "gzip"),
+        (gzip.compress(b"[{}]" * 99, mtime=0)[:-9], "gzip"),
     ],
 )
 def test_a_file_that_cannot_be_read_publishes_nothing(fresh: Path, content: bytes, word: str) -> None:

@@ -128,16 +128,15 @@ def our_loss(batch: Batch, knobs: TrainParams) -> torch.Tensor:
         TokenGroup(str(index), str(index), (0,), tuple((0,) * int(length) for length in row))
         for index, row in enumerate(lengths)
     ]
-    reference = (
-        in_pairs(batch.sums(batch.reference))
-        if knobs.ld_alpha is None
-        else shared_length_of(batch, batch.reference, knobs.ld_alpha)
+    reference = in_pairs(batch.sums(batch.reference))
+    shared = shared_length_of(batch, batch.reference, knobs.ld_alpha or 0.0)
+    by_id, shared_by_id = (
+        {group.id: row for group, row in zip(groups, values.tolist(), strict=True)} for values in (reference, shared)
     )
-    by_id = {group.id: row for group, row in zip(groups, reference.tolist(), strict=True)}
     tokens, squares = flat_tokens(batch, batch.policy), flat_tokens(batch, batch.log_sum_sq)
     statistics = TokenStatistics(torch.zeros_like(squares), torch.zeros_like(squares), squares)
     scores = Scores(in_pairs(batch.sums(batch.policy)).double(), lengths, tokens, statistics)
-    objective = PairObjective(knobs, by_id)
+    objective = PairObjective(knobs, by_id, shared_by_id)
     return objective.losses(groups, scores, groups).losses_B.sum() / objective.weight(groups)
 
 
@@ -242,6 +241,15 @@ def test_a_mixture_is_trls(mixture: Any) -> None:
     batch = Batch.draw(3)
     trls = trl_loss(batch, list(mixture), list(mixture.values()), beta=0.5)
     assert_equal(our_loss(batch, TrainParams(loss=mixture, beta=0.5)), trls, batch.policy)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.4])
+def test_a_mixture_with_ld_is_trls(weight: float) -> None:
+    """The SFT term reads the plain sums, with TRL and here."""
+    batch = Batch.draw(9)
+    trls = trl_loss(batch, ["sigmoid", "sft"], [1.0, 1.0], ld_alpha=weight)
+    ours = our_loss(batch, TrainParams(loss={"sigmoid": 1.0, "sft": 1.0}, ld_alpha=weight))
+    assert_equal(ours, trls, batch.policy)
 
 
 @pytest.mark.parametrize("tau", [0.05, 1.0])

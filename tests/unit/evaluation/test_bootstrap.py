@@ -83,3 +83,35 @@ def test_the_size_of_a_prompt_weighs() -> None:
     """A draw of prompts is averaged over its rows, so a mean can lie anywhere between the two prompts'."""
     estimate = interval([0, 1, 1, 1], ["a", "b", "b", "b"])
     assert (estimate.low, estimate.value, estimate.high) == (0, 0.75, 1)
+
+
+def test_nominal_95_covers_93_to_97_by_prompt_and_far_less_by_row() -> None:
+    """1000 sets of 120 prompts with 1 to 6 votes that share the prompt's own win rate; truth .6."""
+    rng = np.random.default_rng(3)
+    hits = {"prompt": 0, "row": 0}
+    for seed in range(1000):
+        owners = np.repeat(np.arange(120), rng.integers(1, 7, size=120))
+        wins = (rng.random(len(owners)) < rng.beta(0.9, 0.6, size=120)[owners]).astype(float)
+        for unit, clusters in (("prompt", owners), ("row", np.arange(len(owners)))):
+            estimate = interval(wins.tolist(), clusters, draws=400, seed=seed)  # type: ignore[arg-type]
+            hits[unit] += estimate.low <= 0.6 <= estimate.high
+    assert 0.93 <= hits["prompt"] / 1000 <= 0.97
+    assert hits["row"] / 1000 < 0.85
+
+
+def test_weights_are_the_draws_of_the_bootstrap() -> None:
+    values, clusters = [float(i % 7) for i in range(60)], [f"{i // 2:02d}" for i in range(60)]
+    sums = np.array(values).reshape(30, 2).sum(1)
+    weights = np.concatenate(list(bootstrap.cluster_weights(30, draws=500, seed=4)))
+    assert (weights.sum(1) == 30).all()
+    low, high = np.quantile(weights @ sums / 60, [0.025, 0.975])
+    estimate = interval(values, clusters, draws=500, seed=4)
+    assert (estimate.low, estimate.high) == pytest.approx((low, high))
+
+
+def test_undefined_draws_are_left_out_where_they_are_few() -> None:
+    found = np.arange(100.0)
+    found[:5] = np.nan
+    assert bootstrap.percentile_interval(found, 0.9) == pytest.approx(tuple(np.quantile(found[5:], [0.05, 0.95])))
+    found[:6] = np.nan
+    assert np.isnan(bootstrap.percentile_interval(found, 0.9)).all()

@@ -24,6 +24,7 @@ METRICS: dict[str, Any] = {
     "num_generated_prompts": 128,
     "temperature": 1.0,
     "loss": 0.3,
+    "learns_log_ratio": True,
     "loss_ci": [0.28, 0.33],
     "loss_at_reference": 0.6931,
     "margin": 2.0,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from dpo_cli.core.errors import ParamsError
 from dpo_cli.core.objectives import OBJECTIVES
 from dpo_cli.core.params import LoraParams, Params, RuntimeParams, TrainParams, parse_params
 from dpo_cli.data.tokenise import TokenGroup
@@ -18,6 +19,7 @@ from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.load import keep_weights_unpacked, load_model
 from dpo_cli.objectives.pairwise import shared_length_logps
 from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.training.gate import check_step_zero
 from dpo_cli.training.objective import PairObjective, PreferenceObjective, preference_objective
 from dpo_cli.training.run import Fit, fit
 
@@ -57,15 +59,13 @@ def reference_tokens(scorer: Scorer, groups: Sequence[TokenGroup]) -> dict[str, 
 def objective_of(
     knobs: TrainParams, tokens: dict[str, list[torch.Tensor]], ranks: Mapping[str, Sequence[int]] | None = None
 ) -> PreferenceObjective:
-    reference = {}
-    for name, sides in tokens.items():
+    reference = {name: [side.double().sum().item() for side in sides] for name, sides in tokens.items()}
+    shared = {}
+    for name, sides in tokens.items() if knobs.ld_alpha is not None else ():
         lengths = torch.tensor([[len(side) for side in sides]])
-        if knobs.ld_alpha is None:
-            reference[name] = [side.double().sum().item() for side in sides]
-        else:
-            reference[name] = shared_length_logps(torch.cat(sides), lengths, knobs.ld_alpha)[0].tolist()
+        shared[name] = shared_length_logps(torch.cat(sides), lengths, knobs.ld_alpha or 0.0)[0].tolist()
     gaps = {name: 0.5 * index for index, name in enumerate(tokens)}
-    return preference_objective(knobs, reference, score_gaps=gaps, ranks=ranks)
+    return preference_objective(knobs, reference, shared_length=shared, score_gaps=gaps, ranks=ranks)
 
 
 def train(
@@ -107,10 +107,23 @@ def pairs(make_groups: Callable[..., list[TokenGroup]]) -> tuple[list[TokenGroup
     return make_groups(18, seed=1), make_groups(7, seed=2)
 
 
+CHANGED: dict[str, dict[str, Any]] = {
+    "label_smoothing": {"label_smoothing": 0.2},
+    "gamma": {"gamma": 0.3},
+    "discopop_tau": {"discopop_tau": 0.5},
+    "divergence": {"divergence": "js"},
+    "ld_alpha": {"ld_alpha": 0.3},
+    "weighting": {"weighting": "wpo"},
+    "margin_scale": {"margin_scale": 0.2},
+}
+READS = [(name, CHANGED[setting]) for name, info in OBJECTIVES.items() for setting in info.reads if setting in CHANGED]
+
 KINDS: list[tuple[Any, dict[str, Any]]] = [
     *((name, {}) for name in OBJECTIVES if name != "plackett_luce"),
     ({"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}, {}),
-    ("sigmoid", {"ld_alpha": 0.3}),
+    ({"sigmoid": 1.0, "sft": 0.5}, {"ld_alpha": 0.3}),
+    ("sigmoid", {"weighting": "wpo"}),
+    ("aot", {"ld_alpha": 0.3}),
     ("sigmoid", {"margin_scale": 0.2}),
     ("sigmoid", {"divergence": "js"}),
     ("ipo", {"divergence": "forward_kl"}),
@@ -134,6 +147,76 @@ def test_the_token_budget_changes_no_curve(
     if loss == "discopop":  # its slope at margin 0 points the wrong way: see docs/objectives.md
         return
     assert min(losses[-3:]) < losses[0]
+
+
+@pytest.mark.parametrize(("loss", "changes"), READS, ids=str)
+def test_what_an_objective_reads_passes_the_gate_and_changes_its_steps(
+    loss: Any, changes: Any, policy: Callable[..., Any], pairs: Any, tmp_path: Path, cpu: Any, reporter: Any
+) -> None:
+    groups = pairs[0]
+    norms = []
+    for index, knobs in enumerate((section(loss, beta=0.5), section(loss, beta=0.5, **changes))):
+        model = policy()
+        scorer = Scorer(model, torch.float32, "shared")
+        model.eval()
+        tokens = reference_tokens(scorer, groups)
+        check_step_zero(model, scorer, objective_of(knobs, tokens), groups, 200)
+        scorer.close()
+        shifted = {name: [side + 0.1 * place for place, side in enumerate(sides)] for name, sides in tokens.items()}
+        objective = objective_of(knobs, shifted)
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        with scorer:
+            fitted = fit(
+                model,
+                scorer,
+                objective,
+                groups[:8],
+                groups[8:10],
+                section="train",
+                params=knobs.model_copy(update={"epochs": 1.0}),
+                runtime=RuntimeParams(max_tokens_per_microbatch=60, recompute="none"),
+                machine=cpu,
+                work=folder,
+                reporter=reporter,
+            )
+        norms.append(fitted.first("grad_norm"))
+    assert all(math.isfinite(norm) and norm > 0 for norm in norms)
+    assert norms[0] != pytest.approx(norms[1], rel=1e-6), "it changes nothing"
+
+
+def test_a_mixture_gives_each_loss_the_sums_that_it_reads(policy: Callable[..., Any], pairs: Any) -> None:
+    """With ld_alpha the SFT term still trains every token of the chosen answer."""
+    scorer = Scorer(policy(), torch.float32, "shared")
+    groups = pairs[0]
+    tokens = reference_tokens(scorer, groups)
+    found = {}
+    for loss in ("sigmoid", {"sigmoid": 1.0, "sft": 0.5}, "sft"):
+        changes = {} if loss == "sft" else {"ld_alpha": 0.0}
+        objective = objective_of(section(loss, **changes), tokens)
+        found[str(loss)] = objective.losses(groups, scorer.score(groups), groups).losses_B
+    alone, both, sft = found.values()
+    torch.testing.assert_close(both, alone + 0.5 * sft)
+
+
+def test_a_gradient_that_is_no_number_stops_before_the_step(
+    policy: Callable[..., Any], pairs: Any, tmp_path: Path, cpu: Any, reporter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = policy()
+    before = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+    first = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+    scorer_pass = Scorer.score
+
+    def poisoned(self: Scorer, groups: Sequence[TokenGroup], **asked: Any) -> Any:
+        if torch.is_grad_enabled() and not first._backward_hooks:
+            first.register_hook(lambda gradient: gradient / 0.0)
+        return scorer_pass(self, groups, **asked)
+
+    monkeypatch.setattr(Scorer, "score", poisoned)
+    with pytest.raises(ParamsError, match=r"train\.learning_rate is too high: the gradient became inf at step 1"):
+        train(model, section("sigmoid"), pairs, 8192, tmp_path / "one", cpu, reporter)
+    after = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 @pytest.mark.parametrize("loss", ["aot", "aot_unpaired"])

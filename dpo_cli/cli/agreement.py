@@ -1,0 +1,195 @@
+"""``dpo-cli agreement``: win rates by judges and people, and how far they agree, as in the paper's Table 2."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dpo_cli.core.artifacts import write_text
+from dpo_cli.core.errors import DataError
+from dpo_cli.evaluation.agreement import Coefficient, MethodAgreement, summarise_votes
+from dpo_cli.evaluation.bootstrap import Estimate
+from dpo_cli.evaluation.votes import read_votes
+
+_NAMES = {"cohen_kappa": "Cohen's kappa", "fleiss_kappa": "Fleiss' kappa", "krippendorff_alpha": "Krippendorff's alpha"}
+_NONE = "-"
+
+
+@dataclass(frozen=True)
+class AgreementTable:
+    """What a votes file says.
+
+    Attributes:
+        methods: Figures by method and baseline.
+        draws: Bootstrap draws behind each interval.
+        confidence: Coverage of the intervals.
+        seed: Of the draws.
+    """
+
+    methods: list[MethodAgreement]
+    draws: int
+    confidence: float
+    seed: int
+
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of raters of all methods."""
+        return list(dict.fromkeys(kind for each in self.methods for kind in each.win_rates))
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Kinds that share items in some method: two kinds first, then those with themselves."""
+        found = dict.fromkeys((pair.first, pair.second) for each in self.methods for pair in each.pairs)
+        return sorted(found, key=lambda pair: pair[0] == pair[1])
+
+
+def agreement_of_file(path: Path, *, draws: int, confidence: float, seed: int) -> AgreementTable:
+    """Read a votes file and compute all figures.
+
+    Raises:
+        DataError: It is no votes file, or no item has votes of two raters.
+    """
+    methods = summarise_votes(read_votes(path), draws=draws, confidence=confidence, seed=seed)
+    if not any(each.pairs for each in methods):
+        raise DataError(
+            f"{path}: no item has votes of two raters, so there is no agreement; give all votes on the same two"
+            " answers the same item_id"
+        )
+    return AgreementTable(methods, draws, confidence, seed)
+
+
+def print_table(found: AgreementTable, console: Console | None = None) -> None:
+    """Print a column a method, a row a figure, intervals below the values.
+
+    Args:
+        found: What to print.
+        console: Where; None: standard output.
+    """
+    console = console or Console(highlight=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
+    table.add_column("")
+    for each in found.methods:
+        table.add_column(Text(f"{each.method}\nvs {each.baseline}"))
+    for name, cells in _rows(found):
+        table.add_row(Text(name), *(Text(cell) for cell in cells))
+    console.print()
+    console.print(table)
+    console.print()
+    console.print(
+        Text(
+            f"In brackets {100 * found.confidence:g}% intervals by prompt ({found.draws} draws). A tie is half a win,"
+            " and agrees by half with a win or a loss; for kappa and alpha it is a category of its own."
+        )
+    )
+
+
+def _rows(found: AgreementTable) -> list[tuple[str, list[str]]]:
+    rates = [each.win_rates for each in found.methods]
+    rows = [
+        ("prompts", [str(each.num_prompts) for each in found.methods]),
+        ("items", [str(each.num_items) for each in found.methods]),
+    ]
+    for kind in found.kinds:
+        rows.append((f"N votes, {kind}", [str(mine[kind].num_votes) if kind in mine else _NONE for mine in rates]))
+    for kind in found.kinds:
+        rows.append((f"win %, {kind}", [_percent(mine[kind].estimate) if kind in mine else _NONE for mine in rates]))
+    pairs = {names: [each.pair(*names) for each in found.methods] for names in found.pairs}
+    for (first, second), mine in pairs.items():
+        rows.append((f"agree %, {first} - {second}", [_percent(each.agreement) if each else _NONE for each in mine]))
+    for (first, second), mine in pairs.items():
+        rows += _coefficient_rows(f"{first} - {second}", [each.coefficient if each else None for each in mine])
+    if len(found.kinds) > 1:
+        rows += _coefficient_rows("all raters", [each.overall for each in found.methods])
+    return rows
+
+
+def _coefficient_rows(who: str, cells: Sequence[Coefficient | None]) -> list[tuple[str, list[str]]]:
+    """A row for each coefficient that some method has."""
+    return [
+        (
+            f"{_NAMES[name]}, {who}",
+            [_decimal(each.estimate) if each is not None and each.name == name else _NONE for each in cells],
+        )
+        for name in dict.fromkeys(each.name for each in cells if each is not None)
+    ]
+
+
+def _percent(estimate: Estimate) -> str:
+    return f"{100 * estimate.value:.0f}\n[{100 * estimate.low:.0f}, {100 * estimate.high:.0f}]"
+
+
+def _decimal(estimate: Estimate) -> str:
+    if math.isnan(estimate.value):
+        return "undefined"
+    interval = "no interval" if math.isnan(estimate.low) else f"[{estimate.low:.2f}, {estimate.high:.2f}]"
+    return f"{estimate.value:.2f}\n{interval}"
+
+
+# --- for machines ---------------------------------------------------------------------------
+
+
+def as_json(found: AgreementTable) -> dict[str, Any]:
+    """The figures as one JSON value; null where one is undefined."""
+    return {
+        "draws": found.draws,
+        "confidence": found.confidence,
+        "seed": found.seed,
+        "methods": [
+            {
+                "method": each.method,
+                "baseline": each.baseline,
+                "num_prompts": each.num_prompts,
+                "num_items": each.num_items,
+                "win_rates": {
+                    kind: {"num_votes": rate.num_votes, "num_ties": rate.num_ties, **_estimate(rate.estimate)}
+                    for kind, rate in each.win_rates.items()
+                },
+                "pairs": [
+                    {
+                        "first": pair.first,
+                        "second": pair.second,
+                        "num_items": pair.num_items,
+                        "num_pairs": pair.num_pairs,
+                        "agreement": _estimate(pair.agreement),
+                        pair.coefficient.name: _estimate(pair.coefficient.estimate),
+                    }
+                    for pair in each.pairs
+                ],
+                "overall": {each.overall.name: _estimate(each.overall.estimate)} if each.overall else None,
+            }
+            for each in found.methods
+        ],
+    }
+
+
+def write_csv(found: AgreementTable, path: Path) -> None:
+    """Write the figures as CSV, one a line: num counts votes, or pairs of them; an undefined figure is empty."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["method", "baseline", "figure", "first", "second", "num", "value", "low", "high"])
+    for each in found.methods:
+        names = (each.method, each.baseline)
+        for kind, rate in each.win_rates.items():
+            writer.writerow([*names, "win_rate", kind, "", rate.num_votes, *_estimate(rate.estimate).values()])
+        for pair in each.pairs:
+            who = (pair.first, pair.second, pair.num_pairs)
+            writer.writerow([*names, "agreement", *who, *_estimate(pair.agreement).values()])
+            writer.writerow([*names, pair.coefficient.name, *who, *_estimate(pair.coefficient.estimate).values()])
+        if each.overall:
+            count = sum(rate.num_votes for rate in each.win_rates.values())
+            writer.writerow([*names, each.overall.name, "", "", count, *_estimate(each.overall.estimate).values()])
+    write_text(path, stream.getvalue())
+
+
+def _estimate(estimate: Estimate) -> dict[str, float | None]:
+    figures = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+    return {name: None if math.isnan(figure) else figure for name, figure in figures.items()}

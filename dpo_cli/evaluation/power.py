@@ -1,0 +1,72 @@
+"""What a number of prompts can show: the power of a win rate, and the least effect that it would find.
+
+The test is the two-sided sign test against one half: ties are dropped, so the number of prompts is
+that of prompts with a winner. Figures are exact sums of the binomial distribution.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+def win_rate_power(win_rate: float, num_prompts: int, level: float = 0.05) -> float:
+    """Probability that the sign test finds a true win rate to differ from one half.
+
+    A true 55% is found with 256 prompts in 32% of cases, with 1000 in 88%.
+
+    Args:
+        win_rate: The true one, in [0, 1].
+        num_prompts: Prompts with a winner.
+        level: Of the two-sided test.
+
+    Returns:
+        In [0, 1]; at one half no more than the level. 0 where there are too few prompts for any result to count.
+    """
+    needed = _critical_wins(num_prompts, level)
+    if needed is None:
+        return 0.0
+    # lost by so much, too: the test has two sides
+    return _at_least(needed, num_prompts, win_rate) + _at_least(needed, num_prompts, 1 - win_rate)
+
+
+def detectable_win_rate(num_prompts: int, power: float = 0.8, level: float = 0.05) -> float | None:
+    """The least true win rate above one half that the sign test finds with a given probability.
+
+    Args:
+        num_prompts: Prompts with a winner.
+        power: Probability to find it.
+        level: Of the two-sided test.
+
+    Returns:
+        In (0.5, 1]; None where there are too few prompts for any result to count.
+    """
+    if _critical_wins(num_prompts, level) is None:
+        return None
+    low, high = 0.5, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if win_rate_power(middle, num_prompts, level) >= power else (middle, high)
+    return high
+
+
+def _critical_wins(num_prompts: int, level: float) -> int | None:
+    """The fewest wins that a fair coin reaches in no more than level / 2 of cases; None where there are none."""
+    tail = np.cumsum(_binomial(num_prompts, 0.5)[::-1])[::-1]
+    found = np.flatnonzero(tail <= level / 2)
+    return int(found[0]) if len(found) else None
+
+
+def _at_least(wins: int, num_prompts: int, rate: float) -> float:
+    return float(_binomial(num_prompts, rate)[wins:].sum())
+
+
+def _binomial(number: int, rate: float) -> np.ndarray:
+    """Probabilities of 0 .. number wins, float64 [number + 1]."""
+    if rate in (0, 1):
+        return np.eye(number + 1)[round(rate) * number]
+    factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, number + 1)))])
+    wins = np.arange(number + 1)
+    logs = factorials[-1] - factorials - factorials[::-1] + wins * math.log(rate) + wins[::-1] * math.log1p(-rate)
+    return np.exp(logs)
