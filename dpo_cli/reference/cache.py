@@ -17,8 +17,6 @@ them recomputes nothing.
 
 from __future__ import annotations
 
-import os
-import shutil
 from array import array
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -46,48 +44,6 @@ def completion_key(prompt: Sequence[int], completion: Sequence[int]) -> str:
 def group_keys(group: TokenGroup) -> list[str]:
     """The keys of a group's completions."""
     return [completion_key(group.prompt, completion) for completion in group.completions]
-
-
-class RowStore:
-    """Rows that were computed for one graph, in shards; it survives a kill and the deletion of the output.
-
-    It lies in the scratch area under the digest of the graph's identity. Every run with that
-    graph takes from it what is there, so grown data computes only the new rows.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def load(self) -> pl.DataFrame:
-        """All rows that are there; a damaged shard is left out and deleted."""
-        frames = [pl.DataFrame(schema=SCHEMA)]
-        for shard in sorted(self._folder.glob("shard-*.parquet")):
-            if shard.stem != f"shard-{sha256_file(shard)}":
-                shard.unlink()
-                continue
-            frames.append(pl.read_parquet(shard, columns=list(SCHEMA), glob=False))
-        return pl.concat(frames).unique("key", keep="first", maintain_order=True)
-
-    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add a shard of rows; its name holds the digest of its content."""
-        if not rows:
-            return
-        frame = pl.DataFrame(rows, schema=SCHEMA)
-        written = self._folder / f"new.{os.getpid()}.tmp"
-        try:
-            frame.write_parquet(written)
-            written.replace(self._folder / f"shard-{sha256_file(written)}.parquet")
-        finally:
-            written.unlink(missing_ok=True)
-
-
-def forget_other_stores(root: Path, keep: Path, how_many: int) -> None:
-    """Delete the oldest stores of other graphs, all but ``how_many``."""
-    others = [path for path in root.iterdir() if path.is_dir() and path != keep]
-    others.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in others[how_many:]:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def write_cache(folder: Path, rows: pl.DataFrame, identity: Mapping[str, Any]) -> None:

@@ -19,11 +19,12 @@ from dpo_cli.core.artifacts import digest_files, digest_json
 from dpo_cli.core.errors import StaleArtifactError
 from dpo_cli.core.params import RuntimeParams
 from dpo_cli.core.progress import Reporter
+from dpo_cli.core.row_store import RowStore, forget_other_stores
 from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models.adapters import ADAPTER_FILES, ModelPair, load_pair
 from dpo_cli.models.device import token_budget
-from dpo_cli.reference.cache import MANIFEST, RowStore, forget_other_stores, group_keys, read_cache_rows, rows_of
+from dpo_cli.reference.cache import MANIFEST, SCHEMA, group_keys, read_cache_rows, rows_of
 from dpo_cli.reference.graph import Graph
 from dpo_cli.reference.scoring import missing_groups, score_into_store
 from dpo_cli.scoring.budget import TokenBudget
@@ -74,11 +75,11 @@ def score_both(
     wanted = {key for group in groups for key in group_keys(group)}
     models = _Models(graph, adapter, runtime, reporter, command)
     with stage_scratch("precompute_ref", digest_json(graph.identity)) as scratch:
-        store = RowStore(scratch.folder / "rows")
+        store = RowStore(scratch.folder / "rows", SCHEMA)
         cached = _reference_rows(graph, wanted, reporter, command)
         reference = models.complete("reference", groups, wanted, cached, store)
     with stage_scratch("score", policy_digest(graph, adapter)) as scratch:
-        store = RowStore(scratch.folder / "rows")
+        store = RowStore(scratch.folder / "rows", SCHEMA)
         policy = models.complete("policy", groups, wanted, None, store)
         forget_other_stores(scratch.folder.parent, scratch.folder, _OTHER_STORES_KEPT)
     return policy, reference

@@ -12,8 +12,9 @@ from dpo_cli.core.artifacts import digest_bytes
 from dpo_cli.core.errors import Interrupted
 from dpo_cli.core.interrupts import graceful_stop
 from dpo_cli.core.progress import Reporter
+from dpo_cli.core.row_store import RowStore
 from dpo_cli.data.tokenise import TokenGroup
-from dpo_cli.reference.cache import RowStore, completion_key
+from dpo_cli.reference.cache import completion_key
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
 from dpo_cli.scoring.scorer import Scorer
 

@@ -11,12 +11,13 @@ from dpo_cli.core.artifacts import digest_json, publish_folder, write_json, writ
 from dpo_cli.core.errors import DataError
 from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
+from dpo_cli.core.row_store import RowStore, forget_other_stores
 from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.tokenise import TokenGroup, explain_found, explain_rejects
 from dpo_cli.models.adapters import load_reference
 from dpo_cli.models.device import peak_memory_gib, token_budget
 from dpo_cli.models.load import quiet_libraries
-from dpo_cli.reference.cache import RowStore, forget_other_stores, group_keys, rows_of, write_cache
+from dpo_cli.reference.cache import SCHEMA, group_keys, rows_of, write_cache
 from dpo_cli.reference.graph import SPLITS, Graph, all_rejects, open_graph
 from dpo_cli.reference.scoring import missing_groups, score_into_store
 from dpo_cli.scoring.budget import TokenBudget
@@ -53,7 +54,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         reporter.warn(f"precompute-ref: {warning}")
     identity_digest = digest_json(graph.identity)
     with stage_scratch("precompute_ref", identity_digest) as scratch:
-        store = RowStore(scratch.folder / "rows")
+        store = RowStore(scratch.folder / "rows", SCHEMA)
         known = set(store.load()["key"].to_list())
         missing = missing_groups(groups, known, token_budget(params.runtime, graph.machine.device))
         begun = time.monotonic()

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from dpo_cli.core.errors import DataError
 from dpo_cli.data.world import Task, task_of
+from dpo_cli.evaluation.judges.base import Judgment, Question, one_by_one
 
 
 class WorldJudge:
     """Prefers the answer with the higher known reward; equal rewards are a tie."""
 
-    def prefer(self, prompt: str, first: str, second: str) -> float:
-        """1, 0.5 or 0.
+    remedy = "set evaluate.judge to none"
+
+    def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Judgment]]:
+        """Judge questions; it has a verdict on all.
 
         Raises:
             DataError: The prompt is not of the embedded world.
         """
-        task = world_task(prompt)
-        difference = task.reward(first) - task.reward(second)
-        return 0.5 if difference == 0 else float(difference > 0)
+        return one_by_one(_prefer, questions)
+
+
+def _prefer(prompt: str, a: str, b: str) -> float:
+    """1, 0.5 or 0."""
+    task = world_task(prompt)
+    difference = task.reward(a) - task.reward(b)
+    return 0.5 if difference == 0 else float(difference > 0)
 
 
 def world_task(prompt: str) -> Task:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from dpo_cli.core.progress import Reporter
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.schema import Messages, assistant, user
 from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.evaluation.judges.base import Judgment, Question, one_by_one
 from dpo_cli.models.adapters import SftResult
 from dpo_cli.models.device import Machine, token_budget
 from dpo_cli.models.reward import load_reward_model, reward_head
@@ -81,10 +82,14 @@ class RewardModel:
         answers = tuple(tuple(self._encoder.encode_completion(prompt, [assistant(text)])) for text in texts)
         return self.rewards([TokenGroup("one", "one", tokens, answers)])[0] if texts else []
 
-    def prefer(self, prompt: str, first: str, second: str) -> float:
-        """Probability that the first of two answers to a user's message is the better one."""
-        a, b = self.rewards_of_texts([user(prompt)], [first, second])
-        return preference(a, b)
+    remedy = "set evaluate.judge to none"
+
+    def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Judgment]]:
+        """Judge answers to a user's message; it has a verdict on all."""
+        return one_by_one(self._prefer, questions)
+
+    def _prefer(self, prompt: str, a: str, b: str) -> float:
+        return preference(*self.rewards_of_texts([user(prompt)], [a, b]))
 
 
 def preference(first: float, second: float) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,7 @@ from dpo_cli.reference import cache as cache_module
 from dpo_cli.reference.cache import (
     MANIFEST,
     SCHEMA,
-    RowStore,
     completion_key,
-    forget_other_stores,
     group_keys,
     read_cache,
     reference_logps,
@@ -198,84 +195,3 @@ def test_a_completion_that_is_not_in_the_cache_is_refused_with_its_row(
     changed = TokenGroup("new-row", group.group, group.prompt, (group.completions[0], (9, 9, 9)))
     with pytest.raises(StaleArtifactError, match=r"no row for new-row of data/preference: .*precompute-ref"):
         reference_logps(cache, [*groups, changed])
-
-
-# --- the store of half-done work ----------------------------------------------------------
-
-
-def test_an_empty_store_has_no_rows(tmp_path: Path) -> None:
-    rows = RowStore(tmp_path / "rows").load()
-    assert rows.height == 0
-    assert rows.schema == pl.Schema(SCHEMA)
-
-
-def test_rows_are_kept_across_runs_once_each(tmp_path: Path) -> None:
-    store = RowStore(tmp_path / "rows")
-    store.add([])
-    assert list((tmp_path / "rows").iterdir()) == []
-    store.add([row("a", -1.0), row("b", -2.0)])
-    store.add([row("b", -2.0), row("c", -3.0)])
-    store.add([row("a", -1.0), row("b", -2.0)])
-    rows = RowStore(tmp_path / "rows").load().sort("key")
-    assert rows["key"].to_list() == ["a", "b", "c"]
-    assert rows["logp"].to_list() == [-1.0, -2.0, -3.0]
-
-
-@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: b"", lambda data: b"x" * len(data)])
-def test_a_damaged_shard_is_left_out_and_the_others_are_kept(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
-    store = RowStore(tmp_path / "rows")
-    store.add([row("a", -1.0)])
-    (shard,) = (tmp_path / "rows").iterdir()
-    store.add([row("b", -2.0)])
-    shard.write_bytes(damage(shard.read_bytes()))
-    assert store.load()["key"].to_list() == ["b"]
-    assert not shard.exists()
-    store.add([row("a", -1.0)])
-    assert sorted(store.load()["key"].to_list()) == ["a", "b"]
-
-
-def test_a_shard_with_a_flipped_bit_never_gives_other_figures(tmp_path: Path) -> None:
-    store = RowStore(tmp_path / "rows")
-    store.add([row(f"{number:032x}", -float(number), -1.5) for number in range(50)])
-    (shard,) = (tmp_path / "rows").iterdir()
-    whole, before = shard.read_bytes(), store.load()
-    for position in range(4, 200, 7):
-        shard.write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
-        rows = store.load()
-        assert rows.height == 0 or rows.equals(before)
-
-
-def test_a_shard_with_other_columns_is_left_out(tmp_path: Path) -> None:
-    store = RowStore(tmp_path / "rows")
-    store.add([row("a", -1.0)])
-    pl.DataFrame({"key": ["b"], "logp": [-2.0]}).write_parquet(tmp_path / "rows" / "shard-old.parquet")
-    assert store.load()["key"].to_list() == ["a"]
-
-
-def test_a_write_that_was_killed_leaves_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = RowStore(tmp_path / "rows")
-
-    def killed(frame: pl.DataFrame, path: Path) -> None:
-        path.write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pl.DataFrame, "write_parquet", killed)
-    with pytest.raises(KeyboardInterrupt):
-        store.add([row("a", -1.0)])
-    assert list((tmp_path / "rows").iterdir()) == []
-
-
-def test_a_store_keeps_its_rows_wherever_it_lies(tmp_path: Path) -> None:
-    """A project folder may have brackets in its name: they are no pattern."""
-    store = RowStore(tmp_path / "my [new] project")
-    store.add([row("a", -1.0)])
-    assert store.load()["key"].to_list() == ["a"]
-
-
-def test_only_the_newest_other_stores_are_kept(tmp_path: Path) -> None:
-    for age, name in enumerate(["newest", "new", "old", "oldest", "mine"]):
-        (tmp_path / name).mkdir()
-        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
-    (tmp_path / "lock").write_text("")
-    forget_other_stores(tmp_path, tmp_path / "mine", 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["lock", "mine", "new", "newest"]

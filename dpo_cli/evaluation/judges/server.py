@@ -1,0 +1,168 @@
+"""HTTP with an OpenAI-compatible server on this machine, or on a host that the user allows by name.
+
+No proxy is asked and no redirection followed: what is judged goes to the host of the URL or nowhere.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Collection
+from typing import Any
+from urllib.parse import urlsplit
+
+from dpo_cli.core.errors import MachineError, ParamsError
+
+_TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504}
+_LONGEST_PAUSE_S = 30.0
+
+
+class RefusedError(MachineError):
+    """The server does not take a request as it is.
+
+    Args:
+        problem: What it says.
+        status: The HTTP status.
+    """
+
+    def __init__(self, problem: str, status: int) -> None:
+        super().__init__(problem)
+        self.status = status
+
+
+class Server:
+    """A server's address and how patiently it is asked; may be used by several threads at once.
+
+    Args:
+        url: Such as ``http://127.0.0.1:8080`` or ``http://127.0.0.1:8080/v1``.
+        allowed_hosts: Hosts that may be talked to besides this machine.
+        api_key: Sent as a bearer token; empty: none.
+        timeout_s: Seconds to wait for an answer.
+        num_tries: How often a request is sent before the server counts as gone.
+        backoff_s: Pause before the second try, seconds; it doubles from try to try.
+        sleep: Waits; for tests.
+
+    Raises:
+        ParamsError: The URL is none, or its host is not allowed.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        allowed_hosts: Collection[str] = (),
+        api_key: str = "",
+        timeout_s: float = 120.0,
+        num_tries: int = 5,
+        backoff_s: float = 0.5,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.url = _checked_url(url, allowed_hosts)
+        self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._timeout_s = timeout_s
+        self._num_tries = num_tries
+        self._backoff_s = backoff_s
+        self._sleep = sleep
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
+
+    def get(self, path: str) -> Any:
+        """The JSON of a path below the URL.
+
+        Raises:
+            MachineError: See :meth:`post`.
+        """
+        return self._ask(path, None)
+
+    def post(self, path: str, body: Any) -> Any:
+        """The JSON that answers a JSON body.
+
+        Raises:
+            RefusedError: The server does not take it (an HTTP status that another try would not change).
+            MachineError: It does not answer, or not with JSON, however often it is asked.
+        """
+        return self._ask(path, json.dumps(body).encode())
+
+    def _ask(self, path: str, data: bytes | None) -> Any:
+        request = urllib.request.Request(f"{self.url}{path}", data=data, headers=self._headers)
+        problem, pause = "", self._backoff_s
+        for number in range(self._num_tries):
+            if number:
+                self._sleep(min(pause, _LONGEST_PAUSE_S))
+                pause *= 2
+            try:
+                with self._opener.open(request, timeout=self._timeout_s) as response:
+                    return json.loads(response.read())
+            except urllib.error.HTTPError as error:
+                problem = f"status {error.code}, {_explained(error)}"
+                if error.code not in _TRANSIENT:
+                    raise RefusedError(f"{self.url}{path} refuses the request: {problem}", error.code) from None
+            except TimeoutError:
+                problem = f"no answer within {self._timeout_s:g} s"
+            except urllib.error.URLError as error:
+                problem = f"no answer within {self._timeout_s:g} s" if _is_timeout(error) else str(error.reason)
+            except (OSError, http.client.HTTPException) as error:
+                problem = str(error) or type(error).__name__
+            except ValueError:
+                problem = "its answer is not JSON"
+        raise MachineError(
+            f"the judge's server {self.url} does not answer ({problem}; tried {self._num_tries} times);"
+            " what it has judged is kept: start it and run this again"
+        )
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Leaves a redirection to be an error."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+def _is_timeout(error: urllib.error.URLError) -> bool:
+    return isinstance(error.reason, TimeoutError)
+
+
+def _explained(error: urllib.error.HTTPError) -> str:
+    """What a server says of its error, one line."""
+    try:
+        with error:
+            text = error.read().decode("utf-8", errors="replace")
+    except (OSError, http.client.HTTPException):
+        text = ""
+    try:
+        found = json.loads(text)
+        found = found.get("error", found.get("message", found.get("detail", text)))
+        text = str(found.get("message", found) if isinstance(found, dict) else found)
+    except (ValueError, AttributeError):
+        pass
+    return (text.strip() or error.reason).splitlines()[0][:200]
+
+
+def _checked_url(url: str, allowed_hosts: Collection[str]) -> str:
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        host, parts = None, urlsplit("")
+    if parts.scheme not in ("http", "https") or not host or parts.username or parts.query or parts.fragment:
+        raise ParamsError(f"the judge's url must be like http://127.0.0.1:8080/v1, got {url!r}")
+    if not is_loopback(host) and host not in {name.lower() for name in allowed_hosts}:
+        raise ParamsError(
+            f"the judge's url must be of this machine (127.0.0.1), got {host}: prompts and answers would leave it;"
+            f" if they may, put {host} into allowed_hosts"
+        )
+    path = parts.path.rstrip("/")
+    return f"{parts.scheme}://{parts.netloc}{path or '/v1'}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine for certain: ``localhost`` or an address of the loopback network."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
