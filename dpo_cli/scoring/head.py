@@ -169,6 +169,9 @@ def token_logps(
         bytes_each = 4 if weight.dtype == torch.float32 else 8
         if transform.softcap is not None:
             bytes_each += 8  # the cap's slope and what it is made of
+        with_gradient = torch.is_grad_enabled() and hidden_ND.requires_grad and transform.softcap is None
+        if statistics is not None and not with_gradient:
+            bytes_each += 4  # the powers, for the entropy
         rows = max_logit_rows(weight.shape[0], head_bytes, bytes_each)
         return _TargetLogps.apply(hidden_ND, targets_N, weight, bias, transform, rows, statistics)  # type: ignore[return-value]
     return _autograd_logps(hidden_ND, targets_N, head, transform, head_bytes, statistics)
