@@ -87,6 +87,7 @@ METRICS: dict[str, dict[str, Any]] = {
         "loss": 0.27,
         "loss_ci": [0.24, 0.3],
         "loss_at_reference": 0.6931,
+        "learns_log_ratio": True,
         "chosen_reward": -0.1,
         "rejected_reward": -3.3,
         "reference_accuracy": 0.5,
