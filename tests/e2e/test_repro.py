@@ -168,7 +168,12 @@ def test_evaluation_does_not_depend_on_the_batch(
 ) -> None:
     found, expected = small_budget("evaluate"), metrics(project, "evaluate")
     samples = "reports/evaluate/samples.jsonl"
-    assert (copy / samples).read_bytes() == (project / samples).read_bytes()
+    ours, theirs = (
+        [json.loads(line) for line in (folder / samples).open(encoding="utf-8")] for folder in (copy, project)
+    )
+    for one, other in zip(ours, theirs, strict=True):  # the KL is a float32 sum, and so rounded by the batch
+        assert one.pop("kl") == pytest.approx(other.pop("kl"), rel=1e-4, abs=1e-5)
+    assert ours == theirs
     for name, value in expected.items():
         if name != "peak_mem_gib":
             assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
