@@ -121,6 +121,7 @@ STAGES: tuple[Stage, ...] = (
         example="dpo-cli evaluate --set evaluate.num_prompts=500",
         params=("model", "reference", "evaluate"),
         inputs=(
+            paths.RAW,  # a votes file
             paths.BASE,
             paths.SFT_DATA,
             paths.PREFERENCE_DATA,

@@ -157,7 +157,8 @@ def rows_of_answers(text: str) -> tuple[dict[str, Rows], dict[str, str]]:
                 columns.setdefault(f"evaluate.{metric}", {})[prompt] = (prompt, float(value))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"a row has no {error}") from None
-    return {name: rows for name, rows in columns.items() if len(rows) == num_rows}, answers
+    partial = {"evaluate.win_rate", "evaluate.tie_rate"}  # a judge may have no verdict on some
+    return {name: rows for name, rows in columns.items() if len(rows) == num_rows or name in partial}, answers
 
 
 def _answer_figures(row: Mapping[str, Any]) -> Iterable[tuple[str, float]]:

@@ -24,6 +24,10 @@ def answers() -> list[tuple[int, ...]]:
     return found + list(itertools.product(others, repeat=LONGEST))
 
 
+def kl_of(exact: float, k1: float) -> SequenceKl:
+    return SequenceKl(exact, k1, 0.0, 0.0, 0.0, 1)
+
+
 @pytest.fixture(scope="module")
 def both(make_llama: Callable[..., Any]) -> list[tuple[float, float, SequenceKl]]:
     """log pi, log ref and the two estimates of every answer to one prompt."""
@@ -71,7 +75,10 @@ def test_samples_of_the_policy_agree_and_samples_of_another_model_do_not(
 
 def test_a_model_has_no_distance_from_itself() -> None:
     logps = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).log_softmax(1)
-    assert sequence_kl(logps, logps, [0, 1, 2, 3, 4]) == SequenceKl(0.0, 0.0)
+    found = sequence_kl(logps, logps, [0, 1, 2, 3, 4])
+    assert (found.exact, found.k1, found.k3) == (0.0, 0.0, 0.0)
+    assert found.entropy == found.reference_entropy > 0
+    assert found.num_tokens == 5
 
 
 def test_the_estimates_by_hand() -> None:
@@ -93,17 +100,17 @@ def test_a_token_that_is_impossible_for_the_policy_adds_nothing() -> None:
 def test_a_planted_mismatch_sets_the_alarm_off() -> None:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(300, generator=generator).tolist()
-    honest = [SequenceKl(1.0, 1.0 + 2 * value) for value in noise]
-    planted = [SequenceKl(1.0, 2.0 + 2 * value) for value in noise]
+    honest = [kl_of(1.0, 1.0 + 2 * value) for value in noise]
+    planted = [kl_of(1.0, 2.0 + 2 * value) for value in noise]
     assert not estimates_disagree(honest)
     assert estimates_disagree(planted)
 
 
-@pytest.mark.parametrize("samples", [[], [SequenceKl(1.0, 9.0)]])
+@pytest.mark.parametrize("samples", [[], [kl_of(1.0, 9.0)]])
 def test_too_few_samples_cannot_disagree(samples: list[SequenceKl]) -> None:
     assert not estimates_disagree(samples)
 
 
 def test_rounding_alone_is_no_mismatch() -> None:
-    assert not estimates_disagree([SequenceKl(0.0, 1e-9)] * 50)
-    assert estimates_disagree([SequenceKl(0.0, 1e-3)] * 50)
+    assert not estimates_disagree([kl_of(0.0, 1e-9)] * 50)
+    assert estimates_disagree([kl_of(0.0, 1e-3)] * 50)
