@@ -15,6 +15,7 @@ from dpo_cli.core.artifacts import digest_files, digest_json
 from dpo_cli.core.errors import DataError, MachineError, StaleArtifactError
 from dpo_cli.core.params import RuntimeParams
 from dpo_cli.core.progress import Reporter
+from dpo_cli.evaluation.speaker_names import BASE, DPO, SFT
 from dpo_cli.models.adapters import ADAPTER_FILES, ModelPair, load_pair, load_reference
 from dpo_cli.models.identity import model_files
 from dpo_cli.models.load import check_model_folder, load_model, load_tokenizer
@@ -22,8 +23,6 @@ from dpo_cli.reference.graph import Graph
 from dpo_cli.reference.log_ratios import policy_digest
 from dpo_cli.scoring.probe import open_scorer
 from dpo_cli.scoring.scorer import Scorer
-
-SFT, DPO, BASE = "sft", "dpo", "base"
 
 
 @dataclass(frozen=True)

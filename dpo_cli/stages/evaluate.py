@@ -23,7 +23,7 @@ from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.pieces import pieces_of
 from dpo_cli.data.schema import Messages, content_id, text_of
-from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_rejects, tokenise_table
+from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_rejects
 from dpo_cli.evaluation import tables
 from dpo_cli.evaluation.bootstrap import Estimate, Sampling
 from dpo_cli.evaluation.calibration import reliability_table
@@ -32,6 +32,7 @@ from dpo_cli.evaluation.held_out import HeldOut, HeldOutPair, summarise_held_out
 from dpo_cli.evaluation.judges.exact import WorldJudge, world_task
 from dpo_cli.evaluation.judges.opening import Candidate, OpenedJudge, open_judge
 from dpo_cli.evaluation.judges.prompts import transcript
+from dpo_cli.evaluation.judges.votes import item_id
 from dpo_cli.evaluation.kl import SequenceKl
 from dpo_cli.evaluation.matches import Answers, Match, play
 from dpo_cli.evaluation.metrics import (
@@ -46,9 +47,11 @@ from dpo_cli.evaluation.metrics import (
     win_metrics,
 )
 from dpo_cli.evaluation.report.page import write_report
-from dpo_cli.evaluation.speakers import DPO, SFT, Cast, Speaker, open_cast
+from dpo_cli.evaluation.speaker_names import DPO, SFT
+from dpo_cli.evaluation.speakers import Cast, Speaker, open_cast
 from dpo_cli.evaluation.steps import Steps, logp_sums
 from dpo_cli.evaluation.verdict import headline, verdict
+from dpo_cli.evaluation.votes import COLUMNS as VOTE_COLUMNS
 from dpo_cli.models.device import peak_memory_gib
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.models.reward import check_reward_model
@@ -116,9 +119,12 @@ def evaluate_model(params: Params, folder: Path, out: Path, reporter: Reporter) 
     quiet_libraries()
     graph = open_graph(params.model, params.reference, params.runtime)
     train = params.train
+    settings: dict[str, Any] = {name: getattr(params, name).model_dump() for name in ("model", "reference", "evaluate")}
     if (folder / "provenance.json").is_file():
         train = TrainParams.model_validate(read_json(folder / "provenance.json", "")["params"]["train"])
+        settings["train"] = train.model_dump()
     metrics = evaluate(params, graph, Judged(folder, train, out), reporter)
+    write_json(out / paths.MODEL_SETTINGS, settings)
     rows = [(finding.name, f"{finding.value}  ({finding.meaning})") for finding in verdict(metrics)]
     reporter.table(f"{folder}: {headline(metrics)[0]}", [*rows, ("files", out.as_posix())])
     return metrics
@@ -242,6 +248,7 @@ class _Work:
             ("temperatures.csv", tables.TEMPERATURES, curve),
             ("frontier.csv", tables.FRONTIER, [tables.frontier_row(*point) for point in points]),
             ("length.csv", tables.LENGTH, tables.length_rows(main, sampling) if main else []),
+            ("votes.csv", VOTE_COLUMNS, self._votes(judge, main)),
         ):
             write_text(out / name, tables.csv_text(columns, rows))
         return metrics
@@ -269,11 +276,7 @@ class _Work:
 
     def _perplexities(self) -> dict[str, float]:
         """Perplexity of held-out instruction data under each model, where there is any."""
-        path = paths.SFT_DATA / "eval.parquet"
-        checks = self._params.sft.checks.model_dump()
-        table = tokenise_table(
-            path, ("completion",), self._graph.encoder, self._graph.max_length, checks, "run: dpo-cli convert-sft"
-        )
+        table = self._graph.tokenise_instructions("eval")
         if not table.groups:
             return {}
         found = {}
@@ -456,6 +459,18 @@ class _Work:
                 gain = ours - theirs
             points.append((scale, kl, match, gain))
         return points
+
+    def _votes(self, judge: OpenedJudge | None, main: Match | None) -> list[tuple[Any, ...]]:
+        """The judge's verdicts as votes, beside which people's can be laid; those of people are votes already."""
+        if judge is None or main is None or self._knobs.judge == "votes":
+            return []
+        rater = f"{self._knobs.judge}:{judge.name}"
+        rows = []
+        for id, win in main.wins.items():
+            ours, theirs = main.ours[id], main.theirs[id]
+            vote = "tie" if win == 0.5 else "A" if win > 0.5 else "B"
+            rows.append((item_id(ours.prompt, ours.text, theirs.text), id, DPO, SFT, rater, vote, DPO))
+        return rows
 
     # --- rows -------------------------------------------------------------------------------
 
