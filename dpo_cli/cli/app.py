@@ -596,9 +596,9 @@ def rating_sheet_command(
 ) -> None:
     """Write the answers of SFT and tuned model as a sheet on which people vote, without naming the models.
 
-    evaluate.num_prompts says how many there are. Fill in the column `vote` (A, B or tie) and hide `a_is`. With `evaluate.judge: votes` and
-    `evaluate.votes.file` the votes become the win rate; `dpo-cli agreement` compares raters, and judges with
-    them (reports/evaluate/votes.csv).
+    evaluate.num_prompts says how many there are. Fill in the column `vote` (A, B or tie) and hide `a_is`.
+    With `evaluate.judge: votes` and `evaluate.votes.file` the votes become the win rate; `dpo-cli agreement`
+    compares raters, and judges with them (reports/evaluate/votes.csv).
     """
     with _errors_as_exit_codes(as_json=False):
         from dpo_cli.cli.rating_sheet import write_rating_sheet  # here, so that --help does not wait for it
