@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dpo_cli.cli.experiments import WORKSPACE, experiment_refs, head, read_experiment, revisions_of
+from dpo_cli.cli.experiments import WORKSPACE, experiment_refs, head, is_here, read_experiment, revisions_of
 from dpo_cli.core.artifacts import write_text
 from dpo_cli.core.errors import ParamsError, StaleArtifactError
 from dpo_cli.evaluation.comparison import (
@@ -77,9 +77,9 @@ def compare(names: Sequence[str], baseline: str | None, metrics: Sequence[str], 
         DataError: A file of an experiment is damaged.
         MachineError: git cannot be run.
     """
-    refs = experiment_refs()
-    current = head()
-    based = [ref.name for ref in refs if ref.baseline == current] if not names else []
+    given = [*names, *([baseline] if baseline else [])]
+    refs = experiment_refs() if not names or not all(map(is_here, given)) else []  # git is asked where it is needed
+    based = [] if names else [ref.name for ref in refs if ref.baseline == head()]
     first = [baseline] if baseline else [] if names else [WORKSPACE]
     wanted = list(dict.fromkeys([*first, *names, *based]))
     if len(wanted) < 2:

@@ -18,11 +18,10 @@ from dpo_cli.evaluation.bootstrap import Estimate, Sampling
 from dpo_cli.evaluation.comparison import Experiment
 from dpo_cli.evaluation.findings import percent, percent_interval
 from dpo_cli.evaluation.head_to_head import HeadToHead, answers_by_model, meet
-from dpo_cli.evaluation.judges.opening import Candidate, open_judge
+from dpo_cli.evaluation.judges.opening import Candidate, prepare_judge
 from dpo_cli.evaluation.judges.prompts import transcript
 from dpo_cli.models.load import quiet_libraries
-from dpo_cli.models.reward import check_reward_model
-from dpo_cli.reference.graph import open_graph, table_digests
+from dpo_cli.reference.graph import open_graph
 
 
 def judge_experiments(experiments: Sequence[Experiment], overrides: Sequence[str], reporter: Reporter) -> HeadToHead:
@@ -45,8 +44,9 @@ def judge_experiments(experiments: Sequence[Experiment], overrides: Sequence[str
         raise DataError("the experiments share no prompt; evaluate them on the same data")
     num_all = len({id for experiment in experiments for id in experiment.answers})
     graph = open_graph(params.model, params.reference, params.runtime)
-    if knobs.judge == "reward-model":
-        check_reward_model(paths.REWARD_MODEL, graph.identity, table_digests(paths.PREFERENCE_DATA))
+    memory = paths.scratch_root() / "evaluate" / "judgments"
+    opener = prepare_judge(knobs, graph, ("", ""), params.runtime, reporter, "compare", memory)
+    assert opener is not None
 
     def candidate(id: str, text: str) -> Candidate:
         prompt = prompts[id]
@@ -54,17 +54,7 @@ def judge_experiments(experiments: Sequence[Experiment], overrides: Sequence[str
         return Candidate(id, transcript(prompt), text, tuple(graph.encoder.encode_prompt(prompt)), tokens)
 
     every = [candidate(id, text) for answers in models.values() for id, text in answers.items()]
-    judge = open_judge(
-        knobs,
-        graph,
-        every,
-        ("", ""),
-        params.runtime,
-        reporter,
-        "compare",
-        paths.scratch_root() / "evaluate" / "judgments",
-    )
-    assert judge is not None
+    judge = opener(every)
     sampling = Sampling(knobs.bootstrap_draws, knobs.confidence, knobs.seed)
     return meet(models, candidate, judge.judge, judge.name, num_all - len(prompts), reporter, sampling)
 

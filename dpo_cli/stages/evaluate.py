@@ -30,7 +30,7 @@ from dpo_cli.evaluation.calibration import reliability_table
 from dpo_cli.evaluation.generation import Answer, PromptTokens
 from dpo_cli.evaluation.held_out import HeldOut, HeldOutPair, summarise_held_out
 from dpo_cli.evaluation.judges.exact import WorldJudge, world_task
-from dpo_cli.evaluation.judges.opening import Candidate, OpenedJudge, open_judge
+from dpo_cli.evaluation.judges.opening import Candidate, OpenedJudge, Opener, prepare_judge
 from dpo_cli.evaluation.judges.prompts import transcript
 from dpo_cli.evaluation.judges.votes import item_id
 from dpo_cli.evaluation.kl import SequenceKl
@@ -54,7 +54,6 @@ from dpo_cli.evaluation.verdict import headline, verdict
 from dpo_cli.evaluation.votes import COLUMNS as VOTE_COLUMNS
 from dpo_cli.models.device import peak_memory_gib
 from dpo_cli.models.load import quiet_libraries
-from dpo_cli.models.reward import check_reward_model
 from dpo_cli.objectives.pairwise import sigmoid
 from dpo_cli.reference.cache import completion_key, group_keys, read_cache, reference_logps
 from dpo_cli.reference.graph import Graph, check_context, open_graph, read_columns, table_digests
@@ -133,8 +132,6 @@ def evaluate_model(params: Params, folder: Path, out: Path, reporter: Reporter) 
 def evaluate(params: Params, graph: Graph, judged: Judged, reporter: Reporter) -> dict[str, Any]:
     """All steps of one model, and the files that they make."""
     knobs = params.evaluate
-    if knobs.judge == "reward-model":
-        check_reward_model(paths.REWARD_MODEL, graph.identity, table_digests(paths.PREFERENCE_DATA))
     table = graph.tokenise_pairs("eval")
     if not table.groups:
         raise DataError(
@@ -150,7 +147,8 @@ def evaluate(params: Params, graph: Graph, judged: Judged, reporter: Reporter) -
         root = scratch.folder.parent
         steps = Steps(graph, knobs, params.runtime, reporter, "evaluate", root / "models")
         cast = open_cast(graph, judged.folder, params.runtime, reporter, "evaluate")
-        work = _Work(params, graph, judged, table, reporter, steps, cast, root / "judgments")
+        opener = prepare_judge(knobs, graph, (DPO, SFT), params.runtime, reporter, "evaluate", root / "judgments")
+        work = _Work(params, graph, judged, table, reporter, steps, cast, opener)
         metrics = work.run(cache)
         metrics |= {"num_leaked_prompts": num_leaked, "peak_mem_gib": peak_memory_gib(graph.machine)}
         metrics["learns_log_ratio"] = judged.train.learns_log_ratio
@@ -181,7 +179,7 @@ class _Work:
         reporter: Reporter,
         steps: Steps,
         cast: Cast,
-        judgments: Path,
+        opener: Opener | None,
     ) -> None:
         self._params = params
         self._knobs: EvaluateParams = params.evaluate
@@ -192,7 +190,7 @@ class _Work:
         self._reporter = reporter
         self._steps = steps
         self._cast = cast
-        self._judgments = judgments
+        self._opener = opener
         knobs = self._knobs
         self._sampling = Sampling(knobs.bootstrap_draws, knobs.confidence, knobs.seed)
         self._prompts = _prompts(table, knobs.num_prompts)
@@ -406,19 +404,10 @@ class _Work:
     # --- the judge --------------------------------------------------------------------------
 
     def _play(self, fixtures: Mapping[_Key, tuple[Answers, Answers]]) -> tuple[OpenedJudge | None, dict[_Key, Match]]:
-        candidates = [each for pair in fixtures.values() for answers in pair for each in answers.values()]
-        judge = open_judge(
-            self._knobs,
-            self._graph,
-            candidates,
-            (DPO, SFT),
-            self._runtime,
-            self._reporter,
-            "evaluate",
-            self._judgments,
-        )
-        if judge is None:
+        if self._opener is None:
             return None, {}
+        candidates = [each for pair in fixtures.values() for answers in pair for each in answers.values()]
+        judge = self._opener(candidates)
         found = play(judge.judge, list(fixtures.values()), self._reporter, "evaluate", self._sampling)
         return judge, dict(zip(fixtures, found, strict=True))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_cli.core import paths
-from dpo_cli.core.errors import DataError, ParamsError
+from dpo_cli.core.errors import DataError, MachineError, ParamsError
 from dpo_cli.core.params import EvaluateParams, RuntimeParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.tokenise import TokenGroup
@@ -22,7 +22,9 @@ from dpo_cli.evaluation.judges.reward_model import KnownRewards, RewardModel
 from dpo_cli.evaluation.judges.server import Server
 from dpo_cli.evaluation.judges.votes import VotesJudge
 from dpo_cli.evaluation.votes import read_votes
-from dpo_cli.reference.graph import Graph
+from dpo_cli.models.load import check_model_folder
+from dpo_cli.models.reward import check_reward_model
+from dpo_cli.reference.graph import Graph, table_digests
 
 API_KEY = "DPO_JUDGE_API_KEY"
 JUDGE_PATH = "DPO_JUDGE_PATH"
@@ -65,22 +67,26 @@ class OpenedJudge:
     reward: Callable[[str, str], float] | None = None
 
 
-def open_judge(
+Opener = Callable[[Sequence[Candidate]], OpenedJudge]
+"""Opens a judge that was prepared, for the answers that it will be asked about."""
+
+
+def prepare_judge(
     knobs: EvaluateParams,
     graph: Graph,
-    candidates: Sequence[Candidate],
     names: tuple[str, str],
     runtime: RuntimeParams,
     reporter: Reporter,
     command: str,
     memory: Path,
-) -> OpenedJudge | None:
-    """The judge that is asked for; None where there is none.
+) -> Opener | None:
+    """Find out whether the judge that is asked for can be had, before any long work; None where there is none.
+
+    What needs the models' memory is loaded when it is opened.
 
     Args:
         knobs: Section evaluate.
         graph: The graph of the policy that is judged.
-        candidates: All answers that it will be asked about.
         names: Policy and opponent, as a votes file calls them.
         runtime: This machine.
         reporter: Hears what the judge is like.
@@ -89,29 +95,31 @@ def open_judge(
 
     Raises:
         ParamsError: A setting is wrong: there is no such template, or the server's host is not allowed.
-        MachineError: The judge's model cannot be loaded, or its server does not answer.
-        DataError: The votes file is missing or damaged, or the prompts are not of the embedded world.
+        MachineError: The judge's model is no model, or its server does not answer.
+        StaleArtifactError: There is no reward model, or it is of another graph or other data.
+        DataError: The votes file is missing or damaged.
     """
     if knobs.judge == "none":
         return None
     if knobs.judge == "world":
-        judge = WorldJudge()
-        return OpenedJudge(judge, "the embedded world's known reward", reward=judge.reward)
+        world = WorldJudge()
+        return lambda _: OpenedJudge(world, "the embedded world's known reward", reward=world.reward)
     if knobs.judge == "reward-model":
-        rewards = _learned_rewards(graph, candidates, runtime, reporter, command)
-        return OpenedJudge(rewards, "the reward model", reward=rewards.reward)
+        check_reward_model(paths.REWARD_MODEL, graph.identity, table_digests(paths.PREFERENCE_DATA))
+        return lambda candidates: _learned_rewards(graph, candidates, runtime, reporter, command)
     if knobs.judge == "votes":
         votes = read_votes(_votes_file(knobs.votes.file))
-        judge = VotesJudge(votes, knobs.votes.rule, *names, knobs.votes.kind)
-        return OpenedJudge(judge, f"votes in {knobs.votes.file}")
-    if knobs.judge == "hf":
-        return _open_hf(knobs, graph, runtime, reporter, command, memory)
-    return _open_openai(knobs, reporter, memory)
+        voters = VotesJudge(votes, knobs.votes.rule, *names, knobs.votes.kind)
+        return lambda _: OpenedJudge(voters, f"votes in {knobs.votes.file}")
+    if knobs.judge == "openai":
+        asked = _open_openai(knobs, reporter, memory)
+        return lambda _: asked
+    return _prepare_hf(knobs, graph, runtime, reporter, command, memory)
 
 
 def _learned_rewards(
     graph: Graph, candidates: Sequence[Candidate], runtime: RuntimeParams, reporter: Reporter, command: str
-) -> KnownRewards:
+) -> OpenedJudge:
     model = RewardModel.load(
         paths.REWARD_MODEL,
         graph.base,
@@ -131,13 +139,14 @@ def _learned_rewards(
         for number, ((_, tokens), answers) in enumerate(by_prompt.items())
     ]
     found = zip(by_prompt.items(), model.rewards(groups), strict=True)
-    return KnownRewards(
+    known = KnownRewards(
         {
             (prompt, text): reward
             for ((prompt, _), answers), rewards in found
             for text, reward in zip(answers, rewards, strict=True)
         }
     )
+    return OpenedJudge(known, "the reward model", reward=known.reward)
 
 
 def _votes_file(name: str) -> Path:
@@ -149,25 +158,33 @@ def _votes_file(name: str) -> Path:
     return path
 
 
-def _open_hf(
+def _prepare_hf(
     knobs: EvaluateParams, graph: Graph, runtime: RuntimeParams, reporter: Reporter, command: str, memory: Path
-) -> OpenedJudge:
+) -> Opener:
     given = os.environ.get(JUDGE_PATH) or runtime.judge_path
     if not given:
         raise ParamsError(f"evaluate.judge hf needs its model: set runtime.judge_path (or {JUDGE_PATH}) to a directory")
     folder = Path(given).expanduser()
-    judge = HfJudge.load(
-        folder,
-        open_template(knobs.hf.template, "evaluate.hf.template"),
-        graph.machine,
-        knobs.hf.quantization,
-        knobs.hf.chat_template,
-        runtime,
-        reporter,
-        command,
-        policy=graph.base,
-    )
-    return OpenedJudge(CachedJudge(judge, memory), knobs.hf.name or folder.name, reads=True)
+    if not folder.is_dir():
+        raise MachineError(f"the judge's model directory {folder} is missing; check runtime.judge_path or {JUDGE_PATH}")
+    check_model_folder(folder)
+    template = open_template(knobs.hf.template, "evaluate.hf.template")
+
+    def open_(_: Sequence[Candidate]) -> OpenedJudge:
+        judge = HfJudge.load(
+            folder,
+            template,
+            graph.machine,
+            knobs.hf.quantization,
+            knobs.hf.chat_template,
+            runtime,
+            reporter,
+            command,
+            policy=graph.base,
+        )
+        return OpenedJudge(CachedJudge(judge, memory), knobs.hf.name or folder.name, reads=True)
+
+    return open_
 
 
 def _open_openai(knobs: EvaluateParams, reporter: Reporter, memory: Path) -> OpenedJudge:

@@ -69,7 +69,7 @@ def rating_sheet(
     """What raters are given, as rows of a votes file with the texts beside them and ``vote`` to be filled in.
 
     Which answer is A is drawn from the item's hash, so that raters cannot tell the models apart by their place;
-    hide ``a_is`` from them.
+    hide ``a_is`` from them. A zero byte, which no table can hold, is shown as U+FFFD.
 
     Args:
         rows: Id of the prompt, the prompt as a judge reads it, the method's answer and the baseline's; identical
@@ -94,9 +94,7 @@ def rating_sheet(
                 "rater": rater,
                 "vote": "",
                 "a_is": method if method_first else baseline,
-                "prompt": prompt,
-                "a": a,
-                "b": b,
+                **{name: text.replace("\0", "\ufffd") for name, text in (("prompt", prompt), ("a", a), ("b", b))},
             }
         )
     return sheet

@@ -1,0 +1,383 @@
+"""Stage evaluate on a tiny model: every judge, other models, steps that are kept, figures that no batch moves."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from dpo_cli.cli.app import app
+from dpo_cli.core import paths
+from dpo_cli.core.errors import DataError, MachineError, ParamsError, StaleArtifactError
+from dpo_cli.core.params import Params, parse_params
+from dpo_cli.data import world
+from dpo_cli.evaluation.judges.opening import JUDGE_PATH
+
+Evaluate = Callable[..., dict[str, Any]]
+
+NUM_PROMPTS = 12
+KNOBS: dict[str, Any] = {"judge": "world", "num_prompts": NUM_PROMPTS, "temperature": 0.7, "max_new_tokens": 10}
+
+
+def make_params(tiny_folder: Path, **evaluate: Any) -> Params:
+    training = {"learning_rate": 1e-3, "batch_size": 8, "max_steps": 6}
+    sections: dict[str, dict[str, Any]] = {
+        "data": {"eval_fraction": 0.2},
+        "model": {"name": "tiny"},
+        "sft": {**training, "max_length": 256},
+        "reference": {"max_length": 256},
+        "train": training,
+        "reward": {**training, "loss": "bradley_terry"},
+        "evaluate": {**KNOBS, **evaluate},
+        "runtime": {"model_path": str(tiny_folder), "device": "cpu"},
+    }
+    return parse_params(sections)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, make_reporter: Callable[[], Any]) -> Path:
+    """A project in which all stages but evaluate have run."""
+    folder = tmp_path_factory.mktemp("built")
+    raw = folder / "data/raw"
+    raw.mkdir(parents=True)
+    for name, rows in (
+        ("instructions", world.instruction_rows(0, 120)),
+        ("preferences", world.preference_rows(0, 160)),
+    ):
+        (raw / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
+    stages = ("base", "convert_sft", "convert_preferences", "sft", "precompute_ref", "train", "reward")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for stage in stages:
+            importlib.import_module(f"dpo_cli.stages.{stage}").run(make_params(tiny_folder), make_reporter())
+    return folder
+
+
+@pytest.fixture
+def here(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, as the working directory."""
+    folder = tmp_path / "project"
+    shutil.copytree(built, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def evaluate(here: Path, tiny_folder: Path, make_reporter: Callable[..., Any]) -> Evaluate:
+    """``evaluate(judge="hf", ...)``: run the stage with these settings; its reporter is ``evaluate.reporter``."""
+    from dpo_cli.stages.evaluate import run
+
+    def go(reporter: Any = None, **knobs: Any) -> dict[str, Any]:
+        go.reporter = reporter or make_reporter()  # type: ignore[attr-defined]
+        return run(make_params(tiny_folder, **knobs), go.reporter)  # type: ignore[attr-defined]
+
+    return go
+
+
+def table(name: str) -> list[dict[str, str]]:
+    with (paths.report_dir("evaluate") / name).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def samples(folder: Path | None = None) -> list[dict[str, Any]]:
+    path = (folder or paths.report_dir("evaluate")) / "samples.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def work_of(reporter: Any) -> dict[str, int]:
+    """What was computed, by label."""
+    found: dict[str, int] = {}
+    for meter in reporter.meters:
+        found[meter.label] = found.get(meter.label, 0) + meter.total
+    return found
+
+
+# --- judges -------------------------------------------------------------------------------
+
+
+def test_all_that_can_be_asked_of_the_known_reward(evaluate: Evaluate) -> None:
+    temperatures, scales = [0.0, 0.7, 1.0], [0.5, 2.0]
+    metrics = evaluate(opponents=["sft", "chosen"], judge_pairs=-1, temperatures=temperatures, scales=scales)
+    rows = samples()
+    assert len(rows) == NUM_PROMPTS == metrics["num_judged"] == metrics["num_judged_chosen"]
+    assert metrics["win_rate"] == pytest.approx(sum(row["win"] for row in rows) / NUM_PROMPTS, abs=1e-12)
+    assert metrics["win_rate_chosen"] == pytest.approx(sum(row["win_chosen"] for row in rows) / NUM_PROMPTS, abs=1e-12)
+    assert metrics["judge_agreement"] == 1.0, "the data is labelled by this very reward"
+    assert metrics["num_judge_agreement"] == metrics["num_pairs"]
+    assert "judge_consistency" not in metrics, "it reads no text before another"
+    curve = table("temperatures.csv")
+    assert [(float(row["temperature"]), row["opponent"]) for row in curve] == [
+        (temperature, opponent) for temperature in temperatures for opponent in ("sft", "chosen")
+    ]
+    assert float(curve[2]["win_rate"]) == pytest.approx(metrics["win_rate"], abs=1e-8), "T = 0.7 is the headline's"
+    frontier = table("frontier.csv")
+    assert [float(row["scale"]) for row in frontier] == [0, 0.5, 1, 2]
+    kls = [float(row["kl"]) for row in frontier]
+    assert kls == sorted(kls)
+    assert kls[0] == 0
+    assert kls[2] == pytest.approx(metrics["kl"], abs=1e-8)
+    for row in rows:
+        assert row["chosen"] != row["rejected"]
+        assert "".join(text for text, _ in row["dpo"]["heat"]).startswith(row["dpo"]["text"])
+    assert sum(int(row["num_pairs"]) for row in table("reliability.csv")) == metrics["num_pairs"]
+    by = table("accuracy_by.csv")
+    for kind in ("length", "source"):
+        assert sum(int(row["num_pairs"]) for row in by if row["kind"] == kind) == metrics["num_pairs"]
+    votes = table("votes.csv")
+    assert len(votes) == NUM_PROMPTS
+    assert {row["vote"] for row in votes} <= {"A", "B", "tie"}
+
+
+def test_without_a_judge_there_are_no_wins(evaluate: Evaluate) -> None:
+    metrics = evaluate(judge="none")
+    assert metrics["judge"] == "none"
+    assert not [name for name in metrics if name.startswith(("win_rate", "judge_", "cheaper"))]
+    assert table("temperatures.csv") == table("frontier.csv") == table("length.csv") == table("votes.csv") == []
+    assert all("win" not in row and "reward" not in row["dpo"] for row in samples())
+    assert metrics["perplexity_sft"] > 1
+
+
+def test_a_local_model_as_judge_is_asked_once(
+    evaluate: Evaluate, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ParamsError, match=r"set runtime.judge_path \(or DPO_JUDGE_PATH\) to a directory"):
+        evaluate(judge="hf")
+    monkeypatch.setenv(JUDGE_PATH, str(tiny_folder))
+    metrics = evaluate(judge="hf", hf={"name": "tiny judge"}, opponents=["sft", "chosen"], judge_pairs=5)
+    assert metrics["judge_name"] == "tiny judge"
+    assert 0 <= metrics["judge_consistency"] <= 1
+    assert 0 <= metrics["judge_first_position_rate"] <= 1
+    assert metrics["num_judge_agreement"] == 5
+    assert "reward_dpo" not in metrics
+    assert any("a judge favours answers like its own" in text for text in evaluate.reporter.warned)  # type: ignore[attr-defined]
+    again = evaluate(judge="hf", hf={"name": "tiny judge"}, opponents=["sft", "chosen"], judge_pairs=5)
+    assert without_memory(again) == {name: value for name, value in metrics.items() if name != "peak_mem_gib"}
+    assert set(work_of(evaluate.reporter)) == {"evaluate: judging"}, "all else is kept"  # type: ignore[attr-defined]
+
+
+def test_a_judge_whose_window_is_too_short_makes_no_headline(
+    evaluate: Evaluate, make_llama: Callable[..., Any], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = tmp_path / "short"
+    make_llama(len(tokenizer), max_position_embeddings=16).save_pretrained(short)
+    tokenizer.save_pretrained(short)
+    monkeypatch.setenv(JUDGE_PATH, str(short))
+    with pytest.raises(DataError, match=r"no verdict in 1\d of 1\d comparisons .*take a judge with a longer one"):
+        evaluate(judge="hf")
+    assert not (paths.report_dir("evaluate") / "metrics.json").exists()
+
+
+def test_the_reward_model_as_judge(evaluate: Evaluate) -> None:
+    metrics = evaluate(judge="reward-model", opponents=["sft", "chosen"], judge_pairs=-1, temperatures=[0.0])
+    reward = json.loads(paths.metrics_file("reward").read_text(encoding="utf-8"))["reward"]
+    # σ(r_chosen - r_rejected) on average; its accuracy counts on which side of one half each lies
+    assert abs(metrics["judge_agreement"] - 0.5) < 0.5
+    assert (metrics["judge_agreement"] > 0.5) == (reward["accuracy"] > 0.5)
+    assert metrics["reward_dpo"] == pytest.approx(-metrics["reward_sft"], abs=1e-6)
+
+
+def test_people_as_judges_by_a_sheet(evaluate: Evaluate) -> None:
+    world_says = evaluate()
+    by_world = {row["prompt_id"]: row for row in table("votes.csv")}
+    sheet = Path("data/raw/votes.csv")
+    result = CliRunner().invoke(app, ["rating-sheet", str(sheet), "--rater", "human:anna"])
+    assert result.exit_code == 0, result.output
+    with sheet.open(encoding="utf-8", newline="") as file:
+        items = list(csv.DictReader(file))
+    assert {row["vote"] for row in items} == {""}
+    again = CliRunner().invoke(app, ["rating-sheet", str(sheet)])
+    assert again.exit_code == ParamsError.exit_code
+    assert "may hold votes" in again.output
+    for item in items:
+        said = by_world[item["prompt_id"]]
+        won = {"A": item["method"], "B": item["baseline"], "tie": None}[said["vote"]]
+        item["vote"] = "tie" if won is None else "A" if item["a_is"] == won else "B"
+    with sheet.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(items[0]))
+        writer.writeheader()
+        writer.writerows(items)
+    metrics = evaluate(judge="votes", votes={"file": str(sheet)})
+    assert metrics["win_rate"] == world_says["win_rate"]
+    assert "judge_consistency" not in metrics
+    other = Path("data/raw/half.csv")
+    with other.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(items[0]))
+        writer.writeheader()
+        writer.writerows(items[: len(items) // 2])
+    with pytest.raises(DataError, match="no verdict in .*collect votes on these answers"):
+        evaluate(judge="votes", votes={"file": str(other)})
+    with pytest.raises(ParamsError, match="must be under data/raw, where DVC sees a change, got votes.csv"):
+        evaluate(judge="votes", votes={"file": "votes.csv"})
+
+
+# --- other models -------------------------------------------------------------------------
+
+
+def invoke(tiny_folder: Path, *arguments: str) -> Any:
+    settings = {f"evaluate.{name}": value for name, value in KNOBS.items()}
+    settings |= {
+        "model.name": "tiny",
+        "reference.max_length": 256,
+        "runtime.model_path": str(tiny_folder),
+        "runtime.device": "cpu",
+    }
+    Path("params.yaml").write_text("{}\n", encoding="utf-8")
+    options = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+    return CliRunner().invoke(app, [*arguments, *options])
+
+
+def test_an_adapter_of_ones_own_is_judged_without_training(evaluate: Evaluate, tiny_folder: Path) -> None:
+    whole = evaluate()
+    shutil.copytree(paths.DPO_MODEL, "mine")
+    result = invoke(tiny_folder, "evaluate", "--model", "mine")
+    assert result.exit_code == 0, result.output
+    found = json.loads(Path("evaluations/mine/metrics.json").read_text(encoding="utf-8"))["evaluate"]
+    assert without_memory(found) == {name: value for name, value in whole.items() if name != "peak_mem_gib"}
+    assert samples(Path("evaluations/mine")) == samples()
+    known = json.loads(Path("evaluations/mine/params.json").read_text(encoding="utf-8"))
+    assert known["train"]["max_steps"] == 6, "that of its provenance"
+
+
+def test_a_whole_model_stands_beside_the_reference(
+    evaluate: Evaluate, tiny_folder: Path, make_llama: Callable[..., Any], tokenizer: Any, reporter: Any
+) -> None:
+    """The base model itself, from elsewhere: nothing but SFT's adapter lies between the two."""
+    from dpo_cli.stages.evaluate import evaluate_model
+
+    make_llama(len(tokenizer)).save_pretrained("whole")
+    tokenizer.save_pretrained("whole")
+    metrics = evaluate_model(make_params(tiny_folder), Path("whole"), Path("out"), reporter)
+    assert metrics["kl"] > 0
+    assert "perplexity_base" not in metrics, "it is not in memory"
+    trained = evaluate()
+    assert metrics["perplexity_sft"] == pytest.approx(trained["perplexity_sft"], rel=1e-5)
+    assert metrics["perplexity_dpo"] == pytest.approx(trained["perplexity_base"], rel=1e-2)  # nf4 as the project's
+    with pytest.raises(DataError, match=r"evaluate.scales has no effect on whole: it is a whole model"):
+        evaluate_model(make_params(tiny_folder, scales=[0.5]), Path("whole"), Path("out"), reporter)
+
+
+def test_a_folder_that_holds_no_such_model_is_refused(
+    here: Path, tiny_folder: Path, make_llama: Callable[..., Any], reporter: Any
+) -> None:
+    from dpo_cli.stages.evaluate import evaluate_model
+
+    def refused(folder: str) -> Any:
+        return evaluate_model(make_params(tiny_folder), Path(folder), Path("out"), reporter)
+
+    with pytest.raises(StaleArtifactError, match="nowhere is missing; run: dpo-cli train, or name a folder with"):
+        refused("nowhere")
+    Path("empty").mkdir()
+    with pytest.raises(StaleArtifactError, match="empty holds neither an adapter .* nor a model"):
+        refused("empty")
+    shutil.copytree(paths.DPO_MODEL, "pickled")
+    Path("pickled/adapter_model.safetensors").rename("pickled/adapter_model.bin")
+    with pytest.raises(MachineError, match="pickled adapters are not loaded"):
+        refused("pickled")
+    shutil.copytree(paths.DPO_MODEL, "other")
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file("other/adapter_model.safetensors")
+    save_file(
+        {name: value[..., :-1].contiguous() for name, value in weights.items()}, "other/adapter_model.safetensors"
+    )
+    with pytest.raises(MachineError, match="other: no adapter for the project's model"):
+        refused("other")
+    result = invoke(tiny_folder, "evaluate", "--out", "somewhere")
+    assert result.exit_code == ParamsError.exit_code
+    assert "--out has no effect without --model" in result.output
+
+
+# --- steps that are kept ------------------------------------------------------------------
+
+
+class _StopError(Exception):
+    """A kill."""
+
+
+def assert_close(found: Any, expected: Any, tolerance: float) -> None:
+    """Equal but for rounding, whatever lies in what."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for name in expected:
+            assert_close(found[name], expected[name], tolerance)
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_close(one, other, tolerance)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=tolerance, abs=tolerance)
+    else:
+        assert found == expected
+
+
+def without_memory(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metrics.items() if name != "peak_mem_gib"}
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_was(evaluate: Evaluate, make_reporter: Callable[..., Any]) -> None:
+    knobs = {"temperatures": [0.0], "scales": [0.5]}
+    whole, answers = evaluate(**knobs), samples()
+    total = sum(work_of(evaluate.reporter).values())  # type: ignore[attr-defined]
+    shutil.rmtree(".scratch/evaluate")
+    shutil.rmtree(paths.report_dir("evaluate"))
+    done = 0
+    for patience in (2, 3, 4):
+        left = patience
+
+        def count(_: int) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise _StopError
+
+        with pytest.raises(_StopError):
+            evaluate(reporter=make_reporter(count), **knobs)
+        assert not (paths.report_dir("evaluate") / "metrics.json").exists(), "nothing half-written"
+        now = len(list(Path(".scratch/evaluate").rglob("shard-*.parquet")))
+        assert now > done, "it got further than before"
+        done = now
+    found = evaluate(**knobs)
+    assert sum(work_of(evaluate.reporter).values()) < 0.7 * total  # type: ignore[attr-defined]
+    assert_close(without_memory(found), without_memory(whole), 1e-6)
+    assert_close(samples(), answers, 2e-3)  # heats are rounded to 0.001
+
+
+def test_more_prompts_and_another_temperature_compute_only_what_is_new(evaluate: Evaluate) -> None:
+    evaluate()
+    evaluate(num_prompts=NUM_PROMPTS + 3)
+    work = work_of(evaluate.reporter)  # type: ignore[attr-defined]
+    assert work["evaluate: sft answers at T = 0.7"] == 3
+    assert work["evaluate: KL along the answers"] == 3
+    assert "evaluate: scoring held-out pairs" not in work
+    evaluate(temperature=0.5)
+    work = work_of(evaluate.reporter)  # type: ignore[attr-defined]
+    assert work["evaluate: sft answers at T = 0.5"] == NUM_PROMPTS
+    assert "evaluate: KL along the answers" not in work, "it is of T = 1 whatever the headline's is"
+
+
+# --- experiments against each other -----------------------------------------------------------
+
+
+def test_models_are_judged_against_each_other(evaluate: Evaluate, tiny_folder: Path) -> None:
+    evaluate()
+    for folder in ("one", "two"):
+        shutil.copytree(paths.DPO_MODEL, folder)
+        assert invoke(tiny_folder, "evaluate", "--model", folder).exit_code == 0
+    result = invoke(tiny_folder, "compare", "evaluations/one", "evaluations/two", "--judge", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout.splitlines()[-1])["head_to_head"]
+    assert found["num_prompts"] == NUM_PROMPTS
+    rates = {(each["model"], each["opponent"]): each["value"] for each in found["win_rates"]}
+    metrics = json.loads(paths.metrics_file("evaluate").read_text(encoding="utf-8"))["evaluate"]
+    assert rates["evaluations/two", "evaluations/one"] == 0.5, "they are the same"
+    assert rates["sft", "evaluations/one"] == pytest.approx(1 - metrics["win_rate"], abs=1e-12)
+    assert rates["sft", "evaluations/two"] == rates["sft", "evaluations/one"]
+    result = invoke(tiny_folder, "compare", "evaluations/one", "evaluations/two")
+    assert "--set has no effect without --judge" in result.output
