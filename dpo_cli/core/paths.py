@@ -23,6 +23,7 @@ REWARD_MODEL = Path("models/reward")
 
 REPORTS = Path("reports")
 REPORT_HTML = REPORTS / "report.html"
+FIGURES = REPORTS / "figures"
 
 
 def preference_table(split: str) -> Path:
