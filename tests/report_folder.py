@@ -201,9 +201,7 @@ def write_csv(name: str, header: str, rows: Iterable[Sequence[object]]) -> None:
 # --- samples ------------------------------------------------------------------------------
 
 
-def make_samples(
-    count: int, *, num_tokens: int = 12, judged: bool = True, heat: bool = True
-) -> list[dict[str, Any]]:
+def make_samples(count: int, *, num_tokens: int = 12, judged: bool = True, heat: bool = True) -> list[dict[str, Any]]:
     """Samples with losses, ties and wins in turn, 1 and 1 for each 8; every seventh verdict depends on the order.
 
     Sample 0 and 1 are attacks, sample 2 is Chinese, sample 3 Arabic; of twenty, one has several turns. Where there
@@ -214,7 +212,7 @@ def make_samples(
     for number in range(count):
         sft, tuned = _answers(rng, number, num_tokens)
         sample: dict[str, Any] = {
-            "id": f"{number:032x}",
+            "id": sample_id(number),
             "prompt": _prompt(rng, number),
             "chosen": _prose(rng, num_tokens) if number % 5 else None,
             "rejected": _prose(rng, num_tokens) if number % 5 else None,
@@ -232,6 +230,11 @@ def make_samples(
             sample["consistent"] = number % 7 != 0
         samples.append(sample)
     return samples
+
+
+def sample_id(number: int) -> str:
+    """Ids that lie about in no order, as digests do."""
+    return f"{number * 2654435761 % 2**32:08x}{number:024x}"
 
 
 def _prompt(rng: random.Random, number: int) -> list[dict[str, str]]:
@@ -302,7 +305,6 @@ def train_rows(num_steps: int = 41) -> list[dict[str, Any]]:
         if step % 4 == 0:
             row |= {f"eval_{name}": round(value, 6) for name, value in values.items()}
         rows.append(row)
-
     return rows
 
 
@@ -326,7 +328,15 @@ def _write_pairs() -> None:
         "reliability",
         "low,high,num_pairs,probability,accuracy,accuracy_low,accuracy_high",
         (
-            (low, low + 0.1, num, low + 0.055, low + 0.02, low - 0.7 / math.sqrt(num), min(1.0, low + 0.5 / math.sqrt(num)))
+            (
+                low,
+                low + 0.1,
+                num,
+                low + 0.055,
+                low + 0.02,
+                low - 0.7 / num**0.5,
+                min(1.0, low + 0.5 / num**0.5),
+            )
             for low, num in bins
         ),
     )
@@ -352,7 +362,14 @@ def _write_win_rates() -> None:
             for t in (0.0, 0.25, 0.5, 0.75, 1.0)
         ),
     )
-    frontier = ((0.0, 0.0, 0.5, 0.1), (0.25, 0.3, 0.63, 0.5), (0.5, 1.1, 0.73, 0.9), (1.0, 4.2, 0.79, 1.3), (1.5, 9.6, 0.77, 1.2))
+    lengths = ((-61.0, 40, 0.62), (-24.0, 80, 0.7), (-3.0, 150, 0.75), (21.0, 140, 0.82), (70.0, 90, 0.84))
+    frontier = (
+        (0.0, 0.0, 0.5, 0.1),
+        (0.25, 0.3, 0.63, 0.5),
+        (0.5, 1.1, 0.73, 0.9),
+        (1.0, 4.2, 0.79, 1.3),
+        (1.5, 9.6, 0.77, 1.2),
+    )
     write_csv(
         "frontier",
         "scale,kl,kl_low,kl_high,win_rate,low,high,reward",
@@ -365,8 +382,14 @@ def _write_win_rates() -> None:
         "length",
         "length_difference,num_prompts,win_rate,low,high",
         (
-            (place, num, win, win - 0.9 / math.sqrt(num), min(1.0, win + 0.6 / math.sqrt(num)))
-            for place, num, win in ((-61.0, 40, 0.62), (-24.0, 80, 0.7), (-3.0, 150, 0.75), (21.0, 140, 0.82), (70.0, 90, 0.84))
+            (place, num, win, win - 0.9 / num**0.5, min(1.0, win + 0.6 / num**0.5))
+            for place, num, win in (
+                (-61.0, 40, 0.62),
+                (-24.0, 80, 0.7),
+                (-3.0, 150, 0.75),
+                (21.0, 140, 0.82),
+                (70.0, 90, 0.84),
+            )
         ),
     )
 

@@ -58,6 +58,15 @@ function makeText(tag, className, ...children) {
   return element;
 }
 
+// A sign in place of words, which are its name.
+function mark(sign, name) {
+  const element = make("span", "odd", sign);
+  element.setAttribute("role", "img");
+  element.setAttribute("aria-label", name);
+  element.title = name;
+  return element;
+}
+
 // --- the list -----------------------------------------------------------------------------
 
 let shown = [];
@@ -85,7 +94,7 @@ function option(sample) {
     make(
       "span", "facts",
       make("span", "outcome", OUTCOMES[outcome] + (sample.win === undefined ? "" : ` ${number(sample.win, 2)}`)),
-      sample.consistent === false ? make("span", "odd", "orders disagree") : null,
+      sample.consistent === false ? mark("⇄", "orders disagree") : null,
       make("span", "measures", facts.join(" · ")),
     ),
   );
@@ -280,6 +289,12 @@ function showControls() {
   at("find").value = state.find;
 }
 
+// Scroll to the browser unless it is in sight.
+function showBrowser() {
+  const { top, bottom } = at("detail").getBoundingClientRect();
+  if (bottom < 0 || top > innerHeight) at("samples").scrollIntoView();
+}
+
 function writeHash() {
   history.replaceState(null, "", `#${hashOf(state)}`);
 }
@@ -379,9 +394,9 @@ function start() {
   at("keys").addEventListener("click", () => at("help").showModal());
   at("browser").hidden = false;
   document.addEventListener("keydown", onKey);
-  addEventListener("hashchange", readHash);
+  addEventListener("hashchange", () => readHash() && showBrowser());
   if (readHash()) {
-    at("samples").scrollIntoView();
+    showBrowser();
     return;
   }
   showControls();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,14 +40,13 @@ def capability_rows(capability: Mapping[str, Any] | None) -> list[TaskRow]:
 
 
 def _row(name: str, task: Mapping[str, Any]) -> TaskRow:
-    low, high = task["dpo_minus_sft_ci"]
-    known = low is not None and high is not None
+    low, high = (math.nan if end is None else end for end in task["dpo_minus_sft_ci"])
     return TaskRow(
         name,
         task["metric"],
         f"{task['num_items']:,}",
         ["\N{EN DASH}" if task.get(model) is None else f"{task[model]:.3f}" for model in ("base", "sft", "dpo")],
         signed(task["dpo_minus_sft"], 3),
-        f"[{signed(low, 3)}, {signed(high, 3)}]" if known else "",
-        "good" if known and low > 0 else "bad" if known and high < 0 else "plain",
+        f"[{signed(low, 3)}, {signed(high, 3)}]" if math.isfinite(high - low) else "",
+        "good" if low > 0 else "bad" if high < 0 else "plain",
     )

@@ -26,7 +26,7 @@ class Series:
     """One line of a figure.
 
     Attributes:
-        label: Its name in the key.
+        label: Its name in the key; empty where the held-out line beside it says enough.
         column: Its column of the table.
         role: Which of the page's two accents it has, or its grey.
         pace: train is logged often and drawn thin; eval is rare, held out, and drawn with points.
@@ -76,10 +76,10 @@ def draw_curves(inputs: Inputs) -> list[Chart]:
             " became less likely, too: common with DPO, and no failure by itself.",
             steps,
             [
-                Series("chosen, training", _CHOSEN, "a", "train"),
-                Series("chosen, held out", f"eval_{_CHOSEN}", "a", "eval"),
-                Series("rejected, training", "rewards/rejected", "b", "train"),
-                Series("rejected, held out", "eval_rewards/rejected", "b", "eval"),
+                Series("", _CHOSEN, "a", "train"),
+                Series("chosen", f"eval_{_CHOSEN}", "a", "eval"),
+                Series("", "rewards/rejected", "b", "train"),
+                Series("rejected", "eval_rewards/rejected", "b", "eval"),
             ],
             level=0.0,
             shaded=displaced(steps),
@@ -165,7 +165,7 @@ def _curve(
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel("step")
 
-    keys = [Key(line.label, f"{line.role} {line.pace}", _last(line, points)) for line, points in lines]
+    keys = [Key(line.label, f"{line.role} {line.pace}", _last(line, points)) for line, points in lines if line.label]
     if shaded:
         keys.append(Key("displacement", "b wash"))
     return Chart(slug, title, caption, (paths.report_dir(stage) / "steps.tsv").as_posix(), keys, draw(slug, paint))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Literal
@@ -164,8 +164,14 @@ def _for_page(document: str, slug: str) -> str:
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
     svg = re.sub(r' style="([^"<>]*)"', _colours_as_classes, svg)
+    svg = re.sub(r' (?:d|x|y|transform)="[^"<>]*"', _rounded, svg)
     svg = svg.replace("xlink:href", "href")
     return re.sub(r"\s*\n\s*", " ", svg).strip()
+
+
+def _rounded(attribute: re.Match[str]) -> str:
+    """Hundredths of a point are enough."""
+    return re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", attribute[0])
 
 
 def _colours_as_classes(style: re.Match[str]) -> str:
@@ -184,7 +190,7 @@ def _colours_as_classes(style: re.Match[str]) -> str:
 
 
 def _style() -> str:
-    def rules(colours: dict[str, str]) -> str:
+    def rules(colours: Mapping[str, str]) -> str:
         return "".join(
             f".{how}-{name}{{{how}:{colour}}}" for name, colour in colours.items() for how in ("fill", "stroke")
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from dpo_cli.evaluation.report.drawing import HEIGHT_INCHES, INK, MUTED, A, Char
 
 _MOST_METHODS = 6
 _MOST_KINDS = 8
-_CELL_INCHES, _HEAD_INCHES = 0.42, 0.35
+_CELL_INCHES, _HEAD_INCHES = 0.6, 0.3
 _PALEST, _FULL = 0.04, 0.6
 
 _KINDS = {
@@ -31,10 +32,11 @@ def judge_table(metrics: Mapping[str, Any]) -> RunTable | None:
     """What is known of the judge; None where there was none."""
     if metrics.get("judge", "none") == "none":
         return None
-    rows = [("judge", _KINDS.get(metrics["judge"], metrics["judge"]), "")]
+    kind = metrics["judge"]
+    rows: list[tuple[str, str, str]] = [("judge", _KINDS.get(kind, kind), "")]
     if name := metrics.get("judge_name"):
         rows.append(("name", name, ""))
-    for key, label in (("num_judged", "prompts judged against SFT"), ("num_judged_chosen", "against chosen answers")):
+    for key, label in (("num_judged", "judged against SFT"), ("num_judged_chosen", "judged against chosen")):
         if (count := metrics.get(key)) is not None:
             rows.append((label, f"{count:,.0f}", ""))
     rows += [
@@ -47,12 +49,10 @@ def judge_table(metrics: Mapping[str, Any]) -> RunTable | None:
         if metrics.get(key) is not None
     ]
     if (count := metrics.get("num_identical")) is not None:
-        rows.append(("identical answers, ties unasked", f"{count:,.0f}", ""))
+        rows.append(("identical answers, so ties", f"{count:,.0f}", ""))
     if (agreement := metrics.get("judge_agreement")) is not None:
         low, high = metrics["judge_agreement_ci"]
-        rows.append(
-            ("prefers the data's chosen answer", f"{100 * agreement:.1f} [{100 * low:.1f}, {100 * high:.1f}]", "%")
-        )
+        rows.append(("prefers the chosen answer", f"{100 * agreement:.1f} [{100 * low:.1f}, {100 * high:.1f}]", "%"))
         if (count := metrics.get("num_judge_agreement")) is not None:
             rows.append(("on held-out pairs", f"{count:,.0f}", ""))
     return RunTable("Judge", rows)
@@ -66,15 +66,15 @@ def draw_agreement(agreement: Mapping[str, Any] | None) -> list[Chart]:
 
 def _heat_map(number: int, method: Mapping[str, Any]) -> Chart:
     kinds = list(method["win_rates"])[:_MOST_KINDS]
-    cells = {}
+    cells: dict[tuple[int, int], Mapping[str, Any]] = {}
     for pair in method["pairs"]:
         if pair["first"] in kinds and pair["second"] in kinds:
-            first, second = sorted((kinds.index(pair["first"]), kinds.index(pair["second"])))
-            cells[second, first] = pair
+            first, second = kinds.index(pair["first"]), kinds.index(pair["second"])
+            cells[first, second] = cells[second, first] = pair
 
     def paint(axes: Axes) -> None:
-        for (row, column), pair in cells.items():
-            _cell(axes, row, column, pair)
+        for row, column in itertools.product(range(len(kinds)), repeat=2):
+            _cell(axes, row, column, cells.get((row, column)))
         axes.set_xlim(-0.5, len(kinds) - 0.5)
         axes.set_ylim(len(kinds) - 0.5, -0.5)
         labels = [short_label(kind) for kind in kinds]
@@ -97,21 +97,22 @@ def _heat_map(number: int, method: Mapping[str, Any]) -> Chart:
     )
 
 
-def _cell(axes: Axes, row: int, column: int, pair: Mapping[str, Any]) -> None:
+def _cell(axes: Axes, row: int, column: int, pair: Mapping[str, Any] | None) -> None:
+    if pair is None:
+        axes.annotate("\N{EN DASH}", (column, row), ha="center", va="center", color=MUTED)
+        return
     value = pair["agreement"]["value"]
     # one half is what two raters reach who know nothing; below it the cell stays pale
     strength = _PALEST + (_FULL - _PALEST) * max(0.0, 2 * value - 1)
     axes.add_patch(Rectangle((column - 0.47, row - 0.45), 0.94, 0.9, color=A, alpha=strength, linewidth=0))
-    axes.annotate(f"{100 * value:.0f}", (column, row), ha="center", va="bottom", color=INK, weight="bold")
+    axes.annotate(f"{100 * value:.0f}", (column, row - 0.14), ha="center", va="bottom", color=INK, weight="bold")
     low, high = pair["agreement"]["low"], pair["agreement"]["high"]
     lines = [f"[{100 * low:.0f}, {100 * high:.0f}]"] if low is not None and high is not None else []
     for name, label in _COEFFICIENTS.items():
         if (pair.get(name) or {}).get("value") is not None:
             lines.append(f"{label.rpartition(' ')[2]} {pair[name]['value']:.2f}")
-    text = "  ".join(lines).replace("-", "\N{MINUS SIGN}")
-    axes.annotate(
-        text, (column, row), xytext=(0, -1), textcoords="offset points", ha="center", va="top", color=MUTED, fontsize=7
-    )
+    text = "\n".join(lines).replace("-", "\N{MINUS SIGN}")
+    axes.annotate(text, (column, row - 0.1), ha="center", va="top", color=INK, fontsize=8)
 
 
 def _narrow(label: str, num_columns: int) -> str:

@@ -27,7 +27,7 @@ from dpo_cli.evaluation.report.inputs import read_inputs
 from dpo_cli.evaluation.report.judge import draw_agreement, judge_table
 from dpo_cli.evaluation.report.pairs import draw_pairs
 from dpo_cli.evaluation.report.shades import SHADES, shades_of, signed
-from dpo_cli.evaluation.report.win_rates import draw_win_rates, missing_win_rates
+from dpo_cli.evaluation.report.win_rates import draw_lengths, draw_win_rates, missing_win_rates
 from dpo_cli.evaluation.verdict import headline, verdict
 
 _PACKAGE = "dpo_cli.evaluation.report"
@@ -45,11 +45,12 @@ def write_report(path: Path) -> None:
     """
     inputs = read_inputs()
     evaluated = inputs.metrics["evaluate"]
+    agreement = draw_agreement(inputs.agreement)
     charts = {
         "curves": draw_curves(inputs),
         "win-rates": draw_win_rates(inputs),
         "pairs": draw_pairs(inputs),
-        "judge": draw_agreement(inputs.agreement),
+        "judge": [chart for chart in (draw_lengths(inputs.lengths, evaluated), *agreement) if chart is not None],
     }
     text, status = headline(evaluated)
     browser = make_browser(inputs.samples)
@@ -64,6 +65,7 @@ def write_report(path: Path) -> None:
             charts=charts,
             missing=missing_win_rates(inputs),
             judge=judge_table(evaluated),
+            is_agreement_known=bool(agreement),
             tasks=capability_rows(inputs.capability),
             browser=browser,
             browser_data=Markup(browser.data),

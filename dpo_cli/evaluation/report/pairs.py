@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from dpo_cli.core import paths
-from dpo_cli.evaluation.report.drawing import DASHED, INK, LINE, MUTED, A, B, Chart, Key, draw, short_label
+from dpo_cli.evaluation.report.drawing import (
+    DASHED,
+    HEIGHT_INCHES,
+    INK,
+    LINE,
+    MUTED,
+    A,
+    B,
+    Chart,
+    Key,
+    draw,
+    short_label,
+)
 from dpo_cli.evaluation.report.inputs import Inputs, Row, Table
 
-_MOST_KINDS = 12
-_ROW_INCHES, _HEAD_INCHES = 0.235, 0.62
+_MOST_SOURCES = 6
+_ROW_INCHES, _HEAD_INCHES = 0.215, 0.6
 _BIN_SHARE = 0.16
-_LONGER_KEY = "take the longer"
 
 
 def draw_pairs(inputs: Inputs) -> list[Chart]:
     """The figures that there are numbers for."""
     metrics = inputs.metrics["evaluate"]
-    by = {kind: [row for row in inputs.accuracy_by if row["kind"] == kind] for kind in ("length", "source")}
     charts = [
         _margins(inputs.margins),
         _reliability(inputs.reliability, metrics),
-        _accuracy_by("length", by["length"], {}, metrics["longer_accuracy"]),
-        _accuracy_by("source", by["source"], _longer_by_source(inputs.pairs), metrics["longer_accuracy"])
-        if len(by["source"]) > 1
-        else None,
+        _accuracy_by(inputs.accuracy_by, _longer_by_source(inputs.pairs), metrics["longer_accuracy"]),
     ]
     return [chart for chart in charts if chart is not None]
 
@@ -94,38 +101,39 @@ def _reliability(reliability: Sequence[Row], metrics: Mapping[str, Any]) -> Char
     error = metrics.get("calibration_error")
     return Chart(
         "reliability",
-        "Is the reward as sure as it is right? %",
-        "How often the preferred answer is the chosen one. Below the diagonal the reward is too sure, above it too"
-        " modest; bars are pairs in each bin.",
+        "Reliability of the reward, %",
+        "How often the answer that the reward prefers is the chosen one. Below the diagonal the reward is too sure,"
+        " above it too modest; bars are pairs in each bin.",
         _source("reliability"),
         [
-            Key("accuracy with interval", "a dot", f"error {100 * error:.1f} points" if error is not None else ""),
+            Key("accuracy", "a dot", f"error {100 * error:.1f} points" if error is not None else ""),
             Key("calibrated", "muted dash"),
         ],
         draw("reliability", paint),
     )
 
 
-def _accuracy_by(
-    kind: Literal["length", "source"], found: Sequence[Row], longer: Mapping[str, float], longer_overall: float
-) -> Chart | None:
+def _accuracy_by(found: Sequence[Row], longer: Mapping[str, float], longer_overall: float) -> Chart | None:
     """A line for each kind of pair: accuracy with its interval, beside what "take the longer" gives."""
-    rows = [row for row in found if math.isfinite(row["accuracy"])]
+    known = [row for row in found if math.isfinite(row["accuracy"])]
+    lengths, sources = ([row for row in known if row["kind"] == kind] for kind in ("length", "source"))
+    if len(sources) < 2:
+        sources = []  # it would be the accuracy of all pairs
+    shown = sorted(sources, key=lambda row: -row["num_pairs"])[:_MOST_SOURCES]
+    places = [*range(len(lengths)), *(len(lengths) + 0.6 * bool(lengths) + number for number in range(len(shown)))]
+    rows = [*lengths, *shown]
     if not rows:
         return None
-    left_out = 0
-    if len(rows) > _MOST_KINDS:
-        kept = sorted(rows, key=lambda row: -row["num_pairs"])[:_MOST_KINDS]
-        left_out = len(rows) - len(kept)
-        rows = [row for row in rows if row in kept]
+    labels = [row["label"].replace("-", "\N{MINUS SIGN}") for row in lengths]
+    labels += [row["label"] for row in shown]
 
     def paint(axes: Axes) -> None:
         axes.axvline(50, color=LINE, linewidth=0.9)
         axes.axvline(100 * longer_overall, color=B, linewidth=0.9, linestyle=DASHED)
-        for place, row in enumerate(rows):
+        for place, row in zip(places, rows, strict=True):
             axes.plot([100 * row["low"], 100 * row["high"]], [place, place], color=A, linewidth=1)
             axes.plot(100 * row["accuracy"], place, marker="o", markersize=4.5, color=A, zorder=3)
-            if row["label"] in longer:
+            if row["kind"] == "source" and row["label"] in longer:
                 axes.plot(100 * longer[row["label"]], place, marker="|", markersize=8, markeredgewidth=1.6, color=B)
             axes.annotate(
                 f"{row['num_pairs']:,.0f}",
@@ -136,40 +144,27 @@ def _accuracy_by(
                 fontsize=8,
                 annotation_clip=False,
             )
-        axes.set_yticks(
-            range(len(rows)),
-            [short_label(row["label"]).replace("-", "\N{MINUS SIGN}") for row in rows]
-            if kind == "length"
-            else [short_label(row["label"]) for row in rows],
-        )
-        axes.invert_yaxis()
+        axes.set_yticks(places, [short_label(label) for label in labels])
+        axes.set_ylim(places[-1] + 0.6, -0.6)
         axes.grid(visible=False, axis="y")
         axes.grid(axis="x", color=LINE, linewidth=0.6)
         axes.tick_params(axis="y", labelcolor=INK)
-        axes.margins(y=0.12 if len(rows) > 3 else 0.3)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel("accuracy, %")
 
-    titles = {"length": "Accuracy by chosen less rejected tokens", "source": "Accuracy by source"}
-    captions = {
-        "length": "A reward of length alone is right where the chosen answer is longer and wrong where it is shorter.",
-        "source": "A source at one half taught nothing, or its labels are noise; at the right its pairs.",
-    }
-    slug = f"accuracy-{kind}"
+    caption = "By tokens of the chosen answer less the rejected one" if lengths else ""
+    caption += (", and by source" if lengths else "By source") if shown else ""
+    caption += "; at the right the number of pairs."
+    caption += " A reward of length alone is right where the chosen answer is longer and wrong where it is shorter."
+    if len(shown) < len(sources):
+        caption += f" {len(sources) - len(shown)} smaller sources are left out."
     return Chart(
-        slug,
-        titles[kind],
-        captions[kind] + (f" The {left_out} smallest are left out." if left_out else ""),
+        "accuracy-by",
+        "Accuracy by kind of pair, %",
+        caption,
         _source("accuracy_by"),
-        [
-            Key("accuracy with interval", "a dot"),
-            Key(
-                f"{_LONGER_KEY}, all pairs" if kind == "length" or not longer else _LONGER_KEY,
-                "b dash",
-                f"{100 * longer_overall:.1f}%",
-            ),
-        ],
-        draw(slug, paint, _HEAD_INCHES + _ROW_INCHES * max(len(rows), 5)),
+        [Key("accuracy", "a dot"), Key("take the longer", "b dash", f"{100 * longer_overall:.1f}%")],
+        draw("accuracy-by", paint, max(HEIGHT_INCHES, _HEAD_INCHES + _ROW_INCHES * len(rows))),
     )
 
 

@@ -26,7 +26,6 @@ def draw_win_rates(inputs: Inputs) -> list[Chart]:
         _frontier(inputs.frontier),
         _reward_frontier(inputs.frontier),
         _temperatures(inputs.temperatures),
-        _lengths(inputs.lengths, inputs.metrics["evaluate"]),
     ]
     return [chart for chart in charts if chart is not None]
 
@@ -73,7 +72,7 @@ def _frontier(frontier: Sequence[Row]) -> Chart | None:
         "The points are the model with a multiple of what training changed: 0 is SFT, 1 the model itself."
         " A point further left that wins as much, or one that wins more, would have been the better step.",
         _source("frontier"),
-        [Key("with interval", "a dot"), _EVEN_KEY],
+        [Key("scale of the update", "a dot"), _EVEN_KEY],
         draw("frontier", paint),
     )
 
@@ -92,7 +91,7 @@ def _reward_frontier(frontier: Sequence[Row]) -> Chart | None:
         "Reward against KL",
         "Mean reward of the same answers. Where it falls while KL rises, the update goes too far.",
         _source("frontier"),
-        [Key("mean reward, labelled by scale", "a dot")],
+        [Key("scale of the update", "a dot")],
         draw("reward-frontier", paint),
     )
 
@@ -160,7 +159,8 @@ def _temperatures(temperatures: Sequence[Row]) -> Chart | None:
     )
 
 
-def _lengths(lengths: Sequence[Row], metrics: Mapping[str, Any]) -> Chart | None:
+def draw_lengths(lengths: Sequence[Row], metrics: Mapping[str, Any]) -> Chart | None:
+    """Whether the judge pays for length: win rate by length difference, with the fitted curve; None without numbers."""
     rows = [row for row in lengths if math.isfinite(row["win_rate"])]
     if not rows:
         return None
