@@ -204,7 +204,7 @@ def _add_stage(stage: Stage) -> None:
         _run_stage(stage, overrides or [], as_json=as_json)
 
     reads = ", ".join(path.as_posix() for path in stage.inputs) or "nothing but params.yaml"
-    writes = stage.output.as_posix() if stage.output else "reports/evaluate and reports/report.html"
+    writes = stage.output.as_posix() if stage.output else "reports/evaluate, reports/report.html and reports/figures"
     command.__doc__ = (
         f"{stage.summary}\n\nSettings: {', '.join(stage.params)} and runtime in params.yaml."
         f" Reads {reads}. Writes {writes}."
@@ -623,6 +623,27 @@ def init_command(
 
     with _errors_as_exit_codes(as_json=False):
         create_project(folder, ProjectFiles(sft=sft, preferences=preferences, model=model), ConsoleReporter())
+
+
+@app.command(
+    "report",
+    rich_help_panel="Projects",
+    epilog=_examples("dpo-cli report", "dpo-cli -C mine report --no-open"),
+)
+def report_command(
+    no_open: Annotated[
+        bool, typer.Option("--no-open", help="Open no browser. None is opened in CI or without a display, either.")
+    ] = False,
+) -> None:
+    """Write reports/report.html and reports/figures again from the other files under reports/, and open the page.
+
+    Stage evaluate writes them, too; this is for reports that came from elsewhere, or after `dpo-cli agreement` and
+    `dpo-cli capability`. It loads no model.
+    """
+    with _errors_as_exit_codes(as_json=False):
+        from dpo_cli.cli.report import make_report  # here, so that --help does not wait for it
+
+        make_report(is_opened=not no_open, reporter=ConsoleReporter())
 
 
 @app.command(

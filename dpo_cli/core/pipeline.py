@@ -19,6 +19,11 @@ _SFT_STEPS = paths.report_dir("sft") / "steps.tsv"
 _SAMPLES = paths.report_dir("evaluate") / "samples.jsonl"
 _PAIRS = paths.report_dir("evaluate") / "pairs.csv"
 _MARGINS = paths.report_dir("evaluate") / "margins.csv"
+_RELIABILITY = paths.report_dir("evaluate") / "reliability.csv"
+_ACCURACY_BY = paths.report_dir("evaluate") / "accuracy_by.csv"
+_TEMPERATURES = paths.report_dir("evaluate") / "temperatures.csv"
+_FRONTIER = paths.report_dir("evaluate") / "frontier.csv"
+_LENGTHS = paths.report_dir("evaluate") / "length.csv"
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,18 @@ STAGES: tuple[Stage, ...] = (
             _TRAIN_STEPS,
         ),
         output=None,
-        reports=(_SAMPLES, _PAIRS, _MARGINS, paths.REPORT_HTML),
+        reports=(
+            _SAMPLES,
+            _PAIRS,
+            _MARGINS,
+            _RELIABILITY,
+            _ACCURACY_BY,
+            _TEMPERATURES,
+            _FRONTIER,
+            _LENGTHS,
+            paths.REPORT_HTML,
+            paths.FIGURES,
+        ),
     ),
 )
 
@@ -162,6 +178,22 @@ _PLOTS: tuple[tuple[str, Mapping[str, Any]], ...] = (
         {"x": "step", "y": {_SFT_STEPS.as_posix(): ["loss", "eval_loss"]}, "y_label": "nats a token"},
     ),
     ("margins of held-out pairs", {"x": "margin", "y": {_MARGINS.as_posix(): "share"}, "template": "scatter"}),
+    (
+        "reliability of the reward",
+        {"x": "probability", "y": {_RELIABILITY.as_posix(): "accuracy"}, "template": "scatter"},
+    ),
+    (
+        "win rate against temperature",
+        {"x": "temperature", "y": {_TEMPERATURES.as_posix(): "win_rate"}, "template": "scatter"},
+    ),
+    (
+        "win rate against KL",
+        {"x": "kl", "y": {_FRONTIER.as_posix(): "win_rate"}, "x_label": "nats", "template": "scatter"},
+    ),
+    (
+        "win rate against length difference",
+        {"x": "length_difference", "y": {_LENGTHS.as_posix(): "win_rate"}, "x_label": "tokens", "template": "scatter"},
+    ),
 )
 
 

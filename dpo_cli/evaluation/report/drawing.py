@@ -28,8 +28,8 @@ _STAND_INS = {"#01fe01": "muted", "#01fe02": "line", "#01fe03": "a", "#01fe04": 
 MUTED, LINE, A, B, INK = _STAND_INS
 COLOURS: dict[Role, str] = {"a": A, "b": B, "muted": MUTED}
 COLOUR_NAMES = (*_STAND_INS.values(), "card")
-_LIGHT = dict(zip(COLOUR_NAMES, ("#62676d", "#e4e4df", "#1f6fb2", "#b9591a", "#1d1f22", "#ffffff"), strict=True))
-_DARK = dict(zip(COLOUR_NAMES, ("#9da3aa", "#31363b", "#6fb1ec", "#eb9a5c", "#e7e7e3", "#1b1e21"), strict=True))
+LIGHT = dict(zip(COLOUR_NAMES, ("#62676d", "#e4e4df", "#1f6fb2", "#b35617", "#1d1f22", "#ffffff"), strict=True))
+DARK = dict(zip(COLOUR_NAMES, ("#9da3aa", "#31363b", "#6fb1ec", "#eb9a5c", "#e7e7e3", "#1b1e21"), strict=True))
 
 DASHED = (0, (3, 3))
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -195,7 +195,7 @@ def _style() -> str:
             f".{how}-{name}{{{how}:{colour}}}" for name, colour in colours.items() for how in ("fill", "stroke")
         )
 
-    return f"text{{font-family:system-ui,sans-serif}}{rules(_LIGHT)}@media(prefers-color-scheme:dark){{{rules(_DARK)}}}"
+    return f"text{{font-family:system-ui,sans-serif}}{rules(LIGHT)}@media(prefers-color-scheme:dark){{{rules(DARK)}}}"
 
 
 def _key_rows(keys: Sequence[Key], width: float) -> list[list[tuple[float, Key]]]:

@@ -18,7 +18,7 @@ _MOST_KINDS = 8
 _CELL_INCHES, _HEAD_INCHES = 0.6, 0.3
 _PALEST, _FULL = 0.04, 0.6
 
-_KINDS = {
+_KINDS: Mapping[str, str] = {
     "world": "the embedded world's known reward",
     "reward-model": "the reward model of stage reward",
     "hf": "a language model on this machine",
@@ -30,32 +30,34 @@ _COEFFICIENTS = {"cohen_kappa": "Cohen's κ", "fleiss_kappa": "Fleiss' κ", "kri
 
 def judge_table(metrics: Mapping[str, Any]) -> RunTable | None:
     """What is known of the judge; None where there was none."""
-    if metrics.get("judge", "none") == "none":
+    kind = metrics.get("judge", "none")
+    if kind == "none":
         return None
-    kind = metrics["judge"]
-    rows: list[tuple[str, str, str]] = [("judge", _KINDS.get(kind, kind), "")]
+    rows = [("judge", _KINDS.get(kind, kind))]
     if name := metrics.get("judge_name"):
-        rows.append(("name", name, ""))
-    for key, label in (("num_judged", "judged against SFT"), ("num_judged_chosen", "judged against chosen")):
-        if (count := metrics.get(key)) is not None:
-            rows.append((label, f"{count:,.0f}", ""))
+        rows.append(("name", name))
     rows += [
-        (label, f"{100 * metrics[key]:.1f}", "%")
+        (label, f"{metrics[key]:,}")
+        for key, label in (("num_judged", "judged against SFT"), ("num_judged_chosen", "judged against chosen"))
+        if metrics.get(key) is not None
+    ]
+    rows += [
+        (label, f"{100 * metrics[key]:.1f}%")
         for key, label in (
             ("judge_consistency", "same winner in both orders"),
-            ("judge_first_position_rate", "first answer preferred"),
+            ("judge_first_position_rate", "prefers the first answer"),
             ("judge_invalid_rate", "without a verdict"),
         )
         if metrics.get(key) is not None
     ]
     if (count := metrics.get("num_identical")) is not None:
-        rows.append(("identical answers, so ties", f"{count:,.0f}", ""))
+        rows.append(("identical answers, so ties", f"{count:,}"))
     if (agreement := metrics.get("judge_agreement")) is not None:
         low, high = metrics["judge_agreement_ci"]
-        rows.append(("prefers the chosen answer", f"{100 * agreement:.1f} [{100 * low:.1f}, {100 * high:.1f}]", "%"))
+        rows.append(("agrees with the data", f"{100 * agreement:.1f}% [{100 * low:.1f}%, {100 * high:.1f}%]"))
         if (count := metrics.get("num_judge_agreement")) is not None:
-            rows.append(("on held-out pairs", f"{count:,.0f}", ""))
-    return RunTable("Judge", rows)
+            rows.append(("on held-out pairs", f"{count:,}"))
+    return RunTable("Judge", [(name, value, "") for name, value in rows])
 
 
 def draw_agreement(agreement: Mapping[str, Any] | None) -> list[Chart]:
