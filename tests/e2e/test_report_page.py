@@ -38,10 +38,8 @@ class Page:
     def __init__(self, driver: Any, url: str) -> None:
         self.driver, self.url = driver, url
 
-    def open(self, fragment: str = "", size: tuple[int, int] = WIDE) -> None:
+    def open(self, fragment: str = "") -> None:
         """Load it anew."""
-        metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size[0] < 600}
-        self.command("Emulation.setDeviceMetricsOverride", **metrics)
         self.driver.get("about:blank")
         self.driver.get(self.url + fragment)
 
@@ -49,6 +47,10 @@ class Page:
         """Follow a link within the page."""
         self.js("location.hash = arguments[0]", fragment)
         self.driver.execute_async_script("setTimeout(arguments[0])")
+
+    def resize(self, size: tuple[int, int]) -> None:
+        metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size[0] < 600}
+        self.command("Emulation.setDeviceMetricsOverride", **metrics)
 
     def command(self, name: str, **parameters: Any) -> Any:
         return self.driver.execute_cdp_cmd(name, parameters)
@@ -135,17 +137,20 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    page = Page(driver, (folder / paths.REPORT_HTML).as_uri())
     try:
-        yield Page(driver, (folder / paths.REPORT_HTML).as_uri())
+        page.resize(WIDE)
+        page.open()
+        yield page
     finally:
         driver.quit()
 
 
 @pytest.fixture
 def page(opened: Page) -> Iterator[Page]:
-    """The page, loaded anew; at the end nothing was complained about and no alert is open."""
-    opened.complaints()
-    opened.open()
+    """The page as it is at first; at the end nothing was complained about and no alert is open."""
+    opened.js("document.activeElement.blur(); scrollTo(0, 0)")
+    opened.go("#sort=id")
     yield opened
     assert opened.complaints() == []
     assert opened.js("return document.title").startswith("DPO report")  # an open alert would be an error here
@@ -381,16 +386,20 @@ def test_every_stop_of_the_tab_key_is_named_and_seen(page: Page) -> None:
 
 @pytest.mark.parametrize("view", ["diff", "heat"])
 def test_a_phone_needs_no_sideways_scrolling(page: Page, view: str) -> None:
-    page.open(f"#prompt={sample_id(0)}&view={view}", size=PHONE)
-    assert page.js("return document.documentElement.scrollWidth") <= PHONE[0]
-    assert page.js("return document.getElementById('detail').getBoundingClientRect().width") > 300
+    page.resize(PHONE)
+    page.go(f"#prompt={sample_id(0)}&view={view}")
+    widths = page.js(
+        "return [document.documentElement.scrollWidth, document.getElementById('detail').getBoundingClientRect().width]"
+    )
+    page.resize(WIDE)
+    assert widths[0] == PHONE[0]
+    assert 300 < widths[1] < PHONE[0]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_can_be_read_in_light_and_dark(page: Page, scheme: str) -> None:
     """Contrast of WCAG AA, 4.5, for all colours that text has on what is behind it."""
     page.command("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-    page.open()
     pairs = page.js(
         "const style = getComputedStyle(document.documentElement), get = name => style.getPropertyValue(name).trim();"
         " const text = ['--ink', '--muted', '--a', '--b', '--good', '--warn', '--bad'], found = [];"
@@ -439,7 +448,12 @@ def test_without_scripts_verdict_and_figures_are_there(page: Page) -> None:
         page.open()
     finally:
         page.command("Emulation.setScriptExecutionDisabled", value=False)
-    assert page.text("#headline")
-    assert page.js("return document.querySelectorAll('figure svg').length") >= 15
-    assert page.js("return getComputedStyle(document.getElementById('browser')).display") == "none"
-    assert "scripts are off" in " ".join(page.js("return document.body.innerText").split())
+    headline, text = page.text("#headline"), " ".join(page.js("return document.body.innerText").split())
+    num_figures = page.js("return document.querySelectorAll('figure svg').length")
+    browser = page.js("return getComputedStyle(document.getElementById('browser')).display")
+    page.open()
+    assert headline
+    assert num_figures >= 15
+    assert browser == "none"
+    assert "scripts are off" in text
+    assert "scripts are off" not in page.js("return document.body.innerText")

@@ -1,6 +1,6 @@
 """Answers with their tokens coloured by log(pi / pi_ref), as one HTML file.
 
-Like the report it loads nothing, runs no script and forbids both; all texts are escaped.
+It loads nothing, runs no script and forbids both; all texts are escaped.
 """
 
 from __future__ import annotations
