@@ -190,8 +190,8 @@ function answerOf(name, kind, content, facts) {
 function factsOf(answer) {
   const facts = [plural(answer.num_tokens, "token")];
   if (!answer.finished) facts.push("cut off at the limit");
-  if (answer.well_formed !== undefined) facts.push(answer.well_formed ? "well formed" : "not well formed");
-  if (answer.reward !== undefined) facts.push(`reward ${number(answer.reward, 2)}`);
+  if (typeof answer.well_formed === "boolean") facts.push(answer.well_formed ? "well formed" : "not well formed");
+  if (typeof answer.reward === "number") facts.push(`reward ${number(answer.reward, 2)}`);
   return facts.join(" · ");
 }
 

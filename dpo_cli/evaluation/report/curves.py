@@ -19,6 +19,7 @@ Pace = Literal["train", "eval"]
 Points = Sequence[tuple[float, float]]
 
 _CHOSEN = "rewards/chosen"
+_MOST_BUCKETS, _MOST_MARKERS = 250, 60
 
 
 @dataclass(frozen=True)
@@ -181,10 +182,22 @@ def _last(line: Series, points: Points) -> str:
     return f"{points[-1][1]:.3f}".replace("-", "\N{MINUS SIGN}") if line.pace == "eval" else ""
 
 
+def thinned(points: Points) -> Points:
+    """What a figure can show of a long series: the least and the largest value of each of many short stretches."""
+    length = math.ceil(len(points) / _MOST_BUCKETS)
+    if length < 3:
+        return points
+    stretches = [points[start : start + length] for start in range(0, len(points), length)]
+    extremes = [{min(each, key=lambda point: point[1]), max(each, key=lambda point: point[1])} for each in stretches]
+    return [point for each in extremes for point in sorted(each)]
+
+
 def _draw_line(axes: Axes, line: Series, points: Points) -> None:
+    marker = "o" if len(points) <= _MOST_MARKERS else None
+    points = thinned(points)
     steps, values = [step for step, _ in points], [value for _, value in points]
     colour = COLOURS[line.role]
     if line.pace == "train":
         axes.plot(steps, values, color=colour, linewidth=0.9, alpha=0.55)
     else:
-        axes.plot(steps, values, color=colour, linewidth=1.6, marker="o", markersize=3.2, zorder=3)
+        axes.plot(steps, values, color=colour, linewidth=1.6, marker=marker, markersize=3.2, zorder=3)

@@ -53,8 +53,9 @@ def judge_table(metrics: Mapping[str, Any]) -> RunTable | None:
     if (count := metrics.get("num_identical")) is not None:
         rows.append(("identical answers, so ties", f"{count:,}"))
     if (agreement := metrics.get("judge_agreement")) is not None:
-        low, high = metrics["judge_agreement_ci"]
-        rows.append(("agrees with the data", f"{100 * agreement:.1f}% [{100 * low:.1f}%, {100 * high:.1f}%]"))
+        low, high = metrics.get("judge_agreement_ci") or (None, None)
+        interval = "" if low is None or high is None else f" [{100 * low:.1f}%, {100 * high:.1f}%]"
+        rows.append(("agrees with the data", f"{100 * agreement:.1f}%{interval}"))
         if (count := metrics.get("num_judge_agreement")) is not None:
             rows.append(("on held-out pairs", f"{count:,}"))
     return RunTable("Judge", [(name, value, "") for name, value in rows])

@@ -47,7 +47,7 @@ def _source(name: str) -> str:
 
 
 def _frontier(frontier: Sequence[Row]) -> Chart | None:
-    rows = sorted((row for row in frontier if math.isfinite(row["win_rate"])), key=lambda row: row["scale"])
+    rows = _known(frontier, "win_rate")
     if len(rows) < 2:
         return None
 
@@ -78,7 +78,7 @@ def _frontier(frontier: Sequence[Row]) -> Chart | None:
 
 
 def _reward_frontier(frontier: Sequence[Row]) -> Chart | None:
-    rows = sorted((row for row in frontier if math.isfinite(row["reward"])), key=lambda row: row["scale"])
+    rows = _known(frontier, "reward")
     if len(rows) < 2:
         return None
 
@@ -94,6 +94,12 @@ def _reward_frontier(frontier: Sequence[Row]) -> Chart | None:
         [Key("scale of the update", "a dot")],
         draw("reward-frontier", paint),
     )
+
+
+def _known(frontier: Sequence[Row], value: str) -> list[Row]:
+    """Points that have a value and a KL, in the order of their scales."""
+    rows = [row for row in frontier if math.isfinite(row[value]) and math.isfinite(row["kl"])]
+    return sorted(rows, key=lambda row: row["scale"])
 
 
 def _line_of_scales(axes: Axes, rows: Sequence[Row], values: Sequence[float]) -> None:

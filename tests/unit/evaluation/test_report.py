@@ -244,6 +244,17 @@ def test_displacement_is_where_the_chosen_reward_is_below_zero(
     assert curves.displaced(steps) == spans
 
 
+def test_a_long_series_keeps_its_spikes() -> None:
+    points = [(float(step), 0.0) for step in range(20_000)]
+    points[7_003] = (7_003.0, 9.0)
+    points[7_010] = (7_010.0, -9.0)
+    shown = curves.thinned(points)
+    assert len(shown) <= 500
+    assert {points[0], points[7_003], points[7_010]} <= set(shown)
+    assert list(shown) == sorted(shown)
+    assert curves.thinned(points[:500]) == points[:500]
+
+
 # --- texts of models and data ---------------------------------------------------------------
 
 
