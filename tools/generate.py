@@ -46,7 +46,7 @@ def closure(module: str) -> list[str]:
         found.add(path)
         waiting += _imported_files(path)
     files = {path for path in found if not _is_only_a_docstring(path)}
-    files |= {template for path in found for template in path.parent.glob("*.jinja")}
+    files |= {part for path in found for kind in ("*.jinja", "*.js") for part in path.parent.glob(kind)}
     return sorted(path.relative_to(ROOT).as_posix() for path in files)
 
 
@@ -127,7 +127,7 @@ def cli_md() -> str:
 
 def generated_files() -> dict[Path, str]:
     """Every generated file with its content."""
-    code = {stage.name: closure(f"dpo_cli.stages.{stage.name}") for stage in STAGES}
+    code = {stage.name: closure(stage.module) for stage in STAGES}
     header = "# Written by tools/generate.py from dpo_cli/core/pipeline.py; settings are in params.yaml.\n"
     texts = {
         ".dvc/.gitignore": DVC_FOLDER_GITIGNORE,

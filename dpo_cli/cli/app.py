@@ -184,8 +184,9 @@ def _run_stage(stage: Stage, overrides: list[str], *, as_json: bool) -> None:
         params = load_params(paths.PARAMS, overrides)
         _refuse_unread(stage, overrides)
         die_with_parent()
-        run: Callable[..., dict[str, Any]] = importlib.import_module(f"dpo_cli.stages.{stage.name}").run
-        metrics = run(params, ConsoleReporter(show_tables=not as_json))
+        run: Callable[..., dict[str, Any]] = importlib.import_module(stage.module).run
+        told = stage.name == "evaluate" and EXIT_CODE_FILE in os.environ  # repro prints the verdict at its end
+        metrics = run(params, ConsoleReporter(show_tables=not (as_json or told)))
     if as_json and is_first_process():
         typer.echo(json.dumps({stage.name: metrics}, ensure_ascii=False))
 
@@ -227,7 +228,7 @@ def _add_stage(stage: Stage) -> None:
 
     body: Callable[..., None] = evaluate if stage.name == "evaluate" else command
     reads = ", ".join(path.as_posix() for path in stage.inputs) or "nothing but params.yaml"
-    writes = stage.output.as_posix() if stage.output else "reports/evaluate and reports/report.html"
+    writes = stage.output.as_posix() if stage.output else paths.report_dir(stage.name).as_posix()
     body.__doc__ = (
         f"{stage.summary}\n\nSettings: {', '.join(stage.params)} and runtime in params.yaml."
         f" Reads {reads}. Writes {writes}."
@@ -253,7 +254,29 @@ def _evaluate_model(stage: Stage, model: Path | None, out: Path | None, override
 
 
 for _stage in STAGES:
-    _add_stage(_stage)
+    if _stage.name != "report":  # it reads no settings
+        _add_stage(_stage)
+
+
+@app.command(
+    "report",
+    rich_help_panel="Stages, in their order",
+    epilog=_examples("dpo-cli report", "dpo-cli -C mine report --no-open"),
+)
+def report_command(
+    no_open: Annotated[
+        bool, typer.Option("--no-open", help="Open no browser. None is opened in CI or without a display, either.")
+    ] = False,
+) -> None:
+    """Write reports/report.html and reports/figures again from the other files under reports/, and open the page.
+
+    It is the last stage of `dpo-cli repro`, loads no model and takes seconds; run it again after `dpo-cli agreement
+    --save` and `dpo-cli capability`, whose results are part of the page.
+    """
+    with _errors_as_exit_codes(as_json=False):
+        from dpo_cli.cli.report import make_report  # here, so that --help does not wait for it
+
+        make_report(is_opened=not no_open, reporter=ConsoleReporter())
 
 
 # --- data ---------------------------------------------------------------------------------

@@ -19,6 +19,12 @@ _SFT_STEPS = paths.report_dir("sft") / "steps.tsv"
 _SAMPLES = paths.report_dir("evaluate") / "samples.jsonl"
 _PAIRS = paths.report_dir("evaluate") / "pairs.csv"
 _MARGINS = paths.report_dir("evaluate") / "margins.csv"
+_RELIABILITY = paths.report_dir("evaluate") / "reliability.csv"
+_ACCURACY_BY = paths.report_dir("evaluate") / "accuracy_by.csv"
+_TEMPERATURES = paths.report_dir("evaluate") / "temperatures.csv"
+_FRONTIER = paths.report_dir("evaluate") / "frontier.csv"
+_LENGTHS = paths.report_dir("evaluate") / "length.csv"
+_VOTES = paths.report_dir("evaluate") / "votes.csv"
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,11 @@ class Stage:
     metrics: bool = True
     reports: tuple[Path, ...] = ()
     more_examples: tuple[str, ...] = ()
+
+    @property
+    def module(self) -> str:
+        """The module that does it."""
+        return "dpo_cli.cli.report" if self.name == "report" else f"dpo_cli.stages.{self.name}"
 
     @property
     def command(self) -> str:
@@ -119,7 +130,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="evaluate",
-        summary="Held-out accuracy, win rate over SFT, KL, and a report to look at.",
+        summary="Is it better than SFT, by how much, how surely: win rates, held-out accuracy, KL, flags.",
         example="dpo-cli evaluate --set evaluate.num_prompts=500",
         more_examples=(
             "dpo-cli evaluate --set evaluate.judge=openai --set evaluate.openai.url=http://127.0.0.1:8080/v1",
@@ -135,15 +146,44 @@ STAGES: tuple[Stage, ...] = (
             paths.REFERENCE,
             paths.DPO_MODEL,
             paths.REWARD_MODEL,
+        ),
+        output=None,
+        reports=(
+            _SAMPLES,
+            _PAIRS,
+            _MARGINS,
+            _RELIABILITY,
+            _ACCURACY_BY,
+            _TEMPERATURES,
+            _FRONTIER,
+            _LENGTHS,
+            _VOTES,
+        ),
+    ),
+    Stage(
+        name="report",
+        summary="What all stages found as one page to look at, and its figures.",
+        example="dpo-cli report",
+        params=(),
+        inputs=(
             *(
                 paths.metrics_file(name)
-                for name in ("convert_sft", "convert_preferences", "sft", "precompute_ref", "train")
+                for name in ("convert_sft", "convert_preferences", "sft", "precompute_ref", "train", "evaluate")
             ),
             _SFT_STEPS,
             _TRAIN_STEPS,
+            _SAMPLES,
+            _PAIRS,
+            _MARGINS,
+            _RELIABILITY,
+            _ACCURACY_BY,
+            _TEMPERATURES,
+            _FRONTIER,
+            _LENGTHS,
         ),
         output=None,
-        reports=(_SAMPLES, _PAIRS, _MARGINS, paths.REPORT_HTML),
+        metrics=False,
+        reports=(paths.REPORT_HTML, paths.FIGURES),
     ),
 )
 
@@ -169,6 +209,22 @@ _PLOTS: tuple[tuple[str, Mapping[str, Any]], ...] = (
         {"x": "step", "y": {_SFT_STEPS.as_posix(): ["loss", "eval_loss"]}, "y_label": "nats a token"},
     ),
     ("margins of held-out pairs", {"x": "margin", "y": {_MARGINS.as_posix(): "share"}, "template": "scatter"}),
+    (
+        "reliability of the reward",
+        {"x": "probability", "y": {_RELIABILITY.as_posix(): "accuracy"}, "template": "scatter"},
+    ),
+    (
+        "win rate against temperature",
+        {"x": "temperature", "y": {_TEMPERATURES.as_posix(): "win_rate"}, "template": "scatter"},
+    ),
+    (
+        "win rate against KL",
+        {"x": "kl", "y": {_FRONTIER.as_posix(): "win_rate"}, "x_label": "nats", "template": "scatter"},
+    ),
+    (
+        "win rate against length difference",
+        {"x": "length_difference", "y": {_LENGTHS.as_posix(): "win_rate"}, "x_label": "tokens", "template": "scatter"},
+    ),
 )
 
 
@@ -189,7 +245,8 @@ def _stage_entry(stage: Stage, code: Sequence[str]) -> dict[str, Any]:
     entry: dict[str, Any] = {"cmd": f"python -m dpo_cli {stage.command}"}
     if deps := [*(path.as_posix() for path in stage.inputs), *code]:
         entry["deps"] = deps
-    entry["params"] = list(stage.params)
+    if stage.params:
+        entry["params"] = list(stage.params)
     outs: list[Any] = [stage.output.as_posix()] if stage.output else []
     outs += [{path.as_posix(): {"cache": False}} for path in stage.reports]
     if outs:

@@ -1,8 +1,8 @@
 """Stage evaluate: is the tuned model better, by how much, how surely, and at what cost.
 
 Steps follow one another, each keyed by what it depends on: log-probabilities, answers, divergences
-(:mod:`dpo_cli.evaluation.steps`), judgments (:mod:`dpo_cli.evaluation.judges.cache`), then metrics and the report,
-which are functions of them.
+(:mod:`dpo_cli.evaluation.steps`), judgments (:mod:`dpo_cli.evaluation.judges.cache`), then metrics and
+tables, which are functions of them. Stage report draws the page.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ from dpo_cli.evaluation.metrics import (
     perplexity,
     win_metrics,
 )
-from dpo_cli.evaluation.report.page import write_report
 from dpo_cli.evaluation.speaker_names import DPO, SFT
 from dpo_cli.evaluation.speakers import Cast, Speaker, open_cast
 from dpo_cli.evaluation.steps import Steps, logp_sums
@@ -77,7 +76,7 @@ class Judged:
 
 
 def run(params: Params, reporter: Reporter) -> dict[str, Any]:
-    """Write reports/evaluate, reports/figures and reports/report.html.
+    """Write reports/evaluate.
 
     Raises:
         StaleArtifactError: Something an earlier stage made is missing, damaged or of another graph.
@@ -98,9 +97,8 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     train = TrainParams.model_validate(provenance["params"]["train"])
     judged = Judged(paths.DPO_MODEL, train, paths.report_dir("evaluate"))
     metrics = evaluate(params, graph, judged, reporter)
-    write_report(paths.REPORT_HTML)
     rows = [(finding.name, f"{finding.value}  ({finding.meaning})") for finding in verdict(metrics)]
-    reporter.table(f"evaluate: {headline(metrics)[0]}", [*rows, ("report", paths.REPORT_HTML.as_posix())])
+    reporter.table(f"evaluate: {headline(metrics)[0]}", rows)
     return metrics
 
 

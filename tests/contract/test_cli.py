@@ -22,6 +22,7 @@ COMMANDS = [
     "agreement",
     "score",
     "init",
+    "report",
     "repro",
 ]
 
@@ -86,6 +87,20 @@ def test_agreement_loads_no_model_library() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_report_loads_no_model_library() -> None:
+    code = (
+        "import sys, dpo_cli.cli.report\n"
+        "heavy = {'torch', 'transformers', 'peft', 'polars', 'pydantic', 'dvc'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_report_of_nothing_names_the_stage_to_run(fresh: Path) -> None:
+    expect_error(run("report", "--no-open", folder=fresh), 5, "run: dpo-cli convert-sft")
 
 
 def expect_error(result: subprocess.CompletedProcess[str], code: int, *words: str) -> None:

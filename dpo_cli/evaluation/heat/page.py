@@ -1,27 +1,23 @@
 """Answers with their tokens coloured by log(pi / pi_ref), as one HTML file.
 
-Like the report it loads nothing, runs no script and forbids both; all texts are escaped.
+It loads nothing, runs no script and forbids both; all texts are escaped.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from dpo_cli.core.artifacts import write_text
 from dpo_cli.data.schema import Messages
 from dpo_cli.evaluation.implicit_reward import RewardSummary
 from dpo_cli.evaluation.report.environment import environment_of
+from dpo_cli.evaluation.report.shades import SHADES, scale_of, shade_of, shades_of, signed
 
 ROWS_SHOWN, _TOKENS_SHOWN = 200, 150_000
-SHADES = 8
 _OUTCOMES = {"wrong": "wrong", "tie": "ties", "right": "right"}
-_SCALE_QUANTILE = 0.98
 
 
 @dataclass(frozen=True)
@@ -142,29 +138,10 @@ def write_heat_page(
             model=model,
             confidence=f"{confidence:.0%}",
             scale=scale,
-            shades=[(shade_of(step * scale / SHADES, scale), step) for step in range(-SHADES, SHADES + 1)],
+            shades=shades_of(scale),
             shade=lambda ratio: shade_of(ratio, scale),
             signed=signed,
             num_shades=SHADES,
         )
     )
     write_text(path, page)
-
-
-def scale_of(ratios: Sequence[float]) -> float:
-    """The ratio that has the full colour, nats: 1, 2 or 5 times a power of ten, which few tokens go beyond."""
-    reach = float(np.quantile(np.abs(ratios), _SCALE_QUANTILE)) if len(ratios) else 1.0
-    reach = max(reach, 0.01)
-    power = 10.0 ** math.floor(math.log10(reach))
-    return next((step * power for step in (1, 2, 5) if step * power >= reach), 10 * power)
-
-
-def shade_of(ratio: float, scale: float) -> str:
-    """The class of a token's colour: ``p1`` to ``p8`` where the policy raises it, ``n1`` to ``n8`` where it lowers."""
-    step = min(SHADES, round(SHADES * abs(ratio) / scale))
-    return f"{'p' if ratio > 0 else 'n'}{step}" if step else ""
-
-
-def signed(number: float, digits: int = 2) -> str:
-    """A number with its sign."""
-    return f"{number:+.{digits}f}".replace("-", "\N{MINUS SIGN}")

@@ -1,1 +1,1 @@
-"""The report: one HTML page that shows what the stages left under reports/, offline and without scripts."""
+"""The report: one HTML page that shows what the stages left under reports/, offline, and its figures as files."""

@@ -1,31 +1,25 @@
-"""The figures of the report as inline SVG: equal numbers give equal bytes, colours come from the page."""
+"""Figures of training: losses, accuracy, margin and rewards against the step."""
 
 from __future__ import annotations
 
-import io
+import itertools
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from dpo_cli.core import paths
+from dpo_cli.evaluation.report.drawing import COLOURS, B, Chart, Key, Role, draw, level_line
 from dpo_cli.evaluation.report.inputs import Inputs, Table
 
-Role = Literal["a", "b", "muted"]
 Pace = Literal["train", "eval"]
+Points = Sequence[tuple[float, float]]
 
-_SIZE_INCHES = (4.6, 2.5)
-_FONT_POINTS = 10
-# Stand-ins that no figure uses otherwise; the page's style sheet decides on light or dark.
-_CSS_COLOURS = {"#01fe01": "--muted", "#01fe02": "--line", "#01fe03": "--a", "#01fe04": "--b"}
-_MUTED, _LINE, _A, _B = _CSS_COLOURS
-_ROLE_COLOURS: dict[Role, str] = {"a": _A, "b": _B, "muted": _MUTED}
-_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+_CHOSEN = "rewards/chosen"
+_MOST_BUCKETS, _MOST_MARKERS = 250, 60
 
 
 @dataclass(frozen=True)
@@ -33,7 +27,7 @@ class Series:
     """One line of a figure.
 
     Attributes:
-        label: Its name in the key.
+        label: Its name in the key; empty where the held-out line beside it says enough.
         column: Its column of the table.
         role: Which of the page's two accents it has, or its grey.
         pace: train is logged often and drawn thin; eval is rare, held out, and drawn with points.
@@ -45,45 +39,11 @@ class Series:
     pace: Pace
 
 
-@dataclass(frozen=True)
-class Key:
-    """An entry of a figure's key.
-
-    Attributes:
-        label: What it stands for.
-        mark: Classes of its mark: role and pace, or ``bar``.
-        last: The last held-out value, as text; empty where a single value says little.
-    """
-
-    label: str
-    mark: str
-    last: str = ""
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One figure.
-
-    Attributes:
-        slug: Its name in ids.
-        title: What is shown, with its unit.
-        caption: What to look for, in one sentence.
-        keys: What the marks mean.
-        svg: An ``<svg>`` element.
-    """
-
-    slug: str
-    title: str
-    caption: str
-    keys: list[Key]
-    svg: str
-
-
-def draw_curves(inputs: Inputs) -> list[Curve]:
-    """All figures, the most telling first; SFT's only where there was SFT."""
+def draw_curves(inputs: Inputs) -> list[Chart]:
+    """All curves of training, the most telling first; SFT's only where there was SFT."""
     steps = inputs.train_steps
     curves = [
-        _line_curve(
+        _curve(
             "loss",
             "Preference loss",
             "Both should fall; held-out loss that rises while training loss falls is over-fitting."
@@ -92,7 +52,7 @@ def draw_curves(inputs: Inputs) -> list[Curve]:
             _train_and_held_out("loss"),
             level=inputs.metrics["train"]["step0_loss"],
         ),
-        _line_curve(
+        _curve(
             "accuracy",
             "Reward accuracy, share of pairs",
             "The share of pairs whose chosen answer has the higher reward should climb away from one half,"
@@ -101,7 +61,7 @@ def draw_curves(inputs: Inputs) -> list[Curve]:
             _train_and_held_out("rewards/accuracies"),
             level=0.5,
         ),
-        _line_curve(
+        _curve(
             "margin",
             "Reward margin, nats",
             "Chosen less rejected reward should rise from zero; training far above held-out means pairs"
@@ -110,32 +70,66 @@ def draw_curves(inputs: Inputs) -> list[Curve]:
             _train_and_held_out("rewards/margins"),
             level=0.0,
         ),
-        _line_curve(
+        _curve(
             "rewards",
             "Chosen and rejected reward, nats",
-            "The two should part; when even the chosen line sinks below zero, good answers became less likely too.",
+            "The two should part. Where the mean chosen reward is below zero (displacement, shaded), good answers"
+            " became less likely, too: common with DPO, and no failure by itself.",
             steps,
             [
-                Series("chosen, training", "rewards/chosen", "a", "train"),
-                Series("chosen, held out", "eval_rewards/chosen", "a", "eval"),
-                Series("rejected, training", "rewards/rejected", "b", "train"),
-                Series("rejected, held out", "eval_rewards/rejected", "b", "eval"),
+                Series("", _CHOSEN, "a", "train"),
+                Series("chosen", f"eval_{_CHOSEN}", "a", "eval"),
+                Series("", "rewards/rejected", "b", "train"),
+                Series("rejected", "eval_rewards/rejected", "b", "eval"),
             ],
             level=0.0,
+            shaded=displaced(steps),
         ),
-        _histogram(inputs.margins),
+        _curve(
+            "entropy",
+            "Entropy of the next token, nats",
+            "A steep fall means that the model grows sure of one way to answer.",
+            steps,
+            _train_and_held_out("entropy"),
+        ),
+        _curve(
+            "gradient",
+            "Gradient norm",
+            "It should settle; spikes that do not pass call for a lower learning rate.",
+            steps,
+            [Series("training", "grad_norm", "muted", "train")],
+        ),
+        _curve(
+            "sft",
+            "SFT loss, nats a token",
+            "Fine-tuning before DPO should flatten out, with the held-out loss not yet rising.",
+            inputs.sft_steps,
+            _train_and_held_out("loss"),
+            stage="sft",
+        ),
     ]
-    if inputs.sft_steps["step"]:
-        curves.append(
-            _line_curve(
-                "sft",
-                "SFT loss, nats a token",
-                "Fine-tuning before DPO should flatten out, with the held-out loss not yet rising.",
-                inputs.sft_steps,
-                _train_and_held_out("loss"),
-            )
-        )
-    return curves
+    return [curve for curve in curves if curve is not None]
+
+
+def displaced(steps: Table) -> list[tuple[float, float]]:
+    """The stretches of steps on which the mean chosen reward is below zero: from, to.
+
+    Held-out means are taken where there are two or more, since a batch's mean jumps about.
+    """
+    points = _points(steps, f"eval_{_CHOSEN}")
+    if len(points) < 2:
+        points = _points(steps, _CHOSEN)
+    spans: list[tuple[float, float]] = []
+    for (start, before), (end, after) in itertools.pairwise(points):
+        if before >= 0 and after >= 0:
+            continue
+        crossing = start + (end - start) * before / (before - after) if before != after else start
+        low = start if before < 0 else crossing
+        high = end if after < 0 else crossing
+        if spans and spans[-1][1] == low:
+            low = spans.pop()[0]
+        spans.append((low, high))
+    return spans
 
 
 def _train_and_held_out(column: str) -> list[Series]:
@@ -145,102 +139,65 @@ def _train_and_held_out(column: str) -> list[Series]:
     ]
 
 
-def _line_curve(
-    slug: str, title: str, caption: str, table: Table, series: Sequence[Series], level: float | None = None
-) -> Curve:
-    """Columns of a table against the step, with a dashed line at ``level``."""
-    keys = []
+def _curve(
+    slug: str,
+    title: str,
+    caption: str,
+    table: Table,
+    series: Sequence[Series],
+    *,
+    level: float | None = None,
+    shaded: Sequence[tuple[float, float]] = (),
+    stage: str = "train",
+) -> Chart | None:
+    """Columns of a table against the step, with a dashed line at ``level``; None where there is no point."""
+    lines = [(line, points) for line in series if (points := _points(table, line.column))]
+    if not lines:
+        return None
 
-    def draw(axes: Axes) -> None:
+    def paint(axes: Axes) -> None:
+        for low, high in shaded:
+            axes.axvspan(low, high, color=B, alpha=0.12, linewidth=0)
         if level is not None:
-            axes.axhline(level, color=_MUTED, linewidth=0.8, linestyle=(0, (3, 3)))
-        for line in series:
-            points = _points(table, line.column)
-            keys.append(Key(line.label, f"{line.role} {line.pace}", _last(line, points)))
+            level_line(axes, level)
+        for line, points in lines:
             _draw_line(axes, line, points)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel("step")
 
-    return Curve(slug, title, caption, svg=_svg(slug, draw), keys=keys)
+    keys = [Key(line.label, f"{line.role} {line.pace}", _last(line, points)) for line, points in lines if line.label]
+    if shaded:
+        keys.append(Key("displacement", "b wash"))
+    return Chart(slug, title, caption, (paths.report_dir(stage) / "steps.tsv").as_posix(), keys, draw(slug, paint))
 
 
 def _points(table: Table, column: str) -> list[tuple[float, float]]:
     """Step and value wherever the column has a finite value."""
-    pairs = zip(table["step"], table[column], strict=True)
+    pairs = zip(table["step"], table.get(column, [math.nan] * len(table["step"])), strict=True)
     return [(step, value) for step, value in pairs if math.isfinite(value)]
 
 
-def _last(line: Series, points: Sequence[tuple[float, float]]) -> str:
-    return f"{points[-1][1]:.3f}".replace("-", "\N{MINUS SIGN}") if line.pace == "eval" and points else ""
+def _last(line: Series, points: Points) -> str:
+    return f"{points[-1][1]:.3f}".replace("-", "\N{MINUS SIGN}") if line.pace == "eval" else ""
 
 
-def _draw_line(axes: Axes, line: Series, points: Sequence[tuple[float, float]]) -> None:
+def thinned(points: Points) -> Points:
+    """What a figure can show of a long series: the least and the largest value of each of many short stretches."""
+    length = math.ceil(len(points) / _MOST_BUCKETS)
+    if length < 3:
+        return points
+    stretches = [points[start : start + length] for start in range(0, len(points), length)]
+    extremes = [{min(each, key=lambda point: point[1]), max(each, key=lambda point: point[1])} for each in stretches]
+    return [point for each in extremes for point in sorted(each)]
+
+
+def _draw_line(axes: Axes, line: Series, points: Points) -> None:
+    marker = "o" if len(points) <= _MOST_MARKERS else None
+    points = thinned(points)
     steps, values = [step for step, _ in points], [value for _, value in points]
-    colour = _ROLE_COLOURS[line.role]
+    colour = COLOURS[line.role]
     if line.pace == "train":
         axes.plot(steps, values, color=colour, linewidth=0.9, alpha=0.55)
     else:
-        axes.plot(steps, values, color=colour, linewidth=1.6, marker="o", markersize=3.2, zorder=3)
-
-
-def _histogram(margins: Table) -> Curve:
-    """The distribution of held-out margins, those below zero apart."""
-    middles, percents = margins["margin"], [100 * share for share in margins["share"]]
-    width = 0.86 * (middles[1] - middles[0]) if len(middles) > 1 else 1.0
-
-    def draw(axes: Axes) -> None:
-        axes.axvline(0, color=_MUTED, linewidth=0.8, linestyle=(0, (3, 3)))
-        axes.bar(middles, percents, width, color=[_A if middle > 0 else _B for middle in middles])
-        axes.xaxis.set_major_locator(MaxNLocator(7))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.set_xlabel("margin, nats")
-
-    return Curve(
-        "margins",
-        "Margins of held-out pairs, % of pairs",
-        "Most of the mass should lie right of zero; a long left tail is pairs that the model now gets firmly wrong.",
-        [Key("chosen preferred", "a bar"), Key("rejected preferred", "b bar")],
-        _svg("margins", draw),
-    )
-
-
-def _svg(slug: str, draw: Callable[[Axes], None]) -> str:
-    """Draw one figure as an ``<svg>`` element; the page's element ``<slug>-title`` is its name."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(
-            {"svg.hashsalt": slug, "svg.fonttype": "none", "font.size": _FONT_POINTS, "axes.unicode_minus": True}
-        )
-        figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
-        axes = figure.add_subplot()
-        draw(axes)
-        _calm(axes)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata=_NO_METADATA)
-    return _for_page(buffer.getvalue(), slug)
-
-
-def _calm(axes: Axes) -> None:
-    """Leave a base line, horizontal grid lines and small grey numbers."""
-    axes.spines[["top", "left", "right"]].set_visible(False)
-    axes.spines["bottom"].set_color(_LINE)
-    axes.grid(axis="y", color=_LINE, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=_MUTED, length=0)
-    axes.xaxis.label.set_color(_MUTED)
-    axes.margins(x=0.02)
-
-
-def _for_page(document: str, slug: str) -> str:
-    """Turn matplotlib's document into an element of the page: no prologue, no own colours, fonts or ids to clash."""
-    svg = document[document.index("<svg") :]
-    view = re.search(r'viewBox="[^"]*"', svg)
-    svg = f'<svg role="img" aria-labelledby="{slug}-title" {view[0] if view else ""}' + svg[svg.index(">") :]
-    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
-    svg = svg.replace("xlink:href", "href")
-    for stand_in, name in _CSS_COLOURS.items():
-        svg = svg.replace(stand_in, f"var({name})")
-    return re.sub(r"\s*\n\s*", " ", svg).strip()
+        axes.plot(steps, values, color=colour, linewidth=1.6, marker=marker, markersize=3.2, zorder=3)

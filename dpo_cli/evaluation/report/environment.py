@@ -1,4 +1,4 @@
-"""Templates of pages that load nothing, run no script, and escape every text of a model or a data file."""
+"""Templates of pages that load nothing and escape every text of a model or a data file."""
 
 from __future__ import annotations
 

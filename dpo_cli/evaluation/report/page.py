@@ -1,64 +1,41 @@
-"""The report as one HTML file: verdict, curves, samples side by side, the account of the data, the run.
+"""The report as one HTML file, and its figures as SVG files.
 
-Equal reports give equal bytes. The page loads nothing, runs no script and forbids both by its
-Content-Security-Policy; every text of a model or a data file is escaped by the template.
+Equal reports give equal bytes. The page loads nothing and forbids it by its Content-Security-Policy, which lets one
+script run, the page's own, known by its digest. Texts of models and data are escaped by the templates, or lie in a
+block of JSON from which the script makes text nodes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import base64
+import hashlib
+from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
-from typing import Any
+
+from markupsafe import Markup
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import write_text
 from dpo_cli.evaluation.report.account import data_account, run_tables
+from dpo_cli.evaluation.report.browser import make_browser
+from dpo_cli.evaluation.report.capability import capability_rows
 from dpo_cli.evaluation.report.curves import draw_curves
+from dpo_cli.evaluation.report.drawing import COLOUR_NAMES, Chart, standalone
 from dpo_cli.evaluation.report.environment import environment_of
 from dpo_cli.evaluation.report.inputs import read_inputs
+from dpo_cli.evaluation.report.judge import draw_agreement, judge_table
+from dpo_cli.evaluation.report.pairs import draw_pairs
+from dpo_cli.evaluation.report.shades import SHADES, shades_of, signed
+from dpo_cli.evaluation.report.win_rates import draw_lengths, draw_win_rates, missing_win_rates
 from dpo_cli.evaluation.verdict import headline, verdict
 
-_SHOWN = 60
-_OUTCOMES = {"win": "wins", "tie": "ties", "loss": "losses"}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How often the tuned model wins, ties or loses.
-
-    Attributes:
-        name: win, tie or loss.
-        plural: The same for many.
-        num_prompts: How many prompts have this outcome.
-        num_shown: How many of them are on the page.
-    """
-
-    name: str
-    plural: str
-    num_prompts: int
-    num_shown: int
-
-
-@dataclass(frozen=True)
-class Samples:
-    """The samples that are shown, and what they are taken from.
-
-    Attributes:
-        shown: Samples with their outcome, which is None where no judge compared.
-        num_prompts: How many there are in all.
-        outcomes: Each outcome that occurs; empty where no judge compared.
-        file: Where all samples are.
-    """
-
-    shown: list[tuple[Mapping[str, Any], str | None]]
-    num_prompts: int
-    outcomes: list[Outcome]
-    file: str
+_PACKAGE = "dpo_cli.evaluation.report"
+_SCRIPTS = ("diff.js", "heat.js", "browser.js")
 
 
 def write_report(path: Path) -> None:
-    """Write the report of what lies under reports/.
+    """Write the report of what lies under reports/, and reports/figures.
 
     Args:
         path: The HTML file, written whole or not at all.
@@ -68,44 +45,55 @@ def write_report(path: Path) -> None:
     """
     inputs = read_inputs()
     evaluated = inputs.metrics["evaluate"]
+    agreement = draw_agreement(inputs.agreement)
+    charts = {
+        "curves": draw_curves(inputs),
+        "win-rates": draw_win_rates(inputs),
+        "pairs": draw_pairs(inputs),
+        "judge": [chart for chart in (draw_lengths(inputs.lengths, evaluated), *agreement) if chart is not None],
+    }
     text, status = headline(evaluated)
+    browser = make_browser(inputs.samples)
+    script = page_script()
     page = (
-        environment_of("dpo_cli.evaluation.report")
+        environment_of(_PACKAGE)
         .get_template("page.html.jinja")
         .render(
             headline=text,
             status=status,
             findings=verdict(evaluated),
-            curves=draw_curves(inputs),
-            samples=choose_samples(inputs.samples),
+            charts=charts,
+            missing=missing_win_rates(inputs),
+            judge=judge_table(evaluated),
+            is_agreement_known=bool(agreement),
+            tasks=capability_rows(inputs.capability),
+            browser=browser,
+            browser_data=Markup(browser.data),
+            shades=shades_of(browser.scale or 1.0),
+            num_shades=SHADES,
+            signed=signed,
+            colours=COLOUR_NAMES,
             account=data_account(inputs.metrics),
             num_leaked=evaluated["num_leaked_prompts"],
             tables=run_tables(inputs.metrics),
+            script=Markup(script),
+            script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         )
     )
+    _write_figures([chart for group in charts.values() for chart in group])
     write_text(path, page)
 
 
-def choose_samples(samples: Sequence[Mapping[str, Any]]) -> Samples:
-    """The first samples of each outcome in the order of their ids, so that rare losses are seen too."""
-    ordered = [(sample, _outcome(sample)) for sample in sorted(samples, key=lambda sample: sample["id"])]
-    names = [name for name in _OUTCOMES if any(outcome == name for _, outcome in ordered)]
-    limit = _SHOWN // len(_OUTCOMES) if names else _SHOWN
-    counts = dict.fromkeys([*_OUTCOMES, None], 0)
-    shown = []
-    for sample, outcome in ordered:
-        if counts[outcome] < limit:
-            shown.append((sample, outcome))
-        counts[outcome] += 1
-    return Samples(
-        shown=shown,
-        num_prompts=len(samples),
-        outcomes=[Outcome(name, _OUTCOMES[name], counts[name], min(counts[name], limit)) for name in names],
-        file=(paths.report_dir("evaluate") / "samples.jsonl").as_posix(),
-    )
+def page_script() -> str:
+    """The page's one script, as it stands between its tags."""
+    folder = resources.files(_PACKAGE)
+    return '"use strict";\n' + "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in _SCRIPTS)
 
 
-def _outcome(sample: Mapping[str, Any]) -> str | None:
-    if "win" not in sample:
-        return None
-    return "win" if sample["win"] > 0.5 else "loss" if sample["win"] < 0.5 else "tie"
+def _write_figures(charts: Sequence[Chart]) -> None:
+    """Each chart as an SVG file; what an earlier report left and this one has not goes."""
+    written = {paths.FIGURES / f"{chart.slug}.svg": chart for chart in charts}
+    for path, chart in written.items():
+        write_text(path, standalone(chart))
+    for path in set(paths.FIGURES.glob("*.svg")) - set(written):
+        path.unlink()

@@ -14,11 +14,10 @@ from dpo_cli.evaluation.heat.page import (
     HeatPiece,
     HeatRow,
     choose_rows,
-    scale_of,
-    shade_of,
     write_heat_page,
 )
 from dpo_cli.evaluation.implicit_reward import RankedAnswers, agreements, summarise_rewards
+from dpo_cli.evaluation.report.shades import scale_of, shade_of
 
 ATTACK = "</script><script>alert(1)</script><img src=https://evil.example/x onerror=alert(1)>\"'&amp;"
 
