@@ -185,7 +185,8 @@ def print_table(found: Capability, console: Console | None = None) -> None:
     console.print()
     console.print(
         Text(
-            f"In brackets {100 * found.confidence:g}% intervals of the difference, paired by item ({found.draws} draws)."
+            f"In brackets {100 * found.confidence:g}% intervals of the difference, paired by item"
+            f" ({found.draws} draws of items)."
         )
     )
     for line in in_words(found.results):

@@ -125,9 +125,7 @@ def summarise_task(scores: TaskScores, *, draws: int, confidence: float, seed: i
         change = _change(estimate, num_differing, scores.higher_is_better, confidence)
         differences[ours, theirs] = Difference(estimate, num_differing, change)
     means = {model: math.fsum(values) / len(values) for model, values in scores.scores.items()}
-    return TaskResult(
-        scores.task, scores.metric, len(scores.items), scores.higher_is_better, means, differences
-    )
+    return TaskResult(scores.task, scores.metric, len(scores.items), scores.higher_is_better, means, differences)
 
 
 def _change(estimate: Estimate, num_differing: int, higher_is_better: bool, confidence: float) -> Change:

@@ -34,6 +34,9 @@ from dpo_cli.core.progress import Meter, Reporter
 from dpo_cli.models.device import Machine
 
 _DEFAULT_ANSWER_TOKENS = 256
+# their decorators hide their types
+_Harness: Any = HFLM
+_simple_evaluate: Any = simple_evaluate
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,7 @@ def _first_line(error: Exception) -> str:
 # --- answers ------------------------------------------------------------------------------
 
 
-class _LoadedModel(HFLM):
+class _LoadedModel(_Harness):
     """The harness's way to ask a model, for one that is in memory; says how far it is and draws no bars."""
 
     def __init__(self, model: Any, tokenizer: Any, machine: Machine, context: int | None, rows: int) -> None:
@@ -287,7 +290,14 @@ def answer_items(
     lm = _LoadedModel(model, tokenizer, machine, context, max(1, max_tokens // requests.longest))
     with reporter.meter(label, requests.count, "requests") as meter, _no_bars():
         lm.set_cache_hook(_ToMeter(meter))
-        found = simple_evaluate(lm, tasks=[task.task], limit=limit, bootstrap_iters=0, log_samples=True)
+        found = _simple_evaluate(
+            lm,
+            tasks=[task.task],
+            task_manager=TaskManager(include_defaults=False),  # none given, it would read all of the harness's own
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=True,
+        )
     samples = found["samples"][task.name]
     first = samples[0]["filter"]
     scores: dict[int, float] = {}

@@ -17,8 +17,6 @@ from dpo_cli.core.params import load_params
 from dpo_cli.core.params_text import params_yaml
 from dpo_cli.data import world
 
-pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
-
 NUM_ITEMS = 24
 MAX_NEW = 6
 ITEMS = [
@@ -111,7 +109,11 @@ def plain_models(project: Path, tiny_folder: Path) -> dict[str, Any]:
     whole = not (project / "models/sft/adapter_config.json").exists()
     under = project / "models/sft" if whole else tiny_folder
     sft = load(under) if whole else PeftModel.from_pretrained(load(tiny_folder), project / "models/sft")
-    models = {"base": load(tiny_folder), "sft": sft, "dpo": PeftModel.from_pretrained(load(under), project / "models/dpo")}
+    models = {
+        "base": load(tiny_folder),
+        "sft": sft,
+        "dpo": PeftModel.from_pretrained(load(under), project / "models/dpo"),
+    }
     return {name: model.eval() for name, model in models.items()}
 
 
@@ -162,7 +164,10 @@ def test_figures_are_those_of_a_plain_computation(project: Path, tiny_folder: Pa
     }
     assert len({tuple(found) for found in answers.values()}) == 3, "the models are three"
     write_tasks(
-        Path("tasks"), choose=CHOICE.format(name="choose", more=ACC), weigh=CHOICE.format(name="weigh", more=LOGP), say=GENERATE
+        Path("tasks"),
+        choose=CHOICE.format(name="choose", more=ACC),
+        weigh=CHOICE.format(name="weigh", more=LOGP),
+        say=GENERATE,
     )
     Path("tasks/figures.py").write_text(FIGURES, encoding="utf-8")
     targets = [answers[("base", "sft", "dpo")[at % 3]][at] for at in range(NUM_ITEMS)]
@@ -172,7 +177,9 @@ def test_figures_are_those_of_a_plain_computation(project: Path, tiny_folder: Pa
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout)
     assert figures == json.loads(Path("reports/capability/metrics.json").read_text(encoding="utf-8"))
-    told = [json.loads(line) for line in Path("reports/capability/items.jsonl").read_text(encoding="utf-8").splitlines()]
+    told = [
+        json.loads(line) for line in Path("reports/capability/items.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     expected = {
         "choose": ("acc", {name: [float(max(row) == row[0]) for row in logps[name]] for name in models}),
         "weigh": ("first_logp", {name: [row[0] for row in logps[name]] for name in models}),
@@ -191,4 +198,19 @@ def test_figures_are_those_of_a_plain_computation(project: Path, tiny_folder: Pa
             low, high = found[f"{ours}_minus_{theirs}_ci"]
             assert found[f"{ours}_minus_{theirs}"] == pytest.approx(found[ours] - found[theirs])
             assert low <= found[f"{ours}_minus_{theirs}"] <= high
-    assert any(len(set(map(tuple, scores.values()))) == 3 for _, scores in expected.values())
+    assert all(len(set(map(tuple, scores.values()))) > 1 for _, scores in expected.values()), "tuning changed something"
+
+
+def test_the_first_items_of_named_tasks_and_what_is_said_of_them(project: Path, tiny_folder: Path) -> None:
+    write_tasks(Path("tasks"), choose=CHOICE.format(name="choose", more=ACC), say=GENERATE)
+    result = invoke("tasks", "--tasks", "choose", "--limit", "7")
+    assert result.exit_code == 0, result.output
+    rows = Path("reports/capability/items.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(row)["item"] for row in rows] == list(range(7))
+    assert list(json.loads(Path("reports/capability/metrics.json").read_text())["capability"]["tasks"]) == ["choose"]
+    shown = " ".join(result.stdout.split())
+    for words in ("DPO - SFT", "SFT - base", "95% intervals of the difference, paired by item (200 draws of items)"):
+        assert words in shown
+    assert "Nowhere is DPO worse than SFT, or SFT worse than base, beyond doubt." in shown
+    assert "capability: DPO on choose: 28/28 requests" in result.stderr
+    assert "it/s" not in result.output, "no bars of the harness"
