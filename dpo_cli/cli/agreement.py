@@ -76,8 +76,8 @@ def refuse_outside_a_project() -> None:
     """
     if not paths.PARAMS.is_file():
         raise ParamsError(
-            f"--save writes into a project, and there is no {paths.PARAMS} here; go into its folder, name it with -C, or"
-            " leave --save out"
+            f"--save writes into a project, and there is no {paths.PARAMS} here; go into its folder, name it with -C,"
+            " or leave --save out"
         )
 
 

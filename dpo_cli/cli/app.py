@@ -503,8 +503,8 @@ def agreement_command(
     """Say how far judges and people agree, as in the paper's Table 2: win rates, agreement, kappa or alpha.
 
     A rater is `kind` or `kind:name`, such as `gpt-4-s` and `human:anna`; raters of a kind make one row. `a_is` names
-    the model whose answer was shown as A. A tie is half a win, and agrees by half with a win or a loss. Without --csv and
-    --save nothing is written.
+    the model whose answer was shown as A. A tie is half a win, and agrees by half with a win or a loss. Without
+    --csv and --save nothing is written.
     """
     with _errors_as_exit_codes(as_json=as_json):
         if not 0.5 < confidence < 1:
