@@ -68,15 +68,21 @@ def load_tasks(folder: Path, names: Sequence[str]) -> list[HarnessTask]:
 
     Raises:
         DataError: The folder has no task, a YAML file or its data cannot be read, data would have to be
-            downloaded, or no metric of a task is a mean over items.
+            downloaded, no metric of a task is a mean over items, or it runs what a model writes.
         ParamsError: A name is unknown.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder; name one with YAML files of lm-evaluation-harness")
-    _check_files(folder)
+    homes = _check_files(folder)
     manager = TaskManager(include_path=str(folder.resolve()), include_defaults=False)
+    if unread := [
+        f"{path}: the harness cannot read it; is there all that it includes?"
+        for name, path in homes.items()
+        if name not in manager.all_tasks
+    ]:
+        raise DataError(unread)
     if not manager.all_subtasks:
         raise DataError(f"{folder} has YAML files, but none of them is a task: none has a key task")
     _refuse_unknown(folder, names, manager.all_tasks)
@@ -88,7 +94,11 @@ def load_tasks(folder: Path, names: Sequence[str]) -> list[HarnessTask]:
     tasks = []
     for name, task in loaded.items():
         metric = next((metric for metric, total in task.aggregation().items() if total is mean), None)
-        if metric is None:
+        if getattr(task, "UNSAFE_CODE", False):
+            problems.append(f"task {name}: it runs what a model writes (unsafe_code), which is refused")
+        elif getattr(task, "MULTIMODAL", False):
+            problems.append(f"task {name}: it shows images or plays sounds, and the model reads text")
+        elif metric is None:
             has = ", ".join(task.aggregation()) or "none"
             problems.append(
                 f"task {name}: its metrics ({has}) are computed of all items at once, so models cannot be compared item"
@@ -101,8 +111,11 @@ def load_tasks(folder: Path, names: Sequence[str]) -> list[HarnessTask]:
     return tasks
 
 
-def _check_files(folder: Path) -> None:
-    """Refuse what the harness would leave out without a word: files it cannot read, and tasks named twice.
+def _check_files(folder: Path) -> dict[str, Path]:
+    """Refuse what the harness would leave out without a word: files that are no YAML, and tasks named twice.
+
+    Returns:
+        Where each task is.
 
     Raises:
         DataError: With every problem.
@@ -126,6 +139,7 @@ def _check_files(folder: Path) -> None:
         homes.setdefault(name, path)
     if problems:
         raise DataError(problems)
+    return homes
 
 
 def _refuse_unknown(folder: Path, names: Sequence[str], known: Sequence[str]) -> None:

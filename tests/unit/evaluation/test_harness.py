@@ -84,6 +84,16 @@ def test_files_that_the_harness_would_leave_out_are_named(folder: Path) -> None:
     assert "broken.yaml is no YAML" in message
 
 
+def test_a_file_that_includes_what_is_not_there_is_named(folder: Path) -> None:
+    (folder / "heir.yaml").write_text("include: parent.yaml\ntask: heir\n", encoding="utf-8")
+    assert "heir.yaml: the harness cannot read it; is there all that it includes?" in refused(folder, "sums")
+
+
+def test_a_task_that_runs_what_a_model_writes_is_refused(folder: Path) -> None:
+    write_task(folder, "code", more=f"unsafe_code: true\n{metrics('exact_match')}")
+    assert "task code: it runs what a model writes" in refused(folder)
+
+
 def test_data_from_the_net_is_refused(folder: Path) -> None:
     (folder / "far.yaml").write_text(
         (folder / "sums.yaml")
