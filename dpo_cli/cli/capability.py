@@ -171,7 +171,7 @@ def print_table(found: Capability, console: Console | None = None) -> None:
     for title in ("task", "metric", "items", *(NAMES[model] for model in MODELS)):
         table.add_column(Text(title), overflow="fold")
     for ours, theirs in STEPS:
-        table.add_column(Text(f"{NAMES[ours]} - {NAMES[theirs]}"), overflow="fold")
+        table.add_column(Text(f"{NAMES[ours]} - {NAMES[theirs]}"), no_wrap=True)
     for result in found.results:
         table.add_row(
             Text(result.task),

@@ -25,7 +25,7 @@ MODELS = (BASE, SFT, DPO)
 STEPS = ((DPO, SFT), (SFT, BASE))
 """What is compared with what: each step of tuning with the model that it began from."""
 
-Change = Literal["worse", "better", "no difference beyond chance"]
+Change = Literal["worse", "better", "not told apart"]
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def summarise_task(scores: TaskScores, *, draws: int, confidence: float, seed: i
 def _change(estimate: Estimate, num_differing: int, higher_is_better: bool, confidence: float) -> Change:
     told = 2.0 ** (1 - num_differing) <= 1 - confidence
     if not told or estimate.low <= 0 <= estimate.high:
-        return "no difference beyond chance"
+        return "not told apart"
     return "better" if (estimate.low > 0) == higher_is_better else "worse"
 
 
@@ -171,12 +171,16 @@ NAMES = {BASE: "base", SFT: "SFT", DPO: "DPO"}
 
 
 def in_words(results: Sequence[TaskResult]) -> list[str]:
-    """Where a step of tuning made the model worse beyond doubt, a line each, or that it did nowhere."""
-    lines = [
-        f"{NAMES[ours]} is worse than {NAMES[theirs]} on {result.task} beyond doubt: {result.metric}"
-        f" {result.means[theirs]:.3f} -> {result.means[ours]:.3f}, on {result.num_items} items"
-        for ours, theirs in STEPS
-        for result in results
-        if result.differences[ours, theirs].change == "worse"
-    ]
-    return lines or ["Nowhere is DPO worse than SFT, or SFT worse than base, beyond doubt."]
+    """Of each step of tuning, where it made the model worse beyond doubt, a line each, or that it did nowhere."""
+    lines = []
+    for ours, theirs in STEPS:
+        step = f"{NAMES[ours]} is worse than {NAMES[theirs]}"
+        worse = [result for result in results if result.differences[ours, theirs].change == "worse"]
+        lines += [
+            f"{step} on {result.task} beyond doubt: {result.metric} {result.means[theirs]:.3f} ->"
+            f" {result.means[ours]:.3f}, on {result.num_items} items"
+            for result in worse
+        ]
+        if not worse:
+            lines.append(f"{step} on no task beyond doubt.")
+    return lines

@@ -211,6 +211,6 @@ def test_the_first_items_of_named_tasks_and_what_is_said_of_them(project: Path, 
     shown = " ".join(result.stdout.split())
     for words in ("DPO - SFT", "SFT - base", "95% intervals of the difference, paired by item (200 draws of items)"):
         assert words in shown
-    assert "Nowhere is DPO worse than SFT, or SFT worse than base, beyond doubt." in shown
+    assert "DPO is worse than SFT on" in shown
     assert "capability: DPO on choose: 28/28 requests" in result.stderr
     assert "it/s" not in result.output, "no bars of the harness"

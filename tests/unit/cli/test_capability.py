@@ -42,7 +42,7 @@ def test_the_table_says_in_words_what_got_worse() -> None:
     assert "DPO is worse than SFT on sums beyond doubt: acc 1.000 -> 0.000, on 20 items" in shown
     assert "[bold]words" in shown
     assert "(less is better)" in shown
-    for words in ("-1.000", "[-1.000, -1.000]", "worse", "better", "no difference beyond chance", "95% intervals"):
+    for words in ("-1.000", "[-1.000, -1.000]", "worse", "better", "not told apart", "95% intervals"):
         assert words in shown
     assert list(as_json(found)["capability"]["tasks"]) == ["sums", "[bold]words", "slips"]
 

@@ -82,10 +82,10 @@ def test_a_model_that_did_not_change_has_no_difference() -> None:
     same = [random.Random(0).random() for _ in range(30)]
     difference = result_of(same, same, same).differences[DPO, SFT]
     assert (difference.estimate.low, difference.estimate.value, difference.estimate.high) == (0, 0, 0)
-    assert difference.change == "no difference beyond chance"
+    assert difference.change == "not told apart"
 
 
-@pytest.mark.parametrize(("num_lost", "change"), [(5, "no difference beyond chance"), (6, "worse")])
+@pytest.mark.parametrize(("num_lost", "change"), [(5, "not told apart"), (6, "worse")])
 def test_beyond_doubt_takes_as_many_items_as_a_sign_test(num_lost: int, change: str) -> None:
     """Five losses and no win have the probability 2 * 2^-5 = .0625 under no difference, six have .031."""
     sft = [1.0] * 100
@@ -103,9 +103,12 @@ def test_less_may_be_better() -> None:
 
 def test_words_name_what_got_worse_and_nothing_else() -> None:
     good, bad = [1.0] * 20, [0.0] * 20
-    worse = result_of(good, good, bad)
-    assert in_words([worse]) == ["DPO is worse than SFT on sums beyond doubt: acc 1.000 -> 0.000, on 20 items"]
-    assert in_words([result_of(good, bad, bad)])[0].startswith("SFT is worse than base on sums beyond doubt")
+    assert in_words([result_of(good, good, bad)]) == [
+        "DPO is worse than SFT on sums beyond doubt: acc 1.000 -> 0.000, on 20 items",
+        "SFT is worse than base on no task beyond doubt.",
+    ]
+    assert in_words([result_of(good, bad, bad)])[1].startswith("SFT is worse than base on sums beyond doubt: acc")
     assert in_words([result_of(bad, good, good)]) == [
-        "Nowhere is DPO worse than SFT, or SFT worse than base, beyond doubt."
+        "DPO is worse than SFT on no task beyond doubt.",
+        "SFT is worse than base on no task beyond doubt.",
     ]
