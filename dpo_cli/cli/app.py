@@ -190,8 +190,8 @@ def _run_stage(stage: Stage, overrides: list[str], *, as_json: bool) -> None:
         typer.echo(json.dumps({stage.name: metrics}, ensure_ascii=False))
 
 
-def _refuse_unread(stage: Stage, overrides: list[str]) -> None:
-    read = (*stage.params, "runtime")
+def _refuse_unread(stage: Stage, overrides: list[str], *others: str) -> None:
+    read = (*stage.params, *others, "runtime")
     unread = [override for override in overrides if override.partition(".")[0].strip() not in read]
     if unread:
         raise ParamsError(
@@ -203,13 +203,53 @@ def _add_stage(stage: Stage) -> None:
     def command(overrides: SetOption = None, as_json: JsonOption = False) -> None:
         _run_stage(stage, overrides or [], as_json=as_json)
 
+    def evaluate(
+        overrides: SetOption = None,
+        model: Annotated[
+            Path | None,
+            typer.Option(
+                "--model",
+                metavar="DIR",
+                help="Judge this adapter for the project's SFT model, or this whole model, in place of models/dpo; no"
+                " training is needed. Its files go to --out, and no report is made.",
+            ),
+        ] = None,
+        out: Annotated[
+            Path | None,
+            typer.Option("--out", metavar="DIR", help="Where --model's files go; evaluations/NAME if not given."),
+        ] = None,
+        as_json: JsonOption = False,
+    ) -> None:
+        if model is None and out is None:
+            _run_stage(stage, overrides or [], as_json=as_json)
+        else:
+            _evaluate_model(stage, model, out, overrides or [], as_json=as_json)
+
+    body: Callable[..., None] = evaluate if stage.name == "evaluate" else command
     reads = ", ".join(path.as_posix() for path in stage.inputs) or "nothing but params.yaml"
     writes = stage.output.as_posix() if stage.output else "reports/evaluate and reports/report.html"
-    command.__doc__ = (
+    body.__doc__ = (
         f"{stage.summary}\n\nSettings: {', '.join(stage.params)} and runtime in params.yaml."
         f" Reads {reads}. Writes {writes}."
     )
-    app.command(stage.command, epilog=_examples(stage.example), rich_help_panel="Stages, in their order")(command)
+    examples = _examples(stage.example, *stage.more_examples)
+    app.command(stage.command, epilog=examples, rich_help_panel="Stages, in their order")(body)
+
+
+def _evaluate_model(stage: Stage, model: Path | None, out: Path | None, overrides: list[str], *, as_json: bool) -> None:
+    with _errors_as_exit_codes(as_json=as_json):
+        if model is None:
+            raise ParamsError("--out has no effect without --model: stage evaluate writes to reports/evaluate")
+        from dpo_cli.core.params import load_params  # here, so that --help does not wait for it
+
+        params = load_params(paths.PARAMS, overrides)
+        _refuse_unread(stage, overrides, "train")
+        from dpo_cli.stages.evaluate import evaluate_model
+
+        folder = out or paths.EVALUATIONS / model.resolve().name
+        metrics = evaluate_model(params, model, folder, ConsoleReporter(show_tables=not as_json))
+    if as_json:
+        typer.echo(json.dumps({stage.name: metrics}, ensure_ascii=False))
 
 
 for _stage in STAGES:
@@ -418,6 +458,7 @@ def bench_command(
         "dpo-cli compare --baseline HEAD --metric win_rate,kl",
         "dpo-cli compare workspace nutty-lamb main~1",
         "dpo-cli compare HEAD nutty-lamb --all --csv comparison.csv",
+        "dpo-cli compare HEAD nutty-lamb evaluations/another --judge",
     ),
 )
 def compare_command(
@@ -425,8 +466,8 @@ def compare_command(
         list[str] | None,
         typer.Argument(
             metavar="[EXP]...",
-            help="Experiments of DVC, git revisions, or `workspace`; none: the workspace and every experiment based"
-            " on HEAD. The first is the baseline.",
+            help="Experiments of DVC, git revisions, folders of `evaluate --model`, or `workspace`; none: the workspace"
+            " and every experiment based on HEAD. The first is the baseline.",
         ),
     ] = None,
     baseline: Annotated[
@@ -445,26 +486,46 @@ def compare_command(
     csv_file: Annotated[
         Path | None, typer.Option("--csv", metavar="FILE", help="Write the figures to a CSV file, too.")
     ] = None,
+    judge: Annotated[
+        bool,
+        typer.Option(
+            "--judge",
+            help="Judge their answers against each other, too, by the judge of params.yaml: a win rate for every two,"
+            " and strengths by Bradley-Terry.",
+        ),
+    ] = False,
+    overrides: SetOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object, no tables.")] = False,
 ) -> None:
     """Compare experiments: the settings that differ beside the metrics that differ, with paired intervals.
 
     Values of the same prompt are compared with each other, so the interval is that of the difference, by
     prompts that both experiments have. Reads params.yaml, dvc.lock and reports/ from git and from the
-    workspace; runs nothing.
+    workspace; runs nothing, but for the judge with --judge.
     """
     with _errors_as_exit_codes(as_json=as_json):
         if every and metrics:
             raise ParamsError("--metric has no effect with --all; give one of them")
-        from dpo_cli.cli import compare  # here, so that --help does not wait for it
+        if overrides and not judge:
+            raise ParamsError("--set has no effect without --judge: nothing else is computed")
+        from dpo_cli.cli import compare, head_to_head  # here, so that --help does not wait for it
 
         found = compare.compare(names or [], baseline, metrics or [], every=every)
+        judged = None
+        if judge:
+            reporter = ConsoleReporter(show_tables=not as_json)
+            judged = head_to_head.judge_experiments(found.experiments, overrides or [], reporter)
         if csv_file is not None:
             compare.write_csv(found, csv_file)
         if as_json:
-            typer.echo(json.dumps(compare.as_json(found), ensure_ascii=False))
+            figures = compare.as_json(found)
+            if judged is not None:
+                figures["head_to_head"] = head_to_head.head_to_head_json(judged)
+            typer.echo(json.dumps(figures, ensure_ascii=False))
         else:
             compare.print_comparison(found)
+            if judged is not None:
+                head_to_head.print_head_to_head(judged)
 
 
 @app.command(
@@ -571,6 +632,39 @@ def capability_command(
             typer.echo(json.dumps(figures_of(found), ensure_ascii=False))
         else:
             print_table(found)
+
+
+@app.command(
+    "rating-sheet",
+    rich_help_panel="Measurements",
+    epilog=_examples(
+        "dpo-cli rating-sheet data/raw/votes.csv --rater human:anna",
+        "dpo-cli rating-sheet votes-ben.csv --rater human:ben --samples evaluations/another/samples.jsonl",
+    ),
+)
+def rating_sheet_command(
+    sheet: Annotated[Path, typer.Argument(metavar="SHEET", help="The CSV file to write.")],
+    rater: Annotated[
+        str, typer.Option("--rater", metavar="KIND:NAME", help="Who fills it in, such as human:anna.")
+    ] = "human",
+    samples: Annotated[
+        Path | None,
+        typer.Option("--samples", metavar="FILE", help="What an evaluation sampled; that of reports/evaluate."),
+    ] = None,
+) -> None:
+    """Write the answers of SFT and tuned model as a sheet on which people vote, without naming the models.
+
+    evaluate.num_prompts says how many there are. Fill in the column `vote` (A, B or tie) and hide `a_is`.
+    With `evaluate.judge: votes` and `evaluate.votes.file` the votes become the win rate; `dpo-cli agreement`
+    compares raters, and judges with them (reports/evaluate/votes.csv).
+    """
+    with _errors_as_exit_codes(as_json=False):
+        from dpo_cli.cli.rating_sheet import write_rating_sheet  # here, so that --help does not wait for it
+
+        answers = samples or paths.report_dir("evaluate") / "samples.jsonl"
+        num_items, num_identical = write_rating_sheet(answers, sheet, rater)
+    same = f"; {num_identical} prompts with identical answers are ties and left out" if num_identical else ""
+    typer.echo(f"{sheet}: {num_items} pairs of answers to vote on{same}")
 
 
 # --- rewards ------------------------------------------------------------------------------

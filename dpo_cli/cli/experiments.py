@@ -25,6 +25,7 @@ from dpo_cli.evaluation.comparison import (
     OF_PAIRS,
     Experiment,
     Rows,
+    Texts,
     flatten,
     flatten_metrics,
     rows_of_answers,
@@ -36,7 +37,6 @@ _REFS = "refs/exps"
 _BASELINE_DIGITS = (40, 64)
 _NOT_SETTINGS = ("runtime",)
 _LOCK = Path("dvc.lock")
-
 Read = Callable[[Path], bytes | None]
 
 
@@ -86,7 +86,7 @@ def head() -> str:
 
 
 def revisions_of(names: Sequence[str], refs: Sequence[Ref]) -> dict[str, str]:
-    """The commit behind each name; empty for the workspace.
+    """The commit behind each name; empty for the workspace and for a folder that ``evaluate --model`` wrote.
 
     A name is looked for among the experiments first, those based on HEAD before others, then
     among all that git knows.
@@ -98,12 +98,17 @@ def revisions_of(names: Sequence[str], refs: Sequence[Ref]) -> dict[str, str]:
     problems: list[str] = []
     for name in names:
         try:
-            found[name] = "" if name == WORKSPACE else _revision_of(name, refs)
+            found[name] = "" if is_here(name) else _revision_of(name, refs)
         except ParamsError as error:
             problems += error.problems
     if problems:
         raise ParamsError(problems)
     return found
+
+
+def is_here(name: str) -> bool:
+    """Whether a name stands for files of the workspace: its own, or those of a folder."""
+    return name == WORKSPACE or (Path(name) / "metrics.json").is_file()
 
 
 def _revision_of(name: str, refs: Sequence[Ref]) -> str:
@@ -130,26 +135,33 @@ def read_experiment(name: str, revision: str) -> tuple[Experiment, list[str]]:
 
     Args:
         name: What the user calls it.
-        revision: Its commit; empty for the workspace.
+        revision: Its commit; empty for the workspace, or where the name is a folder that ``evaluate --model`` wrote.
 
     Raises:
         StaleArtifactError: It has no metrics of stage evaluate.
         DataError: A file of it is damaged.
     """
     read = _reader(revision)
+    folder = Path(name) if not revision and name != WORKSPACE else None
+    reports = folder or paths.report_dir("evaluate")
     metrics: dict[str, Any] = {}
-    for stage in STAGES:
-        if stage.metrics and (content := read(paths.metrics_file(stage.name))) is not None:
-            metrics |= _json(content, f"{name}: {paths.metrics_file(stage.name)}")
+    for path in [paths.metrics_file(stage.name) for stage in STAGES if stage.metrics] if folder is None else []:
+        if (content := read(path)) is not None:
+            metrics |= _json(content, f"{name}: {path}")
+    if folder is not None:
+        metrics = _json(read(folder / "metrics.json") or b"", f"{folder / 'metrics.json'}")
     if "evaluate" not in metrics:
         remedy = "commit reports/ of a run, or make one: dvc exp run" if revision else "run: dpo-cli repro"
         raise StaleArtifactError(f"{name}: {paths.metrics_file('evaluate')} is missing; {remedy}")
-    params = _yaml(read(paths.PARAMS), f"{name}: {paths.PARAMS}")
+    if folder is None:
+        params = _yaml(read(paths.PARAMS), f"{name}: {paths.PARAMS}")
+    else:
+        params = _json(read(folder / paths.MODEL_SETTINGS) or b"{}", f"{folder / paths.MODEL_SETTINGS}")
     rows: dict[str, Rows] = {}
     missing: dict[str, str] = {}
-    answers: dict[str, str] = {}
+    answers: dict[str, Texts] = {}
     for file in (OF_ANSWERS, OF_PAIRS):
-        path = paths.report_dir("evaluate") / file
+        path = reports / file
         content = read(path)
         if content is None:
             missing[file] = f"{name} has no {path}; evaluate it again"
@@ -164,7 +176,7 @@ def read_experiment(name: str, revision: str) -> tuple[Experiment, list[str]]:
             raise DataError(f"{name}: {path} is damaged ({error}); evaluate it again") from None
     settings = {key: value for key, value in params.items() if key not in _NOT_SETTINGS}
     experiment = Experiment(name, revision, flatten(settings), flatten_metrics(metrics), rows, missing, answers)
-    return experiment, _oddities(name, params, read)
+    return experiment, [] if folder is not None else _oddities(name, params, read)
 
 
 def _oddities(name: str, params: dict[str, Any], read: Read) -> list[str]:

@@ -141,6 +141,9 @@ def _settings(files: ProjectFiles) -> dict[str, Any]:
         folder = files.model.resolve()
         values |= {"model.name": folder.name, "runtime.model_path": folder.as_posix()}
     values["evaluate.judge"] = "none" if files.preferences else "world"
+    if files.preferences:
+        for setting in ("opponents", "judge_pairs", "temperatures", "scales"):  # nobody judges
+            values.pop(f"evaluate.{setting}", None)
     if files.model is None:
         values |= OWN_SFT_DATA if files.sft or files.preferences else {}
         values |= OWN_PREFERENCES if files.preferences else {}

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_cli.cli.score_rows import InputRow, InputRows
-from dpo_cli.cli.show import pieces_of
 from dpo_cli.cli.show_page import visible, visible_token
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import atomic_path, write_json_lines
 from dpo_cli.core.progress import Reporter
+from dpo_cli.data.pieces import pieces_of
 from dpo_cli.data.schema import MESSAGES
 from dpo_cli.evaluation.heat.page import HeatAnswer, HeatPiece, HeatRow, choose_rows, write_heat_page
 from dpo_cli.evaluation.implicit_reward import Agreement, RankedAnswers, RewardSummary

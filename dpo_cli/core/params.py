@@ -12,29 +12,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from dpo_cli.core.errors import ParamsError
+from dpo_cli.core.evaluate_params import EvaluateParams, idle_evaluate_settings
 from dpo_cli.core.objectives import OBJECTIVES, SETTINGS, LossName, PairwiseName, learns_log_ratio, readers
+from dpo_cli.core.sections import Section, differs, knob
 
 EMBEDDED = "embedded"
 """The value of model.name that stands for the model built by this package."""
 
 WORLD_HELD_OUT = 0.3
 """The embedded model never reads a prompt whose split position is below this, so eval_fraction may go up to it."""
-
-
-def knob(default: Any, doc: str, *, unit: str = "", **constraints: Any) -> Any:
-    """A field of the schema: its default, what it means, and its unit."""
-    return Field(default, description=doc, json_schema_extra={"unit": unit} if unit else None, **constraints)
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys refused, no silent conversion of types, immutable."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 Column = str | list[str]
@@ -346,22 +337,6 @@ class RewardParams(TrainingParams):
     )
 
 
-class EvaluateParams(Section):
-    """Is it better, by how much, and at what cost. Read by evaluate."""
-
-    judge: Literal["none", "world", "reward-model"] = knob(
-        "none",
-        "Who compares the answers: world is the embedded world's known reward; reward-model is what stage reward made"
-        " of the same preferences; none: no win rate.",
-    )
-    num_prompts: int = knob(128, "Held-out prompts to answer, at most; 0: all.", unit="prompts", ge=0)
-    temperature: float = knob(1.0, "Sampling temperature of the compared answers; 0: greedy.", ge=0)
-    max_new_tokens: int = knob(256, "Longest answer.", unit="tokens", ge=1)
-    bootstrap_draws: int = knob(2000, "Draws behind each interval, clustered by prompt.", ge=100)
-    confidence: float = knob(0.95, "Coverage of the intervals.", gt=0.5, lt=1)
-    seed: int = knob(0, "Seeds sampling and bootstrap.", ge=0)
-
-
 class RuntimeParams(Section):
     """This machine. No stage lists it: it never changes a result beyond rounding."""
 
@@ -398,6 +373,11 @@ class RuntimeParams(Section):
         default=None,
         description="Directory of the base model in Hugging Face layout with safetensors weights;"
         " the environment variable DPO_MODEL_PATH goes before it.",
+    )
+    judge_path: str | None = Field(
+        default=None,
+        description="Directory of the model that evaluate.judge hf asks, in the same layout; the environment variable"
+        " DPO_JUDGE_PATH goes before it.",
     )
 
 
@@ -587,12 +567,6 @@ def iter_settings(model: type[BaseModel] = Params, prefix: str = "") -> Iterator
 # --- contradictions and settings without effect --------------------------------------------------------------
 
 
-def _differs(section: BaseModel, *names: str) -> list[str]:
-    """Those of the named fields that were moved from their defaults."""
-    fields = type(section).model_fields
-    return [name for name in names if getattr(section, name) != fields[name].get_default(call_default_factory=True)]
-
-
 def _idle_columns(params: Params) -> list[str]:
     """Settings of sources that say what is known already."""
     found = []
@@ -622,7 +596,7 @@ def _idle_objective_settings(train: TrainParams) -> list[str]:
     if not train.losses:
         return ["train.loss must name at least one objective, got {}"]
     called = " and ".join(train.losses)
-    for setting in _differs(train, *SETTINGS):
+    for setting in differs(train, *SETTINGS):
         if not any(setting in OBJECTIVES[name].reads for name in train.losses):
             named = readers(setting)
             verb = "reads" if len(named) == 1 else "read"
@@ -631,9 +605,9 @@ def _idle_objective_settings(train: TrainParams) -> list[str]:
         found += [
             f"train.loss {name} needs train.{setting} > 0{_AT_ZERO.get(name, '')}"
             for setting in OBJECTIVES[name].needs
-            if not _differs(train, setting)
+            if not differs(train, setting)
         ]
-    if _differs(train, "divergence_alpha") and train.divergence != "alpha":
+    if differs(train, "divergence_alpha") and train.divergence != "alpha":
         found.append(f"train.divergence_alpha has no effect with train.divergence {train.divergence}; alpha reads it")
     coupled = [name for name in train.losses if OBJECTIVES[name].is_coupled]
     if coupled and len(train.losses) > 1:
@@ -662,16 +636,19 @@ def _contradictions(params: Params) -> list[str]:
     else:
         found += [
             f"model.{name} has no effect with model.name {model.name}; only the embedded model is built here"
-            for name in _differs(model, "seed", "pretrain_steps")
+            for name in differs(model, "seed", "pretrain_steps")
         ]
     if params.evaluate.judge == "world" and params.data.eval_fraction > WORLD_HELD_OUT:
         found.append(
             f"data.eval_fraction must be <= {WORLD_HELD_OUT:g} with evaluate.judge world, got"
             f" {params.data.eval_fraction:g}: the embedded model has read the other prompts"
         )
+    found += idle_evaluate_settings(params.evaluate)
+    if params.runtime.judge_path is not None and params.evaluate.judge != "hf":
+        found.append(f"runtime.judge_path has no effect with evaluate.judge {params.evaluate.judge}; judge hf reads it")
     found += _idle_columns(params)
     if sft.method == "full":
-        found += [f"sft.{name} has no effect with sft.method full" for name in _differs(sft, "lora")]
+        found += [f"sft.{name} has no effect with sft.method full" for name in differs(sft, "lora")]
     for name, section in (("train", train), ("reward", reward)):
         if name == "reward" and reward.loss == "none":
             continue
@@ -682,12 +659,12 @@ def _contradictions(params: Params) -> list[str]:
     found += _idle_objective_settings(train)
     if "plackett_luce" in train.losses and not params.reference.rankings:
         found.append("train.loss plackett_luce needs reference.rankings true")
-    if reward.loss == "bradley_terry" and _differs(reward, "ties"):
+    if reward.loss == "bradley_terry" and differs(reward, "ties"):
         found.append("reward.ties has no effect with reward.loss bradley_terry; plackett_luce reads it")
     for name, section in (("sft", sft), ("train", train), ("reward", reward)):
         if (name == "sft" and sft.method == "none") or (name == "reward" and reward.loss == "none"):
             continue
-        if section.max_steps is not None and _differs(section, "epochs"):
+        if section.max_steps is not None and differs(section, "epochs"):
             found.append(f"{name}.epochs has no effect beside {name}.max_steps; drop one of them")
         if section.optimizer == "rmsprop" and section.weight_decay != 0:
             found.append(f"{name}.weight_decay has no effect with {name}.optimizer rmsprop")

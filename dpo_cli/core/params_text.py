@@ -27,8 +27,12 @@ EMBEDDED_PRESET: dict[str, Any] = {
     "reward.batch_size": 8,
     "reward.epochs": 2.0,
     "evaluate.judge": "world",
+    "evaluate.opponents": ["sft", "chosen"],
+    "evaluate.judge_pairs": -1,
     "evaluate.num_prompts": 0,
     "evaluate.temperature": 0.7,
+    "evaluate.temperatures": [0.0, 0.25, 0.5, 0.75, 1.0],
+    "evaluate.scales": [0.25, 0.5, 0.75, 1.5],
     "evaluate.max_new_tokens": 48,
 }
 """What the embedded default sets otherwise than the schema, whose defaults suit a real model."""

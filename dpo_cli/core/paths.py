@@ -23,6 +23,9 @@ REWARD_MODEL = Path("models/reward")
 
 REPORTS = Path("reports")
 REPORT_HTML = REPORTS / "report.html"
+EVALUATIONS = Path("evaluations")
+MODEL_SETTINGS = "params.json"
+"""In a folder of evaluations: what is known of the settings behind it."""
 
 
 def preference_table(split: str) -> Path:

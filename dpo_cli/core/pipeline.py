@@ -34,6 +34,7 @@ class Stage:
         output: The folder it makes; None where it only reports.
         metrics: Whether it writes reports/<name>/metrics.json.
         reports: Other files it writes under reports/, committed and not cached.
+        more_examples: Further command lines for its help.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Stage:
     output: Path | None
     metrics: bool = True
     reports: tuple[Path, ...] = ()
+    more_examples: tuple[str, ...] = ()
 
     @property
     def command(self) -> str:
@@ -119,8 +121,13 @@ STAGES: tuple[Stage, ...] = (
         name="evaluate",
         summary="Held-out accuracy, win rate over SFT, KL, and a report to look at.",
         example="dpo-cli evaluate --set evaluate.num_prompts=500",
+        more_examples=(
+            "dpo-cli evaluate --set evaluate.judge=openai --set evaluate.openai.url=http://127.0.0.1:8080/v1",
+            "dpo-cli evaluate --model ~/adapters/another --out evaluations/another",
+        ),
         params=("model", "reference", "evaluate"),
         inputs=(
+            paths.RAW,  # a votes file
             paths.BASE,
             paths.SFT_DATA,
             paths.PREFERENCE_DATA,

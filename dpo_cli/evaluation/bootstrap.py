@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,30 @@ class Estimate:
     value: float
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the intervals of an evaluation are drawn: keyword arguments of the functions below.
+
+    Attributes:
+        draws: Bootstrap draws.
+        confidence: Coverage of the intervals.
+        seed: Of the draws.
+    """
+
+    draws: int
+    confidence: float
+    seed: int
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """For ``**``."""
+        return dict(vars(self))
+
+    def interval(self, values: Sequence[float], clusters: Sequence[str]) -> Estimate:
+        """A mean with its interval."""
+        return cluster_bootstrap(values, clusters, **self.keywords)
 
 
 def cluster_bootstrap(

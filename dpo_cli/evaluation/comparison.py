@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dpo_cli.data.schema import Messages
 from dpo_cli.evaluation.bootstrap import cluster_bootstrap
 
 MIN_DRAWS = 2000
@@ -58,6 +59,21 @@ Rows = Mapping[str, tuple[str, float]]
 
 
 @dataclass(frozen=True)
+class Texts:
+    """A prompt and what both models of a run answered.
+
+    Attributes:
+        prompt: Its messages.
+        sft: The SFT model's answer.
+        dpo: The tuned model's.
+    """
+
+    prompt: Messages
+    sft: str
+    dpo: str
+
+
+@dataclass(frozen=True)
 class Experiment:
     """What one run left behind.
 
@@ -68,7 +84,7 @@ class Experiment:
         metrics: Its metrics by dotted path, the stage first.
         rows: By metric, the values that the metric is the mean of.
         missing: By file of reports/evaluate, why there are no such values.
-        answers: What the SFT model answered, by prompt.
+        answers: What was asked and answered, by prompt.
     """
 
     name: str
@@ -77,7 +93,7 @@ class Experiment:
     metrics: Mapping[str, Scalar]
     rows: Mapping[str, Rows] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
-    answers: Mapping[str, str] = field(default_factory=dict)
+    answers: Mapping[str, Texts] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -134,8 +150,8 @@ def flatten_metrics(metrics: Mapping[str, Any]) -> dict[str, Scalar]:
     return flat
 
 
-def rows_of_answers(text: str) -> tuple[dict[str, Rows], dict[str, str]]:
-    """Values by metric in samples.jsonl, and the SFT model's answers by prompt.
+def rows_of_answers(text: str) -> tuple[dict[str, Rows], dict[str, Texts]]:
+    """Values by metric in samples.jsonl, and the texts by prompt.
 
     A metric is left out where not every row has it.
 
@@ -143,7 +159,7 @@ def rows_of_answers(text: str) -> tuple[dict[str, Rows], dict[str, str]]:
         ValueError: It is no such file.
     """
     columns: dict[str, dict[str, tuple[str, float]]] = {}
-    answers: dict[str, str] = {}
+    answers: dict[str, Texts] = {}
     num_rows = 0
     try:
         for line in text.split("\n"):
@@ -152,12 +168,13 @@ def rows_of_answers(text: str) -> tuple[dict[str, Rows], dict[str, str]]:
             row = json.loads(line)
             num_rows += 1
             prompt = row["id"]
-            answers[prompt] = row["sft"]["text"]
+            answers[prompt] = Texts(row["prompt"], row["sft"]["text"], row["dpo"]["text"])
             for metric, value in _answer_figures(row):
                 columns.setdefault(f"evaluate.{metric}", {})[prompt] = (prompt, float(value))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"a row has no {error}") from None
-    return {name: rows for name, rows in columns.items() if len(rows) == num_rows}, answers
+    partial = {"evaluate.win_rate", "evaluate.tie_rate"}  # a judge may have no verdict on some
+    return {name: rows for name, rows in columns.items() if len(rows) == num_rows or name in partial}, answers
 
 
 def _answer_figures(row: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
@@ -291,7 +308,7 @@ def caveats(experiments: Sequence[Experiment], metrics: Sequence[str]) -> list[s
     if any(source_of(name) == OF_ANSWERS for name in metrics):
         for other in experiments[1:]:
             shared = baseline.answers.keys() & other.answers.keys()
-            num_other = sum(baseline.answers[prompt] != other.answers[prompt] for prompt in shared)
+            num_other = sum(baseline.answers[prompt].sft != other.answers[prompt].sft for prompt in shared)
             if num_other:
                 found.append(
                     f"{other.name}: its SFT model answers {num_other} of {len(shared)} shared prompts otherwise than"

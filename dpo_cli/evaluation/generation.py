@@ -7,7 +7,7 @@ drawn by inverting the cumulative distribution.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,13 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from dpo_cli.core.artifacts import digest_json
 from dpo_cli.core.progress import Meter
+from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
+
+GENERATION_VERSION = 1
+"""Raised when a change here may move what is sampled; part of the key under which answers are kept."""
+
+CACHE_FACTOR = 8
+"""Tokens whose keys and values are held at once, as a multiple of those that go through the model at once."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +71,12 @@ def sample_answers(
     stop_ids: Sequence[int],
     temperature: float,
     max_new_tokens: int,
-    max_tokens: int,
+    budget: TokenBudget,
     seed: int,
     stream: str,
     autocast_dtype: torch.dtype,
     meter: Meter,
+    keep: Callable[[Mapping[str, Answer]], None] | None = None,
 ) -> dict[str, Answer]:
     """Sample one answer to each prompt, without truncating the distribution.
 
@@ -78,11 +86,12 @@ def sample_answers(
         stop_ids: Tokens that end an answer.
         temperature: 0 takes the likeliest token.
         max_new_tokens: Limit of an answer, tokens.
-        max_tokens: Token budget of a batch, prompts and answers together.
+        budget: Tokens of a micro-batch; prompts and answers together may have :data:`CACHE_FACTOR` times as many.
         seed: With the prompt's id and ``stream`` it fixes the random stream.
         stream: Name of the model that answers, so that two models get different streams.
         autocast_dtype: Compute dtype.
         meter: Hears of every answer.
+        keep: Gets each batch's answers by prompt id as they are made; what it raises ends the sampling.
 
     Returns:
         The answers by prompt id.
@@ -93,7 +102,8 @@ def sample_answers(
     )
     answers: dict[str, Answer] = {}
     device = model.get_input_embeddings().weight.device
-    for batch in _batches(prompts, max_new_tokens, max_tokens):
+
+    def sample(batch: list[PromptTokens]) -> list[list[int]]:
         length = max(len(prompt.tokens) for prompt in batch)
         tokens = torch.zeros(len(batch), length, dtype=torch.long)
         mask = torch.zeros(len(batch), length, dtype=torch.long)
@@ -112,21 +122,29 @@ def sample_answers(
                 generation_config=config,
                 logits_processor=processors,
             )
-        for prompt, row in zip(batch, output[:, length:].tolist(), strict=True):
-            answers[prompt.id] = _cut(row, stop_ids)
+        return output[:, length:].tolist()
+
+    def split(left: Sequence[PromptTokens], max_tokens: int) -> list[list[int]]:
+        return _batches(left, max_new_tokens, CACHE_FACTOR * max_tokens)
+
+    for batch, rows in in_micro_batches(prompts, budget, split, sample):
+        new = {prompt.id: _cut(row, stop_ids) for prompt, row in zip(batch, rows, strict=True)}
+        answers |= new
+        if keep is not None:
+            keep(new)
         meter.advance(len(batch))
     return answers
 
 
-def _batches(prompts: Sequence[PromptTokens], max_new_tokens: int, max_tokens: int) -> list[list[PromptTokens]]:
-    """Prompts of like length together, prompts and answers within the budget."""
-    batches: list[list[PromptTokens]] = []
-    for prompt in sorted(prompts, key=lambda prompt: (len(prompt.tokens), prompt.id)):
-        cost = len(prompt.tokens) + max_new_tokens
+def _batches(prompts: Sequence[PromptTokens], max_new_tokens: int, max_tokens: int) -> list[list[int]]:
+    """Indices of prompts, those of like length together, prompts and answers within the budget."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(prompts)), key=lambda index: (len(prompts[index].tokens), prompts[index].id)):
+        cost = len(prompts[index].tokens) + max_new_tokens
         if batches and (len(batches[-1]) + 1) * cost <= max_tokens:
-            batches[-1].append(prompt)
+            batches[-1].append(index)
         else:
-            batches.append([prompt])
+            batches.append([index])
     return batches
 
 

@@ -4,8 +4,10 @@ Legend: N tokens of one answer, V vocabulary.
 
 The headline is the exact KL of each next-token distribution, summed along answers that the
 policy sampled at temperature 1: an unbiased estimate of the sequence KL with far less variance
-than the log-ratio of the samples (k1), which stands beside it as a cross-check. The log-ratio
-on the data set's answers is not this KL.
+than the log-ratio of the samples (k1), which stands beside it as a cross-check. Schulman's k3 is
+a diagnostic alone. The log-ratio on the data set's answers is not this KL.
+
+Source: Schulman 2020, Approximating KL divergence (k1, k3); Rafailov et al. 2023, footnote of section 6.
 """
 
 from __future__ import annotations
@@ -21,19 +23,27 @@ ALARM_STANDARD_ERRORS = 4.0
 
 @dataclass(frozen=True)
 class SequenceKl:
-    """Two estimates from one sampled answer, nats.
+    """Three estimates from one sampled answer, and what else its distributions say; nats.
 
     Attributes:
         exact: Sum over tokens of the exact next-token KL.
         k1: log pi - log ref of the sampled tokens.
+        k3: Sum over tokens of ref / pi - 1 - log(ref / pi): never negative, and wide where pi and ref are far apart.
+        entropy: Sum over tokens of the policy's next-token entropy.
+        reference_entropy: The same of the reference, at the same places.
+        num_tokens: Tokens of the answer.
     """
 
     exact: float
     k1: float
+    k3: float
+    entropy: float
+    reference_entropy: float
+    num_tokens: int
 
 
 def sequence_kl(policy_logps_NV: torch.Tensor, reference_logps_NV: torch.Tensor, tokens: Sequence[int]) -> SequenceKl:
-    """Both estimates from one answer.
+    """All of them from one answer.
 
     Args:
         policy_logps_NV: float32 [N, V], the policy's next-token log-probabilities along the answer.
@@ -41,10 +51,23 @@ def sequence_kl(policy_logps_NV: torch.Tensor, reference_logps_NV: torch.Tensor,
         tokens: The N sampled tokens, the stop token included.
     """
     policy, reference = policy_logps_NV.double(), reference_logps_NV.double()
-    exact = torch.where(policy > -torch.inf, policy.exp() * (policy - reference), 0.0).sum()  # 0 log 0 = 0
+    exact = _expected(policy, policy - reference)
     index = torch.tensor(tokens, device=policy.device)[:, None]
-    k1 = (policy.gather(1, index) - reference.gather(1, index)).sum()
-    return SequenceKl(exact.item(), k1.item())
+    log_ratios_N1 = policy.gather(1, index) - reference.gather(1, index)
+    k3 = (torch.expm1(-log_ratios_N1) + log_ratios_N1).sum()
+    return SequenceKl(
+        exact.item(),
+        log_ratios_N1.sum().item(),
+        k3.item(),
+        _expected(policy, -policy).item(),
+        _expected(reference, -reference).item(),
+        len(tokens),
+    )
+
+
+def _expected(logps_NV: torch.Tensor, values_NV: torch.Tensor) -> torch.Tensor:
+    """Sum over tokens of a value's mean under the distribution; 0 log 0 = 0."""
+    return torch.where(logps_NV > -torch.inf, logps_NV.exp() * values_NV, 0.0).sum()
 
 
 def estimates_disagree(samples: Sequence[SequenceKl]) -> bool:

@@ -6,49 +6,38 @@ A pure function of metrics.json, shared by the terminal and the report. No torch
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-Status = Literal["good", "warn", "bad", "plain"]
+from dpo_cli.evaluation.findings import Finding, Status, percent, percent_interval
+from dpo_cli.evaluation.flags import flags, judge_quality
 
 HIGH_KL = 10.0
+HARDLY_MOVED = 0.01
+"""KL below which the model is all but the reference, nats a sequence."""
 WELL_FORMED = 0.95
-MORE_UNFINISHED = 0.05
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the verdict.
-
-    Attributes:
-        name: The quantity.
-        value: Its value with interval and unit, as text.
-        status: good, warn, bad, or plain where no judgment is made.
-        meaning: What it says, in one sentence.
-    """
-
-    name: str
-    value: str
-    status: Status
-    meaning: str
+FORGETS = 1.25
+"""Ratio of perplexities on instruction data above which the model has forgotten some of it."""
+WORST_CALIBRATION = 0.1
 
 
 def verdict(metrics: Mapping[str, Any]) -> list[Finding]:
     """The findings in the metrics of stage evaluate."""
-    findings = []
+    findings: list[Finding | None] = []
     if "win_rate" in metrics:
-        findings.append(_win_rate(metrics))
-    findings += [_accuracy(metrics), _loss(metrics), _kl(metrics)]
+        findings += [_win_rate(metrics), _length_controlled(metrics), _against_chosen(metrics), judge_quality(metrics)]
+    findings += [_accuracy(metrics), _loss(metrics), _calibration(metrics), _kl(metrics)]
     if "well_formed_dpo" in metrics:
         findings.append(_well_formed(metrics))
-    findings += [_finished(metrics), _displacement(metrics)]
-    return findings
+    findings += [_perplexity(metrics), *flags(metrics)]
+    return [finding for finding in findings if finding is not None]
 
 
 def headline(metrics: Mapping[str, Any]) -> tuple[str, Status]:
     """The verdict in one sentence."""
     statuses = [finding.status for finding in verdict(metrics)]
     broken = "bad" in statuses
+    if metrics["kl"] < HARDLY_MOVED and not broken:
+        return "The tuned model is all but the SFT model: it hardly moved.", "warn"
     if "win_rate" not in metrics:
         low, high = metrics["reward_accuracy_ci"]
         if broken or high < 0.5:
@@ -64,41 +53,54 @@ def headline(metrics: Mapping[str, Any]) -> tuple[str, Status]:
     return "The comparison is open: the interval of the win rate holds one half.", "warn"
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}%"
-
-
-def _interval(ci: tuple[float, float]) -> str:
-    return f"[{_percent(ci[0])}, {_percent(ci[1])}]"
+def _around_half(ci: list[float]) -> Status:
+    return "good" if ci[0] > 0.5 else "bad" if ci[1] < 0.5 else "warn"
 
 
 def _win_rate(metrics: Mapping[str, Any]) -> Finding:
-    low, high = metrics["win_rate_ci"]
-    ceiling = metrics.get("win_rate_ceiling")
-    status: Status = "good" if low > 0.5 else "bad" if high < 0.5 else "warn"
-    return Finding(
-        "win rate over SFT",
-        f"{_percent(metrics['win_rate'])} {_interval((low, high))}",
-        status,
+    ceiling, detectable = metrics.get("win_rate_ceiling"), metrics["detectable_win_rate"]
+    meaning = (
         f"on {metrics['num_generated_prompts']} unseen prompts at T = {metrics['temperature']:g},"
-        f" ties ({_percent(metrics['tie_rate'])}) one half"
-        + (
-            "; the mean of the reward model's probabilities, which learned of the same preferences"
-            if ceiling is None
-            else f"; at most {_percent(ceiling)}, since SFT is right on {_percent(2 * (1 - ceiling))} already"
-        ),
+        f" ties ({percent(metrics['tie_rate'])}) one half"
+    )
+    if metrics["judge"] == "reward-model":
+        meaning += "; the mean of the reward model's probabilities, which learned of the same preferences"
+    elif ceiling is not None:
+        meaning += f"; at most {percent(ceiling)}, since SFT is right on {percent(2 * (1 - ceiling))} already"
+    if detectable is not None:
+        meaning += f"; so many prompts find a true {percent(detectable)} of those decided four times in five"
+    value = f"{percent(metrics['win_rate'])} {percent_interval(metrics['win_rate_ci'])}"
+    return Finding("win rate over SFT", value, _around_half(metrics["win_rate_ci"]), meaning)
+
+
+def _length_controlled(metrics: Mapping[str, Any]) -> Finding | None:
+    name, rate, ci = "win rate at equal length", metrics["win_rate_lc"], metrics["win_rate_lc_ci"]
+    if rate is None:
+        return Finding(name, "-", "plain", metrics["length_note"])
+    meaning = "offline length control, from the trend of wins with the difference in length; not AlpacaEval's"
+    if ci is None:
+        return Finding(name, percent(rate), "plain", f"{meaning}; without an interval: too many draws have no fit")
+    return Finding(name, f"{percent(rate)} {percent_interval(ci)}", "good" if ci[0] > 0.5 else "warn", meaning)
+
+
+def _against_chosen(metrics: Mapping[str, Any]) -> Finding | None:
+    if "win_rate_chosen" not in metrics:
+        return None
+    return Finding(
+        "win rate over the data",
+        f"{percent(metrics['win_rate_chosen'])} {percent_interval(metrics['win_rate_chosen_ci'])}",
+        "plain",
+        "against the chosen answers of the held-out pairs; one half means as good as what it learned from",
     )
 
 
 def _accuracy(metrics: Mapping[str, Any]) -> Finding:
-    low, high = metrics["reward_accuracy_ci"]
-    status: Status = "good" if low > 0.5 else "bad" if high < 0.5 else "warn"
     return Finding(
         "held-out reward accuracy",
-        f"{_percent(metrics['reward_accuracy'])} {_interval((low, high))}",
-        status,
+        f"{percent(metrics['reward_accuracy'])} {percent_interval(metrics['reward_accuracy_ci'])}",
+        _around_half(metrics["reward_accuracy_ci"]),
         f"of {metrics['num_pairs']} held-out pairs the implicit reward prefers the chosen answer;"
-        f" always taking the longer one gives {_percent(metrics['longer_accuracy'])}",
+        f" always taking the longer one gives {percent(metrics['longer_accuracy'])}",
     )
 
 
@@ -115,44 +117,49 @@ def _loss(metrics: Mapping[str, Any]) -> Finding:
     )
 
 
+def _calibration(metrics: Mapping[str, Any]) -> Finding:
+    error, temperature = metrics["calibration_error"], metrics["calibration_temperature"]
+    value = f"{percent(error)} off"
+    meaning = "how far σ(margin) is from how often it is right (ECE)"
+    if temperature is not None:
+        value += f", temperature {temperature:.2f}"
+        meaning += f"; margins are {'too sure' if temperature > 1 else 'too shy'}, divided by this they fit best"
+    elif metrics["calibration_note"]:
+        meaning += f"; {metrics['calibration_note']}"
+    return Finding("calibration", value, "warn" if error > WORST_CALIBRATION else "plain", meaning)
+
+
 def _kl(metrics: Mapping[str, Any]) -> Finding:
-    disagree = metrics["kl_estimates_disagree"]
-    return Finding(
-        "KL from the reference",
-        f"{metrics['kl']:.2f} nats",
-        "bad" if disagree else "warn" if metrics["kl"] > HIGH_KL else "good",
-        "a sequence, along the tuned model's own samples at T = 1"
-        + ("; its two estimates disagree, so one of them is wrong" if disagree else ""),
-    )
+    disagree, kl = metrics["kl_estimates_disagree"], metrics["kl"]
+    meaning = "a sequence, along the tuned model's own samples at T = 1"
+    if disagree:
+        meaning += "; its two estimates disagree, so one of them is wrong"
+    elif kl < HARDLY_MOVED:
+        meaning += "; the model hardly moved: train longer, with a higher learning rate or a lower train.beta"
+    status: Status = "bad" if disagree else "warn" if kl > HIGH_KL or kl < HARDLY_MOVED else "good"
+    return Finding("KL from the reference", f"{kl:.2f} nats", status, meaning)
 
 
 def _well_formed(metrics: Mapping[str, Any]) -> Finding:
     share = metrics["well_formed_dpo"]
     return Finding(
         "well-formed answers",
-        f"{_percent(metrics['well_formed_sft'])} -> {_percent(share)}",
+        f"{percent(metrics['well_formed_sft'])} -> {percent(share)}",
         "good" if share >= WELL_FORMED else "warn" if share >= metrics["well_formed_sft"] else "bad",
         "a win that is bought by broken text is no win",
     )
 
 
-def _finished(metrics: Mapping[str, Any]) -> Finding:
-    before, after = metrics["finished_sft"], metrics["finished_dpo"]
+def _perplexity(metrics: Mapping[str, Any]) -> Finding | None:
+    if "perplexity_dpo" not in metrics:
+        return None
+    before, after = metrics["perplexity_sft"], metrics["perplexity_dpo"]
+    forgets = after > FORGETS * before
+    base = f" (base {metrics['perplexity_base']:.2f})" if "perplexity_base" in metrics else ""
     return Finding(
-        "answers that end by themselves",
-        f"{_percent(before)} -> {_percent(after)}",
-        "warn" if after < before - MORE_UNFINISHED else "plain",
-        "within evaluate.max_new_tokens; a falling share is a sign of degeneration",
-    )
-
-
-def _displacement(metrics: Mapping[str, Any]) -> Finding:
-    chosen = metrics["chosen_reward"]
-    return Finding(
-        "reward of chosen answers",
-        f"{chosen:+.3f} (rejected {metrics['rejected_reward']:+.3f})",
-        "warn" if chosen < 0 else "plain",
-        "chosen answers became less likely than before: common with DPO, and no failure by itself"
-        if chosen < 0
-        else "chosen answers became more likely than before",
+        "perplexity of SFT text",
+        f"{before:.2f} -> {after:.2f}{base}",
+        "warn" if forgets else "plain",
+        "a token of held-out instruction data"
+        + ("; it rose: some of what SFT taught was forgotten" if forgets else "; a rise means forgetting"),
     )

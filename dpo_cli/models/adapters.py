@@ -8,12 +8,15 @@ with a new one whose update is zero.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_files, digest_json, read_json, write_json
@@ -156,6 +159,25 @@ class ModelPair:
         self.model.enable_adapter_layers()  # type: ignore[operator]
         self.model.set_adapter(POLICY)
         return self.model.eval()
+
+    @contextmanager
+    def scaled_policy(self, scale: float) -> Iterator[Any]:
+        """The model with so many times what training changed: weights W_ref + scale (W_policy - W_ref)."""
+        shares = {POLICY: scale}
+        if self.reference_adapter is not None:
+            shares[self.reference_adapter] = 1 - scale
+        layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        whole = [dict(layer.scaling) for layer in layers]
+        self.model.enable_adapter_layers()  # type: ignore[operator]
+        self.model.base_model.set_adapter(list(shares))  # type: ignore[operator]
+        try:
+            for layer, factors in zip(layers, whole, strict=True):
+                layer.scaling.update({name: share * factors[name] for name, share in shares.items() if name in factors})
+            yield self.model.eval()
+        finally:
+            for layer, factors in zip(layers, whole, strict=True):
+                layer.scaling.update(factors)
+            self.use_policy()
 
     def use_reference(self) -> Any:
         """The model as the reference."""

@@ -65,8 +65,13 @@ class Graph:
         path = paths.ranking_table(split)
         return self._tokenise(path, ("completions",)) if path.is_file() else TokenTable([], {}, [])
 
-    def _tokenise(self, path: Path, columns: Sequence[str]) -> TokenTable:
-        remedy = "run: dpo-cli convert-preferences"
+    def tokenise_instructions(self, split: str) -> TokenTable:
+        """The instruction data of a split as token groups of one completion, within the length of pairs."""
+        return self._tokenise(paths.SFT_DATA / f"{split}.parquet", ("completion",), "run: dpo-cli convert-sft")
+
+    def _tokenise(
+        self, path: Path, columns: Sequence[str], remedy: str = "run: dpo-cli convert-preferences"
+    ) -> TokenTable:
         return tokenise_table(path, columns, self.encoder, self.max_length, self.policies, remedy)
 
 

@@ -12,10 +12,9 @@ import torch
 from dpo_cli.core.artifacts import write_json
 from dpo_cli.core.errors import MachineError
 from dpo_cli.core.progress import Reporter
-from dpo_cli.data.tokenise import TokenGroup
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
-
 
 _SIGNS = (
     "DefaultCPUAllocator: can't allocate memory",
@@ -72,15 +71,15 @@ class TokenBudget:
 
 
 def in_micro_batches(
-    groups: Sequence[TokenGroup],
+    groups: Sequence[Item],
     budget: TokenBudget,
-    split: Callable[[Sequence[TokenGroup], int], list[list[int]]],
-    work: Callable[[list[TokenGroup]], Result],
-) -> Iterator[tuple[list[TokenGroup], Result]]:
+    split: Callable[[Sequence[Item], int], list[list[int]]],
+    work: Callable[[list[Item]], Result],
+) -> Iterator[tuple[list[Item], Result]]:
     """Do some work on groups in micro-batches; where one does not fit into memory, go on in smaller ones.
 
     Args:
-        groups: What is worked on.
+        groups: What is worked on: token groups, or prompts.
         budget: Tokens of a micro-batch; halved where they are too many.
         split: Makes micro-batches of so many tokens, as indices.
         work: Is done on each; what it did before it ran out of memory must not count.

@@ -1,15 +1,19 @@
-"""Stage evaluate: is the tuned model better, by how much, how surely, and at what cost."""
+"""Stage evaluate: is the tuned model better, by how much, how surely, and at what cost.
+
+Steps follow one another, each keyed by what it depends on: log-probabilities, answers, divergences
+(:mod:`dpo_cli.evaluation.steps`), judgments (:mod:`dpo_cli.evaluation.judges.cache`), then metrics and the report,
+which are functions of them.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
-import torch
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import read_json, write_json, write_json_lines, write_text
@@ -17,43 +21,72 @@ from dpo_cli.core.errors import DataError, StaleArtifactError
 from dpo_cli.core.params import EvaluateParams, Params, RuntimeParams, TrainParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
-from dpo_cli.data.schema import Messages, content_id
+from dpo_cli.data.pieces import pieces_of
+from dpo_cli.data.schema import Messages, content_id, text_of
 from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_rejects
-from dpo_cli.evaluation.bootstrap import Estimate, cluster_bootstrap
-from dpo_cli.evaluation.generation import Answer, PromptTokens, sample_answers
-from dpo_cli.evaluation.held_out import HeldOut, HeldOutPair, PairFigures, summarise_held_out
+from dpo_cli.evaluation import tables
+from dpo_cli.evaluation.bootstrap import Estimate, Sampling
+from dpo_cli.evaluation.calibration import reliability_table
+from dpo_cli.evaluation.generation import Answer, PromptTokens
+from dpo_cli.evaluation.held_out import HeldOut, HeldOutPair, summarise_held_out
 from dpo_cli.evaluation.judges.exact import WorldJudge, world_task
-from dpo_cli.evaluation.judges.reward_model import RewardModel, preference
-from dpo_cli.evaluation.kl import SequenceKl, estimates_disagree, sequence_kl
+from dpo_cli.evaluation.judges.opening import Candidate, OpenedJudge, open_judge
+from dpo_cli.evaluation.judges.prompts import transcript
+from dpo_cli.evaluation.judges.votes import item_id
+from dpo_cli.evaluation.kl import SequenceKl
+from dpo_cli.evaluation.matches import Answers, Match, play
+from dpo_cli.evaluation.metrics import (
+    against_chosen_metrics,
+    answer_metrics,
+    cheaper_step,
+    correlation,
+    divergence_metrics,
+    held_out_metrics,
+    judge_metrics,
+    perplexity,
+    win_metrics,
+)
 from dpo_cli.evaluation.report.page import write_report
+from dpo_cli.evaluation.speaker_names import DPO, SFT
+from dpo_cli.evaluation.speakers import Cast, Speaker, open_cast
+from dpo_cli.evaluation.steps import Steps, logp_sums
 from dpo_cli.evaluation.verdict import headline, verdict
-from dpo_cli.evaluation.win_rate import compare
-from dpo_cli.models.adapters import ModelPair, load_pair
-from dpo_cli.models.device import peak_memory_gib, token_budget
+from dpo_cli.evaluation.votes import COLUMNS as VOTE_COLUMNS
+from dpo_cli.models.device import peak_memory_gib
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.models.reward import check_reward_model
 from dpo_cli.objectives.pairwise import sigmoid
-from dpo_cli.reference.cache import read_cache, reference_logps
-from dpo_cli.reference.graph import Graph, check_context, open_graph, table_digests
-from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
-from dpo_cli.scoring.probe import open_scorer
-from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.reference.cache import completion_key, group_keys, read_cache, reference_logps
+from dpo_cli.reference.graph import Graph, check_context, open_graph, read_columns, table_digests
 
-_SFT, _DPO = "sft", "dpo"
 _TRAIN_REMEDY = "run: dpo-cli train"
-_MARGIN_BINS = 40
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What is judged, and what is known of it.
+
+    Attributes:
+        folder: An adapter for the project's SFT model, or a whole model.
+        train: The settings of its training: beta, and whether a log-ratio was learned.
+        out: Where its files go.
+    """
+
+    folder: Path
+    train: TrainParams
+    out: Path
 
 
 def run(params: Params, reporter: Reporter) -> dict[str, Any]:
-    """Write reports/evaluate and reports/report.html.
+    """Write reports/evaluate, reports/figures and reports/report.html.
 
     Raises:
         StaleArtifactError: Something an earlier stage made is missing, damaged or of another graph.
-        DataError: A held-out prompt is in the training data, or the judge does not know a prompt.
+        DataError: A held-out prompt is in the training data, or the judge has no verdict on too many answers.
+        Interrupted: The user asked to stop; what was computed is kept.
     """
     quiet_libraries()
-    knobs, runtime = params.evaluate, params.runtime
-    graph = open_graph(params.model, params.reference, runtime)
+    graph = open_graph(params.model, params.reference, params.runtime)
     provenance = read_json(paths.DPO_MODEL / "provenance.json", _TRAIN_REMEDY)
     if provenance["graph"] != graph.identity:
         raise StaleArtifactError(f"{paths.DPO_MODEL}: trained on another graph than models/sft is now; {_TRAIN_REMEDY}")
@@ -63,8 +96,45 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         raise StaleArtifactError(
             f"{paths.DPO_MODEL}: trained on other data than data/preference is now; {_TRAIN_REMEDY}"
         )
+    train = TrainParams.model_validate(provenance["params"]["train"])
+    judged = Judged(paths.DPO_MODEL, train, paths.report_dir("evaluate"))
+    metrics = evaluate(params, graph, judged, reporter)
+    write_report(paths.REPORT_HTML)
+    rows = [(finding.name, f"{finding.value}  ({finding.meaning})") for finding in verdict(metrics)]
+    reporter.table(f"evaluate: {headline(metrics)[0]}", [*rows, ("report", paths.REPORT_HTML.as_posix())])
+    return metrics
+
+
+def evaluate_model(params: Params, folder: Path, out: Path, reporter: Reporter) -> dict[str, Any]:
+    """Judge an adapter or a whole model that need not be this project's, and write its files to a folder.
+
+    Its beta is that of its provenance.json, else of section train.
+
+    Raises:
+        StaleArtifactError: There is no model in the folder, or an earlier stage's result is missing.
+        MachineError: The model cannot be loaded, or is for another one than the project's.
+        DataError: See :func:`run`.
+        Interrupted: The user asked to stop; what was computed is kept.
+    """
+    quiet_libraries()
+    graph = open_graph(params.model, params.reference, params.runtime)
+    train = params.train
+    settings: dict[str, Any] = {name: getattr(params, name).model_dump() for name in ("model", "reference", "evaluate")}
+    if (folder / "provenance.json").is_file():
+        train = TrainParams.model_validate(read_json(folder / "provenance.json", "")["params"]["train"])
+        settings["train"] = train.model_dump()
+    metrics = evaluate(params, graph, Judged(folder, train, out), reporter)
+    write_json(out / paths.MODEL_SETTINGS, settings)
+    rows = [(finding.name, f"{finding.value}  ({finding.meaning})") for finding in verdict(metrics)]
+    reporter.table(f"{folder}: {headline(metrics)[0]}", [*rows, ("files", out.as_posix())])
+    return metrics
+
+
+def evaluate(params: Params, graph: Graph, judged: Judged, reporter: Reporter) -> dict[str, Any]:
+    """All steps of one model, and the files that they make."""
+    knobs = params.evaluate
     if knobs.judge == "reward-model":
-        check_reward_model(paths.REWARD_MODEL, graph.identity, provenance["data"])
+        check_reward_model(paths.REWARD_MODEL, graph.identity, table_digests(paths.PREFERENCE_DATA))
     table = graph.tokenise_pairs("eval")
     if not table.groups:
         raise DataError(
@@ -76,30 +146,15 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
             f"{num_leaked} held-out prompts are in the training data; run: dpo-cli convert-sft, convert-preferences"
         )
     cache = read_cache(paths.REFERENCE, graph.identity)
-    with stage_scratch("evaluate", "run"):
-        pair = load_pair(graph.base, graph.sft, graph.machine, graph.quantization)
-        scorer, _ = open_scorer(pair.use_policy(), graph.machine.compute_dtype, runtime, reporter, "evaluate")
-        held_out = _held_out(
-            pair, scorer, table, cache, provenance["params"]["train"]["beta"], knobs, runtime, reporter
-        )
-        prompts = _prompts(table, knobs.num_prompts)
-        longest = max(len(prompt.tokens) for prompt in prompts)
-        check_context(graph.base, longest + knobs.max_new_tokens, "evaluate.max_new_tokens + the longest prompt")
-        answers = _answers(pair, graph, prompts, knobs, runtime, reporter)
-        kls = _kls(pair, scorer, graph, prompts, answers[_DPO], knobs, runtime, reporter)
-        del pair, scorer  # their memory is the judge's
-        samples = _judge(knobs, graph, table, prompts, answers, kls, runtime, reporter)
-        metrics = _metrics(knobs, held_out, samples, kls, answers)
+    with stage_scratch("evaluate", "run") as scratch:
+        root = scratch.folder.parent
+        steps = Steps(graph, knobs, params.runtime, reporter, "evaluate", root / "models")
+        cast = open_cast(graph, judged.folder, params.runtime, reporter, "evaluate")
+        work = _Work(params, graph, judged, table, reporter, steps, cast, root / "judgments")
+        metrics = work.run(cache)
         metrics |= {"num_leaked_prompts": num_leaked, "peak_mem_gib": peak_memory_gib(graph.machine)}
-        metrics["learns_log_ratio"] = TrainParams.model_validate(provenance["params"]["train"]).learns_log_ratio
-        folder = paths.report_dir("evaluate")
-        write_json_lines(folder / "samples.jsonl", samples)
-        write_text(folder / "pairs.csv", _pairs_csv(held_out.rows))
-        write_text(folder / "margins.csv", _histogram(held_out.margins))
-        write_json(paths.metrics_file("evaluate"), {"evaluate": metrics})
-        write_report(paths.REPORT_HTML)
-    rows = [(finding.name, f"{finding.value}  ({finding.meaning})") for finding in verdict(metrics)]
-    reporter.table(f"evaluate: {headline(metrics)[0]}", [*rows, ("report", paths.REPORT_HTML.as_posix())])
+        metrics["learns_log_ratio"] = judged.train.learns_log_ratio
+        write_json(judged.out / "metrics.json", {"evaluate": metrics})
     return metrics
 
 
@@ -114,46 +169,347 @@ def _count_leaked_prompts(held_out: TokenTable) -> int:
     return sum(group in seen for group in held_out.prompts)
 
 
-def _held_out(
-    pair: ModelPair,
-    scorer: Scorer,
-    table: TokenTable,
-    cache: Mapping[str, float],
-    beta: float,
-    knobs: EvaluateParams,
-    runtime: RuntimeParams,
-    reporter: Reporter,
-) -> HeldOut:
-    """Score the held-out pairs with the policy and compare with the cached reference."""
-    reference = reference_logps(cache, table.groups)
-    pair.use_policy()
-    budget = TokenBudget(token_budget(runtime, scorer.device), "evaluate", reporter)
-    pairs = []
-    label = "evaluate: scoring held-out pairs"
-    with scorer, torch.no_grad(), reporter.meter(label, len(table.groups), "pairs") as meter:
-        for batch, scores in in_micro_batches(table.groups, budget, scorer.split, scorer.score):
-            logps = scores.logps_BK.tolist()
-            pairs += [_held_out_pair(group, row, reference[group.id]) for group, row in zip(batch, logps, strict=True)]
-            meter.advance(len(batch))
-    return summarise_held_out(
-        pairs,
-        sigmoid(beta),
-        beta,
-        draws=knobs.bootstrap_draws,
-        confidence=knobs.confidence,
-        seed=knobs.seed,
-    )
+class _Work:
+    """One evaluation: what it reads, and the steps in their order."""
+
+    def __init__(
+        self,
+        params: Params,
+        graph: Graph,
+        judged: Judged,
+        table: TokenTable,
+        reporter: Reporter,
+        steps: Steps,
+        cast: Cast,
+        judgments: Path,
+    ) -> None:
+        self._params = params
+        self._knobs: EvaluateParams = params.evaluate
+        self._runtime: RuntimeParams = params.runtime
+        self._graph = graph
+        self._judged = judged
+        self._table = table
+        self._reporter = reporter
+        self._steps = steps
+        self._cast = cast
+        self._judgments = judgments
+        knobs = self._knobs
+        self._sampling = Sampling(knobs.bootstrap_draws, knobs.confidence, knobs.seed)
+        self._prompts = _prompts(table, knobs.num_prompts)
+        self._answers: dict[tuple[str, float], dict[str, Answer]] = {}
+        longest = max(len(prompt.tokens) for prompt in self._prompts)
+        check_context(graph.base, longest + knobs.max_new_tokens, "evaluate.max_new_tokens + the longest prompt")
+
+    def run(self, cache: Mapping[str, float]) -> dict[str, Any]:
+        """All steps; the metrics."""
+        knobs, sampling = self._knobs, self._sampling
+        policy, reference = self._cast.policy, self._cast.reference
+        pairs, held_out = self._held_out(cache)
+        metrics = held_out_metrics(held_out, sampling) | self._perplexities()
+        answers = {
+            name: self._sample(speaker, knobs.temperature) for name, speaker in ((SFT, reference), (DPO, policy))
+        }
+        own = self._sample(policy, 1.0)
+        kls = self._steps.divergences(policy, reference, self._prompts, own)
+        metrics |= {"num_generated_prompts": len(self._prompts), "temperature": knobs.temperature}
+        metrics |= divergence_metrics(kls, sampling) | answer_metrics(answers)
+        metrics["reward_length_correlation"] = correlation(
+            [kl.k1 for kl in kls.values()], [kl.num_tokens for kl in kls.values()]
+        )
+        heats = self._heats(answers[DPO])
+        scaled = self._scaled()
+        chosen, rejected = self._data_answers()
+        fixtures = self._fixtures(chosen, rejected, scaled)
+        self._cast.close()  # its memory is the judge's
+        metrics["judge"] = knobs.judge
+        judge, matches = self._play(fixtures)
+        sources = {id: row[0] for id, row in read_columns(paths.preference_table("eval"), "source").items()}
+        if judge is not None:
+            metrics |= self._judged_metrics(judge, matches)
+        points = self._frontier(judge, matches, kls, scaled)
+        if points:
+            metrics |= cheaper_step([(scale, kl.value, match) for scale, kl, match, _ in points if match], sampling)
+        samples = self._samples(answers, kls, heats, judge, matches)
+        metrics |= _means(samples)
+        curve = [
+            tables.temperature_row(temperature, opponent, match)
+            for (kind, temperature, opponent), match in matches.items()
+            if kind == "temperature"
+        ]
+        main = matches.get(("main", knobs.temperature, SFT))
+        bins = reliability_table(np.array(held_out.margins), [row.group for row in held_out.rows], **sampling.keywords)
+        out = self._judged.out
+        write_json_lines(out / "samples.jsonl", samples)
+        for name, columns, rows in (
+            ("pairs.csv", tables.PAIRS, tables.pair_rows(held_out.rows, pairs, sources)),
+            ("margins.csv", tables.MARGINS, tables.margin_rows(held_out.margins)),
+            ("reliability.csv", tables.RELIABILITY, tables.reliability_rows(bins)),
+            ("accuracy_by.csv", tables.ACCURACY_BY, tables.accuracy_rows(held_out.rows, pairs, sources, sampling)),
+            ("temperatures.csv", tables.TEMPERATURES, curve),
+            ("frontier.csv", tables.FRONTIER, [tables.frontier_row(*point) for point in points]),
+            ("length.csv", tables.LENGTH, tables.length_rows(main, sampling) if main else []),
+            ("votes.csv", VOTE_COLUMNS, self._votes(judge, main)),
+        ):
+            write_text(out / name, tables.csv_text(columns, rows))
+        return metrics
+
+    # --- what needs the models ----------------------------------------------------------------
+
+    def _held_out(self, cache: Mapping[str, float]) -> tuple[dict[str, HeldOutPair], HeldOut]:
+        """The held-out pairs under the policy, beside the cached reference."""
+        groups = self._table.groups
+        reference = reference_logps(cache, groups)
+        scored = self._steps.token_logps(self._cast.policy, groups, "scoring held-out pairs")
+        sums = logp_sums(scored)
+        pairs = {}
+        for group in groups:
+            chosen, rejected = group_keys(group)
+            pairs[group.id] = HeldOutPair(
+                id=group.id,
+                group=group.group,
+                policy=(sums[chosen], sums[rejected]),
+                reference=(reference[group.id][0], reference[group.id][1]),
+                num_tokens=(len(group.completions[0]), len(group.completions[1])),
+            )
+        beta = self._judged.train.beta
+        return pairs, summarise_held_out(list(pairs.values()), sigmoid(beta), beta, **self._sampling.keywords)
+
+    def _perplexities(self) -> dict[str, float]:
+        """Perplexity of held-out instruction data under each model, where there is any."""
+        table = self._graph.tokenise_instructions("eval")
+        if not table.groups:
+            return {}
+        found = {}
+        for speaker in (self._cast.base, self._cast.reference, self._cast.policy):
+            if speaker is None:
+                continue
+            scored = self._steps.token_logps(speaker, table.groups, f"held-out SFT text under {speaker.name}")
+            keys = [key for group in table.groups for key in group_keys(group)]
+            logps = [logp for key in keys for logp in scored[key]]
+            found[f"perplexity_{speaker.name}"] = perplexity(logps, len(logps))
+        return found
+
+    def _sample(self, speaker: Speaker, temperature: float) -> dict[str, Answer]:
+        """A model's answers by prompt id; those that were sampled in this run are not read again."""
+        key = (speaker.digest, temperature)
+        if key not in self._answers:
+            self._answers[key] = self._steps.answers(speaker, self._prompts, temperature)
+        return self._answers[key]
+
+    def _heats(self, answers: Mapping[str, Answer]) -> dict[str, list[tuple[str, float]]]:
+        """Log pi / pi_ref of every piece of the policy's answers by prompt id, nats."""
+        groups = [
+            TokenGroup(prompt.id, prompt.id, prompt.tokens, (answers[prompt.id].tokens,)) for prompt in self._prompts
+        ]
+        ours, theirs = (
+            self._steps.token_logps(speaker, groups, f"answers under {speaker.name}")
+            for speaker in (self._cast.policy, self._cast.reference)
+        )
+        found = {}
+        for group in groups:
+            key = completion_key(group.prompt, group.completions[0])
+            ratios = [a - b for a, b in zip(ours[key], theirs[key], strict=True)]
+            heat, place = [], 0
+            for piece in pieces_of(self._graph.tokenizer, group.completions[0]):
+                end = place + len(piece.ids)
+                heat.append((piece.text, round(sum(ratios[place:end]), 3)))
+                place = end
+            found[group.id] = heat
+        return found
+
+    def _scaled(self) -> dict[float, tuple[dict[str, Answer], dict[str, SequenceKl]]]:
+        """Answers at temperature 1, and their divergences, of the model at other scales of what training changed."""
+        found = {}
+        for scale in self._knobs.scales:
+            speaker = self._cast.scaled(scale)
+            if speaker is None:
+                raise DataError(
+                    f"evaluate.scales has no effect on {self._judged.folder}: it is a whole model, of which it is not"
+                    " known what training changed; set it to []"
+                )
+            answers = self._sample(speaker, 1.0)
+            kls = self._steps.divergences(speaker, self._cast.reference, self._prompts, answers)
+            found[scale] = answers, kls
+        return found
+
+    # --- who meets whom ---------------------------------------------------------------------
+
+    def _data_answers(self) -> tuple[Answers, Answers]:
+        """The chosen and rejected answers of the first pair of each prompt, by prompt id."""
+        first: dict[str, TokenGroup] = {}
+        for group in sorted(self._table.groups, key=lambda group: group.id):
+            first.setdefault(group.group, group)
+        texts = _texts_of_pairs()
+        wanted = [first[prompt.id] for prompt in self._prompts]
+        chosen, rejected = (
+            {
+                group.group: self._candidate(group.group, group.prompt, texts[group.id][side], group.completions[side])
+                for group in wanted
+            }
+            for side in (0, 1)
+        )
+        return chosen, rejected
+
+    def _candidate(self, group: str, prompt: tuple[int, ...], text: str, tokens: tuple[int, ...]) -> Candidate:
+        return Candidate(group, transcript(self._table.prompts[group]), text, prompt, tokens)
+
+    def _candidates(self, answers: Mapping[str, Answer]) -> Answers:
+        decode = self._graph.encoder.decode
+        return {
+            prompt.id: self._candidate(
+                prompt.id, prompt.tokens, decode(list(answers[prompt.id].tokens)), answers[prompt.id].tokens
+            )
+            for prompt in self._prompts
+        }
+
+    def _fixtures(
+        self,
+        chosen: Answers,
+        rejected: Answers,
+        scaled: Mapping[float, tuple[dict[str, Answer], dict[str, SequenceKl]]],
+    ) -> dict[_Key, tuple[Answers, Answers]]:
+        """All matches by what they are for, temperature or scale, and opponent."""
+        knobs = self._knobs
+        if knobs.judge == "none":
+            return {}
+        policy, reference = self._cast.policy, self._cast.reference
+        found: dict[_Key, tuple[Answers, Answers]] = {}
+        kinds = [("main", knobs.temperature), *(("temperature", each) for each in knobs.temperatures)]
+        for kind, temperature in kinds:
+            ours = self._candidates(self._sample(policy, temperature))
+            for opponent in knobs.opponents:
+                theirs = chosen if opponent == "chosen" else self._candidates(self._sample(reference, temperature))
+                found[kind, temperature, opponent] = ours, theirs
+        if scaled:
+            theirs = self._candidates(self._sample(reference, 1.0))
+            found["scale", 1.0, SFT] = self._candidates(self._sample(policy, 1.0)), theirs
+            for scale, (answers, _) in scaled.items():
+                found["scale", scale, SFT] = self._candidates(answers), theirs
+        if knobs.judge_pairs:
+            found["data", 0.0, "rejected"] = self._judged_pairs()
+        return found
+
+    def _judged_pairs(self) -> tuple[Answers, Answers]:
+        """Chosen and rejected answers of the held-out pairs that the judge is tried on, by row id."""
+        texts = _texts_of_pairs()
+        groups = sorted(self._table.groups, key=lambda group: group.id)
+        groups = groups if self._knobs.judge_pairs < 0 else groups[: self._knobs.judge_pairs]
+        chosen, rejected = (
+            {
+                group.id: self._candidate(group.group, group.prompt, texts[group.id][side], group.completions[side])
+                for group in groups
+            }
+            for side in (0, 1)
+        )
+        return chosen, rejected
+
+    # --- the judge --------------------------------------------------------------------------
+
+    def _play(self, fixtures: Mapping[_Key, tuple[Answers, Answers]]) -> tuple[OpenedJudge | None, dict[_Key, Match]]:
+        candidates = [each for pair in fixtures.values() for answers in pair for each in answers.values()]
+        judge = open_judge(
+            self._knobs,
+            self._graph,
+            candidates,
+            (DPO, SFT),
+            self._runtime,
+            self._reporter,
+            "evaluate",
+            self._judgments,
+        )
+        if judge is None:
+            return None, {}
+        found = play(judge.judge, list(fixtures.values()), self._reporter, "evaluate", self._sampling)
+        return judge, dict(zip(fixtures, found, strict=True))
+
+    def _judged_metrics(self, judge: OpenedJudge, matches: Mapping[_Key, Match]) -> dict[str, Any]:
+        temperature = self._knobs.temperature
+        main = matches["main", temperature, SFT]
+        metrics = {"judge_name": judge.name} | win_metrics(main, self._sampling, reads=judge.reads)
+        if against := matches.get(("main", temperature, "chosen")):
+            metrics |= against_chosen_metrics(against)
+        if tried := matches.get(("data", 0.0, "rejected")):
+            metrics |= judge_metrics(tried)
+        return metrics
+
+    def _frontier(
+        self,
+        judge: OpenedJudge | None,
+        matches: Mapping[_Key, Match],
+        kls: Mapping[str, SequenceKl],
+        scaled: Mapping[float, tuple[dict[str, Answer], dict[str, SequenceKl]]],
+    ) -> list[tuple[float, Estimate, Match | None, float | None]]:
+        """Scale, KL, match with the SFT model and gain in reward, from the SFT model on; empty without other scales."""
+        if judge is None or not scaled:
+            return []
+        reward = judge.reward
+        points: list[tuple[float, Estimate, Match | None, float | None]] = [
+            (0.0, Estimate(0.0, 0.0, 0.0), None, None if reward is None else 0.0)
+        ]
+        by_scale = {1.0: kls} | {scale: found for scale, (_, found) in scaled.items()}
+        for scale in sorted(by_scale):
+            match, found = matches["scale", scale, SFT], by_scale[scale]
+            kl = self._sampling.interval([each.exact for each in found.values()], list(found))
+            gain = None
+            if reward is not None:
+                ours, theirs = (
+                    float(np.mean([reward(each.prompt, each.text) for each in answers.values()]))
+                    for answers in (match.ours, match.theirs)
+                )
+                gain = ours - theirs
+            points.append((scale, kl, match, gain))
+        return points
+
+    def _votes(self, judge: OpenedJudge | None, main: Match | None) -> list[tuple[Any, ...]]:
+        """The judge's verdicts as votes, beside which people's can be laid; those of people are votes already."""
+        if judge is None or main is None or self._knobs.judge == "votes":
+            return []
+        rater = f"{self._knobs.judge}:{judge.name}"
+        rows = []
+        for id, win in main.wins.items():
+            ours, theirs = main.ours[id], main.theirs[id]
+            vote = "tie" if win == 0.5 else "A" if win > 0.5 else "B"
+            rows.append((item_id(ours.prompt, ours.text, theirs.text), id, DPO, SFT, rater, vote, DPO))
+        return rows
+
+    # --- rows -------------------------------------------------------------------------------
+
+    def _samples(
+        self,
+        answers: Mapping[str, Mapping[str, Answer]],
+        kls: Mapping[str, SequenceKl],
+        heats: Mapping[str, list[tuple[str, float]]],
+        judge: OpenedJudge | None,
+        matches: Mapping[_Key, Match],
+    ) -> list[dict[str, Any]]:
+        """One row a prompt: the answers, where there is a judge who wins, and the KL in nats."""
+        chosen, rejected = self._data_answers()
+        temperature = self._knobs.temperature
+        main, against = (matches.get(("main", temperature, opponent)) for opponent in (SFT, "chosen"))
+        rows = []
+        for prompt in self._prompts:
+            messages = self._table.prompts[prompt.id]
+            row: dict[str, Any] = {"id": prompt.id, "prompt": messages}
+            for name in (SFT, DPO):
+                answer = answers[name][prompt.id]
+                row[name] = {
+                    "text": self._graph.encoder.decode(list(answer.tokens)),
+                    "num_tokens": len(answer.tokens),
+                    "finished": answer.finished,
+                }
+            row[DPO]["heat"] = [list(piece) for piece in heats[prompt.id]]
+            row |= {"chosen": chosen[prompt.id].text, "rejected": rejected[prompt.id].text}
+            if judge is not None and main is not None:
+                _add_judgment(row, judge, main, against, prompt.id)
+            if self._knobs.judge == "world":
+                _add_form(row, messages)
+            row["kl"] = kls[prompt.id].exact
+            rows.append(row)
+        return rows
 
 
-def _held_out_pair(group: TokenGroup, policy: Sequence[float], reference: Sequence[float]) -> HeldOutPair:
-    chosen, rejected = group.completions
-    return HeldOutPair(
-        id=group.id,
-        group=group.group,
-        policy=(policy[0], policy[1]),
-        reference=(reference[0], reference[1]),
-        num_tokens=(len(chosen), len(rejected)),
-    )
+_Key = tuple[str, float, str]
+"""What a match is for (main, temperature, scale, data), the temperature or scale, and the opponent."""
 
 
 def _prompts(table: TokenTable, limit: int) -> list[PromptTokens]:
@@ -163,237 +519,39 @@ def _prompts(table: TokenTable, limit: int) -> list[PromptTokens]:
     return [PromptTokens(group, tokens[group]) for group in chosen]
 
 
-@dataclass(frozen=True)
-class _Speaker:
-    """A model that answers, and the random stream it answers from."""
-
-    name: str
-    model: Any
+def _texts_of_pairs() -> dict[str, tuple[str, str]]:
+    """The texts of chosen and rejected answer of the held-out pairs by row id."""
+    rows = read_columns(paths.preference_table("eval"), "chosen", "rejected")
+    return {id: (text_of(chosen), text_of(rejected)) for id, (chosen, rejected) in rows.items()}
 
 
-def _answers(
-    pair: ModelPair,
-    graph: Graph,
-    prompts: Sequence[PromptTokens],
-    knobs: EvaluateParams,
-    runtime: RuntimeParams,
-    reporter: Reporter,
-) -> dict[str, dict[str, Answer]]:
-    """Answers of both models by name and prompt."""
-    answers = {}
-    for name, use in ((_SFT, pair.use_reference), (_DPO, pair.use_policy)):
-        speaker = _Speaker(name, use())
-        answers[name] = _sample(speaker, graph, prompts, knobs.temperature, knobs, runtime, reporter)
-    return answers
+def _add_judgment(row: dict[str, Any], judge: OpenedJudge, main: Match, against: Match | None, id: str) -> None:
+    """Who wins; rewards of one's own kind are given less their mean, since they are fixed up to a constant a prompt."""
+    if judge.reward is not None:
+        ours, theirs = (judge.reward(each.prompt, each.text) for each in (main.ours[id], main.theirs[id]))
+        middle = 0.0 if isinstance(judge.judge, WorldJudge) else (ours + theirs) / 2
+        row[SFT]["reward"], row[DPO]["reward"] = theirs - middle, ours - middle
+    for name, match in (("win", main), ("win_chosen", against)):
+        if match is not None and (win := match.comparisons[id].win) is not None:
+            row[name] = win
+    if judge.reads and main.comparisons[id].ours_first is not None:
+        row["consistent"] = main.comparisons[id].is_consistent
 
 
-def _sample(
-    speaker: _Speaker,
-    graph: Graph,
-    prompts: Sequence[PromptTokens],
-    temperature: float,
-    knobs: EvaluateParams,
-    runtime: RuntimeParams,
-    reporter: Reporter,
-) -> dict[str, Answer]:
-    label = f"evaluate: {speaker.name} answers at T = {temperature:g}"
-    with reporter.meter(label, len(prompts), "prompts") as meter:
-        return sample_answers(
-            speaker.model,
-            prompts,
-            stop_ids=graph.encoder.stop_ids,
-            temperature=temperature,
-            max_new_tokens=knobs.max_new_tokens,
-            max_tokens=token_budget(runtime, graph.machine.device),
-            seed=knobs.seed,
-            stream=speaker.name,
-            autocast_dtype=graph.machine.compute_dtype,
-            meter=meter,
-        )
-
-
-def _kls(
-    pair: ModelPair,
-    scorer: Scorer,
-    graph: Graph,
-    prompts: Sequence[PromptTokens],
-    answers: Mapping[str, Answer],
-    knobs: EvaluateParams,
-    runtime: RuntimeParams,
-    reporter: Reporter,
-) -> dict[str, SequenceKl]:
-    """KL along samples of the policy at temperature 1, by prompt."""
-    if knobs.temperature != 1:
-        speaker = _Speaker(_DPO, pair.use_policy())
-        answers = _sample(speaker, graph, prompts, 1.0, knobs, runtime, reporter)
-    groups = [TokenGroup(prompt.id, prompt.id, prompt.tokens, (answers[prompt.id].tokens,)) for prompt in prompts]
-    max_tokens = min(token_budget(runtime, scorer.device), scorer.max_distribution_tokens)
-    budget = TokenBudget(max_tokens, "evaluate", reporter)
-
-    def both(batch: Sequence[TokenGroup]) -> list[SequenceKl]:
-        pair.use_policy()
-        policy = scorer.next_token_logps(batch)
-        pair.use_reference()
-        reference = scorer.next_token_logps(batch)
-        rows = zip(batch, policy, reference, strict=True)
-        return [sequence_kl(ours, theirs, group.completions[0]) for group, ours, theirs in rows]
-
-    kls: dict[str, SequenceKl] = {}
-    with scorer, reporter.meter("evaluate: KL along the answers", len(prompts), "prompts") as meter:
-        for batch, found in in_micro_batches(groups, budget, scorer.split, both):
-            kls.update(zip((group.id for group in batch), found, strict=True))
-            meter.advance(len(batch))
-    return kls
-
-
-def _judge(
-    knobs: EvaluateParams,
-    graph: Graph,
-    table: TokenTable,
-    prompts: Sequence[PromptTokens],
-    answers: Mapping[str, Mapping[str, Answer]],
-    kls: Mapping[str, SequenceKl],
-    runtime: RuntimeParams,
-    reporter: Reporter,
-) -> list[dict[str, Any]]:
-    """One row a prompt: both answers, where there is a judge who wins, and the KL in nats."""
-    judge = WorldJudge() if knobs.judge == "world" else None
-    rewards = _rewards(graph, prompts, answers, runtime, reporter) if knobs.judge == "reward-model" else {}
-    rows = []
-    for prompt in prompts:
-        messages = table.prompts[prompt.id]
-        row: dict[str, Any] = {"id": prompt.id, "prompt": messages}
-        for name in (_SFT, _DPO):
-            answer = answers[name][prompt.id]
-            row[name] = {
-                "text": graph.encoder.decode(list(answer.tokens)),
-                "num_tokens": len(answer.tokens),
-                "finished": answer.finished,
-            }
-        if judge is not None:
-            _add_judgment(row, judge, messages)
-        row["kl"] = kls[prompt.id].exact
-        if prompt.id in rewards:
-            _add_rewards(row, rewards[prompt.id])
-        rows.append(row)
-    return rows
-
-
-def _add_judgment(row: dict[str, Any], judge: WorldJudge, messages: Messages) -> None:
-    text = messages[-1]["content"]
-    task = world_task(text)
-    for name in (_SFT, _DPO):
-        row[name]["reward"] = task.reward(row[name]["text"])
+def _add_form(row: dict[str, Any], messages: Messages) -> None:
+    task = world_task(transcript(messages))
+    for name in (SFT, DPO):
         row[name]["well_formed"] = row[name]["finished"] and task.is_well_formed(row[name]["text"])
-    row["win"] = compare(judge, text, row[_DPO]["text"], row[_SFT]["text"])
 
 
-def _rewards(
-    graph: Graph,
-    prompts: Sequence[PromptTokens],
-    answers: Mapping[str, Mapping[str, Answer]],
-    runtime: RuntimeParams,
-    reporter: Reporter,
-) -> dict[str, list[float]]:
-    """The reward model's rewards of both answers, as they were sampled, by prompt."""
-    judge = RewardModel.load(
-        paths.REWARD_MODEL,
-        graph.base,
-        graph.sft,
-        graph.machine,
-        graph.quantization,
-        graph.encoder,
-        runtime,
-        reporter,
-        "evaluate",
-    )
-    groups = [
-        TokenGroup(
-            prompt.id, prompt.id, prompt.tokens, (answers[_SFT][prompt.id].tokens, answers[_DPO][prompt.id].tokens)
-        )
-        for prompt in prompts
-    ]
-    return dict(zip((prompt.id for prompt in prompts), judge.rewards(groups), strict=True))
-
-
-def _add_rewards(row: dict[str, Any], rewards: Sequence[float]) -> None:
-    """Rewards less their mean, since they are fixed up to a constant a prompt, and Bradley-Terry's probability."""
-    theirs, ours = rewards
-    row[_SFT]["reward"], row[_DPO]["reward"] = (theirs - ours) / 2, (ours - theirs) / 2
-    row["win"] = 0.5 if row[_SFT]["text"] == row[_DPO]["text"] else preference(ours, theirs)
-
-
-def _metrics(
-    knobs: EvaluateParams,
-    held_out: HeldOut,
-    samples: Sequence[Mapping[str, Any]],
-    kls: Mapping[str, SequenceKl],
-    answers: Mapping[str, Mapping[str, Answer]],
-) -> dict[str, Any]:
-    prompts = [sample["id"] for sample in samples]
-
-    def interval(values: Sequence[float]) -> Estimate:
-        return cluster_bootstrap(
-            values, prompts, draws=knobs.bootstrap_draws, confidence=knobs.confidence, seed=knobs.seed
-        )
-
-    kl = interval([kls[prompt].exact for prompt in prompts])
-    metrics: dict[str, Any] = {
-        "reward_accuracy": held_out.reward_accuracy.value,
-        "reward_accuracy_ci": _ends(held_out.reward_accuracy),
-        "loss": held_out.loss.value,
-        "loss_ci": _ends(held_out.loss),
-        "loss_at_reference": math.log(2),
-        "margin": held_out.margin.value,
-        "margin_ci": _ends(held_out.margin),
-        "chosen_reward": held_out.chosen_reward,
-        "rejected_reward": held_out.rejected_reward,
-        "reference_accuracy": held_out.reference_accuracy,
-        "longer_accuracy": held_out.longer_accuracy,
-        "num_ties": held_out.num_ties,
-        "num_pairs": held_out.num_pairs,
-        "num_prompts": held_out.num_prompts,
-        "num_generated_prompts": len(prompts),
-        "temperature": knobs.temperature,
-        "kl": kl.value,
-        "kl_ci": _ends(kl),
-        "kl_k1": float(np.mean([kls[prompt].k1 for prompt in prompts])),
-        "kl_estimates_disagree": estimates_disagree([kls[prompt] for prompt in prompts]),
+def _means(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means of what the judge knows of each answer: its reward, and whether it is well formed."""
+    metrics = {
+        f"{figure}_{name}": float(np.mean([sample[name][figure] for sample in samples]))
+        for figure in ("reward", "well_formed")
+        for name in (SFT, DPO)
+        if figure in samples[0][name]
     }
-    for name in (_SFT, _DPO):
-        metrics[f"finished_{name}"] = float(np.mean([answers[name][prompt].finished for prompt in prompts]))
-        metrics[f"answer_tokens_{name}"] = float(np.mean([len(answers[name][prompt].tokens) for prompt in prompts]))
-    if knobs.judge != "none":
-        win_rate = interval([sample["win"] for sample in samples])
-        metrics |= {"win_rate": win_rate.value, "win_rate_ci": _ends(win_rate)}
-        metrics["tie_rate"] = float(np.mean([sample["win"] == 0.5 for sample in samples]))
-        for name in (_SFT, _DPO):
-            metrics[f"reward_{name}"] = float(np.mean([sample[name]["reward"] for sample in samples]))
-    if knobs.judge == "world":
-        for name in (_SFT, _DPO):
-            metrics[f"well_formed_{name}"] = float(np.mean([sample[name]["well_formed"] for sample in samples]))
+    if "well_formed_dpo" in metrics:  # the embedded world's rewards are 0 or 1
         metrics["win_rate_ceiling"] = 1 - metrics["reward_sft"] / 2
     return metrics
-
-
-def _ends(estimate: Estimate) -> list[float]:
-    return [estimate.low, estimate.high]
-
-
-def _pairs_csv(rows: Sequence[PairFigures]) -> str:
-    """Every held-out pair as CSV, in the order of the ids; rewards, margin and loss to 9 digits."""
-    lines = [
-        f"{row.id},{row.group},{row.chosen_reward:.9g},{row.rejected_reward:.9g},{row.margin:.9g},{row.loss:.9g}"
-        for row in rows
-    ]
-    return "\n".join(["id,prompt,chosen_reward,rejected_reward,margin,loss", *lines]) + "\n"
-
-
-def _histogram(margins: Sequence[float]) -> str:
-    """The distribution of margins as CSV: middle of the bin, share of the pairs."""
-    counts, edges = np.histogram(margins, bins=_MARGIN_BINS)
-    rows = [
-        f"{(low + high) / 2:.6g},{count / len(margins):.6g}"
-        for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
-    ]
-    return "\n".join(["margin,share", *rows]) + "\n"

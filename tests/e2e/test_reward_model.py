@@ -26,6 +26,7 @@ from dpo_cli.evaluation.judges.reward_model import RewardModel
 from dpo_cli.evaluation.win_rate import compare
 from dpo_cli.models.adapters import load_reference
 from dpo_cli.reference.graph import Graph, open_graph
+from dpo_cli.scoring.budget import TokenBudget
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -157,7 +158,7 @@ def sampled(graph: Graph, texts: dict[str, str], make_reporter: Callable[[], Any
                 stop_ids=graph.encoder.stop_ids,
                 temperature=1.0,
                 max_new_tokens=48,
-                max_tokens=4096,
+                budget=TokenBudget(1024, "test", make_reporter()),
                 seed=0,
                 stream=f"best-of-n {number}",
                 autocast_dtype=torch.float32,

@@ -14,6 +14,14 @@ class WorldJudge:
 
     remedy = "set evaluate.judge to none"
 
+    def reward(self, prompt: str, answer: str) -> float:
+        """The known reward of an answer.
+
+        Raises:
+            DataError: The prompt is not of the embedded world.
+        """
+        return world_task(prompt).reward(answer)
+
     def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Judgment]]:
         """Judge questions; it has a verdict on all.
 

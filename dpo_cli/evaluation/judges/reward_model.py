@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -90,6 +90,27 @@ class RewardModel:
 
     def _prefer(self, prompt: str, a: str, b: str) -> float:
         return preference(*self.rewards_of_texts([user(prompt)], [a, b]))
+
+
+class KnownRewards:
+    """A judge by the rewards of all answers that it will be asked about.
+
+    Args:
+        rewards: By prompt and answer, as questions have them.
+    """
+
+    remedy = "set evaluate.judge to none"
+
+    def __init__(self, rewards: Mapping[tuple[str, str], float]) -> None:
+        self._rewards = dict(rewards)
+
+    def reward(self, prompt: str, answer: str) -> float:
+        """The reward of an answer."""
+        return self._rewards[prompt, answer]
+
+    def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Judgment]]:
+        """Judge questions; it has a verdict on all."""
+        return one_by_one(lambda prompt, a, b: preference(self.reward(prompt, a), self.reward(prompt, b)), questions)
 
 
 def preference(first: float, second: float) -> float:

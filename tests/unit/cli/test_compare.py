@@ -46,7 +46,8 @@ def write_run(beta: float, wins: list[float], *, loss: str = "sigmoid", pairs: b
     write("reports/train/metrics.json", json.dumps({"train": {"loss": beta, "layout": "shared"}}))
     answer = {"text": "an answer", "num_tokens": 3, "finished": True}
     samples = [
-        {"id": f"p{first + number}", "sft": answer, "dpo": answer, "win": win} for number, win in enumerate(wins)
+        {"id": f"p{first + number}", "prompt": [], "sft": answer, "dpo": answer, "win": win}
+        for number, win in enumerate(wins)
     ]
     write("reports/evaluate/samples.jsonl", "".join(f"{json.dumps(row)}\n" for row in samples))
     lines = [f"r{first + i},p{first + i},0,0,{margin!r},0.5" for i, margin in enumerate(margins)]

@@ -12,11 +12,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
-from dpo_cli.cli.show import TokenView, describe_row, pieces_of
+from dpo_cli.cli.show import TokenView, describe_row
 from dpo_cli.cli.show_page import print_row, visible
 from dpo_cli.core.errors import DataError
 from dpo_cli.core.params import PreferenceSource, SftSource, Source, TokenChecks
 from dpo_cli.data.chat import ChatEncoder
+from dpo_cli.data.pieces import pieces_of
 from dpo_cli.data.schema import assistant, content_id, user
 
 PAIR = {"prompt": "2 + 2 =", "chosen": "4", "rejected": "5"}

@@ -16,6 +16,7 @@ from dpo_cli.evaluation.comparison import (
     OF_PAIRS,
     Difference,
     Experiment,
+    Texts,
     caveats,
     difference,
     differing,
@@ -194,12 +195,12 @@ def test_rows_of_answers() -> None:
     assert rows["evaluate.kl"] == {"a": ("a", 0.25), "b": ("b", 0.75)}
     assert rows["evaluate.finished_dpo"] == {"a": ("a", 1.0), "b": ("b", 1.0)}
     assert rows["evaluate.answer_tokens_sft"] == {"a": ("a", 3.0), "b": ("b", 3.0)}
-    assert answers == {"a": "sft", "b": "sft"}
+    assert answers == dict.fromkeys("ab", Texts([], "sft", "dpo"))
 
 
 def test_a_figure_that_some_rows_lack_is_left_out() -> None:
     rows, _ = rows_of_answers(lines(sample("a", None), sample("b")))
-    assert METRIC not in rows
+    assert list(rows[METRIC]) == ["b"], "the mean is over the prompts with a verdict"
     assert "evaluate.kl" not in rows
     assert "evaluate.finished_sft" in rows
 
@@ -234,8 +235,11 @@ def test_a_scale_that_depends_on_settings_is_named() -> None:
 
 
 def test_an_opponent_of_its_own_is_named() -> None:
-    base = experiment({"a": 1.0}, "base", answers={"a": "yes", "b": "no"})
-    other = experiment({"a": 1.0}, answers={"a": "yes", "b": "maybe", "c": "so"})
+    base = experiment({"a": 1.0}, "base", answers={"a": Texts([], "yes", ""), "b": Texts([], "no", "")})
+    other = experiment(
+        {"a": 1.0},
+        answers={name: Texts([], text, "") for name, text in zip("abc", ("yes", "maybe", "so"), strict=True)},
+    )
     [caveat] = caveats([base, other], [METRIC])
     assert "other: its SFT model answers 1 of 2 shared prompts otherwise than that of base" in caveat
     assert caveats([base, other], ["evaluate.loss"]) == []

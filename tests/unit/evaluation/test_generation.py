@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dpo_cli.evaluation.generation import Answer, PromptTokens, sample_answers
+from dpo_cli.scoring.budget import TokenBudget
 
 STOP = 1
 
@@ -32,8 +33,10 @@ def sample(model: Any, reporter: Any) -> Callable[..., dict[str, Answer]]:
             "stream": "dpo",
             "autocast_dtype": torch.float32,
         }
+        settings |= changes
+        budget = TokenBudget(settings.pop("max_tokens"), "test", reporter)
         with reporter.meter("answers", len(prompts), "prompts") as meter:
-            return sample_answers(model, prompts, meter=meter, **(settings | changes))
+            return sample_answers(model, prompts, meter=meter, budget=budget, **settings)
 
     return run
 
@@ -55,7 +58,7 @@ def distribution(model: Any, tokens: Sequence[int], temperature: float = 1.0) ->
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-@pytest.mark.parametrize("max_tokens", [1, 100, 4096])
+@pytest.mark.parametrize("max_tokens", [1, 20, 4096])
 def test_an_answer_does_not_depend_on_what_shares_its_batch(
     sample: Callable[..., dict[str, Answer]], temperature: float, max_tokens: int
 ) -> None:
@@ -166,7 +169,7 @@ def test_an_answer_ends_with_its_first_stop_token_or_at_the_limit(sample: Callab
 
 
 def test_every_answer_is_reported(sample: Callable[..., dict[str, Answer]], reporter: Any) -> None:
-    answers = sample(some_prompts(13), max_tokens=60)
+    answers = sample(some_prompts(13), max_tokens=8)
     assert set(answers) == {prompt.id for prompt in some_prompts(13)}
     assert reporter.meters[-1].done == 13
 
@@ -180,7 +183,7 @@ def test_batches_keep_the_budget(model: Any, sample: Callable[..., dict[str, Ans
         return generate(**arguments)
 
     monkeypatch.setattr(model, "generate", watched)
-    sample(some_prompts(24), max_tokens=100)
+    sample(some_prompts(24), max_tokens=13)
     assert sum(rows for rows, _ in shapes) == 24
     assert all(rows * (length + 8) <= 100 for rows, length in shapes)
     assert len(shapes) < 24
@@ -205,7 +208,7 @@ def test_what_the_models_own_configuration_says_of_sampling_is_not_followed(
                     stop_ids=[STOP],
                     temperature=1.0,
                     max_new_tokens=3,
-                    max_tokens=10_000,
+                    budget=TokenBudget(10_000, "test", reporter),
                     seed=0,
                     stream="a",
                     autocast_dtype=torch.float32,
@@ -214,3 +217,40 @@ def test_what_the_models_own_configuration_says_of_sampling_is_not_followed(
             )
     assert found[0] == found[1]
     assert len({answer.tokens for answer in found[0].values()}) > 50
+
+
+def test_where_memory_runs_out_it_goes_on_with_smaller_batches_and_the_same_answers(
+    make_llama: Callable[..., Any], reporter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_llama(12, initializer_range=0.15)
+    generate, sizes = model.generate, []
+
+    def small(input_ids: torch.Tensor, **settings: Any) -> Any:
+        sizes.append(len(input_ids))
+        if len(input_ids) > 8:
+            raise torch.OutOfMemoryError
+        return generate(input_ids=input_ids, **settings)
+
+    def run() -> dict[str, Answer]:
+        kept: dict[str, Answer] = {}
+        with reporter.meter("", 1, "") as meter:
+            found = sample_answers(
+                model,
+                some_prompts(40),
+                stop_ids=[STOP],
+                temperature=1.0,
+                max_new_tokens=8,
+                budget=TokenBudget(60, "test", reporter),
+                seed=0,
+                stream="a",
+                autocast_dtype=torch.float32,
+                meter=meter,
+                keep=kept.update,
+            )
+        assert kept == found
+        return found
+
+    whole = run()
+    monkeypatch.setattr(model, "generate", small)
+    assert run() == whole
+    assert max(sizes) > 8 >= sizes[-1]

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from dpo_cli.evaluation.verdict import HIGH_KL, WELL_FORMED, Finding, headline, verdict
+from dpo_cli.evaluation.findings import Finding
+from dpo_cli.evaluation.verdict import HARDLY_MOVED, HIGH_KL, WELL_FORMED, headline, verdict
 
 METRICS: dict[str, Any] = {
     "win_rate": 0.75,
@@ -42,6 +43,26 @@ METRICS: dict[str, Any] = {
     "chosen_reward": 0.5,
     "rejected_reward": -1.5,
     "num_ties": 0,
+    "judge": "world",
+    "judge_name": "the known reward",
+    "detectable_win_rate": 0.63,
+    "win_rate_lc": 0.7,
+    "win_rate_lc_ci": [0.65, 0.75],
+    "length_note": "",
+    "calibration_error": 0.03,
+    "calibration_temperature": 1.2,
+    "calibration_note": "",
+    "entropy_sft": 0.4,
+    "entropy_dpo": 0.35,
+    "repetition_sft": 0.0,
+    "repetition_dpo": 0.01,
+    "distinct_sft": 0.2,
+    "distinct_dpo": 0.2,
+    "length_ratio": 1.1,
+    "reward_length_correlation": 0.1,
+    "perplexity_base": 1.4,
+    "perplexity_sft": 1.2,
+    "perplexity_dpo": 1.3,
 }
 JUDGED = ("win_rate", "win_rate_ci", "tie_rate", "well_formed_sft", "well_formed_dpo", "reward_sft", "reward_dpo")
 
@@ -74,8 +95,15 @@ def finding(name: str, **changes: Any) -> Finding:
         ("well-formed answers", {}, "good"),
         ("well-formed answers", {"well_formed_sft": 0.6, "well_formed_dpo": WELL_FORMED - 0.1}, "warn"),
         ("well-formed answers", {"well_formed_sft": 0.9, "well_formed_dpo": WELL_FORMED - 0.1}, "bad"),
-        ("answers that end by themselves", {}, "plain"),
-        ("answers that end by themselves", {"finished_dpo": 0.9}, "warn"),
+        ("KL from the reference", {"kl": HARDLY_MOVED / 2}, "warn"),
+        ("win rate at equal length", {}, "good"),
+        ("win rate at equal length", {"win_rate_lc_ci": [0.49, 0.75]}, "warn"),
+        ("win rate at equal length", {"win_rate_lc": None, "win_rate_lc_ci": None, "length_note": "why"}, "plain"),
+        ("win rate at equal length", {"win_rate_lc_ci": None}, "plain"),
+        ("calibration", {}, "plain"),
+        ("calibration", {"calibration_error": 0.2}, "warn"),
+        ("perplexity of SFT text", {}, "plain"),
+        ("perplexity of SFT text", {"perplexity_dpo": 1.6}, "warn"),
         ("reward of chosen answers", {}, "plain"),
         ("reward of chosen answers", {"chosen_reward": -0.1}, "warn"),
     ],
@@ -89,14 +117,14 @@ def test_the_win_rate_comes_first_and_every_finding_says_what_it_means() -> None
     assert findings[0].name == "win rate over SFT"
     assert findings[0].value.startswith("75.0% [70.0%, 80.0%]")
     assert all(found.meaning and found.value for found in findings)
-    assert len({found.name for found in findings}) == len(findings) == 7
+    assert len({found.name for found in findings}) == len(findings) == 11
 
 
 def test_without_a_judge_there_is_no_win_rate() -> None:
     names = {found.name for found in verdict(without_judge())}
     assert "win rate over SFT" not in names
     assert "well-formed answers" not in names
-    assert len(names) == 5
+    assert len(names) == 8
 
 
 @pytest.mark.parametrize(
@@ -109,6 +137,7 @@ def test_without_a_judge_there_is_no_win_rate() -> None:
         ({"well_formed_dpo": 0.5}, "bad", "see the red lines"),
         ({"loss": 0.9, "loss_ci": [0.8, 1.0]}, "bad", "see the red lines"),
         ({"chosen_reward": -1.0, "kl": 50.0}, "good", "is better"),
+        ({"kl": HARDLY_MOVED / 2}, "warn", "hardly moved"),
     ],
 )
 def test_the_headline_with_a_judge(changes: dict[str, Any], status: str, words: str) -> None:
@@ -149,7 +178,8 @@ def test_a_red_line_never_stands_under_a_good_headline() -> None:
 def test_a_reward_model_as_judge_has_no_ceiling_and_says_where_it_comes_from() -> None:
     """No ceiling and no well-formed answers: only the world's judge knows them."""
     known = ("win_rate_ceiling", "well_formed_sft", "well_formed_dpo")
-    findings = {each.name: each for each in verdict({k: v for k, v in METRICS.items() if k not in known})}
+    metrics = {name: value for name, value in METRICS.items() if name not in known} | {"judge": "reward-model"}
+    findings = {each.name: each for each in verdict(metrics)}
     assert "at most" not in findings["win rate over SFT"].meaning
     assert "which learned of the same preferences" in findings["win rate over SFT"].meaning
     assert "well-formed answers" not in findings

@@ -1,0 +1,123 @@
+"""``dpo-cli compare --judge``: the answers of experiments judged against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dpo_cli.core import paths
+from dpo_cli.core.errors import DataError, ParamsError
+from dpo_cli.core.params import load_params
+from dpo_cli.core.progress import Reporter
+from dpo_cli.data.schema import assistant
+from dpo_cli.evaluation.bootstrap import Estimate, Sampling
+from dpo_cli.evaluation.comparison import Experiment
+from dpo_cli.evaluation.findings import percent, percent_interval
+from dpo_cli.evaluation.head_to_head import HeadToHead, answers_by_model, meet
+from dpo_cli.evaluation.judges.opening import Candidate, open_judge
+from dpo_cli.evaluation.judges.prompts import transcript
+from dpo_cli.models.load import quiet_libraries
+from dpo_cli.models.reward import check_reward_model
+from dpo_cli.reference.graph import open_graph, table_digests
+
+
+def judge_experiments(experiments: Sequence[Experiment], overrides: Sequence[str], reporter: Reporter) -> HeadToHead:
+    """Judge the answers of experiments, and of their SFT model, by section evaluate of params.yaml.
+
+    Raises:
+        ParamsError: There is no judge, or one that judges other answers.
+        StaleArtifactError: Something that the judge needs is missing.
+        DataError: The experiments share no prompt, or the judge has no verdict on too many comparisons.
+    """
+    quiet_libraries()
+    params = load_params(paths.PARAMS, overrides)
+    knobs = params.evaluate
+    if knobs.judge in ("none", "votes"):
+        raise ParamsError(
+            f"--judge has no effect with evaluate.judge {knobs.judge}; set another one, as in --set evaluate.judge=hf"
+        )
+    models, prompts = answers_by_model(experiments)
+    if not prompts:
+        raise DataError("the experiments share no prompt; evaluate them on the same data")
+    num_all = len({id for experiment in experiments for id in experiment.answers})
+    graph = open_graph(params.model, params.reference, params.runtime)
+    if knobs.judge == "reward-model":
+        check_reward_model(paths.REWARD_MODEL, graph.identity, table_digests(paths.PREFERENCE_DATA))
+
+    def candidate(id: str, text: str) -> Candidate:
+        prompt = prompts[id]
+        tokens = tuple(graph.encoder.encode_completion(prompt, [assistant(text)]))
+        return Candidate(id, transcript(prompt), text, tuple(graph.encoder.encode_prompt(prompt)), tokens)
+
+    every = [candidate(id, text) for answers in models.values() for id, text in answers.items()]
+    judge = open_judge(
+        knobs,
+        graph,
+        every,
+        ("", ""),
+        params.runtime,
+        reporter,
+        "compare",
+        paths.scratch_root() / "evaluate" / "judgments",
+    )
+    assert judge is not None
+    sampling = Sampling(knobs.bootstrap_draws, knobs.confidence, knobs.seed)
+    return meet(models, candidate, judge.judge, judge.name, num_all - len(prompts), reporter, sampling)
+
+
+def print_head_to_head(found: HeadToHead, console: Console | None = None) -> None:
+    """Print win rates of rows over columns, and strengths."""
+    console = console or Console(highlight=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
+    table.add_column(Text("win rate of"), overflow="fold")
+    for name in found.models:
+        table.add_column(Text(f"over {name}"), overflow="fold")
+    if found.strengths is not None:
+        table.add_column("strength, logits")
+    for first in found.models:
+        cells = [
+            "-" if first == second else f"{percent(rate.value)}\n{percent_interval([rate.low, rate.high])}"
+            for second in found.models
+            for rate in ([found.win_rate(first, second)] if first != second else [_SAME])
+        ]
+        if found.strengths is not None:
+            strength = found.strengths.strengths[first]
+            anchor = first == found.models[0]
+            interval = "" if anchor else f"\n[{strength.low:+.2f}, {strength.high:+.2f}]"
+            cells.append("0" if anchor else f"{strength.value:+.2f}{interval}")
+        table.add_row(Text(first), *map(Text, cells))
+    console.print()
+    console.print(table)
+    console.print()
+    left_out = f", {found.num_left_out} that not all have are left out" if found.num_left_out else ""
+    console.print(Text(f"Judged by {found.judge}, in both orders, on {found.num_prompts} prompts{left_out}."))
+    console.print(
+        Text(
+            f"Strengths by Bradley-Terry, {found.models[0]} being 0."
+            if found.strengths is not None
+            else f"No strengths: {found.why}."
+        )
+    )
+
+
+_SAME = Estimate(0.5, 0.5, 0.5)
+
+
+def head_to_head_json(found: HeadToHead) -> dict[str, Any]:
+    """The same as one JSON value."""
+    strengths = found.strengths
+    return {
+        "judge": found.judge,
+        "num_prompts": found.num_prompts,
+        "num_left_out": found.num_left_out,
+        "win_rates": [
+            {"model": ours, "opponent": theirs, **vars(match.win_rate), "tie_rate": match.tie_rate}
+            for (ours, theirs), match in found.matches.items()
+        ],
+        "strengths": None if strengths is None else {name: vars(each) for name, each in strengths.strengths.items()},
+        **({"why": found.why} if found.why else {}),
+    }

@@ -1,0 +1,44 @@
+"""``dpo-cli rating-sheet``: the answers of an evaluation as a file that people fill in with their votes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dpo_cli.core.artifacts import write_text
+from dpo_cli.core.errors import DataError, ParamsError
+from dpo_cli.evaluation.comparison import rows_of_answers
+from dpo_cli.evaluation.judges.prompts import transcript
+from dpo_cli.evaluation.judges.votes import rating_sheet
+from dpo_cli.evaluation.speaker_names import DPO, SFT
+from dpo_cli.evaluation.tables import csv_text
+
+
+def write_rating_sheet(samples: Path, sheet: Path, rater: str) -> tuple[int, int]:
+    """Write a sheet; a file that is there already is not touched, since it may hold votes.
+
+    Args:
+        samples: What stage evaluate wrote.
+        sheet: The CSV file.
+        rater: Who fills it in: `kind` or `kind:name`.
+
+    Returns:
+        How many items are in it, and how many prompts are not because both answers are identical.
+
+    Raises:
+        ParamsError: The sheet is there already.
+        DataError: The samples are missing or damaged, or all answers are identical.
+    """
+    if sheet.exists():
+        raise ParamsError(f"{sheet} is there already and may hold votes; name another file")
+    if not samples.is_file():
+        raise DataError(f"{samples} is missing; run: dpo-cli evaluate")
+    try:
+        _, answers = rows_of_answers(samples.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{samples} is damaged ({error}); run: dpo-cli evaluate") from None
+    rows = [(id, transcript(texts.prompt), texts.dpo, texts.sft) for id, texts in sorted(answers.items())]
+    items = rating_sheet(rows, DPO, SFT, rater)
+    if not items:
+        raise DataError(f"{samples}: both models answer all {len(rows)} prompts alike, so there is nothing to vote on")
+    write_text(sheet, csv_text(list(items[0]), [list(item.values()) for item in items]))
+    return len(items), len(rows) - len(items)

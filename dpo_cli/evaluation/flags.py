@@ -1,0 +1,144 @@
+"""Flags: the ways in which preference tuning goes wrong, each with what it means and what to do.
+
+Pure functions of metrics.json. A flag is amber (warn) where something is to be looked at, and red (bad) where it is
+surely a loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dpo_cli.evaluation.findings import Finding, Status, percent, percent_interval
+
+LONGER = 1.3
+"""Ratio of mean lengths above which the policy counts as long-winded."""
+RISING_WITH_LENGTH = 0.5
+"""Correlation of the implicit reward with length above which it counts as a reward for length."""
+LESS_ENTROPY = 0.5
+"""Ratio of entropies below which the policy has collapsed."""
+MORE_UNFINISHED = 0.05
+MORE_REPETITION = 0.1
+LESS_DISTINCT = 0.5
+
+
+def flags(metrics: Mapping[str, Any]) -> list[Finding]:
+    """All flags that the metrics can tell, raised or not."""
+    found = [displacement(metrics), length_exploitation(metrics)]
+    if "cheaper_scale" in metrics:
+        found.append(over_optimisation(metrics))
+    return [*found, degeneration(metrics)]
+
+
+def displacement(metrics: Mapping[str, Any]) -> Finding:
+    """Chosen answers that became less likely: amber alone, red with a falling win rate or a collapsed entropy.
+
+    Source: Razin et al. 2024, Unintentional unalignment: likelihood displacement in direct preference optimization.
+    """
+    chosen = metrics["chosen_reward"]
+    value = f"{chosen:+.3f} (rejected {metrics['rejected_reward']:+.3f})"
+    if chosen >= 0:
+        return Finding("reward of chosen answers", value, "plain", "chosen answers became more likely than before")
+    reasons = []
+    if "win_rate_ci" in metrics and metrics["win_rate_ci"][1] < 0.5:
+        reasons.append("the win rate is below one half")
+    if _collapsed(metrics):
+        reasons.append("the entropy has collapsed")
+    if reasons:
+        meaning = f"likelihood displacement: chosen answers became less likely than before, and {' and '.join(reasons)}"
+        return Finding("reward of chosen answers", value, "bad", f"{meaning}; raise train.beta, or add an sft loss")
+    return Finding(
+        "reward of chosen answers",
+        value,
+        "warn",
+        "chosen answers became less likely than before: common with DPO, and no failure by itself",
+    )
+
+
+def length_exploitation(metrics: Mapping[str, Any]) -> Finding:
+    """Longer answers, and a reward that rises with length.
+
+    Source: Park et al. 2024, Disentangling length from quality in direct preference optimization.
+    """
+    ratio, correlation = metrics["length_ratio"], metrics["reward_length_correlation"]
+    longer = ratio > LONGER
+    rising = correlation is not None and correlation > RISING_WITH_LENGTH
+    value = f"{ratio:.2f} times SFT's"
+    if correlation is not None:
+        value += f", correlation {correlation:+.2f}"
+    status: Status = "warn" if longer else "plain"
+    meaning = "mean tokens of the tuned model's answers, and how its implicit reward goes with their length"
+    if longer:
+        meaning = "the tuned model talks longer" + (", and its reward rises with length" if rising else "")
+        controlled = metrics.get("win_rate_lc_ci")
+        if controlled is not None and controlled[0] <= 0.5 < metrics["win_rate_ci"][0]:
+            status = "bad" if controlled[1] < 0.5 else "warn"
+            meaning += "; at equal length its win rate is not above one half"
+        meaning += "; see train.ld_alpha and train.loss simpo"
+    return Finding("length of answers", value, status, meaning)
+
+
+def over_optimisation(metrics: Mapping[str, Any]) -> Finding:
+    """A smaller step is as good at a lower KL: amber; red where it is surely better.
+
+    Source: Gao et al. 2023, Scaling laws for reward model overoptimization; Rafailov et al. 2024, Scaling laws for
+    reward model overoptimization in direct alignment algorithms.
+    """
+    ci = metrics["cheaper_gain_ci"]
+    surely = ci is not None and ci[1] < 0
+    return Finding(
+        "over-optimisation",
+        f"{metrics['cheaper_scale']:g} of the way: {percent(metrics['cheaper_win_rate'])} at"
+        f" {metrics['cheaper_kl']:.2f} nats",
+        "bad" if surely else "warn",
+        f"so much of what training changed is {'better than' if surely else 'as good as'} all of it"
+        f" ({metrics['kl']:.2f} nats), whose win rate differs by {100 * metrics['cheaper_gain']:+.1f} points"
+        + (f" [{100 * ci[0]:+.1f}, {100 * ci[1]:+.1f}]" if ci is not None else "")
+        + "; raise train.beta or train less",
+    )
+
+
+def degeneration(metrics: Mapping[str, Any]) -> Finding:
+    """Answers that do not end, repeat themselves or are all alike."""
+    before, after = metrics["finished_sft"], metrics["finished_dpo"]
+    signs = []
+    if after < before - MORE_UNFINISHED:
+        signs.append("fewer answers end by themselves")
+    if metrics["repetition_dpo"] > metrics["repetition_sft"] + MORE_REPETITION:
+        signs.append("answers repeat themselves")
+    distinct = metrics["distinct_sft"], metrics["distinct_dpo"]
+    if None not in distinct and distinct[1] < LESS_DISTINCT * distinct[0]:
+        signs.append("answers are more alike")
+    if _collapsed(metrics):
+        signs.append("the entropy has collapsed")
+    value = f"{percent(after)} end (SFT {percent(before)}), {percent(metrics['repetition_dpo'])} repeated"
+    if not signs:
+        return Finding("form of answers", value, "plain", "no sign of degeneration in ends, repetition and variety")
+    return Finding("form of answers", value, "bad" if len(signs) > 1 else "warn", f"degeneration: {', '.join(signs)}")
+
+
+def judge_quality(metrics: Mapping[str, Any]) -> Finding | None:
+    """Whether the judge is to be believed; None where nothing is known of it."""
+    agreement, consistency = metrics.get("judge_agreement"), metrics.get("judge_consistency")
+    if agreement is None and consistency is None:
+        return None
+    parts, doubts = [], []
+    if agreement is not None:
+        ci = metrics["judge_agreement_ci"]
+        parts.append(f"{percent(agreement)} {percent_interval(ci)} agreement with the data")
+        if ci is not None and ci[0] <= 0.5:
+            doubts.append("it does not surely prefer the data's chosen answers")
+    if consistency is not None:
+        parts.append(f"{percent(consistency)} consistent")
+        if consistency < 0.7:
+            doubts.append("its verdict often turns with the order of the answers")
+    if metrics.get("judge_invalid_rate"):
+        parts.append(f"{percent(metrics['judge_invalid_rate'])} without a verdict")
+    if metrics.get("judge_first_position_rate") is not None:
+        parts.append(f"{percent(metrics['judge_first_position_rate'])} for the first")
+    meaning = "; ".join(doubts) if doubts else f"by {metrics['judge_name']}, asked in both orders"
+    return Finding("the judge", ", ".join(parts), "warn" if doubts else "plain", meaning)
+
+
+def _collapsed(metrics: Mapping[str, Any]) -> bool:
+    return metrics["entropy_dpo"] < LESS_ENTROPY * metrics["entropy_sft"]

@@ -1,0 +1,104 @@
+"""Experiments against each other: every two judged on the prompts that all have, and strengths by Bradley-Terry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from dpo_cli.core.progress import Reporter
+from dpo_cli.data.schema import Messages
+from dpo_cli.evaluation.bootstrap import Estimate, Sampling
+from dpo_cli.evaluation.comparison import Experiment
+from dpo_cli.evaluation.judges.base import Judge
+from dpo_cli.evaluation.judges.opening import Candidate
+from dpo_cli.evaluation.matches import Match, play
+from dpo_cli.evaluation.speaker_names import SFT
+from dpo_cli.evaluation.strengths import Outcome, Strengths, fit_strengths
+
+
+@dataclass(frozen=True)
+class HeadToHead:
+    """What a judge says of several models.
+
+    Attributes:
+        judge: Its name.
+        models: Their names, the baseline first and the SFT model last.
+        matches: By two of them, the later one's answers as ours.
+        strengths: Bradley-Terry's, the baseline being 0; None where they are infinite.
+        why: Why they are; empty otherwise.
+        num_prompts: Prompts that all models answered.
+        num_left_out: Prompts that only some of them did.
+    """
+
+    judge: str
+    models: list[str]
+    matches: dict[tuple[str, str], Match]
+    strengths: Strengths | None
+    why: str
+    num_prompts: int
+    num_left_out: int
+
+    def win_rate(self, first: str, second: str) -> Estimate:
+        """How often the first model's answer is better than the second's, with its interval."""
+        if (first, second) in self.matches:
+            return self.matches[first, second].win_rate
+        found = self.matches[second, first].win_rate
+        return Estimate(1 - found.value, 1 - found.high, 1 - found.low)
+
+
+def answers_by_model(experiments: Sequence[Experiment]) -> tuple[dict[str, dict[str, str]], dict[str, Messages]]:
+    """The answers of each model by prompt, over the prompts that all experiments have, and the prompts.
+
+    The SFT model is one of them; where experiments differ in it, it is that of each.
+    """
+    shared = set.intersection(*(set(experiment.answers) for experiment in experiments))
+    ids = sorted(shared)
+    models = {each.name: {id: each.answers[id].dpo for id in ids} for each in experiments}
+    baselines = {each.name: {id: each.answers[id].sft for id in ids} for each in experiments}
+    first = baselines[experiments[0].name]
+    if all(found == first for found in baselines.values()):
+        models[SFT] = first
+    else:
+        models |= {f"{SFT} of {name}": found for name, found in baselines.items()}
+    return models, {id: experiments[0].answers[id].prompt for id in ids}
+
+
+def meet(
+    models: Mapping[str, Mapping[str, str]],
+    candidate: Callable[[str, str], Candidate],
+    judge: Judge,
+    judge_name: str,
+    num_left_out: int,
+    reporter: Reporter,
+    sampling: Sampling,
+) -> HeadToHead:
+    """Judge every two models, and fit their strengths.
+
+    Args:
+        models: Answers by prompt id, by model; the first is the anchor.
+        candidate: From prompt id and answer to what is judged.
+        judge: Who decides.
+        judge_name: What it is called.
+        num_left_out: Prompts that only some of the models have.
+        reporter: Hears of progress.
+        sampling: How intervals are drawn.
+
+    Raises:
+        DataError: The judge has no verdict on too many comparisons.
+    """
+    names = list(models)
+    cards = {name: {id: candidate(id, text) for id, text in answers.items()} for name, answers in models.items()}
+    pairs = [(second, first) for first, second in combinations(names, 2)]
+    found = play(judge, [(cards[ours], cards[theirs]) for ours, theirs in pairs], reporter, "compare", sampling)
+    matches = dict(zip(pairs, found, strict=True))
+    outcomes = [
+        Outcome(id, ours, theirs, win) for (ours, theirs), match in matches.items() for id, win in match.wins.items()
+    ]
+    strengths, why = None, ""
+    try:
+        strengths = fit_strengths(outcomes, names[0], **sampling.keywords)
+    except ValueError as error:
+        why = str(error)
+    num_prompts = len(next(iter(models.values())))
+    return HeadToHead(judge_name, names, matches, strengths, why, num_prompts, num_left_out)

@@ -1,0 +1,191 @@
+"""The figures of reports/evaluate/metrics.json, each group of them from the tables that it is made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dpo_cli.evaluation.bootstrap import Estimate, Sampling
+from dpo_cli.evaluation.calibration import calibration_error, fit_temperature
+from dpo_cli.evaluation.generation import Answer
+from dpo_cli.evaluation.held_out import HeldOut
+from dpo_cli.evaluation.kl import SequenceKl, estimates_disagree
+from dpo_cli.evaluation.length_control import control_length
+from dpo_cli.evaluation.matches import Match, paired_difference
+from dpo_cli.evaluation.power import detectable_win_rate
+from dpo_cli.evaluation.text_quality import distinct, repetition
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+_AS_GOOD_KL = 0.75
+"""A smaller step counts as cheaper where its KL is at most this share of the model's."""
+
+
+def ends(estimate: Estimate) -> list[float] | None:
+    """The interval as JSON; None where it has none."""
+    return None if math.isnan(estimate.low) else [estimate.low, estimate.high]
+
+
+def held_out_metrics(held_out: HeldOut, sampling: Sampling) -> dict[str, Any]:
+    """What the held-out pairs say."""
+    margins = np.array(held_out.margins)
+    error = calibration_error(margins, [row.group for row in held_out.rows], **sampling.keywords)
+    temperature = fit_temperature(margins)
+    note = ""
+    if temperature == 0:
+        note = "no pair is in the wrong order, so no probability is too sure"
+    elif math.isinf(temperature):
+        note = "the margins point the wrong way on average, so a coin does better"
+    return {
+        "reward_accuracy": held_out.reward_accuracy.value,
+        "reward_accuracy_ci": ends(held_out.reward_accuracy),
+        "loss": held_out.loss.value,
+        "loss_ci": ends(held_out.loss),
+        "loss_at_reference": math.log(2),
+        "margin": held_out.margin.value,
+        "margin_ci": ends(held_out.margin),
+        "margin_quantiles": {
+            f"{q:g}": float(value) for q, value in zip(QUANTILES, np.quantile(margins, QUANTILES), strict=True)
+        },
+        "calibration_error": error.value,
+        "calibration_error_ci": ends(error),
+        "calibration_temperature": temperature if math.isfinite(temperature) and temperature > 0 else None,
+        "calibration_note": note,
+        "chosen_reward": held_out.chosen_reward,
+        "rejected_reward": held_out.rejected_reward,
+        "reference_accuracy": held_out.reference_accuracy,
+        "longer_accuracy": held_out.longer_accuracy,
+        "num_ties": held_out.num_ties,
+        "num_pairs": held_out.num_pairs,
+        "num_prompts": held_out.num_prompts,
+    }
+
+
+def perplexity(logps: Sequence[float], num_tokens: int) -> float:
+    """exp(-mean log-probability of a token), over all tokens of all texts."""
+    return math.exp(-math.fsum(logps) / num_tokens)
+
+
+def divergence_metrics(kls: Mapping[str, SequenceKl], sampling: Sampling) -> dict[str, Any]:
+    """KL of the policy from the reference along the policy's samples at temperature 1, nats a sequence."""
+    prompts = list(kls)
+    found = list(kls.values())
+    kl = sampling.interval([each.exact for each in found], prompts)
+    num_tokens = sum(each.num_tokens for each in found)
+    return {
+        "kl": kl.value,
+        "kl_ci": ends(kl),
+        "kl_k1": _mean([each.k1 for each in found]),
+        "kl_k3": _mean([each.k3 for each in found]),
+        "kl_per_token": math.fsum(each.exact for each in found) / num_tokens,
+        "kl_estimates_disagree": estimates_disagree(found),
+        "entropy_dpo": math.fsum(each.entropy for each in found) / num_tokens,
+        "entropy_sft": math.fsum(each.reference_entropy for each in found) / num_tokens,
+    }
+
+
+def answer_metrics(answers: Mapping[str, Mapping[str, Answer]]) -> dict[str, Any]:
+    """What the sampled answers look like, by the model's name and prompt: sft and dpo."""
+    metrics: dict[str, Any] = {}
+    for name, by_prompt in answers.items():
+        found = list(by_prompt.values())
+        metrics[f"finished_{name}"] = _mean([answer.finished for answer in found])
+        metrics[f"answer_tokens_{name}"] = _mean([len(answer.tokens) for answer in found])
+        metrics[f"repetition_{name}"] = _mean([repetition(answer.tokens) for answer in found])
+        metrics[f"distinct_{name}"] = distinct([answer.tokens for answer in found])
+    metrics["length_ratio"] = metrics["answer_tokens_dpo"] / metrics["answer_tokens_sft"]
+    return metrics
+
+
+def win_metrics(match: Match, sampling: Sampling, *, reads: bool) -> dict[str, Any]:
+    """The win rate over the SFT model, and what stands behind it.
+
+    Args:
+        match: The policy's answers with the SFT model's.
+        sampling: How intervals are drawn.
+        reads: Whether the judge reads two texts in an order.
+    """
+    tally = match.tally
+    wins = match.wins
+    ids = list(wins)
+    lengths = [len(match.ours[id].tokens) - len(match.theirs[id].tokens) for id in ids]
+    controlled = control_length(
+        [wins[id] for id in ids], lengths, [match.ours[id].group for id in ids], **sampling.keywords
+    )
+    metrics: dict[str, Any] = {
+        "win_rate": match.win_rate.value,
+        "win_rate_ci": ends(match.win_rate),
+        "tie_rate": match.tie_rate,
+        "num_judged": len(wins),
+        "num_identical": tally.num_identical,
+        "num_judge_invalid": tally.num_invalid,
+        "judge_invalid_rate": tally.invalid_rate,
+        "detectable_win_rate": detectable_win_rate(match.num_decided) if match.num_decided else None,
+        "win_rate_lc": None if controlled.controlled is None else controlled.controlled.value,
+        "win_rate_lc_ci": None if controlled.controlled is None else ends(controlled.controlled),
+        "length_effect": controlled.length_effect,
+        "length_scale": controlled.scale,
+        "length_note": controlled.why,
+    }
+    if reads:
+        metrics["judge_consistency"] = tally.consistency
+        metrics["judge_first_position_rate"] = tally.first_position_rate
+    return metrics
+
+
+def against_chosen_metrics(match: Match) -> dict[str, Any]:
+    """The win rate over the data's chosen answers."""
+    return {
+        "win_rate_chosen": match.win_rate.value,
+        "win_rate_chosen_ci": ends(match.win_rate),
+        "num_judged_chosen": len(match.wins),
+    }
+
+
+def judge_metrics(match: Match) -> dict[str, Any]:
+    """How often the judge prefers the chosen answer of a held-out pair to the rejected one."""
+    return {
+        "judge_agreement": match.win_rate.value,
+        "judge_agreement_ci": ends(match.win_rate),
+        "num_judge_agreement": len(match.wins),
+    }
+
+
+def cheaper_step(points: Sequence[tuple[float, float, Match]], sampling: Sampling) -> dict[str, Any]:
+    """Whether a smaller step than training's would have been as good at a lower price.
+
+    Args:
+        points: Scale of what training changed, KL in nats and match with the SFT model; scale 1 is among them.
+        sampling: How intervals are drawn.
+
+    Returns:
+        The smallest step whose win rate is not surely below the model's and whose KL is at most 3/4 of its: scale,
+        KL, win rate, and the difference of the model's win rate from it with its paired interval. Empty where there
+        is none.
+    """
+    ((_, whole_kl, whole),) = [point for point in points if point[0] == 1]
+    for scale, kl, match in sorted((point for point in points if point[0] < 1), key=lambda point: point[0]):
+        gain = paired_difference(whole, match, sampling)
+        if kl <= _AS_GOOD_KL * whole_kl and gain.low <= 0:
+            return {
+                "cheaper_scale": scale,
+                "cheaper_kl": kl,
+                "cheaper_win_rate": match.win_rate.value,
+                "cheaper_gain": gain.value,
+                "cheaper_gain_ci": ends(gain),
+            }
+    return {}
+
+
+def correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Pearson's correlation; None where one of them does not vary."""
+    if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return None
+    return float(np.corrcoef(first, second)[0, 1])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

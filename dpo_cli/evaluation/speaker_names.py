@@ -1,0 +1,3 @@
+"""What the models of an evaluation are called in its files."""
+
+SFT, DPO, BASE = "sft", "dpo", "base"

@@ -1,0 +1,250 @@
+"""The models of an evaluation: the policy that is judged, its reference, and what lies between and beyond them.
+
+They are loaded when the first of them is needed, and not at all where everything is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from dpo_cli.core.artifacts import digest_files, digest_json
+from dpo_cli.core.errors import DataError, MachineError, StaleArtifactError
+from dpo_cli.core.params import RuntimeParams
+from dpo_cli.core.progress import Reporter
+from dpo_cli.evaluation.speaker_names import BASE, DPO, SFT
+from dpo_cli.models.adapters import ADAPTER_FILES, ModelPair, load_pair, load_reference
+from dpo_cli.models.identity import model_files
+from dpo_cli.models.load import check_model_folder, load_model, load_tokenizer
+from dpo_cli.reference.graph import Graph
+from dpo_cli.reference.log_ratios import policy_digest
+from dpo_cli.scoring.probe import open_scorer
+from dpo_cli.scoring.scorer import Scorer
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A model that is in memory and switched on.
+
+    Attributes:
+        model: In eval mode; it generates.
+        scorer: Its log-probabilities.
+    """
+
+    model: Any
+    scorer: Scorer
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model of the evaluation.
+
+    Attributes:
+        name: For messages, and of its random stream: those of one name draw the same uniforms.
+        digest: Of all that its answers and log-probabilities depend on besides the prompt.
+        use: Loads it where need be, and switches it on within the block.
+    """
+
+    name: str
+    digest: str
+    use: Callable[[], AbstractContextManager[Voice]]
+
+
+class Cast(Protocol):
+    """Policy and reference."""
+
+    @property
+    def policy(self) -> Speaker:
+        """The model that is judged."""
+        ...
+
+    @property
+    def reference(self) -> Speaker:
+        """The SFT model."""
+        ...
+
+    @property
+    def base(self) -> Speaker | None:
+        """The model before SFT; None where it is not in memory with the others."""
+        ...
+
+    def scaled(self, scale: float) -> Speaker | None:
+        """The model with so many times what training changed; None where that cannot be made of two models."""
+        ...
+
+    def close(self) -> None:
+        """Forget the models; their memory is the judge's."""
+        ...
+
+
+class AdapterCast:
+    """A trained adapter on the frozen weights of its reference.
+
+    Args:
+        graph: The graph that both share.
+        adapter: Folder of the adapter.
+        runtime: This machine.
+        reporter: Hears how the models are computed.
+        command: Who asks, for messages.
+
+    Raises:
+        StaleArtifactError: There is no adapter in the folder.
+    """
+
+    def __init__(self, graph: Graph, adapter: Path, runtime: RuntimeParams, reporter: Reporter, command: str) -> None:
+        self._graph = graph
+        self._adapter = adapter
+        self._runtime = runtime
+        self._reporter = reporter
+        self._command = command
+        self._digest = policy_digest(graph, adapter)
+        self._reference_digest = digest_json(graph.identity)
+        self._loaded: tuple[ModelPair, Scorer] | None = None
+
+    @property
+    def policy(self) -> Speaker:
+        """The base with the adapter."""
+        return Speaker(DPO, self._digest, self._use_policy)
+
+    @property
+    def reference(self) -> Speaker:
+        """The base with what SFT made of it."""
+        return Speaker(SFT, self._reference_digest, self._use_reference)
+
+    @property
+    def base(self) -> Speaker | None:
+        """The base without any adapter, where SFT made one."""
+        if not self._graph.sft.has_adapter:
+            return None
+        return Speaker(BASE, digest_json(["base", self._graph.identity]), self._use_base)
+
+    def scaled(self, scale: float) -> Speaker:
+        """The base with so many times what training changed of the reference."""
+        return Speaker(DPO, digest_json([self._digest, scale]), lambda: self._use_scaled(scale))
+
+    def close(self) -> None:
+        """Forget the models."""
+        self._loaded = None
+
+    def _load(self) -> tuple[ModelPair, Scorer]:
+        if self._loaded is None:
+            graph = self._graph
+            try:
+                pair = load_pair(graph.base, graph.sft, graph.machine, graph.quantization, self._adapter)
+            except (RuntimeError, ValueError, KeyError, TypeError) as error:
+                why = str(error).strip().splitlines()[0]
+                raise MachineError(f"{self._adapter}: no adapter for the project's model: {why}") from error
+            dtype = graph.machine.compute_dtype
+            scorer, _ = open_scorer(pair.use_policy(), dtype, self._runtime, self._reporter, self._command)
+            self._loaded = pair, scorer
+        return self._loaded
+
+    @contextmanager
+    def _use_policy(self) -> Iterator[Voice]:
+        pair, scorer = self._load()
+        yield Voice(pair.use_policy(), scorer)
+
+    @contextmanager
+    def _use_reference(self) -> Iterator[Voice]:
+        pair, scorer = self._load()
+        yield Voice(pair.use_reference(), scorer)
+
+    @contextmanager
+    def _use_base(self) -> Iterator[Voice]:
+        pair, scorer = self._load()
+        with pair.model.disable_adapter():  # type: ignore[operator]
+            yield Voice(pair.model.eval(), scorer)
+
+    @contextmanager
+    def _use_scaled(self, scale: float) -> Iterator[Voice]:
+        pair, scorer = self._load()
+        with pair.scaled_policy(scale) as model:
+            yield Voice(model, scorer)
+
+
+class WholeCast:
+    """A whole model of one's own beside the reference: two sets of weights in memory.
+
+    Args:
+        graph: The graph of the reference.
+        folder: Directory of the model, in Hugging Face layout.
+        runtime: This machine.
+        reporter: Hears how the models are computed.
+        command: Who asks, for messages.
+
+    Raises:
+        MachineError: It cannot be loaded.
+        DataError: Its tokenizer makes other tokens than the reference's.
+    """
+
+    base: Speaker | None = None
+
+    def __init__(self, graph: Graph, folder: Path, runtime: RuntimeParams, reporter: Reporter, command: str) -> None:
+        check_model_folder(folder)
+        if load_tokenizer(folder).get_vocab() != graph.tokenizer.get_vocab():
+            raise DataError(
+                f"{folder} has another vocabulary than the project's model, so their probabilities cannot be compared;"
+                " make a project of its own for it: dpo-cli init DIR --model"
+            )
+        self._graph = graph
+        self._folder = folder
+        self._runtime = runtime
+        self._reporter = reporter
+        self._command = command
+        self._digest = digest_json({"graph": graph.identity, "model": digest_files(folder, model_files(folder))})
+        self._voices: dict[str, Voice] = {}
+
+    @property
+    def policy(self) -> Speaker:
+        """The model of the folder."""
+        return Speaker(DPO, self._digest, lambda: nullcontext(self._voice(DPO)))
+
+    @property
+    def reference(self) -> Speaker:
+        """The base with what SFT made of it."""
+        return Speaker(SFT, digest_json(self._graph.identity), lambda: nullcontext(self._voice(SFT)))
+
+    def scaled(self, scale: float) -> None:
+        """Nothing: which of its weights training changed is not known."""
+
+    def close(self) -> None:
+        """Forget the models."""
+        self._voices.clear()
+
+    def _voice(self, name: str) -> Voice:
+        if name not in self._voices:
+            graph = self._graph
+            if name == SFT:
+                model = load_reference(graph.base, graph.sft, graph.machine, graph.quantization)
+            else:
+                model = load_model(self._folder, graph.machine, quantization=graph.quantization)
+            dtype = graph.machine.compute_dtype
+            scorer, _ = open_scorer(model, dtype, self._runtime, self._reporter, self._command)
+            self._voices[name] = Voice(model, scorer)
+        return self._voices[name]
+
+
+def open_cast(graph: Graph, folder: Path, runtime: RuntimeParams, reporter: Reporter, command: str) -> Cast:
+    """The models of an evaluation of a folder: an adapter for the project's SFT model, or a whole model.
+
+    Raises:
+        StaleArtifactError: There is nothing in the folder.
+        MachineError: A whole model cannot be loaded, or the adapter is for another model.
+        DataError: A whole model's tokenizer makes other tokens.
+    """
+    if all((folder / name).is_file() for name in ADAPTER_FILES):
+        return AdapterCast(graph, folder, runtime, reporter, command)
+    if (folder / "config.json").is_file():
+        return WholeCast(graph, folder, runtime, reporter, command)
+    if not folder.is_dir():
+        raise StaleArtifactError(
+            f"{folder} is missing; run: dpo-cli train, or name a folder with an adapter or a model"
+        )
+    if (folder / ADAPTER_FILES[0]).is_file():
+        raise MachineError(f"{folder} has no {ADAPTER_FILES[1]}: pickled adapters are not loaded")
+    raise StaleArtifactError(
+        f"{folder} holds neither an adapter ({ADAPTER_FILES[0]}) nor a model (config.json); run: dpo-cli train"
+    )

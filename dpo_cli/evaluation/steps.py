@@ -1,0 +1,236 @@
+"""The steps of an evaluation that need the models: log-probabilities, answers, divergences.
+
+Each keeps its rows in the scratch area under what they depend on (the model, the prompt's and the answer's
+tokens, how they were sampled), so a run that was stopped goes on where it was, and one with more prompts,
+another temperature or another judge computes only what is new.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+
+from dpo_cli.core.artifacts import digest_bytes, digest_json
+from dpo_cli.core.errors import Interrupted
+from dpo_cli.core.interrupts import graceful_stop
+from dpo_cli.core.params import EvaluateParams, RuntimeParams
+from dpo_cli.core.progress import Reporter
+from dpo_cli.core.row_store import RowStore, forget_other_stores
+from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.evaluation.generation import GENERATION_VERSION, Answer, PromptTokens, sample_answers
+from dpo_cli.evaluation.kl import SequenceKl, sequence_kl
+from dpo_cli.evaluation.speakers import Speaker
+from dpo_cli.models.device import token_budget
+from dpo_cli.reference.cache import SCHEMA as LOGP_SCHEMA
+from dpo_cli.reference.cache import completion_key, group_keys, rows_of
+from dpo_cli.reference.graph import Graph
+from dpo_cli.reference.scoring import missing_groups, score_into_store
+from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
+
+_ANSWERS = {"key": pl.String, "tokens": pl.List(pl.Int32), "finished": pl.Boolean}
+_DIVERGENCES = {
+    "key": pl.String,
+    **dict.fromkeys(("exact", "k1", "k3", "entropy", "reference_entropy"), pl.Float64),
+    "num_tokens": pl.Int32,
+}
+_MODELS_KEPT = 32
+
+
+class Steps:
+    """What models say to prompts, remembered.
+
+    Args:
+        graph: The graph that the models share.
+        knobs: How answers are sampled.
+        runtime: This machine.
+        reporter: Hears of progress.
+        command: Who asks, for messages.
+        folder: Where rows are kept, in the scratch area.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        knobs: EvaluateParams,
+        runtime: RuntimeParams,
+        reporter: Reporter,
+        command: str,
+        folder: Path,
+    ) -> None:
+        self._graph = graph
+        self._knobs = knobs
+        self._runtime = runtime
+        self._reporter = reporter
+        self._command = command
+        self._folder = folder
+
+    def token_logps(self, speaker: Speaker, groups: Sequence[TokenGroup], what: str) -> dict[str, list[float]]:
+        """The log-probability of every token of the groups' completions by completion key, nats.
+
+        Raises:
+            Interrupted: The user asked to stop; what was scored is kept.
+        """
+        wanted = {key for group in groups for key in group_keys(group)}
+        store = self._store(speaker, "logps", LOGP_SCHEMA)
+        known = rows_of(store.load(), wanted)
+        budget = self._budget()
+        missing = missing_groups(groups, set(known["key"].to_list()), budget.max_tokens)
+        if missing:
+            with speaker.use() as voice, voice.scorer as scorer:
+                score_into_store(
+                    scorer,
+                    missing,
+                    store,
+                    budget,
+                    checkpoint_minutes=self._runtime.checkpoint_minutes,
+                    command=self._command,
+                    what=what,
+                    reporter=self._reporter,
+                )
+            known = rows_of(store.load(), wanted)
+        return dict(zip(known["key"].to_list(), known["token_logps"].to_list(), strict=True))
+
+    def answers(self, speaker: Speaker, prompts: Sequence[PromptTokens], temperature: float) -> dict[str, Answer]:
+        """One answer to each prompt by prompt id.
+
+        Raises:
+            Interrupted: The user asked to stop; what was sampled is kept.
+        """
+        knobs, stop_ids = self._knobs, self._graph.encoder.stop_ids
+        how = digest_json(
+            {
+                "version": GENERATION_VERSION,
+                "temperature": temperature,
+                "max_new_tokens": knobs.max_new_tokens,
+                "stop_ids": stop_ids,
+                "seed": knobs.seed if temperature else 0,
+                "stream": speaker.name,
+            }
+        )
+        keys = {prompt.id: _prompt_key(how, prompt) for prompt in prompts}
+        store = self._store(speaker, "answers", _ANSWERS)
+        rows = rows_of(store.load(), set(keys.values()))
+        columns = zip(*(rows[name].to_list() for name in _ANSWERS), strict=True)
+        known = {key: Answer(tuple(tokens), finished) for key, tokens, finished in columns}
+        missing = [prompt for prompt in prompts if keys[prompt.id] not in known]
+        if missing:
+            label = f"{self._command}: {speaker.name} answers at T = {temperature:g}"
+            with (
+                self._keeping(store) as keep,
+                speaker.use() as voice,
+                self._reporter.meter(label, len(missing), "prompts") as meter,
+            ):
+
+                def kept(new: Mapping[str, Answer]) -> None:
+                    keep([{"key": keys[id], "tokens": list(a.tokens), "finished": a.finished} for id, a in new.items()])
+
+                found = sample_answers(
+                    voice.model,
+                    missing,
+                    stop_ids=stop_ids,
+                    temperature=temperature,
+                    max_new_tokens=knobs.max_new_tokens,
+                    budget=self._budget(),
+                    seed=knobs.seed,
+                    stream=speaker.name,
+                    autocast_dtype=self._graph.machine.compute_dtype,
+                    meter=meter,
+                    keep=kept,
+                )
+            known |= {keys[id]: answer for id, answer in found.items()}
+        return {prompt.id: known[keys[prompt.id]] for prompt in prompts}
+
+    def divergences(
+        self, policy: Speaker, reference: Speaker, prompts: Sequence[PromptTokens], answers: Mapping[str, Answer]
+    ) -> dict[str, SequenceKl]:
+        """KL of the policy from the reference along the policy's own answers, by prompt id, nats.
+
+        Raises:
+            Interrupted: The user asked to stop; what was computed is kept.
+        """
+        groups = {
+            prompt.id: TokenGroup(prompt.id, prompt.id, prompt.tokens, (answers[prompt.id].tokens,))
+            for prompt in prompts
+        }
+        keys = {id: completion_key(group.prompt, group.completions[0]) for id, group in groups.items()}
+        store = self._store(policy, f"divergences-{reference.digest}", _DIVERGENCES)
+        rows = rows_of(store.load(), set(keys.values()))
+        known = {key: SequenceKl(*row) for key, *row in rows.select(list(_DIVERGENCES)).iter_rows()}
+        missing = [group for id, group in groups.items() if keys[id] not in known]
+        if missing:
+            with self._keeping(store) as keep:
+                for batch, found in self._both(policy, reference, missing):
+                    new = {keys[group.id]: kl for group, kl in zip(batch, found, strict=True)}
+                    known |= new
+                    keep([{"key": key, **vars(kl)} for key, kl in new.items()])
+        return {id: known[key] for id, key in keys.items()}
+
+    def _both(
+        self, policy: Speaker, reference: Speaker, groups: Sequence[TokenGroup]
+    ) -> Iterator[tuple[list[TokenGroup], list[SequenceKl]]]:
+        """Groups in micro-batches, each with its divergences."""
+        with policy.use() as voice:
+            scorer = voice.scorer
+
+        def work(batch: Sequence[TokenGroup]) -> list[SequenceKl]:
+            distributions = []
+            for speaker in (policy, reference):
+                with speaker.use() as voice, voice.scorer as scorer:
+                    distributions.append(scorer.next_token_logps(batch))
+            rows = zip(batch, *distributions, strict=True)
+            return [sequence_kl(ours, theirs, group.completions[0]) for group, ours, theirs in rows]
+
+        budget = self._budget(scorer.max_distribution_tokens)
+        label = f"{self._command}: KL along the answers"
+        with self._reporter.meter(label, len(groups), "prompts") as meter:
+            for batch, found in in_micro_batches(groups, budget, scorer.split, work):
+                meter.advance(len(batch))
+                yield batch, found
+
+    def _budget(self, limit: int | None = None) -> TokenBudget:
+        tokens = token_budget(self._runtime, self._graph.machine.device)
+        return TokenBudget(tokens if limit is None else min(tokens, limit), self._command, self._reporter)
+
+    def _store(self, speaker: Speaker, name: str, schema: Mapping[str, Any]) -> RowStore:
+        folder = self._folder / speaker.digest
+        store = RowStore(folder / name, schema)
+        forget_other_stores(self._folder, folder, _MODELS_KEPT)
+        return store
+
+    @contextmanager
+    def _keeping(self, store: RowStore) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
+        """A function that takes rows and stores them from time to time, and at the end whatever that is."""
+        pending: list[dict[str, Any]] = []
+        saved_at = time.monotonic()
+        with graceful_stop() as stop:
+
+            def keep(rows: list[dict[str, Any]]) -> None:
+                nonlocal saved_at
+                pending.extend(rows)
+                if time.monotonic() - saved_at >= self._runtime.checkpoint_minutes * 60:
+                    store.add(pending)
+                    pending.clear()
+                    saved_at = time.monotonic()
+                if stop.requested:
+                    raise Interrupted(f"{self._command}: stopped; what was computed is kept, run it again to go on")
+
+            try:
+                yield keep
+            finally:
+                store.add(pending)
+
+
+def _prompt_key(how: str, prompt: PromptTokens) -> str:
+    return digest_bytes(how.encode(), prompt.id.encode(), array("i", prompt.tokens).tobytes())
+
+
+def logp_sums(token_logps: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Sums over tokens by key, nats."""
+    return {key: torch.tensor(values, dtype=torch.float64).sum().item() for key, values in token_logps.items()}
