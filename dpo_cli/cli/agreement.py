@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dpo_cli.core.artifacts import write_text
-from dpo_cli.core.errors import DataError
+from dpo_cli.core import paths
+from dpo_cli.core.artifacts import write_json, write_text
+from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.evaluation.agreement import Coefficient, MethodAgreement, summarise_votes
 from dpo_cli.evaluation.bootstrap import Estimate
 from dpo_cli.evaluation.votes import read_votes
@@ -65,6 +66,19 @@ def agreement_of_file(path: Path, *, draws: int, confidence: float, seed: int) -
             " answers the same item_id"
         )
     return AgreementTable(methods, draws, confidence, seed)
+
+
+def refuse_outside_a_project() -> None:
+    """Refuse to save where there is no project whose report could show it.
+
+    Raises:
+        ParamsError: There is no params.yaml.
+    """
+    if not paths.PARAMS.is_file():
+        raise ParamsError(
+            f"--save writes into a project, and there is no {paths.PARAMS} here; go into its folder, name it with -C,"
+            " or leave --save out"
+        )
 
 
 def print_table(found: AgreementTable, console: Console | None = None) -> None:
@@ -169,6 +183,11 @@ def as_json(found: AgreementTable) -> dict[str, Any]:
             for each in found.methods
         ],
     }
+
+
+def save(found: AgreementTable) -> None:
+    """Write the figures to reports/agreement/metrics.json, where the report finds them."""
+    write_json(paths.metrics_file("agreement"), {"agreement": as_json(found)})
 
 
 def write_csv(found: AgreementTable, path: Path) -> None:

@@ -558,6 +558,7 @@ def compare_command(
         "dpo-cli agreement votes.csv",
         "dpo-cli agreement votes.parquet --draws 10000 --confidence 0.9",
         "dpo-cli agreement votes.csv --csv table.csv --json",
+        "dpo-cli agreement votes.csv --save",
     ),
 )
 def agreement_command(
@@ -578,25 +579,82 @@ def agreement_command(
     csv_file: Annotated[
         Path | None, typer.Option("--csv", metavar="FILE", help="Write the figures to a CSV file, too.")
     ] = None,
+    save: Annotated[
+        bool, typer.Option("--save", help="Write them to reports/agreement of this project, too, for its report.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object, no tables.")] = False,
 ) -> None:
     """Say how far judges and people agree, as in the paper's Table 2: win rates, agreement, kappa or alpha.
 
     A rater is `kind` or `kind:name`, such as `gpt-4-s` and `human:anna`; raters of a kind make one row. `a_is` names
-    the model whose answer was shown as A. A tie is half a win, and agrees by half with a win or a loss.
+    the model whose answer was shown as A. A tie is half a win, and agrees by half with a win or a loss. Without
+    --csv and --save nothing is written.
     """
     with _errors_as_exit_codes(as_json=as_json):
         if not 0.5 < confidence < 1:
             raise ParamsError(f"--confidence must be > 0.5 and < 1, got {confidence:g}")
         from dpo_cli.cli import agreement  # here, so that --help does not wait for it
 
+        if save:
+            agreement.refuse_outside_a_project()
         found = agreement.agreement_of_file(votes, draws=draws, confidence=confidence, seed=seed)
         if csv_file is not None:
             agreement.write_csv(found, csv_file)
+        if save:
+            agreement.save(found)
         if as_json:
             typer.echo(json.dumps(agreement.as_json(found), ensure_ascii=False))
         else:
             agreement.print_table(found)
+
+
+@app.command(
+    "capability",
+    rich_help_panel="Measurements",
+    epilog=_examples(
+        "dpo-cli capability tasks",
+        "dpo-cli capability tasks --tasks arithmetic,reading --limit 200",
+        "dpo-cli capability tasks --json",
+    ),
+)
+def capability_command(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER",
+            help="YAML files of lm-evaluation-harness; paths of their data files are relative to this folder.",
+        ),
+    ],
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", metavar="NAME,...", help="Tasks, groups or tags of the folder; left out: all tasks."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", min=1, help="The first N items of each task; left out: all.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object, no tables.")] = False,
+) -> None:
+    """Say what tuning cost on other tasks: base, SFT and DPO answer the same items, compared item by item.
+
+    The tasks are local files of lm-evaluation-harness (`pip install 'dpo-cli[lm-eval]'`); nothing is downloaded. A
+    task's figure is the first of its metrics that is a mean over items. A task may name Python functions of its folder,
+    which are run. Reads the models of this project, evaluate and runtime in params.yaml. Writes reports/capability.
+    """
+    with _errors_as_exit_codes(as_json=as_json):
+        # here, so that --help does not wait for them
+        from dpo_cli.cli.capability import as_json as figures_of
+        from dpo_cli.cli.capability import measure_capability, print_table
+        from dpo_cli.core.params import load_params
+
+        names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else []
+        if tasks is not None and not names:
+            raise ParamsError(f"--tasks must name a task, got {tasks!r}")
+        params = load_params(paths.PARAMS, [])
+        found = measure_capability(folder, names, limit, params, ConsoleReporter(show_tables=not as_json))
+        if as_json:
+            typer.echo(json.dumps(figures_of(found), ensure_ascii=False))
+        else:
+            print_table(found)
 
 
 @app.command(

@@ -155,8 +155,7 @@ class AdapterCast:
     @contextmanager
     def _use_base(self) -> Iterator[Voice]:
         pair, scorer = self._load()
-        with pair.model.disable_adapter():  # type: ignore[operator]
-            yield Voice(pair.model.eval(), scorer)
+        yield Voice(pair.use_frozen(), scorer)
 
     @contextmanager
     def _use_scaled(self, scale: float) -> Iterator[Voice]:

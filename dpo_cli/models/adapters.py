@@ -182,9 +182,14 @@ class ModelPair:
     def use_reference(self) -> Any:
         """The model as the reference."""
         if self.reference_adapter is None:
-            self.model.disable_adapter_layers()  # type: ignore[operator]
-        else:
-            self.model.set_adapter(self.reference_adapter)
+            return self.use_frozen()
+        self.model.enable_adapter_layers()  # type: ignore[operator]
+        self.model.set_adapter(self.reference_adapter)
+        return self.model.eval()
+
+    def use_frozen(self) -> Any:
+        """The frozen weights without any adapter: the base, or what SFT made of all of it."""
+        self.model.disable_adapter_layers()  # type: ignore[operator]
         return self.model.eval()
 
 

@@ -20,6 +20,7 @@ COMMANDS = [
     "data stats",
     "compare",
     "agreement",
+    "capability",
     "score",
     "init",
     "report",
@@ -93,6 +94,16 @@ def test_report_loads_no_model_library() -> None:
     code = (
         "import sys, dpo_cli.cli.report\n"
         "heavy = {'torch', 'transformers', 'peft', 'polars', 'pydantic', 'dvc'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_capability_loads_neither_the_harness_nor_a_model_library() -> None:
+    code = (
+        "import sys, dpo_cli.cli.capability\n"
+        "heavy = {'torch', 'transformers', 'peft', 'lm_eval', 'datasets', 'dvc'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -65,6 +65,24 @@ def test_json_and_csv_have_the_same_figures(votes: Path, tmp_path: Path) -> None
     assert [each["value"] for each in lines if each["method"] == "SFT" and each["figure"] == "cohen_kappa"] == [""]
 
 
+def test_saving_writes_what_json_prints_and_nothing_is_written_unasked(votes: Path, project: Path) -> None:
+    (project / "params.yaml").touch()
+    printed = json.loads(CliRunner().invoke(app, ["agreement", str(votes), "--json"]).stdout)
+    assert [path.name for path in project.rglob("*")] == ["params.yaml"]
+    result = CliRunner().invoke(app, ["agreement", str(votes), "--save"])
+    assert result.exit_code == 0, result.output
+    assert "win %, S" in result.stdout
+    saved = json.loads((project / "reports/agreement/metrics.json").read_text(encoding="utf-8"))
+    assert saved == {"agreement": printed}
+
+
+def test_saving_outside_a_project_is_refused(votes: Path, project: Path) -> None:
+    result = CliRunner().invoke(app, ["agreement", str(votes), "--save"])
+    assert result.exit_code == 3
+    assert "--save writes into a project, and there is no params.yaml here" in result.stderr
+    assert not list(project.iterdir())
+
+
 def test_raters_without_shared_items(tmp_path: Path) -> None:
     votes = write(tmp_path, ["1,p,DPO,SFT,a,A,DPO", "2,q,DPO,SFT,b,A,DPO"])
     result = CliRunner().invoke(app, ["agreement", str(votes)])

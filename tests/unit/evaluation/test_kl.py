@@ -60,6 +60,28 @@ def test_the_exact_estimate_varies_less(both: list[tuple[float, float, SequenceK
     assert variance([kl.exact for _, _, kl in both]) < 0.5 * variance([kl.k1 for _, _, kl in both])
 
 
+def test_the_headline_is_within_its_error_of_the_truth_and_the_steadiest_estimate(
+    both: list[tuple[float, float, SequenceKl]],
+) -> None:
+    """From 400 samples of the policy; k3 = r - 1 - log r with r = ref / pi (Schulman 2020), by token and by answer."""
+    policy, reference = (torch.tensor([row[column] for row in both], dtype=torch.float64) for column in (0, 1))
+    truth = float((policy.exp() * (policy - reference)).sum())
+    estimates = torch.stack(
+        [
+            torch.tensor([row[2].exact for row in both], dtype=torch.float64),
+            policy - reference,
+            torch.tensor([row[2].k3 for row in both], dtype=torch.float64),
+            (reference - policy).exp() - 1 + policy - reference,
+        ]
+    )
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        drawn = estimates[:, torch.multinomial(policy.exp(), 400, replacement=True, generator=generator)]
+        exact, *others = drawn.std(1).tolist()
+        assert abs(drawn[0].mean() - truth) < 3 * exact / math.sqrt(400)
+        assert exact < min(others)
+
+
 def test_samples_of_the_policy_agree_and_samples_of_another_model_do_not(
     both: list[tuple[float, float, SequenceKl]],
 ) -> None:

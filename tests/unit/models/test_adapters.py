@@ -220,7 +220,7 @@ def test_whole_weights_of_sft_take_the_place_of_the_base(
 
 
 @pytest.mark.parametrize("result", [NONE, QLORA])
-def test_a_pair_is_policy_or_reference_as_asked(
+def test_a_pair_is_policy_reference_or_frozen_weights_as_asked(
     sft: Path,
     tiny_folder: Path,
     cpu: Any,
@@ -231,9 +231,11 @@ def test_a_pair_is_policy_or_reference_as_asked(
     trained = tuned(7)
     save_adapter(trained, paths.DPO_MODEL, "mine")
     reference = logps(load_reference(tiny_folder, result, cpu, "none"))
+    frozen = logps(load_reference(tiny_folder, NONE, cpu, "none"))
     pair = load_pair(tiny_folder, result, cpu, "none")
     for _ in range(2):
         assert (logps(pair.use_policy()) - logps(trained)).abs().max() <= 1e-5
+        assert (logps(pair.use_frozen()) - frozen).abs().max() <= 1e-5
         assert (logps(pair.use_reference()) - reference).abs().max() <= 1e-5
     assert not pair.use_policy().training
     assert (logps(trained) - reference).abs().max() > 0.1

@@ -1,0 +1,109 @@
+"""A judge behind a real OpenAI-compatible server: `transformers serve` in a process of its own, over loopback."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_cli.core.errors import MachineError
+from dpo_cli.evaluation.judges.base import Question
+from dpo_cli.evaluation.judges.openai import OpenAiJudge
+from dpo_cli.evaluation.judges.prompts import Template
+from dpo_cli.evaluation.judges.server import Server
+
+TEMPLATE = Template("short", "<{prompt}|{a}|{b}> A or B?")
+QUESTIONS = [Question(f"prompt {n}", "x" * n, "x" * 5) for n in range(12)]
+_PATIENCE_S = 240.0
+
+
+@pytest.fixture(scope="module")
+def lettered(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, make_llama: Callable[..., Any]) -> Path:
+    """Directory of a tiny random llama that says A or B and nothing else: no other token's logit is above 0."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("lettered")
+    model = make_llama(len(tokenizer), tie_word_embeddings=False)
+    a, b = (tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "AB")
+    with torch.no_grad():
+        weight = model.lm_head.weight
+        direction = weight[a].clone()
+        weight.zero_()
+        weight[a], weight[b] = direction, -direction
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[[Path], str]]:
+    """``serve(folder)``: the address of a server that has this model, when it answers."""
+    started: list[subprocess.Popen[bytes]] = []
+    log = tmp_path / "log"
+
+    def start(folder: Path) -> str:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        (tmp_path / "hub").mkdir()
+        options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+        command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), *options]
+        with log.open("wb") as output:
+            server = subprocess.Popen(
+                command, stdout=output, stderr=output, cwd=tmp_path, env=os.environ | {"HF_HOME": str(tmp_path)}
+            )
+        started.append(server)
+        url = f"http://127.0.0.1:{port}"
+        end = time.monotonic() + _PATIENCE_S
+        while time.monotonic() < end and server.poll() is None:
+            try:
+                with urllib.request.urlopen(f"{url}/health", timeout=5):
+                    return url
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.1)
+        raise AssertionError(f"no server: {log.read_text(errors='replace')[-2000:]}")
+
+    yield start
+    for server in started:
+        server.terminate()
+        try:
+            server.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def test_a_server_with_neither_constraints_nor_log_probabilities_is_read_by_its_letter(
+    serve: Callable[[Path], str],
+    lettered: Path,
+    project: Path,
+    cpu: Any,
+    reporter: Any,
+) -> None:
+    """It refuses the fields that constrain an answer, and takes those that ask for log-probabilities in silence."""
+    from dpo_cli.core.params import RuntimeParams
+    from dpo_cli.evaluation.judges.hf import HfJudge
+
+    server = Server(serve(lettered))
+    with pytest.raises(MachineError, match="the judge's model must be named"):
+        OpenAiJudge.connect(server, None, TEMPLATE, reporter)
+    served = OpenAiJudge.connect(server, str(lettered), TEMPLATE, reporter)
+    assert (served.constraint, served.top_logprobs) == ("none", 0)
+    assert reporter.said[-1].endswith("answers not constrained, read by its letter")
+    local = HfJudge.load(lettered, TEMPLATE, cpu, "none", "auto", RuntimeParams(), reporter, "evaluate")
+    ours, theirs = dict(local.judge(QUESTIONS)), dict(served.judge(QUESTIONS))
+    assert {each.verdict for each in ours.values()} == {"A", "B"}
+    assert all(abs(each.p_a - 0.5) > 1e-3 for each in ours.values()), "rounding decides no verdict"
+    for index, judgment in theirs.items():
+        assert judgment.verdict == ours[index].verdict
+        assert judgment.p_a == (judgment.verdict == "A")
+    assert len(theirs) == len(QUESTIONS)
