@@ -19,7 +19,7 @@ from dpo_cli.core.artifacts import write_json, write_text
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.evaluation.agreement import Coefficient, MethodAgreement, summarise_votes
 from dpo_cli.evaluation.bootstrap import Estimate
-from dpo_cli.evaluation.votes import read_votes
+from dpo_cli.evaluation.votes import Vote, read_votes
 
 _NAMES = {"cohen_kappa": "Cohen's kappa", "fleiss_kappa": "Fleiss' kappa", "krippendorff_alpha": "Krippendorff's alpha"}
 _NONE = "-"
@@ -53,17 +53,27 @@ class AgreementTable:
         return sorted(found, key=lambda pair: pair[0] == pair[1])
 
 
-def agreement_of_file(path: Path, *, draws: int, confidence: float, seed: int) -> AgreementTable:
-    """Read a votes file and compute all figures.
+def agreement_of_files(files: Sequence[Path], *, draws: int, confidence: float, seed: int) -> AgreementTable:
+    """Read votes files and compute all figures over all of them.
 
     Raises:
-        DataError: It is no votes file, or no item has votes of two raters.
+        DataError: One is no votes file, a rater voted on an item in two of them, or no item has votes of two raters.
     """
-    methods = summarise_votes(read_votes(path), draws=draws, confidence=confidence, seed=seed)
+    votes: list[Vote] = []
+    places: dict[tuple[str, str], Path] = {}
+    for path in files:
+        for vote in read_votes(path):
+            before = places.setdefault((vote.item, vote.rater), path)
+            if before != path:
+                raise DataError(
+                    f"{path}: {vote.rater} voted on item {vote.item} in {before}, too; leave out one of the votes"
+                )
+            votes.append(vote)
+    methods = summarise_votes(votes, draws=draws, confidence=confidence, seed=seed)
     if not any(each.pairs for each in methods):
         raise DataError(
-            f"{path}: no item has votes of two raters, so there is no agreement; give all votes on the same two"
-            " answers the same item_id"
+            f"{', '.join(map(str, files))}: no item has votes of two raters, so there is no agreement; give all votes"
+            " on the same two answers the same item_id"
         )
     return AgreementTable(methods, draws, confidence, seed)
 

@@ -558,14 +558,14 @@ def compare_command(
         "dpo-cli agreement votes.csv",
         "dpo-cli agreement votes.parquet --draws 10000 --confidence 0.9",
         "dpo-cli agreement votes.csv --csv table.csv --json",
-        "dpo-cli agreement votes.csv --save",
+        "dpo-cli agreement anna.csv ben.csv reports/evaluate/votes.csv --save",
     ),
 )
 def agreement_command(
     votes: Annotated[
-        Path,
+        list[Path],
         typer.Argument(
-            metavar="VOTES",
+            metavar="VOTES...",
             help="CSV or parquet, a vote a row: item_id, prompt_id, method, baseline, rater, vote (A, B or tie), a_is.",
         ),
     ],
@@ -597,7 +597,7 @@ def agreement_command(
 
         if save:
             agreement.refuse_outside_a_project()
-        found = agreement.agreement_of_file(votes, draws=draws, confidence=confidence, seed=seed)
+        found = agreement.agreement_of_files(votes, draws=draws, confidence=confidence, seed=seed)
         if csv_file is not None:
             agreement.write_csv(found, csv_file)
         if save:

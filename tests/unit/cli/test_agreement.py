@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
+from dpo_cli.core.errors import DataError
 from dpo_cli.evaluation.votes import COLUMNS
 
 ROWS = [
@@ -96,3 +97,24 @@ def test_a_confidence_out_of_range(votes: Path, value: str) -> None:
     result = CliRunner().invoke(app, ["agreement", str(votes), "--confidence", value])
     assert result.exit_code == 3
     assert "--confidence must be > 0.5 and < 1" in result.stderr
+
+
+def test_several_files_are_one(tmp_path: Path) -> None:
+    """A sheet a rater and the judge's own votes; a vote that is there twice is refused."""
+    header = "item_id,prompt_id,method,baseline,rater,vote,a_is"
+    files = {}
+    for name, rater, vote in (("anna", "human:anna", "A"), ("judge", "hf:judge", "B")):
+        files[name] = tmp_path / f"{name}.csv"
+        rows = [f"i{number},p{number},dpo,sft,{rater},{vote if number % 2 else 'A'},dpo" for number in range(8)]
+        files[name].write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
+    found = CliRunner().invoke(app, ["agreement", str(files["anna"]), str(files["judge"]), "--json"])
+    assert found.exit_code == 0, found.output
+    [method] = json.loads(found.stdout)["methods"]
+    assert {kind: rate["value"] for kind, rate in method["win_rates"].items()} == {"human": 1.0, "hf": 0.5}
+    alone = CliRunner().invoke(app, ["agreement", str(files["anna"])])
+    assert alone.exit_code == DataError.exit_code
+    copy = tmp_path / "again.csv"
+    copy.write_bytes(files["anna"].read_bytes())
+    twice = CliRunner().invoke(app, ["agreement", *map(str, (files["anna"], copy, files["judge"]))])
+    assert twice.exit_code == DataError.exit_code
+    assert "again.csv: human:anna voted on item i0 in" in twice.output
