@@ -68,7 +68,7 @@ def _win_rate(metrics: Mapping[str, Any]) -> Finding:
     elif ceiling is not None:
         meaning += f"; at most {percent(ceiling)}, since SFT is right on {percent(2 * (1 - ceiling))} already"
     if detectable is not None:
-        meaning += f"; so many prompts find a true {percent(detectable)} of those decided four times in five"
+        meaning += f"; a true {percent(detectable)} of the decided ones would be found four times in five"
     value = f"{percent(metrics['win_rate'])} {percent_interval(metrics['win_rate_ci'])}"
     return Finding("win rate over SFT", value, _around_half(metrics["win_rate_ci"]), meaning)
 

@@ -115,21 +115,22 @@ def score_into_store(
         reporter: Hears of progress.
 
     Raises:
-        Interrupted: The user asked to stop; what was computed is stored.
+        Interrupted: The user asked to stop; what was computed is stored, as it is after any error.
         MachineError: A single group does not fit into memory.
     """
     pending: list[dict[str, Any]] = []
     saved_at = time.monotonic()
     total = sum(len(group.completions) for group in groups)
     with graceful_stop() as stop, reporter.meter(f"{command}: {what}", total, "answers") as meter:
-        for rows in score_groups(scorer, groups, budget):
-            pending += rows
-            meter.advance(len(rows))
-            due = time.monotonic() - saved_at >= checkpoint_minutes * 60
-            if stop.requested or due:
-                store.add(pending)
-                pending.clear()
-                saved_at = time.monotonic()
-            if stop.requested:
-                raise Interrupted(f"{command}: stopped; what was scored is kept, run it again to go on")
-    store.add(pending)
+        try:
+            for rows in score_groups(scorer, groups, budget):
+                pending += rows
+                meter.advance(len(rows))
+                if time.monotonic() - saved_at >= checkpoint_minutes * 60:
+                    store.add(pending)
+                    pending.clear()
+                    saved_at = time.monotonic()
+                if stop.requested:
+                    raise Interrupted(f"{command}: stopped; what was scored is kept, run it again to go on")
+        finally:
+            store.add(pending)

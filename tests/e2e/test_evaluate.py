@@ -26,7 +26,7 @@ NUM_PROMPTS = 12
 KNOBS: dict[str, Any] = {"judge": "world", "num_prompts": NUM_PROMPTS, "temperature": 0.7, "max_new_tokens": 10}
 
 
-def make_params(tiny_folder: Path, **evaluate: Any) -> Params:
+def make_params(tiny_folder: Path, runtime: dict[str, Any] | None = None, **evaluate: Any) -> Params:
     training = {"learning_rate": 1e-3, "batch_size": 8, "max_steps": 6}
     sections: dict[str, dict[str, Any]] = {
         "data": {"eval_fraction": 0.2},
@@ -36,7 +36,7 @@ def make_params(tiny_folder: Path, **evaluate: Any) -> Params:
         "train": training,
         "reward": {**training, "loss": "bradley_terry"},
         "evaluate": {**KNOBS, **evaluate},
-        "runtime": {"model_path": str(tiny_folder), "device": "cpu"},
+        "runtime": {"model_path": str(tiny_folder), "device": "cpu", **(runtime or {})},
     }
     return parse_params(sections)
 
@@ -49,7 +49,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, make_repo
     raw.mkdir(parents=True)
     for name, rows in (
         ("instructions", world.instruction_rows(0, 120)),
-        ("preferences", world.preference_rows(0, 160)),
+        ("preferences", world.preference_rows(0, 380)),
     ):
         (raw / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
     stages = ("base", "convert_sft", "convert_preferences", "sft", "precompute_ref", "train", "reward")
@@ -360,6 +360,57 @@ def test_more_prompts_and_another_temperature_compute_only_what_is_new(evaluate:
     work = work_of(evaluate.reporter)  # type: ignore[attr-defined]
     assert work["evaluate: sft answers at T = 0.5"] == NUM_PROMPTS
     assert "evaluate: KL along the answers" not in work, "it is of T = 1 whatever the headline's is"
+
+
+# --- what no batch moves ------------------------------------------------------------------
+
+
+def test_figures_depend_neither_on_the_batch_nor_on_the_order_of_rows(
+    evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With weights in float64 what a batch rounds lies far below what is kept, so that any other dependence shows."""
+    import random
+
+    from dpo_cli.evaluation import speakers
+    from dpo_cli.models.adapters import ModelPair, load_pair
+    from dpo_cli.reference.graph import Graph
+
+    def in_float64(*arguments: Any) -> ModelPair:
+        pair = load_pair(*arguments)
+        pair.model.double()
+        return pair
+
+    sizes: list[int] = []
+
+    def counted(scorer: Any, groups: Any, max_tokens: int) -> list[list[int]]:
+        batches = split(scorer, groups, max_tokens)
+        sizes.append(max(map(len, batches)))
+        return batches
+
+    split, tokenise = speakers.Scorer.split, Graph.tokenise_pairs
+    monkeypatch.setattr(speakers, "load_pair", in_float64)
+    monkeypatch.setattr(speakers.Scorer, "split", counted)
+    knobs: dict[str, Any] = {"num_prompts": 0, "opponents": ["sft", "chosen"], "judge_pairs": -1, "scales": [0.5]}
+    found = []
+    for max_tokens, batch, seed in ((1, 1, None), (240, 7, None), (16000, 64, None), (240, 7, 0)):
+        if seed is not None:
+
+            def shuffled(graph: Graph, name: str) -> Any:
+                table = tokenise(graph, name)
+                random.Random(0).shuffle(table.groups)
+                return table
+
+            monkeypatch.setattr(Graph, "tokenise_pairs", shuffled)
+        shutil.rmtree(".scratch/evaluate", ignore_errors=True)
+        sizes.clear()
+        metrics = evaluate(runtime={"max_tokens_per_microbatch": max_tokens}, **knobs)
+        assert max(sizes) >= batch if batch > 1 else max(sizes) == 1
+        rows = {name: table(name) for name in ("pairs.csv", "frontier.csv", "reliability.csv", "length.csv")}
+        found.append((without_memory(metrics), rows, samples()))
+    for other in found[1:]:
+        assert_close(other[0], found[0][0], 1e-9)
+        assert other[1] == found[0][1]
+        assert_close(other[2], found[0][2], 1e-9)
 
 
 # --- experiments against each other -----------------------------------------------------------

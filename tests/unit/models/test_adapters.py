@@ -241,6 +241,37 @@ def test_a_pair_is_policy_reference_or_frozen_weights_as_asked(
     assert (logps(trained) - reference).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("has_adapter", [True, False])
+@pytest.mark.usefixtures("project", "sft")
+def test_a_scaled_policy_has_so_much_of_what_training_changed(
+    has_adapter: bool, tiny_folder: Path, cpu: Any, tuned: Callable[..., Any], logps: Callable[[Any], torch.Tensor]
+) -> None:
+    """W_ref + scale (W_policy - W_ref), made by hand on plain weights."""
+    save_adapter(tuned(2), paths.DPO_MODEL, "embedded")
+    pair = load_pair(tiny_folder, QLORA if has_adapter else NONE, cpu, "none")
+    policy, reference = logps(pair.use_policy()), logps(pair.use_reference())
+    for scale, expected in ((1.0, policy), (0.0, reference)):
+        with pair.scaled_policy(scale) as model:
+            torch.testing.assert_close(logps(model), expected, rtol=0, atol=2e-4)
+    merged = {}
+    for name, folder in (("policy", paths.DPO_MODEL), ("reference", paths.SFT_MODEL)):
+        whole = load_model(tiny_folder, cpu, quantization="none")
+        if name == "policy" or has_adapter:
+            from peft import PeftModel
+
+            whole = PeftModel.from_pretrained(whole, str(folder)).merge_and_unload()
+        merged[name] = {key: value.clone() for key, value in whole.state_dict().items()}
+    for scale in (0.3, 1.7):
+        by_hand = load_model(tiny_folder, cpu, quantization="none")
+        by_hand.load_state_dict(
+            {key: value + scale * (merged["policy"][key] - value) for key, value in merged["reference"].items()}
+        )
+        with pair.scaled_policy(scale) as model:
+            torch.testing.assert_close(logps(model), logps(by_hand), rtol=0, atol=2e-4)
+    torch.testing.assert_close(logps(pair.use_policy()), policy, rtol=0, atol=0)
+    torch.testing.assert_close(logps(pair.use_reference()), reference, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", ADAPTER_FILES)
 def test_a_pair_needs_a_trained_policy(
     sft: Path, tiny_folder: Path, cpu: Any, tuned: Callable[..., Any], name: str
