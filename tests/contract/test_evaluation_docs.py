@@ -1,0 +1,258 @@
+"""docs/evaluation.md: every metric and line of the verdict has a row, and what it quotes is what the code says."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_cli.core.evaluate_params import EvaluateParams
+from dpo_cli.evaluation.bootstrap import Sampling
+from dpo_cli.evaluation.calibration import NUM_BINS
+from dpo_cli.evaluation.flags import (
+    LESS_DISTINCT,
+    LESS_ENTROPY,
+    LONGER,
+    MORE_REPETITION,
+    MORE_UNFINISHED,
+    RISING_WITH_LENGTH,
+    judge_quality,
+)
+from dpo_cli.evaluation.generation import Answer
+from dpo_cli.evaluation.held_out import HeldOutPair, summarise_held_out
+from dpo_cli.evaluation.judges.base import Judgment
+from dpo_cli.evaluation.judges.opening import API_KEY, JUDGE_PATH, Candidate
+from dpo_cli.evaluation.judges.prompts import TEMPLATES
+from dpo_cli.evaluation.kl import ALARM_STANDARD_ERRORS, SequenceKl
+from dpo_cli.evaluation.matches import Match
+from dpo_cli.evaluation.metrics import (
+    against_chosen_metrics,
+    answer_metrics,
+    cheaper_step,
+    divergence_metrics,
+    held_out_metrics,
+    judge_metrics,
+    win_metrics,
+)
+from dpo_cli.evaluation.speaker_names import BASE, DPO, SFT
+from dpo_cli.evaluation.steps import _MODELS_KEPT
+from dpo_cli.evaluation.verdict import FORGETS, HARDLY_MOVED, HIGH_KL, WELL_FORMED, WORST_CALIBRATION, headline, verdict
+from dpo_cli.evaluation.win_rate import MAX_INVALID_RATE, Comparison, summarise
+from dpo_cli.objectives.pairwise import sigmoid
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+TEXT = re.sub(r"\s+", " ", PAGE)
+SECTIONS = {part.split("\n", 1)[0]: part for part in re.split(r"^#+ ", PAGE, flags=re.MULTILINE)[1:]}
+SAMPLING = Sampling(draws=100, confidence=0.95, seed=0)
+
+
+def rows_of(*sections: str) -> dict[str, str]:
+    """The rows of the sections' tables by their first cell."""
+    lines = [line for name in sections for line in SECTIONS[name].splitlines() if line.startswith("| ")]
+    return {re.split(r"(?<!\\)\|", line)[1].strip(): line for line in lines}
+
+
+def documented_metrics() -> set[str]:
+    first_cells = rows_of("Held-out pairs", "Divergence and text", "Win rates")
+    # length_ratio stands in the row of the lengths that it is made of
+    return {name for cell in first_cells for name in re.findall(r"`([a-z0-9_]+)`", cell)} | {"length_ratio"}
+
+
+def match(num_wins: int = 3) -> Match:
+    """Four prompts, of which ours wins some, by a judge that is asked."""
+    ours, theirs = (
+        {str(n): Candidate(str(n), "question", text, (1,), (2,) * (n + size)) for n in range(4)}
+        for text, size in (("good", 2), ("bad", 1))
+    )
+    comparisons = {
+        id: Comparison(Judgment.of(float(int(id) < num_wins)), Judgment.of(float(int(id) >= num_wins))) for id in ours
+    }
+    wins = [each.win or 0.0 for each in comparisons.values()]
+    return Match(ours, theirs, comparisons, summarise(list(comparisons.values()), ""), SAMPLING.interval(wins, [*ours]))
+
+
+def all_metrics() -> dict[str, Any]:
+    """Every key that the functions in metrics.py can add, and those that the stage adds itself."""
+    pair = HeldOutPair("a", "a", (-1.0, -2.0), (-1.5, -1.5), (3, 4))
+    pairs = [pair, replace(pair, id="b", group="b", policy=(-2.0, -1.0))]
+    held_out = summarise_held_out(pairs, sigmoid(0.1), 0.1, **SAMPLING.keywords)
+    kls = {"a": SequenceKl(1.0, 1.1, 1.0, 2.0, 2.5, 3), "b": SequenceKl(0.5, 0.4, 0.6, 1.0, 1.5, 2)}
+    answers = {name: {"a": Answer((1, 2, 3), True), "b": Answer((1, 2), False)} for name in (SFT, DPO)}
+    points = [(1.0, 2.0, match()), (0.5, 1.0, match())]
+    by_stage = {
+        **{f"perplexity_{name}": 2.0 for name in (BASE, SFT, DPO)},
+        **{f"{figure}_{name}": 1.0 for figure in ("reward", "well_formed") for name in (SFT, DPO)},
+        "num_generated_prompts": 4,
+        "temperature": 1.0,
+        "reward_length_correlation": 0.0,
+        "judge": "hf",
+        "judge_name": "a model",
+        "win_rate_ceiling": 0.8,
+        "num_leaked_prompts": 0,
+        "peak_mem_gib": 1.0,
+        "learns_log_ratio": True,
+    }
+    return {
+        **held_out_metrics(held_out, SAMPLING),
+        **divergence_metrics(kls, SAMPLING),
+        **answer_metrics(answers),
+        **win_metrics(match(), SAMPLING, reads=True),
+        **against_chosen_metrics(match()),
+        **judge_metrics(match()),
+        **cheaper_step(points, SAMPLING),
+        **by_stage,
+    }
+
+
+ALL = all_metrics()
+COMMITTED = json.loads((ROOT / "reports" / "evaluate" / "metrics.json").read_text(encoding="utf-8"))["evaluate"]
+
+
+def undocumented(metrics: dict[str, Any]) -> list[str]:
+    """Keys without a row; an interval stands in the row of what it is the interval of."""
+    return [key for key in metrics if key.removesuffix("_ci") not in documented_metrics()]
+
+
+def test_every_metric_has_a_row() -> None:
+    assert undocumented(ALL) == []
+    assert undocumented(COMMITTED) == []
+    assert undocumented({"kl": 1.0, "new_ci": [0, 1]}) == ["new_ci"]
+
+
+def test_every_row_is_a_metric() -> None:
+    assert documented_metrics() - {*ALL, *COMMITTED} == set()
+
+
+def test_every_line_of_the_verdict_has_a_row_in_its_order() -> None:
+    rows = rows_of("In one minute")
+    names = [finding.name for finding in verdict(ALL)]
+    assert [name for name in rows if name in names] == names
+
+
+@pytest.mark.parametrize(
+    ("row", "quoted"),
+    [
+        ("held-out loss", ["`learns_log_ratio`"]),
+        ("calibration", [f"above {WORST_CALIBRATION:g}"]),
+        ("KL from the reference", [f"below {HARDLY_MOVED:g}", f"above {HIGH_KL:g} nats"]),
+        ("well-formed answers", [f"at least {WELL_FORMED:.0%}"]),
+        ("perplexity of SFT text", [f"above {FORGETS:g} times"]),
+        ("reward of chosen answers", ["below 0:", f"entropy below {LESS_ENTROPY:g} times"]),
+        ("length of answers", [f"above {LONGER:g} times", f"above {RISING_WITH_LENGTH:g}"]),
+        (
+            "form of answers",
+            [
+                f"fall by more than {MORE_UNFINISHED:g}",
+                f"rises by more than {MORE_REPETITION:g}",
+                f"distinct-2 or entropy is below {LESS_DISTINCT:g} times",
+            ],
+        ),
+    ],
+)
+def test_thresholds_are_those_of_the_code(row: str, quoted: list[str]) -> None:
+    assert LESS_DISTINCT == LESS_ENTROPY  # the page says them in one breath
+    assert [words for words in quoted if words not in rows_of("In one minute")[row]] == []
+
+
+def test_a_judge_is_doubted_below_the_consistency_that_the_page_names() -> None:
+    [limit] = re.findall(r"consistency below ([\d.]+)", rows_of("In one minute")["the judge"])
+    for consistency, status in ((float(limit) - 0.01, "warn"), (float(limit), "plain")):
+        finding = judge_quality({**ALL, "judge_agreement_ci": [0.6, 0.8], "judge_consistency": consistency})
+        assert finding is not None
+        assert finding.status == status
+
+
+def test_a_smaller_scale_is_cheaper_up_to_the_kl_that_the_page_names() -> None:
+    [limit] = re.findall(r"KL is at most ([\d.]+) times", rows_of("In one minute")["over-optimisation"])
+    for kl, is_cheaper in ((float(limit), True), (float(limit) + 0.01, False)):
+        assert bool(cheaper_step([(1.0, 1.0, match()), (0.5, kl, match())], SAMPLING)) is is_cheaper
+
+
+def metrics_with(**changes: Any) -> dict[str, Any]:
+    """Metrics of a good run, changed; None takes a metric away."""
+    good = {
+        "kl": 1.0,
+        "kl_ci": [0.9, 1.1],
+        "win_rate_ci": [0.6, 0.8],
+        "win_rate_lc_ci": [0.6, 0.8],
+        "reward_accuracy_ci": [0.7, 0.9],
+        "loss": 0.5,
+        "loss_ci": [0.4, 0.6],
+        "well_formed_dpo": 1.0,
+    }
+    return {key: value for key, value in {**ALL, **good, **changes}.items() if changes.get(key, 0) is not None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "row", "colour"),
+    [
+        ({"kl": HARDLY_MOVED / 2}, 0, "amber"),
+        ({"win_rate": None, "reward_accuracy_ci": [0.1, 0.4]}, 1, "red"),
+        ({"win_rate": None}, 2, "green"),
+        ({"win_rate": None, "reward_accuracy_ci": [0.4, 0.6]}, 3, "amber"),
+        ({}, 4, "green"),
+        ({"win_rate_ci": [0.2, 0.4]}, 5, "red"),
+        ({"kl_estimates_disagree": True}, 5, "red"),
+        ({"win_rate_ci": [0.4, 0.6]}, 6, "amber"),
+    ],
+)
+def test_headlines_are_those_of_the_code(changes: dict[str, Any], row: int, colour: str) -> None:
+    table = SECTIONS["In one minute"].split("| | headline | |\n|---|---|---|\n")[1].split("\n\n")[0].splitlines()
+    assert len(table) == 7
+    text, status = headline(metrics_with(**changes))
+    assert {"good": "green", "warn": "amber", "bad": "red"}[status] == colour
+    assert table[row].endswith(f"| {text} | {colour} |")
+
+
+def test_other_figures_are_those_of_the_code() -> None:
+    defaults = EvaluateParams()
+    for words in (
+        f"σ(\\|m\\|) over {NUM_BINS} bins",
+        f"more than {ALARM_STANDARD_ERRORS:g} standard errors",
+        f"above {MAX_INVALID_RATE:.0%}",
+        f"the model at hand and {_MODELS_KEPT} others",
+        f"The default ({defaults.num_prompts} prompts, T = {defaults.temperature:g}, no curve)",
+        f"makes {2 * defaults.num_prompts} answers and at most {2 * defaults.num_prompts} judgments",
+        API_KEY,
+        JUDGE_PATH,
+        *(f"`{name}`" for name in TEMPLATES),
+    ):
+        assert words in TEXT
+    assert (defaults.temperatures, defaults.scales, defaults.opponents) == ([], [], ["sft"])
+    assert [kind for kind in ("world", "reward-model", "hf", "openai", "votes") if f"| `{kind}` |" not in PAGE] == []
+
+
+def test_the_table_of_powers_is_what_its_command_prints() -> None:
+    [code] = re.findall(r'^python -c "\n(.*?)^"$', SECTIONS["How many prompts"], flags=re.MULTILINE | re.DOTALL)
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert printed
+    assert printed in SECTIONS["How many prompts"]
+    assert printed.count("\n") == len(re.findall(r"^\| \d", SECTIONS["How many prompts"], flags=re.MULTILINE))
+
+
+def anchors(path: Path) -> set[str]:
+    """What a link may point at, as GitHub makes it of headings."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_point_at_something(name: str) -> None:
+    page = ROOT / name
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), f"{name}: {target}"
+        assert not anchor or anchor in anchors(file), f"{name}: {target}"
