@@ -441,6 +441,7 @@ def _capability() -> dict[str, Any]:
                 "dpo": dpo,
                 "dpo_minus_sft": round(dpo - sft, 3),
                 "dpo_minus_sft_ci": interval,
+                "change": "better" if interval[0] > 0 else "worse" if interval[1] < 0 else "not told apart",
             }
             for name, (metric, num, base, sft, dpo, interval) in tasks.items()
         }

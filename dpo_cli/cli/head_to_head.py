@@ -20,6 +20,7 @@ from dpo_cli.evaluation.findings import percent, percent_interval
 from dpo_cli.evaluation.head_to_head import HeadToHead, answers_by_model, meet
 from dpo_cli.evaluation.judges.opening import Candidate, prepare_judge
 from dpo_cli.evaluation.judges.prompts import transcript
+from dpo_cli.evaluation.metrics import ends
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.reference.graph import open_graph
 
@@ -56,7 +57,7 @@ def judge_experiments(experiments: Sequence[Experiment], overrides: Sequence[str
     every = [candidate(id, text) for answers in models.values() for id, text in answers.items()]
     judge = opener(every)
     sampling = Sampling(knobs.bootstrap_draws, knobs.confidence, knobs.seed)
-    return meet(models, candidate, judge.judge, judge.name, num_all - len(prompts), reporter, sampling)
+    return meet(models, candidate, judge, num_all - len(prompts), reporter, sampling)
 
 
 def print_head_to_head(found: HeadToHead, console: Console | None = None) -> None:
@@ -77,14 +78,15 @@ def print_head_to_head(found: HeadToHead, console: Console | None = None) -> Non
         if found.strengths is not None:
             strength = found.strengths.strengths[first]
             anchor = first == found.models[0]
-            interval = "" if anchor else f"\n[{strength.low:+.2f}, {strength.high:+.2f}]"
+            interval = "" if anchor or ends(strength) is None else f"\n[{strength.low:+.2f}, {strength.high:+.2f}]"
             cells.append("0" if anchor else f"{strength.value:+.2f}{interval}")
         table.add_row(Text(first), *map(Text, cells))
     console.print()
     console.print(table)
     console.print()
     left_out = f", {found.num_left_out} that not all have are left out" if found.num_left_out else ""
-    console.print(Text(f"Judged by {found.judge}, in both orders, on {found.num_prompts} prompts{left_out}."))
+    orders = ", in both orders," if found.reads else ""
+    console.print(Text(f"Judged by {found.judge}{orders} on {found.num_prompts} prompts{left_out}."))
     console.print(
         Text(
             f"Strengths by Bradley-Terry, {found.models[0]} being 0."
@@ -99,15 +101,24 @@ _SAME = Estimate(0.5, 0.5, 0.5)
 
 def head_to_head_json(found: HeadToHead) -> dict[str, Any]:
     """The same as one JSON value."""
-    strengths = found.strengths
+    strengths = None
+    if found.strengths is not None:
+        fitted = found.strengths.strengths.items()
+        strengths = {name: {"value": each.value, "ci": ends(each)} for name, each in fitted}
     return {
         "judge": found.judge,
         "num_prompts": found.num_prompts,
         "num_left_out": found.num_left_out,
         "win_rates": [
-            {"model": ours, "opponent": theirs, **vars(match.win_rate), "tie_rate": match.tie_rate}
+            {
+                "model": ours,
+                "opponent": theirs,
+                "value": match.win_rate.value,
+                "ci": ends(match.win_rate),
+                "tie_rate": match.tie_rate,
+            }
             for (ours, theirs), match in found.matches.items()
         ],
-        "strengths": None if strengths is None else {name: vars(each) for name, each in strengths.strengths.items()},
+        "strengths": strengths,
         **({"why": found.why} if found.why else {}),
     }

@@ -25,6 +25,8 @@ class RowStore:
         self._folder = folder
         self._schema = dict(schema)
         folder.mkdir(parents=True, exist_ok=True)
+        for used in (folder, folder.parent):
+            os.utime(used)  # what was used last is forgotten last
 
     def load(self) -> pl.DataFrame:
         """All rows that are there; a damaged shard is left out and deleted."""

@@ -144,6 +144,7 @@ def _metrics_of_task(result: TaskResult) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "metric": result.metric,
         "higher_is_better": result.higher_is_better,
+        "change": result.differences[DPO, SFT].change,
         "num_items": result.num_items,
         **result.means,
     }

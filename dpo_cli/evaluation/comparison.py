@@ -51,6 +51,8 @@ _PAIR_FIGURES = ("loss", "margin", "chosen_reward", "rejected_reward")
 _SCALED = ("evaluate.loss", "evaluate.margin", "evaluate.chosen_reward", "evaluate.rejected_reward")
 _SCALES = ("train.beta", "train.loss", "train.divergence", "train.divergence_alpha", "train.ld_alpha")
 """What decides which reward a training learns, and so the scale of a margin; entries of a mapping go with it."""
+_SAMPLED = ("evaluate.judge", "evaluate.temperature", "evaluate.max_new_tokens")
+_JUDGES = ("evaluate.hf.", "evaluate.openai.", "evaluate.votes.")
 _ANOTHER_RUN = 1e-6
 
 Scalar = float | int | bool | str | None
@@ -306,6 +308,12 @@ def caveats(experiments: Sequence[Experiment], metrics: Sequence[str]) -> list[s
         )
     baseline = experiments[0]
     if any(source_of(name) == OF_ANSWERS for name in metrics):
+        sampled = [path for path in changed if path in _SAMPLED or path.startswith(_JUDGES)]
+        if sampled:
+            found.append(
+                f"answers were sampled or judged otherwise: {', '.join(sampled)} {_differ(sampled)}, so win rates and"
+                " rewards do not compare"
+            )
         for other in experiments[1:]:
             shared = baseline.answers.keys() & other.answers.keys()
             num_other = sum(baseline.answers[prompt].sft != other.answers[prompt].sft for prompt in shared)

@@ -17,6 +17,8 @@ RISING_WITH_LENGTH = 0.5
 """Correlation of the implicit reward with length above which it counts as a reward for length."""
 LESS_ENTROPY = 0.5
 """Ratio of entropies below which the policy has collapsed."""
+CONSISTENT = 0.7
+"""Share of comparisons with the same winner in both orders below which a judge is doubted."""
 MORE_UNFINISHED = 0.05
 MORE_REPETITION = 0.1
 LESS_DISTINCT = 0.5
@@ -25,7 +27,7 @@ LESS_DISTINCT = 0.5
 def flags(metrics: Mapping[str, Any]) -> list[Finding]:
     """All flags that the metrics can tell, raised or not."""
     found = [displacement(metrics), length_exploitation(metrics)]
-    if "cheaper_scale" in metrics:
+    if metrics.get("num_smaller_steps"):
         found.append(over_optimisation(metrics))
     return [*found, degeneration(metrics)]
 
@@ -84,6 +86,15 @@ def over_optimisation(metrics: Mapping[str, Any]) -> Finding:
     Source: Gao et al. 2023, Scaling laws for reward model overoptimization; Rafailov et al. 2024, Scaling laws for
     reward model overoptimization in direct alignment algorithms.
     """
+    if "cheaper_scale" not in metrics:
+        number = metrics["num_smaller_steps"]
+        steps = "smaller step" if number == 1 else "smaller steps"
+        return Finding(
+            "over-optimisation",
+            "none seen",
+            "plain",
+            f"of {number} {steps} along the same way none is as good at a lower KL (see the frontier)",
+        )
     ci = metrics["cheaper_gain_ci"]
     surely = ci is not None and ci[1] < 0
     return Finding(
@@ -120,7 +131,7 @@ def degeneration(metrics: Mapping[str, Any]) -> Finding:
 def judge_quality(metrics: Mapping[str, Any]) -> Finding | None:
     """Whether the judge is to be believed; None where nothing is known of it."""
     agreement, consistency = metrics.get("judge_agreement"), metrics.get("judge_consistency")
-    if agreement is None and consistency is None:
+    if agreement is None and consistency is None and not metrics.get("judge_invalid_rate"):
         return None
     parts, doubts = [], []
     if agreement is not None:
@@ -130,13 +141,14 @@ def judge_quality(metrics: Mapping[str, Any]) -> Finding | None:
             doubts.append("it does not surely prefer the data's chosen answers")
     if consistency is not None:
         parts.append(f"{percent(consistency)} consistent")
-        if consistency < 0.7:
+        if consistency < CONSISTENT:
             doubts.append("its verdict often turns with the order of the answers")
     if metrics.get("judge_invalid_rate"):
         parts.append(f"{percent(metrics['judge_invalid_rate'])} without a verdict")
     if metrics.get("judge_first_position_rate") is not None:
         parts.append(f"{percent(metrics['judge_first_position_rate'])} for the first")
-    meaning = "; ".join(doubts) if doubts else f"by {metrics['judge_name']}, asked in both orders"
+    orders = ", asked in both orders" if consistency is not None else ""
+    meaning = "; ".join(doubts) if doubts else f"by {metrics['judge_name']}{orders}"
     return Finding("the judge", ", ".join(parts), "warn" if doubts else "plain", meaning)
 
 

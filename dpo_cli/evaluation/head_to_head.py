@@ -10,8 +10,7 @@ from dpo_cli.core.progress import Reporter
 from dpo_cli.data.schema import Messages
 from dpo_cli.evaluation.bootstrap import Estimate, Sampling
 from dpo_cli.evaluation.comparison import Experiment
-from dpo_cli.evaluation.judges.base import Judge
-from dpo_cli.evaluation.judges.opening import Candidate
+from dpo_cli.evaluation.judges.opening import Candidate, OpenedJudge
 from dpo_cli.evaluation.matches import Match, play
 from dpo_cli.evaluation.speaker_names import SFT
 from dpo_cli.evaluation.strengths import Outcome, Strengths, fit_strengths
@@ -23,6 +22,7 @@ class HeadToHead:
 
     Attributes:
         judge: Its name.
+        reads: Whether it reads two texts in an order.
         models: Their names, the baseline first and the SFT model last.
         matches: By two of them, the later one's answers as ours.
         strengths: Bradley-Terry's, the baseline being 0; None where they are infinite.
@@ -32,6 +32,7 @@ class HeadToHead:
     """
 
     judge: str
+    reads: bool
     models: list[str]
     matches: dict[tuple[str, str], Match]
     strengths: Strengths | None
@@ -67,8 +68,7 @@ def answers_by_model(experiments: Sequence[Experiment]) -> tuple[dict[str, dict[
 def meet(
     models: Mapping[str, Mapping[str, str]],
     candidate: Callable[[str, str], Candidate],
-    judge: Judge,
-    judge_name: str,
+    judge: OpenedJudge,
     num_left_out: int,
     reporter: Reporter,
     sampling: Sampling,
@@ -79,7 +79,6 @@ def meet(
         models: Answers by prompt id, by model; the first is the anchor.
         candidate: From prompt id and answer to what is judged.
         judge: Who decides.
-        judge_name: What it is called.
         num_left_out: Prompts that only some of the models have.
         reporter: Hears of progress.
         sampling: How intervals are drawn.
@@ -90,7 +89,7 @@ def meet(
     names = list(models)
     cards = {name: {id: candidate(id, text) for id, text in answers.items()} for name, answers in models.items()}
     pairs = [(second, first) for first, second in combinations(names, 2)]
-    found = play(judge, [(cards[ours], cards[theirs]) for ours, theirs in pairs], reporter, "compare", sampling)
+    found = play(judge.judge, [(cards[ours], cards[theirs]) for ours, theirs in pairs], reporter, "compare", sampling)
     matches = dict(zip(pairs, found, strict=True))
     outcomes = [
         Outcome(id, ours, theirs, win) for (ours, theirs), match in matches.items() for id, win in match.wins.items()
@@ -101,4 +100,4 @@ def meet(
     except ValueError as error:
         why = str(error)
     num_prompts = len(next(iter(models.values())))
-    return HeadToHead(judge_name, names, matches, strengths, why, num_prompts, num_left_out)
+    return HeadToHead(judge.name, judge.reads, names, matches, strengths, why, num_prompts, num_left_out)

@@ -43,11 +43,6 @@ class Match:
         """Share of ties among the verdicts."""
         return self.tally.num_ties / len(self.wins)
 
-    @property
-    def num_decided(self) -> int:
-        """Comparisons with a winner: those that a sign test counts."""
-        return len(self.wins) - self.tally.num_ties
-
 
 def play(
     judge: Judge,

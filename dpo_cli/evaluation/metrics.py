@@ -15,13 +15,15 @@ from dpo_cli.evaluation.held_out import HeldOut
 from dpo_cli.evaluation.kl import SequenceKl, estimates_disagree
 from dpo_cli.evaluation.length_control import control_length
 from dpo_cli.evaluation.matches import Match, paired_difference
-from dpo_cli.evaluation.power import detectable_win_rate
+from dpo_cli.evaluation.power import detectable_of_interval
 from dpo_cli.evaluation.text_quality import distinct, repetition
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
-_AS_GOOD_KL = 0.75
+CHEAPER_KL = 0.75
 """A smaller step counts as cheaper where its KL is at most this share of the model's."""
+AS_GOOD = 0.05
+"""It counts as as good where the model's win rate is surely not higher by more than this."""
 
 
 def ends(estimate: Estimate) -> list[float] | None:
@@ -123,10 +125,10 @@ def win_metrics(match: Match, sampling: Sampling, *, reads: bool) -> dict[str, A
         "num_identical": tally.num_identical,
         "num_judge_invalid": tally.num_invalid,
         "judge_invalid_rate": tally.invalid_rate,
-        "detectable_win_rate": detectable_win_rate(match.num_decided) if match.num_decided else None,
+        "detectable_win_rate": detectable_of_interval(match.win_rate, sampling.confidence),
         "win_rate_lc": None if controlled.controlled is None else controlled.controlled.value,
         "win_rate_lc_ci": None if controlled.controlled is None else ends(controlled.controlled),
-        "length_effect": controlled.length_effect,
+        "length_effect": None if controlled.controlled is None else controlled.length_effect,
         "length_scale": controlled.scale,
         "length_note": controlled.why,
     }
@@ -162,22 +164,24 @@ def cheaper_step(points: Sequence[tuple[float, float, Match]], sampling: Samplin
         sampling: How intervals are drawn.
 
     Returns:
-        The smallest step whose win rate is not surely below the model's and whose KL is at most 3/4 of its: scale,
-        KL, win rate, and the difference of the model's win rate from it with its paired interval. Empty where there
-        is none.
+        How many smaller steps there are and, where one is cheaper and as good, the smallest of these: scale, KL, win
+        rate, and the difference of the model's win rate from it with its paired interval, which holds 0 or lies
+        below it, and nothing above :data:`AS_GOOD`.
     """
     ((_, whole_kl, whole),) = [point for point in points if point[0] == 1]
-    for scale, kl, match in sorted((point for point in points if point[0] < 1), key=lambda point: point[0]):
+    smaller = sorted((point for point in points if point[0] < 1), key=lambda point: point[0])
+    for scale, kl, match in smaller:
         gain = paired_difference(whole, match, sampling)
-        if kl <= _AS_GOOD_KL * whole_kl and gain.low <= 0:
+        if kl <= CHEAPER_KL * whole_kl and gain.low <= 0 and gain.high <= AS_GOOD:
             return {
+                "num_smaller_steps": len(smaller),
                 "cheaper_scale": scale,
                 "cheaper_kl": kl,
                 "cheaper_win_rate": match.win_rate.value,
                 "cheaper_gain": gain.value,
                 "cheaper_gain_ci": ends(gain),
             }
-    return {}
+    return {"num_smaller_steps": len(smaller)}
 
 
 def correlation(first: Sequence[float], second: Sequence[float]) -> float | None:

@@ -7,8 +7,11 @@ that of prompts with a winner. Figures are exact sums of the binomial distributi
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 import numpy as np
+
+from dpo_cli.evaluation.bootstrap import Estimate
 
 
 def win_rate_power(win_rate: float, num_prompts: int, level: float = 0.05) -> float:
@@ -49,6 +52,25 @@ def detectable_win_rate(num_prompts: int, power: float = 0.8, level: float = 0.0
         middle = (low + high) / 2
         low, high = (low, middle) if win_rate_power(middle, num_prompts, level) >= power else (middle, high)
     return high
+
+
+def detectable_of_interval(estimate: Estimate, confidence: float, power: float = 0.8) -> float | None:
+    """The least true win rate above one half whose interval leaves out one half with a given probability.
+
+    0.5 + (z_confidence + z_power) s, with the standard error s = (high - low) / (2 z_confidence) of the interval at
+    hand: a normal approximation, which serves soft verdicts and ties, too.
+
+    Args:
+        estimate: A win rate with its interval.
+        confidence: Coverage of the interval.
+        power: Probability to find it.
+
+    Returns:
+        In [0.5, 1]; None where that is beyond 1, or there is no interval.
+    """
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    found = 0.5 + (z + NormalDist().inv_cdf(power)) * (estimate.high - estimate.low) / (2 * z)
+    return found if found <= 1 else None
 
 
 def _critical_wins(num_prompts: int, level: float) -> int | None:

@@ -43,14 +43,20 @@ class Speaker:
     """A model of the evaluation.
 
     Attributes:
-        name: For messages, and of its random stream: those of one name draw the same uniforms.
+        name: Of its random stream: those of one name draw the same uniforms.
         digest: Of all that its answers and log-probabilities depend on besides the prompt.
         use: Loads it where need be, and switches it on within the block.
+        called: What it is called in messages, if not by its name.
     """
 
     name: str
     digest: str
     use: Callable[[], AbstractContextManager[Voice]]
+    called: str = ""
+
+    def __str__(self) -> str:
+        """What it is called in messages."""
+        return self.called or self.name
 
 
 class Cast(Protocol):
@@ -123,7 +129,8 @@ class AdapterCast:
 
     def scaled(self, scale: float) -> Speaker:
         """The base with so many times what training changed of the reference."""
-        return Speaker(DPO, digest_json([self._digest, scale]), lambda: self._use_scaled(scale))
+        digest = digest_json([self._digest, scale])
+        return Speaker(DPO, digest, lambda: self._use_scaled(scale), f"{DPO} x {scale:g}")
 
     def close(self) -> None:
         """Forget the models."""

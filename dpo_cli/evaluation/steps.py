@@ -121,7 +121,7 @@ class Steps:
         known = {key: Answer(tuple(tokens), finished) for key, tokens, finished in columns}
         missing = [prompt for prompt in prompts if keys[prompt.id] not in known]
         if missing:
-            label = f"{self._command}: {speaker.name} answers at T = {temperature:g}"
+            label = f"{self._command}: {speaker} answers at T = {temperature:g}"
             with (
                 self._keeping(store) as keep,
                 speaker.use() as voice,
@@ -188,7 +188,7 @@ class Steps:
             return [sequence_kl(ours, theirs, group.completions[0]) for group, ours, theirs in rows]
 
         budget = self._budget(scorer.max_distribution_tokens)
-        label = f"{self._command}: KL along the answers"
+        label = f"{self._command}: KL along the answers of {policy}"
         with self._reporter.meter(label, len(groups), "prompts") as meter:
             for batch, found in in_micro_batches(groups, budget, scorer.split, work):
                 meter.advance(len(batch))

@@ -34,6 +34,8 @@ def verdict(metrics: Mapping[str, Any]) -> list[Finding]:
 
 def headline(metrics: Mapping[str, Any]) -> tuple[str, Status]:
     """The verdict in one sentence."""
+    if metrics["kl_estimates_disagree"]:
+        return "Something is wrong with the computation: two estimates of the KL disagree.", "bad"
     statuses = [finding.status for finding in verdict(metrics)]
     broken = "bad" in statuses
     if metrics["kl"] < HARDLY_MOVED and not broken:
@@ -60,7 +62,7 @@ def _around_half(ci: list[float]) -> Status:
 def _win_rate(metrics: Mapping[str, Any]) -> Finding:
     ceiling, detectable = metrics.get("win_rate_ceiling"), metrics["detectable_win_rate"]
     meaning = (
-        f"on {metrics['num_generated_prompts']} unseen prompts at T = {metrics['temperature']:g},"
+        f"on {metrics['num_judged']} unseen prompts at T = {metrics['temperature']:g},"
         f" ties ({percent(metrics['tie_rate'])}) one half"
     )
     if metrics["judge"] == "reward-model":
@@ -68,7 +70,7 @@ def _win_rate(metrics: Mapping[str, Any]) -> Finding:
     elif ceiling is not None:
         meaning += f"; at most {percent(ceiling)}, since SFT is right on {percent(2 * (1 - ceiling))} already"
     if detectable is not None:
-        meaning += f"; a true {percent(detectable)} of the decided ones would be found four times in five"
+        meaning += f"; a true {percent(detectable)} would be told from one half four times in five"
     value = f"{percent(metrics['win_rate'])} {percent_interval(metrics['win_rate_ci'])}"
     return Finding("win rate over SFT", value, _around_half(metrics["win_rate_ci"]), meaning)
 
@@ -78,6 +80,8 @@ def _length_controlled(metrics: Mapping[str, Any]) -> Finding | None:
     if rate is None:
         return Finding(name, "-", "plain", metrics["length_note"])
     meaning = "offline length control, from the trend of wins with the difference in length; not AlpacaEval's"
+    if metrics["length_note"]:
+        meaning = metrics["length_note"]
     if ci is None:
         return Finding(name, percent(rate), "plain", f"{meaning}; without an interval: too many draws have no fit")
     return Finding(name, f"{percent(rate)} {percent_interval(ci)}", "good" if ci[0] > 0.5 else "warn", meaning)
@@ -126,6 +130,8 @@ def _calibration(metrics: Mapping[str, Any]) -> Finding:
         meaning += f"; margins are {'too sure' if temperature > 1 else 'too shy'}, divided by this they fit best"
     elif metrics["calibration_note"]:
         meaning += f"; {metrics['calibration_note']}"
+    if not metrics["learns_log_ratio"]:
+        return Finding("calibration", value, "plain", f"{meaning}; the training loss learned a reward of another form")
     return Finding("calibration", value, "warn" if error > WORST_CALIBRATION else "plain", meaning)
 
 

@@ -279,7 +279,7 @@ class _Work:
         for speaker in (self._cast.base, self._cast.reference, self._cast.policy):
             if speaker is None:
                 continue
-            scored = self._steps.token_logps(speaker, table.groups, f"held-out SFT text under {speaker.name}")
+            scored = self._steps.token_logps(speaker, table.groups, f"held-out SFT text under {speaker}")
             keys = [key for group in table.groups for key in group_keys(group)]
             logps = [logp for key in keys for logp in scored[key]]
             found[f"perplexity_{speaker.name}"] = perplexity(logps, len(logps))
@@ -298,7 +298,7 @@ class _Work:
             TokenGroup(prompt.id, prompt.id, prompt.tokens, (answers[prompt.id].tokens,)) for prompt in self._prompts
         ]
         ours, theirs = (
-            self._steps.token_logps(speaker, groups, f"answers under {speaker.name}")
+            self._steps.token_logps(speaker, groups, f"answers under {speaker}")
             for speaker in (self._cast.policy, self._cast.reference)
         )
         found = {}
@@ -448,12 +448,17 @@ class _Work:
         return points
 
     def _votes(self, judge: OpenedJudge | None, main: Match | None) -> list[tuple[Any, ...]]:
-        """The judge's verdicts as votes, beside which people's can be laid; those of people are votes already."""
+        """The judge's verdicts as votes, beside which people's can be laid; those of people are votes already.
+
+        Identical answers are left out, as they are in a sheet for people.
+        """
         if judge is None or main is None or self._knobs.judge == "votes":
             return []
         rater = f"{self._knobs.judge}:{judge.name}"
         rows = []
         for id, win in main.wins.items():
+            if main.comparisons[id].ours_first is None:
+                continue
             ours, theirs = main.ours[id], main.theirs[id]
             vote = "tie" if win == 0.5 else "A" if win > 0.5 else "B"
             rows.append((item_id(ours.prompt, ours.text, theirs.text), id, DPO, SFT, rater, vote, DPO))

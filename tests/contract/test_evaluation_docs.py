@@ -172,7 +172,8 @@ def test_a_judge_is_doubted_below_the_consistency_that_the_page_names() -> None:
 def test_a_smaller_scale_is_cheaper_up_to_the_kl_that_the_page_names() -> None:
     [limit] = re.findall(r"KL is at most ([\d.]+) times", rows_of("In one minute")["over-optimisation"])
     for kl, is_cheaper in ((float(limit), True), (float(limit) + 0.01, False)):
-        assert bool(cheaper_step([(1.0, 1.0, match()), (0.5, kl, match())], SAMPLING)) is is_cheaper
+        found = cheaper_step([(1.0, 1.0, match()), (0.5, kl, match())], SAMPLING)
+        assert ("cheaper_scale" in found) is is_cheaper
 
 
 def metrics_with(**changes: Any) -> dict[str, Any]:
@@ -193,19 +194,20 @@ def metrics_with(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "row", "colour"),
     [
-        ({"kl": HARDLY_MOVED / 2}, 0, "amber"),
-        ({"win_rate": None, "reward_accuracy_ci": [0.1, 0.4]}, 1, "red"),
-        ({"win_rate": None}, 2, "green"),
-        ({"win_rate": None, "reward_accuracy_ci": [0.4, 0.6]}, 3, "amber"),
-        ({}, 4, "green"),
-        ({"win_rate_ci": [0.2, 0.4]}, 5, "red"),
-        ({"kl_estimates_disagree": True}, 5, "red"),
-        ({"win_rate_ci": [0.4, 0.6]}, 6, "amber"),
+        ({"kl_estimates_disagree": True}, 0, "red"),
+        ({"kl": HARDLY_MOVED / 2}, 1, "amber"),
+        ({"win_rate": None, "reward_accuracy_ci": [0.1, 0.4]}, 2, "red"),
+        ({"win_rate": None}, 3, "green"),
+        ({"win_rate": None, "reward_accuracy_ci": [0.4, 0.6]}, 4, "amber"),
+        ({}, 5, "green"),
+        ({"win_rate_ci": [0.2, 0.4]}, 6, "red"),
+        ({"well_formed_dpo": 0.1}, 6, "red"),
+        ({"win_rate_ci": [0.4, 0.6]}, 7, "amber"),
     ],
 )
 def test_headlines_are_those_of_the_code(changes: dict[str, Any], row: int, colour: str) -> None:
     table = SECTIONS["In one minute"].split("| | headline | |\n|---|---|---|\n")[1].split("\n\n")[0].splitlines()
-    assert len(table) == 7
+    assert len(table) == 8
     text, status = headline(metrics_with(**changes))
     assert {"good": "green", "warn": "amber", "bad": "red"}[status] == colour
     assert table[row].endswith(f"| {text} | {colour} |")

@@ -354,12 +354,12 @@ def test_more_prompts_and_another_temperature_compute_only_what_is_new(evaluate:
     evaluate(num_prompts=NUM_PROMPTS + 3)
     work = work_of(evaluate.reporter)  # type: ignore[attr-defined]
     assert work["evaluate: sft answers at T = 0.7"] == 3
-    assert work["evaluate: KL along the answers"] == 3
+    assert work["evaluate: KL along the answers of dpo"] == 3
     assert "evaluate: scoring held-out pairs" not in work
     evaluate(temperature=0.5)
     work = work_of(evaluate.reporter)  # type: ignore[attr-defined]
     assert work["evaluate: sft answers at T = 0.5"] == NUM_PROMPTS
-    assert "evaluate: KL along the answers" not in work, "it is of T = 1 whatever the headline's is"
+    assert "evaluate: KL along the answers of dpo" not in work, "it is of T = 1 whatever the headline's is"
 
 
 # --- what no batch moves ------------------------------------------------------------------

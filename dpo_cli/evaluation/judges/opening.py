@@ -17,7 +17,7 @@ from dpo_cli.evaluation.judges.cache import CachedJudge
 from dpo_cli.evaluation.judges.exact import WorldJudge
 from dpo_cli.evaluation.judges.hf import HfJudge
 from dpo_cli.evaluation.judges.openai import OpenAiJudge
-from dpo_cli.evaluation.judges.prompts import open_template
+from dpo_cli.evaluation.judges.prompts import TEMPLATES, Template, open_template
 from dpo_cli.evaluation.judges.reward_model import KnownRewards, RewardModel
 from dpo_cli.evaluation.judges.server import Server
 from dpo_cli.evaluation.judges.votes import VotesJudge
@@ -168,7 +168,7 @@ def _prepare_hf(
     if not folder.is_dir():
         raise MachineError(f"the judge's model directory {folder} is missing; check runtime.judge_path or {JUDGE_PATH}")
     check_model_folder(folder)
-    template = open_template(knobs.hf.template, "evaluate.hf.template")
+    template = _template(knobs.hf.template, "evaluate.hf.template")
 
     def open_(_: Sequence[Candidate]) -> OpenedJudge:
         judge = HfJudge.load(
@@ -187,11 +187,21 @@ def _prepare_hf(
     return open_
 
 
+def _template(name: str, source: str) -> Template:
+    if name not in TEMPLATES and paths.RAW not in Path(name).parents:
+        named = ", ".join(TEMPLATES)
+        raise ParamsError(
+            f"{source} must be one of {named}, or a file under {paths.RAW}, where DVC sees a change; got {name}"
+        )
+    return open_template(name, source)
+
+
 def _open_openai(knobs: EvaluateParams, reporter: Reporter, memory: Path) -> OpenedJudge:
     asked = knobs.openai
-    template = open_template(asked.template, "evaluate.openai.template")
-    server = Server(
-        asked.url, allowed_hosts=asked.allowed_hosts, api_key=os.environ.get(API_KEY, ""), timeout_s=asked.timeout_s
-    )
+    template = _template(asked.template, "evaluate.openai.template")
+    key = os.environ.get(API_KEY, "")
+    server = Server(asked.url, allowed_hosts=asked.allowed_hosts, api_key=key, timeout_s=asked.timeout_s)
+    if key and not server.is_private:
+        raise ParamsError(f"{API_KEY} would go to {server.url} in clear text; use https, or unset it")
     judge = OpenAiJudge.connect(server, asked.model, template, reporter, parallel=asked.parallel, extra=asked.extra)
     return OpenedJudge(CachedJudge(judge, memory), str(judge.identity["model"]), reads=True)

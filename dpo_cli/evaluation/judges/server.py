@@ -71,6 +71,12 @@ class Server:
         self._sleep = sleep
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
 
+    @property
+    def is_private(self) -> bool:
+        """Whether what is sent cannot be read on its way: it stays on this machine, or is encrypted."""
+        parts = urlsplit(self.url)
+        return parts.scheme == "https" or is_loopback(parts.hostname or "")
+
     def get(self, path: str) -> Any:
         """The JSON of a path below the URL.
 

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dpo_cli.evaluation.findings import Status
 from dpo_cli.evaluation.report.shades import signed
-from dpo_cli.evaluation.verdict import Status
+
+_STATUS: Mapping[str, Status] = {"better": "good", "worse": "bad", "not told apart": "plain"}
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class TaskRow:
         values: Of the base, SFT and tuned model.
         difference: Tuned less SFT.
         interval: Its interval.
-        status: good or bad where the interval leaves out 0, else plain.
+        status: good or bad where the tuned model is better or worse beyond doubt, else plain.
     """
 
     name: str
@@ -48,5 +50,5 @@ def _row(name: str, task: Mapping[str, Any]) -> TaskRow:
         ["\N{EN DASH}" if task.get(model) is None else f"{task[model]:.3f}" for model in ("base", "sft", "dpo")],
         signed(task["dpo_minus_sft"], 3),
         f"[{signed(low, 3)}, {signed(high, 3)}]" if math.isfinite(high - low) else "",
-        "good" if low > 0 else "bad" if high < 0 else "plain",
+        _STATUS[task["change"]],
     )

@@ -34,7 +34,7 @@ def judge_table(metrics: Mapping[str, Any]) -> RunTable | None:
     if kind == "none":
         return None
     rows = [("judge", _KINDS.get(kind, kind))]
-    if name := metrics.get("judge_name"):
+    if kind in ("hf", "openai") and (name := metrics.get("judge_name")):
         rows.append(("name", name))
     rows += [
         (label, f"{metrics[key]:,}")

@@ -71,7 +71,7 @@ def test_the_figures() -> None:
     result = result_of([0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0])
     figures = metrics_of([result])["tasks"]["sums"]
     assert list(figures) == [
-        "metric", "higher_is_better", "num_items", "base", "sft", "dpo",
+        "metric", "higher_is_better", "change", "num_items", "base", "sft", "dpo",
         "dpo_minus_sft", "dpo_minus_sft_ci", "sft_minus_base", "sft_minus_base_ci",
     ]  # fmt: skip
     assert (figures["num_items"], figures["base"], figures["sft"], figures["dpo"]) == (4, 0.5, 0.75, 0.5)

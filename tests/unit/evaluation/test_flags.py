@@ -35,6 +35,7 @@ METRICS: dict[str, Any] = {
     "distinct_dpo": 0.35,
 }
 CHEAPER = {
+    "num_smaller_steps": 2,
     "cheaper_scale": 0.5,
     "cheaper_kl": 0.6,
     "cheaper_win_rate": 0.61,
@@ -73,6 +74,7 @@ def test_none_is_raised_without_a_reason() -> None:
         ("length of answers", {"reward_length_correlation": None}, "plain", "mean tokens"),
         ("over-optimisation", CHEAPER, "warn", "as good as all of it"),
         ("over-optimisation", {**CHEAPER, "cheaper_gain_ci": [-0.05, -0.01]}, "bad", "better than all of it"),
+        ("over-optimisation", {"num_smaller_steps": 1}, "plain", "of 1 smaller step .* none is as good"),
         ("form of answers", {"finished_dpo": 0.98 - MORE_UNFINISHED}, "warn", "fewer answers end"),
         ("form of answers", {"repetition_dpo": 0.02 + MORE_REPETITION}, "warn", "repeat themselves"),
         ("form of answers", {"distinct_dpo": 0.39 * LESS_DISTINCT}, "warn", "more alike"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from math import comb
 
 import numpy as np
 import pytest
 
-from dpo_cli.evaluation.power import detectable_win_rate, win_rate_power
+from dpo_cli.evaluation.bootstrap import Estimate
+from dpo_cli.evaluation.power import detectable_of_interval, detectable_win_rate, win_rate_power
 
 
 @pytest.mark.parametrize(("num_prompts", "power"), [(256, 0.32), (1000, 0.88)])
@@ -48,3 +50,29 @@ def test_five_prompts_show_nothing() -> None:
     """Even 5 of 5 wins come by chance in 2 of 32 cases."""
     assert win_rate_power(0.99, 5) == 0
     assert detectable_win_rate(5) is None
+
+
+@pytest.mark.parametrize(("num_prompts", "share_of_ties"), [(256, 0.0), (1000, 0.0), (400, 0.4)])
+def test_a_detectable_win_rate_is_found_four_times_in_five(num_prompts: int, share_of_ties: float) -> None:
+    """Wins, ties and losses are drawn at the rate that an interval says it would find; then it mostly does."""
+    rng = np.random.default_rng(0)
+
+    def draw(rate: float) -> np.ndarray:
+        lead = (rate - 0.5) / (1 - share_of_ties)
+        decided = rng.random(num_prompts) < 0.5 + lead
+        return np.where(rng.random(num_prompts) < share_of_ties, 0.5, decided)
+
+    def interval(values: np.ndarray) -> Estimate:
+        error = 1.96 * values.std() / math.sqrt(num_prompts)
+        return Estimate(values.mean(), values.mean() - error, values.mean() + error)
+
+    rate = detectable_of_interval(interval(draw(0.5)), 0.95)
+    assert rate is not None
+    found = np.mean([interval(draw(rate)).low > 0.5 for _ in range(2000)])
+    assert 0.76 < found < 0.86
+
+
+def test_too_wide_an_interval_finds_nothing() -> None:
+    assert detectable_of_interval(Estimate(0.5, 0.0, 1.0), 0.95) is None
+    assert detectable_of_interval(Estimate(0.5, math.nan, math.nan), 0.95) is None
+    assert detectable_of_interval(Estimate(0.5, 0.5, 0.5), 0.95) == 0.5

@@ -193,17 +193,13 @@ def test_all_that_is_optional_may_be_missing() -> None:
         (paths.report_dir("evaluate") / f"{name}.csv").unlink()
     for command in ("agreement", "capability"):
         paths.metrics_file(command).unlink()
-    needed = {name: METRICS["evaluate"][name] for name in (
-        "win_rate", "win_rate_ci", "tie_rate", "reward_accuracy", "reward_accuracy_ci", "loss", "loss_ci",
-        "loss_at_reference", "learns_log_ratio", "chosen_reward", "rejected_reward", "reference_accuracy",
-        "longer_accuracy", "num_ties", "num_pairs", "num_generated_prompts", "temperature", "kl", "kl_k1",
-        "kl_estimates_disagree", "finished_sft", "finished_dpo", "answer_tokens_sft", "answer_tokens_dpo",
-        "num_leaked_prompts", "peak_mem_gib",
-    )}  # fmt: skip
+    optional = ("win_rate_chosen", "perplexity_", "judge_agreement", "judge_consistency", "judge_first", "cheaper_")
+    needed = {name: value for name, value in METRICS["evaluate"].items() if not name.startswith(optional)}
     write_metrics("evaluate", needed)
     page = Elements(render())
     assert page.count("svg") == 8
-    assert not {"judge", "capability"} & set(page.ids)
+    assert "judge" in page.ids
+    assert "capability" not in page.ids
 
 
 @pytest.mark.usefixtures("project", "undrawn")

@@ -23,6 +23,7 @@ METRICS: dict[str, Any] = {
     "num_pairs": 500,
     "num_prompts": 128,
     "num_generated_prompts": 128,
+    "num_judged": 126,
     "temperature": 1.0,
     "loss": 0.3,
     "learns_log_ratio": True,
@@ -102,6 +103,7 @@ def finding(name: str, **changes: Any) -> Finding:
         ("win rate at equal length", {"win_rate_lc_ci": None}, "plain"),
         ("calibration", {}, "plain"),
         ("calibration", {"calibration_error": 0.2}, "warn"),
+        ("calibration", {"calibration_error": 0.2, "learns_log_ratio": False}, "plain"),
         ("perplexity of SFT text", {}, "plain"),
         ("perplexity of SFT text", {"perplexity_dpo": 1.6}, "warn"),
         ("reward of chosen answers", {}, "plain"),
@@ -133,7 +135,7 @@ def test_without_a_judge_there_is_no_win_rate() -> None:
         ({}, "good", "is better than the SFT model"),
         ({"win_rate_ci": [0.45, 0.6]}, "warn", "open"),
         ({"win_rate_ci": [0.3, 0.45]}, "bad", "harm"),
-        ({"kl_estimates_disagree": True}, "bad", "see the red lines"),
+        ({"kl_estimates_disagree": True}, "bad", "wrong with the computation"),
         ({"well_formed_dpo": 0.5}, "bad", "see the red lines"),
         ({"loss": 0.9, "loss_ci": [0.8, 1.0]}, "bad", "see the red lines"),
         ({"chosen_reward": -1.0, "kl": 50.0}, "good", "is better"),
@@ -152,7 +154,7 @@ def test_the_headline_with_a_judge(changes: dict[str, Any], status: str, words: 
         ({}, "good", "no judge compared its answers"),
         ({"reward_accuracy_ci": [0.45, 0.6]}, "warn", "do not show"),
         ({"reward_accuracy_ci": [0.3, 0.45]}, "bad", "harm"),
-        ({"kl_estimates_disagree": True}, "bad", "harm"),
+        ({"kl_estimates_disagree": True}, "bad", "wrong with the computation"),
     ],
 )
 def test_the_headline_without_a_judge(changes: dict[str, Any], status: str, words: str) -> None:
