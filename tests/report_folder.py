@@ -81,6 +81,7 @@ METRICS: dict[str, dict[str, Any]] = {
         "win_rate_ci": [0.75, 0.83],
         "tie_rate": 0.3,
         "num_judged": 490,
+        "num_decided": 343,
         "win_rate_ceiling": 0.865,
         "detectable_win_rate": 0.562,
         "win_rate_chosen": 0.55,

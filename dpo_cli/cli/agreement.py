@@ -19,7 +19,7 @@ from dpo_cli.core.artifacts import write_json, write_text
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.evaluation.agreement import Coefficient, MethodAgreement, summarise_votes
 from dpo_cli.evaluation.bootstrap import Estimate
-from dpo_cli.evaluation.votes import Vote, read_votes
+from dpo_cli.evaluation.votes import read_votes
 
 _NAMES = {"cohen_kappa": "Cohen's kappa", "fleiss_kappa": "Fleiss' kappa", "krippendorff_alpha": "Krippendorff's alpha"}
 _NONE = "-"
@@ -57,19 +57,9 @@ def agreement_of_files(files: Sequence[Path], *, draws: int, confidence: float, 
     """Read votes files and compute all figures over all of them.
 
     Raises:
-        DataError: One is no votes file, a rater voted on an item in two of them, or no item has votes of two raters.
+        DataError: One is no votes file, a rater voted on an item twice, or no item has votes of two raters.
     """
-    votes: list[Vote] = []
-    places: dict[tuple[str, str], Path] = {}
-    for path in files:
-        for vote in read_votes(path):
-            before = places.setdefault((vote.item, vote.rater), path)
-            if before != path:
-                raise DataError(
-                    f"{path}: {vote.rater} voted on item {vote.item} in {before}, too; leave out one of the votes"
-                )
-            votes.append(vote)
-    methods = summarise_votes(votes, draws=draws, confidence=confidence, seed=seed)
+    methods = summarise_votes(read_votes(*files), draws=draws, confidence=confidence, seed=seed)
     if not any(each.pairs for each in methods):
         raise DataError(
             f"{', '.join(map(str, files))}: no item has votes of two raters, so there is no agreement; give all votes"

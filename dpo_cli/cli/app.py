@@ -248,7 +248,9 @@ def _evaluate_model(stage: Stage, model: Path | None, out: Path | None, override
         from dpo_cli.stages.evaluate import evaluate_model
 
         folder = out or paths.EVALUATIONS / model.resolve().name
-        metrics = evaluate_model(params, model, folder, ConsoleReporter(show_tables=not as_json))
+        beta_given = any(override.strip().startswith("train.") for override in overrides)
+        reporter = ConsoleReporter(show_tables=not as_json)
+        metrics = evaluate_model(params, model, folder, reporter, beta_given=beta_given)
     if as_json:
         typer.echo(json.dumps({stage.name: metrics}, ensure_ascii=False))
 
@@ -662,7 +664,7 @@ def capability_command(
     rich_help_panel="Measurements",
     epilog=_examples(
         "dpo-cli rating-sheet data/raw/votes.csv --rater human:anna",
-        "dpo-cli rating-sheet votes-ben.csv --rater human:ben --samples evaluations/another/samples.jsonl",
+        "dpo-cli rating-sheet votes-ben.csv --rater human:ben --model evaluations/another",
     ),
 )
 def rating_sheet_command(
@@ -670,9 +672,9 @@ def rating_sheet_command(
     rater: Annotated[
         str, typer.Option("--rater", metavar="KIND:NAME", help="Who fills it in, such as human:anna.")
     ] = "human",
-    samples: Annotated[
+    model: Annotated[
         Path | None,
-        typer.Option("--samples", metavar="FILE", help="What an evaluation sampled; that of reports/evaluate."),
+        typer.Option("--model", metavar="DIR", help="A folder that `evaluate --model` wrote, not reports/evaluate."),
     ] = None,
 ) -> None:
     """Write the answers of SFT and tuned model as a sheet on which people vote, without naming the models.
@@ -684,8 +686,7 @@ def rating_sheet_command(
     with _errors_as_exit_codes(as_json=False):
         from dpo_cli.cli.rating_sheet import write_rating_sheet  # here, so that --help does not wait for it
 
-        answers = samples or paths.report_dir("evaluate") / "samples.jsonl"
-        num_items, num_identical = write_rating_sheet(answers, sheet, rater)
+        num_items, num_identical = write_rating_sheet(model, sheet, rater)
     same = f"; {num_identical} prompts with identical answers are ties and left out" if num_identical else ""
     typer.echo(f"{sheet}: {num_items} pairs of answers to vote on{same}")
 

@@ -27,7 +27,7 @@ from dpo_cli.evaluation.comparison import (
     Scalar,
     caveats,
     difference,
-    differing,
+    differing_settings,
     main_metrics,
     source_of,
 )
@@ -110,17 +110,9 @@ def compare(names: Sequence[str], baseline: str | None, metrics: Sequence[str], 
         ]
         for name in shown
     }
-    params = _known_to_all(experiments)
+    params = differing_settings(experiments)
     notes += [*caveats(experiments, shown), *_without_intervals(differences), *_prompts(experiments, differences)]
     return Comparison(experiments, params, shown, differences, draws, confidence, notes)
-
-
-def _known_to_all(experiments: Sequence[Experiment]) -> list[str]:
-    """Settings that differ, of sections that are known of every experiment: of a model from elsewhere few are."""
-    sections = [{path.partition(".")[0] for path in experiment.params} for experiment in experiments]
-    known = set.intersection(*sections)
-    found = differing([experiment.params for experiment in experiments])
-    return [path for path in found if path.partition(".")[0] in known]
 
 
 def _too_few(wanted: Sequence[str], named: bool, any_refs: bool) -> str:

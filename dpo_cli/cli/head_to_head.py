@@ -13,16 +13,19 @@ from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.core.params import load_params
 from dpo_cli.core.progress import Reporter
-from dpo_cli.data.schema import assistant
 from dpo_cli.evaluation.bootstrap import Estimate, Sampling
 from dpo_cli.evaluation.comparison import Experiment
 from dpo_cli.evaluation.findings import percent, percent_interval
 from dpo_cli.evaluation.head_to_head import HeadToHead, answers_by_model, meet
 from dpo_cli.evaluation.judges.opening import Candidate, prepare_judge
-from dpo_cli.evaluation.judges.prompts import transcript
 from dpo_cli.evaluation.metrics import ends
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.reference.graph import open_graph
+
+_READ = (
+    "model.", "reference.", "runtime.",
+    *(f"evaluate.{name}" for name in ("judge=", "hf.", "openai.", "bootstrap_draws=", "confidence=", "seed=")),
+)  # fmt: skip
 
 
 def judge_experiments(experiments: Sequence[Experiment], overrides: Sequence[str], reporter: Reporter) -> HeadToHead:
@@ -34,6 +37,9 @@ def judge_experiments(experiments: Sequence[Experiment], overrides: Sequence[str
         DataError: The experiments share no prompt, or the judge has no verdict on too many comparisons.
     """
     quiet_libraries()
+    idle = [override for override in overrides if not override.strip().startswith(_READ)]
+    if idle:
+        raise ParamsError([f"--set {override} has no effect on compare --judge" for override in idle])
     params = load_params(paths.PARAMS, overrides)
     knobs = params.evaluate
     if knobs.judge in ("none", "votes"):
@@ -50,9 +56,7 @@ def judge_experiments(experiments: Sequence[Experiment], overrides: Sequence[str
     assert opener is not None
 
     def candidate(id: str, text: str) -> Candidate:
-        prompt = prompts[id]
-        tokens = tuple(graph.encoder.encode_completion(prompt, [assistant(text)]))
-        return Candidate(id, transcript(prompt), text, tuple(graph.encoder.encode_prompt(prompt)), tokens)
+        return Candidate(id, prompts[id], text, 0)  # lengths are not looked at
 
     every = [candidate(id, text) for answers in models.values() for id, text in answers.items()]
     judge = opener(every)

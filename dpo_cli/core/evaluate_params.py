@@ -85,6 +85,11 @@ class EvaluateParams(Section):
     seed: int = knob(0, "Seeds sampling and bootstrap.", ge=0)
 
 
+def _default(setting: str) -> str:
+    value = EvaluateParams.model_fields[setting].get_default(call_default_factory=True)
+    return f"[{', '.join(value)}]" if isinstance(value, list) else str(value)
+
+
 def idle_evaluate_settings(evaluate: EvaluateParams) -> list[str]:
     """Settings of section evaluate that have no effect, that lack another one, or that say a thing twice."""
     found = []
@@ -96,7 +101,7 @@ def idle_evaluate_settings(evaluate: EvaluateParams) -> list[str]:
             ]
     if evaluate.judge == "none":
         found += [
-            f"evaluate.{setting} has no effect with evaluate.judge none"
+            f"evaluate.{setting} has no effect with evaluate.judge none; set it to {_default(setting)}"
             for setting in differs(evaluate, "opponents", "judge_pairs", "temperatures", "scales")
         ]
     if evaluate.judge == "openai" and not evaluate.openai.url:
@@ -105,7 +110,8 @@ def idle_evaluate_settings(evaluate: EvaluateParams) -> list[str]:
         if not evaluate.votes.file:
             found.append("evaluate.votes.file is missing; dpo-cli rating-sheet makes a file to be filled in")
         found += [
-            f"evaluate.{setting} has no effect with evaluate.judge votes: nobody voted on those answers"
+            f"evaluate.{setting} has no effect with evaluate.judge votes: nobody voted on those answers; set"
+            f" it to {_default(setting)}"
             for setting in differs(evaluate, "opponents", "judge_pairs", "temperatures", "scales")
         ]
     if "sft" not in evaluate.opponents:

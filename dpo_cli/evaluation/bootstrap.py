@@ -66,6 +66,9 @@ def cluster_bootstrap(
         confidence: Coverage of the interval.
         seed: Of the draws. The result does not depend on the order of the rows.
 
+    Returns:
+        An interval without width where there is one cluster, since that says nothing of others, or where all are equal.
+
     Source: Cameron, Gelbach and Miller 2008, the pairs cluster bootstrap.
     """
     columns = np.asarray(values, dtype=np.float64)[:, None]

@@ -220,6 +220,13 @@ def differing(trees: Sequence[Mapping[str, Scalar]]) -> list[str]:
     return [path for path in paths if any(tree.get(path, absent) != trees[0].get(path, absent) for tree in trees)]
 
 
+def differing_settings(experiments: Sequence[Experiment]) -> list[str]:
+    """Settings that differ, of sections that are known of every experiment: of a model from elsewhere few are."""
+    known = set.intersection(*({path.partition(".")[0] for path in each.params} for each in experiments))
+    found = differing([experiment.params for experiment in experiments])
+    return [path for path in found if path.partition(".")[0] in known]
+
+
 def main_metrics(experiments: Sequence[Experiment]) -> list[str]:
     """The main metrics that differ; where none does, those that there are."""
     there = [name for name in MAIN_METRICS if any(name in experiment.metrics for experiment in experiments)]
@@ -298,7 +305,7 @@ def _no_rows(experiment: Experiment, metric: str) -> str:
 def caveats(experiments: Sequence[Experiment], metrics: Sequence[str]) -> list[str]:
     """What keeps figures from meaning the same in all experiments, one sentence each."""
     found = []
-    changed = differing([experiment.params for experiment in experiments])
+    changed = differing_settings(experiments)
     scales = [path for path in _SCALES if any(name == path or name.startswith(f"{path}.") for name in changed)]
     scaled = [name for name in _SCALED if name in metrics]
     if scales and scaled:

@@ -40,9 +40,10 @@ def displacement(metrics: Mapping[str, Any]) -> Finding:
     chosen = metrics["chosen_reward"]
     value = f"{chosen:+.3f} (rejected {metrics['rejected_reward']:+.3f})"
     if chosen >= 0:
-        return Finding("reward of chosen answers", value, "plain", "chosen answers became more likely than before")
+        change = "became more likely than before" if chosen > 0 else "are as likely as before"
+        return Finding("reward of chosen answers", value, "plain", f"chosen answers {change}")
     reasons = []
-    if "win_rate_ci" in metrics and metrics["win_rate_ci"][1] < 0.5:
+    if metrics.get("win_rate_ci") and metrics["win_rate_ci"][1] < 0.5:
         reasons.append("the win rate is below one half")
     if _collapsed(metrics):
         reasons.append("the entropy has collapsed")
@@ -73,7 +74,7 @@ def length_exploitation(metrics: Mapping[str, Any]) -> Finding:
     if longer:
         meaning = "the tuned model talks longer" + (", and its reward rises with length" if rising else "")
         controlled = metrics.get("win_rate_lc_ci")
-        if controlled is not None and controlled[0] <= 0.5 < metrics["win_rate_ci"][0]:
+        if controlled and metrics["win_rate_ci"] and controlled[0] <= 0.5 < metrics["win_rate_ci"][0]:
             status = "bad" if controlled[1] < 0.5 else "warn"
             meaning += "; at equal length its win rate is not above one half"
         meaning += "; see train.ld_alpha and train.loss simpo"

@@ -59,7 +59,7 @@ def answers_by_model(experiments: Sequence[Experiment]) -> tuple[dict[str, dict[
     baselines = {each.name: {id: each.answers[id].sft for id in ids} for each in experiments}
     first = baselines[experiments[0].name]
     if all(found == first for found in baselines.values()):
-        models[SFT] = first
+        models[SFT if SFT not in models else f"{SFT}, the reference"] = first
     else:
         models |= {f"{SFT} of {name}": found for name, found in baselines.items()}
     return models, {id: experiments[0].answers[id].prompt for id in ids}

@@ -39,6 +39,8 @@ def held_out_metrics(held_out: HeldOut, sampling: Sampling) -> dict[str, Any]:
     note = ""
     if temperature == 0:
         note = "no pair is in the wrong order, so no probability is too sure"
+    elif not margins.any():
+        note = "all margins are 0, so no probability is more than one half"
     elif math.isinf(temperature):
         note = "the margins point the wrong way on average, so a coin does better"
     return {
@@ -113,7 +115,7 @@ def win_metrics(match: Match, sampling: Sampling, *, reads: bool) -> dict[str, A
     tally = match.tally
     wins = match.wins
     ids = list(wins)
-    lengths = [len(match.ours[id].tokens) - len(match.theirs[id].tokens) for id in ids]
+    lengths = [match.ours[id].num_tokens - match.theirs[id].num_tokens for id in ids]
     controlled = control_length(
         [wins[id] for id in ids], lengths, [match.ours[id].group for id in ids], **sampling.keywords
     )
@@ -122,6 +124,7 @@ def win_metrics(match: Match, sampling: Sampling, *, reads: bool) -> dict[str, A
         "win_rate_ci": ends(match.win_rate),
         "tie_rate": match.tie_rate,
         "num_judged": len(wins),
+        "num_decided": len(wins) - tally.num_ties,
         "num_identical": tally.num_identical,
         "num_judge_invalid": tally.num_invalid,
         "judge_invalid_rate": tally.invalid_rate,
@@ -172,7 +175,7 @@ def cheaper_step(points: Sequence[tuple[float, float, Match]], sampling: Samplin
     smaller = sorted((point for point in points if point[0] < 1), key=lambda point: point[0])
     for scale, kl, match in smaller:
         gain = paired_difference(whole, match, sampling)
-        if kl <= CHEAPER_KL * whole_kl and gain.low <= 0 and gain.high <= AS_GOOD:
+        if kl <= CHEAPER_KL * whole_kl and gain.low <= 0 and gain.high <= AS_GOOD:  # not where there is no interval
             return {
                 "num_smaller_steps": len(smaller),
                 "cheaper_scale": scale,

@@ -37,7 +37,7 @@ from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
 _ANSWERS = {"key": pl.String, "tokens": pl.List(pl.Int32), "finished": pl.Boolean}
 _DIVERGENCES = {
     "key": pl.String,
-    **dict.fromkeys(("exact", "k1", "k3", "entropy", "reference_entropy"), pl.Float64),
+    **dict.fromkeys(("exact", "k1", "k3", "entropy", "reference_entropy", "variance"), pl.Float64),
     "num_tokens": pl.Int32,
 }
 _MODELS_KEPT = 32

@@ -127,7 +127,7 @@ def temperature_row(temperature: float, opponent: str, match: Match) -> tuple[An
         match.win_rate.high,
         match.tie_rate,
         *(
-            float(np.mean([len(answers[id].tokens) for id in match.comparisons]))
+            float(np.mean([answers[id].num_tokens for id in match.comparisons]))
             for answers in (match.ours, match.theirs)
         ),
     )
@@ -143,7 +143,7 @@ def length_rows(match: Match, sampling: Sampling) -> list[tuple[Any, ...]]:
     """Win rate by how much longer the policy's answer is, tokens (:data:`LENGTH`)."""
     wins = match.wins
     ids = list(wins)
-    differences = np.array([len(match.ours[id].tokens) - len(match.theirs[id].tokens) for id in ids])
+    differences = np.array([match.ours[id].num_tokens - match.theirs[id].num_tokens for id in ids])
     rows: list[tuple[Any, ...]] = []
     for places in quantile_bins(differences):
         inside = [ids[place] for place in places]

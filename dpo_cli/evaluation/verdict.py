@@ -5,6 +5,7 @@ A pure function of metrics.json, shared by the terminal and the report. No torch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ WELL_FORMED = 0.95
 FORGETS = 1.25
 """Ratio of perplexities on instruction data above which the model has forgotten some of it."""
 WORST_CALIBRATION = 0.1
+FEWEST = 6
+"""Prompts below which no rate is told from one half: five that all go one way come by chance in 6 of 100 cases."""
 
 
 def verdict(metrics: Mapping[str, Any]) -> list[Finding]:
@@ -41,21 +44,26 @@ def headline(metrics: Mapping[str, Any]) -> tuple[str, Status]:
     if metrics["kl"] < HARDLY_MOVED and not broken:
         return "The tuned model is all but the SFT model: it hardly moved.", "warn"
     if "win_rate" not in metrics:
-        low, high = metrics["reward_accuracy_ci"]
-        if broken or high < 0.5:
+        accuracy = _around_half(metrics["reward_accuracy_ci"], metrics["num_prompts"])
+        if broken or accuracy == "bad":
             return "Tuning did harm: see the red lines.", "bad"
-        if low > 0.5:
+        if accuracy == "good":
             return "The tuned model learned the preferences; no judge compared its answers.", "good"
         return "The held-out pairs do not show that the preferences were learned.", "warn"
-    low, high = metrics["win_rate_ci"]
-    if low > 0.5 and not broken:
+    wins = _around_half(metrics["win_rate_ci"], metrics["num_decided"])
+    if wins == "good" and not broken:
         return "The tuned model is better than the SFT model.", "good"
-    if high < 0.5 or broken:
+    if broken:
         return "Tuning did harm: see the red lines.", "bad"
+    if metrics["num_decided"] < FEWEST:
+        return "The comparison is open: too few prompts have a winner.", "warn"
     return "The comparison is open: the interval of the win rate holds one half.", "warn"
 
 
-def _around_half(ci: list[float]) -> Status:
+def _around_half(ci: list[float] | None, number: int) -> Status:
+    """Of a rate's interval over so many prompts; too few say nothing, whatever a bootstrap of them says."""
+    if ci is None or number < FEWEST:
+        return "warn"
     return "good" if ci[0] > 0.5 else "bad" if ci[1] < 0.5 else "warn"
 
 
@@ -72,7 +80,7 @@ def _win_rate(metrics: Mapping[str, Any]) -> Finding:
     if detectable is not None:
         meaning += f"; a true {percent(detectable)} would be told from one half four times in five"
     value = f"{percent(metrics['win_rate'])} {percent_interval(metrics['win_rate_ci'])}"
-    return Finding("win rate over SFT", value, _around_half(metrics["win_rate_ci"]), meaning)
+    return Finding("win rate over SFT", value, _around_half(metrics["win_rate_ci"], metrics["num_decided"]), meaning)
 
 
 def _length_controlled(metrics: Mapping[str, Any]) -> Finding | None:
@@ -102,7 +110,7 @@ def _accuracy(metrics: Mapping[str, Any]) -> Finding:
     return Finding(
         "held-out reward accuracy",
         f"{percent(metrics['reward_accuracy'])} {percent_interval(metrics['reward_accuracy_ci'])}",
-        _around_half(metrics["reward_accuracy_ci"]),
+        _around_half(metrics["reward_accuracy_ci"], metrics["num_prompts"]),
         f"of {metrics['num_pairs']} held-out pairs the implicit reward prefers the chosen answer;"
         f" always taking the longer one gives {percent(metrics['longer_accuracy'])}",
     )
@@ -110,11 +118,11 @@ def _accuracy(metrics: Mapping[str, Any]) -> Finding:
 
 def _loss(metrics: Mapping[str, Any]) -> Finding:
     before, after = metrics["loss_at_reference"], metrics["loss"]
-    low, high = metrics["loss_ci"]
+    low, high = metrics["loss_ci"] or (-math.inf, math.inf)
     another = not metrics["learns_log_ratio"]
     return Finding(
         "held-out loss",
-        f"{before:.4f} -> {after:.4f} [{low:.4f}, {high:.4f}]",
+        f"{before:.4f} -> {after:.4f}" + (f" [{low:.4f}, {high:.4f}]" if metrics["loss_ci"] else ""),
         "plain" if another else "good" if after < before else "bad" if low > before else "warn",
         "-log σ(margin) of pairs that were not trained on, before and after"
         + ("; the training loss learned a reward of another form (docs/objectives.md)" if another else ""),

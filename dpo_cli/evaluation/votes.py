@@ -47,61 +47,67 @@ class Vote:
         return self.rater.partition(":")[0]
 
 
-def read_votes(path: Path) -> list[Vote]:
-    """The votes of a file: CSV, TSV, parquet or JSON.
+def read_votes(*paths: Path) -> list[Vote]:
+    """The votes of files: CSV, TSV, parquet or JSON.
 
     Raises:
         DataError: It cannot be read, a column is missing, a value is none of those allowed, a rater voted twice on an
-            item, or an item has two prompts. All problems in one go, each with file, row and remedy.
+            item, or an item has two prompts, be it in one file or in two. All problems in one go, each with file, row
+            and remedy.
     """
-    if not path.exists():
-        raise DataError(f"{path} is missing; name a file with the columns {', '.join(COLUMNS)}")
-    return parse_votes(read_records(path), path.as_posix())
+    for path in paths:
+        if not path.exists():
+            raise DataError(f"{path} is missing; name a file with the columns {', '.join(COLUMNS)}")
+        if paths.count(path) > 1:
+            raise DataError(f"{path} is named twice; its votes would count twice")
+    return parse_votes({path.as_posix(): read_records(path) for path in paths})
 
 
-def parse_votes(records: Iterable[Record], file: str) -> list[Vote]:
+def parse_votes(files: Mapping[str, Iterable[Record]]) -> list[Vote]:
     """Records as votes.
 
     Args:
-        records: Objects with :data:`COLUMNS`; others are passed over.
-        file: Their name, for messages.
+        files: Objects with :data:`COLUMNS` (others are passed over) by the name of their file, for messages.
 
     Raises:
         DataError: See :func:`read_votes`.
     """
+    named = ", ".join(files)
     votes: list[Vote] = []
     problems: list[str] = []
     voted: dict[tuple[str, str, str, str], str] = {}
     prompts: dict[tuple[str, str, str], tuple[str, str]] = {}
-    for record in records:
-        place = f"row {record.row}" if record.line is None else f"line {record.line}"
+    for file, record in ((file, record) for file, records in files.items() for record in records):
         row = record.value
+        here = f"row {record.row}" if record.line is None else f"line {record.line}"
+        place = f"{file}, {here}"
         if not isinstance(row, dict):
-            raise DataError(f"{file}, {place}: not a row of a table; it must have the columns {', '.join(COLUMNS)}")
+            raise DataError(f"{place}: not a row of a table; it must have the columns {', '.join(COLUMNS)}")
         if missing := [name for name in COLUMNS if name not in row]:
             raise DataError(_missing(file, missing, row))
         found = _vote(row)
         if isinstance(found, str):
-            problems.append(f"{file}, {place}: {found}")
+            problems.append(f"{place}: {found}")
             continue
         item = (found.method, found.baseline, found.item)
         if (first := voted.setdefault((*item, found.rater), place)) is not place:
             problems.append(
-                f"{file}, {place}: {found.rater} voted on item {found.item} of {found.method} already, in {first};"
+                f"{place}: {found.rater} voted on item {found.item} of {found.method} already, in"
+                f" {first.removeprefix(f'{file}, ')};"
                 " keep one of the two, or give the raters names of their own, as in human:anna and human:bo"
             )
         prompt, first = prompts.setdefault(item, (found.prompt, place))
         if prompt != found.prompt:
             problems.append(
-                f"{file}, {place}: item {found.item} of {found.method} has prompt {found.prompt}, but {prompt} in"
-                f" {first}; an item is two answers to one prompt: mend prompt_id or item_id"
+                f"{place}: item {found.item} of {found.method} has prompt {found.prompt}, but {prompt} in"
+                f" {first.removeprefix(f'{file}, ')}; an item is two answers to one prompt: mend prompt_id or item_id"
             )
         votes.append(found)
     if problems:
         rest = len(problems) - _NAMED
-        raise DataError([*problems[:_NAMED], *([f"{file}: {rest} more such problems"] if rest > 0 else [])])
+        raise DataError([*problems[:_NAMED], *([f"{named}: {rest} more such problems"] if rest > 0 else [])])
     if not votes:
-        raise DataError(f"{file} has no rows; it must hold a vote a row: {', '.join(COLUMNS)}")
+        raise DataError(f"{named} has no rows; it must hold a vote a row: {', '.join(COLUMNS)}")
     return votes
 
 

@@ -17,7 +17,7 @@ import polars as pl
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import read_json, write_json, write_json_lines, write_text
-from dpo_cli.core.errors import DataError, StaleArtifactError
+from dpo_cli.core.errors import DataError, ParamsError, StaleArtifactError
 from dpo_cli.core.params import EvaluateParams, Params, RuntimeParams, TrainParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
@@ -66,13 +66,17 @@ class Judged:
 
     Attributes:
         folder: An adapter for the project's SFT model, or a whole model.
+        name: Of the policy as a method in a votes file.
         train: The settings of its training: beta, and whether a log-ratio was learned.
         out: Where its files go.
+        is_of_this_data: Whether it is known to have been trained on this project's data.
     """
 
     folder: Path
+    name: str
     train: TrainParams
     out: Path
+    is_of_this_data: bool = True
 
 
 def run(params: Params, reporter: Reporter) -> dict[str, Any]:
@@ -95,36 +99,81 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
             f"{paths.DPO_MODEL}: trained on other data than data/preference is now; {_TRAIN_REMEDY}"
         )
     train = TrainParams.model_validate(provenance["params"]["train"])
-    judged = Judged(paths.DPO_MODEL, train, paths.report_dir("evaluate"))
+    judged = Judged(paths.DPO_MODEL, DPO, train, paths.report_dir("evaluate"))
     metrics = evaluate(params, graph, judged, reporter)
     rows = [(finding.name, f"{finding.value}  ({finding.meaning})") for finding in verdict(metrics)]
     reporter.table(f"evaluate: {headline(metrics)[0]}", rows)
     return metrics
 
 
-def evaluate_model(params: Params, folder: Path, out: Path, reporter: Reporter) -> dict[str, Any]:
+def evaluate_model(
+    params: Params, folder: Path, out: Path, reporter: Reporter, *, beta_given: bool = False
+) -> dict[str, Any]:
     """Judge an adapter or a whole model that need not be this project's, and write its files to a folder.
 
     Its beta is that of its provenance.json, else of section train.
 
+    Args:
+        params: Settings.
+        folder: The model.
+        out: Where its files go.
+        reporter: Hears of progress.
+        beta_given: Whether settings of section train were given on the command line.
+
     Raises:
+        ParamsError: The files would take the place of others, or settings of section train have no effect.
         StaleArtifactError: There is no model in the folder, or an earlier stage's result is missing.
         MachineError: The model cannot be loaded, or is for another one than the project's.
         DataError: See :func:`run`.
         Interrupted: The user asked to stop; what was computed is kept.
     """
     quiet_libraries()
+    if paths.REPORTS.resolve() in (out.resolve(), *out.resolve().parents):
+        raise ParamsError(f"--out {out} is where stages report to; name a folder outside {paths.REPORTS}")
     graph = open_graph(params.model, params.reference, params.runtime)
-    train = params.train
+    cast = open_cast(graph, folder, params.runtime, reporter, "evaluate")
+    known = read_json(out / paths.MODEL_SETTINGS, "") if (out / paths.MODEL_SETTINGS).is_file() else {}
+    if known and known.get("policy") != cast.policy.digest:
+        raise ParamsError(f"{out} holds the evaluation of another model; name another folder: --out")
     settings: dict[str, Any] = {name: getattr(params, name).model_dump() for name in ("model", "reference", "evaluate")}
-    if (folder / "provenance.json").is_file():
-        train = TrainParams.model_validate(read_json(folder / "provenance.json", "")["params"]["train"])
+    settings |= {"name": folder.resolve().name, "policy": cast.policy.digest}
+    train, is_ours = _training_of(folder, params.train, graph, reporter)
+    if is_ours is not None:
+        if beta_given:
+            raise ParamsError(f"--set train.* has no effect on {folder}: its provenance.json says how it was trained")
         settings["train"] = train.model_dump()
-    metrics = evaluate(params, graph, Judged(folder, train, out), reporter)
+    judged = Judged(folder, settings["name"], train, out, is_of_this_data=bool(is_ours))
+    metrics = evaluate(params, graph, judged, reporter)
     write_json(out / paths.MODEL_SETTINGS, settings)
     rows = [(finding.name, f"{finding.value}  ({finding.meaning})") for finding in verdict(metrics)]
     reporter.table(f"{folder}: {headline(metrics)[0]}", [*rows, ("files", out.as_posix())])
     return metrics
+
+
+def _training_of(
+    folder: Path, default: TrainParams, graph: Graph, reporter: Reporter
+) -> tuple[TrainParams, bool | None]:
+    """How a model was trained, and whether on this project's graph and data; None where that is not known."""
+    path = folder / "provenance.json"
+    if not path.is_file():
+        reporter.warn(
+            f"evaluate: {folder} does not say what it was trained on; its held-out figures mean nothing if it has read"
+            " the held-out prompts"
+        )
+        return default, None
+    try:
+        provenance = read_json(path, "")
+        train = TrainParams.model_validate(provenance["params"]["train"])
+        is_ours = provenance["graph"] == graph.identity and provenance["data"] == table_digests(paths.PREFERENCE_DATA)
+    except (StaleArtifactError, ValueError, KeyError, TypeError):
+        reporter.warn(f"evaluate: {path} is not one of this version, and is not read; beta is train.beta's")
+        return default, None
+    if not is_ours:
+        reporter.warn(
+            f"evaluate: {folder} was trained on another graph or other data than the project's: it may have read the"
+            " held-out prompts"
+        )
+    return train, is_ours
 
 
 def evaluate(params: Params, graph: Graph, judged: Judged, reporter: Reporter) -> dict[str, Any]:
@@ -145,10 +194,13 @@ def evaluate(params: Params, graph: Graph, judged: Judged, reporter: Reporter) -
         root = scratch.folder.parent
         steps = Steps(graph, knobs, params.runtime, reporter, "evaluate", root / "models")
         cast = open_cast(graph, judged.folder, params.runtime, reporter, "evaluate")
-        opener = prepare_judge(knobs, graph, (DPO, SFT), params.runtime, reporter, "evaluate", root / "judgments")
+        opener = prepare_judge(
+            knobs, graph, (judged.name, SFT), params.runtime, reporter, "evaluate", root / "judgments"
+        )
         work = _Work(params, graph, judged, table, reporter, steps, cast, opener)
         metrics = work.run(cache)
-        metrics |= {"num_leaked_prompts": num_leaked, "peak_mem_gib": peak_memory_gib(graph.machine)}
+        metrics["num_leaked_prompts"] = num_leaked if judged.is_of_this_data else None
+        metrics["peak_mem_gib"] = peak_memory_gib(graph.machine)
         metrics["learns_log_ratio"] = judged.train.learns_log_ratio
         write_json(judged.out / "metrics.json", {"evaluate": metrics})
     return metrics
@@ -339,22 +391,20 @@ class _Work:
         wanted = [first[prompt.id] for prompt in self._prompts]
         chosen, rejected = (
             {
-                group.group: self._candidate(group.group, group.prompt, texts[group.id][side], group.completions[side])
+                group.group: self._candidate(group.group, texts[group.id][side], group.completions[side])
                 for group in wanted
             }
             for side in (0, 1)
         )
         return chosen, rejected
 
-    def _candidate(self, group: str, prompt: tuple[int, ...], text: str, tokens: tuple[int, ...]) -> Candidate:
-        return Candidate(group, transcript(self._table.prompts[group]), text, prompt, tokens)
+    def _candidate(self, group: str, text: str, tokens: Sequence[int]) -> Candidate:
+        return Candidate(group, self._table.prompts[group], text, len(tokens))
 
     def _candidates(self, answers: Mapping[str, Answer]) -> Answers:
         decode = self._graph.encoder.decode
         return {
-            prompt.id: self._candidate(
-                prompt.id, prompt.tokens, decode(list(answers[prompt.id].tokens)), answers[prompt.id].tokens
-            )
+            prompt.id: self._candidate(prompt.id, decode(list(answers[prompt.id].tokens)), answers[prompt.id].tokens)
             for prompt in self._prompts
         }
 
@@ -391,10 +441,7 @@ class _Work:
         groups = sorted(self._table.groups, key=lambda group: group.id)
         groups = groups if self._knobs.judge_pairs < 0 else groups[: self._knobs.judge_pairs]
         chosen, rejected = (
-            {
-                group.id: self._candidate(group.group, group.prompt, texts[group.id][side], group.completions[side])
-                for group in groups
-            }
+            {group.id: self._candidate(group.group, texts[group.id][side], group.completions[side]) for group in groups}
             for side in (0, 1)
         )
         return chosen, rejected
@@ -454,14 +501,14 @@ class _Work:
         """
         if judge is None or main is None or self._knobs.judge == "votes":
             return []
-        rater = f"{self._knobs.judge}:{judge.name}"
+        method = self._judged.name
         rows = []
         for id, win in main.wins.items():
             if main.comparisons[id].ours_first is None:
                 continue
             ours, theirs = main.ours[id], main.theirs[id]
             vote = "tie" if win == 0.5 else "A" if win > 0.5 else "B"
-            rows.append((item_id(ours.prompt, ours.text, theirs.text), id, DPO, SFT, rater, vote, DPO))
+            rows.append((item_id(ours.prompt, ours.text, theirs.text), id, method, SFT, judge.rater, vote, method))
         return rows
 
     # --- rows -------------------------------------------------------------------------------

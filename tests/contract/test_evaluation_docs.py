@@ -42,7 +42,16 @@ from dpo_cli.evaluation.metrics import (
 )
 from dpo_cli.evaluation.speaker_names import BASE, DPO, SFT
 from dpo_cli.evaluation.steps import _MODELS_KEPT
-from dpo_cli.evaluation.verdict import FORGETS, HARDLY_MOVED, HIGH_KL, WELL_FORMED, WORST_CALIBRATION, headline, verdict
+from dpo_cli.evaluation.verdict import (
+    FEWEST,
+    FORGETS,
+    HARDLY_MOVED,
+    HIGH_KL,
+    WELL_FORMED,
+    WORST_CALIBRATION,
+    headline,
+    verdict,
+)
 from dpo_cli.evaluation.win_rate import MAX_INVALID_RATE, Comparison, summarise
 from dpo_cli.objectives.pairwise import sigmoid
 
@@ -65,10 +74,13 @@ def documented_metrics() -> set[str]:
     return {name for cell in first_cells for name in re.findall(r"`([a-z0-9_]+)`", cell)} | {"length_ratio"}
 
 
+QUESTION = [{"role": "user", "content": "question"}]
+
+
 def match(num_wins: int = 3) -> Match:
     """Four prompts, of which ours wins some, by a judge that is asked."""
     ours, theirs = (
-        {str(n): Candidate(str(n), "question", text, (1,), (2,) * (n + size)) for n in range(4)}
+        {str(n): Candidate(str(n), QUESTION, text, n + size) for n in range(4)}
         for text, size in (("good", 2), ("bad", 1))
     )
     comparisons = {
@@ -83,7 +95,7 @@ def all_metrics() -> dict[str, Any]:
     pair = HeldOutPair("a", "a", (-1.0, -2.0), (-1.5, -1.5), (3, 4))
     pairs = [pair, replace(pair, id="b", group="b", policy=(-2.0, -1.0))]
     held_out = summarise_held_out(pairs, sigmoid(0.1), 0.1, **SAMPLING.keywords)
-    kls = {"a": SequenceKl(1.0, 1.1, 1.0, 2.0, 2.5, 3), "b": SequenceKl(0.5, 0.4, 0.6, 1.0, 1.5, 2)}
+    kls = {"a": SequenceKl(1.0, 1.1, 1.0, 2.0, 2.5, 0.3, 3), "b": SequenceKl(0.5, 0.4, 0.6, 1.0, 1.5, 0.2, 2)}
     answers = {name: {"a": Answer((1, 2, 3), True), "b": Answer((1, 2), False)} for name in (SFT, DPO)}
     points = [(1.0, 2.0, match()), (0.5, 1.0, match())]
     by_stage = {
@@ -187,6 +199,8 @@ def metrics_with(**changes: Any) -> dict[str, Any]:
         "loss": 0.5,
         "loss_ci": [0.4, 0.6],
         "well_formed_dpo": 1.0,
+        "num_decided": 100,
+        "num_prompts": 100,
     }
     return {key: value for key, value in {**ALL, **good, **changes}.items() if changes.get(key, 0) is not None}
 
@@ -202,12 +216,13 @@ def metrics_with(**changes: Any) -> dict[str, Any]:
         ({}, 5, "green"),
         ({"win_rate_ci": [0.2, 0.4]}, 6, "red"),
         ({"well_formed_dpo": 0.1}, 6, "red"),
-        ({"win_rate_ci": [0.4, 0.6]}, 7, "amber"),
+        ({"num_decided": FEWEST - 1}, 7, "amber"),
+        ({"win_rate_ci": [0.4, 0.6]}, 8, "amber"),
     ],
 )
 def test_headlines_are_those_of_the_code(changes: dict[str, Any], row: int, colour: str) -> None:
     table = SECTIONS["In one minute"].split("| | headline | |\n|---|---|---|\n")[1].split("\n\n")[0].splitlines()
-    assert len(table) == 8
+    assert len(table) == 9
     text, status = headline(metrics_with(**changes))
     assert {"good": "green", "warn": "amber", "bad": "red"}[status] == colour
     assert table[row].endswith(f"| {text} | {colour} |")

@@ -181,6 +181,9 @@ def test_the_reward_model_as_judge(evaluate: Evaluate) -> None:
     assert abs(metrics["judge_agreement"] - 0.5) < 0.5
     assert (metrics["judge_agreement"] > 0.5) == (reward["accuracy"] > 0.5)
     assert metrics["reward_dpo"] == pytest.approx(-metrics["reward_sft"], abs=1e-6)
+    alone = evaluate(judge="reward-model")
+    assert alone["win_rate"] == metrics["win_rate"], "who else is judged changes nothing"
+    assert alone["reward_dpo"] == metrics["reward_dpo"]
 
 
 def test_people_as_judges_by_a_sheet(evaluate: Evaluate) -> None:
@@ -195,6 +198,8 @@ def test_people_as_judges_by_a_sheet(evaluate: Evaluate) -> None:
     again = CliRunner().invoke(app, ["rating-sheet", str(sheet)])
     assert again.exit_code == ParamsError.exit_code
     assert "may hold votes" in again.output
+    unnamed = CliRunner().invoke(app, ["rating-sheet", "data/raw/other.csv", "--rater", ":anna"])
+    assert unnamed.exit_code == ParamsError.exit_code
     for item in items:
         said = by_world[item["prompt_id"]]
         won = {"A": item["method"], "B": item["baseline"], "tie": None}[said["vote"]]
@@ -243,6 +248,44 @@ def test_an_adapter_of_ones_own_is_judged_without_training(evaluate: Evaluate, t
     assert samples(Path("evaluations/mine")) == samples()
     known = json.loads(Path("evaluations/mine/params.json").read_text(encoding="utf-8"))
     assert known["train"]["max_steps"] == 6, "that of its provenance"
+    assert found["num_leaked_prompts"] == 0
+    for arguments, words in (
+        (("--set", "train.beta=7"), "--set train.* has no effect on mine: its provenance.json says"),
+        (("--out", "reports/evaluate"), "is where stages report to"),
+    ):
+        result = invoke(tiny_folder, "evaluate", "--model", "mine", *arguments)
+        assert result.exit_code == ParamsError.exit_code
+        assert words in result.output
+
+
+def test_a_model_of_unknown_training_is_judged_with_a_warning(here: Path, tiny_folder: Path) -> None:
+    """Its beta is that of params.yaml, and nobody knows what it has read."""
+    shutil.copytree(paths.DPO_MODEL, "mine")
+    provenance = Path("mine/provenance.json")
+    content = json.loads(provenance.read_text(encoding="utf-8"))
+    margins = []
+    for change, words in (
+        (content | {"data": {}}, "trained on another graph or other data"),
+        ({"params": {"x": 1}}, "is not one of this version"),
+        (None, "does not say what it was trained on"),
+    ):
+        provenance.chmod(0o644)
+        if change is None:
+            provenance.unlink()
+        else:
+            provenance.write_text(json.dumps(change), encoding="utf-8")
+        beta = [] if change and "graph" in change else ["--set", "train.beta=0.2"]
+        result = invoke(tiny_folder, "evaluate", "--model", "mine", *beta)
+        assert result.exit_code == 0, result.output
+        assert words in " ".join(result.output.split())
+        found = json.loads(Path("evaluations/mine/metrics.json").read_text(encoding="utf-8"))["evaluate"]
+        assert found["num_leaked_prompts"] is None
+        margins.append(found["margin"])
+    assert margins[1] == margins[2] == pytest.approx(2 * margins[0], rel=1e-9)
+    shutil.copytree(paths.SFT_MODEL, "other/mine")
+    result = invoke(tiny_folder, "evaluate", "--model", "other/mine")
+    assert result.exit_code == ParamsError.exit_code
+    assert "evaluations/mine holds the evaluation of another model" in result.output
 
 
 def test_a_whole_model_stands_beside_the_reference(
@@ -421,7 +464,13 @@ def test_models_are_judged_against_each_other(evaluate: Evaluate, tiny_folder: P
     for folder in ("one", "two"):
         shutil.copytree(paths.DPO_MODEL, folder)
         assert invoke(tiny_folder, "evaluate", "--model", folder).exit_code == 0
-    result = invoke(tiny_folder, "compare", "evaluations/one", "evaluations/two", "--judge", "--json")
+    compared = ("compare", "evaluations/one", "evaluations/two")
+    result = CliRunner().invoke(app, [*compared, "--judge", "--set", "train.beta=3", "--set", "evaluate.judge=world"])
+    assert result.exit_code == ParamsError.exit_code
+    assert "--set train.beta=3 has no effect on compare --judge" in result.output
+    judged = ["--set", "evaluate.judge=world", "--set", "model.name=tiny", "--set", "reference.max_length=256"]
+    judged += ["--set", f"runtime.model_path={tiny_folder}", "--set", "runtime.device=cpu"]
+    result = CliRunner().invoke(app, [*compared, "--judge", "--json", *judged])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout.splitlines()[-1])["head_to_head"]
     assert found["num_prompts"] == NUM_PROMPTS
@@ -430,5 +479,10 @@ def test_models_are_judged_against_each_other(evaluate: Evaluate, tiny_folder: P
     assert rates["evaluations/two", "evaluations/one"] == 0.5, "they are the same"
     assert rates["sft", "evaluations/one"] == pytest.approx(1 - metrics["win_rate"], abs=1e-12)
     assert rates["sft", "evaluations/two"] == rates["sft", "evaluations/one"]
+    assert "NaN" not in result.stdout
+    shutil.copytree("evaluations/one", "sft")
+    result = CliRunner().invoke(app, ["compare", "sft", "evaluations/two", "--judge", "--json", *judged])
+    models = {each["model"] for each in json.loads(result.stdout.splitlines()[-1])["head_to_head"]["win_rates"]}
+    assert models == {"evaluations/two", "sft, the reference"}, "a model of that name is not taken for the SFT model"
     result = invoke(tiny_folder, "compare", "evaluations/one", "evaluations/two")
     assert "--set has no effect without --judge" in result.output

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from dpo_cli.data import world
+from dpo_cli.evaluation.comparison import flatten
 
 pytestmark = pytest.mark.slow
 
@@ -121,7 +122,7 @@ def test_a_second_run_does_nothing_then_beta_runs_train_and_evaluate_alone(proje
     experiment = run(project, sys.executable, "-m", "dvc", "exp", "run", "-S", "train.beta=0.5")
     assert experiment.returncode == 0, experiment.stdout + experiment.stderr
     ran = [line.split("'")[1] for line in experiment.stdout.splitlines() if line.startswith("Running stage")]
-    assert ran == ["train", "evaluate"]
+    assert ran == ["train", "evaluate", "report"]
     diff = run(project, sys.executable, "-m", "dvc", "metrics", "diff")
     assert "train.eval_margin" in diff.stdout or "eval_margin" in diff.stdout
     plots = run(project, sys.executable, "-m", "dvc", "plots", "show")
@@ -171,11 +172,16 @@ def test_evaluation_does_not_depend_on_the_batch(
     ours, theirs = (
         [json.loads(line) for line in (folder / samples).open(encoding="utf-8")] for folder in (copy, project)
     )
-    for one, other in zip(ours, theirs, strict=True):  # the KL is a float32 sum, and so rounded by the batch
+    for one, other in zip(ours, theirs, strict=True):  # what is a float32 sum is rounded by the batch
         assert one.pop("kl") == pytest.approx(other.pop("kl"), rel=1e-4, abs=1e-5)
+        for (text, ratio), (same, expected_ratio) in zip(one["dpo"].pop("heat"), other["dpo"].pop("heat"), strict=True):
+            assert text == same
+            assert ratio == pytest.approx(expected_ratio, abs=2e-3)
     assert ours == theirs
+    found, expected = flatten({"evaluate": found}), flatten({"evaluate": expected})
+    assert found.keys() == expected.keys()
     for name, value in expected.items():
-        if name != "peak_mem_gib":
+        if isinstance(value, float) and "peak_mem_gib" not in name:
             assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
 
 

@@ -22,11 +22,11 @@ from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.evaluation.judges.base import INVALID, Judgment, Question
 from dpo_cli.evaluation.judges.prompts import Template
 from dpo_cli.models.device import Machine, token_budget
-from dpo_cli.models.identity import lock_model
+from dpo_cli.models.identity import library_versions, lock_model
 from dpo_cli.models.load import check_model_folder, context_length, load_model, load_tokenizer
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
 from dpo_cli.scoring.probe import open_scorer
-from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.scoring.scorer import ENGINE_VERSION, Scorer
 
 _STAND_IN = Question("prompt", "one", "other")
 
@@ -110,6 +110,8 @@ class HfJudge:
             "compute_dtype": machine.dtype_name,
             "chat_template": encoder.template,
             "template": template.digest,
+            "engine": ENGINE_VERSION,
+            **library_versions(),
         }
         max_tokens = min(token_budget(runtime, scorer.device), scorer.max_distribution_tokens)
         budget = TokenBudget(max_tokens, stage, reporter)

@@ -30,6 +30,7 @@ _TOP_LOGPROBS = (20, 5, 0)
 _TOO_LONG = {400, 413, 422}
 """What servers answer to a single question that is too long, after they took a short one."""
 _PROBE = "Reply with the word hello and nothing else."
+_LEAST_MASS = 0.5
 _VOLATILE = ("created", "permission")
 """What a server says of a model and changes from call to call."""
 _LETTER = re.compile(r"[\W_]*([A-Za-z])(?![A-Za-z])")
@@ -163,7 +164,7 @@ class OpenAiJudge:
             if error.status in _TOO_LONG:
                 return INVALID
             raise
-        return read_answer(choice, options, self.top_logprobs)
+        return read_answer(choice, options, self.top_logprobs, constrained=self.constraint != "none")
 
 
 def _cancel(futures: Mapping[Future[Judgment], int]) -> None:
@@ -199,7 +200,7 @@ def _choice(answer: Any) -> dict[str, Any]:
     return choice
 
 
-def read_answer(choice: Mapping[str, Any], options: Sequence[str], top_logprobs: int) -> Judgment:
+def read_answer(choice: Mapping[str, Any], options: Sequence[str], top_logprobs: int, *, constrained: bool) -> Judgment:
     """The judgment in one choice of a chat completion.
 
     With log-probabilities it is soft: the options' shares among themselves, a token with white space around it
@@ -210,12 +211,15 @@ def read_answer(choice: Mapping[str, Any], options: Sequence[str], top_logprobs:
         choice: One of ``choices``.
         options: What may be answered.
         top_logprobs: How many tokens were asked for; 0: no log-probabilities.
+        constrained: Whether nothing but an option could be answered; else log-probabilities count only where the
+            options have half of the probability among themselves, and otherwise what was answered does.
     """
     listed = _listed(choice) if top_logprobs else []
     masses: dict[str, float] = {}
     for token, logp in listed:
         masses[token] = masses.get(token, 0.0) + math.exp(logp)
-    if any(masses.get(option) for option in options):
+    mass = sum(masses.get(option, 0.0) for option in options)
+    if mass > 0 and (constrained or mass >= _LEAST_MASS):
         least = math.exp(min(logp for _, logp in listed)) if len(listed) >= top_logprobs else 0.0
         shares = [masses.get(option, least) for option in options]
         return Judgment.of_options([math.log(share) if share else -math.inf for share in shares])

@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, MachineError, ParamsError
 from dpo_cli.core.params import EvaluateParams, RuntimeParams
 from dpo_cli.core.progress import Reporter
+from dpo_cli.data.schema import Messages, assistant
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.evaluation.judges.base import Judge
 from dpo_cli.evaluation.judges.cache import CachedJudge
 from dpo_cli.evaluation.judges.exact import WorldJudge
 from dpo_cli.evaluation.judges.hf import HfJudge
 from dpo_cli.evaluation.judges.openai import OpenAiJudge
-from dpo_cli.evaluation.judges.prompts import TEMPLATES, Template, open_template
+from dpo_cli.evaluation.judges.prompts import TEMPLATES, Template, open_template, transcript
 from dpo_cli.evaluation.judges.reward_model import KnownRewards, RewardModel
 from dpo_cli.evaluation.judges.server import Server
 from dpo_cli.evaluation.judges.votes import VotesJudge
@@ -36,17 +38,20 @@ class Candidate:
 
     Attributes:
         group: The prompt's id.
-        prompt: The prompt as a judge reads it.
-        text: The answer as a judge reads it.
-        prompt_tokens: Token ids of the prompt.
-        tokens: Token ids of the answer, as it was sampled.
+        messages: The prompt.
+        text: The answer.
+        num_tokens: Tokens of the answer, as it was sampled.
     """
 
     group: str
-    prompt: str
+    messages: Messages
     text: str
-    prompt_tokens: tuple[int, ...]
-    tokens: tuple[int, ...]
+    num_tokens: int
+
+    @cached_property
+    def prompt(self) -> str:
+        """The prompt as a judge reads it."""
+        return transcript(self.messages)
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class OpenedJudge:
     Attributes:
         judge: Who is asked.
         name: What it is called.
+        rater: Its kind as a rater in a votes file: with another model or template it is another one.
         reads: Whether it reads two texts, one before the other, so that their order may move it.
         reward: From prompt and answer to its reward, where it has one; a reward model's is fixed but for a constant
             a prompt.
@@ -63,6 +69,7 @@ class OpenedJudge:
 
     judge: Judge
     name: str
+    rater: str
     reads: bool = False
     reward: Callable[[str, str], float] | None = None
 
@@ -103,14 +110,14 @@ def prepare_judge(
         return None
     if knobs.judge == "world":
         world = WorldJudge()
-        return lambda _: OpenedJudge(world, "the embedded world's known reward", reward=world.reward)
+        return lambda _: OpenedJudge(world, "the embedded world's known reward", knobs.judge, reward=world.reward)
     if knobs.judge == "reward-model":
         check_reward_model(paths.REWARD_MODEL, graph.identity, table_digests(paths.PREFERENCE_DATA))
         return lambda candidates: _learned_rewards(graph, candidates, runtime, reporter, command)
     if knobs.judge == "votes":
         votes = read_votes(_votes_file(knobs.votes.file))
         voters = VotesJudge(votes, knobs.votes.rule, *names, knobs.votes.kind)
-        return lambda _: OpenedJudge(voters, f"votes in {knobs.votes.file}")
+        return lambda _: OpenedJudge(voters, f"votes in {knobs.votes.file}", knobs.judge)
     if knobs.judge == "openai":
         asked = _open_openai(knobs, reporter, memory)
         return lambda _: asked
@@ -120,6 +127,7 @@ def prepare_judge(
 def _learned_rewards(
     graph: Graph, candidates: Sequence[Candidate], runtime: RuntimeParams, reporter: Reporter, command: str
 ) -> OpenedJudge:
+    """Rewards of answers as texts, as all judges see them: equal texts have equal rewards, whatever their tokens."""
     model = RewardModel.load(
         paths.REWARD_MODEL,
         graph.base,
@@ -131,22 +139,25 @@ def _learned_rewards(
         reporter,
         command,
     )
-    by_prompt: dict[tuple[str, tuple[int, ...]], dict[str, tuple[int, ...]]] = {}
-    for each in candidates:
-        by_prompt.setdefault((each.prompt, each.prompt_tokens), {})[each.text] = each.tokens
-    groups = [
-        TokenGroup(str(number), str(number), tokens, tuple(answers.values()))
-        for number, ((_, tokens), answers) in enumerate(by_prompt.items())
-    ]
+    different = {(each.prompt, each.text): each for each in candidates}
+    by_prompt: dict[str, list[Candidate]] = {}
+    for each in different.values():
+        by_prompt.setdefault(each.prompt, []).append(each)
+    groups = []
+    for number, some in enumerate(by_prompt.values()):
+        messages = some[0].messages
+        answers = [graph.encoder.encode_completion(messages, [assistant(each.text)]) for each in some]
+        prompt = tuple(graph.encoder.encode_prompt(messages))
+        groups.append(TokenGroup(str(number), str(number), prompt, tuple(map(tuple, answers))))
     found = zip(by_prompt.items(), model.rewards(groups), strict=True)
     known = KnownRewards(
         {
-            (prompt, text): reward
-            for ((prompt, _), answers), rewards in found
-            for text, reward in zip(answers, rewards, strict=True)
+            (prompt, each.text): reward
+            for (prompt, some), rewards in found
+            for each, reward in zip(some, rewards, strict=True)
         }
     )
-    return OpenedJudge(known, "the reward model", reward=known.reward)
+    return OpenedJudge(known, "the reward model", "reward-model", reward=known.reward)
 
 
 def _votes_file(name: str) -> Path:
@@ -182,9 +193,15 @@ def _prepare_hf(
             command,
             policy=graph.base,
         )
-        return OpenedJudge(CachedJudge(judge, memory), knobs.hf.name or folder.name, reads=True)
+        name = knobs.hf.name or folder.name
+        return OpenedJudge(CachedJudge(judge, memory), name, _rater(name, template), reads=True)
 
     return open_
+
+
+def _rater(model: str, template: Template) -> str:
+    """A kind without the colon that ends one."""
+    return f"{model} {template.name}".replace(":", "-")
 
 
 def _template(name: str, source: str) -> Template:
@@ -204,4 +221,5 @@ def _open_openai(knobs: EvaluateParams, reporter: Reporter, memory: Path) -> Ope
     if key and not server.is_private:
         raise ParamsError(f"{API_KEY} would go to {server.url} in clear text; use https, or unset it")
     judge = OpenAiJudge.connect(server, asked.model, template, reporter, parallel=asked.parallel, extra=asked.extra)
-    return OpenedJudge(CachedJudge(judge, memory), str(judge.identity["model"]), reads=True)
+    name = str(judge.identity["model"])
+    return OpenedJudge(CachedJudge(judge, memory), name, _rater(name, template), reads=True)

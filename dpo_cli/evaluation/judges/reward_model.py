@@ -11,7 +11,7 @@ import torch
 from dpo_cli.core.params import RuntimeParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.chat import ChatEncoder
-from dpo_cli.data.schema import Messages, assistant, user
+from dpo_cli.data.schema import Messages, assistant
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.evaluation.judges.base import Judgment, Question, one_by_one
 from dpo_cli.models.adapters import SftResult
@@ -81,15 +81,6 @@ class RewardModel:
         tokens = tuple(self._encoder.encode_prompt(prompt))
         answers = tuple(tuple(self._encoder.encode_completion(prompt, [assistant(text)])) for text in texts)
         return self.rewards([TokenGroup("one", "one", tokens, answers)])[0] if texts else []
-
-    remedy = "set evaluate.judge to none"
-
-    def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Judgment]]:
-        """Judge answers to a user's message; it has a verdict on all."""
-        return one_by_one(self._prefer, questions)
-
-    def _prefer(self, prompt: str, a: str, b: str) -> float:
-        return preference(*self.rewards_of_texts([user(prompt)], [a, b]))
 
 
 class KnownRewards:

@@ -158,7 +158,7 @@ function headOf(sample) {
   const facts = [];
   if (sample.win !== undefined) facts.push(`P(tuned beats SFT) ${number(sample.win, 2)}`);
   if (sample.win_chosen !== undefined) facts.push(`P(tuned beats chosen) ${number(sample.win_chosen, 2)}`);
-  if (sample.kl !== undefined) facts.push(`KL ${number(sample.kl, 2)} nats`);
+  if (sample.kl !== undefined) facts.push(`KL ${number(sample.kl, 2)} nats at T = 1`);
   facts.push(`${signed(lengthDifference(sample), 0)} tokens`);
   const link = make("a", "", make("code", "", sample.id.slice(0, 8)));
   link.href = `#${hashOf({ ...DEFAULTS, prompt: sample.id })}`;

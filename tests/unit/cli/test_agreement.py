@@ -115,6 +115,22 @@ def test_several_files_are_one(tmp_path: Path) -> None:
     assert alone.exit_code == DataError.exit_code
     copy = tmp_path / "again.csv"
     copy.write_bytes(files["anna"].read_bytes())
-    twice = CliRunner().invoke(app, ["agreement", *map(str, (files["anna"], copy, files["judge"]))])
-    assert twice.exit_code == DataError.exit_code
-    assert "again.csv: human:anna voted on item i0 in" in twice.output
+    for again, words in ((copy, "again.csv, line 2: human:anna voted on item i0"), (files["anna"], "named twice")):
+        twice = CliRunner().invoke(app, ["agreement", *map(str, (files["anna"], again, files["judge"]))])
+        assert twice.exit_code == DataError.exit_code
+        assert words in twice.output
+
+
+def test_a_file_a_method_is_the_same_as_one_file(tmp_path: Path) -> None:
+    """Items of two methods may go by the same ids."""
+    head, *rows = [",".join(COLUMNS), *ROWS]
+    one = tmp_path / "one.csv"
+    one.write_text("\n".join([head, *rows]) + "\n", encoding="utf-8")
+    parts = []
+    for method in ("DPO", "SFT"):
+        parts.append(tmp_path / f"{method}.csv")
+        mine = [row for row in rows if row.split(",")[2] == method]
+        parts[-1].write_text("\n".join([head, *mine]) + "\n", encoding="utf-8")
+    found = [CliRunner().invoke(app, ["agreement", *map(str, files), "--json"]) for files in ([one], parts)]
+    assert found[0].exit_code == 0
+    assert found[0].stdout == found[1].stdout

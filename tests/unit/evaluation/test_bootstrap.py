@@ -26,7 +26,7 @@ def test_equal_values_have_no_interval() -> None:
     assert interval([0.25] * 6, list("aabbcd")) == bootstrap.Estimate(0.25, 0.25, 0.25)
 
 
-def test_one_prompt_says_nothing_of_other_prompts() -> None:
+def test_the_interval_of_one_prompt_has_no_width() -> None:
     estimate = interval([0, 1, 1, 1], ["a"] * 4)
     assert estimate == bootstrap.Estimate(0.75, 0.75, 0.75)
 

@@ -24,8 +24,8 @@ def answers() -> list[tuple[int, ...]]:
     return found + list(itertools.product(others, repeat=LONGEST))
 
 
-def kl_of(exact: float, k1: float) -> SequenceKl:
-    return SequenceKl(exact, k1, 0.0, 0.0, 0.0, 1)
+def kl_of(exact: float, k1: float, variance: float = 0.0) -> SequenceKl:
+    return SequenceKl(exact, k1, 0.0, 0.0, 0.0, variance, 1)
 
 
 @pytest.fixture(scope="module")
@@ -122,13 +122,13 @@ def test_a_token_that_is_impossible_for_the_policy_adds_nothing() -> None:
 def test_a_planted_mismatch_sets_the_alarm_off() -> None:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(300, generator=generator).tolist()
-    honest = [kl_of(1.0, 1.0 + 2 * value) for value in noise]
-    planted = [kl_of(1.0, 2.0 + 2 * value) for value in noise]
+    honest = [kl_of(1.0, 1.0 + 2 * value, 4.0) for value in noise]
+    planted = [kl_of(1.0, 2.0 + 2 * value, 4.0) for value in noise]
     assert not estimates_disagree(honest)
     assert estimates_disagree(planted)
 
 
-@pytest.mark.parametrize("samples", [[], [kl_of(1.0, 9.0)]])
+@pytest.mark.parametrize("samples", [[], [kl_of(1.0, 9.0, 5.0)]])
 def test_too_few_samples_cannot_disagree(samples: list[SequenceKl]) -> None:
     assert not estimates_disagree(samples)
 
@@ -136,3 +136,28 @@ def test_too_few_samples_cannot_disagree(samples: list[SequenceKl]) -> None:
 def test_rounding_alone_is_no_mismatch() -> None:
     assert not estimates_disagree([kl_of(0.0, 1e-9)] * 50)
     assert estimates_disagree([kl_of(0.0, 1e-3)] * 50)
+
+
+def test_the_variance_is_that_of_k1_around_exact() -> None:
+    policy = torch.tensor([[0.7, 0.2, 0.1]]).log()
+    reference = torch.tensor([[0.2, 0.2, 0.6]]).log()
+    found = [sequence_kl(policy, reference, [token]) for token in range(3)]
+    weights = policy.exp()[0].double().tolist()
+    assert sum(w * (kl.k1 - kl.exact) for w, kl in zip(weights, found, strict=True)) == pytest.approx(0, abs=1e-6)
+    spread = sum(w * (kl.k1 - kl.exact) ** 2 for w, kl in zip(weights, found, strict=True))
+    assert found[0].variance == pytest.approx(spread, rel=1e-5)
+
+
+@pytest.mark.parametrize("num_prompts", [2, 10, 128])
+def test_a_policy_that_is_all_but_certain_sets_no_false_alarm(num_prompts: int) -> None:
+    """p = .999 against .9: hardly any run samples the rare token, so the samples' own deviation is 0."""
+    policy = torch.tensor([[0.999, 0.001]]).log()
+    reference = torch.tensor([[0.9, 0.1]]).log()
+    common, rare = (sequence_kl(policy, reference, [token]) for token in (0, 1))
+    generator = torch.Generator().manual_seed(0)
+    alarms = 0
+    for _ in range(1000):
+        drawn = int((torch.rand(num_prompts, generator=generator) < 0.001).sum())
+        alarms += estimates_disagree([rare] * drawn + [common] * (num_prompts - drawn))
+    assert alarms <= 20
+    assert estimates_disagree([rare] * num_prompts), "every token is the rare one: that is no sample of this policy"

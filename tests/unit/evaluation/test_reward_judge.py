@@ -11,7 +11,7 @@ import torch
 
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.tokenise import TokenGroup
-from dpo_cli.evaluation.judges.reward_model import RewardModel, preference
+from dpo_cli.evaluation.judges.reward_model import KnownRewards, RewardModel, preference
 from dpo_cli.evaluation.win_rate import compare
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.reward import RewardScorer
@@ -50,7 +50,7 @@ def test_it_judges_texts_as_their_tokens(model: RewardModel) -> None:
     texts: Sequence[str] = ["4", "five", ""]
     rewards = model.rewards_of_texts([{"role": "user", "content": "2 and 2?"}], texts)
     assert len(set(rewards)) == 3
-    found = compare(model, "2 and 2?", "4", "five")
-    assert found == pytest.approx(preference(rewards[0], rewards[1]), abs=1e-5)
-    assert compare(model, "2 and 2?", "4", "4") == 0.5
+    judge = KnownRewards({("2 and 2?", text): reward for text, reward in zip(texts, rewards, strict=True)})
+    assert compare(judge, "2 and 2?", "4", "five") == pytest.approx(preference(rewards[0], rewards[1]), abs=1e-12)
+    assert compare(judge, "2 and 2?", "4", "4") == 0.5
     assert model.rewards_of_texts([{"role": "user", "content": "2 and 2?"}], []) == []

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dpo_cli.evaluation.findings import Finding
-from dpo_cli.evaluation.verdict import HARDLY_MOVED, HIGH_KL, WELL_FORMED, headline, verdict
+from dpo_cli.evaluation.verdict import FEWEST, HARDLY_MOVED, HIGH_KL, WELL_FORMED, headline, verdict
 
 METRICS: dict[str, Any] = {
     "win_rate": 0.75,
@@ -24,6 +24,7 @@ METRICS: dict[str, Any] = {
     "num_prompts": 128,
     "num_generated_prompts": 128,
     "num_judged": 126,
+    "num_decided": 110,
     "temperature": 1.0,
     "loss": 0.3,
     "learns_log_ratio": True,
@@ -140,6 +141,8 @@ def test_without_a_judge_there_is_no_win_rate() -> None:
         ({"loss": 0.9, "loss_ci": [0.8, 1.0]}, "bad", "see the red lines"),
         ({"chosen_reward": -1.0, "kl": 50.0}, "good", "is better"),
         ({"kl": HARDLY_MOVED / 2}, "warn", "hardly moved"),
+        ({"num_decided": FEWEST - 1, "win_rate_ci": [1.0, 1.0]}, "warn", "too few prompts have a winner"),
+        ({"num_decided": FEWEST - 1, "win_rate_ci": [0.0, 0.0]}, "warn", "too few prompts have a winner"),
     ],
 )
 def test_the_headline_with_a_judge(changes: dict[str, Any], status: str, words: str) -> None:

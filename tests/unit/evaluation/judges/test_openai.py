@@ -232,7 +232,7 @@ def test_both_orders_take_the_servers_bias_out(fake: FakeServer, connect: Callab
     ],
 )  # fmt: skip
 def test_the_first_letter_is_read_where_it_stands_alone(content: str | None, verdict: str) -> None:
-    assert read_answer({"message": {"content": content}}, ("A", "B", "C"), 0).verdict == verdict
+    assert read_answer({"message": {"content": content}}, ("A", "B", "C"), 0, constrained=False).verdict == verdict
 
 
 def listed(*rows: tuple[str, float], content: str = "The") -> dict[str, Any]:
@@ -241,8 +241,8 @@ def listed(*rows: tuple[str, float], content: str = "The") -> dict[str, Any]:
 
 
 def test_log_probabilities_are_read_among_the_options() -> None:
-    def read(*rows: tuple[str, float], top: int = 3, content: str = "The") -> Judgment:
-        return read_answer(listed(*rows, content=content), ("A", "B"), top)
+    def read(*rows: tuple[str, float], top: int = 3, content: str = "The", constrained: bool = True) -> Judgment:
+        return read_answer(listed(*rows, content=content), ("A", "B"), top, constrained=constrained)
 
     assert read(("A", 0.3), ("B", 0.1), ("The", 0.5)).p_a == pytest.approx(0.75)
     assert read(("A", 0.2), (" A", 0.1), ("B", 0.1)).p_a == pytest.approx(0.75)
@@ -252,7 +252,12 @@ def test_log_probabilities_are_read_among_the_options() -> None:
     assert read(("A", 0.9), ("B", 0.0), ("I", 0.0)).p_a == 1
     assert read(("The", 0.6), ("I", 0.3), ("So", 0.1)) == INVALID
     assert read(("The", 0.6), ("I", 0.3), ("So", 0.1), content="B").verdict == "B"
-    assert read_answer({"message": {"content": "A"}, "logprobs": None}, ("A", "B"), 5).verdict == "A"
+    bare = {"message": {"content": "A"}, "logprobs": None}
+    assert read_answer(bare, ("A", "B"), 5, constrained=True).verdict == "A"
+    # a server that is free to say anything says something else: the odd A among its alternatives is no verdict
+    assert read(("The", 0.9), ("A", 0.02), ("B", 0.01), constrained=False) == INVALID
+    assert read(("The", 0.9), ("A", 0.02), ("B", 0.01), constrained=False, content="B").verdict == "B"
+    assert read(("A", 0.5), ("B", 0.1), ("The", 0.3), constrained=False).p_a == pytest.approx(5 / 6)
 
 
 def test_a_question_that_the_server_finds_too_long_has_no_verdict(
