@@ -9,6 +9,7 @@ import base64
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -446,6 +447,11 @@ def test_without_scripts_verdict_and_figures_are_there(page: Page) -> None:
     page.command("Emulation.setScriptExecutionDisabled", value=True)
     try:
         page.open()
+        for _ in range(200):  # a slow page must not be still loading when scripts are allowed again
+            state = page.command("Runtime.evaluate", expression="document.readyState")["result"]["value"]
+            if state == "complete":
+                break
+            time.sleep(0.05)
     finally:
         page.command("Emulation.setScriptExecutionDisabled", value=False)
     headline, text = page.text("#headline"), " ".join(page.js("return document.body.innerText").split())

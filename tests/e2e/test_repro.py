@@ -24,6 +24,8 @@ _SMALL = {
     "epochs: 3.0": "epochs: 1.0",
     "num_prompts: 0": "num_prompts: 16",
     "max_new_tokens: 48": "max_new_tokens: 12",
+    "temperatures: [0.0, 0.25, 0.5, 0.75, 1.0]": "temperatures: [0.0]",
+    "scales: [0.25, 0.5, 0.75, 1.5]": "scales: [0.5]",
 }
 
 

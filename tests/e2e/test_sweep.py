@@ -24,6 +24,8 @@ _SMALL = {
     "max_steps: null": "max_steps: 3",
     "num_prompts: 0": "num_prompts: 8",
     "max_new_tokens: 48": "max_new_tokens: 8",
+    "temperatures: [0.0, 0.25, 0.5, 0.75, 1.0]": "temperatures: []",
+    "scales: [0.25, 0.5, 0.75, 1.5]": "scales: []",
 }
 
 
@@ -82,7 +84,7 @@ def sweep(project: Path) -> tuple[Path, str]:
 def test_every_run_of_the_sweep_trains_and_evaluates_and_nothing_else(sweep: tuple[Path, str]) -> None:
     _, printed = sweep
     ran = [line.split("'")[1] for line in printed.splitlines() if line.startswith("Running stage")]
-    assert ran == ["train", "evaluate"] * len(RUNS)
+    assert ran == ["train", "evaluate", "report"] * len(RUNS)
 
 
 def test_the_reference_was_computed_once(sweep: tuple[Path, str]) -> None:
