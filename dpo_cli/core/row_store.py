@@ -29,13 +29,16 @@ class RowStore:
             os.utime(used)  # what was used last is forgotten last
 
     def load(self) -> pl.DataFrame:
-        """All rows that are there; a damaged shard is left out and deleted."""
+        """All rows that are there; a damaged shard is left out and deleted, one that lacks a column left out."""
         frames = [pl.DataFrame(schema=self._schema)]
         for shard in sorted(self._folder.glob("shard-*.parquet")):
             if shard.stem != f"shard-{sha256_file(shard)}":
                 shard.unlink()
                 continue
-            frames.append(pl.read_parquet(shard, columns=list(self._schema), glob=False))
+            frame = pl.read_parquet(shard, glob=False)
+            if any(frame.schema.get(name) != kind for name, kind in self._schema.items()):
+                continue  # of another version, which kept something else
+            frames.append(frame.select(list(self._schema)))
         return pl.concat(frames).unique("key", keep="first", maintain_order=True)
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:

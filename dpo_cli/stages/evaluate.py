@@ -130,6 +130,8 @@ def evaluate_model(
     quiet_libraries()
     if paths.REPORTS.resolve() in (out.resolve(), *out.resolve().parents):
         raise ParamsError(f"--out {out} is where stages report to; name a folder outside {paths.REPORTS}")
+    if out.is_dir() and any(out.iterdir()) and not (out / paths.MODEL_SETTINGS).is_file():
+        raise ParamsError(f"{out} holds other files, and no evaluation of a model; name a folder of its own: --out")
     graph = open_graph(params.model, params.reference, params.runtime)
     cast = open_cast(graph, folder, params.runtime, reporter, "evaluate")
     known = read_json(out / paths.MODEL_SETTINGS, "") if (out / paths.MODEL_SETTINGS).is_file() else {}

@@ -252,6 +252,7 @@ def test_an_adapter_of_ones_own_is_judged_without_training(evaluate: Evaluate, t
     for arguments, words in (
         (("--set", "train.beta=7"), "--set train.* has no effect on mine: its provenance.json says"),
         (("--out", "reports/evaluate"), "is where stages report to"),
+        (("--out", "models/dpo"), "models/dpo holds other files, and no evaluation of a model"),
     ):
         result = invoke(tiny_folder, "evaluate", "--model", "mine", *arguments)
         assert result.exit_code == ParamsError.exit_code

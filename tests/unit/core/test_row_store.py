@@ -95,3 +95,12 @@ def test_only_the_newest_other_stores_are_kept(tmp_path: Path) -> None:
     (tmp_path / "lock").write_text("")
     forget_other_stores(tmp_path, tmp_path / "mine", 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lock", "mine", "new", "newest"]
+
+
+def test_a_shard_that_lacks_a_column_is_left_out(tmp_path: Path) -> None:
+    """What another version kept is computed again."""
+    RowStore(tmp_path, {"key": pl.String, "old": pl.Float64}).add([{"key": "a", "old": 1.0}])
+    store = RowStore(tmp_path, {"key": pl.String, "new": pl.Float64})
+    assert store.load().is_empty()
+    store.add([{"key": "a", "new": 2.0}])
+    assert store.load().rows() == [("a", 2.0)]
