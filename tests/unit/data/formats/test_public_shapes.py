@@ -294,7 +294,8 @@ REFUSED_FILES = {
     "KTO": ({"prompt": "q", "completion": "a", "label": True}, "unpaired, as KTO takes them"),
     "AlpacaEval": (
         {"instruction": "q", "output_1": "a", "output_2": "b", "preference": 1.7},
-        "its labels 1.7 say nothing of which output is better",
+        "'preference' is a number on a scale, such as 1.7: a probability or a strength, no verdict;"
+        ' say where to cut it, such as labels: {"<1.5": first, ">1.5": second, "1.5": tie}',
     ),
     "PairRM": (
         {"instruction": "q", "input": "", "candidates": [{"text": "a", "scores": {"bleu": 1}}, {"text": "b"}]},
