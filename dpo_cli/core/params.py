@@ -210,7 +210,21 @@ class TrainingParams(Section):
     weight_decay: float = knob(0.0, "Decoupled weight decay; rmsprop takes none.", ge=0)
     max_grad_norm: float = knob(1.0, "Gradients are clipped to this L2 norm.", gt=0)
     eval_steps: int = knob(
-        50, "Held-out loss after every so many steps; 0: only at the end.", unit="optimizer steps", ge=0
+        50,
+        "Held-out loss after every so many steps, besides that before the first and after the last; 0: only those.",
+        unit="optimizer steps",
+        ge=0,
+    )
+    keep: Literal["last", "best"] = knob(
+        "last",
+        "Whose weights are published: the last step's, or those of the evaluation with the lowest held-out loss.",
+    )
+    patience: int | None = knob(
+        None,
+        "With keep best, training ends when so many evaluations in a row brought no lower held-out loss; null: never"
+        " before its last step.",
+        unit="evaluations",
+        ge=1,
     )
     seed: int = knob(0, "Seeds the adapter's start, the order of rows and dropout.", ge=0)
 
@@ -344,7 +358,12 @@ class RuntimeParams(Section):
     workers: int | None = knob(
         None, "Processes that convert large files of JSON lines; null: as many as there are cores.", ge=1
     )
-    threads: int = knob(1, "CPU threads of torch. More than one can be slower on a shared machine.", ge=1)
+    threads: int | None = knob(
+        None,
+        "CPU threads of torch; null: OMP_NUM_THREADS, or else all physical cores that the process may use. On cores"
+        " that others use, too, 1 can be faster.",
+        ge=1,
+    )
     max_tokens_per_microbatch: int | None = knob(
         None,
         "Memory knob: tokens that go through the model at once, padding included; null: 4096 on a GPU, and 1024 on"
@@ -668,4 +687,10 @@ def _contradictions(params: Params) -> list[str]:
             found.append(f"{name}.epochs has no effect beside {name}.max_steps; drop one of them")
         if section.optimizer == "rmsprop" and section.weight_decay != 0:
             found.append(f"{name}.weight_decay has no effect with {name}.optimizer rmsprop")
+        if section.keep == "best" and section.eval_steps == 0:
+            found.append(
+                f"{name}.keep best has no effect with {name}.eval_steps 0: no step before the last is measured"
+            )
+        if section.keep == "last" and section.patience is not None:
+            found.append(f"{name}.patience has no effect with {name}.keep last; best reads it")
     return found

@@ -187,6 +187,8 @@ OWN = {"name": "mine"}
         ({"train": {"max_steps": 5, "epochs": 2.0}}, "train.epochs has no effect beside train.max_steps"),
         ({"sft": {"max_steps": 5, "epochs": 2.0}}, "sft.epochs has no effect beside sft.max_steps"),
         ({"sft": {"optimizer": "rmsprop", "weight_decay": 0.1}}, "sft.weight_decay has no effect with sft.optimizer"),
+        ({"sft": {"keep": "best", "eval_steps": 0}}, "sft.keep best has no effect with sft.eval_steps 0"),
+        ({"train": {"patience": 3}}, "train.patience has no effect with train.keep last; best reads it"),
     ],
 )
 def test_a_setting_without_effect_is_an_error(tree: dict[str, Any], words: str) -> None:
