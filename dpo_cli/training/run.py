@@ -133,7 +133,7 @@ def fit(
     if keeps_best and params.eval_steps >= plan.num_steps:
         raise ParamsError(
             f"params.yaml: {section}.keep best has nothing to choose from: of {plan.num_steps} steps none but the last"
-            f" is measured with {section}.eval_steps {params.eval_steps}; set {section}.eval_steps below {plan.num_steps}"
+            f" is measured with {section}.eval_steps {params.eval_steps}; set that below {plan.num_steps}"
         )
     checkpoint = last_checkpoint(work, with_best=keeps_best)
     arguments = training_arguments(params, plan, machine, work, section, evaluate_at_start=checkpoint is None)
