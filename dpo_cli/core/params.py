@@ -184,6 +184,12 @@ class LoraParams(Section):
 
     r: int = knob(16, "Rank of the update.", ge=1)
     alpha: float = knob(32.0, "Scale of the update: it is multiplied by alpha / r.", gt=0)
+    rslora: bool = knob(False, "Multiply it by alpha / sqrt(r) instead, for high ranks (rsLoRA, Kalajdzievski 2023).")
+    dora: bool = knob(
+        False,
+        "Train the length of each row of the weights apart from its direction (DoRA, Liu et al. 2024). A step takes"
+        " longer, and evaluate.scales has no meaning.",
+    )
     dropout: float = knob(0.0, "Dropout on the adapter's input while training.", ge=0, lt=1)
     target_modules: Annotated[list[str], Field(min_length=1)] = knob(
         ["all-linear"], "Names of the layers that get an adapter; all-linear means every linear layer but the head."
@@ -636,6 +642,27 @@ def _idle_objective_settings(train: TrainParams) -> list[str]:
     return found
 
 
+def _idle_adapter_settings(params: Params) -> list[str]:
+    """Settings of the adapters that change nothing, or that another setting cannot go with."""
+    sft, reward = params.sft, params.reward
+    adapters = {"sft.lora": sft.lora} if sft.method in ("lora", "qlora") else {"train.lora": params.train.lora}
+    (policy,) = adapters
+    if reward.loss != "none":
+        adapters["reward.lora"] = reward.lora
+    found = [
+        f"{name}.rslora has no effect with {name}.r 1"
+        for name, lora in adapters.items()
+        if lora is not None and lora.rslora and lora.r == 1
+    ]
+    lora = adapters[policy]
+    if lora is not None and lora.dora and params.evaluate.scales:
+        found.append(
+            f"evaluate.scales cannot go with {policy}.dora true: a multiple of what DoRA changed is no such adapter;"
+            " set it to []"
+        )
+    return found
+
+
 _AT_ZERO = {"cdpo": "; at 0 it is the sigmoid loss", "robust": "; at 0 it is the sigmoid loss"}
 
 
@@ -675,6 +702,7 @@ def _contradictions(params: Params) -> list[str]:
             found.append(
                 f"{name}.lora has no effect with sft.method {sft.method}: {name} goes on with the adapter of sft"
             )
+    found += _idle_adapter_settings(params)
     found += _idle_objective_settings(train)
     if "plackett_luce" in train.losses and not params.reference.rankings:
         found.append("train.loss plackett_luce needs reference.rankings true")
