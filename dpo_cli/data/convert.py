@@ -225,6 +225,7 @@ class _Run:
         self.report.num_ties += result.num_ties
         account.num_rows += result.num_rows
         account.formats.update(result.formats)
+        account.count_unread(result.unread)
 
     # --- comparing ----------------------------------------------------------------------------
 

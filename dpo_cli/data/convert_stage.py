@@ -14,7 +14,7 @@ from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.core.params import Params, PreferenceSource, SftSource, Source
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
-from dpo_cli.data.account import Conversion, account_rows, checks_of, metrics_of, warnings_of
+from dpo_cli.data.account import Conversion, account_rows, checks_of, metrics_of, unread_of, warnings_of
 from dpo_cli.data.convert import convert, find_files
 
 
@@ -46,7 +46,8 @@ def convert_stage(
         finally:
             scratch.clear()  # no later run goes on from here, and it may be as large as the data
     metrics = metrics_of(report)
-    write_json(paths.checks_file(stage), checks_of(report))
+    unread = unread_of(report)
+    write_json(paths.checks_file(stage), checks_of(report) | ({"unread_columns": unread} if unread else {}))
     write_json(paths.metrics_file(stage), {stage: metrics})
     reporter.table(stage, account_rows(report, rejects_file))
     for warning in warnings_of(report):

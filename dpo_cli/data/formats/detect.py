@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -43,6 +44,7 @@ class RowReader:
         self._formats = [fmt for fmt in formats if name in ("auto", fmt.name)]
         self._columns = columns
         self._reading = reading
+        self._unread: Counter[tuple[str, ...]] = Counter()
         self._steps: dict[tuple[str, ...], list[_Step]] = {}
         self._fallbacks: dict[tuple[str, ...], Plan] = {}
         self._main: Format[Any] | None = None
@@ -77,9 +79,20 @@ class RowReader:
                 field, rivals = next(iter(plan.rivals.items()))
                 raise RowProblem("two_fields", f"{' and '.join(rivals)} may both be {field}; say which in columns")
         try:
-            return plan.format, plan.format.read(found, plan.reading)
+            content = plan.format.read(found, plan.reading)
         except RowProblem as problem:
             raise plan.named(problem) from None
+        if plan.may_leave:
+            self._unread[plan.unread_in(row, found)] += 1
+        return plan.format, content
+
+    def take_unread(self) -> Counter[str]:
+        """How many of the rows read since the last call have something in a column that nobody read, by column."""
+        unread: Counter[str] = Counter()
+        for columns, count in self._unread.items():
+            unread.update(dict.fromkeys(columns, count))
+        self._unread.clear()
+        return unread
 
     def _steps_of(self, keys: tuple[str, ...]) -> list[_Step]:
         """What to try for rows with these keys, in the order of the formats."""

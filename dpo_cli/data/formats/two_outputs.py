@@ -17,7 +17,7 @@ from dpo_cli.data.formats.base import Format, Reading, RowProblem, kind_of, opti
 from dpo_cli.data.formats.content import refuse_python, turns_in
 from dpo_cli.data.formats.implicit import split_implicit
 from dpo_cli.data.formats.labels import TIES, WORDS, label_text, suggest
-from dpo_cli.data.formats.prompts import PROMPT_NAMES, PROMPT_NEEDS, read_answer, read_prompt
+from dpo_cli.data.formats.prompts import PROMPT_ALTERNATIVES, PROMPT_NAMES, PROMPT_NEEDS, read_answer, read_prompt
 from dpo_cli.data.schema import PreferenceExample, RawRow
 
 _SIDES = ("first", "second")
@@ -125,4 +125,5 @@ TWO_OUTPUTS = Format(
     note=_note,
     doubt=_doubt,
     suggest=suggest,
+    alternatives=(*PROMPT_ALTERNATIVES, ("label", "votes")),
 )
