@@ -96,8 +96,8 @@ class Plan:
                 found += [column] if isinstance(column, str) else column
         return tuple(dict.fromkeys(found))
 
-    def named(self, problem: RowProblem) -> RowProblem:
-        """A problem in the words of the file: fields by the names that they have there."""
+    def in_words_of_the_file(self, text: str) -> str:
+        """A message with fields by the names that they have in the file."""
 
         def name(match: re.Match[str]) -> str:
             column = self.columns.get(match[1] or match[2])
@@ -110,7 +110,11 @@ class Plan:
                 f"{column}[{index}]" if isinstance(column, str) else column[index] if index < len(column) else match[0]
             )
 
-        detail = _FIELD.sub(name, problem.detail)
+        return _FIELD.sub(name, text)
+
+    def named(self, problem: RowProblem) -> RowProblem:
+        """A problem in the words of the file."""
+        detail = self.in_words_of_the_file(problem.detail)
         if problem.reason == "missing_field":
             lost = next((name for name in self.format.names if detail.endswith(f"has no {name!r}")), "")
             if rivals := self.rivals.get(lost):

@@ -147,8 +147,10 @@ class RowReader:
         for name in [name for name in found if name != best]:
             found[name] = [(plan, row) for plan, row in found[name] if not plan.format.weak(row)]
         for name, read in found.items():
-            if read and (doubt := read[0][0].format.doubt([row for _, row in read], read[0][0].reading)):
-                raise UnknownFormatError(f"{file}: its rows look like {name}, but {doubt}")
+            for plan, alike in _by_reading(read):
+                if doubt := plan.format.doubt(alike, plan.reading):
+                    doubt = plan.in_words_of_the_file(doubt)
+                    raise UnknownFormatError(f"{file}: its rows look like {name}, but {doubt}")
         told = sorted((read for read in found.values() if read), key=len, reverse=True)
         rest = len(rows) - sum(map(len, told))
         unread = f"; {rest} of them fit no format and are read as {best}" if rest else ""
@@ -235,6 +237,17 @@ class RowReader:
         if 0 < len(plan.missing) < len(plan.needed) - 1:
             return f"{plan.format.name} comes next to it, which needs {' and '.join(plan.missing)}, too; "
         return ""
+
+
+def _by_reading(read: Sequence[tuple[Plan, RawRow]]) -> list[tuple[Plan, list[RawRow]]]:
+    """Rows of a format by what their fields' names say beside it, such as what labels mean, with a plan of each."""
+    groups: list[tuple[Plan, list[RawRow]]] = []
+    for plan, row in read:
+        rows = next((rows for other, rows in groups if other.reading == plan.reading), None)
+        if rows is None:
+            groups.append((plan, rows := []))
+        rows.append(row)
+    return groups
 
 
 def _is_row(value: Any) -> bool:

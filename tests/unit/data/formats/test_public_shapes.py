@@ -295,7 +295,8 @@ REFUSED_FILES = {
     "KTO": ({"prompt": "q", "completion": "a", "label": True}, "unpaired, as KTO takes them"),
     "AlpacaEval": (
         {"instruction": "q", "output_1": "a", "output_2": "b", "preference": 1.7},
-        "its labels 1.7 say nothing of which output is better",
+        "'preference' is a number on a scale, such as 1.7: a probability or a strength, no verdict;"
+        ' say where to cut it, such as labels: {"<1.5": first, ">1.5": second, "1.5": tie}',
     ),
     "PairRM": (
         {"instruction": "q", "input": "", "candidates": [{"text": "a", "scores": {"bleu": 1}}, {"text": "b"}]},
@@ -398,7 +399,7 @@ def test_a_column_is_unread_if_and_only_if_its_content_makes_no_difference(
             {"prompt": "q", "chosen": "a", "rejected": "b", "zero": 0, "false": False, "empty": [], "null": None},
             ["zero", "false"],
         ),
-        ({"prompt": "q", "response_1": "a", "response_2": "b", "label": 1, "vote_1": 2}, ["vote_1"]),
+        ({"prompt": "q", "response_1": "a", "response_2": "b", "label": "a", "vote_1": 2}, ["vote_1"]),
         (
             {"prompt": "q", "completions": ["a", "b"], "ranks": [1, 2], "scores": [9, 1], "output": "a"},
             ["output", "scores"],
