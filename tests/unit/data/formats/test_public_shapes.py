@@ -399,7 +399,7 @@ def test_a_column_is_unread_if_and_only_if_its_content_makes_no_difference(
             {"prompt": "q", "chosen": "a", "rejected": "b", "zero": 0, "false": False, "empty": [], "null": None},
             ["zero", "false"],
         ),
-        ({"prompt": "q", "response_1": "a", "response_2": "b", "label": 1, "vote_1": 2}, ["vote_1"]),
+        ({"prompt": "q", "response_1": "a", "response_2": "b", "label": "a", "vote_1": 2}, ["vote_1"]),
         (
             {"prompt": "q", "completions": ["a", "b"], "ranks": [1, 2], "scores": [9, 1], "output": "a"},
             ["output", "scores"],
