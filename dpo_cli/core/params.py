@@ -96,6 +96,11 @@ class PreferenceSource(Source):
         "Pairs made of K ranked answers: all that are not tied, those of neighbouring ranks, or the best with the"
         " worst.",
     )
+    turns: Literal["last", "first"] = knob(
+        "last",
+        "Of chosen and rejected with several turns each: last takes those that differ in the last answer alone; first"
+        " compares the first answers in which they differ, and leaves out what follows.",
+    )
 
 
 class SftData(SftSource):
@@ -585,6 +590,8 @@ def _idle_columns(params: Params) -> list[str]:
             if isinstance(source, PreferenceSource):
                 if source.labels and source.format not in ("auto", "two_outputs"):
                     found.append(f"{where}.labels has no effect with format {source.format}; two_outputs reads it")
+                if source.turns == "first" and source.format in ("kwise", "oasst"):
+                    found.append(f"{where}.turns has no effect with format {source.format}; it has single answers")
                 if source.pairs != "all" and source.format not in ("auto", "kwise", "oasst"):
                     found.append(f"{where}.pairs has no effect with format {source.format}; kwise and oasst read it")
     return found

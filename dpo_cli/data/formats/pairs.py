@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dpo_cli.data.formats.base import Format, Reading, RowProblem
 from dpo_cli.data.formats.hh import are_transcripts
 from dpo_cli.data.formats.implicit import split_implicit
-from dpo_cli.data.formats.prompts import PROMPT_NAMES, PROMPT_NEEDS, SIDE_NAMES, read_answer, read_prompt, read_scores
+from dpo_cli.data.formats.prompts import PROMPT_NAMES, PROMPT_NEEDS, SIDE_NAMES, read_prompt, read_scores, read_sides
 from dpo_cli.data.schema import Messages, PreferenceExample, RawRow
 
 _NUM_ECHOES = 3
@@ -22,13 +22,12 @@ def _read(row: RawRow, reading: Reading) -> PreferenceExample:
     prompt = read_prompt(row, reading)
     chosen_score, rejected_score = read_scores(row) if _has_scores(row) else (None, None)
     try:
-        chosen = read_answer(row, "chosen", prompt, reading)
-        rejected = read_answer(row, "rejected", prompt, reading)
+        sides = read_sides(row, prompt, reading)
     except RowProblem as problem:
         if problem.reason != "not_one_answer":
             raise
         return _read_conversations(row, prompt, reading, problem, chosen_score, rejected_score)
-    return PreferenceExample(prompt, chosen, rejected, chosen_score, rejected_score)
+    return PreferenceExample(*sides, chosen_score, rejected_score)
 
 
 def _has_scores(row: RawRow) -> bool:

@@ -10,11 +10,12 @@ from __future__ import annotations
 from dpo_cli.data.formats.base import Format, Reading, RowProblem
 from dpo_cli.data.formats.content import check_prompt, is_conversation, last_role, read_messages, turns_in
 from dpo_cli.data.formats.prompts import (
+    CONTEXT_NAMES,
     CONVERSATION_NAMES,
-    PROMPT_NAMES,
     SIDE_NAMES,
     read_answer,
     read_scores,
+    read_sides,
     roles_of,
     with_context,
 )
@@ -27,16 +28,9 @@ def _read(row: RawRow, reading: Reading) -> PreferenceExample:
     turns = read_messages(row["conversations"], "conversations", roles_of(reading))
     prompt = with_context(row, turns, reading)
     if row.get("chosen") is None and prompt and prompt[-1]["role"] == "assistant":
-        prompt, chosen = prompt[:-1], prompt[-1:]
-    else:
-        chosen = None
-    check_prompt(prompt)
-    return PreferenceExample(
-        prompt,
-        chosen or read_answer(row, "chosen", prompt, reading),
-        read_answer(row, "rejected", prompt, reading),
-        *read_scores(row),
-    )
+        prompt, chosen = check_prompt(prompt[:-1]), prompt[-1:]
+        return PreferenceExample(prompt, chosen, read_answer(row, "rejected", prompt, reading), *read_scores(row))
+    return PreferenceExample(*read_sides(row, check_prompt(prompt), reading), *read_scores(row))
 
 
 def _matches(row: RawRow) -> bool:
@@ -53,7 +47,7 @@ SHAREGPT = Format(
     fields="conversations (or messages) and two answers, chosen and rejected",
     names={
         "conversations": (*CONVERSATION_NAMES, "context"),
-        **{name: PROMPT_NAMES[name] for name in ("system", "history")},
+        **CONTEXT_NAMES,
         **SIDE_NAMES,
         "rejected": (*SIDE_NAMES["rejected"], "rejected_messages"),
     },
