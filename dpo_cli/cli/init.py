@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,8 @@ def create_project(folder: Path, files: ProjectFiles, reporter: Reporter) -> Non
             with atomic_path(target) as temporary:
                 shutil.copyfile(source, temporary)
         values[key] = target.relative_to(folder).as_posix()
-        _look_at(source, key, reporter)
+        serves_both = key == "data.preferences.path" and files.sft is None
+        _look_at(source, ("data.preferences", "data.sft") if serves_both else (key.removesuffix(".path"),), reporter)
     for name, text in {
         ".dvc/config": DVC_CONFIG,
         ".dvc/.gitignore": DVC_FOLDER_GITIGNORE,
@@ -121,15 +123,22 @@ def create_project(folder: Path, files: ProjectFiles, reporter: Reporter) -> Non
     reporter.say(f"{folder} is ready. Look at {folder / 'params.yaml'}, then run: dpo-cli -C {folder} repro")
 
 
-def _look_at(path: Path, key: str, reporter: Reporter) -> None:
-    """Say as what a file will be read, or why it will not be."""
-    source = SftSource(path=str(path)) if key == "data.sft.path" else PreferenceSource(path=str(path))
-    try:
-        _, why = plan_of(source, path, {}, 0.5)
-    except DataError as error:
-        reporter.warn(f"{error}; mend the file, or set {key.removesuffix('.path')} in params.yaml, before you go on")
-    else:
-        reporter.say(f"{path.name}: {why}")
+def _look_at(path: Path, sections: Sequence[str], reporter: Reporter) -> None:
+    """Say as what a file will be read in each section of the settings that names it, or why it will not be."""
+    problems: dict[str, str] = {}
+    for section in sections:
+        source = SftSource(path=str(path)) if section == "data.sft" else PreferenceSource(path=str(path))
+        try:
+            _, why = plan_of(source, path, {}, 0.5)
+        except DataError as error:
+            problems[section] = str(error)
+        else:
+            reporter.say(f"{path.name}: {why}")
+    if problems:
+        where = " and under ".join(problems)
+        reporter.warn(
+            f"{next(iter(problems.values()))}; mend the file, or say it under {where} in params.yaml, before you go on"
+        )
 
 
 def _settings(files: ProjectFiles) -> dict[str, Any]:

@@ -33,6 +33,16 @@ Labels = Literal["first", "second", "tie"]
 Roles = Literal["system", "user", "assistant", "tool"]
 
 
+def _label_keys(labels: Any) -> Any:
+    """Labels as YAML reads them, 1 or true, as the texts that they are in the data."""
+    if not isinstance(labels, dict):
+        return labels
+    return {
+        str(key).lower() if isinstance(key, bool) else f"{key:.15g}" if isinstance(key, int | float) else key: side
+        for key, side in labels.items()
+    }
+
+
 class Source(Section):
     """A source of data: a file, or several of one kind."""
 
@@ -45,6 +55,11 @@ class Source(Section):
     )
     records: str = knob("", "Where the list of rows lies, if not at the top: a key, or keys with dots between.")
     roles: dict[str, Roles] = knob({}, "Further names of roles: {narrator: system}.")
+    labels: Annotated[dict[str, Labels], BeforeValidator(_label_keys)] = knob(
+        {},
+        'What a label means that names the better of two outputs: {"1": first, "0": second}; "<1.5" stands for all'
+        " numbers below.",
+    )
     weight: float = knob(
         1.0,
         "How often a row of it is seen in an epoch: 0.5 takes half of its prompts (a hash decides), 2 takes every row"
@@ -74,23 +89,10 @@ class SftSource(Source):
     )
 
 
-def _label_keys(labels: Any) -> Any:
-    """Labels as YAML reads them, 1 or true, as the texts that they are in the data."""
-    if not isinstance(labels, dict):
-        return labels
-    return {
-        str(key).lower() if isinstance(key, bool) else str(key) if isinstance(key, int) else key: side
-        for key, side in labels.items()
-    }
-
-
 class PreferenceSource(Source):
     """A source of preference data."""
 
     format: PreferenceFormat = knob("auto", "Format of its rows; auto detects it and says what it found.")
-    labels: Annotated[dict[str, Labels], BeforeValidator(_label_keys)] = knob(
-        {}, 'What a label means that names the better of two outputs: {"1": first, "0": second}.'
-    )
     pairs: Literal["all", "adjacent", "best_vs_worst"] = knob(
         "all",
         "Pairs made of K ranked answers: all that are not tied, those of neighbouring ranks, or the best with the"
@@ -587,13 +589,18 @@ def _idle_columns(params: Params) -> list[str]:
                 found.append(f"{where}.turns has no effect with format {source.format}; messages reads it")
             if source.weight != 1 and source.split == "eval":
                 found.append(f"{where}.weight has no effect with split eval: only train rows are weighted")
-            if isinstance(source, PreferenceSource):
-                if source.labels and source.format not in ("auto", "two_outputs"):
-                    found.append(f"{where}.labels has no effect with format {source.format}; two_outputs reads it")
-                if source.turns == "first" and source.format in ("kwise", "oasst"):
-                    found.append(f"{where}.turns has no effect with format {source.format}; it has single answers")
-                if source.pairs != "all" and source.format not in ("auto", "kwise", "oasst"):
-                    found.append(f"{where}.pairs has no effect with format {source.format}; kwise and oasst read it")
+            if source.labels and source.format not in ("auto", "two_outputs"):
+                found.append(f"{where}.labels has no effect with format {source.format}; two_outputs reads it")
+            if isinstance(source, PreferenceSource) and source.turns == "first" and source.format in ("kwise", "oasst"):
+                found.append(f"{where}.turns has no effect with format {source.format}; it has single answers")
+            if (
+                isinstance(source, PreferenceSource)
+                and source.pairs != "all"
+                and source.format not in ("auto", "kwise", "oasst", "pairs", "sharegpt")
+            ):
+                found.append(
+                    f"{where}.pairs has no effect with format {source.format}; kwise, oasst, pairs and sharegpt read it"
+                )
     return found
 
 

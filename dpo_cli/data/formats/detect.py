@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -46,6 +47,7 @@ class RowReader:
         self._formats = [fmt for fmt in formats if name in ("auto", fmt.name)]
         self._columns = columns
         self._reading = reading
+        self._unread: Counter[tuple[str, ...]] = Counter()
         self._steps: dict[tuple[str, ...], list[_Step]] = {}
         self._media: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._fallbacks: dict[tuple[str, ...], Plan] = {}
@@ -86,11 +88,21 @@ class RowReader:
                 field, rivals = next(iter(plan.rivals.items()))
                 raise RowProblem("two_fields", f"{' and '.join(rivals)} may both be {field}; say which in columns")
         try:
-            example = plan.format.read(found, plan.reading)
+            content = plan.format.read(found, plan.reading)
             tools = read_tools(tools_of(found)) if "tools" in plan.format.names else None
         except RowProblem as problem:
             raise plan.named(problem) from None
-        return plan.format, example if tools is None else _with_tools(example, tools)
+        if plan.may_leave:
+            self._unread[plan.unread_in(row, found)] += 1
+        return plan.format, content if tools is None else _with_tools(content, tools)
+
+    def take_unread(self) -> Counter[str]:
+        """How many of the rows read since the last call have something in a column that nobody read, by column."""
+        unread: Counter[str] = Counter()
+        for columns, count in self._unread.items():
+            unread.update(dict.fromkeys(columns, count))
+        self._unread.clear()
+        return unread
 
     def _steps_of(self, keys: tuple[str, ...]) -> list[_Step]:
         """What to try for rows with these keys, in the order of the formats."""
@@ -154,8 +166,10 @@ class RowReader:
         for name in [name for name in found if name != best]:
             found[name] = [(plan, row) for plan, row in found[name] if not plan.format.weak(row)]
         for name, read in found.items():
-            if read and (doubt := read[0][0].format.doubt([row for _, row in read], read[0][0].reading)):
-                raise UnknownFormatError(f"{file}: its rows look like {name}, but {doubt}")
+            for plan, alike in _by_reading(read):
+                if doubt := plan.format.doubt(alike, plan.reading):
+                    doubt = plan.in_words_of_the_file(doubt)
+                    raise UnknownFormatError(f"{file}: its rows look like {name}, but {doubt}")
         told = sorted((read for read in found.values() if read), key=len, reverse=True)
         rest = len(rows) - sum(map(len, told))
         unread = f"; {rest} of them fit no format and are read as {best}" if rest else ""
@@ -249,6 +263,17 @@ def _with_tools(found: Any, tools: str) -> Any:
     if isinstance(found, Iterator):
         return ((part, _with_tools(example, tools)) for part, example in found)
     return found if isinstance(found, RowProblem) else replace(found, prompt=with_tools(found.prompt, tools))
+
+
+def _by_reading(read: Sequence[tuple[Plan, RawRow]]) -> list[tuple[Plan, list[RawRow]]]:
+    """Rows of a format by what their fields' names say beside it, such as what labels mean, with a plan of each."""
+    groups: list[tuple[Plan, list[RawRow]]] = []
+    for plan, row in read:
+        rows = next((rows for other, rows in groups if other.reading == plan.reading), None)
+        if rows is None:
+            groups.append((plan, rows := []))
+        rows.append(row)
+    return groups
 
 
 def _is_row(value: Any) -> bool:

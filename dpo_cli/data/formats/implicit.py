@@ -23,6 +23,7 @@ from dpo_cli.data.formats.prompts import (
     CONTEXT_NAMES,
     CONVERSATION_NAMES,
     PROMPT_NAMES,
+    SCORE_ALTERNATIVES,
     SIDE_NAMES,
     read_scores,
     roles_of,
@@ -137,4 +138,5 @@ IMPLICIT = Format(
     weak=_is_text,
     note=lambda row, reading: "texts are cut behind the last word they share" if _is_text(row) else "",
     doubt=_doubt,
+    alternatives=SCORE_ALTERNATIVES,
 )

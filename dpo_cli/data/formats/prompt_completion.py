@@ -7,6 +7,7 @@ from typing import Any
 from dpo_cli.data.formats.base import Format, Reading
 from dpo_cli.data.formats.content import is_conversation
 from dpo_cli.data.formats.prompts import (
+    PROMPT_ALTERNATIVES,
     PROMPT_NAMES,
     REASONING_NAMES,
     read_answer,
@@ -37,4 +38,5 @@ PROMPT_COMPLETION = Format(
     matches=_matches,
     note=reasoning_note,
     doubt=unpaired_doubt,
+    alternatives=PROMPT_ALTERNATIVES,
 )

@@ -353,7 +353,10 @@ def test_a_source_may_have_columns_roles_labels_and_further_sources() -> None:
         ({"max_rows": 0}, "max_rows must be >= 1, got 0"),
         ({"weight": 0.0}, "weight must be > 0, got 0.0"),
         ({"columns": {"prompt": "prompt"}}, "columns.prompt has no effect: it names itself"),
-        ({"format": "pairs", "pairs": "adjacent"}, "pairs has no effect with format pairs; kwise and oasst read it"),
+        (
+            {"format": "hh", "pairs": "adjacent"},
+            "pairs has no effect with format hh; kwise, oasst, pairs and sharegpt read it",
+        ),
         ({"format": "hh", "labels": {"1": "first"}}, "labels has no effect with format hh; two_outputs reads it"),
     ],
 )
