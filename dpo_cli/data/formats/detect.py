@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from dpo_cli.core.errors import DataError, ParamsError
@@ -44,7 +45,8 @@ class RowReader:
     ) -> None:
         self._formats = [fmt for fmt in formats if name in ("auto", fmt.name)]
         self._columns = columns
-        self._reading = reading
+        # a format that is named is not questioned
+        self._reading = replace(reading, in_order=reading.in_order or name == "kwise")
         self._unread: Counter[tuple[str, ...]] = Counter()
         self._steps: dict[tuple[str, ...], list[_Step]] = {}
         self._fallbacks: dict[tuple[str, ...], Plan] = {}
