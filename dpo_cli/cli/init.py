@@ -18,7 +18,7 @@ from dpo_cli.core.artifacts import atomic_path, write_text
 from dpo_cli.core.errors import DataError, MachineError
 from dpo_cli.core.params import PreferenceSource, SftSource
 from dpo_cli.core.params_text import EMBEDDED_PRESET, params_yaml
-from dpo_cli.core.pipeline import dvc_yaml
+from dpo_cli.core.pipeline import STAGES, dvc_yaml
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data import world
 from dpo_cli.data.convert import plan_of
@@ -36,14 +36,7 @@ GITIGNORE = """\
 *.tmp
 
 # made by the pipeline, kept by DVC
-/data/sft
-/data/preference
-/data/reference
-/models/base
-/models/sft
-/models/dpo
-/models/reward
-"""
+""" + "".join(f"/{path.as_posix()}\n" for stage in STAGES for path in stage.kept_by_dvc)
 
 # The embedded model on data of another world: it spells most texts out in bytes, and sees few pairs.
 OWN_SFT_DATA = {"sft.max_length": 2048}
@@ -108,7 +101,7 @@ def create_project(folder: Path, files: ProjectFiles, reporter: Reporter) -> Non
         ".dvcignore": DVCIGNORE,
         ".gitattributes": GITATTRIBUTES,
         ".gitignore": GITIGNORE,
-        "dvc.yaml": yaml_text(dvc_yaml()),
+        "dvc.yaml": dvc_yaml_text(),
         "params.yaml": params_yaml(values),
     }.items():
         if (folder / name).exists():
@@ -164,14 +157,14 @@ def rows_json(rows: list[dict[str, str]]) -> str:
     return "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n"
 
 
-def yaml_text(tree: Any) -> str:
-    """A tree as block-style YAML."""
+def dvc_yaml_text() -> str:
+    """dvc.yaml, as every project has it."""
     stream = io.StringIO()
     yaml = YAML()
     yaml.width = 120
     yaml.indent(mapping=2, sequence=2, offset=0)
-    yaml.dump(tree, stream)
-    return stream.getvalue()
+    yaml.dump(dvc_yaml(), stream)
+    return f"# Written by dpo-cli; settings are in params.yaml.\n{stream.getvalue()}"
 
 
 def _check(folder: Path, files: ProjectFiles) -> None:

@@ -25,6 +25,8 @@ REPORTS = Path("reports")
 REPORT_HTML = REPORTS / "report.html"
 FIGURES = REPORTS / "figures"
 EVALUATIONS = Path("evaluations")
+SAMPLES = "samples.json"
+"""In the folder of an evaluation: the answers, a prompt a row."""
 MODEL_SETTINGS = "params.json"
 """In a folder of evaluations: what is known of the settings behind it."""
 

@@ -96,6 +96,8 @@ def _convert_and_publish(
 
 def _move(listing: Path, rejects_file: Path) -> None:
     rejects_file.parent.mkdir(parents=True, exist_ok=True)
+    if not listing.stat().st_size:
+        listing.write_text("\n", encoding="utf-8", newline="\n")  # DVC warns of empty files
     shutil.move(listing, rejects_file)
 
 
