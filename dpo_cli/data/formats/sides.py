@@ -49,7 +49,7 @@ def read_lists(row: RawRow, prompt: Messages, reading: Reading) -> PreferenceExa
 
 
 def _read_list(row: RawRow, name: str, prompt: Messages, reading: Reading) -> Sequence[Messages]:
-    value = row.get(name)
+    value: Any = row.get(name)
     if value == []:
         raise RowProblem("too_few_completions", f"has no answer in {name!r}")
     if not _is_list(value):
