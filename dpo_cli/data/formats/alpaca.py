@@ -37,5 +37,5 @@ ALPACA = Format(
     read=_read,
     matches=lambda row: not isinstance(row["output"], list),
     note=reasoning_note,
-    doubt=unpaired_doubt,
+    doubt=unpaired_doubt("alpaca"),
 )

@@ -73,5 +73,5 @@ MESSAGES = Format(
     read=_read,
     matches=_matches,
     note=lambda row, reading: "the tools beside them go to the chat template" if row.get("tools") else "",
-    doubt=unpaired_doubt,
+    doubt=unpaired_doubt("messages"),
 )

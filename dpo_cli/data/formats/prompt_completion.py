@@ -37,6 +37,6 @@ PROMPT_COMPLETION = Format(
     read=_read,
     matches=_matches,
     note=reasoning_note,
-    doubt=unpaired_doubt,
+    doubt=unpaired_doubt("prompt_completion"),
     alternatives=PROMPT_ALTERNATIVES,
 )
