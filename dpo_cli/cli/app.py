@@ -19,6 +19,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from dpo_cli.cli.console import ConsoleReporter
+from dpo_cli.cli.record import HandRun
 from dpo_cli.cli.repro import EXIT_CODE_FILE, reproduce
 from dpo_cli.core import paths
 from dpo_cli.core.environment import claim_gpu, is_first_process, prepare_environment
@@ -184,9 +185,12 @@ def _run_stage(stage: Stage, overrides: list[str], *, as_json: bool) -> None:
         params = load_params(paths.PARAMS, overrides)
         _refuse_unread(stage, overrides)
         die_with_parent()
-        run: Callable[..., dict[str, Any]] = importlib.import_module(stage.module).run
         told = stage.name == "evaluate" and EXIT_CODE_FILE in os.environ  # repro prints the verdict at its end
-        metrics = run(params, ConsoleReporter(show_tables=not (as_json or told)))
+        reporter = ConsoleReporter(show_tables=not (as_json or told))
+        by_hand = HandRun(stage, overrides, reporter)
+        run: Callable[..., dict[str, Any]] = importlib.import_module(stage.module).run
+        metrics = run(params, reporter)
+        by_hand.record()
     if as_json and is_first_process():
         typer.echo(json.dumps({stage.name: metrics}, ensure_ascii=False))
 
@@ -278,7 +282,10 @@ def report_command(
     with _errors_as_exit_codes(as_json=False):
         from dpo_cli.cli.report import make_report  # here, so that --help does not wait for it
 
-        make_report(is_opened=not no_open, reporter=ConsoleReporter())
+        reporter = ConsoleReporter()
+        by_hand = HandRun(STAGES[-1], [], reporter)
+        make_report(is_opened=not no_open, reporter=reporter)
+        by_hand.record()
 
 
 # --- data ---------------------------------------------------------------------------------
