@@ -371,7 +371,7 @@ def test_the_share_held_out_is_near_what_was_asked_for(converted: Callable[..., 
     ("name", "words"),
     [
         ("hh_helpful-base_test.jsonl.gz", r"is a Git LFS pointer, not the data itself; fetch it with: git lfs pull"),
-        ("llamafactory_dpo_zh_demo.truncated.json", r", line 4622: broken JSON: .*; the file seems cut off"),
+        ("llamafactory_dpo_zh_demo.truncated.json", r", line 4622, column 18: broken JSON: .*; the file seems cut off"),
     ],
 )
 def test_a_broken_file_is_refused_with_cause_and_place(name: str, words: str, tmp_path: Path) -> None:
