@@ -38,6 +38,7 @@ GITIGNORE = """\
 /data/sft
 /data/preference
 /data/reference
+/data/samples
 /models/base
 /models/sft
 /models/dpo
