@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dpo_cli.core import paths
-from dpo_cli.core.artifacts import write_json, write_json_lines, write_text
+from dpo_cli.core.artifacts import write_json, write_json_array, write_text
 from dpo_cli.training.history import write_tsv
 
 ATTACK = "</script><script>alert(1)</script><img src=https://evil.example/x onerror=alert(1)>\"'&amp;"
@@ -163,7 +163,7 @@ def write_reports(num_prompts: int = 100, *, num_tokens: int = 12, judged: bool 
     """Write reports/ into the working directory.
 
     Args:
-        num_prompts: Rows of samples.jsonl.
+        num_prompts: Rows of samples.json.
         num_tokens: Length of an answer, about.
         judged: Whether there was a judge.
         heat: Whether the tuned answers have their tokens' log-ratios.
@@ -190,7 +190,7 @@ def write_metrics(stage: str, metrics: dict[str, Any]) -> None:
 
 
 def write_samples(samples: Iterable[dict[str, Any]]) -> None:
-    write_json_lines(paths.report_dir("evaluate") / "samples.jsonl", samples)
+    write_json_array(paths.report_dir("evaluate") / "samples.json", samples)
 
 
 def write_csv(name: str, header: str, rows: Iterable[Sequence[object]]) -> None:

@@ -6,13 +6,11 @@ python tools/generate.py --check   name those that differ from the code, and exi
 
 from __future__ import annotations
 
-import ast
 import difflib
 import html
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +25,12 @@ from dpo_cli.cli.init import (  # noqa: E402
     DVCIGNORE,
     GITATTRIBUTES,
     GITIGNORE,
+    dvc_yaml_text,
     rows_json,
-    yaml_text,
 )
 from dpo_cli.core import paths  # noqa: E402
 from dpo_cli.core.params import Params, iter_settings, load_params  # noqa: E402
 from dpo_cli.core.params_text import EMBEDDED_PRESET, params_yaml, range_of, unit_of  # noqa: E402
-from dpo_cli.core.pipeline import STAGES, dvc_yaml  # noqa: E402
 from dpo_cli.data import world  # noqa: E402
 from tools.objectives import PICTURE, objectives_md, objectives_svg  # noqa: E402
 
@@ -44,59 +41,6 @@ _EXAMPLE_GITIGNORE = """
 /data/prompts
 """
 _GENERATED = "<!-- Written by tools/generate.py; edit the code, then run: make docs -->"
-
-
-# --- what a stage's code is ------------------------------------------------------------------------
-
-
-def closure(module: str) -> list[str]:
-    """Every file that a module's imports reach within dpo_cli, as paths from the root, sorted.
-
-    Packages whose ``__init__`` holds nothing but a docstring are left out: they cannot change a result.
-    """
-    found: set[Path] = set()
-    waiting = [ROOT / (module.replace(".", "/") + ".py")]
-    while waiting:
-        path = waiting.pop()
-        if path in found:
-            continue
-        found.add(path)
-        waiting += _imported_files(path)
-    files = {path for path in found if not _is_only_a_docstring(path)}
-    files |= {part for path in found for kind in ("*.jinja", "*.js") for part in path.parent.glob(kind)}
-    return sorted(path.relative_to(ROOT).as_posix() for path in files)
-
-
-def _imported_files(path: Path) -> Iterator[Path]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        else:
-            continue
-        for name in names:
-            if name.split(".")[0] == "dpo_cli":
-                yield from _files_of(name)
-
-
-def _files_of(name: str) -> Iterator[Path]:
-    parts = name.split(".")
-    for end in range(1, len(parts) + 1):
-        place = ROOT.joinpath(*parts[:end])
-        for path in (place.with_suffix(".py"), place / "__init__.py"):
-            if path.is_file():
-                yield path
-
-
-def _is_only_a_docstring(path: Path) -> bool:
-    body = ast.parse(path.read_text(encoding="utf-8")).body
-    return path.name == "__init__.py" and all(
-        isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in body
-    )
-
-
-# --- documents -------------------------------------------------------------------------------------
 
 
 def params_md() -> str:
@@ -158,15 +102,13 @@ def example_files() -> dict[str, str]:
         ".dvc/config": DVC_CONFIG,
         ".dvcignore": DVCIGNORE,
         ".gitignore": GITIGNORE + _EXAMPLE_GITIGNORE,
-        "dvc.yaml": yaml_text(dvc_yaml()),
+        "dvc.yaml": dvc_yaml_text(),
         "params.yaml": params_yaml(values),
     }
 
 
 def generated_files() -> dict[Path, str]:
     """Every generated file with its content."""
-    code = {stage.name: closure(stage.module) for stage in STAGES}
-    header = "# Written by tools/generate.py from dpo_cli/core/pipeline.py; settings are in params.yaml.\n"
     texts = {
         ".dvc/.gitignore": DVC_FOLDER_GITIGNORE,
         ".dvc/config": DVC_CONFIG,
@@ -176,7 +118,7 @@ def generated_files() -> dict[Path, str]:
         "docs/objectives.md": objectives_md(_GENERATED),
         f"docs/{PICTURE}": objectives_svg(),
         "docs/params.md": params_md(),
-        "dvc.yaml": header + yaml_text(dvc_yaml(code)),
+        "dvc.yaml": dvc_yaml_text(),
         "params.yaml": params_yaml(EMBEDDED_PRESET),
         (paths.RAW / "instructions.json").as_posix(): rows_json(world.instruction_rows(0)),
         (paths.RAW / "preferences.json").as_posix(): rows_json(world.preference_rows(0)),

@@ -791,7 +791,7 @@ def sample_command(
     ] = None,
     out: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Folder of the tables, one for each file, as parquet.")
-    ] = paths.SAMPLES,
+    ] = paths.SAMPLED,
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -14,7 +14,7 @@ from dpo_cli.cli.sources import policies_of, project_params
 from dpo_cli.core.errors import ParamsError
 from dpo_cli.core.params import DataParams, SftSource, Source, TokenChecks
 from dpo_cli.core.progress import Reporter
-from dpo_cli.data.account import Conversion, Finding, account_rows, checks_of, metrics_of, warnings_of
+from dpo_cli.data.account import Conversion, Finding, account_rows, checks_of, metrics_of, unread_of, warnings_of
 from dpo_cli.data.blocks import SAMPLED_OUT
 from dpo_cli.data.convert import convert, find_files, read_arrow
 from dpo_cli.data.formats.base import RowProblem
@@ -87,7 +87,7 @@ def check_sources(sources: Sequence[Source], options: CheckOptions, reporter: Re
                     report.checks[name].policy = policy
             examples = _first_of_each_reason(rejects)
             tokens = _check_tokens(report, mine[0], options, reporter) if options.model else None
-        figures[kind] = {**metrics_of(report), "checks": checks_of(report)}
+        figures[kind] = {**metrics_of(report), "checks": checks_of(report), "unread_columns": unread_of(report)}
         accepted &= not set(report.rejected) - {SAMPLED_OUT}
         _print(kind, report, options, examples, reporter)
         if tokens is not None:

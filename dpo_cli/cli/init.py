@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from dpo_cli.core.artifacts import atomic_path, write_text
 from dpo_cli.core.errors import DataError, MachineError
 from dpo_cli.core.params import PreferenceSource, SftSource
 from dpo_cli.core.params_text import EMBEDDED_PRESET, params_yaml
-from dpo_cli.core.pipeline import dvc_yaml
+from dpo_cli.core.pipeline import STAGES, dvc_yaml
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data import world
 from dpo_cli.data.convert import plan_of
@@ -34,16 +35,11 @@ GITIGNORE = """\
 .scratch/
 *.tmp
 
-# made by the pipeline, kept by DVC
-/data/sft
-/data/preference
-/data/reference
+# made by dpo-cli sample
 /data/samples
-/models/base
-/models/sft
-/models/dpo
-/models/reward
-"""
+
+# made by the pipeline, kept by DVC
+""" + "".join(f"/{path.as_posix()}\n" for stage in STAGES for path in stage.kept_by_dvc)
 
 # The embedded model on data of another world: it spells most texts out in bytes, and sees few pairs.
 OWN_SFT_DATA = {"sft.max_length": 2048}
@@ -100,14 +96,15 @@ def create_project(folder: Path, files: ProjectFiles, reporter: Reporter) -> Non
             with atomic_path(target) as temporary:
                 shutil.copyfile(source, temporary)
         values[key] = target.relative_to(folder).as_posix()
-        _look_at(source, key, reporter)
+        serves_both = key == "data.preferences.path" and files.sft is None
+        _look_at(source, ("data.preferences", "data.sft") if serves_both else (key.removesuffix(".path"),), reporter)
     for name, text in {
         ".dvc/config": DVC_CONFIG,
         ".dvc/.gitignore": DVC_FOLDER_GITIGNORE,
         ".dvcignore": DVCIGNORE,
         ".gitattributes": GITATTRIBUTES,
         ".gitignore": GITIGNORE,
-        "dvc.yaml": yaml_text(dvc_yaml()),
+        "dvc.yaml": dvc_yaml_text(),
         "params.yaml": params_yaml(values),
     }.items():
         if (folder / name).exists():
@@ -122,15 +119,22 @@ def create_project(folder: Path, files: ProjectFiles, reporter: Reporter) -> Non
     reporter.say(f"{folder} is ready. Look at {folder / 'params.yaml'}, then run: dpo-cli -C {folder} repro")
 
 
-def _look_at(path: Path, key: str, reporter: Reporter) -> None:
-    """Say as what a file will be read, or why it will not be."""
-    source = SftSource(path=str(path)) if key == "data.sft.path" else PreferenceSource(path=str(path))
-    try:
-        _, why = plan_of(source, path, {}, 0.5)
-    except DataError as error:
-        reporter.warn(f"{error}; mend the file, or set {key.removesuffix('.path')} in params.yaml, before you go on")
-    else:
-        reporter.say(f"{path.name}: {why}")
+def _look_at(path: Path, sections: Sequence[str], reporter: Reporter) -> None:
+    """Say as what a file will be read in each section of the settings that names it, or why it will not be."""
+    problems: dict[str, str] = {}
+    for section in sections:
+        source = SftSource(path=str(path)) if section == "data.sft" else PreferenceSource(path=str(path))
+        try:
+            _, why = plan_of(source, path, {}, 0.5)
+        except DataError as error:
+            problems[section] = str(error)
+        else:
+            reporter.say(f"{path.name}: {why}")
+    if problems:
+        where = " and under ".join(problems)
+        reporter.warn(
+            f"{next(iter(problems.values()))}; mend the file, or say it under {where} in params.yaml, before you go on"
+        )
 
 
 def _settings(files: ProjectFiles) -> dict[str, Any]:
@@ -156,14 +160,14 @@ def rows_json(rows: list[dict[str, str]]) -> str:
     return "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n"
 
 
-def yaml_text(tree: Any) -> str:
-    """A tree as block-style YAML."""
+def dvc_yaml_text() -> str:
+    """dvc.yaml, as every project has it."""
     stream = io.StringIO()
     yaml = YAML()
     yaml.width = 120
     yaml.indent(mapping=2, sequence=2, offset=0)
-    yaml.dump(tree, stream)
-    return stream.getvalue()
+    yaml.dump(dvc_yaml(), stream)
+    return f"# Written by dpo-cli; settings are in params.yaml.\n{stream.getvalue()}"
 
 
 def _check(folder: Path, files: ProjectFiles) -> None:

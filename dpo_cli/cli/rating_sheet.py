@@ -31,7 +31,7 @@ def write_rating_sheet(model: Path | None, sheet: Path, rater: str) -> tuple[int
     """
     if not rater.partition(":")[0].strip():
         raise ParamsError(f"--rater must be a kind or kind:name, such as human:anna, got {rater!r}")
-    samples = (model or paths.report_dir("evaluate")) / "samples.jsonl"
+    samples = (model or paths.report_dir("evaluate")) / paths.SAMPLES
     if sheet.exists():
         raise ParamsError(f"{sheet} is there already and may hold votes; name another file")
     if not samples.is_file():

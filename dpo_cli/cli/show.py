@@ -139,6 +139,7 @@ def describe_row(source: Source, row: int, view: TokenView | None) -> dict[str, 
         "kind": "sft" if plan.kind == "sft" else "preferences",
         "format": None,
         "why": why,
+        "unread": [],
         "left_out": [],
         "parts": [],
     }
@@ -148,8 +149,9 @@ def describe_row(source: Source, row: int, view: TokenView | None) -> dict[str, 
         found["left_out"].append(_left_out("", stage, "max_rows", f"lies behind the first {source.max_rows} rows"))
     describing = _Describing(plan, view, stage, _Fate.of(plan, record))
     try:
-        fmt, content = plan.reader().read(record.value)
-        found["format"] = fmt.name
+        reader = plan.reader()
+        fmt, content = reader.read(record.value)
+        found |= {"format": fmt.name, "unread": list(reader.take_unread())}
         for part, example in content if isinstance(content, Iterator) else [("", content)]:
             found["parts"].append(describing.part(part, example))
     except RowProblem as problem:

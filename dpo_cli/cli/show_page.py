@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from dpo_cli.data.formats.base import shown_name
+
 _LONG_TEXT, _LONG_LIST, _LONG_ROW = 240, 8, 60
 
 _CONTEXT, _SCORED = "cyan", "green"
@@ -65,6 +67,8 @@ class _Page:
         self._fact("file", found["file"])
         self._fact("row", f"{found['row']}{line}")
         self._fact("read as", f"{found['kind']}; {found['why']}")
+        if found["unread"]:
+            self._fact("not read", ", ".join(map(shown_name, found["unread"])))
         if found.get("model"):
             model = found["model"]
             self._fact("model", model["path"])

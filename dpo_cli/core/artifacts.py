@@ -75,10 +75,18 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line, whole or not at all."""
+    """Write one JSON object a line, whole or not at all; no row makes a blank line, since DVC warns of empty files."""
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        if not file.tell():
+            file.write("\n")
+
+
+def write_json_array(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a JSON array, one object a line, whole or not at all."""
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
+    write_text(path, f"[\n{lines}\n]\n")
 
 
 def read_json(path: Path, remedy: str) -> Any:

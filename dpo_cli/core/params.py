@@ -33,6 +33,16 @@ Labels = Literal["first", "second", "tie"]
 Roles = Literal["system", "user", "assistant", "tool"]
 
 
+def _label_keys(labels: Any) -> Any:
+    """Labels as YAML reads them, 1 or true, as the texts that they are in the data."""
+    if not isinstance(labels, dict):
+        return labels
+    return {
+        str(key).lower() if isinstance(key, bool) else f"{key:.15g}" if isinstance(key, int | float) else key: side
+        for key, side in labels.items()
+    }
+
+
 class Source(Section):
     """A source of data: a file, or several of one kind."""
 
@@ -45,6 +55,11 @@ class Source(Section):
     )
     records: str = knob("", "Where the list of rows lies, if not at the top: a key, or keys with dots between.")
     roles: dict[str, Roles] = knob({}, "Further names of roles: {narrator: system}.")
+    labels: Annotated[dict[str, Labels], BeforeValidator(_label_keys)] = knob(
+        {},
+        'What a label means that names the better of two outputs: {"1": first, "0": second}; "<1.5" stands for all'
+        " numbers below.",
+    )
     weight: float = knob(
         1.0,
         "How often a row of it is seen in an epoch: 0.5 takes half of its prompts (a hash decides), 2 takes every row"
@@ -74,23 +89,10 @@ class SftSource(Source):
     )
 
 
-def _label_keys(labels: Any) -> Any:
-    """Labels as YAML reads them, 1 or true, as the texts that they are in the data."""
-    if not isinstance(labels, dict):
-        return labels
-    return {
-        str(key).lower() if isinstance(key, bool) else str(key) if isinstance(key, int) else key: side
-        for key, side in labels.items()
-    }
-
-
 class PreferenceSource(Source):
     """A source of preference data."""
 
     format: PreferenceFormat = knob("auto", "Format of its rows; auto detects it and says what it found.")
-    labels: Annotated[dict[str, Labels], BeforeValidator(_label_keys)] = knob(
-        {}, 'What a label means that names the better of two outputs: {"1": first, "0": second}.'
-    )
     pairs: Literal["all", "adjacent", "best_vs_worst"] = knob(
         "all",
         "Pairs made of K ranked answers: all that are not tied, those of neighbouring ranks, or the best with the"
@@ -184,6 +186,12 @@ class LoraParams(Section):
 
     r: int = knob(16, "Rank of the update.", ge=1)
     alpha: float = knob(32.0, "Scale of the update: it is multiplied by alpha / r.", gt=0)
+    rslora: bool = knob(False, "Multiply it by alpha / sqrt(r) instead, for high ranks (rsLoRA, Kalajdzievski 2023).")
+    dora: bool = knob(
+        False,
+        "Train the length of each row of the weights apart from its direction (DoRA, Liu et al. 2024). A step takes"
+        " longer, and evaluate.scales has no meaning.",
+    )
     dropout: float = knob(0.0, "Dropout on the adapter's input while training.", ge=0, lt=1)
     target_modules: Annotated[list[str], Field(min_length=1)] = knob(
         ["all-linear"], "Names of the layers that get an adapter; all-linear means every linear layer but the head."
@@ -210,7 +218,21 @@ class TrainingParams(Section):
     weight_decay: float = knob(0.0, "Decoupled weight decay; rmsprop takes none.", ge=0)
     max_grad_norm: float = knob(1.0, "Gradients are clipped to this L2 norm.", gt=0)
     eval_steps: int = knob(
-        50, "Held-out loss after every so many steps; 0: only at the end.", unit="optimizer steps", ge=0
+        50,
+        "Held-out loss after every so many steps, besides that before the first and after the last; 0: only those.",
+        unit="optimizer steps",
+        ge=0,
+    )
+    keep: Literal["last", "best"] = knob(
+        "last",
+        "Whose weights are published: the last step's, or those of the evaluation with the lowest held-out loss.",
+    )
+    patience: int | None = knob(
+        None,
+        "With keep best, training ends when so many evaluations in a row brought no lower held-out loss; null: never"
+        " before its last step.",
+        unit="evaluations",
+        ge=1,
     )
     seed: int = knob(0, "Seeds the adapter's start, the order of rows and dropout.", ge=0)
 
@@ -344,7 +366,12 @@ class RuntimeParams(Section):
     workers: int | None = knob(
         None, "Processes that convert large files of JSON lines; null: as many as there are cores.", ge=1
     )
-    threads: int = knob(1, "CPU threads of torch. More than one can be slower on a shared machine.", ge=1)
+    threads: int | None = knob(
+        None,
+        "CPU threads of torch; null: OMP_NUM_THREADS, or else all physical cores that the process may use. On cores"
+        " that others use, too, 1 can be faster.",
+        ge=1,
+    )
     max_tokens_per_microbatch: int | None = knob(
         None,
         "Memory knob: tokens that go through the model at once, padding included; null: 4096 on a GPU, and 1024 on"
@@ -582,11 +609,16 @@ def _idle_columns(params: Params) -> list[str]:
                 found.append(f"{where}.turns has no effect with format {source.format}; messages reads it")
             if source.weight != 1 and source.split == "eval":
                 found.append(f"{where}.weight has no effect with split eval: only train rows are weighted")
-            if isinstance(source, PreferenceSource):
-                if source.labels and source.format not in ("auto", "two_outputs"):
-                    found.append(f"{where}.labels has no effect with format {source.format}; two_outputs reads it")
-                if source.pairs != "all" and source.format not in ("auto", "kwise", "oasst"):
-                    found.append(f"{where}.pairs has no effect with format {source.format}; kwise and oasst read it")
+            if source.labels and source.format not in ("auto", "two_outputs"):
+                found.append(f"{where}.labels has no effect with format {source.format}; two_outputs reads it")
+            if (
+                isinstance(source, PreferenceSource)
+                and source.pairs != "all"
+                and source.format not in ("auto", "kwise", "oasst", "pairs", "sharegpt")
+            ):
+                found.append(
+                    f"{where}.pairs has no effect with format {source.format}; kwise, oasst, pairs and sharegpt read it"
+                )
     return found
 
 
@@ -614,6 +646,27 @@ def _idle_objective_settings(train: TrainParams) -> list[str]:
         found.append(f"train.loss {coupled[0]} compares sorted pairs and cannot be mixed with others")
     if coupled and train.batch_size == 1:
         found.append(f"train.loss {coupled[0]} compares the pairs of a step: train.batch_size must be > 1, got 1")
+    return found
+
+
+def _idle_adapter_settings(params: Params) -> list[str]:
+    """Settings of the adapters that change nothing, or that another setting cannot go with."""
+    sft, reward = params.sft, params.reward
+    adapters = {"sft.lora": sft.lora} if sft.method in ("lora", "qlora") else {"train.lora": params.train.lora}
+    (policy,) = adapters
+    if reward.loss != "none":
+        adapters["reward.lora"] = reward.lora
+    found = [
+        f"{name}.rslora has no effect with {name}.r 1"
+        for name, lora in adapters.items()
+        if lora is not None and lora.rslora and lora.r == 1
+    ]
+    lora = adapters[policy]
+    if lora is not None and lora.dora and params.evaluate.scales:
+        found.append(
+            f"evaluate.scales cannot go with {policy}.dora true: a multiple of what DoRA changed is no such adapter;"
+            " set it to []"
+        )
     return found
 
 
@@ -656,6 +709,7 @@ def _contradictions(params: Params) -> list[str]:
             found.append(
                 f"{name}.lora has no effect with sft.method {sft.method}: {name} goes on with the adapter of sft"
             )
+    found += _idle_adapter_settings(params)
     found += _idle_objective_settings(train)
     if "plackett_luce" in train.losses and not params.reference.rankings:
         found.append("train.loss plackett_luce needs reference.rankings true")
@@ -668,4 +722,10 @@ def _contradictions(params: Params) -> list[str]:
             found.append(f"{name}.epochs has no effect beside {name}.max_steps; drop one of them")
         if section.optimizer == "rmsprop" and section.weight_decay != 0:
             found.append(f"{name}.weight_decay has no effect with {name}.optimizer rmsprop")
+        if section.keep == "best" and section.eval_steps == 0:
+            found.append(
+                f"{name}.keep best has no effect with {name}.eval_steps 0: no step before the last is measured"
+            )
+        if section.keep == "last" and section.patience is not None:
+            found.append(f"{name}.patience has no effect with {name}.keep last; best reads it")
     return found

@@ -15,7 +15,7 @@ RAW = Path("data/raw")
 SFT_DATA = Path("data/sft")
 PREFERENCE_DATA = Path("data/preference")
 REFERENCE = Path("data/reference")
-SAMPLES = Path("data/samples")
+SAMPLED = Path("data/samples")
 
 BASE = Path("models/base")
 SFT_MODEL = Path("models/sft")
@@ -26,6 +26,8 @@ REPORTS = Path("reports")
 REPORT_HTML = REPORTS / "report.html"
 FIGURES = REPORTS / "figures"
 EVALUATIONS = Path("evaluations")
+SAMPLES = "samples.json"
+"""In the folder of an evaluation: the answers, a prompt a row."""
 MODEL_SETTINGS = "params.json"
 """In a folder of evaluations: what is known of the settings behind it."""
 

@@ -6,7 +6,7 @@ that holds them equal.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from dpo_cli.core import paths
 _TRAIN_STEPS = paths.report_dir("train") / "steps.tsv"
 _REWARD_STEPS = paths.report_dir("reward") / "steps.tsv"
 _SFT_STEPS = paths.report_dir("sft") / "steps.tsv"
-_SAMPLES = paths.report_dir("evaluate") / "samples.jsonl"
+_SAMPLES = paths.report_dir("evaluate") / paths.SAMPLES
 _PAIRS = paths.report_dir("evaluate") / "pairs.csv"
 _MARGINS = paths.report_dir("evaluate") / "margins.csv"
 _RELIABILITY = paths.report_dir("evaluate") / "reliability.csv"
@@ -25,6 +25,9 @@ _TEMPERATURES = paths.report_dir("evaluate") / "temperatures.csv"
 _FRONTIER = paths.report_dir("evaluate") / "frontier.csv"
 _LENGTHS = paths.report_dir("evaluate") / "length.csv"
 _VOTES = paths.report_dir("evaluate") / "votes.csv"
+
+
+Options = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,10 @@ class Stage:
         inputs: What other stages or the user made and it reads.
         output: The folder it makes; None where it only reports.
         metrics: Whether it writes reports/<name>/metrics.json.
-        reports: Other files it writes under reports/, committed and not cached.
+        plots: Tables that it writes under reports/, committed to git, each with how DVC draws it.
+        lists: Files with a row for each row of the data, kept by DVC: they may be as large as the data.
+        pages: What it draws of the files of other stages. Neither metric nor plot, so DVC keeps no run of it in its
+            cache: it is made again in seconds.
         more_examples: Further command lines for its help.
     """
 
@@ -50,13 +56,20 @@ class Stage:
     inputs: tuple[Path, ...]
     output: Path | None
     metrics: bool = True
-    reports: tuple[Path, ...] = ()
+    plots: tuple[tuple[Path, Options], ...] = ()
+    lists: tuple[Path, ...] = ()
+    pages: tuple[Path, ...] = ()
     more_examples: tuple[str, ...] = ()
 
     @property
+    def kept_by_dvc(self) -> tuple[Path, ...]:
+        """What it makes that lies in DVC's cache and not in git."""
+        return (*([self.output] if self.output else []), *self.lists)
+
+    @property
     def module(self) -> str:
-        """The module that does it."""
-        return "dpo_cli.cli.report" if self.name == "report" else f"dpo_cli.stages.{self.name}"
+        """The module that does it; that of stage report is :mod:`dpo_cli.cli.report`."""
+        return f"dpo_cli.stages.{self.name}"
 
     @property
     def command(self) -> str:
@@ -81,7 +94,7 @@ STAGES: tuple[Stage, ...] = (
         params=("data",),
         inputs=(paths.RAW,),
         output=paths.SFT_DATA,
-        reports=(paths.rejects_file("convert_sft"), paths.checks_file("convert_sft")),
+        lists=(paths.rejects_file("convert_sft"), paths.checks_file("convert_sft")),
     ),
     Stage(
         name="convert_preferences",
@@ -90,7 +103,7 @@ STAGES: tuple[Stage, ...] = (
         params=("data",),
         inputs=(paths.RAW,),
         output=paths.PREFERENCE_DATA,
-        reports=(paths.rejects_file("convert_preferences"), paths.checks_file("convert_preferences")),
+        lists=(paths.rejects_file("convert_preferences"), paths.checks_file("convert_preferences")),
     ),
     Stage(
         name="sft",
@@ -99,7 +112,8 @@ STAGES: tuple[Stage, ...] = (
         params=("model", "sft"),
         inputs=(paths.BASE, paths.SFT_DATA),
         output=paths.SFT_MODEL,
-        reports=(paths.rejects_file("sft"), _SFT_STEPS),
+        plots=((_SFT_STEPS, {"x": "step", "y": "grad_norm", "title": "gradient norm of SFT"}),),
+        lists=(paths.rejects_file("sft"),),
     ),
     Stage(
         name="precompute_ref",
@@ -108,7 +122,7 @@ STAGES: tuple[Stage, ...] = (
         params=("model", "reference"),
         inputs=(paths.BASE, paths.SFT_MODEL, paths.PREFERENCE_DATA),
         output=paths.REFERENCE,
-        reports=(paths.rejects_file("precompute_ref"),),
+        lists=(paths.rejects_file("precompute_ref"),),
     ),
     Stage(
         name="train",
@@ -117,7 +131,8 @@ STAGES: tuple[Stage, ...] = (
         params=("model", "reference", "train"),
         inputs=(paths.BASE, paths.SFT_MODEL, paths.PREFERENCE_DATA, paths.REFERENCE),
         output=paths.DPO_MODEL,
-        reports=(paths.rejects_file("train"), _TRAIN_STEPS),
+        plots=((_TRAIN_STEPS, {"x": "step", "y": "grad_norm", "title": "gradient norm of DPO"}),),
+        lists=(paths.rejects_file("train"),),
     ),
     Stage(
         name="reward",
@@ -126,7 +141,8 @@ STAGES: tuple[Stage, ...] = (
         params=("model", "reference", "reward"),
         inputs=(paths.BASE, paths.SFT_MODEL, paths.PREFERENCE_DATA),
         output=paths.REWARD_MODEL,
-        reports=(paths.rejects_file("reward"), _REWARD_STEPS),
+        plots=((_REWARD_STEPS, {"x": "step", "y": "loss", "title": "loss of the reward model"}),),
+        lists=(paths.rejects_file("reward"),),
     ),
     Stage(
         name="evaluate",
@@ -148,17 +164,38 @@ STAGES: tuple[Stage, ...] = (
             paths.REWARD_MODEL,
         ),
         output=None,
-        reports=(
-            _SAMPLES,
-            _PAIRS,
-            _MARGINS,
-            _RELIABILITY,
-            _ACCURACY_BY,
-            _TEMPERATURES,
-            _FRONTIER,
-            _LENGTHS,
-            _VOTES,
+        plots=(
+            (_SAMPLES, {"y": "kl", "y_label": "nats", "title": "KL of each answer"}),
+            (_PAIRS, {"x": "margin", "y": "loss", "template": "scatter", "title": "loss of each held-out pair"}),
+            (_MARGINS, {"x": "margin", "y": "share", "template": "scatter", "title": "margins of held-out pairs"}),
+            (
+                _RELIABILITY,
+                {"x": "probability", "y": "accuracy", "template": "scatter", "title": "reliability of the reward"},
+            ),
+            (
+                _ACCURACY_BY,
+                {"x": "accuracy", "y": "label", "template": "bar_horizontal", "title": "accuracy by length and source"},
+            ),
+            (
+                _TEMPERATURES,
+                {"x": "temperature", "y": "win_rate", "template": "scatter", "title": "win rate against temperature"},
+            ),
+            (
+                _FRONTIER,
+                {"x": "kl", "y": "win_rate", "x_label": "nats", "template": "scatter", "title": "win rate against KL"},
+            ),
+            (
+                _LENGTHS,
+                {
+                    "x": "length_difference",
+                    "y": "win_rate",
+                    "x_label": "tokens",
+                    "template": "scatter",
+                    "title": "win rate against length difference",
+                },
+            ),
         ),
+        lists=(_VOTES,),
     ),
     Stage(
         name="report",
@@ -183,11 +220,11 @@ STAGES: tuple[Stage, ...] = (
         ),
         output=None,
         metrics=False,
-        reports=(paths.REPORT_HTML, paths.FIGURES),
+        pages=(paths.REPORT_HTML, paths.FIGURES),
     ),
 )
 
-_PLOTS: tuple[tuple[str, Mapping[str, Any]], ...] = (
+_PLOTS: tuple[tuple[str, Options], ...] = (
     (
         "loss of DPO",
         {"x": "step", "y": {_TRAIN_STEPS.as_posix(): ["loss", "eval_loss"]}, "y_label": "loss"},
@@ -208,49 +245,32 @@ _PLOTS: tuple[tuple[str, Mapping[str, Any]], ...] = (
         "loss of SFT",
         {"x": "step", "y": {_SFT_STEPS.as_posix(): ["loss", "eval_loss"]}, "y_label": "nats a token"},
     ),
-    ("margins of held-out pairs", {"x": "margin", "y": {_MARGINS.as_posix(): "share"}, "template": "scatter"}),
-    (
-        "reliability of the reward",
-        {"x": "probability", "y": {_RELIABILITY.as_posix(): "accuracy"}, "template": "scatter"},
-    ),
-    (
-        "win rate against temperature",
-        {"x": "temperature", "y": {_TEMPERATURES.as_posix(): "win_rate"}, "template": "scatter"},
-    ),
-    (
-        "win rate against KL",
-        {"x": "kl", "y": {_FRONTIER.as_posix(): "win_rate"}, "x_label": "nats", "template": "scatter"},
-    ),
-    (
-        "win rate against length difference",
-        {"x": "length_difference", "y": {_LENGTHS.as_posix(): "win_rate"}, "x_label": "tokens", "template": "scatter"},
-    ),
 )
 
 
-def dvc_yaml(code: Mapping[str, Sequence[str]] | None = None) -> dict[str, Any]:
-    """The content of dvc.yaml.
+def dvc_yaml() -> dict[str, Any]:
+    """The content of dvc.yaml, for this repository as for any project.
 
-    Args:
-        code: For each stage the modules it depends on, as paths; None in a project whose
-            dpo_cli is installed from elsewhere.
+    It names no code: what made a thing stands in its manifest.
     """
     return {
-        "stages": {stage.name: _stage_entry(stage, (code or {}).get(stage.name, ())) for stage in STAGES},
+        "stages": {stage.name: _stage_entry(stage) for stage in STAGES},
         "plots": [{title: dict(options)} for title, options in _PLOTS],
     }
 
 
-def _stage_entry(stage: Stage, code: Sequence[str]) -> dict[str, Any]:
+def _stage_entry(stage: Stage) -> dict[str, Any]:
     entry: dict[str, Any] = {"cmd": f"python -m dpo_cli {stage.command}"}
-    if deps := [*(path.as_posix() for path in stage.inputs), *code]:
+    if deps := [path.as_posix() for path in stage.inputs]:
         entry["deps"] = deps
     if stage.params:
         entry["params"] = list(stage.params)
-    outs: list[Any] = [stage.output.as_posix()] if stage.output else []
-    outs += [{path.as_posix(): {"cache": False}} for path in stage.reports]
+    outs: list[Any] = [path.as_posix() for path in stage.kept_by_dvc]
+    outs += [{path.as_posix(): {"cache": False}} for path in stage.pages]
     if outs:
         entry["outs"] = outs
     if stage.metrics:
         entry["metrics"] = [{paths.metrics_file(stage.name).as_posix(): {"cache": False}}]
+    if stage.plots:
+        entry["plots"] = [{path.as_posix(): {"cache": False, **options}} for path, options in stage.plots]
     return entry

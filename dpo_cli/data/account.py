@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,14 @@ import numpy as np
 
 from dpo_cli.core.params import Source
 from dpo_cli.data.blocks import SAMPLED_OUT
+from dpo_cli.data.formats.base import shown_name
 
 SPLITS = ("train", "eval")
 LENGTH_BIAS = 0.65
 """Share of pairs whose preferred answer is the longer one, above which there is a warning."""
+
+_COLUMNS_SHOWN = 20
+_COLUMNS_KEPT = 1000
 
 
 @dataclass
@@ -28,6 +33,8 @@ class FileAccount:
         num_rows: Rows read.
         num_used: Rows of which something was written.
         formats: How many of them had which format.
+        unread: How many of these have something in a column that nobody read, by column.
+        more_unread: Rows with further such columns, where these are too many to count.
         stopped: Whether max_rows ended the reading.
         first: The number of its first row among the rows of all files.
     """
@@ -38,8 +45,37 @@ class FileAccount:
     num_rows: int = 0
     num_used: int = 0
     formats: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)
+    more_unread: bool = False
     stopped: bool = False
     first: int = 0
+
+    def count_unread(self, columns: Mapping[str, int]) -> None:
+        """Add the unread columns of some rows. Rows whose keys are data have too many to remember all."""
+        for column, count in columns.items():
+            if column in self.unread or len(self.unread) < _COLUMNS_KEPT:
+                self.unread[column] += count
+            else:
+                self.more_unread = True
+
+    def unread_text(self) -> str:
+        """The unread columns with how many rows have them, the most frequent first; empty: there are none."""
+        num_read = sum(self.formats.values())
+        groups: dict[int, list[str]] = {}
+        for column, count in self.unread.most_common(_COLUMNS_SHOWN):
+            groups.setdefault(count, []).append(shown_name(column))
+        told = [
+            f"{', '.join(columns)} ({_rows_text(count, num_read)}{' each' if columns[1:] and count < num_read else ''})"
+            for count, columns in groups.items()
+        ]
+        rest = len(self.unread) - _COLUMNS_SHOWN
+        if rest > 0:
+            told.append(f"and {'more than ' if self.more_unread else ''}{rest} more")
+        return "; ".join(told)
+
+
+def _rows_text(count: int, total: int) -> str:
+    return "all rows" if count == total else "1 row" if count == 1 else f"{count} rows"
 
 
 @dataclass
@@ -177,7 +213,18 @@ def metrics_of(report: Conversion) -> dict[str, Any]:
         metrics["num_train_rankings"] = report.num_rankings["train"]
         metrics["num_eval_rankings"] = report.num_rankings["eval"]
         metrics["num_tied_pairs"] = report.num_ties
+    if unread := {column for account in report.files for column in account.unread}:
+        metrics["num_unread_columns"] = len(unread)
     return metrics
+
+
+def unread_of(report: Conversion) -> list[dict[str, Any]]:
+    """The columns that nobody read, by file, with how many rows have something in them."""
+    return [
+        {"file": account.path.as_posix(), "columns": dict(account.unread.most_common())}
+        for account in report.files
+        if account.unread
+    ]
 
 
 def checks_of(report: Conversion) -> dict[str, Any]:
@@ -206,6 +253,8 @@ def account_rows(report: Conversion, rejects_file: Path | None) -> list[tuple[st
         if len(report.files) > 1 or account.stopped:
             stopped = "; stopped there by max_rows, the rest was not read" if account.stopped else ""
             rows.append(("", f"{account.num_rows} rows, {account.num_used} of them used{stopped}"))
+        if unread := account.unread_text():
+            rows.append(("not read", unread))
     rows.append(("rows read", str(report.num_read)))
     rows.append(("rows used", str(report.num_used)))
     rows.append(("rows left out", str(report.num_rejected_rows)))

@@ -139,6 +139,7 @@ class BlockResult:
         rejects: What is left out so far.
         found: For each check, the rows of the block that fail it and are kept.
         formats: How many rows had which format.
+        unread: How many rows have something in a column that nobody read, by column.
         digests: Of its examples (:data:`DIGESTS`).
         num_ties: Pairs of ranked answers that are tied.
     """
@@ -148,6 +149,7 @@ class BlockResult:
     rejects: list[Reject] = field(default_factory=list)
     found: dict[str, list[int]] = field(default_factory=dict)
     formats: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)
     digests: np.ndarray = field(default_factory=lambda: np.empty(0, DIGESTS))
     num_ties: int = 0
 
@@ -199,7 +201,9 @@ def convert_block(
                 rows.add(found, "")
         except RowProblem as problem:
             rows.refuse(problem, "")
-    return rows.write(folder, index, len(records))
+    result = rows.write(folder, index, len(records))
+    result.unread = reader.take_unread()
+    return result
 
 
 class _Rows:
@@ -327,7 +331,15 @@ class _Rows:
             digests = _digests_of(columns)
         if self._rankings:
             write_arrow(rankings_file(folder, index), table_of(self._rankings, RANKING_BLOCK_SCHEMA))
-        return BlockResult(num_rows, len(self._rows), self._rejects, self._found, self.formats, digests, self._num_ties)
+        return BlockResult(
+            num_rows,
+            len(self._rows),
+            self._rejects,
+            self._found,
+            self.formats,
+            digests=digests,
+            num_ties=self._num_ties,
+        )
 
 
 def fit_answers(example: RankingExample, policies: Mapping[str, str]) -> tuple[list[int], list[tuple[int, str, str]]]:

@@ -35,6 +35,7 @@ from dpo_cli.data.checks import CHECKS_OF
 from dpo_cli.data.formats import PREFERENCE_FORMATS, SFT_FORMATS
 from dpo_cli.data.formats.base import Reading
 from dpo_cli.data.formats.detect import RowReader
+from dpo_cli.data.formats.labels import label_text
 from dpo_cli.data.reading.base import Block
 from dpo_cli.data.reading.files import read_blocks, read_records
 from dpo_cli.data.repeats import CHECKS, Repeats, find_repeats
@@ -128,7 +129,7 @@ def plan_of(source: Source, path: Path, policies: Mapping[str, str], eval_fracti
     kind = "sft" if isinstance(source, SftSource) else "preference"
     reading = Reading(
         roles=source.roles,
-        labels=source.labels if isinstance(source, PreferenceSource) else {},
+        labels={label_text(label): side for label, side in source.labels.items()},
         turns=source.turns if isinstance(source, SftSource) else "last",
         pairs=source.pairs if isinstance(source, PreferenceSource) else "all",
     )
@@ -225,6 +226,7 @@ class _Run:
         self.report.num_ties += result.num_ties
         account.num_rows += result.num_rows
         account.formats.update(result.formats)
+        account.count_unread(result.unread)
 
     # --- comparing ----------------------------------------------------------------------------
 

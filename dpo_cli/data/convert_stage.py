@@ -14,8 +14,12 @@ from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.core.params import Params, PreferenceSource, SftSource, Source
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
-from dpo_cli.data.account import Conversion, account_rows, checks_of, metrics_of, warnings_of
+from dpo_cli.data.account import Conversion, account_rows, checks_of, metrics_of, unread_of, warnings_of
 from dpo_cli.data.convert import convert, find_files
+from dpo_cli.data.formats.detect import UnknownFormatError
+
+_SECTIONS = {"convert_sft": "data.sft", "convert_preferences": "data.preferences"}
+"""Where the settings of a stage's sources stand."""
 
 
 def convert_stage(
@@ -38,7 +42,8 @@ def convert_stage(
             setting has no effect on this data.
         DataError: See :func:`~dpo_cli.data.convert.convert`; nothing is published then.
     """
-    _refuse_outside(stage, sources)
+    section = _SECTIONS[stage]
+    _refuse_outside(section, sources)
     rejects_file = paths.rejects_file(stage)
     with stage_scratch(stage, "run") as scratch:
         try:
@@ -46,7 +51,8 @@ def convert_stage(
         finally:
             scratch.clear()  # no later run goes on from here, and it may be as large as the data
     metrics = metrics_of(report)
-    write_json(paths.checks_file(stage), checks_of(report))
+    unread = unread_of(report)
+    write_json(paths.checks_file(stage), checks_of(report) | ({"unread_columns": unread} if unread else {}))
     write_json(paths.metrics_file(stage), {stage: metrics})
     reporter.table(stage, account_rows(report, rejects_file))
     for warning in warnings_of(report):
@@ -76,6 +82,8 @@ def _convert_and_publish(
                 workers=params.runtime.workers or os.cpu_count() or 1,
                 on_bytes=meter.advance,
             )
+    except UnknownFormatError as error:
+        raise UnknownFormatError(f"{error} (in params.yaml, under {_SECTIONS[stage]})") from None
     except DataError:
         if listing.exists():  # all was read: say which rows stop it
             _move(listing, rejects_file)
@@ -88,11 +96,12 @@ def _convert_and_publish(
 
 def _move(listing: Path, rejects_file: Path) -> None:
     rejects_file.parent.mkdir(parents=True, exist_ok=True)
+    if not listing.stat().st_size:
+        listing.write_text("\n", encoding="utf-8", newline="\n")  # DVC warns of empty files
     shutil.move(listing, rejects_file)
 
 
-def _refuse_outside(stage: str, sources: Sequence[Source]) -> None:
-    section = {"convert_sft": "data.sft", "convert_preferences": "data.preferences"}[stage]
+def _refuse_outside(section: str, sources: Sequence[Source]) -> None:
     problems = []
     for index, source in enumerate(sources):
         path = Path(source.path)
@@ -115,6 +124,12 @@ def _refuse_without_effect(sources: Sequence[Source], report: Conversion) -> Non
             problems.append(
                 f"params.yaml: data.preferences: pairs {source.pairs} has no effect: {source.path} holds pairs, no"
                 " rankings of several answers; leave it at all"
+            )
+        if source.labels and "two_outputs" not in formats:
+            section = "data.sft" if isinstance(source, SftSource) else "data.preferences"
+            problems.append(
+                f"params.yaml: {section}: labels has no effect: {source.path} holds no two outputs with a label; leave"
+                " it out"
             )
         if isinstance(source, SftSource) and source.turns != "last" and "messages" not in formats:
             problems.append(

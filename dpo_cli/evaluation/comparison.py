@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dpo_cli.core import paths
 from dpo_cli.data.schema import Messages
 from dpo_cli.evaluation.bootstrap import cluster_bootstrap
 
@@ -36,7 +37,7 @@ MAIN_METRICS = tuple(
 )
 """The metrics that a comparison begins with, in the order in which a user wants to know them."""
 
-OF_ANSWERS = "samples.jsonl"
+OF_ANSWERS = paths.SAMPLES
 OF_PAIRS = "pairs.csv"
 """Files of reports/evaluate with a value a prompt, and a value a held-out pair."""
 
@@ -153,7 +154,7 @@ def flatten_metrics(metrics: Mapping[str, Any]) -> dict[str, Scalar]:
 
 
 def rows_of_answers(text: str) -> tuple[dict[str, Rows], dict[str, Texts]]:
-    """Values by metric in samples.jsonl, and the texts by prompt.
+    """Values by metric in samples.json, and the texts by prompt.
 
     A metric is left out where not every row has it.
 
@@ -164,10 +165,7 @@ def rows_of_answers(text: str) -> tuple[dict[str, Rows], dict[str, Texts]]:
     answers: dict[str, Texts] = {}
     num_rows = 0
     try:
-        for line in text.split("\n"):
-            if not line:
-                continue
-            row = json.loads(line)
+        for row in json.loads(text):
             num_rows += 1
             prompt = row["id"]
             answers[prompt] = Texts(row["prompt"], row["sft"]["text"], row["dpo"]["text"])
@@ -176,6 +174,8 @@ def rows_of_answers(text: str) -> tuple[dict[str, Rows], dict[str, Texts]]:
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"a row has no {error}") from None
     partial = {"evaluate.win_rate", "evaluate.tie_rate"}  # a judge may have no verdict on some
+    if not num_rows:
+        raise ValueError("it holds no answers")
     return {name: rows for name, rows in columns.items() if len(rows) == num_rows or name in partial}, answers
 
 

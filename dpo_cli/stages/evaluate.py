@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 
 from dpo_cli.core import paths
-from dpo_cli.core.artifacts import read_json, write_json, write_json_lines, write_text
+from dpo_cli.core.artifacts import read_json, write_json, write_json_array, write_text
 from dpo_cli.core.errors import DataError, ParamsError, StaleArtifactError
 from dpo_cli.core.params import EvaluateParams, Params, RuntimeParams, TrainParams
 from dpo_cli.core.progress import Reporter
@@ -291,7 +291,7 @@ class _Work:
         main = matches.get(("main", knobs.temperature, SFT))
         bins = reliability_table(np.array(held_out.margins), [row.group for row in held_out.rows], **sampling.keywords)
         out = self._judged.out
-        write_json_lines(out / "samples.jsonl", samples)
+        write_json_array(out / paths.SAMPLES, samples)
         for name, columns, rows in (
             ("pairs.csv", tables.PAIRS, tables.pair_rows(held_out.rows, pairs, sources)),
             ("margins.csv", tables.MARGINS, tables.margin_rows(held_out.margins)),

@@ -95,7 +95,7 @@ def test_every_public_file_is_in_the_table() -> None:
 
 @pytest.mark.parametrize(("name", "cells"), documented())
 def test_a_public_file_converts_as_documented(name: str, cells: list[str], tmp_path: Path) -> None:
-    num_rows, settings, formats, used, left_out, notes = cells
+    num_rows, settings, formats, used, left_out, notes, unread = cells
     (tmp_path / "work").mkdir()
     source = source_of(name, settings)
     run = lambda: convert([source], POLICIES, 0.1, tmp_path / "work", None, tmp_path / "rejects")  # noqa: E731
@@ -120,6 +120,7 @@ def test_a_public_file_converts_as_documented(name: str, cells: list[str], tmp_p
         if finding.policy == "keep" and finding.count and check != "longer_chosen"
     ]
     assert ", ".join(found) == notes
+    assert report.files[0].unread_text() == unread
     # what is listed adds up: every row left out whole is listed at least once
     listed = [json.loads(line) for line in (tmp_path / "rejects").read_text(encoding="utf-8").splitlines()]
     assert len(listed) == sum(report.rejected.values())
@@ -370,7 +371,7 @@ def test_the_share_held_out_is_near_what_was_asked_for(converted: Callable[..., 
     ("name", "words"),
     [
         ("hh_helpful-base_test.jsonl.gz", r"is a Git LFS pointer, not the data itself; fetch it with: git lfs pull"),
-        ("llamafactory_dpo_zh_demo.truncated.json", r", line 4622: broken JSON: .*; the file seems cut off"),
+        ("llamafactory_dpo_zh_demo.truncated.json", r", line 4622, column 18: broken JSON: .*; the file seems cut off"),
     ],
 )
 def test_a_broken_file_is_refused_with_cause_and_place(name: str, words: str, tmp_path: Path) -> None:

@@ -87,8 +87,8 @@ def table(name: str) -> list[dict[str, str]]:
 
 
 def samples(folder: Path | None = None) -> list[dict[str, Any]]:
-    path = (folder or paths.report_dir("evaluate")) / "samples.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    path = (folder or paths.report_dir("evaluate")) / "samples.json"
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def work_of(reporter: Any) -> dict[str, int]:

@@ -276,7 +276,7 @@ def test_a_link_leads_to_a_sample(page: Page) -> None:
     assert page.hash == "#curves"
     page.go("#prompt=ffff&only=nonsense")
     assert page.selected == page.listed[0]
-    assert "is not on this page, but may be in reports/evaluate/samples.jsonl" in page.count
+    assert "is not on this page, but may be in reports/evaluate/samples.json" in page.count
 
 
 # --- one sample -----------------------------------------------------------------------------

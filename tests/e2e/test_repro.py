@@ -170,10 +170,8 @@ def test_evaluation_does_not_depend_on_the_batch(
     project: Path, copy: Path, small_budget: Callable[[str], dict[str, Any]]
 ) -> None:
     found, expected = small_budget("evaluate"), metrics(project, "evaluate")
-    samples = "reports/evaluate/samples.jsonl"
-    ours, theirs = (
-        [json.loads(line) for line in (folder / samples).open(encoding="utf-8")] for folder in (copy, project)
-    )
+    samples = "reports/evaluate/samples.json"
+    ours, theirs = (json.loads((folder / samples).read_text(encoding="utf-8")) for folder in (copy, project))
     for one, other in zip(ours, theirs, strict=True):  # what is a float32 sum is rounded by the batch
         assert one.pop("kl") == pytest.approx(other.pop("kl"), rel=1e-4, abs=1e-5)
         for (text, ratio), (same, expected_ratio) in zip(one["dpo"].pop("heat"), other["dpo"].pop("heat"), strict=True):

@@ -60,7 +60,7 @@ def test_off_it_leaves_a_marker_at_once(steps: Callable[..., dict[str, Any]]) ->
     assert list(files()) == ["reward.json"]
     assert json.loads((paths.REWARD_MODEL / "reward.json").read_text(encoding="utf-8"))["loss"] == "none"
     assert json.loads(paths.metrics_file("reward").read_text(encoding="utf-8")) == {"reward": {"method": "none"}}
-    assert paths.rejects_file("reward").read_bytes() == b""
+    assert paths.rejects_file("reward").read_bytes() == b"\n"
     assert (paths.report_dir("reward") / "steps.tsv").read_text(encoding="utf-8").startswith("step\tloss\t")
 
 

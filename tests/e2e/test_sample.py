@@ -108,7 +108,7 @@ def test_from_prompts_to_a_win_rate(tuned: Params, make_reporter: Callable[[], A
     held_out = {pair["prompt"][0]["content"] for pair in rows_of(paths.preference_table("eval"))}
     assert held_out <= set(PROMPTS[8:])
     metrics = run("evaluate", tuned, make_reporter())
-    samples = [json.loads(line) for line in (paths.report_dir("evaluate") / "samples.jsonl").open(encoding="utf-8")]
+    samples = json.loads((paths.report_dir("evaluate") / paths.SAMPLES).read_text(encoding="utf-8"))
     right = {name: [RULES["one_sentence"].reward("", row[name]["text"]) for row in samples] for name in ("sft", "dpo")}
     assert [row["dpo"]["reward"] for row in samples] == right["dpo"]
     wins = [(1 + ours - theirs) / 2 for ours, theirs in zip(right["dpo"], right["sft"], strict=True)]
@@ -120,8 +120,8 @@ def test_from_prompts_to_a_win_rate(tuned: Params, make_reporter: Callable[[], A
 
 def test_what_was_sampled_is_not_sampled_again(tuned: Params, make_reporter: Callable[..., Any]) -> None:
     """A stopped run goes on where it was, and both the files and one more answer leave what is there as it is."""
-    sample_files([TRAIN], K, None, paths.SAMPLES, tuned, make_reporter())
-    whole = (paths.SAMPLES / "train.parquet").read_bytes()
+    sample_files([TRAIN], K, None, paths.SAMPLED, tuned, make_reporter())
+    whole = (paths.SAMPLED / "train.parquet").read_bytes()
 
     def stop(done: int) -> None:
         raise KeyboardInterrupt
@@ -130,20 +130,20 @@ def test_what_was_sampled_is_not_sampled_again(tuned: Params, make_reporter: Cal
     scratch = Path(".scratch/sample")
     scratch.rename("elsewhere")
     with pytest.raises(KeyboardInterrupt):
-        sample_files([TRAIN], K, None, paths.SAMPLES, small, make_reporter(stop))
+        sample_files([TRAIN], K, None, paths.SAMPLED, small, make_reporter(stop))
     again = make_reporter()
-    sample_files([TRAIN], K, None, paths.SAMPLES, small, again)
+    sample_files([TRAIN], K, None, paths.SAMPLED, small, again)
     [left] = [meter.total for meter in again.meters]
     assert 0 < left < 8 * K
-    assert (paths.SAMPLES / "train.parquet").read_bytes() == whole
+    assert (paths.SAMPLED / "train.parquet").read_bytes() == whole
 
     more = make_reporter()
-    sample_files([TRAIN], K + 1, None, paths.SAMPLES, small, more)
+    sample_files([TRAIN], K + 1, None, paths.SAMPLED, small, more)
     assert [meter.total for meter in more.meters] == [8]
     known = make_reporter()
-    sample_files([TRAIN], K, None, paths.SAMPLES, small, known)
+    sample_files([TRAIN], K, None, paths.SAMPLED, small, known)
     assert known.meters == []
-    assert (paths.SAMPLES / "train.parquet").read_bytes() == whole
+    assert (paths.SAMPLED / "train.parquet").read_bytes() == whole
 
 
 def test_a_tuned_model_answers_the_same_prompts(tuned: Params, make_reporter: Callable[[], Any]) -> None:
@@ -153,11 +153,11 @@ def test_a_tuned_model_answers_the_same_prompts(tuned: Params, make_reporter: Ca
     for stage in ("convert_preferences", "precompute_ref", "train"):
         run(stage, tuned, make_reporter())
     reporter = make_reporter()
-    sample_files([UNSEEN], K, paths.DPO_MODEL, paths.SAMPLES, tuned, reporter)
+    sample_files([UNSEEN], K, paths.DPO_MODEL, paths.SAMPLED, tuned, reporter)
     [meter] = reporter.meters
     assert "dpo" in meter.label
     assert (
-        pq.read_schema(paths.SAMPLES / "unseen.parquet").metadata[b"model"]
+        pq.read_schema(paths.SAMPLED / "unseen.parquet").metadata[b"model"]
         != (pq.read_schema(paths.RAW / "unseen.parquet").metadata[b"model"])
     )
 
@@ -175,14 +175,14 @@ def test_a_row_without_a_prompt_is_named(
 ) -> None:
     write_rows(TRAIN, [{"prompt": "Hello?"}, row])
     with pytest.raises(DataError, match=f"^{re.escape(problem)}; correct the row, or take it out$"):
-        sample_files([TRAIN], K, None, paths.SAMPLES, tuned, make_reporter())
-    assert not paths.SAMPLES.exists()
+        sample_files([TRAIN], K, None, paths.SAMPLED, tuned, make_reporter())
+    assert not paths.SAMPLED.exists()
 
 
 def test_options_without_effect_are_refused(tuned: Params, make_reporter: Callable[[], Any], tiny_folder: Path) -> None:
     with pytest.raises(ParamsError, match=r"evaluate\.temperature 0 gives one answer 6 times"):
-        sample_files([TRAIN], K, None, paths.SAMPLES, make_params(tiny_folder, temperature=0.0), make_reporter())
+        sample_files([TRAIN], K, None, paths.SAMPLED, make_params(tiny_folder, temperature=0.0), make_reporter())
     with pytest.raises(ParamsError, match="two of the files have one name"):
-        sample_files([TRAIN, TRAIN], K, None, paths.SAMPLES, tuned, make_reporter())
+        sample_files([TRAIN, TRAIN], K, None, paths.SAMPLED, tuned, make_reporter())
     result = CliRunner().invoke(app, ["sample", str(TRAIN), "--set", "train.beta=1"])
     assert result.exit_code == ParamsError.exit_code

@@ -165,7 +165,7 @@ def as_chosen_messages(prompt: Messages, chosen: str, rejected: str) -> dict[str
 
 
 def as_label(prompt: Messages, chosen: str, rejected: str) -> dict[str, Any]:
-    return {"prompt": prompt, "output_1": rejected, "output_2": chosen, "label": 2}
+    return {"prompt": prompt, "output_1": rejected, "output_2": chosen, "label": "b"}
 
 
 def as_arena(prompt: Messages, chosen: str, rejected: str) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from dpo_cli.data.schema import Example, RawRow
 
 Found = TypeVar("Found", bound=Example)
 
+_LONGEST_NAME = 40
+
 
 class RowProblem(Exception):
     """This row, or a part of it, does not fit its format.
@@ -86,6 +88,7 @@ class Format(Generic[Found]):
             empty: it would be none. Only asked where the user names no format.
         suggest: Columns (and meanings of labels) for a row with these fields, where ``names`` cannot
             say it, beside those that the user names.
+        alternatives: Two fields of which the second is not read where the first holds something.
     """
 
     name: str
@@ -98,6 +101,19 @@ class Format(Generic[Found]):
     note: Callable[[RawRow, Reading], str] = lambda row, reading: ""
     doubt: Callable[[Sequence[RawRow], Reading], str] = lambda rows, reading: ""
     suggest: Callable[[Collection[str], Mapping[str, Column]], Suggestion | None] = lambda keys, named: None
+    alternatives: tuple[tuple[str, str], ...] = ()
+
+
+def says_something(value: Any) -> bool:
+    """Whether a field holds more than nothing: null, an empty text, list or object are nothing, 0 and false are not."""
+    return bool(value) or value == 0
+
+
+def shown_name(key: str) -> str:
+    """A column's name for messages: quoted where it would be misread, and cut where it is long."""
+    name = key if len(key) <= _LONGEST_NAME else f"{key[: _LONGEST_NAME - 3]}..."
+    plain = name.isprintable() and name == name.strip() and not set(name) & set(",;()\"'")
+    return name if plain and name else repr(name)
 
 
 def text_field(row: RawRow, name: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dpo_cli.data.formats.base import Column, Columns, Format, Reading, RowProblem
+from dpo_cli.data.formats.base import Column, Columns, Format, Reading, RowProblem, says_something
 from dpo_cli.data.schema import RawRow
 
 MISSING = object()
@@ -26,6 +26,9 @@ class Plan:
         needed: Fields that a row must have.
         missing: Those of them that these rows have not.
         rivals: Keys of which more than one may be a needed field.
+        unread: Keys that the format does not read.
+        entered: Keys of which only a part is read, with the names of these parts.
+        alternatives: The format's alternatives of which these rows may have both.
     """
 
     format: Format[Any]
@@ -35,6 +38,9 @@ class Plan:
     needed: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     rivals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+    entered: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    alternatives: tuple[tuple[str, str], ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -64,8 +70,34 @@ class Plan:
                 renamed[name] = values[0] if isinstance(column, str) else values
         return renamed
 
-    def named(self, problem: RowProblem) -> RowProblem:
-        """A problem in the words of the file: fields by the names that they have there."""
+    @property
+    def may_leave(self) -> bool:
+        """Whether rows with these keys may hold something that is not read."""
+        return bool(self.unread or self.entered or self.alternatives)
+
+    def unread_in(self, row: RawRow, renamed: RawRow) -> tuple[str, ...]:
+        """The columns of a row that hold something and are not read, by the file's names.
+
+        Args:
+            row: The row as the file has it.
+            renamed: The same as :meth:`rename` gives it.
+        """
+        found = [key for key in self.unread if (value := row[key]) or value == 0]
+        if not self.entered and not self.alternatives:
+            return tuple(found)
+        for key, parts in self.entered.items():
+            if isinstance(row[key], dict):
+                found += [
+                    f"{key}.{part}" for part, value in row[key].items() if part not in parts and says_something(value)
+                ]
+        for name, spare in self.alternatives:
+            if says_something(renamed.get(name)) and says_something(renamed.get(spare)):
+                column = self.columns.get(spare, spare)
+                found += [column] if isinstance(column, str) else column
+        return tuple(dict.fromkeys(found))
+
+    def in_words_of_the_file(self, text: str) -> str:
+        """A message with fields by the names that they have in the file."""
 
         def name(match: re.Match[str]) -> str:
             column = self.columns.get(match[1] or match[2])
@@ -78,7 +110,11 @@ class Plan:
                 f"{column}[{index}]" if isinstance(column, str) else column[index] if index < len(column) else match[0]
             )
 
-        detail = _FIELD.sub(name, problem.detail)
+        return _FIELD.sub(name, text)
+
+    def named(self, problem: RowProblem) -> RowProblem:
+        """A problem in the words of the file."""
+        detail = self.in_words_of_the_file(problem.detail)
         if problem.reason == "missing_field":
             lost = next((name for name in self.format.names if detail.endswith(f"has no {name!r}")), "")
             if rivals := self.rivals.get(lost):
@@ -110,6 +146,18 @@ def plan_of(fmt: Format[Any], keys: Collection[str], named: Mapping[str, Column]
     anywhere = {name for need in fmt.needs for name in need}
     found.take([name for name in fmt.names if name not in anywhere])
     taken = found.taken()
+    paths = [
+        path
+        for name, column in columns.items()
+        if name in fmt.names
+        for path in ([column] if isinstance(column, str) else column)
+    ]
+    own = {name for name in fmt.names if name not in columns and found.has(name)}
+    read = own | {path for path in paths if path in keys}
+    entered: dict[str, set[str]] = {}
+    for first, _, rest in (path.partition(".") for path in paths if path not in keys):
+        if first in keys and first not in read:
+            entered.setdefault(first, set()).add(rest.partition(".")[0])
     return Plan(
         fmt,
         reading,
@@ -118,6 +166,9 @@ def plan_of(fmt: Format[Any], keys: Collection[str], named: Mapping[str, Column]
         needed,
         tuple(name for name in needed if not found.has(name)),
         rivals,
+        tuple(key for key in keys if key not in read and key not in entered),
+        {key: frozenset(parts) for key, parts in entered.items()},
+        tuple(pair for pair in fmt.alternatives if all(map(found.has, pair))),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -43,6 +44,7 @@ class RowReader:
         self._formats = [fmt for fmt in formats if name in ("auto", fmt.name)]
         self._columns = columns
         self._reading = reading
+        self._unread: Counter[tuple[str, ...]] = Counter()
         self._steps: dict[tuple[str, ...], list[_Step]] = {}
         self._fallbacks: dict[tuple[str, ...], Plan] = {}
         self._main: Format[Any] | None = None
@@ -77,9 +79,20 @@ class RowReader:
                 field, rivals = next(iter(plan.rivals.items()))
                 raise RowProblem("two_fields", f"{' and '.join(rivals)} may both be {field}; say which in columns")
         try:
-            return plan.format, plan.format.read(found, plan.reading)
+            content = plan.format.read(found, plan.reading)
         except RowProblem as problem:
             raise plan.named(problem) from None
+        if plan.may_leave:
+            self._unread[plan.unread_in(row, found)] += 1
+        return plan.format, content
+
+    def take_unread(self) -> Counter[str]:
+        """How many of the rows read since the last call have something in a column that nobody read, by column."""
+        unread: Counter[str] = Counter()
+        for columns, count in self._unread.items():
+            unread.update(dict.fromkeys(columns, count))
+        self._unread.clear()
+        return unread
 
     def _steps_of(self, keys: tuple[str, ...]) -> list[_Step]:
         """What to try for rows with these keys, in the order of the formats."""
@@ -134,8 +147,10 @@ class RowReader:
         for name in [name for name in found if name != best]:
             found[name] = [(plan, row) for plan, row in found[name] if not plan.format.weak(row)]
         for name, read in found.items():
-            if read and (doubt := read[0][0].format.doubt([row for _, row in read], read[0][0].reading)):
-                raise UnknownFormatError(f"{file}: its rows look like {name}, but {doubt}")
+            for plan, alike in _by_reading(read):
+                if doubt := plan.format.doubt(alike, plan.reading):
+                    doubt = plan.in_words_of_the_file(doubt)
+                    raise UnknownFormatError(f"{file}: its rows look like {name}, but {doubt}")
         told = sorted((read for read in found.values() if read), key=len, reverse=True)
         rest = len(rows) - sum(map(len, told))
         unread = f"; {rest} of them fit no format and are read as {best}" if rest else ""
@@ -222,6 +237,17 @@ class RowReader:
         if 0 < len(plan.missing) < len(plan.needed) - 1:
             return f"{plan.format.name} comes next to it, which needs {' and '.join(plan.missing)}, too; "
         return ""
+
+
+def _by_reading(read: Sequence[tuple[Plan, RawRow]]) -> list[tuple[Plan, list[RawRow]]]:
+    """Rows of a format by what their fields' names say beside it, such as what labels mean, with a plan of each."""
+    groups: list[tuple[Plan, list[RawRow]]] = []
+    for plan, row in read:
+        rows = next((rows for other, rows in groups if other.reading == plan.reading), None)
+        if rows is None:
+            groups.append((plan, rows := []))
+        rows.append(row)
+    return groups
 
 
 def _is_row(value: Any) -> bool:

@@ -24,6 +24,7 @@ from dpo_cli.data.formats.hh import are_transcripts
 from dpo_cli.data.formats.prompts import (
     CONVERSATION_NAMES,
     PROMPT_NAMES,
+    SCORE_ALTERNATIVES,
     SIDE_NAMES,
     read_scores,
     roles_of,
@@ -142,4 +143,5 @@ IMPLICIT = Format(
     weak=_is_text,
     note=lambda row, reading: "texts are cut behind the last word they share" if _is_text(row) else "",
     doubt=_doubt,
+    alternatives=SCORE_ALTERNATIVES,
 )

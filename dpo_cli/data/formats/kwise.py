@@ -15,7 +15,7 @@ from typing import Any
 
 from dpo_cli.data.formats.base import Column, Columns, Format, Reading, RowProblem, Suggestion, kind_of, number
 from dpo_cli.data.formats.content import is_turn, json_in
-from dpo_cli.data.formats.prompts import PROMPT_NAMES, PROMPT_NEEDS, read_answer, read_prompt
+from dpo_cli.data.formats.prompts import PROMPT_ALTERNATIVES, PROMPT_NAMES, PROMPT_NEEDS, read_answer, read_prompt
 from dpo_cli.data.formats.verdicts import read_verdicts
 from dpo_cli.data.schema import Messages, RankingExample, RawRow
 
@@ -174,4 +174,11 @@ KWISE = Format(
     matches=_matches,
     note=lambda row, reading: "" if _has_order(row) else "the order of the list is the ranking, best first",
     suggest=suggest,
+    alternatives=(
+        *PROMPT_ALTERNATIVES,
+        ("completions", "output"),
+        ("ranks", "scores"),
+        ("ranks", "preference"),
+        ("scores", "preference"),
+    ),
 )

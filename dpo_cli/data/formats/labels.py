@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -24,6 +26,10 @@ WORDS = {
     **dict.fromkeys(("second", "b", "model_b"), "second"),
 }
 """Labels that mean a side whatever the outputs are called. Numbers may count from 0 or from 1: they do not."""
+_RULE = re.compile(r"\s*(<=|>=|<|>)\s*(\S+)\s*")
+_COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+_FEW = 3
+"""Numbers up to so many are names of the outputs; more are a scale."""
 _SIGNED = {str(value): "first" if value < 0 else "second" if value else "tie" for value in range(-3, 4)}
 """How strongly the second output is preferred to the first, as HelpSteer says it."""
 
@@ -32,6 +38,59 @@ def label_text(value: Any) -> str:
     """A label as text: 2.0 and "2.0" are 2."""
     text = str(value).strip()
     return text[:-2] if text.endswith(".0") and text[:-2].lstrip("-").isdecimal() else text
+
+
+def label_number(text: str) -> float | None:
+    """The finite number that a label is, if it is one."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def side_of(text: str, labels: Mapping[str, str]) -> str | None:
+    """What a label means: ``first``, ``second`` or ``tie``; None where nothing says it.
+
+    Args:
+        text: The label (:func:`label_text`).
+        labels: Meanings of labels; ``<1.5``, ``<=1.5``, ``>1.5`` and ``>=1.5`` stand for all numbers there, and the
+            first of these that holds counts where no label is named itself.
+    """
+    side = labels.get(text) or labels.get(text.lower())
+    if side is not None or (value := label_number(text)) is None:
+        return side
+    rules = ((match, meaning) for key, meaning in labels.items() if (match := _RULE.fullmatch(key)))
+    bounds = ((match[1], label_number(match[2]), meaning) for match, meaning in rules)
+    return next((side for sign, bound, side in bounds if bound is not None and _COMPARE[sign](value, bound)), None)
+
+
+def is_soft(values: Collection[str]) -> bool:
+    """Whether labels are numbers on a scale, such as probabilities, in place of names of outputs."""
+    numbers = [value for text in values if (value := label_number(text)) is not None]
+    return len(set(numbers)) > _FEW or any(value % 1 and value % 1 != 0.5 for value in numbers)
+
+
+def what_to_say(values: Collection[str]) -> str:
+    """Settings that would explain some labels, for a message."""
+    if is_soft(values):
+        cut = _cut_of(values)
+        return f'labels: {{"<{cut}": first, ">{cut}": second, "{cut}": tie}}, or the other way round'
+    if {label_number(text) for text in values} == {0, 1, 2}:
+        return 'labels: {"0": first, "1": second, "2": tie}, or {"0": tie, "1": first, "2": second}'
+    names = [text[:40] for text in sorted(values, key=lambda text: (label_number(text) or 0, text))]
+    sides = {1: ("first",), 2: ("first", "second")}.get(len(names), ("first", "second", "tie"))
+    if len(names) == _FEW and (middle := label_number(names[1])) is not None and (middle == 0 or middle % 1):
+        sides = ("first", "tie", "second")
+    said = ", ".join(f'"{name}": {side}' for name, side in zip(names, sides, strict=False))
+    return f"labels: {{{said}}}, or what else {'they mean' if len(names) > 1 else 'it means'} (first, second or tie)"
+
+
+def _cut_of(values: Collection[str]) -> str:
+    """The middle of the scale that some numbers lie on, as far as they show it."""
+    numbers = [value for text in values if (value := label_number(text)) is not None]
+    low, high = math.floor(min(numbers)), math.ceil(max(numbers))
+    return "0" if low < 0 < high else f"{(low + high) / 2:g}"
 
 
 def suggest(keys: Collection[str], named: Mapping[str, Column]) -> Suggestion | None:
@@ -54,7 +113,8 @@ def suggest(keys: Collection[str], named: Mapping[str, Column]) -> Suggestion | 
             columns["votes"] = votes
     if first == "human_ref_A":  # SHP, whose 1 means A, and whose history is the prompt
         return columns | _prompt(keys, "history"), {"1": "first", "0": "second"}
-    return columns, _meaning(first, second, ends)
+    verdict = named.get("label") or named.get("votes") or columns.get("label") or columns.get("votes")
+    return columns, _words(first, second, ends) | _numbers(first, second, verdict, keys)
 
 
 def _scores(keys: Collection[str], ends: tuple[str, str] | None) -> Columns:
@@ -92,12 +152,28 @@ def _stem(name: str, end: str) -> str:
     return name[: -len(end)] if name.endswith(end) else ""
 
 
-def _meaning(first: str, second: str, ends: tuple[str, str] | None) -> dict[str, str]:
-    """What labels mean by the outputs' names: their ends, the names themselves, and words."""
-    meaning = {**WORDS, first.lower(): "first", second.lower(): "second"}
-    if ends:
-        for end, side in zip(ends, ("first", "second"), strict=True):
-            meaning |= dict.fromkeys((end.lower(), f"model_{end.lower()}"), side)
-    if ends == ("1", "2"):
-        meaning["0"] = "tie"
-    return meaning
+def _words(first: str, second: str, ends: tuple[str, str] | None) -> dict[str, str]:
+    """What labels in words mean by the outputs' names: the names themselves, their ends where these are letters."""
+    words = {**WORDS, first.lower(): "first", second.lower(): "second"}
+    for end, side in zip(ends or (), ("first", "second"), strict=False):
+        words[f"model_{end.lower()}"] = side
+    return words
+
+
+def _numbers(first: str, second: str, verdict: Column | None, keys: Collection[str]) -> dict[str, str]:
+    """What labels in numbers mean, where a convention that the columns' names show settles it; else nothing does."""
+    one_two = {"1": "first", "2": "second"}
+    if (first, second) == ("output_1", "output_2"):
+        if verdict == "preference":  # AlpacaFarm and AlpacaEval, where 0 and 1.5 are draws
+            return one_two | {"0": "tie", "1.5": "tie"}
+        if verdict == "label" and "input" in keys and "instruction" not in keys:  # LLMBar
+            return one_two
+    if (first, second) == ("response1", "response2") and _are_annotators(verdict):  # PandaLM
+        return one_two | {"0": "tie"}
+    if (first, second) == ("response_0", "response_1") and verdict == "better_response_id":  # PKU-SafeRLHF
+        return {"0": "first", "1": "second"}
+    return {}
+
+
+def _are_annotators(verdict: Column | None) -> bool:
+    return isinstance(verdict, list) and all(re.fullmatch(r"annotator_?\d+", name) for name in verdict)

@@ -11,7 +11,16 @@ from collections.abc import Sequence
 from dpo_cli.data.formats.base import Format, Reading, RowProblem
 from dpo_cli.data.formats.hh import are_transcripts
 from dpo_cli.data.formats.implicit import split_implicit
-from dpo_cli.data.formats.prompts import PROMPT_NAMES, PROMPT_NEEDS, SIDE_NAMES, read_answer, read_prompt, read_scores
+from dpo_cli.data.formats.prompts import (
+    PROMPT_ALTERNATIVES,
+    PROMPT_NAMES,
+    PROMPT_NEEDS,
+    SCORE_ALTERNATIVES,
+    SIDE_NAMES,
+    read_answer,
+    read_prompt,
+    read_scores,
+)
 from dpo_cli.data.schema import Messages, PreferenceExample, RawRow
 
 _NUM_ECHOES = 3
@@ -73,4 +82,5 @@ PAIRS = Format(
     needs=tuple((*asked, "chosen", "rejected") for asked in PROMPT_NEEDS),
     read=_read,
     doubt=_doubt,
+    alternatives=PROMPT_ALTERNATIVES + SCORE_ALTERNATIVES,
 )

@@ -29,4 +29,10 @@ def preferred_of(source: Format[Any]) -> Format[Any]:
         own = source.note(row, reading)
         return "preference data: the preferred answer is the completion" + (f"; {own}" if own else "")
 
-    return replace(source, read=read, note=note)
+    def matches(row: RawRow) -> bool:
+        # a field of that name that holds no answer, such as a truth value, makes no preference of a row
+        return (
+            "rejected" not in source.names or isinstance(row.get("rejected"), str | list | dict)
+        ) and source.matches(row)
+
+    return replace(source, read=read, note=note, matches=matches)

@@ -6,7 +6,7 @@ from typing import Any
 
 from dpo_cli.data.formats.base import Format, Reading
 from dpo_cli.data.formats.content import is_conversation
-from dpo_cli.data.formats.prompts import PROMPT_NAMES, read_answer, read_prompt
+from dpo_cli.data.formats.prompts import PROMPT_ALTERNATIVES, PROMPT_NAMES, read_answer, read_prompt
 from dpo_cli.data.formats.unpaired import unpaired_doubt
 from dpo_cli.data.schema import RawRow, SftExample
 
@@ -29,4 +29,5 @@ PROMPT_COMPLETION = Format(
     read=_read,
     matches=_matches,
     doubt=unpaired_doubt,
+    alternatives=PROMPT_ALTERNATIVES,
 )

@@ -31,6 +31,9 @@ PROMPT_NAMES: dict[str, tuple[str, ...]] = {
 PROMPT_NEEDS = (("prompt",), ("instruction",))
 """One of these says what is asked."""
 
+PROMPT_ALTERNATIVES = (("prompt", "instruction"),)
+"""An instruction beside a prompt is not read."""
+
 CONVERSATION_NAMES = ("messages", "conversations", "conversation")
 """What a list of messages is called."""
 
@@ -42,6 +45,9 @@ SIDE_NAMES: dict[str, tuple[str, ...]] = {
     "margin": (),
 }
 """The fields of a pair's two sides, with the other names they go by."""
+
+SCORE_ALTERNATIVES = (("chosen_score", "margin"), ("rejected_score", "margin"))
+"""A margin beside scores is not read."""
 
 
 def read_scores(row: RawRow) -> tuple[float | None, float | None]:

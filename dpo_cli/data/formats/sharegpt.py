@@ -12,6 +12,7 @@ from dpo_cli.data.formats.content import check_prompt, is_conversation, last_rol
 from dpo_cli.data.formats.prompts import (
     CONVERSATION_NAMES,
     PROMPT_NAMES,
+    SCORE_ALTERNATIVES,
     SIDE_NAMES,
     read_answer,
     read_scores,
@@ -63,4 +64,5 @@ SHAREGPT = Format(
     note=lambda row, reading: (
         "" if row.get("chosen") is not None else "the conversation's last answer is the chosen one"
     ),
+    alternatives=SCORE_ALTERNATIVES,
 )

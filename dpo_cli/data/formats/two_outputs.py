@@ -1,10 +1,11 @@
 """Two outputs with a verdict: a label, several votes, or a score for each.
 
 ``{"input", "output_1", "output_2", "label": 2}`` and its like. Which output a label means is
-told by the ends of the outputs' names (``output_1`` and ``output_2``: 1 and 2;
-``response_0`` and ``response_1``: 0 and 1; ``conversation_a`` and ``conversation_b``: a and b),
-or by ``labels`` in params.yaml. Of several votes the most frequent one counts; a draw between
-them is a tie, and a missing vote is none. Ties make no pair and are counted.
+told by the outputs' names (``output_1`` and ``output_2``; ``conversation_a`` and ``conversation_b``:
+a and b), or by ``labels`` in params.yaml. A number alone says nothing: it may count from 0 or from 1,
+and may be a tie. Only in columns of a known data set it does (:mod:`dpo_cli.data.formats.labels`).
+Of several votes the most frequent one counts; a draw between them is a tie, and a missing vote is
+none. Ties make no pair and are counted.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any
 from dpo_cli.data.formats.base import Format, Reading, RowProblem, kind_of, optional_number
 from dpo_cli.data.formats.content import refuse_python, turns_in
 from dpo_cli.data.formats.implicit import split_implicit
-from dpo_cli.data.formats.labels import TIES, WORDS, label_text, suggest
-from dpo_cli.data.formats.prompts import PROMPT_NAMES, PROMPT_NEEDS, read_answer, read_prompt
+from dpo_cli.data.formats.labels import TIES, WORDS, is_soft, label_number, label_text, side_of, suggest, what_to_say
+from dpo_cli.data.formats.prompts import PROMPT_ALTERNATIVES, PROMPT_NAMES, PROMPT_NEEDS, read_answer, read_prompt
 from dpo_cli.data.schema import PreferenceExample, RawRow
 
 _SIDES = ("first", "second")
@@ -28,11 +29,13 @@ def _side(value: Any, labels: dict[str, str]) -> str:
     if isinstance(value, list | dict):
         raise RowProblem("unknown_label", f"'label' must be one value, got {kind_of(value)}")
     name = label_text(value)
-    side = labels.get(name) or labels.get(name.lower())
+    side = side_of(name, labels)
     if side is None:
         known = ", ".join(f"{label} ({side})" for label, side in labels.items() if side != "tie")
         raise RowProblem(
-            "unknown_label", f"has the label {name[:40]!r}; known are {known}; say in labels which side it means"
+            "unknown_label",
+            f"has the label {name[:40]!r}; known are {known}; say in labels which side it means"
+            + (', or where to cut: {"<1.5": first, ">1.5": second}' if is_soft([name]) else ""),
         )
     return side
 
@@ -87,26 +90,40 @@ def _values(rows: Sequence[RawRow]) -> set[str]:
 
 
 def _doubt(rows: Sequence[RawRow], reading: Reading) -> str:
-    values, labels = _values(rows), reading.labels or WORDS
-    numbers = {value for value in values if value.lstrip("-").isdecimal()}
-    if reading.labels_found and numbers == {"0", "1"} and labels.get("0") == "tie":
+    values, labels = _values(rows), {**TIES, **(reading.labels or WORDS)}
+    field = "'label'" if any(row.get("label") is not None for row in rows) else "'votes'"
+    numbers = sorted((value for value in values if label_number(value) is not None), key=float)
+    if reading.labels_found and numbers == ["0", "1"] and labels.get("0") == "tie":
         return (
-            "its labels are 0 and 1, and 0 may be a tie or the first output;"
+            f"{field} is 0 or 1, and 0 may be a tie or the first output;"
             ' say labels: {"0": first, "1": second}, or what else they mean'
         )
-    unknown = sorted(value for value in values if value not in labels and value.lower() not in {**TIES, **labels})
-    if unknown and (set(unknown) & numbers or len(unknown) == len(values)):
+    unknown = sorted(
+        (value for value in values if side_of(value, labels) is None),
+        key=lambda value: (label_number(value) or 0, value),
+    )
+    shown = ", ".join(value[:40] for value in unknown[:5])
+    if not set(unknown) & set(numbers):
+        if not unknown or len(unknown) < len(values):
+            return ""
+        return f"{field} is {shown}, which says nothing of which output is better; say {what_to_say(unknown)}"
+    if is_soft(numbers if reading.labels_found else unknown):
         return (
-            f"its labels {', '.join(value[:40] for value in unknown[:5])} say nothing of which output is better;"
-            f' say it: labels: {{"{unknown[0][:40]}": first}}, and the same for second and tie'
+            f"{field} is a number on a scale, such as {shown}: a probability or a strength, no verdict;"
+            f" say where to cut it, such as {what_to_say(numbers)}"
         )
-    return ""
+    if reading.labels and not reading.labels_found:
+        return f"{field} is {shown} in some rows, of which labels say nothing; add it, as first, second or tie"
+    return (
+        f"{field} is {', '.join(numbers)}, and nothing says which output a number means: it may count from 0"
+        f" or from 1, and may be a tie; say {what_to_say(numbers)}"
+    )
 
 
 def _note(row: RawRow, reading: Reading) -> str:
     """What the first label means, which a user can hold against the row."""
     value = next(iter(sorted(_values([row]))), None)
-    side = {**TIES, **(reading.labels or WORDS)}.get(value or "")
+    side = side_of(value or "", {**TIES, **(reading.labels or WORDS)})
     if side is None:
         return ""
     return f"its first label, {value}, means " + ("a tie" if side == "tie" else f"that the {side} is better")
@@ -125,4 +142,5 @@ TWO_OUTPUTS = Format(
     note=_note,
     doubt=_doubt,
     suggest=suggest,
+    alternatives=(*PROMPT_ALTERNATIVES, ("label", "votes")),
 )

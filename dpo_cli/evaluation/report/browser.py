@@ -96,7 +96,7 @@ def _comes_first(sample: Sample) -> bool:
 
 
 def _file() -> str:
-    return (paths.report_dir("evaluate") / "samples.jsonl").as_posix()
+    return (paths.report_dir("evaluate") / paths.SAMPLES).as_posix()
 
 
 def _lines(texts: Iterable[str]) -> list[str]:

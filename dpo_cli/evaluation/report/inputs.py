@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -149,15 +148,14 @@ def _read_table(stage: str, name: str, delimiter: str, wanted: Sequence[str]) ->
 
 
 def _read_samples() -> list[dict[str, Any]]:
-    path = paths.report_dir("evaluate") / "samples.jsonl"
-    try:
-        samples = [json.loads(line) for line in _read_lines(path, _remedy("evaluate"))]
-    except json.JSONDecodeError as error:
-        raise StaleArtifactError(f"{path} is damaged ({error}); {_remedy('evaluate')}") from None
+    path = paths.report_dir("evaluate") / paths.SAMPLES
+    samples = read_json(path, _remedy("evaluate"))
+    if not isinstance(samples, list) or not samples:
+        raise StaleArtifactError(f"{path} is damaged (it is no list of answers); {_remedy('evaluate')}")
     for sample in samples:
         if not isinstance(sample, dict) or not set(_SAMPLE_KEYS) <= set(sample):
             raise StaleArtifactError(
-                f"{path} is damaged (a line has not all of {', '.join(_SAMPLE_KEYS)}); {_remedy('evaluate')}"
+                f"{path} is damaged (an entry has not all of {', '.join(_SAMPLE_KEYS)}); {_remedy('evaluate')}"
             )
     return samples
 

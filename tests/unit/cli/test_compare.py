@@ -49,7 +49,7 @@ def write_run(beta: float, wins: list[float], *, loss: str = "sigmoid", pairs: b
         {"id": f"p{first + number}", "prompt": [], "sft": answer, "dpo": answer, "win": win}
         for number, win in enumerate(wins)
     ]
-    write("reports/evaluate/samples.jsonl", "".join(f"{json.dumps(row)}\n" for row in samples))
+    write("reports/evaluate/samples.json", json.dumps(samples))
     lines = [f"r{first + i},p{first + i},0,0,{margin!r},0.5" for i, margin in enumerate(margins)]
     header = "id,prompt,chosen_reward,rejected_reward,margin,loss"
     Path("reports/evaluate/pairs.csv").unlink(missing_ok=True)
@@ -279,10 +279,10 @@ def test_settings_of_another_run_are_noticed() -> None:
 
 @pytest.mark.usefixtures("repository")
 def test_a_damaged_file_is_named() -> None:
-    write("reports/evaluate/samples.jsonl", "{")
+    write("reports/evaluate/samples.json", "{")
     result = run("workspace", "half-wins")
     assert result.exit_code == 4
-    assert "workspace: reports/evaluate/samples.jsonl is damaged" in result.stderr
+    assert "workspace: reports/evaluate/samples.json is damaged" in result.stderr
 
 
 # --- what is printed ------------------------------------------------------------------------

@@ -58,6 +58,21 @@ def test_a_model_takes_the_defaults_for_real_models(tmp_path: Path, preferences:
     assert params.train.learning_rate == 5e-6
 
 
+def test_what_a_file_needs_is_said_for_each_section_that_reads_it(tmp_path: Path, sft: Path, reporter: Any) -> None:
+    votes = tmp_path / "votes.jsonl"
+    votes.write_text('{"prompt": "q", "answer_1": "a", "answer_2": "b", "label": 1}\n', encoding="utf-8")
+    create_project(tmp_path / "one", ProjectFiles(preferences=votes), reporter)
+    said = next(warning for warning in reporter.warned if "votes.jsonl" in warning)
+    assert 'say labels: {"1": first}' in said
+    assert said.endswith(
+        "mend the file, or say it under data.preferences and under data.sft in params.yaml, before you go on"
+    )
+    reporter.warned.clear()
+    create_project(tmp_path / "two", ProjectFiles(sft=sft, preferences=votes), reporter)
+    said = next(warning for warning in reporter.warned if "votes.jsonl" in warning)
+    assert said.endswith("say it under data.preferences in params.yaml, before you go on")
+
+
 def test_what_is_missing_is_named_and_nothing_is_made(tmp_path: Path, sft: Path, reporter: Any) -> None:
     for files, error in (
         (ProjectFiles(sft=tmp_path / "no.json"), DataError),

@@ -153,6 +153,12 @@ def test_a_pair_has_its_facts_prompt_and_answers(project: Path) -> None:
     assert "pairs: 2 of the first 2 rows have prompt" in text
 
 
+def test_columns_that_nobody_reads_are_named(project: Path) -> None:
+    found = describe_row(source_of(project, {**PAIR, "id": 7, "note": None, "lang": "en"}), 0, None)
+    assert found["unread"] == ["id", "lang"]
+    assert "not read id, lang" in printed(found)
+
+
 def test_a_history_comes_before_the_boundary(project: Path) -> None:
     row = {"instruction": "and 3?", "output": "9", "history": [["2?", "4"]]}
     text = printed(describe_row(source_of(project, row), 0, None))

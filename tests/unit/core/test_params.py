@@ -189,6 +189,21 @@ OWN = {"name": "mine"}
         ({"train": {"max_steps": 5, "epochs": 2.0}}, "train.epochs has no effect beside train.max_steps"),
         ({"sft": {"max_steps": 5, "epochs": 2.0}}, "sft.epochs has no effect beside sft.max_steps"),
         ({"sft": {"optimizer": "rmsprop", "weight_decay": 0.1}}, "sft.weight_decay has no effect with sft.optimizer"),
+        ({"sft": {"keep": "best", "eval_steps": 0}}, "sft.keep best has no effect with sft.eval_steps 0"),
+        ({"sft": {"lora": {"rslora": True, "r": 1}}}, "sft.lora.rslora has no effect with sft.lora.r 1"),
+        (
+            {"sft": {"lora": {"dora": True}}, "evaluate": {"judge": "world", "scales": [0.5]}},
+            "evaluate.scales cannot go with sft.lora.dora true",
+        ),
+        (
+            {
+                "sft": {"method": "none"},
+                "train": {"lora": {"dora": True}},
+                "evaluate": {"judge": "world", "scales": [2]},
+            },
+            "evaluate.scales cannot go with train.lora.dora true",
+        ),
+        ({"train": {"patience": 3}}, "train.patience has no effect with train.keep last; best reads it"),
     ],
 )
 def test_a_setting_without_effect_is_an_error(tree: dict[str, Any], words: str) -> None:
@@ -356,7 +371,10 @@ def test_a_source_may_have_columns_roles_labels_and_further_sources() -> None:
         ({"max_rows": 0}, "max_rows must be >= 1, got 0"),
         ({"weight": 0.0}, "weight must be > 0, got 0.0"),
         ({"columns": {"prompt": "prompt"}}, "columns.prompt has no effect: it names itself"),
-        ({"format": "pairs", "pairs": "adjacent"}, "pairs has no effect with format pairs; kwise and oasst read it"),
+        (
+            {"format": "hh", "pairs": "adjacent"},
+            "pairs has no effect with format hh; kwise, oasst, pairs and sharegpt read it",
+        ),
         ({"format": "hh", "labels": {"1": "first"}}, "labels has no effect with format hh; two_outputs reads it"),
     ],
 )

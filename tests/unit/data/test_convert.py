@@ -21,7 +21,7 @@ from dpo_cli.core.errors import DataError, MachineError
 from dpo_cli.core.params import DataChecks, PreferenceSource, SftSource, Source
 from dpo_cli.data import convert as convert_module
 from dpo_cli.data import workers as workers_module
-from dpo_cli.data.account import SPLITS, Conversion
+from dpo_cli.data.account import SPLITS, Conversion, account_rows, metrics_of, unread_of
 from dpo_cli.data.convert import convert
 from dpo_cli.data.formats import PREFERENCE_FORMATS
 from dpo_cli.data.reading import files, json_text
@@ -130,6 +130,7 @@ def test_converting_twice_gives_the_same_bytes(run: Callable[..., Converted]) ->
 def odd_rows() -> list[Any]:
     rows: list[Any] = [pair(number % 400, chosen=f"yes {number % 7}") for number in range(600)]
     rows += [pair(3, chosen="no", rejected="yes 3"), pair(900, chosen=""), "text", {"prompt": "q"}]
+    rows += [pair(number, source="web", note="rare" if number % 9 == 0 else "") for number in range(1000, 1040)]
     random.Random(0).shuffle(rows)
     return rows
 
@@ -162,6 +163,31 @@ def test_adding_rows_moves_none_across(run: Callable[..., Converted]) -> None:
     many = run([pair(number) for number in reversed(range(90))])
     for split in SPLITS:
         assert set(few.tables[split]["id"]) <= set(many.tables[split]["id"])
+
+
+# --- what is not read ---------------------------------------------------------------------
+
+
+def test_columns_that_nobody_reads_are_counted_by_file(run: Callable[..., Converted], tmp_path: Path) -> None:
+    rows = [pair(number, id=number, note="" if number else "n") for number in range(30)]
+    first = PreferenceSource(path=lines_file(tmp_path / "a.jsonl", [*rows, {"prompt": "q", "id": 9}]))
+    second = PreferenceSource(path=lines_file(tmp_path / "b.jsonl", [pair(number) for number in range(50, 80)]))
+    report = run(sources=[first, second]).report
+    assert [account.unread for account in report.files] == [{"id": 30, "note": 1}, {}]
+    assert report.files[0].unread_text() == "id (all rows); note (1 row)"  # of those that are read
+    assert unread_of(report) == [{"file": first.path, "columns": {"id": 30, "note": 1}}]
+    assert metrics_of(report)["num_unread_columns"] == 2
+    assert [value for name, value in account_rows(report, None) if name == "not read"] == [
+        "id (all rows); note (1 row)"
+    ]
+
+
+def test_unread_columns_take_one_line_however_many_there_are(run: Callable[..., Converted]) -> None:
+    rows = [pair(number, **{f"key {number}": 1}, **({"a,b\x1b": 2} if number < 2 else {})) for number in range(1100)]
+    account = run(rows).report.files[0]
+    assert account.unread_text().startswith(r"'a,b\x1b' (2 rows); key 0, key 1, ")
+    assert account.unread_text().endswith(" (1 row each); and more than 980 more")
+    assert len(account.unread) == 1000
 
 
 # --- what is left out ---------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
 from dpo_cli.core.errors import DataError, ParamsError
@@ -116,6 +117,40 @@ def test_a_scheme_of_pairs_without_rankings_has_no_effect(project: Path, reporte
     with pytest.raises(ParamsError, match="pairs adjacent has no effect: data/raw/pairs.json holds pairs"):
         convert_preferences.run(params(preferences={"path": "data/raw/pairs.json", "pairs": "adjacent"}), reporter)
     assert not Path("data/preference").exists()
+
+
+def labelled(number: int) -> list[dict[str, Any]]:
+    """Rows labelled 0, 1, 2 by turns, whose better answer says yes; of the last ones neither is better."""
+    sides = [("yes", "no"), ("no", "yes"), ("so", "so-so")]
+    return [
+        {"prompt": f"question {n}", "response 1": sides[n % 3][0], "response 2": sides[n % 3][1], "label": n % 3}
+        for n in range(number)
+    ]
+
+
+def test_labels_serve_both_readings_and_only_winners_become_instructions(project: Path, reporter: Any) -> None:
+    write_raw("votes.json", labelled(90))
+    source = {"path": "data/raw/votes.json"}
+    labels = {"0": "first", "1": "second", "2": "tie"}
+    for convert, section in ((convert_sft, "data.sft"), (convert_preferences, "data.preferences")):
+        with pytest.raises(DataError, match=rf"nothing says which output .*\(in params.yaml, under {section}\)"):
+            convert.run(params(sft=source, preferences=source), reporter)
+        metrics = convert.run(
+            params(sft=source | {"labels": labels}, preferences=source | {"labels": labels}), reporter
+        )
+        assert (metrics["num_train"] + metrics["num_eval"], metrics["rejected"]) == (60, {"tie": 30})
+    for table, answer in (("sft", "completion"), ("preference", "chosen")):
+        rows = pl.read_parquet(f"data/{table}/*.parquet")[answer].to_list()
+        assert {messages[0]["content"] for messages in rows} == {"yes"}
+
+
+def test_labels_without_two_outputs_have_no_effect(project: Path, reporter: Any) -> None:
+    write_raw("pairs.json", pairs(40))
+    source = {"path": "data/raw/pairs.json", "labels": {"1": "first"}}
+    with pytest.raises(ParamsError, match="data.preferences: labels has no effect"):
+        convert_preferences.run(params(preferences=source), reporter)
+    with pytest.raises(ParamsError, match="data.sft: labels has no effect"):
+        convert_sft.run(params(sft=source), reporter)
 
 
 def test_length_bias_and_many_rejects_are_warned_of(project: Path, reporter: Any) -> None:

@@ -51,10 +51,6 @@ def sample(prompt: str, win: float | None = 1.0, **changes: Any) -> dict[str, An
     return {"id": prompt, "prompt": [], **answers, **({} if win is None else {"win": win}), **changes}
 
 
-def lines(*rows: dict[str, Any]) -> str:
-    return "".join(f"{json.dumps(row)}\n" for row in rows)
-
-
 # --- differences ----------------------------------------------------------------------------
 
 
@@ -139,7 +135,7 @@ def test_an_experiment_differs_from_itself_by_nothing() -> None:
     ("changes", "why"),
     [
         ({"rows": {}, "missing": {OF_ANSWERS: "other has no samples"}}, "other has no samples"),
-        ({"rows": {}}, "samples.jsonl of other does not hold it by prompt"),
+        ({"rows": {}}, "samples.json of other does not hold it by prompt"),
         ({"rows": {METRIC: {"q": ("q", 0.5), "r": ("r", 0.5)}}}, "it shares 0 of 4 prompts with base"),
         ({"rows": {METRIC: {"a": ("a", 0.4), "b": ("b", 0.5)}}}, "of another run than its metrics.json"),
     ],
@@ -189,7 +185,7 @@ def test_every_main_metric_has_a_file_with_its_rows() -> None:
 
 
 def test_rows_of_answers() -> None:
-    rows, answers = rows_of_answers(lines(sample("a", kl=0.25), sample("b", 0.5, kl=0.75)))
+    rows, answers = rows_of_answers(json.dumps([sample("a", kl=0.25), sample("b", 0.5, kl=0.75)]))
     assert rows[METRIC] == {"a": ("a", 1.0), "b": ("b", 0.5)}
     assert rows["evaluate.tie_rate"] == {"a": ("a", 0.0), "b": ("b", 1.0)}
     assert rows["evaluate.kl"] == {"a": ("a", 0.25), "b": ("b", 0.75)}
@@ -199,7 +195,7 @@ def test_rows_of_answers() -> None:
 
 
 def test_a_figure_that_some_rows_lack_is_left_out() -> None:
-    rows, _ = rows_of_answers(lines(sample("a", None), sample("b")))
+    rows, _ = rows_of_answers(json.dumps([sample("a", None), sample("b")]))
     assert list(rows[METRIC]) == ["b"], "the mean is over the prompts with a verdict"
     assert "evaluate.kl" not in rows
     assert "evaluate.finished_sft" in rows
@@ -212,7 +208,7 @@ def test_rows_of_pairs() -> None:
     assert [value for _, value in rows["evaluate.reward_accuracy"].values()] == [1.0, 0.5, 0.0]
 
 
-@pytest.mark.parametrize("text", ["{", "[]\n", '{"id": "a"}\n', '{"id": "a", "sft": "text", "dpo": {}}\n'])
+@pytest.mark.parametrize("text", ["{", "[]", "[[]]", '[{"id": "a"}]', '[{"id": "a", "sft": "text", "dpo": {}}]'])
 def test_damaged_answers(text: str) -> None:
     with pytest.raises(ValueError, match="."):
         rows_of_answers(text)

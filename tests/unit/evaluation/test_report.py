@@ -110,7 +110,7 @@ def test_shows_verdict_figures_samples_and_account() -> None:
     assert page.count("figure", "chart") == page.count("svg") == len(FIGURES)
     assert "Of 100 held-out prompts the tuned model wins 79, ties 10, loses 10 against the SFT model" in page.text
     assert "1 has no verdict" in page.text
-    assert "All of them are on this page, and are in reports/evaluate/samples.jsonl" in page.text
+    assert "All of them are on this page, and are in reports/evaluate/samples.json" in page.text
     for number in ("1,600", "3,600", "1,431", "3,218", "3,217", "17", "0.693147"):
         assert number in page.text
     for of_judge in ("a-judge-8b", "490", "87.0%", "81.0% [76.0%, 85.0%]"):
@@ -292,7 +292,7 @@ def test_whitespace_and_scripts_of_all_kinds_survive() -> None:
 
 @pytest.mark.usefixtures("reports", "undrawn")
 def test_half_a_surrogate_pair_is_shown_as_a_mark() -> None:
-    path = paths.report_dir("evaluate") / "samples.jsonl"
+    path = paths.report_dir("evaluate") / "samples.json"
     path.write_text(path.read_text(encoding="utf-8").replace("Question 4:", "Question \\ud83d 4:"), encoding="utf-8")
     prompts = {sample["id"]: sample["prompt"] for sample in Elements(render()).data["samples"]}
     assert prompts[sample_id(4)][0]["content"].startswith("Question \ufffd 4:")
@@ -427,7 +427,7 @@ NEEDED = [
     ("train/steps.tsv", "train"),
     ("evaluate/metrics.json", "evaluate"),
     ("evaluate/margins.csv", "evaluate"),
-    ("evaluate/samples.jsonl", "evaluate"),
+    ("evaluate/samples.json", "evaluate"),
 ]
 FURTHER = [
     *((f"evaluate/{name}.csv", "evaluate") for name in ("pairs", *OPTIONAL)),

@@ -34,6 +34,7 @@ class Auto:
         why: What is said of the file.
         formats: The format of each row that is read.
         found: What each row becomes; a refused row becomes its problem.
+        unread: How many rows have something in a column that nobody read, by column.
     """
 
     def __init__(self, kind: str, rows: tuple[Any, ...], columns: dict[str, Any], reading: Reading) -> None:
@@ -49,6 +50,7 @@ class Auto:
                 self.found.append(list(found) if isinstance(found, Iterator) else found)
             except RowProblem as problem:
                 self.found.append(problem)
+        self.unread = dict(reader.take_unread())
 
     @property
     def only(self) -> Any:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from dpo_cli.data.formats.base import RowProblem
-from dpo_cli.data.formats.detect import UnknownFormatError
+from dpo_cli.data.formats import PREFERENCE_FORMATS, SFT_FORMATS
+from dpo_cli.data.formats.base import Reading, RowProblem
+from dpo_cli.data.formats.detect import RowReader, UnknownFormatError
 from dpo_cli.data.schema import PreferenceExample, RankingExample, SftExample, assistant, user
 
 Q, A, B = user("q"), assistant("a"), assistant("b")
@@ -294,7 +295,8 @@ REFUSED_FILES = {
     "KTO": ({"prompt": "q", "completion": "a", "label": True}, "unpaired, as KTO takes them"),
     "AlpacaEval": (
         {"instruction": "q", "output_1": "a", "output_2": "b", "preference": 1.7},
-        "its labels 1.7 say nothing of which output is better",
+        "'preference' is a number on a scale, such as 1.7: a probability or a strength, no verdict;"
+        ' say where to cut it, such as labels: {"<1.5": first, ">1.5": second, "1.5": tie}',
     ),
     "PairRM": (
         {"instruction": "q", "input": "", "candidates": [{"text": "a", "scores": {"bleu": 1}}, {"text": "b"}]},
@@ -352,3 +354,71 @@ def test_public_rows_that_cannot_be_read_say_why(
     problem = auto(row).found[0]
     assert isinstance(problem, RowProblem)
     assert (problem.reason, problem.detail) == (reason, detail)
+
+
+# --- columns that nobody reads ------------------------------------------------------------
+
+
+def outcome(reader: RowReader, row: dict[str, Any]) -> Any:
+    try:
+        return reader.read(row)[1]
+    except RowProblem as problem:
+        return problem.detail
+
+
+SHAPES = [("preference", row, {}, {}) for row, _ in (*PAIRS.values(), *RANKINGS.values())]
+SHAPES += [("preference", row, columns, labels) for row, columns, labels, _ in MAPPED.values()]
+SHAPES += [("sft", row, {}, {}) for row, _ in INSTRUCTIONS.values()]
+
+
+@pytest.mark.parametrize(("kind", "row", "columns", "labels"), SHAPES, ids=[*PAIRS, *RANKINGS, *MAPPED, *INSTRUCTIONS])
+def test_a_column_is_unread_if_and_only_if_its_content_makes_no_difference(
+    kind: str, row: dict[str, Any], columns: Any, labels: Any
+) -> None:
+    formats = SFT_FORMATS if kind == "sft" else PREFERENCE_FORMATS
+    reader = RowReader(formats, "auto", columns, Reading(labels=labels))
+    reader.detect("f", [row])
+    before = outcome(reader, row)
+    unread = set(reader.take_unread())
+    for key, value in row.items():
+        if value in (None, "", [], {}):
+            assert key not in unread
+        else:
+            assert (outcome(reader, {**row, key: "something else"}) == before) == (key in unread), key
+
+
+@pytest.mark.parametrize(
+    ("row", "unread"),
+    [
+        ({"prompt": "q", "instruction": "q", "chosen": "a", "rejected": "b"}, ["instruction"]),
+        (
+            {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": 1, "score_rejected": 0, "margin": 1},
+            ["margin"],
+        ),
+        (
+            {"prompt": "q", "chosen": "a", "rejected": "b", "zero": 0, "false": False, "empty": [], "null": None},
+            ["zero", "false"],
+        ),
+        ({"prompt": "q", "response_1": "a", "response_2": "b", "label": "a", "vote_1": 2}, ["vote_1"]),
+        (
+            {"prompt": "q", "completions": ["a", "b"], "ranks": [1, 2], "scores": [9, 1], "output": "a"},
+            ["output", "scores"],
+        ),
+    ],
+)
+def test_a_field_that_another_one_says_already_is_unread(
+    row: dict[str, Any], unread: list[str], auto: Callable[..., Any]
+) -> None:
+    assert auto(row).unread == dict.fromkeys(unread, 1)
+
+
+def test_what_lies_beside_a_mapped_part_is_unread_and_so_is_the_field_it_stands_for(auto: Callable[..., Any]) -> None:
+    row = {
+        "meta": {"ask": "q", "lang": "en", "note": ""},
+        "prompt": "other",
+        "answers": ["a", "b", "c"],
+        "rejected": "b",
+    }
+    read = auto(row, columns={"prompt": "meta.ask", "chosen": "answers.0"})
+    assert read.only == CHOSEN
+    assert read.unread == {"prompt": 1, "meta.lang": 1}

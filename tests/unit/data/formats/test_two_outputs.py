@@ -20,17 +20,11 @@ FIRST, SECOND = PreferenceExample([Q], [A], [B]), PreferenceExample([Q], [B], [A
 @pytest.mark.parametrize(
     ("names", "label", "expected"),
     [
-        (("output_1", "output_2"), 1, FIRST),
-        (("output_1", "output_2"), 2, SECOND),
-        (("output_1", "output_2"), "2", SECOND),
-        (("output_1", "output_2"), 2.0, SECOND),
-        (("output_1", "output_2"), "2.0", SECOND),
         (("output_1", "output_2"), "output_1", FIRST),
         (("output_1", "output_2"), "A", FIRST),
         (("output_1", "output_2"), "model_b", SECOND),
+        (("response_1", "response_2"), "model_2", SECOND),
         (("response1", "response2"), "Response2", SECOND),
-        (("response_0", "response_1"), 0, FIRST),
-        (("response_0", "response_1"), 1, SECOND),
         (("response_a", "response_b"), "a", FIRST),
         (("response_a", "response_b"), " B ", SECOND),
         (("answer_A", "answer_B"), "answer_B", SECOND),
@@ -45,20 +39,49 @@ def test_a_label_means_an_output_by_its_name(
         assert (read.formats, read.only) == (["two_outputs"], expected)
 
 
-@pytest.mark.parametrize("label", ["tie", "Tie", "tie (bothbad)", "both", "draw", 0, "0", 0.0])
+LLMBAR = {"input": "q", "output_1": "a", "output_2": "b"}
+ALPACA_EVAL = {"instruction": "q", "output_1": "a", "output_2": "b"}
+PKU = {"prompt": "q", "response_0": "a", "response_1": "b"}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({**LLMBAR, "label": 1}, FIRST),
+        ({**LLMBAR, "label": "2"}, SECOND),
+        ({**LLMBAR, "label": 2.0}, SECOND),
+        ({**ALPACA_EVAL, "preference": 1}, FIRST),
+        ({**ALPACA_EVAL, "preference": 2.0}, SECOND),
+        ({**PKU, "better_response_id": 0}, FIRST),
+        ({**PKU, "better_response_id": "1.0"}, SECOND),
+    ],
+)
+def test_a_number_means_an_output_in_columns_of_a_known_data_set(
+    row: dict[str, Any], expected: PreferenceExample, auto: Callable[..., Any]
+) -> None:
+    assert auto(row).only == expected
+
+
+@pytest.mark.parametrize("label", ["tie", "Tie", "tie (bothbad)", "both", "draw"])
 def test_ties_make_no_pair(label: Any, auto: Callable[..., Any]) -> None:
-    rows = [{"prompt": "q", "output_1": "a", "output_2": "b", "label": label} for label in (label, 1, 2)]
+    rows = [{"prompt": "q", "output_1": "a", "output_2": "b", "label": label} for label in (label, "a", "b")]
     found = auto(*rows).found
+    assert (found[0].reason, found[1:]) == ("tie", [FIRST, SECOND])
+
+
+@pytest.mark.parametrize("tie", [0, "0", 0.0, 1.5])
+def test_a_number_may_be_a_tie(tie: Any, auto: Callable[..., Any]) -> None:
+    found = auto(*[{**ALPACA_EVAL, "preference": label} for label in (tie, 1, 2)]).found
     assert (found[0].reason, found[1:]) == ("tie", [FIRST, SECOND])
 
 
 @pytest.mark.parametrize("asked", ["input", "prompt", "question", "query", "instruction"])
 def test_the_prompt_goes_by_many_names(asked: str, auto: Callable[..., Any]) -> None:
-    assert auto({asked: "q", "output_1": "a", "output_2": "b", "label": 2}).only == SECOND
+    assert auto({asked: "q", "output_1": "a", "output_2": "b", "label": "b"}).only == SECOND
 
 
 def test_an_instruction_has_its_input(auto: Callable[..., Any]) -> None:
-    row = {"instruction": "q", "input": "c", "output_1": "a", "output_2": "b", "label": 2}
+    row = {"instruction": "q", "input": "c", "output_1": "a", "output_2": "b", "label": "b"}
     assert auto(row).only.prompt == [user("q\nc")]
 
 
@@ -118,7 +141,7 @@ def test_the_higher_score_wins(scores: tuple[Any, Any], winner: Any, auto: Calla
 
 
 def test_a_label_decides_and_scores_are_kept(auto: Callable[..., Any]) -> None:
-    row = {"prompt": "q", "answer_1": "a", "answer_2": "b", "label": 2, "score_1": 9, "score_2": 3}
+    row = {"prompt": "q", "answer_1": "a", "answer_2": "b", "label": "b", "score_1": 9, "score_2": 3}
     assert auto(row).only == PreferenceExample([Q], [B], [A], 3.0, 9.0)
 
 
@@ -136,20 +159,97 @@ def test_texts_need_a_prompt_even_where_they_share_an_opening(auto: Callable[...
 # --- labels that say nothing by themselves -------------------------------------------------
 
 
-@pytest.mark.parametrize("labels", [(0, 1), ("0", "1", "1"), (0.0, 1.0)])
-def test_labels_0_and_1_of_outputs_1_and_2_are_a_riddle(labels: tuple[Any, ...], auto: Callable[..., Any]) -> None:
-    rows = [{"prompt": "q", "output_1": "a", "output_2": "b", "label": label} for label in labels]
+@pytest.mark.parametrize(
+    ("labels", "remedy"),
+    [
+        ((0, 1), '{"0": first, "1": second}'),
+        (("1", "0", "1"), '{"0": first, "1": second}'),
+        ((1.0, 2.0), '{"1": first, "2": second}'),
+        ((-1, 1), '{"-1": first, "1": second}'),
+        ((-1, 0, 1), '{"-1": first, "0": tie, "1": second}'),
+        ((0, 0.5, 1), '{"0": first, "0.5": tie, "1": second}'),
+        ((1, 2, 3), '{"1": first, "2": second, "3": tie}'),
+        ((0, 1, 2), '{"0": first, "1": second, "2": tie}, or {"0": tie, "1": first, "2": second}'),
+        ((1,), '{"1": first}'),
+    ],
+)
+@pytest.mark.parametrize(
+    "names", [("output_1", "output_2"), ("response 1", "response 2"), ("answer_0", "answer_1"), ("reply_a", "reply_b")]
+)
+def test_numbers_say_nothing_of_which_output_is_better(
+    labels: tuple[Any, ...], remedy: str, names: tuple[str, str], auto: Callable[..., Any]
+) -> None:
+    for verdict in ("label", "winner", "choice"):
+        rows = [{"prompt": "q", names[0]: "a", names[1]: "b", verdict: label} for label in labels]
+        with pytest.raises(UnknownFormatError) as caught:
+            auto(*rows)
+        assert f"'{verdict}' is" in str(caught.value)
+        assert "nothing says which output a number means" in str(caught.value)
+        assert f"say labels: {remedy}" in str(caught.value)
+
+
+@pytest.mark.parametrize("row", [{**LLMBAR, "label": 0}, {**ALPACA_EVAL, "preference": -1}, {**PKU, "label": 1}])
+def test_a_number_that_its_convention_does_not_have_puts_all_in_doubt(
+    row: dict[str, Any], auto: Callable[..., Any]
+) -> None:
+    with pytest.raises(UnknownFormatError, match="nothing says which output a number means"):
+        auto({**LLMBAR, "label": 1}, {**LLMBAR, "label": 2}, {**PKU, "better_response_id": 0}, row)
+
+
+def test_votes_0_and_1_of_outputs_1_and_2_are_a_riddle(auto: Callable[..., Any]) -> None:
+    rows = [{**ALPACA_EVAL, "preference": label} for label in (0, 1)]
     with pytest.raises(UnknownFormatError, match="0 may be a tie or the first output"):
         auto(*rows)
-    assert auto(*rows, labels={"0": "first", "1": "second"}).found[:2] == [FIRST, SECOND]
-    assert auto(*rows, {**rows[0], "label": 2}).found[0].reason == "tie"
+    assert auto(*rows, labels={"0": "first", "1": "second"}).found == [FIRST, SECOND]
+    assert auto(*rows, {**ALPACA_EVAL, "preference": 2}).found[0].reason == "tie"
 
 
-@pytest.mark.parametrize("labels", [(True, False), (1, 2), ("left", "right"), (-1,), (3,), (1.7, 1.2)])
-def test_labels_that_mean_nothing_are_a_riddle(labels: tuple[Any, ...], auto: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    ("labels", "remedy"),
+    [
+        ((True, False), '{"False": first, "True": second}'),
+        (("left", "right"), '{"left": first, "right": second}'),
+        (("x", "y", "z"), '{"x": first, "y": second, "z": tie}'),
+    ],
+)
+def test_words_that_mean_nothing_are_a_riddle(labels: tuple[Any, ...], remedy: str, auto: Callable[..., Any]) -> None:
     rows = [{"prompt": "q", "response_a": "a", "response_b": "b", "label": label} for label in labels]
-    with pytest.raises(UnknownFormatError, match=r"say nothing of which output is better; say it: labels: "):
+    with pytest.raises(UnknownFormatError, match="says nothing of which output is better; say labels: ") as caught:
         auto(*rows)
+    assert remedy in str(caught.value)
+
+
+# --- labels on a scale ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "cut"),
+    [((1.03, 1.97, 2.0), "1.5"), ((0.1, 0.62), "0.5"), ((-2, -1, 1, 3), "0"), ((1, 2, 6, 7), "4"), ((0.07,), "0.5")],
+)
+def test_a_number_on_a_scale_is_cut(values: tuple[float, ...], cut: str, auto: Callable[..., Any]) -> None:
+    rows = [{**ALPACA_EVAL, "preference": value} for value in values]
+    with pytest.raises(UnknownFormatError, match="'preference' is a number on a scale.*a probability or a strength"):
+        auto(*rows)
+    with pytest.raises(UnknownFormatError) as caught:
+        auto(*rows)
+    assert f'labels: {{"<{cut}": first, ">{cut}": second, "{cut}": tie}}' in str(caught.value)
+    found = auto(*rows, labels={f"<{cut}": "first", f">{cut}": "second", cut: "tie"}).found
+    assert found == [FIRST if value < float(cut) else SECOND for value in values]
+
+
+def test_the_first_rule_that_holds_counts_and_a_label_itself_before_all_rules(auto: Callable[..., Any]) -> None:
+    labels = {"<=1.2": "first", ">= 1.8": "second", ">1.2": "tie", "1": "second"}
+    rows = [{**ALPACA_EVAL, "preference": value} for value in (1, 1.2, 1.5, 1.8, 2, "unsure", None)]
+    found = auto(*rows, labels=labels).found
+    assert [found[0], found[1], found[3], found[4]] == [SECOND, FIRST, SECOND, SECOND]
+    assert [found[place].reason for place in (2, 5, 6)] == ["tie", "unknown_label", "no_label"]
+
+
+def test_a_late_number_on_a_scale_is_refused_with_the_way_to_cut_it(reason_of: Callable[..., str]) -> None:
+    row = {"prompt": "q", "first": "a", "second": "b", "label": 1.03}
+    assert reason_of(TWO_OUTPUTS, row) == "unknown_label"
+    with pytest.raises(RowProblem, match=r'or where to cut: \{"<1.5": first, ">1.5": second\}'):
+        TWO_OUTPUTS.read(row, Reading())
 
 
 def test_the_user_says_what_labels_mean(auto: Callable[..., Any]) -> None:
@@ -163,22 +263,27 @@ def test_the_user_says_what_labels_mean(auto: Callable[..., Any]) -> None:
     assert auto(row, labels={"True": "first", "False": "second"}).only == FIRST
 
 
-def test_columns_of_other_names_have_labels_by_their_ends(auto: Callable[..., Any]) -> None:
+def test_labels_that_leave_a_number_out_are_a_riddle(auto: Callable[..., Any]) -> None:
+    rows = [{"prompt": "q", "output_1": "a", "output_2": "b", "label": label} for label in (0, 1, 2)]
+    with pytest.raises(UnknownFormatError, match="'label' is 0 in some rows, of which labels say nothing; add it"):
+        auto(*rows, labels={"1": "first", "2": "second"})
+
+
+def test_columns_of_other_names_have_no_convention(auto: Callable[..., Any]) -> None:
     row = {"prompt": "q", "human 0": "a", "human 1": "b", "better": 1}
     columns = {"first": "human 0", "second": "human 1", "label": "better"}
-    assert auto(row, columns=columns).only == SECOND
-    columns = {"first": "left", "second": "right", "label": "better"}
-    with pytest.raises(UnknownFormatError, match="say nothing"):
-        auto({"prompt": "q", "left": "a", "right": "b", "better": 1}, columns=columns)
+    with pytest.raises(UnknownFormatError, match="'better' is 1, and nothing says which output a number means"):
+        auto(row, columns=columns)
+    assert auto({**row, "better": "human 1"}, columns=columns).only == SECOND
 
 
 def test_a_rare_odd_label_is_refused_alone(auto: Callable[..., Any]) -> None:
-    rows = [{"prompt": "q", "output_1": "a", "output_2": "b", "label": label} for label in (1, 2, "unsure", None, [1])]
+    rows = [{**LLMBAR, "label": label} for label in (1, 2, "unsure", None, [1])]
     assert [found.reason for found in auto(*rows).found[2:]] == ["unknown_label", "no_label", "unknown_label"]
 
 
 def test_two_verdicts_or_two_pairs_of_outputs_are_a_riddle(auto: Callable[..., Any]) -> None:
-    row = {"prompt": "q", "output_1": "a", "output_2": "b", "choice": "sports", "winner": 1}
+    row = {"prompt": "q", "output_1": "a", "output_2": "b", "choice": "sports", "winner": "a"}
     with pytest.raises(UnknownFormatError, match="two_outputs comes next to it, which needs label, too"):
         auto(row)
     assert auto(row, columns={"label": "winner"}).only == FIRST
@@ -187,9 +292,8 @@ def test_two_verdicts_or_two_pairs_of_outputs_are_a_riddle(auto: Callable[..., A
 
 
 def test_the_account_says_what_the_first_label_means(auto: Callable[..., Any]) -> None:
-    row = {"prompt": "q", "response_0": "a", "response_1": "b", "winner": 1}
-    why = auto(row).why
-    assert "(first <- response_0, second <- response_1, label <- winner)" in why
+    why = auto({**PKU, "better_response_id": 1}).why
+    assert "(first <- response_0, second <- response_1, label <- better_response_id)" in why
     assert why.endswith("its first label, 1, means that the second is better")
 
 
