@@ -8,11 +8,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from dpo_cli.core.evaluate_params import EvaluateParams
+from dpo_cli.core.evaluate_params import EvaluateParams, JudgeName
+from dpo_cli.data.rules import MAX_SENTENCE_CHARACTERS, RULES
 from dpo_cli.evaluation.bootstrap import Sampling
 from dpo_cli.evaluation.calibration import NUM_BINS
 from dpo_cli.evaluation.flags import (
@@ -103,6 +104,7 @@ def all_metrics() -> dict[str, Any]:
         **{f"{figure}_{name}": 1.0 for figure in ("reward", "well_formed") for name in (SFT, DPO)},
         "num_generated_prompts": 4,
         "temperature": 1.0,
+        "max_new_tokens": 8,
         "reward_length_correlation": 0.0,
         "judge": "hf",
         "judge_name": "a model",
@@ -110,6 +112,7 @@ def all_metrics() -> dict[str, Any]:
         "num_leaked_prompts": 0,
         "peak_mem_gib": 1.0,
         "learns_log_ratio": True,
+        "training": {"learning_rate": 1e-4},
     }
     return {
         **held_out_metrics(held_out, SAMPLING),
@@ -209,20 +212,21 @@ def metrics_with(**changes: Any) -> dict[str, Any]:
     ("changes", "row", "colour"),
     [
         ({"kl_estimates_disagree": True}, 0, "red"),
-        ({"kl": HARDLY_MOVED / 2}, 1, "amber"),
+        ({"kl": HARDLY_MOVED / 2, "training": None}, 1, "amber"),
         ({"win_rate": None, "reward_accuracy_ci": [0.1, 0.4]}, 2, "red"),
         ({"win_rate": None}, 3, "green"),
-        ({"win_rate": None, "reward_accuracy_ci": [0.4, 0.6]}, 4, "amber"),
-        ({}, 5, "green"),
-        ({"win_rate_ci": [0.2, 0.4]}, 6, "red"),
-        ({"well_formed_dpo": 0.1}, 6, "red"),
-        ({"num_decided": FEWEST - 1}, 7, "amber"),
-        ({"win_rate_ci": [0.4, 0.6]}, 8, "amber"),
+        ({"win_rate": None, "num_prompts": FEWEST - 1}, 4, "amber"),
+        ({"win_rate": None, "reward_accuracy_ci": [0.4, 0.6]}, 5, "amber"),
+        ({}, 6, "green"),
+        ({"win_rate_ci": [0.2, 0.4]}, 7, "red"),
+        ({"well_formed_dpo": 0.1}, 7, "red"),
+        ({"num_decided": FEWEST - 1}, 8, "amber"),
+        ({"win_rate_ci": [0.4, 0.6]}, 9, "amber"),
     ],
 )
 def test_headlines_are_those_of_the_code(changes: dict[str, Any], row: int, colour: str) -> None:
     table = SECTIONS["In one minute"].split("| | headline | |\n|---|---|---|\n")[1].split("\n\n")[0].splitlines()
-    assert len(table) == 9
+    assert len(table) == 10
     text, status = headline(metrics_with(**changes))
     assert {"good": "green", "warn": "amber", "bad": "red"}[status] == colour
     assert table[row].endswith(f"| {text} | {colour} |")
@@ -239,11 +243,12 @@ def test_other_figures_are_those_of_the_code() -> None:
         f"makes {2 * defaults.num_prompts} answers and at most {2 * defaults.num_prompts} judgments",
         API_KEY,
         JUDGE_PATH,
-        *(f"`{name}`" for name in TEMPLATES),
+        *(f"`{name}`" for name in (*TEMPLATES, *RULES)),
+        f"one line of at most {MAX_SENTENCE_CHARACTERS} characters",
     ):
         assert words in TEXT
     assert (defaults.temperatures, defaults.scales, defaults.opponents) == ([], [], ["sft"])
-    assert [kind for kind in ("world", "reward-model", "hf", "openai", "votes") if f"| `{kind}` |" not in PAGE] == []
+    assert [kind for kind in get_args(JudgeName)[1:] if f"| `{kind}` |" not in PAGE] == []
 
 
 def test_the_table_of_powers_is_what_its_command_prints() -> None:

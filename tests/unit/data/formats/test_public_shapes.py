@@ -200,6 +200,10 @@ RANKINGS = {
         {"qid": 1, "question": "q", "answers": [{"text": "a", "pm_score": 1}, {"text": "b", "pm_score": 4}]},
         RankingExample([Q], [[B], [A]], [1, 2], [4.0, 1.0]),
     ),
+    "RewardBench 2": (
+        {"id": "x", "prompt": "q", "chosen": ["a"], "rejected": ["b", "c"], "num_correct": 1, "subset": "Math"},
+        RankingExample([Q], [[A], [B], [assistant("c")]], [1, 2, 2]),
+    ),
     "RRHF": (
         {"query": "q", "responses": ["a", "b"], "scores": [1, 2]},
         RankingExample([Q], [[B], [A]], [1, 2], [2, 1]),
@@ -332,12 +336,8 @@ REFUSED_ROWS = {
     "Chatbot Arena, two turns": (
         {"conversation_a": [Q, A, Q, A], "conversation_b": [Q, B, Q, B], "winner": "model_a"},
         "diverges_early",
-        "the two sides part before the last answer",
-    ),
-    "RewardBench 2": (
-        {"prompt": "q", "chosen": ["a"], "rejected": ["b", "c"]},
-        "bad_message",
-        "chosen[0] must be a message, got text",
+        "the two sides part before the last answer: 3 and 3 turns follow what they share, and DPO compares two answers"
+        " to one prompt; say turns: first to compare the first answers in which they differ",
     ),
     "Arena, lists as JSON": (
         {"prompt": '["q"]', "response_a": '["a"]', "response_b": '["b"]', "winner": "model_a"},
