@@ -37,6 +37,7 @@ class Reading:
         labels: What a label means that names the better of two outputs: ``first``, ``second`` or ``tie``.
         turns: ``last``: a conversation is one example, its last answer; ``all``: one for each answer.
         pairs: Which pairs are made of K ranked answers: ``all``, ``adjacent`` or ``best_vs_worst``.
+        unwrap: Whether texts that are conversations, as chat templates render them, become messages.
         labels_found: Whether ``labels`` come from the outputs' names; else the user says them.
     """
 
@@ -44,6 +45,7 @@ class Reading:
     labels: Mapping[str, str] = field(default_factory=dict)
     turns: str = "last"
     pairs: str = "all"
+    unwrap: bool = False
     labels_found: bool = False
 
 
