@@ -657,16 +657,15 @@ def _idle_objective_settings(train: TrainParams) -> list[str]:
 def _idle_adapter_settings(params: Params) -> list[str]:
     """Settings of the adapters that change nothing, or that another setting cannot go with."""
     sft, reward = params.sft, params.reward
-    adapters = {"sft.lora": sft.lora} if sft.method in ("lora", "qlora") else {"train.lora": params.train.lora}
-    (policy,) = adapters
+    policy, lora = ("sft.lora", sft.lora) if sft.method in ("lora", "qlora") else ("train.lora", params.train.lora)
+    adapters = {policy: lora}
     if reward.loss != "none":
         adapters["reward.lora"] = reward.lora
     found = [
         f"{name}.rslora has no effect with {name}.r 1"
-        for name, lora in adapters.items()
-        if lora is not None and lora.rslora and lora.r == 1
+        for name, adapter in adapters.items()
+        if adapter is not None and adapter.rslora and adapter.r == 1
     ]
-    lora = adapters[policy]
     if lora is not None and lora.dora and params.evaluate.scales:
         found.append(
             f"evaluate.scales cannot go with {policy}.dora true: a multiple of what DoRA changed is no such adapter;"

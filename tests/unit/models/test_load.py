@@ -20,7 +20,8 @@ from dpo_cli.core.params import LoraParams, ModelParams, RuntimeParams
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models import load
 from dpo_cli.models.adapters import add_adapter
-from dpo_cli.models.load import base_folder, check_model_folder, context_length, load_model, load_tokenizer
+from dpo_cli.models.folder import base_folder, check_model_folder
+from dpo_cli.models.load import context_length, load_model, load_tokenizer
 from dpo_cli.scoring.scorer import Scorer
 
 
@@ -206,6 +207,15 @@ def test_a_model_whose_positions_change_for_a_whole_batch_ends_where_they_are_fi
     del config["rope_scaling"]
     (folder / "config.json").write_text(json.dumps(config))
     assert context_length(folder) == 131072
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_a_4_bit_model_on_the_cpu_keeps_no_hold_of_the_files_it_came_from(folder: Path, cpu: Any) -> None:
+    model = load_model(folder, cpu, quantization="nf4")
+    assert str(folder) not in Path("/proc/self/maps").read_text(encoding="utf-8")
+    assert torch.equal(
+        model.get_input_embeddings().weight, load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    )
 
 
 def test_nf4_holds_the_linear_layers_in_4_bits_and_stays_near(
