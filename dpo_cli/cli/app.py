@@ -182,7 +182,7 @@ def _run_stage(stage: Stage, overrides: list[str], *, as_json: bool) -> None:
         from dpo_cli.core.params import load_params  # here, so that --help does not wait for it
 
         params = load_params(paths.PARAMS, overrides)
-        _refuse_unread(stage, overrides)
+        _refuse_unread(stage.command, (*stage.params, "runtime"), overrides)
         die_with_parent()
         run: Callable[..., dict[str, Any]] = importlib.import_module(stage.module).run
         told = stage.name == "evaluate" and EXIT_CODE_FILE in os.environ  # repro prints the verdict at its end
@@ -191,12 +191,11 @@ def _run_stage(stage: Stage, overrides: list[str], *, as_json: bool) -> None:
         typer.echo(json.dumps({stage.name: metrics}, ensure_ascii=False))
 
 
-def _refuse_unread(stage: Stage, overrides: list[str], *others: str) -> None:
-    read = (*stage.params, *others, "runtime")
+def _refuse_unread(command: str, read: tuple[str, ...], overrides: list[str]) -> None:
     unread = [override for override in overrides if override.partition(".")[0].strip() not in read]
     if unread:
         raise ParamsError(
-            [f"--set {override} has no effect on {stage.command}, which reads {', '.join(read)}" for override in unread]
+            [f"--set {override} has no effect on {command}, which reads {', '.join(read)}" for override in unread]
         )
 
 
@@ -244,7 +243,7 @@ def _evaluate_model(stage: Stage, model: Path | None, out: Path | None, override
         from dpo_cli.core.params import load_params  # here, so that --help does not wait for it
 
         params = load_params(paths.PARAMS, overrides)
-        _refuse_unread(stage, overrides, "train")
+        _refuse_unread(stage.command, (*stage.params, "train", "runtime"), overrides)
         from dpo_cli.stages.evaluate import evaluate_model
 
         folder = out or paths.EVALUATIONS / model.resolve().name
@@ -762,6 +761,55 @@ def score_command(
         sources = sources_of(files, "preferences", of_files)
         refuse_options(options, sources)
         figures = score_files(sources, options, params, ConsoleReporter(show_tables=not as_json))
+    if as_json:
+        typer.echo(json.dumps(figures, ensure_ascii=False))
+
+
+@app.command(
+    "sample",
+    rich_help_panel="Data",
+    epilog=_examples(
+        "dpo-cli sample prompts.jsonl",
+        "dpo-cli sample prompts.jsonl --answers 8 --set evaluate.max_new_tokens=64",
+        "dpo-cli sample prompts.jsonl --out data/raw --set evaluate.judge=rule --set evaluate.rule=json_object",
+        "dpo-cli sample unseen.jsonl --model models/dpo",
+    ),
+)
+def sample_command(
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="PROMPTS...", help="Rows with a prompt: text, or messages; in any kind of file."),
+    ],
+    answers: Annotated[int, typer.Option("--answers", metavar="K", min=1, help="Answers to each prompt.")] = 4,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model",
+            metavar="DIR",
+            help="An adapter for the SFT model, such as models/dpo, or a whole model; left out: the SFT model itself.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder of the tables, one for each file, as parquet.")
+    ] = paths.SAMPLED,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Sample answers of the SFT model to prompts of your own, and score them where the reward is known.
+
+    Answers are sampled as evaluate says (temperature, max_new_tokens, seed), and scored where evaluate.judge is world
+    or rule. In data/raw such a table is preference data of format kwise: pairs are made of answers with different
+    scores. Answers that did not end are left out and counted, and those with the same text are merged. What was sampled
+    before is not sampled again.
+    """
+    with _errors_as_exit_codes(as_json=as_json):
+        from dpo_cli.core.params import load_params  # here, so that --help does not wait for them
+
+        params = load_params(paths.PARAMS, overrides or [])
+        _refuse_unread("sample", ("model", "reference", "evaluate", "runtime"), overrides or [])
+        from dpo_cli.cli.sample import sample_files
+
+        figures = sample_files(files, answers, model, out, params, ConsoleReporter(show_tables=not as_json))
     if as_json:
         typer.echo(json.dumps(figures, ensure_ascii=False))
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
 from dpo_cli.core.sections import Section, differs, knob
 
-JudgeName = Literal["none", "world", "reward-model", "hf", "openai", "votes"]
+JudgeName = Literal["none", "world", "rule", "reward-model", "hf", "openai", "votes"]
+RuleName = Literal["one_sentence", "json_object"]
 Opponent = Literal["sft", "chosen"]
 
 _TEMPLATE = (
@@ -53,9 +54,14 @@ class EvaluateParams(Section):
 
     judge: JudgeName = knob(
         "none",
-        "Who compares the answers: world is the embedded world's known reward; reward-model is what stage reward made"
-        " of the same preferences; hf a language model on this machine; openai one behind a server; votes a file of"
-        " people's votes; none: no win rate.",
+        "Who compares the answers: world is the embedded world's known reward; rule is evaluate.rule; reward-model is"
+        " what stage reward made of the same preferences; hf a language model on this machine; openai one behind a"
+        " server; votes a file of people's votes; none: no win rate.",
+    )
+    rule: RuleName | None = knob(
+        None,
+        "What the judge rule checks of each answer: one_sentence (short, and without a preamble) or json_object (and"
+        " nothing around it).",
     )
     hf: HfJudgeParams = Field(default_factory=HfJudgeParams, description="The judge hf.")
     openai: OpenAiJudgeParams = Field(default_factory=OpenAiJudgeParams, description="The judge openai.")
@@ -99,6 +105,10 @@ def idle_evaluate_settings(evaluate: EvaluateParams) -> list[str]:
                 f"evaluate.{name}.{setting} has no effect with evaluate.judge {evaluate.judge}; judge {name} reads it"
                 for setting in differs(getattr(evaluate, name))
             ]
+    if evaluate.rule is not None and evaluate.judge != "rule":
+        found.append(f"evaluate.rule has no effect with evaluate.judge {evaluate.judge}; judge rule reads it")
+    if evaluate.judge == "rule" and evaluate.rule is None:
+        found.append(f"evaluate.rule is missing; evaluate.judge rule checks one of {', '.join(get_args(RuleName))}")
     if evaluate.judge == "none":
         found += [
             f"evaluate.{setting} has no effect with evaluate.judge none; set it to {_default(setting)}"

@@ -191,16 +191,20 @@ def test_placeholders_survive(converted: Callable[..., Converted]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("sft/oaast_sft_zh.rows0-339.json.gz", 176), ("kwise/oaast_rm_zh.rows0-387.json.gz", 191)]
+    ("name", "settings", "count"),
+    [
+        ("sft/oaast_sft_zh.rows0-339.json.gz", "", 176),
+        ("kwise/oaast_rm_zh.rows0-387.json.gz", "format: kwise", 191),
+    ],
 )
-def test_history_becomes_turns(converted: Callable[..., Converted], name: str, count: int) -> None:
+def test_history_becomes_turns(converted: Callable[..., Converted], name: str, settings: str, count: int) -> None:
     rows = raw(name)
     assert sum(bool(row["history"]) for row in rows) == count
     used = [row for row in rows if row["history"] and (isinstance(row["output"], str) or len(set(row["output"])) > 1)]
     turns = {tuple(text for pair in row["history"] for text in pair) for row in used}
     written = {
         tuple(message["content"] for message in row["prompt"][:-1])
-        for row in converted(name).rows
+        for row in converted(name, settings).rows
         if len(row["prompt"]) > 1
     }
     assert written == turns
@@ -277,7 +281,7 @@ def test_a_list_in_order_is_read_best_first(converted: Callable[..., Converted])
     name = "kwise/oaast_rm_zh.rows0-387.json.gz"
     sizes = Counter(len(row["output"]) for row in raw(name))
     assert sizes == {2: 210, 3: 132, 4: 39, 5: 6, 6: 1}
-    done = converted(name)
+    done = converted(name, "format: kwise")
     distinct = [len({answer.strip() for answer in row["output"]}) for row in raw(name)]
     assert done.report.num_items == sum(size * (size - 1) // 2 for size in distinct) + 4
     assert done.report.checks["equal_sides"].count == 4

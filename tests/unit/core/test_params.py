@@ -165,6 +165,8 @@ OWN = {"name": "mine"}
             {"evaluate": {"judge": "world"}, "data": {"eval_fraction": 0.4}},
             "data.eval_fraction must be <= 0.3 with evaluate.judge world, got 0.4",
         ),
+        ({"evaluate": {"judge": "rule"}}, "evaluate.rule is missing; evaluate.judge rule checks one of one_sentence, "),
+        ({"evaluate": {"rule": "json_object"}}, "evaluate.rule has no effect with evaluate.judge none; judge rule"),
         ({"sft": {"method": "full", "lora": {"r": 4}}}, "sft.lora has no effect with sft.method full"),
         ({"train": {"lora": {"r": 4}}}, "train.lora has no effect with sft.method qlora"),
         ({"train": {"loss": "cdpo"}}, "train.loss cdpo needs train.label_smoothing > 0"),
@@ -213,6 +215,7 @@ def test_a_setting_without_effect_is_an_error(tree: dict[str, Any], words: str) 
     "tree",
     [
         {"evaluate": {"judge": "world"}, "data": {"eval_fraction": 0.3}},
+        {"evaluate": {"judge": "rule", "rule": "json_object", "temperatures": [0.0]}},
         {"train": {"loss": "cdpo", "label_smoothing": 0.1}},
         {"sft": {"method": "none", "max_steps": 5, "epochs": 2.0}, "train": {"lora": {"r": 4}}},
         {"sft": {"method": "full"}, "train": {"lora": {"r": 4}}},
