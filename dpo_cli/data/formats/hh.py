@@ -10,22 +10,20 @@ import os.path
 
 from dpo_cli.data.formats.base import Format, Reading, RowProblem, text_field
 from dpo_cli.data.formats.content import check_prompt
-from dpo_cli.data.formats.transcripts import begins_with_turn, gap_of, has_turns, is_transcript, last_answer, read_turns
-from dpo_cli.data.schema import PreferenceExample, RawRow, assistant
+from dpo_cli.data.formats.prompts import split_turns
+from dpo_cli.data.formats.transcripts import begins_with_turn, gap_of, is_transcript, last_answer, read_turns
+from dpo_cli.data.schema import PreferenceExample, RawRow
 
 
 def _read(row: RawRow, reading: Reading) -> PreferenceExample:
     chosen, rejected = (f"\n\n{text_field(row, name).lstrip()}" for name in ("chosen", "rejected"))
     gap = gap_of(chosen, rejected)
-    cut, begin = last_answer(_shared(chosen, rejected), gap)
+    cut = last_answer(_shared(chosen, rejected), gap)
     if cut < 0:
         raise RowProblem("bad_transcript", "the two sides share no opening up to an Assistant turn")
-    answers = [text[begin:] for text in (chosen, rejected)]
-    if any(has_turns(answer, gap) for answer in answers):
-        raise RowProblem("diverges_early", "the two sides part before the last answer")
-    chosen_answer, rejected_answer = (answer.removeprefix(" ") for answer in answers)
-    prompt = check_prompt(read_turns(chosen[:cut], gap)) if chosen[:cut].strip() else check_prompt([])
-    return PreferenceExample(prompt, [assistant(chosen_answer)], [assistant(rejected_answer)])
+    one, other = (read_turns(text[cut:], gap) for text in (chosen, rejected))
+    prompt = check_prompt(read_turns(chosen[:cut], gap) if chosen[:cut].strip() else [])
+    return PreferenceExample(*split_turns(prompt, one, other, reading))
 
 
 def _shared(one: str, other: str) -> str:

@@ -46,15 +46,9 @@ def ends_like_open(text: str) -> bool:
     return _ASSISTANT in text[-len(_ASSISTANT) - 4 :]
 
 
-def has_turns(text: str, gap: str) -> bool:
-    """Whether a turn begins somewhere in a text."""
-    return _TURNS[gap].search(text) is not None
-
-
-def last_answer(text: str, gap: str) -> tuple[int, int]:
-    """Where the last Assistant turn of a text begins, and where what it says does; both are -1 where there is none."""
-    begin = text.rfind(f"{gap}{_ASSISTANT}")
-    return (begin, begin + len(gap) + len(_ASSISTANT)) if begin >= 0 else (-1, -1)
+def last_answer(text: str, gap: str) -> int:
+    """Where the last Assistant turn of a text begins; -1 where there is none."""
+    return text.rfind(f"{gap}{_ASSISTANT}")
 
 
 def read_turns(text: str, gap: str) -> Messages:
@@ -75,4 +69,4 @@ def read_turns(text: str, gap: str) -> Messages:
 def read_open_transcript(text: str) -> Messages:
     """The turns of a transcript before the answer that it asks for."""
     gap = gap_of(text)
-    return read_turns(text[: last_answer(text, gap)[0]], gap)
+    return read_turns(text[: last_answer(text, gap)], gap)
