@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from dpo_cli.core.errors import MachineError
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.models.device import Machine
-from dpo_cli.models.folder import check_model_folder, in_one_line
+from dpo_cli.models.folder import check_model_folder, words_of
 
 
 def quiet_libraries() -> None:
@@ -89,7 +89,7 @@ def in_words(what: str) -> Iterator[None]:
     except BaseException as error:
         # tokenizers is written in Rust, whose panic is no Exception
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise MachineError(f"{what}: {in_one_line(error)}") from error
+            raise MachineError(f"{what}: {words_of(error)}") from error
         raise
 
 
