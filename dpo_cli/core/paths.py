@@ -66,4 +66,18 @@ def scratch_root() -> Path:
 
     Under DVC it lies in the main workspace, so that experiments in temporary folders share it.
     """
-    return Path(os.environ.get("DVC_ROOT", ".")) / ".scratch"
+    return project_root() / ".scratch"
+
+
+def project_root() -> Path:
+    """The project folder that the user sees.
+
+    It is the working directory, but where DVC runs an experiment in a temporary folder; that copy has another place,
+    and what lies outside of the project is not in it.
+    """
+    return Path(os.environ.get("DVC_ROOT", "."))
+
+
+def from_root(given: str) -> Path:
+    """A directory or file that a setting names, absolute: a relative one is meant from the project folder."""
+    return (project_root() / Path(given).expanduser()).resolve()

@@ -17,8 +17,9 @@ from dpo_cli.core.params import RuntimeParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.evaluation.speaker_names import BASE, DPO, SFT
 from dpo_cli.models.adapters import ADAPTER_FILES, ModelPair, load_pair, load_reference
+from dpo_cli.models.folder import check_model_folder
 from dpo_cli.models.identity import model_files
-from dpo_cli.models.load import check_model_folder, load_model, load_tokenizer
+from dpo_cli.models.load import load_model, load_tokenizer
 from dpo_cli.reference.graph import Graph
 from dpo_cli.reference.log_ratios import policy_digest
 from dpo_cli.scoring.probe import open_scorer

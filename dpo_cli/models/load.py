@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from dpo_cli.core import paths
-from dpo_cli.core.errors import MachineError, ParamsError
-from dpo_cli.core.params import EMBEDDED, ModelParams, RuntimeParams
+from dpo_cli.core.errors import MachineError
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.models.device import Machine
-
-_LFS_POINTER = b"version https://git-lfs"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+from dpo_cli.models.folder import check_model_folder, in_one_line
 
 
 def quiet_libraries() -> None:
@@ -29,66 +25,14 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"(transformers|peft|bitsandbytes|torch)\.")
 
 
-def base_folder(model: ModelParams, runtime: RuntimeParams) -> Path:
-    """The directory that holds the base model.
-
-    Raises:
-        ParamsError: A model of one's own was named but no directory was given, or the other way round.
-        MachineError: The directory is missing or holds no model that can be loaded.
-    """
-    given = os.environ.get("DPO_MODEL_PATH") or runtime.model_path
-    if model.name == EMBEDDED:
-        if given:
-            raise ParamsError(
-                f"DPO_MODEL_PATH is set but params.yaml: model.name is {EMBEDDED}, which reads no directory;"
-                " give the model a name of its own"
-            )
-        return paths.BASE
-    if not given:
-        raise ParamsError(
-            f"params.yaml: runtime.model_path (or DPO_MODEL_PATH) must be the directory of model {model.name!r}"
-        )
-    folder = Path(given).expanduser()
-    check_model_folder(folder)
-    return folder
-
-
-def check_model_folder(folder: Path) -> None:
-    """Refuse a directory that cannot be loaded safely, with the reason.
-
-    Raises:
-        MachineError: It is missing, has no configuration, no safetensors weights, only pickles,
-            or Git LFS pointers in place of weights.
-    """
-    if not folder.is_dir():
-        raise MachineError(f"model directory {folder} is missing; check runtime.model_path or DPO_MODEL_PATH")
-    if not (folder / "config.json").is_file():
-        raise MachineError(f"{folder} has no config.json: not a model in Hugging Face layout")
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-        if pickles:
-            raise MachineError(
-                f"{folder} has only pickled weights ({pickles[0]}), which can run code when loaded;"
-                " convert them to safetensors"
-            )
-        raise MachineError(f"{folder} has no weights: no *.safetensors file is there")
-    for path in weights:
-        with path.open("rb") as file:
-            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-                raise MachineError(f"{path} is a Git LFS pointer, not weights; fetch them with: git lfs pull")
-
-
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model directory.
 
     Raises:
         MachineError: There is none, or it needs code from the directory.
     """
-    try:
+    with in_words(f"{folder}: the tokenizer cannot be loaded"):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        raise MachineError(f"{folder}: the tokenizer cannot be loaded: {_first_line(error)}") from error
 
 
 def save_tokenizer(tokenizer: Any, encoder: ChatEncoder, folder: Path) -> None:
@@ -106,7 +50,12 @@ def context_length(folder: Path) -> int | None:
     Some rotary embeddings turn all positions of a batch differently once any text in it is longer than
     the model was first trained on. Up to there a text's numbers are its own, so that is the limit.
     """
-    config = _load_config(folder).get_text_config()
+    return context_length_of(load_config(folder))
+
+
+def context_length_of(config: Any) -> int | None:
+    """The same of a configuration, whose text part counts."""
+    config = config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
     by_layer = [part for part in rope.values() if isinstance(part, dict)] or [rope]
@@ -116,11 +65,37 @@ def context_length(folder: Path) -> int | None:
     return limit
 
 
-def _load_config(folder: Path) -> Any:
-    try:
+def load_config(folder: Path) -> Any:
+    """The configuration of a model directory.
+
+    Raises:
+        MachineError: It cannot be used, or needs code from the directory.
+    """
+    with in_words(f"{folder}: config.json cannot be used"):
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise MachineError(f"{folder}: config.json cannot be used: {_first_line(error)}") from error
+
+
+@contextmanager
+def in_words(what: str) -> Iterator[None]:
+    """Whatever a library raises over the files of a model, as an error of one line.
+
+    Raises:
+        MachineError: ``what`` with the library's words.
+    """
+    try:
+        yield
+    except MachineError:
+        raise
+    except BaseException as error:
+        # tokenizers is written in Rust, whose panic is no Exception
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise MachineError(f"{what}: {in_one_line(error)}") from error
+        raise
+
+
+def own_attention(config: Any) -> str | None:
+    """The attention that a model must be loaded with, None where transformers' choice will do."""
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
 def load_model(folder: Path, machine: Machine, *, quantization: str, trainable: bool = False) -> Any:
@@ -139,7 +114,7 @@ def load_model(folder: Path, machine: Machine, *, quantization: str, trainable: 
         MachineError: It cannot be loaded.
     """
     check_model_folder(folder)
-    config = _load_config(folder)
+    config = load_config(folder)
     for name, value in config.to_dict().items():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
@@ -151,25 +126,24 @@ def load_model(folder: Path, machine: Machine, *, quantization: str, trainable: 
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=machine.compute_dtype,
         )
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            # the default attention of some versions of transformers leaves a soft cap out in silence
-            attn_implementation="eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None,
-            dtype=torch.float32 if trainable else machine.compute_dtype,
-            quantization_config=quantization_config,
-            device_map={"": machine.device},
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-        model, loading = loaded
-    except torch.OutOfMemoryError as error:
-        raise MachineError(f"{folder} does not fit into the memory of {machine.device}") from error
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise MachineError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from error
+    with in_words(f"{folder}: the model cannot be loaded"):
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                # the default attention of some versions of transformers leaves a soft cap out in silence
+                attn_implementation=own_attention(config),
+                dtype=torch.float32 if trainable else machine.compute_dtype,
+                quantization_config=quantization_config,
+                device_map={"": machine.device},
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except torch.OutOfMemoryError as error:
+            raise MachineError(f"{folder} does not fit into the memory of {machine.device}") from error
+    model, loading = loaded
     if missing := sorted(loading["missing_keys"]):
         raise MachineError(
             f"{folder}: the weights lack {missing[0]} ({len(missing)} missing in all); fetch the model again"
@@ -189,7 +163,3 @@ def keep_weights_unpacked(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

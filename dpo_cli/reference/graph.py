@@ -22,8 +22,9 @@ from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_rejects, tokenise_table
 from dpo_cli.models.adapters import SftResult, read_sft_result
 from dpo_cli.models.device import Machine, prepare_machine
+from dpo_cli.models.folder import base_folder
 from dpo_cli.models.identity import base_digest, library_versions, read_lock, verify_model
-from dpo_cli.models.load import base_folder, context_length, load_tokenizer
+from dpo_cli.models.load import context_length, load_tokenizer
 from dpo_cli.objectives.ranking import MAX_TIED, Ties
 from dpo_cli.scoring.scorer import ENGINE_VERSION
 

@@ -11,8 +11,9 @@ from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.models.device import prepare_machine
 from dpo_cli.models.embedded import build_embedded
+from dpo_cli.models.folder import base_folder
 from dpo_cli.models.identity import LOCK_NAME, library_versions, lock_model, model_files
-from dpo_cli.models.load import base_folder, quiet_libraries
+from dpo_cli.models.load import quiet_libraries
 
 
 def run(params: Params, reporter: Reporter) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.evaluation.judges.base import INVALID, Judgment, Question
 from dpo_cli.evaluation.judges.prompts import Template
 from dpo_cli.models.device import Machine, token_budget
+from dpo_cli.models.folder import check_model_folder
 from dpo_cli.models.identity import library_versions, lock_model
-from dpo_cli.models.load import check_model_folder, context_length, load_model, load_tokenizer
+from dpo_cli.models.load import context_length, load_model, load_tokenizer
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
 from dpo_cli.scoring.probe import open_scorer
 from dpo_cli.scoring.scorer import ENGINE_VERSION, Scorer

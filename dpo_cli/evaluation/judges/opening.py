@@ -24,7 +24,7 @@ from dpo_cli.evaluation.judges.reward_model import KnownRewards, RewardModel
 from dpo_cli.evaluation.judges.server import Server
 from dpo_cli.evaluation.judges.votes import VotesJudge
 from dpo_cli.evaluation.votes import read_votes
-from dpo_cli.models.load import check_model_folder
+from dpo_cli.models.folder import check_model_folder
 from dpo_cli.models.reward import check_reward_model
 from dpo_cli.reference.graph import Graph, table_digests
 
@@ -175,7 +175,7 @@ def _prepare_hf(
     given = os.environ.get(JUDGE_PATH) or runtime.judge_path
     if not given:
         raise ParamsError(f"evaluate.judge hf needs its model: set runtime.judge_path (or {JUDGE_PATH}) to a directory")
-    folder = Path(given).expanduser()
+    folder = paths.from_root(given)
     if not folder.is_dir():
         raise MachineError(f"the judge's model directory {folder} is missing; check runtime.judge_path or {JUDGE_PATH}")
     check_model_folder(folder)

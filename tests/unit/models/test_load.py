@@ -20,7 +20,8 @@ from dpo_cli.core.params import LoraParams, ModelParams, RuntimeParams
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models import load
 from dpo_cli.models.adapters import add_adapter
-from dpo_cli.models.load import base_folder, check_model_folder, context_length, load_model, load_tokenizer
+from dpo_cli.models.folder import base_folder, check_model_folder
+from dpo_cli.models.load import context_length, load_model, load_tokenizer
 from dpo_cli.scoring.scorer import Scorer
 
 

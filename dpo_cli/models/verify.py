@@ -1,0 +1,310 @@
+"""Whether a directory holds a causal language model that can be tuned here; found before anything is made of it.
+
+Configuration, tensors, tokenizer and chat template are held against each other. Of the weights only headers are
+read, unless their numbers are asked for; the model is built on PyTorch's meta device, which holds no numbers. Every
+problem is a MachineError of one line, whatever lies in the files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.pytorch_utils import Conv1D
+
+from dpo_cli.core.errors import MachineError
+from dpo_cli.data.chat import ChatEncoder
+from dpo_cli.data.formats.base import RowProblem
+from dpo_cli.data.schema import assistant, user
+from dpo_cli.models.folder import (
+    Tensor,
+    check_model_folder,
+    read_object,
+    read_tensors,
+    refuse_not_finite,
+    weight_files,
+)
+from dpo_cli.models.load import context_length_of, in_words, load_config, load_tokenizer, own_attention
+
+_IMPORT = "dpo-cli model import SOURCE --out DIR"
+_OBJECTS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+            "added_tokens.json")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What configuration and tensors say of a model.
+
+    Attributes:
+        model_type: The family, as config.json names it.
+        context_length: The longest sequence it knows positions for, tokens; None where it does not say.
+        num_rows: Rows of its embedding: token ids are below it.
+        linear_layers: Names of its linear layers, numbers of layers as ``*``.
+        unused: Tensors in the files that are no part of the model.
+    """
+
+    model_type: str
+    context_length: int | None
+    num_rows: int
+    linear_layers: tuple[str, ...]
+    unused: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class VerifiedModel:
+    """A model directory that passed every check.
+
+    Attributes:
+        weights: What is known of its weights.
+        tokenizer: Its tokenizer.
+        encoder: Messages to token ids.
+        notes: What is odd but no error, one sentence each.
+    """
+
+    weights: Weights
+    tokenizer: Any
+    encoder: ChatEncoder
+    notes: tuple[str, ...]
+
+
+def verify_model_folder(folder: Path, chat_template: str = "auto") -> VerifiedModel:
+    """Check a model directory: configuration, tensors, tokenizer and chat template; no number is read.
+
+    Args:
+        folder: The directory.
+        chat_template: ``auto`` for the model's own, or a name in :data:`dpo_cli.data.chat.NAMED_TEMPLATES`.
+
+    Raises:
+        MachineError: It cannot be tuned; the message names file, tensor or token.
+    """
+    weights = verify_weights(folder)
+    tokenizer = verify_tokenizer(folder)
+    encoder = verify_template(folder, tokenizer, chat_template)
+    notes = verify_vocabulary(folder, tokenizer, encoder, weights.num_rows)
+    if weights.unused:
+        names = f"{weights.unused[0]}{f' and {len(weights.unused) - 1} more' if len(weights.unused) > 1 else ''}"
+        notes.append(f"{folder}: the weights hold tensors that are no part of the model and are not used: {names}")
+    return VerifiedModel(weights, tokenizer, encoder, tuple(notes))
+
+
+# --- configuration and tensors ------------------------------------------------------------
+
+
+def verify_weights(folder: Path) -> Weights:
+    """Check that configuration and tensors fit each other.
+
+    Raises:
+        MachineError: They do not, or it is no causal language model of text.
+    """
+    check_model_folder(folder)
+    raw = read_object(folder / "config.json")
+    for name in _OBJECTS:
+        if (folder / name).is_file():
+            read_object(folder / name)
+    tensors = read_tensors(weight_files(folder))
+    _refuse_absurd(folder, raw, tensors)
+    config = load_config(folder)
+    _refuse_other_kinds(folder, raw, config)
+    with in_words(f"{folder}: no model can be built of config.json"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            attn_implementation=own_attention(config),
+            dtype=torch.float32,
+            device_map={"": "meta"},
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    model, loading = loaded
+    _refuse_misfits(folder, tensors, loading, [name for name, _ in model.named_parameters()])
+    embedding = model.get_input_embeddings()
+    linear = (torch.nn.Linear, Conv1D)
+    names = {name for name, module in model.named_modules() if isinstance(module, linear)}
+    return Weights(
+        model_type=str(config.model_type),
+        context_length=context_length_of(config),
+        num_rows=int(embedding.weight.shape[0]),
+        linear_layers=tuple(sorted({re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names})),
+        unused=tuple(sorted(loading["unexpected_keys"])),
+    )
+
+
+def verify_numbers(folder: Path, skip: Collection[str], on_bytes: Callable[[int], None]) -> None:
+    """Check that no tensor of the model holds NaN or infinity; reads all its weights.
+
+    Args:
+        folder: A directory that :func:`verify_weights` has passed.
+        skip: Names of files whose numbers are known to be finite.
+        on_bytes: Hears how many bytes were read.
+
+    Raises:
+        MachineError: With the file and the tensor.
+    """
+    files = [path for path in weight_files(folder) if path.name not in skip]
+    refuse_not_finite(files, read_tensors(files), on_bytes)
+
+
+_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_SIZES = ("hidden_size", "n_embd", "d_model", "vocab_size", "num_attention_heads", "n_head", "n_heads")
+_SIZES_OR_LISTS = ("intermediate_size", "num_key_value_heads", "head_dim")
+_POSITIONS = ("max_position_embeddings", "n_positions")
+
+
+def _refuse_absurd(folder: Path, raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse figures that cannot be true of these tensors, before anything is built of them."""
+    largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    limits = {name: len(tensors) for name in _COUNTS} | dict.fromkeys((*_SIZES, *_SIZES_OR_LISTS), largest)
+    for name in (*_COUNTS, *_SIZES, *_POSITIONS, *_SIZES_OR_LISTS):
+        value = raw.get(name)
+        if value is None:
+            continue
+        values = value if isinstance(value, list) and value and name in _SIZES_OR_LISTS else [value]
+        if not all(isinstance(one, int) and not isinstance(one, bool) and one > 0 for one in values):
+            raise MachineError(f"{folder / 'config.json'}: {name} must be a whole number > 0, got {_shown(value)}")
+    for name, value in raw.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            continue
+        limit = limits.get(name)
+        if limit is None and re.match(r"(num|n)_", name) and name not in _POSITIONS:
+            limit = max(largest, len(tensors))
+        if limit is not None and value > limit:
+            raise MachineError(
+                f"{folder / 'config.json'}: {name} is {_shown(value)}, but the weights are {len(tensors)} tensors of at"
+                f" most {largest} rows or columns; fetch config.json and weights of one model"
+            )
+
+
+def _refuse_other_kinds(folder: Path, raw: Mapping[str, Any], config: Any) -> None:
+    """Refuse models that are no causal language model of text in plain numbers."""
+    with in_words(f"{folder}: config.json cannot be used"):
+        is_nested = config.get_text_config() is not config
+    kind = str(config.model_type)
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"]
+        method = method.get("quant_method") if isinstance(method, dict) else None
+        raise MachineError(
+            f"{folder}: the weights are quantised already ({method or 'quantization_config in config.json'}); give the"
+            " plain ones, which dpo-cli holds in 4-bit by itself (reference.quantization)"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise MachineError(f"{folder}: {kind} is an encoder-decoder; dpo-cli tunes causal language models")
+    if is_nested:
+        raise MachineError(
+            f"{folder}: {kind} holds more than a language model (a part for images or sound); take its text part with:"
+            f" {_IMPORT}"
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise MachineError(f"{folder}: {kind} is no causal language model")
+
+
+def _refuse_misfits(
+    folder: Path, tensors: Mapping[str, Tensor], loading: Mapping[str, Any], parameters: Sequence[str]
+) -> None:
+    """Refuse tensors that are missing, of another shape or kind, or of layers that the configuration does not have."""
+    if mismatched := sorted(loading["mismatched_keys"]):
+        name, found, expected = mismatched[0]
+        more = f" ({len(mismatched)} such tensors)" if len(mismatched) > 1 else ""
+        raise MachineError(
+            f"{folder}: {name} has the shape {list(found)}, and config.json asks for {list(expected)}{more}; fetch"
+            " config.json and weights of one model"
+        )
+    if missing := sorted(loading["missing_keys"]):
+        raise MachineError(
+            f"{folder}: the weights lack {missing[0]} ({len(missing)} missing in all); fetch the model again"
+        )
+    if beyond := sorted(name for name in loading["unexpected_keys"] if re.search(r"\.\d+\.", name)):
+        raise MachineError(
+            f"{folder}: the weights hold {beyond[0]}, of a layer that config.json does not have ({len(beyond)} such"
+            " tensors); fetch config.json and weights of one model"
+        )
+    if integers := [name for name in sorted(parameters) if name in tensors and tensors[name].dtype[0] in "IU"]:
+        raise MachineError(f"{folder}: {integers[0]} is of dtype {tensors[integers[0]].dtype}; plain floats are needed")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]} ..."
+
+
+# --- tokenizer and template ---------------------------------------------------------------
+
+
+def verify_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model directory, tried on a word.
+
+    Raises:
+        MachineError: It cannot be loaded or used.
+    """
+    tokenizer = load_tokenizer(folder)
+    with in_words(f"{folder}: the tokenizer cannot be used"):
+        ids = list(tokenizer("question", add_special_tokens=False)["input_ids"])
+        tokenizer.decode(ids)
+        if not ids:
+            raise MachineError(f"{folder}: the tokenizer makes no token of the word 'question'; fetch it again")
+    return tokenizer
+
+
+def verify_template(folder: Path, tokenizer: Any, chat_template: str) -> ChatEncoder:
+    """The encoder of a tokenizer and a chat template, tried on one exchange.
+
+    Raises:
+        MachineError: The template does not render it, or no token ends the turn.
+    """
+    try:
+        with in_words("the chat template cannot be used"):
+            return ChatEncoder(tokenizer, chat_template)
+    except MachineError as error:
+        raise MachineError([f"{folder}: {problem}" for problem in error.problems]) from error
+
+
+def verify_vocabulary(folder: Path, tokenizer: Any, encoder: ChatEncoder, num_rows: int) -> list[str]:
+    """Check that the model has a row for each token that can occur.
+
+    Some families ship a special token for images that their text models have no row for. Where nothing
+    makes it but its own name in a text, it is noted; such a row of data is left out.
+
+    Returns:
+        Notes on such tokens.
+
+    Raises:
+        MachineError: An ordinary token has no row, or one that ends, pads or opens texts.
+    """
+    with in_words(f"{folder}: the tokenizer cannot be used"):
+        vocabulary = {str(token): int(number) for token, number in tokenizer.get_vocab().items()}
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        special = {number for number, token in added.items() if token.special}
+    beyond = sorted((number, token) for token, number in vocabulary.items() if number >= num_rows)
+    if not beyond:
+        return []
+    in_use = {getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad", "unk")}
+    in_use |= {*encoder.stop_ids, *_ids_of_an_exchange(encoder)}
+    reached = [(number, token) for number, token in beyond if number not in special or number in in_use]
+    more = f" ({len(beyond)} such tokens)" if len(beyond) > 1 else ""
+    if reached:
+        number, token = reached[0]
+        raise MachineError(
+            f"{folder}: the tokenizer's {_shown(token)} has the id {number}, and the model's embedding has {num_rows}"
+            f" rows{more}; fetch tokenizer and weights of one model"
+        )
+    number, token = beyond[0]
+    return [
+        f"{folder}: the model has no row for the special token {_shown(token)} (id {number}, {num_rows} rows){more};"
+        " rows of data that hold it are left out"
+    ]
+
+
+def _ids_of_an_exchange(encoder: ChatEncoder) -> Sequence[int]:
+    question, answer = [user("question")], [assistant("answer")]
+    try:
+        return [*encoder.encode_prompt(question), *encoder.encode_completion(question, answer)]
+    except RowProblem:  # tried already
+        return []
