@@ -8,6 +8,7 @@ whose rules are not known is refused.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from dpo_cli.core.errors import MachineError
@@ -208,6 +209,8 @@ def _complete(config: Any, file: GgufFile) -> tuple[Any, list[str]]:
             setattr(config, attribute, value)
         elif name not in _ATTRIBUTES:
             notes.append(f"{key} = {str(value)[:40]} is in the file, and nothing of the configuration takes it")
+    for name, kind in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):  # the family's default is another model's
+        setattr(config, f"{name}_token_id", file.metadata.get(f"tokenizer.ggml.{kind}_token_id"))
     config.vocab_size = (file.shape_of("token_embd.weight") or (0,))[0]
     if layers := _LARGEST_GEMMAS.get(file.architecture):
         heads = config.num_attention_heads
@@ -243,6 +246,7 @@ def _scale_rope(config: Any, file: GgufFile) -> None:
         factors = {part: _numbers(file, f"rope_factors_{part}.weight") for part in ("long", "short")}
         rope.update(rope_type="longrope", **{f"{part}_factor": each.tolist() for part, each in factors.items()})
         rope["original_max_position_embeddings"] = original or config.max_position_embeddings
+        config.original_max_position_embeddings = rope["original_max_position_embeddings"]
         if (attention := file.of_architecture("rope.scaling.attn_factor")) is not None:
             rope["attention_factor"] = attention
         return
@@ -337,11 +341,37 @@ def tokenizer_of_gguf(file: GgufFile, full: Path) -> Any:
                     f"{file.path}: how its vocabulary cuts a text into words ({pre or 'no tokenizer.ggml.pre'}) is not"
                     " known; give the folder of the model's own tokenizer with --tokenizer DIR"
                 )
+        if kind == "llama" and isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace):
+            _space_as_llama(backend, prefixed=file.metadata.get("tokenizer.ggml.add_space_prefix", True))
         if pre in _WHOLE_WORDS:
             backend.model.ignore_merges = True
+        if len(tokenizer) > len(tokens):
+            tokenizer = _without_additions(tokenizer, len(tokens))
     if len(tokenizer) != len(tokens):
         raise MachineError(
             f"{file.path}: of its {len(tokens)} tokens a tokenizer of {len(tokenizer)} was made; give the folder of the"
             " model's own tokenizer with --tokenizer DIR"
         )
     return tokenizer
+
+
+def _without_additions(tokenizer: Any, num_tokens: int) -> Any:
+    """A tokenizer without the tokens of its family that are not in the file, such as Llama's ``<s>``."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend["added_tokens"] = [token for token in backend["added_tokens"] if token["id"] < num_tokens]
+    backend["post_processor"] = None
+    kept = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template", "add_bos_token", "add_eos_token")
+    given = {name: tokenizer.init_kwargs.get(name) for name in kept}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)), **given)
+
+
+def _space_as_llama(backend: Any, *, prefixed: bool) -> None:
+    """Write blanks as llama.cpp does: each as one mark, and where the file asks for it one more before every text.
+
+    transformers writes one before the first word, unless a blank is there, whatever the file says.
+    """
+    marks = normalizers.Replace(pattern=" ", content="\u2581")
+    backend.pre_tokenizer = None
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), marks]) if prefixed else marks
+    blanks = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*blanks, decoders.Strip(" ", 1, 0)] if prefixed else blanks)
