@@ -34,6 +34,7 @@ def vocabulary() -> dict[str, Any]:
 
 
 NUM_TOKENS = len(vocabulary()["tokens"])
+FIRST_WORD = 5 + 256
 
 
 def tensors_of(
@@ -62,7 +63,8 @@ def tensors_of(
     if head:
         found["output.weight"] = matrix(NUM_TOKENS, HIDDEN)
     last = found["output.weight" if head else "token_embd.weight"]
-    last[[1, 2, -2]] = 0.0  # never the most probable: of a token that ends the text llama.cpp gives no log-probability
+    # never the most probable: of a token that ends the text, or is no whole letter, llama.cpp tells no probabilities
+    last[:FIRST_WORD] = last[-2] = 0.0
     for layer in range(layers):
         of_layer = {"attn_norm.weight": norm(HIDDEN), "ffn_norm.weight": norm(HIDDEN)}
         if packed:
