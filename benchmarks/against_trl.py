@@ -1,9 +1,13 @@
 """Our training step and reference pass against TRL's DPOTrainer, on one CPU thread, as ratios within one run.
 
     python benchmarks/against_trl.py [--out FILE] [--regimes 0.42,harmless-base] [--vocabularies 1024] [--runs 3]
+    python benchmarks/against_trl.py --model DIR [--regimes harmless-base]
 
 Both tools load the same saved llama (4 layers of width 256, random weights) with the same LoRA adapter, get the same
 token ids, reference log-probabilities and pairs per optimizer step in the same order, and train with AdamW in float32.
+With ``--model`` they load that model in 4-bit nf4 with double quantization in its place, and the adapter is float32 in
+both: TRL's trainer makes it bfloat16 by itself, and is given its numbers back, so that the two compute the same. Both
+leave bitsandbytes' repacking of weights off, which on some processors loses the gradient.
 Each tool runs in a process of its own, and they take turns. No figures are printed unless the loss of every step and
 every reference log-probability agree.
 
@@ -150,17 +154,29 @@ class Case:
         vocabulary: Tokens the model knows.
         num_steps: Optimizer steps of a run, the first of which warms up.
         folder: Where models and pairs lie.
+        model: Directory of a model to take, in nf4; None: a small random one in float32.
     """
 
     regime: str
     vocabulary: int
     num_steps: int
     folder: Path
+    model: Path | None = None
+
+    @property
+    def quantization(self) -> str:
+        """How the frozen weights are held."""
+        return "none" if self.model is None else "nf4"
 
     @property
     def workspace(self) -> Path:
         """A folder laid out as our stages want it; the model lies in models/base, its adapter in models/sft."""
         return self.folder / f"vocabulary-{self.vocabulary}"
+
+    @property
+    def base(self) -> Path:
+        """Where the base model lies."""
+        return self.workspace / "models" / "base" if self.model is None else self.model
 
     @property
     def data(self) -> Path:
@@ -209,28 +225,31 @@ def prepare(cases: Sequence[Case]) -> None:
     """Save a model and an adapter for each vocabulary, and pairs with references for each case."""
     import torch
     from peft import LoraConfig, TaskType, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     torch.set_num_threads(1)
     for vocabulary in sorted({case.vocabulary for case in cases}):
         mine = [case for case in cases if case.vocabulary == vocabulary]
         torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=256,
-            intermediate_size=768,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=MAX_LENGTH,
-        )
-        model = LlamaForCausalLM(config)
-        model.save_pretrained(mine[0].workspace / "models" / "base")
+        if mine[0].model is not None:
+            model = AutoModelForCausalLM.from_pretrained(mine[0].model, dtype=torch.float32)
+        else:
+            config = LlamaConfig(
+                vocab_size=vocabulary,
+                hidden_size=256,
+                intermediate_size=768,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                num_key_value_heads=4,
+                max_position_embeddings=MAX_LENGTH,
+            )
+            model = LlamaForCausalLM(config)
+            model.save_pretrained(mine[0].base)
         lora = LoraConfig(task_type=TaskType.CAUSAL_LM, r=16, lora_alpha=32, target_modules="all-linear")
         policy = get_peft_model(model, lora).eval()
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.02)
+                torch.nn.init.normal_(parameter, std=0.02 if mine[0].model is None else 0.002)
         policy.save_pretrained(str(mine[0].workspace / "models" / "sft"))
         for case in mine:
             pairs = case.make_pairs()
@@ -420,7 +439,7 @@ def run_ours(case: Case, runtime_knobs: dict[str, Any]) -> Outcome:
     runtime = RuntimeParams(device="cpu", **runtime_knobs)
     machine = prepare_machine(runtime)
     sft = SftResult("lora", "")
-    policy: Any = load_policy_at_start(Path("models/base"), sft, machine, "none", LoraParams(), 0)
+    policy: Any = load_policy_at_start(case.base, sft, machine, case.quantization, LoraParams(), 0)
     meter = Meter()
     max_tokens = token_budget(runtime, machine.device)
     with open_scorer(policy.eval(), machine.compute_dtype, runtime, ToStderr(), "train")[0] as scorer:
@@ -518,12 +537,22 @@ def load_policy(case: Case) -> Any:
     """The model with its adapter, trainable."""
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     torch.set_num_threads(1)
-    models = case.workspace / "models"
-    model = AutoModelForCausalLM.from_pretrained(models / "base", dtype=torch.float32)
-    return PeftModel.from_pretrained(model, str(models / "sft"), is_trainable=True)
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    quantized = {} if case.quantization == "none" else {"quantization_config": nf4, "device_map": {"": "cpu"}}
+    model = AutoModelForCausalLM.from_pretrained(case.base, dtype=torch.float32, **quantized)
+    policy = PeftModel.from_pretrained(model, str(case.workspace / "models" / "sft"), is_trainable=True)
+    for module in policy.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    return policy
 
 
 def trl_trainer(case: Case, side: str, policy: Any, dataset: Any, pairs_a_forward: int, folder: str) -> Any:
@@ -559,7 +588,12 @@ def trl_trainer(case: Case, side: str, policy: Any, dataset: Any, pairs_a_forwar
         logging_strategy="steps" if side == DEFAULT else "no",
         torch_compile=side == COMPILED,
     )
-    return AsItIs(model=policy, args=arguments, train_dataset=dataset, processing_class=tiny_tokenizer())
+    trained = {name: part.detach().clone() for name, part in policy.named_parameters() if part.requires_grad}
+    trainer = AsItIs(model=policy, args=arguments, train_dataset=dataset, processing_class=tiny_tokenizer())
+    for name, part in policy.named_parameters():
+        if name in trained:
+            part.data = trained[name]
+    return trainer
 
 
 def trl_references(trainer: Any, dataset: Any, pairs_a_forward: int, meter: Meter) -> tuple[float, float, list[Logps]]:
@@ -683,7 +717,10 @@ def do_job(side: str, job: dict[str, Any]) -> Any:
 
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
-    cases = [Case(**{**case, "folder": Path(case["folder"])}) for case in job["cases"]]
+    cases = [
+        Case(**{**case, "folder": Path(case["folder"]), "model": case["model"] and Path(case["model"])})
+        for case in job["cases"]
+    ]
     if side == "prepare":
         return prepare(cases)
     if side == "calibrate":
@@ -796,8 +833,9 @@ def heading(arguments: argparse.Namespace) -> list[str]:
         f" Python {platform.python_version()}, {packages}. Memory allocator of both tools: glibc's"
         f" {f'with {kept}' if arguments.malloc == 'keep' else 'as it comes'}."
     )
+    model = "Llama of 4 layers of width 256" if arguments.model is None else f"{arguments.model.name} in nf4"
     method = (
-        f"Llama of 4 layers of width 256 with LoRA (rank 16, all linear layers), float32, {PAIRS_A_STEP} pairs an"
+        f"{model} with LoRA (rank 16, all linear layers), float32, {PAIRS_A_STEP} pairs an"
         f" optimizer step, {arguments.runs} runs with a process of its own for each tool. The number after a"
         " configuration of TRL's is its pairs a forward pass. A ratio above 1 means that ours is faster, or holds less:"
         " median [min, max] of neighbouring runs. Times are CPU time. Peak is what was resident above model and data,"
@@ -851,6 +889,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--vocabularies", type=lambda text: [int(size) for size in text.split(",")], default=[1024, 32768]
     )
+    parser.add_argument("--model", type=Path, help="a model directory to load in nf4, in place of small random models")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--pairs", type=int, help="timed pairs a run; 48, and 32 at large vocabularies")
     sides = [BEST, LARGEST, DEFAULT, COMPACT, COMPILED]
@@ -863,6 +902,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
     arguments.runtime = dict(arguments.runtime)
+    if arguments.model is not None:
+        config = json.loads((arguments.model / "config.json").read_text(encoding="utf-8"))
+        arguments.vocabularies = [config.get("text_config", config)["vocab_size"]]
     return arguments
 
 
@@ -880,7 +922,8 @@ def main() -> None:
         for vocabulary in arguments.vocabularies:
             pairs = arguments.pairs or (FEW_PAIRS if vocabulary >= LARGE_VOCABULARY else MANY_PAIRS)
             num_steps = 1 + math.ceil(pairs / PAIRS_A_STEP)
-            cases += [Case(regime, vocabulary, num_steps, Path(folder)) for regime in arguments.regimes]
+            model = arguments.model and arguments.model.resolve()
+            cases += [Case(regime, vocabulary, num_steps, Path(folder), model) for regime in arguments.regimes]
         run_side("prepare", {"cases": [asdict(case) for case in cases]}, keep_memory=True)
         compared = [compare(case, arguments) for case in cases]
     report = [*heading(arguments), *lengths_table(cases)]

@@ -186,6 +186,12 @@ class LoraParams(Section):
 
     r: int = knob(16, "Rank of the update.", ge=1)
     alpha: float = knob(32.0, "Scale of the update: it is multiplied by alpha / r.", gt=0)
+    rslora: bool = knob(False, "Multiply it by alpha / sqrt(r) instead, for high ranks (rsLoRA, Kalajdzievski 2023).")
+    dora: bool = knob(
+        False,
+        "Train the length of each row of the weights apart from its direction (DoRA, Liu et al. 2024). A step takes"
+        " longer, and evaluate.scales has no meaning.",
+    )
     dropout: float = knob(0.0, "Dropout on the adapter's input while training.", ge=0, lt=1)
     target_modules: Annotated[list[str], Field(min_length=1)] = knob(
         ["all-linear"], "Names of the layers that get an adapter; all-linear means every linear layer but the head."
@@ -212,7 +218,21 @@ class TrainingParams(Section):
     weight_decay: float = knob(0.0, "Decoupled weight decay; rmsprop takes none.", ge=0)
     max_grad_norm: float = knob(1.0, "Gradients are clipped to this L2 norm.", gt=0)
     eval_steps: int = knob(
-        50, "Held-out loss after every so many steps; 0: only at the end.", unit="optimizer steps", ge=0
+        50,
+        "Held-out loss after every so many steps, besides that before the first and after the last; 0: only those.",
+        unit="optimizer steps",
+        ge=0,
+    )
+    keep: Literal["last", "best"] = knob(
+        "last",
+        "Whose weights are published: the last step's, or those of the evaluation with the lowest held-out loss.",
+    )
+    patience: int | None = knob(
+        None,
+        "With keep best, training ends when so many evaluations in a row brought no lower held-out loss; null: never"
+        " before its last step.",
+        unit="evaluations",
+        ge=1,
     )
     seed: int = knob(0, "Seeds the adapter's start, the order of rows and dropout.", ge=0)
 
@@ -346,7 +366,12 @@ class RuntimeParams(Section):
     workers: int | None = knob(
         None, "Processes that convert large files of JSON lines; null: as many as there are cores.", ge=1
     )
-    threads: int = knob(1, "CPU threads of torch. More than one can be slower on a shared machine.", ge=1)
+    threads: int | None = knob(
+        None,
+        "CPU threads of torch; null: OMP_NUM_THREADS, or else all physical cores that the process may use. On cores"
+        " that others use, too, 1 can be faster.",
+        ge=1,
+    )
     max_tokens_per_microbatch: int | None = knob(
         None,
         "Memory knob: tokens that go through the model at once, padding included; null: 4096 on a GPU, and 1024 on"
@@ -624,6 +649,26 @@ def _idle_objective_settings(train: TrainParams) -> list[str]:
     return found
 
 
+def _idle_adapter_settings(params: Params) -> list[str]:
+    """Settings of the adapters that change nothing, or that another setting cannot go with."""
+    sft, reward = params.sft, params.reward
+    policy, lora = ("sft.lora", sft.lora) if sft.method in ("lora", "qlora") else ("train.lora", params.train.lora)
+    adapters = {policy: lora}
+    if reward.loss != "none":
+        adapters["reward.lora"] = reward.lora
+    found = [
+        f"{name}.rslora has no effect with {name}.r 1"
+        for name, adapter in adapters.items()
+        if adapter is not None and adapter.rslora and adapter.r == 1
+    ]
+    if lora is not None and lora.dora and params.evaluate.scales:
+        found.append(
+            f"evaluate.scales cannot go with {policy}.dora true: a multiple of what DoRA changed is no such adapter;"
+            " set it to []"
+        )
+    return found
+
+
 _AT_ZERO = {"cdpo": "; at 0 it is the sigmoid loss", "robust": "; at 0 it is the sigmoid loss"}
 
 
@@ -663,6 +708,7 @@ def _contradictions(params: Params) -> list[str]:
             found.append(
                 f"{name}.lora has no effect with sft.method {sft.method}: {name} goes on with the adapter of sft"
             )
+    found += _idle_adapter_settings(params)
     found += _idle_objective_settings(train)
     if "plackett_luce" in train.losses and not params.reference.rankings:
         found.append("train.loss plackett_luce needs reference.rankings true")
@@ -675,4 +721,10 @@ def _contradictions(params: Params) -> list[str]:
             found.append(f"{name}.epochs has no effect beside {name}.max_steps; drop one of them")
         if section.optimizer == "rmsprop" and section.weight_decay != 0:
             found.append(f"{name}.weight_decay has no effect with {name}.optimizer rmsprop")
+        if section.keep == "best" and section.eval_steps == 0:
+            found.append(
+                f"{name}.keep best has no effect with {name}.eval_steps 0: no step before the last is measured"
+            )
+        if section.keep == "last" and section.patience is not None:
+            found.append(f"{name}.patience has no effect with {name}.keep last; best reads it")
     return found

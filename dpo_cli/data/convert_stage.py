@@ -120,7 +120,8 @@ def _refuse_without_effect(sources: Sequence[Source], report: Conversion) -> Non
     problems = []
     for source in sources:
         formats = {name for account in report.files if account.source is source for name in account.formats}
-        if isinstance(source, PreferenceSource) and source.pairs != "all" and not {"kwise", "oasst"} & formats:
+        has_rankings = {"kwise", "oasst"} & formats or report.num_rankings
+        if isinstance(source, PreferenceSource) and source.pairs != "all" and not has_rankings:
             problems.append(
                 f"params.yaml: data.preferences: pairs {source.pairs} has no effect: {source.path} holds pairs, no"
                 " rankings of several answers; leave it at all"

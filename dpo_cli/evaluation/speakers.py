@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_files, digest_json
 from dpo_cli.core.errors import DataError, MachineError, StaleArtifactError
 from dpo_cli.core.params import RuntimeParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.evaluation.speaker_names import BASE, DPO, SFT
-from dpo_cli.models.adapters import ADAPTER_FILES, ModelPair, load_pair, load_reference
+from dpo_cli.models.adapters import ADAPTER_FILES, ModelPair, is_dora, load_pair, load_reference
 from dpo_cli.models.folder import check_model_folder
 from dpo_cli.models.identity import model_files
 from dpo_cli.models.load import load_model, load_tokenizer
@@ -129,7 +130,17 @@ class AdapterCast:
         return Speaker(BASE, digest_json(["base", self._graph.identity]), self._use_base)
 
     def scaled(self, scale: float) -> Speaker:
-        """The base with so many times what training changed of the reference."""
+        """The base with so many times what training changed of the reference.
+
+        Raises:
+            DataError: An adapter is DoRA.
+        """
+        for folder in (self._adapter, *([paths.SFT_MODEL] if self._graph.sft.has_adapter else [])):
+            if is_dora(folder):
+                raise DataError(
+                    f"evaluate.scales cannot go with {folder}: a multiple of what DoRA changed is no such adapter; set"
+                    " it to []"
+                )
         digest = digest_json([self._digest, scale])
         return Speaker(DPO, digest, lambda: self._use_scaled(scale), f"{DPO} x {scale:g}")
 

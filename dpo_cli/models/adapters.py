@@ -52,6 +52,8 @@ def add_adapter(model: Any, lora: LoraParams, seed: int, task: TaskType = TaskTy
             r=lora.r,
             lora_alpha=lora.alpha,  # type: ignore[arg-type]
             lora_dropout=lora.dropout,
+            use_rslora=lora.rslora,
+            use_dora=lora.dora,
             target_modules="all-linear" if names == ["all-linear"] else sorted(names),
         )
     )
@@ -162,7 +164,10 @@ class ModelPair:
 
     @contextmanager
     def scaled_policy(self, scale: float) -> Iterator[Any]:
-        """The model with so many times what training changed: weights W_ref + scale (W_policy - W_ref)."""
+        """The model with so many times what training changed: weights W_ref + scale (W_policy - W_ref).
+
+        Not for DoRA (:func:`is_dora`), whose adapters do not add up.
+        """
         shares = {POLICY: scale}
         if self.reference_adapter is not None:
             shares[self.reference_adapter] = 1 - scale
@@ -223,6 +228,11 @@ def load_adapter(model: Any, folder: Path, *, trainable: bool) -> PeftModel:
     """Put a saved adapter on a model, as its policy."""
     config = use_short_layers(LoraConfig.from_pretrained(str(folder)))  # type: ignore[arg-type]
     return PeftModel.from_pretrained(model, str(folder), adapter_name=POLICY, is_trainable=trainable, config=config)
+
+
+def is_dora(folder: Path) -> bool:
+    """Whether a saved adapter trains lengths apart from directions, so that its change of the weights is not B A."""
+    return bool(json.loads((folder / ADAPTER_FILES[0]).read_text(encoding="utf-8")).get("use_dora"))
 
 
 def load_backbone(base: Path, sft: SftResult, machine: Machine, quantization: str) -> Any:

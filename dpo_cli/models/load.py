@@ -149,8 +149,21 @@ def load_model(folder: Path, machine: Machine, *, quantization: str, trainable: 
             f"{folder}: the weights lack {missing[0]} ({len(missing)} missing in all); fetch the model again"
         )
     keep_weights_unpacked(model)
+    if quantization == "nf4":
+        _let_go_of_files(model)
     model.requires_grad_(False)
     return model.eval()
+
+
+def _let_go_of_files(model: torch.nn.Module) -> None:
+    """Copy the plain weights of a quantized model that lie in a mapped file.
+
+    As long as one tensor of it is in use, all pages of the file that were read count as the process's memory: four
+    times what the quantized weights take.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def keep_weights_unpacked(model: torch.nn.Module) -> None:

@@ -109,7 +109,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         write_json_lines(paths.rejects_file("reward"), all_rejects([train, held_out]))
         write_json(paths.metrics_file("reward"), {"reward": metrics})
         scratch.clear()
-    _print_summary(knobs, metrics, reporter)
+    _print_summary(knobs, metrics, result.steps_in_words, reporter)
     return metrics
 
 
@@ -189,7 +189,7 @@ def _metrics(
         for cell in figures.reliability
     ]
     if knobs.loss == "plackett_luce":
-        metrics["eval_kendall_tau"] = result.last("eval_rewards/kendall_tau")
+        metrics["eval_kendall_tau"] = result.kept("eval_rewards/kendall_tau")
     return metrics | {
         "num_ties": figures.num_ties,
         "num_eval_pairs": figures.num_pairs,
@@ -198,9 +198,10 @@ def _metrics(
         "num_eval": len(held_out.groups),
         "num_rejected": len(train.rejects) + len(held_out.rejects),
         "num_steps": result.num_steps,
+        "kept_step": result.kept_step,
         "loss": result.last("loss"),
         "eval_loss_start": result.first("eval_loss"),
-        "eval_loss": result.last("eval_loss"),
+        "eval_loss": result.kept("eval_loss"),
         "groups_per_s": result.groups_per_s,
         "logical_tokens_per_s": result.groups_per_s * tokens,
         "peak_mem_gib": peak_memory_gib(graph.machine),
@@ -241,7 +242,7 @@ of two answers to one prompt means anything, and σ(r_a - r_b) is the probabilit
 |---|---|
 | loss | {knobs.loss} |
 | {_unit(knobs)} | {metrics["num_groups"]} for training, {metrics["num_eval"]} held out |
-| steps | {metrics["num_steps"]} of {knobs.batch_size} {_unit(knobs)} |
+| steps | {metrics["kept_step"]} of {knobs.batch_size} {_unit(knobs)} |
 | held-out accuracy | {metrics["accuracy"]:.3f}, 95% interval {low:.3f} to {high:.3f} |
 | the longer answer instead | {metrics["longer_accuracy"]:.3f} |
 | held-out log-loss | {metrics["log_loss"]:.4f} nats a pair |
@@ -268,7 +269,7 @@ def _unit(knobs: RewardParams) -> str:
     return "rankings" if knobs.loss == "plackett_luce" else "pairs"
 
 
-def _print_summary(knobs: RewardParams, metrics: dict[str, Any], reporter: Reporter) -> None:
+def _print_summary(knobs: RewardParams, metrics: dict[str, Any], steps: str, reporter: Reporter) -> None:
     unit = _unit(knobs)
     reporter.table(
         "reward",
@@ -276,7 +277,7 @@ def _print_summary(knobs: RewardParams, metrics: dict[str, Any], reporter: Repor
             ("loss", knobs.loss),
             (unit, f"{metrics['num_groups']} train, {metrics['num_eval']} held out"),
             (f"{unit} left out", f"{metrics['num_rejected']} (listed in {paths.rejects_file('reward').as_posix()})"),
-            ("steps", str(metrics["num_steps"])),
+            ("steps", steps),
             ("held-out loss", f"{metrics['eval_loss_start']:.4f} -> {metrics['eval_loss']:.4f}"),
             ("held-out accuracy", _shown(metrics, "accuracy")),
             ("accuracy of the longer answer", _shown(metrics, "longer_accuracy")),

@@ -132,7 +132,7 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
             ("method", sft.method),
             ("rows", f"{metrics['num_rows']} train, {metrics['num_eval']} held out"),
             ("left out", f"{metrics['num_rejected']} (listed in {paths.rejects_file('sft').as_posix()})"),
-            ("steps", str(metrics["num_steps"])),
+            ("steps", result.steps_in_words),
             ("held-out loss", f"{metrics['eval_loss_start']:.4f} -> {metrics['eval_loss']:.4f} nats a token"),
             ("speed", f"{metrics['rows_per_s']:.1f} rows/s"),
             ("peak memory", f"{metrics['peak_mem_gib']:.2f} GiB"),
@@ -167,13 +167,14 @@ def _metrics(
     sft: SftParams, train: TokenTable, held_out: TokenTable, result: Fit, layout: Verdict, peak_gib: float
 ) -> dict[str, Any]:
     tokens = sum(len(group.prompt) + len(group.completions[0]) for group in train.groups) / len(train.groups)
-    eval_loss = result.last("eval_loss")
+    eval_loss = result.kept("eval_loss")
     return {
         "method": sft.method,
         "num_rows": len(train.groups),
         "num_eval": len(held_out.groups),
         "num_rejected": len(train.rejects) + len(held_out.rejects),
         "num_steps": result.num_steps,
+        "kept_step": result.kept_step,
         "loss": result.last("loss"),
         "eval_loss_start": result.first("eval_loss"),
         "eval_loss": eval_loss,

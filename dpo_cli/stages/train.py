@@ -105,7 +105,7 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
             return {}
         metrics = _metrics(graph, train, held_out, step_zero, result, layout)
         if ranked:
-            metrics["eval_kendall_tau"] = result.last("eval_rewards/kendall_tau")
+            metrics["eval_kendall_tau"] = result.kept("eval_rewards/kendall_tau")
         built = scratch.build_folder()
         save_adapter(policy, built, params.model.name)
         save_tokenizer(graph.tokenizer, graph.encoder, built)
@@ -118,7 +118,7 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
         write_json_lines(paths.rejects_file("train"), all_rejects([train, held_out]))
         write_json(paths.metrics_file("train"), {"train": metrics})
         scratch.clear()
-    _print_summary(knobs, metrics, reporter)
+    _print_summary(knobs, metrics, result.steps_in_words, reporter)
     return metrics
 
 
@@ -189,14 +189,15 @@ def _metrics(
         "num_eval": len(held_out.groups),
         "num_rejected": len(train.rejects) + len(held_out.rejects),
         "num_steps": result.num_steps,
+        "kept_step": result.kept_step,
         "step0_loss": step_zero.loss,
         "step0_max_abs_margin": step_zero.max_abs_margin,
         "step0_max_abs_logp_difference": step_zero.max_abs_logp_difference,
         "loss": result.last("loss"),
         "eval_loss_start": result.first("eval_loss"),
-        "eval_loss": result.last("eval_loss"),
-        "eval_accuracy": result.last("eval_rewards/accuracies"),
-        "eval_margin": result.last("eval_rewards/margins"),
+        "eval_loss": result.kept("eval_loss"),
+        "eval_accuracy": result.kept("eval_rewards/accuracies"),
+        "eval_margin": result.kept("eval_rewards/margins"),
         "pairs_per_s": result.groups_per_s,
         "logical_tokens_per_s": result.groups_per_s * tokens,
         "peak_mem_gib": peak_memory_gib(graph.machine),
@@ -229,7 +230,7 @@ A LoRA adapter trained with Direct Preference Optimization (Rafailov et al. 2023
 |---|---|
 | loss | {_named(knobs)}, beta {knobs.beta:g} |
 | {_unit(knobs)} | {metrics["num_pairs"]} for training, {metrics["num_eval"]} held out |
-| steps | {metrics["num_steps"]} of {knobs.batch_size} {_unit(knobs)} |
+| steps | {metrics["kept_step"]} of {knobs.batch_size} {_unit(knobs)} |
 | held-out loss | {metrics["eval_loss_start"]:.4f} before, {metrics["eval_loss"]:.4f} after |
 | held-out accuracy | {metrics["eval_accuracy"]:.3f} |
 
@@ -262,7 +263,7 @@ def _columns(metrics: Sequence[str]) -> tuple[str, ...]:
     return ("loss", *metrics, "grad_norm", "learning_rate", "eval_loss", *(f"eval_{name}" for name in metrics))
 
 
-def _print_summary(knobs: TrainParams, metrics: dict[str, Any], reporter: Reporter) -> None:
+def _print_summary(knobs: TrainParams, metrics: dict[str, Any], steps: str, reporter: Reporter) -> None:
     expected = f" (ln 2 = {math.log(2):.6f})" if list(knobs.losses) == ["sigmoid"] else ""
     unit = _unit(knobs)
     reporter.table(
@@ -271,7 +272,7 @@ def _print_summary(knobs: TrainParams, metrics: dict[str, Any], reporter: Report
             ("loss", f"{_named(knobs)}, beta {knobs.beta:g}"),
             (unit, f"{metrics['num_pairs']} train, {metrics['num_eval']} held out"),
             (f"{unit} left out", f"{metrics['num_rejected']} (listed in {paths.rejects_file('train').as_posix()})"),
-            ("steps", str(metrics["num_steps"])),
+            ("steps", steps),
             ("step-0 loss", f"{metrics['step0_loss']:.6f}{expected}"),
             ("step-0 largest margin", f"{metrics['step0_max_abs_margin']:.2g}"),
             ("held-out loss", f"{metrics['eval_loss_start']:.4f} -> {metrics['eval_loss']:.4f}"),

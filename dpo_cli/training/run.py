@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dpo_cli.core.errors import Interrupted, MachineError
+from transformers import TrainerCallback
+
+from dpo_cli.core.errors import Interrupted, MachineError, ParamsError
 from dpo_cli.core.interrupts import StopRequest, graceful_stop
 from dpo_cli.core.params import RuntimeParams, TrainingParams
 from dpo_cli.core.progress import Reporter
@@ -24,9 +26,17 @@ from dpo_cli.scoring.recompute import (
     set_recompute,
 )
 from dpo_cli.training.callbacks import CheckpointCallback, ProgressCallback
+from dpo_cli.training.checkpoint import (
+    BestStepCallback,
+    best_step,
+    last_checkpoint,
+    out_of_patience,
+    read_history,
+    restore_best,
+)
 from dpo_cli.training.objective import GroupScorer, Objective
 from dpo_cli.training.replicas import ALONE, Replicas
-from dpo_cli.training.trainer import GroupTrainer, Plan, diverged, last_checkpoint, training_arguments
+from dpo_cli.training.trainer import GroupTrainer, Plan, diverged, training_arguments
 
 Scored = TypeVar("Scored")
 
@@ -42,7 +52,9 @@ class Fit:
     """A finished training.
 
     Attributes:
-        num_steps: Optimizer steps in all.
+        num_steps: Optimizer steps that were taken, in all runs together.
+        num_planned: Optimizer steps that there would have been without an early stop.
+        kept_step: The step whose weights the model has now; 0 is before the first.
         history: The trainer's log, one entry a logged event.
         groups_per_s: Groups trained a second of this run's steps, by all processes, held-out passes included.
         recompute: What the backward pass computed again.
@@ -50,6 +62,8 @@ class Fit:
     """
 
     num_steps: int
+    num_planned: int
+    kept_step: int
     history: list[dict[str, Any]]
     groups_per_s: float
     recompute: Recompute
@@ -62,6 +76,20 @@ class Fit:
     def first(self, name: str) -> float:
         """The first logged value of a metric."""
         return next(entry[name] for entry in self.history if name in entry)
+
+    def kept(self, name: str) -> float:
+        """The value of a held-out metric at the step that is kept."""
+        return next(
+            entry[name] for entry in reversed(self.history) if name in entry and entry["step"] == self.kept_step
+        )
+
+    @property
+    def steps_in_words(self) -> str:
+        """How many steps there were, and whose weights are kept."""
+        words = str(self.num_steps)
+        if self.num_steps < self.num_planned:
+            words += f" of {self.num_planned} (patience ended)"
+        return words if self.kept_step == self.num_steps else f"{words}; kept: step {self.kept_step}"
 
 
 def fit(
@@ -98,15 +126,22 @@ def fit(
     Raises:
         Interrupted: The user asked to stop, any of the processes; a checkpoint is in ``work``.
         MachineError: Another process is gone, or has other parameters.
-        ParamsError: The loss is no number any more.
+        ParamsError: The loss is no number any more, or keep best has nothing to choose from.
     """
     plan = Plan.of(params, len(train_groups))
-    checkpoint = last_checkpoint(work)
+    keeps_best = params.keep == "best"
+    if keeps_best and params.eval_steps >= plan.num_steps:
+        raise ParamsError(
+            f"params.yaml: {section}.keep best has nothing to choose from: of {plan.num_steps} steps none but the last"
+            f" is measured with {section}.eval_steps {params.eval_steps}; set that below {plan.num_steps}"
+        )
+    checkpoint = last_checkpoint(work, with_best=keeps_best)
     arguments = training_arguments(params, plan, machine, work, section, evaluate_at_start=checkpoint is None)
     recompute = choose_recompute(model, scorer, train_groups, runtime, reporter, section)
     memory = work / (_BUDGET if replicas.is_first else f"{replicas.rank}_{_BUDGET}")
     budget = TokenBudget(token_budget(runtime, machine.device), section, reporter, memory)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = [*named.values()]
     replicas.agree("the last checkpoint", checkpoint.name if checkpoint else None)
     replicas.agree_on_parameters("before the first step", trained)
     if checkpoint is not None:
@@ -114,6 +149,9 @@ def fit(
     with graceful_stop() as stop, reporter.meter(f"{section}: training", plan.num_steps, "steps") as meter:
         agreed_stop = stop if replicas.size == 1 else StopRequest()
         saver = CheckpointCallback(agreed_stop, runtime.checkpoint_minutes * 60, saves=replicas.is_first)
+        callbacks: list[TrainerCallback] = [ProgressCallback(meter), saver]
+        if keeps_best:
+            callbacks.append(BestStepCallback(work, named, params, saves=replicas.is_first))
         trainer = GroupTrainer(
             model,
             scorer,
@@ -122,7 +160,7 @@ def fit(
             held_out,
             budget,
             arguments,
-            [ProgressCallback(meter), saver],
+            callbacks,
             section,
             replicas=replicas,
             stop=stop,
@@ -132,30 +170,41 @@ def fit(
         first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
         if checkpoint is None:
             trainer.train()
-        elif first_step < plan.num_steps:
+        elif first_step < plan.num_steps and not out_of_patience(read_history(checkpoint), params.patience):
             trainer.train(resume_from_checkpoint=str(checkpoint))
         else:  # killed between the last step and the end of the stage
             trainer.load_finished(checkpoint)
             meter.advance(first_step)
         elapsed_s = time.monotonic() - begun
         replicas.wait()  # nobody leaves while the first one saves
-    if saver.stopped and trainer.state.global_step < plan.num_steps:
+    num_steps, history = trainer.state.global_step, trainer.state.log_history
+    if saver.stopped and num_steps < plan.num_steps and not out_of_patience(history, params.patience):
         raise Interrupted(
-            f"{section}: stopped and saved at step {trainer.state.global_step} of {plan.num_steps};"
-            " run it again to go on"
+            f"{section}: stopped and saved at step {num_steps} of {plan.num_steps}; run it again to go on"
         )
+    kept_step = num_steps
+    if keeps_best and (best := best_step(history)) is not None and best != num_steps:
+        kept_step = best
+        restore_best(work, kept_step, named)
     replicas.agree_on_parameters("after the last step", trained)
     groups_per_step = min(params.batch_size, len(train_groups))
-    done = plan.num_steps - first_step
+    done = num_steps - first_step
     fitted = Fit(
+        num_steps,
         plan.num_steps,
-        trainer.state.log_history,
+        kept_step,
+        history,
         groups_per_s=done * groups_per_step / max(elapsed_s, 1e-9),
         recompute=recompute,
         max_tokens=budget.max_tokens,
     )
-    if not math.isfinite(fitted.last("eval_loss")):
-        raise diverged(section, "held-out loss", fitted.last("eval_loss"), plan.num_steps, params.learning_rate)
+    if not math.isfinite(fitted.kept("eval_loss")):
+        raise diverged(section, "held-out loss", fitted.kept("eval_loss"), kept_step, params.learning_rate)
+    if keeps_best and kept_step == 0:
+        reporter.warn(
+            f"{section}: no step brought the held-out loss below that of the start, so the start is kept; lower"
+            f" {section}.learning_rate, now {params.learning_rate:g}"
+        )
     return fitted
 
 

@@ -12,7 +12,6 @@ sums and gradients are added up over all of them once a step.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -121,18 +120,6 @@ def training_arguments(
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process drives one device; no DataParallel
     return arguments
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in a folder; its state file is written last."""
-    found = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*")}
-    for step in sorted(found, reverse=True):
-        try:
-            json.loads((found[step] / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return found[step]
-    return None
 
 
 def diverged(section: str, what: str, value: float, step: int, learning_rate: float) -> ParamsError:

@@ -191,16 +191,20 @@ def test_placeholders_survive(converted: Callable[..., Converted]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("sft/oaast_sft_zh.rows0-339.json.gz", 176), ("kwise/oaast_rm_zh.rows0-387.json.gz", 191)]
+    ("name", "settings", "count"),
+    [
+        ("sft/oaast_sft_zh.rows0-339.json.gz", "", 176),
+        ("kwise/oaast_rm_zh.rows0-387.json.gz", "format: kwise", 191),
+    ],
 )
-def test_history_becomes_turns(converted: Callable[..., Converted], name: str, count: int) -> None:
+def test_history_becomes_turns(converted: Callable[..., Converted], name: str, settings: str, count: int) -> None:
     rows = raw(name)
     assert sum(bool(row["history"]) for row in rows) == count
     used = [row for row in rows if row["history"] and (isinstance(row["output"], str) or len(set(row["output"])) > 1)]
     turns = {tuple(text for pair in row["history"] for text in pair) for row in used}
     written = {
         tuple(message["content"] for message in row["prompt"][:-1])
-        for row in converted(name).rows
+        for row in converted(name, settings).rows
         if len(row["prompt"]) > 1
     }
     assert written == turns
@@ -277,7 +281,7 @@ def test_a_list_in_order_is_read_best_first(converted: Callable[..., Converted])
     name = "kwise/oaast_rm_zh.rows0-387.json.gz"
     sizes = Counter(len(row["output"]) for row in raw(name))
     assert sizes == {2: 210, 3: 132, 4: 39, 5: 6, 6: 1}
-    done = converted(name)
+    done = converted(name, "format: kwise")
     distinct = [len({answer.strip() for answer in row["output"]}) for row in raw(name)]
     assert done.report.num_items == sum(size * (size - 1) // 2 for size in distinct) + 4
     assert done.report.checks["equal_sides"].count == 4
@@ -371,7 +375,7 @@ def test_the_share_held_out_is_near_what_was_asked_for(converted: Callable[..., 
     ("name", "words"),
     [
         ("hh_helpful-base_test.jsonl.gz", r"is a Git LFS pointer, not the data itself; fetch it with: git lfs pull"),
-        ("llamafactory_dpo_zh_demo.truncated.json", r", line 4622: broken JSON: .*; the file seems cut off"),
+        ("llamafactory_dpo_zh_demo.truncated.json", r", line 4622, column 18: broken JSON: .*; the file seems cut off"),
     ],
 )
 def test_a_broken_file_is_refused_with_cause_and_place(name: str, words: str, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from dpo_cli.data.formats.base import Format, Reading, RowProblem
 from dpo_cli.data.formats.boundaries import is_boundary
 from dpo_cli.data.formats.detect import RowReader, UnknownFormatError
 from dpo_cli.data.formats.implicit import IMPLICIT
+from dpo_cli.data.formats.kwise import KWISE
 from dpo_cli.data.schema import (
     ROLES,
     Messages,
@@ -326,7 +327,7 @@ def test_rankings_read_back(write: Any, prompt: Messages, answers: list[tuple[st
 def test_a_list_in_order_reads_back(prompt: Messages, texts: list[str]) -> None:
     row = {**fields_of(prompt), "instruction": prompt[-1]["content"], "input": "", "output": texts}
     expected = RankingExample(prompt, [[assistant(text)] for text in texts], list(range(1, len(texts) + 1)))
-    assert read_auto(PREFERENCE_FORMATS, row) == expected
+    assert KWISE.read(row, Reading(in_order=True)) == expected
 
 
 @given(conversations(), ANSWERS)

@@ -27,5 +27,5 @@ ALPACA = Format(
     needs=(("instruction", "output"),),
     read=_read,
     matches=lambda row: not isinstance(row["output"], list),
-    doubt=unpaired_doubt,
+    doubt=unpaired_doubt("alpaca"),
 )

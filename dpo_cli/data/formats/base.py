@@ -37,6 +37,7 @@ class Reading:
         labels: What a label means that names the better of two outputs: ``first``, ``second`` or ``tie``.
         turns: ``last``: a conversation is one example, its last answer; ``all``: one for each answer.
         pairs: Which pairs are made of K ranked answers: ``all``, ``adjacent`` or ``best_vs_worst``.
+        in_order: Whether the user says that a list of answers without ranks or scores is in order, best first.
         labels_found: Whether ``labels`` come from the outputs' names; else the user says them.
     """
 
@@ -44,6 +45,7 @@ class Reading:
     labels: Mapping[str, str] = field(default_factory=dict)
     turns: str = "last"
     pairs: str = "all"
+    in_order: bool = False
     labels_found: bool = False
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.data.formats.base import Column, Columns, Format, Reading, RowProblem, always, kind_of, never
 from dpo_cli.data.formats.columns import MISSING, Plan, look_up, plan_of, shown
 from dpo_cli.data.formats.content import is_turn
-from dpo_cli.data.formats.unpaired import unpaired_label
+from dpo_cli.data.formats.prompts import CONVERSATION_NAMES
+from dpo_cli.data.formats.unpaired import ANSWER_NAMES, unpaired_label
 from dpo_cli.data.schema import RawRow
 
 _Test = Callable[[RawRow], bool]
@@ -43,7 +45,8 @@ class RowReader:
     ) -> None:
         self._formats = [fmt for fmt in formats if name in ("auto", fmt.name)]
         self._columns = columns
-        self._reading = reading
+        # a format that is named is not questioned
+        self._reading = replace(reading, in_order=reading.in_order or name == "kwise")
         self._unread: Counter[tuple[str, ...]] = Counter()
         self._steps: dict[tuple[str, ...], list[_Step]] = {}
         self._fallbacks: dict[tuple[str, ...], Plan] = {}
@@ -194,9 +197,9 @@ class RowReader:
             return f"its rows must be JSON objects, got {kind_of(rows[0])}" if rows else "it has no rows"
         first = objects[0]
         label = unpaired_label(objects)
-        if label and any(name in first for name in ("completion", "response", "messages", "conversations", "output")):
+        if label and any(name in first for name in (*ANSWER_NAMES, *CONVERSATION_NAMES)):
             return (
-                f"its rows are single completions that {label} calls good or bad (unpaired, as KTO takes them);"
+                f"its rows are single answers that {label} calls good or bad (unpaired, as KTO takes them);"
                 " DPO needs two answers to the same prompt in a row: chosen and rejected"
             )
         known = ", ".join(fmt.name for fmt in self._formats)

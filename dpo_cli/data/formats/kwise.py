@@ -1,10 +1,11 @@
-"""K answers to a prompt with their order: ranks, scores, truth values, pairwise verdicts, or the list's own order.
+"""K answers to a prompt with their order: ranks, scores, truth values or pairwise verdicts.
 
 ``{"prompt", "completions": [...]}`` where a completion is a text, a turn, or an object with its
 text and its rank or score. The order comes from ``ranks`` (1 is best, equal is tied),
 ``scores`` (higher is better; true is better than false) or ``preference``: the verdicts on all
 pairs in the order 1-2, 1-3, ..., 2-3, ... (1 or 2: which wins, 0: tie), or a matrix whose entry
-[i][j] says how often i beat j. In their place, ``output`` is a list in order, best first.
+[i][j] says how often i beat j. A list without any of these may be in order, best first, but need not be:
+it is read so only where the user names this format.
 """
 
 from __future__ import annotations
@@ -93,25 +94,20 @@ def _ranks(listed: list[Any]) -> list[int]:
     return ranks_of_scores([-number(rank, f"ranks[{index}]") for index, rank in enumerate(listed)])
 
 
-def _answers(row: RawRow) -> tuple[list[Any], bool]:
-    """The answers, and whether they are in order."""
-    values = _list(row.get("completions"))
-    in_order = values is None and "output" in row
-    values = _list(row.get("output")) if in_order else values
+def _answers(row: RawRow) -> list[Any]:
+    name = "completions" if row.get("completions") is not None or "output" not in row else "output"
+    values = _list(row.get(name))
     if values is None:
         raise RowProblem("missing_field", "has no 'completions'")
     if not isinstance(values, list):
-        raise RowProblem(
-            "not_a_list",
-            f"'{'output' if in_order else 'completions'}' must be a list of answers, got {kind_of(values)}",
-        )
+        raise RowProblem("not_a_list", f"{name!r} must be a list of answers, got {kind_of(values)}")
     if len(values) < 2:
         raise RowProblem("too_few_completions", f"has {kind_of(values)} completions, a comparison needs two")
-    return values, in_order
+    return values
 
 
 def _read(row: RawRow, reading: Reading) -> RankingExample:
-    values, in_order = _answers(row)
+    values = _answers(row)
     prompt = read_prompt(row, reading)
     completions = [_completion(value, index, prompt, reading, row) for index, value in enumerate(values)]
     scores: list[float] | None = None
@@ -124,13 +120,12 @@ def _read(row: RawRow, reading: Reading) -> RankingExample:
     elif row.get("preference") is not None:
         verdicts = read_verdicts(_list(row["preference"]), len(values))
         ranks = ranks_of_scores([sum((i == won) - (i == lost) for won, lost in verdicts) for i in range(len(values))])
-    elif in_order and not any(name in row for name in _ORDER):
+    elif reading.in_order and not any(name in row for name in _ORDER):
         ranks = list(range(1, len(values) + 1))
     else:
         raise RowProblem(
             "no_ranking",
-            "has no 'ranks', 'scores' or 'preference'; if the answers are in order, best first,"
-            " say columns: {output: NAME} with the name of their list",
+            "has no 'ranks', 'scores' or 'preference'; if the answers are in order, best first, say format: kwise",
         )
     order = sorted(range(len(values)), key=lambda index: ranks[index])  # stable: tied ones stay as they came
     place = {old: new for new, old in enumerate(order)}
@@ -144,11 +139,20 @@ def _read(row: RawRow, reading: Reading) -> RankingExample:
 
 
 def _has_order(row: RawRow) -> bool:
-    values = _list(row.get("completions"))
+    values = _list(row.get("completions") if row.get("completions") is not None else row.get("output"))
     return any(row.get(name) is not None for name in _ORDER) or any(
         isinstance(value, dict) and value.get(key) is not None
         for value in (values if isinstance(values, list) else ())
         for key in (*_RANK_KEYS, *_SCORE_KEYS)
+    )
+
+
+def _doubt(rows: Sequence[RawRow], reading: Reading) -> str:
+    if all(map(_has_order, rows)):
+        return ""
+    return (
+        "nothing says which answer in 'output' is better; if they are in order, best first, say format: kwise; if a"
+        " column ranks or scores them, name it, such as columns: {scores: NAME}"
     )
 
 
@@ -160,7 +164,7 @@ def _matches(row: RawRow) -> bool:
 
 KWISE = Format(
     name="kwise",
-    fields="a list of completions with ranks, scores or pairwise preference, or output as a list in order",
+    fields="a list of completions (or output) with ranks, scores or pairwise preference",
     names={
         **PROMPT_NAMES,
         "completions": ("responses", "answers", "candidates", "generations", "outputs"),
@@ -173,6 +177,7 @@ KWISE = Format(
     read=_read,
     matches=_matches,
     note=lambda row, reading: "" if _has_order(row) else "the order of the list is the ranking, best first",
+    doubt=_doubt,
     suggest=suggest,
     alternatives=(
         *PROMPT_ALTERNATIVES,

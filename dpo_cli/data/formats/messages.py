@@ -73,5 +73,5 @@ MESSAGES = Format(
     read=_read,
     matches=_matches,
     note=lambda row, reading: "the tools beside them are left out" if row.get("tools") else "",
-    doubt=unpaired_doubt,
+    doubt=unpaired_doubt("messages"),
 )

@@ -1,7 +1,8 @@
 """Pairs: ``{"prompt", "chosen", "rejected"}``, each a text or a list of messages.
 
 In place of ``prompt`` a row may have ``instruction`` and ``input`` as in Alpaca. Answers may be
-whole conversations: what both share is the prompt then, where it holds what ``prompt`` asks.
+whole conversations: what both share is the prompt then, where it holds what ``prompt`` asks. A side may
+be a list of answers: each chosen one is paired with each rejected one.
 """
 
 from __future__ import annotations
@@ -21,14 +22,17 @@ from dpo_cli.data.formats.prompts import (
     read_prompt,
     read_scores,
 )
-from dpo_cli.data.schema import Messages, PreferenceExample, RawRow
+from dpo_cli.data.formats.sides import are_lists, lists_note, read_lists
+from dpo_cli.data.schema import Messages, PreferenceExample, RankingExample, RawRow
 
 _NUM_ECHOES = 3
 _LONG_ECHO = 20
 
 
-def _read(row: RawRow, reading: Reading) -> PreferenceExample:
+def _read(row: RawRow, reading: Reading) -> PreferenceExample | RankingExample:
     prompt = read_prompt(row, reading)
+    if are_lists(row):
+        return read_lists(row, prompt, reading)
     chosen_score, rejected_score = read_scores(row) if _has_scores(row) else (None, None)
     try:
         chosen = read_answer(row, "chosen", prompt, reading)
@@ -81,6 +85,7 @@ PAIRS = Format(
     names={**PROMPT_NAMES, **SIDE_NAMES},
     needs=tuple((*asked, "chosen", "rejected") for asked in PROMPT_NEEDS),
     read=_read,
+    note=lists_note,
     doubt=_doubt,
     alternatives=PROMPT_ALTERNATIVES + SCORE_ALTERNATIVES,
 )

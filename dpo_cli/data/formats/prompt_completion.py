@@ -28,6 +28,6 @@ PROMPT_COMPLETION = Format(
     needs=(("prompt", "completion"), ("instruction", "completion")),
     read=_read,
     matches=_matches,
-    doubt=unpaired_doubt,
+    doubt=unpaired_doubt("prompt_completion"),
     alternatives=PROMPT_ALTERNATIVES,
 )

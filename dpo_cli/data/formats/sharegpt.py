@@ -19,10 +19,11 @@ from dpo_cli.data.formats.prompts import (
     roles_of,
     with_context,
 )
-from dpo_cli.data.schema import PreferenceExample, RawRow
+from dpo_cli.data.formats.sides import are_lists, lists_note, read_lists
+from dpo_cli.data.schema import PreferenceExample, RankingExample, RawRow
 
 
-def _read(row: RawRow, reading: Reading) -> PreferenceExample:
+def _read(row: RawRow, reading: Reading) -> PreferenceExample | RankingExample:
     if row.get("conversations") is None:
         raise RowProblem("missing_field", "has no 'conversations'")
     turns = read_messages(row["conversations"], "conversations", roles_of(reading))
@@ -32,6 +33,8 @@ def _read(row: RawRow, reading: Reading) -> PreferenceExample:
     else:
         chosen = None
     check_prompt(prompt)
+    if are_lists(row):
+        return read_lists(row if chosen is None else {**row, "chosen": chosen}, prompt, reading)
     return PreferenceExample(
         prompt,
         chosen or read_answer(row, "chosen", prompt, reading),
@@ -62,7 +65,9 @@ SHAREGPT = Format(
     read=_read,
     matches=_matches,
     note=lambda row, reading: (
-        "" if row.get("chosen") is not None else "the conversation's last answer is the chosen one"
+        lists_note(row, reading)
+        if row.get("chosen") is not None
+        else "the conversation's last answer is the chosen one"
     ),
     alternatives=SCORE_ALTERNATIVES,
 )

@@ -54,7 +54,7 @@ def read_delimited(path: Path, file: IO[bytes], delimiter: str) -> Iterator[Reco
     field = re.compile(rf'"((?:[^"]++|"")*+)"|[^"\n{delimiter}]*+')
     header: list[str] = []
     row = 0
-    for line, text in _lines(path, file):
+    for line, text in _lines(path, file, delimiter, field):
         if not text.strip(" "):
             continue
         values = _values(path, line, text, delimiter, field)
@@ -76,12 +76,14 @@ def read_delimited(path: Path, file: IO[bytes], delimiter: str) -> Iterator[Reco
         )
 
 
-def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, file: IO[bytes], delimiter: str, field: re.Pattern[str]) -> Iterator[tuple[int, str]]:
     """Lines without their ends, each with its number; what is quoted may go on over several."""
     line = 1
     while data := file.readline(base.LONGEST):
         if data.count(b'"') % 2:
-            data = _to_closing_quote(path, file, data, line)
+            if (whole := _to_closing_quote(path, file, data, line)) is None:
+                raise _unclosed_quote(path, line, data.decode("utf-8", errors="replace"), delimiter, field)
+            data = whole
         if not data.endswith(b"\n"):
             if len(data) >= base.LONGEST:
                 raise too_long(path, line)
@@ -101,18 +103,29 @@ def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, str]]:
         line += data.count(b"\n")
 
 
-def _to_closing_quote(path: Path, file: IO[bytes], data: bytes, line: int) -> bytes:
-    """A line that ends within quotes, with all lines up to the one that closes them."""
+def _to_closing_quote(path: Path, file: IO[bytes], data: bytes, line: int) -> bytes | None:
+    """A line that ends within quotes, with all lines up to the one that closes them; None where none does."""
     parts, size = [data], len(data)
     while size < base.LONGEST:
         more = file.readline(base.LONGEST)
         if not more:
-            raise DataError(f"{path}, line {line}: broken CSV: a quote is not closed; the file seems cut off")
+            return None
         parts.append(more)
         size += len(more)
         if more.count(b'"') % 2:
             return b"".join(parts)
     raise too_long(path, line)
+
+
+def _unclosed_quote(path: Path, line: int, text: str, delimiter: str, field: re.Pattern[str]) -> DataError:
+    """The error for a line with a quote that nothing closes: it opens a value, or stands within one."""
+    values, end = _split(text, delimiter, field)
+    if values[-1] or text[end] != '"':
+        return _stray_quote(path, line, text, values, end)
+    return DataError(
+        f"{path}, line {line}, column {end + 1}: broken CSV: the quote that opens this value is not closed in the rest"
+        " of the file; it is one too many, or the file is cut off"
+    )
 
 
 def _values(path: Path, line: int, text: str, delimiter: str, field: re.Pattern[str]) -> list[str]:
@@ -128,10 +141,33 @@ def _values(path: Path, line: int, text: str, delimiter: str, field: re.Pattern[
         if text[position] != delimiter:
             break
         position += 1
-    at = line + text.count("\n", 0, position)
-    raise DataError(
-        f"{path}, line {at}: broken CSV: a quote in value {len(values)} that does not enclose all of it; a text that"
-        ' holds a quote is itself quoted, and the quote within is written ""'
+    raise _stray_quote(path, line, text, *_split(text, delimiter, field))
+
+
+def _split(text: str, delimiter: str, field: re.Pattern[str]) -> tuple[list[str], int]:
+    """The values of a line as they are written, and where they end: there, or before a quote that encloses none."""
+    values: list[str] = []
+    end = 0
+    while found := field.match(text, end):
+        values.append(found[0])
+        end = found.end()
+        if text[end : end + 1] != delimiter:
+            break
+        end += 1
+    return values, end
+
+
+def _stray_quote(path: Path, line: int, text: str, values: list[str], end: int) -> DataError:
+    """The error for a quote at or before this place, behind these values."""
+    at = line + text.count("\n", 0, end)
+    column = end - text.rfind("\n", 0, end)
+    long = [number for number, value in enumerate(values, start=1) if "\n" in value]
+    origin = (
+        f" (value {long[0]}, from line {line} on, goes over several lines: perhaps by a quote too many)" if long else ""
+    )
+    return DataError(
+        f"{path}, line {at}, column {column}: broken CSV: a quote in value {len(values)} that does not enclose all of"
+        f' it; a text that holds a quote is itself quoted, and the quote within is written ""{origin}'
     )
 
 

@@ -29,7 +29,7 @@ from dpo_cli.data.reading import json_text
 from dpo_cli.data.reading.base import Block, Lines, OnBytes, Record, is_utf16
 from dpo_cli.data.reading.columnar import ARROW_FILE, ARROW_STREAM, PARQUET, read_columnar
 from dpo_cli.data.reading.delimited import delimiter_of, read_delimited
-from dpo_cli.data.reading.json_text import parse_lines, read_array, read_array_within, read_lines
+from dpo_cli.data.reading.json_text import parse_lines, read_array, read_array_within, read_lines, read_objects
 
 _RECORDS_A_BLOCK = 1000
 _BYTES_A_BLOCK = 1 << 22
@@ -37,6 +37,7 @@ _HEAD = 1 << 16
 _PAGE = 1 << 14
 _GZIP = re.compile(rb"\x1f\x8b")
 _ZSTD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # a frame, or one to be skipped
+_WORD = re.compile(r'(?!(?:null|true|false|NaN|Infinity)$)[^\W\d][\w-]*|"[^\W\d][\w-]*"')
 _COLUMNAR = (PARQUET, ARROW_FILE, ARROW_STREAM)
 _REFUSED = {
     rb"version https://git-lfs": "is a Git LFS pointer, not the data itself; fetch it with: git lfs pull",
@@ -132,7 +133,9 @@ def _read_text(path: Path, file: IO[bytes], within: str, *, is_plain: bool) -> I
         yield from _grouped(_unfold(path, read_array(path, text), within), source)
     elif start.startswith(b"{") and within:
         yield from _grouped(read_array_within(path, text, within.split(".")), source)
-    elif not start.startswith(b"{") and newline and not _is_json(line) and (delimiter := delimiter_of(path, line)):
+    elif start.startswith(b"{") and _goes_on(start, line, newline):
+        yield from _grouped(read_objects(path, text), source)
+    elif not start.startswith(b"{") and newline and (delimiter := _delimiter_of(path, start)):
         if within:
             raise DataError(f"{path}: records: {within}: a CSV file has no lists of rows in it; leave records out")
         yield from _grouped(read_delimited(path, text, delimiter), source)
@@ -141,6 +144,29 @@ def _read_text(path: Path, file: IO[bytes], within: str, *, is_plain: bool) -> I
         yield from _grouped(_unfold(path, records, within), source)
     else:
         yield from read_lines(path, text, begin if is_plain else None)
+
+
+def _goes_on(start: bytes, line: bytes, newline: bytes) -> bool:
+    """Whether a text that begins with an object has it over several lines, or several objects in its first line."""
+    if newline:
+        return not _is_json(line)
+    try:
+        text = start.decode("utf-8", errors="ignore")
+        _, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return bool(text[end:].strip())
+
+
+def _delimiter_of(path: Path, start: bytes) -> str | None:
+    """The delimiter of the table that a text is by its first line; None where it is none.
+
+    A table of one column is known by a line of one word above others.
+    """
+    line, _, rest = start.partition(b"\n")
+    if rest.strip() and _WORD.fullmatch(line.decode("utf-8", errors="ignore").strip()):
+        return ","
+    return None if _is_json(line) else delimiter_of(path, line)
 
 
 def _is_json(line: bytes) -> bool:

@@ -1,10 +1,10 @@
-"""JSON lines, JSON arrays, and arrays inside large objects.
+"""JSON lines, JSON arrays, objects one after another, and arrays inside large objects.
 
 Where rows are objects, one byte that is changed, lost or added is an error, or changes the
-values of one row: strings and brackets that lose an end never close again, and two objects in
-a line are not JSON. An array that is cut off is an error; JSON lines that are cut off give
-whole rows, then an error or, where they were cut between two rows, nothing. What cannot be
-seen: a change within a text, a number or a name that leaves it one, and lost lines.
+values of one row: strings and brackets that lose an end never close again. An array that is
+cut off is an error; lines and objects that are cut off give whole rows, then an error or, where
+they were cut between two rows, nothing. What cannot be seen: a change within a text, a number or
+a name that leaves it one, and lost lines.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dpo_cli.data.reading.base import Lines, Record, not_utf8, too_long
 BLOCK = 1 << 20
 """Bytes read at a time, and about the bytes in a run of lines."""
 
-_EXPECTED = "; expected a JSON array, one JSON value a line, or CSV with a header line"
+_EXPECTED = "expected a JSON array, JSON objects, or CSV with a header line"
 _CUT_OFF = "the file seems cut off"
 
 
@@ -77,7 +77,7 @@ def parse_lines(path: Path, lines: Lines, first_row: int = 0) -> list[Record]:
         except orjson.JSONDecodeError:
             if not data or data.isspace():
                 continue
-            value = _parse_line(path, data, line, is_first=row == 0 and lines.first_line == 1)
+            value = _parse_line(path, data, line, is_first=row == 0 and line == lines.first_line == 1)
         records.append(Record(row, line, value))
         row += 1
     return records
@@ -90,14 +90,65 @@ def _parse_line(path: Path, data: bytes, line: int, *, is_first: bool) -> Any:
     except UnicodeDecodeError:
         raise not_utf8(path, data, line) from None
     except json.JSONDecodeError as error:
-        hint = _EXPECTED if is_first else ""
-        if is_first and data.lstrip().startswith(b"{"):
-            hint += ", or with records: KEY one object that holds the list of rows"
-        raise DataError(f"{path}, line {line}, column {error.colno}: broken JSON: {error.msg}{hint}") from None
+        if is_first and not error.doc[: error.pos].strip():
+            raise DataError(
+                f"{path}, line 1: neither JSON nor a table: the first line is no JSON, and holds no comma, tab or"
+                f" semicolon; {_EXPECTED}"
+            ) from None
+        what = explain(error.msg, error.doc, error.pos)
+        if error.msg == "Extra data":
+            what += "; a line holds one value"
+        raise DataError(f"{path}, line {line}, column {error.colno}: broken JSON: {what}") from None
     except RecursionError:
         raise DataError(f"{path}, line {line}: JSON nested too deeply") from None
     except ValueError as error:
         raise DataError(f"{path}, line {line}: {_unreadable(error)}") from None
+
+
+def explain(message: str, text: str, position: int) -> str:
+    """What Python's parser says of broken JSON, with what is likely wrong and how to mend it.
+
+    Args:
+        message: The parser's message.
+        text: The JSON, or what is known of it.
+        position: The place that the message is about.
+    """
+    found, before = text[position : position + 1], text[:position].rstrip()[-1:]
+    hint = ""
+    if message.startswith("Illegal trailing comma") or (before == "," and found in ("]", "}")):
+        bracket = found if found in ("]", "}") else text[position + 1 :].lstrip()[:1]
+        hint = f"a comma stands before the closing {bracket}: take it out"
+    elif before == found == ",":
+        hint = "a comma too many: take it out"
+    elif found == "'":
+        hint = "texts and names need double quotes: these look like Python's; write them with json.dumps"
+    elif message.startswith("Unterminated string") or (message.startswith("Invalid control") and found in ("\n", "\r")):
+        hint = "its closing quote is missing, or a line end within it is not written as \\n"
+    elif message.startswith("Invalid control"):
+        hint = f"within a text it is written as {json.dumps(found)[1:-1]}"
+    elif message.startswith("Invalid \\"):
+        hint = "a backslash within a text is written as \\\\"
+    elif message.startswith("Expecting ',' delimiter") and found == '"':
+        hint = "a comma is missing before this quote"
+    elif message.startswith(("Expecting ',' delimiter", "Expecting ':' delimiter")) and before == '"' and found:
+        hint = 'the text before it ends too soon: its quotes do not match, or one within it is not written as \\"'
+    elif message.startswith("Expecting property name") and found.isidentifier():
+        hint = "names need double quotes"
+    elif message.startswith("Expecting value"):
+        word = next((word for word in _PYTHON_WORDS if text.startswith(word, position)), None)
+        if word:
+            hint = f"{word} is Python's; JSON has {_PYTHON_WORDS[word]}"
+        elif found and found in "#/":
+            hint = "JSON has no comments: take it out"
+    return f"{_shorter(message)}; {hint}" if hint else _shorter(message)
+
+
+def _shorter(message: str) -> str:
+    """A message of Python's parser without the place that would follow it."""
+    return message.removesuffix(" at").removesuffix(" starting")
+
+
+_PYTHON_WORDS = {"None": "null", "True": "true", "False": "false"}
 
 
 def _unreadable(error: ValueError) -> str:
@@ -118,6 +169,27 @@ def read_array(path: Path, file: IO[bytes]) -> Iterator[Record]:
     yield from _elements(text, count())
     if text.next_character():
         raise text.broken("text after the end of the array", text.position)
+
+
+def read_objects(path: Path, file: IO[bytes]) -> Iterator[Record]:
+    """JSON values one after another, each over as many lines as it takes.
+
+    Raises:
+        DataError: One is broken or cut off; the message names line and column.
+    """
+    text = _Text(path, file)
+    for row in count():
+        mark = text.next_character()
+        if not mark:
+            return
+        if mark == ",":
+            raise text.broken(
+                "a comma between two values, as in an array: take such commas out, or put [ before the first value and"
+                " ] behind the last",
+                text.position,
+            )
+        line = text.line_of(text.position)
+        yield Record(row, line, _decode(text))
 
 
 def read_array_within(path: Path, file: IO[bytes], keys: Sequence[str]) -> Iterator[Record]:
@@ -212,6 +284,8 @@ def _elements(text: _Text, rows: Iterator[int]) -> Iterator[Record]:
         text.position += 1
         if mark == "]":
             return
+        if (mark := text.next_character()) in ("]", ","):
+            raise text.broken(explain("Expecting value", f",{mark}", 1), text.position)
 
 
 class _Text:
@@ -224,8 +298,8 @@ class _Text:
         self.at_end = False
         self._file = file
         self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._counted = 0  # position up to which line ends are counted in _line
-        self._line = 1
+        self._counted = 0  # position up to which lines and columns are counted
+        self._line = self._column = 1
 
     def read_more(self) -> None:
         """Append a block, as long as what is held, and drop what was consumed."""
@@ -244,7 +318,10 @@ class _Text:
 
     def line_of(self, position: int) -> int:
         """The line, from 1, of a position in the text that is held and not yet passed."""
-        self._line += self.text.count("\n", self._counted, position)
+        passed = self.text.count("\n", self._counted, position)
+        begin = self.text.rfind("\n", self._counted, position) + 1 if passed else self._counted
+        self._line += passed
+        self._column = position - begin + (1 if passed else self._column)
         self._counted = position
         return self._line
 
@@ -269,11 +346,24 @@ class _Text:
 
     def broken(self, message: str, position: int) -> DataError:
         """The error for what stands at a position of the text."""
-        return DataError(f"{self.path}, line {self.line_of(position)}: broken JSON: {message}")
+        line = self.line_of(position)
+        return DataError(f"{self.path}, line {line}, column {self._column}: broken JSON: {message}")
 
     def refused(self, message: str, line: int) -> DataError:
         """The error for an object that is not what records says."""
         return DataError(f"{self.path}, line {line}: records: {message}")
+
+
+def _is_cut(text: str, error: json.JSONDecodeError) -> bool:
+    """Whether the text ends within the value that is broken; one that still ends with a bracket lacks a quote."""
+    rest = text[error.pos :].strip()
+    if error.msg.startswith("Unterminated string"):
+        return text.rstrip()[-1:] not in ("]", "}")
+    return (
+        not rest
+        or rest.startswith("\\")
+        or any(word.startswith(rest) for word in ("true", "false", "null", "NaN", "Infinity", "-Infinity"))
+    )
 
 
 _raw_decode = json.JSONDecoder().raw_decode
@@ -287,8 +377,9 @@ def _decode(text: _Text) -> Any:
         except json.JSONDecodeError as error:
             near_end = error.pos > len(text.text) - 16 or error.msg.startswith("Unterminated string")
             if text.at_end or not near_end:
-                cut = f"; {_CUT_OFF}" if text.at_end and near_end else ""
-                raise text.broken(f"{error.msg}{cut}", error.pos) from None
+                cut_off = text.at_end and near_end and _is_cut(text.text, error)
+                what = f"{_shorter(error.msg)}; {_CUT_OFF}" if cut_off else explain(error.msg, text.text, error.pos)
+                raise text.broken(what, error.pos) from None
         except RecursionError:
             raise text.broken("nested too deeply", text.position) from None
         except ValueError as error:

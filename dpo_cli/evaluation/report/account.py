@@ -97,13 +97,18 @@ def _sft_rows(sft: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         return [("method", "none", "the base model as it is")]
     return [
         ("method", sft["method"], ""),
-        ("steps", _count(sft["num_steps"]), ""),
+        _steps(sft),
         ("held-out loss", _change(sft["eval_loss_start"], sft["eval_loss"]), "nats a token"),
         ("held-out perplexity", f"{sft['eval_perplexity']:.3f}", ""),
         ("speed", f"{sft['rows_per_s']:,.1f}", "rows/s"),
         ("logical tokens", _count(sft["logical_tokens_per_s"]), "tokens/s"),
         _peak_memory(sft),
     ]
+
+
+def _steps(trained: Mapping[str, Any]) -> tuple[str, str, str]:
+    kept = trained.get("kept_step", trained["num_steps"])
+    return "steps", _count(trained["num_steps"]), "" if kept == trained["num_steps"] else f"step {kept} kept"
 
 
 def _reference_rows(cached: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -122,7 +127,7 @@ def _reference_rows(cached: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def _train_rows(trained: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return [
-        ("steps", _count(trained["num_steps"]), ""),
+        _steps(trained),
         ("loss at step 0", f"{trained['step0_loss']:.6f}", ""),
         ("largest margin at step 0", _small(trained["step0_max_abs_margin"]), "nats"),
         ("largest difference from the cache", _small(trained["step0_max_abs_logp_difference"]), "nats"),

@@ -187,6 +187,21 @@ OWN = {"name": "mine"}
         ({"train": {"max_steps": 5, "epochs": 2.0}}, "train.epochs has no effect beside train.max_steps"),
         ({"sft": {"max_steps": 5, "epochs": 2.0}}, "sft.epochs has no effect beside sft.max_steps"),
         ({"sft": {"optimizer": "rmsprop", "weight_decay": 0.1}}, "sft.weight_decay has no effect with sft.optimizer"),
+        ({"sft": {"keep": "best", "eval_steps": 0}}, "sft.keep best has no effect with sft.eval_steps 0"),
+        ({"sft": {"lora": {"rslora": True, "r": 1}}}, "sft.lora.rslora has no effect with sft.lora.r 1"),
+        (
+            {"sft": {"lora": {"dora": True}}, "evaluate": {"judge": "world", "scales": [0.5]}},
+            "evaluate.scales cannot go with sft.lora.dora true",
+        ),
+        (
+            {
+                "sft": {"method": "none"},
+                "train": {"lora": {"dora": True}},
+                "evaluate": {"judge": "world", "scales": [2]},
+            },
+            "evaluate.scales cannot go with train.lora.dora true",
+        ),
+        ({"train": {"patience": 3}}, "train.patience has no effect with train.keep last; best reads it"),
     ],
 )
 def test_a_setting_without_effect_is_an_error(tree: dict[str, Any], words: str) -> None:

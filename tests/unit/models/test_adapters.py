@@ -10,6 +10,8 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 
 from dpo_cli.core import paths
 from dpo_cli.core.errors import MachineError, StaleArtifactError
@@ -20,6 +22,7 @@ from dpo_cli.models.adapters import (
     SFT_MANIFEST,
     SftResult,
     add_adapter,
+    is_dora,
     load_pair,
     load_policy_at_start,
     load_reference,
@@ -34,12 +37,14 @@ LORA = LoraParams(r=4, alpha=8.0)
 NONE, QLORA, FULL = (SftResult(method, "digest") for method in ("none", "qlora", "full"))
 
 
-def randomise(model: Any, seed: int) -> Any:
+def randomise(model: Any, seed: int, *, magnitudes: bool = False) -> Any:
     """Give an adapter an update that is not zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.1, generator=generator)
+        if "magnitude" in name and magnitudes:
+            parameter.data *= 1 + 0.2 * torch.rand(parameter.shape, generator=generator)
     return model
 
 
@@ -109,6 +114,46 @@ def test_the_shape_is_that_of_the_params(tuned: Callable[..., Any]) -> None:
 def test_layers_that_the_model_has_not_are_named(tiny_folder: Path, cpu: Any) -> None:
     with pytest.raises(MachineError, match=r"the adapter does not fit the model: .*no_such_layer"):
         add_adapter(load_model(tiny_folder, cpu, quantization="none"), LoraParams(target_modules=["no_such_layer"]), 0)
+
+
+# --- rsLoRA and DoRA ----------------------------------------------------------------------
+
+VARIANTS = [{"rslora": True}, {"dora": True}, {"rslora": True, "dora": True}]
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file")  # of the base model, named and not there
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.usefixtures("project")
+def test_a_variant_starts_as_the_reference_trains_and_is_what_peft_loads(
+    variant: dict[str, bool], quantization: str, tiny_folder: Path, cpu: Any, logps: Callable[[Any], torch.Tensor]
+) -> None:
+    lora = LORA.model_copy(update=variant)
+    frozen = load_model(tiny_folder, cpu, quantization=quantization)
+    fresh = add_adapter(load_model(tiny_folder, cpu, quantization=quantization), lora, seed=0)
+    assert (logps(fresh) - logps(frozen)).abs().max() <= 1e-5
+    trained = {name for name, parameter in fresh.named_parameters() if parameter.requires_grad}
+    assert any("magnitude" in name for name in trained) == bool(variant.get("dora"))
+
+    save_adapter(randomise(fresh, 3, magnitudes=True), paths.SFT_MODEL, "mine")
+    expected = logps(fresh)
+    assert (expected - logps(frozen)).abs().max() > 0.1
+    loaded = PeftModel.from_pretrained(frozen, str(paths.SFT_MODEL))
+    assert (logps(loaded) - expected).abs().max() <= 1e-4
+    assert (logps(load_reference(tiny_folder, QLORA, cpu, quantization)) - expected).abs().max() <= 1e-5
+    policy = load_policy_at_start(tiny_folder, QLORA, cpu, quantization, LORA, seed=0)
+    assert {name for name, parameter in policy.named_parameters() if parameter.requires_grad} == trained
+    assert (logps(policy.train()) - expected).abs().max() <= 1e-5
+    save_adapter(policy, paths.DPO_MODEL, "mine")
+    assert is_dora(paths.DPO_MODEL) == bool(variant.get("dora"))
+    pair = load_pair(tiny_folder, QLORA, cpu, quantization)
+    assert (logps(pair.use_policy()) - expected).abs().max() <= 1e-5
+    assert (logps(pair.use_reference()) - expected).abs().max() <= 1e-5
+
+
+def test_rslora_divides_by_the_root_of_the_rank(tuned: Callable[..., Any]) -> None:
+    layers = [m for m in tuned(0, LORA.model_copy(update={"rslora": True})).modules() if isinstance(m, LoraLayer)]
+    assert {layer.scaling["default"] for layer in layers} == {8.0 / 2.0}  # alpha / sqrt(4)
 
 
 # --- saving -------------------------------------------------------------------------------
@@ -257,8 +302,6 @@ def test_a_scaled_policy_has_so_much_of_what_training_changed(
     for name, folder in (("policy", paths.DPO_MODEL), ("reference", paths.SFT_MODEL)):
         whole = load_model(tiny_folder, cpu, quantization="none")
         if name == "policy" or has_adapter:
-            from peft import PeftModel
-
             whole = PeftModel.from_pretrained(whole, str(folder)).merge_and_unload()
         merged[name] = {key: value.clone() for key, value in whole.state_dict().items()}
     for scale in (0.3, 1.7):

@@ -209,6 +209,15 @@ def test_a_model_whose_positions_change_for_a_whole_batch_ends_where_they_are_fi
     assert context_length(folder) == 131072
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_a_4_bit_model_on_the_cpu_keeps_no_hold_of_the_files_it_came_from(folder: Path, cpu: Any) -> None:
+    model = load_model(folder, cpu, quantization="nf4")
+    assert str(folder) not in Path("/proc/self/maps").read_text(encoding="utf-8")
+    assert torch.equal(
+        model.get_input_embeddings().weight, load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    )
+
+
 def test_nf4_holds_the_linear_layers_in_4_bits_and_stays_near(
     tiny_folder: Path, cpu: Any, make_groups: Callable[..., list[TokenGroup]]
 ) -> None:

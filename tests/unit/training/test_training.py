@@ -16,10 +16,11 @@ from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.load import keep_weights_unpacked, load_model
 from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.training.checkpoint import best_step, last_checkpoint, out_of_patience
 from dpo_cli.training.gate import check_step_zero
 from dpo_cli.training.objective import Objective, PairObjective, SftObjective
 from dpo_cli.training.run import Fit, fit
-from dpo_cli.training.trainer import Plan, last_checkpoint, training_arguments
+from dpo_cli.training.trainer import Plan, training_arguments
 
 KNOBS = TrainParams(learning_rate=5e-3, batch_size=8, epochs=2.0, eval_steps=3)
 
@@ -251,6 +252,110 @@ def test_two_runs_make_the_same_bytes(
         run_dpo(model, pairs, tmp_path / str(number), cpu, reporter)
     first, second = map(adapter, models)
     assert all(torch.equal(second[name], value) for name, value in first.items())
+
+
+# --- the best step ------------------------------------------------------------------------
+
+# the rate is too high: the held-out loss falls at first, and then rises
+OVERSHOOTS = KNOBS.model_copy(
+    update={
+        "learning_rate": 0.02,
+        "schedule": "constant",
+        "warmup_ratio": 0.0,
+        "epochs": 8.0,
+        "eval_steps": 2,
+        "keep": "best",
+    }
+)
+
+
+def held_out_losses(fitted: Fit) -> dict[int, float]:
+    return {entry["step"]: entry["eval_loss"] for entry in fitted.history if "eval_loss" in entry}
+
+
+def test_the_weights_of_the_lowest_held_out_loss_are_kept(
+    policy: Callable[[], Any], pairs: Any, tmp_path: Path, cpu: Any, make_reporter: Any
+) -> None:
+    best = policy()
+    fitted = run_dpo(best, pairs, tmp_path / "best", cpu, make_reporter(), knobs=OVERSHOOTS)
+    losses = held_out_losses(fitted)
+    assert 0 < fitted.kept_step < fitted.num_steps == fitted.num_planned
+    assert losses[fitted.kept_step] == min(losses.values()) == fitted.kept("eval_loss")
+    upto = OVERSHOOTS.model_copy(update={"keep": "last", "epochs": 1.0, "max_steps": fitted.kept_step})
+    there = policy()
+    run_dpo(there, pairs, tmp_path / "there", cpu, make_reporter(), knobs=upto)
+    assert all(torch.equal(adapter(best)[name], value) for name, value in adapter(there).items())
+
+
+def test_patience_ends_training(
+    policy: Callable[[], Any], pairs: Any, tmp_path: Path, cpu: Any, make_reporter: Any
+) -> None:
+    whole = run_dpo(policy(), pairs, tmp_path / "whole", cpu, make_reporter(), knobs=OVERSHOOTS)
+    patient = OVERSHOOTS.model_copy(update={"patience": 2})
+    fitted = run_dpo(policy(), pairs, tmp_path / "patient", cpu, make_reporter(), knobs=patient)
+    assert fitted.num_steps == fitted.kept_step + 4 < fitted.num_planned
+    assert held_out_losses(fitted).items() <= held_out_losses(whole).items()
+    assert fitted.steps_in_words == f"{fitted.num_steps} of 24 (patience ended); kept: step {fitted.kept_step}"
+
+
+@pytest.mark.parametrize("killed_before_saving", [True, False])
+def test_killed_at_any_step_the_same_best_weights_are_kept(
+    killed_before_saving: bool, policy: Callable[[], Any], pairs: Any, tmp_path: Path, cpu: Any, make_reporter: Any
+) -> None:
+    """Killed at every step in turn, each run goes on from the last one's checkpoint."""
+    knobs = OVERSHOOTS.model_copy(update={"patience": 2})
+    whole = policy()
+    uninterrupted = run_dpo(whole, pairs, tmp_path / "whole", cpu, make_reporter(), knobs=knobs)
+
+    class Killed(BaseException):
+        pass
+
+    every_step = RuntimeParams(checkpoint_minutes=0.0)
+    work, kills = tmp_path / "killed", 0
+    for last in range(1, uninterrupted.num_steps + 1):
+
+        def kill(done: int, last: int = last) -> None:
+            if done == last + 1 - killed_before_saving:
+                raise Killed
+
+        try:
+            run_dpo(policy(), pairs, work, cpu, make_reporter(kill), every_step, knobs)
+        except Killed:
+            kills += 1
+    resumed = policy()
+    fitted = run_dpo(resumed, pairs, work, cpu, make_reporter(), every_step, knobs)
+    assert kills >= uninterrupted.num_steps - 1
+    assert held_out_losses(fitted) == held_out_losses(uninterrupted)
+    assert (fitted.kept_step, fitted.num_steps) == (uninterrupted.kept_step, uninterrupted.num_steps)
+    assert all(torch.equal(adapter(resumed)[name], value) for name, value in adapter(whole).items())
+
+
+def test_a_checkpoint_whose_best_weights_are_gone_is_not_gone_on_from(
+    policy: Callable[[], Any], pairs: Any, tmp_path: Path, cpu: Any, make_reporter: Any
+) -> None:
+    every_step = RuntimeParams(checkpoint_minutes=0.0)
+    run_dpo(policy(), pairs, tmp_path, cpu, make_reporter(), every_step, OVERSHOOTS)
+    assert last_checkpoint(tmp_path, with_best=True) is not None
+    for path in tmp_path.glob("best-*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    assert last_checkpoint(tmp_path, with_best=True) is None
+
+
+def test_of_equal_losses_the_earlier_is_best_and_no_number_never() -> None:
+    log = [{"step": step, "eval_loss": loss} for step, loss in ((0, math.nan), (2, 0.5), (4, 0.4), (6, 0.4), (8, 0.6))]
+    assert best_step([]) is None
+    assert best_step(log) == 4
+    assert [out_of_patience(log, patience) for patience in (1, 2, 3, None)] == [True, True, False, False]
+
+
+def test_keep_best_needs_a_step_to_choose(
+    policy: Callable[[], Any], pairs: Any, tmp_path: Path, cpu: Any, reporter: Any
+) -> None:
+    knobs = OVERSHOOTS.model_copy(update={"eval_steps": 24})
+    with pytest.raises(
+        ParamsError, match=r"train\.keep best has nothing to choose from: of 24 steps none but the last"
+    ):
+        run_dpo(policy(), pairs, tmp_path, cpu, reporter, knobs=knobs)
 
 
 # --- settings -----------------------------------------------------------------------------

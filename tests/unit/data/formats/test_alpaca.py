@@ -87,7 +87,7 @@ def test_an_odd_alpaca_row_is_refused(row: dict[str, Any], reason: str, reason_o
         ({"instruction": "q", "context": "c", "response": "a", "category": "open"}, "alpaca", "q\nc"),
         ({"instruction": "q", "input": "c", "output": "a", "prompt": "Below is q with c"}, "alpaca", "q\nc"),
         ({"instruction": "q", "input": "c", "output": "o", "chosen": "a", "rejected": "b"}, "pairs", "q\nc"),
-        ({"instruction": "q", "input": "c", "output": "o", "rejected": False}, "alpaca", "q\nc"),
+        ({"instruction": "q", "input": "c", "output": "o", "chosen": "a", "rejected": None}, "alpaca", "q\nc"),
         ({"instruction": "q", "answer": "a"}, "prompt_completion", "q"),
     ],
 )

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from dpo_cli.data.formats import PREFERENCE_FORMATS, SFT_FORMATS
 from dpo_cli.data.formats.base import Reading, RowProblem
-from dpo_cli.data.formats.detect import UnknownFormatError
+from dpo_cli.data.formats.detect import RowReader, UnknownFormatError
 from dpo_cli.data.formats.kwise import KWISE, ranks_of_scores
 from dpo_cli.data.schema import PreferenceExample, RankingExample, assistant, user
 
@@ -130,8 +131,8 @@ def test_ranks_come_before_scores() -> None:
     assert texts_of(ranking) == "ba"
 
 
-def test_a_list_in_order_says_so() -> None:
-    ranking: Any = KWISE.read({"instruction": "q", "output": ["a", "b", "c"]}, Reading())
+def test_a_list_is_in_order_where_the_user_says_so() -> None:
+    ranking: Any = KWISE.read({"instruction": "q", "output": ["a", "b", "c"]}, Reading(in_order=True))
     assert (texts_of(ranking), ranking.ranks, ranking.scores) == ("abc", [1, 2, 3], None)
     ranking = KWISE.read({"instruction": "q", "output": ["a", "b"], "ranks": [2, 1]}, Reading())
     assert texts_of(ranking) == "ba"
@@ -194,7 +195,8 @@ def test_equal_scores_have_equal_ranks_without_gaps() -> None:
         ({"prompt": "q", "completions": ["a", "b"], "ranks": [2, 1]}, "ba"),
         ({"question": "q", "responses": ["a", "b"], "scores": [1, 2]}, "ba"),
         ({"query": "q", "answers": [{"answer": "a", "rank": 2.0}, {"answer": "b", "rank": 1.0}]}, "ba"),
-        ({"instruction": "q", "input": "", "output": ["a", "b"], "history": []}, "ab"),
+        ({"instruction": "q", "input": "", "output": ["a", "b"], "history": [], "scores": [1, 2]}, "ba"),
+        ({"instruction": "q", "output": [{"text": "a", "rank": 2}, {"text": "b", "rank": 1}]}, "ba"),
         ({"prompt": "q", "response_1": "a", "response_2": "b", "response_3": "c", "scores": [1, 3, 2]}, "bca"),
         (
             {
@@ -215,7 +217,6 @@ def test_equal_scores_have_equal_ranks_without_gaps() -> None:
 def test_rankings_are_known_by_other_names(row: dict[str, Any], texts: str, auto: Callable[..., Any]) -> None:
     found = auto(row)
     assert (found.formats, texts_of(found.only)) == (["kwise"], texts)
-    assert ("best first" in found.why) == (texts == "ab")
 
 
 def test_answers_in_fields_of_their_own_are_named_by_a_list(auto: Callable[..., Any]) -> None:
@@ -233,13 +234,21 @@ def test_answers_in_fields_of_their_own_are_named_by_a_list(auto: Callable[..., 
     assert (found.reason, found.detail) == ("missing_field", "has no 'large.0.text'")
 
 
-def test_a_list_of_another_name_may_be_said_to_be_in_order(auto: Callable[..., Any]) -> None:
-    row = {"prompt": "q", "completions": ["a", "b"]}
-    with pytest.raises(
-        UnknownFormatError, match="if the answers are in order, best first, say columns: {output: NAME}"
-    ):
-        auto(row)
-    assert texts_of(auto(row, columns={"output": "completions"}).only) == "ab"
+@pytest.mark.parametrize("kind", ["preference", "sft"])
+@pytest.mark.parametrize("name", ["output", "completions"])
+def test_a_list_without_ranks_may_be_said_to_be_in_order(kind: str, name: str, auto: Callable[..., Any]) -> None:
+    row = {"instruction": "q", "input": "", name: ["a", "b"]}
+    with pytest.raises(UnknownFormatError, match="in order, best first, say format: kwise"):
+        auto(row, kind=kind)
+    formats = SFT_FORMATS if kind == "sft" else PREFERENCE_FORMATS
+    found = RowReader(formats, "kwise", {}, Reading()).read(row)[1]
+    assert (found.completion[0]["content"] if kind == "sft" else texts_of(found)) == ("a" if kind == "sft" else "ab")
+
+
+def test_a_list_without_ranks_among_lists_with_ranks_is_in_doubt(auto: Callable[..., Any]) -> None:
+    ranked = {"instruction": "q", "output": ["a", "b"], "ranks": [2, 1]}
+    with pytest.raises(UnknownFormatError, match="nothing says which answer in 'output' is better"):
+        auto(ranked, ranked, {"instruction": "q", "output": ["a", "b"]})
 
 
 def test_a_row_without_ranks_in_a_file_with_ranks_is_refused(auto: Callable[..., Any]) -> None:

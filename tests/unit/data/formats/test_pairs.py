@@ -11,7 +11,7 @@ import pytest
 from dpo_cli.data.formats.base import Reading, RowProblem
 from dpo_cli.data.formats.detect import UnknownFormatError
 from dpo_cli.data.formats.pairs import PAIRS
-from dpo_cli.data.schema import PreferenceExample, assistant, user
+from dpo_cli.data.schema import PreferenceExample, RankingExample, assistant, user
 
 Q, A, B = user("q"), assistant("a"), assistant("b")
 
@@ -131,7 +131,11 @@ def test_answers_that_look_a_little_like_messages_stay_text() -> None:
         ({"chosen": [user("other"), A]}, "not_one_answer"),
         ({"chosen": [user("other"), A], "rejected": [user("other"), B]}, "not_one_answer"),
         ({"chosen": [Q, A, Q, A], "rejected": [Q, B, Q, B]}, "diverges_early"),
-        ({"chosen": ["a"], "rejected": ["b", "c"]}, "bad_message"),
+        ({"chosen": ["a"], "rejected": []}, "too_few_completions"),
+        ({"chosen": ["a", 5]}, "bad_message"),
+        ({"chosen": ["a"], "chosen_score": 1}, "bad_scores"),
+        ({"chosen": ["a", "c"], "chosen_score": [1], "rejected_score": 0}, "bad_scores"),
+        ({"chosen": ["a", "c"], "chosen_score": [1, "x"], "rejected_score": 0}, "not_a_number"),
         ({"chosen": 3}, "not_text"),
         ({"rejected": 3.5}, "not_text"),
         ({"chosen": {"role": "assistant", "content": "a", "tool_calls": [{"id": "x"}]}}, "tool_call"),
@@ -145,6 +149,37 @@ def test_answers_that_look_a_little_like_messages_stay_text() -> None:
 def test_an_odd_pair_is_refused(change: dict[str, Any], reason: str, reason_of: Callable[..., str]) -> None:
     row = {"prompt": [Q], "chosen": [A], "rejected": [B]} | change
     assert reason_of(PAIRS, {name: value for name, value in row.items() if value is not ...}) == reason
+
+
+C = assistant("c")
+
+
+@pytest.mark.parametrize(
+    ("sides", "expected"),
+    [
+        ({"chosen": ["a"], "rejected": ["b"]}, PreferenceExample([Q], [A], [B])),
+        ({"chosen": ["a"], "rejected": [B]}, PreferenceExample([Q], [A], [B])),
+        ({"chosen": ["a"], "rejected": ["b", "c"]}, RankingExample([Q], [[A], [B], [C]], [1, 2, 2])),
+        ({"chosen": "a", "rejected": ["b", "c"]}, RankingExample([Q], [[A], [B], [C]], [1, 2, 2])),
+        ({"chosen": ["a", "b"], "rejected": "c"}, RankingExample([Q], [[A], [B], [C]], [1, 1, 2])),
+        ({"chosen": [[Q, A]], "rejected": [[Q, B], [Q, C]]}, RankingExample([Q], [[A], [B], [C]], [1, 2, 2])),
+        (
+            {"chosen": ["a"], "rejected": ["b", "c"], "chosen_score": 9, "rejected_score": [2, "1"]},
+            RankingExample([Q], [[A], [B], [C]], [1, 2, 2], [9, 2, 1]),
+        ),
+    ],
+)
+def test_of_lists_each_chosen_answer_is_paired_with_each_rejected_one(
+    sides: dict[str, Any], expected: Any, auto: Callable[..., Any]
+) -> None:
+    for asked in ({"prompt": "q"}, {"conversations": [Q]}):
+        assert auto({**asked, **sides}).only == expected
+    assert "each chosen answer is better than each rejected one" in auto({"prompt": "q", **sides}).why
+
+
+def test_the_answers_rejected_beside_a_conversation_may_be_several(auto: Callable[..., Any]) -> None:
+    row = {"messages": [Q, A], "rejected_response": ["b", "c"]}
+    assert auto(row).only == RankingExample([Q], [[A], [B], [C]], [1, 2, 2])
 
 
 def test_details_hold_nothing_of_a_texts_content() -> None:

@@ -23,7 +23,8 @@ Q, A, B = user("q"), assistant("a"), assistant("b")
         ({"chosen": [Q, A], "rejected": [Q, B]}, "implicit"),
         ({"input": "q", "output_1": "b", "output_2": "a", "label": 2}, "two_outputs"),
         ({"prompt": "q", "completions": ["b", "a"], "scores": [1, 2]}, "kwise"),
-        ({"instruction": "q", "output": ["a", "b"]}, "kwise"),
+        ({"instruction": "q", "output": ["b", "a"], "ranks": [2, 1]}, "kwise"),
+        ({"prompt": "q", "chosen": ["a"], "rejected": ["b", "c"]}, "pairs"),
     ],
 )
 def test_the_preferred_answer_is_the_completion(row: dict[str, Any], name: str, auto: Callable[..., Any]) -> None:

@@ -87,21 +87,69 @@ def test_an_odd_prompt_or_completion_is_refused(
     assert reason_of(PROMPT_COMPLETION, row) == reason
 
 
-@pytest.mark.parametrize("label", [True, False, 1, 0, "true", "False", 1.0])
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"prompt": "q", "completion": "a"},
-        {"instruction": "q", "output": "a"},
-        {"messages": [Q, A]},
-    ],
-)
-def test_single_completions_with_a_verdict_are_no_instructions(row: dict[str, Any], label: Any, auto: Any) -> None:
-    for name in ("label", "kto_tag"):
-        with pytest.raises(UnknownFormatError, match=f"{name} calls single completions good or bad"):
+SINGLE = [{"prompt": "q", "completion": "a"}, {"instruction": "q", "output": "a"}, {"messages": [Q, A]}]
+
+
+@pytest.mark.parametrize("label", [True, False, 1, 0, "true", "False", 1.0, -1, "yes"])
+@pytest.mark.parametrize("row", SINGLE)
+def test_single_answers_with_a_verdict_are_no_instructions(row: dict[str, Any], label: Any, auto: Any) -> None:
+    for name in (
+        "label", "kto_tag", "is_safe", "is_response_safe", "thumbs", "thumbsUp", "helpful", "correct", "is-accepted",
+        "Upvoted", "feedback", "human_verdict", "passes", "toxic",
+    ):  # fmt: skip
+        with pytest.raises(UnknownFormatError, match=f"{name} calls single answers good or bad.*say format: "):
             auto(row | {name: label}, kind="sft")
 
 
-def test_a_label_that_is_a_topic_does_no_harm(auto: Callable[..., Any]) -> None:
-    rows = [{"prompt": "q", "completion": "a", "label": label} for label in ("sports", "1", None)]
-    assert auto(*rows, kind="sft").found == [SftExample([Q], [A])] * 3
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ({"mark": ["good", "bad"]}, "mark"),
+        ({"vote": ["thumbs up", "thumbs-down"]}, "vote"),
+        ({"emoji": ["\U0001f44d", "\U0001f44e"]}, "emoji"),
+        ({"thumbs": ["up", "down"]}, "thumbs"),
+        ({"state": ["accepted", "rejected"]}, "state"),
+        ({"feedback": ["positive", "negative"]}, "feedback"),
+        ({"rating": [0, 1]}, "rating"),
+        ({"vote": [-1]}, "vote"),
+        ({"score": [False]}, "score"),
+        ({"response_in_style": [True, False]}, "response_in_style"),
+        ({"meta": [{"is_correct": False}]}, "meta.is_correct"),
+    ],
+)
+def test_what_is_a_verdict_is_told_by_name_or_values(said: dict[str, list[Any]], name: str, auto: Any) -> None:
+    ((key, values),) = said.items()
+    for row in SINGLE:
+        with pytest.raises(UnknownFormatError, match=f"but {name} calls single answers good or bad"):
+            auto(*[row | {key: value} for value in values], kind="sft")
+
+
+def test_a_turn_may_hold_the_verdict_on_itself(auto: Callable[..., Any]) -> None:
+    with pytest.raises(UnknownFormatError, match="but messages.liked calls single answers good or bad"):
+        auto({"messages": [Q, {**A, "liked": False}]}, kind="sft")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"label": ["sports", "1", None]},
+        {"label": ["positive", "negative"]},
+        {"is_english": [True, False]},
+        {"redacted": [False]},
+        {"rating": [1, 2, 5]},
+        {"score": [1]},
+        {"rank": [0, 1]},
+        {"side": ["right", "wrong"]},
+        {"difficulty": ["good-natured"]},
+    ],
+)
+def test_a_column_that_is_no_verdict_does_no_harm(said: dict[str, list[Any]], auto: Callable[..., Any]) -> None:
+    ((key, values),) = said.items()
+    for row in SINGLE:
+        found = auto(*[row | {key: value} for value in values], kind="sft").found
+        assert found == [SftExample([Q], [A])] * len(values)
+
+
+def test_an_answer_may_be_a_word_that_calls_others_good(auto: Callable[..., Any]) -> None:
+    rows = [{"question": "q", "answer": answer} for answer in ("correct", "incorrect")]
+    assert [found.completion[0]["content"] for found in auto(*rows, kind="sft").found] == ["correct", "incorrect"]

@@ -200,6 +200,10 @@ RANKINGS = {
         {"qid": 1, "question": "q", "answers": [{"text": "a", "pm_score": 1}, {"text": "b", "pm_score": 4}]},
         RankingExample([Q], [[B], [A]], [1, 2], [4.0, 1.0]),
     ),
+    "RewardBench 2": (
+        {"id": "x", "prompt": "q", "chosen": ["a"], "rejected": ["b", "c"], "num_correct": 1, "subset": "Math"},
+        RankingExample([Q], [[A], [B], [assistant("c")]], [1, 2, 2]),
+    ),
     "RRHF": (
         {"query": "q", "responses": ["a", "b"], "scores": [1, 2]},
         RankingExample([Q], [[B], [A]], [1, 2], [2, 1]),
@@ -333,11 +337,6 @@ REFUSED_ROWS = {
         {"conversation_a": [Q, A, Q, A], "conversation_b": [Q, B, Q, B], "winner": "model_a"},
         "diverges_early",
         "the two sides part before the last answer",
-    ),
-    "RewardBench 2": (
-        {"prompt": "q", "chosen": ["a"], "rejected": ["b", "c"]},
-        "bad_message",
-        "chosen[0] must be a message, got text",
     ),
     "Arena, lists as JSON": (
         {"prompt": '["q"]', "response_a": '["a"]', "response_b": '["b"]', "winner": "model_a"},

@@ -92,6 +92,16 @@ def test_the_delimiter_is_the_one_that_the_header_has_most_of(read: Read) -> Non
     assert values(read("问题，好吗;答案\n1,5;2\n".encode())) == [{"问题，好吗": "1,5", "答案": "2"}]
 
 
+@pytest.mark.parametrize("header", [b"text", b'"text"', BOM + b"text"])
+def test_a_table_may_have_one_column(read: Read, header: bytes) -> None:
+    assert values(read(header + b'\r\n"one, ""two"""\r\nthree\r\n')) == [{"text": 'one, "two"'}, {"text": "three"}]
+
+
+@pytest.mark.parametrize("line", [b"null", b"1", b'"a b"', b"true"])
+def test_a_first_value_that_is_no_name_is_no_table(read: Read, line: bytes) -> None:
+    assert len(read(line + b"\n2\n")) == 2
+
+
 def test_a_carriage_return_within_a_text_is_part_of_it(read: Read) -> None:
     assert values(read(b"a,b\nx\ry,\rz\n")) == [{"a": "x\ry", "b": "\rz"}]
     assert values(read(b"a,b\r\r\nx,y\r\r\n")) == [{"a": "x", "b": "y"}]
@@ -126,15 +136,26 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.
         (b"a,b\n1,2\n3\n", "line 3: 1 values where the header has 2 ('a', 'b'); quote texts that hold a comma"),
         (b"a\tb\n1,2\n", "line 2: 1 values where the header has 2 ('a', 'b'); quote texts that hold a tab"),
         (b'a,b\n"x\ny",1\n1,2;3,4\n', "line 4: 3 values where the header has 2"),
-        (b'a,"b\n', "line 1: broken CSV: a quote is not closed; the file seems cut off"),
-        (b'a,b\n"x\n\ny,2\n3,4\n', "line 2: broken CSV: a quote is not closed; the file seems cut off"),
-        (b'a,b\n1,"x', "line 2: broken CSV: a quote is not closed; the file seems cut off"),
-        (b'a,b\nx"y",2\n', "line 2: broken CSV: a quote in value 1 that does not enclose all of it; a text that holds"),
-        (b'a,b\n1,"x"y\n', "line 2: broken CSV: a quote in value 2 that does not enclose all of it"),
-        (b'a,b\n1,"x" \n', "line 2: broken CSV: a quote in value 2 that does not enclose all of it"),
-        (b'a,b\n"1\n2", "x"\n', "line 3: broken CSV: a quote in value 2 that does not enclose all of it"),
-        (b'a,b\n1,say "hi"\n', "line 2: broken CSV: a quote in value 2 that does not enclose all of it"),
-        (b'a,b"\n1,2\n"\n', "line 1: broken CSV: a quote in value 2 that does not enclose all of it"),
+        (b'a,"b\n', "line 1, column 3: broken CSV: the quote that opens this value is not closed in the rest"),
+        (
+            b'a,b\n"x\n\ny,2\n3,4\n',
+            "line 2, column 1: broken CSV: the quote that opens this value is not closed in the rest",
+        ),
+        (b'a,b\n1,"x', "line 2, column 3: broken CSV: the quote that opens this value is not closed in the rest"),
+        (
+            b'a,b\nx"y",2\n',
+            "line 2, column 2: broken CSV: a quote in value 1 that does not enclose all of it; a text that holds",
+        ),
+        (b'a,b\n1,"x"y\n', "line 2, column 6: broken CSV: a quote in value 2 that does not enclose all of it"),
+        (b'a,b\n1,"x" \n', "line 2, column 6: broken CSV: a quote in value 2 that does not enclose all of it"),
+        (b'a,b\n"1\n2", "x"\n', "line 3, column 5: broken CSV: a quote in value 2 that does not enclose all of it"),
+        (b'a,b\n1,say "hi"\n', "line 2, column 7: broken CSV: a quote in value 2 that does not enclose all of it"),
+        (b'a,b"\n1,2\n"\n', "line 1, column 4: broken CSV: a quote in value 2 that does not enclose all of it"),
+        (
+            b'a,b\nName a 5" pipe,PVC.\n' + b'c,"d"\n' * 9,
+            "line 2, column 9: broken CSV: a quote in value 1 that does not",
+        ),
+        (b"text\none, two\n", "line 2: 2 values where the header has 1 ('text'); quote texts that hold a comma"),
         (b"a,b\n1,2\n3,4", "line 3: the last line has no line end, so the file may be cut off; if it is whole, add"),
         (b'a,b\n1,"2"', "line 2: the last line has no line end, so the file may be cut off"),
         (b'a,b\n1,"2\n""3"', "line 3: the last line has no line end, so the file may be cut off"),
@@ -149,7 +170,10 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.
             b"a;b,c\n1,2\n",
             "line 1: no JSON, and as the header of a table it may be cut at each semicolon or each comma",
         ),
-        (b'x"prompt": 1, "chosen": 2}\n{"prompt": 1, "chosen": 2}\n', "line 1: broken CSV: a quote in value 1"),
+        (
+            b'x"prompt": 1, "chosen": 2}\n{"prompt": 1, "chosen": 2}\n',
+            "line 1, column 2: broken CSV: a quote in value 1",
+        ),
     ],
 )
 def test_a_broken_table_is_named_with_its_line(
@@ -157,6 +181,12 @@ def test_a_broken_table_is_named_with_its_line(
 ) -> None:
     monkeypatch.setattr(json_text, "BLOCK", block)
     assert message(data).startswith(words)
+
+
+def test_a_quote_too_many_is_named_where_it_opens_though_others_follow(message: Message) -> None:
+    text = message(b'a,b\n"Hello,x\ny,z\nsay "hi,d\n"e",f\n')
+    assert text.startswith("line 4, column 6: broken CSV: a quote in value 1 that does not enclose all of it")
+    assert text.endswith("(value 1, from line 2 on, goes over several lines: perhaps by a quote too many)")
 
 
 def test_the_remedy_for_a_missing_line_end_is_a_command(message: Message, tmp_path: Path) -> None:

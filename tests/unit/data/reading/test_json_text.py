@@ -211,20 +211,40 @@ def test_what_lies_before_the_list_is_not_held(tmp_path: Path, monkeypatch: pyte
         (b'[{"rows": 5}]', "rows", "line 1: records: there is no list at 'rows'"),
         (b"[1]", "rows", "line 1: records: there is no list at 'rows'"),
         (b'"x"\n', "rows", "line 1: records: there is no list at 'rows'"),
-        (b'{"rows": [{}, {}', "rows", "line 1: broken JSON: the array is not closed; the file seems cut off"),
-        (b'{"rows": [{}],\n', "rows", "line 2: broken JSON: expected '\"' before a name, the file seems cut off"),
-        (b'{"rows": [{}]\n', "rows", "line 2: broken JSON: expected ',' or '}' after the value of 'rows', the file"),
-        (b'{"rows": [{}], "n', "rows", "line 1: broken JSON: Unterminated string"),
+        (
+            b'{"rows": [{}, {}',
+            "rows",
+            "line 1, column 17: broken JSON: the array is not closed; the file seems cut off",
+        ),
+        (
+            b'{"rows": [{}],\n',
+            "rows",
+            "line 2, column 1: broken JSON: expected '\"' before a name, the file seems cut off",
+        ),
+        (
+            b'{"rows": [{}]\n',
+            "rows",
+            "line 2, column 1: broken JSON: expected ',' or '}' after the value of 'rows', the file",
+        ),
+        (b'{"rows": [{}], "n', "rows", "line 1, column 16: broken JSON: Unterminated string"),
         (b'{"rows": [{}], "n": ', "rows", "the file seems cut off"),
         (b'{"a": {"rows": [{}]}', "a.rows", "the file seems cut off"),
-        (b'{"rows": [{}]} x', "rows", "line 1: broken JSON: text after the end of the object"),
-        (b'{"rows": [{}]} {"rows": [{}]}', "rows", "line 1: broken JSON: text after the end of the object"),
-        (b'{"rows": [{}]}\n]', "rows", "line 2: broken JSON: expected '{' at the start of an object, got ']'"),
-        (b'{"rows": [{}] "a": 1}', "rows", "line 1: broken JSON: expected ',' or '}' after the value of 'rows', got"),
-        (b'{"a" 1, "rows": [{}]}', "rows", "line 1: broken JSON: expected ':' after 'a', got '1'"),
-        (b'{a: 1, "rows": [{}]}', "rows", "line 1: broken JSON: expected '\"' before a name, got 'a'"),
-        (b'{"rows": [{}],\n"a": tru ' + b" " * 20 + b"}", "rows", "line 2: broken JSON: Expecting value"),
-        (b'{"b": ' + b'{"a":' * 100_000, "rows", "line 1: broken JSON: nested too deeply"),
+        (b'{"rows": [{}]} x', "rows", "line 1, column 16: broken JSON: text after the end of the object"),
+        (b'{"rows": [{}]} {"rows": [{}]}', "rows", "line 1, column 16: broken JSON: text after the end of the object"),
+        (
+            b'{"rows": [{}]}\n]',
+            "rows",
+            "line 2, column 1: broken JSON: expected '{' at the start of an object, got ']'",
+        ),
+        (
+            b'{"rows": [{}] "a": 1}',
+            "rows",
+            "line 1, column 15: broken JSON: expected ',' or '}' after the value of 'rows', got",
+        ),
+        (b'{"a" 1, "rows": [{}]}', "rows", "line 1, column 6: broken JSON: expected ':' after 'a', got '1'"),
+        (b'{a: 1, "rows": [{}]}', "rows", "line 1, column 2: broken JSON: expected '\"' before a name, got 'a'"),
+        (b'{"rows": [{}],\n"a": tru ' + b" " * 20 + b"}", "rows", "line 2, column 6: broken JSON: Expecting value"),
+        (b'{"b": ' + b'{"a":' * 100_000, "rows", "broken JSON: nested too deeply"),
     ],
 )
 def test_an_object_without_the_list_or_that_is_broken_is_named(
@@ -234,10 +254,62 @@ def test_an_object_without_the_list_or_that_is_broken_is_named(
     assert words in message(data, within)
 
 
-def test_one_object_over_many_lines_says_how_to_name_its_list(message: Message) -> None:
-    text = message(json.dumps({"rows": ROWS}, indent=1).encode())
-    assert text.startswith("line 1, column 2: broken JSON")
-    assert "or with records: KEY one object that holds the list of rows" in text
+# --- objects one after another -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 64, 1 << 20])
+@pytest.mark.parametrize("prefix", [b"", BOM, b"\n "])
+@pytest.mark.parametrize("separator", ["", " ", "\n", "\r\n\r\n"])
+def test_objects_over_several_lines_are_rows(
+    read: Read, monkeypatch: pytest.MonkeyPatch, block: int, prefix: bytes, separator: str
+) -> None:
+    monkeypatch.setattr(json_text, "BLOCK", block)
+    rows = [ROWS[0], *ROWS, {"a": {"b": [{}]}}]
+    records = read(prefix + separator.join(json.dumps(row, indent=2) for row in rows).encode())
+    assert values(records) == rows
+    assert [record.row for record in records] == list(range(5))
+    assert records[1].line == prefix.count(b"\n") + 4 + separator.count("\n")
+
+
+def test_objects_may_share_the_first_line_however_long_it_is(read: Read) -> None:
+    assert values(read(b'{"a": 1} {"a": 2}{"a": 3}\n{"a":\n4}\n')) == [{"a": n} for n in (1, 2, 3, 4)]
+    rows = [{"text": "x" * 50_000}] * 3
+    assert values(read("".join(map(json.dumps, rows)).encode())) == rows
+
+
+@pytest.mark.parametrize("block", [1, 1 << 20])
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (
+            b'{"a": 1},\n{"a": 2},\n',
+            "line 1, column 9: broken JSON: a comma between two values, as in an array: take such",
+        ),
+        (
+            b'{\n"a": 1\n}\n{\n"a": 2,\n}\n',
+            "line 6, column 1: broken JSON: Expecting property name enclosed in double"
+            " quotes; a comma stands before the closing }: take it out",
+        ),
+        (
+            b'{\n"a": 1\n}\n{\n"a": 2\n',
+            "line 6, column 1: broken JSON: Expecting ',' delimiter; the file seems cut off",
+        ),
+        (
+            b"{'a': 'x'}\n{'a': 'y'}\n",
+            "line 1, column 2: broken JSON: Expecting property name enclosed in double quotes;"
+            " texts and names need double quotes: these look like Python's",
+        ),
+        (
+            b'{"a": "\n"}\n',
+            "line 1, column 8: broken JSON: Invalid control character; its closing quote is missing, or",
+        ),
+    ],
+)
+def test_broken_objects_are_named_with_line_and_column(
+    message: Message, monkeypatch: pytest.MonkeyPatch, block: int, data: bytes, words: str
+) -> None:
+    monkeypatch.setattr(json_text, "BLOCK", block)
+    assert message(data).startswith(words)
 
 
 # --- text that cannot be read -------------------------------------------------------------
@@ -272,20 +344,42 @@ def test_a_damaged_byte_in_chinese_text_does_not_make_it_gbk(message: Message, w
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b'[{"a": 1}', "line 1: broken JSON: the array is not closed; the file seems cut off"),
-        (b'[\n{"a": 1},\n', "line 3: broken JSON: the array is not closed; the file seems cut off"),
-        (b"[", "line 1: broken JSON: the array is not closed; the file seems cut off"),
-        (b'[{"a": 1},\n{"a": "long tex', "line 2: broken JSON: Unterminated string"),
+        (b'[{"a": 1}', "line 1, column 10: broken JSON: the array is not closed; the file seems cut off"),
+        (b'[\n{"a": 1},\n', "line 3, column 1: broken JSON: the array is not closed; the file seems cut off"),
+        (b"[", "line 1, column 2: broken JSON: the array is not closed; the file seems cut off"),
+        (b'[{"a": 1},\n{"a": "long tex', "line 2, column 7: broken JSON: Unterminated string"),
         (b'[{"a": 1},\n{"a": "long tex', "the file seems cut off"),
         (b'[{"a": 1},\n{"a": ', "the file seems cut off"),
-        (b'[{"a": 1}\n{"a": 2}]', "line 2: broken JSON: expected ',' or ']' after row 0, got '{'"),
-        (b'[{"a": 1}]\n{"a": 2}', "line 2: broken JSON: text after the end of the array"),
-        (b'[{"a": 1}]]', "line 1: broken JSON: text after the end of the array"),
-        (b'[{"a": 1},]', "line 1: broken JSON: Expecting value"),
-        (b"[\n{'a': 1},\n" + b'{"a": 1}, ' * 9 + b"{}]", "line 2: broken JSON: Expecting property name"),
-        (b'[{"a": 1},\n\n{"a": tru}, ' + b'{"a": 1}, ' * 9 + b"{}]", "line 3: broken JSON: Expecting value"),
-        (b'[{"a": "tab\there"}, ' + b'{"a": 1}, ' * 9 + b"{}]", "line 1: broken JSON: Invalid control character"),
-        (b'[{"a": "zero\0"}, ' + b'{"a": 1}, ' * 9 + b"{}]", "line 1: broken JSON: Invalid control character"),
+        (b'[{"a": 1}\n{"a": 2}]', "line 2, column 1: broken JSON: expected ',' or ']' after row 0, got '{'"),
+        (b'[{"a": 1}]\n{"a": 2}', "line 2, column 1: broken JSON: text after the end of the array"),
+        (b'[{"a": 1}]]', "line 1, column 11: broken JSON: text after the end of the array"),
+        (
+            b'[{"a": 1},\n]',
+            "line 2, column 1: broken JSON: Expecting value; a comma stands before the closing ]: take it out",
+        ),
+        (b'[{"a": 1},\n\n, {}]', "line 3, column 1: broken JSON: Expecting value; a comma too many: take it out"),
+        (
+            b'[{"a": [1,]}]',
+            "line 1, column 11: broken JSON: Expecting value; a comma stands before the closing ]: take it",
+        ),
+        (
+            b'[{"a": "q"}, {"a": "r}]',
+            "line 1, column 20: broken JSON: Unterminated string; its closing quote is missing, or",
+        ),
+        (
+            b'[\n{"a": "q"},\n{"a": "r}\n]\n',
+            "line 3, column 10: broken JSON: Invalid control character; its closing quote is",
+        ),
+        (b"[\n{'a': 1},\n" + b'{"a": 1}, ' * 9 + b"{}]", "line 2, column 2: broken JSON: Expecting property name"),
+        (b'[{"a": 1},\n\n{"a": tru}, ' + b'{"a": 1}, ' * 9 + b"{}]", "line 3, column 7: broken JSON: Expecting value"),
+        (
+            b'[{"a": "tab\there"}, ' + b'{"a": 1}, ' * 9 + b"{}]",
+            "line 1, column 12: broken JSON: Invalid control character",
+        ),
+        (
+            b'[{"a": "zero\0"}, ' + b'{"a": 1}, ' * 9 + b"{}]",
+            "line 1, column 13: broken JSON: Invalid control character",
+        ),
     ],
 )
 def test_a_broken_array_is_named_with_its_line(
@@ -300,17 +394,40 @@ def test_a_broken_array_is_named_with_its_line(
     [
         (
             b"hello\n",
-            "line 1, column 1: broken JSON: Expecting value; expected a JSON array, one JSON value a line, or",
+            "line 1: neither JSON nor a table: the first line is no JSON, and holds no comma, tab or semicolon; expect",
         ),
         (b'{"a": 1}\n{"a": 1', "line 2, column 8: broken JSON: Expecting ',' delimiter"),
         (b'{"a": 1}\n{"a": 1} x\n', "line 2, column 10: broken JSON: Extra data"),
-        (b'{"a": 1}\r{"a": 1}\r', "line 1, column 10: broken JSON: Extra data"),
-        (b'{"a": 1}{"a": 2}\n', "line 1, column 9: broken JSON: Extra data"),
+        (b'{"a": 1}\n{"a": 1}{"a": 2}\n', "line 2, column 9: broken JSON: Extra data; a line holds one value"),
+        (
+            b'{"a": 1}\n{"a": 1,}\n',
+            "line 2, column 9: broken JSON: Expecting property name enclosed in double quotes; a comma"
+            " stands before the closing }: take it out",
+        ),
+        (
+            b'{"a": 1}\n{"a": [1,, 2]}\n',
+            "line 2, column 10: broken JSON: Expecting value; a comma too many: take it out",
+        ),
+        (
+            b'{"a": 1}\n{"a": "x, "b": 1}\n',
+            "line 2, column 12: broken JSON: Expecting ',' delimiter; the text before it ends"
+            ' too soon: its quotes do not match, or one within it is not written as \\"',
+        ),
+        (
+            b'{"a": 1}\n{"a": "x" "b": 1}\n',
+            "line 2, column 11: broken JSON: Expecting ',' delimiter; a comma is missing before",
+        ),
+        (b'{"a": 1}\n{"a": "x}\n', "line 2, column 7: broken JSON: Unterminated string; its closing quote is missing"),
+        (b'{"a": 1}\n{"a": "\\d"}\n', r"line 2, column 8: broken JSON: Invalid \escape; a backslash within a text is"),
+        (b'{"a": 1}\n{"a": None}\n', "line 2, column 7: broken JSON: Expecting value; None is Python's; JSON has null"),
+        (
+            b'{"a": 1}\n{a: 1}\n',
+            "line 2, column 2: broken JSON: Expecting property name enclosed in double quotes; names need",
+        ),
+        (b'{"a": 1}\n# note\n', "line 2, column 1: broken JSON: Expecting value; JSON has no comments: take it out"),
         (b'{"a": 1}\n{"a": tru}\n', "line 2, column 7: broken JSON: Expecting value"),
         (b'{"a": 1}\n{"a": "\0"}\n', "line 2, column 8: broken JSON: Invalid control character"),
         (b'{"a": 1}\n\0\0\0\n', "line 2, column 1: broken JSON: Expecting value"),
-        (b'{"a": "\n"}\n', "line 1, column 7: broken JSON: Unterminated string"),
-        (b'{\n"a": 1\n}\n', "broken JSON: Expecting property name"),
     ],
 )
 def test_a_broken_line_is_named_with_its_column(message: Message, data: bytes, words: str) -> None:
