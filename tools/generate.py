@@ -12,6 +12,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -21,15 +24,22 @@ from dpo_cli.cli.init import (  # noqa: E402
     DVC_FOLDER_GITIGNORE,
     DVCIGNORE,
     GITATTRIBUTES,
+    GITIGNORE,
     dvc_yaml_text,
     rows_json,
 )
 from dpo_cli.core import paths  # noqa: E402
-from dpo_cli.core.params import Params, iter_settings  # noqa: E402
+from dpo_cli.core.params import Params, iter_settings, load_params  # noqa: E402
 from dpo_cli.core.params_text import EMBEDDED_PRESET, params_yaml, range_of, unit_of  # noqa: E402
 from dpo_cli.data import world  # noqa: E402
 from tools.objectives import PICTURE, objectives_md, objectives_svg  # noqa: E402
 
+EXAMPLE = "examples/smollm2"
+_EXAMPLE_GITIGNORE = """
+# made by make real
+/data/raw
+/data/prompts
+"""
 _GENERATED = "<!-- Written by tools/generate.py; edit the code, then run: make docs -->"
 
 
@@ -76,6 +86,27 @@ def cli_md() -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
+def example_files() -> dict[str, str]:
+    """The example's project files: what init writes, with the values that its params.yaml has."""
+    values: dict[str, object] = {}
+    params = load_params(ROOT / EXAMPLE / "params.yaml")
+    for path, field in iter_settings():
+        value: Any = params
+        for name in path.split("."):
+            value = getattr(value, name)
+        if value != field.get_default(call_default_factory=True):
+            several = isinstance(value, list) and all(isinstance(each, BaseModel) for each in value)
+            values[path] = [each.model_dump(exclude_defaults=True) for each in value] if several else value
+    return {
+        ".dvc/.gitignore": DVC_FOLDER_GITIGNORE,
+        ".dvc/config": DVC_CONFIG,
+        ".dvcignore": DVCIGNORE,
+        ".gitignore": GITIGNORE + _EXAMPLE_GITIGNORE,
+        "dvc.yaml": dvc_yaml_text(),
+        "params.yaml": params_yaml(values),
+    }
+
+
 def generated_files() -> dict[Path, str]:
     """Every generated file with its content."""
     texts = {
@@ -92,6 +123,7 @@ def generated_files() -> dict[Path, str]:
         (paths.RAW / "instructions.json").as_posix(): rows_json(world.instruction_rows(0)),
         (paths.RAW / "preferences.json").as_posix(): rows_json(world.preference_rows(0)),
     }
+    texts |= {f"{EXAMPLE}/{name}": text for name, text in example_files().items()}
     return {ROOT / name: text for name, text in texts.items()}
 
 

@@ -18,6 +18,7 @@ import typer
 from dpo_cli.cli.console import ConsoleReporter
 from dpo_cli.cli.exits import errors_as_exit_codes, examples
 from dpo_cli.cli.model import model_app
+from dpo_cli.cli.record import HandRun
 from dpo_cli.cli.repro import EXIT_CODE_FILE, reproduce
 from dpo_cli.core import paths
 from dpo_cli.core.environment import claim_gpu, is_first_process, prepare_environment
@@ -126,21 +127,23 @@ def _run_stage(stage: Stage, overrides: list[str], *, as_json: bool) -> None:
         from dpo_cli.core.params import load_params  # here, so that --help does not wait for it
 
         params = load_params(paths.PARAMS, overrides)
-        _refuse_unread(stage, overrides)
+        _refuse_unread(stage.command, (*stage.params, "runtime"), overrides)
         die_with_parent()
-        run: Callable[..., dict[str, Any]] = importlib.import_module(stage.module).run
         told = stage.name == "evaluate" and EXIT_CODE_FILE in os.environ  # repro prints the verdict at its end
-        metrics = run(params, ConsoleReporter(show_tables=not (as_json or told)))
+        reporter = ConsoleReporter(show_tables=not (as_json or told))
+        by_hand = HandRun(stage, overrides, reporter)
+        run: Callable[..., dict[str, Any]] = importlib.import_module(stage.module).run
+        metrics = run(params, reporter)
+        by_hand.record()
     if as_json and is_first_process():
         typer.echo(json.dumps({stage.name: metrics}, ensure_ascii=False))
 
 
-def _refuse_unread(stage: Stage, overrides: list[str], *others: str) -> None:
-    read = (*stage.params, *others, "runtime")
+def _refuse_unread(command: str, read: tuple[str, ...], overrides: list[str]) -> None:
     unread = [override for override in overrides if override.partition(".")[0].strip() not in read]
     if unread:
         raise ParamsError(
-            [f"--set {override} has no effect on {stage.command}, which reads {', '.join(read)}" for override in unread]
+            [f"--set {override} has no effect on {command}, which reads {', '.join(read)}" for override in unread]
         )
 
 
@@ -188,7 +191,7 @@ def _evaluate_model(stage: Stage, model: Path | None, out: Path | None, override
         from dpo_cli.core.params import load_params  # here, so that --help does not wait for it
 
         params = load_params(paths.PARAMS, overrides)
-        _refuse_unread(stage, overrides, "train")
+        _refuse_unread(stage.command, (*stage.params, "train", "runtime"), overrides)
         from dpo_cli.stages.evaluate import evaluate_model
 
         folder = out or paths.EVALUATIONS / model.resolve().name
@@ -222,7 +225,10 @@ def report_command(
     with errors_as_exit_codes(as_json=False):
         from dpo_cli.cli.report import make_report  # here, so that --help does not wait for it
 
-        make_report(is_opened=not no_open, reporter=ConsoleReporter())
+        reporter = ConsoleReporter()
+        by_hand = HandRun(STAGES[-1], [], reporter)
+        make_report(is_opened=not no_open, reporter=reporter)
+        by_hand.record()
 
 
 # --- data ---------------------------------------------------------------------------------
@@ -478,23 +484,24 @@ def compare_command(
             raise ParamsError("--metric has no effect with --all; give one of them")
         if overrides and not judge:
             raise ParamsError("--set has no effect without --judge: nothing else is computed")
-        from dpo_cli.cli import compare, head_to_head  # here, so that --help does not wait for it
+        from dpo_cli.cli import compare  # here, so that --help does not wait for it
 
         found = compare.compare(names or [], baseline, metrics or [], every=every)
+        head_to_head = importlib.import_module("dpo_cli.cli.head_to_head") if judge else None  # it loads torch
         judged = None
-        if judge:
+        if head_to_head is not None:
             reporter = ConsoleReporter(show_tables=not as_json)
             judged = head_to_head.judge_experiments(found.experiments, overrides or [], reporter)
         if csv_file is not None:
             compare.write_csv(found, csv_file)
         if as_json:
             figures = compare.as_json(found)
-            if judged is not None:
+            if head_to_head is not None:
                 figures["head_to_head"] = head_to_head.head_to_head_json(judged)
             typer.echo(json.dumps(figures, ensure_ascii=False))
         else:
             compare.print_comparison(found)
-            if judged is not None:
+            if head_to_head is not None:
                 head_to_head.print_head_to_head(judged)
 
 
@@ -707,6 +714,55 @@ def score_command(
         sources = sources_of(files, "preferences", of_files)
         refuse_options(options, sources)
         figures = score_files(sources, options, params, ConsoleReporter(show_tables=not as_json))
+    if as_json:
+        typer.echo(json.dumps(figures, ensure_ascii=False))
+
+
+@app.command(
+    "sample",
+    rich_help_panel="Data",
+    epilog=examples(
+        "dpo-cli sample prompts.jsonl",
+        "dpo-cli sample prompts.jsonl --answers 8 --set evaluate.max_new_tokens=64",
+        "dpo-cli sample prompts.jsonl --out data/raw --set evaluate.judge=rule --set evaluate.rule=json_object",
+        "dpo-cli sample unseen.jsonl --model models/dpo",
+    ),
+)
+def sample_command(
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="PROMPTS...", help="Rows with a prompt: text, or messages; in any kind of file."),
+    ],
+    answers: Annotated[int, typer.Option("--answers", metavar="K", min=1, help="Answers to each prompt.")] = 4,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model",
+            metavar="DIR",
+            help="An adapter for the SFT model, such as models/dpo, or a whole model; left out: the SFT model itself.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder of the tables, one for each file, as parquet.")
+    ] = paths.SAMPLED,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Sample answers of the SFT model to prompts of your own, and score them where the reward is known.
+
+    Answers are sampled as evaluate says (temperature, max_new_tokens, seed), and scored where evaluate.judge is world
+    or rule. In data/raw such a table is preference data of format kwise: pairs are made of answers with different
+    scores. Answers that did not end are left out and counted, and those with the same text are merged. What was sampled
+    before is not sampled again.
+    """
+    with errors_as_exit_codes(as_json=as_json):
+        from dpo_cli.core.params import load_params  # here, so that --help does not wait for them
+
+        params = load_params(paths.PARAMS, overrides or [])
+        _refuse_unread("sample", ("model", "reference", "evaluate", "runtime"), overrides or [])
+        from dpo_cli.cli.sample import sample_files
+
+        figures = sample_files(files, answers, model, out, params, ConsoleReporter(show_tables=not as_json))
     if as_json:
         typer.echo(json.dumps(figures, ensure_ascii=False))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -13,10 +12,12 @@ from typing import NoReturn
 
 import typer
 
+from dpo_cli.cli.machine import machine_problem
 from dpo_cli.cli.repro import EXIT_CODE_FILE
 from dpo_cli.core.environment import is_first_process
 from dpo_cli.core.errors import DpoCliError, Interrupted, MachineError
 from dpo_cli.core.pipeline import STAGES
+from dpo_cli.core.text import in_one_line
 
 
 def examples(*lines: str) -> str:
@@ -33,25 +34,10 @@ def errors_as_exit_codes(*, as_json: bool) -> Iterator[None]:
         _fail(Interrupted("stopped; nothing was published and nothing saved is lost; run it again"), as_json=as_json)
     except DpoCliError as error:
         _fail(error, as_json=as_json)
-    except (MemoryError, OSError, RuntimeError) as error:
-        if (problem := _machine_problem(error)) is None:
+    except Exception as error:
+        if (problem := machine_problem(error)) is None:
             raise
         _fail(MachineError(problem), as_json=as_json)
-
-
-def _machine_problem(error: Exception) -> str | None:
-    """What the machine lacks, where that is what went wrong: memory, room on the disk, or a right."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported
-        return "out of memory; lower runtime.max_tokens_per_microbatch in params.yaml, then run it again to go on"
-    if isinstance(error, OSError) and error.errno in (
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EACCES,
-        errno.EPERM,
-        errno.EROFS,
-    ):
-        return f"{error.filename or 'a file'} cannot be written or read: {error.strerror}; free room or mend the rights"
-    return None
 
 
 def _forced(match: re.Match[str]) -> str:
@@ -66,7 +52,7 @@ def _fail(error: DpoCliError, *, as_json: bool) -> NoReturn:
         # DVC's cache of runs would bring back what the user is to make anew, were it not forced
         error.problems = [re.sub(r"run: dpo-cli ([a-z-]+)", _forced, problem) for problem in error.problems]
     for problem in error.problems:
-        typer.echo(f"dpo-cli: {'' if isinstance(error, Interrupted) else 'error: '}{problem}", err=True)
+        typer.echo(f"dpo-cli: {'' if isinstance(error, Interrupted) else 'error: '}{in_one_line(problem)}", err=True)
     if as_json and is_first_process():
         typer.echo(json.dumps({"errors": error.problems, "exit_code": error.exit_code}, ensure_ascii=False))
     if report_to := os.environ.get(EXIT_CODE_FILE):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
 from dpo_cli.core.sections import Section, differs, knob
 
-JudgeName = Literal["none", "world", "reward-model", "hf", "openai", "votes"]
+JudgeName = Literal["none", "world", "rule", "reward-model", "hf", "openai", "votes"]
+RuleName = Literal["one_sentence", "json_object"]
 Opponent = Literal["sft", "chosen"]
 
 _TEMPLATE = (
@@ -33,7 +34,7 @@ class OpenAiJudgeParams(Section):
     model: str | None = knob(None, "Name of the model; null: the only one that the server has.")
     template: str = knob("dialogue", _TEMPLATE)
     allowed_hosts: list[str] = knob([], "Hosts besides this machine to which prompts and answers may be sent.")
-    timeout_s: float = knob(120.0, "How long an answer may take.", unit="seconds", gt=0)
+    timeout_s: float = knob(120.0, "How long an answer may take.", unit="seconds", gt=0, le=86400)
     parallel: int = knob(4, "Requests under way at once.", ge=1, le=64)
     extra: dict[str, Any] = knob(
         {}, "Fields that every request has besides: {chat_template_kwargs: {enable_thinking: false}}."
@@ -53,9 +54,14 @@ class EvaluateParams(Section):
 
     judge: JudgeName = knob(
         "none",
-        "Who compares the answers: world is the embedded world's known reward; reward-model is what stage reward made"
-        " of the same preferences; hf a language model on this machine; openai one behind a server; votes a file of"
-        " people's votes; none: no win rate.",
+        "Who compares the answers: world is the embedded world's known reward; rule is evaluate.rule; reward-model is"
+        " what stage reward made of the same preferences; hf a language model on this machine; openai one behind a"
+        " server; votes a file of people's votes; none: no win rate.",
+    )
+    rule: RuleName | None = knob(
+        None,
+        "What the judge rule checks of each answer: one_sentence (short, and without a preamble) or json_object (and"
+        " nothing around it).",
     )
     hf: HfJudgeParams = Field(default_factory=HfJudgeParams, description="The judge hf.")
     openai: OpenAiJudgeParams = Field(default_factory=OpenAiJudgeParams, description="The judge openai.")
@@ -68,21 +74,22 @@ class EvaluateParams(Section):
         "Held-out pairs on which the judge itself is tried: how often it prefers the chosen answer; -1: all.",
         unit="pairs",
         ge=-1,
+        le=10**9,
     )
-    num_prompts: int = knob(128, "Held-out prompts to answer, at most; 0: all.", unit="prompts", ge=0)
-    temperature: float = knob(1.0, "Sampling temperature of the compared answers; 0: greedy.", ge=0)
-    temperatures: list[Annotated[float, Field(ge=0)]] = knob(
+    num_prompts: int = knob(128, "Held-out prompts to answer, at most; 0: all.", unit="prompts", ge=0, le=10**9)
+    temperature: float = knob(1.0, "Sampling temperature of the compared answers; 0: greedy.", ge=0, le=100)
+    temperatures: list[Annotated[float, Field(ge=0, le=100)]] = knob(
         [], "Sampling temperatures of the curve of win rates, such as [0, 0.25, 0.5, 0.75, 1]; []: no curve."
     )
-    scales: list[Annotated[float, Field(gt=0)]] = knob(
+    scales: list[Annotated[float, Field(gt=0, le=100)]] = knob(
         [],
         "Further points of the frontier of KL and win rate: the model with this multiple of what training changed,"
         " such as [0.25, 0.5, 0.75, 1.5].",
     )
-    max_new_tokens: int = knob(256, "Longest answer.", unit="tokens", ge=1)
-    bootstrap_draws: int = knob(2000, "Draws behind each interval, clustered by prompt.", ge=100)
+    max_new_tokens: int = knob(256, "Longest answer.", unit="tokens", ge=1, le=10**6)
+    bootstrap_draws: int = knob(2000, "Draws behind each interval, clustered by prompt.", ge=100, le=10**6)
     confidence: float = knob(0.95, "Coverage of the intervals.", gt=0.5, lt=1)
-    seed: int = knob(0, "Seeds sampling and bootstrap.", ge=0)
+    seed: int = knob(0, "Seeds sampling and bootstrap.", ge=0, le=2**32 - 1)
 
 
 def _default(setting: str) -> str:
@@ -99,6 +106,10 @@ def idle_evaluate_settings(evaluate: EvaluateParams) -> list[str]:
                 f"evaluate.{name}.{setting} has no effect with evaluate.judge {evaluate.judge}; judge {name} reads it"
                 for setting in differs(getattr(evaluate, name))
             ]
+    if evaluate.rule is not None and evaluate.judge != "rule":
+        found.append(f"evaluate.rule has no effect with evaluate.judge {evaluate.judge}; judge rule reads it")
+    if evaluate.judge == "rule" and evaluate.rule is None:
+        found.append(f"evaluate.rule is missing; evaluate.judge rule checks one of {', '.join(get_args(RuleName))}")
     if evaluate.judge == "none":
         found += [
             f"evaluate.{setting} has no effect with evaluate.judge none; set it to {_default(setting)}"

@@ -15,6 +15,7 @@ RAW = Path("data/raw")
 SFT_DATA = Path("data/sft")
 PREFERENCE_DATA = Path("data/preference")
 REFERENCE = Path("data/reference")
+SAMPLED = Path("data/samples")
 
 BASE = Path("models/base")
 SFT_MODEL = Path("models/sft")

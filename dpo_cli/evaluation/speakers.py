@@ -245,6 +245,20 @@ class WholeCast:
         return self._voices[name]
 
 
+def reference_speaker(graph: Graph, runtime: RuntimeParams, reporter: Reporter, command: str) -> Speaker:
+    """The SFT model alone, where nothing is compared with it."""
+    voices: list[Voice] = []
+
+    def use() -> AbstractContextManager[Voice]:
+        if not voices:
+            model = load_reference(graph.base, graph.sft, graph.machine, graph.quantization)
+            scorer, _ = open_scorer(model, graph.machine.compute_dtype, runtime, reporter, command)
+            voices.append(Voice(model, scorer))
+        return nullcontext(voices[0])
+
+    return Speaker(SFT, digest_json(graph.identity), use)
+
+
 def open_cast(graph: Graph, folder: Path, runtime: RuntimeParams, reporter: Reporter, command: str) -> Cast:
     """The models of an evaluation of a folder: an adapter for the project's SFT model, or a whole model.
 

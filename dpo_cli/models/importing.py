@@ -526,7 +526,7 @@ def _build_text_part(weights: Path, config: Any, built: Path, reporter: Reporter
             alone.get_output_embeddings().load_state_dict(head.state_dict(), assign=True)
         if (weights / "generation_config.json").is_file():
             alone.generation_config = GenerationConfig.from_pretrained(weights, local_files_only=True)
-        alone.save_pretrained(built)
+    alone.save_pretrained(built)
     dtype = whole.dtype
     del whole, decoder, head, alone
     _save_tokenizer(tokenizer, built, text_config)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import read_json, write_json, write_json_array, write_text
@@ -22,14 +21,14 @@ from dpo_cli.core.params import EvaluateParams, Params, RuntimeParams, TrainPara
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.pieces import pieces_of
-from dpo_cli.data.schema import Messages, content_id, text_of
-from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_rejects
+from dpo_cli.data.schema import Messages, text_of
+from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_rejects, prompt_ids
 from dpo_cli.evaluation import tables
 from dpo_cli.evaluation.bootstrap import Estimate, Sampling
 from dpo_cli.evaluation.calibration import reliability_table
 from dpo_cli.evaluation.generation import Answer, PromptTokens
 from dpo_cli.evaluation.held_out import HeldOut, HeldOutPair, summarise_held_out
-from dpo_cli.evaluation.judges.exact import WorldJudge, world_task
+from dpo_cli.evaluation.judges.exact import ExactJudge, world_task
 from dpo_cli.evaluation.judges.opening import Candidate, OpenedJudge, Opener, prepare_judge
 from dpo_cli.evaluation.judges.prompts import transcript
 from dpo_cli.evaluation.judges.votes import item_id
@@ -214,8 +213,7 @@ def _count_leaked_prompts(held_out: TokenTable) -> int:
     for path in (paths.SFT_DATA / "train.parquet", paths.PREFERENCE_DATA / "train.parquet"):
         if not path.is_file():
             raise StaleArtifactError(f"{path} is missing; run: dpo-cli repro")
-        for (prompt,) in pl.read_parquet(path, columns=["prompt"], glob=False).iter_rows():
-            seen.add(content_id(prompt))
+        seen |= prompt_ids(path)
     return sum(group in seen for group in held_out.prompts)
 
 
@@ -281,6 +279,8 @@ class _Work:
             metrics |= cheaper_step([(scale, kl.value, match) for scale, kl, match, _ in points if match], sampling)
         samples = self._samples(answers, kls, heats, judge, matches)
         metrics |= _means(samples)
+        if judge is not None and isinstance(judge.judge, ExactJudge):  # its rewards are 0 or 1
+            metrics["win_rate_ceiling"] = 1 - metrics["reward_sft"] / 2
         curve = [
             tables.temperature_row(temperature, opponent, match)
             for (kind, temperature, opponent), match in matches.items()
@@ -570,7 +570,7 @@ def _add_judgment(row: dict[str, Any], judge: OpenedJudge, main: Match, against:
     """Who wins; rewards of one's own kind are given less their mean, since they are fixed up to a constant a prompt."""
     if judge.reward is not None:
         ours, theirs = (judge.reward(each.prompt, each.text) for each in (main.ours[id], main.theirs[id]))
-        middle = 0.0 if isinstance(judge.judge, WorldJudge) else (ours + theirs) / 2
+        middle = 0.0 if isinstance(judge.judge, ExactJudge) else (ours + theirs) / 2
         row[SFT]["reward"], row[DPO]["reward"] = theirs - middle, ours - middle
     for name, match in (("win", main), ("win_chosen", against)):
         if match is not None and (win := match.comparisons[id].win) is not None:
@@ -587,12 +587,9 @@ def _add_form(row: dict[str, Any], messages: Messages) -> None:
 
 def _means(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Means of what the judge knows of each answer: its reward, and whether it is well formed."""
-    metrics = {
+    return {
         f"{figure}_{name}": float(np.mean([sample[name][figure] for sample in samples]))
         for figure in ("reward", "well_formed")
         for name in (SFT, DPO)
         if figure in samples[0][name]
     }
-    if "well_formed_dpo" in metrics:  # the embedded world's rewards are 0 or 1
-        metrics["win_rate_ceiling"] = 1 - metrics["reward_sft"] / 2
-    return metrics

@@ -8,11 +8,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from dpo_cli.core.evaluate_params import EvaluateParams
+from dpo_cli.core.evaluate_params import EvaluateParams, JudgeName
+from dpo_cli.data.rules import MAX_SENTENCE_CHARACTERS, RULES
 from dpo_cli.evaluation.bootstrap import Sampling
 from dpo_cli.evaluation.calibration import NUM_BINS
 from dpo_cli.evaluation.flags import (
@@ -239,11 +240,12 @@ def test_other_figures_are_those_of_the_code() -> None:
         f"makes {2 * defaults.num_prompts} answers and at most {2 * defaults.num_prompts} judgments",
         API_KEY,
         JUDGE_PATH,
-        *(f"`{name}`" for name in TEMPLATES),
+        *(f"`{name}`" for name in (*TEMPLATES, *RULES)),
+        f"one line of at most {MAX_SENTENCE_CHARACTERS} characters",
     ):
         assert words in TEXT
     assert (defaults.temperatures, defaults.scales, defaults.opponents) == ([], [], ["sft"])
-    assert [kind for kind in ("world", "reward-model", "hf", "openai", "votes") if f"| `{kind}` |" not in PAGE] == []
+    assert [kind for kind in get_args(JudgeName)[1:] if f"| `{kind}` |" not in PAGE] == []
 
 
 def test_the_table_of_powers_is_what_its_command_prints() -> None:

@@ -22,7 +22,7 @@ from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.evaluation.best_of_n import best_of, expected_best_of, kl_bound
 from dpo_cli.evaluation.bootstrap import Estimate, cluster_bootstrap
 from dpo_cli.evaluation.generation import PromptTokens, sample_answers
-from dpo_cli.evaluation.judges.exact import WorldJudge, world_task
+from dpo_cli.evaluation.judges.exact import ExactJudge, world_reward, world_task
 from dpo_cli.evaluation.judges.reward_model import RewardModel
 from dpo_cli.evaluation.win_rate import compare
 from dpo_cli.models.adapters import load_reference
@@ -124,7 +124,7 @@ def test_it_agrees_with_the_known_judge_on_what_the_model_says_itself(
     graph: Graph, reward_model: RewardModel, answers: dict[str, list[str]], texts: dict[str, str]
 ) -> None:
     """On answers of the SFT model, which no preference was ever asked for."""
-    known = WorldJudge()
+    known = ExactJudge("world", world_reward)
     right, clusters = [], []
     for prompt, samples in answers.items():
         first, second = samples[0], samples[1]

@@ -16,7 +16,7 @@ from dpo_cli.data.schema import Messages, assistant
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.evaluation.judges.base import Judge
 from dpo_cli.evaluation.judges.cache import CachedJudge
-from dpo_cli.evaluation.judges.exact import WorldJudge
+from dpo_cli.evaluation.judges.exact import known_reward
 from dpo_cli.evaluation.judges.hf import HfJudge
 from dpo_cli.evaluation.judges.openai import OpenAiJudge
 from dpo_cli.evaluation.judges.prompts import TEMPLATES, Template, open_template, transcript
@@ -108,9 +108,9 @@ def prepare_judge(
     """
     if knobs.judge == "none":
         return None
-    if knobs.judge == "world":
-        world = WorldJudge()
-        return lambda _: OpenedJudge(world, "the embedded world's known reward", knobs.judge, reward=world.reward)
+    if (exact := known_reward(knobs)) is not None:
+        rater = knobs.rule or knobs.judge
+        return lambda _: OpenedJudge(exact, exact.name, rater, reward=exact.reward)
     if knobs.judge == "reward-model":
         check_reward_model(paths.REWARD_MODEL, graph.identity, table_digests(paths.PREFERENCE_DATA))
         return lambda candidates: _learned_rewards(graph, candidates, runtime, reporter, command)

@@ -20,6 +20,7 @@ _PALEST, _FULL = 0.04, 0.6
 
 _KINDS: Mapping[str, str] = {
     "world": "the embedded world's known reward",
+    "rule": "a rule that is checked exactly",
     "reward-model": "the reward model of stage reward",
     "hf": "a language model on this machine",
     "openai": "a language model behind a server",
@@ -34,7 +35,7 @@ def judge_table(metrics: Mapping[str, Any]) -> RunTable | None:
     if kind == "none":
         return None
     rows = [("judge", _KINDS.get(kind, kind))]
-    if kind in ("hf", "openai") and (name := metrics.get("judge_name")):
+    if kind in ("rule", "hf", "openai") and (name := metrics.get("judge_name")):
         rows.append(("name", name))
     rows += [
         (label, f"{metrics[key]:,}")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dpo_cli.core.errors import DataError
 from dpo_cli.data.world import task_of
 from dpo_cli.evaluation.judges.base import INVALID, Judgment, Question, one_by_one
-from dpo_cli.evaluation.judges.exact import WorldJudge, world_task
+from dpo_cli.evaluation.judges.exact import ExactJudge, world_reward, world_task
 from dpo_cli.evaluation.win_rate import Comparison, Pair, compare, compare_all, num_questions, summarise
 
 PROMPT = "Answer the message.\nTom: My watch broke today."
@@ -57,7 +57,7 @@ A, B, TIE = Judgment.of(0.9), Judgment.of(0.2), Judgment.of(0.5)
     [(GOOD, BAD, 1.0), (BAD, GOOD, 0.0), (GOOD, GOOD, 0.5), (BAD, "word salad", 0.5), ("", GOOD, 0.0)],
 )
 def test_the_higher_reward_wins(ours: str, theirs: str, win: float) -> None:
-    assert compare(WorldJudge(), PROMPT, ours, theirs) == win
+    assert compare(ExactJudge("world", world_reward), PROMPT, ours, theirs) == win
 
 
 @pytest.mark.parametrize("bias", [-1.0, 0.0, 1.0, 5.0])
@@ -194,7 +194,7 @@ def test_a_prompt_from_elsewhere_cannot_be_judged() -> None:
     with pytest.raises(
         DataError, match=r"'What is the capital.*' is not of the embedded world; .*evaluate.judge to none"
     ):
-        compare(WorldJudge(), "What is the capital of France?", "a", "b")
+        compare(ExactJudge("world", world_reward), "What is the capital of France?", "a", "b")
 
 
 def test_the_judge_knows_the_prompts_task() -> None:

@@ -1,0 +1,188 @@
+"""From prompts to a win rate: the SFT model's answers are sampled, scored, made into pairs, learned from and judged."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from dpo_cli.cli.app import app
+from dpo_cli.cli.sample import sample_files
+from dpo_cli.core import paths
+from dpo_cli.core.errors import DataError, ParamsError
+from dpo_cli.core.params import Params, parse_params
+from dpo_cli.data.rules import RULES
+
+K = 6
+PROMPTS = [f"Say {word}." for word in "one two three four five six seven eight nine ten eleven twelve".split()]
+TRAIN, UNSEEN = Path("data/prompts/train.jsonl"), Path("data/prompts/unseen.jsonl")
+
+
+def make_params(tiny_folder: Path, **evaluate: Any) -> Params:
+    training = {"learning_rate": 5e-3, "batch_size": 8, "max_steps": 30, "eval_steps": 0}
+    kwise = {"format": "kwise"}
+    return parse_params(
+        {
+            "data": {
+                "sft": {"path": "data/raw/instructions.jsonl"},
+                "preferences": {
+                    "path": "data/raw/train.parquet",
+                    **kwise,
+                    "split": "train",
+                    "also": [{"path": "data/raw/unseen.parquet", **kwise, "split": "eval"}],
+                },
+            },
+            "model": {"name": "tiny"},
+            "sft": {**training, "method": "full", "max_length": 128},
+            "reference": {"max_length": 128},
+            "train": {**training, "max_steps": 4},
+            "evaluate": {"judge": "rule", "rule": "one_sentence", "num_prompts": 0, "max_new_tokens": 8, **evaluate},
+            "runtime": {"model_path": str(tiny_folder), "device": "cpu", "checkpoint_minutes": 0},
+        }
+    )
+
+
+def run(stage: str, params: Params, reporter: Any) -> dict[str, Any]:
+    return importlib.import_module(f"dpo_cli.stages.{stage}").run(params, reporter)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, make_reporter: Callable[[], Any]) -> Path:
+    """A project with an SFT model whose answers end, and with two files of prompts."""
+    folder = tmp_path_factory.mktemp("sampled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_rows(TRAIN, [{"prompt": text} for text in [*PROMPTS[:8], PROMPTS[0]]])
+        write_rows(UNSEEN, [{"prompt": text} for text in PROMPTS[8:]])
+        rows = [{"prompt": f"{text} Now!", "completion": answer} for text in PROMPTS for answer in ("no", "no.")]
+        write_rows(paths.RAW / "instructions.jsonl", rows)
+        for stage in ("base", "convert_sft", "sft"):
+            run(stage, make_params(tiny_folder), make_reporter())
+    return folder
+
+
+@pytest.fixture
+def tuned(built: Path, tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Params:
+    """The settings of a copy of it, which is the working directory."""
+    folder = tmp_path / "project"
+    shutil.copytree(built, folder)
+    monkeypatch.chdir(folder)
+    return make_params(tiny_folder)
+
+
+def write_rows(path: Path, rows: Sequence[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return pl.read_parquet(path, glob=False).to_dicts()
+
+
+def test_from_prompts_to_a_win_rate(tuned: Params, make_reporter: Callable[[], Any]) -> None:
+    reporter = make_reporter()
+    figures = sample_files([TRAIN, UNSEEN], K, None, paths.RAW, tuned, reporter)
+    train = figures[TRAIN.as_posix()]
+    assert (train["num_read"], train["num_prompts"], train["num_answers"]) == (9, 8, 8 * K)
+    rows = rows_of(paths.RAW / "train.parquet")
+    assert sum(sum(row["counts"]) for row in rows) == 8 * K - train["num_cut_off"]
+    for row in rows:
+        texts = [turn["content"] for turn in row["completions"]]
+        assert len(set(texts)) == len(texts) == len(row["counts"]) == len(row["token_ids"])
+        assert row["scores"] == [RULES["one_sentence"].reward("", text) for text in texts]
+    assert train["num_tied"] < train["num_rows"]
+    for stage in ("convert_sft", "convert_preferences", "precompute_ref", "train"):
+        run(stage, tuned, make_reporter())
+    pairs = rows_of(paths.preference_table("train"))
+    assert pairs
+    assert {(pair["chosen_score"], pair["rejected_score"]) for pair in pairs} == {(1.0, 0.0)}
+    held_out = {pair["prompt"][0]["content"] for pair in rows_of(paths.preference_table("eval"))}
+    assert held_out <= set(PROMPTS[8:])
+    metrics = run("evaluate", tuned, make_reporter())
+    samples = json.loads((paths.report_dir("evaluate") / paths.SAMPLES).read_text(encoding="utf-8"))
+    right = {name: [RULES["one_sentence"].reward("", row[name]["text"]) for row in samples] for name in ("sft", "dpo")}
+    assert [row["dpo"]["reward"] for row in samples] == right["dpo"]
+    wins = [(1 + ours - theirs) / 2 for ours, theirs in zip(right["dpo"], right["sft"], strict=True)]
+    assert metrics["win_rate"] == pytest.approx(sum(wins) / len(wins))
+    assert metrics["win_rate_ceiling"] == 1 - sum(right["sft"]) / len(wins) / 2
+    assert metrics["judge_name"] == "the rule one_sentence: one short sentence without a preamble"
+    assert "well_formed_dpo" not in metrics
+
+
+def test_what_was_sampled_is_not_sampled_again(tuned: Params, make_reporter: Callable[..., Any]) -> None:
+    """A stopped run goes on where it was, and both the files and one more answer leave what is there as it is."""
+    sample_files([TRAIN], K, None, paths.SAMPLED, tuned, make_reporter())
+    whole = (paths.SAMPLED / "train.parquet").read_bytes()
+
+    def stop(done: int) -> None:
+        raise KeyboardInterrupt
+
+    small = tuned.model_copy(update={"runtime": tuned.runtime.model_copy(update={"max_tokens_per_microbatch": 16})})
+    scratch = Path(".scratch/sample")
+    scratch.rename("elsewhere")
+    with pytest.raises(KeyboardInterrupt):
+        sample_files([TRAIN], K, None, paths.SAMPLED, small, make_reporter(stop))
+    again = make_reporter()
+    sample_files([TRAIN], K, None, paths.SAMPLED, small, again)
+    [left] = [meter.total for meter in again.meters]
+    assert 0 < left < 8 * K
+    assert (paths.SAMPLED / "train.parquet").read_bytes() == whole
+
+    more = make_reporter()
+    sample_files([TRAIN], K + 1, None, paths.SAMPLED, small, more)
+    assert [meter.total for meter in more.meters] == [8]
+    known = make_reporter()
+    sample_files([TRAIN], K, None, paths.SAMPLED, small, known)
+    assert known.meters == []
+    assert (paths.SAMPLED / "train.parquet").read_bytes() == whole
+
+
+def test_a_tuned_model_answers_the_same_prompts(tuned: Params, make_reporter: Callable[[], Any]) -> None:
+    """With --model another model is asked; it is not the SFT model's answers that come back."""
+    sample_files([TRAIN], K, None, paths.RAW, tuned, make_reporter())
+    sample_files([UNSEEN], K, None, paths.RAW, tuned, make_reporter())
+    for stage in ("convert_preferences", "precompute_ref", "train"):
+        run(stage, tuned, make_reporter())
+    reporter = make_reporter()
+    sample_files([UNSEEN], K, paths.DPO_MODEL, paths.SAMPLED, tuned, reporter)
+    [meter] = reporter.meters
+    assert "dpo" in meter.label
+    assert (
+        pq.read_schema(paths.SAMPLED / "unseen.parquet").metadata[b"model"]
+        != (pq.read_schema(paths.RAW / "unseen.parquet").metadata[b"model"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"text": "Hello?"}, "data/prompts/train.jsonl, row 1 has no 'prompt'"),
+        ({"prompt": " "}, "data/prompts/train.jsonl, row 1 asks nothing: 'prompt' is empty"),
+        (["Hello?"], "data/prompts/train.jsonl, row 1 must be an object with a 'prompt', got a list of 1"),
+    ],
+)
+def test_a_row_without_a_prompt_is_named(
+    tuned: Params, row: Any, problem: str, make_reporter: Callable[[], Any]
+) -> None:
+    write_rows(TRAIN, [{"prompt": "Hello?"}, row])
+    with pytest.raises(DataError, match=f"^{re.escape(problem)}; correct the row, or take it out$"):
+        sample_files([TRAIN], K, None, paths.SAMPLED, tuned, make_reporter())
+    assert not paths.SAMPLED.exists()
+
+
+def test_options_without_effect_are_refused(tuned: Params, make_reporter: Callable[[], Any], tiny_folder: Path) -> None:
+    with pytest.raises(ParamsError, match=r"evaluate\.temperature 0 gives one answer 6 times"):
+        sample_files([TRAIN], K, None, paths.SAMPLED, make_params(tiny_folder, temperature=0.0), make_reporter())
+    with pytest.raises(ParamsError, match="two of the files have one name"):
+        sample_files([TRAIN, TRAIN], K, None, paths.SAMPLED, tuned, make_reporter())
+    result = CliRunner().invoke(app, ["sample", str(TRAIN), "--set", "train.beta=1"])
+    assert result.exit_code == ParamsError.exit_code
