@@ -310,7 +310,7 @@ class ReferenceParams(Section):
 class TrainParams(TrainingParams):
     """Direct Preference Optimization. Read by train; evaluate takes beta from what train made."""
 
-    learning_rate: float = knob(5e-6, "Peak learning rate.", gt=0, le=1)
+    learning_rate: float = knob(1e-4, "Peak learning rate.", gt=0, le=1)
     loss: LossName | dict[PairwiseName, Annotated[float, Field(gt=0, le=1e6)]] = knob(
         "sigmoid",
         "The objective, or several with their weights: {sigmoid: 1, sft: 0.1}. docs/objectives.md has a table of all:"
