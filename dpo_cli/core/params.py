@@ -107,6 +107,11 @@ class PreferenceSource(Source):
         "Pairs made of K ranked answers: all that are not tied, those of neighbouring ranks, or the best with the"
         " worst.",
     )
+    turns: Literal["last", "first"] = knob(
+        "last",
+        "Of chosen and rejected with several turns each: last takes those that differ in the last answer alone; first"
+        " compares the first answers in which they differ, and leaves out what follows.",
+    )
 
 
 class SftData(SftSource):
@@ -676,6 +681,8 @@ def _idle_columns(params: Params) -> list[str]:
                 found.append(f"{where}.weight has no effect with split eval: only train rows are weighted")
             if source.labels and source.format not in ("auto", "two_outputs"):
                 found.append(f"{where}.labels has no effect with format {source.format}; two_outputs reads it")
+            if isinstance(source, PreferenceSource) and source.turns == "first" and source.format in ("kwise", "oasst"):
+                found.append(f"{where}.turns has no effect with format {source.format}; it has single answers")
             if (
                 isinstance(source, PreferenceSource)
                 and source.pairs != "all"

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import read_json, write_json, write_json_array, write_text
@@ -22,8 +21,8 @@ from dpo_cli.core.params import EvaluateParams, Params, RuntimeParams, TrainPara
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.pieces import pieces_of
-from dpo_cli.data.schema import Messages, content_id, text_of
-from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_rejects
+from dpo_cli.data.schema import Messages, text_of
+from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_rejects, prompt_ids
 from dpo_cli.evaluation import tables
 from dpo_cli.evaluation.bootstrap import Estimate, Sampling
 from dpo_cli.evaluation.calibration import reliability_table
@@ -214,8 +213,7 @@ def _count_leaked_prompts(held_out: TokenTable) -> int:
     for path in (paths.SFT_DATA / "train.parquet", paths.PREFERENCE_DATA / "train.parquet"):
         if not path.is_file():
             raise StaleArtifactError(f"{path} is missing; run: dpo-cli repro")
-        for (prompt,) in pl.read_parquet(path, columns=["prompt"], glob=False).iter_rows():
-            seen.add(content_id(prompt))
+        seen |= prompt_ids(path)
     return sum(group in seen for group in held_out.prompts)
 
 
