@@ -69,6 +69,11 @@ class Source(Section):
         'What a label means that names the better of two outputs: {"1": first, "0": second}; "<1.5" stands for all'
         " numbers below.",
     )
+    unwrap: bool = knob(
+        False,
+        "Texts that are whole conversations as a chat template renders them (ChatML, Llama, Gemma, [INST],"
+        " ### Instruction and the like) become messages.",
+    )
     weight: float = knob(
         1.0,
         "How often a row of it is seen in an epoch: 0.5 takes half of its prompts (a hash decides), 2 takes every row"
@@ -310,7 +315,7 @@ class ReferenceParams(Section):
 class TrainParams(TrainingParams):
     """Direct Preference Optimization. Read by train; evaluate takes beta from what train made."""
 
-    learning_rate: float = knob(5e-6, "Peak learning rate.", gt=0, le=1)
+    learning_rate: float = knob(1e-4, "Peak learning rate.", gt=0, le=1)
     loss: LossName | dict[PairwiseName, Annotated[float, Field(gt=0, le=1e6)]] = knob(
         "sigmoid",
         "The objective, or several with their weights: {sigmoid: 1, sft: 0.1}. docs/objectives.md has a table of all:"

@@ -20,6 +20,8 @@ LENGTH_BIAS = 0.65
 
 _COLUMNS_SHOWN = 20
 _COLUMNS_KEPT = 1000
+MANY_MARKED = 0.5
+"""Share of rows with the marks of a chat template above which there is a warning."""
 
 
 @dataclass
@@ -34,6 +36,8 @@ class FileAccount:
         num_used: Rows of which something was written.
         formats: How many of them had which format.
         unread: How many of these have something in a column that nobody read, by column.
+        unwrapped: How many rows held a conversation as a chat template renders it, which was taken apart.
+        rendered: How many rows still hold one, by template.
         more_unread: Rows with further such columns, where these are too many to count.
         stopped: Whether max_rows ended the reading.
         first: The number of its first row among the rows of all files.
@@ -47,6 +51,8 @@ class FileAccount:
     formats: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)
     more_unread: bool = False
+    unwrapped: Counter[str] = field(default_factory=Counter)
+    rendered: Counter[str] = field(default_factory=Counter)
     stopped: bool = False
     first: int = 0
 
@@ -255,6 +261,9 @@ def account_rows(report: Conversion, rejects_file: Path | None) -> list[tuple[st
             rows.append(("", f"{account.num_rows} rows, {account.num_used} of them used{stopped}"))
         if unread := account.unread_text():
             rows.append(("not read", unread))
+        if account.unwrapped:
+            made_by = ", ".join(f"{template} {count}" for template, count in account.unwrapped.most_common())
+            rows.append(("taken apart", f"{sum(account.unwrapped.values())} rows of rendered conversations: {made_by}"))
     rows.append(("rows read", str(report.num_read)))
     rows.append(("rows used", str(report.num_used)))
     rows.append(("rows left out", str(report.num_rejected_rows)))
@@ -274,6 +283,27 @@ def account_rows(report: Conversion, rejects_file: Path | None) -> list[tuple[st
     return rows
 
 
+def _template_warnings(report: Conversion) -> list[str]:
+    """Texts that a chat template made already, to which the model's own will be applied again."""
+    warnings = []
+    for account in report.files:
+        num_rendered = sum(account.rendered.values())
+        if num_rendered > MANY_MARKED * sum(account.formats.values()):
+            (template, _), *_ = account.rendered.most_common()
+            warnings.append(
+                f"{account.path.as_posix()}: {num_rendered} of {account.num_rows} rows hold conversations that a chat"
+                f" template ({template}) has rendered, and the model's own template will be put around them; unwrap:"
+                " true in the source's settings makes messages of them"
+            )
+    marked = report.checks.get("chat_markers")
+    if not warnings and marked is not None and marked.policy == "keep" and report.rate("chat_markers") > MANY_MARKED:
+        warnings.append(
+            f"{marked.count} of {report.num_checked} examples hold marks of chat templates, and the model's own"
+            " template will be put around them; give bare texts or messages, or set data.checks.chat_markers to drop"
+        )
+    return warnings
+
+
 def warnings_of(report: Conversion) -> list[str]:
     """What the user should know of the data as a whole."""
     warnings = []
@@ -285,6 +315,7 @@ def warnings_of(report: Conversion) -> list[str]:
                 f"the preferred answer is the longer one in {share:.0%} of the pairs: a model may learn length"
                 " in place of quality"
             )
+    warnings += _template_warnings(report)
     lost = report.num_rejected_rows - report.num_sampled_out
     if report.num_read and lost > 0.2 * report.num_read:
         reasons = Counter({reason: n for reason, n in report.rejected.items() if reason != SAMPLED_OUT})

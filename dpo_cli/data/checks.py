@@ -30,8 +30,9 @@ CHECKS_OF: Mapping[str, tuple[str, ...]] = {
 """The checks that instruction data and preference data can fail."""
 
 _MARKERS = re.compile(
-    r"<\|[^|<>\s]{1,40}\|>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>|\n\n(?:Human|Assistant):"
-    r"|(?:^|\n)(?:Human|Assistant):|###\s?(?:Instruction|Response|Human|Assistant|User|System)\b"
+    r"<\|[^|<>\s]{1,40}\|>|<｜[^｜<>\s]{1,40}｜>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>"
+    r"|(?:^|\n)(?:Human|Assistant|User):|\b(?:USER|ASSISTANT):"
+    r"|###\s?(?:Instruction|Response|Human|Assistant|User|System)\b"
 )
 _PLACEHOLDER = re.compile(r"\{\{\s*[\w.-]{1,60}\s*\}\}")
 
@@ -40,11 +41,12 @@ def has_chat_markers(text: str) -> bool:
     """Whether a text holds marks by which some chat template ends or begins a turn."""
     # Most texts hold none of these signs, and to look for a single character costs next to nothing.
     if (
-        ("<" in text and ("<|" in text or "s>" in text or "_of_turn>" in text))
+        ("<" in text and ("<|" in text or "<｜" in text or "s>" in text or "_of_turn>" in text))
         or ("#" in text and "###" in text)
         or ("]" in text and "INST]" in text)
         or ("H" in text and "Human:" in text)
-        or ("A" in text and "Assistant:" in text)
+        or ("A" in text and ("Assistant:" in text or "ASSISTANT:" in text))
+        or ("U" in text and ("User:" in text or "USER:" in text))
     ):
         return _MARKERS.search(text) is not None
     return False

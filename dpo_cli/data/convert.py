@@ -134,6 +134,7 @@ def plan_of(source: Source, path: Path, policies: Mapping[str, str], eval_fracti
         labels={label_text(label): side for label, side in source.labels.items()},
         turns=getattr(source, "turns", "last"),
         pairs=source.pairs if isinstance(source, PreferenceSource) else "all",
+        unwrap=source.unwrap,
     )
     formats = SFT_FORMATS if kind == "sft" else PREFERENCE_FORMATS
     reader = RowReader(formats, source.format, source.columns, reading)
@@ -229,6 +230,8 @@ class _Run:
         account.num_rows += result.num_rows
         account.formats.update(result.formats)
         account.count_unread(result.unread)
+        account.unwrapped.update(result.unwrapped)
+        account.rendered.update(result.rendered)
 
     # --- comparing ----------------------------------------------------------------------------
 

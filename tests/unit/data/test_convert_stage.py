@@ -128,6 +128,15 @@ def labelled(number: int) -> list[dict[str, Any]]:
     ]
 
 
+def test_unwrap_without_rendered_conversations_has_no_effect(project: Path, reporter: Any) -> None:
+    write_raw("pairs.json", pairs(30))
+    source = {"path": "data/raw/pairs.json", "unwrap": True}
+    with pytest.raises(ParamsError, match="data.preferences: unwrap has no effect: data/raw/pairs.json holds no"):
+        convert_preferences.run(params(preferences=source), reporter)
+    with pytest.raises(ParamsError, match="data.sft: unwrap has no effect"):
+        convert_sft.run(params(sft=source), reporter)
+
+
 def test_labels_serve_both_readings_and_only_winners_become_instructions(project: Path, reporter: Any) -> None:
     write_raw("votes.json", labelled(90))
     source = {"path": "data/raw/votes.json"}
