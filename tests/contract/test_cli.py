@@ -75,7 +75,7 @@ def test_help_imports_neither_torch_nor_its_like() -> None:
     [
         ("cli.compare", ()),
         ("cli.agreement", ("polars",)),
-        ("cli.report", ()),
+        ("cli.report", ("pydantic",)),
         ("stages.base", ("polars", "pydantic")),
         ("stages.convert_sft", ("polars", "pydantic")),
         ("stages.sft", ("polars", "pydantic")),
