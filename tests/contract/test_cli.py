@@ -18,6 +18,8 @@ COMMANDS = [
     "data check",
     "data show",
     "data stats",
+    "model import",
+    "model info",
     "compare",
     "agreement",
     "capability",
