@@ -15,6 +15,8 @@ from dpo_cli.data.blocks import SAMPLED_OUT
 from dpo_cli.data.formats.base import shown_name
 
 SPLITS = ("train", "eval")
+MANY_CONFLICTS = 0.5
+"""Share of pairs whose scores contradict the choice, above which something may be swapped."""
 LENGTH_BIAS = 0.65
 """Share of pairs whose preferred answer is the longer one, above which there is a warning."""
 
@@ -154,6 +156,9 @@ class Conversion:
         num_checked: Examples that no check of a single one left out; later they are compared with each other.
         rejected: How many rows or parts of rows were left out for which reason.
         checks: What each check found.
+        split_by: What of a prompt decides its split: its ``opening``, or the whole ``prompt``.
+        empty_split: Why a split that the sources do not leave out has no rows, and what to do; empty: none is so.
+        cannot_split: Whether that is for want of distinct prompts, however many rows there are.
         blocks: The files in blocks, in order; their rows lie in the working folder.
     """
 
@@ -168,6 +173,9 @@ class Conversion:
     num_checked: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     checks: dict[str, Finding] = field(default_factory=dict)
+    split_by: str = "opening"
+    empty_split: str = ""
+    cannot_split: bool = False
     blocks: list[ConvertedBlock] = field(default_factory=list)
 
     def rate(self, check: str) -> float:
@@ -269,6 +277,8 @@ def account_rows(report: Conversion, rejects_file: Path | None) -> list[tuple[st
     rows.append(("rows left out", str(report.num_rejected_rows)))
     written = "would go to" if rejects_file is None else "written to"
     rows += [(f"{written} {split}", str(report.num_written[split])) for split in SPLITS]
+    if report.split_by == "prompt":
+        rows.append(("split by", "the whole prompt: conversations that begin alike may be on both sides"))
     if report.num_copies:
         rows.append(("repeated by weight", f"{report.num_copies} of these"))
     if sum(report.num_rankings.values()):
@@ -315,6 +325,12 @@ def warnings_of(report: Conversion) -> list[str]:
                 f"the preferred answer is the longer one in {share:.0%} of the pairs: a model may learn length"
                 " in place of quality"
             )
+    conflict = report.checks.get("score_conflict")
+    if conflict is not None and conflict.policy == "keep" and report.rate("score_conflict") >= MANY_CONFLICTS:
+        warnings.append(
+            f"the preferred answer's score is not the higher one in {report.rate('score_conflict'):.0%} of the pairs:"
+            " are the answers, or the scores, the wrong way round?"
+        )
     warnings += _template_warnings(report)
     lost = report.num_rejected_rows - report.num_sampled_out
     if report.num_read and lost > 0.2 * report.num_read:

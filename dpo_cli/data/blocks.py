@@ -49,7 +49,7 @@ from dpo_cli.data.schema import (
     table_of,
     text_of,
 )
-from dpo_cli.data.splits import opening_of, position_of
+from dpo_cli.data.splits import deciding_part, position_of
 
 SAMPLED_OUT = "sampled_out"
 """The reason for which a source's weight leaves a row out."""
@@ -59,7 +59,7 @@ DIGESTS = np.dtype(
         ("id_high", "<u8"),
         ("id_low", "<u8"),
         ("group", "<u8"),
-        ("opening", "<u8"),
+        ("opening", "<u8"),  # or of the whole prompt, where that decides the split
         ("sides", "<u8"),  # of the two answers, whatever their order
         ("flipped", "u1"),  # in which order they are
         ("held_out", "u1"),
@@ -93,6 +93,7 @@ class BlockPlan:
         policies: What to do with what each check finds.
         eval_fraction: Share of prompts held out; 0 or 1 sends all of it to one split.
         weight: How often a train row is taken.
+        split_by: What of a prompt decides its split: its ``opening``, or the whole ``prompt``.
     """
 
     path: Path
@@ -104,6 +105,7 @@ class BlockPlan:
     policies: Mapping[str, str]
     eval_fraction: float
     weight: float
+    split_by: str = "opening"
 
     def reader(self) -> RowReader:
         """The reader of its rows."""
@@ -320,7 +322,7 @@ class _Rows:
         self._rows.append((example_id, sides, flipped, *place, *columns))
 
     def _facts_of(self, prompt: Messages) -> tuple[str, str, bool, int]:
-        """The ids of a prompt and its opening, its split, and how often its rows are taken.
+        """The ids of a prompt and of what decides its split, that split, and how often its rows are taken.
 
         They are remembered for the other pairs of a ranking.
         """
@@ -328,7 +330,7 @@ class _Rows:
             return self._prompt_facts
         plan = self._plan
         group = content_id(prompt)
-        opening = opening_of(prompt)
+        opening = deciding_part(prompt, plan.split_by)
         opening_id = group if opening is prompt else content_id(opening)
         held_out = position_of(opening_id) < plan.eval_fraction
         copies = 1 if held_out or plan.weight == 1 else int(plan.weight) + (position_of(group[16:]) < plan.weight % 1)

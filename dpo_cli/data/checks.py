@@ -24,8 +24,8 @@ _OF_TEXTS = ("chat_markers", "placeholders", "replacement_characters")
 CHECKS_OF: Mapping[str, tuple[str, ...]] = {
     "sft": (*_OF_BOTH, "empty_completion", *_OF_TEXTS),
     "preference": (
-        *_OF_BOTH, "empty_chosen", "empty_rejected", "equal_sides", "tie", "contradiction", "prefix_sides",
-        "longer_chosen", *_OF_TEXTS,
+        *_OF_BOTH, "empty_chosen", "empty_rejected", "equal_sides", "tie", "contradiction", "score_conflict",
+        "prefix_sides", "longer_chosen", *_OF_TEXTS,
     ),
 }  # fmt: skip
 """The checks that instruction data and preference data can fail."""
@@ -113,6 +113,9 @@ def check_preference(example: PreferenceExample) -> list[str]:
         found.append("equal_sides")
     elif chosen and rejected and (chosen.startswith(rejected) or rejected.startswith(chosen)):
         found.append("prefix_sides")
+    scores = example.chosen_score, example.rejected_score
+    if scores[0] is not None and scores[1] is not None and scores[0] <= scores[1]:
+        found.append("score_conflict")
     if len(chosen) > len(rejected):
         found.append("longer_chosen")
     return found
@@ -125,8 +128,9 @@ def reason_to_drop(found: list[str], policies: Mapping[str, str]) -> str | None:
 
 
 _ORDER = (
-    "empty_prompt", "empty_completion", "empty_chosen", "empty_rejected", "equal_sides", "prefix_sides",
-    "chat_markers", "placeholders", "replacement_characters", "turn_order", "no_input", "longer_chosen",
+    "empty_prompt", "empty_completion", "empty_chosen", "empty_rejected", "equal_sides", "score_conflict",
+    "prefix_sides", "chat_markers", "placeholders", "replacement_characters", "turn_order", "no_input",
+    "longer_chosen",
 )  # fmt: skip
 """The one that is named where an example fails several."""
 
@@ -136,6 +140,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "empty_chosen": "has an empty preferred answer",
     "empty_rejected": "has an empty rejected answer",
     "equal_sides": "has two equal answers",
+    "score_conflict": "has a preferred answer whose score is not the higher one",
     "prefix_sides": "has an answer that is the beginning of the other",
     "chat_markers": "holds marks of chat templates",
     "placeholders": "holds {{placeholders}}",

@@ -79,6 +79,7 @@ def _convert_and_publish(
                 work,
                 out,
                 listing,
+                split_by=params.data.split_by,
                 workers=params.runtime.workers or os.cpu_count() or 1,
                 on_bytes=meter.advance,
             )
