@@ -261,6 +261,13 @@ class TokenChecks(Section):
 
     over_long: StrictPolicy = knob("drop", "The row has more than max_length tokens; nothing is ever cut off.")
     lost_eos: Policy = knob("drop", "An answer does not end with a token that ends the model's turn.")
+    lost_text: Policy = knob(
+        "drop", "Text of an answer, or of a turn before it, is not among the tokens: the chat template leaves it out."
+    )
+    equal_sides: Policy = knob("drop", "Two answers are the same token by token.")
+    doubled_opener: Policy = knob("drop", "An answer begins with what the chat template opens before it: <think>.")
+    tools_not_shown: Policy = knob("drop", "The chat template does not show the row's tools or calls.")
+    reasoning_not_shown: Policy = knob("drop", "The chat template does not show the reasoning of an answer.")
     double_bos: Policy = knob(
         "keep", "The prompt begins with two BOS tokens: the template writes one, the text another."
     )
@@ -768,6 +775,12 @@ def _impossible_texts(value: Any, where: str) -> Iterator[str]:
             yield f"{where} holds a name that is longer than the {_LONGEST_NAME} bytes of a file's, got {shown(value)}"
 
 
+_TOLD_ANYWAY = (
+    "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "bos_token", "eos_token",
+    "pad_token", "unk_token",
+)  # fmt: skip
+
+
 def _contradictions(params: Params) -> list[str]:
     """Settings that contradict each other, and settings that were moved from their default for nothing."""
     found: list[str] = []
@@ -777,6 +790,10 @@ def _contradictions(params: Params) -> list[str]:
             found.append("runtime.model_path has no effect with model.name embedded; give the model a name of its own")
         if model.chat_template != "auto":
             found.append("model.chat_template has no effect with model.name embedded; leave it at auto")
+        if model.template_options:
+            found.append(
+                "model.template_options has no effect with model.name embedded, whose chat template reads none"
+            )
     else:
         found += [
             f"model.{name} has no effect with model.name {model.name}; only the embedded model is built here"
@@ -787,6 +804,13 @@ def _contradictions(params: Params) -> list[str]:
             f"data.eval_fraction must be <= {WORLD_HELD_OUT:g} with evaluate.judge world, got"
             f" {params.data.eval_fraction:g}: the embedded model has read the other prompts"
         )
+    found += [
+        f"model.template_options.{name} has no effect: the chat template is told that anyway"
+        if name in _TOLD_ANYWAY
+        else f"model.template_options.{name} is no name of a variable in a chat template"
+        for name in model.template_options
+        if name in _TOLD_ANYWAY or not name.isidentifier()
+    ]
     found += idle_evaluate_settings(params.evaluate)
     if params.runtime.judge_path is not None and params.evaluate.judge != "hf":
         found.append(f"runtime.judge_path has no effect with evaluate.judge {params.evaluate.judge}; judge hf reads it")
