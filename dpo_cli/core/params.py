@@ -191,6 +191,14 @@ class ModelParams(Section):
     chat_template: Literal["auto", "plain", "chatml", "alpaca"] = knob(
         "auto", "'auto' takes the model's own chat template; a name overrides it, and is needed where it has none."
     )
+    template_options: dict[str, Any] = knob(
+        {}, "What the chat template is told beside the messages: {enable_thinking: false}."
+    )
+    system: Literal["keep", "fold"] = knob(
+        "keep",
+        "keep: system turns go to the chat template as they are; fold: their text goes before the user's turn, for"
+        " templates that take no system turn.",
+    )
     seed: int = knob(0, "Seed of the embedded model's weights and text.", ge=0, le=2**32 - 1)
     pretrain_steps: int = knob(
         900, "Steps for which the embedded model is pretrained.", unit="optimizer steps", ge=1, le=10**6
@@ -264,7 +272,6 @@ class TokenChecks(Section):
     lost_text: Policy = knob(
         "drop", "Text of an answer, or of a turn before it, is not among the tokens: the chat template leaves it out."
     )
-    equal_sides: Policy = knob("drop", "Two answers are the same token by token.")
     doubled_opener: Policy = knob("drop", "An answer begins with what the chat template opens before it: <think>.")
     tools_not_shown: Policy = knob("drop", "The chat template does not show the row's tools or calls.")
     reasoning_not_shown: Policy = knob("drop", "The chat template does not show the reasoning of an answer.")
@@ -272,6 +279,12 @@ class TokenChecks(Section):
         "keep", "The prompt begins with two BOS tokens: the template writes one, the text another."
     )
     double_eos: Policy = knob("keep", "An answer's text ends with an end token of its own; one is scored.")
+
+
+class PairTokenChecks(TokenChecks):
+    """The same for rows with several answers."""
+
+    equal_sides: Policy = knob("drop", "Two answers are the same token by token.")
 
 
 class SftParams(TrainingParams):
@@ -311,7 +324,9 @@ class ReferenceParams(Section):
         "Where the data has rankings, score all their answers, as train.loss plackett_luce needs; false: only those"
         " in pairs.",
     )
-    checks: TokenChecks = Field(default_factory=TokenChecks, description="What is done with pairs by their tokens.")
+    checks: PairTokenChecks = Field(
+        default_factory=PairTokenChecks, description="What is done with pairs by their tokens."
+    )
 
 
 class TrainParams(TrainingParams):
@@ -804,13 +819,13 @@ def _contradictions(params: Params) -> list[str]:
             f"data.eval_fraction must be <= {WORLD_HELD_OUT:g} with evaluate.judge world, got"
             f" {params.data.eval_fraction:g}: the embedded model has read the other prompts"
         )
-    found += [
-        f"model.template_options.{name} has no effect: the chat template is told that anyway"
-        if name in _TOLD_ANYWAY
-        else f"model.template_options.{name} is no name of a variable in a chat template"
-        for name in model.template_options
-        if name in _TOLD_ANYWAY or not name.isidentifier()
-    ]
+    for name, value in model.template_options.items():
+        if name in _TOLD_ANYWAY:
+            found.append(f"model.template_options.{name} has no effect: the chat template is told that anyway")
+        elif not name.isidentifier():
+            found.append(f"model.template_options.{name} is no name of a variable in a chat template")
+        elif not isinstance(value, bool | int | float | str):
+            found.append(f"model.template_options.{name} must be true, false, a number or text, got {value!r}")
     found += idle_evaluate_settings(params.evaluate)
     if params.runtime.judge_path is not None and params.evaluate.judge != "hf":
         found.append(f"runtime.judge_path has no effect with evaluate.judge {params.evaluate.judge}; judge hf reads it")

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_cli.core.errors import MachineError, ParamsError
-from dpo_cli.core.params import TokenChecks
+from dpo_cli.core.params import PairTokenChecks
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.formats.base import RowProblem
 from dpo_cli.data.schema import (
@@ -249,7 +249,7 @@ def test_such_rows_are_left_out_by_name_with_what_helps(tmp_path: Path, encoder:
 
     def table(template: str, **policies: str) -> TokenTable:
         return tokenise_table(
-            path, ("chosen", "rejected"), encoder(template), 99, TokenChecks().model_dump() | policies, "run: x"
+            path, ("chosen", "rejected"), encoder(template), 99, PairTokenChecks().model_dump() | policies, "run: x"
         )
 
     left = table(CHATML)
