@@ -69,6 +69,11 @@ class Source(Section):
         'What a label means that names the better of two outputs: {"1": first, "0": second}; "<1.5" stands for all'
         " numbers below.",
     )
+    unwrap: bool = knob(
+        False,
+        "Texts that are whole conversations as a chat template renders them (ChatML, Llama, Gemma, [INST],"
+        " ### Instruction and the like) become messages.",
+    )
     weight: float = knob(
         1.0,
         "How often a row of it is seen in an epoch: 0.5 takes half of its prompts (a hash decides), 2 takes every row"
@@ -107,7 +112,7 @@ class PreferenceSource(Source):
         "Pairs made of K ranked answers: all that are not tied, those of neighbouring ranks, or the best with the"
         " worst.",
     )
-    turns: Literal["last", "first"] = knob(
+    compare: Literal["last", "first"] = knob(
         "last",
         "Of chosen and rejected with several turns each: last takes those that differ in the last answer alone; first"
         " compares the first answers in which they differ, and leaves out what follows.",
@@ -155,6 +160,9 @@ class DataChecks(Section):
     shared_prompt: Policy = knob(
         "drop", "A train row's prompt is in eval, too; only sources with a split of their own can have it."
     )
+    score_conflict: Policy = knob(
+        "keep", "The preferred answer's score is lower than the other's, or the same; keep: the choice counts."
+    )
     repeated_prompt: Policy = knob("keep", "An earlier row has the same prompt with other answers.")
     prefix_sides: Policy = knob("keep", "One answer is the beginning of the other.")
     longer_chosen: Policy = knob("keep", "The preferred answer is the longer one: length bias where it is not half.")
@@ -174,6 +182,11 @@ class DataParams(Section):
         " none.",
         gt=0,
         lt=1,
+    )
+    split_by: Literal["opening", "prompt"] = knob(
+        "opening",
+        "What is hashed: opening, all up to the first user turn, so that no conversation is on both sides; or the whole"
+        " prompt, for conversations that all begin alike.",
     )
     checks: DataChecks = Field(default_factory=DataChecks, description="What is done with rows that a check finds.")
 
@@ -332,7 +345,7 @@ class ReferenceParams(Section):
 class TrainParams(TrainingParams):
     """Direct Preference Optimization. Read by train; evaluate takes beta from what train made."""
 
-    learning_rate: float = knob(5e-6, "Peak learning rate.", gt=0, le=1)
+    learning_rate: float = knob(1e-4, "Peak learning rate.", gt=0, le=1)
     loss: LossName | dict[PairwiseName, Annotated[float, Field(gt=0, le=1e6)]] = knob(
         "sigmoid",
         "The objective, or several with their weights: {sigmoid: 1, sft: 0.1}. docs/objectives.md has a table of all:"
@@ -703,8 +716,12 @@ def _idle_columns(params: Params) -> list[str]:
                 found.append(f"{where}.weight has no effect with split eval: only train rows are weighted")
             if source.labels and source.format not in ("auto", "two_outputs"):
                 found.append(f"{where}.labels has no effect with format {source.format}; two_outputs reads it")
-            if isinstance(source, PreferenceSource) and source.turns == "first" and source.format in ("kwise", "oasst"):
-                found.append(f"{where}.turns has no effect with format {source.format}; it has single answers")
+            if (
+                isinstance(source, PreferenceSource)
+                and source.compare == "first"
+                and source.format in ("kwise", "oasst")
+            ):
+                found.append(f"{where}.compare has no effect with format {source.format}; it has single answers")
             if (
                 isinstance(source, PreferenceSource)
                 and source.pairs != "all"

@@ -20,7 +20,7 @@ from jinja2 import TemplateError
 
 from dpo_cli.core.errors import MachineError, ParamsError
 from dpo_cli.data.formats.base import RowProblem
-from dpo_cli.data.schema import TOOLS, Message, Messages, assistant, is_plain, user
+from dpo_cli.data.schema import TOOLS, Message, Messages, assistant, is_plain, user, with_tools
 
 NAMED_TEMPLATES = {
     "plain": (
@@ -102,6 +102,15 @@ class Encoding:
     prompt_text: str
     texts: list[str]
 
+    def only(self, places: Sequence[int]) -> Encoding:
+        """The same with some of the completions, by their places."""
+        return Encoding(
+            self.prompt,
+            [self.completions[place] for place in places],
+            self.prompt_text,
+            [self.texts[place] for place in places],
+        )
+
 
 class ChatEncoder:
     """Encodes messages with one tokenizer and one chat template.
@@ -121,6 +130,7 @@ class ChatEncoder:
         opener: What the template writes before every answer that has no reasoning, and its
             generation prompt does not; mostly nothing.
         warnings: What is odd about template and tokenizer, in whole sentences.
+        num_rows: Rows of the model's embedding, where that is known: an id must be below it.
 
     Raises:
         MachineError: The tokenizer has no EOS token, no template where ``auto`` asks for it, or not
@@ -146,6 +156,7 @@ class ChatEncoder:
                 "the model has no chat template; set model.chat_template to one of " + ", ".join(NAMED_TEMPLATES)
             )
         self._tokenizer = tokenizer
+        self.num_rows: int | None = None
         self._folds = system == "fold"
         self._today = {} if "date_string" in (options or {}) else {"date_string": _TODAY.strftime("%d %b %Y")}
         self._use(_with_options(NAMED_TEMPLATES.get(template) or str(own), options or {}))
@@ -429,7 +440,13 @@ class ChatEncoder:
         return f"; two turns of the {twice} follow each other, which can be joined in the file" if twice else ""
 
     def _tokenise(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        if self.num_rows is not None and ids and max(ids) >= self.num_rows:
+            token = self._tokenizer.decode([max(ids)])
+            raise RowProblem(
+                "unknown_token", f"holds {token!r}, token {max(ids)}: the model's embedding has {self.num_rows} rows"
+            )
+        return ids
 
 
 def _with_options(template: str, options: Mapping[str, Any]) -> str:
@@ -455,11 +472,12 @@ def _fold_system(messages: Messages) -> Messages:
             waiting.append(message)
         elif message["role"] == "user" and waiting:
             said = "\n\n".join(each["content"] for each in [*waiting, message])
-            folded.append({**waiting[0], **message, "content": said})
+            folded.append({**message, "content": said})
             waiting = []
         else:
             folded.append(message)
-    return [*folded, *({**message, "role": "user"} for message in waiting)]
+    folded += [user(message["content"]) for message in waiting]
+    return with_tools(folded, messages[0][TOOLS]) if messages and TOOLS in messages[0] else folded
 
 
 def _as_openai(message: Message) -> dict[str, Any]:

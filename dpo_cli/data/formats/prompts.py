@@ -17,7 +17,7 @@ from dpo_cli.data.formats.content import (
     refuse_python,
     turns_in,
 )
-from dpo_cli.data.formats.transcripts import is_open_transcript, read_open_transcript
+from dpo_cli.data.formats.transcripts import ends_like_open, is_open_transcript, read_open_transcript
 from dpo_cli.data.schema import Messages, RawRow, assistant, user
 
 PROMPT_NAMES: dict[str, tuple[str, ...]] = {
@@ -77,7 +77,7 @@ def read_prompt(row: RawRow, reading: Reading) -> Messages:
     """``prompt`` as text, messages or a transcript, or ``instruction``; ``input`` stands on a new line below."""
     value = row.get("prompt")
     if type(value) is str:
-        if value[:1] not in _ODD_STARTS and "input" not in row:
+        if value[:1] not in _ODD_STARTS and "input" not in row and not ends_like_open(value):
             asked = [user(value)]
         else:
             asked = _read_odd_prompt(value, row, reading)
@@ -239,7 +239,7 @@ def split_turns(before: Messages, chosen: Messages, rejected: Messages, reading:
     """Prompt, chosen and rejected answer in two conversations that go on from the same messages.
 
     All that both share up to their last messages belongs to the prompt. What follows must be one
-    answer of each; with ``turns: first`` the first one counts, and what follows it is left out: only
+    answer of each; with ``compare: first`` the first one counts, and what follows it is left out: only
     up to there do both answer the same prompt.
 
     Raises:
@@ -252,13 +252,13 @@ def split_turns(before: Messages, chosen: Messages, rejected: Messages, reading:
     longest = max(map(len, sides))
     if longest > 1 and any(side[0]["role"] != "assistant" for side in sides):
         raise RowProblem("diverges_early", "the two sides part in a turn that is no answer")
-    if longest > 1 and reading.turns == "first":
+    if longest > 1 and reading.compare == "first":
         sides = [side[:1] for side in sides]
     elif longest > 1:
         raise RowProblem(
             "diverges_early",
             f"the two sides part before the last answer: {len(sides[0])} and {len(sides[1])} turns follow what they"
-            " share, and DPO compares two answers to one prompt; say turns: first to compare the first answers in"
+            " share, and DPO compares two answers to one prompt; say compare: first to compare the first answers in"
             " which they differ",
         )
     prompt = check_prompt([*before, *chosen[:cut]])
