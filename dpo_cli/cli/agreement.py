@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dpo_cli.cli.console import open_console
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import write_json, write_text
 from dpo_cli.core.errors import DataError, ParamsError
@@ -88,7 +89,7 @@ def print_table(found: AgreementTable, console: Console | None = None) -> None:
         found: What to print.
         console: Where; None: standard output.
     """
-    console = console or Console(highlight=False)
+    console = console or open_console()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
     table.add_column("")
     for each in found.methods:

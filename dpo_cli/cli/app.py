@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import json
 import os
@@ -19,12 +18,15 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from dpo_cli.cli.console import ConsoleReporter
+from dpo_cli.cli.machine import machine_problem
+from dpo_cli.cli.record import HandRun
 from dpo_cli.cli.repro import EXIT_CODE_FILE, reproduce
 from dpo_cli.core import paths
 from dpo_cli.core.environment import claim_gpu, is_first_process, prepare_environment
 from dpo_cli.core.errors import DataError, DpoCliError, Interrupted, MachineError, ParamsError
 from dpo_cli.core.pipeline import STAGES, Stage
 from dpo_cli.core.scratch import die_with_parent
+from dpo_cli.core.text import in_one_line
 
 
 def _examples(*lines: str) -> str:
@@ -131,25 +133,10 @@ def _errors_as_exit_codes(*, as_json: bool) -> Iterator[None]:
         _fail(Interrupted("stopped; nothing was published and nothing saved is lost; run it again"), as_json=as_json)
     except DpoCliError as error:
         _fail(error, as_json=as_json)
-    except (MemoryError, OSError, RuntimeError) as error:
-        if (problem := _machine_problem(error)) is None:
+    except Exception as error:
+        if (problem := machine_problem(error)) is None:
             raise
         _fail(MachineError(problem), as_json=as_json)
-
-
-def _machine_problem(error: Exception) -> str | None:
-    """What the machine lacks, where that is what went wrong: memory, room on the disk, or a right."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported
-        return "out of memory; lower runtime.max_tokens_per_microbatch in params.yaml, then run it again to go on"
-    if isinstance(error, OSError) and error.errno in (
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EACCES,
-        errno.EPERM,
-        errno.EROFS,
-    ):
-        return f"{error.filename or 'a file'} cannot be written or read: {error.strerror}; free room or mend the rights"
-    return None
 
 
 def _forced(match: re.Match[str]) -> str:
@@ -164,7 +151,7 @@ def _fail(error: DpoCliError, *, as_json: bool) -> NoReturn:
         # DVC's cache of runs would bring back what the user is to make anew, were it not forced
         error.problems = [re.sub(r"run: dpo-cli ([a-z-]+)", _forced, problem) for problem in error.problems]
     for problem in error.problems:
-        typer.echo(f"dpo-cli: {'' if isinstance(error, Interrupted) else 'error: '}{problem}", err=True)
+        typer.echo(f"dpo-cli: {'' if isinstance(error, Interrupted) else 'error: '}{in_one_line(problem)}", err=True)
     if as_json and is_first_process():
         typer.echo(json.dumps({"errors": error.problems, "exit_code": error.exit_code}, ensure_ascii=False))
     if report_to := os.environ.get(EXIT_CODE_FILE):
@@ -184,9 +171,12 @@ def _run_stage(stage: Stage, overrides: list[str], *, as_json: bool) -> None:
         params = load_params(paths.PARAMS, overrides)
         _refuse_unread(stage.command, (*stage.params, "runtime"), overrides)
         die_with_parent()
-        run: Callable[..., dict[str, Any]] = importlib.import_module(stage.module).run
         told = stage.name == "evaluate" and EXIT_CODE_FILE in os.environ  # repro prints the verdict at its end
-        metrics = run(params, ConsoleReporter(show_tables=not (as_json or told)))
+        reporter = ConsoleReporter(show_tables=not (as_json or told))
+        by_hand = HandRun(stage, overrides, reporter)
+        run: Callable[..., dict[str, Any]] = importlib.import_module(stage.module).run
+        metrics = run(params, reporter)
+        by_hand.record()
     if as_json and is_first_process():
         typer.echo(json.dumps({stage.name: metrics}, ensure_ascii=False))
 
@@ -277,7 +267,10 @@ def report_command(
     with _errors_as_exit_codes(as_json=False):
         from dpo_cli.cli.report import make_report  # here, so that --help does not wait for it
 
-        make_report(is_opened=not no_open, reporter=ConsoleReporter())
+        reporter = ConsoleReporter()
+        by_hand = HandRun(STAGES[-1], [], reporter)
+        make_report(is_opened=not no_open, reporter=reporter)
+        by_hand.record()
 
 
 # --- data ---------------------------------------------------------------------------------
@@ -532,23 +525,24 @@ def compare_command(
             raise ParamsError("--metric has no effect with --all; give one of them")
         if overrides and not judge:
             raise ParamsError("--set has no effect without --judge: nothing else is computed")
-        from dpo_cli.cli import compare, head_to_head  # here, so that --help does not wait for it
+        from dpo_cli.cli import compare  # here, so that --help does not wait for it
 
         found = compare.compare(names or [], baseline, metrics or [], every=every)
+        head_to_head = importlib.import_module("dpo_cli.cli.head_to_head") if judge else None  # it loads torch
         judged = None
-        if judge:
+        if head_to_head is not None:
             reporter = ConsoleReporter(show_tables=not as_json)
             judged = head_to_head.judge_experiments(found.experiments, overrides or [], reporter)
         if csv_file is not None:
             compare.write_csv(found, csv_file)
         if as_json:
             figures = compare.as_json(found)
-            if judged is not None:
+            if head_to_head is not None:
                 figures["head_to_head"] = head_to_head.head_to_head_json(judged)
             typer.echo(json.dumps(figures, ensure_ascii=False))
         else:
             compare.print_comparison(found)
-            if judged is not None:
+            if head_to_head is not None:
                 head_to_head.print_head_to_head(judged)
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dpo_cli.cli.console import open_console
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import read_json, write_json, write_json_lines
 from dpo_cli.core.errors import MachineError, StaleArtifactError
@@ -166,7 +167,7 @@ def print_table(found: Capability, console: Console | None = None) -> None:
         found: What to print.
         console: Where; None: standard output.
     """
-    console = console or Console(highlight=False)
+    console = console or open_console()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
     for title in ("task", "metric", "items", *(NAMES[model] for model in MODELS)):
         table.add_column(Text(title), overflow="fold")

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dpo_cli.cli.console import open_console
 from dpo_cli.cli.experiments import WORKSPACE, experiment_refs, head, is_here, read_experiment, revisions_of
 from dpo_cli.core.artifacts import write_text
 from dpo_cli.core.errors import ParamsError, StaleArtifactError
@@ -207,7 +208,7 @@ def print_comparison(found: Comparison, console: Console | None = None) -> None:
         found: What to print.
         console: Where; None: standard output.
     """
-    console = console or Console(highlight=False)
+    console = console or open_console()
     names = _Column(["experiment"], [[experiment.name] for experiment in found.experiments])
     name_width = min(names.width, _WIDEST_NAME)
     room = max(console.width, _NARROWEST) - name_width

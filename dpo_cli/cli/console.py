@@ -10,7 +10,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     Progress,
@@ -21,12 +22,40 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from dpo_cli.core.progress import Meter
+from dpo_cli.core.text import in_one_line, printable
 
 _PLAIN_INTERVAL_S = 10.0
+
+
+def open_console(*, stderr: bool = False) -> Console:
+    """A console on which nothing that is printed can steer the terminal."""
+    console = Console(stderr=stderr, highlight=False)
+    console.push_render_hook(_PrintableHook())
+    return console
+
+
+class _PrintableHook(RenderHook):
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Printable(renderable) for renderable in renderables]
+
+
+class _Printable:
+    """Something to print, with the control characters in its texts spelled out."""
+
+    def __init__(self, renderable: ConsoleRenderable) -> None:
+        self._renderable = renderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self._renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement.get(console, options, self._renderable)
 
 
 class ConsoleReporter:
@@ -37,17 +66,17 @@ class ConsoleReporter:
     """
 
     def __init__(self, *, show_tables: bool = True) -> None:
-        self._notes = Console(stderr=True, highlight=False)
-        self._results = Console(highlight=False)
+        self._notes = open_console(stderr=True)
+        self._results = open_console()
         self._show_tables = show_tables
 
     def say(self, text: str) -> None:
         """One line the user should see."""
-        self._notes.print(Text(text), soft_wrap=True)
+        self._notes.print(Text(in_one_line(text)), soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """One line the user should act on or know of."""
-        self._notes.print(Text.assemble(("warning: ", "bold yellow"), text), soft_wrap=True)
+        self._notes.print(Text.assemble(("warning: ", "bold yellow"), in_one_line(text)), soft_wrap=True)
 
     @contextmanager
     def meter(self, label: str, total: int, unit: str) -> Iterator[Meter]:
@@ -58,17 +87,17 @@ class ConsoleReporter:
             meter.close()
             return
         columns: list[ProgressColumn | str] = [
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TaskProgressColumn(),
             _AmountColumn(unit),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         ]
         with Progress(*columns, console=self._notes) as progress:
-            yield _BarMeter(progress, progress.add_task(label, total=total, note=""))
+            yield _BarMeter(progress, progress.add_task(in_one_line(label), total=total, note=""))
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Print a summary."""
@@ -92,7 +121,7 @@ class _BarMeter:
         self._progress.advance(self._task, amount)  # type: ignore[arg-type]
 
     def note(self, text: str) -> None:
-        self._progress.update(self._task, note=text)  # type: ignore[arg-type]
+        self._progress.update(self._task, note=in_one_line(text))  # type: ignore[arg-type]
 
 
 class _AmountColumn(ProgressColumn):

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dpo_cli.cli.console import open_console
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.core.params import load_params
@@ -66,7 +67,7 @@ def judge_experiments(experiments: Sequence[Experiment], overrides: Sequence[str
 
 def print_head_to_head(found: HeadToHead, console: Console | None = None) -> None:
     """Print win rates of rows over columns, and strengths."""
-    console = console or Console(highlight=False)
+    console = console or open_console()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
     table.add_column(Text("win rate of"), overflow="fold")
     for name in found.models:

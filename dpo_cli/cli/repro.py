@@ -33,7 +33,7 @@ def reproduce(targets: Sequence[str], *, force: bool, reporter: Reporter) -> int
         0, or the exit code of the stage that failed, or DVC's own.
 
     Raises:
-        ParamsError: This is no project folder, or there is no such stage.
+        ParamsError: This is no project folder, there is no such stage, or params.yaml is wrong.
     """
     for path in (Path(".dvc"), Path("dvc.yaml")):
         if not path.exists():
@@ -43,6 +43,9 @@ def reproduce(targets: Sequence[str], *, force: bool, reporter: Reporter) -> int
     if unknown:
         known = ", ".join(stage.command for stage in STAGES)
         raise ParamsError([f"{target} is not a stage; there are {known}" for target in unknown])
+    from dpo_cli.core.params import load_params  # here, so that --help does not wait for it
+
+    load_params(paths.PARAMS)  # before DVC reads it, which bounds nothing
     # named and forced means those stages alone: DVC would force all that comes before them, too
     options = ["--force", *(["--single-item"] if targets else [])] if force else []
     command = [sys.executable, "-m", "dvc", "repro", *options, *map(stages.__getitem__, targets)]

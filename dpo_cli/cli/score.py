@@ -18,7 +18,7 @@ from dpo_cli.core.objectives import learns_log_ratio
 from dpo_cli.core.params import Params, Source
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.convert import find_files
-from dpo_cli.data.schema import content_id
+from dpo_cli.data.tokenise import prompt_ids
 from dpo_cli.evaluation.implicit_reward import (
     RankedAnswers,
     RewardSummary,
@@ -223,8 +223,7 @@ def _trained_prompts(rows: Sequence[InputRow], graph: Graph) -> set[str]:
             found |= wanted & set(pl.read_parquet(path, columns=["group"], glob=False)["group"].to_list())
     path = paths.SFT_DATA / "train.parquet"
     if graph.sft.data is not None and path.is_file():
-        prompts = pl.read_parquet(path, columns=["prompt"], glob=False)
-        found |= wanted & {content_id(prompt) for (prompt,) in prompts.iter_rows()}
+        found |= wanted & prompt_ids(path)
     return found
 
 

@@ -22,7 +22,7 @@ from dpo_cli.data.account import Conversion, ConvertedBlock
 from dpo_cli.data.blocks import rankings_file
 from dpo_cli.data.convert import convert, find_files, read_arrow
 from dpo_cli.data.formats.base import RowProblem
-from dpo_cli.data.schema import PREFERENCE_SCHEMA, RANKING_SCHEMA, Messages
+from dpo_cli.data.schema import PREFERENCE_SCHEMA, RANKING_SCHEMA, TOOLS, Messages, from_table
 from dpo_cli.data.tokenise import TokenGroup, tokenise_row
 from dpo_cli.reference.graph import Graph
 
@@ -188,7 +188,7 @@ def _sources_in(path: Path) -> list[str] | None:
         names = pq.read_schema(path).names
     except (pa.ArrowInvalid, OSError):
         return None
-    if names not in (PREFERENCE_SCHEMA.names, RANKING_SCHEMA.names):
+    if [name for name in names if name != TOOLS] not in (PREFERENCE_SCHEMA.names, RANKING_SCHEMA.names):
         return None
     values = pl.read_parquet(path, columns=["source"], glob=False)["source"].to_list()
     return [path.name if value is None else str(value) for value in values]
@@ -196,6 +196,7 @@ def _sources_in(path: Path) -> list[str] | None:
 
 def _tokenise(place: tuple[str, int, str], row: dict[str, Any], graph: Graph, found: InputRows) -> None:
     file, number, part = place
+    row = from_table(row)
     is_pair = "chosen" in row
     columns = ("chosen", "rejected") if is_pair else ("completions",)
     policies = {name: "drop" if policy == "error" else policy for name, policy in graph.policies.items()}

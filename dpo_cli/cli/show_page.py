@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from dpo_cli.cli.console import open_console
 from dpo_cli.data.formats.base import shown_name
 
 _LONG_TEXT, _LONG_LIST, _LONG_ROW = 240, 8, 60
@@ -27,7 +28,7 @@ _JOINERS = "\u200c\u200d"
 
 def print_row(found: Mapping[str, Any], console: Console | None = None) -> None:
     """Print what :func:`describe_row` found."""
-    _Page(console or Console(highlight=False)).row(found)
+    _Page(console or open_console()).row(found)
 
 
 def visible(text: str) -> str:

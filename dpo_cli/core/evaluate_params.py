@@ -34,7 +34,7 @@ class OpenAiJudgeParams(Section):
     model: str | None = knob(None, "Name of the model; null: the only one that the server has.")
     template: str = knob("dialogue", _TEMPLATE)
     allowed_hosts: list[str] = knob([], "Hosts besides this machine to which prompts and answers may be sent.")
-    timeout_s: float = knob(120.0, "How long an answer may take.", unit="seconds", gt=0)
+    timeout_s: float = knob(120.0, "How long an answer may take.", unit="seconds", gt=0, le=86400)
     parallel: int = knob(4, "Requests under way at once.", ge=1, le=64)
     extra: dict[str, Any] = knob(
         {}, "Fields that every request has besides: {chat_template_kwargs: {enable_thinking: false}}."
@@ -74,21 +74,22 @@ class EvaluateParams(Section):
         "Held-out pairs on which the judge itself is tried: how often it prefers the chosen answer; -1: all.",
         unit="pairs",
         ge=-1,
+        le=10**9,
     )
-    num_prompts: int = knob(128, "Held-out prompts to answer, at most; 0: all.", unit="prompts", ge=0)
-    temperature: float = knob(1.0, "Sampling temperature of the compared answers; 0: greedy.", ge=0)
-    temperatures: list[Annotated[float, Field(ge=0)]] = knob(
+    num_prompts: int = knob(128, "Held-out prompts to answer, at most; 0: all.", unit="prompts", ge=0, le=10**9)
+    temperature: float = knob(1.0, "Sampling temperature of the compared answers; 0: greedy.", ge=0, le=100)
+    temperatures: list[Annotated[float, Field(ge=0, le=100)]] = knob(
         [], "Sampling temperatures of the curve of win rates, such as [0, 0.25, 0.5, 0.75, 1]; []: no curve."
     )
-    scales: list[Annotated[float, Field(gt=0)]] = knob(
+    scales: list[Annotated[float, Field(gt=0, le=100)]] = knob(
         [],
         "Further points of the frontier of KL and win rate: the model with this multiple of what training changed,"
         " such as [0.25, 0.5, 0.75, 1.5].",
     )
-    max_new_tokens: int = knob(256, "Longest answer.", unit="tokens", ge=1)
-    bootstrap_draws: int = knob(2000, "Draws behind each interval, clustered by prompt.", ge=100)
+    max_new_tokens: int = knob(256, "Longest answer.", unit="tokens", ge=1, le=10**6)
+    bootstrap_draws: int = knob(2000, "Draws behind each interval, clustered by prompt.", ge=100, le=10**6)
     confidence: float = knob(0.95, "Coverage of the intervals.", gt=0.5, lt=1)
-    seed: int = knob(0, "Seeds sampling and bootstrap.", ge=0)
+    seed: int = knob(0, "Seeds sampling and bootstrap.", ge=0, le=2**32 - 1)
 
 
 def _default(setting: str) -> str:

@@ -8,6 +8,7 @@ collects every problem of a file into one :class:`~dpo_cli.core.errors.ParamsErr
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -20,6 +21,7 @@ from dpo_cli.core.errors import ParamsError
 from dpo_cli.core.evaluate_params import EvaluateParams, idle_evaluate_settings
 from dpo_cli.core.objectives import OBJECTIVES, SETTINGS, LossName, PairwiseName, learns_log_ratio, readers
 from dpo_cli.core.sections import Section, differs, knob
+from dpo_cli.core.text import in_one_line, shown
 
 EMBEDDED = "embedded"
 """The value of model.name that stands for the model built by this package."""
@@ -27,6 +29,13 @@ EMBEDDED = "embedded"
 WORLD_HELD_OUT = 0.3
 """The embedded model never reads a prompt whose split position is below this, so eval_fraction may go up to it."""
 
+
+_LARGEST_FILE = 1 << 20
+_MOST_VALUES = 10_000
+_MOST_PROBLEMS = 20
+_LONGEST_TEXT = 10_000
+_LONGEST_NAME = 255
+_PATHS = (".path", "_path", ".file", ".template")
 
 Column = str | list[str]
 Labels = Literal["first", "second", "tie"]
@@ -67,7 +76,7 @@ class Source(Section):
         gt=0,
         le=100,
     )
-    max_rows: int | None = knob(None, "Stop after so many rows of it.", unit="rows", ge=1)
+    max_rows: int | None = knob(None, "Stop after so many rows of it.", unit="rows", ge=1, le=10**12)
     split: Literal["auto", "train", "eval"] = knob(
         "auto", "auto: data.eval_fraction of its prompts are held out; else all of it goes to one split."
     )
@@ -97,6 +106,11 @@ class PreferenceSource(Source):
         "all",
         "Pairs made of K ranked answers: all that are not tied, those of neighbouring ranks, or the best with the"
         " worst.",
+    )
+    turns: Literal["last", "first"] = knob(
+        "last",
+        "Of chosen and rejected with several turns each: last takes those that differ in the last answer alone; first"
+        " compares the first answers in which they differ, and leaves out what follows.",
     )
 
 
@@ -177,15 +191,17 @@ class ModelParams(Section):
     chat_template: Literal["auto", "plain", "chatml", "alpaca"] = knob(
         "auto", "'auto' takes the model's own chat template; a name overrides it, and is needed where it has none."
     )
-    seed: int = knob(0, "Seed of the embedded model's weights and text.", ge=0)
-    pretrain_steps: int = knob(900, "Steps for which the embedded model is pretrained.", unit="optimizer steps", ge=1)
+    seed: int = knob(0, "Seed of the embedded model's weights and text.", ge=0, le=2**32 - 1)
+    pretrain_steps: int = knob(
+        900, "Steps for which the embedded model is pretrained.", unit="optimizer steps", ge=1, le=10**6
+    )
 
 
 class LoraParams(Section):
     """Shape of a LoRA adapter (Hu et al. 2021)."""
 
-    r: int = knob(16, "Rank of the update.", ge=1)
-    alpha: float = knob(32.0, "Scale of the update: it is multiplied by alpha / r.", gt=0)
+    r: int = knob(16, "Rank of the update.", ge=1, le=4096)
+    alpha: float = knob(32.0, "Scale of the update: it is multiplied by alpha / r.", gt=0, le=1e5)
     rslora: bool = knob(False, "Multiply it by alpha / sqrt(r) instead, for high ranks (rsLoRA, Kalajdzievski 2023).")
     dora: bool = knob(
         False,
@@ -201,27 +217,29 @@ class LoraParams(Section):
 class TrainingParams(Section):
     """Knobs that SFT, DPO and the reward model share."""
 
-    learning_rate: float = knob(2e-4, "Peak learning rate.", gt=0)
+    learning_rate: float = knob(2e-4, "Peak learning rate.", gt=0, le=1)
     batch_size: int = knob(
         16,
         "Examples (sft), preference pairs or rankings (train, reward) an optimizer step. It alone decides the"
         " mathematics; memory is bounded by runtime.max_tokens_per_microbatch.",
         ge=1,
+        le=10**6,
     )
-    epochs: float = knob(1.0, "Passes over the training data.", unit="epochs", gt=0)
-    max_steps: int | None = knob(None, "Steps to train, in place of epochs.", unit="optimizer steps", ge=1)
+    epochs: float = knob(1.0, "Passes over the training data.", unit="epochs", gt=0, le=10**4)
+    max_steps: int | None = knob(None, "Steps to train, in place of epochs.", unit="optimizer steps", ge=1, le=10**8)
     schedule: Literal["cosine", "linear", "constant"] = knob("cosine", "Learning rate after the warm-up.")
     warmup_ratio: float = knob(0.1, "Share of the steps in which the learning rate rises from 0.", ge=0, lt=1)
     optimizer: Literal["adamw", "rmsprop", "paged_adamw_8bit"] = knob(
         "adamw", "paged_adamw_8bit is bitsandbytes' and needs CUDA; rmsprop is the DPO paper's."
     )
-    weight_decay: float = knob(0.0, "Decoupled weight decay; rmsprop takes none.", ge=0)
-    max_grad_norm: float = knob(1.0, "Gradients are clipped to this L2 norm.", gt=0)
+    weight_decay: float = knob(0.0, "Decoupled weight decay; rmsprop takes none.", ge=0, le=10)
+    max_grad_norm: float = knob(1.0, "Gradients are clipped to this L2 norm.", gt=0, le=1e9)
     eval_steps: int = knob(
         50,
         "Held-out loss after every so many steps, besides that before the first and after the last; 0: only those.",
         unit="optimizer steps",
         ge=0,
+        le=10**8,
     )
     keep: Literal["last", "best"] = knob(
         "last",
@@ -233,8 +251,9 @@ class TrainingParams(Section):
         " before its last step.",
         unit="evaluations",
         ge=1,
+        le=10**8,
     )
-    seed: int = knob(0, "Seeds the adapter's start, the order of rows and dropout.", ge=0)
+    seed: int = knob(0, "Seeds the adapter's start, the order of rows and dropout.", ge=0, le=2**32 - 1)
 
 
 class TokenChecks(Section):
@@ -258,7 +277,11 @@ class SftParams(TrainingParams):
     )
     lora: LoraParams = Field(default_factory=LoraParams, description="The adapter of methods lora and qlora.")
     max_length: int = knob(
-        1024, "Longer rows (prompt + completion) are left out, counted and listed.", unit="tokens", ge=2
+        1024,
+        "Longer rows (prompt + completion) are left out, counted and listed.",
+        unit="tokens",
+        ge=2,
+        le=10**7,
     )
     checks: TokenChecks = Field(default_factory=TokenChecks, description="What is done with rows by their tokens.")
 
@@ -270,7 +293,11 @@ class ReferenceParams(Section):
         "nf4", "How the frozen weights are held: 4-bit nf4 with double quantisation, or as they are."
     )
     max_length: int = knob(
-        1024, "Pairs with a longer side (prompt + answer) are left out, counted and listed.", unit="tokens", ge=2
+        1024,
+        "Pairs with a longer side (prompt + answer) are left out, counted and listed.",
+        unit="tokens",
+        ge=2,
+        le=10**7,
     )
     rankings: bool = knob(
         True,
@@ -283,20 +310,20 @@ class ReferenceParams(Section):
 class TrainParams(TrainingParams):
     """Direct Preference Optimization. Read by train; evaluate takes beta from what train made."""
 
-    learning_rate: float = knob(5e-6, "Peak learning rate.", gt=0)
-    loss: LossName | dict[PairwiseName, Annotated[float, Field(gt=0)]] = knob(
+    learning_rate: float = knob(1e-4, "Peak learning rate.", gt=0, le=1)
+    loss: LossName | dict[PairwiseName, Annotated[float, Field(gt=0, le=1e6)]] = knob(
         "sigmoid",
         "The objective, or several with their weights: {sigmoid: 1, sft: 0.1}. docs/objectives.md has a table of all:"
         " formula, paper, and when to use which.",
     )
-    beta: float = knob(0.1, "Strength of the pull towards the reference model.", gt=0)
+    beta: float = knob(0.1, "Strength of the pull towards the reference model.", gt=0, le=1000)
     label_smoothing: float = knob(
         0.0,
         "Share of flipped labels that cdpo, robust, exo_pair, aot, aot_unpaired, cpo and simpo assume.",
         ge=0,
         lt=0.5,
     )
-    gamma: float = knob(0.0, "Margin that simpo asks for.", unit="nats", ge=0)
+    gamma: float = knob(0.0, "Margin that simpo asks for.", unit="nats", ge=0, le=1000)
     discopop_tau: float = knob(0.05, "Temperature of the blend in discopop.", ge=1e-3, le=1)
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = knob(
         "reverse_kl", "What keeps the policy near the reference (f-DPO, Wang et al. 2023); for losses of the margin."
@@ -319,6 +346,7 @@ class TrainParams(TrainingParams):
         "Times the difference of the two answers' scores, in the data, is what the margin must reach (ODPO, Amini et"
         " al. 2024); 0: scores are not read.",
         ge=0,
+        le=1e6,
     )
     ties: Literal["average", "groups"] = knob(
         "average",
@@ -348,7 +376,7 @@ class RewardParams(TrainingParams):
         "none: there is no reward model (the rest of this section rests); bradley_terry: from pairs; plackett_luce:"
         " from rankings.",
     )
-    learning_rate: float = knob(1e-4, "Peak learning rate of adapter and head.", gt=0)
+    learning_rate: float = knob(1e-4, "Peak learning rate of adapter and head.", gt=0, le=1)
     ties: Literal["average", "groups"] = knob(
         "average",
         "Tied answers of a ranking (plackett_luce): the mean over the orders that they allow, or not compared.",
@@ -364,13 +392,17 @@ class RuntimeParams(Section):
 
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "auto takes CUDA where there is one.")
     workers: int | None = knob(
-        None, "Processes that convert large files of JSON lines; null: as many as there are cores.", ge=1
+        None,
+        "Processes that convert large files of JSON lines; null: as many as there are cores.",
+        ge=1,
+        le=1024,
     )
     threads: int | None = knob(
         None,
         "CPU threads of torch; null: OMP_NUM_THREADS, or else all physical cores that the process may use. On cores"
         " that others use, too, 1 can be faster.",
         ge=1,
+        le=1024,
     )
     max_tokens_per_microbatch: int | None = knob(
         None,
@@ -378,6 +410,7 @@ class RuntimeParams(Section):
         " the CPU, where what fits into its caches is faster. Halved where memory runs out.",
         unit="tokens",
         ge=1,
+        le=10**8,
     )
     layout: Literal["auto", "shared", "packed", "padded"] = knob(
         "auto",
@@ -389,13 +422,16 @@ class RuntimeParams(Section):
         "Memory knob: logits that are held at once; null: 256 on a GPU, 32 on the CPU.",
         unit="MiB",
         ge=1,
+        le=2**20,
     )
     recompute: Literal["auto", "none", "elementwise", "layers"] = knob(
         "auto",
         "What the backward pass computes again to save memory: nothing, all but matrix products and attention, or"
         " whole layers. auto takes the first that fits into free memory.",
     )
-    checkpoint_minutes: float = knob(10.0, "Work that a kill may cost; 0 saves after every step.", unit="minutes", ge=0)
+    checkpoint_minutes: float = knob(
+        10.0, "Work that a kill may cost; 0 saves after every step.", unit="minutes", ge=0, le=1e6
+    )
     model_path: str | None = Field(
         default=None,
         description="Directory of the base model in Hugging Face layout with safetensors weights;"
@@ -433,12 +469,12 @@ def load_params(path: Path, overrides: Sequence[str] = ()) -> Params:
     """
     if not path.is_file():
         raise ParamsError(f"{path} is missing; run the command in a project folder, or make one: dpo-cli init DIR")
+    if path.stat().st_size > _LARGEST_FILE:
+        raise ParamsError(f"{path} is larger than {_LARGEST_FILE >> 20} MiB: no settings; write it anew")
     try:
-        tree = YAML(typ="safe").load(path.read_text(encoding="utf-8-sig"))
+        tree = _read_yaml(path.read_text(encoding="utf-8-sig"), str(path))
     except UnicodeDecodeError as error:
         raise ParamsError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except (YAMLError, ValueError, RecursionError) as error:
-        raise ParamsError(f"{path}{_yaml_place(error)}") from error
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise ParamsError(f"{path} must hold sections (data, model, ...), got {type(tree).__name__}")
@@ -469,30 +505,58 @@ def parse_params(tree: Mapping[str, Any], source: str = "params.yaml") -> Params
         params = Params.model_validate(tree)
     except ValidationError as error:
         found = [problem for problem in error.errors() if not _is_of_another_type(problem)]
-        problems = dict.fromkeys(f"{source}: {explain(problem)}" for problem in found)
-        raise ParamsError(list(problems)) from None
+        problems = list(dict.fromkeys(f"{source}: {explain(problem)}" for problem in found))
+        more = len(problems) - _MOST_PROBLEMS
+        raise ParamsError([*problems[:_MOST_PROBLEMS], *([f"{source}: and {more} more"] if more > 0 else [])]) from None
+    impossible = [f"{source}: {problem}" for problem in _impossible_texts(params.model_dump(), "")]
+    if impossible:
+        raise ParamsError(impossible[:_MOST_PROBLEMS])
     dead = [f"{source}: {problem}" for problem in _contradictions(params)]
     if dead:
         raise ParamsError(dead)
     return params
 
 
+def _read_yaml(text: str, where: str) -> Any:
+    try:
+        if "&" in text:  # anchors: what a few lines of aliases spell out may fill any memory
+            num_values = _count_values(YAML(typ="safe", pure=True).compose(text), {})
+            if num_values > _MOST_VALUES:
+                raise ParamsError(
+                    f"{where}: with its aliases spelled out it holds more than {_MOST_VALUES} values; write them out"
+                )
+        return YAML(typ="safe").load(text)
+    except (YAMLError, ValueError, RecursionError, OverflowError) as error:
+        raise ParamsError(f"{where}{_yaml_place(error)}") from error
+
+
+def _count_values(node: Any, counts: dict[int, float]) -> float:
+    """Values under a YAML node, those of an alias each time that it is used; infinite where it holds itself."""
+    if id(node) not in counts:
+        counts[id(node)] = math.inf  # while it is being counted
+        inner = getattr(node, "value", None)
+        parts = (
+            [part for entry in inner for part in (entry if isinstance(entry, tuple) else (entry,))]
+            if (isinstance(inner, list))
+            else []
+        )
+        counts[id(node)] = 1 + sum(_count_values(part, counts) for part in parts)
+    return counts[id(node)]
+
+
 def _yaml_place(error: Exception) -> str:
     if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return f", line {mark.line + 1}, column {mark.column + 1}: not valid YAML: {error.problem}"
-    return f": not valid YAML: {str(error).splitlines()[0]}"
+    return f": not valid YAML: {in_one_line((str(error) or type(error).__name__).splitlines()[0])}"
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
     if not separator or len(parts) < 2 or not all(parts):
-        raise ParamsError(f"--set takes section.key=value, got {override!r}")
-    try:
-        value = YAML(typ="safe").load(text)
-    except (YAMLError, ValueError, RecursionError) as error:
-        raise ParamsError(f"--set {key}{_yaml_place(error)}") from error
+        raise ParamsError(f"--set takes section.key=value, got {shown(override)}")
+    value = _read_yaml(text, f"--set {key}")
     node = tree
     for part in parts[:-1]:
         if node.get(part) is None:
@@ -504,10 +568,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 _BOUNDS = {
-    "greater_than": "> {gt:g}",
-    "greater_than_equal": ">= {ge:g}",
-    "less_than": "< {lt:g}",
-    "less_than_equal": "<= {le:g}",
+    "greater_than": (">", "gt"),
+    "greater_than_equal": (">=", "ge"),
+    "less_than": ("<", "lt"),
+    "less_than_equal": ("<=", "le"),
 }
 _TYPES = {
     "int_type": "a whole number",
@@ -538,24 +602,30 @@ def _is_of_another_type(problem: Any) -> bool:
     return bool(kinds) and problem["loc"][-1] == kinds[-1] and kinds[-1].startswith("dict[") != is_mapping
 
 
+def bound_text(bound: float) -> str:
+    """A bound of a setting as a user would write it: whole numbers in full."""
+    return str(int(bound)) if float(bound).is_integer() and abs(bound) < 1e15 else f"{bound:g}"
+
+
 def explain(problem: Any, section: type[BaseModel] | None = None) -> str:
     """One pydantic problem of a section as *where must what, got what*."""
     location = [part for part in problem["loc"] if part not in _NOISE and not _is_type(part)]
     where = ".".join(str(part) for part in location)
     kind, context, got = problem["type"], problem.get("ctx", {}), problem["input"]
     if "columns" in location and kind in ("string_type", "list_type"):
-        return f"{where} must be text or a list of texts, got {got!r}"
+        return f"{where} must be text or a list of texts, got {shown(got)}"
     if kind == "missing":
         return f"{where} is missing"
     if kind == "extra_forbidden":
         return _unknown_key(location, section or Params)
     if kind in _BOUNDS:
-        return f"{where} must be {_BOUNDS[kind].format(**context)}, got {got!r}"
+        sign, name = _BOUNDS[kind]
+        return f"{where} must be {sign} {bound_text(context[name])}, got {shown(got)}"
     if kind == "literal_error":
-        return f"{where} must be one of {context['expected']}, got {got!r}"
+        return f"{where} must be one of {context['expected']}, got {shown(got)}"
     if kind in _TYPES:
-        return f"{where} must be {_TYPES[kind]}, got {got!r}"
-    return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {got!r}"
+        return f"{where} must be {_TYPES[kind]}, got {shown(got)}"
+    return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {shown(got)}"
 
 
 def _unknown_key(location: Sequence[Any], model: type[BaseModel]) -> str:
@@ -611,6 +681,8 @@ def _idle_columns(params: Params) -> list[str]:
                 found.append(f"{where}.weight has no effect with split eval: only train rows are weighted")
             if source.labels and source.format not in ("auto", "two_outputs"):
                 found.append(f"{where}.labels has no effect with format {source.format}; two_outputs reads it")
+            if isinstance(source, PreferenceSource) and source.turns == "first" and source.format in ("kwise", "oasst"):
+                found.append(f"{where}.turns has no effect with format {source.format}; it has single answers")
             if (
                 isinstance(source, PreferenceSource)
                 and source.pairs != "all"
@@ -674,6 +746,26 @@ _AT_ZERO = {"cdpo": "; at 0 it is the sigmoid loss", "robust": "; at 0 it is the
 
 def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _impossible_texts(value: Any, where: str) -> Iterator[str]:
+    """Texts that no file, name or column can have, in any setting."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _impossible_texts(key, f"{where} (a key)") if isinstance(key, str) else ()
+            yield from _impossible_texts(inner, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _impossible_texts(inner, f"{where}.{index}")
+    elif isinstance(value, str):
+        if "\0" in value:
+            yield f"{where} holds a NUL byte, got {shown(value)}"
+        elif len(value) > _LONGEST_TEXT:
+            yield f"{where} must have at most {_LONGEST_TEXT} characters, got {len(value)}"
+        elif max(len(part.encode(errors="replace")) for part in value.split("/")) > _LONGEST_NAME and where.endswith(
+            _PATHS
+        ):
+            yield f"{where} holds a name that is longer than the {_LONGEST_NAME} bytes of a file's, got {shown(value)}"
 
 
 def _contradictions(params: Params) -> list[str]:

@@ -12,7 +12,7 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from dpo_cli.core.params import LoraParams, Params
+from dpo_cli.core.params import LoraParams, Params, bound_text
 
 EMBEDDED_PRESET: dict[str, Any] = {
     "data.eval_fraction": 0.15,
@@ -118,7 +118,7 @@ def range_of(field: FieldInfo) -> str:
             (annotated_types.Le, "<=", "le"),
         ):
             if isinstance(constraint, kind):
-                bounds.append(f"{sign} {getattr(constraint, attribute):g}")
+                bounds.append(f"{sign} {bound_text(getattr(constraint, attribute))}")
     return ", ".join(bounds)
 
 

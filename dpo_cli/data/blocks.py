@@ -30,15 +30,19 @@ from dpo_cli.data.formats.detect import RowReader
 from dpo_cli.data.reading.base import Block, Lines
 from dpo_cli.data.reading.json_text import parse_lines
 from dpo_cli.data.schema import (
+    FULL_MESSAGES,
     MESSAGES,
     PREFERENCE_SCHEMA,
     RANKING_SCHEMA,
     SFT_SCHEMA,
+    TOOLS,
     Messages,
     PreferenceExample,
     RankingExample,
     SftExample,
     content_id,
+    full_schema,
+    is_plain,
     joint_id,
     part_id,
     table_of,
@@ -316,7 +320,7 @@ class _Rows:
         plan = self._plan
         group = content_id(prompt)
         opening = opening_of(prompt)
-        opening_id = group if len(opening) == len(prompt) else content_id(opening)
+        opening_id = group if opening is prompt else content_id(opening)
         held_out = position_of(opening_id) < plan.eval_fraction
         copies = 1 if held_out or plan.weight == 1 else int(plan.weight) + (position_of(group[16:]) < plan.weight % 1)
         self._prompt, self._prompt_facts = prompt, (group, opening_id, held_out, copies)
@@ -330,7 +334,7 @@ class _Rows:
             write_arrow(examples_file(folder, index), _table_of(columns, self._plan))
             digests = _digests_of(columns)
         if self._rankings:
-            write_arrow(rankings_file(folder, index), table_of(self._rankings, RANKING_BLOCK_SCHEMA))
+            write_arrow(rankings_file(folder, index), _rankings_table(self._rankings))
         return BlockResult(
             num_rows,
             len(self._rows),
@@ -374,14 +378,18 @@ _COLUMNS = {
 
 
 def _table_of(columns: Mapping[str, Sequence[Any]], plan: BlockPlan) -> pa.Table:
-    """A block's rows, as :func:`block_schema` has them."""
+    """A block's rows, as :func:`block_schema` has them; in full, where a message has more than role and content."""
     schema = block_schema(plan.kind)
+    if not all(is_plain(*columns[column.name]) for column in schema if column.type == MESSAGES):
+        schema = full_schema(schema)
     arrays = []
     for column in schema:
         if column.name == "source":
             arrays.append(pa.repeat(pa.scalar(plan.path.name), len(columns["id"])))
-        elif column.type == MESSAGES:
-            arrays.append(_messages_array(columns[column.name]))
+        elif column.type in (MESSAGES, FULL_MESSAGES):
+            arrays.append(_messages_array(columns[column.name], column.type))
+        elif column.name == TOOLS:
+            arrays.append(pa.array([prompt[0].get(TOOLS) for prompt in columns["prompt"]], column.type))
         else:
             arrays.append(pa.array(columns[column.name], column.type))
     return pa.table(arrays, schema=schema)
@@ -415,19 +423,43 @@ def _row_of(example: RankingExample, source: str) -> dict[str, Any]:
         raise RowProblem("bad_unicode", "has half of a surrogate pair, which is no text") from None
 
 
-def _messages_array(rows: Sequence[Messages]) -> pa.Array:
-    """Message lists as a list<struct<role, content>> array, built from flat columns."""
+def _rankings_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """A block's rankings, as :data:`RANKING_BLOCK_SCHEMA` has them; in full, where a message has more."""
+    if all(is_plain(row["prompt"], *row["completions"]) for row in rows):
+        return table_of(rows, RANKING_BLOCK_SCHEMA)
+    told = [{**row, TOOLS: row["prompt"][0].get(TOOLS)} for row in rows]
+    return table_of(told, full_schema(RANKING_BLOCK_SCHEMA))
+
+
+def is_full(path: Path) -> bool:
+    """Whether a block's file has a place for tools, calls and reasoning."""
+    with pa.OSFile(str(path)) as file:
+        return TOOLS in pa.ipc.open_file(file).schema.names
+
+
+def widen(path: Path) -> None:
+    """Give a block's file that place, as a file beside it has it."""
+    with pa.OSFile(str(path)) as file:
+        table = pa.ipc.open_file(file).read_all()
+    write_arrow(path, table_of(table.to_pylist(), full_schema(table.schema)))
+
+
+def _messages_array(rows: Sequence[Messages], kind: pa.DataType) -> pa.Array:
+    """Message lists as an array of list<struct> of a kind, built from flat columns."""
     if all(len(messages) == 1 for messages in rows):
         flat = [messages[0] for messages in rows]
         offsets = np.arange(len(rows) + 1, dtype=np.int32)
     else:
         flat = list(chain.from_iterable(rows))
         offsets = np.fromiter(accumulate(map(len, rows), initial=0), np.int32, len(rows) + 1)
+    names = [field.name for field in kind.value_type]
     struct = pa.StructArray.from_arrays(
         [
-            pa.array([message["role"] for message in flat], pa.string()),
-            pa.array([message["content"] for message in flat], pa.string()),
+            pa.array([message[name] for message in flat], pa.string())
+            if name in ("role", "content")
+            else pa.array([message.get(name) for message in flat], pa.string())
+            for name in names
         ],
-        ["role", "content"],
+        names,
     )
     return pa.ListArray.from_arrays(pa.array(offsets), struct)

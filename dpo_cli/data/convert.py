@@ -28,7 +28,9 @@ from dpo_cli.data.blocks import (
     BlockResult,
     Reject,
     examples_file,
+    is_full,
     rankings_file,
+    widen,
     write_arrow,
 )
 from dpo_cli.data.checks import CHECKS_OF
@@ -39,7 +41,7 @@ from dpo_cli.data.formats.labels import label_text
 from dpo_cli.data.reading.base import Block
 from dpo_cli.data.reading.files import read_blocks, read_records
 from dpo_cli.data.repeats import CHECKS, Repeats, find_repeats
-from dpo_cli.data.schema import PREFERENCE_SCHEMA, RANKING_SCHEMA, SFT_SCHEMA
+from dpo_cli.data.schema import PREFERENCE_SCHEMA, RANKING_SCHEMA, SFT_SCHEMA, full_schema
 from dpo_cli.data.workers import convert_blocks
 
 _DETECTION_ROWS = 100
@@ -130,7 +132,7 @@ def plan_of(source: Source, path: Path, policies: Mapping[str, str], eval_fracti
     reading = Reading(
         roles=source.roles,
         labels={label_text(label): side for label, side in source.labels.items()},
-        turns=source.turns if isinstance(source, SftSource) else "last",
+        turns=getattr(source, "turns", "last"),
         pairs=source.pairs if isinstance(source, PreferenceSource) else "all",
     )
     formats = SFT_FORMATS if kind == "sft" else PREFERENCE_FORMATS
@@ -346,6 +348,10 @@ class _Run:
             files = [file for index in range(len(self._blocks)) if (file := file_of(self._work, index)).exists()]
             if not files:
                 continue
+            if any(full := [is_full(file) for file in files]):
+                schema = full_schema(schema)
+                for file in (file for file, is_wide in zip(files, full, strict=True) if not is_wide):
+                    widen(file)
             rows = pl.scan_ipc(files, glob=False)
             pl.collect_all(
                 [

@@ -1,8 +1,10 @@
 """The canonical rows that every format becomes, and their identity.
 
-A message is ``{"role": "system" | "user" | "assistant" | "tool", "content": text}``. Prompts
-and completions are lists of messages. Identities are content hashes: the same content has
-the same id in any file, at any row, on any machine.
+A message is ``{"role": "system" | "user" | "assistant" | "tool", "content": text}``, and where
+there is more to it, it has further fields, all of them text (:data:`EXTRA_FIELDS`). The first
+message of a prompt may hold ``tools``: what the model may call. Prompts and completions are
+lists of messages. Identities are content hashes: the same content has the same id in any file,
+at any row, on any machine.
 """
 
 from __future__ import annotations
@@ -26,8 +28,17 @@ ROLES = ("system", "user", "assistant", "tool")
 RawRow = Mapping[str, Any]
 """One record of an input file, as the file has it."""
 
+EXTRA_FIELDS = ("reasoning_content", "tool_calls", "name", "tool_call_id")
+"""What a message may have beside role and content: the reasoning before an answer; the calls in it, as the JSON text
+of OpenAI's list; of a tool's turn the name of the tool and the id of the call that it answers."""
+
+TOOLS = "tools"
+"""The field of a prompt's first message, and the column of a table, with OpenAI's list of tool schemas as JSON text."""
+
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 """The Arrow type of a message list."""
+FULL_MESSAGES = pa.list_(pa.struct([(name, pa.string()) for name in ("role", "content", *EXTRA_FIELDS)]))
+"""The same in tables that have tools, calls or reasoning somewhere; others have no column of nulls."""
 
 SFT_SCHEMA = pa.schema([("id", pa.string()), ("prompt", MESSAGES), ("completion", MESSAGES), ("source", pa.string())])
 PREFERENCE_SCHEMA = pa.schema(
@@ -55,6 +66,40 @@ RANKING_SCHEMA = pa.schema(
 )
 
 
+def full_schema(schema: pa.Schema) -> pa.Schema:
+    """A schema with a place for :data:`EXTRA_FIELDS` and tools; readers of plain tables never meet them."""
+    types = {MESSAGES: FULL_MESSAGES, pa.list_(MESSAGES): pa.list_(FULL_MESSAGES)}
+    fields = [field.with_type(types.get(field.type, field.type)) for field in schema]
+    return pa.schema([*fields, pa.field(TOOLS, pa.string())])
+
+
+def is_plain(*parts: Messages) -> bool:
+    """Whether no message of these has more than role and content."""
+    return all(len(message) == 2 for part in parts for message in part)
+
+
+def with_tools(prompt: Messages, tools: str) -> Messages:
+    """A prompt whose first message holds the tools."""
+    return [{**prompt[0], TOOLS: tools}, *prompt[1:]] if prompt else prompt
+
+
+def from_table(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as a table has it, with its messages as this module has them: without nulls, the tools in the prompt."""
+    if TOOLS not in row:
+        return {**row}
+    found = {name: _without_nulls(value) for name, value in row.items()}
+    tools = found.pop(TOOLS)
+    return found if tools is None else {**found, "prompt": with_tools(found["prompt"], tools)}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nulls(inner) for inner in value]
+    if isinstance(value, dict):
+        return {name: inner for name, inner in value.items() if inner is not None}
+    return value
+
+
 def user(content: str) -> Message:
     """A user message."""
     return {"role": "user", "content": content}
@@ -79,20 +124,28 @@ def content_id(*parts: Messages) -> str:
 def part_id(part: Messages) -> str:
     """Content hash of one message list: the digest of its [role, content] pairs, in a list of one part, as JSON.
 
-    It is :func:`~dpo_cli.core.artifacts.digest_json`, made faster.
+    A message that has more is [role, content, the other fields in alphabetical order]. It is
+    :func:`~dpo_cli.core.artifacts.digest_json`, made faster.
 
     Raises:
         UnicodeEncodeError: A text holds half of a surrogate pair.
     """
-    if len(part) == 1:  # mostly
+    if len(part) == 1 and len(part[0]) == 2:  # mostly
         value = [[[part[0]["role"], part[0]["content"]]]]
     else:
-        value = [[[message["role"], message["content"]] for message in part]]
+        value = [[_identity(message) for message in part]]
     try:
         data = orjson.dumps(value)
     except TypeError:  # half of a surrogate pair, or text of a class of its own
         return digest_json(value)
     return blake2b(len(data).to_bytes(8, "little") + data, digest_size=16).hexdigest()
+
+
+def _identity(message: Message) -> list[Any]:
+    plain: list[Any] = [message["role"], message["content"]]
+    if len(message) == 2:
+        return plain
+    return [*plain, {name: message[name] for name in sorted(message) if name not in ("role", "content")}]
 
 
 def joint_id(*ids: str) -> str:
@@ -101,8 +154,15 @@ def joint_id(*ids: str) -> str:
 
 
 def text_of(messages: Messages) -> str:
-    """All contents of a message list as one text."""
-    return messages[0]["content"] if len(messages) == 1 else "\n".join(message["content"] for message in messages)
+    """All that a message list says as one text, reasoning and calls included."""
+    return _said(messages[0]) if len(messages) == 1 else "\n".join(map(_said, messages))
+
+
+def _said(message: Message) -> str:
+    if len(message) == 2:
+        return message["content"]
+    said = (message.get(name) for name in ("reasoning_content", "content", "tool_calls"))
+    return "\n".join(filter(None, said))
 
 
 class Example:

@@ -6,15 +6,17 @@ training data, and adding rows moves none across.
 
 from __future__ import annotations
 
-from dpo_cli.data.schema import Messages, content_id
+from dpo_cli.data.schema import TOOLS, Messages, content_id
 
 
 def opening_of(prompt: Messages) -> Messages:
-    """All up to the first user turn."""
+    """All up to the first user turn, whatever tools there are: the prompt itself, where nothing is left out of it."""
+    if prompt and TOOLS in prompt[0]:
+        prompt = [{name: text for name, text in prompt[0].items() if name != TOOLS}, *prompt[1:]]
     if len(prompt) == 1:
         return prompt
     first = next((index for index, message in enumerate(prompt) if message["role"] == "user"), len(prompt) - 1)
-    return prompt[: first + 1]
+    return prompt if first == len(prompt) - 1 else prompt[: first + 1]
 
 
 def position_of(digest: str) -> float:

@@ -13,7 +13,7 @@ import polars as pl
 from dpo_cli.core.errors import DataError, StaleArtifactError
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.formats.base import RowProblem
-from dpo_cli.data.schema import Messages
+from dpo_cli.data.schema import TOOLS, Messages, content_id, from_table
 
 _MANY = 0.05
 """Share of rows left out above which a stage warns."""
@@ -88,7 +88,8 @@ def tokenise_table(
     except (pl.exceptions.PolarsError, OSError) as error:
         raise StaleArtifactError(f"{path} is damaged ({error}); {remedy}") from None
     table = TokenTable([], {}, [])
-    for index, row in enumerate(frame.iter_rows(named=True)):
+    for index, found_row in enumerate(frame.iter_rows(named=True)):
+        row = from_table(found_row)
         try:
             group, found = tokenise_row(row, completion_columns, encoder, max_length, policies)
         except RowProblem as problem:
@@ -102,6 +103,13 @@ def tokenise_table(
             table.found.setdefault(name, []).append(index)
     _refuse_errors(table, path, policies)
     return table
+
+
+def prompt_ids(path: Path) -> set[str]:
+    """The content ids of the prompts in a canonical table."""
+    names = [name for name in pl.read_parquet_schema(path) if name in ("prompt", TOOLS)]
+    frame = pl.read_parquet(path, columns=names, glob=False)
+    return {content_id(from_table(row)["prompt"]) for row in frame.iter_rows(named=True)}
 
 
 def _refuse_errors(table: TokenTable, path: Path, policies: Mapping[str, str]) -> None:
@@ -153,6 +161,7 @@ def tokenise_row(
     Raises:
         RowProblem: The template refuses the row, it is over long, or a check leaves it out.
     """
+    row = from_table(row)
     prompt = row["prompt"]
     completions = row["completions"] if "completions" in columns else [row[column] for column in columns]
     group = TokenGroup(

@@ -24,7 +24,7 @@ from typing import Literal
 
 import numpy as np
 
-from dpo_cli.evaluation.bootstrap import Estimate, cluster_bootstrap, cluster_bootstrap_of
+from dpo_cli.evaluation.bootstrap import Estimate, cluster_bootstrap_of, rate_interval
 from dpo_cli.evaluation.votes import TIE, Vote
 
 NUM_RESULTS = 3
@@ -136,8 +136,8 @@ class _Bootstrap:
     confidence: float
     seed: int
 
-    def mean(self, values: Sequence[float], prompts: Sequence[str]) -> Estimate:
-        return cluster_bootstrap(values, prompts, draws=self.draws, confidence=self.confidence, seed=self.seed)
+    def rate(self, values: Sequence[float], prompts: Sequence[str]) -> Estimate:
+        return rate_interval(values, prompts, draws=self.draws, confidence=self.confidence, seed=self.seed)
 
     def coefficient(self, name: CoefficientName, columns: np.ndarray, prompts: Sequence[str]) -> Coefficient:
         estimate = cluster_bootstrap_of(
@@ -153,7 +153,7 @@ def _summarise(votes: Sequence[Vote], kinds: Sequence[str], bootstrap: _Bootstra
     win_rates = {}
     for kind in kinds:
         if mine := [vote for vote in votes if vote.kind == kind]:
-            estimate = bootstrap.mean([1 - vote.result / 2 for vote in mine], [vote.prompt for vote in mine])
+            estimate = bootstrap.rate([1 - vote.result / 2 for vote in mine], [vote.prompt for vote in mine])
             win_rates[kind] = WinRate(estimate, len(mine), sum(vote.result == TIE for vote in mine))
     across = [_between(items, first, second, bootstrap) for first, second in itertools.combinations(kinds, 2)]
     within = [_within(items, kind, bootstrap) for kind in kinds]
@@ -196,7 +196,7 @@ def _pair_agreement(
     first: str, second: str, pairs: Sequence[tuple[Vote, Vote]], coefficient: Coefficient, bootstrap: _Bootstrap
 ) -> PairAgreement:
     agreement = [1 - abs(one.result - other.result) / 2 for one, other in pairs]
-    estimate = bootstrap.mean(agreement, [one.prompt for one, _ in pairs])
+    estimate = bootstrap.rate(agreement, [one.prompt for one, _ in pairs])
     return PairAgreement(first, second, estimate, coefficient, len({one.item for one, _ in pairs}), len(pairs))
 
 

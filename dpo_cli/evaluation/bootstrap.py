@@ -1,4 +1,4 @@
-"""Intervals by a bootstrap over prompts: rows of one prompt are not independent."""
+"""Intervals by prompt, since rows of one are not independent: a bootstrap, or exact where that knows too little."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from dpo_cli.evaluation.binomial import exact_interval
+
+FEW_PROMPTS = 30
+"""Prompts below which a bootstrap of a rate is too narrow: with 2 that were both won it would be 100% to 100%."""
 _MAX_CELLS = 4_000_000
 
 MAX_UNDEFINED = 0.05
@@ -53,6 +57,10 @@ class Sampling:
         """A mean with its interval."""
         return cluster_bootstrap(values, clusters, **self.keywords)
 
+    def rate(self, values: Sequence[float], clusters: Sequence[str]) -> Estimate:
+        """A rate with its interval."""
+        return rate_interval(values, clusters, **self.keywords)
+
 
 def cluster_bootstrap(
     values: Sequence[float], clusters: Sequence[str], *, draws: int, confidence: float, seed: int
@@ -75,6 +83,21 @@ def cluster_bootstrap(
     return cluster_bootstrap_of(
         lambda sums, counts: sums[:, 0] / counts, columns, clusters, draws=draws, confidence=confidence, seed=seed
     )
+
+
+def rate_interval(
+    values: Sequence[float], clusters: Sequence[str], *, draws: int, confidence: float, seed: int
+) -> Estimate:
+    """The mean of values in [0, 1] and its interval: by bootstrap, or exact where that knows too little.
+
+    That is with fewer than :data:`FEW_PROMPTS` clusters, or where all or none were won. Then each cluster counts as one
+    trial; arguments as those of :func:`cluster_bootstrap`.
+    """
+    estimate = cluster_bootstrap(values, clusters, draws=draws, confidence=confidence, seed=seed)
+    number = len(set(clusters))
+    if number >= FEW_PROMPTS and 0 < estimate.value < 1:
+        return estimate
+    return Estimate(estimate.value, *exact_interval(number * estimate.value, number, confidence))
 
 
 def cluster_bootstrap_of(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo_cli.evaluation.bootstrap import Estimate, cluster_bootstrap, cluster_bootstrap_of
+from dpo_cli.evaluation.bootstrap import Estimate, cluster_bootstrap_of, rate_interval
 
 NUM_BINS = 10
 """Bins of the preferred answer's probability, equal parts of [1/2, 1]."""
@@ -92,7 +92,7 @@ def reliability_table(
             high=0.5 + (number + 1) / (2 * num_bins),
             num_pairs=int((bins == number).sum()),
             probability=float(probability[bins == number].mean()),
-            accuracy=cluster_bootstrap(
+            accuracy=rate_interval(
                 right[bins == number].tolist(),
                 owners[bins == number].tolist(),
                 draws=draws,

@@ -22,6 +22,9 @@ CONSISTENT = 0.7
 MORE_UNFINISHED = 0.05
 MORE_REPETITION = 0.1
 LESS_DISTINCT = 0.5
+FEW_END = 0.5
+"""Share of answers that end by themselves below which most are cut off."""
+MUCH_REPETITION = 0.5
 
 
 def flags(metrics: Mapping[str, Any]) -> list[Finding]:
@@ -125,8 +128,23 @@ def degeneration(metrics: Mapping[str, Any]) -> Finding:
         signs.append("the entropy has collapsed")
     value = f"{percent(after)} end (SFT {percent(before)}), {percent(metrics['repetition_dpo'])} repeated"
     if not signs:
-        return Finding("form of answers", value, "plain", "no sign of degeneration in ends, repetition and variety")
+        return Finding("form of answers", value, *_form_as_before(metrics))
     return Finding("form of answers", value, "bad" if len(signs) > 1 else "warn", f"degeneration: {', '.join(signs)}")
+
+
+def _form_as_before(metrics: Mapping[str, Any]) -> tuple[Status, str]:
+    """What to say of answers that are no worse in form than SFT's, which may be bad themselves."""
+    faults = []
+    if metrics["finished_dpo"] < FEW_END:
+        limit = f", now {metrics['max_new_tokens']}" if "max_new_tokens" in metrics else ""
+        faults.append(
+            f"most answers are cut off: raise evaluate.max_new_tokens{limit}, if they are meant to be so long"
+        )
+    if metrics["repetition_dpo"] > MUCH_REPETITION:
+        faults.append("answers repeat themselves")
+    if not faults:
+        return "plain", "no sign of degeneration in ends, repetition and variety"
+    return "warn", f"{', and '.join(faults)}; SFT's are no better, so tuning did not bring it about"
 
 
 def judge_quality(metrics: Mapping[str, Any]) -> Finding | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dpo_cli.evaluation.bootstrap import Estimate, cluster_bootstrap
+from dpo_cli.evaluation.bootstrap import Estimate, Sampling
 from dpo_cli.objectives.pairwise import PairwiseLoss, log_ratios
 
 
@@ -104,13 +104,12 @@ def summarise_held_out(
     losses = loss(policy, reference, num_tokens)
     clusters = [pair.group for pair in rows]
 
-    def interval(values: torch.Tensor) -> Estimate:
-        return cluster_bootstrap(values.tolist(), clusters, draws=draws, confidence=confidence, seed=seed)
+    sampling = Sampling(draws, confidence, seed)
 
     return HeldOut(
-        reward_accuracy=interval(_half_ties(margins)),
-        loss=interval(losses),
-        margin=interval(margins),
+        reward_accuracy=sampling.rate(_half_ties(margins).tolist(), clusters),
+        loss=sampling.interval(losses.tolist(), clusters),
+        margin=sampling.interval(margins.tolist(), clusters),
         chosen_reward=rewards[:, 0].mean().item(),
         rejected_reward=rewards[:, 1].mean().item(),
         reference_accuracy=_half_ties(reference[:, 0] - reference[:, 1]).mean().item(),

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dpo_cli.evaluation.bootstrap import Estimate, cluster_bootstrap
+from dpo_cli.evaluation.bootstrap import Estimate, Sampling
 from dpo_cli.objectives.ranking import kendall_tau
 
 _ROWS_AT_ONCE = 4096
@@ -143,16 +143,14 @@ def summarise_rewards(
     """
     clusters = [row.group for row in rows]
 
-    def interval(values: list[float]) -> Estimate:
-        return cluster_bootstrap(values, clusters, draws=draws, confidence=confidence, seed=seed)
-
+    sampling = Sampling(draws, confidence, seed)
     return RewardSummary(
         num_rows=len(rows),
         num_prompts=len(set(clusters)),
         num_compared=sum(one.num_compared for one in found),
         num_ties=sum(one.num_ties for one in found),
-        accuracy=interval([one.accuracy for one in found]),
-        margin=interval([one.margin for one in found]),
+        accuracy=sampling.rate([one.accuracy for one in found], clusters),
+        margin=sampling.interval([one.margin for one in found], clusters),
         reference_accuracy=float(np.mean([one.reference_accuracy for one in found])),
         longer_accuracy=float(np.mean([one.longer_accuracy for one in found])),
     )

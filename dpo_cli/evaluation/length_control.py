@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo_cli.evaluation.bootstrap import Estimate, cluster_bootstrap, cluster_weights, percentile_interval
+from dpo_cli.evaluation.bootstrap import Estimate, cluster_weights, percentile_interval, rate_interval
 
 _MAX_STEPS = 100
 _TOLERANCE = 1e-9
@@ -77,7 +77,7 @@ def control_length(
     if not ((y >= 0) & (y <= 1)).all() or not np.isfinite(lengths).all():
         raise ValueError("outcomes must be in [0, 1] and length differences finite")
     names, owners = np.unique(np.array([prompts[row] for row in order]), return_inverse=True)
-    win_rate = cluster_bootstrap(y.tolist(), names[owners].tolist(), draws=draws, confidence=confidence, seed=seed)
+    win_rate = rate_interval(y.tolist(), names[owners].tolist(), draws=draws, confidence=confidence, seed=seed)
     scale = 0.0 if (lengths == lengths[0]).all() else float(lengths.std())
     if scale == 0:
         if lengths[0] == 0:

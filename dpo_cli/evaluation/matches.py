@@ -77,7 +77,7 @@ def play(
         comparisons = {id: found[pair] for id, pair in zip(shared, some, strict=True)}
         tally = summarise(list(comparisons.values()), judge.remedy)
         wins = [(each.win, ours[id].group) for id, each in comparisons.items() if each.win is not None]
-        win_rate = sampling.interval([win for win, _ in wins], [group for _, group in wins])
+        win_rate = sampling.rate([win for win, _ in wins], [group for _, group in wins])
         matches.append(Match(ours, theirs, comparisons, tally, win_rate))
     return matches
 

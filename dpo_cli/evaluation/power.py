@@ -6,11 +6,11 @@ that of prompts with a winner. Figures are exact sums of the binomial distributi
 
 from __future__ import annotations
 
-import math
 from statistics import NormalDist
 
 import numpy as np
 
+from dpo_cli.evaluation.binomial import at_least, binomial
 from dpo_cli.evaluation.bootstrap import Estimate
 
 
@@ -31,7 +31,7 @@ def win_rate_power(win_rate: float, num_prompts: int, level: float = 0.05) -> fl
     if needed is None:
         return 0.0
     # lost by so much, too: the test has two sides
-    return _at_least(needed, num_prompts, win_rate) + _at_least(needed, num_prompts, 1 - win_rate)
+    return at_least(needed, num_prompts, win_rate) + at_least(needed, num_prompts, 1 - win_rate)
 
 
 def detectable_win_rate(num_prompts: int, power: float = 0.8, level: float = 0.05) -> float | None:
@@ -75,20 +75,6 @@ def detectable_of_interval(estimate: Estimate, confidence: float, power: float =
 
 def _critical_wins(num_prompts: int, level: float) -> int | None:
     """The fewest wins that a fair coin reaches in no more than level / 2 of cases; None where there are none."""
-    tail = np.cumsum(_binomial(num_prompts, 0.5)[::-1])[::-1]
+    tail = np.cumsum(binomial(num_prompts, 0.5)[::-1])[::-1]
     found = np.flatnonzero(tail <= level / 2)
     return int(found[0]) if len(found) else None
-
-
-def _at_least(wins: int, num_prompts: int, rate: float) -> float:
-    return float(_binomial(num_prompts, rate)[wins:].sum())
-
-
-def _binomial(number: int, rate: float) -> np.ndarray:
-    """Probabilities of 0 .. number wins, float64 [number + 1]."""
-    if rate in (0, 1):
-        return np.eye(number + 1)[round(rate) * number]
-    factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, number + 1)))])
-    wins = np.arange(number + 1)
-    logs = factorials[-1] - factorials - factorials[::-1] + wins * math.log(rate) + wins[::-1] * math.log1p(-rate)
-    return np.exp(logs)

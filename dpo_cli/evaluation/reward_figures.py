@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo_cli.evaluation.bootstrap import Estimate, cluster_bootstrap
+from dpo_cli.evaluation.bootstrap import Estimate, Sampling
 from dpo_cli.evaluation.calibration import NUM_BINS, Bin, calibration_error, half_ties, reliability_table
 
 
@@ -82,11 +82,13 @@ def summarise_rewards(
     longer = np.array([pair.num_tokens[0] - pair.num_tokens[1] for pair in rows])
     right = half_ties(margins)
 
-    def interval(values: np.ndarray, where: np.ndarray | None = None) -> Estimate:
-        where = np.ones(len(rows), dtype=bool) if where is None else where
-        return cluster_bootstrap(
-            values[where].tolist(), clusters[where].tolist(), draws=draws, confidence=confidence, seed=seed
-        )
+    sampling = Sampling(draws, confidence, seed)
+
+    def interval(values: np.ndarray) -> Estimate:
+        return sampling.interval(values.tolist(), clusters.tolist())
+
+    def rate(values: np.ndarray, where: np.ndarray | slice = slice(None)) -> Estimate:
+        return sampling.rate(values[where].tolist(), clusters[where].tolist())
 
     ece = calibration_error(
         margins, clusters.tolist(), draws=draws, confidence=confidence, seed=seed, num_bins=num_bins
@@ -95,15 +97,15 @@ def summarise_rewards(
         margins, clusters.tolist(), draws=draws, confidence=confidence, seed=seed, num_bins=num_bins
     )
     by_length = {
-        name: (int(where.sum()), interval(right, where) if where.any() else None)
+        name: (int(where.sum()), rate(right, where) if where.any() else None)
         for name, where in (("longer", longer > 0), ("as_long", longer == 0), ("shorter", longer < 0))
     }
     return RewardFigures(
-        accuracy=interval(right),
+        accuracy=rate(right),
         log_loss=interval(np.logaddexp(0.0, -margins)),
         ece=ece,
         margin=interval(margins),
-        longer_accuracy=interval(half_ties(longer)),
+        longer_accuracy=rate(half_ties(longer)),
         by_length=by_length,
         reliability=reliability,
         num_ties=int((margins == 0).sum()),

@@ -93,7 +93,7 @@ def accuracy_rows(
     groups = [row.group for row in figures]
 
     def row(kind: str, label: str, places: Sequence[int]) -> tuple[Any, ...]:
-        found = sampling.interval([float(right[place]) for place in places], [groups[place] for place in places])
+        found = sampling.rate([float(right[place]) for place in places], [groups[place] for place in places])
         return kind, label, len(places), found.value, found.low, found.high
 
     rows = [row("length", _range(differences[places]), places) for places in quantile_bins(differences)]
@@ -147,6 +147,6 @@ def length_rows(match: Match, sampling: Sampling) -> list[tuple[Any, ...]]:
     rows: list[tuple[Any, ...]] = []
     for places in quantile_bins(differences):
         inside = [ids[place] for place in places]
-        found = sampling.interval([wins[id] for id in inside], [match.ours[id].group for id in inside])
+        found = sampling.rate([wins[id] for id in inside], [match.ours[id].group for id in inside])
         rows.append((float(differences[places].mean()), len(inside), found.value, found.low, found.high))
     return rows

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from dpo_cli.core.params import TrainParams
 from dpo_cli.evaluation.findings import Finding, Status, percent, percent_interval
 from dpo_cli.evaluation.flags import flags, judge_quality
 
@@ -42,13 +43,15 @@ def headline(metrics: Mapping[str, Any]) -> tuple[str, Status]:
     statuses = [finding.status for finding in verdict(metrics)]
     broken = "bad" in statuses
     if metrics["kl"] < HARDLY_MOVED and not broken:
-        return "The tuned model is all but the SFT model: it hardly moved.", "warn"
+        return f"The tuned model is all but the SFT model: it hardly moved; {_to_move(metrics)[0]}.", "warn"
     if "win_rate" not in metrics:
         accuracy = _around_half(metrics["reward_accuracy_ci"], metrics["num_prompts"])
         if broken or accuracy == "bad":
             return "Tuning did harm: see the red lines.", "bad"
         if accuracy == "good":
             return "The tuned model learned the preferences; no judge compared its answers.", "good"
+        if metrics["num_prompts"] < FEWEST:
+            return "Too few prompts are held out to show whether the preferences were learned.", "warn"
         return "The held-out pairs do not show that the preferences were learned.", "warn"
     wins = _around_half(metrics["win_rate_ci"], metrics["num_decided"])
     if wins == "good" and not broken:
@@ -65,6 +68,22 @@ def _around_half(ci: list[float] | None, number: int) -> Status:
     if ci is None or number < FEWEST:
         return "warn"
     return "good" if ci[0] > 0.5 else "bad" if ci[1] < 0.5 else "warn"
+
+
+def _to_move(metrics: Mapping[str, Any]) -> list[str]:
+    """What to do about a model that hardly moved: settings to change, with their values, the likeliest first."""
+    training = metrics.get("training")
+    if training is None:  # a model of whose training nothing is known
+        return ["train longer, or with a higher learning rate"]
+    rate, default = training["learning_rate"], TrainParams.model_fields["learning_rate"].default
+    if training["kept_step"] == 0:
+        return [f"train.keep best kept its start: lower train.learning_rate, which was {rate:g}"]
+    raise_rate = f"raise train.learning_rate, which was {rate:g}"
+    limit = "max_steps" if training["max_steps"] else "epochs"
+    steps = f", so {training['num_steps']} steps" if limit == "epochs" and training["num_steps"] else ""
+    raise_steps = f"raise train.{limit}, which was {training[limit]:g}{steps}"
+    lower_beta = f"lower train.beta, which was {training['beta']:g}"
+    return [*([raise_rate, raise_steps] if rate < default else [raise_steps, raise_rate]), lower_beta]
 
 
 def _win_rate(metrics: Mapping[str, Any]) -> Finding:
@@ -123,7 +142,13 @@ def _loss(metrics: Mapping[str, Any]) -> Finding:
     return Finding(
         "held-out loss",
         f"{before:.4f} -> {after:.4f}" + (f" [{low:.4f}, {high:.4f}]" if metrics["loss_ci"] else ""),
-        "plain" if another else "good" if after < before else "bad" if low > before else "warn",
+        "plain"
+        if another
+        else "good"
+        if after < before
+        else "bad"
+        if low > before and metrics["num_prompts"] >= FEWEST
+        else "warn",
         "-log σ(margin) of pairs that were not trained on, before and after"
         + ("; the training loss learned a reward of another form (docs/objectives.md)" if another else ""),
     )
@@ -149,7 +174,7 @@ def _kl(metrics: Mapping[str, Any]) -> Finding:
     if disagree:
         meaning += "; its two estimates disagree, so one of them is wrong"
     elif kl < HARDLY_MOVED:
-        meaning += "; the model hardly moved: train longer, with a higher learning rate or a lower train.beta"
+        meaning += f"; the model hardly moved: {', or '.join(_to_move(metrics))}"
     status: Status = "bad" if disagree else "warn" if kl > HIGH_KL or kl < HARDLY_MOVED else "good"
     return Finding("KL from the reference", f"{kl:.2f} nats", status, meaning)
 

@@ -12,11 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from peft.tuners.lora import LoraLayer
+from typing import TYPE_CHECKING, Any
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_files, digest_json, read_json, write_json
@@ -24,7 +20,9 @@ from dpo_cli.core.errors import MachineError, StaleArtifactError
 from dpo_cli.core.params import LoraParams
 from dpo_cli.models.device import Machine
 from dpo_cli.models.load import keep_weights_unpacked, load_model
-from dpo_cli.models.lora import use_short_layers
+
+if TYPE_CHECKING:  # peft takes seconds to import: functions do it that use it
+    from peft import PeftModel
 
 SFT_MANIFEST = "sft.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -32,7 +30,7 @@ _SFT_REMEDY = "run: dpo-cli sft"
 POLICY, REFERENCE = "default", "reference"
 
 
-def add_adapter(model: Any, lora: LoraParams, seed: int, task: TaskType = TaskType.CAUSAL_LM) -> PeftModel:
+def add_adapter(model: Any, lora: LoraParams, seed: int, task: str = "CAUSAL_LM") -> PeftModel:
     """Put a fresh LoRA adapter with a zero update on a model (Hu et al. 2021, section 4.1).
 
     Args:
@@ -44,11 +42,16 @@ def add_adapter(model: Any, lora: LoraParams, seed: int, task: TaskType = TaskTy
     Raises:
         MachineError: The model has no layer of the named kind.
     """
+    import torch
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    from dpo_cli.models.lora import use_short_layers
+
     names = lora.target_modules
     torch.manual_seed(seed)
     config = use_short_layers(
         LoraConfig(
-            task_type=task,
+            task_type=TaskType(task),
             r=lora.r,
             lora_alpha=lora.alpha,  # type: ignore[arg-type]
             lora_dropout=lora.dropout,
@@ -168,6 +171,8 @@ class ModelPair:
 
         Not for DoRA (:func:`is_dora`), whose adapters do not add up.
         """
+        from peft.tuners.lora import LoraLayer
+
         shares = {POLICY: scale}
         if self.reference_adapter is not None:
             shares[self.reference_adapter] = 1 - scale
@@ -226,6 +231,10 @@ def load_pair(
 
 def load_adapter(model: Any, folder: Path, *, trainable: bool) -> PeftModel:
     """Put a saved adapter on a model, as its policy."""
+    from peft import LoraConfig, PeftModel
+
+    from dpo_cli.models.lora import use_short_layers
+
     config = use_short_layers(LoraConfig.from_pretrained(str(folder)))  # type: ignore[arg-type]
     return PeftModel.from_pretrained(model, str(folder), adapter_name=POLICY, is_trainable=trainable, config=config)
 

@@ -8,13 +8,16 @@ import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
-import torch
 
 from dpo_cli.core.cores import usable_cores
 from dpo_cli.core.errors import MachineError
 from dpo_cli.core.params import RuntimeParams
+
+if TYPE_CHECKING:  # torch takes a second to import: functions do it that use it
+    import torch
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ def prepare_machine(runtime: RuntimeParams) -> Machine:
     Raises:
         MachineError: runtime.device is cuda and there is none, or several processes were started.
     """
+    import torch
+
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     if num_processes > 1:
         raise MachineError(
@@ -70,6 +75,8 @@ def token_budget(runtime: RuntimeParams, device: torch.device) -> int:
 def peak_memory_gib(machine: Machine) -> float:
     """Most memory held so far, GiB: of the GPU on CUDA, resident in the process on the CPU."""
     if machine.device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(machine.device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
@@ -78,6 +85,8 @@ def peak_memory_gib(machine: Machine) -> float:
 def forget_peak_memory(device: torch.device) -> None:
     """Count the peak of memory from here on; where the system cannot, it stays that of the whole process."""
     if device.type == "cuda":
+        import torch
+
         torch.cuda.reset_peak_memory_stats(device)
         return
     with contextlib.suppress(OSError):
@@ -86,6 +95,8 @@ def forget_peak_memory(device: torch.device) -> None:
 
 def peak_memory_bytes(device: torch.device) -> int:
     """Most memory held since :func:`forget_peak_memory`: of the GPU on CUDA, resident in the process on the CPU."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -98,6 +109,8 @@ def peak_memory_bytes(device: torch.device) -> int:
 def free_memory_bytes(device: torch.device) -> int:
     """Memory that is still to be had: of the GPU, its allocator's unused share included, or of the machine."""
     if device.type == "cuda":
+        import torch
+
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return psutil.virtual_memory().available

@@ -8,10 +8,7 @@ that ``AutoModelForSequenceClassification`` (``num_labels=1``) with PEFT gives t
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from typing import TYPE_CHECKING, Any
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_files, read_json, write_json
@@ -20,7 +17,9 @@ from dpo_cli.core.params import LoraParams
 from dpo_cli.models.adapters import ADAPTER_FILES, SftResult, add_adapter, load_adapter, load_backbone
 from dpo_cli.models.device import Machine
 from dpo_cli.models.load import keep_weights_unpacked
-from dpo_cli.models.lora import use_short_layers
+
+if TYPE_CHECKING:  # peft takes seconds to import: functions do it that use it
+    from peft import PeftModel
 
 REWARD_MANIFEST = "reward.json"
 _REMEDY = "run: dpo-cli reward"
@@ -33,7 +32,7 @@ def load_reward_model_at_start(
 ) -> PeftModel:
     """The reward model before its first step; adapter and head are trainable."""
     model = _with_head(load_backbone(base, sft, machine, quantization))
-    model = _go_on(model, paths.SFT_MODEL) if sft.has_adapter else add_adapter(model, lora, seed, TaskType.SEQ_CLS)
+    model = _go_on(model, paths.SFT_MODEL) if sft.has_adapter else add_adapter(model, lora, seed, "SEQ_CLS")
     keep_weights_unpacked(model)
     return model
 
@@ -48,6 +47,8 @@ def load_reward_model(folder: Path, base: Path, sft: SftResult, machine: Machine
 
 def _with_head(causal: Any) -> Any:
     """A causal language model with a head of zeros beside its own, where PEFT looks for one to train."""
+    import torch
+
     embedding = causal.get_input_embeddings().weight
     head = torch.nn.Linear(causal.config.get_text_config().hidden_size, 1, bias=False, device=embedding.device)
     torch.nn.init.zeros_(head.weight)
@@ -57,6 +58,10 @@ def _with_head(causal: Any) -> Any:
 
 def _go_on(model: Any, folder: Path) -> PeftModel:
     """A saved adapter of a causal language model on one with a head, both trainable."""
+    from peft import LoraConfig, TaskType, get_peft_model, load_peft_weights, set_peft_model_state_dict
+
+    from dpo_cli.models.lora import use_short_layers
+
     config = use_short_layers(LoraConfig.from_pretrained(str(folder)))  # type: ignore[arg-type]
     config.task_type, config.inference_mode, config.base_model_name_or_path = TaskType.SEQ_CLS, False, None
     adapted: PeftModel = get_peft_model(model, config)  # type: ignore[assignment]

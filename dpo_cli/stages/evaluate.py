@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import read_json, write_json, write_json_array, write_text
@@ -22,8 +21,8 @@ from dpo_cli.core.params import EvaluateParams, Params, RuntimeParams, TrainPara
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.pieces import pieces_of
-from dpo_cli.data.schema import Messages, content_id, text_of
-from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_rejects
+from dpo_cli.data.schema import Messages, text_of
+from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_rejects, prompt_ids
 from dpo_cli.evaluation import tables
 from dpo_cli.evaluation.bootstrap import Estimate, Sampling
 from dpo_cli.evaluation.calibration import reliability_table
@@ -70,6 +69,7 @@ class Judged:
         train: The settings of its training: beta, and whether a log-ratio was learned.
         out: Where its files go.
         is_of_this_data: Whether it is known to have been trained on this project's data.
+        trained: How long it was trained; None where nothing is known of its training.
     """
 
     folder: Path
@@ -77,6 +77,7 @@ class Judged:
     train: TrainParams
     out: Path
     is_of_this_data: bool = True
+    trained: Mapping[str, int] | None = None
 
 
 def run(params: Params, reporter: Reporter) -> dict[str, Any]:
@@ -99,7 +100,8 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
             f"{paths.DPO_MODEL}: trained on other data than data/preference is now; {_TRAIN_REMEDY}"
         )
     train = TrainParams.model_validate(provenance["params"]["train"])
-    judged = Judged(paths.DPO_MODEL, DPO, train, paths.report_dir("evaluate"))
+    trained = provenance.get("trained", {})
+    judged = Judged(paths.DPO_MODEL, DPO, train, paths.report_dir("evaluate"), trained=trained)
     metrics = evaluate(params, graph, judged, reporter)
     rows = [(finding.name, f"{finding.value}  ({finding.meaning})") for finding in verdict(metrics)]
     reporter.table(f"evaluate: {headline(metrics)[0]}", rows)
@@ -139,12 +141,12 @@ def evaluate_model(
         raise ParamsError(f"{out} holds the evaluation of another model; name another folder: --out")
     settings: dict[str, Any] = {name: getattr(params, name).model_dump() for name in ("model", "reference", "evaluate")}
     settings |= {"name": folder.resolve().name, "policy": cast.policy.digest}
-    train, is_ours = _training_of(folder, params.train, graph, reporter)
-    if is_ours is not None:
+    train, trained, is_ours = _training_of(folder, params.train, graph, reporter)
+    if trained is not None:
         if beta_given:
             raise ParamsError(f"--set train.* has no effect on {folder}: its provenance.json says how it was trained")
         settings["train"] = train.model_dump()
-    judged = Judged(folder, settings["name"], train, out, is_of_this_data=bool(is_ours))
+    judged = Judged(folder, settings["name"], train, out, is_ours, trained)
     metrics = evaluate(params, graph, judged, reporter)
     write_json(out / paths.MODEL_SETTINGS, settings)
     rows = [(finding.name, f"{finding.value}  ({finding.meaning})") for finding in verdict(metrics)]
@@ -154,28 +156,28 @@ def evaluate_model(
 
 def _training_of(
     folder: Path, default: TrainParams, graph: Graph, reporter: Reporter
-) -> tuple[TrainParams, bool | None]:
-    """How a model was trained, and whether on this project's graph and data; None where that is not known."""
+) -> tuple[TrainParams, Mapping[str, int] | None, bool]:
+    """How a model was trained, how long (None: not known), and whether on this project's graph and data."""
     path = folder / "provenance.json"
     if not path.is_file():
         reporter.warn(
             f"evaluate: {folder} does not say what it was trained on; its held-out figures mean nothing if it has read"
             " the held-out prompts"
         )
-        return default, None
+        return default, None, False
     try:
         provenance = read_json(path, "")
         train = TrainParams.model_validate(provenance["params"]["train"])
         is_ours = provenance["graph"] == graph.identity and provenance["data"] == table_digests(paths.PREFERENCE_DATA)
     except (StaleArtifactError, ValueError, KeyError, TypeError):
         reporter.warn(f"evaluate: {path} is not one of this version, and is not read; beta is train.beta's")
-        return default, None
+        return default, None, False
     if not is_ours:
         reporter.warn(
             f"evaluate: {folder} was trained on another graph or other data than the project's: it may have read the"
             " held-out prompts"
         )
-    return train, is_ours
+    return train, provenance.get("trained", {}), is_ours
 
 
 def evaluate(params: Params, graph: Graph, judged: Judged, reporter: Reporter) -> dict[str, Any]:
@@ -204,6 +206,9 @@ def evaluate(params: Params, graph: Graph, judged: Judged, reporter: Reporter) -
         metrics["num_leaked_prompts"] = num_leaked if judged.is_of_this_data else None
         metrics["peak_mem_gib"] = peak_memory_gib(graph.machine)
         metrics["learns_log_ratio"] = judged.train.learns_log_ratio
+        if judged.trained is not None:
+            settings = judged.train.model_dump(include={"learning_rate", "beta", "epochs", "max_steps"})
+            metrics["training"] = settings | {name: judged.trained.get(name) for name in ("num_steps", "kept_step")}
         write_json(judged.out / "metrics.json", {"evaluate": metrics})
     return metrics
 
@@ -214,8 +219,7 @@ def _count_leaked_prompts(held_out: TokenTable) -> int:
     for path in (paths.SFT_DATA / "train.parquet", paths.PREFERENCE_DATA / "train.parquet"):
         if not path.is_file():
             raise StaleArtifactError(f"{path} is missing; run: dpo-cli repro")
-        for (prompt,) in pl.read_parquet(path, columns=["prompt"], glob=False).iter_rows():
-            seen.add(content_id(prompt))
+        seen |= prompt_ids(path)
     return sum(group in seen for group in held_out.prompts)
 
 
@@ -261,7 +265,11 @@ class _Work:
         }
         own = self._sample(policy, 1.0)
         kls = self._steps.divergences(policy, reference, self._prompts, own)
-        metrics |= {"num_generated_prompts": len(self._prompts), "temperature": knobs.temperature}
+        metrics |= {
+            "num_generated_prompts": len(self._prompts),
+            "temperature": knobs.temperature,
+            "max_new_tokens": knobs.max_new_tokens,
+        }
         metrics |= divergence_metrics(kls, sampling) | answer_metrics(answers)
         metrics["reward_length_correlation"] = correlation(
             [kl.k1 for kl in kls.values()], [kl.num_tokens for kl in kls.values()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_json, publish_folder, write_json, write_json_lines, write_text
@@ -14,20 +14,18 @@ from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import Scratch, stage_scratch
 from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_found, explain_rejects
 from dpo_cli.evaluation.bootstrap import Estimate
-from dpo_cli.evaluation.judges.reward_model import RewardModel
 from dpo_cli.evaluation.reward_figures import RewardedPair, RewardFigures, summarise_rewards
-from dpo_cli.models.adapters import save_adapter
 from dpo_cli.models.device import peak_memory_gib, token_budget
 from dpo_cli.models.identity import read_lock
-from dpo_cli.models.load import quiet_libraries, save_tokenizer
 from dpo_cli.models.reward import REWARD_MANIFEST, load_reward_model_at_start, reward_head, write_reward_manifest
-from dpo_cli.reference.graph import SPLITS, Graph, all_rejects, open_graph, read_ranks, refuse_empty, table_digests
-from dpo_cli.scoring.budget import TokenBudget
-from dpo_cli.scoring.probe import Verdict, open_scorer
-from dpo_cli.scoring.reward import RewardScorer
 from dpo_cli.training.history import merge_log, write_tsv
-from dpo_cli.training.reward_objective import RewardObjective
-from dpo_cli.training.run import Fit, fit
+
+if TYPE_CHECKING:  # what computes is imported where there is something to compute
+    from dpo_cli.evaluation.judges.reward_model import RewardModel
+    from dpo_cli.reference.graph import Graph
+    from dpo_cli.scoring.probe import Verdict
+    from dpo_cli.training.reward_objective import RewardObjective
+    from dpo_cli.training.run import Fit
 
 _REWARDS = (
     "rewards/chosen",
@@ -58,11 +56,24 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         DataError: No pair or ranking of a split is within reference.max_length.
         Interrupted: The user asked to stop; a checkpoint is kept.
     """
-    quiet_libraries()
-    knobs = params.reward
-    if knobs.loss == "none":
+    if params.reward.loss == "none":
         with stage_scratch("reward", "none") as scratch:
             return _publish_none(scratch, reporter)
+    return _train(params, reporter)
+
+
+def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
+    from dpo_cli.evaluation.judges.reward_model import RewardModel
+    from dpo_cli.models.adapters import save_adapter
+    from dpo_cli.models.load import quiet_libraries, save_tokenizer
+    from dpo_cli.reference.graph import SPLITS, all_rejects, open_graph, refuse_empty
+    from dpo_cli.scoring.budget import TokenBudget
+    from dpo_cli.scoring.probe import open_scorer
+    from dpo_cli.scoring.reward import RewardScorer
+    from dpo_cli.training.run import fit
+
+    quiet_libraries()
+    knobs = params.reward
     graph = open_graph(params.model, params.reference, params.runtime)
     ranked = knobs.loss == "plackett_luce"
     train, held_out = (graph.tokenise_rankings(split) if ranked else graph.tokenise_pairs(split) for split in SPLITS)
@@ -128,6 +139,9 @@ def _publish_none(scratch: Scratch, reporter: Reporter) -> dict[str, Any]:
 
 
 def _objective(knobs: RewardParams, groups: Sequence[TokenGroup]) -> RewardObjective:
+    from dpo_cli.reference.graph import read_ranks
+    from dpo_cli.training.reward_objective import RewardObjective
+
     if knobs.loss == "bradley_terry":
         return RewardObjective()
     return RewardObjective(read_ranks(groups, knobs.ties, "reward"), knobs.ties)
@@ -135,6 +149,8 @@ def _objective(knobs: RewardParams, groups: Sequence[TokenGroup]) -> RewardObjec
 
 def _provenance(params: Params, graph: Graph) -> dict[str, Any]:
     """Everything the reward model depends on; no time and no path, so equal runs give equal bytes."""
+    from dpo_cli.reference.graph import table_digests
+
     return {
         "dpo_cli": version("dpo-cli"),
         "params": {

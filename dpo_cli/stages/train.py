@@ -110,7 +110,8 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
         save_adapter(policy, built, params.model.name)
         save_tokenizer(graph.tokenizer, graph.encoder, built)
         write_text(built / "README.md", _model_card(params, graph, metrics))
-        write_json(built / PROVENANCE, provenance)
+        trained = {"num_steps": result.num_steps, "kept_step": result.kept_step}
+        write_json(built / PROVENANCE, provenance | {"trained": trained})
         publish_folder(built, paths.DPO_MODEL)
         columns = _columns(objective.metric_names)
         rows = merge_log(result.history, columns)

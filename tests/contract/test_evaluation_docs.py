@@ -104,6 +104,7 @@ def all_metrics() -> dict[str, Any]:
         **{f"{figure}_{name}": 1.0 for figure in ("reward", "well_formed") for name in (SFT, DPO)},
         "num_generated_prompts": 4,
         "temperature": 1.0,
+        "max_new_tokens": 8,
         "reward_length_correlation": 0.0,
         "judge": "hf",
         "judge_name": "a model",
@@ -111,6 +112,7 @@ def all_metrics() -> dict[str, Any]:
         "num_leaked_prompts": 0,
         "peak_mem_gib": 1.0,
         "learns_log_ratio": True,
+        "training": {"learning_rate": 1e-4},
     }
     return {
         **held_out_metrics(held_out, SAMPLING),
@@ -210,20 +212,21 @@ def metrics_with(**changes: Any) -> dict[str, Any]:
     ("changes", "row", "colour"),
     [
         ({"kl_estimates_disagree": True}, 0, "red"),
-        ({"kl": HARDLY_MOVED / 2}, 1, "amber"),
+        ({"kl": HARDLY_MOVED / 2, "training": None}, 1, "amber"),
         ({"win_rate": None, "reward_accuracy_ci": [0.1, 0.4]}, 2, "red"),
         ({"win_rate": None}, 3, "green"),
-        ({"win_rate": None, "reward_accuracy_ci": [0.4, 0.6]}, 4, "amber"),
-        ({}, 5, "green"),
-        ({"win_rate_ci": [0.2, 0.4]}, 6, "red"),
-        ({"well_formed_dpo": 0.1}, 6, "red"),
-        ({"num_decided": FEWEST - 1}, 7, "amber"),
-        ({"win_rate_ci": [0.4, 0.6]}, 8, "amber"),
+        ({"win_rate": None, "num_prompts": FEWEST - 1}, 4, "amber"),
+        ({"win_rate": None, "reward_accuracy_ci": [0.4, 0.6]}, 5, "amber"),
+        ({}, 6, "green"),
+        ({"win_rate_ci": [0.2, 0.4]}, 7, "red"),
+        ({"well_formed_dpo": 0.1}, 7, "red"),
+        ({"num_decided": FEWEST - 1}, 8, "amber"),
+        ({"win_rate_ci": [0.4, 0.6]}, 9, "amber"),
     ],
 )
 def test_headlines_are_those_of_the_code(changes: dict[str, Any], row: int, colour: str) -> None:
     table = SECTIONS["In one minute"].split("| | headline | |\n|---|---|---|\n")[1].split("\n\n")[0].splitlines()
-    assert len(table) == 9
+    assert len(table) == 10
     text, status = headline(metrics_with(**changes))
     assert {"good": "green", "warn": "amber", "bad": "red"}[status] == colour
     assert table[row].endswith(f"| {text} | {colour} |")

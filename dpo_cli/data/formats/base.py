@@ -35,7 +35,8 @@ class Reading:
     Attributes:
         roles: Further names of roles, such as ``{"narrator": "system"}``.
         labels: What a label means that names the better of two outputs: ``first``, ``second`` or ``tie``.
-        turns: ``last``: a conversation is one example, its last answer; ``all``: one for each answer.
+        turns: ``last``: a conversation is one example, its last answer; ``all``: one for each answer. Of pairs:
+            two conversations may differ in their last answers; ``first``: in more, and the first counts.
         pairs: Which pairs are made of K ranked answers: ``all``, ``adjacent`` or ``best_vs_worst``.
         in_order: Whether the user says that a list of answers without ranks or scores is in order, best first.
         labels_found: Whether ``labels`` come from the outputs' names; else the user says them.

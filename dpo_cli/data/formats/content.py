@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import orjson
 
 from dpo_cli.data.formats.base import RowProblem, kind_of
+from dpo_cli.data.formats.tools import read_calls
 from dpo_cli.data.schema import Message, Messages
 
 ROLE_NAMES: Mapping[str, str] = {
@@ -28,12 +29,20 @@ ROLE_NAMES: Mapping[str, str] = {
     "function": "tool",
     "observation": "tool",
     "ipython": "tool",
+    "tool_response": "tool",
+    "function_response": "tool",
 }
 """The canonical role behind every name it goes by, in small letters."""
+
+CALL_ROLES = ("function_call", "tool_call")
+"""Roles of an assistant's turn whose text is a call."""
 
 ROLE_KEYS = ("role", "from", "speaker")
 _CONTENT_KEYS = ("content", "value", "text")
 _CALL_KEYS = ("tool_calls", "function_call")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""What the reasoning before an answer is called."""
+_MEDIA = re.compile(r"(?:images?|img|audios?|videos?|media)(?:_(?:paths?|urls?|files?|bytes|base64))?", re.IGNORECASE)
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _PYTHON = re.compile(r"\[?\s*\{'\w+':")
 
@@ -58,14 +67,55 @@ def read_message(value: Any, where: str, roles: Mapping[str, str] = ROLE_NAMES) 
             "unknown_role",
             f"{where} has the role {_shown(value[key])}; known are {known}; say in roles which of them it is",
         )
-    if any(value.get(call) for call in _CALL_KEYS):
-        raise RowProblem("tool_call", f"{where} calls a tool in a field of its own, which is no text")
+    refuse_media(value, media_keys(value), where)
     content = next((value[key] for key in _CONTENT_KEYS if key in value), None)
-    return {"role": role, "content": read_content(content, where)}
+    if value[key] not in roles and value[key].lower() in CALL_ROLES:
+        return {"role": role, "content": "", "tool_calls": read_calls(content, where)}
+    extra = _read_extra(value, role, where)
+    return {"role": role, "content": read_content("" if content is None and extra else content, where), **extra}
+
+
+def _read_extra(value: Mapping[str, Any], role: str, where: str) -> Message:
+    """What a turn has beside its text: reasoning and calls of an answer, of a tool's turn what it answers."""
+    extra: Message = {}
+    if role == "assistant":
+        reasoning = next((value[key] for key in REASONING_KEYS if value.get(key)), "")
+        if not isinstance(reasoning, str):
+            raise RowProblem("not_text", f"{where} must have its reasoning as text, got {kind_of(reasoning)}")
+        if reasoning.strip():
+            extra["reasoning_content"] = reasoning
+        if calls := next((value[key] for key in _CALL_KEYS if value.get(key)), None):
+            extra["tool_calls"] = read_calls(calls, where)
+    elif role == "tool":
+        extra |= {name: value[name] for name in ("name", "tool_call_id") if isinstance(value.get(name), str)}
+    return extra
+
+
+def media_keys(names: Iterable[Any]) -> tuple[str, ...]:
+    """Those of these names by which pictures, sound and films go."""
+    return tuple(name for name in names if isinstance(name, str) and _MEDIA.fullmatch(name))
+
+
+def refuse_media(value: Mapping[str, Any], names: Iterable[str], where: str = "") -> None:
+    """Text that belongs to a picture is no text alone.
+
+    Raises:
+        RowProblem: One of these fields is not empty.
+    """
+    for name in names:
+        media = value.get(name)
+        if any(media) if isinstance(media, list) else media:
+            raise RowProblem(
+                "media",
+                f"{where + ' ' if where else ''}has media in {name!r}, and only text is read; take the field out of the"
+                " file to train on the text alone",
+            )
 
 
 def _role_of(name: Any, roles: Mapping[str, str]) -> str | None:
-    return (roles.get(name) or roles.get(name.lower())) if isinstance(name, str) else None
+    if not isinstance(name, str):
+        return None
+    return roles.get(name) or roles.get(name.lower()) or ("assistant" if name.lower() in CALL_ROLES else None)
 
 
 def _shown(name: Any) -> str:

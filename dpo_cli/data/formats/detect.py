@@ -11,10 +11,11 @@ from typing import Any
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.data.formats.base import Column, Columns, Format, Reading, RowProblem, always, kind_of, never
 from dpo_cli.data.formats.columns import MISSING, Plan, look_up, plan_of, shown
-from dpo_cli.data.formats.content import is_turn
-from dpo_cli.data.formats.prompts import CONVERSATION_NAMES
+from dpo_cli.data.formats.content import is_turn, media_keys, refuse_media
+from dpo_cli.data.formats.prompts import CONVERSATION_NAMES, tools_of
+from dpo_cli.data.formats.tools import read_tools
 from dpo_cli.data.formats.unpaired import ANSWER_NAMES, unpaired_label
-from dpo_cli.data.schema import RawRow
+from dpo_cli.data.schema import RawRow, with_tools
 
 _Test = Callable[[RawRow], bool]
 _Step = tuple[Plan, bool, _Test | None, _Test | None]
@@ -49,6 +50,7 @@ class RowReader:
         self._reading = replace(reading, in_order=reading.in_order or name == "kwise")
         self._unread: Counter[tuple[str, ...]] = Counter()
         self._steps: dict[tuple[str, ...], list[_Step]] = {}
+        self._media: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._fallbacks: dict[tuple[str, ...], Plan] = {}
         self._main: Format[Any] | None = None
         known = {field for fmt in self._formats for field in fmt.names}
@@ -71,7 +73,12 @@ class RowReader:
             raise RowProblem("not_an_object", f"must be a JSON object, got {kind_of(row)}")
         keys = tuple(row)
         steps = self._steps.get(keys)
-        for plan, moves, matches, weak in self._steps_of(keys) if steps is None else steps:
+        if steps is None:
+            steps = self._steps_of(keys)
+            refuse_media(row, self._media_in(keys))
+        elif keys in self._media:
+            refuse_media(row, self._media[keys])
+        for plan, moves, matches, weak in steps:
             found = plan.rename(row) if moves else row
             if (matches is None or matches(found)) and (weak is None or not self._is_doubtful(plan, found)):
                 break
@@ -83,11 +90,12 @@ class RowReader:
                 raise RowProblem("two_fields", f"{' and '.join(rivals)} may both be {field}; say which in columns")
         try:
             content = plan.format.read(found, plan.reading)
+            tools = read_tools(tools_of(found)) if "tools" in plan.format.names else None
         except RowProblem as problem:
             raise plan.named(problem) from None
         if plan.may_leave:
             self._unread[plan.unread_in(row, found)] += 1
-        return plan.format, content
+        return plan.format, content if tools is None else _with_tools(content, tools)
 
     def take_unread(self) -> Counter[str]:
         """How many of the rows read since the last call have something in a column that nobody read, by column."""
@@ -112,7 +120,16 @@ class RowReader:
         ]
         if len(self._steps) < _PLANS_KEPT:
             self._steps[keys] = steps
+            if media := self._media_in(keys):
+                self._media[keys] = media
         return steps
+
+    def _media_in(self, keys: tuple[str, ...]) -> tuple[str, ...]:
+        """Fields that hold pictures and the like, but for those that the user names as text."""
+        named = {
+            path for column in self._columns.values() for path in ([column] if isinstance(column, str) else column)
+        }
+        return tuple(key for key in media_keys(keys) if key not in named)
 
     def _fallback_of(self, keys: tuple[str, ...]) -> Plan:
         """How rows with these keys are read where none of the steps does."""
@@ -240,6 +257,13 @@ class RowReader:
         if 0 < len(plan.missing) < len(plan.needed) - 1:
             return f"{plan.format.name} comes next to it, which needs {' and '.join(plan.missing)}, too; "
         return ""
+
+
+def _with_tools(found: Any, tools: str) -> Any:
+    """What was read, with the tools in its prompts."""
+    if isinstance(found, Iterator):
+        return ((part, _with_tools(example, tools)) for part, example in found)
+    return found if isinstance(found, RowProblem) else replace(found, prompt=with_tools(found.prompt, tools))
 
 
 def _by_reading(read: Sequence[tuple[Plan, RawRow]]) -> list[tuple[Plan, list[RawRow]]]:

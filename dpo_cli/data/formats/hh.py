@@ -10,8 +10,9 @@ import os.path
 
 from dpo_cli.data.formats.base import Format, Reading, RowProblem, text_field
 from dpo_cli.data.formats.content import check_prompt
-from dpo_cli.data.formats.transcripts import ANSWER, TURN, is_transcript, read_turns
-from dpo_cli.data.schema import PreferenceExample, RawRow, assistant
+from dpo_cli.data.formats.prompts import split_turns
+from dpo_cli.data.formats.transcripts import ANSWER, is_transcript, read_turns
+from dpo_cli.data.schema import PreferenceExample, RawRow
 
 
 def _read(row: RawRow, reading: Reading) -> PreferenceExample:
@@ -20,12 +21,8 @@ def _read(row: RawRow, reading: Reading) -> PreferenceExample:
     if cut < 0:
         raise RowProblem("bad_transcript", "the two sides share no opening up to an Assistant turn")
     answers = [text[cut + len(ANSWER) :] for text in (chosen, rejected)]
-    if any(TURN.search(answer) for answer in answers):
-        raise RowProblem("diverges_early", "the two sides part before the last answer")
-    chosen_answer, rejected_answer = (answer.removeprefix(" ") for answer in answers)
-    return PreferenceExample(
-        check_prompt(read_turns(chosen[:cut])), [assistant(chosen_answer)], [assistant(rejected_answer)]
-    )
+    one, other = (read_turns(f"{ANSWER}{answer}") for answer in answers)
+    return PreferenceExample(*split_turns(check_prompt(read_turns(chosen[:cut])), one, other, reading))
 
 
 def are_transcripts(row: RawRow) -> bool:

@@ -13,8 +13,6 @@ from typing import Any
 from dpo_cli.data.formats.base import Format, Reading, RowProblem, kind_of
 from dpo_cli.data.formats.boundaries import shared_tokens
 from dpo_cli.data.formats.content import (
-    check_answer,
-    check_prompt,
     is_conversation,
     read_messages,
     refuse_python,
@@ -22,12 +20,14 @@ from dpo_cli.data.formats.content import (
 )
 from dpo_cli.data.formats.hh import are_transcripts
 from dpo_cli.data.formats.prompts import (
+    CONTEXT_NAMES,
     CONVERSATION_NAMES,
     PROMPT_NAMES,
     SCORE_ALTERNATIVES,
     SIDE_NAMES,
     read_scores,
     roles_of,
+    split_turns,
     with_context,
 )
 from dpo_cli.data.schema import PreferenceExample, RawRow, assistant, user
@@ -60,15 +60,10 @@ def split_implicit(row: RawRow, reading: Reading, *scores: float | None) -> Pref
             raise RowProblem("not_text", f"{name!r} must be text or messages as the other side is, got {kind_of(side)}")
     roles = roles_of(reading)
     one, other = read_messages(chosen, "chosen", roles), read_messages(rejected, "rejected", roles)
-    # the last message of each is its answer, whatever else they share
-    cut = next((i for i, (a, b) in enumerate(zip(one[:-1], other[:-1], strict=False)) if a != b), None)
-    cut = min(len(one), len(other)) - 1 if cut is None else cut
-    if cut <= 0:
+    if one[:1] != other[:1] or min(len(one), len(other)) < 2:
         raise RowProblem("no_common_prompt", "the two sides share no opening messages, and there is no other prompt")
-    if len(one) != cut + 1 or len(other) != cut + 1:
-        raise RowProblem("diverges_early", "the two sides part before the last answer")
-    prompt = check_prompt(with_context(row, one[:cut], reading))
-    return PreferenceExample(prompt, check_answer(one[cut:], "chosen"), check_answer(other[cut:], "rejected"), *scores)
+    prompt, one, other = split_turns([], one, other, reading)
+    return PreferenceExample(with_context(row, prompt, reading), one, other, *scores)
 
 
 def _turns_or_text(side: Any) -> Any:
@@ -132,7 +127,7 @@ IMPLICIT = Format(
     fields="chosen and rejected that begin with the prompt",
     names={
         "prompt": (),
-        **{name: PROMPT_NAMES[name] for name in ("system", "history")},
+        **CONTEXT_NAMES,
         **SIDE_NAMES,
         "chosen": (*SIDE_NAMES["chosen"], "chosen_messages"),
         "rejected": (*SIDE_NAMES["rejected"], "rejected_messages"),

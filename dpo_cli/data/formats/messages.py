@@ -13,7 +13,7 @@ from typing import Any
 
 from dpo_cli.data.formats.base import Format, Part, Reading, RowProblem
 from dpo_cli.data.formats.content import check_prompt, is_conversation, last_role, read_messages, turns_in
-from dpo_cli.data.formats.prompts import CONVERSATION_NAMES, PROMPT_NAMES, roles_of, with_context
+from dpo_cli.data.formats.prompts import CONTEXT_NAMES, CONVERSATION_NAMES, roles_of, with_context
 from dpo_cli.data.formats.unpaired import unpaired_doubt
 from dpo_cli.data.schema import Messages, RawRow, SftExample
 
@@ -67,11 +67,11 @@ MESSAGES = Format(
     fields="messages (or conversations)",
     names={
         "messages": CONVERSATION_NAMES,
-        **{name: PROMPT_NAMES[name] for name in ("system", "history")},
+        **CONTEXT_NAMES,
     },
     needs=(("messages",),),
     read=_read,
     matches=_matches,
-    note=lambda row, reading: "the tools beside them are left out" if row.get("tools") else "",
+    note=lambda row, reading: "the tools beside them go to the chat template" if row.get("tools") else "",
     doubt=unpaired_doubt("messages"),
 )

@@ -18,9 +18,9 @@ from dpo_cli.data.formats.prompts import (
     PROMPT_NEEDS,
     SCORE_ALTERNATIVES,
     SIDE_NAMES,
-    read_answer,
     read_prompt,
     read_scores,
+    read_sides,
 )
 from dpo_cli.data.formats.sides import are_lists, lists_note, read_lists
 from dpo_cli.data.schema import Messages, PreferenceExample, RankingExample, RawRow
@@ -35,13 +35,12 @@ def _read(row: RawRow, reading: Reading) -> PreferenceExample | RankingExample:
         return read_lists(row, prompt, reading)
     chosen_score, rejected_score = read_scores(row) if _has_scores(row) else (None, None)
     try:
-        chosen = read_answer(row, "chosen", prompt, reading)
-        rejected = read_answer(row, "rejected", prompt, reading)
+        sides = read_sides(row, prompt, reading)
     except RowProblem as problem:
         if problem.reason != "not_one_answer":
             raise
         return _read_conversations(row, prompt, reading, problem, chosen_score, rejected_score)
-    return PreferenceExample(prompt, chosen, rejected, chosen_score, rejected_score)
+    return PreferenceExample(*sides, chosen_score, rejected_score)
 
 
 def _has_scores(row: RawRow) -> bool:

@@ -6,14 +6,22 @@ from typing import Any
 
 from dpo_cli.data.formats.base import Format, Reading
 from dpo_cli.data.formats.content import is_conversation
-from dpo_cli.data.formats.prompts import PROMPT_ALTERNATIVES, PROMPT_NAMES, read_answer, read_prompt
+from dpo_cli.data.formats.prompts import (
+    PROMPT_ALTERNATIVES,
+    PROMPT_NAMES,
+    REASONING_NAMES,
+    read_answer,
+    read_prompt,
+    reasoning_note,
+    with_reasoning,
+)
 from dpo_cli.data.formats.unpaired import unpaired_doubt
 from dpo_cli.data.schema import RawRow, SftExample
 
 
 def _read(row: RawRow, reading: Reading) -> SftExample:
     prompt = read_prompt(row, reading)
-    return SftExample(prompt, read_answer(row, "completion", prompt, reading))
+    return SftExample(prompt, with_reasoning(row, read_answer(row, "completion", prompt, reading)))
 
 
 def _matches(row: RawRow) -> bool:
@@ -24,10 +32,11 @@ def _matches(row: RawRow) -> bool:
 PROMPT_COMPLETION = Format(
     name="prompt_completion",
     fields="prompt and completion",
-    names={**PROMPT_NAMES, "completion": ("answer", "response", "output", "target")},
+    names={**PROMPT_NAMES, **REASONING_NAMES, "completion": ("answer", "response", "output", "target")},
     needs=(("prompt", "completion"), ("instruction", "completion")),
     read=_read,
     matches=_matches,
+    note=reasoning_note,
     doubt=unpaired_doubt("prompt_completion"),
     alternatives=PROMPT_ALTERNATIVES,
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 from dpo_cli.data.formats.base import Reading, RowProblem, kind_of, number, optional_number, optional_text, text_field
 from dpo_cli.data.formats.content import (
+    REASONING_KEYS,
     ROLE_NAMES,
     check_answer,
     check_prompt,
@@ -25,8 +26,17 @@ PROMPT_NAMES: dict[str, tuple[str, ...]] = {
     "input": ("context",),
     "system": ("system_prompt",),
     "history": (),
+    "tools": (),
 }
 """The fields that make a prompt, with the other names they go by."""
+
+CONTEXT_NAMES = {name: PROMPT_NAMES[name] for name in ("system", "history", "tools")}
+"""Those that stand beside a conversation."""
+
+REASONING_NAMES: dict[str, tuple[str, ...]] = {
+    "reasoning": tuple(name for name in REASONING_KEYS if name != "reasoning"),
+}
+"""The field that holds the reasoning before a row's only answer, with the other names it goes by."""
 
 PROMPT_NEEDS = (("prompt",), ("instruction",))
 """One of these says what is asked."""
@@ -132,6 +142,35 @@ def _without_input(asked: Messages, row: RawRow) -> Messages:
     return asked
 
 
+def tools_of(row: RawRow) -> Any:
+    """The tools beside a prompt, or in it, as OpenAI's preference files have them."""
+    tools = row.get("tools")
+    if tools is None and type(row.get("prompt")) is dict:
+        return row["prompt"].get("tools")
+    return tools
+
+
+def with_reasoning(row: RawRow, answer: Messages) -> Messages:
+    """An answer with the reasoning that the row has in a field of its own."""
+    if "reasoning" not in row:
+        return answer
+    reasoning = row["reasoning"]
+    if reasoning is None or reasoning == "" or "reasoning_content" in answer[0]:
+        return answer
+    if not isinstance(reasoning, str):
+        raise RowProblem(
+            "not_text",
+            f"'reasoning' must be text, got {kind_of(reasoning)}; say columns: {{reasoning: ''}} if it is something"
+            " else",
+        )
+    return [{**answer[0], "reasoning_content": reasoning}]
+
+
+def reasoning_note(row: RawRow, reading: Reading) -> str:
+    """That a field becomes the answer's reasoning."""
+    return "'reasoning' is the reasoning before the answer" if row.get("reasoning") else ""
+
+
 def with_context(row: RawRow, messages: Messages, reading: Reading) -> Messages:
     """Messages with what stands before them in fields of their own: ``system`` and ``history``.
 
@@ -171,6 +210,59 @@ def read_answer(row: RawRow, name: str, prompt: Messages, reading: Reading) -> M
     if len(messages) > 1 and messages[:-1] == prompt[1 - len(messages) :]:
         messages = messages[-1:]
     return check_answer(messages, name)
+
+
+Pair = tuple[Messages, Messages, Messages]
+"""A prompt, its chosen and its rejected answer."""
+
+
+def read_sides(row: RawRow, prompt: Messages, reading: Reading) -> Pair:
+    """Prompt, chosen and rejected answer; answers of several turns go on from the prompt (:func:`split_turns`)."""
+    try:
+        return prompt, read_answer(row, "chosen", prompt, reading), read_answer(row, "rejected", prompt, reading)
+    except RowProblem as problem:
+        if problem.reason != "not_one_answer":
+            raise
+        chosen, rejected = (_turns_of(row[name], name, reading) for name in ("chosen", "rejected"))
+        if not all(side and side[0]["role"] == "assistant" for side in (chosen, rejected)):
+            raise
+    return split_turns(prompt, chosen, rejected, reading)
+
+
+def _turns_of(value: Any, name: str, reading: Reading) -> Messages:
+    if isinstance(value, str) and turns_in(value) is None:
+        return [assistant(value)]
+    return read_messages(value, name, roles_of(reading))
+
+
+def split_turns(before: Messages, chosen: Messages, rejected: Messages, reading: Reading) -> Pair:
+    """Prompt, chosen and rejected answer in two conversations that go on from the same messages.
+
+    All that both share up to their last messages belongs to the prompt. What follows must be one
+    answer of each; with ``turns: first`` the first one counts, and what follows it is left out: only
+    up to there do both answer the same prompt.
+
+    Raises:
+        RowProblem: They part earlier, or in a turn that is no answer.
+    """
+    # the last message of each is its answer, whatever else they share
+    pairs = zip(chosen[:-1], rejected[:-1], strict=False)
+    cut = next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(chosen), len(rejected)) - 1)
+    sides = [turns[max(cut, 0) :] for turns in (chosen, rejected)]
+    longest = max(map(len, sides))
+    if longest > 1 and any(side[0]["role"] != "assistant" for side in sides):
+        raise RowProblem("diverges_early", "the two sides part in a turn that is no answer")
+    if longest > 1 and reading.turns == "first":
+        sides = [side[:1] for side in sides]
+    elif longest > 1:
+        raise RowProblem(
+            "diverges_early",
+            f"the two sides part before the last answer: {len(sides[0])} and {len(sides[1])} turns follow what they"
+            " share, and DPO compares two answers to one prompt; say turns: first to compare the first answers in"
+            " which they differ",
+        )
+    prompt = check_prompt([*before, *chosen[:cut]])
+    return prompt, check_answer(sides[0], "chosen"), check_answer(sides[1], "rejected")
 
 
 def roles_of(reading: Reading) -> Mapping[str, str]:

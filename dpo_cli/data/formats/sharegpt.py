@@ -10,12 +10,13 @@ from __future__ import annotations
 from dpo_cli.data.formats.base import Format, Reading, RowProblem
 from dpo_cli.data.formats.content import check_prompt, is_conversation, last_role, read_messages, turns_in
 from dpo_cli.data.formats.prompts import (
+    CONTEXT_NAMES,
     CONVERSATION_NAMES,
-    PROMPT_NAMES,
     SCORE_ALTERNATIVES,
     SIDE_NAMES,
     read_answer,
     read_scores,
+    read_sides,
     roles_of,
     with_context,
 )
@@ -29,18 +30,14 @@ def _read(row: RawRow, reading: Reading) -> PreferenceExample | RankingExample:
     turns = read_messages(row["conversations"], "conversations", roles_of(reading))
     prompt = with_context(row, turns, reading)
     if row.get("chosen") is None and prompt and prompt[-1]["role"] == "assistant":
-        prompt, chosen = prompt[:-1], prompt[-1:]
-    else:
-        chosen = None
+        prompt, chosen = check_prompt(prompt[:-1]), prompt[-1:]
+        if are_lists(row):
+            return read_lists({**row, "chosen": chosen}, prompt, reading)
+        return PreferenceExample(prompt, chosen, read_answer(row, "rejected", prompt, reading), *read_scores(row))
     check_prompt(prompt)
     if are_lists(row):
-        return read_lists(row if chosen is None else {**row, "chosen": chosen}, prompt, reading)
-    return PreferenceExample(
-        prompt,
-        chosen or read_answer(row, "chosen", prompt, reading),
-        read_answer(row, "rejected", prompt, reading),
-        *read_scores(row),
-    )
+        return read_lists(row, prompt, reading)
+    return PreferenceExample(*read_sides(row, prompt, reading), *read_scores(row))
 
 
 def _matches(row: RawRow) -> bool:
@@ -57,7 +54,7 @@ SHAREGPT = Format(
     fields="conversations (or messages) and two answers, chosen and rejected",
     names={
         "conversations": (*CONVERSATION_NAMES, "context"),
-        **{name: PROMPT_NAMES[name] for name in ("system", "history")},
+        **CONTEXT_NAMES,
         **SIDE_NAMES,
         "rejected": (*SIDE_NAMES["rejected"], "rejected_messages"),
     },

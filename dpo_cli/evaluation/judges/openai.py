@@ -16,6 +16,7 @@ from typing import Any
 
 from dpo_cli.core.errors import DpoCliError, MachineError
 from dpo_cli.core.progress import Reporter
+from dpo_cli.core.text import shown
 from dpo_cli.evaluation.judges.base import INVALID, Judgment, Question
 from dpo_cli.evaluation.judges.prompts import Template
 from dpo_cli.evaluation.judges.server import RefusedError, Server
@@ -31,6 +32,8 @@ _TOO_LONG = {400, 413, 422}
 """What servers answer to a single question that is too long, after they took a short one."""
 _PROBE = "Reply with the word hello and nothing else."
 _LEAST_MASS = 0.5
+_ROUNDING = 1e-3
+"""A log-probability above 0 by no more than this is 0."""
 _VOLATILE = ("created", "permission")
 """What a server says of a model and changes from call to call."""
 _LETTER = re.compile(r"[\W_]*([A-Za-z])(?![A-Za-z])")
@@ -231,12 +234,23 @@ def read_answer(choice: Mapping[str, Any], options: Sequence[str], top_logprobs:
 
 
 def _listed(choice: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """The most probable first tokens, stripped, with their log-probabilities, nats; nothing where there are none."""
+    """The most probable first tokens, stripped, with their log-probabilities, nats; nothing where there are none.
+
+    Raises:
+        MachineError: One of them is no log-probability.
+    """
     try:
         top = choice["logprobs"]["content"][0]["top_logprobs"]
-        return [(str(each["token"]).strip(), min(0.0, float(each["logprob"]))) for each in top]
+        listed = [(str(each["token"]).strip(), float(each["logprob"])) for each in top]
     except (TypeError, KeyError, IndexError, ValueError):
         return []
+    for token, logp in listed:
+        if math.isnan(logp) or logp > _ROUNDING:
+            raise MachineError(
+                f"the judge's server gives {logp} as the log-probability of {shown(token)}: its model is broken, or the"
+                " server is"
+            )
+    return [(token, min(0.0, logp)) for token, logp in listed]
 
 
 # --- finding out what a server can do -----------------------------------------------------

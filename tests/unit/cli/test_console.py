@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 
 from dpo_cli.cli import console
@@ -61,3 +63,33 @@ def test_results_go_to_standard_output_and_notes_to_standard_error(capsys: pytes
 def test_no_table_is_printed_beside_json(capsys: pytest.CaptureFixture[str]) -> None:
     ConsoleReporter(show_tables=False).table("stage", [("figure", "1")])
     assert capsys.readouterr().out == ""
+
+
+HOSTILE = "\x1b[31m\x9b2J\u202e[/b]"
+SPELLED_OUT = r"\x1b[31m\x9b2J\u202e[/b]"
+
+
+def test_nothing_that_is_printed_steers_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = ConsoleReporter()
+    reporter.say(f"{HOSTILE}\nnext")
+    reporter.warn(HOSTILE)
+    with reporter.meter(HOSTILE, 1, "rows") as meter:
+        meter.advance(1)
+    reporter.table(HOSTILE, [(HOSTILE, HOSTILE)])
+    out, error = capsys.readouterr()
+    assert not set("\x1b\x9b\u202e") & set(out + error)
+    assert error.splitlines()[0] == rf"{SPELLED_OUT}\nnext"
+    assert len(error.splitlines()) == 3
+    assert out.count(SPELLED_OUT) == 3
+
+
+def test_a_bar_shows_its_label_as_it_is() -> None:
+    reporter = ConsoleReporter()
+    screen = io.StringIO()
+    reporter._notes._force_terminal = True
+    reporter._notes.file = screen
+    with reporter.meter(f"{HOSTILE} [bold]x[/]", 1, "rows") as meter:
+        meter.note("[/nothing]")
+        meter.advance(1)
+    assert rf"{SPELLED_OUT} [bold]x[/]" in screen.getvalue()
+    assert "\x9b" not in screen.getvalue()

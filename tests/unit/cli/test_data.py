@@ -59,10 +59,10 @@ def test_a_row_that_is_left_out_ends_with_4_and_is_named(check: Callable[..., Re
 
 
 def test_columns_that_nobody_reads_are_named(check: Callable[..., Result]) -> None:
-    name = write("pairs.jsonl", pairs({"prompt": "x", "chosen": "yes", "rejected": "no", "tools": [{"name": "t"}]}))
+    name = write("pairs.jsonl", pairs({"prompt": "x", "chosen": "yes", "rejected": "no", "judge": "Ann"}))
     found = figures(check(name, "--json"))["preferences"]
-    assert found["unread_columns"] == [{"file": "pairs.jsonl", "columns": {"tools": 1}}]
-    assert "not read           tools (1 row)" in check(name).stdout
+    assert found["unread_columns"] == [{"file": "pairs.jsonl", "columns": {"judge": 1}}]
+    assert "not read           judge (1 row)" in check(name).stdout
 
 
 def test_a_file_that_cannot_be_read_is_one_line_and_4(check: Callable[..., Result]) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
 import pytest
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ValidationError
 
 from dpo_cli.core.errors import ParamsError
-from dpo_cli.core.params import Params, iter_settings, load_params, parse_params
+from dpo_cli.core.params import Params, iter_settings, load_params, parse_overrides, parse_params
 
 
 def problems_of(tree: dict[str, Any]) -> list[str]:
@@ -431,3 +434,92 @@ def test_without_a_reward_model_the_rest_of_its_section_rests() -> None:
     assert parse_params({"reward": rest}).reward.loss == "none"
     parse_params({"reward": {**rest, "loss": "plackett_luce", "max_steps": None}, "sft": {"method": "none"}})
     parse_params({"reward": {"loss": "bradley_terry"}, "evaluate": {"judge": "reward-model"}})
+
+
+# --- settings of hostile sizes ----------------------------------------------------------------------------------
+
+
+def _numbers(annotation: Any, metadata: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """The constraints of each number that a setting may be, or may hold."""
+    if annotation in (int, float):
+        yield metadata
+    elif get_origin(annotation) is Annotated:
+        inner, *fields = get_args(annotation)
+        yield from _numbers(inner, [constraint for field in fields for constraint in field.metadata])
+    else:
+        for argument in get_args(annotation):
+            if argument is not type(None):
+                yield from _numbers(argument, metadata)
+
+
+def test_every_number_has_bounds_on_both_sides() -> None:
+    unbounded = [
+        path
+        for path, field in iter_settings()
+        for constraints in _numbers(field.annotation, field.metadata)
+        if not any(isinstance(each, Gt | Ge) for each in constraints)
+        or not any(isinstance(each, Lt | Le) for each in constraints)
+    ]
+    assert unbounded == []
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("sft.lora.r=1000000000", "sft.lora.r must be <= 4096, got 1000000000"),
+        ("train.seed=100000000000000000000000000", "train.seed must be <= 4294967295, got 1000"),
+        ("train.learning_rate=1e300", "train.learning_rate must be <= 1, got 1e+300"),
+        (f"train.learning_rate=1{'0' * 400}", "train.learning_rate must be a number, got 1000"),
+        (f"train.beta=1{'0' * 5000}", "train.beta: not valid YAML: Exceeds the limit"),
+        (f"train.beta={'x' * 100_000}", "train.beta must be a number, got 'xxx"),
+        (r'data.sft.path="a\0b"', "data.sft.path holds a NUL byte"),
+        (f"runtime.model_path=/{'a' * 300}", "runtime.model_path holds a name that is longer than the 255 bytes"),
+        (f"model.name={'a' * 20_000}", "model.name must have at most 10000 characters, got 20000"),
+    ],
+)
+def test_values_without_measure_are_refused_in_a_short_line(override: str, problem: str) -> None:
+    with pytest.raises(ParamsError) as caught:
+        parse_overrides([override])
+    (line,) = caught.value.problems
+    assert problem in line
+    assert len(line) < 400
+
+
+def _aliases(line: str, first: str) -> str:
+    names = "abcdefghij"
+    lines = [first, *(line.format(name, ", ".join([f"*{before}"] * 10)) for before, name in pairwise(names))]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        _aliases("{0}: &{0} [{1}]", "a: &a [x, x, x, x, x, x, x, x, x, x]"),
+        _aliases("{0}: &{0}\n  <<: [{1}]", "a: &a {x: 1}"),
+        "a: &a [*a]",
+        "train: &a\n  beta: *a",
+    ],
+)
+def test_aliases_that_spell_out_to_more_than_fits_are_not_spelled_out(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ParamsError, match="with its aliases spelled out it holds more than 10000 values"):
+        load_params(path)
+
+
+def test_a_few_aliases_are_fine(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("sft:\n  learning_rate: &rate 1.0e-4\ntrain:\n  learning_rate: *rate\n", encoding="utf-8")
+    assert load_params(path).train.learning_rate == 1e-4
+
+
+def test_a_file_that_is_no_settings_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("train:\n" + "".join(f"  k{i}: 1\n" for i in range(1000)), encoding="utf-8")
+    with pytest.raises(ParamsError) as caught:
+        load_params(path)
+    assert len(caught.value.problems) == 21
+    assert caught.value.problems[-1] == "params.yaml: and 980 more"
+    path.write_bytes(b"#" * (1 << 21))
+    with pytest.raises(ParamsError, match="larger than 1 MiB"):
+        load_params(path)

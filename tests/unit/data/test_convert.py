@@ -25,7 +25,7 @@ from dpo_cli.data.account import SPLITS, Conversion, account_rows, metrics_of, u
 from dpo_cli.data.convert import convert
 from dpo_cli.data.formats import PREFERENCE_FORMATS
 from dpo_cli.data.reading import files, json_text
-from dpo_cli.data.schema import PREFERENCE_SCHEMA, RANKING_SCHEMA, user
+from dpo_cli.data.schema import PREFERENCE_SCHEMA, RANKING_SCHEMA, from_table, is_plain, user
 from dpo_cli.data.splits import is_held_out, split_position
 
 FRACTION = 0.3
@@ -119,6 +119,39 @@ def test_what_is_written_has_the_canonical_types(run: Callable[..., Converted]) 
     assert {row["chosen_score"] for row in done.rows} == {0.5}
     assert {row["rejected_score"] for row in done.rows} == {None}
     assert {row["source"] for row in done.rows} == {"rows.json"}
+
+
+def test_tools_calls_and_reasoning_have_columns_where_a_row_has_them(
+    run: Callable[..., Converted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks with and without them make one table, whose plain rows keep their ids."""
+    monkeypatch.setattr(convert_module, "_RECORDS_A_BLOCK", 10)
+    rows = [pair(number) for number in range(60)]
+    called = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    thought = {"role": "assistant", "content": "yes", "reasoning_content": "why"}
+    extra = [
+        pair(100, tools=[{"name": "f"}]),
+        pair(101, chosen=[called]),
+        pair(102, chosen=[thought]),
+        {"prompt": "q", "completions": ["a", [thought]], "scores": [1, 2], "tools": [{"name": "f"}]},
+    ]
+    plain, full = run(rows), run([*rows, *extra])
+    assert plain.tables["train"].columns == PREFERENCE_SCHEMA.names
+    assert full.tables["train"].columns == [*PREFERENCE_SCHEMA.names, "tools"]
+    found = {row["id"]: from_table(row) for row in full.rows}
+    assert {row["id"] for row in plain.rows} == {
+        row["id"] for row in found.values() if is_plain(row["prompt"], row["chosen"])
+    }
+    by_prompt = {row["prompt"][0]["content"]: row for row in found.values()}
+    tools = '[{"type":"function","function":{"name":"f"}}]'
+    assert by_prompt["question 100"]["prompt"] == [{**user("question 100"), "tools": tools}]
+    assert by_prompt["question 101"]["chosen"][0]["tool_calls"] == (
+        '[{"type":"function","function":{"name":"f","arguments":{}}}]'
+    )
+    assert by_prompt["question 102"]["chosen"] == by_prompt["q"]["chosen"] == [thought]
+    assert by_prompt["q"]["prompt"] == [{**user("q"), "tools": tools}]
+    (ranking,) = rankings_of(full)
+    assert from_table(ranking)["completions"][0] == [thought]
 
 
 def test_converting_twice_gives_the_same_bytes(run: Callable[..., Converted]) -> None:

@@ -13,11 +13,14 @@ from dpo_cli.data.schema import (
     SftExample,
     assistant,
     content_id,
+    from_table,
     joint_id,
     table_of,
     text_of,
     user,
+    with_tools,
 )
+from dpo_cli.data.splits import split_position
 
 PAIR = PreferenceExample([user("q")], [assistant("good")], [assistant("bad")])
 
@@ -52,6 +55,26 @@ def test_rows_have_the_columns_of_their_schema() -> None:
     for row, schema in rows:
         assert list(row) == schema.names
         assert table_of([row], schema).to_pylist() == [row]
+
+
+def test_what_a_message_has_beside_its_text_moves_its_id_and_nulls_do_not() -> None:
+    plain, called = assistant("a"), {**assistant("a"), "tool_calls": "[]"}
+    told = from_table({"prompt": [user("q")], "completion": [{**called, "reasoning_content": None}], "tools": None})
+    assert told == {"prompt": [user("q")], "completion": [called]}
+    ids = {content_id([plain]), content_id([called]), content_id([{**plain, "reasoning_content": "[]"}])}
+    assert len(ids) == 3
+    assert content_id([called]) == digest_json([[["assistant", "a", {"tool_calls": "[]"}]]])
+
+
+def test_tools_belong_to_the_prompt_and_not_to_its_opening() -> None:
+    prompt = with_tools([user("q")], "[5]")
+    assert from_table({"prompt": [user("q")], "tools": "[5]"}) == {"prompt": prompt}
+    assert content_id(prompt) != content_id([user("q")])
+    assert split_position(prompt) == split_position([user("q")])
+
+
+def test_the_text_of_an_answer_has_its_reasoning_and_its_calls() -> None:
+    assert text_of([{**assistant(""), "reasoning_content": "r", "tool_calls": "[1]"}]) == "r\n[1]"
 
 
 def test_the_text_of_messages_is_all_their_contents() -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from dpo_cli.evaluation import bootstrap
-from dpo_cli.evaluation.bootstrap import cluster_bootstrap
+from dpo_cli.evaluation.binomial import exact_interval
+from dpo_cli.evaluation.bootstrap import FEW_PROMPTS, cluster_bootstrap, rate_interval
 
 
 def interval(values: list[float], clusters: list[str], **changes: float) -> bootstrap.Estimate:
@@ -139,3 +140,40 @@ def test_undefined_draws_are_left_out_where_they_are_few() -> None:
     assert bootstrap.percentile_interval(found, 0.9) == pytest.approx(tuple(np.quantile(found[5:], [0.05, 0.95])))
     found[:6] = np.nan
     assert np.isnan(bootstrap.percentile_interval(found, 0.9)).all()
+
+
+# --- rates --------------------------------------------------------------------------------
+
+
+def rate(values: list[float], clusters: list[str]) -> bootstrap.Estimate:
+    return rate_interval(values, clusters, draws=2000, confidence=0.95, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("wins", "number", "low", "high"),
+    [
+        (2, 2, math.sqrt(0.025), 1.0),
+        (0, 2, 0.0, 1 - math.sqrt(0.025)),
+        (1, 1, 0.025, 1.0),
+        (4, 10, 0.1215523, 0.7376219),  # R: binom.test(4, 10)
+        (6, 6, 0.025 ** (1 / 6), 1.0),
+        (534, 534, 0.025 ** (1 / 534), 1.0),
+    ],
+)
+def test_exact_intervals_are_those_of_clopper_and_pearson(wins: int, number: int, low: float, high: float) -> None:
+    assert exact_interval(wins, number, 0.95) == pytest.approx((low, high), abs=1e-6)
+
+
+def test_half_a_win_is_taken_both_ways() -> None:
+    low, high = exact_interval(1.5, 4, 0.95)
+    assert low == exact_interval(1, 4, 0.95)[0]
+    assert high == exact_interval(2, 4, 0.95)[1]
+
+
+def test_a_rate_of_few_prompts_or_of_none_lost_has_the_exact_interval() -> None:
+    assert rate([1, 1], ["a", "b"]) == bootstrap.Estimate(1.0, *exact_interval(2, 2, 0.95))
+    assert rate([1, 1, 1, 0], ["a", "a", "a", "b"]) == bootstrap.Estimate(0.75, *exact_interval(1.5, 2, 0.95))
+    many = [f"{i}" for i in range(FEW_PROMPTS)]
+    assert rate([1.0] * FEW_PROMPTS, many) == bootstrap.Estimate(1.0, *exact_interval(FEW_PROMPTS, FEW_PROMPTS, 0.95))
+    mixed = [1.0, 0.0, 1.0] * (FEW_PROMPTS // 3)
+    assert rate(mixed, many) == interval(mixed, many)

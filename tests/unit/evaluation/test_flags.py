@@ -115,3 +115,14 @@ def test_a_judge_is_doubted_for_a_reason() -> None:
         assert doubted is not None
         assert doubted.status == "warn"
         assert words in doubted.meaning
+
+
+def test_answers_that_never_ended_are_not_called_well_formed() -> None:
+    never = {"finished_sft": 0.0, "finished_dpo": 0.0, "max_new_tokens": 128}
+    found = flag("form of answers", **never)
+    assert found.value.startswith("0.0% end")
+    assert found.status == "warn"
+    assert "most answers are cut off: raise evaluate.max_new_tokens, now 128" in found.meaning
+    assert "no sign" not in found.meaning
+    repeated = flag("form of answers", repetition_sft=0.7, repetition_dpo=0.75)
+    assert (repeated.status, "answers repeat themselves; SFT's are no better" in repeated.meaning) == ("warn", True)

@@ -91,6 +91,7 @@ def finding(name: str, **changes: Any) -> Finding:
         ("held-out loss", {}, "good"),
         ("held-out loss", {"loss": 0.7, "loss_ci": [0.65, 0.75]}, "warn"),
         ("held-out loss", {"loss": 0.9, "loss_ci": [0.7, 1.1]}, "bad"),
+        ("held-out loss", {"loss": 0.9, "loss_ci": [0.9, 0.9], "num_prompts": 1}, "warn"),
         ("KL from the reference", {}, "good"),
         ("KL from the reference", {"kl": HIGH_KL + 1}, "warn"),
         ("KL from the reference", {"kl_estimates_disagree": True}, "bad"),
@@ -157,6 +158,7 @@ def test_the_headline_with_a_judge(changes: dict[str, Any], status: str, words: 
         ({}, "good", "no judge compared its answers"),
         ({"reward_accuracy_ci": [0.45, 0.6]}, "warn", "do not show"),
         ({"reward_accuracy_ci": [0.3, 0.45]}, "bad", "harm"),
+        ({"reward_accuracy_ci": [0.16, 1.0], "num_prompts": 2}, "warn", "Too few prompts are held out"),
         ({"kl_estimates_disagree": True}, "bad", "wrong with the computation"),
     ],
 )
@@ -164,6 +166,40 @@ def test_the_headline_without_a_judge(changes: dict[str, Any], status: str, word
     text, found = headline(without_judge(**changes))
     assert found == status
     assert words in text
+
+
+TRAINING = {
+    "learning_rate": 5e-6, "beta": 0.1, "epochs": 1.0, "max_steps": None, "num_steps": 62, "kept_step": 62
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "first", "meaning"),
+    [
+        (
+            {},
+            "raise train.learning_rate, which was 5e-06",
+            "raise train.learning_rate, which was 5e-06, or raise train.epochs, which was 1, so 62 steps,"
+            " or lower train.beta, which was 0.1",
+        ),
+        (
+            {"learning_rate": 0.01, "max_steps": 3},
+            "raise train.max_steps, which was 3",
+            "raise train.max_steps, which was 3, or raise train.learning_rate, which was 0.01",
+        ),
+        (
+            {"kept_step": 0},
+            "train.keep best kept its start: lower train.learning_rate, which was 5e-06",
+            "lower train.learning_rate, which was 5e-06",
+        ),
+    ],
+)
+def test_a_model_that_hardly_moved_is_told_which_setting_to_change(
+    changes: dict[str, Any], first: str, meaning: str
+) -> None:
+    moved = {"kl": HARDLY_MOVED / 2, "training": TRAINING | changes}
+    assert headline(METRICS | moved) == (f"The tuned model is all but the SFT model: it hardly moved; {first}.", "warn")
+    assert meaning in finding("KL from the reference", **moved).meaning
 
 
 def test_a_red_line_never_stands_under_a_good_headline() -> None:

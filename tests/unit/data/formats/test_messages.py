@@ -113,7 +113,7 @@ def test_a_system_prompt_is_there_once() -> None:
         (5, "bad_message"),
         (["q", "a"], "bad_message"),
         ([{"content": "q"}, A], "unknown_role"),
-        ([{"from": "function_call", "value": "{}"}, A], "unknown_role"),
+        ([{"from": "function_call", "value": "{}"}, A], "bad_tool_call"),
         ([{"role": None, "content": "q"}, A], "unknown_role"),
         ([{"role": "user"}, A], "not_text"),
         ([{"role": "user", "content": None}, A], "not_text"),
@@ -122,8 +122,8 @@ def test_a_system_prompt_is_there_once() -> None:
         ([{"role": "user", "content": [{"text": "q"}]}, A], "not_text"),
         ([{"role": "user", "content": [{"type": "text", "text": None}]}, A], "not_text"),
         ([{"role": "user", "content": [5]}, A], "not_text"),
-        ([Q, call(tool_calls=[{"id": "x"}]), {"role": "tool", "content": "r"}, A], "tool_call"),
-        ([Q, {"role": "assistant", "content": "", "function_call": {"name": "f"}}], "tool_call"),
+        ([Q, call(tool_calls=[{"id": "x"}]), {"role": "tool", "content": "r"}, A], "bad_tool_call"),
+        ([{"role": "user", "content": "q", "images": ["a.png"]}, A], "media"),
         ([Q, {"role": "assistant", "content": "a", "weight": 0}], "weight_zero"),
         ([Q, {"role": "assistant", "content": "a", "loss_weight": 0.0}], "weight_zero"),
         ("[{'from': 'human', 'value': 'q'}]", "not_json"),
@@ -142,8 +142,3 @@ def test_what_a_message_is_refused_for_says_where_it_stands_and_nothing_of_what_
     with pytest.raises(RowProblem, match=r"messages\[1\] has the role 'narrator'; .*; say in roles") as caught:
         MESSAGES.read({"messages": turns}, Reading())
     assert "secret" not in caught.value.detail
-
-
-def test_tools_that_are_left_out_are_told(auto: Callable[..., Any]) -> None:
-    read = auto({"messages": [Q, A], "tools": [{"type": "function"}]}, kind="sft")
-    assert read.why.endswith("the tools beside them are left out")

@@ -336,7 +336,8 @@ REFUSED_ROWS = {
     "Chatbot Arena, two turns": (
         {"conversation_a": [Q, A, Q, A], "conversation_b": [Q, B, Q, B], "winner": "model_a"},
         "diverges_early",
-        "the two sides part before the last answer",
+        "the two sides part before the last answer: 3 and 3 turns follow what they share, and DPO compares two answers"
+        " to one prompt; say turns: first to compare the first answers in which they differ",
     ),
     "Arena, lists as JSON": (
         {"prompt": '["q"]', "response_a": '["a"]', "response_b": '["b"]', "winner": "model_a"},

@@ -260,6 +260,14 @@ def test_log_probabilities_are_read_among_the_options() -> None:
     assert read(("A", 0.5), ("B", 0.1), ("The", 0.3), constrained=False).p_a == pytest.approx(5 / 6)
 
 
+@pytest.mark.parametrize("logprob", [math.nan, math.inf, 0.5, "NaN"])
+def test_what_is_no_log_probability_is_not_believed(logprob: Any) -> None:
+    answer = listed(("A", 0.3), ("B", 0.1))
+    answer["logprobs"]["content"][0]["top_logprobs"][0]["logprob"] = logprob
+    with pytest.raises(MachineError, match=r"gives (nan|inf|0\.5) as the log-probability of 'A'"):
+        read_answer(answer, ("A", "B"), 3, constrained=True)
+
+
 def test_a_question_that_the_server_finds_too_long_has_no_verdict(
     fake: FakeServer, connect: Callable[..., OpenAiJudge]
 ) -> None:

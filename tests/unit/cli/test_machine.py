@@ -1,0 +1,65 @@
+"""A full disk, a right that lacks, a name that none can have: one line, in whatever words a library says it."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from dpo_cli.cli.machine import machine_problem
+
+FULL = "the disk is full; free room, then run it again to go on"
+
+
+class SafetensorError(Exception):
+    pass
+
+
+class ComputeError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "error",
+    [  # as each library says it, on a file system of 256 KiB
+        OSError(errno.ENOSPC, "No space left on device", "models/x"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),  # torch
+        RuntimeError("write(): fd 3 failed with No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        ComputeError("parquet: File out of specification: underlying IO error: No space left on device (os error 28)"),
+        OSError(errno.ENOSPC, "Error writing bytes to file. Detail: [errno 28] No space left on device"),  # pyarrow
+        OSError("1000000 requested and 32752 written"),  # numpy
+        Exception("No space left on device (os error 28)"),  # tokenizers
+    ],
+)
+def test_a_full_disk_is_one(error: Exception) -> None:
+    problem = machine_problem(error)
+    assert problem is not None
+    assert FULL in problem
+
+
+def test_the_cause_of_an_error_counts() -> None:
+    try:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", "x")
+        except OSError as error:
+            raise RuntimeError("something of a library") from error
+    except RuntimeError as error:
+        assert FULL in (machine_problem(error) or "")
+
+
+def test_a_name_that_is_too_long_and_a_nul_byte() -> None:
+    with pytest.raises(OSError, match="name too long") as long:
+        Path("a" * 300).stat()
+    assert "too long (300 characters)" in (machine_problem(long.value) or "")
+    with pytest.raises(ValueError, match="null byte") as nul:
+        Path("a\0b").stat()
+    assert "NUL byte" in (machine_problem(nul.value) or "")
+
+
+def test_a_bug_is_a_bug() -> None:
+    assert machine_problem(KeyError("x")) is None
+    assert machine_problem(RuntimeError("size mismatch, 3 requested and 4 given")) is None
+    assert machine_problem(FileNotFoundError(errno.ENOENT, "No such file", "x")) is None
