@@ -69,6 +69,11 @@ class Source(Section):
         'What a label means that names the better of two outputs: {"1": first, "0": second}; "<1.5" stands for all'
         " numbers below.",
     )
+    unwrap: bool = knob(
+        False,
+        "Texts that are whole conversations as a chat template renders them (ChatML, Llama, Gemma, [INST],"
+        " ### Instruction and the like) become messages.",
+    )
     weight: float = knob(
         1.0,
         "How often a row of it is seen in an epoch: 0.5 takes half of its prompts (a hash decides), 2 takes every row"
@@ -155,6 +160,9 @@ class DataChecks(Section):
     shared_prompt: Policy = knob(
         "drop", "A train row's prompt is in eval, too; only sources with a split of their own can have it."
     )
+    score_conflict: Policy = knob(
+        "keep", "The preferred answer's score is lower than the other's, or the same; keep: the choice counts."
+    )
     repeated_prompt: Policy = knob("keep", "An earlier row has the same prompt with other answers.")
     prefix_sides: Policy = knob("keep", "One answer is the beginning of the other.")
     longer_chosen: Policy = knob("keep", "The preferred answer is the longer one: length bias where it is not half.")
@@ -174,6 +182,11 @@ class DataParams(Section):
         " none.",
         gt=0,
         lt=1,
+    )
+    split_by: Literal["opening", "prompt"] = knob(
+        "opening",
+        "What is hashed: opening, all up to the first user turn, so that no conversation is on both sides; or the whole"
+        " prompt, for conversations that all begin alike.",
     )
     checks: DataChecks = Field(default_factory=DataChecks, description="What is done with rows that a check finds.")
 

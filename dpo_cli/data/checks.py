@@ -23,15 +23,16 @@ _OF_TEXTS = ("chat_markers", "placeholders", "replacement_characters")
 CHECKS_OF: Mapping[str, tuple[str, ...]] = {
     "sft": (*_OF_BOTH, "empty_completion", *_OF_TEXTS),
     "preference": (
-        *_OF_BOTH, "empty_chosen", "empty_rejected", "equal_sides", "tie", "contradiction", "prefix_sides",
-        "longer_chosen", *_OF_TEXTS,
+        *_OF_BOTH, "empty_chosen", "empty_rejected", "equal_sides", "tie", "contradiction", "score_conflict",
+        "prefix_sides", "longer_chosen", *_OF_TEXTS,
     ),
 }  # fmt: skip
 """The checks that instruction data and preference data can fail."""
 
 _MARKERS = re.compile(
-    r"<\|[^|<>\s]{1,40}\|>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>|\n\n(?:Human|Assistant):"
-    r"|(?:^|\n)(?:Human|Assistant):|###\s?(?:Instruction|Response|Human|Assistant|User|System)\b"
+    r"<\|[^|<>\s]{1,40}\|>|<｜[^｜<>\s]{1,40}｜>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>"
+    r"|(?:^|\n)(?:Human|Assistant|User):|\b(?:USER|ASSISTANT):"
+    r"|###\s?(?:Instruction|Response|Human|Assistant|User|System)\b"
 )
 _PLACEHOLDER = re.compile(r"\{\{\s*[\w.-]{1,60}\s*\}\}")
 
@@ -40,11 +41,12 @@ def has_chat_markers(text: str) -> bool:
     """Whether a text holds marks by which some chat template ends or begins a turn."""
     # Most texts hold none of these signs, and to look for a single character costs next to nothing.
     if (
-        ("<" in text and ("<|" in text or "s>" in text or "_of_turn>" in text))
+        ("<" in text and ("<|" in text or "<｜" in text or "s>" in text or "_of_turn>" in text))
         or ("#" in text and "###" in text)
         or ("]" in text and "INST]" in text)
         or ("H" in text and "Human:" in text)
-        or ("A" in text and "Assistant:" in text)
+        or ("A" in text and ("Assistant:" in text or "ASSISTANT:" in text))
+        or ("U" in text and ("User:" in text or "USER:" in text))
     ):
         return _MARKERS.search(text) is not None
     return False
@@ -96,6 +98,9 @@ def check_preference(example: PreferenceExample) -> list[str]:
         found.append("equal_sides")
     elif chosen and rejected and (chosen.startswith(rejected) or rejected.startswith(chosen)):
         found.append("prefix_sides")
+    scores = example.chosen_score, example.rejected_score
+    if scores[0] is not None and scores[1] is not None and scores[0] <= scores[1]:
+        found.append("score_conflict")
     if len(chosen) > len(rejected):
         found.append("longer_chosen")
     return found
@@ -108,8 +113,8 @@ def reason_to_drop(found: list[str], policies: Mapping[str, str]) -> str | None:
 
 
 _ORDER = (
-    "empty_prompt", "empty_completion", "empty_chosen", "empty_rejected", "equal_sides", "prefix_sides",
-    "chat_markers", "placeholders", "replacement_characters", "longer_chosen",
+    "empty_prompt", "empty_completion", "empty_chosen", "empty_rejected", "equal_sides", "score_conflict",
+    "prefix_sides", "chat_markers", "placeholders", "replacement_characters", "longer_chosen",
 )  # fmt: skip
 """The one that is named where an example fails several."""
 
@@ -119,6 +124,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "empty_chosen": "has an empty preferred answer",
     "empty_rejected": "has an empty rejected answer",
     "equal_sides": "has two equal answers",
+    "score_conflict": "has a preferred answer whose score is not the higher one",
     "prefix_sides": "has an answer that is the beginning of the other",
     "chat_markers": "holds marks of chat templates",
     "placeholders": "holds {{placeholders}}",

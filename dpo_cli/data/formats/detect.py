@@ -9,10 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 from dpo_cli.core.errors import DataError, ParamsError
-from dpo_cli.data.formats.base import Column, Columns, Format, Reading, RowProblem, always, kind_of, never
+from dpo_cli.data.formats.base import Column, Columns, Format, Reading, RowProblem, always, kind_of, never, shown_name
 from dpo_cli.data.formats.columns import MISSING, Plan, look_up, plan_of, shown
 from dpo_cli.data.formats.content import is_turn, media_keys, refuse_media
 from dpo_cli.data.formats.prompts import CONVERSATION_NAMES, tools_of
+from dpo_cli.data.formats.rendered import unwrap, unwrap_row
 from dpo_cli.data.formats.tools import read_tools
 from dpo_cli.data.formats.unpaired import ANSWER_NAMES, unpaired_label
 from dpo_cli.data.schema import RawRow, with_tools
@@ -49,6 +50,7 @@ class RowReader:
         # a format that is named is not questioned
         self._reading = replace(reading, in_order=reading.in_order or name == "kwise")
         self._unread: Counter[tuple[str, ...]] = Counter()
+        self._unwrapped: Counter[str] = Counter()
         self._steps: dict[tuple[str, ...], list[_Step]] = {}
         self._media: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._fallbacks: dict[tuple[str, ...], Plan] = {}
@@ -72,6 +74,7 @@ class RowReader:
         if type(row) is not dict:
             raise RowProblem("not_an_object", f"must be a JSON object, got {kind_of(row)}")
         keys = tuple(row)
+        made_by = ""
         steps = self._steps.get(keys)
         if steps is None:
             steps = self._steps_of(keys)
@@ -80,11 +83,15 @@ class RowReader:
             refuse_media(row, self._media[keys])
         for plan, moves, matches, weak in steps:
             found = plan.rename(row) if moves else row
+            if self._reading.unwrap:
+                found, made_by = unwrap_row(found, plan.format.names)
             if (matches is None or matches(found)) and (weak is None or not self._is_doubtful(plan, found)):
                 break
         else:
             plan = self._fallback_of(keys)
             found = plan.rename(row)
+            if self._reading.unwrap:
+                found, made_by = unwrap_row(found, plan.format.names)
             if plan.rivals:
                 field, rivals = next(iter(plan.rivals.items()))
                 raise RowProblem("two_fields", f"{' and '.join(rivals)} may both be {field}; say which in columns")
@@ -95,6 +102,8 @@ class RowReader:
             raise plan.named(problem) from None
         if plan.may_leave:
             self._unread[plan.unread_in(row, found)] += 1
+        if made_by:
+            self._unwrapped[made_by] += 1
         return plan.format, content if tools is None else _with_tools(content, tools)
 
     def take_unread(self) -> Counter[str]:
@@ -104,6 +113,11 @@ class RowReader:
             unread.update(dict.fromkeys(columns, count))
         self._unread.clear()
         return unread
+
+    def take_unwrapped(self) -> Counter[str]:
+        """How many of the rows read since the last call held a conversation as a template renders it, by template."""
+        unwrapped, self._unwrapped = self._unwrapped, Counter()
+        return unwrapped
 
     def _steps_of(self, keys: tuple[str, ...]) -> list[_Step]:
         """What to try for rows with these keys, in the order of the formats."""
@@ -193,6 +207,8 @@ class RowReader:
                 renamed = plan.rename(row)
             except RowProblem:
                 continue
+            if self._reading.unwrap:
+                renamed, _ = unwrap_row(renamed, plan.format.names)
             if plan.format.matches(renamed):
                 return plan, renamed
         return None
@@ -222,6 +238,13 @@ class RowReader:
         known = ", ".join(fmt.name for fmt in self._formats)
         lists = [key for key, value in first.items() if isinstance(value, list) and any(map(_is_row, value[:1]))]
         hint = f"; if the rows lie within, say records: {lists[0]}" if lists and len(rows) == 1 else ""
+        texts = [(key, unwrap(value)) for key, value in first.items() if isinstance(value, str)]
+        for key, conversation in texts:
+            if conversation and any("messages" in fmt.names for fmt in self._formats):
+                hint += (
+                    f"; {shown_name(key)} holds conversations as {conversation.template} renders them, which"
+                    f" columns: {{messages: {key}}} and unwrap: true take apart"
+                )
         fields = ", ".join(key if key == key.strip() else repr(key) for key in first) or "no fields"
         example = (
             "chosen: ..., rejected: ..."

@@ -46,6 +46,15 @@ def test_a_pair(prompt: str, chosen: str, rejected: str, found: set[str]) -> Non
 
 
 @pytest.mark.parametrize(
+    ("scores", "is_found"),
+    [((1.0, 9.0), True), ((3.0, 3.0), True), ((0, 0.0), True), ((9.0, 1.0), False), ((None, 1.0), False)],
+)
+def test_scores_that_contradict_the_choice_are_seen(scores: tuple[float | None, float], is_found: bool) -> None:
+    pair = PreferenceExample([user("q")], [assistant("a")], [assistant("b")], *scores)
+    assert ("score_conflict" in check_preference(pair)) == is_found
+
+
+@pytest.mark.parametrize(
     ("prompt", "completion", "found"),
     [
         ("q", "a", set()),
