@@ -169,6 +169,10 @@ class DataChecks(Section):
     chat_markers: Policy = knob("keep", "A text holds marks of chat templates, such as <|im_end|> or Human:.")
     placeholders: Policy = knob("keep", "A text holds {{placeholders}}; they are kept as they stand.")
     replacement_characters: Policy = knob("keep", "A text holds U+FFFD: it was decoded wrongly once.")
+    turn_order: Policy = knob(
+        "keep", "The prompt has two turns of one role in a row, or a system turn behind the first."
+    )
+    no_input: Policy = knob("keep", "The prompt ends with <noinput> or Noinput, which stands for an empty input.")
 
 
 class DataParams(Section):

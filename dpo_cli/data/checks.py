@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 
 from dpo_cli.data.schema import Messages, PreferenceExample, SftExample, text_of
 
@@ -18,7 +19,7 @@ FORMAT_CHECK = "malformed"
 ROW_REASONS = ("tie", "empty_prompt")
 """Reasons for which a format refuses a row that are checks of their own."""
 
-_OF_BOTH = ("malformed", "empty_prompt", "duplicate", "shared_prompt", "repeated_prompt")
+_OF_BOTH = ("malformed", "empty_prompt", "duplicate", "shared_prompt", "repeated_prompt", "turn_order", "no_input")
 _OF_TEXTS = ("chat_markers", "placeholders", "replacement_characters")
 CHECKS_OF: Mapping[str, tuple[str, ...]] = {
     "sft": (*_OF_BOTH, "empty_completion", *_OF_TEXTS),
@@ -66,6 +67,18 @@ def _find_in_text(text: str, found: list[str]) -> None:
         found.append("replacement_characters")
 
 
+_NO_INPUT = re.compile(r"\n\W{0,4}no[ _-]?input\W{0,4}\Z", re.IGNORECASE)
+
+
+def _find_in_prompt(prompt: Messages, found: list[str]) -> None:
+    if len(prompt) > 1:
+        roles = [message["role"] for message in prompt]
+        if "system" in roles[1:] or any(one == other != "tool" for one, other in pairwise(roles)):
+            found.append("turn_order")
+    if "nput" in (content := prompt[-1]["content"])[-10:] and _NO_INPUT.search(content, max(len(content) - 20, 0)):
+        found.append("no_input")
+
+
 def is_empty(messages: Messages) -> bool:
     """Whether there is nothing but white space."""
     text = text_of(messages)
@@ -76,6 +89,7 @@ def check_sft(example: SftExample) -> list[str]:
     """Names of the checks that an instruction fails."""
     found: list[str] = []
     _find_in_text(f"{text_of(example.prompt)}\n{text_of(example.completion)}", found)
+    _find_in_prompt(example.prompt, found)
     if is_empty(example.prompt):
         found.append("empty_prompt")
     if is_empty(example.completion):
@@ -88,6 +102,7 @@ def check_preference(example: PreferenceExample) -> list[str]:
     prompt, chosen, rejected = text_of(example.prompt), text_of(example.chosen), text_of(example.rejected)
     found: list[str] = []
     _find_in_text(f"{prompt}\n{chosen}\n{rejected}", found)
+    _find_in_prompt(example.prompt, found)
     if not prompt or prompt.isspace():
         found.append("empty_prompt")
     if not chosen or chosen.isspace():
@@ -114,7 +129,8 @@ def reason_to_drop(found: list[str], policies: Mapping[str, str]) -> str | None:
 
 _ORDER = (
     "empty_prompt", "empty_completion", "empty_chosen", "empty_rejected", "equal_sides", "score_conflict",
-    "prefix_sides", "chat_markers", "placeholders", "replacement_characters", "longer_chosen",
+    "prefix_sides", "chat_markers", "placeholders", "replacement_characters", "turn_order", "no_input",
+    "longer_chosen",
 )  # fmt: skip
 """The one that is named where an example fails several."""
 
@@ -129,6 +145,8 @@ DESCRIPTIONS: Mapping[str, str] = {
     "chat_markers": "holds marks of chat templates",
     "placeholders": "holds {{placeholders}}",
     "replacement_characters": "holds U+FFFD",
+    "turn_order": "has two turns of one role in a row, or a system turn behind the first",
+    "no_input": "ends with a word such as <noinput> in place of an input",
     "longer_chosen": "has a longer preferred answer",
 }
 """What a check says of an example that fails it."""

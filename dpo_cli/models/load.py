@@ -7,11 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
-import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from typing import TYPE_CHECKING, Any
 
 from dpo_cli.core.artifacts import write_json
 from dpo_cli.core.errors import MachineError, ParamsError
@@ -19,11 +15,16 @@ from dpo_cli.core.params import ModelParams
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.schema import assistant, user
 from dpo_cli.models.device import Machine
-from dpo_cli.models.folder import check_model_folder, in_one_line, read_object
+from dpo_cli.models.folder import check_model_folder, read_object, words_of
+
+if TYPE_CHECKING:  # torch and transformers take seconds to import: functions do it that use them
+    import torch
 
 
 def quiet_libraries() -> None:
     """Keep the libraries' own bars and notes off the terminal; what matters we say ourselves."""
+    import transformers
+
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module=r"(transformers|peft|bitsandbytes|torch)\.")
@@ -35,6 +36,8 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         MachineError: There is none, or it needs code from the directory.
     """
+    from transformers import AutoTokenizer
+
     with in_words(f"{folder}: the tokenizer cannot be loaded"):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
@@ -130,6 +133,8 @@ def load_config(folder: Path) -> Any:
     Raises:
         MachineError: It cannot be used, or needs code from the directory.
     """
+    from transformers import AutoConfig
+
     with in_words(f"{folder}: config.json cannot be used"):
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
@@ -148,7 +153,7 @@ def in_words(what: str) -> Iterator[None]:
     except BaseException as error:
         # tokenizers is written in Rust, whose panic is no Exception
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise MachineError(f"{what}: {in_one_line(error)}") from error
+            raise MachineError(f"{what}: {words_of(error)}") from error
         raise
 
 
@@ -172,6 +177,9 @@ def load_model(folder: Path, machine: Machine, *, quantization: str, trainable: 
     Raises:
         MachineError: It cannot be loaded.
     """
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
     check_model_folder(folder)
     config = load_config(folder)
     for name, value in config.to_dict().items():

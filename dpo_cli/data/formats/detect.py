@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -182,7 +183,7 @@ class RowReader:
             found[name] = [(plan, row) for plan, row in found[name] if not plan.format.weak(row)]
         for name, read in found.items():
             for plan, alike in _by_reading(read):
-                if doubt := plan.format.doubt(alike, plan.reading):
+                if doubt := plan.format.doubt([plan.without_sources(row) for row in alike], plan.reading):
                     doubt = plan.in_words_of_the_file(doubt)
                     raise UnknownFormatError(f"{file}: its rows look like {name}, but {doubt}")
         told = sorted((read for read in found.values() if read), key=len, reverse=True)
@@ -246,15 +247,29 @@ class RowReader:
                     f" columns: {{messages: {key}}} and unwrap: true take apart"
                 )
         fields = ", ".join(key if key == key.strip() else repr(key) for key in first) or "no fields"
-        example = (
-            "chosen: ..., rejected: ..."
-            if any("chosen" in fmt.names for fmt in self._formats[:1])
-            else "completion: ..."
-        )
         return (
             f"unknown format: its first row has {fields}; {self._closest(first)}say which field is which,"
-            f" such as columns: {{prompt: ..., {example}}}{hint}; known formats (docs/data.md): {known}"
+            f" such as columns: {{{self._likely_columns(first)}}}{hint}; known formats (docs/data.md): {known}"
         )
+
+    def _likely_columns(self, row: Mapping[str, Any]) -> str:
+        """Columns for an example, with the names of the file where they end or begin as fields do, such as en_input."""
+        named = dict(self._columns)
+        for fmt in self._formats:
+            likely: Columns = {name: column for name, column in named.items() if name in fmt.names}
+            for name, others in fmt.names.items():
+                free = (key for key in row if key not in likely.values() and {name, *others} & _affixes(key))
+                if name not in likely and (key := next(free, None)) is not None:
+                    likely[name] = key
+            if any(set(need) <= likely.keys() for need in fmt.needs):
+                break
+        else:
+            instructions = any(fmt.name == "alpaca" for fmt in self._formats)
+            likely = {
+                "prompt": "...",
+                **({"completion": "..."} if instructions else {"chosen": "...", "rejected": "..."}),
+            }
+        return ", ".join(f"{name}: {shown(column)}" for name, column in {**likely, **named}.items())
 
     def _closest(self, row: dict[str, Any]) -> str:
         """What keeps the row from the format that comes next to it."""
@@ -298,6 +313,12 @@ def _by_reading(read: Sequence[tuple[Plan, RawRow]]) -> list[tuple[Plan, list[Ra
             groups.append((plan, rows := []))
         rows.append(row)
     return groups
+
+
+def _affixes(key: str) -> set[str]:
+    """A key in small letters, and what its first and its last word are without the other words."""
+    words = re.split(r"[\W_]+", key.lower())
+    return {"_".join(words[start:end]) for start, end in ((0, None), (1, None), (0, -1)) if words[start:end]}
 
 
 def _is_row(value: Any) -> bool:

@@ -105,6 +105,41 @@ def test_placeholders_are_seen(text: str, holds: bool) -> None:
     assert has_placeholders(text) == holds
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        *(
+            (f"Name some.\n{word}", True)
+            for word in ("<noinput>", "Noinput", "No input.", "`<noinput>`", "< no_input >")
+        ),
+        ("noinput", False),
+        ("What is noinput", False),
+        ("Name some.\nno inputs", False),
+        ("Name some.\nnoinput here", False),
+    ],
+)
+def test_a_word_in_place_of_an_input_is_seen(text: str, found: bool) -> None:
+    assert ("no_input" in check_sft(SftExample([user(text)], [assistant("a")]))) == found
+
+
+@pytest.mark.parametrize(
+    ("roles", "found"),
+    [
+        ("user", False),
+        ("system user", False),
+        ("user assistant user", False),
+        ("user assistant tool tool", False),
+        ("user user", True),
+        ("system user assistant assistant user", True),
+        ("user system user", True),
+        ("system system user", True),
+    ],
+)
+def test_turns_out_of_turn_are_seen(roles: str, found: bool) -> None:
+    prompt = [{"role": role, "content": str(at)} for at, role in enumerate(roles.split())]
+    assert ("turn_order" in check_preference(PreferenceExample(prompt, [assistant("a")], [assistant("b")]))) == found
+
+
 def test_an_example_that_fails_several_checks_is_left_out_for_the_gravest() -> None:
     assert reason_to_drop(["longer_chosen", "chat_markers", "equal_sides", "empty_chosen"], POLICIES) == "empty_chosen"
     assert reason_to_drop(["longer_chosen", "chat_markers"], POLICIES) is None
