@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_cli.core.params import TrainParams
 from dpo_cli.evaluation.findings import Finding, Status, percent, percent_interval
 from dpo_cli.evaluation.flags import flags, judge_quality
 
@@ -75,6 +74,8 @@ def _to_move(metrics: Mapping[str, Any]) -> list[str]:
     training = metrics.get("training")
     if training is None:  # a model of whose training nothing is known
         return ["train longer, or with a higher learning rate"]
+    from dpo_cli.core.params import TrainParams  # here, so that --help and the report do not wait for it
+
     rate, default = training["learning_rate"], TrainParams.model_fields["learning_rate"].default
     if training["kept_step"] == 0:
         return [f"train.keep best kept its start: lower train.learning_rate, which was {rate:g}"]
