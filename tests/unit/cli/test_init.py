@@ -56,6 +56,7 @@ def test_a_model_takes_the_defaults_for_real_models(tmp_path: Path, preferences:
     assert params.model.name == "Qwen2.5-0.5B"
     assert params.runtime.model_path == model.as_posix()
     assert params.train.learning_rate == 1e-4
+    assert (params.evaluate.num_prompts, params.runtime.threads) == (64, None)
 
 
 def test_what_a_file_needs_is_said_for_each_section_that_reads_it(tmp_path: Path, sft: Path, reporter: Any) -> None:
