@@ -5,11 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -18,20 +16,15 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from dpo_cli.cli.console import ConsoleReporter
-from dpo_cli.cli.machine import machine_problem
+from dpo_cli.cli.exits import errors_as_exit_codes, examples
+from dpo_cli.cli.model import model_app
 from dpo_cli.cli.record import HandRun
 from dpo_cli.cli.repro import EXIT_CODE_FILE, reproduce
 from dpo_cli.core import paths
 from dpo_cli.core.environment import claim_gpu, is_first_process, prepare_environment
-from dpo_cli.core.errors import DataError, DpoCliError, Interrupted, MachineError, ParamsError
+from dpo_cli.core.errors import DataError, MachineError, ParamsError
 from dpo_cli.core.pipeline import STAGES, Stage
 from dpo_cli.core.scratch import die_with_parent
-from dpo_cli.core.text import in_one_line
-
-
-def _examples(*lines: str) -> str:
-    return "**Examples**\n\n" + "\n".join(f"- `{line}`" for line in lines)
-
 
 _EXIT_CODES = (
     "**Exit codes**: 0 done, 1 a bug, 2 usage, 3 settings, 4 data, 5 stale artifact, 6 machine or model,"
@@ -41,7 +34,7 @@ _EXIT_CODES = (
 app = typer.Typer(
     name="dpo-cli",
     help="Tune a language model on preferences with Direct Preference Optimization: offline, versioned, on one GPU.",
-    epilog=_examples(
+    epilog=examples(
         "dpo-cli init mine --sft instructions.json --preferences pairs.jsonl --model ~/models/Qwen2.5-0.5B",
         "dpo-cli -C mine repro",
         "dpo-cli -C mine precompute-ref && dpo-cli -C mine train --set train.beta=0.5",
@@ -117,53 +110,18 @@ def _global_options(
 ) -> None:
     if directory is None:
         return
-    with _errors_as_exit_codes(as_json=False):
+    with errors_as_exit_codes(as_json=False):
         try:
             os.chdir(directory)
         except OSError as error:
             raise MachineError(f"-C {directory}: {error.strerror}") from None
 
 
-@contextmanager
-def _errors_as_exit_codes(*, as_json: bool) -> Iterator[None]:
-    """Print the user's errors one line each and exit with their code; let bugs through."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        _fail(Interrupted("stopped; nothing was published and nothing saved is lost; run it again"), as_json=as_json)
-    except DpoCliError as error:
-        _fail(error, as_json=as_json)
-    except Exception as error:
-        if (problem := machine_problem(error)) is None:
-            raise
-        _fail(MachineError(problem), as_json=as_json)
-
-
-def _forced(match: re.Match[str]) -> str:
-    stage = match[1] in {stage.command for stage in STAGES}
-    return f"run: dpo-cli repro {match[1]} --force" if stage else match[0]
-
-
-def _fail(error: DpoCliError, *, as_json: bool) -> NoReturn:
-    if isinstance(error, Interrupted) and not is_first_process():
-        raise typer.Exit(0)  # the first one says it; were this a failure, torchrun would end that one on its way out
-    if "DVC_STAGE" in os.environ:
-        # DVC's cache of runs would bring back what the user is to make anew, were it not forced
-        error.problems = [re.sub(r"run: dpo-cli ([a-z-]+)", _forced, problem) for problem in error.problems]
-    for problem in error.problems:
-        typer.echo(f"dpo-cli: {'' if isinstance(error, Interrupted) else 'error: '}{in_one_line(problem)}", err=True)
-    if as_json and is_first_process():
-        typer.echo(json.dumps({"errors": error.problems, "exit_code": error.exit_code}, ensure_ascii=False))
-    if report_to := os.environ.get(EXIT_CODE_FILE):
-        Path(report_to).write_text(str(error.exit_code), encoding="utf-8")
-    raise typer.Exit(error.exit_code)
-
-
 # --- stages -------------------------------------------------------------------------------
 
 
 def _run_stage(stage: Stage, overrides: list[str], *, as_json: bool) -> None:
-    with _errors_as_exit_codes(as_json=as_json):
+    with errors_as_exit_codes(as_json=as_json):
         if overrides and "DVC_STAGE" in os.environ:
             raise ParamsError("--set has no place in a DVC stage: DVC would not see it; change params.yaml")
         from dpo_cli.core.params import load_params  # here, so that --help does not wait for it
@@ -222,12 +180,12 @@ def _add_stage(stage: Stage) -> None:
         f"{stage.summary}\n\nSettings: {', '.join(stage.params)} and runtime in params.yaml."
         f" Reads {reads}. Writes {writes}."
     )
-    examples = _examples(stage.example, *stage.more_examples)
-    app.command(stage.command, epilog=examples, rich_help_panel="Stages, in their order")(body)
+    epilog = examples(stage.example, *stage.more_examples)
+    app.command(stage.command, epilog=epilog, rich_help_panel="Stages, in their order")(body)
 
 
 def _evaluate_model(stage: Stage, model: Path | None, out: Path | None, overrides: list[str], *, as_json: bool) -> None:
-    with _errors_as_exit_codes(as_json=as_json):
+    with errors_as_exit_codes(as_json=as_json):
         if model is None:
             raise ParamsError("--out has no effect without --model: stage evaluate writes to reports/evaluate")
         from dpo_cli.core.params import load_params  # here, so that --help does not wait for it
@@ -252,7 +210,7 @@ for _stage in STAGES:
 @app.command(
     "report",
     rich_help_panel="Stages, in their order",
-    epilog=_examples("dpo-cli report", "dpo-cli -C mine report --no-open"),
+    epilog=examples("dpo-cli report", "dpo-cli -C mine report --no-open"),
 )
 def report_command(
     no_open: Annotated[
@@ -264,7 +222,7 @@ def report_command(
     It is the last stage of `dpo-cli repro`, loads no model and takes seconds; run it again after `dpo-cli agreement
     --save` and `dpo-cli capability`, whose results are part of the page.
     """
-    with _errors_as_exit_codes(as_json=False):
+    with errors_as_exit_codes(as_json=False):
         from dpo_cli.cli.report import make_report  # here, so that --help does not wait for it
 
         reporter = ConsoleReporter()
@@ -282,11 +240,12 @@ data_app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(data_app, rich_help_panel="Data")
+app.add_typer(model_app, rich_help_panel="Projects")
 
 
 @data_app.command(
     "check",
-    epilog=_examples(
+    epilog=examples(
         "dpo-cli data check pairs.jsonl instructions.json",
         "dpo-cli data check answers.json --set columns='{prompt: question, first: a1, second: a2, label: best}'",
         "dpo-cli data check pairs.jsonl --list longer_chosen",
@@ -311,7 +270,7 @@ def data_check_command(
 
     Exit code 0: every row is taken; 4: some row, or a whole file, is refused.
     """
-    with _errors_as_exit_codes(as_json=as_json):
+    with errors_as_exit_codes(as_json=as_json):
         # here, so that --help does not wait for them
         from dpo_cli.cli.data import CheckOptions, check_sources, refuse_unknown_check
         from dpo_cli.cli.sources import sources_of
@@ -329,7 +288,7 @@ def data_check_command(
 
 @data_app.command(
     "show",
-    epilog=_examples(
+    epilog=examples(
         "dpo-cli data show pairs.jsonl --row 17",
         "dpo-cli data show pairs.jsonl --row 17 --model ~/models/Qwen2.5-0.5B",
         "dpo-cli data show instructions.json --as sft --model embedded",
@@ -350,7 +309,7 @@ def data_show_command(
     Exit code 0: the row is taken; 4: it, or a part of it, is left out. Rows that repeat others are
     found by `dpo-cli data check`.
     """
-    with _errors_as_exit_codes(as_json=as_json):
+    with errors_as_exit_codes(as_json=as_json):
         _refuse_without_model(model, {"--template": template, "--max-length": max_length})
         from dpo_cli.cli.show import describe_row, json_of, token_view  # here, so that --help is fast
         from dpo_cli.cli.show_page import print_row
@@ -368,7 +327,7 @@ def data_show_command(
 
 @data_app.command(
     "stats",
-    epilog=_examples(
+    epilog=examples(
         "dpo-cli data stats pairs.jsonl instructions.json",
         "dpo-cli data stats pairs.jsonl --model ~/models/Qwen2.5-0.5B",
     ),
@@ -386,7 +345,7 @@ def data_stats_command(
     Lengths are characters, or tokens with --model. Rows that the conversion would refuse are not
     counted; those that repeat others are.
     """
-    with _errors_as_exit_codes(as_json=as_json):
+    with errors_as_exit_codes(as_json=as_json):
         _refuse_without_model(model, {"--template": template})
         from dpo_cli.cli.sources import sources_of  # here, so that --help does not wait for them
         from dpo_cli.cli.stats import stats_of_sources
@@ -409,7 +368,7 @@ def _refuse_without_model(model: str | None, options: dict[str, Any]) -> None:
 @app.command(
     "bench",
     rich_help_panel="Measurements",
-    epilog=_examples(
+    epilog=examples(
         "dpo-cli bench",
         "dpo-cli bench --regime harmless --set runtime.max_tokens_per_microbatch=8192",
         "dpo-cli bench --shape llama-3.1-8b --pass train",
@@ -450,7 +409,7 @@ def bench_command(
     .scratch. MFU holds the operations that
     the pass needs at the least against the speed of a matrix product in the same run.
     """
-    with _errors_as_exit_codes(as_json=as_json):
+    with errors_as_exit_codes(as_json=as_json):
         # here, so that --help does not wait for them
         from dpo_cli.cli.bench import PASSES, BenchOptions, measure, refuse_unknown, refuse_unread
         from dpo_cli.core.params import Params, load_params, parse_overrides
@@ -470,7 +429,7 @@ def bench_command(
 @app.command(
     "compare",
     rich_help_panel="Measurements",
-    epilog=_examples(
+    epilog=examples(
         "dpo-cli compare",
         "dpo-cli compare --baseline HEAD --metric win_rate,kl",
         "dpo-cli compare workspace nutty-lamb main~1",
@@ -520,7 +479,7 @@ def compare_command(
     prompts that both experiments have. Reads params.yaml, dvc.lock and reports/ from git and from the
     workspace; runs nothing, but for the judge with --judge.
     """
-    with _errors_as_exit_codes(as_json=as_json):
+    with errors_as_exit_codes(as_json=as_json):
         if every and metrics:
             raise ParamsError("--metric has no effect with --all; give one of them")
         if overrides and not judge:
@@ -549,7 +508,7 @@ def compare_command(
 @app.command(
     "agreement",
     rich_help_panel="Measurements",
-    epilog=_examples(
+    epilog=examples(
         "dpo-cli agreement votes.csv",
         "dpo-cli agreement votes.parquet --draws 10000 --confidence 0.9",
         "dpo-cli agreement votes.csv --csv table.csv --json",
@@ -585,7 +544,7 @@ def agreement_command(
     the model whose answer was shown as A. A tie is half a win, and agrees by half with a win or a loss. Without
     --csv and --save nothing is written.
     """
-    with _errors_as_exit_codes(as_json=as_json):
+    with errors_as_exit_codes(as_json=as_json):
         if not 0.5 < confidence < 1:
             raise ParamsError(f"--confidence must be > 0.5 and < 1, got {confidence:g}")
         from dpo_cli.cli import agreement  # here, so that --help does not wait for it
@@ -606,7 +565,7 @@ def agreement_command(
 @app.command(
     "capability",
     rich_help_panel="Measurements",
-    epilog=_examples(
+    epilog=examples(
         "dpo-cli capability tasks",
         "dpo-cli capability tasks --tasks arithmetic,reading --limit 200",
         "dpo-cli capability tasks --json",
@@ -635,7 +594,7 @@ def capability_command(
     task's figure is the first of its metrics that is a mean over items. A task may name Python functions of its folder,
     which are run. Reads the models of this project, evaluate and runtime in params.yaml. Writes reports/capability.
     """
-    with _errors_as_exit_codes(as_json=as_json):
+    with errors_as_exit_codes(as_json=as_json):
         # here, so that --help does not wait for them
         from dpo_cli.cli.capability import as_json as figures_of
         from dpo_cli.cli.capability import measure_capability, print_table
@@ -655,7 +614,7 @@ def capability_command(
 @app.command(
     "rating-sheet",
     rich_help_panel="Measurements",
-    epilog=_examples(
+    epilog=examples(
         "dpo-cli rating-sheet data/raw/votes.csv --rater human:anna",
         "dpo-cli rating-sheet votes-ben.csv --rater human:ben --model evaluations/another",
     ),
@@ -676,7 +635,7 @@ def rating_sheet_command(
     With `evaluate.judge: votes` and `evaluate.votes.file` the votes become the win rate; `dpo-cli agreement`
     compares raters, and judges with them (reports/evaluate/votes.csv).
     """
-    with _errors_as_exit_codes(as_json=False):
+    with errors_as_exit_codes(as_json=False):
         from dpo_cli.cli.rating_sheet import write_rating_sheet  # here, so that --help does not wait for it
 
         num_items, num_identical = write_rating_sheet(model, sheet, rater)
@@ -690,7 +649,7 @@ def rating_sheet_command(
 @app.command(
     "score",
     rich_help_panel="Measurements",
-    epilog=_examples(
+    epilog=examples(
         "dpo-cli score new_pairs.jsonl",
         "dpo-cli score new_pairs.jsonl --html heat.html --out rewards.parquet",
         "dpo-cli score answers.csv --set columns='{prompt: question, chosen: good, rejected: bad}' --max-rows 1000",
@@ -740,7 +699,7 @@ def score_command(
     Prints by source how often the reward orders the answers as the data does, and the margin. Files are read
     as the conversion reads them; rows left out are counted and named. What was scored before is not scored again.
     """
-    with _errors_as_exit_codes(as_json=as_json):
+    with errors_as_exit_codes(as_json=as_json):
         # here, so that --help does not wait for them
         from dpo_cli.cli.score import refuse_options, score_files, split_settings
         from dpo_cli.cli.score_output import ScoreOptions
@@ -762,7 +721,7 @@ def score_command(
 @app.command(
     "sample",
     rich_help_panel="Data",
-    epilog=_examples(
+    epilog=examples(
         "dpo-cli sample prompts.jsonl",
         "dpo-cli sample prompts.jsonl --answers 8 --set evaluate.max_new_tokens=64",
         "dpo-cli sample prompts.jsonl --out data/raw --set evaluate.judge=rule --set evaluate.rule=json_object",
@@ -796,7 +755,7 @@ def sample_command(
     scores. Answers that did not end are left out and counted, and those with the same text are merged. What was sampled
     before is not sampled again.
     """
-    with _errors_as_exit_codes(as_json=as_json):
+    with errors_as_exit_codes(as_json=as_json):
         from dpo_cli.core.params import load_params  # here, so that --help does not wait for them
 
         params = load_params(paths.PARAMS, overrides or [])
@@ -814,7 +773,7 @@ def sample_command(
 @app.command(
     "init",
     rich_help_panel="Projects",
-    epilog=_examples(
+    epilog=examples(
         "dpo-cli init demo",
         "dpo-cli init mine --sft instructions.json --preferences pairs.jsonl --model ~/models/Qwen2.5-0.5B",
     ),
@@ -839,14 +798,14 @@ def init_command(
     """
     from dpo_cli.cli.init import ProjectFiles, create_project  # here, so that --help does not wait for it
 
-    with _errors_as_exit_codes(as_json=False):
+    with errors_as_exit_codes(as_json=False):
         create_project(folder, ProjectFiles(sft=sft, preferences=preferences, model=model), ConsoleReporter())
 
 
 @app.command(
     "repro",
     rich_help_panel="Projects",
-    epilog=_examples("dpo-cli repro", "dpo-cli repro train --force"),
+    epilog=examples("dpo-cli repro", "dpo-cli repro train --force"),
 )
 def repro_command(
     targets: Annotated[
@@ -862,7 +821,7 @@ def repro_command(
     with the exit code of the stage that failed. To try a setting as an experiment of DVC, in a
     project that is committed to git: `dvc exp run -S train.beta=0.5`.
     """
-    with _errors_as_exit_codes(as_json=False):
+    with errors_as_exit_codes(as_json=False):
         code = reproduce(targets or [], force=force, reporter=ConsoleReporter())
     if code:
         sys.exit(code)

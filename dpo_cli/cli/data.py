@@ -56,7 +56,7 @@ def check_sources(sources: Sequence[Source], options: CheckOptions, reporter: Re
         MachineError: The model's tokenizer cannot be used.
     """
     params = project_params()
-    fraction = (params.data if params else DataParams()).eval_fraction
+    data = params.data if params else DataParams()
     workers = (params.runtime.workers if params else None) or os.cpu_count() or 1
     figures: dict[str, Any] = {}
     accepted = True
@@ -73,10 +73,11 @@ def check_sources(sources: Sequence[Source], options: CheckOptions, reporter: Re
                 report = convert(
                     mine,
                     {name: "drop" if policy == "error" else policy for name, policy in policies_of().items()},
-                    fraction,
+                    data.eval_fraction,
                     work,
                     None,
                     rejects,
+                    split_by=data.split_by,
                     workers=workers,
                     rows_listed=_ROWS_NAMED,
                     listed=options.listed,
@@ -88,7 +89,7 @@ def check_sources(sources: Sequence[Source], options: CheckOptions, reporter: Re
             examples = _first_of_each_reason(rejects)
             tokens = _check_tokens(report, mine[0], options, reporter) if options.model else None
         figures[kind] = {**metrics_of(report), "checks": checks_of(report), "unread_columns": unread_of(report)}
-        accepted &= not set(report.rejected) - {SAMPLED_OUT}
+        accepted &= not set(report.rejected) - {SAMPLED_OUT} and not report.cannot_split
         _print(kind, report, options, examples, reporter)
         if tokens is not None:
             figures[kind]["tokens"] = {name: vars(finding) for name, finding in tokens.items()}
@@ -151,7 +152,7 @@ def _print(kind: str, report: Conversion, options: CheckOptions, examples: dict[
     reporter.table(f"{kind}: what goes in", rows)
     rates = {name: report.rate(name) for name in report.checks}
     _print_findings(f"{kind}: checks", report.checks, rates, options, reporter)
-    for warning in warnings_of(report):
+    for warning in (*warnings_of(report), *filter(None, [report.empty_split])):
         reporter.warn(warning)
 
 

@@ -15,7 +15,6 @@ from dpo_cli.core.artifacts import read_json
 from dpo_cli.core.errors import ParamsError
 from dpo_cli.core.pipeline import STAGES
 from dpo_cli.core.progress import Reporter
-from dpo_cli.evaluation.verdict import headline, verdict
 
 EXIT_CODE_FILE = "DPO_CLI_EXIT_CODE_FILE"
 """Environment variable: the file to which a failing stage writes its exit code, which DVC hides."""
@@ -51,6 +50,8 @@ def reproduce(targets: Sequence[str], *, force: bool, reporter: Reporter) -> int
     command = [sys.executable, "-m", "dvc", "repro", *options, *map(stages.__getitem__, targets)]
     code = _run(command)
     if code == 0 and (not targets or "evaluate" in map(stages.__getitem__, targets)):
+        from dpo_cli.evaluation.verdict import headline, verdict
+
         metrics = read_json(paths.metrics_file("evaluate"), "run: dpo-cli evaluate")["evaluate"]
         rows = [(finding.name, f"{finding.value}  ({finding.meaning})") for finding in verdict(metrics)]
         reporter.table(headline(metrics)[0], [*rows, ("report", paths.REPORT_HTML.as_posix())])

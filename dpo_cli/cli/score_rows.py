@@ -129,6 +129,7 @@ def read_rows(
                 work,
                 None,
                 rejects,
+                split_by=params.data.split_by,
                 workers=params.runtime.workers or os.cpu_count() or 1,
                 on_bytes=meter.advance,
             )

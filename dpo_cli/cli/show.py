@@ -129,7 +129,8 @@ def describe_row(source: Source, row: int, view: TokenView | None) -> dict[str, 
     """
     path = _only_file(source)
     params = project_params()
-    plan, why = plan_of(source, path, policies_of(), (params.data if params else DataParams()).eval_fraction)
+    data = params.data if params else DataParams()
+    plan, why = plan_of(source, path, policies_of(), data.eval_fraction, data.split_by)
     record = _record_at(path, source.records, row)
     stage = "convert-sft" if plan.kind == "sft" else "convert-preferences"
     found: dict[str, Any] = {
@@ -247,7 +248,7 @@ class _Describing:
         found: dict[str, Any] = {
             "part": part,
             "kind": _KINDS[type(example)],
-            **_identity(example.prompt, [answer["messages"] for answer in answers], self._plan.eval_fraction),
+            **_identity(example.prompt, [answer["messages"] for answer in answers], self._plan),
             "prompt": example.prompt,
             "answers": answers,
         }
@@ -334,11 +335,11 @@ def _answers_of(example: AnyExample) -> list[dict[str, Any]]:
     ]
 
 
-def _identity(prompt: Messages, answers: Sequence[Messages], eval_fraction: float) -> dict[str, Any]:
+def _identity(prompt: Messages, answers: Sequence[Messages], plan: BlockPlan) -> dict[str, Any]:
     try:
         return {
             "id": content_id(prompt, *answers),
-            "split": "eval" if is_held_out(prompt, eval_fraction) else "train",
+            "split": "eval" if is_held_out(prompt, plan.eval_fraction, plan.split_by) else "train",
         }
     except UnicodeEncodeError:  # half of a surrogate pair, for which the row is left out
         return {"id": None, "split": None}

@@ -69,6 +69,11 @@ class Source(Section):
         'What a label means that names the better of two outputs: {"1": first, "0": second}; "<1.5" stands for all'
         " numbers below.",
     )
+    unwrap: bool = knob(
+        False,
+        "Texts that are whole conversations as a chat template renders them (ChatML, Llama, Gemma, [INST],"
+        " ### Instruction and the like) become messages.",
+    )
     weight: float = knob(
         1.0,
         "How often a row of it is seen in an epoch: 0.5 takes half of its prompts (a hash decides), 2 takes every row"
@@ -155,12 +160,19 @@ class DataChecks(Section):
     shared_prompt: Policy = knob(
         "drop", "A train row's prompt is in eval, too; only sources with a split of their own can have it."
     )
+    score_conflict: Policy = knob(
+        "keep", "The preferred answer's score is lower than the other's, or the same; keep: the choice counts."
+    )
     repeated_prompt: Policy = knob("keep", "An earlier row has the same prompt with other answers.")
     prefix_sides: Policy = knob("keep", "One answer is the beginning of the other.")
     longer_chosen: Policy = knob("keep", "The preferred answer is the longer one: length bias where it is not half.")
     chat_markers: Policy = knob("keep", "A text holds marks of chat templates, such as <|im_end|> or Human:.")
     placeholders: Policy = knob("keep", "A text holds {{placeholders}}; they are kept as they stand.")
     replacement_characters: Policy = knob("keep", "A text holds U+FFFD: it was decoded wrongly once.")
+    turn_order: Policy = knob(
+        "keep", "The prompt has two turns of one role in a row, or a system turn behind the first."
+    )
+    no_input: Policy = knob("keep", "The prompt ends with <noinput> or Noinput, which stands for an empty input.")
 
 
 class DataParams(Section):
@@ -174,6 +186,11 @@ class DataParams(Section):
         " none.",
         gt=0,
         lt=1,
+    )
+    split_by: Literal["opening", "prompt"] = knob(
+        "opening",
+        "What is hashed: opening, all up to the first user turn, so that no conversation is on both sides; or the whole"
+        " prompt, for conversations that all begin alike.",
     )
     checks: DataChecks = Field(default_factory=DataChecks, description="What is done with rows that a check finds.")
 

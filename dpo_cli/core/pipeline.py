@@ -47,6 +47,8 @@ class Stage:
         pages: What it draws of the files of other stages. Neither metric nor plot, so DVC keeps no run of it in its
             cache: it is made again in seconds.
         more_examples: Further command lines for its help.
+        is_always_run: Whether DVC runs it at every repro, and leaves what it made before in place: it looks outside of
+            the project, where DVC does not, and finds out by itself whether anything changed.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Stage:
     lists: tuple[Path, ...] = ()
     pages: tuple[Path, ...] = ()
     more_examples: tuple[str, ...] = ()
+    is_always_run: bool = False
 
     @property
     def kept_by_dvc(self) -> tuple[Path, ...]:
@@ -80,12 +83,13 @@ class Stage:
 STAGES: tuple[Stage, ...] = (
     Stage(
         name="base",
-        summary="Lock the base model's identity; build the model where it is the embedded one.",
+        summary="Verify the base model and lock its identity; build the model where it is the embedded one.",
         example="DPO_MODEL_PATH=~/models/Qwen2.5-0.5B dpo-cli base",
         params=("model",),
         inputs=(),
         output=paths.BASE,
         metrics=False,
+        is_always_run=True,
     ),
     Stage(
         name="convert_sft",
@@ -261,11 +265,14 @@ def dvc_yaml() -> dict[str, Any]:
 
 def _stage_entry(stage: Stage) -> dict[str, Any]:
     entry: dict[str, Any] = {"cmd": f"python -m dpo_cli {stage.command}"}
+    if stage.is_always_run:
+        entry["always_changed"] = True
     if deps := [path.as_posix() for path in stage.inputs]:
         entry["deps"] = deps
     if stage.params:
         entry["params"] = list(stage.params)
-    outs: list[Any] = [path.as_posix() for path in stage.kept_by_dvc]
+    kept = [path.as_posix() for path in stage.kept_by_dvc]
+    outs: list[Any] = [{path: {"persist": True}} for path in kept] if stage.is_always_run else kept
     outs += [{path.as_posix(): {"cache": False}} for path in stage.pages]
     if outs:
         entry["outs"] = outs

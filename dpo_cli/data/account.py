@@ -15,11 +15,15 @@ from dpo_cli.data.blocks import SAMPLED_OUT
 from dpo_cli.data.formats.base import shown_name
 
 SPLITS = ("train", "eval")
+MANY_CONFLICTS = 0.5
+"""Share of pairs whose scores contradict the choice, above which something may be swapped."""
 LENGTH_BIAS = 0.65
 """Share of pairs whose preferred answer is the longer one, above which there is a warning."""
 
 _COLUMNS_SHOWN = 20
 _COLUMNS_KEPT = 1000
+MANY_MARKED = 0.5
+"""Share of rows with the marks of a chat template above which there is a warning."""
 
 
 @dataclass
@@ -34,6 +38,8 @@ class FileAccount:
         num_used: Rows of which something was written.
         formats: How many of them had which format.
         unread: How many of these have something in a column that nobody read, by column.
+        unwrapped: How many rows held a conversation as a chat template renders it, which was taken apart.
+        rendered: How many rows still hold one, by template.
         more_unread: Rows with further such columns, where these are too many to count.
         stopped: Whether max_rows ended the reading.
         first: The number of its first row among the rows of all files.
@@ -47,6 +53,8 @@ class FileAccount:
     formats: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)
     more_unread: bool = False
+    unwrapped: Counter[str] = field(default_factory=Counter)
+    rendered: Counter[str] = field(default_factory=Counter)
     stopped: bool = False
     first: int = 0
 
@@ -148,6 +156,9 @@ class Conversion:
         num_checked: Examples that no check of a single one left out; later they are compared with each other.
         rejected: How many rows or parts of rows were left out for which reason.
         checks: What each check found.
+        split_by: What of a prompt decides its split: its ``opening``, or the whole ``prompt``.
+        empty_split: Why a split that the sources do not leave out has no rows, and what to do; empty: none is so.
+        cannot_split: Whether that is for want of distinct prompts, however many rows there are.
         blocks: The files in blocks, in order; their rows lie in the working folder.
     """
 
@@ -162,6 +173,9 @@ class Conversion:
     num_checked: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     checks: dict[str, Finding] = field(default_factory=dict)
+    split_by: str = "opening"
+    empty_split: str = ""
+    cannot_split: bool = False
     blocks: list[ConvertedBlock] = field(default_factory=list)
 
     def rate(self, check: str) -> float:
@@ -255,11 +269,16 @@ def account_rows(report: Conversion, rejects_file: Path | None) -> list[tuple[st
             rows.append(("", f"{account.num_rows} rows, {account.num_used} of them used{stopped}"))
         if unread := account.unread_text():
             rows.append(("not read", unread))
+        if account.unwrapped:
+            made_by = ", ".join(f"{template} {count}" for template, count in account.unwrapped.most_common())
+            rows.append(("taken apart", f"{sum(account.unwrapped.values())} rows of rendered conversations: {made_by}"))
     rows.append(("rows read", str(report.num_read)))
     rows.append(("rows used", str(report.num_used)))
     rows.append(("rows left out", str(report.num_rejected_rows)))
     written = "would go to" if rejects_file is None else "written to"
     rows += [(f"{written} {split}", str(report.num_written[split])) for split in SPLITS]
+    if report.split_by == "prompt":
+        rows.append(("split by", "the whole prompt: conversations that begin alike may be on both sides"))
     if report.num_copies:
         rows.append(("repeated by weight", f"{report.num_copies} of these"))
     if sum(report.num_rankings.values()):
@@ -274,6 +293,27 @@ def account_rows(report: Conversion, rejects_file: Path | None) -> list[tuple[st
     return rows
 
 
+def _template_warnings(report: Conversion) -> list[str]:
+    """Texts that a chat template made already, to which the model's own will be applied again."""
+    warnings = []
+    for account in report.files:
+        num_rendered = sum(account.rendered.values())
+        if num_rendered > MANY_MARKED * sum(account.formats.values()):
+            (template, _), *_ = account.rendered.most_common()
+            warnings.append(
+                f"{account.path.as_posix()}: {num_rendered} of {account.num_rows} rows hold conversations that a chat"
+                f" template ({template}) has rendered, and the model's own template will be put around them; unwrap:"
+                " true in the source's settings makes messages of them"
+            )
+    marked = report.checks.get("chat_markers")
+    if not warnings and marked is not None and marked.policy == "keep" and report.rate("chat_markers") > MANY_MARKED:
+        warnings.append(
+            f"{marked.count} of {report.num_checked} examples hold marks of chat templates, and the model's own"
+            " template will be put around them; give bare texts or messages, or set data.checks.chat_markers to drop"
+        )
+    return warnings
+
+
 def warnings_of(report: Conversion) -> list[str]:
     """What the user should know of the data as a whole."""
     warnings = []
@@ -285,6 +325,13 @@ def warnings_of(report: Conversion) -> list[str]:
                 f"the preferred answer is the longer one in {share:.0%} of the pairs: a model may learn length"
                 " in place of quality"
             )
+    conflict = report.checks.get("score_conflict")
+    if conflict is not None and conflict.policy == "keep" and report.rate("score_conflict") >= MANY_CONFLICTS:
+        warnings.append(
+            f"the preferred answer's score is not the higher one in {report.rate('score_conflict'):.0%} of the pairs:"
+            " are the answers, or the scores, the wrong way round?"
+        )
+    warnings += _template_warnings(report)
     lost = report.num_rejected_rows - report.num_sampled_out
     if report.num_read and lost > 0.2 * report.num_read:
         reasons = Counter({reason: n for reason, n in report.rejected.items() if reason != SAMPLED_OUT})

@@ -27,6 +27,7 @@ from dpo_cli.data.checks import (
 from dpo_cli.data.formats import PREFERENCE_FORMATS, SFT_FORMATS
 from dpo_cli.data.formats.base import Column, Reading, RowProblem
 from dpo_cli.data.formats.detect import RowReader
+from dpo_cli.data.formats.rendered import unwrap
 from dpo_cli.data.reading.base import Block, Lines
 from dpo_cli.data.reading.json_text import parse_lines
 from dpo_cli.data.schema import (
@@ -48,7 +49,7 @@ from dpo_cli.data.schema import (
     table_of,
     text_of,
 )
-from dpo_cli.data.splits import opening_of, position_of
+from dpo_cli.data.splits import deciding_part, position_of
 
 SAMPLED_OUT = "sampled_out"
 """The reason for which a source's weight leaves a row out."""
@@ -58,7 +59,7 @@ DIGESTS = np.dtype(
         ("id_high", "<u8"),
         ("id_low", "<u8"),
         ("group", "<u8"),
-        ("opening", "<u8"),
+        ("opening", "<u8"),  # or of the whole prompt, where that decides the split
         ("sides", "<u8"),  # of the two answers, whatever their order
         ("flipped", "u1"),  # in which order they are
         ("held_out", "u1"),
@@ -92,6 +93,7 @@ class BlockPlan:
         policies: What to do with what each check finds.
         eval_fraction: Share of prompts held out; 0 or 1 sends all of it to one split.
         weight: How often a train row is taken.
+        split_by: What of a prompt decides its split: its ``opening``, or the whole ``prompt``.
     """
 
     path: Path
@@ -103,6 +105,7 @@ class BlockPlan:
     policies: Mapping[str, str]
     eval_fraction: float
     weight: float
+    split_by: str = "opening"
 
     def reader(self) -> RowReader:
         """The reader of its rows."""
@@ -144,6 +147,8 @@ class BlockResult:
         found: For each check, the rows of the block that fail it and are kept.
         formats: How many rows had which format.
         unread: How many rows have something in a column that nobody read, by column.
+        unwrapped: How many rows held a conversation as a chat template renders it, which was taken apart.
+        rendered: How many rows still hold one, by template.
         digests: Of its examples (:data:`DIGESTS`).
         num_ties: Pairs of ranked answers that are tied.
     """
@@ -154,6 +159,8 @@ class BlockResult:
     found: dict[str, list[int]] = field(default_factory=dict)
     formats: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)
+    unwrapped: Counter[str] = field(default_factory=Counter)
+    rendered: Counter[str] = field(default_factory=Counter)
     digests: np.ndarray = field(default_factory=lambda: np.empty(0, DIGESTS))
     num_ties: int = 0
 
@@ -206,7 +213,8 @@ def convert_block(
         except RowProblem as problem:
             rows.refuse(problem, "")
     result = rows.write(folder, index, len(records))
-    result.unread = reader.take_unread()
+    result.unread, result.unwrapped = reader.take_unread(), reader.take_unwrapped()
+    result.rendered.update(rows.rendered.values())
     return result
 
 
@@ -217,6 +225,7 @@ class _Rows:
         self._plan = plan
         self._check: Any = check_sft if plan.kind == "sft" else check_preference
         self.formats: Counter[str] = Counter()
+        self.rendered: dict[int, str] = {}  # the template whose text a row holds
         self._rejects: list[Reject] = []
         self._found: dict[str, list[int]] = {}
         self._rows: list[tuple[Any, ...]] = []  # as _COLUMNS, then the example's own
@@ -276,6 +285,8 @@ class _Rows:
     def _add_example(self, example: SftExample | PreferenceExample, part: str, ranking: int) -> None:
         found = self._check(example)
         if found:
+            if "chat_markers" in found and self._row not in self.rendered and (template := _rendered_in(example)):
+                self.rendered[self._row] = template
             reason = reason_to_drop(found, self._plan.policies)
             if reason is not None:
                 self._rejects.append(Reject(self._row, self._line, part, reason, reason, DESCRIPTIONS[reason]))
@@ -311,7 +322,7 @@ class _Rows:
         self._rows.append((example_id, sides, flipped, *place, *columns))
 
     def _facts_of(self, prompt: Messages) -> tuple[str, str, bool, int]:
-        """The ids of a prompt and its opening, its split, and how often its rows are taken.
+        """The ids of a prompt and of what decides its split, that split, and how often its rows are taken.
 
         They are remembered for the other pairs of a ranking.
         """
@@ -319,7 +330,7 @@ class _Rows:
             return self._prompt_facts
         plan = self._plan
         group = content_id(prompt)
-        opening = opening_of(prompt)
+        opening = deciding_part(prompt, plan.split_by)
         opening_id = group if opening is prompt else content_id(opening)
         held_out = position_of(opening_id) < plan.eval_fraction
         copies = 1 if held_out or plan.weight == 1 else int(plan.weight) + (position_of(group[16:]) < plan.weight % 1)
@@ -344,6 +355,13 @@ class _Rows:
             digests=digests,
             num_ties=self._num_ties,
         )
+
+
+def _rendered_in(example: SftExample | PreferenceExample) -> str:
+    """The chat template that made a whole text of an example, if one did."""
+    answers = [example.completion] if isinstance(example, SftExample) else [example.chosen, example.rejected]
+    texts = (message["content"] for messages in (example.prompt, *answers) for message in messages)
+    return next((found.template for found in map(unwrap, texts) if found), "")
 
 
 def fit_answers(example: RankingExample, policies: Mapping[str, str]) -> tuple[list[int], list[tuple[int, str, str]]]:

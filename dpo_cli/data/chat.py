@@ -86,6 +86,7 @@ class ChatEncoder:
     Attributes:
         template: The chat template in use.
         end_id: The token that ends the model's turn.
+        num_rows: Rows of the model's embedding, where that is known: an id must be below it.
 
     Raises:
         MachineError: The tokenizer has no EOS token, or no template where ``auto`` asks for it.
@@ -107,6 +108,7 @@ class ChatEncoder:
         self._special_ids = frozenset(tokenizer.all_special_ids) | {
             token_id for token_id, token in added.items() if token.special
         }
+        self.num_rows: int | None = None
         self.end_id: int = tokenizer.eos_token_id
         self.end_id = self._probe()
         self._end_texts = tuple(filter(None, (tokenizer.decode([token_id]).strip() for token_id in self.stop_ids)))
@@ -202,4 +204,10 @@ class ChatEncoder:
             raise RowProblem("template_refused", f"the model's chat template refuses it: {error}") from None
 
     def _tokenise(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        if self.num_rows is not None and ids and max(ids) >= self.num_rows:
+            token = self._tokenizer.decode([max(ids)])
+            raise RowProblem(
+                "unknown_token", f"holds {token!r}, token {max(ids)}: the model's embedding has {self.num_rows} rows"
+            )
+        return ids

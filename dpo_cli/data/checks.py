@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 
 from dpo_cli.data.schema import Messages, PreferenceExample, SftExample, text_of
 
@@ -18,20 +19,21 @@ FORMAT_CHECK = "malformed"
 ROW_REASONS = ("tie", "empty_prompt")
 """Reasons for which a format refuses a row that are checks of their own."""
 
-_OF_BOTH = ("malformed", "empty_prompt", "duplicate", "shared_prompt", "repeated_prompt")
+_OF_BOTH = ("malformed", "empty_prompt", "duplicate", "shared_prompt", "repeated_prompt", "turn_order", "no_input")
 _OF_TEXTS = ("chat_markers", "placeholders", "replacement_characters")
 CHECKS_OF: Mapping[str, tuple[str, ...]] = {
     "sft": (*_OF_BOTH, "empty_completion", *_OF_TEXTS),
     "preference": (
-        *_OF_BOTH, "empty_chosen", "empty_rejected", "equal_sides", "tie", "contradiction", "prefix_sides",
-        "longer_chosen", *_OF_TEXTS,
+        *_OF_BOTH, "empty_chosen", "empty_rejected", "equal_sides", "tie", "contradiction", "score_conflict",
+        "prefix_sides", "longer_chosen", *_OF_TEXTS,
     ),
 }  # fmt: skip
 """The checks that instruction data and preference data can fail."""
 
 _MARKERS = re.compile(
-    r"<\|[^|<>\s]{1,40}\|>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>|\n\n(?:Human|Assistant):"
-    r"|(?:^|\n)(?:Human|Assistant):|###\s?(?:Instruction|Response|Human|Assistant|User|System)\b"
+    r"<\|[^|<>\s]{1,40}\|>|<｜[^｜<>\s]{1,40}｜>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>"
+    r"|(?:^|\n)(?:Human|Assistant|User):|\b(?:USER|ASSISTANT):"
+    r"|###\s?(?:Instruction|Response|Human|Assistant|User|System)\b"
 )
 _PLACEHOLDER = re.compile(r"\{\{\s*[\w.-]{1,60}\s*\}\}")
 
@@ -40,11 +42,12 @@ def has_chat_markers(text: str) -> bool:
     """Whether a text holds marks by which some chat template ends or begins a turn."""
     # Most texts hold none of these signs, and to look for a single character costs next to nothing.
     if (
-        ("<" in text and ("<|" in text or "s>" in text or "_of_turn>" in text))
+        ("<" in text and ("<|" in text or "<｜" in text or "s>" in text or "_of_turn>" in text))
         or ("#" in text and "###" in text)
         or ("]" in text and "INST]" in text)
         or ("H" in text and "Human:" in text)
-        or ("A" in text and "Assistant:" in text)
+        or ("A" in text and ("Assistant:" in text or "ASSISTANT:" in text))
+        or ("U" in text and ("User:" in text or "USER:" in text))
     ):
         return _MARKERS.search(text) is not None
     return False
@@ -64,6 +67,18 @@ def _find_in_text(text: str, found: list[str]) -> None:
         found.append("replacement_characters")
 
 
+_NO_INPUT = re.compile(r"\n\W{0,4}no[ _-]?input\W{0,4}\Z", re.IGNORECASE)
+
+
+def _find_in_prompt(prompt: Messages, found: list[str]) -> None:
+    if len(prompt) > 1:
+        roles = [message["role"] for message in prompt]
+        if "system" in roles[1:] or any(one == other != "tool" for one, other in pairwise(roles)):
+            found.append("turn_order")
+    if "nput" in (content := prompt[-1]["content"])[-10:] and _NO_INPUT.search(content, max(len(content) - 20, 0)):
+        found.append("no_input")
+
+
 def is_empty(messages: Messages) -> bool:
     """Whether there is nothing but white space."""
     text = text_of(messages)
@@ -74,6 +89,7 @@ def check_sft(example: SftExample) -> list[str]:
     """Names of the checks that an instruction fails."""
     found: list[str] = []
     _find_in_text(f"{text_of(example.prompt)}\n{text_of(example.completion)}", found)
+    _find_in_prompt(example.prompt, found)
     if is_empty(example.prompt):
         found.append("empty_prompt")
     if is_empty(example.completion):
@@ -86,6 +102,7 @@ def check_preference(example: PreferenceExample) -> list[str]:
     prompt, chosen, rejected = text_of(example.prompt), text_of(example.chosen), text_of(example.rejected)
     found: list[str] = []
     _find_in_text(f"{prompt}\n{chosen}\n{rejected}", found)
+    _find_in_prompt(example.prompt, found)
     if not prompt or prompt.isspace():
         found.append("empty_prompt")
     if not chosen or chosen.isspace():
@@ -96,6 +113,9 @@ def check_preference(example: PreferenceExample) -> list[str]:
         found.append("equal_sides")
     elif chosen and rejected and (chosen.startswith(rejected) or rejected.startswith(chosen)):
         found.append("prefix_sides")
+    scores = example.chosen_score, example.rejected_score
+    if scores[0] is not None and scores[1] is not None and scores[0] <= scores[1]:
+        found.append("score_conflict")
     if len(chosen) > len(rejected):
         found.append("longer_chosen")
     return found
@@ -108,8 +128,9 @@ def reason_to_drop(found: list[str], policies: Mapping[str, str]) -> str | None:
 
 
 _ORDER = (
-    "empty_prompt", "empty_completion", "empty_chosen", "empty_rejected", "equal_sides", "prefix_sides",
-    "chat_markers", "placeholders", "replacement_characters", "longer_chosen",
+    "empty_prompt", "empty_completion", "empty_chosen", "empty_rejected", "equal_sides", "score_conflict",
+    "prefix_sides", "chat_markers", "placeholders", "replacement_characters", "turn_order", "no_input",
+    "longer_chosen",
 )  # fmt: skip
 """The one that is named where an example fails several."""
 
@@ -119,10 +140,13 @@ DESCRIPTIONS: Mapping[str, str] = {
     "empty_chosen": "has an empty preferred answer",
     "empty_rejected": "has an empty rejected answer",
     "equal_sides": "has two equal answers",
+    "score_conflict": "has a preferred answer whose score is not the higher one",
     "prefix_sides": "has an answer that is the beginning of the other",
     "chat_markers": "holds marks of chat templates",
     "placeholders": "holds {{placeholders}}",
     "replacement_characters": "holds U+FFFD",
+    "turn_order": "has two turns of one role in a row, or a system turn behind the first",
+    "no_input": "ends with a word such as <noinput> in place of an input",
     "longer_chosen": "has a longer preferred answer",
 }
 """What a check says of an example that fails it."""

@@ -65,6 +65,7 @@ def convert(
     out: Path | None,
     rejects_file: Path,
     *,
+    split_by: str = "opening",
     workers: int = 1,
     rows_listed: int = 20,
     listed: str | None = None,
@@ -79,6 +80,7 @@ def convert(
         work: An empty folder for what is half done, about as large as the data.
         out: An empty folder to write to; None: only check.
         rejects_file: Where the rows left out are listed, one JSON line each.
+        split_by: What of a prompt decides its split: its ``opening``, or the whole ``prompt``.
         workers: Processes that share the work on large files of JSON lines.
         rows_listed: Rows named for each check.
         listed: The check of which all rows are named.
@@ -90,7 +92,7 @@ def convert(
         ParamsError: A source's columns name a field that there is none of.
     """
     kind = "sft" if isinstance(sources[0], SftSource) else "preference"
-    run = _Run(kind, policies, eval_fraction, work, rows_listed, listed)
+    run = _Run(kind, policies, (eval_fraction, split_by), work, rows_listed, listed)
     for source in sources:
         left = source.max_rows
         for path in find_files(source):
@@ -100,8 +102,11 @@ def convert(
             left = None if left is None else left - num_rows
     repeats = run.compare()
     run.finish(repeats, out, rejects_file)
-    if out is not None:
-        _refuse_empty_split(run.report, sources, eval_fraction, rejects_file)
+    if out is not None and not sum(run.report.num_written.values()):
+        _refuse_nothing(run.report, sources, rejects_file)
+    run.judge_splits(sources)
+    if out is not None and run.report.empty_split:
+        raise DataError(run.report.empty_split)
     return run.report
 
 
@@ -121,7 +126,9 @@ def find_files(source: Source) -> list[Path]:
     return found
 
 
-def plan_of(source: Source, path: Path, policies: Mapping[str, str], eval_fraction: float) -> tuple[BlockPlan, str]:
+def plan_of(
+    source: Source, path: Path, policies: Mapping[str, str], eval_fraction: float, split_by: str = "opening"
+) -> tuple[BlockPlan, str]:
     """How the rows of a file are read, and why so: by the source's settings and the file's first rows.
 
     Raises:
@@ -134,6 +141,7 @@ def plan_of(source: Source, path: Path, policies: Mapping[str, str], eval_fracti
         labels={label_text(label): side for label, side in source.labels.items()},
         turns=getattr(source, "turns", "last"),
         pairs=source.pairs if isinstance(source, PreferenceSource) else "all",
+        unwrap=source.unwrap,
     )
     formats = SFT_FORMATS if kind == "sft" else PREFERENCE_FORMATS
     reader = RowReader(formats, source.format, source.columns, reading)
@@ -143,7 +151,7 @@ def plan_of(source: Source, path: Path, policies: Mapping[str, str], eval_fracti
         why = reader.detect(path, head)
     fraction = {"auto": eval_fraction, "train": 0.0, "eval": 1.0}[source.split]
     plan = BlockPlan(
-        path, kind, source.format, reader.fallback, source.columns, reading, policies, fraction, source.weight
+        path, kind, source.format, reader.fallback, source.columns, reading, policies, fraction, source.weight, split_by
     )
     return plan, why
 
@@ -155,7 +163,7 @@ class _Run:
         self,
         kind: str,
         policies: Mapping[str, str],
-        eval_fraction: float,
+        split: tuple[float, str],
         work: Path,
         rows_listed: int,
         listed: str | None,
@@ -163,7 +171,8 @@ class _Run:
         self.report = Conversion(checks={name: Finding(policies[name]) for name in policies if name in CHECKS_OF[kind]})
         self._kind = kind
         self._policies = policies
-        self._eval_fraction = eval_fraction
+        self._split = split
+        self.report.split_by = split[1]
         self._work = work
         self._rows_listed = rows_listed
         self._listed = listed
@@ -176,7 +185,7 @@ class _Run:
         self, source: Source, path: Path, workers: int, max_rows: int | None, on_bytes: Callable[[int], None]
     ) -> int:
         """Read and convert a file, block by block, or its first rows; how many there were."""
-        plan, why = plan_of(source, path, self._policies, self._eval_fraction)
+        plan, why = plan_of(source, path, self._policies, *self._split)
         account = FileAccount(path, source, why, first=self.report.num_read)
         self.report.files.append(account)
         if max_rows is None:
@@ -229,6 +238,8 @@ class _Run:
         account.num_rows += result.num_rows
         account.formats.update(result.formats)
         account.count_unread(result.unread)
+        account.unwrapped.update(result.unwrapped)
+        account.rendered.update(result.rendered)
 
     # --- comparing ----------------------------------------------------------------------------
 
@@ -285,6 +296,40 @@ class _Run:
         self._judge()
         if out is not None:
             self._write(out)
+
+    def judge_splits(self, sources: Sequence[Source]) -> None:
+        """Say why a split has no rows, where it should have some."""
+        report, fraction = self.report, self._split[0]
+        num = sum(report.num_written.values())
+        empty = next((split for split in SPLITS if num and not report.num_written[split]), None)
+        if empty is None:
+            return
+        name = ", ".join(account.path.as_posix() for account in report.files)
+        told = (
+            f"{name}: no row fell into the {empty} split ({report.num_read} read, {report.num_rejected_rows} left out)"
+        )
+        if any(source.split != "auto" for source in sources):
+            report.empty_split = f"{told}; add rows, or change the split of its sources"
+            return
+        digests = np.memmap(self._digests, DIGESTS, "r")
+        deciding, prompts = (len(np.unique(digests[key])) for key in ("opening", "group"))
+        share = min(fraction, 1 - fraction)
+        report.cannot_split = deciding * share < 1 <= num * share
+        if prompts == 1 < num:
+            report.empty_split = (
+                f"{told}: all {num} examples have the same prompt, and the prompt decides the split; add rows with"
+                " other prompts, or give rows to hold out as a source with split: eval and set"
+                " data.checks.shared_prompt to keep"
+            )
+        elif deciding < min(prompts, 1 / share):
+            openings = "1 distinct opening" if deciding == 1 else f"{deciding} distinct openings"
+            report.empty_split = (
+                f"{told}: its {prompts} distinct prompts have {openings} (all up to the first user turn), which decides"
+                " the split; say data.split_by: prompt, or add rows that begin otherwise"
+            )
+        else:
+            few = f" and has {prompts} distinct prompts" if prompts < num else ""
+            report.empty_split = f"{told}{few}; add rows, or change data.eval_fraction, now {fraction:g}"
 
     def _account_of(self, row: int) -> FileAccount:
         return next(account for account in reversed(self.report.files) if account.first <= row)
@@ -415,26 +460,16 @@ def _reject_at(table: pa.Table, at: int, shift: int, reason: str, detail: str) -
     return Reject(row["row"] + shift, row["line"], row["part"], reason, reason, detail)
 
 
-def _refuse_empty_split(
-    report: Conversion, sources: Sequence[Source], eval_fraction: float, rejects_file: Path
-) -> None:
+def _refuse_nothing(report: Conversion, sources: Sequence[Source], rejects_file: Path) -> None:
+    """Stop where no row is left."""
     name = ", ".join(account.path.as_posix() for account in report.files)
     counts = ", ".join(f"{reason} {count}" for reason, count in report.rejected.most_common())
-    if not sum(report.num_written.values()):
-        first = ""
-        with rejects_file.open(encoding="utf-8") as file:
-            if line := file.readline():
-                reject = json.loads(line)
-                first = f"; row {reject['row']} {reject['detail']}"
-        named = any(source.format != "auto" for source in sources)
-        hint = ", or set its format to auto" if named and report.num_read else ""
-        remedy = f"; look at it with: dpo-cli data check{hint}" if report.num_read else ""
-        raise DataError(f"{name}: all {report.num_read} rows were left out: {counts or 'it holds none'}{first}{remedy}")
-    for split in SPLITS:
-        if not report.num_written[split]:
-            ends = any(source.split != "auto" for source in sources)
-            remedy = "the split of its sources" if ends else f"data.eval_fraction, now {eval_fraction:g}"
-            raise DataError(
-                f"{name}: no row fell into the {split} split ({report.num_read} read, {report.num_rejected_rows}"
-                f" left out); add rows, or change {remedy}"
-            )
+    first = ""
+    with rejects_file.open(encoding="utf-8") as file:
+        if line := file.readline():
+            reject = json.loads(line)
+            first = f"; row {reject['row']} {reject['detail']}"
+    named = any(source.format != "auto" for source in sources)
+    hint = ", or set its format to auto" if named and report.num_read else ""
+    remedy = f"; look at it with: dpo-cli data check{hint}" if report.num_read else ""
+    raise DataError(f"{name}: all {report.num_read} rows were left out: {counts or 'it holds none'}{first}{remedy}")

@@ -79,6 +79,7 @@ def _convert_and_publish(
                 work,
                 out,
                 listing,
+                split_by=params.data.split_by,
                 workers=params.runtime.workers or os.cpu_count() or 1,
                 on_bytes=meter.advance,
             )
@@ -119,6 +120,7 @@ def _refuse_without_effect(sources: Sequence[Source], report: Conversion) -> Non
     """A setting that changed nothing is a misunderstanding."""
     problems = []
     for source in sources:
+        section = "data.sft" if isinstance(source, SftSource) else "data.preferences"
         formats = {name for account in report.files if account.source is source for name in account.formats}
         has_rankings = {"kwise", "oasst"} & formats or report.num_rankings
         if isinstance(source, PreferenceSource) and source.pairs != "all" and not has_rankings:
@@ -127,7 +129,6 @@ def _refuse_without_effect(sources: Sequence[Source], report: Conversion) -> Non
                 " rankings of several answers; leave it at all"
             )
         if source.labels and "two_outputs" not in formats:
-            section = "data.sft" if isinstance(source, SftSource) else "data.preferences"
             problems.append(
                 f"params.yaml: {section}: labels has no effect: {source.path} holds no two outputs with a label; leave"
                 " it out"
@@ -136,6 +137,11 @@ def _refuse_without_effect(sources: Sequence[Source], report: Conversion) -> Non
             problems.append(
                 f"params.yaml: data.sft: turns {source.turns} has no effect: {source.path} holds no conversations as"
                 " lists of messages; leave it at last"
+            )
+        if source.unwrap and not any(account.unwrapped for account in report.files if account.source is source):
+            problems.append(
+                f"params.yaml: {section}: unwrap has no effect: {source.path} holds no conversations that a chat"
+                " template has rendered; leave it out"
             )
     if problems:
         raise ParamsError(problems)

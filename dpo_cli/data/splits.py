@@ -19,6 +19,11 @@ def opening_of(prompt: Messages) -> Messages:
     return prompt if first == len(prompt) - 1 else prompt[: first + 1]
 
 
+def deciding_part(prompt: Messages, split_by: str) -> Messages:
+    """What of a prompt decides its split: its ``opening``, or the whole ``prompt``."""
+    return prompt if split_by == "prompt" else opening_of(prompt)
+
+
 def position_of(digest: str) -> float:
     """A number in [0, 1) by the first 64 bits of a content id."""
     return int(digest[:16], 16) / 2.0**64
@@ -33,6 +38,6 @@ def split_position(prompt: Messages) -> float:
     return position_of(content_id(opening_of(prompt)))
 
 
-def is_held_out(prompt: Messages, eval_fraction: float) -> bool:
+def is_held_out(prompt: Messages, eval_fraction: float, split_by: str = "opening") -> bool:
     """Whether the prompt belongs to the eval split."""
-    return split_position(prompt) < eval_fraction
+    return position_of(content_id(deciding_part(prompt, split_by))) < eval_fraction

@@ -7,16 +7,18 @@ the directory that it loads against it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_json, read_json, sha256_file, write_json
-from dpo_cli.core.errors import MachineError, StaleArtifactError
+from dpo_cli.core.errors import MachineError, ParamsError, StaleArtifactError
 
 LOCK_NAME = "model.lock.json"
+_IDENTITY = ("name", "revision", "files")
 _PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 _BASE_REMEDY = "run: dpo-cli base"
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
@@ -35,20 +37,112 @@ def model_files(folder: Path) -> list[str]:
 
 def lock_model(folder: Path, name: str, revision: str, on_bytes: Callable[[int], None]) -> dict[str, Any]:
     """The identity of a model directory, as model.lock.json has it."""
-    files = {
-        file: {"size": (folder / file).stat().st_size, "sha256": _digest(folder / file, on_bytes)}
-        for file in model_files(folder)
+    return {"name": name, "revision": revision, "files": lock_files(folder, model_files(folder), on_bytes)}
+
+
+def lock_files(
+    folder: Path, names: Iterable[str], on_bytes: Callable[[int], None] = lambda _: None
+) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of files of a folder, by name."""
+    return {
+        name: {"size": (folder / name).stat().st_size, "sha256": _digest(folder / name, on_bytes)} for name in names
     }
-    return {"name": name, "revision": revision, "files": files}
+
+
+def changed_files(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Names of files that are new, gone or of another content."""
+    return sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What stages ask of a model before they load it.
+
+    Attributes:
+        context_length: The longest sequence it knows positions for, tokens; None where it does not say.
+        num_rows: Rows of its embedding: token ids are below it.
+        linear_layers: Names of its linear layers, numbers of layers as ``*``.
+    """
+
+    context_length: int | None
+    num_rows: int
+    linear_layers: list[str]
+
+
+@dataclass(frozen=True)
+class BaseLock:
+    """What models/base/model.lock.json holds.
+
+    Attributes:
+        identity: Name, revision, and size and SHA-256 of each file: all that a result depends on.
+        settings: Section model of params.yaml as the model was verified with.
+        facts: What verification found and stages ask for.
+    """
+
+    identity: dict[str, Any]
+    settings: dict[str, Any]
+    facts: ModelFacts
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.identity["name"]
+
+    @property
+    def revision(self) -> str:
+        """The user's label for its version."""
+        return self.identity["revision"]
+
+    @property
+    def files(self) -> dict[str, Any]:
+        """Size and SHA-256 of each file, by name."""
+        return self.identity["files"]
+
+    def write(self, folder: Path) -> None:
+        """Write it into a folder."""
+        write_json(folder / LOCK_NAME, self.identity | {"settings": self.settings, "facts": asdict(self.facts)})
+
+
+def read_base_lock() -> BaseLock:
+    """The lock of the base model.
+
+    Raises:
+        StaleArtifactError: Stage base has not run, or what it wrote is damaged.
+    """
+    path = paths.BASE / LOCK_NAME
+    found = read_json(path, _BASE_REMEDY)
+    try:
+        facts = ModelFacts(**found["facts"])
+        identity = {name: found[name] for name in _IDENTITY}
+        lock = BaseLock(identity, dict(found["settings"]), facts)
+        for name, entry in lock.files.items():
+            if Path(name).name != name or not isinstance(entry["size"], int) or not isinstance(entry["sha256"], str):
+                raise ValueError(name)
+        is_sound = isinstance(facts.num_rows, int) and isinstance(facts.context_length, int | None)
+        if not is_sound or not all(isinstance(name, str) for name in facts.linear_layers):
+            raise ValueError("facts")
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise StaleArtifactError(f"{path} is damaged, or of another version of dpo-cli; {_BASE_REMEDY}") from None
+    return lock
 
 
 def read_lock() -> dict[str, Any]:
     """The locked identity of the base model.
 
     Raises:
-        StaleArtifactError: Stage base has not run.
+        StaleArtifactError: Stage base has not run, or what it wrote is damaged.
     """
-    return read_json(paths.BASE / LOCK_NAME, _BASE_REMEDY)
+    return read_base_lock().identity
+
+
+def refuse_beyond_context(context: int | None, max_length: int, name: str) -> None:
+    """Refuse a length for which the model knows no positions.
+
+    Raises:
+        ParamsError: With both figures.
+    """
+    if context is not None and max_length > context:
+        raise ParamsError(f"params.yaml: {name} must be <= {context}, the model's context, got {max_length}")
 
 
 def base_digest() -> str:
@@ -75,18 +169,22 @@ def verify_model(folder: Path, lock: dict[str, Any]) -> None:
 
 
 def _digest(path: Path, on_bytes: Callable[[int], None] = lambda _: None) -> str:
-    """SHA-256 of a file, remembered by its path, size and time of change: weights are large."""
+    """SHA-256 of a file, remembered by its path, size and times of change: weights are large.
+
+    Of the two times only that of the inode cannot be set back.
+    """
     memory_path = paths.scratch_root() / "digests.json"
     try:
         memory = json.loads(memory_path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         memory = {}
+    memory = memory if isinstance(memory, dict) else {}
     stat = path.stat()
-    key, stamp = str(path.resolve()), [stat.st_size, stat.st_mtime_ns]
-    entry = memory.get(key)
-    if entry and entry[:2] == stamp:
-        on_bytes(stat.st_size)
-        return entry[2]
+    key, stamp = str(path.resolve()), [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    match memory.get(key):
+        case [*known, str(digest)] if known == stamp:
+            on_bytes(stat.st_size)
+            return digest
     digest = sha256_file(path, on_bytes)
     memory[key] = [*stamp, digest]
     try:

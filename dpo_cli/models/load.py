@@ -6,20 +6,21 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
-import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from typing import TYPE_CHECKING, Any
 
 from dpo_cli.core.errors import MachineError
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.models.device import Machine
 from dpo_cli.models.folder import check_model_folder, in_one_line
 
+if TYPE_CHECKING:  # torch and transformers take seconds to import: functions do it that use them
+    import torch
+
 
 def quiet_libraries() -> None:
     """Keep the libraries' own bars and notes off the terminal; what matters we say ourselves."""
+    import transformers
+
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module=r"(transformers|peft|bitsandbytes|torch)\.")
@@ -31,6 +32,8 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         MachineError: There is none, or it needs code from the directory.
     """
+    from transformers import AutoTokenizer
+
     with in_words(f"{folder}: the tokenizer cannot be loaded"):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
@@ -71,6 +74,8 @@ def load_config(folder: Path) -> Any:
     Raises:
         MachineError: It cannot be used, or needs code from the directory.
     """
+    from transformers import AutoConfig
+
     with in_words(f"{folder}: config.json cannot be used"):
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
@@ -113,6 +118,9 @@ def load_model(folder: Path, machine: Machine, *, quantization: str, trainable: 
     Raises:
         MachineError: It cannot be loaded.
     """
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
     check_model_folder(folder)
     config = load_config(folder)
     for name, value in config.to_dict().items():

@@ -30,6 +30,7 @@ from dpo_cli.models.folder import (
     refuse_not_finite,
     weight_files,
 )
+from dpo_cli.models.identity import ModelFacts
 from dpo_cli.models.load import context_length_of, in_words, load_config, load_tokenizer, own_attention
 
 _IMPORT = "dpo-cli model import SOURCE --out DIR"
@@ -43,16 +44,12 @@ class Weights:
 
     Attributes:
         model_type: The family, as config.json names it.
-        context_length: The longest sequence it knows positions for, tokens; None where it does not say.
-        num_rows: Rows of its embedding: token ids are below it.
-        linear_layers: Names of its linear layers, numbers of layers as ``*``.
+        facts: What stages ask of it.
         unused: Tensors in the files that are no part of the model.
     """
 
     model_type: str
-    context_length: int | None
-    num_rows: int
-    linear_layers: tuple[str, ...]
+    facts: ModelFacts
     unused: tuple[str, ...]
 
 
@@ -86,7 +83,7 @@ def verify_model_folder(folder: Path, chat_template: str = "auto") -> VerifiedMo
     weights = verify_weights(folder)
     tokenizer = verify_tokenizer(folder)
     encoder = verify_template(folder, tokenizer, chat_template)
-    notes = verify_vocabulary(folder, tokenizer, encoder, weights.num_rows)
+    notes = verify_vocabulary(folder, tokenizer, encoder, weights.facts.num_rows)
     if weights.unused:
         names = f"{weights.unused[0]}{f' and {len(weights.unused) - 1} more' if len(weights.unused) > 1 else ''}"
         notes.append(f"{folder}: the weights hold tensors that are no part of the model and are not used: {names}")
@@ -131,9 +128,11 @@ def verify_weights(folder: Path) -> Weights:
     names = {name for name, module in model.named_modules() if isinstance(module, linear)}
     return Weights(
         model_type=str(config.model_type),
-        context_length=context_length_of(config),
-        num_rows=int(embedding.weight.shape[0]),
-        linear_layers=tuple(sorted({re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names})),
+        facts=ModelFacts(
+            context_length=context_length_of(config),
+            num_rows=int(embedding.weight.shape[0]),
+            linear_layers=sorted({re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names}),
+        ),
         unused=tuple(sorted(loading["unexpected_keys"])),
     )
 

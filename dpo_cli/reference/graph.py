@@ -16,14 +16,14 @@ import polars as pl
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import sha256_file
-from dpo_cli.core.errors import DataError, ParamsError
+from dpo_cli.core.errors import DataError
 from dpo_cli.core.params import ModelParams, ReferenceParams, RuntimeParams
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_rejects, tokenise_table
 from dpo_cli.models.adapters import SftResult, read_sft_result
 from dpo_cli.models.device import Machine, prepare_machine
 from dpo_cli.models.folder import base_folder
-from dpo_cli.models.identity import base_digest, library_versions, read_lock, verify_model
+from dpo_cli.models.identity import base_digest, library_versions, read_base_lock, refuse_beyond_context, verify_model
 from dpo_cli.models.load import context_length, load_tokenizer
 from dpo_cli.objectives.ranking import MAX_TIED, Ties
 from dpo_cli.scoring.scorer import ENGINE_VERSION
@@ -136,11 +136,13 @@ def refuse_empty(tables: Sequence[TokenTable], max_length: int, *, section: str,
 
 def open_base(model: ModelParams, runtime: RuntimeParams) -> tuple[Path, ChatEncoder, Any]:
     """The checked base model: its directory, its chat encoder and its tokenizer."""
-    lock = read_lock()
+    lock = read_base_lock()
     folder = base_folder(model, runtime)
-    verify_model(folder, lock)
+    verify_model(folder, lock.identity)
     tokenizer = load_tokenizer(folder)
-    return folder, ChatEncoder(tokenizer, model.chat_template), tokenizer
+    encoder = ChatEncoder(tokenizer, model.chat_template)
+    encoder.num_rows = lock.facts.num_rows
+    return folder, encoder, tokenizer
 
 
 def check_context(base: Path, max_length: int, name: str) -> None:
@@ -149,9 +151,7 @@ def check_context(base: Path, max_length: int, name: str) -> None:
     Raises:
         ParamsError: With both figures.
     """
-    context = context_length(base)
-    if context is not None and max_length > context:
-        raise ParamsError(f"params.yaml: {name} must be <= {context}, the model's context, got {max_length}")
+    refuse_beyond_context(context_length(base), max_length, name)
 
 
 def read_columns(path: Path, *names: str) -> dict[str, tuple[Any, ...]]:

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.scoring.layout import LayoutName, lay_out
@@ -54,7 +53,7 @@ class Sizes:
     @classmethod
     def of(cls, model: Any, compute_dtype: torch.dtype) -> Sizes:
         """Count a model."""
-        causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        causal: Any = getattr(model, "get_base_model", lambda: model)()  # of a PeftModel; else itself
         config = causal.config.get_text_config()
         embeddings = {id(causal.get_input_embeddings().weight), id(causal.get_output_embeddings().weight)}
         experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)

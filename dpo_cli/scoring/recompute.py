@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
@@ -60,7 +59,7 @@ def set_recompute(model: torch.nn.Module, grade: Recompute) -> None:
     Raises:
         CannotRecomputeError: The model has no activation checkpointing, and the grade needs it.
     """
-    causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    causal: Any = getattr(model, "get_base_model", lambda: model)()  # of a PeftModel; else itself
     if grade == "none":
         if causal.supports_gradient_checkpointing:
             causal.gradient_checkpointing_disable()

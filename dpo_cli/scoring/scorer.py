@@ -12,7 +12,6 @@ from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
-from peft import PeftModel
 
 from dpo_cli.core.errors import MachineError
 from dpo_cli.data.tokenise import TokenGroup
@@ -108,7 +107,7 @@ class Scorer:
         layout: LayoutName = "padded",
         head_bytes: int | None = None,
     ) -> None:
-        causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        causal: Any = getattr(model, "get_base_model", lambda: model)()  # of a PeftModel; else itself
         self._causal = causal
         self._backbone = _backbone(causal)
         self.compute_dtype = compute_dtype

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_json, publish_folder, write_json, write_json_lines
+from dpo_cli.core.environment import is_first_process
 from dpo_cli.core.errors import DataError, StaleArtifactError
 from dpo_cli.core.params import Params, SftParams
 from dpo_cli.core.progress import Reporter
-from dpo_cli.core.scratch import Scratch
+from dpo_cli.core.scratch import Scratch, stage_scratch
 from dpo_cli.data.tokenise import TokenTable, explain_found, explain_rejects, tokenise_table
 from dpo_cli.models.adapters import ADAPTER_FILES, add_adapter, save_adapter, write_sft_manifest
 from dpo_cli.models.device import peak_memory_gib, prepare_machine
-from dpo_cli.models.identity import base_digest, library_versions, model_files
+from dpo_cli.models.folder import base_folder
+from dpo_cli.models.identity import base_digest, library_versions, model_files, read_lock, verify_model
 from dpo_cli.models.load import keep_weights_unpacked, load_model, quiet_libraries, save_tokenizer
-from dpo_cli.reference.graph import all_rejects, check_context, open_base, table_digests
-from dpo_cli.scoring.probe import Verdict, open_scorer
-from dpo_cli.training.history import merge_log, write_tsv
-from dpo_cli.training.objective import TOKEN_METRICS, SftObjective
-from dpo_cli.training.replicas import Replicas, join_replicas, shared_scratch
-from dpo_cli.training.run import Fit, fit
+from dpo_cli.training.history import TOKEN_METRICS, merge_log, write_tsv
+
+if TYPE_CHECKING:  # what computes is imported where there is something to compute
+    from dpo_cli.scoring.probe import Verdict
+    from dpo_cli.training.replicas import Replicas
+    from dpo_cli.training.run import Fit
 
 _COLUMNS = (
     "loss",
@@ -44,18 +46,29 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         DataError: No row of a split is within sft.max_length.
         Interrupted: The user asked to stop; a checkpoint is kept.
     """
+    if params.sft.method == "none":
+        verify_model(base_folder(params.model, params.runtime), read_lock())
+        if not is_first_process():
+            return {}
+        with stage_scratch("sft", "none") as scratch:
+            return _publish_none(scratch, base_digest(), reporter)
+    from dpo_cli.training.replicas import join_replicas
+
     quiet_libraries()
     with join_replicas(params.runtime) as replicas:
         return _run(params, replicas.reporter(reporter), replicas)
 
 
 def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, Any]:
+    from dpo_cli.reference.graph import all_rejects, check_context, open_base, table_digests
+    from dpo_cli.scoring.probe import open_scorer
+    from dpo_cli.training.objective import SftObjective
+    from dpo_cli.training.replicas import shared_scratch
+    from dpo_cli.training.run import fit
+
     sft = params.sft
     base, encoder, tokenizer = open_base(params.model, params.runtime)
     digest = base_digest()
-    if sft.method == "none":
-        with shared_scratch("sft", "none", replicas) as scratch:
-            return _publish_none(scratch, digest, reporter) if replicas.is_first else {}
     check_context(base, sft.max_length, "sft.max_length")
     machine = prepare_machine(params.runtime)
     train, held_out = (

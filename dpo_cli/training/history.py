@@ -12,6 +12,9 @@ from typing import Any
 
 from dpo_cli.core.artifacts import write_text
 
+TOKEN_METRICS = ("entropy", "mean_token_accuracy")
+"""What is logged of each training besides its own metrics: means over the answers' tokens."""
+
 
 def merge_log(history: Iterable[Mapping[str, Any]], columns: Iterable[str]) -> list[dict[str, Any]]:
     """One row a step from the trainer's log, with these columns where they were logged."""

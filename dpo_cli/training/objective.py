@@ -15,8 +15,8 @@ from dpo_cli.objectives.pairwise import BatchFacts, log_ratios, objective_loss, 
 from dpo_cli.objectives.ranking import kendall_tau, plackett_luce
 from dpo_cli.objectives.sft import negative_log_likelihood
 from dpo_cli.scoring.scorer import Scores, Statistics
+from dpo_cli.training.history import TOKEN_METRICS
 
-TOKEN_METRICS = ("entropy", "mean_token_accuracy")
 REWARD_METRICS = (
     "rewards/chosen",
     "rewards/rejected",

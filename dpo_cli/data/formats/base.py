@@ -38,6 +38,7 @@ class Reading:
         turns: ``last``: a conversation is one example, its last answer; ``all``: one for each answer. Of pairs:
             two conversations may differ in their last answers; ``first``: in more, and the first counts.
         pairs: Which pairs are made of K ranked answers: ``all``, ``adjacent`` or ``best_vs_worst``.
+        unwrap: Whether texts that are conversations, as chat templates render them, become messages.
         in_order: Whether the user says that a list of answers without ranks or scores is in order, best first.
         labels_found: Whether ``labels`` come from the outputs' names; else the user says them.
     """
@@ -46,6 +47,7 @@ class Reading:
     labels: Mapping[str, str] = field(default_factory=dict)
     turns: str = "last"
     pairs: str = "all"
+    unwrap: bool = False
     in_order: bool = False
     labels_found: bool = False
 

@@ -70,6 +70,13 @@ class Plan:
                 renamed[name] = values[0] if isinstance(column, str) else values
         return renamed
 
+    def without_sources(self, renamed: RawRow) -> RawRow:
+        """A renamed row without the keys from which its fields come."""
+        columns = self.columns.values()
+        paths = {path for column in columns for path in ([column] if isinstance(column, str) else column)}
+        sources = {path if path in renamed else path.partition(".")[0] for path in paths} - self.format.names.keys()
+        return {key: value for key, value in renamed.items() if key not in sources} if sources else renamed
+
     @property
     def may_leave(self) -> bool:
         """Whether rows with these keys may hold something that is not read."""

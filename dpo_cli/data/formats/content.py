@@ -143,6 +143,39 @@ def _part_text(part: Any, where: str) -> str:
     raise RowProblem("not_text", f"{where} of type {_shown(part.get('type'))}; only text is read")
 
 
+_SPEAKERS = (("human", "assistant"), ("user", "assistant"), ("human", "gpt"), ("human", "bot"), ("user", "bot"))
+_PAIR_KEYS = (
+    *_SPEAKERS, ("input", "output"), ("question", "answer"), ("query", "response"), ("prompt", "response"),
+    ("instruction", "output"),
+)  # fmt: skip
+"""What a question and its answer are called where both are one object of a conversation."""
+
+
+def pair_in(value: Any) -> tuple[str, str] | None:
+    """The keys of question and answer, where an object of a conversation is both."""
+    if not isinstance(value, dict) or any(key in value for key in ROLE_KEYS):
+        return None
+    return next((keys for keys in _PAIR_KEYS if keys[0] in value and keys[1] in value), None)
+
+
+def turn_by_turn(values: list[Any]) -> list[Any]:
+    """A conversation with its questions and answers as turns of their own; a last answer that is null is none yet."""
+    if not any(map(pair_in, values)):
+        return values
+    turns: list[Any] = []
+    for index, value in enumerate(values):
+        if (keys := pair_in(value)) is None:
+            turns.append(value)
+            continue
+        asked, answered = keys
+        if value.get("system"):
+            turns.append({"role": "system", "content": value["system"]})
+        turns.append({"role": "user", "content": value[asked]})
+        if value[answered] is not None or index < len(values) - 1:
+            turns.append({"role": "assistant", "content": value[answered]})
+    return turns
+
+
 def read_messages(values: Any, where: str, roles: Mapping[str, str] = ROLE_NAMES) -> Messages:
     """A list of turns, a single one, or either as JSON text (as a CSV file has it)."""
     if isinstance(values, str):
@@ -155,14 +188,16 @@ def read_messages(values: Any, where: str, roles: Mapping[str, str] = ROLE_NAMES
         return [read_message(values, where, roles)]
     if not isinstance(values, list):
         raise RowProblem("bad_message", f"{where!r} must be a list of messages, got {kind_of(values)}")
-    return [read_message(value, f"{where}[{index}]", roles) for index, value in enumerate(values)]
+    return [read_message(value, f"{where}[{index}]", roles) for index, value in enumerate(turn_by_turn(values))]
 
 
 def turns_in(text: str) -> Any:
     """The turns that a text holds as JSON, as a CSV file has them: a list of turns, or one; else None."""
-    if not text.lstrip().startswith(("[", "{")) or not any(f'"{key}"' in text for key in ROLE_KEYS):
+    if not text.lstrip().startswith(("[", "{")) or not any(f'"{key}"' in text for key in (*ROLE_KEYS, "human", "user")):
         return None
     value = json_in(text)
+    if is_conversation(value) and pair_in(value[0]) not in (None, *_SPEAKERS):
+        return None  # a text may well be a list of questions and answers
     return value if is_turn(value) or is_conversation(value) else None
 
 
@@ -210,11 +245,17 @@ def is_turn(value: Any) -> bool:
 
 def is_conversation(value: Any) -> bool:
     """Whether a value looks like a list of turns, by the first and the last of them."""
-    return isinstance(value, list) and bool(value) and is_turn(value[0]) and is_turn(value[-1])
+    return isinstance(value, list) and bool(value) and _is_said(value[0]) and _is_said(value[-1])
+
+
+def _is_said(value: Any) -> bool:
+    return is_turn(value) or pair_in(value) is not None
 
 
 def last_role(turns: Sequence[Any]) -> str | None:
     """Whose the last turn of a conversation is, where its name is a usual one."""
     last = turns[-1]
+    if keys := pair_in(last):
+        return "user" if last[keys[1]] is None else "assistant"
     name = last["role"] if "role" in last else last["from"] if "from" in last else last["speaker"]
     return _role_of(name, ROLE_NAMES)

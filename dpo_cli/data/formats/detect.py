@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from dpo_cli.core.errors import DataError, ParamsError
-from dpo_cli.data.formats.base import Column, Columns, Format, Reading, RowProblem, always, kind_of, never
+from dpo_cli.data.formats.base import Column, Columns, Format, Reading, RowProblem, always, kind_of, never, shown_name
 from dpo_cli.data.formats.columns import MISSING, Plan, look_up, plan_of, shown
 from dpo_cli.data.formats.content import is_turn, media_keys, refuse_media
 from dpo_cli.data.formats.prompts import CONVERSATION_NAMES, tools_of
+from dpo_cli.data.formats.rendered import unwrap, unwrap_row
 from dpo_cli.data.formats.tools import read_tools
 from dpo_cli.data.formats.unpaired import ANSWER_NAMES, unpaired_label
 from dpo_cli.data.schema import RawRow, with_tools
@@ -49,6 +51,7 @@ class RowReader:
         # a format that is named is not questioned
         self._reading = replace(reading, in_order=reading.in_order or name == "kwise")
         self._unread: Counter[tuple[str, ...]] = Counter()
+        self._unwrapped: Counter[str] = Counter()
         self._steps: dict[tuple[str, ...], list[_Step]] = {}
         self._media: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._fallbacks: dict[tuple[str, ...], Plan] = {}
@@ -72,6 +75,7 @@ class RowReader:
         if type(row) is not dict:
             raise RowProblem("not_an_object", f"must be a JSON object, got {kind_of(row)}")
         keys = tuple(row)
+        made_by = ""
         steps = self._steps.get(keys)
         if steps is None:
             steps = self._steps_of(keys)
@@ -80,11 +84,15 @@ class RowReader:
             refuse_media(row, self._media[keys])
         for plan, moves, matches, weak in steps:
             found = plan.rename(row) if moves else row
+            if self._reading.unwrap:
+                found, made_by = unwrap_row(found, plan.format.names)
             if (matches is None or matches(found)) and (weak is None or not self._is_doubtful(plan, found)):
                 break
         else:
             plan = self._fallback_of(keys)
             found = plan.rename(row)
+            if self._reading.unwrap:
+                found, made_by = unwrap_row(found, plan.format.names)
             if plan.rivals:
                 field, rivals = next(iter(plan.rivals.items()))
                 raise RowProblem("two_fields", f"{' and '.join(rivals)} may both be {field}; say which in columns")
@@ -95,6 +103,8 @@ class RowReader:
             raise plan.named(problem) from None
         if plan.may_leave:
             self._unread[plan.unread_in(row, found)] += 1
+        if made_by:
+            self._unwrapped[made_by] += 1
         return plan.format, content if tools is None else _with_tools(content, tools)
 
     def take_unread(self) -> Counter[str]:
@@ -104,6 +114,11 @@ class RowReader:
             unread.update(dict.fromkeys(columns, count))
         self._unread.clear()
         return unread
+
+    def take_unwrapped(self) -> Counter[str]:
+        """How many of the rows read since the last call held a conversation as a template renders it, by template."""
+        unwrapped, self._unwrapped = self._unwrapped, Counter()
+        return unwrapped
 
     def _steps_of(self, keys: tuple[str, ...]) -> list[_Step]:
         """What to try for rows with these keys, in the order of the formats."""
@@ -168,7 +183,7 @@ class RowReader:
             found[name] = [(plan, row) for plan, row in found[name] if not plan.format.weak(row)]
         for name, read in found.items():
             for plan, alike in _by_reading(read):
-                if doubt := plan.format.doubt(alike, plan.reading):
+                if doubt := plan.format.doubt([plan.without_sources(row) for row in alike], plan.reading):
                     doubt = plan.in_words_of_the_file(doubt)
                     raise UnknownFormatError(f"{file}: its rows look like {name}, but {doubt}")
         told = sorted((read for read in found.values() if read), key=len, reverse=True)
@@ -193,6 +208,8 @@ class RowReader:
                 renamed = plan.rename(row)
             except RowProblem:
                 continue
+            if self._reading.unwrap:
+                renamed, _ = unwrap_row(renamed, plan.format.names)
             if plan.format.matches(renamed):
                 return plan, renamed
         return None
@@ -222,16 +239,37 @@ class RowReader:
         known = ", ".join(fmt.name for fmt in self._formats)
         lists = [key for key, value in first.items() if isinstance(value, list) and any(map(_is_row, value[:1]))]
         hint = f"; if the rows lie within, say records: {lists[0]}" if lists and len(rows) == 1 else ""
+        texts = [(key, unwrap(value)) for key, value in first.items() if isinstance(value, str)]
+        for key, conversation in texts:
+            if conversation and any("messages" in fmt.names for fmt in self._formats):
+                hint += (
+                    f"; {shown_name(key)} holds conversations as {conversation.template} renders them, which"
+                    f" columns: {{messages: {key}}} and unwrap: true take apart"
+                )
         fields = ", ".join(key if key == key.strip() else repr(key) for key in first) or "no fields"
-        example = (
-            "chosen: ..., rejected: ..."
-            if any("chosen" in fmt.names for fmt in self._formats[:1])
-            else "completion: ..."
-        )
         return (
             f"unknown format: its first row has {fields}; {self._closest(first)}say which field is which,"
-            f" such as columns: {{prompt: ..., {example}}}{hint}; known formats (docs/data.md): {known}"
+            f" such as columns: {{{self._likely_columns(first)}}}{hint}; known formats (docs/data.md): {known}"
         )
+
+    def _likely_columns(self, row: Mapping[str, Any]) -> str:
+        """Columns for an example, with the names of the file where they end or begin as fields do, such as en_input."""
+        named = dict(self._columns)
+        for fmt in self._formats:
+            likely: Columns = {name: column for name, column in named.items() if name in fmt.names}
+            for name, others in fmt.names.items():
+                free = (key for key in row if key not in likely.values() and {name, *others} & _affixes(key))
+                if name not in likely and (key := next(free, None)) is not None:
+                    likely[name] = key
+            if any(set(need) <= likely.keys() for need in fmt.needs):
+                break
+        else:
+            instructions = any(fmt.name == "alpaca" for fmt in self._formats)
+            likely = {
+                "prompt": "...",
+                **({"completion": "..."} if instructions else {"chosen": "...", "rejected": "..."}),
+            }
+        return ", ".join(f"{name}: {shown(column)}" for name, column in {**likely, **named}.items())
 
     def _closest(self, row: dict[str, Any]) -> str:
         """What keeps the row from the format that comes next to it."""
@@ -275,6 +313,12 @@ def _by_reading(read: Sequence[tuple[Plan, RawRow]]) -> list[tuple[Plan, list[Ra
             groups.append((plan, rows := []))
         rows.append(row)
     return groups
+
+
+def _affixes(key: str) -> set[str]:
+    """A key in small letters, and what its first and its last word are without the other words."""
+    words = re.split(r"[\W_]+", key.lower())
+    return {"_".join(words[start:end]) for start, end in ((0, None), (1, None), (0, -1)) if words[start:end]}
 
 
 def _is_row(value: Any) -> bool:

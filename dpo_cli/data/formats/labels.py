@@ -17,6 +17,8 @@ _ENDS = (("1", "2", "3"), ("0", "1", "2"), ("a", "b", "c"), ("A", "B", "C"))
 """What the names of the first and second output end with, and what that of a third would."""
 _LABELS = ("label", "labels", "winner", "preference", "choice", "better_response_id")
 _VOTE = re.compile(r"(annotator|vote|annotation|rater)_?\d+")
+_WINNERS = ("winner_model_", "winner_", "win_", "preferred_")
+_TIE_COLUMNS = ("winner_tie", "winner_tie (bothbad)", "winner_tie_both_bad", "tie")
 _SCORES = ("score", "rating", "reward")
 
 TIES = dict.fromkeys(("tie", "tie (bothbad)", "bothbad", "both_bad", "both", "equal", "same", "draw", "neither"), "tie")
@@ -104,6 +106,8 @@ def suggest(keys: Collection[str], named: Mapping[str, Column]) -> Suggestion | 
     columns: Columns = {"first": first, "second": second, **_scores(keys, ends)}
     if "label" not in named and (signed := _signed(keys)) is not None:
         return columns | _prompt(keys, "context") | {"label": signed}, dict(_SIGNED)
+    if not named.keys() & {"label", "votes", "won"} and (won := _won(keys, ends)):
+        return {"first": first, "second": second, "won": won}, {}
     labels = [name for name in _LABELS if name in keys]
     votes = [name for name in keys if _VOTE.fullmatch(name)]
     if "label" not in named and "votes" not in named:
@@ -123,6 +127,15 @@ def _scores(keys: Collection[str], ends: tuple[str, str] | None) -> Columns:
         if first in keys and second in keys:
             return {"first_score": first, "second_score": second}
     return {}
+
+
+def _won(keys: Collection[str], ends: tuple[str, str] | None) -> list[str]:
+    """The columns that say of each output whether it won, and of neither, as Chatbot Arena has them."""
+    for stem in _WINNERS if ends else ():
+        won = [f"{stem}{end}" for end in ends or ()]
+        if all(name in keys for name in won):
+            return [*won, *(name for name in _TIE_COLUMNS if name in keys)]
+    return []
 
 
 def _signed(keys: Collection[str]) -> str | None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dpo_cli.data.formats.base import Format, Part, Reading, RowProblem
-from dpo_cli.data.formats.content import check_prompt, is_conversation, last_role, read_messages, turns_in
+from dpo_cli.data.formats.content import check_prompt, is_conversation, last_role, read_messages, turn_by_turn, turns_in
 from dpo_cli.data.formats.prompts import CONTEXT_NAMES, CONVERSATION_NAMES, roles_of, with_context
 from dpo_cli.data.formats.unpaired import unpaired_doubt
 from dpo_cli.data.schema import Messages, RawRow, SftExample
@@ -27,7 +27,7 @@ def _read(row: RawRow, reading: Reading) -> SftExample | Iterator[Part[SftExampl
     if isinstance(turns, str):
         turns = turns_in(turns) or turns
     own = read_messages(turns, "messages", roles_of(reading))
-    turns = turns if isinstance(turns, list) else [turns]
+    turns = turn_by_turn(turns) if isinstance(turns, list) else [turns]
     if not own or own[-1]["role"] != "assistant":
         last = f"a turn of the {own[-1]['role']}" if own else "nothing"
         raise RowProblem("no_answer", f"the conversation must end with an answer, it ends with {last}")

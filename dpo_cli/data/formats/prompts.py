@@ -17,7 +17,7 @@ from dpo_cli.data.formats.content import (
     refuse_python,
     turns_in,
 )
-from dpo_cli.data.formats.transcripts import is_open_transcript, read_open_transcript
+from dpo_cli.data.formats.transcripts import ends_like_open, is_open_transcript, read_open_transcript
 from dpo_cli.data.schema import Messages, RawRow, assistant, user
 
 PROMPT_NAMES: dict[str, tuple[str, ...]] = {
@@ -77,7 +77,7 @@ def read_prompt(row: RawRow, reading: Reading) -> Messages:
     """``prompt`` as text, messages or a transcript, or ``instruction``; ``input`` stands on a new line below."""
     value = row.get("prompt")
     if type(value) is str:
-        if value[:1] not in _ODD_STARTS and "input" not in row:
+        if value[:1] not in _ODD_STARTS and "input" not in row and not ends_like_open(value):
             asked = [user(value)]
         else:
             asked = _read_odd_prompt(value, row, reading)

@@ -14,12 +14,20 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_cli.data.formats.base import Format, Reading, RowProblem, kind_of, optional_number
-from dpo_cli.data.formats.content import refuse_python, turns_in
+from dpo_cli.data.formats.base import Format, Reading, RowProblem, kind_of, number, optional_number
+from dpo_cli.data.formats.content import json_in, refuse_python, turns_in
 from dpo_cli.data.formats.implicit import split_implicit
 from dpo_cli.data.formats.labels import TIES, WORDS, is_soft, label_number, label_text, side_of, suggest, what_to_say
-from dpo_cli.data.formats.prompts import PROMPT_ALTERNATIVES, PROMPT_NAMES, PROMPT_NEEDS, read_answer, read_prompt
-from dpo_cli.data.schema import PreferenceExample, RawRow
+from dpo_cli.data.formats.prompts import (
+    PROMPT_ALTERNATIVES,
+    PROMPT_NAMES,
+    PROMPT_NEEDS,
+    read_answer,
+    read_prompt,
+    split_turns,
+    with_context,
+)
+from dpo_cli.data.schema import Messages, PreferenceExample, RawRow, assistant, user
 
 _SIDES = ("first", "second")
 
@@ -46,6 +54,8 @@ def _winner(row: RawRow, reading: Reading) -> str:
         if row["label"] is None or row["label"] == "":
             raise RowProblem("no_label", "has nothing in 'label'")
         return _side(row["label"], labels)
+    if "won" in row:
+        return _winner_of(row["won"])
     if "votes" in row:
         votes = row["votes"] if isinstance(row["votes"], list) else [row["votes"]]
         counts = Counter(_side(vote, labels) for vote in votes if vote is not None and vote != "")
@@ -55,8 +65,36 @@ def _winner(row: RawRow, reading: Reading) -> str:
         return "tie" if others and others[0][1] == count else best
     first, second = (optional_number(row, f"{side}_score") for side in _SIDES)
     if first is None or second is None:
-        raise RowProblem("no_label", "has neither 'label', 'votes' nor two scores")
+        raise RowProblem("no_label", "has neither 'label', 'votes', 'won' nor two scores")
     return "tie" if first == second else "first" if first > second else "second"
+
+
+def _winner_of(won: Any) -> str:
+    """The side whose column is 1; further columns are ties."""
+    flags = won if isinstance(won, list) else [won]
+    marked = [at for at, flag in enumerate(flags) if flag is not None and number(flag, f"won[{at}]")]
+    if len(flags) < 2 or len(marked) != 1:
+        raise RowProblem("no_label", f"says in {len(marked)} of the columns of 'won' which side won; one must")
+    return (*_SIDES, "tie")[min(marked[0], 2)]
+
+
+def _dialogs(row: RawRow) -> tuple[Messages, Messages] | None:
+    """Two conversations, where prompt and outputs are lists of texts, perhaps as JSON: one a turn."""
+    lists = [_texts(row.get(name)) for name in ("prompt", *_SIDES)]
+    asked, one, other = lists
+    if asked is None or one is None or other is None or not len(asked) == len(one) == len(other) > 0:
+        return None
+    return _dialog(asked, one), _dialog(asked, other)
+
+
+def _dialog(asked: list[str], answers: list[str]) -> Messages:
+    pairs = zip(asked, answers, strict=True)
+    return [turn for question, answer in pairs for turn in (user(question), assistant(answer))]
+
+
+def _texts(value: Any) -> list[str] | None:
+    value = json_in(value) if isinstance(value, str) and value[:1] == "[" else value
+    return value if isinstance(value, list) and all(isinstance(text, str) for text in value) else None
 
 
 def _read(row: RawRow, reading: Reading) -> PreferenceExample:
@@ -74,6 +112,9 @@ def _read(row: RawRow, reading: Reading) -> PreferenceExample:
                 refuse_python(row[name], name)
             raise RowProblem("missing_field", "has no 'prompt'")
         return split_implicit({**row, "chosen": row[better], "rejected": row[worse]}, reading, *scores)
+    if dialogs := _dialogs(row):
+        one, other = dialogs if better == "first" else dialogs[::-1]
+        return PreferenceExample(*split_turns(with_context(row, [], reading), one, other, reading), *scores)
     prompt = read_prompt(row, reading)
     return PreferenceExample(
         prompt, read_answer(row, better, prompt, reading), read_answer(row, worse, prompt, reading), *scores
@@ -132,15 +173,18 @@ def _note(row: RawRow, reading: Reading) -> str:
 TWO_OUTPUTS = Format(
     name="two_outputs",
     fields="two outputs (such as output_1 and output_2) with a label, votes or scores",
-    names={**PROMPT_NAMES, "first": (), "second": (), "label": (), "votes": (), "first_score": (), "second_score": ()},
+    names={
+        **PROMPT_NAMES,
+        **dict.fromkeys(("first", "second", "label", "votes", "won", "first_score", "second_score"), ()),
+    },
     needs=tuple(
         (*asked, "first", "second", *verdict)
         for asked in (*PROMPT_NEEDS, ())
-        for verdict in (("label",), ("votes",), ("first_score", "second_score"))
+        for verdict in (("label",), ("votes",), ("won",), ("first_score", "second_score"))
     ),
     read=_read,
     note=_note,
     doubt=_doubt,
     suggest=suggest,
-    alternatives=(*PROMPT_ALTERNATIVES, ("label", "votes")),
+    alternatives=(*PROMPT_ALTERNATIVES, ("label", "votes"), ("label", "won"), ("won", "votes")),
 )

@@ -65,6 +65,16 @@ def test_columns_that_nobody_reads_are_named(check: Callable[..., Result]) -> No
     assert "not read           judge (1 row)" in check(name).stdout
 
 
+def test_rows_that_cannot_be_split_end_with_4_and_the_remedy(check: Callable[..., Result]) -> None:
+    rows = [{"prompt": "Review:", "chosen": f"fine {n}", "rejected": f"poor {n}"} for n in range(50)]
+    result = check(write("reviews.jsonl", rows))
+    assert result.exit_code == 4
+    assert "all 50 examples have the same prompt, and the prompt decides the split" in " ".join(result.output.split())
+    few = check(write("few.jsonl", rows[:3]))  # too few rows for two splits: one is told so
+    assert few.exit_code == 0
+    assert "no row fell into the eval split (3 read, 0 left out)" in " ".join(few.output.split())
+
+
 def test_a_file_that_cannot_be_read_is_one_line_and_4(check: Callable[..., Result]) -> None:
     Path("pairs.jsonl").write_text('{"prompt": "q", "chos')
     result = check("pairs.jsonl")

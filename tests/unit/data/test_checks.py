@@ -46,6 +46,15 @@ def test_a_pair(prompt: str, chosen: str, rejected: str, found: set[str]) -> Non
 
 
 @pytest.mark.parametrize(
+    ("scores", "is_found"),
+    [((1.0, 9.0), True), ((3.0, 3.0), True), ((0, 0.0), True), ((9.0, 1.0), False), ((None, 1.0), False)],
+)
+def test_scores_that_contradict_the_choice_are_seen(scores: tuple[float | None, float], is_found: bool) -> None:
+    pair = PreferenceExample([user("q")], [assistant("a")], [assistant("b")], *scores)
+    assert ("score_conflict" in check_preference(pair)) == is_found
+
+
+@pytest.mark.parametrize(
     ("prompt", "completion", "found"),
     [
         ("q", "a", set()),
@@ -94,6 +103,41 @@ def test_what_only_looks_like_a_mark_is_none(text: str) -> None:
 )
 def test_placeholders_are_seen(text: str, holds: bool) -> None:
     assert has_placeholders(text) == holds
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        *(
+            (f"Name some.\n{word}", True)
+            for word in ("<noinput>", "Noinput", "No input.", "`<noinput>`", "< no_input >")
+        ),
+        ("noinput", False),
+        ("What is noinput", False),
+        ("Name some.\nno inputs", False),
+        ("Name some.\nnoinput here", False),
+    ],
+)
+def test_a_word_in_place_of_an_input_is_seen(text: str, found: bool) -> None:
+    assert ("no_input" in check_sft(SftExample([user(text)], [assistant("a")]))) == found
+
+
+@pytest.mark.parametrize(
+    ("roles", "found"),
+    [
+        ("user", False),
+        ("system user", False),
+        ("user assistant user", False),
+        ("user assistant tool tool", False),
+        ("user user", True),
+        ("system user assistant assistant user", True),
+        ("user system user", True),
+        ("system system user", True),
+    ],
+)
+def test_turns_out_of_turn_are_seen(roles: str, found: bool) -> None:
+    prompt = [{"role": role, "content": str(at)} for at, role in enumerate(roles.split())]
+    assert ("turn_order" in check_preference(PreferenceExample(prompt, [assistant("a")], [assistant("b")]))) == found
 
 
 def test_an_example_that_fails_several_checks_is_left_out_for_the_gravest() -> None:

@@ -21,7 +21,7 @@ from dpo_cli.core.errors import DataError, MachineError
 from dpo_cli.core.params import DataChecks, PreferenceSource, SftSource, Source
 from dpo_cli.data import convert as convert_module
 from dpo_cli.data import workers as workers_module
-from dpo_cli.data.account import SPLITS, Conversion, account_rows, metrics_of, unread_of
+from dpo_cli.data.account import SPLITS, Conversion, account_rows, metrics_of, unread_of, warnings_of
 from dpo_cli.data.convert import convert
 from dpo_cli.data.formats import PREFERENCE_FORMATS
 from dpo_cli.data.reading import files, json_text
@@ -221,6 +221,40 @@ def test_unread_columns_take_one_line_however_many_there_are(run: Callable[..., 
     assert account.unread_text().startswith(r"'a,b\x1b' (2 rows); key 0, key 1, ")
     assert account.unread_text().endswith(" (1 row each); and more than 980 more")
     assert len(account.unread) == 1000
+
+
+# --- chat templates in texts ---------------------------------------------------------------
+
+
+def rendered(number: int) -> dict[str, Any]:
+    prompt = f"<|im_start|>user\nquestion {number}<|im_end|>\n<|im_start|>assistant\n"
+    return {"prompt": prompt, "chosen": "yes<|im_end|>", "rejected": "no"}
+
+
+def test_texts_that_a_template_made_are_named_and_unwrap_takes_them_apart(
+    run: Callable[..., Converted], tmp_path: Path
+) -> None:
+    rows = [rendered(number) for number in range(30)]
+    done = run([*rows, *(pair(number) for number in range(40, 60))])
+    assert dict(done.report.files[0].rendered) == {"ChatML": 30}
+    (warning,) = warnings_of(done.report)
+    assert warning == (
+        f"{tmp_path.as_posix()}/rows.json: 30 of 50 rows hold conversations that a chat template (ChatML) has rendered,"
+        " and the model's own template will be put around them; unwrap: true in the source's settings makes messages of"
+        " them"
+    )
+    bare = run(rows, unwrap=True)
+    assert sorted(bare.texts()) == sorted(f"question {number}" for number in range(30))
+    assert {row["chosen"][0]["content"] for row in bare.rows} == {"yes"}
+    assert warnings_of(bare.report) == []
+    assert ("taken apart", "30 rows of rendered conversations: ChatML 30") in account_rows(bare.report, None)
+
+
+def test_few_texts_with_marks_are_counted_without_a_warning(run: Callable[..., Converted]) -> None:
+    few = run([rendered(1), *(pair(number) for number in range(40))]).report
+    assert (few.checks["chat_markers"].count, warnings_of(few)) == (1, [])
+    many = run([pair(number, chosen="a </s> b") for number in range(40)]).report
+    assert warnings_of(many)[0].startswith("40 of 40 examples hold marks of chat templates, and the model's own")
 
 
 # --- what is left out ---------------------------------------------------------------------

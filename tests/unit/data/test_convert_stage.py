@@ -128,6 +128,15 @@ def labelled(number: int) -> list[dict[str, Any]]:
     ]
 
 
+def test_unwrap_without_rendered_conversations_has_no_effect(project: Path, reporter: Any) -> None:
+    write_raw("pairs.json", pairs(30))
+    source = {"path": "data/raw/pairs.json", "unwrap": True}
+    with pytest.raises(ParamsError, match="data.preferences: unwrap has no effect: data/raw/pairs.json holds no"):
+        convert_preferences.run(params(preferences=source), reporter)
+    with pytest.raises(ParamsError, match="data.sft: unwrap has no effect"):
+        convert_sft.run(params(sft=source), reporter)
+
+
 def test_labels_serve_both_readings_and_only_winners_become_instructions(project: Path, reporter: Any) -> None:
     write_raw("votes.json", labelled(90))
     source = {"path": "data/raw/votes.json"}
@@ -151,6 +160,79 @@ def test_labels_without_two_outputs_have_no_effect(project: Path, reporter: Any)
         convert_preferences.run(params(preferences=source), reporter)
     with pytest.raises(ParamsError, match="data.sft: labels has no effect"):
         convert_sft.run(params(sft=source), reporter)
+
+
+@pytest.mark.parametrize(("policy", "num_left"), [("keep", 60), ("drop", 20)])
+def test_scores_against_the_choice_are_counted_or_left_out(
+    project: Path, reporter: Any, policy: str, num_left: int
+) -> None:
+    scores = [(1, 9), (5, 5), (9, 1)]  # of every third row they speak for the choice
+    rows = [
+        {**row, "score_chosen": scores[n % 3][0], "score_rejected": scores[n % 3][1]} for n, row in enumerate(pairs(60))
+    ]
+    write_raw("scored.json", rows)
+    settings = params(preferences={"path": "data/raw/scored.json"}, checks={"score_conflict": policy})
+    metrics = convert_preferences.run(settings, reporter)
+    assert metrics["num_train"] + metrics["num_eval"] == num_left
+    table = dict(reporter.tables["convert_preferences"])
+    if policy == "keep":
+        assert table["kept: score conflict"] == "40 (66.7%)"
+        assert any("score is not the higher one in 67% of the pairs" in warning for warning in reporter.warned)
+    else:
+        assert metrics["rejected"] == {"score_conflict": 40}
+
+
+def test_a_label_against_two_scores_is_counted(project: Path, reporter: Any) -> None:
+    rows = [
+        {"prompt": f"q {n}", "answer_a": "x", "answer_b": "y", "label": "b", "score_a": 9, "score_b": 1}
+        for n in range(40)
+    ]
+    write_raw("scored.json", rows)
+    convert_preferences.run(params(preferences={"path": "data/raw/scored.json"}), reporter)
+    assert dict(reporter.tables["convert_preferences"])["kept: score conflict"] == "40 (100.0%)"
+
+
+def chats(number: int) -> list[dict[str, Any]]:
+    hello = [{"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Hello!"}]
+    return [
+        {"prompt": [*hello, {"role": "user", "content": f"question {n}"}], "chosen": "yes", "rejected": "no"}
+        for n in range(number)
+    ]
+
+
+def test_prompts_that_all_begin_alike_are_split_by_the_whole_prompt_where_the_user_says_so(
+    project: Path, reporter: Any
+) -> None:
+    write_raw("chats.json", chats(60))
+    source = {"path": "data/raw/chats.json"}
+    with pytest.raises(DataError, match="60 distinct prompts have 1 distinct opening .*say data.split_by: prompt"):
+        convert_preferences.run(params(preferences=source), reporter)
+    convert_preferences.run(params(preferences=source, split_by="prompt"), reporter)
+    prompts = {
+        split: {row[-1]["content"] for row in pl.read_parquet(f"data/preference/{split}.parquet")["prompt"].to_list()}
+        for split in ("train", "eval")
+    }
+    assert prompts["train"] | prompts["eval"] == {f"question {n}" for n in range(60)}
+    assert not prompts["train"] & prompts["eval"]
+    assert "the whole prompt" in dict(reporter.tables["convert_preferences"])["split by"]
+    # more rows move none across
+    write_raw("chats.json", [*chats(120), *pairs(20)])
+    convert_preferences.run(params(preferences=source, split_by="prompt"), reporter)
+    for split, before in prompts.items():
+        rows = pl.read_parquet(f"data/preference/{split}.parquet")["prompt"].to_list()
+        assert before <= {row[-1]["content"] for row in rows}
+
+
+def test_rows_of_one_prompt_are_held_out_as_a_source_of_their_own(project: Path, reporter: Any) -> None:
+    reviews = [{"prompt": "Review:", "chosen": f"fine {n}", "rejected": f"poor {n}"} for n in range(50)]
+    write_raw("train.json", reviews[:40])
+    write_raw("eval.json", reviews[40:])
+    source = {"path": "data/raw/train.json"}
+    with pytest.raises(DataError, match="all 40 examples have the same prompt.*split: eval.*shared_prompt to keep"):
+        convert_preferences.run(params(preferences=source), reporter)
+    both = {**source, "also": [{"path": "data/raw/eval.json", "split": "eval"}], "split": "train"}
+    metrics = convert_preferences.run(params(preferences=both, checks={"shared_prompt": "keep"}), reporter)
+    assert (metrics["num_train"], metrics["num_eval"]) == (40, 10)
 
 
 def test_length_bias_and_many_rejects_are_warned_of(project: Path, reporter: Any) -> None:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dpo_cli.core import paths
-from dpo_cli.core.artifacts import sha256_file, write_json
+from dpo_cli.core.artifacts import sha256_file, write_text
 from dpo_cli.core.errors import StaleArtifactError
 from dpo_cli.models.identity import (
     LOCK_NAME,
+    BaseLock,
+    ModelFacts,
     base_digest,
     library_versions,
     lock_model,
     model_files,
+    read_base_lock,
     read_lock,
     verify_model,
 )
@@ -110,21 +114,49 @@ def test_a_digest_that_is_remembered_is_not_of_another_file(folder: Path) -> Non
     assert lock(folder)["files"]["config.json"] != first["files"]["config.json"]
 
 
-def test_a_damaged_memory_of_digests_is_forgotten(folder: Path) -> None:
+def test_a_change_that_keeps_size_and_time_is_seen(folder: Path) -> None:
+    first, stat = lock(folder), (folder / "config.json").stat()
+    (folder / "config.json").write_text("[]")
+    os.utime(folder / "config.json", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert lock(folder)["files"]["config.json"] != first["files"]["config.json"]
+
+
+@pytest.mark.parametrize("content", ["{half", "[]", '{"x": 3}'])
+def test_a_damaged_memory_of_digests_is_forgotten(folder: Path, content: str) -> None:
     first = lock(folder)
-    (paths.scratch_root() / "digests.json").write_text("{half")
+    (paths.scratch_root() / "digests.json").write_text(content)
     assert lock(folder) == first
     json.loads((paths.scratch_root() / "digests.json").read_text())
 
 
 def test_the_base_digest_is_of_the_lock_alone(project: Path, folder: Path) -> None:
-    write_json(paths.BASE / LOCK_NAME, lock(folder))
+    facts = ModelFacts(context_length=None, num_rows=7, linear_layers=["q_proj"])
+    BaseLock(lock(folder), {"chat_template": "auto"}, facts).write(paths.BASE)
     before = base_digest()
     assert read_lock() == lock(folder)
     shutil.rmtree(folder)
     assert base_digest() == before
-    write_json(paths.BASE / LOCK_NAME, read_lock() | {"revision": "v2"})
+    replace(read_base_lock(), settings={"chat_template": "plain"}).write(paths.BASE)
+    assert base_digest() == before
+    replace(read_base_lock(), identity=read_lock() | {"revision": "v2"}).write(paths.BASE)
     assert base_digest() != before
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{half", "null", '{"name": "x", "revision": "", "files": {}}', '{"name": 1, "files": [], "facts": 3}'],
+)
+def test_a_lock_of_garbage_is_refused_with_the_remedy(project: Path, content: str) -> None:
+    write_text(paths.BASE / LOCK_NAME, content)
+    with pytest.raises(StaleArtifactError, match=r"model.lock.json is damaged.*; run: dpo-cli base"):
+        read_base_lock()
+
+
+def test_a_lock_that_names_files_elsewhere_is_refused(project: Path, folder: Path) -> None:
+    files = {"../config.json": {"size": 2, "sha256": "0" * 64}}
+    BaseLock(lock(folder) | {"files": files}, {}, ModelFacts(None, 7, [])).write(paths.BASE)
+    with pytest.raises(StaleArtifactError, match="is damaged"):
+        read_base_lock()
 
 
 def test_before_stage_base_there_is_no_lock(project: Path) -> None:

@@ -54,9 +54,9 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
 
 def test_a_whole_model_passes_and_says_what_it_is(folder: Path, tokenizer: Any) -> None:
     found = verify_model_folder(folder)
-    assert found.weights.num_rows == len(tokenizer)
-    assert found.weights.context_length == 256
-    assert "model.layers.*.self_attn.q_proj" in found.weights.linear_layers
+    assert found.weights.facts.num_rows == len(tokenizer)
+    assert found.weights.facts.context_length == 256
+    assert "model.layers.*.self_attn.q_proj" in found.weights.facts.linear_layers
     assert found.notes == ()
 
 

@@ -34,6 +34,7 @@ class Auto:
         why: What is said of the file.
         formats: The format of each row that is read.
         found: What each row becomes; a refused row becomes its problem.
+        unwrapped: How many rows were taken apart, by the template that had made them.
         unread: How many rows have something in a column that nobody read, by column.
     """
 
@@ -51,6 +52,7 @@ class Auto:
             except RowProblem as problem:
                 self.found.append(problem)
         self.unread = dict(reader.take_unread())
+        self.unwrapped = dict(reader.take_unwrapped())
 
     @property
     def only(self) -> Any:

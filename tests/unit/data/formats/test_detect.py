@@ -196,6 +196,41 @@ def test_a_file_of_no_known_format_is_refused_with_what_to_do(rows: list[Any], m
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("kind", "row", "columns", "advice"),
+    [
+        (
+            "sft",
+            {"en_instruction": "q", "en_input": "i", "en_output": "a"},
+            {},
+            "instruction: en_instruction, input: en_input, output: en_output",
+        ),
+        ("sft", {"Frage": "q", "model_answer": "a"}, {"prompt": "Frage"}, "prompt: Frage, completion: model_answer"),
+        ("sft", {"x": "q", "y": "a"}, {}, "prompt: ..., completion: ..."),
+        (
+            "preference",
+            {"user_prompt": "q", "chosen_text": "a", "rejected_text": "b"},
+            {},
+            "prompt: user_prompt, chosen: chosen_text, rejected: rejected_text",
+        ),
+        ("preference", {"x": "q", "y": "a"}, {"chosen": "y"}, "prompt: ..., chosen: y, rejected: ..."),
+    ],
+)
+def test_an_unknown_file_is_told_columns_that_lose_no_field_of_it(
+    kind: str, row: dict[str, Any], columns: dict[str, Any], advice: str, auto: Callable[..., Any]
+) -> None:
+    with pytest.raises(UnknownFormatError) as caught:
+        auto(row, kind=kind, columns=columns)
+    assert f"such as columns: {{{advice}}}" in str(caught.value)
+
+
+def test_a_doubt_offers_no_column_that_is_a_side_already(auto: Callable[..., Any]) -> None:
+    row = {"better text": "some words and more", "worse text": "some words and less", "question text": "which words?"}
+    with pytest.raises(UnknownFormatError) as caught:
+        auto(row, columns={"chosen": "better text", "rejected": "worse text"})
+    assert "there is no field known as the prompt, and question text may be it" in str(caught.value)
+
+
 def test_an_unknown_file_is_told_its_fields_and_the_formats() -> None:
     with pytest.raises(
         UnknownFormatError, match=r"its first row has text, url; .*columns: \{prompt: .*known formats .*pairs"

@@ -12,6 +12,7 @@ from dpo_cli.data.formats.hh import HH
 from dpo_cli.data.schema import Messages, PreferenceExample, assistant, user
 
 Q, A, B = user("q"), assistant("a"), assistant("b")
+S = {"role": "system", "content": "be kind"}
 
 
 def read(chosen: str, rejected: str) -> Any:
@@ -25,12 +26,24 @@ def read(chosen: str, rejected: str) -> Any:
         ("\n\nHuman: one\n\ntwo paragraphs", [user("one\n\ntwo paragraphs")]),
         ("\n\nHuman: 1\n\nAssistant: 2\n\nHuman: 3", [user("1"), assistant("2"), user("3")]),
         ("\n\nHuman:q", [Q]),
+        ("System: be kind\n\nHuman: q", [S, Q]),
+        ("Be kind. System: on.\n\nHuman: q", [{"role": "system", "content": "Be kind. System: on."}, Q]),
+        ("be kind\n\nHuman: 1\n\nAssistant: 2\n\nHuman: 3", [S, user("1"), assistant("2"), user("3")]),
         ("\n\nHuman: is it 'Assistant: hi'?", [user("is it 'Assistant: hi'?")]),
     ],
 )
-def test_a_transcript_is_cut_at_its_last_common_answer(opening: str, prompt: Messages) -> None:
-    example = read(f"{opening}\n\nAssistant: a", f"{opening}\n\nAssistant: b")
-    assert (example.prompt, example.chosen, example.rejected) == (prompt, [A], [B])
+def test_a_transcript_is_cut_at_its_last_common_answer(
+    opening: str, prompt: Messages, auto: Callable[..., Any]
+) -> None:
+    """With an empty line before each turn or none, the prompt apart or with the answers."""
+    example = PreferenceExample(prompt, [A], [B])
+    whole = auto({"chosen": f"{opening}\n\nAssistant: a", "rejected": f"{opening}\n\nAssistant: b"})
+    assert (whole.formats, whole.only) == (["hh"], example)
+    assert auto({"prompt": f"{opening}\n\nAssistant:", "chosen": "a", "rejected": "b"}).only == example
+    lines = opening.lstrip().replace("\n\nHuman", "\nHuman").replace("\n\nAssistant", "\nAssistant")
+    single = auto({"chosen": f"{lines}\nAssistant: a", "rejected": f"{lines}\nAssistant: b"})
+    assert (single.formats, single.only) == (["hh"], example)
+    assert auto({"prompt": f"{lines}\nAssistant:", "chosen": "a", "rejected": "b"}).only == example
 
 
 @pytest.mark.parametrize(("chosen", "rejected"), [("", " b"), (" yes", " yes, b"), (" a\n\nmore", " a\n\nless")])
@@ -47,7 +60,6 @@ def test_answers_that_share_their_beginning_stay_whole(chosen: str, rejected: st
     [
         ("\n\nHuman: q", "\n\nHuman: q", "bad_transcript"),
         ("\n\nHuman: q\n\nAssistant: a", "\n\nHuman: r\n\nAssistant: a", "bad_transcript"),
-        ("text\n\nHuman: q\n\nAssistant: a", "text\n\nHuman: q\n\nAssistant: b", "bad_transcript"),
         ("", "", "bad_transcript"),
         (
             "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: c",
@@ -83,3 +95,10 @@ def test_a_prompt_and_answers_cut_off_it_read_as_the_whole_transcripts_do(auto: 
     parts = auto({"prompt": opening, "chosen": " a", "rejected": " b"})
     assert (whole.formats, parts.formats) == (["hh"], ["pairs"])
     assert whole.only == parts.only
+
+
+def test_a_dialog_in_each_answer_makes_no_transcript_of_the_two(auto: Callable[..., Any]) -> None:
+    read = auto(
+        *[{"chosen": f"Write a {w}.\n\nHuman: x\n\nAssistant: y", "rejected": f"Write a {w}. No."} for w in "pq"]
+    )
+    assert read.formats == ["implicit", "implicit"]

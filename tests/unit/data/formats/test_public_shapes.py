@@ -162,6 +162,32 @@ PAIRS = {
         CHOSEN,
     ),
     "ms-swift": ({"messages": [Q, A], "rejected_response": "b"}, CHOSEN),
+    "Chatbot Arena, Kaggle": (
+        {
+            "id": 1,
+            "model_a": "m",
+            "model_b": "n",
+            "prompt": '["q"]',
+            "response_a": '["b"]',
+            "response_b": '["a"]',
+            "winner_model_a": 0,
+            "winner_model_b": 1,
+            "winner_tie": 0,
+        },
+        CHOSEN,
+    ),
+    "Chatbot Arena, lists as JSON": (
+        {"prompt": '["q"]', "response_a": '["a"]', "response_b": '["b"]', "winner": "model_a"},
+        CHOSEN,
+    ),
+    "pairs of turns": (
+        {
+            "conversations": [{"human": "u", "assistant": "v"}, {"human": "q", "assistant": None}],
+            "chosen": "a",
+            "rejected": "b",
+        },
+        PreferenceExample([user("u"), assistant("v"), Q], [A], [B]),
+    ),
     "LLMBar": ({"input": "q", "output_1": "b", "output_2": "a", "label": 2}, CHOSEN),
     "AlpacaFarm": ({"instruction": "q", "input": "", "output_1": "b", "output_2": "a", "preference": 2}, CHOSEN),
     "StackExchange paired": ({"qid": 1, "question": "q", "response_j": "a", "response_k": "b"}, CHOSEN),
@@ -282,6 +308,12 @@ INSTRUCTIONS = {
     "No Robots": ({"prompt": "q", "prompt_id": "x", "messages": [SYSTEM, Q, A], "category": "c"}, [SYSTEM, Q]),
     "Numina": ({"source": "x", "problem": "q", "solution": "long", "messages": [Q, A]}, [Q]),
     "ms-swift": ({"system": "s", "query": "q", "response": "a"}, [SYSTEM, Q]),
+    "MOSS": ({"conversation_id": 1, "conversation": [{"human": "q", "assistant": "a"}]}, [Q]),
+    "MOSS, as JSON": ({"conversation": '[{"human": "q", "assistant": "a"}]'}, [Q]),
+    "pairs of turns with a system prompt": (
+        {"messages": [{"system": "s", "user": "q", "assistant": "a"}]},
+        [SYSTEM, Q],
+    ),
     "OpenHermes": ({"system_prompt": None, "conversations": [{"from": "human", "value": "q"}, A]}, [Q]),
 }
 
@@ -306,10 +338,6 @@ REFUSED_FILES = {
         {"instruction": "q", "input": "", "candidates": [{"text": "a", "scores": {"bleu": 1}}, {"text": "b"}]},
         "read as kwise: has no 'ranks', 'scores' or 'preference'",
     ),
-    "Arena, one column a verdict": (
-        {"prompt": "q", "response_a": "a", "response_b": "b", "winner_model_a": 1, "winner_model_b": 0},
-        "two_outputs comes next to it, which needs label, too",
-    ),
 }
 
 
@@ -323,6 +351,43 @@ def test_public_files_that_say_too_little_are_refused(
 
 
 REFUSED_ROWS = {
+    "Chatbot Arena, Kaggle, no winner": (
+        {
+            "prompt": "q",
+            "response_a": "a",
+            "response_b": "b",
+            "winner_model_a": 1,
+            "winner_model_b": 1,
+            "winner_tie": 0,
+        },
+        "no_label",
+        "says in 2 of the columns of 'winner_model_a + winner_model_b + winner_tie' which side won; one must",
+    ),
+    "Chatbot Arena, Kaggle, a tie": (
+        {
+            "prompt": "q",
+            "response_a": "a",
+            "response_b": "b",
+            "winner_model_a": 0,
+            "winner_model_b": 0,
+            "winner_tie": 1,
+        },
+        "tie",
+        "is a tie: neither side won",
+    ),
+    "Chatbot Arena, Kaggle, two turns": (
+        {
+            "prompt": '["q", "r"]',
+            "response_a": '["a", "c"]',
+            "response_b": '["b", "d"]',
+            "winner_model_a": 1,
+            "winner_model_b": 0,
+            "winner_tie": 0,
+        },
+        "diverges_early",
+        "the two sides part before the last answer: 3 and 3 turns follow what they share, and DPO compares two answers"
+        " to one prompt; say turns: first to compare the first answers in which they differ",
+    ),
     "WebGPT comparisons": (
         {"question": {"id": "x", "full_text": "q"}, "answer_0": "a", "score_0": 0, "answer_1": "b", "score_1": 1},
         "bad_message",
@@ -338,11 +403,6 @@ REFUSED_ROWS = {
         "diverges_early",
         "the two sides part before the last answer: 3 and 3 turns follow what they share, and DPO compares two answers"
         " to one prompt; say turns: first to compare the first answers in which they differ",
-    ),
-    "Arena, lists as JSON": (
-        {"prompt": '["q"]', "response_a": '["a"]', "response_b": '["b"]', "winner": "model_a"},
-        "not_text",
-        "'prompt' holds a list of texts, as JSON",
     ),
 }
 

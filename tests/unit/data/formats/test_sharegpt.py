@@ -88,7 +88,7 @@ def test_a_tools_turn_may_end_the_conversation() -> None:
         ({"conversations": "q"}, "bad_message"),
         ({"conversations": ["q"]}, "bad_message"),
         ({"conversations": [{"from": "function_call", "value": "q"}]}, "bad_tool_call"),
-        ({"conversations": [{"input": "q", "output": "a"}]}, "unknown_role"),
+        ({"conversations": [{"input": "q", "output": "a"}]}, "prompt_not_ending_with_user"),
         ({"chosen": Q}, "not_one_answer"),
         ({"chosen": 5}, "not_text"),
         ({"rejected": {"from": "gpt"}}, "not_text"),

@@ -1,0 +1,208 @@
+"""Conversations as one text, as chat templates render them, taken apart into messages.
+
+A model's own template is put around every text, so a text that some template made already would
+be given to the model in two. ``unwrap: true`` makes messages of such texts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_cli.data.formats.content import ROLE_NAMES
+from dpo_cli.data.formats.transcripts import begins_with_turn, gap_of, is_open_transcript, is_transcript, read_turns
+from dpo_cli.data.schema import Messages, RawRow, assistant
+
+_BEGIN = re.compile(r"\s*(?:(?:<s>|<bos>|<\|begin_of_text\|>|<\|startoftext\|>|<｜begin▁of▁sentence｜>)\s*)*")
+_OVER = re.compile(r"(?:\s|<s>|</s>|<eos>|<\|endoftext\|>|<\|end_of_text\|>|<｜end▁of▁sentence｜>)*")
+_SYSTEM = re.compile(r"\s*(?:<<SYS>>(.*?)<</SYS>>|\[SYSTEM_PROMPT\](.*?)\[/SYSTEM_PROMPT\])(.*)", re.DOTALL)
+_INPUT = "input"
+_ROLES = {
+    **ROLE_NAMES,
+    "instruction": "user",
+    "response": "assistant",
+    "[inst]": "user",
+    "[/inst]": "assistant",
+    _INPUT: _INPUT,
+}
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a chat template writes turns.
+
+    Attributes:
+        name: What it is called in messages.
+        turn: What a turn begins with; its group, or all of it, says whose it is.
+        end: What a turn ends with.
+        by_tokens: Whether turns begin with tokens that no text has by itself. Else they begin with words: text may
+            stand before the first one, and only a question with its answer, or the place for one, is a conversation.
+    """
+
+    name: str
+    turn: re.Pattern[str]
+    end: re.Pattern[str]
+    by_tokens: bool = True
+
+
+_END_OF_TEXT = re.compile(r"</s>|<\|endoftext\|>|<\|end_of_text\|>|<eos>")
+TEMPLATES = (
+    Template("ChatML", re.compile(r"<\|im_start\|>(\w+)\n?"), re.compile(r"<\|im_end\|>")),
+    Template(
+        "Llama 3",
+        re.compile(r"<\|(?:start_header_id|header_start)\|>(\w+)<\|(?:end_header_id|header_end)\|>\n{0,2}"),
+        re.compile(r"<\|(?:eot_id|eot|eom_id|end_of_text)\|>"),
+    ),
+    Template("Gemma", re.compile(r"<start_of_turn>(\w+)\n?"), re.compile(r"<end_of_turn>")),
+    Template("DeepSeek", re.compile(r"<｜(User|Assistant)｜>"), re.compile(r"<｜end▁of▁sentence｜>")),
+    Template(
+        "Zephyr",
+        re.compile(r"<\|(system|user|assistant|tool)\|>\n?"),
+        re.compile(rf"<\|end\|>|<\|eot_id\|>|{_END_OF_TEXT.pattern}"),
+    ),
+    Template("Llama 2", re.compile(r"\[INST\] ?|\[/INST\] ?"), _END_OF_TEXT),
+    Template(
+        "Alpaca",
+        re.compile(r"\s*### ?(Instruction|Input|Response|System|User|Human|Assistant)\b:?[ \n]?"),
+        _END_OF_TEXT,
+        by_tokens=False,
+    ),
+    Template("Vicuna", re.compile(r"(?:^|\s|(?<=</s>))\s*(USER|ASSISTANT): ?"), _END_OF_TEXT, by_tokens=False),
+    Template("plain", re.compile(r"(?:^|\n)\s*(User|Assistant|System): ?"), _END_OF_TEXT, by_tokens=False),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A text that was taken apart.
+
+    Attributes:
+        template: What made the text.
+        turns: Its turns.
+        is_open: Whether it stops where an answer begins.
+    """
+
+    template: str
+    turns: Messages
+    is_open: bool
+
+
+def unwrap(text: str) -> Conversation | None:
+    """The conversation that a text is from its beginning to its end; None where it is none, or holds more."""
+    if is_transcript(text) and (begins_with_turn(text) or "Assistant:" in text):
+        return _transcript(text)
+    begin = _BEGIN.match(text)
+    text = text[begin.end() :] if begin else text
+    for template in TEMPLATES:
+        if template.turn.search(text) and (found := _parsed(template, text)):
+            return found
+    return None
+
+
+def _transcript(text: str) -> Conversation:
+    turns = read_turns(text, gap_of(text))
+    is_open = is_open_transcript(text)
+    return Conversation("HH", turns[:-1] if is_open else turns, is_open)
+
+
+def _parsed(template: Template, text: str) -> Conversation | None:
+    begins = list(template.turn.finditer(text))
+    before = text[: begins[0].start()]
+    system = _SYSTEM.match(before) if before.strip() else None
+    if before.strip() and template.by_tokens and template.name != "DeepSeek" and system is None:
+        return None
+    turns: Messages = []
+    if before.strip():
+        turns.append({"role": "system", "content": ((system[1] or system[2]) if system else before).strip()})
+    is_open = False
+    for index, begin in enumerate(begins):
+        is_last = index == len(begins) - 1
+        content = text[begin.end() :] if is_last else text[begin.end() : begins[index + 1].start()]
+        role = _ROLES.get((begin[1] if begin.re.groups else begin[0]).strip().lower())
+        end = template.end.search(content)
+        if role is None or (end and not _OVER.fullmatch(content, end.end())):
+            return None
+        content = content[: end.start()] if end else content if is_last else content.rstrip("\n")
+        if template.name == "Llama 2":
+            content = content.strip(" ")
+        is_open = is_last and role == "assistant" and not end and not content.strip()
+        if is_open:
+            break
+        if role == _INPUT:
+            if not turns or turns[-1]["role"] != "user":
+                return None
+            turns[-1]["content"] += f"\n{content}"
+        else:
+            turns.append({"role": role, "content": content})
+    turns = _with_system(turns)
+    roles = {turn["role"] for turn in turns}
+    if not template.by_tokens and not ("user" in roles and (is_open or turns[-1]["role"] == "assistant")):
+        return None
+    return Conversation(template.name, turns, is_open) if turns else None
+
+
+def _with_system(turns: Messages) -> Messages:
+    """Turns with the system prompt that Llama 2 writes into the first question as a turn of its own."""
+    if turns and turns[0]["role"] == "user" and (found := _SYSTEM.match(turns[0]["content"])):
+        system = {"role": "system", "content": (found[1] or found[2] or "").strip()}
+        return [system, {"role": "user", "content": found[3].lstrip()}, *turns[1:]]
+    return turns
+
+
+def bare_answer(text: str, template: str) -> str:
+    """An answer without the marks that the template puts around it."""
+    for known in TEMPLATES:
+        if known.name == template:
+            begin = known.turn.match(text)
+            if begin and _ROLES.get((begin[1] if begin.re.groups else begin[0]).strip().lower()) == "assistant":
+                text = text[begin.end() :]
+            end = known.end.search(text)
+            return text[: end.start()] if end and _OVER.fullmatch(text, end.end()) else text
+    return text
+
+
+_WHOLE = ("prompt", "messages", "conversations", "chosen", "rejected", "completion", "first", "second")
+_ANSWERS = ("chosen", "rejected", "completion", "output", "first", "second")
+
+
+def unwrap_row(row: RawRow, names: Collection[str]) -> tuple[RawRow, str]:
+    """A row with messages in place of texts that are conversations, and what made them; else the row and nothing.
+
+    Args:
+        row: The row, with its fields under their own names.
+        names: The fields that its format reads.
+    """
+    found: dict[str, Conversation] = {}
+    for name in (*_WHOLE, "instruction"):
+        if name in names and type(row.get(name)) is str and (conversation := unwrap(row[name])):
+            found[name] = conversation
+    completions = row.get("completions") if "completions" in names else None
+    listed = [unwrap(text) if type(text) is str else None for text in completions] if type(completions) is list else []
+    made_by = next((conversation.template for conversation in (*found.values(), *filter(None, listed))), "")
+    if not made_by:
+        return row, ""
+    unwrapped: dict[str, Any] = dict(row)
+    for name, conversation in found.items():
+        unwrapped |= _fields_of(name, conversation, row)
+    if completions:
+        unwrapped["completions"] = [_answer(one, text, made_by) for one, text in zip(listed, completions, strict=True)]
+    for name in _ANSWERS:
+        if name in names and name not in found and type(row.get(name)) is str:
+            unwrapped[name] = bare_answer(row[name], made_by)
+    return unwrapped, made_by
+
+
+def _answer(found: Conversation | None, value: Any, made_by: str) -> Any:
+    if found is None:
+        return bare_answer(value, made_by) if type(value) is str else value
+    return [*found.turns, assistant("")] if found.is_open else found.turns
+
+
+def _fields_of(name: str, found: Conversation, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that a conversation makes of the one that held it."""
+    if name == "instruction":
+        before = {"history": found.turns[:-1]} if len(found.turns) > 1 else {}
+        return {} if before and row.get("history") else {name: found.turns[-1]["content"], **before}
+    return {name: found.turns if name == "prompt" else _answer(found, None, found.template)}

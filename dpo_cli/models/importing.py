@@ -1,0 +1,567 @@
+"""Import a model: from GGUF, the Hub's cache, pickled weights or a multimodal checkpoint to an ordinary folder.
+
+Whatever the source, what is written is config.json, safetensors weights, a tokenizer and the license, and it is loaded
+and asked a question before it is put in its place. No code of the source is run and nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    GenerationConfig,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+)
+
+from dpo_cli.core.artifacts import publish_folder, sha256_file
+from dpo_cli.core.errors import MachineError, ParamsError
+from dpo_cli.core.progress import Reporter
+from dpo_cli.data.chat import ChatEncoder
+from dpo_cli.models.describe import ModelDescription, describe_model, license_files
+from dpo_cli.models.folder import INDEX, check_model_folder, read_object, weight_files
+from dpo_cli.models.gguf_file import GgufFile, find_pieces, is_gguf, read_pieces
+from dpo_cli.models.gguf_model import model_of_gguf, tokenizer_of_gguf
+from dpo_cli.models.identity import model_files
+from dpo_cli.models.load import in_words, load_config, load_model, load_tokenizer
+from dpo_cli.models.verify import verify_weights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_NO_PICKLES = {"training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state.pth"}
+_FOREIGN = {
+    "params.json": "Meta's or Mistral's own",
+    "model.ckpt.index": "TensorFlow's",
+    "flax_model.msgpack": "Flax's",
+}
+_PLAIN_TEXT = {
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen2_5_omni_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_moe",
+}
+"""Text parts that have no model of their own in transformers, and the family that computes the same of a text."""
+_MAX_DIFFERENCE = 1e-3
+"""How far the text part's log-probabilities may be from the whole model's on a text, nats, in float32."""
+_TRIAL = "The quick brown fox jumps over the lazy dog, 1234 times."
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is imported from.
+
+    Attributes:
+        name: What it is called in messages and in the table.
+        kind: What it was found to be, in words.
+        pieces: Its GGUF files, if it is of that kind.
+        folder: Its folder, where it is another.
+        revision: The revision, where the Hub's cache names one.
+    """
+
+    name: Path
+    kind: str
+    pieces: tuple[Path, ...] = ()
+    folder: Path | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class GgufOptions:
+    """What is chosen for a GGUF file alone.
+
+    Attributes:
+        dtype: Of the dequantized weights, a name in :data:`DTYPES`; None: float32, which is exact.
+        tokenizer: The folder of a tokenizer to take in place of the file's.
+    """
+
+    dtype: str | None = None
+    tokenizer: Path | None = None
+
+
+def import_model(
+    given: Sequence[Path], out: Path, options: GgufOptions, reporter: Reporter
+) -> tuple[Source, ModelDescription]:
+    """Make an ordinary model folder, whole or not at all.
+
+    Args:
+        given: A file or folder, or the pieces of a GGUF file in their order.
+        out: The folder to make.
+        options: For GGUF files.
+        reporter: Hears how far it is.
+
+    Raises:
+        MachineError: The source is no model that can be imported, damaged, or another model than it says.
+        ParamsError: ``out`` is in use, or an option is unknown or has no effect.
+    """
+    if options.dtype is not None and options.dtype not in DTYPES:
+        raise ParamsError(f"--dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ParamsError(f"--out {out} exists already; name a folder that does not, or delete it first")
+    source = find_source(given)
+    if not source.pieces and (options.dtype or options.tokenizer):
+        option = "--dtype" if options.dtype else "--tokenizer"
+        raise ParamsError(f"{option} has no effect on {source.kind}: it is for GGUF files")
+    work = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
+    built = work / "model"
+    try:
+        built.mkdir(parents=True)
+        if source.pieces:
+            notes = _build_from_gguf(source, built, work, options, reporter)
+        else:
+            notes = _build_from_folder(source, built, work, reporter)
+        description = describe_model(built, reporter, "import")
+        _open_as_usual(built)
+        publish_folder(built, out)
+    except MachineError as error:
+        own = {str(built): str(source.name), str(work): str(source.name)}
+        raise MachineError([_renamed(problem, own) for problem in error.problems]) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return source, ModelDescription(description.table, description.figures, (*notes, *description.notes))
+
+
+def _open_as_usual(folder: Path) -> None:
+    """Give files the rights that new ones have: safetensors writes weights that nobody else may read."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~umask)
+
+
+def _renamed(problem: str, names: dict[str, str]) -> str:
+    for old, new in names.items():
+        problem = problem.replace(old, new)
+    return problem
+
+
+# --- what it is ---------------------------------------------------------------------------
+
+
+def find_source(given: Sequence[Path]) -> Source:
+    """What was given.
+
+    Raises:
+        MachineError: It is missing, or nothing that is known.
+    """
+    for path in given:
+        if not path.exists():
+            raise MachineError(f"{path} is missing")
+    path = given[0]
+    if len(given) > 1:
+        if folder := next((each for each in given if each.is_dir()), None):
+            raise MachineError(
+                f"{folder} is a folder: several sources are the pieces of one GGUF file; give one folder"
+            )
+        return Source(path, f"a GGUF file in {len(given)} pieces", tuple(given))
+    if path.is_file():
+        return _source_of_file(path)
+    snapshot = _snapshot(path)
+    if snapshot != path:
+        return _source_of_folder(path, snapshot, "the Hub's cache")
+    in_cache = path.absolute().parent.name == "snapshots"
+    return _source_of_folder(path, path, "the Hub's cache" if in_cache else "a folder")
+
+
+def _source_of_file(path: Path) -> Source:
+    pieces = find_pieces(path)
+    if not is_gguf(pieces[0]):
+        with path.open("rb") as file:
+            is_pointer = file.read(23) == b"version https://git-lfs"
+        if is_pointer:
+            raise MachineError(f"{path} is a Git LFS pointer, not a model; fetch it with: git lfs pull")
+        hint = "; give the folder that it lies in" if path.suffix in (".safetensors", ".bin", ".pt", ".pth") else ""
+        raise MachineError(f"{path} is no GGUF file: it does not begin with the letters GGUF{hint}")
+    more = f" in {len(pieces)} pieces" if len(pieces) > 1 else ""
+    return Source(path, f"a GGUF file{more}", tuple(pieces))
+
+
+def _snapshot(folder: Path) -> Path:
+    """The snapshot in a folder of the Hub's cache; any other folder is itself.
+
+    Raises:
+        MachineError: There is none, or one of several would have to be chosen.
+    """
+    snapshots = folder / "snapshots"
+    if not snapshots.is_dir():
+        return folder
+    found = sorted(path for path in snapshots.iterdir() if path.is_dir())
+    main = folder / "refs" / "main"
+    if main.is_file() and (named := snapshots / main.read_text(encoding="utf-8").strip()) in found:
+        return named
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(str(path) for path in found[:5])
+    raise MachineError(
+        f"{folder} holds {len(found)} snapshots and refs/main names none of them; give one"
+        + (f": {names}" if found else ", or fetch the model again")
+    )
+
+
+def _source_of_folder(name: Path, folder: Path, kind: str) -> Source:
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and not path.exists():
+            raise MachineError(f"{path} points to {path.readlink()}, which is missing: the download is not complete")
+    revision = folder.absolute().name if kind != "a folder" else None
+    if (folder / "config.json").is_file():
+        return Source(name, kind, folder=folder, revision=revision)
+    gguf = sorted(path for path in folder.iterdir() if path.is_file() and path.stat().st_size and is_gguf(path))
+    models = [path for path in gguf if not path.name.startswith("mmproj")]
+    if models and all(path in find_pieces(models[0]) for path in models):
+        return Source(name, f"a GGUF file in {kind}", tuple(find_pieces(models[0])), revision=revision)
+    if models:
+        raise MachineError(
+            f"{name} holds {len(models)} GGUF files; give one of them: {', '.join(path.name for path in models[:10])}"
+        )
+    for file, whose in _FOREIGN.items():
+        if (folder / file).is_file():
+            raise MachineError(
+                f"{name} is in {whose} format ({file}), which is not read; fetch the model in Hugging Face's layout"
+            )
+    raise MachineError(f"{name} has no config.json and no GGUF file: it holds no model that can be imported")
+
+
+# --- GGUF ---------------------------------------------------------------------------------
+
+
+def _build_from_gguf(
+    source: Source, built: Path, work: Path, options: GgufOptions, reporter: Reporter
+) -> tuple[str, ...]:
+    dtype = options.dtype or "float32"
+    joined = work / "joined.gguf"
+    file = read_pieces(source.pieces, joined, reporter)
+    full = joined if joined.is_file() else source.pieces[0]
+    if options.tokenizer is None:
+        tokenizer = tokenizer_of_gguf(file, full)
+    else:
+        tokenizer = load_tokenizer(options.tokenizer)
+        _refuse_other_tokenizer(file, tokenizer, options.tokenizer)
+    config_files = work / "weights"
+    config_files.mkdir()
+    made = model_of_gguf(file, config_files, DTYPES[dtype], reporter)
+    joined.unlink(missing_ok=True)
+    made.model.generation_config = _generation_config(made.model.config, tokenizer, file)
+    made.model.save_pretrained(built)
+    _save_tokenizer(tokenizer, built, made.model.config)
+    _keep_license_of_gguf(source, file, built, dtype)
+    return made.notes
+
+
+def _generation_config(config: Any, tokenizer: Any, file: GgufFile) -> GenerationConfig:
+    """Where generation stops: at the end of a text or a turn, by the file and by its template."""
+    ends = {tokenizer.eos_token_id, file.metadata.get("tokenizer.ggml.eot_token_id")} - {None}
+    if tokenizer.chat_template:
+        with suppress(MachineError):  # told with the description
+            ends |= set(ChatEncoder(tokenizer).stop_ids)
+    found = sorted(ends)
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=found[0] if len(found) == 1 else found or None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _refuse_other_tokenizer(file: GgufFile, tokenizer: Any, folder: Path) -> None:
+    """Refuse a tokenizer whose tokens have other numbers than the file's."""
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    vocabulary = tokenizer.get_vocab()
+    if not isinstance(tokens, list):
+        return
+    known = {token: number for number, token in enumerate(tokens)}
+    moved = next((token for token, number in vocabulary.items() if known.get(token, number) != number), None)
+    if moved is not None or len(vocabulary.keys() & known.keys()) < 0.9 * len(known):
+        what = f"{moved!r} has the number {vocabulary[moved]}, not {known[moved]}" if moved else "it has other tokens"
+        raise MachineError(f"--tokenizer {folder}: it is not the tokenizer of {file.path}: {what}")
+
+
+def _keep_license_of_gguf(source: Source, file: GgufFile, built: Path, dtype: str) -> None:
+    """The license beside the file, and a model card that says what the file does and whence the weights are."""
+    for path in license_files(source.pieces[0].parent):
+        if path.name != "README.md":
+            shutil.copyfile(path, built / path.name)
+    named = {key: file.metadata.get(f"general.{key}") for key in ("name", "license", "license.name", "license.link")}
+    front = [f"license: {json.dumps(str(named['license']))}"] if named["license"] else []
+    for key in ("license.name", "license.link"):
+        front += [f"{key.replace('.', '_')}: {json.dumps(str(named[key]))}"] if named[key] else []
+    digests = [f"- {path.name}: sha256 {sha256_file(path)}" for path in source.pieces]
+    lines = ["---", *front, "---", "", f"# {str(named['name'] or source.name.stem)[:200]}", ""]
+    lines += [f"Weights of {dtype}, dequantized by `dpo-cli model import` from", "", *digests, ""]
+    (built / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _save_tokenizer(tokenizer: Any, built: Path, config: Any) -> None:
+    """Save a tokenizer that makes the same ids after it was loaded again.
+
+    Raises:
+        MachineError: It does not.
+    """
+    for name in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(name, None)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(limit, int):
+        tokenizer.model_max_length = limit
+    tokenizer.save_pretrained(built)
+    texts = (_TRIAL, "  Straße, 北京 and 👍🏽\n\n\tdef f(x): return x**2  ", "<|im_start|><bos></s>[INST]")
+    again = load_tokenizer(built)
+    for text in texts:
+        if list(tokenizer(text)["input_ids"]) != list(again(text)["input_ids"]):
+            raise MachineError(f"{built}: the tokenizer makes other tokens of {text!r} once it was saved")
+
+
+# --- folders ------------------------------------------------------------------------------
+
+
+def _build_from_folder(source: Source, built: Path, work: Path, reporter: Reporter) -> tuple[str, ...]:
+    folder = source.folder
+    assert folder is not None
+    notes: list[str] = []
+    weights = folder
+    if not any(folder.glob("*.safetensors")) and (pickles := _pickles(folder)):
+        weights = work / "unpickled"
+        _unpickle(folder, pickles, weights, reporter)
+    config = load_config(folder)
+    with in_words(f"{folder}: config.json cannot be used"):
+        is_nested = config.get_text_config() is not config
+    if is_nested:
+        check_model_folder(weights)
+        _build_text_part(weights, config, built, reporter)
+    elif weights is not folder:
+        notes += _build_from_pickles(weights, built, reporter)
+    else:
+        verify_weights(folder)
+        names = [path.name for path in weight_files(folder)]
+        names += [INDEX] if (folder / INDEX).is_file() and len(names) > 1 else []
+        others = [name for name in model_files(folder) if not name.endswith((".safetensors", INDEX))]
+        _copy([folder / name for name in (*names, *others)], built, reporter)
+    kept = license_files(folder)
+    for path in kept:
+        shutil.copyfile(path, built / path.name)
+    taken = {path.name for path in (*built.iterdir(), *kept)}
+    left = sorted(path.name for path in folder.iterdir() if path.name not in taken and not path.name.startswith("."))
+    if left:
+        more = f" and {len(left) - 8} more" if len(left) > 8 else ""
+        notes.append(f"left behind, as no part of the model as it is written: {', '.join(left[:8])}{more}")
+    return tuple(notes)
+
+
+def _copy(files: Sequence[Path], built: Path, reporter: Reporter) -> None:
+    """Copy files, whatever their links point to."""
+    with reporter.meter("import: copying", sum(path.stat().st_size for path in files), "bytes") as meter:
+        for path in files:
+            with path.open("rb") as source, (built / path.name).open("wb") as target:
+                while chunk := source.read(1 << 22):
+                    target.write(chunk)
+                    meter.advance(len(chunk))
+
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
+
+
+def _build_from_pickles(weights: Path, built: Path, reporter: Reporter) -> list[str]:
+    """Load what was unpickled as a model of text and save it."""
+    verified = verify_weights(weights)
+    with in_words(f"{weights}: the model cannot be loaded"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            weights, dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+    loaded.save_pretrained(built)
+    _copy([path for name in _TOKENIZER_FILES if (path := weights / name).is_file()], built, reporter)
+    unused = list(verified.unused)
+    return [f"{len(unused)} tensors that are no part of the model were left out: {unused[0]}"] if unused else []
+
+
+# --- pickled weights ----------------------------------------------------------------------
+
+
+def _pickles(folder: Path) -> list[Path]:
+    """The files with a model's pickled weights, by the index where there is one.
+
+    Raises:
+        MachineError: The index names a file that is missing or elsewhere.
+    """
+    index = folder / "pytorch_model.bin.index.json"
+    if index.is_file():
+        entries = read_object(index).get("weight_map")
+        names = sorted({str(name) for name in entries.values()}) if isinstance(entries, dict) else []
+        for name in names:
+            if Path(name).name != name or not (folder / name).is_file():
+                raise MachineError(f"{index} names {name!r}, which is not in {folder}; fetch the whole model")
+        if names:
+            return [folder / name for name in names]
+    if (folder / "pytorch_model.bin").is_file():
+        return [folder / "pytorch_model.bin"]
+    found = {path for pattern in _PICKLES for path in folder.glob(pattern) if path.name not in _NO_PICKLES}
+    return sorted(found)
+
+
+def _unpickle(folder: Path, pickles: Sequence[Path], weights: Path, reporter: Reporter) -> None:
+    """Write pickled weights as safetensors, each file for itself, with the other files of the model beside them.
+
+    Raises:
+        MachineError: A file would run code, is damaged, or holds no weights.
+    """
+    weights.mkdir()
+    places: dict[str, str] = {}
+    with reporter.meter("import: reading pickled weights", _sizes(pickles), "bytes") as meter:
+        for number, path in enumerate(pickles, 1):
+            name = f"model-{number:05}-of-{len(pickles):05}.safetensors"
+            tensors = _tensors_of_pickle(path)
+            if twice := sorted(tensors.keys() & places.keys()):
+                raise MachineError(f"{path} holds {twice[0]}, and so does another file; which is the model's?")
+            save_file(tensors, weights / name, metadata={"format": "pt"})
+            places |= dict.fromkeys(tensors, name)
+            meter.advance(path.stat().st_size)
+    (weights / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}), encoding="utf-8")
+    for name in ("config.json", *_TOKENIZER_FILES):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, weights / name)
+
+
+def _sizes(files: Sequence[Path]) -> int:
+    return sum(path.stat().st_size for path in files)
+
+
+def _tensors_of_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one file, each with memory of its own."""
+    try:
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a pickle of garbage may raise anything
+        if called := re.search(r"\bGLOBAL ([\w.]+)|Unsupported (?:class|operand) ([\w.]+)", str(error)):
+            raise MachineError(
+                f"{path} is refused: it would run code when it is loaded ({called[1] or called[2]}); plain weights"
+                " would not"
+            ) from None
+        first = " ".join(str(error).split())[:160] or type(error).__name__
+        raise MachineError(f"{path} is damaged or no file of weights ({first}); fetch it again") from None
+    for key in ("state_dict", "model_state_dict", "model", "module"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict):
+        raise MachineError(f"{path} holds {type(found).__name__}, no tensors by name")
+    tensors = {str(name): each for name, each in found.items() if isinstance(each, torch.Tensor)}
+    if not tensors:
+        raise MachineError(f"{path} holds no tensors by name")
+    if any(each.layout != torch.strided or each.is_quantized or each.is_meta for each in tensors.values()):
+        raise MachineError(f"{path} holds tensors that are sparse or quantized; plain ones are needed")
+    if all(name.startswith("module.") for name in tensors):  # as torch's DistributedDataParallel saves them
+        tensors = {name.removeprefix("module."): each for name, each in tensors.items()}
+    return {name: each.detach().clone(memory_format=torch.contiguous_format) for name, each in tensors.items()}
+
+
+# --- the text part of a multimodal model --------------------------------------------------
+
+
+def _build_text_part(weights: Path, config: Any, built: Path, reporter: Reporter) -> None:
+    """Save the language model within a model of images or sound, and check that it says the same of a text.
+
+    Raises:
+        MachineError: It has no language model of a known family, or one that computes something else by itself.
+    """
+    text_config = _text_config(weights, config)
+    auto: Any = next(
+        (
+            auto
+            for auto, mapping in (
+                (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+                (AutoModelForMultimodalLM, MODEL_FOR_MULTIMODAL_LM_MAPPING),
+                (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+            )
+            if type(config) in mapping
+        ),
+        None,
+    )
+    if auto is None:
+        raise MachineError(f"{weights}: {config.model_type} is no model that makes text")
+    tokenizer = load_tokenizer(weights)
+    own = weights / "chat_template.json"
+    if not tokenizer.chat_template and own.is_file():
+        tokenizer.chat_template = read_object(own).get("chat_template")
+    ids = torch.tensor([list(tokenizer(_TRIAL)["input_ids"])])
+    reporter.say(f"import: loading {config.model_type} as a whole, to take its language model out of it")
+    with in_words(f"{weights}: the model cannot be loaded"), torch.inference_mode():
+        loaded: Any = auto.from_pretrained(
+            weights,
+            config=config,
+            dtype="auto",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        whole, loading = loaded
+        if missing := sorted(loading["missing_keys"]):
+            raise MachineError(f"{weights}: the weights lack {missing[0]} ({len(missing)} missing in all)")
+        whole.eval()
+        expected = whole(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float().log_softmax(-1)
+        decoder, head = whole.get_decoder(), whole.get_output_embeddings()
+        text_config.tie_word_embeddings = head.weight.data_ptr() == decoder.get_input_embeddings().weight.data_ptr()
+        text_config.dtype = whole.dtype
+    with in_words(f"{weights}: its language model is not that of {text_config.model_type}"):
+        with torch.device("meta"):
+            alone: Any = AutoModelForCausalLM.from_config(text_config, dtype=whole.dtype)
+        alone.base_model.load_state_dict(decoder.state_dict(), assign=True)
+        if text_config.tie_word_embeddings:
+            alone.tie_weights()
+        else:
+            alone.get_output_embeddings().load_state_dict(head.state_dict(), assign=True)
+        if (weights / "generation_config.json").is_file():
+            alone.generation_config = GenerationConfig.from_pretrained(weights, local_files_only=True)
+    alone.save_pretrained(built)
+    dtype = whole.dtype
+    del whole, decoder, head, alone
+    _save_tokenizer(tokenizer, built, text_config)
+    from dpo_cli.models.device import Machine
+
+    again = load_model(built, Machine(torch.device("cpu"), dtype), quantization="none")
+    with in_words(f"{weights}: its language model cannot be run by itself"), torch.inference_mode():
+        found = again(input_ids=ids).logits.float().log_softmax(-1)
+    difference = float((found - expected).abs().amax())
+    allowed = _MAX_DIFFERENCE if dtype == torch.float32 else 100 * _MAX_DIFFERENCE
+    if not difference <= allowed:
+        raise MachineError(
+            f"{weights}: the language model of {config.model_type}, taken out, gives log-probabilities {difference:.3g}"
+            " nats from those of the whole model on the same text: it cannot be used by itself"
+        )
+    reporter.say(f"import: the language model by itself is within {difference:.2g} nats of the whole model on a text")
+
+
+def _text_config(weights: Path, config: Any) -> Any:
+    """The configuration of the language model within, with the whole's special tokens."""
+    text = config.get_text_config()
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        family = _PLAIN_TEXT.get(text.model_type)
+        if family is None:
+            raise MachineError(
+                f"{weights}: the language model of {config.model_type} ({text.model_type}) is of no family that can be"
+                " used by itself"
+            )
+        values = text.to_dict()
+        values.pop("model_type")
+        for part in ("rope_parameters", "rope_scaling"):
+            if isinstance(rope := values.get(part), dict):  # of a text all three axes are equal
+                values[part] = {key: value for key, value in rope.items() if not key.startswith("mrope")}
+        text = CONFIG_MAPPING[family].from_dict(values)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(text, name, None) is None:
+            setattr(text, name, getattr(config, name, None))
+    return text
