@@ -25,6 +25,7 @@ from dpo_cli.data.reading.base import Record
 from dpo_cli.data.reading.files import read_records
 from dpo_cli.data.schema import Messages, PreferenceExample, RankingExample, SftExample, content_id
 from dpo_cli.data.splits import is_held_out
+from dpo_cli.models.folder import holds_weights
 
 AnyExample = SftExample | PreferenceExample | RankingExample
 
@@ -77,21 +78,28 @@ def encoder_of(model: str, template: str | None) -> tuple[Any, ChatEncoder]:
         )
     if model != EMBEDDED and not any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES):
         raise MachineError(f"--model {model}: no tokenizer is there, such as tokenizer.json; fetch the whole model")
-    from dpo_cli.models.load import load_tokenizer, quiet_libraries  # here: it takes seconds, and only --model needs it
+    # here: it takes seconds, and only --model needs it
+    from dpo_cli.models.load import quiet_libraries
+    from dpo_cli.models.verify import verify_template, verify_tokenizer, verify_vocabulary, verify_weights
 
     quiet_libraries()
+    num_rows: int | None = None
     if model == EMBEDDED:
         from dpo_cli.models.embedded import build_tokenizer
 
         tokenizer: Any = build_tokenizer()
     else:
-        tokenizer = load_tokenizer(folder)
+        if holds_weights(folder):
+            num_rows = verify_weights(folder).facts.num_rows
+        tokenizer = verify_tokenizer(folder)
     try:
-        return tokenizer, ChatEncoder(tokenizer, template)
+        encoder = verify_template(folder, tokenizer, template)
     except MachineError as error:
-        raise MachineError(
-            [f"--model {model}: {problem}; here with --template" for problem in error.problems]
-        ) from None
+        raise MachineError([f"{problem}; here with --template" for problem in error.problems]) from None
+    if num_rows is not None:
+        verify_vocabulary(folder, tokenizer, encoder, num_rows)
+        encoder.num_rows = num_rows
+    return tokenizer, encoder
 
 
 def token_view(model: str, template: str | None, max_length: int | None, source: Source) -> TokenView:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_cli.core.errors import MachineError
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.models.device import Machine
-from dpo_cli.models.folder import check_model_folder, in_one_line
+from dpo_cli.models.folder import check_model_folder, words_of
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: functions do it that use them
     import torch
@@ -94,7 +94,7 @@ def in_words(what: str) -> Iterator[None]:
     except BaseException as error:
         # tokenizers is written in Rust, whose panic is no Exception
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise MachineError(f"{what}: {in_one_line(error)}") from error
+            raise MachineError(f"{what}: {words_of(error)}") from error
         raise
 
 

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from dpo_cli.core.errors import MachineError
+from dpo_cli.core.text import shown
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.formats.base import RowProblem
 from dpo_cli.data.schema import assistant, user
@@ -168,7 +169,7 @@ def _refuse_absurd(folder: Path, raw: Mapping[str, Any], tensors: Mapping[str, T
             continue
         values = value if isinstance(value, list) and value and name in _SIZES_OR_LISTS else [value]
         if not all(isinstance(one, int) and not isinstance(one, bool) and one > 0 for one in values):
-            raise MachineError(f"{folder / 'config.json'}: {name} must be a whole number > 0, got {_shown(value)}")
+            raise MachineError(f"{folder / 'config.json'}: {name} must be a whole number > 0, got {shown(value)}")
     for name, value in raw.items():
         if not isinstance(value, int) or isinstance(value, bool):
             continue
@@ -177,7 +178,7 @@ def _refuse_absurd(folder: Path, raw: Mapping[str, Any], tensors: Mapping[str, T
             limit = max(largest, len(tensors))
         if limit is not None and value > limit:
             raise MachineError(
-                f"{folder / 'config.json'}: {name} is {_shown(value)}, but the weights are {len(tensors)} tensors of at"
+                f"{folder / 'config.json'}: {name} is {shown(value)}, but the weights are {len(tensors)} tensors of at"
                 f" most {largest} rows or columns; fetch config.json and weights of one model"
             )
 
@@ -227,11 +228,6 @@ def _refuse_misfits(
         )
     if integers := [name for name in sorted(parameters) if name in tensors and tensors[name].dtype[0] in "IU"]:
         raise MachineError(f"{folder}: {integers[0]} is of dtype {tensors[integers[0]].dtype}; plain floats are needed")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]} ..."
 
 
 # --- tokenizer and template ---------------------------------------------------------------
@@ -291,12 +287,12 @@ def verify_vocabulary(folder: Path, tokenizer: Any, encoder: ChatEncoder, num_ro
     if reached:
         number, token = reached[0]
         raise MachineError(
-            f"{folder}: the tokenizer's {_shown(token)} has the id {number}, and the model's embedding has {num_rows}"
+            f"{folder}: the tokenizer's {shown(token)} has the id {number}, and the model's embedding has {num_rows}"
             f" rows{more}; fetch tokenizer and weights of one model"
         )
     number, token = beyond[0]
     return [
-        f"{folder}: the model has no row for the special token {_shown(token)} (id {number}, {num_rows} rows){more};"
+        f"{folder}: the model has no row for the special token {shown(token)} (id {number}, {num_rows} rows){more};"
         " rows of data that hold it are left out"
     ]
 

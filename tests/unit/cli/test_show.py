@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -410,6 +411,15 @@ def test_options_that_cannot_be(arguments: list[str], code: int, words: str, pro
     result = run(str(write(project, PAIR)), *arguments)
     assert result.exit_code == code
     assert words in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_model_that_cannot_be_tuned_is_refused(project: Path, tiny_folder: Path) -> None:
+    model = shutil.copytree(tiny_folder, project / "model")
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    result = run(str(write(project, PAIR)), "--model", "model")
+    assert result.exit_code == 6
+    assert "has only pickled weights (pytorch_model.bin)" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 
