@@ -41,6 +41,8 @@ GITIGNORE = """\
 # made by the pipeline, kept by DVC
 """ + "".join(f"/{path.as_posix()}\n" for stage in STAGES for path in stage.kept_by_dvc)
 
+# Answers are sampled for their divergence and form alone, which need fewer than a win rate does.
+NOBODY_JUDGES = {"evaluate.num_prompts": 64}
 # The embedded model on data of another world: it spells most texts out in bytes, and sees few pairs.
 OWN_SFT_DATA = {"sft.max_length": 2048}
 OWN_PREFERENCES = {
@@ -177,6 +179,7 @@ def _settings(files: ProjectFiles) -> dict[str, Any]:
         values |= EMBEDDED_PRESET
     values["evaluate.judge"] = "none" if files.preferences else "world"
     if files.preferences:
+        values |= NOBODY_JUDGES
         for setting in ("opponents", "judge_pairs", "temperatures", "scales"):  # nobody judges
             values.pop(f"evaluate.{setting}", None)
     if files.model is None:

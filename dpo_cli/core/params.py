@@ -449,6 +449,11 @@ class RuntimeParams(Section):
     checkpoint_minutes: float = knob(
         10.0, "Work that a kill may cost; 0 saves after every step.", unit="minutes", ge=0, le=1e6
     )
+    tensorboard: bool = knob(
+        False,
+        "Write event files for TensorBoard while sft, train and reward train, below .scratch/tensorboard; needs the"
+        " package tensorboard.",
+    )
     model_path: str | None = Field(
         default=None,
         description="Directory of the base model in Hugging Face layout with safetensors weights;"

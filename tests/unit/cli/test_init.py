@@ -59,6 +59,7 @@ def test_a_model_takes_the_defaults_for_real_models(
     assert params.model.name == "Qwen2.5-0.5B"
     assert params.runtime.model_path == model.as_posix()
     assert params.train.learning_rate == 1e-4
+    assert (params.evaluate.num_prompts, params.runtime.threads) == (64, None)
 
 
 def test_what_a_model_needs_stands_in_the_settings(tmp_path: Path, tiny_folder: Path, reporter: Any) -> None:
