@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from dpo_cli.core.errors import MachineError
+from dpo_cli.core.params import ModelParams
 from dpo_cli.core.text import shown
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.formats.base import RowProblem
@@ -32,7 +33,14 @@ from dpo_cli.models.folder import (
     weight_files,
 )
 from dpo_cli.models.identity import ModelFacts
-from dpo_cli.models.load import context_length_of, in_words, load_config, load_tokenizer, own_attention
+from dpo_cli.models.load import (
+    context_length_of,
+    in_words,
+    load_config,
+    load_tokenizer,
+    open_encoder,
+    own_attention,
+)
 
 _IMPORT = "dpo-cli model import SOURCE --out DIR"
 _OBJECTS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -71,20 +79,21 @@ class VerifiedModel:
     notes: tuple[str, ...]
 
 
-def verify_model_folder(folder: Path, chat_template: str = "auto") -> VerifiedModel:
+def verify_model_folder(folder: Path, model: ModelParams | None = None) -> VerifiedModel:
     """Check a model directory: configuration, tensors, tokenizer and chat template; no number is read.
 
     Args:
         folder: The directory.
-        chat_template: ``auto`` for the model's own, or a name in :data:`dpo_cli.data.chat.NAMED_TEMPLATES`.
+        model: What is set of template and system turns; None: the template is the model's own.
 
     Raises:
         MachineError: It cannot be tuned; the message names file, tensor or token.
     """
     weights = verify_weights(folder)
     tokenizer = verify_tokenizer(folder)
-    encoder = verify_template(folder, tokenizer, chat_template)
-    notes = verify_vocabulary(folder, tokenizer, encoder, weights.facts.num_rows)
+    encoder = verify_template(folder, tokenizer, model)
+    notes = [f"{folder}: {warning}" for warning in encoder.warnings]
+    notes += verify_vocabulary(folder, tokenizer, encoder, weights.facts.num_rows)
     if weights.unused:
         names = f"{weights.unused[0]}{f' and {len(weights.unused) - 1} more' if len(weights.unused) > 1 else ''}"
         notes.append(f"{folder}: the weights hold tensors that are no part of the model and are not used: {names}")
@@ -248,7 +257,7 @@ def verify_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def verify_template(folder: Path, tokenizer: Any, chat_template: str) -> ChatEncoder:
+def verify_template(folder: Path, tokenizer: Any, model: ModelParams | None = None) -> ChatEncoder:
     """The encoder of a tokenizer and a chat template, tried on one exchange.
 
     Raises:
@@ -256,7 +265,7 @@ def verify_template(folder: Path, tokenizer: Any, chat_template: str) -> ChatEnc
     """
     try:
         with in_words("the chat template cannot be used"):
-            return ChatEncoder(tokenizer, chat_template)
+            return open_encoder(folder, tokenizer, model)
     except MachineError as error:
         raise MachineError([f"{folder}: {problem}" for problem in error.problems]) from error
 

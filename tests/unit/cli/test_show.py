@@ -16,7 +16,7 @@ from dpo_cli.cli.app import app
 from dpo_cli.cli.show import TokenView, describe_row
 from dpo_cli.cli.show_page import print_row, visible
 from dpo_cli.core.errors import DataError
-from dpo_cli.core.params import PreferenceSource, SftSource, Source, TokenChecks
+from dpo_cli.core.params import PairTokenChecks, PreferenceSource, SftSource, Source
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.pieces import pieces_of
 from dpo_cli.data.schema import assistant, content_id, user
@@ -26,7 +26,7 @@ PAIR = {"prompt": "2 + 2 =", "chosen": "4", "rejected": "5"}
 
 @pytest.fixture
 def view(tokenizer: Any) -> TokenView:
-    return TokenView("embedded", tokenizer, ChatEncoder(tokenizer), 64, TokenChecks().model_dump())
+    return TokenView("embedded", tokenizer, ChatEncoder(tokenizer), 64, PairTokenChecks().model_dump())
 
 
 def write(folder: Path, *rows: Any, name: str = "rows.jsonl") -> Path:
@@ -372,6 +372,9 @@ def test_json_is_one_object_with_the_tokens(project: Path) -> None:
         "bos": None,
         "eos": "<|end|>",
         "end_of_turn": "<|end|>",
+        "stops_at": ["<|end|>"],
+        "opener": "",
+        "warnings": [],
     }
     assert found["parts"][0]["tokens"]["answers"][0]["pieces"][-1] == {"text": "<|end|>", "ids": [1], "special": True}
     assert found["left_out"][0]["reason"] == "over_long"
