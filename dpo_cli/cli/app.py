@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from dpo_cli.cli.console import ConsoleReporter
 from dpo_cli.cli.exits import errors_as_exit_codes, examples
+from dpo_cli.cli.machine import refuse_unwritable
 from dpo_cli.cli.model import model_app
 from dpo_cli.cli.record import HandRun
 from dpo_cli.cli.repro import EXIT_CODE_FILE, reproduce
@@ -145,6 +146,7 @@ def _run_stage(stage: Stage, overrides: list[str], *, as_json: bool) -> None:
 
         params = load_params(paths.PARAMS, overrides)
         _refuse_unread(stage.command, (*stage.params, "runtime"), overrides)
+        refuse_unwritable(stage.made)
         die_with_parent()
         told = stage.name == "evaluate" and EXIT_CODE_FILE in os.environ  # repro prints the verdict at its end
         reporter = ConsoleReporter(show_tables=not (as_json or told))
@@ -320,6 +322,7 @@ def data_show_command(
     model: ModelOption = None,
     template: TemplateOption = None,
     max_length: MaxLengthOption = None,
+    whole: Annotated[bool, typer.Option("--whole", help="Leave nothing out of the middle of a long prompt.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all of it as one JSON object.")] = False,
 ) -> None:
     """Show one row as the conversion reads it and, with --model, as the tokens that the model sees. Writes nothing.
@@ -338,7 +341,7 @@ def data_show_command(
         if as_json:
             typer.echo(json_of(found))
         else:
-            print_row(found)
+            print_row(found, whole=whole)
     if found["left_out"]:
         raise typer.Exit(DataError.exit_code)
 
