@@ -788,6 +788,53 @@ def sample_command(
         typer.echo(json.dumps(figures, ensure_ascii=False))
 
 
+@app.command(
+    "try",
+    rich_help_panel="Measurements",
+    epilog=examples(
+        "dpo-cli try 'Explain in one sentence why the sky is blue.'",
+        "dpo-cli try 'Tell me a story.' --set evaluate.temperature=0.7 --set evaluate.max_new_tokens=64",
+        "dpo-cli try 'Hello!' --system 'You are a pirate.' --model ~/adapters/another",
+    ),
+)
+def try_command(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the user says.")],
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="A system message before the prompt.")
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model",
+            metavar="DIR",
+            help="An adapter for the project's SFT model, or a whole model, in place of models/dpo.",
+        ),
+    ] = None,
+    overrides: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answers as one JSON object.")] = False,
+) -> None:
+    """Try a prompt on the SFT model and on the tuned one, and see both answers side by side. Writes nothing.
+
+    Answers are sampled as evaluate says (temperature, max_new_tokens, seed): the same prompt gives the same answers,
+    another evaluate.seed others.
+    """
+    with errors_as_exit_codes(as_json=as_json):
+        from dpo_cli.core.params import load_params  # here, so that --help does not wait for them
+
+        if not prompt.strip():
+            raise DataError("the prompt is empty; say something, as in: dpo-cli try 'Hello!'")
+        params = load_params(paths.PARAMS, overrides or [])
+        _refuse_unread("try", ("model", "reference", "evaluate", "runtime"), overrides or [])
+        from dpo_cli.cli import try_prompt
+
+        temperature = params.evaluate.temperature
+        found = try_prompt.try_prompt(prompt, system, model, params, ConsoleReporter(show_tables=not as_json))
+        if as_json:
+            typer.echo(json.dumps(try_prompt.as_json(prompt, found, temperature), ensure_ascii=False))
+        else:
+            try_prompt.print_tried(found, temperature)
+
+
 # --- projects -----------------------------------------------------------------------------
 
 

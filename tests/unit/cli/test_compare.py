@@ -288,16 +288,16 @@ def test_a_damaged_file_is_named() -> None:
 
 def test_a_repository_of_another_owner_says_how_to_trust_it(monkeypatch: pytest.MonkeyPatch) -> None:
     stderr = (
-        b"fatal: detected dubious ownership in repository at '/srv/a b'\nTo add an exception for this directory, call:\n"
-        b"\n\tgit config --global --add safe.directory '/srv/a b'\n"
+        b"fatal: detected dubious ownership in repository at '/srv/a b'\nTo add an exception for this directory,"
+        b" call:\n\n\tgit config --global --add safe.directory '/srv/a b'\n"
     )
     done = subprocess.CompletedProcess(["git"], 128, b"", stderr)
     monkeypatch.setattr(experiments.subprocess, "run", lambda *_, **__: done)
     result = run()
     assert result.exit_code == 6
     assert result.stderr.splitlines() == [
-        "dpo-cli: error: git: the repository /srv/a b belongs to another user; if you trust it, run: git config --global"
-        " --add safe.directory '/srv/a b'"
+        "dpo-cli: error: git: the repository /srv/a b belongs to another user; if you trust it, run: git config"
+        " --global --add safe.directory '/srv/a b'"
     ]
 
 
