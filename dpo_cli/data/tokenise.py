@@ -146,7 +146,9 @@ def explain_rejects(tables: Sequence[TokenTable], setting: str, max_length: int)
     reasons = Counter(reject["reason"] for reject in rejects).most_common()
     named = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in reasons)
     remedy = f"; {setting} is {max_length}, raise it to keep long ones" if "over_long" in dict(reasons) else ""
-    return f"{len(rejects)} of {num_rows} rows ({len(rejects) / num_rows:.0%}) are left out: {named}{remedy}"
+    first = {reject["reason"]: reject for reject in reversed(rejects) if reject["reason"] != "over_long"}
+    said = "".join(f"; row {reject['row']} {reject['detail']}" for reject in reversed(first.values()))
+    return f"{len(rejects)} of {num_rows} rows ({len(rejects) / num_rows:.0%}) are left out: {named}{remedy}{said}"
 
 
 def tokenise_row(
