@@ -196,11 +196,11 @@ TOKEN_DETAILS: Mapping[str, str] = {
     ),
     "tools_not_shown": (
         "has tools or calls that the model's chat template does not show: without them it writes the same; take a"
-        " model whose template knows tools, or columns: {tools: ''}"
+        " model whose template knows tools, or set the check to keep to train without them"
     ),
     "reasoning_not_shown": (
         "has reasoning that the model's chat template does not show; take a model whose template does, or"
-        " columns: {reasoning: ''} to train on the answer alone"
+        " set the check to keep to train on the answer alone"
     ),
     "double_bos": "has a prompt that begins with two BOS tokens",
     "double_eos": "has an answer whose text ends with an end token of its own",
