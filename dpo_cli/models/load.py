@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.core.artifacts import write_json
+from dpo_cli.core.environment import importing
 from dpo_cli.core.errors import MachineError, ParamsError
 from dpo_cli.core.params import ModelParams
 from dpo_cli.data.chat import ChatEncoder
@@ -23,7 +24,8 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import: functions do
 
 def quiet_libraries() -> None:
     """Keep the libraries' own bars and notes off the terminal; what matters we say ourselves."""
-    import transformers
+    with importing():
+        import transformers
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -179,8 +181,10 @@ def load_model(folder: Path, machine: Machine, *, quantization: str, trainable: 
     Raises:
         MachineError: It cannot be loaded.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    with importing():  # peft with them: before a model is in memory
+        import peft  # noqa: F401
+        import torch
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     check_model_folder(folder)
     config = load_config(folder)
