@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from dpo_cli.cli.console import ConsoleReporter
 from dpo_cli.cli.exits import errors_as_exit_codes, examples
@@ -31,8 +32,24 @@ _EXIT_CODES = (
     " 130 stopped by you."
 )
 
+
+class _Commands(TyperGroup):
+    """The commands, all of which take ``--model=~/m`` for ``--model ~/m``: shells leave a tilde behind = alone."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read a command line."""
+        return super().parse_args(ctx, [_from_home(argument) for argument in args])
+
+
+def _from_home(argument: str) -> str:
+    option, separator, value = argument.partition("=")
+    is_path = option.startswith("-") and (value == "~" or value.startswith("~/"))
+    return f"{option}{separator}{Path(value).expanduser()}" if is_path else argument
+
+
 app = typer.Typer(
     name="dpo-cli",
+    cls=_Commands,
     help="Tune a language model on preferences with Direct Preference Optimization: offline, versioned, on one GPU.",
     epilog=examples(
         "dpo-cli init mine --sft instructions.json --preferences pairs.jsonl --model ~/models/Qwen2.5-0.5B",

@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import atomic_path, write_text
 from dpo_cli.core.errors import DataError, MachineError
-from dpo_cli.core.params import PreferenceSource, SftSource
+from dpo_cli.core.params import PreferenceSource, ReferenceParams, SftParams, SftSource
 from dpo_cli.core.params_text import EMBEDDED_PRESET, params_yaml
 from dpo_cli.core.pipeline import STAGES, dvc_yaml
 from dpo_cli.core.progress import Reporter
@@ -41,6 +41,8 @@ GITIGNORE = """\
 # made by the pipeline, kept by DVC
 """ + "".join(f"/{path.as_posix()}\n" for stage in STAGES for path in stage.kept_by_dvc)
 
+# Answers are sampled for their divergence and form alone, which need fewer than a win rate does.
+NOBODY_JUDGES = {"evaluate.num_prompts": 64}
 # The embedded model on data of another world: it spells most texts out in bytes, and sees few pairs.
 OWN_SFT_DATA = {"sft.max_length": 2048}
 OWN_PREFERENCES = {
@@ -73,11 +75,11 @@ def create_project(folder: Path, files: ProjectFiles, reporter: Reporter) -> Non
 
     Raises:
         DataError: A given file is missing, or the folder holds a project already.
-        MachineError: The model directory is missing, or git cannot be run.
+        MachineError: The model directory is missing or holds no model that can be tuned, or git cannot be run.
     """
     _check(folder, files)
+    values = _settings(files) | (_model_settings(files.model, reporter) if files.model is not None else {})
     folder.mkdir(parents=True, exist_ok=True)
-    values = _settings(files)
     for (key, rows), (source, target) in zip(
         (("data.sft.path", world.instruction_rows), ("data.preferences.path", world.preference_rows)),
         _raw_files(folder, files),
@@ -137,16 +139,47 @@ def _look_at(path: Path, sections: Sequence[str], reporter: Reporter) -> None:
         )
 
 
+def _model_settings(given: Path, reporter: Reporter) -> dict[str, Any]:
+    """Verify a model directory as stage base does, but for its numbers, and say what its settings must be.
+
+    Raises:
+        MachineError: It cannot be tuned.
+    """
+    # here: they take seconds, and only --model needs them
+    from dpo_cli.models.load import quiet_libraries
+    from dpo_cli.models.verify import verify_template, verify_tokenizer, verify_vocabulary, verify_weights
+
+    quiet_libraries()
+    folder = given.resolve()
+    facts = verify_weights(folder).facts
+    tokenizer = verify_tokenizer(folder)
+    values: dict[str, Any] = {"model.name": folder.name, "runtime.model_path": folder.as_posix()}
+    template = "auto"
+    if not tokenizer.chat_template:
+        template = values["model.chat_template"] = "plain"
+        reporter.say(f"{folder.name} has no chat template: model.chat_template is plain")
+    try:
+        encoder = verify_template(folder, tokenizer, template)
+    except MachineError as error:
+        reporter.warn(f"{error}; do so in params.yaml, before you go on")
+    else:
+        for note in verify_vocabulary(folder, tokenizer, encoder, facts.num_rows):
+            reporter.warn(note)
+    for name, default in (("sft", SftParams().max_length), ("reference", ReferenceParams().max_length)):
+        if facts.context_length is not None and facts.context_length < default:
+            values[f"{name}.max_length"] = facts.context_length
+            reporter.say(f"{folder.name} knows {facts.context_length} positions: {name}.max_length is that")
+    return values
+
+
 def _settings(files: ProjectFiles) -> dict[str, Any]:
     """Settings that differ from their defaults, by dotted path."""
     values: dict[str, Any] = {}
     if files.model is None:
         values |= EMBEDDED_PRESET
-    else:
-        folder = files.model.resolve()
-        values |= {"model.name": folder.name, "runtime.model_path": folder.as_posix()}
     values["evaluate.judge"] = "none" if files.preferences else "world"
     if files.preferences:
+        values |= NOBODY_JUDGES
         for setting in ("opponents", "judge_pairs", "temperatures", "scales"):  # nobody judges
             values.pop(f"evaluate.{setting}", None)
     if files.model is None:
@@ -176,9 +209,6 @@ def _check(folder: Path, files: ProjectFiles) -> None:
             raise DataError(f"{path} is missing; give the file of your data")
     if files.sft is not None and files.preferences is not None and files.sft.name == files.preferences.name:
         raise DataError(f"both files are named {files.sft.name}; they are copied into one folder, so rename one")
-    if files.model is not None and not (files.model / "config.json").is_file():
-        state = "has no config.json" if files.model.is_dir() else "is missing"
-        raise MachineError(f"{files.model} {state}; --model takes the directory of a model in Hugging Face layout")
     for name in ("params.yaml", "dvc.yaml", ".dvc"):
         if (folder / name).exists():
             raise DataError(f"{folder / name} exists already; give a new folder, or delete it first")

@@ -14,9 +14,9 @@ import pyarrow as pa
 
 from dpo_cli.cli.sources import policies_of, project_params
 from dpo_cli.core.errors import DataError, MachineError, ParamsError
-from dpo_cli.core.params import EMBEDDED, DataParams, ReferenceParams, SftParams, SftSource, Source
+from dpo_cli.core.params import EMBEDDED, DataParams, ModelParams, ReferenceParams, SftParams, SftSource, Source
 from dpo_cli.data.blocks import SAMPLED_OUT, BlockPlan, convert_block, examples_file, fit_answers
-from dpo_cli.data.chat import NAMED_TEMPLATES, ChatEncoder
+from dpo_cli.data.chat import NAMED_TEMPLATES, ChatEncoder, Encoding
 from dpo_cli.data.checks import check_preference, check_sft
 from dpo_cli.data.convert import find_files, plan_of
 from dpo_cli.data.formats.base import RowProblem
@@ -25,6 +25,8 @@ from dpo_cli.data.reading.base import Record
 from dpo_cli.data.reading.files import read_records
 from dpo_cli.data.schema import Messages, PreferenceExample, RankingExample, SftExample, content_id
 from dpo_cli.data.splits import is_held_out
+from dpo_cli.data.tokenise import TOKEN_DETAILS
+from dpo_cli.models.folder import holds_weights
 
 AnyExample = SftExample | PreferenceExample | RankingExample
 
@@ -67,9 +69,10 @@ def encoder_of(model: str, template: str | None) -> tuple[Any, ChatEncoder]:
     names = ("auto", *NAMED_TEMPLATES)
     if template is not None and template not in names:
         raise ParamsError(f"--template must be one of {', '.join(names)}, got {template!r}")
-    if template is None:
-        params = project_params()
-        template = params.model.chat_template if params is not None and model != EMBEDDED else "auto"
+    params = project_params()
+    settings = params.model if params is not None and model != EMBEDDED else ModelParams(name=model)
+    if template is not None:
+        settings = settings.model_copy(update={"chat_template": template})
     folder = Path(model).expanduser()
     if model != EMBEDDED and not folder.is_dir():
         raise MachineError(
@@ -77,21 +80,28 @@ def encoder_of(model: str, template: str | None) -> tuple[Any, ChatEncoder]:
         )
     if model != EMBEDDED and not any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES):
         raise MachineError(f"--model {model}: no tokenizer is there, such as tokenizer.json; fetch the whole model")
-    from dpo_cli.models.load import load_tokenizer, quiet_libraries  # here: it takes seconds, and only --model needs it
+    # here: it takes seconds, and only --model needs it
+    from dpo_cli.models.load import quiet_libraries
+    from dpo_cli.models.verify import verify_template, verify_tokenizer, verify_vocabulary, verify_weights
 
     quiet_libraries()
+    num_rows: int | None = None
     if model == EMBEDDED:
         from dpo_cli.models.embedded import build_tokenizer
 
         tokenizer: Any = build_tokenizer()
     else:
-        tokenizer = load_tokenizer(folder)
+        if holds_weights(folder):
+            num_rows = verify_weights(folder).facts.num_rows
+        tokenizer = verify_tokenizer(folder)
     try:
-        return tokenizer, ChatEncoder(tokenizer, template)
+        encoder = verify_template(folder, tokenizer, settings)
     except MachineError as error:
-        raise MachineError(
-            [f"--model {model}: {problem}; here with --template" for problem in error.problems]
-        ) from None
+        raise MachineError([f"{problem}; here with --template" for problem in error.problems]) from None
+    if num_rows is not None:
+        verify_vocabulary(folder, tokenizer, encoder, num_rows)
+        encoder.num_rows = num_rows
+    return tokenizer, encoder
 
 
 def token_view(model: str, template: str | None, max_length: int | None, source: Source) -> TokenView:
@@ -193,6 +203,9 @@ def _describe_view(view: TokenView) -> dict[str, Any]:
         "bos": name(view.tokenizer.bos_token_id),
         "eos": name(view.tokenizer.eos_token_id),
         "end_of_turn": name(view.encoder.end_id),
+        "stops_at": [name(token_id) for token_id in view.encoder.stop_ids],
+        "opener": view.encoder.opener,
+        "warnings": view.encoder.warnings,
     }
 
 
@@ -350,54 +363,49 @@ class _Tokens:
     """The tokens of a prompt and its answers."""
 
     view: TokenView
-    prompt: list[int]
+    prompt: Messages
     messages: Sequence[Messages]
-    answers: Sequence[list[int]]
+    encoding: Encoding
 
     @staticmethod
     def of(view: TokenView, prompt: Messages, answers: Sequence[Messages]) -> _Tokens | RowProblem:
         """Apply the chat template; the problem, where it refuses the messages."""
         try:
-            return _Tokens(
-                view,
-                view.encoder.encode_prompt(prompt),
-                answers,
-                [view.encoder.encode_completion(prompt, answer) for answer in answers],
-            )
+            return _Tokens(view, prompt, answers, view.encoder.encode(prompt, answers))
         except RowProblem as problem:
             return problem
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
         """Counts and texts."""
-        limit = self.view.max_length
+        limit, prompt = self.view.max_length, self.encoding.prompt
         return {
             "max_length": limit,
-            "prompt": {"count": len(self.prompt), "pieces": self._pieces(self.prompt)},
+            "prompt": {"count": len(prompt), "pieces": self._pieces(prompt)},
             "answers": [
                 {
                     "name": name,
                     "count": len(ids),
-                    "with_prompt": len(self.prompt) + len(ids),
-                    "over_long": len(self.prompt) + len(ids) > limit,
+                    "with_prompt": len(prompt) + len(ids),
+                    "over_long": len(prompt) + len(ids) > limit,
                     "pieces": self._pieces(ids),
                 }
-                for name, ids in zip(names, self.answers, strict=True)
+                for name, ids in zip(names, self.encoding.completions, strict=True)
             ],
         }
 
     def judge(self, places: Iterable[int]) -> tuple[dict[str, str], tuple[str, str] | None]:
         """The checks that some of the answers fail, with their policies, and why they are left out, if they are."""
         places = list(places)
-        view, ids = self.view, [self.answers[place] for place in places]
-        found = view.encoder.check_tokens(self.prompt, [self.messages[place] for place in places], ids)
-        longest = len(self.prompt) + max(map(len, ids))
+        view, encoding = self.view, self.encoding.only(places)
+        found = view.encoder.check_tokens(self.prompt, [self.messages[place] for place in places], encoding)
+        longest = len(encoding.prompt) + max(map(len, encoding.completions))
         if longest > view.max_length:
             found = ["over_long", *found]
         failed = {name: view.policies[name] for name in found}
         if "over_long" in failed:
             return failed, ("over_long", f"has {longest} tokens, more than {view.max_length}")
         dropped = next((name for name, policy in failed.items() if policy != "keep"), None)
-        return failed, None if dropped is None else (dropped, f"its tokens fail the check {dropped}")
+        return failed, None if dropped is None else (dropped, TOKEN_DETAILS[dropped])
 
     def _pieces(self, ids: Sequence[int]) -> list[dict[str, Any]]:
         return [

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from dpo_cli.cli.console import open_console
 from dpo_cli.data.formats.base import shown_name
+from dpo_cli.data.schema import TOOLS
 
 _LONG_TEXT, _LONG_LIST, _LONG_ROW = 240, 8, 60
 
@@ -76,6 +77,10 @@ class _Page:
             self._fact(
                 "special", f"BOS {model['bos'] or 'none'}, EOS {model['eos']}; a turn ends with {model['end_of_turn']}"
             )
+            if len(model["stops_at"]) > 1:
+                self._fact("stops at", ", ".join(map(str, model["stops_at"])))
+            for warning in model["warnings"]:
+                self._fact("warning", warning)
         if len(parts) > 1:
             self._fact("parts", str(len(parts)))
         for part in parts:
@@ -93,14 +98,17 @@ class _Page:
         if part["left_out"] and part["part"]:
             self._print_left_out("", part["left_out"])
         self._facts(part)
+        if part["prompt"] and TOOLS in part["prompt"][0]:
+            self._rule("tools", "─", _CONTEXT)
+            self._line(visible(part["prompt"][0][TOOLS]))
         for message in part["prompt"]:
-            self._message(message["role"], message["content"], _CONTEXT)
+            self._message(message["role"], message, _CONTEXT)
         self._boundary("the prompt ends here; what follows are its answers")
         for answer in part["answers"]:
             title = _title_of(answer)
             for message in answer["messages"]:
                 role = "" if message["role"] == "assistant" else f", {message['role']}"
-                self._message(f"{title}{role}", message["content"], _SCORED)
+                self._message(f"{title}{role}", message, _SCORED)
         if "tokens" in part:
             self._tokens(part)
 
@@ -119,12 +127,21 @@ class _Page:
             what = f"LEFT OUT by {dropped['by']}: {dropped['reason']}: {dropped['detail']}" if dropped else failed
             self._fact("", f"{pair['name']}: {what}")
 
-    def _message(self, title: str, content: str, style: str) -> None:
-        self._rule(title, "─", style)
+    def _message(self, title: str, message: Mapping[str, str], style: str) -> None:
+        answers = f" to {message['tool_call_id']}" if "tool_call_id" in message else ""
+        self._rule(f"{title}{answers}{' of ' + message['name'] if 'name' in message else ''}", "─", style)
+        content, calls = message["content"], message.get("tool_calls")
+        if reasoning := message.get("reasoning_content"):
+            self._line("reasoning:", "dim")
+            self._line(visible(reasoning))
+            self._line("answer:", "dim")
         if content.strip():
             self._line(visible(content))
-        else:
+        elif not calls:
             self._line(f"(empty: {content!r})" if content else "(empty)", "dim")
+        if calls:
+            self._line("calls:", "dim")
+            self._line(visible(calls))
 
     # --- tokens -------------------------------------------------------------------------------
 

@@ -112,7 +112,7 @@ class PreferenceSource(Source):
         "Pairs made of K ranked answers: all that are not tied, those of neighbouring ranks, or the best with the"
         " worst.",
     )
-    turns: Literal["last", "first"] = knob(
+    compare: Literal["last", "first"] = knob(
         "last",
         "Of chosen and rejected with several turns each: last takes those that differ in the last answer alone; first"
         " compares the first answers in which they differ, and leaves out what follows.",
@@ -208,6 +208,14 @@ class ModelParams(Section):
     chat_template: Literal["auto", "plain", "chatml", "alpaca"] = knob(
         "auto", "'auto' takes the model's own chat template; a name overrides it, and is needed where it has none."
     )
+    template_options: dict[str, Any] = knob(
+        {}, "What the chat template is told beside the messages: {enable_thinking: false}."
+    )
+    system: Literal["keep", "fold"] = knob(
+        "keep",
+        "keep: system turns go to the chat template as they are; fold: their text goes before the user's turn, for"
+        " templates that take no system turn.",
+    )
     seed: int = knob(0, "Seed of the embedded model's weights and text.", ge=0, le=2**32 - 1)
     pretrain_steps: int = knob(
         900, "Steps for which the embedded model is pretrained.", unit="optimizer steps", ge=1, le=10**6
@@ -278,10 +286,22 @@ class TokenChecks(Section):
 
     over_long: StrictPolicy = knob("drop", "The row has more than max_length tokens; nothing is ever cut off.")
     lost_eos: Policy = knob("drop", "An answer does not end with a token that ends the model's turn.")
+    lost_text: Policy = knob(
+        "drop", "Text of an answer, or of a turn before it, is not among the tokens: the chat template leaves it out."
+    )
+    doubled_opener: Policy = knob("drop", "An answer begins with what the chat template opens before it: <think>.")
+    tools_not_shown: Policy = knob("drop", "The chat template does not show the row's tools or calls.")
+    reasoning_not_shown: Policy = knob("drop", "The chat template does not show the reasoning of an answer.")
     double_bos: Policy = knob(
         "keep", "The prompt begins with two BOS tokens: the template writes one, the text another."
     )
     double_eos: Policy = knob("keep", "An answer's text ends with an end token of its own; one is scored.")
+
+
+class PairTokenChecks(TokenChecks):
+    """The same for rows with several answers."""
+
+    equal_sides: Policy = knob("drop", "Two answers are the same token by token.")
 
 
 class SftParams(TrainingParams):
@@ -321,7 +341,9 @@ class ReferenceParams(Section):
         "Where the data has rankings, score all their answers, as train.loss plackett_luce needs; false: only those"
         " in pairs.",
     )
-    checks: TokenChecks = Field(default_factory=TokenChecks, description="What is done with pairs by their tokens.")
+    checks: PairTokenChecks = Field(
+        default_factory=PairTokenChecks, description="What is done with pairs by their tokens."
+    )
 
 
 class TrainParams(TrainingParams):
@@ -448,6 +470,11 @@ class RuntimeParams(Section):
     )
     checkpoint_minutes: float = knob(
         10.0, "Work that a kill may cost; 0 saves after every step.", unit="minutes", ge=0, le=1e6
+    )
+    tensorboard: bool = knob(
+        False,
+        "Write event files for TensorBoard while sft, train and reward train, below .scratch/tensorboard; needs the"
+        " package tensorboard.",
     )
     model_path: str | None = Field(
         default=None,
@@ -698,8 +725,12 @@ def _idle_columns(params: Params) -> list[str]:
                 found.append(f"{where}.weight has no effect with split eval: only train rows are weighted")
             if source.labels and source.format not in ("auto", "two_outputs"):
                 found.append(f"{where}.labels has no effect with format {source.format}; two_outputs reads it")
-            if isinstance(source, PreferenceSource) and source.turns == "first" and source.format in ("kwise", "oasst"):
-                found.append(f"{where}.turns has no effect with format {source.format}; it has single answers")
+            if (
+                isinstance(source, PreferenceSource)
+                and source.compare == "first"
+                and source.format in ("kwise", "oasst")
+            ):
+                found.append(f"{where}.compare has no effect with format {source.format}; it has single answers")
             if (
                 isinstance(source, PreferenceSource)
                 and source.pairs != "all"
@@ -785,6 +816,12 @@ def _impossible_texts(value: Any, where: str) -> Iterator[str]:
             yield f"{where} holds a name that is longer than the {_LONGEST_NAME} bytes of a file's, got {shown(value)}"
 
 
+_TOLD_ANYWAY = (
+    "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "bos_token", "eos_token",
+    "pad_token", "unk_token",
+)  # fmt: skip
+
+
 def _contradictions(params: Params) -> list[str]:
     """Settings that contradict each other, and settings that were moved from their default for nothing."""
     found: list[str] = []
@@ -794,6 +831,10 @@ def _contradictions(params: Params) -> list[str]:
             found.append("runtime.model_path has no effect with model.name embedded; give the model a name of its own")
         if model.chat_template != "auto":
             found.append("model.chat_template has no effect with model.name embedded; leave it at auto")
+        if model.template_options:
+            found.append(
+                "model.template_options has no effect with model.name embedded, whose chat template reads none"
+            )
     else:
         found += [
             f"model.{name} has no effect with model.name {model.name}; only the embedded model is built here"
@@ -804,6 +845,13 @@ def _contradictions(params: Params) -> list[str]:
             f"data.eval_fraction must be <= {WORLD_HELD_OUT:g} with evaluate.judge world, got"
             f" {params.data.eval_fraction:g}: the embedded model has read the other prompts"
         )
+    for name, value in model.template_options.items():
+        if name in _TOLD_ANYWAY:
+            found.append(f"model.template_options.{name} has no effect: the chat template is told that anyway")
+        elif not name.isidentifier():
+            found.append(f"model.template_options.{name} is no name of a variable in a chat template")
+        elif not isinstance(value, bool | int | float | str):
+            found.append(f"model.template_options.{name} must be true, false, a number or text, got {value!r}")
     found += idle_evaluate_settings(params.evaluate)
     if params.runtime.judge_path is not None and params.evaluate.judge != "hf":
         found.append(f"runtime.judge_path has no effect with evaluate.judge {params.evaluate.judge}; judge hf reads it")

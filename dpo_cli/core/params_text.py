@@ -34,7 +34,7 @@ EMBEDDED_PRESET: dict[str, Any] = {
     "evaluate.temperatures": [0.0, 0.25, 0.5, 0.75, 1.0],
     "evaluate.scales": [0.25, 0.5, 0.75, 1.5],
     "evaluate.max_new_tokens": 48,
-    "runtime.threads": 1,  # so small a model is no faster with more
+    "runtime.threads": 1,  # the same bytes on machines with other numbers of cores
 }
 """What the embedded default sets otherwise than the schema, whose defaults suit a real model."""
 

@@ -1,21 +1,26 @@
 """Chat templates: from messages to the token ids of a prompt and of its completions.
 
 Prompt and completion are rendered by the same template and joined as ids, so the boundary
-between them is exact. The token that ends the model's turn belongs to the
-completion and is scored.
+between them is exact. What the template writes before every answer belongs to the prompt; the
+token that ends the model's turn belongs to the completion and is scored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os.path
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date
+from itertools import pairwise
 from typing import Any, Protocol
 
+import orjson
 from jinja2 import TemplateError
 
-from dpo_cli.core.errors import MachineError
+from dpo_cli.core.errors import MachineError, ParamsError
 from dpo_cli.data.formats.base import RowProblem
-from dpo_cli.data.schema import Messages, assistant, text_of, user
+from dpo_cli.data.schema import TOOLS, Message, Messages, assistant, is_plain, user, with_tools
 
 NAMED_TEMPLATES = {
     "plain": (
@@ -54,6 +59,11 @@ _FIXED_CLOCK = (
 )
 """Put before a template that asks for the time, it answers in place of the clock."""
 
+_STAND_INS = ("alpha", "omega")
+"""Two answers without a common beginning: what a template writes for both before them, it writes before any."""
+_TAG_AT_END = re.compile(r"(<[^<>\s]{1,40}>)\s*$")
+_MARK = re.compile(r"<[^<>\s]{1,40}>")
+
 
 class Tokenizer(Protocol):
     """What is used of a Hugging Face tokenizer."""
@@ -76,23 +86,67 @@ class Tokenizer(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """A prompt with some of its completions, as the model sees them.
+
+    Attributes:
+        prompt: Token ids of the prompt, up to where what is scored begins.
+        completions: Token ids of each completion; the last one ends the turn.
+        prompt_text: The prompt as the template writes it.
+        texts: What the template writes behind the prompt for each completion.
+    """
+
+    prompt: list[int]
+    completions: list[list[int]]
+    prompt_text: str
+    texts: list[str]
+
+    def only(self, places: Sequence[int]) -> Encoding:
+        """The same with some of the completions, by their places."""
+        return Encoding(
+            self.prompt,
+            [self.completions[place] for place in places],
+            self.prompt_text,
+            [self.texts[place] for place in places],
+        )
+
+
 class ChatEncoder:
     """Encodes messages with one tokenizer and one chat template.
 
     Args:
         tokenizer: The model's tokenizer.
         template: ``auto`` for the tokenizer's own template, or a name in NAMED_TEMPLATES.
+        options: What the template is told beside the messages, such as ``{"enable_thinking": False}``.
+        system: ``keep``: system turns are handed to the template; ``fold``: their text goes before
+            the user turn that follows.
+        end_ids: Tokens at which generation stops beside the template's and the tokenizer's.
 
     Attributes:
-        template: The chat template in use.
+        template: The chat template in use, with the options as its defaults and, where the model's
+            own had none, with a generation prompt.
         end_id: The token that ends the model's turn.
+        opener: What the template writes before every answer that has no reasoning, and its
+            generation prompt does not; mostly nothing.
+        warnings: What is odd about template and tokenizer, in whole sentences.
         num_rows: Rows of the model's embedding, where that is known: an id must be below it.
 
     Raises:
-        MachineError: The tokenizer has no EOS token, or no template where ``auto`` asks for it.
+        MachineError: The tokenizer has no EOS token, no template where ``auto`` asks for it, or not
+            the tokens of the named one; or the template cannot take a plain exchange.
+        ParamsError: The template does not read one of the options.
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: str = "auto") -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str = "auto",
+        *,
+        options: Mapping[str, Any] | None = None,
+        system: str = "keep",
+        end_ids: Sequence[int] = (),
+    ) -> None:
         if tokenizer.eos_token_id is None:
             raise MachineError("the model's tokenizer has no EOS token; set eos_token in its tokenizer_config.json")
         own = tokenizer.chat_template
@@ -102,106 +156,288 @@ class ChatEncoder:
                 "the model has no chat template; set model.chat_template to one of " + ", ".join(NAMED_TEMPLATES)
             )
         self._tokenizer = tokenizer
-        self.template = NAMED_TEMPLATES.get(template) or str(own)
-        self._rendered = f"{_FIXED_CLOCK}{self.template}" if "strftime_now" in self.template else self.template
+        self.num_rows: int | None = None
+        self._folds = system == "fold"
+        self._today = {} if "date_string" in (options or {}) else {"date_string": _TODAY.strftime("%d %b %Y")}
+        self._use(_with_options(NAMED_TEMPLATES.get(template) or str(own), options or {}))
+        self.opener = ""
+        self.warnings: list[str] = []
+        if template == "chatml":
+            self._refuse_letters()
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self._special_ids = frozenset(tokenizer.all_special_ids) | {
             token_id for token_id, token in added.items() if token.special
         }
-        self.num_rows: int | None = None
         self.end_id: int = tokenizer.eos_token_id
+        self._stop_ids: frozenset[int] = frozenset()
         self.end_id = self._probe()
+        self._stop_ids = frozenset({self.end_id, int(tokenizer.eos_token_id), *end_ids})
         self._end_texts = tuple(filter(None, (tokenizer.decode([token_id]).strip() for token_id in self.stop_ids)))
 
     @property
     def stop_ids(self) -> list[int]:
-        """Tokens at which generation stops."""
-        return sorted({self.end_id, int(self._tokenizer.eos_token_id)})
+        """Tokens at which generation stops: the template's, the tokenizer's and those that the model names."""
+        return sorted(self._stop_ids)
+
+    # --- what the template is like ------------------------------------------------------------
+
+    def _use(self, template: str) -> None:
+        self.template = template
+        self._rendered = f"{_FIXED_CLOCK}{template}" if "strftime_now" in template else template
+
+    def _refuse_letters(self) -> None:
+        marks = [mark for mark in ("<|im_start|>", "<|im_end|>") if len(self._tokenise(mark)) != 1]
+        if marks:
+            raise MachineError(
+                f"model.chat_template chatml writes {' and '.join(marks)}, which the model's tokenizer does not have as"
+                " tokens: they would be read letter by letter; set it to plain or alpaca"
+            )
 
     def _probe(self) -> int:
-        """Try the template on one short exchange; the token that ends the turn in it."""
+        """Try the template on one short exchange, learn what it writes before an answer, and what ends the turn."""
         question, answer = [user("question")], [assistant("answer")]
         remedy = f"set model.chat_template to one of {', '.join(NAMED_TEMPLATES)}"
         try:
-            text = self._render(question + answer, add_generation_prompt=False)
-            end = self.encode_completion(question, answer)[-1]
+            text = self._render(question + answer)
+            if "question" not in text or "answer" not in text:
+                raise MachineError(f"the model's chat template leaves out what a plain message says; {remedy}")
+            self._learn_opener(question)
+            return self.encode(question, [answer]).completions[0][-1]
         except RowProblem as problem:
             raise MachineError(f"a question and its answer: {problem}; {remedy}") from None
-        if "question" not in text or "answer" not in text:
-            raise MachineError(f"the model's chat template leaves out what a plain message says; {remedy}")
-        return end
+
+    def _learn_opener(self, question: Messages) -> None:
+        head, closing = self._around_answer(question)
+        before = self._render(question, add_generation_prompt=True)
+        # a space before an answer belongs to its first word's token
+        opener = head[len(before) :].rstrip(" ") if head.startswith(before) else ""
+        if opener.strip() and before == self._render(question):
+            self._use(f"{self.template}{{% if add_generation_prompt %}}{{{{ {opener!r} }}}}{{% endif %}}")
+            self.warnings.append(
+                f"the model's chat template has no generation prompt; {opener!r}, which it writes before every answer,"
+                " is taken for it, and written into the template that is saved with the model"
+            )
+        elif opener.strip():
+            self.opener = opener
+            self.warnings.append(
+                f"the model's chat template writes {opener!r} before every answer without reasoning, which its"
+                " generation prompt does not: it counts as part of the prompt, and whoever serves the model must write"
+                " it, too; model.template_options may do that, such as {enable_thinking: false}"
+            )
+        elif before.startswith(head) and before[len(head) :].strip():
+            self.warnings.append(
+                f"the model's chat template ends its generation prompt with {before[len(head) :]!r}, with which its"
+                " answers do not begin: answers that do are trained as they are generated, others begin before it"
+            )
+        for mark in dict.fromkeys(_MARK.findall(closing)):
+            if len(self._tokenise(mark)) != 1:
+                self.warnings.append(
+                    f"the model's chat template ends a turn with {mark}, which its tokenizer does not have as a token:"
+                    " it is read letter by letter"
+                )
+
+    def _around_answer(self, prompt: Messages) -> tuple[str, str]:
+        """What the template writes before and behind any answer to a prompt."""
+        one, other = (self._render([*prompt, assistant(text)]) for text in _STAND_INS)
+        head = os.path.commonprefix([one, other])  # noqa: RUF071 (texts, not paths)
+        return head, one[len(head) :].removeprefix(_STAND_INS[0])
+
+    # --- encoding -----------------------------------------------------------------------------
 
     def encode_prompt(self, prompt: Messages) -> list[int]:
-        """Token ids of a prompt, up to where the model's turn begins.
+        """Token ids of a prompt, up to where an answer begins that has no reasoning.
 
         Raises:
             RowProblem: The template refuses these messages, or makes nothing of them.
         """
-        ids = self._tokenise(self._render(prompt, add_generation_prompt=True))
-        if not ids:
-            raise RowProblem("empty_prompt", "the model's chat template makes no token of the prompt")
-        return ids
+        return self._prompt_ids(self._render(prompt, add_generation_prompt=True) + self.opener)
 
     def encode_completion(self, prompt: Messages, completion: Messages) -> list[int]:
-        """Token ids of a completion of this prompt, with the token that ends the turn.
-
-        Where the template writes the prompt differently once an answer follows, the
-        completion's bare text is taken. Where the ids of both together begin with the prompt's,
-        the rest of them is the completion; else it is tokenised apart.
+        """Token ids of a single completion of this prompt, as :meth:`encode` has them.
 
         Raises:
             RowProblem: The template refuses these messages.
         """
+        return self.encode(prompt, [completion]).completions[0]
+
+    def encode(self, prompt: Messages, completions: Sequence[Messages]) -> Encoding:
+        """Token ids of a prompt and of some completions of it, which share all of the prompt.
+
+        Where the ids of a completion together with the prompt begin with the prompt's, the rest of
+        them is the completion; else it is tokenised apart.
+
+        Raises:
+            RowProblem: The template refuses these messages, or makes nothing of the prompt.
+        """
         before = self._render(prompt, add_generation_prompt=True)
-        whole = self._render(prompt + completion, add_generation_prompt=False)
-        if whole.startswith(before):
-            prompt_ids, ids = self._tokenise(before), self._tokenise(whole)
-            same = ids[: len(prompt_ids)] == prompt_ids
-            ids = ids[len(prompt_ids) :] if same else self._tokenise(whole[len(before) :])
+        wholes = [self._render(prompt + completion) for completion in completions]
+        start = before + self.opener
+        if self.opener and not all(whole.startswith(start) for whole in wholes):
+            start = before
+        if all(whole.startswith(start) for whole in wholes):
+            texts = [whole[len(start) :] for whole in wholes]
         else:
-            ids = self._tokenise(text_of(completion))
+            start, texts = self._part(prompt, completions, before, wholes)
+        ids = self._prompt_ids(start)
+        return Encoding(ids, [self._completion_ids(ids, start, text) for text in texts], start, texts)
+
+    def _part(
+        self, prompt: Messages, completions: Sequence[Messages], before: str, wholes: Sequence[str]
+    ) -> tuple[str, list[str]]:
+        """The prompt and what follows it, where an answer does not simply follow the generation prompt."""
+        head, closing = self._around_answer(prompt)
+        if not before.endswith(" "):
+            head = head.rstrip(" ")  # a space before an answer belongs to its first word's token
+        surplus = before[len(head) :] if before.startswith(head) else ""
+        if surplus.strip():
+            # the generation prompt opens what answers begin with, such as <think>, and the template writes no opener
+            contents = [completion[-1]["content"].lstrip() for completion in completions]
+            if all(content.startswith(surplus.strip()) for content in contents):
+                return before, [_behind(content, surplus) + closing for content in contents]
+            start = head
+        else:
+            # the prompt itself is written otherwise once an answer follows
+            start = before + (self.opener if self.opener and head.endswith(self.opener) else "")
+        return start, [whole[len(os.path.commonprefix([whole, head])) :] for whole in wholes]  # noqa: RUF071
+
+    def _prompt_ids(self, text: str) -> list[int]:
+        ids = self._tokenise(text)
+        if not ids:
+            raise RowProblem("empty_prompt", "the model's chat template makes no token of the prompt")
+        return ids
+
+    def _completion_ids(self, prompt_ids: Sequence[int], prompt: str, text: str) -> list[int]:
+        ids = self._tokenise(prompt + text)
+        ids = ids[len(prompt_ids) :] if ids[: len(prompt_ids)] == prompt_ids else self._tokenise(text)
         end = len(ids)  # of the text: behind it stand only special tokens and white space
         while end and (ids[end - 1] in self._special_ids or not self.decode(ids[end - 1 : end]).strip()):
             end -= 1
-        closing = next((i for i in range(end, len(ids)) if ids[i] in self._special_ids), None)
+        behind = range(end, len(ids))
+        closing = next((place for place in behind if ids[place] in self._stop_ids), None)
+        if closing is None:
+            closing = next((place for place in behind if ids[place] in self._special_ids), None)
         return ids[: closing + 1] if closing is not None else [*ids, self.end_id]
 
-    def check_tokens(
-        self, prompt_ids: Sequence[int], completions: Sequence[Messages], completions_ids: Sequence[Sequence[int]]
-    ) -> list[str]:
+    # --- checks -------------------------------------------------------------------------------
+
+    def check_tokens(self, prompt: Messages, completions: Sequence[Messages], encoding: Encoding) -> list[str]:
         """Names of the checks (:class:`dpo_cli.core.params.TokenChecks`) that a row's tokens fail, but for the length.
 
         Args:
-            prompt_ids: Token ids of the prompt.
+            prompt: The prompt.
             completions: Its answers.
-            completions_ids: Token ids of each answer.
+            encoding: What :meth:`encode` makes of them.
         """
-        found = []
-        bos = self._tokenizer.bos_token_id
-        if bos is not None and list(prompt_ids[:2]) == [bos, bos]:
-            found.append("double_bos")
-        if any(text_of(completion).rstrip().endswith(self._end_texts) for completion in completions):
-            found.append("double_eos")
-        stop_ids = self.stop_ids
-        if any(not ids or ids[-1] not in stop_ids for ids in completions_ids):
+        found = self._hidden(prompt, completions, encoding) if not is_plain(prompt, *completions) else []
+        tag = _TAG_AT_END.search(encoding.prompt_text[-80:])
+        if tag is not None and any(text.lstrip().startswith(tag[1]) for text in encoding.texts):
+            found.append("doubled_opener")
+        ids, unknown = encoding.completions, getattr(self._tokenizer, "unk_token_id", None)
+        if (
+            any(unknown is not None and unknown in each for each in ids)
+            or self._loses_an_answer(completions, encoding)
+            or self._loses_a_turn(prompt, encoding.prompt_text)
+        ):
+            found.append("lost_text")
+        if any(not each or each[-1] not in self._stop_ids for each in ids):
             found.append("lost_eos")
+        if any(one == other for place, one in enumerate(ids) for other in ids[:place]):
+            found.append("equal_sides")
+        bos = self._tokenizer.bos_token_id
+        if bos is not None and encoding.prompt[:2] == [bos, bos]:
+            found.append("double_bos")
+        if any(answer[-1]["content"].rstrip().endswith(self._end_texts) for answer in completions if answer):
+            found.append("double_eos")
         return found
+
+    def _loses_an_answer(self, completions: Sequence[Messages], encoding: Encoding) -> bool:
+        """Whether the template leaves out text of an answer; what it writes at the end of the prompt is not lost."""
+        opened = _TAG_AT_END.search(encoding.prompt_text[-80:])
+        return any(
+            not _holds(f"{opened[1] if opened else ''}{text}", message["content"])
+            for answer, text in zip(completions, encoding.texts, strict=True)
+            for message in answer
+        )
+
+    def _loses_a_turn(self, prompt: Messages, text: str) -> bool:
+        """Whether the template leaves out a turn of the prompt; of earlier answers it may leave out the reasoning."""
+        for place, message in enumerate(prompt):
+            if message["role"] != "assistant" and not _holds(text, message["content"]):
+                other = [*prompt[:place], {**message, "content": "?"}, *prompt[place + 1 :]]
+                if self._looks_alike(other, prompt, add_generation_prompt=True):
+                    return True
+        return False
+
+    def _hidden(self, prompt: Messages, completions: Sequence[Messages], encoding: Encoding) -> list[str]:
+        """Which of tools, calls and reasoning the template does not show: without them it writes the same."""
+        found = []
+        bare = _without(prompt, TOOLS)
+        lists = [(prompt, True), *((prompt + completion, False) for completion in completions)]
+        if (bare != prompt and self._looks_alike(bare, prompt, add_generation_prompt=True)) or any(
+            self._looks_alike(_without(messages, "tool_calls", place), messages, add_generation_prompt=opens)
+            for messages, opens in lists
+            for place, message in enumerate(messages)
+            if "tool_calls" in message
+        ):
+            found.append("tools_not_shown")
+        if any(
+            not _holds(text, message.get("reasoning_content", ""))
+            for completion, text in zip(completions, encoding.texts, strict=True)
+            for message in completion
+        ):
+            found.append("reasoning_not_shown")
+        return found
+
+    def _looks_alike(self, one: Messages, other: Messages, *, add_generation_prompt: bool) -> bool:
+        try:
+            return self._render(one, add_generation_prompt=add_generation_prompt) == self._render(
+                other, add_generation_prompt=add_generation_prompt
+            )
+        except RowProblem:
+            return False
+
+    # --- text ---------------------------------------------------------------------------------
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of token ids, special tokens left out."""
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)
 
-    def _render(self, messages: Messages, *, add_generation_prompt: bool) -> str:
+    def _render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
+        told = _fold_system(messages) if self._folds else messages
         try:
-            return self._tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                chat_template=self._rendered,
-                date_string=_TODAY.strftime("%d %b %Y"),
-            )
+            return self._apply(told, add_generation_prompt)
         except (TemplateError, TypeError, ValueError) as error:
-            raise RowProblem("template_refused", f"the model's chat template refuses it: {error}") from None
+            raise RowProblem(
+                "template_refused", f"the model's chat template refuses it: {error}{self._way_out(told)}"
+            ) from None
+
+    def _apply(self, messages: Messages, add_generation_prompt: bool) -> str:
+        tools: dict[str, Any] = {}
+        if not is_plain(messages):
+            if TOOLS in messages[0]:
+                tools[TOOLS] = orjson.loads(messages[0][TOOLS])
+            messages = [_as_openai(message) for message in messages]
+        return self._tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            chat_template=self._rendered,
+            **self._today,
+            **tools,
+        )
+
+    def _way_out(self, messages: Messages) -> str:
+        """What helps where the template refuses some messages."""
+        roles = [message["role"] for message in messages]
+        if "system" in roles:
+            try:
+                self._apply(_fold_system(messages), add_generation_prompt=False)
+            except (TemplateError, TypeError, ValueError):
+                pass
+            else:
+                return "; say model.system: fold to put the system turn into the user's"
+        twice = next((role for role, after in pairwise(roles) if role == after), None)
+        return f"; two turns of the {twice} follow each other, which can be joined in the file" if twice else ""
 
     def _tokenise(self, text: str) -> list[int]:
         ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -211,3 +447,57 @@ class ChatEncoder:
                 "unknown_token", f"holds {token!r}, token {max(ids)}: the model's embedding has {self.num_rows} rows"
             )
         return ids
+
+
+def _with_options(template: str, options: Mapping[str, Any]) -> str:
+    """A template that takes these values where it is told nothing else."""
+    for name in options:
+        if not re.search(rf"\b{re.escape(name)}\b", template):
+            raise ParamsError(
+                f"params.yaml: model.template_options.{name} has no effect: the model's chat template does not read it"
+            )
+    defaults = "".join(
+        f"{{%- if {name} is not defined -%}}{{%- set {name} = {value!r} -%}}{{%- endif -%}}"
+        for name, value in options.items()
+    )
+    return defaults + template
+
+
+def _fold_system(messages: Messages) -> Messages:
+    """Messages without system turns: their texts stand before the next user turn, with a blank line between."""
+    folded: Messages = []
+    waiting: list[Message] = []
+    for message in messages:
+        if message["role"] == "system":
+            waiting.append(message)
+        elif message["role"] == "user" and waiting:
+            said = "\n\n".join(each["content"] for each in [*waiting, message])
+            folded.append({**message, "content": said})
+            waiting = []
+        else:
+            folded.append(message)
+    folded += [user(message["content"]) for message in waiting]
+    return with_tools(folded, messages[0][TOOLS]) if messages and TOOLS in messages[0] else folded
+
+
+def _as_openai(message: Message) -> dict[str, Any]:
+    told: dict[str, Any] = {name: text for name, text in message.items() if name != TOOLS}
+    return {**told, "tool_calls": orjson.loads(message["tool_calls"])} if "tool_calls" in message else told
+
+
+def _without(messages: Messages, field: str, place: int = 0) -> Messages:
+    """Messages of which one lacks a field."""
+    if not messages or field not in messages[place]:
+        return messages
+    bare = {name: text for name, text in messages[place].items() if name != field}
+    return [*messages[:place], bare, *messages[place + 1 :]]
+
+
+def _behind(content: str, opener: str) -> str:
+    """What an answer says behind an opener that stands before it already."""
+    return content.removeprefix(opener) if content.startswith(opener) else content.removeprefix(opener.strip())
+
+
+def _holds(text: str, part: str) -> bool:
+    """Whether a text holds another, whatever the white space in both."""
+    return part.strip() in text or "".join(part.split()) in "".join(text.split())

@@ -139,7 +139,8 @@ def plan_of(
     reading = Reading(
         roles=source.roles,
         labels={label_text(label): side for label, side in source.labels.items()},
-        turns=getattr(source, "turns", "last"),
+        turns=source.turns if isinstance(source, SftSource) else "last",
+        compare=source.compare if isinstance(source, PreferenceSource) else "last",
         pairs=source.pairs if isinstance(source, PreferenceSource) else "all",
         unwrap=source.unwrap,
     )

@@ -164,23 +164,43 @@ def tokenise_row(
     row = from_table(row)
     prompt = row["prompt"]
     completions = row["completions"] if "completions" in columns else [row[column] for column in columns]
+    encoding = encoder.encode(prompt, completions)
     group = TokenGroup(
         id=row["id"],
         group=row.get("group") or row["id"],
-        prompt=tuple(encoder.encode_prompt(prompt)),
-        completions=tuple(tuple(encoder.encode_completion(prompt, completion)) for completion in completions),
+        prompt=tuple(encoding.prompt),
+        completions=tuple(map(tuple, encoding.completions)),
     )
     if group.longest > max_length:
         raise RowProblem("over_long", f"has {group.longest} tokens, more than {max_length}")
-    found = encoder.check_tokens(group.prompt, completions, group.completions)
+    found = encoder.check_tokens(prompt, completions, encoding)
     for name in found:
         if policies[name] != "keep":
-            raise RowProblem(name, _TOKEN_DETAILS[name])
+            raise RowProblem(name, TOKEN_DETAILS[name])
     return group, found
 
 
-_TOKEN_DETAILS = {
+TOKEN_DETAILS: Mapping[str, str] = {
     "lost_eos": "has an answer that does not end with a token that ends the turn",
+    "lost_text": (
+        "has text that is not among its tokens: the model's chat template leaves it out, as many do with reasoning"
+        " between <think> and </think>, or its tokenizer has no token for it; give reasoning as reasoning_content, or"
+        " set model.chat_template"
+    ),
+    "equal_sides": "has two answers that are the same token by token",
+    "doubled_opener": (
+        "has an answer that begins with what the chat template opens before it, such as <think>; take it out of the"
+        " answer's text"
+    ),
+    "tools_not_shown": (
+        "has tools or calls that the model's chat template does not show: without them it writes the same; take a"
+        " model whose template knows tools, or columns: {tools: ''}"
+    ),
+    "reasoning_not_shown": (
+        "has reasoning that the model's chat template does not show; take a model whose template does, or"
+        " columns: {reasoning: ''} to train on the answer alone"
+    ),
     "double_bos": "has a prompt that begins with two BOS tokens",
     "double_eos": "has an answer whose text ends with an end token of its own",
 }
+"""What a check of tokens says of a row that fails it, and what helps."""

@@ -15,6 +15,8 @@ from dpo_cli.evaluation.flags import flags, judge_quality
 HIGH_KL = 10.0
 HARDLY_MOVED = 0.01
 """KL below which the model is all but the reference, nats a sequence."""
+USUAL_RATE = 1e-4
+"""Default of train.learning_rate: where a model hardly moved, a lower one is the likeliest reason."""
 WELL_FORMED = 0.95
 FORGETS = 1.25
 """Ratio of perplexities on instruction data above which the model has forgotten some of it."""
@@ -74,9 +76,7 @@ def _to_move(metrics: Mapping[str, Any]) -> list[str]:
     training = metrics.get("training")
     if training is None:  # a model of whose training nothing is known
         return ["train longer, or with a higher learning rate"]
-    from dpo_cli.core.params import TrainParams  # here, so that --help and the report do not wait for it
-
-    rate, default = training["learning_rate"], TrainParams.model_fields["learning_rate"].default
+    rate = training["learning_rate"]
     if training["kept_step"] == 0:
         return [f"train.keep best kept its start: lower train.learning_rate, which was {rate:g}"]
     raise_rate = f"raise train.learning_rate, which was {rate:g}"
@@ -84,7 +84,7 @@ def _to_move(metrics: Mapping[str, Any]) -> list[str]:
     steps = f", so {training['num_steps']} steps" if limit == "epochs" and training["num_steps"] else ""
     raise_steps = f"raise train.{limit}, which was {training[limit]:g}{steps}"
     lower_beta = f"lower train.beta, which was {training['beta']:g}"
-    return [*([raise_rate, raise_steps] if rate < default else [raise_steps, raise_rate]), lower_beta]
+    return [*([raise_rate, raise_steps] if rate < USUAL_RATE else [raise_steps, raise_rate]), lower_beta]
 
 
 def _win_rate(metrics: Mapping[str, Any]) -> Finding:

@@ -63,6 +63,7 @@ def describe_model(folder: Path, reporter: Reporter, label: str) -> ModelDescrip
         MachineError: It is no causal language model that can be used, damaged, or gives no finite numbers.
     """
     weights = verify_weights(folder)
+    facts = weights.facts
     tokenizer = verify_tokenizer(folder)
     files = weight_files(folder)
     with reporter.meter(f"{label}: looking for numbers that are none", _size(files), "bytes") as meter:
@@ -77,14 +78,14 @@ def describe_model(folder: Path, reporter: Reporter, label: str) -> ModelDescrip
     if tokenizer.chat_template:
         try:
             encoder = ChatEncoder(tokenizer)
-            notes += verify_vocabulary(folder, tokenizer, encoder, weights.num_rows)
+            notes += verify_vocabulary(folder, tokenizer, encoder, facts.num_rows)
         except MachineError as error:
-            if len(tokenizer) > weights.num_rows:
+            if len(tokenizer) > facts.num_rows:
                 raise
             notes += error.problems
-    elif len(tokenizer) > weights.num_rows:
+    elif len(tokenizer) > facts.num_rows:
         raise MachineError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, and the model's embedding {weights.num_rows} rows;"
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, and the model's embedding {facts.num_rows} rows;"
             " fetch tokenizer and weights of one model"
         )
     if unused := list(weights.unused):
@@ -99,9 +100,9 @@ def describe_model(folder: Path, reporter: Reporter, label: str) -> ModelDescrip
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtypes": sorted(kinds),
         "size_bytes": sum(each["size"] for each in digests.values()),
-        "context_length": weights.context_length,
+        "context_length": facts.context_length,
         "num_tokens": len(tokenizer),
-        "num_embedding_rows": weights.num_rows,
+        "num_embedding_rows": facts.num_rows,
         "special_tokens": _special_tokens(tokenizer),
         "end_tokens": _end_tokens(folder, tokenizer, encoder),
         "chat_template": bool(tokenizer.chat_template),

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from dpo_cli.core import paths
 from dpo_cli.core.errors import MachineError, ParamsError
 from dpo_cli.core.params import EMBEDDED, ModelParams, RuntimeParams
+from dpo_cli.core.text import in_one_line
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LFS_POINTER = b"version https://git-lfs"
@@ -73,7 +74,9 @@ def check_model_folder(folder: Path) -> None:
             Git LFS pointers in place of weights, an adapter, or an index of other files than it holds.
     """
     if not folder.is_dir():
-        raise MachineError(f"model directory {folder} is missing; check runtime.model_path or DPO_MODEL_PATH")
+        raise MachineError(
+            f"model directory {folder} is missing; check the path (runtime.model_path, DPO_MODEL_PATH or --model)"
+        )
     if (folder / _ADAPTER).is_file():
         raise MachineError(
             f"{folder} holds an adapter ({_ADAPTER}); give the directory of a whole model, and the adapter as"
@@ -95,6 +98,12 @@ def check_model_folder(folder: Path) -> None:
             if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
                 raise MachineError(f"{path} is a Git LFS pointer, not weights; fetch them with: git lfs pull")
     weight_files(folder)
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether a directory holds weights of a model, of whatever kind, and not a tokenizer with an adapter at most."""
+    kinds = ("*.safetensors", INDEX, *_PICKLES)
+    return not (folder / _ADAPTER).is_file() and any(next(folder.glob(kind), None) for kind in kinds)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -141,7 +150,7 @@ def read_tensors(files: Collection[Path]) -> dict[str, Tensor]:
                     found[name] = Tensor(path, tuple(part.get_shape()), str(part.get_dtype()))
         except Exception as error:  # its own error, and whatever reading a header of garbage raises
             raise MachineError(
-                f"{path} is damaged or not in safetensors format ({in_one_line(error)}); fetch it again"
+                f"{path} is damaged or not in safetensors format ({words_of(error)}); fetch it again"
             ) from None
     return found
 
@@ -159,7 +168,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise MachineError(f"{path} is nested too deeply; fetch it again") from None
     except ValueError as error:
-        raise MachineError(f"{path} is not JSON ({in_one_line(error)}); fetch it again") from None
+        raise MachineError(f"{path} is not JSON ({words_of(error)}); fetch it again") from None
     if not isinstance(found, dict):
         raise MachineError(f"{path} must hold a JSON object, got {_kind(found)}; fetch it again")
     return found
@@ -168,13 +177,13 @@ def read_object(path: Path) -> dict[str, Any]:
 _LONGEST = 300
 
 
-def in_one_line(error: BaseException) -> str:
-    """What an error of a library says, as one line of bounded length without control characters."""
+def words_of(error: BaseException) -> str:
+    """What an error of a library says, on one line of bounded length."""
     kind = type(error).__name__
     text = " ".join(str(error).split())
     if not text or isinstance(error, LookupError | AttributeError):  # whose words alone say little
         text = f"{kind}: {text}" if text else kind
-    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    text = in_one_line(text)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_cli.core.errors import MachineError
+from dpo_cli.core.artifacts import write_json
+from dpo_cli.core.errors import MachineError, ParamsError
+from dpo_cli.core.params import ModelParams
 from dpo_cli.data.chat import ChatEncoder
+from dpo_cli.data.schema import assistant, user
 from dpo_cli.models.device import Machine
-from dpo_cli.models.folder import check_model_folder, in_one_line
+from dpo_cli.models.folder import check_model_folder, read_object, words_of
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: functions do it that use them
     import torch
@@ -38,10 +42,65 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def save_tokenizer(tokenizer: Any, encoder: ChatEncoder, folder: Path) -> None:
-    """Save a tokenizer with the chat template that was used, so that whoever serves the model uses it too."""
-    tokenizer.chat_template = encoder.template
-    tokenizer.save_pretrained(folder)
+def open_encoder(folder: Path, tokenizer: Any, model: ModelParams | None = None) -> ChatEncoder:
+    """The chat encoder of a model directory, which stops where the model's own settings say, too.
+
+    Args:
+        folder: The directory.
+        tokenizer: Its tokenizer.
+        model: What is set of template and system turns; None: the template is the model's own.
+
+    Raises:
+        MachineError: Tokenizer and chat template cannot be used together.
+        ParamsError: A setting has no effect.
+    """
+    model = model or ModelParams()
+    return ChatEncoder(
+        tokenizer,
+        model.chat_template,
+        options=model.template_options,
+        system=model.system,
+        end_ids=_end_ids(folder),
+    )
+
+
+_GENERATION_CONFIG = "generation_config.json"
+
+
+def _end_ids(folder: Path) -> list[int]:
+    """The end tokens that a model's settings name, those for generation before those of the model."""
+    for name in (_GENERATION_CONFIG, "config.json"):
+        found = read_object(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+        listed = found if isinstance(found, list) else [found]
+        if ids := [token for token in listed if type(token) is int]:
+            return ids
+    return []
+
+
+def save_tokenizer(tokenizer: Any, encoder: ChatEncoder, folder: Path, base: Path) -> None:
+    """Save what whoever serves the model needs to write prompts as in training, and to stop where an answer ends.
+
+    That is the tokenizer with the chat template that was used, its EOS token the one that ends a
+    turn, and the settings for generation with all end tokens.
+
+    Args:
+        tokenizer: The base model's.
+        encoder: Made of it.
+        folder: Where it goes.
+        base: Directory of the base model, whose other settings for generation stay.
+    """
+    served = copy.deepcopy(tokenizer)
+    served.chat_template = encoder.template
+    exchange = [user("question"), assistant("answer")]
+    text = served.apply_chat_template(exchange, tokenize=False)
+    served.eos_token = served.convert_ids_to_tokens(encoder.end_id)
+    if served.apply_chat_template(exchange, tokenize=False) != text:  # it writes the EOS token elsewhere, too
+        served.eos_token = tokenizer.eos_token
+    served.save_pretrained(folder)
+    own = base / _GENERATION_CONFIG
+    settings = read_object(own) if own.is_file() else {}
+    pad = {} if served.pad_token_id is None else {"pad_token_id": served.pad_token_id}
+    write_json(folder / _GENERATION_CONFIG, {**pad, **settings, "eos_token_id": encoder.stop_ids})
 
 
 _CHANGING_ROPE = ("longrope", "dynamic")
@@ -89,12 +148,12 @@ def in_words(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except MachineError:
+    except (MachineError, ParamsError):
         raise
     except BaseException as error:
         # tokenizers is written in Rust, whose panic is no Exception
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise MachineError(f"{what}: {in_one_line(error)}") from error
+            raise MachineError(f"{what}: {words_of(error)}") from error
         raise
 
 

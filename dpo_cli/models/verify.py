@@ -19,6 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from dpo_cli.core.errors import MachineError
+from dpo_cli.core.params import ModelParams
+from dpo_cli.core.text import shown
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.formats.base import RowProblem
 from dpo_cli.data.schema import assistant, user
@@ -31,7 +33,14 @@ from dpo_cli.models.folder import (
     weight_files,
 )
 from dpo_cli.models.identity import ModelFacts
-from dpo_cli.models.load import context_length_of, in_words, load_config, load_tokenizer, own_attention
+from dpo_cli.models.load import (
+    context_length_of,
+    in_words,
+    load_config,
+    load_tokenizer,
+    open_encoder,
+    own_attention,
+)
 
 _IMPORT = "dpo-cli model import SOURCE --out DIR"
 _OBJECTS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -70,20 +79,21 @@ class VerifiedModel:
     notes: tuple[str, ...]
 
 
-def verify_model_folder(folder: Path, chat_template: str = "auto") -> VerifiedModel:
+def verify_model_folder(folder: Path, model: ModelParams | None = None) -> VerifiedModel:
     """Check a model directory: configuration, tensors, tokenizer and chat template; no number is read.
 
     Args:
         folder: The directory.
-        chat_template: ``auto`` for the model's own, or a name in :data:`dpo_cli.data.chat.NAMED_TEMPLATES`.
+        model: What is set of template and system turns; None: the template is the model's own.
 
     Raises:
         MachineError: It cannot be tuned; the message names file, tensor or token.
     """
     weights = verify_weights(folder)
     tokenizer = verify_tokenizer(folder)
-    encoder = verify_template(folder, tokenizer, chat_template)
-    notes = verify_vocabulary(folder, tokenizer, encoder, weights.facts.num_rows)
+    encoder = verify_template(folder, tokenizer, model)
+    notes = [f"{folder}: {warning}" for warning in encoder.warnings]
+    notes += verify_vocabulary(folder, tokenizer, encoder, weights.facts.num_rows)
     if weights.unused:
         names = f"{weights.unused[0]}{f' and {len(weights.unused) - 1} more' if len(weights.unused) > 1 else ''}"
         notes.append(f"{folder}: the weights hold tensors that are no part of the model and are not used: {names}")
@@ -168,7 +178,7 @@ def _refuse_absurd(folder: Path, raw: Mapping[str, Any], tensors: Mapping[str, T
             continue
         values = value if isinstance(value, list) and value and name in _SIZES_OR_LISTS else [value]
         if not all(isinstance(one, int) and not isinstance(one, bool) and one > 0 for one in values):
-            raise MachineError(f"{folder / 'config.json'}: {name} must be a whole number > 0, got {_shown(value)}")
+            raise MachineError(f"{folder / 'config.json'}: {name} must be a whole number > 0, got {shown(value)}")
     for name, value in raw.items():
         if not isinstance(value, int) or isinstance(value, bool):
             continue
@@ -177,7 +187,7 @@ def _refuse_absurd(folder: Path, raw: Mapping[str, Any], tensors: Mapping[str, T
             limit = max(largest, len(tensors))
         if limit is not None and value > limit:
             raise MachineError(
-                f"{folder / 'config.json'}: {name} is {_shown(value)}, but the weights are {len(tensors)} tensors of at"
+                f"{folder / 'config.json'}: {name} is {shown(value)}, but the weights are {len(tensors)} tensors of at"
                 f" most {largest} rows or columns; fetch config.json and weights of one model"
             )
 
@@ -229,11 +239,6 @@ def _refuse_misfits(
         raise MachineError(f"{folder}: {integers[0]} is of dtype {tensors[integers[0]].dtype}; plain floats are needed")
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]} ..."
-
-
 # --- tokenizer and template ---------------------------------------------------------------
 
 
@@ -252,7 +257,7 @@ def verify_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def verify_template(folder: Path, tokenizer: Any, chat_template: str) -> ChatEncoder:
+def verify_template(folder: Path, tokenizer: Any, model: ModelParams | None = None) -> ChatEncoder:
     """The encoder of a tokenizer and a chat template, tried on one exchange.
 
     Raises:
@@ -260,7 +265,7 @@ def verify_template(folder: Path, tokenizer: Any, chat_template: str) -> ChatEnc
     """
     try:
         with in_words("the chat template cannot be used"):
-            return ChatEncoder(tokenizer, chat_template)
+            return open_encoder(folder, tokenizer, model)
     except MachineError as error:
         raise MachineError([f"{folder}: {problem}" for problem in error.problems]) from error
 
@@ -291,12 +296,12 @@ def verify_vocabulary(folder: Path, tokenizer: Any, encoder: ChatEncoder, num_ro
     if reached:
         number, token = reached[0]
         raise MachineError(
-            f"{folder}: the tokenizer's {_shown(token)} has the id {number}, and the model's embedding has {num_rows}"
+            f"{folder}: the tokenizer's {shown(token)} has the id {number}, and the model's embedding has {num_rows}"
             f" rows{more}; fetch tokenizer and weights of one model"
         )
     number, token = beyond[0]
     return [
-        f"{folder}: the model has no row for the special token {_shown(token)} (id {number}, {num_rows} rows){more};"
+        f"{folder}: the model has no row for the special token {shown(token)} (id {number}, {num_rows} rows){more};"
         " rows of data that hold it are left out"
     ]
 

@@ -24,7 +24,7 @@ from dpo_cli.models.adapters import SftResult, read_sft_result
 from dpo_cli.models.device import Machine, prepare_machine
 from dpo_cli.models.folder import base_folder
 from dpo_cli.models.identity import base_digest, library_versions, read_base_lock, refuse_beyond_context, verify_model
-from dpo_cli.models.load import context_length, load_tokenizer
+from dpo_cli.models.load import context_length, load_tokenizer, open_encoder
 from dpo_cli.objectives.ranking import MAX_TIED, Ties
 from dpo_cli.scoring.scorer import ENGINE_VERSION
 
@@ -140,7 +140,7 @@ def open_base(model: ModelParams, runtime: RuntimeParams) -> tuple[Path, ChatEnc
     folder = base_folder(model, runtime)
     verify_model(folder, lock.identity)
     tokenizer = load_tokenizer(folder)
-    encoder = ChatEncoder(tokenizer, model.chat_template)
+    encoder = open_encoder(folder, tokenizer, model)
     encoder.num_rows = lock.facts.num_rows
     return folder, encoder, tokenizer
 

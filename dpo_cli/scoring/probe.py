@@ -145,11 +145,13 @@ def probe_layouts(scorer: Scorer, model: Any, forced: LayoutName | None = None) 
     """Score random groups in each layout until one agrees with one completion at a time.
 
     Raises:
-        MachineError: The forced layout, or every layout, gives other numbers.
+        MachineError: The forced layout, or every layout, gives other numbers, or the model gives none.
     """
     config = scorer.config
     groups = probe_groups(config.vocab_size, _longest_prompt(config))
     alone = torch.stack([_alone(scorer, group) for group in groups])
+    if alone.isnan().any():
+        raise MachineError(f"the model gives NaN as log-probabilities{_spoiled(model)}")
     padded = scorer.score(groups, "padded").logps_BK.cpu()
     noise = (padded - alone).abs().max().item()
     exact = scorer.compute_dtype == torch.float32
@@ -176,6 +178,16 @@ def probe_layouts(scorer: Scorer, model: Any, forced: LayoutName | None = None) 
         "this model's log-probabilities depend on what else is in a batch"
         f" (padded: {refused['padded']}); it cannot be scored"
     )
+
+
+def _spoiled(model: Any) -> str:
+    """Which of a model's parameters is the first that is no number, in words."""
+    for name, parameter in model.named_parameters():
+        state = getattr(parameter, "quant_state", None)  # a 4-bit weight is as its scales are
+        numbers = parameter if state is None else state.absmax
+        if numbers.is_floating_point() and not numbers.isfinite().all():
+            return f": {name} holds NaN or infinity"
+    return ", though its weights are numbers: they are too large for its compute dtype"
 
 
 def _attention_of(scorer: Scorer, layout: LayoutName) -> dict[str, Any]:

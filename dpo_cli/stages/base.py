@@ -94,7 +94,7 @@ def _verify_folder(
     from dpo_cli.models.verify import verify_model_folder, verify_numbers
 
     quiet_libraries()
-    found = verify_model_folder(folder, model.chat_template)
+    found = verify_model_folder(folder, model)
     known = before.files if before is not None else {}
     changed = changed_files(known, identity["files"])
     with reporter.meter("base: looking for NaN and infinity", size, "bytes") as meter:

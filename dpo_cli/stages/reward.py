@@ -111,7 +111,7 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
         metrics = _metrics(knobs, graph, train, held_out, figures, result, layout)
         built = scratch.build_folder()
         save_adapter(model, built, params.model.name)
-        save_tokenizer(graph.tokenizer, graph.encoder, built)
+        save_tokenizer(graph.tokenizer, graph.encoder, built, graph.base)
         write_text(built / "README.md", _model_card(params, graph, metrics))
         write_reward_manifest(built, knobs.loss, provenance)
         publish_folder(built, paths.REWARD_MODEL)

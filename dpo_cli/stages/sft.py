@@ -126,11 +126,10 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
         built = scratch.build_folder()
         if whole:
             model.save_pretrained(str(built))
-            save_tokenizer(tokenizer, encoder, built)
-            files = model_files(built)
         else:
             save_adapter(model, built, params.model.name)
-            files = list[str](ADAPTER_FILES)
+        save_tokenizer(tokenizer, encoder, built, base)
+        files = model_files(built) if whole else list[str](ADAPTER_FILES)
         write_sft_manifest(built, sft.method, files, digest, data)
         publish_folder(built, paths.SFT_MODEL)
         metrics = _metrics(sft, train, held_out, result, layout, peak_memory_gib(machine))

@@ -108,7 +108,7 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
             metrics["eval_kendall_tau"] = result.kept("eval_rewards/kendall_tau")
         built = scratch.build_folder()
         save_adapter(policy, built, params.model.name)
-        save_tokenizer(graph.tokenizer, graph.encoder, built)
+        save_tokenizer(graph.tokenizer, graph.encoder, built, graph.base)
         write_text(built / "README.md", _model_card(params, graph, metrics))
         trained = {"num_steps": result.num_steps, "kept_step": result.kept_step}
         write_json(built / PROVENANCE, provenance | {"trained": trained})

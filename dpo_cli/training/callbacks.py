@@ -1,12 +1,14 @@
-"""Progress, checkpoints by time, and a graceful stop, as callbacks of the training loop."""
+"""Progress, checkpoints by time, a graceful stop, and TensorBoard's files, as callbacks of the training loop."""
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dpo_cli.core.errors import MachineError
 from dpo_cli.core.interrupts import StopRequest
 from dpo_cli.core.progress import Meter
 
@@ -61,3 +63,40 @@ class CheckpointCallback(TrainerCallback):
         elif self._saves and time.monotonic() - self._saved_at >= self._every_s:
             control.should_save = True
             self._saved_at = time.monotonic()
+
+
+class TensorBoardCallback(TrainerCallback):
+    """Writes what is logged as event files.
+
+    Args:
+        folder: Where they go; one of a run that was killed is gone on with.
+        first_step: The step from which this run goes on; what an earlier one wrote of later steps is hidden.
+
+    Raises:
+        MachineError: The package tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise MachineError(
+                "params.yaml: runtime.tensorboard needs the package tensorboard; run: pip install tensorboard, or set"
+                " it to false"
+            ) from None
+        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """One point for each figure of a step, or of the held-out data."""
+        logs: dict[str, float] = kwargs.get("logs") or {}
+        for name in logs if "loss" in logs or "eval_loss" in logs else ():
+            held_out = name.startswith("eval_")
+            self._writer.add_scalar(
+                f"{'eval' if held_out else 'train'}/{name.removeprefix('eval_')}", logs[name], state.global_step
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Nothing more comes."""
+        self._writer.close()

@@ -25,7 +25,7 @@ from dpo_cli.scoring.recompute import (
     measure_kept,
     set_recompute,
 )
-from dpo_cli.training.callbacks import CheckpointCallback, ProgressCallback
+from dpo_cli.training.callbacks import CheckpointCallback, ProgressCallback, TensorBoardCallback
 from dpo_cli.training.checkpoint import (
     BestStepCallback,
     best_step,
@@ -152,6 +152,11 @@ def fit(
         callbacks: list[TrainerCallback] = [ProgressCallback(meter), saver]
         if keeps_best:
             callbacks.append(BestStepCallback(work, named, params, saves=replicas.is_first))
+        first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        if runtime.tensorboard and replicas.is_first:
+            callbacks.append(
+                TensorBoardCallback(work.parents[1] / "tensorboard" / f"{section}-{work.name}", first_step)
+            )
         trainer = GroupTrainer(
             model,
             scorer,
@@ -167,7 +172,6 @@ def fit(
             agreed_stop=agreed_stop,
         )
         begun = time.monotonic()
-        first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
         if checkpoint is None:
             trainer.train()
         elif first_step < plan.num_steps and not out_of_patience(read_history(checkpoint), params.patience):

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 from ruamel.yaml import YAML
 
-from dpo_cli.core.params import DataChecks, PreferenceFormat, SftFormat, TokenChecks, parse_params
+from dpo_cli.core.params import DataChecks, PairTokenChecks, PreferenceFormat, SftFormat, parse_params
 from dpo_cli.data.formats import PREFERENCE_FORMATS, SFT_FORMATS
 from dpo_cli.data.formats.base import Format, Reading, RowProblem
 from dpo_cli.data.formats.detect import RowReader
@@ -72,7 +72,7 @@ def test_every_check_is_explained_with_its_default() -> None:
     rows = re.findall(r"^\| ([a-z_, ]+) \|.*\| (drop|keep) \|$", TEXT, flags=re.MULTILINE)
     documented = {name: policy for names, policy in rows for name in names.split(", ")}
     assert documented == DataChecks().model_dump()
-    assert all(f"`{name}`" in TEXT for name in TokenChecks.model_fields)
+    assert all(f"`{name}`" in TEXT for name in PairTokenChecks.model_fields)
 
 
 def test_other_names_of_fields_are_those_of_the_code() -> None:

@@ -35,8 +35,9 @@ class Reading:
     Attributes:
         roles: Further names of roles, such as ``{"narrator": "system"}``.
         labels: What a label means that names the better of two outputs: ``first``, ``second`` or ``tie``.
-        turns: ``last``: a conversation is one example, its last answer; ``all``: one for each answer. Of pairs:
-            two conversations may differ in their last answers; ``first``: in more, and the first counts.
+        turns: ``last``: a conversation is one example, its last answer; ``all``: one for each answer.
+        compare: ``last``: the two conversations of a pair differ in their last answers alone; ``first``: in more, and
+            the first answer in which they differ counts.
         pairs: Which pairs are made of K ranked answers: ``all``, ``adjacent`` or ``best_vs_worst``.
         unwrap: Whether texts that are conversations, as chat templates render them, become messages.
         in_order: Whether the user says that a list of answers without ranks or scores is in order, best first.
@@ -46,6 +47,7 @@ class Reading:
     roles: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     turns: str = "last"
+    compare: str = "last"
     pairs: str = "all"
     unwrap: bool = False
     in_order: bool = False

@@ -239,7 +239,7 @@ def split_turns(before: Messages, chosen: Messages, rejected: Messages, reading:
     """Prompt, chosen and rejected answer in two conversations that go on from the same messages.
 
     All that both share up to their last messages belongs to the prompt. What follows must be one
-    answer of each; with ``turns: first`` the first one counts, and what follows it is left out: only
+    answer of each; with ``compare: first`` the first one counts, and what follows it is left out: only
     up to there do both answer the same prompt.
 
     Raises:
@@ -252,13 +252,13 @@ def split_turns(before: Messages, chosen: Messages, rejected: Messages, reading:
     longest = max(map(len, sides))
     if longest > 1 and any(side[0]["role"] != "assistant" for side in sides):
         raise RowProblem("diverges_early", "the two sides part in a turn that is no answer")
-    if longest > 1 and reading.turns == "first":
+    if longest > 1 and reading.compare == "first":
         sides = [side[:1] for side in sides]
     elif longest > 1:
         raise RowProblem(
             "diverges_early",
             f"the two sides part before the last answer: {len(sides[0])} and {len(sides[1])} turns follow what they"
-            " share, and DPO compares two answers to one prompt; say turns: first to compare the first answers in"
+            " share, and DPO compares two answers to one prompt; say compare: first to compare the first answers in"
             " which they differ",
         )
     prompt = check_prompt([*before, *chosen[:cut]])

@@ -11,10 +11,11 @@ stream. No damage of one byte loses or repeats rows, and a file that is cut off 
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -49,7 +50,7 @@ def read_columnar(path: Path, file: IO[bytes], head: bytes) -> Iterator[Record]:
             twice = [column for column, count in Counter(batch.schema.names).items() if count > 1]
             if twice:
                 raise DataError(f"{path}: the columns {twice!r} are there twice")
-            for value in _with_texts(batch).to_pylist():
+            for value in _rows(_with_texts(batch)):
                 yield Record(row, None, value)
                 row += 1
     except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError, NotImplementedError, MemoryError) as error:
@@ -97,8 +98,21 @@ def _arrow_file(file: IO[bytes]) -> Iterator[pa.RecordBatch]:
     size = file.seek(0, 2)
     file.seek(-10, 2)
     footer = size - 10 - int.from_bytes(file.read(4), "little")
-    if footer - end > _PADDING:
+    if footer - _behind_dictionaries(file, end) > _PADDING:
         raise ValueError("it has no rows, or some that its footer does not name")
+
+
+def _behind_dictionaries(file: IO[bytes], place: int) -> int:
+    """The place behind the dictionaries that begin here, as polars puts them behind the rows."""
+    while place:
+        file.seek(place)
+        if file.read(4) != ARROW_STREAM or file.read(4) == _END_OF_STREAM[4:]:
+            break
+        file.seek(place)
+        if pa.ipc.read_message(file).type != "dictionary":
+            break
+        place = file.tell()
+    return place
 
 
 def _arrow_stream(file: IO[bytes]) -> Iterator[pa.RecordBatch]:
@@ -127,8 +141,21 @@ def _rows_a_batch(bytes_a_row: int) -> int:
 # --- values -------------------------------------------------------------------------------
 
 
+def _rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """Rows as JSON has them: a map is an object, of equal keys the last one counts."""
+    if not any(_holds_maps(column.type) for column in batch.schema):
+        return batch.to_pylist()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # which says that keys are equal
+        return batch.to_pylist(maps_as_pydicts="lossy")
+
+
+def _holds_maps(of: pa.DataType) -> bool:
+    return pa.types.is_map(of) or any(_holds_maps(of.field(at).type) for at in range(of.num_fields))
+
+
 def _with_texts(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Times and decimals as texts."""
+    """Times and decimals as texts, wherever they lie."""
     target = pa.schema([pa.field(column.name, _text_type(column.type)) for column in batch.schema])
     return batch if target.types == batch.schema.types else batch.cast(target)
 
@@ -141,6 +168,12 @@ def _text_type(of: pa.DataType) -> pa.DataType:
         return pa.list_(of.value_field.with_type(_text_type(of.value_type)))
     if pa.types.is_large_list(of):
         return pa.large_list(of.value_field.with_type(_text_type(of.value_type)))
+    if pa.types.is_fixed_size_list(of):
+        return pa.list_(of.value_field.with_type(_text_type(of.value_type)), of.list_size)
     if pa.types.is_struct(of):
         return pa.struct([field.with_type(_text_type(field.type)) for field in of])
+    if pa.types.is_map(of):
+        return pa.map_(_text_type(of.key_type), of.item_field.with_type(_text_type(of.item_type)))
+    if pa.types.is_dictionary(of) and _text_type(of.value_type) != of.value_type:
+        return _text_type(of.value_type)
     return of

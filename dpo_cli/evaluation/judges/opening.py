@@ -146,9 +146,9 @@ def _learned_rewards(
     groups = []
     for number, some in enumerate(by_prompt.values()):
         messages = some[0].messages
-        answers = [graph.encoder.encode_completion(messages, [assistant(each.text)]) for each in some]
-        prompt = tuple(graph.encoder.encode_prompt(messages))
-        groups.append(TokenGroup(str(number), str(number), prompt, tuple(map(tuple, answers))))
+        encoding = graph.encoder.encode(messages, [[assistant(each.text)] for each in some])
+        answers = tuple(map(tuple, encoding.completions))
+        groups.append(TokenGroup(str(number), str(number), tuple(encoding.prompt), answers))
     found = zip(by_prompt.items(), model.rewards(groups), strict=True)
     known = KnownRewards(
         {

@@ -78,9 +78,11 @@ class RewardModel:
 
     def rewards_of_texts(self, prompt: Messages, texts: Sequence[str]) -> list[float]:
         """The rewards of some answers to a prompt, as texts."""
-        tokens = tuple(self._encoder.encode_prompt(prompt))
-        answers = tuple(tuple(self._encoder.encode_completion(prompt, [assistant(text)])) for text in texts)
-        return self.rewards([TokenGroup("one", "one", tokens, answers)])[0] if texts else []
+        if not texts:
+            return []
+        encoding = self._encoder.encode(prompt, [[assistant(text)] for text in texts])
+        answers = tuple(map(tuple, encoding.completions))
+        return self.rewards([TokenGroup("one", "one", tuple(encoding.prompt), answers)])[0]
 
 
 class KnownRewards:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from dpo_cli.cli.app import app
 from dpo_cli.cli.init import ProjectFiles, create_project
 from dpo_cli.core.errors import DataError, MachineError
 from dpo_cli.core.params import load_params
@@ -47,15 +50,43 @@ def test_files_are_copied_whole_and_named_in_the_settings(
     assert params.train.beta == 0.1
 
 
-def test_a_model_takes_the_defaults_for_real_models(tmp_path: Path, preferences: Path, reporter: Any) -> None:
-    model = tmp_path / "Qwen2.5-0.5B"
-    model.mkdir()
-    (model / "config.json").write_text("{}", encoding="utf-8")
+def test_a_model_takes_the_defaults_for_real_models(
+    tmp_path: Path, tiny_folder: Path, preferences: Path, reporter: Any
+) -> None:
+    model = shutil.copytree(tiny_folder, tmp_path / "Qwen2.5-0.5B")
     create_project(tmp_path / "new", ProjectFiles(preferences=preferences, model=model), reporter)
     params = load_params(tmp_path / "new/params.yaml")
     assert params.model.name == "Qwen2.5-0.5B"
     assert params.runtime.model_path == model.as_posix()
     assert params.train.learning_rate == 1e-4
+    assert (params.evaluate.num_prompts, params.runtime.threads) == (64, None)
+
+
+def test_what_a_model_needs_stands_in_the_settings(tmp_path: Path, tiny_folder: Path, reporter: Any) -> None:
+    model = shutil.copytree(tiny_folder, tmp_path / "base")
+    (model / "chat_template.jinja").unlink()
+    create_project(tmp_path / "new", ProjectFiles(model=model), reporter)
+    params = load_params(tmp_path / "new/params.yaml")
+    assert params.model.chat_template == "plain"
+    assert (params.sft.max_length, params.reference.max_length) == (256, 256), "the model's context"
+    assert "base has no chat template: model.chat_template is plain" in reporter.said
+
+
+def test_a_model_that_cannot_be_tuned_makes_no_project(tmp_path: Path, tiny_folder: Path, reporter: Any) -> None:
+    model = shutil.copytree(tiny_folder, tmp_path / "base")
+    (model / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1000000000}', encoding="utf-8")
+    with pytest.raises(MachineError, match="num_hidden_layers is 1000000000, but the weights are 20 tensors"):
+        create_project(tmp_path / "new", ProjectFiles(model=model), reporter)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_tilde_behind_an_equals_sign_is_the_home_folder(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tiny_folder.parent))
+    made = CliRunner().invoke(app, ["init", str(tmp_path / "new"), f"--model=~/{tiny_folder.name}"])
+    assert made.exit_code == 0, made.output
+    assert load_params(tmp_path / "new/params.yaml").runtime.model_path == tiny_folder.resolve().as_posix()
 
 
 def test_what_a_file_needs_is_said_for_each_section_that_reads_it(tmp_path: Path, sft: Path, reporter: Any) -> None:

@@ -11,13 +11,13 @@ import pytest
 
 from dpo_cli.cli.score_rows import InputRows, read_rows
 from dpo_cli.core.errors import DataError
-from dpo_cli.core.params import Params, PreferenceSource, TokenChecks, parse_params
+from dpo_cli.core.params import PairTokenChecks, Params, PreferenceSource, parse_params
 from dpo_cli.data.chat import ChatEncoder
 
 
 @pytest.fixture
 def graph(tokenizer: Any) -> Any:
-    return SimpleNamespace(encoder=ChatEncoder(tokenizer), max_length=100, policies=TokenChecks().model_dump())
+    return SimpleNamespace(encoder=ChatEncoder(tokenizer), max_length=100, policies=PairTokenChecks().model_dump())
 
 
 def read(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from dpo_cli.cli.app import app
 from dpo_cli.cli.show import TokenView, describe_row
 from dpo_cli.cli.show_page import print_row, visible
 from dpo_cli.core.errors import DataError
-from dpo_cli.core.params import PreferenceSource, SftSource, Source, TokenChecks
+from dpo_cli.core.params import PairTokenChecks, PreferenceSource, SftSource, Source
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.pieces import pieces_of
 from dpo_cli.data.schema import assistant, content_id, user
@@ -25,7 +26,7 @@ PAIR = {"prompt": "2 + 2 =", "chosen": "4", "rejected": "5"}
 
 @pytest.fixture
 def view(tokenizer: Any) -> TokenView:
-    return TokenView("embedded", tokenizer, ChatEncoder(tokenizer), 64, TokenChecks().model_dump())
+    return TokenView("embedded", tokenizer, ChatEncoder(tokenizer), 64, PairTokenChecks().model_dump())
 
 
 def write(folder: Path, *rows: Any, name: str = "rows.jsonl") -> Path:
@@ -371,6 +372,9 @@ def test_json_is_one_object_with_the_tokens(project: Path) -> None:
         "bos": None,
         "eos": "<|end|>",
         "end_of_turn": "<|end|>",
+        "stops_at": ["<|end|>"],
+        "opener": "",
+        "warnings": [],
     }
     assert found["parts"][0]["tokens"]["answers"][0]["pieces"][-1] == {"text": "<|end|>", "ids": [1], "special": True}
     assert found["left_out"][0]["reason"] == "over_long"
@@ -410,6 +414,15 @@ def test_options_that_cannot_be(arguments: list[str], code: int, words: str, pro
     result = run(str(write(project, PAIR)), *arguments)
     assert result.exit_code == code
     assert words in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_model_that_cannot_be_tuned_is_refused(project: Path, tiny_folder: Path) -> None:
+    model = shutil.copytree(tiny_folder, project / "model")
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    result = run(str(write(project, PAIR)), "--model", "model")
+    assert result.exit_code == 6
+    assert "has only pickled weights (pytorch_model.bin)" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 

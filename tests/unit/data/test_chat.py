@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dpo_cli.core.errors import MachineError
-from dpo_cli.data.chat import NAMED_TEMPLATES, ChatEncoder
+from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.formats.base import RowProblem
 from dpo_cli.data.schema import Messages, assistant, user
 
@@ -53,13 +53,6 @@ def test_the_models_own_template_is_taken(tokenizer: Any) -> None:
             "### Instruction:\nAdd 1: 5 cats\n\n### Response:\n",
             "6 cats<|end|>",
         ),
-        (
-            "chatml",
-            "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
-            "<|im_start|>assistant\nHello<|im_end|>\n<|im_start|>user\nAdd 1: 5 cats<|im_end|>\n"
-            "<|im_start|>assistant\n",
-            "6 cats<|im_end|>\n<|end|>",
-        ),
     ],
 )
 def test_a_named_template_overrides_the_models_own(tokenizer: Any, name: str, prompt: str, completion: str) -> None:
@@ -74,7 +67,7 @@ def test_chatml_ends_the_turn_with_its_own_token_where_the_model_has_one(own: An
     assert encoder.stop_ids == sorted([own.eos_token_id, encoder.end_id])
 
 
-@pytest.mark.parametrize("name", ["auto", *NAMED_TEMPLATES])
+@pytest.mark.parametrize("name", ["auto", "plain", "alpaca"])
 @pytest.mark.parametrize("text", ["6 cats", "", " leading", "trailing \n", "两只猫。😀", "<|user|>odd", "a<|end|>b"])
 def test_a_completion_ends_its_turn_exactly_once_and_keeps_its_text(tokenizer: Any, name: str, text: str) -> None:
     encoder = ChatEncoder(tokenizer, name)
@@ -84,8 +77,7 @@ def test_a_completion_ends_its_turn_exactly_once_and_keeps_its_text(tokenizer: A
     if "<|" not in text:
         assert ids.count(encoder.end_id) == 1
         shown = encoder.decode(ids)
-        expected = {"plain": f" {text}", "chatml": f"{text}<|im_end|>\n"}.get(name, text)
-        assert shown == expected
+        assert shown == (f" {text}" if name == "plain" else text)
 
 
 def test_prompt_and_completion_are_tokenised_apart(tokenizer: Any) -> None:
@@ -106,7 +98,7 @@ def test_the_bos_token_stands_once_before_the_prompt(own: Any) -> None:
     assert "<|system|>" not in own.decode(encoder.encode_completion([user("x")], [assistant("6")]))
 
 
-def test_where_an_answer_rewrites_the_prompt_its_bare_text_is_taken(own: Any) -> None:
+def test_where_an_answer_rewrites_the_prompt_its_own_text_is_taken(own: Any) -> None:
     own.chat_template = (
         "{% for m in messages %}{{ '<|user|>' + m.content + '<|end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>think' }}{% endif %}"

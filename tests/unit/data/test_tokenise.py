@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_cli.core.errors import DataError, StaleArtifactError
-from dpo_cli.core.params import TokenChecks
+from dpo_cli.core.params import PairTokenChecks
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.schema import (
     PREFERENCE_SCHEMA,
@@ -24,7 +24,7 @@ from dpo_cli.data.schema import (
 from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_found, explain_rejects, tokenise_table
 
 REMEDY = "run: dpo-cli convert-sft"
-POLICIES = TokenChecks().model_dump()
+POLICIES = PairTokenChecks().model_dump()
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from dpo_cli.core.params import TrainParams
 from dpo_cli.evaluation.findings import Finding
-from dpo_cli.evaluation.verdict import FEWEST, HARDLY_MOVED, HIGH_KL, WELL_FORMED, headline, verdict
+from dpo_cli.evaluation.verdict import FEWEST, HARDLY_MOVED, HIGH_KL, USUAL_RATE, WELL_FORMED, headline, verdict
 
 METRICS: dict[str, Any] = {
     "win_rate": 0.75,
@@ -197,6 +198,7 @@ TRAINING = {
 def test_a_model_that_hardly_moved_is_told_which_setting_to_change(
     changes: dict[str, Any], first: str, meaning: str
 ) -> None:
+    assert TrainParams().learning_rate == USUAL_RATE
     moved = {"kl": HARDLY_MOVED / 2, "training": TRAINING | changes}
     assert headline(METRICS | moved) == (f"The tuned model is all but the SFT model: it hardly moved; {first}.", "warn")
     assert meaning in finding("KL from the reference", **moved).meaning

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from dpo_cli.core.errors import MachineError
+from dpo_cli.core.params import ModelParams
 from dpo_cli.models.verify import verify_model_folder, verify_numbers
 
 
@@ -250,4 +251,6 @@ def test_other_files_of_garbage_are_named(folder: Path, name: str, text: str) ->
 def test_a_template_that_renders_nothing_is_refused_with_the_way_out(folder: Path, template: str) -> None:
     (folder / "chat_template.jinja").write_text(template)
     refusal(folder)
-    assert verify_model_folder(folder, "plain").encoder.template.startswith("{{ bos_token")
+    assert verify_model_folder(folder, ModelParams(name="own", chat_template="plain")).encoder.template.startswith(
+        "{{ bos_token"
+    )

@@ -525,3 +525,11 @@ def test_the_probe_stays_within_the_positions_that_a_model_knows(
     assert longest <= 600
     if window in (8, 300) and limit > window + 50:
         assert longest > window
+
+
+def test_a_model_that_gives_nan_is_refused_with_the_tensor(make_llama: Callable[..., Any]) -> None:
+    model = make_llama(100)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(MachineError, match=r"gives NaN .*: model.layers.1.mlp.up_proj.weight holds NaN or infinity"):
+        probe_layouts(Scorer(model, torch.float32, "padded", None), model)

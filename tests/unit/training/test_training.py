@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -356,6 +357,41 @@ def test_keep_best_needs_a_step_to_choose(
         ParamsError, match=r"train\.keep best has nothing to choose from: of 24 steps none but the last"
     ):
         run_dpo(policy(), pairs, tmp_path, cpu, reporter, knobs=knobs)
+
+
+# --- TensorBoard --------------------------------------------------------------------------
+
+
+def test_event_files_hold_every_step_once_after_a_kill(
+    policy: Callable[[], Any], pairs: Any, tmp_path: Path, cpu: Any, make_reporter: Any
+) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+    class Killed(BaseException):
+        pass
+
+    def kill(done: int) -> None:
+        if done == 4:
+            raise Killed
+
+    work = tmp_path / "train" / "fingerprint"
+    runtime = RuntimeParams(checkpoint_minutes=0.0, tensorboard=True)
+    with pytest.raises(Killed):
+        run_dpo(policy(), pairs, work, cpu, make_reporter(kill), runtime)
+    fitted = run_dpo(policy(), pairs, work, cpu, make_reporter(), runtime)
+    found = accumulator.EventAccumulator(str(tmp_path / "tensorboard" / "train-fingerprint"))
+    found.Reload()
+    assert [event.step for event in found.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.value for event in found.Scalars("train/loss")] == pytest.approx(losses(fitted))
+    assert {event.step: event.value for event in found.Scalars("eval/loss")} == pytest.approx(held_out_losses(fitted))
+
+
+def test_without_the_package_event_files_are_refused(
+    policy: Callable[[], Any], pairs: Any, tmp_path: Path, cpu: Any, reporter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(MachineError, match=r"runtime\.tensorboard needs the package tensorboard; run: pip install"):
+        run_dpo(policy(), pairs, tmp_path / "train" / "x", cpu, reporter, RuntimeParams(tensorboard=True))
 
 
 # --- settings -----------------------------------------------------------------------------

@@ -174,6 +174,20 @@ def test_a_path_that_no_row_has_is_refused(columns: dict[str, str], message: str
         ([], "f: it has no rows"),
         ([5, "a"], "f: its rows must be JSON objects, got a number"),
         ([["q", "a", "b"]], "f: its rows must be JSON objects, got a list of 3"),
+        (['{"prompt": "q"}'], "got text; they are such objects as text, so decode them once more (json.loads)"),
+        (
+            [{"prompt": ["q", "r"], "chosen": ["a", "b"], "rejected": ["c", "d"]}],
+            "it is one object with a list for each",
+        ),
+        ([{"prompt": {"0": "q"}, "chosen": {"0": "a"}}], "it is one object with an object for each column; write one"),
+        (
+            [{"columns": ["prompt"], "index": [0], "data": [["q"]]}],
+            "it is one object with a table in it, columns and data",
+        ),
+        (
+            [{"id1": {"prompt": "q", "chosen": "a"}, "id2": {"prompt": "r", "chosen": "b"}}],
+            "a row under each name; write",
+        ),
         ([{}], "its first row has no fields"),
         ([{"prompt": "q", "chosen": "a"}], "pairs comes next to it, which needs rejected, too"),
         (

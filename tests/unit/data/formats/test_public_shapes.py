@@ -386,7 +386,7 @@ REFUSED_ROWS = {
         },
         "diverges_early",
         "the two sides part before the last answer: 3 and 3 turns follow what they share, and DPO compares two answers"
-        " to one prompt; say turns: first to compare the first answers in which they differ",
+        " to one prompt; say compare: first to compare the first answers in which they differ",
     ),
     "WebGPT comparisons": (
         {"question": {"id": "x", "full_text": "q"}, "answer_0": "a", "score_0": 0, "answer_1": "b", "score_1": 1},
@@ -402,7 +402,7 @@ REFUSED_ROWS = {
         {"conversation_a": [Q, A, Q, A], "conversation_b": [Q, B, Q, B], "winner": "model_a"},
         "diverges_early",
         "the two sides part before the last answer: 3 and 3 turns follow what they share, and DPO compares two answers"
-        " to one prompt; say turns: first to compare the first answers in which they differ",
+        " to one prompt; say compare: first to compare the first answers in which they differ",
     ),
 }
 

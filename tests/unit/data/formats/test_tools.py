@@ -161,5 +161,5 @@ def test_of_several_turns_that_differ_the_first_counts_where_one_says_so(auto: C
     row = {"prompt": [Q], "chosen": [CALLED, {"role": "tool", "content": "r"}, A], "rejected": [B]}
     (problem,) = auto(row).found
     assert problem.reason == "diverges_early"
-    assert "say turns: first" in problem.detail
-    assert auto(row, turns="first").found == [PreferenceExample([Q], [CALLED], [B])]
+    assert "say compare: first" in problem.detail
+    assert auto(row, compare="first").found == [PreferenceExample([Q], [CALLED], [B])]

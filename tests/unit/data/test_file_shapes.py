@@ -1,0 +1,219 @@
+"""The same pairs in files of many shapes: all are read, none is changed, and what nobody read is named."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dpo_cli.core.params import DataChecks, PreferenceSource
+from dpo_cli.data.account import SPLITS
+from dpo_cli.data.convert import convert
+from dpo_cli.data.schema import assistant, user
+
+TEXTS = [(f"q{number}: äö\n“中文” 😀", f'yes {number}, "so"', f"no; {number}\tx") for number in range(12)]
+PLAIN = [{"id": at, "prompt": q, "chosen": a, "rejected": b} for at, (q, a, b) in enumerate(TEXTS)]
+TURNS = [{"id": at, "messages": [user(q), assistant(a)], "rejected_response": b} for at, (q, a, b) in enumerate(TEXTS)]
+ID = {"id": 12}
+"""What nobody reads: an id in each of the rows."""
+
+
+def lines(rows: Sequence[Any], end: str = "\n", **options: Any) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False, **options) + end for row in rows).encode()
+
+
+def table(rows: Sequence[dict[str, Any]], delimiter: str = ",", quoting: Any = csv.QUOTE_MINIMAL) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), delimiter=delimiter, quoting=quoting)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def parquet(rows: pa.Table) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(rows, file, row_group_size=5)
+    return file.getvalue()
+
+
+def polars(rows: pl.DataFrame, write: Callable[[pl.DataFrame, io.BytesIO], Any]) -> bytes:
+    file = io.BytesIO()
+    write(rows, file)
+    return file.getvalue()
+
+
+def stream(rows: pa.Table) -> bytes:
+    file = io.BytesIO()
+    with pa.ipc.new_stream(file, rows.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_table(rows, max_chunksize=5)
+    return file.getvalue()
+
+
+def zstd(data: bytes) -> bytes:
+    return pa.compress(data, codec="zstd", asbytes=True)
+
+
+def chatml(question: str, answer: str = "") -> str:
+    asked = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    return f"{asked}{answer}<|im_end|>\n" if answer else asked
+
+
+TURN_MAP = pa.list_(pa.map_(pa.string(), pa.string()))
+CHOICES = pl.Enum([a for _, a, _ in TEXTS])
+VIEWS = pa.schema(
+    [("id", pa.uint64()), ("prompt", pa.string_view()), ("chosen", pa.large_string()), ("rejected", pa.string())]
+)
+MAPPED = {"columns": {"prompt": "meta.ask", "chosen": "answers.0.text", "rejected": "answers.1.text"}}
+
+SHAPES: dict[str, tuple[bytes, dict[str, Any], dict[str, int]]] = {
+    "lines, byte order mark, CRLF, empty lines": (b"\xef\xbb\xbf\r\n" + lines(PLAIN, "\r\n\r\n \r\n"), {}, ID),
+    "objects over several lines, gzip": (gzip.compress(lines(PLAIN, "", indent=2)), {}, ID),
+    "objects one behind another in one line": (lines(PLAIN, " "), {}, ID),
+    "an indented array, Zstandard": (zstd(json.dumps(PLAIN, indent=1).encode()), {}, ID),
+    "a list deep in an object": (
+        json.dumps({"v": 1, "data": {"train": PLAIN, "n": [[]]}}, indent=1).encode(),
+        {"records": "data.train"},
+        ID,
+    ),
+    "a list in each line": (lines([{"rows": PLAIN[:5]}, {"rows": []}, {"rows": PLAIN[5:]}]), {"records": "rows"}, ID),
+    "equal names, of which the last one counts": (lines(PLAIN).replace(b'{"id"', b'{"chosen": "old", "id"'), {}, ID),
+    "NaN, Infinity and numbers without end": (
+        lines([row | {"a": float("nan"), "b": float("-inf"), "c": 10**40, "d": -0.0} for row in PLAIN]),
+        {},
+        dict.fromkeys(("id", "a", "b", "c", "d"), 12),
+    ),
+    "columns of which few rows have something": (
+        lines([row | {"note": "n" if row["id"] < 3 else None, "tags": [], "x": {}} for row in PLAIN]),
+        {},
+        ID | {"note": 3},
+    ),
+    "CSV, all quoted, with line ends within": (table(PLAIN, quoting=csv.QUOTE_ALL), {}, ID),
+    "CSV with semicolons": (table(PLAIN, ";"), {}, ID),
+    "TSV": (table(PLAIN, "\t"), {}, ID),
+    "CSV with messages as JSON": (
+        table(
+            [
+                {
+                    "id": row["id"],
+                    "chosen": json.dumps(row["messages"]),
+                    "rejected": json.dumps([row["messages"][0], assistant(row["rejected_response"])]),
+                }
+                for row in TURNS
+            ]
+        ),
+        {},
+        ID,
+    ),
+    "parquet with structs in lists": (parquet(pa.Table.from_pylist(TURNS)), {}, ID),
+    "parquet with maps in lists": (
+        parquet(
+            pa.table(
+                {
+                    "id": range(12),
+                    "messages": pa.array([[list(turn.items()) for turn in row["messages"]] for row in TURNS], TURN_MAP),
+                    "rejected_response": [row["rejected_response"] for row in TURNS],
+                }
+            )
+        ),
+        {},
+        ID,
+    ),
+    "parquet with a struct of which a part is read": (
+        parquet(
+            pa.Table.from_pylist(
+                [
+                    {"meta": {"ask": q, "lang": "de"}, "answers": [{"text": a, "by": "m"}, {"text": b, "by": "n"}]}
+                    for q, a, b in TEXTS
+                ]
+            )
+        ),
+        MAPPED,
+        {"meta.lang": 12},
+    ),
+    "parquet with dictionaries": (
+        parquet(pa.table({name: pa.array([row[name] for row in PLAIN]).dictionary_encode() for name in PLAIN[0]})),
+        {},
+        ID,
+    ),
+    "Arrow stream, compressed, with views and large texts": (stream(pa.Table.from_pylist(PLAIN, VIEWS)), {}, ID),
+    "Arrow by polars, with an enum and a category": (
+        polars(
+            pl.DataFrame(PLAIN, schema_overrides={"chosen": CHOICES, "rejected": pl.Categorical}),
+            pl.DataFrame.write_ipc,
+        ),
+        {},
+        ID,
+    ),
+    "parquet by polars, with times and decimals": (
+        polars(
+            pl.DataFrame(PLAIN).with_columns(
+                at=pl.lit("2024-01-02").str.to_date(), cost=pl.lit("1.50").str.to_decimal(scale=2)
+            ),
+            pl.DataFrame.write_parquet,
+        ),
+        {},
+        ID | {"at": 12, "cost": 12},
+    ),
+    "two outputs with a column for each winner": (
+        lines(
+            [
+                {
+                    "prompt": json.dumps([q]),
+                    "response_a": json.dumps([b]),
+                    "response_b": json.dumps([a]),
+                    "winner_model_a": 0,
+                    "winner_model_b": 1,
+                    "winner_tie": 0,
+                    "model_a": "m",
+                }
+                for q, a, b in TEXTS
+            ]
+        ),
+        {},
+        {"model_a": 12},
+    ),
+    "texts that ChatML has rendered": (
+        lines([{"chosen": chatml(q, a), "rejected": chatml(q, b)} for q, a, b in TEXTS]),
+        {"unwrap": True},
+        {},
+    ),
+    "transcripts with single line ends": (
+        lines(
+            [{"chosen": f"Human: {q}\nAssistant: {a}", "rejected": f"Human: {q}\nAssistant: {b}"} for q, a, b in TEXTS]
+        ),
+        {},
+        {},
+    ),
+    "a question and its answer as one turn": (
+        lines([{"conversation": [{"human": q, "assistant": None}], "chosen": a, "rejected": b} for q, a, b in TEXTS]),
+        {},
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_pairs_of_a_file_are_all_read_and_its_other_columns_named(shape: str, tmp_path: Path) -> None:
+    data, settings, unread = SHAPES[shape]
+    path = tmp_path / "rows"
+    path.write_bytes(data)
+    for name in ("work", "out"):
+        (tmp_path / name).mkdir()
+    source = PreferenceSource(path=str(path), **settings)
+    policies = DataChecks().model_dump()
+    report = convert([source], policies, 0.5, tmp_path / "work", tmp_path / "out", tmp_path / "rejects")
+    assert report.num_read == report.num_used == 12
+    assert dict(report.files[0].unread) == unread
+    rows = [row for split in SPLITS for row in pl.read_parquet(tmp_path / "out" / f"{split}.parquet").to_dicts()]
+    pairs = {tuple(row[name][0]["content"] for name in ("prompt", "chosen", "rejected")) for row in rows}
+    assert pairs == set(TEXTS)
+    assert {len(row["prompt"]) for row in rows} == {1}
