@@ -103,6 +103,15 @@ def read_json(path: Path, remedy: str) -> Any:
         raise StaleArtifactError(f"{path} is damaged ({error}); {remedy}") from None
 
 
+def give_usual_mode(path: Path) -> None:
+    """Give a file or folder the mode that open() and mkdir() give: safetensors writes files that only we can read."""
+    if path.is_symlink():
+        return
+    umask = os.umask(0o077)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
 def publish_folder(built: Path, place: Path) -> None:
     """Move a finished folder onto its place; what stood there goes only when the new one is in.
 
@@ -113,6 +122,8 @@ def publish_folder(built: Path, place: Path) -> None:
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     shutil.move(built, new)
+    for path in (new, *new.rglob("*")):
+        give_usual_mode(path)
     if place.exists():
         os.replace(place, old)
     os.replace(new, place)

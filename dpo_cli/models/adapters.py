@@ -8,7 +8,9 @@ with a new one whose update is zero.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_files, digest_json, read_json, write_json
-from dpo_cli.core.errors import MachineError, StaleArtifactError
+from dpo_cli.core.errors import MachineError, ParamsError, StaleArtifactError
 from dpo_cli.core.params import LoraParams
+from dpo_cli.core.text import shown
 from dpo_cli.models.device import Machine
 from dpo_cli.models.load import keep_weights_unpacked, load_model
 
@@ -30,7 +33,9 @@ _SFT_REMEDY = "run: dpo-cli sft"
 POLICY, REFERENCE = "default", "reference"
 
 
-def add_adapter(model: Any, lora: LoraParams, seed: int, task: str = "CAUSAL_LM") -> PeftModel:
+def add_adapter(
+    model: Any, lora: LoraParams, seed: int, task: str = "CAUSAL_LM", setting: str = "sft.lora"
+) -> PeftModel:
     """Put a fresh LoRA adapter with a zero update on a model (Hu et al. 2021, section 4.1).
 
     Args:
@@ -38,9 +43,11 @@ def add_adapter(model: Any, lora: LoraParams, seed: int, task: str = "CAUSAL_LM"
         lora: Its shape.
         seed: Of its start.
         task: PEFT's name for what it is for; with SEQ_CLS the head named ``score`` is trained and saved with it.
+        setting: Where its shape stands in params.yaml, for messages.
 
     Raises:
-        MachineError: The model has no layer of the named kind.
+        ParamsError: The model has no layer of a given name, or one that another layer shares its weights with.
+        MachineError: PEFT cannot put it on the model.
     """
     import torch
     from peft import LoraConfig, TaskType, get_peft_model
@@ -48,6 +55,7 @@ def add_adapter(model: Any, lora: LoraParams, seed: int, task: str = "CAUSAL_LM"
     from dpo_cli.models.lora import use_short_layers
 
     names = lora.target_modules
+    refuse_targets(names, *adaptable_layers(model), setting)
     torch.manual_seed(seed)
     config = use_short_layers(
         LoraConfig(
@@ -64,6 +72,67 @@ def add_adapter(model: Any, lora: LoraParams, seed: int, task: str = "CAUSAL_LM"
         return get_peft_model(model, config)  # type: ignore[return-value]
     except ValueError as error:
         raise MachineError(f"the adapter does not fit the model: {str(error).splitlines()[0]}") from error
+
+
+def adaptable_layers(model: Any) -> tuple[list[str], list[str]]:
+    """Names of the layers that can have an adapter, and of those among them that share their weights."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    modules = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding | Conv1D)
+    }
+    uses = Counter(id(module.weight) for module in modules.values())
+    return [*modules], [name for name, module in modules.items() if uses[id(module.weight)] > 1]
+
+
+def refuse_targets(names: Sequence[str], layers: Sequence[str], tied: Sequence[str], setting: str) -> None:
+    """Refuse names of layers that would be passed over, or that cannot be merged.
+
+    Args:
+        names: Those to have an adapter; each stands for all layers of that name, or whose name ends with it.
+        layers: All that can have one.
+        tied: Those among them that share their weights.
+        setting: Where the names stand in params.yaml.
+
+    Raises:
+        ParamsError: With the names there are.
+    """
+    where = f"params.yaml: {setting}.target_modules"
+    if list(names) == ["all-linear"]:
+        return
+    if "all-linear" in names:
+        raise ParamsError(f"{where}: all-linear stands for every linear layer but the head; drop the other names")
+    found = {name: [layer for layer in layers if f".{layer}".endswith(f".{name}")] for name in names}
+    if unknown := [name for name, matching in found.items() if not matching]:
+        known = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
+        raise ParamsError([f"{where}: the model has no layer {shown(name)}; there are {known}" for name in unknown])
+    for name, matching in found.items():
+        if shared := [layer for layer in matching if layer in tied]:
+            raise ParamsError(
+                f"{where}: {name} shares its weights with another layer ({', '.join(sorted(tied))}): merging the"
+                f" adapter into {shared[0]} would change that one, too, and move log-probabilities; leave it out"
+            )
+
+
+def without_numbers(layer: str) -> str:
+    """A layer's name with ``*`` for numbers, so that one stands for all of its kind."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", layer)
+
+
+def adapter_size(model: Any) -> dict[str, Any]:
+    """How much of a model is trained, as metrics: parameters, and layers with an adapter where there is one."""
+    from peft.tuners.lora import LoraLayer
+
+    adapted = sum(isinstance(module, LoraLayer) for module in model.modules())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return ({"num_adapted_layers": adapted} if adapted else {}) | {"num_trained_parameters": trained}
+
+
+def size_in_words(metrics: Mapping[str, Any]) -> str:
+    """The same for a table."""
+    trained = f"{metrics['num_trained_parameters']:,} parameters"
+    return f"{trained} in {metrics['num_adapted_layers']} layers" if "num_adapted_layers" in metrics else trained
 
 
 def save_adapter(model: PeftModel, folder: Path, base_name: str) -> None:
@@ -147,7 +216,11 @@ def load_policy_at_start(
 ) -> PeftModel:
     """The policy before its first step: equal to the reference, its adapter trainable."""
     model = load_backbone(base, sft, machine, quantization)
-    policy = load_adapter(model, paths.SFT_MODEL, trainable=True) if sft.has_adapter else add_adapter(model, lora, seed)
+    policy = (
+        load_adapter(model, paths.SFT_MODEL, trainable=True)
+        if sft.has_adapter
+        else add_adapter(model, lora, seed, setting="train.lora")
+    )
     keep_weights_unpacked(policy)
     return policy
 

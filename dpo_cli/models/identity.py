@@ -61,12 +61,14 @@ class ModelFacts:
     Attributes:
         context_length: The longest sequence it knows positions for, tokens; None where it does not say.
         num_rows: Rows of its embedding: token ids are below it.
-        linear_layers: Names of its linear layers, numbers of layers as ``*``.
+        layers: Names of the layers that can have an adapter, numbers as ``*``.
+        tied_layers: Those among them that share their weights.
     """
 
     context_length: int | None
     num_rows: int
-    linear_layers: list[str]
+    layers: list[str]
+    tied_layers: list[str]
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def read_base_lock() -> BaseLock:
             if Path(name).name != name or not isinstance(entry["size"], int) or not isinstance(entry["sha256"], str):
                 raise ValueError(name)
         is_sound = isinstance(facts.num_rows, int) and isinstance(facts.context_length, int | None)
-        if not is_sound or not all(isinstance(name, str) for name in facts.linear_layers):
+        if not is_sound or not all(isinstance(name, str) for name in (*facts.layers, *facts.tied_layers)):
             raise ValueError("facts")
     except (KeyError, TypeError, ValueError, AttributeError):
         raise StaleArtifactError(f"{path} is damaged, or of another version of dpo-cli; {_BASE_REMEDY}") from None

@@ -32,7 +32,9 @@ def load_reward_model_at_start(
 ) -> PeftModel:
     """The reward model before its first step; adapter and head are trainable."""
     model = _with_head(load_backbone(base, sft, machine, quantization))
-    model = _go_on(model, paths.SFT_MODEL) if sft.has_adapter else add_adapter(model, lora, seed, "SEQ_CLS")
+    model = (
+        _go_on(model, paths.SFT_MODEL) if sft.has_adapter else add_adapter(model, lora, seed, "SEQ_CLS", "reward.lora")
+    )
     keep_weights_unpacked(model)
     return model
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.pytorch_utils import Conv1D
 
 from dpo_cli.core.errors import MachineError
 from dpo_cli.core.params import ModelParams
@@ -24,6 +23,7 @@ from dpo_cli.core.text import shown
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.formats.base import RowProblem
 from dpo_cli.data.schema import assistant, user
+from dpo_cli.models.adapters import adaptable_layers, without_numbers
 from dpo_cli.models.folder import (
     Tensor,
     check_model_folder,
@@ -134,14 +134,14 @@ def verify_weights(folder: Path) -> Weights:
     model, loading = loaded
     _refuse_misfits(folder, tensors, loading, [name for name, _ in model.named_parameters()])
     embedding = model.get_input_embeddings()
-    linear = (torch.nn.Linear, Conv1D)
-    names = {name for name, module in model.named_modules() if isinstance(module, linear)}
+    layers, tied = adaptable_layers(model)
     return Weights(
         model_type=str(config.model_type),
         facts=ModelFacts(
             context_length=context_length_of(config),
             num_rows=int(embedding.weight.shape[0]),
-            linear_layers=sorted({re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names}),
+            layers=sorted({without_numbers(name) for name in layers}),
+            tied_layers=sorted({without_numbers(name) for name in tied}),
         ),
         unused=tuple(sorted(loading["unexpected_keys"])),
     )

@@ -15,6 +15,7 @@ from dpo_cli.core.errors import StaleArtifactError
 from dpo_cli.core.params import EMBEDDED, ModelParams, Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import Scratch, stage_scratch
+from dpo_cli.models.adapters import refuse_targets, without_numbers
 from dpo_cli.models.folder import base_folder
 from dpo_cli.models.identity import (
     LOCK_NAME,
@@ -147,3 +148,13 @@ def _refuse_misfits(params: Params, facts: ModelFacts) -> None:
     if params.sft.method != "none":
         refuse_beyond_context(facts.context_length, params.sft.max_length, "sft.max_length")
     refuse_beyond_context(facts.context_length, params.reference.max_length, "reference.max_length")
+    made_by_sft = params.sft.method in ("lora", "qlora")
+    adapters = {
+        "sft.lora": params.sft.lora if made_by_sft else None,
+        "train.lora": params.train.lora,
+        "reward.lora": params.reward.lora if params.reward.loss != "none" else None,
+    }
+    for setting, lora in adapters.items():
+        if lora is not None:
+            names = [without_numbers(name) for name in lora.target_modules]
+            refuse_targets(names, facts.layers, facts.tied_layers, setting)

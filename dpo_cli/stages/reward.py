@@ -12,9 +12,11 @@ from dpo_cli.core.errors import DataError
 from dpo_cli.core.params import LoraParams, Params, RewardParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import Scratch, stage_scratch
+from dpo_cli.core.text import markdown
 from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_found, explain_rejects
 from dpo_cli.evaluation.bootstrap import Estimate
 from dpo_cli.evaluation.reward_figures import RewardedPair, RewardFigures, summarise_rewards
+from dpo_cli.models.card import card_head, usage
 from dpo_cli.models.device import peak_memory_gib, token_budget
 from dpo_cli.models.identity import read_lock
 from dpo_cli.models.reward import REWARD_MANIFEST, load_reward_model_at_start, reward_head, write_reward_manifest
@@ -242,13 +244,10 @@ def _model_card(params: Params, graph: Graph, metrics: dict[str, Any]) -> str:
     directory = "SFT_DIRECTORY" if whole else "BASE_DIRECTORY"
     held = "in 4-bit nf4" if graph.quantization == "nf4" else "as they are"
     low, high = metrics["accuracy_ci"]
-    return f"""---
-library_name: peft
-base_model: {params.model.name}
-tags: [reward-model, lora]
----
-
-# A reward model on {params.model.name}
+    frozen = paths.SFT_MODEL if whole else graph.base
+    code = usage(frozen, graph.machine, graph.quantization, directory=directory, kind="SequenceClassification")
+    return f"""{card_head(params.model.name, ["reward-model", "lora"])}
+# A reward model on {markdown(params.model.name)}
 
 A LoRA adapter and a scalar head, trained on preferences by dpo-cli. The reward of an answer is the head on the hidden
 state at its last token, the one that ends the turn. Rewards are fixed up to a constant a prompt: only the difference
@@ -265,19 +264,11 @@ of two answers to one prompt means anything, and σ(r_a - r_b) is the probabilit
 | calibration error | {metrics["ece"]:.3f} |
 | frozen weights while training | {held} |
 
-It belongs to {belongs}. To use it:
+It belongs to {belongs}. To use it as it was trained:
 
-```python
-from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
-
-base = AutoModelForSequenceClassification.from_pretrained({directory}, num_labels=1)
-model = PeftModel.from_pretrained(base, THIS_DIRECTORY).eval()
-model(input_ids).logits  # of one prompt with one whole answer, the token that ends its turn included
-```
-
-Batches need a padding token that is not the one that ends the turn. Where base weights are loaded in 4-bit, the head
-is to be left out: `BitsAndBytesConfig(..., llm_int8_skip_modules=["score"])`.
+{code}
+`model(input_ids).logits` is the reward of one prompt with one whole answer, the token that ends its turn included.
+Batches need a padding token that is not the one that ends the turn.
 """
 
 

@@ -13,7 +13,14 @@ from dpo_cli.core.params import Params, SftParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import Scratch, stage_scratch
 from dpo_cli.data.tokenise import TokenTable, explain_found, explain_rejects, tokenise_table
-from dpo_cli.models.adapters import ADAPTER_FILES, add_adapter, save_adapter, write_sft_manifest
+from dpo_cli.models.adapters import (
+    ADAPTER_FILES,
+    adapter_size,
+    add_adapter,
+    save_adapter,
+    size_in_words,
+    write_sft_manifest,
+)
 from dpo_cli.models.device import peak_memory_gib, prepare_machine
 from dpo_cli.models.folder import base_folder
 from dpo_cli.models.identity import base_digest, library_versions, model_files, read_lock, verify_model
@@ -132,7 +139,7 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
         files = model_files(built) if whole else list[str](ADAPTER_FILES)
         write_sft_manifest(built, sft.method, files, digest, data)
         publish_folder(built, paths.SFT_MODEL)
-        metrics = _metrics(sft, train, held_out, result, layout, peak_memory_gib(machine))
+        metrics = _metrics(sft, train, held_out, result, layout, peak_memory_gib(machine)) | adapter_size(model)
         rows = merge_log(result.history, _COLUMNS)
         write_tsv(paths.report_dir("sft") / "steps.tsv", rows, ("step", *_COLUMNS))
         write_json_lines(paths.rejects_file("sft"), all_rejects([train, held_out]))
@@ -142,6 +149,7 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
         "sft",
         [
             ("method", sft.method),
+            ("trained", size_in_words(metrics)),
             ("rows", f"{metrics['num_rows']} train, {metrics['num_eval']} held out"),
             ("left out", f"{metrics['num_rejected']} (listed in {paths.rejects_file('sft').as_posix()})"),
             ("steps", result.steps_in_words),

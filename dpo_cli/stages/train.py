@@ -20,8 +20,10 @@ from dpo_cli.core.artifacts import (
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.core.params import LoraParams, Params, TrainParams
 from dpo_cli.core.progress import Reporter
+from dpo_cli.core.text import markdown
 from dpo_cli.data.tokenise import TokenGroup, TokenTable
-from dpo_cli.models.adapters import load_policy_at_start, save_adapter
+from dpo_cli.models.adapters import adapter_size, load_policy_at_start, save_adapter, size_in_words
+from dpo_cli.models.card import card_head, usage
 from dpo_cli.models.device import peak_memory_gib, token_budget
 from dpo_cli.models.identity import read_lock
 from dpo_cli.models.load import quiet_libraries, save_tokenizer
@@ -103,7 +105,7 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
         scorer.close()
         if not replicas.is_first:
             return {}
-        metrics = _metrics(graph, train, held_out, step_zero, result, layout)
+        metrics = _metrics(graph, train, held_out, step_zero, result, layout) | adapter_size(policy)
         if ranked:
             metrics["eval_kendall_tau"] = result.kept("eval_rewards/kendall_tau")
         built = scratch.build_folder()
@@ -217,13 +219,10 @@ def _model_card(params: Params, graph: Graph, metrics: dict[str, Any]) -> str:
         else f"the very base model whose digests `{PROVENANCE}` lists"
     )
     directory = "SFT_DIRECTORY" if whole else "BASE_DIRECTORY"
-    return f"""---
-library_name: peft
-base_model: {params.model.name}
-tags: [dpo, lora]
----
-
-# {params.model.name}, tuned with DPO
+    frozen = paths.SFT_MODEL if whole else graph.base
+    held = "4-bit nf4 with double quantization" if graph.quantization == "nf4" else "plain"
+    return f"""{card_head(params.model.name, ["dpo", "lora"])}
+# {markdown(params.model.name)}, tuned with DPO
 
 A LoRA adapter trained with Direct Preference Optimization (Rafailov et al. 2023) by dpo-cli.
 
@@ -234,16 +233,12 @@ A LoRA adapter trained with Direct Preference Optimization (Rafailov et al. 2023
 | steps | {metrics["kept_step"]} of {knobs.batch_size} {_unit(knobs)} |
 | held-out loss | {metrics["eval_loss_start"]:.4f} before, {metrics["eval_loss"]:.4f} after |
 | held-out accuracy | {metrics["eval_accuracy"]:.3f} |
+| trained | {size_in_words(metrics)} |
+| frozen weights | {held}, computed in {graph.machine.dtype_name} |
 
-It belongs to {belongs}. To use it:
+It belongs to {belongs}. To use it as it was trained:
 
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({directory}), THIS_DIRECTORY)
-```
-"""
+{usage(frozen, graph.machine, graph.quantization, directory=directory)}"""
 
 
 def _has_gap(chosen: float | None, rejected: float | None) -> bool:
@@ -271,6 +266,7 @@ def _print_summary(knobs: TrainParams, metrics: dict[str, Any], steps: str, repo
         "train",
         [
             ("loss", f"{_named(knobs)}, beta {knobs.beta:g}"),
+            ("trained", size_in_words(metrics)),
             (unit, f"{metrics['num_pairs']} train, {metrics['num_eval']} held out"),
             (f"{unit} left out", f"{metrics['num_rejected']} (listed in {paths.rejects_file('train').as_posix()})"),
             ("steps", steps),

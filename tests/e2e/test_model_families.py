@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dpo_cli.core.params import parse_params
+from dpo_cli.core.params import Params, parse_params
 from dpo_cli.data import world
 
 _SHAPE = {
@@ -68,3 +68,30 @@ def test_a_tiny_model_goes_through_nf4(
     assert metrics["eval_loss"] < metrics["eval_loss_start"]
     assert Path("models/dpo/adapter_model.safetensors").stat().st_size > 0
     assert not Path("models/base/model.safetensors").exists()
+    assert_the_card_loads_it(params, folder)
+
+
+def assert_the_card_loads_it(params: Params, folder: Path) -> None:
+    """The code on the model card gives our log-probabilities of the held-out answers."""
+    from dpo_cli.models.adapters import load_pair
+    from dpo_cli.reference.graph import open_graph
+
+    card = Path("models/dpo/README.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {"BASE_DIRECTORY": str(folder), "THIS_DIRECTORY": "models/dpo"}
+    exec(card.split("```python\n")[1].split("```")[0], names)
+    graph = open_graph(params.model, params.reference, params.runtime)
+    ours = load_pair(graph.base, graph.sft, graph.machine, graph.quantization).use_policy()
+    for group in graph.tokenise_pairs("eval").groups[:4]:
+        for answer in group.completions:
+            assert logp(names["model"], group.prompt, answer) == pytest.approx(
+                logp(ours, group.prompt, answer), abs=1e-3
+            )
+
+
+def logp(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> float:
+    import torch
+
+    tokens = torch.tensor([[*prompt, *answer]])
+    with torch.no_grad():
+        logps = model(tokens).logits[0].log_softmax(-1)
+    return sum(logps[len(prompt) - 1 + place, token].item() for place, token in enumerate(answer))

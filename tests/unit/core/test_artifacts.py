@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -169,3 +170,23 @@ def test_what_a_killed_publication_left_behind_does_no_harm(tmp_path: Path) -> N
     build(tmp_path / ".models.new.tmp", leftover="1")
     publish_folder(build(tmp_path / "scratch" / "out", a="2"), place)
     assert names_in(tmp_path) == ["models", "models/a", "scratch"]
+
+
+@pytest.mark.parametrize(("umask", "file_mode", "folder_mode"), [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750)])
+def test_what_is_published_has_the_mode_that_the_umask_leaves(
+    tmp_path: Path, umask: int, file_mode: int, folder_mode: int
+) -> None:
+    """Safetensors writes files that nobody else can read: vLLM under another user would find no adapter."""
+    before = os.umask(umask)
+    try:
+        built = tmp_path / "built"
+        (built / "inner").mkdir(parents=True, mode=0o700)
+        for path in (built / "one", built / "inner/two"):
+            path.touch(mode=0o600)
+        publish_folder(built, tmp_path / "place")
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "place").rglob("*")}
+    assert modes == {"one": file_mode, "inner": folder_mode, "two": file_mode}
+    assert (tmp_path / "place").stat().st_mode & 0o777 == folder_mode

@@ -14,13 +14,14 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from dpo_cli.core import paths
-from dpo_cli.core.errors import MachineError, StaleArtifactError
+from dpo_cli.core.errors import ParamsError, StaleArtifactError
 from dpo_cli.core.params import LoraParams
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models.adapters import (
     ADAPTER_FILES,
     SFT_MANIFEST,
     SftResult,
+    adapter_size,
     add_adapter,
     is_dora,
     load_pair,
@@ -28,6 +29,7 @@ from dpo_cli.models.adapters import (
     load_reference,
     read_sft_result,
     save_adapter,
+    size_in_words,
     write_sft_manifest,
 )
 from dpo_cli.models.load import load_model
@@ -112,8 +114,38 @@ def test_the_shape_is_that_of_the_params(tuned: Callable[..., Any]) -> None:
 
 
 def test_layers_that_the_model_has_not_are_named(tiny_folder: Path, cpu: Any) -> None:
-    with pytest.raises(MachineError, match=r"the adapter does not fit the model: .*no_such_layer"):
-        add_adapter(load_model(tiny_folder, cpu, quantization="none"), LoraParams(target_modules=["no_such_layer"]), 0)
+    names = "down_proj, embed_tokens, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
+    problem = f"params.yaml: sft.lora.target_modules: the model has no layer 'Wqkv'; there are {names}"
+    for quantization in ("none", "nf4"):
+        model = load_model(tiny_folder, cpu, quantization=quantization)
+        with pytest.raises(ParamsError) as caught:
+            add_adapter(model, LoraParams(target_modules=["q_proj", "Wqkv"]), 0)
+        assert str(caught.value) == problem
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        (["q_proj", "lm_head"], "lm_head shares its weights with another layer .* would change that one, too"),
+        (["embed_tokens"], "embed_tokens shares its weights with another layer"),
+        (["norm"], "the model has no layer 'norm'"),
+        (["layers.7.mlp.up_proj"], "the model has no layer 'layers.7.mlp.up_proj'"),
+        (["all-linear", "lm_head"], "all-linear stands for every linear layer but the head; drop the other names"),
+    ],
+)
+def test_layers_that_cannot_have_an_adapter_are_named(
+    tiny_folder: Path, cpu: Any, names: list[str], problem: str
+) -> None:
+    model = load_model(tiny_folder, cpu, quantization="none")
+    with pytest.raises(ParamsError, match=rf"params.yaml: train.lora.target_modules: {problem}"):
+        add_adapter(model, LoraParams(target_modules=names), 0, setting="train.lora")
+
+
+def test_what_is_trained_is_counted(tuned: Callable[..., Any]) -> None:
+    model = tuned(0, LoraParams(r=3, target_modules=["v_proj", "layers.0.mlp.up_proj"]))
+    size = adapter_size(model)
+    assert size == {"num_adapted_layers": 3, "num_trained_parameters": 3 * (2 * (64 + 32) + (64 + 128))}
+    assert size_in_words(size) == "1,152 parameters in 3 layers"
 
 
 # --- rsLoRA and DoRA ----------------------------------------------------------------------

@@ -130,7 +130,7 @@ def test_a_damaged_memory_of_digests_is_forgotten(folder: Path, content: str) ->
 
 
 def test_the_base_digest_is_of_the_lock_alone(project: Path, folder: Path) -> None:
-    facts = ModelFacts(context_length=None, num_rows=7, linear_layers=["q_proj"])
+    facts = ModelFacts(context_length=None, num_rows=7, layers=["q_proj"], tied_layers=[])
     BaseLock(lock(folder), {"chat_template": "auto"}, facts).write(paths.BASE)
     before = base_digest()
     assert read_lock() == lock(folder)
@@ -154,7 +154,7 @@ def test_a_lock_of_garbage_is_refused_with_the_remedy(project: Path, content: st
 
 def test_a_lock_that_names_files_elsewhere_is_refused(project: Path, folder: Path) -> None:
     files = {"../config.json": {"size": 2, "sha256": "0" * 64}}
-    BaseLock(lock(folder) | {"files": files}, {}, ModelFacts(None, 7, [])).write(paths.BASE)
+    BaseLock(lock(folder) | {"files": files}, {}, ModelFacts(None, 7, [], [])).write(paths.BASE)
     with pytest.raises(StaleArtifactError, match="is damaged"):
         read_base_lock()
 

@@ -57,7 +57,8 @@ def test_a_whole_model_passes_and_says_what_it_is(folder: Path, tokenizer: Any) 
     found = verify_model_folder(folder)
     assert found.weights.facts.num_rows == len(tokenizer)
     assert found.weights.facts.context_length == 256
-    assert "model.layers.*.self_attn.q_proj" in found.weights.facts.linear_layers
+    assert "model.layers.*.self_attn.q_proj" in found.weights.facts.layers
+    assert found.weights.facts.tied_layers == ["lm_head", "model.embed_tokens"]
     assert found.notes == ()
 
 

@@ -1,0 +1,79 @@
+"""The parts of a model card that adapters share: its head, and how to load the very model that was trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from dpo_cli.core.text import in_one_line
+from dpo_cli.models.device import Machine
+from dpo_cli.models.load import load_config, own_attention
+
+
+def card_head(base_name: str, tags: Sequence[str]) -> str:
+    """The YAML at the top of a card. JSON is YAML, whatever the name holds."""
+    name = json.dumps(in_one_line(base_name), ensure_ascii=False)
+    return f"---\nlibrary_name: peft\nbase_model: {name}\ntags: [{', '.join(tags)}]\n---\n"
+
+
+def usage(base: Path, machine: Machine, quantization: str, *, directory: str, kind: str = "CausalLM") -> str:
+    """Code that puts the adapter on the frozen weights as they were held while it was trained; what else costs.
+
+    Args:
+        base: Directory of the frozen weights, for what their configuration asks for.
+        machine: Where it was trained.
+        quantization: ``nf4`` or ``none``.
+        directory: What stands in the code for that directory.
+        kind: What transformers loads: CausalLM or SequenceClassification.
+    """
+    is_4bit, dtype = quantization == "nf4", f"torch.{machine.dtype_name}"
+    arguments = [directory, f"dtype={dtype}"]
+    if kind == "SequenceClassification":
+        arguments.append("num_labels=1")
+    if attention := own_attention(load_config(base)):
+        arguments.append(f'attn_implementation="{attention}"')
+    if is_4bit:
+        held = ["load_in_4bit=True", 'bnb_4bit_quant_type="nf4"', "bnb_4bit_use_double_quant=True"]
+        held.append(f"bnb_4bit_compute_dtype={dtype}")
+        if kind == "SequenceClassification":
+            held.append('llm_int8_skip_modules=["score"]')
+        inner = "".join(f"        {line},\n" for line in held)
+        arguments.append(f"quantization_config=BitsAndBytesConfig(\n{inner}    )")
+    names = ", ".join(sorted([f"AutoModelFor{kind}", "AutoTokenizer", *(["BitsAndBytesConfig"] if is_4bit else [])]))
+    code = "\n".join(
+        [
+            "import torch",
+            "from peft import PeftModel",
+            f"from transformers import {names}",
+            "",
+            f"base = AutoModelFor{kind}.from_pretrained(",
+            *(f"    {argument}," for argument in arguments),
+            ")",
+            *(_EXACT_ON_CPU if is_4bit and machine.device.type == "cpu" else []),
+            "model = PeftModel.from_pretrained(base, THIS_DIRECTORY).eval()",
+            "tokenizer = AutoTokenizer.from_pretrained(THIS_DIRECTORY)",
+        ]
+    )
+    return f"```python\n{code}\n```\n{_MERGING if is_4bit and kind == 'CausalLM' else ''}"
+
+
+_EXACT_ON_CPU = [
+    "for layer in base.modules():  # or bitsandbytes rounds them once more, on CPUs with AVX512-BF16",
+    '    if hasattr(layer, "support_avx512bf16_for_cpu"):',
+    "        layer.support_avx512bf16_for_cpu = False",
+]
+_MERGING = """
+The adapter was trained on weights rounded to 4-bit nf4 and belongs to those. On the plain weights, or merged into
+them, it is another model, without the rounding that it learned with: the log-probability of a whole answer can move by
+several nats, enough to turn a preference round. How far it moves here was not measured; `dpo-cli evaluate --model
+MERGED_DIRECTORY` judges a merged model like any other. To merge without that difference, hold the rounded weights
+plainly first; the result is the model that was trained, as large as the plain one:
+
+```python
+base = model.unload().dequantize()
+merged = PeftModel.from_pretrained(base, THIS_DIRECTORY).merge_and_unload()
+merged.save_pretrained(MERGED_DIRECTORY)
+tokenizer.save_pretrained(MERGED_DIRECTORY)
+```
+"""
