@@ -22,7 +22,7 @@ from dpo_cli.cli.model import model_app
 from dpo_cli.cli.record import HandRun
 from dpo_cli.cli.repro import EXIT_CODE_FILE, reproduce
 from dpo_cli.core import paths
-from dpo_cli.core.environment import claim_gpu, is_first_process, prepare_environment
+from dpo_cli.core.environment import claim_gpu, importing, is_first_process, prepare_environment
 from dpo_cli.core.errors import DataError, MachineError, ParamsError
 from dpo_cli.core.pipeline import STAGES, Stage
 from dpo_cli.core.scratch import die_with_parent
@@ -149,7 +149,8 @@ def _run_stage(stage: Stage, overrides: list[str], *, as_json: bool) -> None:
         told = stage.name == "evaluate" and EXIT_CODE_FILE in os.environ  # repro prints the verdict at its end
         reporter = ConsoleReporter(show_tables=not (as_json or told))
         by_hand = HandRun(stage, overrides, reporter)
-        run: Callable[..., dict[str, Any]] = importlib.import_module(stage.module).run
+        with importing():
+            run: Callable[..., dict[str, Any]] = importlib.import_module(stage.module).run
         metrics = run(params, reporter)
         by_hand.record()
     if as_json and is_first_process():

@@ -432,7 +432,7 @@ class RuntimeParams(Section):
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "auto takes CUDA where there is one.")
     workers: int | None = knob(
         None,
-        "Processes that convert large files of JSON lines; null: as many as there are cores.",
+        "Processes that convert large files of JSON lines; null: as many as there are cores for it.",
         ge=1,
         le=1024,
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_json, publish_folder, write_json, write_json_lines
-from dpo_cli.core.environment import is_first_process
+from dpo_cli.core.environment import importing, is_first_process
 from dpo_cli.core.errors import DataError, StaleArtifactError
 from dpo_cli.core.params import Params, SftParams
 from dpo_cli.core.progress import Reporter
@@ -59,7 +59,8 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
             return {}
         with stage_scratch("sft", "none") as scratch:
             return _publish_none(scratch, base_digest(), reporter)
-    from dpo_cli.training.replicas import join_replicas
+    with importing():
+        from dpo_cli.training.replicas import join_replicas
 
     quiet_libraries()
     with join_replicas(params.runtime) as replicas:
@@ -67,11 +68,12 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
 
 
 def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, Any]:
-    from dpo_cli.reference.graph import all_rejects, check_context, open_base, table_digests
-    from dpo_cli.scoring.probe import open_scorer
-    from dpo_cli.training.objective import SftObjective
-    from dpo_cli.training.replicas import shared_scratch
-    from dpo_cli.training.run import fit
+    with importing():
+        from dpo_cli.reference.graph import all_rejects, check_context, open_base, table_digests
+        from dpo_cli.scoring.probe import open_scorer
+        from dpo_cli.training.objective import SftObjective
+        from dpo_cli.training.replicas import shared_scratch
+        from dpo_cli.training.run import fit
 
     sft = params.sft
     base, encoder, tokenizer = open_base(params.model, params.runtime)

@@ -96,6 +96,7 @@ class Format(Generic[Found]):
         suggest: Columns (and meanings of labels) for a row with these fields, where ``names`` cannot
             say it, beside those that the user names.
         alternatives: Two fields of which the second is not read where the first holds something.
+        of_a_turn: What it reads of a turn beside role, text and the like; None: its fields hold no such turns.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Format(Generic[Found]):
     doubt: Callable[[Sequence[RawRow], Reading], str] = lambda rows, reading: ""
     suggest: Callable[[Collection[str], Mapping[str, Column]], Suggestion | None] = lambda keys, named: None
     alternatives: tuple[tuple[str, str], ...] = ()
+    of_a_turn: tuple[str, ...] | None = ()
 
 
 def says_something(value: Any) -> bool:

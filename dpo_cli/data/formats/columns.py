@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dpo_cli.data.formats.base import Column, Columns, Format, Reading, RowProblem, says_something
+from dpo_cli.data.formats.content import unread_of_turns
 from dpo_cli.data.schema import RawRow
 
 MISSING = object()
+_SPOKEN = ("messages", "conversations", "history", "prompt", "chosen", "rejected", "completion", "first", "second")
 _FIELD = re.compile(r"'(\w+)'|\b(\w+)\[(\d+)\]")
 
 
@@ -29,6 +31,7 @@ class Plan:
         unread: Keys that the format does not read.
         entered: Keys of which only a part is read, with the names of these parts.
         alternatives: The format's alternatives of which these rows may have both.
+        spoken: Fields that these rows have and that may hold turns.
     """
 
     format: Format[Any]
@@ -41,6 +44,7 @@ class Plan:
     unread: tuple[str, ...] = ()
     entered: Mapping[str, frozenset[str]] = field(default_factory=dict)
     alternatives: tuple[tuple[str, str], ...] = ()
+    spoken: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -80,7 +84,7 @@ class Plan:
     @property
     def may_leave(self) -> bool:
         """Whether rows with these keys may hold something that is not read."""
-        return bool(self.unread or self.entered or self.alternatives)
+        return bool(self.unread or self.entered or self.alternatives or self.spoken)
 
     def unread_in(self, row: RawRow, renamed: RawRow) -> tuple[str, ...]:
         """The columns of a row that hold something and are not read, by the file's names.
@@ -90,6 +94,10 @@ class Plan:
             renamed: The same as :meth:`rename` gives it.
         """
         found = [key for key in self.unread if (value := row[key]) or value == 0]
+        for name in self.spoken:
+            if type(value := renamed.get(name)) is list or type(value) is dict:
+                column = shown(self.columns.get(name, name))
+                found += [f"{column}.{key}" for key in unread_of_turns(value, self.format.of_a_turn or ())]
         if not self.entered and not self.alternatives:
             return tuple(found)
         for key, parts in self.entered.items():
@@ -176,6 +184,7 @@ def plan_of(fmt: Format[Any], keys: Collection[str], named: Mapping[str, Column]
         tuple(key for key in keys if key not in read and key not in entered),
         {key: frozenset(parts) for key, parts in entered.items()},
         tuple(pair for pair in fmt.alternatives if all(map(found.has, pair))),
+        tuple(name for name in _SPOKEN if name in fmt.names and found.has(name)) if fmt.of_a_turn is not None else (),
     )
 
 

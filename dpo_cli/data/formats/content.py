@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import orjson
 
-from dpo_cli.data.formats.base import RowProblem, kind_of
+from dpo_cli.data.formats.base import RowProblem, kind_of, says_something
 from dpo_cli.data.formats.tools import read_calls
 from dpo_cli.data.schema import Message, Messages
 
@@ -87,8 +87,25 @@ def _read_extra(value: Mapping[str, Any], role: str, where: str) -> Message:
         if calls := next((value[key] for key in _CALL_KEYS if value.get(key)), None):
             extra["tool_calls"] = read_calls(calls, where)
     elif role == "tool":
-        extra |= {name: value[name] for name in ("name", "tool_call_id") if isinstance(value.get(name), str)}
+        extra |= {name: value[name] for name in _OF_A_TOOL if isinstance(value.get(name), str)}
     return extra
+
+
+_READ_OF_A_TURN = frozenset((*ROLE_KEYS, *_CONTENT_KEYS, *_CALL_KEYS, *REASONING_KEYS))
+"""What is read of a turn."""
+_OF_A_TOOL = ("name", "tool_call_id")
+
+
+def unread_of_turns(turns: Any, also_read: Collection[str]) -> list[str]:
+    """Names of what turns hold beside what is read of them; none where the value is no list of turns, nor one."""
+    found: dict[str, None] = {}
+    for turn in turns if type(turns) is list else [turns]:
+        if type(turn) is dict and len(turn) > 2 and is_turn(turn):
+            role = next(turn[key] for key in ROLE_KEYS if key in turn)
+            own = (*also_read, *(_OF_A_TOOL if _role_of(role, ROLE_NAMES) == "tool" else ()))
+            names = (name for name in turn if name not in _READ_OF_A_TURN and name not in own)
+            found.update(dict.fromkeys(name for name in names if says_something(turn[name])))
+    return list(found)
 
 
 def media_keys(names: Iterable[Any]) -> tuple[str, ...]:

@@ -74,4 +74,5 @@ MESSAGES = Format(
     matches=_matches,
     note=lambda row, reading: "the tools beside them go to the chat template" if row.get("tools") else "",
     doubt=unpaired_doubt("messages"),
+    of_a_turn=_WEIGHTS,
 )

@@ -138,5 +138,5 @@ def _matches(row: RawRow) -> bool:
 
 
 _FIELDS = "a prompt with replies, as a tree"
-OASST = Format("oasst", _FIELDS, {"prompt": ()}, (("prompt",),), _read, _matches)
-OASST_SFT = Format("oasst", _FIELDS, {"prompt": ()}, (("prompt",),), _read_sft, _matches)
+OASST = Format("oasst", _FIELDS, {"prompt": ()}, (("prompt",),), _read, _matches, of_a_turn=None)
+OASST_SFT = Format("oasst", _FIELDS, {"prompt": ()}, (("prompt",),), _read_sft, _matches, of_a_turn=None)

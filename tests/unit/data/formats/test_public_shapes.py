@@ -472,6 +472,20 @@ def test_a_field_that_another_one_says_already_is_unread(
     assert auto(row).unread == dict.fromkeys(unread, 1)
 
 
+def test_what_turns_hold_beside_role_and_text_is_unread_where_nobody_reads_it(auto: Callable[..., Any]) -> None:
+    said = {"role": "assistant", "content": "a", "weight": 1, "lang": "en", "note": ""}
+    asked = {"from": "human", "value": "q", "name": "n", "id": 5}
+    read = auto({"conversations": [asked], "chosen": said, "rejected": "b", "history": [{**Q, "at": 1}, A]})
+    assert read.unread == dict.fromkeys(
+        ("conversations.name", "conversations.id", "history.at", "chosen.weight", "chosen.lang"), 1
+    )
+    assert auto({"dialog": [asked, said]}, kind="sft", columns={"messages": "dialog"}).unread == {
+        "dialog.name": 1,
+        "dialog.id": 1,
+        "dialog.lang": 1,
+    }
+
+
 def test_what_lies_beside_a_mapped_part_is_unread_and_so_is_the_field_it_stands_for(auto: Callable[..., Any]) -> None:
     row = {
         "meta": {"ask": "q", "lang": "en", "note": ""},
