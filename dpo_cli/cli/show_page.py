@@ -160,7 +160,7 @@ class _Page:
         self._line("")
         if "problem" in tokens:
             self._rule("tokens", "─", "bold")
-            self._line(f"none: {tokens['problem']}", "red")
+            self._line(f"none: the row {tokens['problem']}", "red")
             return
         groups = [tokens["prompt"]["pieces"], *(answer["pieces"] for answer in tokens["answers"])]
         self._rule(f"tokens of the prompt: {tokens['prompt']['count']}, not scored", "─", _CONTEXT)

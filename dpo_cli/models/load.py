@@ -67,6 +67,7 @@ def open_encoder(folder: Path, tokenizer: Any, model: ModelParams | None = None)
 
 
 _GENERATION_CONFIG = "generation_config.json"
+_OF_THE_LIBRARY = ("_from_model_config", "transformers_version")
 
 
 def _end_ids(folder: Path) -> list[int]:
@@ -101,6 +102,7 @@ def save_tokenizer(tokenizer: Any, encoder: ChatEncoder, folder: Path, base: Pat
     served.save_pretrained(folder)
     own = base / _GENERATION_CONFIG
     settings = read_object(own) if own.is_file() else {}
+    settings = {name: value for name, value in settings.items() if name not in _OF_THE_LIBRARY}
     pad = {} if served.pad_token_id is None else {"pad_token_id": served.pad_token_id}
     write_json(folder / _GENERATION_CONFIG, {**pad, **settings, "eos_token_id": encoder.stop_ids})
 

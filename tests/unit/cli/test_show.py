@@ -358,7 +358,7 @@ def test_a_template_that_refuses_the_messages(project: Path, view: TokenView) ->
     view.encoder._rendered = "{{ raise_exception('no system turn') }}"
     found = describe_row(source_of(project, PAIR), 0, view)
     assert [dropped["reason"] for dropped in found["left_out"]] == ["template_refused"]
-    assert "none: the model's chat template refuses it: no system turn" in printed(found)
+    assert "none: the row is refused by the model's chat template: no system turn" in printed(found)
 
 
 # --- the command --------------------------------------------------------------------------
