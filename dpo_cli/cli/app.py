@@ -813,10 +813,10 @@ def try_command(
     overrides: SetOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answers as one JSON object.")] = False,
 ) -> None:
-    """Try a prompt on the SFT model and on the tuned one, and see both answers side by side. Writes nothing.
+    """Try a prompt on the SFT model and on the tuned one, and see both answers side by side.
 
     Answers are sampled as evaluate says (temperature, max_new_tokens, seed): the same prompt gives the same answers,
-    another evaluate.seed others.
+    another evaluate.seed others. Neither reports nor models are touched.
     """
     with errors_as_exit_codes(as_json=as_json):
         from dpo_cli.core.params import load_params  # here, so that --help does not wait for them
