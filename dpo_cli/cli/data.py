@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.cli.sources import policies_of, project_params
+from dpo_cli.core.cores import usable_cores
 from dpo_cli.core.errors import ParamsError
 from dpo_cli.core.params import DataParams, SftSource, Source, TokenChecks
 from dpo_cli.core.progress import Reporter
@@ -57,7 +57,7 @@ def check_sources(sources: Sequence[Source], options: CheckOptions, reporter: Re
     """
     params = project_params()
     data = params.data if params else DataParams()
-    workers = (params.runtime.workers if params else None) or os.cpu_count() or 1
+    workers = (params.runtime.workers if params else None) or usable_cores()
     figures: dict[str, Any] = {}
     accepted = True
     for kind in ("sft", "preferences"):

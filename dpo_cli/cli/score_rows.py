@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dpo_cli.core.cores import usable_cores
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.core.params import Params, PreferenceSource, Source
 from dpo_cli.core.progress import Reporter
@@ -130,7 +130,7 @@ def read_rows(
                 None,
                 rejects,
                 split_by=params.data.split_by,
-                workers=params.runtime.workers or os.cpu_count() or 1,
+                workers=params.runtime.workers or usable_cores(),
                 on_bytes=meter.advance,
             )
         found.num_read = report.num_read

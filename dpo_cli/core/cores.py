@@ -12,14 +12,17 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def usable_cores() -> int:
-    """Physical cores that this process may use: by its affinity, its cgroup's quota and OMP_NUM_THREADS."""
-    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-    if asked.isdecimal() and int(asked) > 0:
-        return int(asked)
+    """Physical cores that this process may use: by its affinity and its cgroup's quota."""
     logical = psutil.cpu_count() or 1
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else logical
     physical = psutil.cpu_count(logical=False) or logical
     return max(1, int(min(allowed, physical, _quota(_CGROUP))))
+
+
+def usable_threads() -> int:
+    """Threads for one process's products: OMP_NUM_THREADS, or else one a core."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else usable_cores()
 
 
 def _quota(cgroup: Path) -> float:

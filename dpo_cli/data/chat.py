@@ -204,7 +204,7 @@ class ChatEncoder:
             self._learn_opener(question)
             return self.encode(question, [answer]).completions[0][-1]
         except RowProblem as problem:
-            raise MachineError(f"a question and its answer: {problem}; {remedy}") from None
+            raise MachineError(f"a question with its answer {problem}; {remedy}") from None
 
     def _learn_opener(self, question: Messages) -> None:
         head, closing = self._around_answer(question)
@@ -303,7 +303,7 @@ class ChatEncoder:
     def _prompt_ids(self, text: str) -> list[int]:
         ids = self._tokenise(text)
         if not ids:
-            raise RowProblem("empty_prompt", "the model's chat template makes no token of the prompt")
+            raise RowProblem("empty_prompt", "has a prompt of which the model's chat template makes no token")
         return ids
 
     def _completion_ids(self, prompt_ids: Sequence[int], prompt: str, text: str) -> list[int]:
@@ -408,7 +408,7 @@ class ChatEncoder:
             return self._apply(told, add_generation_prompt)
         except (TemplateError, TypeError, ValueError) as error:
             raise RowProblem(
-                "template_refused", f"the model's chat template refuses it: {error}{self._way_out(told)}"
+                "template_refused", f"is refused by the model's chat template: {error}{self._way_out(told)}"
             ) from None
 
     def _apply(self, messages: Messages, add_generation_prompt: bool) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import publish_folder, write_json
+from dpo_cli.core.cores import usable_cores
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.core.params import Params, PreferenceSource, SftSource, Source
 from dpo_cli.core.progress import Reporter
@@ -80,7 +80,7 @@ def _convert_and_publish(
                 out,
                 listing,
                 split_by=params.data.split_by,
-                workers=params.runtime.workers or os.cpu_count() or 1,
+                workers=params.runtime.workers or usable_cores(),
                 on_bytes=meter.advance,
             )
     except UnknownFormatError as error:

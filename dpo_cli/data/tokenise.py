@@ -146,7 +146,9 @@ def explain_rejects(tables: Sequence[TokenTable], setting: str, max_length: int)
     reasons = Counter(reject["reason"] for reject in rejects).most_common()
     named = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in reasons)
     remedy = f"; {setting} is {max_length}, raise it to keep long ones" if "over_long" in dict(reasons) else ""
-    return f"{len(rejects)} of {num_rows} rows ({len(rejects) / num_rows:.0%}) are left out: {named}{remedy}"
+    first = {reject["reason"]: reject for reject in reversed(rejects) if reject["reason"] != "over_long"}
+    said = "".join(f"; row {reject['row']} {reject['detail']}" for reject in reversed(first.values()))
+    return f"{len(rejects)} of {num_rows} rows ({len(rejects) / num_rows:.0%}) are left out: {named}{remedy}{said}"
 
 
 def tokenise_row(
@@ -194,11 +196,11 @@ TOKEN_DETAILS: Mapping[str, str] = {
     ),
     "tools_not_shown": (
         "has tools or calls that the model's chat template does not show: without them it writes the same; take a"
-        " model whose template knows tools, or columns: {tools: ''}"
+        " model whose template knows tools, or set the check to keep to train without them"
     ),
     "reasoning_not_shown": (
         "has reasoning that the model's chat template does not show; take a model whose template does, or"
-        " columns: {reasoning: ''} to train on the answer alone"
+        " set the check to keep to train on the answer alone"
     ),
     "double_bos": "has a prompt that begins with two BOS tokens",
     "double_eos": "has an answer whose text ends with an end token of its own",

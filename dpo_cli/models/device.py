@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from dpo_cli.core.cores import usable_cores
+from dpo_cli.core.cores import usable_threads
 from dpo_cli.core.errors import MachineError
 from dpo_cli.core.params import RuntimeParams
 
@@ -52,7 +52,7 @@ def prepare_machine(runtime: RuntimeParams) -> Machine:
             f"{num_processes} processes were started (WORLD_SIZE); all but sft and train, outside DVC, run as one,"
             " on one device"
         )
-    torch.set_num_threads(runtime.threads or usable_cores())
+    torch.set_num_threads(runtime.threads or usable_threads())
     available = torch.cuda.is_available()
     if runtime.device == "cuda" and not available:
         raise MachineError("runtime.device is cuda but torch sees no CUDA device; set it to auto or cpu")

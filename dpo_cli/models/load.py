@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.core.artifacts import write_json
+from dpo_cli.core.environment import importing
 from dpo_cli.core.errors import MachineError, ParamsError
 from dpo_cli.core.params import ModelParams
 from dpo_cli.data.chat import ChatEncoder
@@ -23,7 +24,8 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import: functions do
 
 def quiet_libraries() -> None:
     """Keep the libraries' own bars and notes off the terminal; what matters we say ourselves."""
-    import transformers
+    with importing():
+        import transformers
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -65,6 +67,7 @@ def open_encoder(folder: Path, tokenizer: Any, model: ModelParams | None = None)
 
 
 _GENERATION_CONFIG = "generation_config.json"
+_OF_THE_LIBRARY = ("_from_model_config", "transformers_version")
 
 
 def _end_ids(folder: Path) -> list[int]:
@@ -99,6 +102,7 @@ def save_tokenizer(tokenizer: Any, encoder: ChatEncoder, folder: Path, base: Pat
     served.save_pretrained(folder)
     own = base / _GENERATION_CONFIG
     settings = read_object(own) if own.is_file() else {}
+    settings = {name: value for name, value in settings.items() if name not in _OF_THE_LIBRARY}
     pad = {} if served.pad_token_id is None else {"pad_token_id": served.pad_token_id}
     write_json(folder / _GENERATION_CONFIG, {**pad, **settings, "eos_token_id": encoder.stop_ids})
 
@@ -177,8 +181,10 @@ def load_model(folder: Path, machine: Machine, *, quantization: str, trainable: 
     Raises:
         MachineError: It cannot be loaded.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    with importing():  # peft with them: before a model is in memory
+        import peft  # noqa: F401
+        import torch
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     check_model_folder(folder)
     config = load_config(folder)

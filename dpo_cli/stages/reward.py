@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_json, publish_folder, write_json, write_json_lines, write_text
+from dpo_cli.core.environment import importing
 from dpo_cli.core.errors import DataError
 from dpo_cli.core.params import LoraParams, Params, RewardParams
 from dpo_cli.core.progress import Reporter
@@ -65,14 +66,15 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
 
 
 def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
-    from dpo_cli.evaluation.judges.reward_model import RewardModel
-    from dpo_cli.models.adapters import save_adapter
-    from dpo_cli.models.load import quiet_libraries, save_tokenizer
-    from dpo_cli.reference.graph import SPLITS, all_rejects, open_graph, refuse_empty
-    from dpo_cli.scoring.budget import TokenBudget
-    from dpo_cli.scoring.probe import open_scorer
-    from dpo_cli.scoring.reward import RewardScorer
-    from dpo_cli.training.run import fit
+    with importing():
+        from dpo_cli.evaluation.judges.reward_model import RewardModel
+        from dpo_cli.models.adapters import save_adapter
+        from dpo_cli.models.load import quiet_libraries, save_tokenizer
+        from dpo_cli.reference.graph import SPLITS, all_rejects, open_graph, refuse_empty
+        from dpo_cli.scoring.budget import TokenBudget
+        from dpo_cli.scoring.probe import open_scorer
+        from dpo_cli.scoring.reward import RewardScorer
+        from dpo_cli.training.run import fit
 
     quiet_libraries()
     knobs = params.reward
@@ -290,13 +292,14 @@ def _print_summary(knobs: RewardParams, metrics: dict[str, Any], steps: str, rep
             ("accuracy of the longer answer", _shown(metrics, "longer_accuracy")),
             ("log-loss", _shown(metrics, "log_loss")),
             ("calibration error", _shown(metrics, "ece")),
-            (
-                "speed",
-                f"{metrics['groups_per_s']:.1f} {unit}/s, {metrics['logical_tokens_per_s']:.0f} logical tokens/s",
-            ),
+            *([("speed", _speed(metrics, unit))] if metrics["groups_per_s"] else []),
             ("peak memory", f"{metrics['peak_mem_gib']:.2f} GiB"),
         ],
     )
+
+
+def _speed(metrics: dict[str, Any], unit: str) -> str:
+    return f"{metrics['groups_per_s']:.1f} {unit}/s, {metrics['logical_tokens_per_s']:.0f} logical tokens/s"
 
 
 def _shown(metrics: dict[str, Any], name: str) -> str:

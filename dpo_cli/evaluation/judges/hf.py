@@ -133,9 +133,10 @@ class HfJudge:
 
     def _group(self, name: str, question: Question) -> TokenGroup | None:
         try:
-            ids = (*self._encoder.encode_prompt(_messages(self._template, question)), *self._lead_in)
+            prompt = self._encoder.encode(_messages(self._template, question), _answers(self._template)).prompt
         except RowProblem:
             return None
+        ids = (*prompt, *self._lead_in)
         if self._max_length is not None and len(ids) >= self._max_length:
             return None
         return TokenGroup(name, name, ids, ((self._option_ids[0],),))
@@ -149,6 +150,10 @@ def _messages(template: Template, question: Question) -> Messages:
     return [user(template.render(question))]
 
 
+def _answers(template: Template) -> list[Messages]:
+    return [[assistant(option)] for option in template.options]
+
+
 def _option_tokens(encoder: ChatEncoder, template: Template) -> tuple[list[int], list[int]]:
     """The tokens that all options begin with, and the token in which each of them then differs.
 
@@ -158,7 +163,7 @@ def _option_tokens(encoder: ChatEncoder, template: Template) -> tuple[list[int],
         MachineError: An option has no token of its own.
     """
     prompt = _messages(template, _STAND_IN)
-    answers = [encoder.encode_completion(prompt, [assistant(option)]) for option in template.options]
+    answers = encoder.encode(prompt, _answers(template)).completions
     shared = 0
     while all(shared < len(ids) for ids in answers) and len({ids[shared] for ids in answers}) == 1:
         shared += 1

@@ -50,7 +50,8 @@ def test_a_quota_of_the_older_kind_bounds_them(machine: Path) -> None:
 @pytest.mark.parametrize(("value", "expected"), [("1", 1), ("6,2", 6), ("0", 8), ("many", 8)])
 def test_the_environment_goes_first(machine: Path, monkeypatch: pytest.MonkeyPatch, value: str, expected: int) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", value)
-    assert cores.usable_cores() == expected
+    assert cores.usable_threads() == expected
+    assert cores.usable_cores() == 8
 
 
 def test_this_machine_has_one() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
+import types
 
 import pytest
 
-from dpo_cli.core.environment import claim_gpu, is_first_process, prepare_environment
+from dpo_cli.core.environment import claim_gpu, importing, is_first_process, prepare_environment
 
 
 def test_downloads_and_telemetry_are_off_even_where_they_were_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,3 +50,16 @@ def test_one_process_speaks_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_first_process()
     monkeypatch.setenv("RANK", "1")
     assert not is_first_process()
+
+
+def test_importing_puts_what_is_imported_out_of_the_collectors_sight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "this", raising=False)
+    frozen = gc.get_freeze_count()
+    with importing():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == frozen, "nothing was imported"
+    with importing():
+        sys.modules["this"] = types.ModuleType("this")
+    assert gc.get_freeze_count() > frozen
+    gc.unfreeze()

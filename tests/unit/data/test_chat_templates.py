@@ -257,7 +257,7 @@ def test_such_rows_are_left_out_by_name_with_what_helps(tmp_path: Path, encoder:
         (0, "tools_not_shown"),
         (1, "reasoning_not_shown"),
     ]
-    assert "columns: {reasoning: ''}" in left.rejects[1]["detail"]
+    assert "set the check to keep" in left.rejects[1]["detail"]
     assert table(CHATML, reasoning_not_shown="keep").found == {"reasoning_not_shown": [1]}
     assert [reject["row"] for reject in table(QWEN3).rejects] == [0]
     assert left.prompts == {examples[2].row("")["group"]: Q}

@@ -138,6 +138,12 @@ def test_many_rows_left_out_are_worth_a_warning(num_long: int, said: bool) -> No
         )
 
 
+def test_what_is_left_out_for_another_reason_is_said_of_the_first_row() -> None:
+    rejects = [{"reason": "template_refused", "row": row, "detail": f"is refused: words {row}"} for row in (3, 5)]
+    warning = explain_rejects([TokenTable([], {}, rejects)], "sft.max_length", 16)
+    assert warning == "2 of 2 rows (100%) are left out: 2 template refused; row 3 is refused: words 3"
+
+
 # --- checks of tokens ---------------------------------------------------------------------
 
 

@@ -38,7 +38,7 @@ def test_cuda_that_is_not_there_is_no_cpu(no_cuda: None) -> None:
 def test_the_number_of_threads_is_set(no_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare_machine(RuntimeParams(threads=2))
     assert torch.get_num_threads() == 2
-    monkeypatch.setattr("dpo_cli.models.device.usable_cores", lambda: 3)
+    monkeypatch.setattr("dpo_cli.models.device.usable_threads", lambda: 3)
     prepare_machine(RuntimeParams())
     assert torch.get_num_threads() == 3
 

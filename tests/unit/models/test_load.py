@@ -12,6 +12,7 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from dpo_cli.core import paths
@@ -21,7 +22,7 @@ from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models import load
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.folder import base_folder, check_model_folder
-from dpo_cli.models.load import context_length, load_model, load_tokenizer
+from dpo_cli.models.load import context_length, load_model, load_tokenizer, open_encoder, save_tokenizer
 from dpo_cli.scoring.scorer import Scorer
 
 
@@ -332,3 +333,37 @@ def test_no_layer_is_left_to_the_trap_on_any_cpu(tiny_folder: Path, cpu: Any, mo
     layers = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     assert layers
     assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+
+
+# --- what is saved for whoever serves the model ---------------------------------------------
+
+
+def test_what_is_saved_stops_where_an_answer_ends(folder: Path, tmp_path: Path) -> None:
+    """Where the template ends a turn with a token of its own, the tokenizer and generation know it."""
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant\n{% endif %}"
+    )
+    end, eos = tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.eos_token_id
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 3], "top_p": 0.9}')
+    encoder = open_encoder(folder, tokenizer)
+    assert encoder.stop_ids == sorted({1, 3, end, eos})
+    save_tokenizer(tokenizer, encoder, tmp_path / "saved", folder)
+    saved = load_tokenizer(tmp_path / "saved")
+    assert (saved.eos_token_id, tokenizer.eos_token_id) == (end, eos)
+    assert saved.chat_template == tokenizer.chat_template
+    config = transformers.GenerationConfig.from_pretrained(tmp_path / "saved")
+    assert (config.eos_token_id, config.top_p) == (encoder.stop_ids, 0.9)
+    again = open_encoder(tmp_path / "saved", saved)
+    exchange = [[{"role": "user", "content": "q"}], [[{"role": "assistant", "content": "a"}]]]
+    assert again.encode(*exchange) == encoder.encode(*exchange)
+
+
+def test_a_tokenizer_whose_template_writes_its_eos_token_keeps_it(folder: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|im_end|>{{ eos_token }}{% endfor %}"
+    save_tokenizer(tokenizer, open_encoder(folder, tokenizer), tmp_path / "saved", folder)
+    assert load_tokenizer(tmp_path / "saved").eos_token == tokenizer.eos_token
