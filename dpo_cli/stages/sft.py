@@ -160,7 +160,7 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
             ("left out", f"{metrics['num_rejected']} (listed in {paths.rejects_file('sft').as_posix()})"),
             ("steps", result.steps_in_words),
             ("held-out loss", f"{metrics['eval_loss_start']:.4f} -> {metrics['eval_loss']:.4f} nats a token"),
-            ("speed", f"{metrics['rows_per_s']:.1f} rows/s"),
+            *([("speed", f"{metrics['rows_per_s']:.1f} rows/s")] if metrics["rows_per_s"] else []),
             ("peak memory", f"{metrics['peak_mem_gib']:.2f} GiB"),
         ],
     )

@@ -116,15 +116,17 @@ def _steps(trained: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def _reference_rows(cached: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    speed = [
-        ("speed", f"{cached['completions_per_s']:,.1f}", "answers/s"),
-        ("completion tokens", _count(cached["completion_tokens_per_s"]), "tokens/s"),
-    ]
+    speed = []
+    if cached["num_computed"]:
+        speed = [
+            ("speed", f"{cached['completions_per_s']:,.1f}", "answers/s"),
+            ("completion tokens", _count(cached["completion_tokens_per_s"]), "tokens/s"),
+        ]
     return [
         ("answers in the cache", _count(cached["num_completions"]), ""),
         ("computed in this run", _count(cached["num_computed"]), ""),
         ("reused from earlier runs", _count(cached["num_reused"]), ""),
-        *(speed if cached["num_computed"] else []),
+        *speed,
         _peak_memory(cached),
     ]
 
