@@ -169,6 +169,7 @@ def llama_cpp(path: Path, num_context: int = 256) -> Iterator[Callable[[str, dic
         with urllib.request.urlopen(request, timeout=300) as answer:
             return json.load(answer)
 
+    post.url = url  # type: ignore[attr-defined]
     try:
         yield post
     finally:

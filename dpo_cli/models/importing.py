@@ -128,7 +128,6 @@ def import_model(
         else:
             notes = _build_from_folder(source, built, work, reporter)
         description = describe_model(built, reporter, "import")
-        _open_as_usual(built)
         publish_folder(built, out)
     except MachineError as error:
         own = {str(built): str(source.name), str(work): str(source.name)}
@@ -136,14 +135,6 @@ def import_model(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return source, ModelDescription(description.table, description.figures, (*notes, *description.notes))
-
-
-def _open_as_usual(folder: Path) -> None:
-    """Give files the rights that new ones have: safetensors writes weights that nobody else may read."""
-    umask = os.umask(0o077)
-    os.umask(umask)
-    for path in folder.iterdir():
-        path.chmod(0o666 & ~umask)
 
 
 def _renamed(problem: str, names: dict[str, str]) -> str:

@@ -1,0 +1,337 @@
+"""The whole way of two real models: imported from GGUF, scored, tuned for three steps in nf4, saved, loaded by PEFT.
+
+SmolLM2-135M-Instruct (llama, 49,152 tokens, its own chat template) and Gemma 3 270M (262,144 tokens, a window of 512).
+`pytest -m real -rP` prints the table of differences. The plain computation beside ours is one completion at a time
+through transformers' own model: a log-softmax over all logits and a sum.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from dpo_cli.core.params import Params, RuntimeParams, parse_params
+from dpo_cli.data.schema import user
+from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.models.adapters import load_pair
+from dpo_cli.models.load import keep_weights_unpacked, load_model, load_tokenizer
+from dpo_cli.reference.cache import group_keys, read_cache
+from dpo_cli.reference.graph import Graph, open_graph
+from dpo_cli.scoring.layout import LAYOUTS
+from dpo_cli.scoring.probe import open_scorer
+from dpo_cli.scoring.scorer import Scorer
+from tests import gguf_files
+from tests.live_memory import LiveMemory
+from tests.real.fetch import MODELS, RealModel, fetch, imported
+
+pytestmark = [pytest.mark.real, pytest.mark.slow]
+
+TOLERANCE = 1e-3
+"""Nats, on sums of log-probabilities over an answer: what float32 leaves open between two ways to compute them."""
+_CAPITALS = "France Paris Italy Rome Spain Madrid Japan Tokyo Egypt Cairo Peru Lima Kenya Nairobi Norway Oslo".split()
+_STORY = "The town lay by a river, and on its banks the people sold bread, fish and cloth from wooden carts. " * 27
+
+
+def preference_rows() -> list[dict[str, str]]:
+    """Pairs that prefer the bare answer; the first has a prompt longer than Gemma's window."""
+    rows = []
+    for index in range(0, len(_CAPITALS), 2):
+        country, capital = _CAPITALS[index : index + 2]
+        prompt = f"What is the capital of {country}?"
+        rows.append(
+            {
+                "prompt": f"{_STORY}\n\n{prompt}" if index == 0 else prompt,
+                "chosen": f"The capital of {country} is {capital}.",
+                "rejected": f"Sure! I would be glad to help you. {country} is a country, and its capital is {capital}.",
+            }
+        )
+    return rows
+
+
+@dataclass
+class Run:
+    """A project of one model after stage train, and what was measured of it."""
+
+    model: RealModel
+    folder: Path
+    project: Path
+    params: Params
+    metrics: dict[str, Any]
+    differences: dict[str, float] = field(default_factory=dict)
+
+    def note(self, what: str, ours: torch.Tensor, other: torch.Tensor) -> float:
+        """Remember the largest difference of two tensors of log-probabilities, nats."""
+        self.differences[what] = (ours - other).abs().max().item()
+        return self.differences[what]
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, make_reporter: Any) -> Iterator[Run]:
+    """Three steps of DPO in nf4, straight from the base model, in a project that is the working directory."""
+    from dpo_cli.stages import base, convert_preferences, precompute_ref, sft, train
+
+    model = MODELS[request.param]
+    folder = imported(model)
+    project = tmp_path_factory.mktemp(model.name)
+    (project / "data/raw").mkdir(parents=True)
+    (project / "data/raw/preferences.json").write_text(json.dumps(preference_rows()), encoding="utf-8")
+    params = parse_params(
+        {
+            "data": {"eval_fraction": 0.25},
+            "model": {"name": model.name, "chat_template": model.template},
+            "sft": {"method": "none"},
+            "reference": {"max_length": 1024},
+            "train": {"learning_rate": 2e-4, "batch_size": 4, "max_steps": 3, "epochs": 3, "warmup_ratio": 0.0},
+            "runtime": {"model_path": str(folder), "device": "cpu", "threads": 1},
+        }
+    )
+    before = Path.cwd()
+    os.chdir(project)
+    try:
+        reporter = make_reporter()
+        for stage in (base, convert_preferences, sft, precompute_ref):
+            stage.run(params, reporter)
+        yield Run(model, folder, project, params, train.run(params, reporter))
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def graph(run: Run) -> Graph:
+    return open_graph(run.params.model, run.params.reference, run.params.runtime)
+
+
+@pytest.fixture(scope="module")
+def groups(graph: Graph) -> list[TokenGroup]:
+    found = [*graph.tokenise_pairs("train").groups, *graph.tokenise_pairs("eval").groups]
+    return sorted(found, key=lambda group: len(group.prompt), reverse=True)[:4]  # the long one among them
+
+
+@pytest.fixture(scope="module")
+def plain(run: Run) -> Any:
+    """The base in nf4 as transformers loads it."""
+    return keep_unpacked(
+        AutoModelForCausalLM.from_pretrained(
+            run.folder,
+            dtype=torch.float32,
+            quantization_config=BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch.float32,
+            ),
+        )
+    )
+
+
+def keep_unpacked(model: Any) -> Any:
+    """bitsandbytes would repack the weights of some CPUs into bfloat16 at the first forward in eval mode."""
+    keep_weights_unpacked(model)
+    return model.eval()
+
+
+@torch.inference_mode()
+def plain_logps(model: Any, groups: Sequence[TokenGroup]) -> torch.Tensor:
+    """Summed log-probabilities float64 [B, 2], nats, one completion at a time."""
+    rows = []
+    for group in groups:
+        for completion in group.completions:
+            ids = torch.tensor([[*group.prompt, *completion]])
+            logits_TV = model(input_ids=ids, logits_to_keep=len(completion) + 1).logits[0, :-1].float()
+            logps_T = logits_TV.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])
+            rows.append(logps_T.double().sum())
+    return torch.stack(rows).view(len(groups), -1)
+
+
+@torch.inference_mode()
+def our_logps(model: Any, groups: Sequence[TokenGroup], layout: Any = None) -> torch.Tensor:
+    """The same through the engine, all groups at once, in the layout of the probe or another."""
+    scorer = Scorer(model, torch.float32, layout or "padded")
+    if layout is None:
+        scorer, _ = open_scorer(model, torch.float32, RuntimeParams(), _SILENT, "test")
+    with scorer:
+        return scorer.score(list(groups)).logps_BK.double()
+
+
+class _Silent:
+    def say(self, text: str) -> None:
+        pass
+
+
+_SILENT: Any = _Silent()
+
+
+def test_the_reference_cache_is_plain_transformers(run: Run, graph: Graph, groups: Any, plain: Any) -> None:
+    cache = read_cache(Path("data/reference"), graph.identity)
+    cached = torch.tensor([[cache[key] for key in group_keys(group)] for group in groups], dtype=torch.float64)
+    assert max(len(group.prompt) for group in groups) > 512
+    assert run.note("cache, against plain transformers in nf4", cached, plain_logps(plain, groups)) < TOLERANCE
+
+
+def test_policy_and_reference_are_equal_before_the_first_step(run: Run) -> None:
+    assert run.metrics["step0_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert run.metrics["step0_max_abs_margin"] < 1e-4
+
+
+def test_three_steps_lower_the_loss_of_pairs_that_were_held_out(run: Run) -> None:
+    assert run.metrics["num_steps"] == 3
+    assert run.metrics["eval_loss"] < run.metrics["eval_loss_start"] - 1e-3
+
+
+def test_all_layouts_give_the_same(run: Run, graph: Graph, groups: Any) -> None:
+    policy = load_pair(run.folder, graph.sft, graph.machine, "nf4").use_policy()
+    ours = our_logps(policy, groups)
+    for layout in LAYOUTS:
+        assert run.note(f"layout {layout}, against the probe's", our_logps(policy, groups, layout), ours) < TOLERANCE
+
+
+def test_the_adapter_as_its_model_card_says_gives_the_policys_log_probabilities(
+    run: Run, graph: Graph, groups: Any, tmp_path: Path
+) -> None:
+    """The code of the card is run: the adapter by plain PEFT, then merged into the weights that it was trained on."""
+    from peft import PeftModel
+
+    ours = our_logps(load_pair(run.folder, graph.sft, graph.machine, "nf4").use_policy(), groups)
+    adapter = Path("models/dpo").resolve()
+    loading, merging = re.findall(
+        r"```python\n(.*?)```", (adapter / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    names: dict[str, Any] = {"BASE_DIRECTORY": str(run.folder), "THIS_DIRECTORY": str(adapter)}
+    exec(loading, names)
+    theirs = plain_logps(names["model"], groups)
+    assert run.note("policy, against plain PEFT as the model card says", ours, theirs) < TOLERANCE
+    names["MERGED_DIRECTORY"] = str(tmp_path / "merged")
+    exec(merging, names)
+    merged = load_model(tmp_path / "merged", graph.machine, quantization="none")
+    theirs = plain_logps(merged, groups)
+    assert run.note("merged as the model card says and loaded again, against the policy", theirs, ours) < TOLERANCE
+    base = AutoModelForCausalLM.from_pretrained(run.folder, dtype=torch.float32)
+    unquantized = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().eval()
+    run.note("merged into the unquantized weights, against the policy", plain_logps(unquantized, groups), ours)
+
+
+def test_generation_is_transformers_greedy(run: Run, graph: Graph, make_reporter: Any) -> None:
+    from dpo_cli.evaluation.generation import PromptTokens, sample_answers
+    from dpo_cli.scoring.budget import TokenBudget
+
+    model = load_model(run.folder, graph.machine, quantization="none")
+    questions = ["What is the capital of France?", "Name three colors.", "Write one sentence about the sea."]
+    prompts = [PromptTokens(str(n), tuple(graph.encoder.encode_prompt([user(q)]))) for n, q in enumerate(questions)]
+    stops = graph.encoder.stop_ids
+    with make_reporter().meter("answers", len(prompts), "answers") as meter:
+        answers = sample_answers(
+            model, prompts, stop_ids=stops, temperature=0.0, max_new_tokens=16,
+            budget=TokenBudget(1024, "test", make_reporter()), seed=0, stream="dpo", autocast_dtype=torch.float32,
+            meter=meter,
+        )  # fmt: skip
+    for prompt in prompts:
+        with torch.inference_mode():
+            alone = model.generate(
+                input_ids=torch.tensor([prompt.tokens]), do_sample=False, max_new_tokens=16, eos_token_id=list(stops),
+                pad_token_id=stops[0],
+            )  # fmt: skip
+        assert list(answers[prompt.id].tokens) == alone[0, len(prompt.tokens) :].tolist()
+
+
+def test_memory_does_not_grow_with_the_vocabulary(run: Run, graph: Graph) -> None:
+    """512 more tokens to predict cost their hidden states and no row of logits each: with those it were 8 bytes V."""
+    model = load_model(run.folder, graph.machine, quantization="none")
+    vocabulary, width = model.get_input_embeddings().weight.shape
+    limit = 64 << 20
+    peaks = []
+    with Scorer(model, torch.float32, "padded", limit) as scorer, torch.inference_mode():
+        for length in (64, 576):
+            group = TokenGroup("a", "a", (5, 6, 7), (tuple(range(10, 10 + length)),))
+            with LiveMemory() as memory:
+                scorer.score([group])
+            peaks.append(memory.peak)
+    grown = peaks[1] - peaks[0]
+    assert grown < 512 * vocabulary * 4 / 4
+    assert peaks[1] < limit + 576 * width * 4 * 100
+
+
+def test_the_table_of_differences(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """Printed with -rP; it holds what the tests above measured, in nats, the largest over answers of a pair."""
+    metrics = run.metrics
+    print(f"\n{run.model.name}: layout {metrics['layout']}, step-0 margin {metrics['step0_max_abs_margin']:.1e}")
+    print(f"  held-out loss {metrics['eval_loss_start']:.4f} -> {metrics['eval_loss']:.4f} in 3 steps")
+    for what, difference in run.differences.items():
+        print(f"  {what}: {difference:.1e} nats")
+    assert len(run.differences) == 4 + len(LAYOUTS)
+
+
+# --- llama.cpp ----------------------------------------------------------------------------
+
+TEXTS = (
+    "Hello 2024 world",
+    "  two  leading, trailing  ",
+    "a\n\n\nb\r\n\tc",
+    "Stra\u00dfe \u5317\u4eac \U0001f44d\U0001f3fd na\u00efve e\u0301",
+    "x**2 + 3.14159e-10 == 100,000?",
+    "don't I'LL we've",
+    "def f(x):\n    return  x\n",
+    "\u0663\u0664\u0665 \u00bd \u00b2 \u2167",
+    "<|im_start|>user\nhi<|im_end|>\n",
+    "<bos><start_of_turn>user\nq<end_of_turn>\n",
+    "",
+)
+
+
+@pytest.fixture(scope="module")
+def post(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, dict[str, Any]], Any]]:
+    pytest.importorskip("xllamacpp")
+    pieces = fetch(run.model)
+    whole = pieces[0]
+    if len(pieces) > 1:
+        whole = tmp_path_factory.mktemp("joined") / "model.gguf"
+        whole.write_bytes(b"".join(piece.read_bytes() for piece in pieces))
+    with gguf_files.llama_cpp(whole, 1024) as post:
+        yield post
+
+
+def test_token_ids_and_log_probabilities_are_llama_cpps(run: Run, graph: Graph, post: Any) -> None:
+    """It quantizes activations to 8 bits, so that its log-probabilities are some hundredths of a nat away."""
+    tokenizer = load_tokenizer(run.folder)
+    for text in TEXTS:
+        theirs = post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
+        assert tokenizer(text)["input_ids"] == theirs, text
+    model = load_model(run.folder, graph.machine, quantization="none")
+    ids = tokenizer("The capital of France is Paris, and the capital of Italy is")["input_ids"]
+    with torch.inference_mode():
+        logps_V = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+    top = gguf_files.next_log_probs(post, ids, 5)
+    gap = max(abs(float(logps_V[token]) - logp) for token, logp in top.items())
+    run.differences["next token, against llama.cpp on the quantized file"] = gap
+    assert gap < 0.3
+
+
+def test_the_judge_behind_llama_cpps_server_agrees_with_the_same_model_here(
+    run: Run, graph: Graph, post: Any, make_reporter: Any, cpu: Any
+) -> None:
+    from dpo_cli.evaluation.judges.base import Question
+    from dpo_cli.evaluation.judges.hf import HfJudge
+    from dpo_cli.evaluation.judges.openai import OpenAiJudge
+    from dpo_cli.evaluation.judges.prompts import Template
+    from dpo_cli.evaluation.judges.server import Server
+
+    if run.model.template != "auto":
+        pytest.skip("a base model without a chat template is no judge")
+    template = Template("short", "Question: {prompt}\nA: {a}\nB: {b}\nWhich answer is better? Reply with A or B.")
+    questions = [Question(row["prompt"], row["chosen"], row["rejected"]) for row in preference_rows()[1:5]]
+    reporter = make_reporter()
+    server = OpenAiJudge.connect(Server(post.url), None, template, reporter)
+    assert server.constraint == "grammar"
+    assert server.top_logprobs > 0
+    local = HfJudge.load(run.folder, template, cpu, "none", "auto", RuntimeParams(), reporter, "evaluate")
+    ours, theirs = dict(local.judge(questions)), dict(server.judge(questions))
+    assert [ours[n].p_a for n in range(4)] == pytest.approx([theirs[n].p_a for n in range(4)], abs=0.1)
