@@ -53,8 +53,8 @@ METRICS: dict[str, dict[str, Any]] = {
         "num_computed": 0,
         "num_reused": 7142,
         "num_rejected": 2,
-        "completions_per_s": 0.0,
-        "completion_tokens_per_s": 0.0,
+        "completions_per_s": None,
+        "completion_tokens_per_s": None,
         "peak_mem_gib": 0.8,
     },
     "train": {

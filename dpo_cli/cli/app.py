@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from dpo_cli.cli.console import ConsoleReporter
 from dpo_cli.cli.exits import errors_as_exit_codes, examples
+from dpo_cli.cli.machine import refuse_unwritable
 from dpo_cli.cli.model import model_app
 from dpo_cli.cli.record import HandRun
 from dpo_cli.cli.repro import EXIT_CODE_FILE, reproduce
@@ -145,6 +146,7 @@ def _run_stage(stage: Stage, overrides: list[str], *, as_json: bool) -> None:
 
         params = load_params(paths.PARAMS, overrides)
         _refuse_unread(stage.command, (*stage.params, "runtime"), overrides)
+        refuse_unwritable(stage.made)
         die_with_parent()
         told = stage.name == "evaluate" and EXIT_CODE_FILE in os.environ  # repro prints the verdict at its end
         reporter = ConsoleReporter(show_tables=not (as_json or told))
@@ -320,6 +322,7 @@ def data_show_command(
     model: ModelOption = None,
     template: TemplateOption = None,
     max_length: MaxLengthOption = None,
+    whole: Annotated[bool, typer.Option("--whole", help="Leave nothing out of the middle of a long prompt.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all of it as one JSON object.")] = False,
 ) -> None:
     """Show one row as the conversion reads it and, with --model, as the tokens that the model sees. Writes nothing.
@@ -338,7 +341,7 @@ def data_show_command(
         if as_json:
             typer.echo(json_of(found))
         else:
-            print_row(found)
+            print_row(found, whole=whole)
     if found["left_out"]:
         raise typer.Exit(DataError.exit_code)
 
@@ -783,6 +786,53 @@ def sample_command(
         figures = sample_files(files, answers, model, out, params, ConsoleReporter(show_tables=not as_json))
     if as_json:
         typer.echo(json.dumps(figures, ensure_ascii=False))
+
+
+@app.command(
+    "try",
+    rich_help_panel="Measurements",
+    epilog=examples(
+        "dpo-cli try 'Explain in one sentence why the sky is blue.'",
+        "dpo-cli try 'Tell me a story.' --set evaluate.temperature=0.7 --set evaluate.max_new_tokens=64",
+        "dpo-cli try 'Hello!' --system 'You are a pirate.' --model ~/adapters/another",
+    ),
+)
+def try_command(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the user says.")],
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="A system message before the prompt.")
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model",
+            metavar="DIR",
+            help="An adapter for the project's SFT model, or a whole model, in place of models/dpo.",
+        ),
+    ] = None,
+    overrides: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answers as one JSON object.")] = False,
+) -> None:
+    """Try a prompt on the SFT model and on the tuned one, and see both answers side by side.
+
+    Answers are sampled as evaluate says (temperature, max_new_tokens, seed): the same prompt gives the same answers,
+    another evaluate.seed others. Neither reports nor models are touched.
+    """
+    with errors_as_exit_codes(as_json=as_json):
+        from dpo_cli.core.params import load_params  # here, so that --help does not wait for them
+
+        if not prompt.strip():
+            raise DataError("the prompt is empty; say something, as in: dpo-cli try 'Hello!'")
+        params = load_params(paths.PARAMS, overrides or [])
+        _refuse_unread("try", ("model", "reference", "evaluate", "runtime"), overrides or [])
+        from dpo_cli.cli import try_prompt
+
+        temperature = params.evaluate.temperature
+        found = try_prompt.try_prompt(prompt, system, model, params, ConsoleReporter(show_tables=not as_json))
+        if as_json:
+            typer.echo(json.dumps(try_prompt.as_json(prompt, found, temperature), ensure_ascii=False))
+        else:
+            try_prompt.print_tried(found, temperature)
 
 
 # --- projects -----------------------------------------------------------------------------

@@ -11,6 +11,9 @@ import difflib
 import hashlib
 import io
 import json
+import os
+import re
+import shlex
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -242,15 +245,30 @@ def _commit_of(name: str) -> str | None:
 def _git(*arguments: str) -> bytes:
     result = _run_git(*arguments)
     if result.returncode:
-        raise MachineError(f"git {arguments[0]}: {result.stderr.decode(errors='replace').strip().splitlines()[-1]}")
+        raise MachineError(f"git {arguments[0]}: {_fatal(result.stderr)}")
     return result.stdout
 
 
 def _run_git(*arguments: str) -> subprocess.CompletedProcess[bytes]:
     try:
-        return subprocess.run(["git", *arguments], capture_output=True, check=False)
+        result = subprocess.run(["git", *arguments], env=os.environ | {"LC_ALL": "C"}, capture_output=True, check=False)
     except OSError as error:
         raise MachineError(f"git cannot be run ({error}); experiments are kept in git") from None
+    if result.returncode and b"dubious ownership" in result.stderr:
+        found = re.search(r"in repository at '(.*)'", result.stderr.decode(errors="replace"))
+        place = found[1] if found else str(Path.cwd())
+        raise MachineError(
+            f"git: the repository {place} belongs to another user; if you trust it, run: git config --global --add"
+            f" safe.directory {shlex.quote(place)}"
+        )
+    return result
+
+
+def _fatal(stderr: bytes) -> str:
+    """What git says is wrong: the line that begins with fatal or error, and not the last one, which may be a remedy."""
+    lines = [line.strip() for line in stderr.decode(errors="replace").splitlines() if line.strip()]
+    said = [line for line in lines if line.startswith(("fatal: ", "error: "))] or lines or ["no word of what is wrong"]
+    return said[0].partition(": ")[2] or said[0]
 
 
 def _json(content: bytes, where: str) -> dict[str, Any]:

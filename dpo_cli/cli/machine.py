@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
+from collections.abc import Iterable
+from pathlib import Path
 
+from dpo_cli.core.errors import MachineError
 from dpo_cli.core.text import shown
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -38,6 +42,23 @@ def machine_problem(error: BaseException) -> str | None:
         if (problem := _problem_of_a_file(each)) is not None:
             return problem
     return None
+
+
+def refuse_unwritable(places: Iterable[Path]) -> None:
+    """Refuse to begin what could not be published: hours later, nobody would be glad to hear of it.
+
+    Args:
+        places: Files and folders that will be written or replaced; those above them may be missing, too.
+
+    Raises:
+        MachineError: One of them cannot be.
+    """
+    for place in places:
+        there = next((parent for parent in place.absolute().parents if parent.exists()), Path("/"))
+        if not there.is_dir():
+            raise MachineError(f"{place} cannot be written: {there} is no folder; move it away")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise MachineError(f"{place} cannot be written: {there} forbids it; mend its rights (chmod u+rwx)")
 
 
 def _problem_of_a_file(error: BaseException) -> str | None:

@@ -17,7 +17,7 @@ from dpo_cli.core import paths
 from dpo_cli.core.artifacts import atomic_path, write_json_lines
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.pieces import pieces_of
-from dpo_cli.data.schema import MESSAGES
+from dpo_cli.data.schema import MESSAGES, table_of
 from dpo_cli.evaluation.heat.page import HeatAnswer, HeatPiece, HeatRow, choose_rows, write_heat_page
 from dpo_cli.evaluation.implicit_reward import Agreement, RankedAnswers, RewardSummary
 from dpo_cli.reference.graph import Graph
@@ -106,7 +106,7 @@ def write_rows(path: Path, rows: Sequence[ScoredRow]) -> None:
         write_json_lines(path, entries)
         return
     with atomic_path(path) as temporary:
-        pq.write_table(pa.Table.from_pylist(list(entries), schema=SCHEMA), temporary, compression="zstd")
+        pq.write_table(table_of(list(entries), SCHEMA), temporary, compression="zstd")
 
 
 def _entry(row: ScoredRow) -> dict[str, Any]:

@@ -16,10 +16,13 @@ from dpo_cli.cli.console import open_console
 from dpo_cli.data.formats.base import shown_name
 from dpo_cli.data.schema import TOOLS
 
+_LONG_PROMPT, _LONG_PROMPT_PIECES = 1200, 150
+"""Characters and tokens at either end of a long prompt's message that are always shown."""
 _LONG_TEXT, _LONG_LIST, _LONG_ROW = 240, 8, 60
 
 _CONTEXT, _SCORED = "cyan", "green"
 _SEPARATOR = "│"
+_NO_TEXT = "∅"
 _WIDTH = 80
 _SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 _SHOWN = {"\n": "\n", "\t": "\t", "\x7f": "␡"}
@@ -27,9 +30,15 @@ _JOINERS = "\u200c\u200d"
 """Characters without a shape of their own that emoji and some scripts need between others."""
 
 
-def print_row(found: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print what :func:`describe_row` found."""
-    _Page(console or open_console()).row(found)
+def print_row(found: Mapping[str, Any], console: Console | None = None, *, whole: bool = False) -> None:
+    """Print what :func:`describe_row` found.
+
+    Args:
+        found: What to print.
+        console: Where; None: standard output.
+        whole: Leave nothing out of the middle of a long prompt.
+    """
+    _Page(console or open_console(), whole=whole).row(found)
 
 
 def visible(text: str) -> str:
@@ -50,8 +59,9 @@ def _visible_character(character: str) -> str:
 class _Page:
     """Prints a row. Long lines are left to the terminal, so that a pipe gets the texts as they are."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, whole: bool) -> None:
         self._console = console
+        self._whole = whole
         self._width = min(console.width, _WIDTH)
 
     def row(self, found: Mapping[str, Any]) -> None:
@@ -102,7 +112,7 @@ class _Page:
             self._rule("tools", "─", _CONTEXT)
             self._line(visible(part["prompt"][0][TOOLS]))
         for message in part["prompt"]:
-            self._message(message["role"], message, _CONTEXT)
+            self._message(message["role"], message if self._whole else _without_middle(message), _CONTEXT)
         self._boundary("the prompt ends here; what follows are its answers")
         for answer in part["answers"]:
             title = _title_of(answer)
@@ -154,7 +164,7 @@ class _Page:
             return
         groups = [tokens["prompt"]["pieces"], *(answer["pieces"] for answer in tokens["answers"])]
         self._rule(f"tokens of the prompt: {tokens['prompt']['count']}, not scored", "─", _CONTEXT)
-        text = _token_text(tokens["prompt"]["pieces"], _CONTEXT)
+        text = self._prompt_tokens(tokens["prompt"]["pieces"])
         if text.plain.endswith("\n"):
             text.right_crop()  # a line end is printed anyway
         self._console.print(text, soft_wrap=True)
@@ -166,6 +176,14 @@ class _Page:
         self._line("")
         self._line(_legend(groups), "dim")
         self._token_facts(part)
+
+    def _prompt_tokens(self, pieces: Sequence[Mapping[str, Any]]) -> Text:
+        left_out = len(pieces) - 2 * _LONG_PROMPT_PIECES
+        if self._whole or left_out <= _LONG_PROMPT_PIECES:
+            return _token_text(pieces, _CONTEXT)
+        first, last = pieces[:_LONG_PROMPT_PIECES], pieces[-_LONG_PROMPT_PIECES:]
+        middle = (f"\n… {left_out} tokens are left out here; --whole shows them …\n", "dim")
+        return Text.assemble(_token_text(first, _CONTEXT), middle, _token_text(last, _CONTEXT))
 
     def _token_facts(self, part: Mapping[str, Any]) -> None:
         tokens = part["tokens"]
@@ -207,6 +225,16 @@ class _Page:
         self._line(head + mark * max(self._width - Text(head).cell_len, 0), style)
 
 
+def _without_middle(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message whose text is shortened where it is long: both of its ends say what it is."""
+    text = message["content"]
+    left_out = len(text) - 2 * _LONG_PROMPT
+    if left_out <= _LONG_PROMPT:
+        return message
+    middle = f"\n… {left_out} characters are left out here; --whole shows them …\n"
+    return {**message, "content": f"{text[:_LONG_PROMPT]}{middle}{text[-_LONG_PROMPT:]}"}
+
+
 def _title_of(answer: Mapping[str, Any]) -> str:
     facts = [f"{name} {answer[name]:g}" for name in ("rank", "score") if answer.get(name) is not None]
     return f"{answer['name']} ({', '.join(facts)})" if facts else answer["name"]
@@ -230,8 +258,10 @@ def _token_text(pieces: Sequence[Mapping[str, Any]], style: str) -> Text:
 
 def visible_token(text: str) -> str:
     """A token's text, with all in it that has no shape of its own made visible."""
-    first = unicodedata.category(text[0]) if text else ""
-    if text and (text[0] in _JOINERS or "\ufe00" <= text[0] <= "\ufe0f"):
+    if not text:
+        return _NO_TEXT
+    first = unicodedata.category(text[0])
+    if text[0] in _JOINERS or "\ufe00" <= text[0] <= "\ufe0f":
         text = f"\\u{ord(text[0]):04x}{text[1:]}"
     elif first.startswith("M"):
         text = f"◌{text}"  # else it would sit on the sign before it
@@ -241,6 +271,8 @@ def visible_token(text: str) -> str:
 def _legend(groups: Sequence[Sequence[Mapping[str, Any]]]) -> str:
     pieces = [piece for group in groups for piece in group]
     signs = [f"{_SEPARATOR} parts tokens", "⟦ ⟧ hold what is scored, the end token included"]
+    if any(not piece["text"] for piece in pieces):
+        signs.append(f"{_NO_TEXT} is a token without text")
     if any("\n" in piece["text"] for piece in pieces):
         signs.append("⏎ is a line end")
     if any("\t" in piece["text"] for piece in pieces):

@@ -307,10 +307,11 @@ class PairTokenChecks(TokenChecks):
 class SftParams(TrainingParams):
     """Supervised fine-tuning, which gives the reference model. Read by sft."""
 
-    method: Literal["none", "full", "lora", "qlora"] = knob(
+    method: Literal["none", "adapter", "full", "lora", "qlora"] = knob(
         "qlora",
-        "none: the base as it is (the rest of this section rests); full: all weights; lora: an adapter on the"
-        " plain model; qlora: an adapter on the model in 4-bit nf4.",
+        "none: the base as it is (the rest of this section rests); adapter: the LoRA adapter in runtime.adapter_path"
+        " (it rests, too); full: all weights; lora: an adapter on the plain model; qlora: an adapter on the model in"
+        " 4-bit nf4.",
     )
     lora: LoraParams = Field(default_factory=LoraParams, description="The adapter of methods lora and qlora.")
     max_length: int = knob(
@@ -480,6 +481,11 @@ class RuntimeParams(Section):
         default=None,
         description="Directory of the base model in Hugging Face layout with safetensors weights;"
         " the environment variable DPO_MODEL_PATH goes before it.",
+    )
+    adapter_path: str | None = Field(
+        default=None,
+        description="Directory of the adapter that sft.method adapter goes on with, as PEFT saves it; the environment"
+        " variable DPO_ADAPTER_PATH goes before it.",
     )
     judge_path: str | None = Field(
         default=None,
@@ -853,6 +859,8 @@ def _contradictions(params: Params) -> list[str]:
         elif not isinstance(value, bool | int | float | str):
             found.append(f"model.template_options.{name} must be true, false, a number or text, got {value!r}")
     found += idle_evaluate_settings(params.evaluate)
+    if params.runtime.adapter_path is not None and sft.method != "adapter":
+        found.append(f"runtime.adapter_path has no effect with sft.method {sft.method}; adapter reads it")
     if params.runtime.judge_path is not None and params.evaluate.judge != "hf":
         found.append(f"runtime.judge_path has no effect with evaluate.judge {params.evaluate.judge}; judge hf reads it")
     found += _idle_columns(params)
@@ -861,7 +869,7 @@ def _contradictions(params: Params) -> list[str]:
     for name, section in (("train", train), ("reward", reward)):
         if name == "reward" and reward.loss == "none":
             continue
-        if section.lora is not None and sft.method in ("lora", "qlora"):
+        if section.lora is not None and sft.method in ("adapter", "lora", "qlora"):
             found.append(
                 f"{name}.lora has no effect with sft.method {sft.method}: {name} goes on with the adapter of sft"
             )
@@ -872,7 +880,7 @@ def _contradictions(params: Params) -> list[str]:
     if reward.loss == "bradley_terry" and differs(reward, "ties"):
         found.append("reward.ties has no effect with reward.loss bradley_terry; plackett_luce reads it")
     for name, section in (("sft", sft), ("train", train), ("reward", reward)):
-        if (name == "sft" and sft.method == "none") or (name == "reward" and reward.loss == "none"):
+        if (name == "sft" and sft.method in ("none", "adapter")) or (name == "reward" and reward.loss == "none"):
             continue
         if section.max_steps is not None and differs(section, "epochs"):
             found.append(f"{name}.epochs has no effect beside {name}.max_steps; drop one of them")

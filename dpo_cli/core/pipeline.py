@@ -70,6 +70,12 @@ class Stage:
         return (*([self.output] if self.output else []), *self.lists)
 
     @property
+    def made(self) -> tuple[Path, ...]:
+        """All that it makes."""
+        metrics = (paths.metrics_file(self.name),) if self.metrics else ()
+        return (*self.kept_by_dvc, *metrics, *(path for path, _ in self.plots), *self.pages)
+
+    @property
     def module(self) -> str:
         """The module that does it; that of stage report is :mod:`dpo_cli.cli.report`."""
         return f"dpo_cli.stages.{self.name}"

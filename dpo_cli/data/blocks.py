@@ -345,7 +345,7 @@ class _Rows:
             write_arrow(examples_file(folder, index), _table_of(columns, self._plan))
             digests = _digests_of(columns)
         if self._rankings:
-            write_arrow(rankings_file(folder, index), _rankings_table(self._rankings))
+            write_arrow(rankings_file(folder, index), table_of(self._rankings, RANKING_BLOCK_SCHEMA))
         return BlockResult(
             num_rows,
             len(self._rows),
@@ -439,14 +439,6 @@ def _row_of(example: RankingExample, source: str) -> dict[str, Any]:
         return example.row(source)
     except UnicodeEncodeError:
         raise RowProblem("bad_unicode", "has half of a surrogate pair, which is no text") from None
-
-
-def _rankings_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """A block's rankings, as :data:`RANKING_BLOCK_SCHEMA` has them; in full, where a message has more."""
-    if all(is_plain(row["prompt"], *row["completions"]) for row in rows):
-        return table_of(rows, RANKING_BLOCK_SCHEMA)
-    told = [{**row, TOOLS: row["prompt"][0].get(TOOLS)} for row in rows]
-    return table_of(told, full_schema(RANKING_BLOCK_SCHEMA))
 
 
 def is_full(path: Path) -> bool:

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+_SPACES = " ▁Ġ"
+"""How tokenizers write a space in the names of tokens."""
+
 
 @dataclass(frozen=True)
 class Piece:
     """Tokens that are shown together: one, or the several that a character is split over.
 
     Attributes:
-        text: Their text, or the name of a special token.
+        text: Their text, or the name of a special token; empty where a token stands for a space that is not shown.
         ids: Their ids.
         special: Whether it is a special token, such as the one that ends a turn.
     """
@@ -43,7 +46,8 @@ def pieces_of(tokenizer: Any, ids: Sequence[int]) -> list[Piece]:
             continue
         waiting = (*waiting, token_id)
         piece = _piece(tokenizer, before, waiting)
-        if piece.text and (not piece.text.endswith("\ufffd") or waiting[-len(real) :] == real):
+        is_space = not piece.text and not str(tokenizer.convert_ids_to_tokens(token_id)).strip(_SPACES)
+        if is_space or (piece.text and (not piece.text.endswith("\ufffd") or waiting[-len(real) :] == real)):
             pieces.append(piece)
             before, waiting = waiting, ()
     if waiting:

@@ -9,7 +9,7 @@ at any row, on any machine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
@@ -68,9 +68,18 @@ RANKING_SCHEMA = pa.schema(
 
 def full_schema(schema: pa.Schema) -> pa.Schema:
     """A schema with a place for :data:`EXTRA_FIELDS` and tools; readers of plain tables never meet them."""
-    types = {MESSAGES: FULL_MESSAGES, pa.list_(MESSAGES): pa.list_(FULL_MESSAGES)}
-    fields = [field.with_type(types.get(field.type, field.type)) for field in schema]
-    return pa.schema([*fields, pa.field(TOOLS, pa.string())])
+    fields = [field.with_type(_full_type(field.type)) for field in schema]
+    return pa.schema([*fields, pa.field(TOOLS, pa.string())], metadata=schema.metadata)
+
+
+def _full_type(kind: pa.DataType) -> pa.DataType:
+    if kind == MESSAGES:
+        return FULL_MESSAGES
+    if pa.types.is_list(kind):
+        return pa.list_(_full_type(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_full_type(field.type)) for field in kind])
+    return kind
 
 
 def is_plain(*parts: Messages) -> bool:
@@ -96,7 +105,7 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nulls(inner) for inner in value]
     if isinstance(value, dict):
-        return {name: inner for name, inner in value.items() if inner is not None}
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
     return value
 
 
@@ -284,5 +293,20 @@ class RankingExample(Example):
 
 
 def table_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
-    """Canonical rows as an Arrow table."""
-    return pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+    """Rows with messages as an Arrow table: of the schema, or of :func:`full_schema` where a message has more."""
+    if all(is_plain(*_lists_in(row)) for row in rows):
+        return pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+    told = [{TOOLS: row["prompt"][0].get(TOOLS), **row} for row in rows]
+    return pa.Table.from_pylist(told, schema=schema if TOOLS in schema.names else full_schema(schema))
+
+
+def _lists_in(value: Any) -> Iterator[Messages]:
+    """The message lists in a row."""
+    if isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _lists_in(inner)
+    elif isinstance(value, list) and value and isinstance(value[0], Mapping) and "content" in value[0]:
+        yield value
+    elif isinstance(value, list) and value and isinstance(value[0], list | Mapping):
+        for inner in value:
+            yield from _lists_in(inner)

@@ -19,9 +19,10 @@ from dpo_cli.core.artifacts import atomic_path
 from dpo_cli.core.errors import DataError
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.formats.base import Reading, RowProblem, kind_of
-from dpo_cli.data.formats.prompts import read_prompt
+from dpo_cli.data.formats.prompts import read_prompt, tools_of
+from dpo_cli.data.formats.tools import read_tools
 from dpo_cli.data.reading.files import read_records
-from dpo_cli.data.schema import MESSAGES, Messages, assistant, content_id
+from dpo_cli.data.schema import MESSAGES, Messages, assistant, content_id, table_of, with_tools
 from dpo_cli.evaluation.generation import Answer, PromptTokens
 from dpo_cli.evaluation.judges.prompts import transcript
 
@@ -69,6 +70,8 @@ def read_prompts(path: Path) -> PromptFile:
             if not isinstance(record.value, dict):
                 raise RowProblem("bad_row", f"must be an object with a 'prompt', got {kind_of(record.value)}")
             messages = read_prompt(record.value, Reading())
+            if tools := read_tools(tools_of(record.value)):
+                messages = with_tools(messages, tools)
             if not any(message["content"].strip() for message in messages):
                 raise RowProblem("empty_prompt", "asks nothing: 'prompt' is empty")
         except RowProblem as problem:
@@ -176,4 +179,4 @@ def write_samples(path: Path, rows: Sequence[Mapping[str, Any]], made_by: Mappin
     """Write a table as parquet, whole or not at all; ``made_by`` is kept with it: model and sampling."""
     schema = SCHEMA.with_metadata({name: str(value) for name, value in made_by.items()})
     with atomic_path(path) as temporary:
-        pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), temporary)
+        pq.write_table(table_of(rows, schema), temporary)

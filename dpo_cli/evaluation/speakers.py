@@ -16,9 +16,10 @@ from dpo_cli.core.artifacts import digest_files, digest_json
 from dpo_cli.core.errors import DataError, MachineError, StaleArtifactError
 from dpo_cli.core.params import RuntimeParams
 from dpo_cli.core.progress import Reporter
+from dpo_cli.core.text import in_one_line
 from dpo_cli.evaluation.speaker_names import BASE, DPO, SFT
 from dpo_cli.models.adapters import ADAPTER_FILES, ModelPair, is_dora, load_pair, load_reference
-from dpo_cli.models.folder import check_model_folder
+from dpo_cli.models.folder import check_model_folder, words_of
 from dpo_cli.models.identity import model_files
 from dpo_cli.models.load import load_model, load_tokenizer
 from dpo_cli.reference.graph import Graph
@@ -154,8 +155,10 @@ class AdapterCast:
             try:
                 pair = load_pair(graph.base, graph.sft, graph.machine, graph.quantization, self._adapter)
             except (RuntimeError, ValueError, KeyError, TypeError) as error:
-                why = str(error).strip().splitlines()[0]
-                raise MachineError(f"{self._adapter}: no adapter for the project's model: {why}") from error
+                raise MachineError(
+                    f"{self._adapter}: no adapter for the project's model: {_misfit(error)}; give one that was trained"
+                    " on it"
+                ) from error
             dtype = graph.machine.compute_dtype
             scorer, _ = open_scorer(pair.use_policy(), dtype, self._runtime, self._reporter, self._command)
             self._loaded = pair, scorer
@@ -181,6 +184,15 @@ class AdapterCast:
         pair, scorer = self._load()
         with pair.scaled_policy(scale) as model:
             yield Voice(model, scorer)
+
+
+def _misfit(error: Exception) -> str:
+    """What PyTorch says of weights that do not fit: the first of them, below its headline, and how many there are."""
+    _, *misfits = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    if not misfits:
+        return words_of(error)
+    more = f" ({len(misfits)} misfits in all)" if len(misfits) > 1 else ""
+    return f"{in_one_line(misfits[0].rstrip('.'))}{more}"
 
 
 class WholeCast:

@@ -22,13 +22,13 @@ from dpo_cli.core.errors import MachineError, ParamsError, StaleArtifactError
 from dpo_cli.core.params import LoraParams
 from dpo_cli.core.text import shown
 from dpo_cli.models.device import Machine
+from dpo_cli.models.folder import ADAPTER_FILES
 from dpo_cli.models.load import keep_weights_unpacked, load_model
 
 if TYPE_CHECKING:  # peft takes seconds to import: functions do it that use it
     from peft import PeftModel
 
 SFT_MANIFEST = "sft.json"
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _SFT_REMEDY = "run: dpo-cli sft"
 POLICY, REFERENCE = "default", "reference"
 
@@ -153,7 +153,7 @@ class SftResult:
     """What stage sft left in models/sft.
 
     Attributes:
-        method: none, full, lora or qlora.
+        method: none, adapter, full, lora or qlora.
         digest: One digest of everything in it that the graph depends on.
         data: SHA-256 of the tables it was trained on, by split; None where it was not trained.
     """
@@ -165,7 +165,7 @@ class SftResult:
     @property
     def has_adapter(self) -> bool:
         """Whether SFT made an adapter."""
-        return self.method in ("lora", "qlora")
+        return self.method in ("adapter", "lora", "qlora")
 
 
 def write_sft_manifest(

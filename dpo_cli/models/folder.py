@@ -24,7 +24,8 @@ from dpo_cli.core.text import in_one_line
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LFS_POINTER = b"version https://git-lfs"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_ADAPTER = "adapter_config.json"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+"""What PEFT saves of an adapter."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,28 @@ def base_folder(model: ModelParams, runtime: RuntimeParams) -> Path:
     return folder
 
 
+def adapter_folder(runtime: RuntimeParams) -> Path:
+    """The directory of the adapter that sft.method adapter goes on with, absolute.
+
+    Raises:
+        ParamsError: None was given.
+        MachineError: It is missing, or holds no adapter as PEFT saves it.
+    """
+    given = os.environ.get("DPO_ADAPTER_PATH") or runtime.adapter_path
+    if not given:
+        raise ParamsError(
+            "params.yaml: sft.method adapter needs runtime.adapter_path (or DPO_ADAPTER_PATH), the adapter's directory"
+        )
+    folder = paths.from_root(given)
+    if not folder.is_dir():
+        raise MachineError(f"adapter directory {folder} is missing; check runtime.adapter_path or DPO_ADAPTER_PATH")
+    for name in ADAPTER_FILES:
+        if not (folder / name).is_file():
+            pickled = "; pickled weights can run code when loaded" if (folder / "adapter_model.bin").is_file() else ""
+            raise MachineError(f"{folder} has no {name}: not an adapter as PEFT saves it{pickled}")
+    return folder
+
+
 def check_model_folder(folder: Path) -> None:
     """Refuse a directory that cannot be loaded safely, with the reason.
 
@@ -77,9 +100,9 @@ def check_model_folder(folder: Path) -> None:
         raise MachineError(
             f"model directory {folder} is missing; check the path (runtime.model_path, DPO_MODEL_PATH or --model)"
         )
-    if (folder / _ADAPTER).is_file():
+    if (folder / ADAPTER_FILES[0]).is_file():
         raise MachineError(
-            f"{folder} holds an adapter ({_ADAPTER}); give the directory of a whole model, and the adapter as"
+            f"{folder} holds an adapter ({ADAPTER_FILES[0]}); give the directory of a whole model, and the adapter as"
             " runtime.adapter_path with sft.method adapter"
         )
     if not (folder / "config.json").is_file():
@@ -103,7 +126,7 @@ def check_model_folder(folder: Path) -> None:
 def holds_weights(folder: Path) -> bool:
     """Whether a directory holds weights of a model, of whatever kind, and not a tokenizer with an adapter at most."""
     kinds = ("*.safetensors", INDEX, *_PICKLES)
-    return not (folder / _ADAPTER).is_file() and any(next(folder.glob(kind), None) for kind in kinds)
+    return not (folder / ADAPTER_FILES[0]).is_file() and any(next(folder.glob(kind), None) for kind in kinds)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -79,11 +79,13 @@ class BaseLock:
         identity: Name, revision, and size and SHA-256 of each file: all that a result depends on.
         settings: Section model of params.yaml as the model was verified with.
         facts: What verification found and stages ask for.
+        adapter: Size and SHA-256 of each file of the adapter that stands in for SFT; empty where there is none.
     """
 
     identity: dict[str, Any]
     settings: dict[str, Any]
     facts: ModelFacts
+    adapter: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -102,7 +104,8 @@ class BaseLock:
 
     def write(self, folder: Path) -> None:
         """Write it into a folder."""
-        write_json(folder / LOCK_NAME, self.identity | {"settings": self.settings, "facts": asdict(self.facts)})
+        rest = {"settings": self.settings, "facts": asdict(self.facts), "adapter": self.adapter}
+        write_json(folder / LOCK_NAME, self.identity | rest)
 
 
 def read_base_lock() -> BaseLock:
@@ -116,8 +119,8 @@ def read_base_lock() -> BaseLock:
     try:
         facts = ModelFacts(**found["facts"])
         identity = {name: found[name] for name in _IDENTITY}
-        lock = BaseLock(identity, dict(found["settings"]), facts)
-        for name, entry in lock.files.items():
+        lock = BaseLock(identity, dict(found["settings"]), facts, dict(found["adapter"]))
+        for name, entry in (*lock.files.items(), *lock.adapter.items()):
             if Path(name).name != name or not isinstance(entry["size"], int) or not isinstance(entry["sha256"], str):
                 raise ValueError(name)
         is_sound = isinstance(facts.num_rows, int) and isinstance(facts.context_length, int | None)

@@ -289,7 +289,7 @@ def verify_vocabulary(folder: Path, tokenizer: Any, encoder: ChatEncoder, num_ro
     beyond = sorted((number, token) for token, number in vocabulary.items() if number >= num_rows)
     if not beyond:
         return []
-    in_use = {getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad", "unk")}
+    in_use = {getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad")}
     in_use |= {*encoder.stop_ids, *_ids_of_an_exchange(encoder)}
     reached = [(number, token) for number, token in beyond if number not in special or number in in_use]
     more = f" ({len(beyond)} such tokens)" if len(beyond) > 1 else ""

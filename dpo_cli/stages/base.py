@@ -6,6 +6,7 @@ all as it was writes nothing and imports no torch.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from dpo_cli.core.params import EMBEDDED, ModelParams, Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import Scratch, stage_scratch
 from dpo_cli.models.adapters import refuse_targets, without_numbers
-from dpo_cli.models.folder import base_folder
+from dpo_cli.models.folder import ADAPTER_FILES, adapter_folder, base_folder
 from dpo_cli.models.identity import (
     LOCK_NAME,
     BaseLock,
     ModelFacts,
     changed_files,
     library_versions,
+    lock_files,
     lock_model,
     read_base_lock,
     refuse_beyond_context,
@@ -45,6 +47,11 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
             lock = _unchanged(before, model, reporter) or _build_embedded(params, scratch, reporter)
         else:
             lock = _verify_folder(folder, before, model, scratch, reporter)
+        # not of the base model, but from outside of the project, too: so repro sees it change
+        adapter = lock_files(adapter_folder(params.runtime), ADAPTER_FILES) if params.sft.method == "adapter" else {}
+        if adapter != lock.adapter:
+            lock = replace(lock, adapter=adapter)
+            lock.write(paths.BASE)
         scratch.clear()
     _refuse_misfits(params, lock.facts)
     metrics = {
@@ -145,7 +152,7 @@ def _build_embedded(params: Params, scratch: Scratch, reporter: Reporter) -> Bas
 
 def _refuse_misfits(params: Params, facts: ModelFacts) -> None:
     """Refuse settings of later stages that this model cannot serve."""
-    if params.sft.method != "none":
+    if params.sft.method not in ("none", "adapter"):
         refuse_beyond_context(facts.context_length, params.sft.max_length, "sft.max_length")
     refuse_beyond_context(facts.context_length, params.reference.max_length, "reference.max_length")
     made_by_sft = params.sft.method in ("lora", "qlora")

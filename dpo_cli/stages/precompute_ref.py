@@ -72,8 +72,8 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         "num_computed": num_computed,
         "num_reused": len(wanted) - num_computed,
         "num_rejected": len(rejects),
-        "completions_per_s": num_computed / max(elapsed_s, 1e-9) if missing else 0.0,
-        "completion_tokens_per_s": num_tokens / max(elapsed_s, 1e-9) if missing else 0.0,
+        "completions_per_s": num_computed / max(elapsed_s, 1e-9) if missing else None,
+        "completion_tokens_per_s": num_tokens / max(elapsed_s, 1e-9) if missing else None,
         "peak_mem_gib": peak_memory_gib(graph.machine),
         **(layout.metrics() if layout else {}),
     }
@@ -87,7 +87,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
             ("taken over", str(metrics["num_reused"])),
             ("rows left out", f"{len(rejects)} (listed in {paths.rejects_file('precompute_ref').as_posix()})"),
             ("graph", f"{graph.quantization}, {graph.machine.dtype_name}, sft {graph.sft.method}"),
-            ("speed", f"{metrics['completions_per_s']:.1f} completions/s"),
+            *([("speed", f"{metrics['completions_per_s']:.1f} completions/s")] if missing else []),
             ("peak memory", f"{metrics['peak_mem_gib']:.2f} GiB"),
         ],
     )

@@ -292,13 +292,14 @@ def _print_summary(knobs: RewardParams, metrics: dict[str, Any], steps: str, rep
             ("accuracy of the longer answer", _shown(metrics, "longer_accuracy")),
             ("log-loss", _shown(metrics, "log_loss")),
             ("calibration error", _shown(metrics, "ece")),
-            (
-                "speed",
-                f"{metrics['groups_per_s']:.1f} {unit}/s, {metrics['logical_tokens_per_s']:.0f} logical tokens/s",
-            ),
+            *([("speed", _speed(metrics, unit))] if metrics["groups_per_s"] else []),
             ("peak memory", f"{metrics['peak_mem_gib']:.2f} GiB"),
         ],
     )
+
+
+def _speed(metrics: dict[str, Any], unit: str) -> str:
+    return f"{metrics['groups_per_s']:.1f} {unit}/s, {metrics['logical_tokens_per_s']:.0f} logical tokens/s"
 
 
 def _shown(metrics: dict[str, Any], name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.core import paths
@@ -22,7 +23,7 @@ from dpo_cli.models.adapters import (
     write_sft_manifest,
 )
 from dpo_cli.models.device import peak_memory_gib, prepare_machine
-from dpo_cli.models.folder import base_folder
+from dpo_cli.models.folder import adapter_folder, base_folder
 from dpo_cli.models.identity import base_digest, library_versions, model_files, read_lock, verify_model
 from dpo_cli.models.load import keep_weights_unpacked, load_model, quiet_libraries, save_tokenizer
 from dpo_cli.training.history import TOKEN_METRICS, merge_log, write_tsv
@@ -51,14 +52,17 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     Raises:
         StaleArtifactError: models/base or data/sft is missing or stale.
         DataError: No row of a split is within sft.max_length.
+        MachineError: The adapter of sft.method adapter is missing, or does not fit the base model.
         Interrupted: The user asked to stop; a checkpoint is kept.
     """
-    if params.sft.method == "none":
-        verify_model(base_folder(params.model, params.runtime), read_lock())
+    method = params.sft.method
+    if method in ("none", "adapter"):
+        base = base_folder(params.model, params.runtime)
+        verify_model(base, read_lock())
         if not is_first_process():
             return {}
-        with stage_scratch("sft", "none") as scratch:
-            return _publish_none(scratch, base_digest(), reporter)
+        with stage_scratch("sft", method) as scratch:
+            return _publish_untrained(params, base, scratch, reporter)
     with importing():
         from dpo_cli.training.replicas import join_replicas
 
@@ -156,24 +160,35 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
             ("left out", f"{metrics['num_rejected']} (listed in {paths.rejects_file('sft').as_posix()})"),
             ("steps", result.steps_in_words),
             ("held-out loss", f"{metrics['eval_loss_start']:.4f} -> {metrics['eval_loss']:.4f} nats a token"),
-            ("speed", f"{metrics['rows_per_s']:.1f} rows/s"),
+            *([("speed", f"{metrics['rows_per_s']:.1f} rows/s")] if metrics["rows_per_s"] else []),
             ("peak memory", f"{metrics['peak_mem_gib']:.2f} GiB"),
         ],
     )
     return metrics
 
 
-def _publish_none(scratch: Scratch, base: str, reporter: Reporter) -> dict[str, Any]:
-    """The base model is the reference as it is: only a marker is written."""
-    built = scratch.build_folder()
-    write_sft_manifest(built, "none", [], base)
+def _publish_untrained(params: Params, base: Path, scratch: Scratch, reporter: Reporter) -> dict[str, Any]:
+    """Publish what nothing is trained for: a marker for the base model as it is, or an adapter of the user's own."""
+    method, built = params.sft.method, scratch.build_folder()
+    metrics: dict[str, Any] = {"method": method}
+    rows = [("method", "none: the base model is taken as it is")]
+    files: list[str] = []
+    if method == "adapter":
+        with importing():
+            from dpo_cli.models.own_adapter import copy_adapter
+
+        quiet_libraries()
+        source = adapter_folder(params.runtime)
+        metrics |= copy_adapter(source, base, built, params.model.name)
+        files = [*ADAPTER_FILES]
+        rows = [("method", f"adapter: {source} is taken as it is"), ("adapter", size_in_words(metrics))]
+    write_sft_manifest(built, method, files, base_digest())
     publish_folder(built, paths.SFT_MODEL)
     scratch.clear()
-    metrics: dict[str, Any] = {"method": "none"}
     write_tsv(paths.report_dir("sft") / "steps.tsv", [], ("step", *_COLUMNS))
     write_json_lines(paths.rejects_file("sft"), [])
     write_json(paths.metrics_file("sft"), {"sft": metrics})
-    reporter.table("sft", [("method", "none: the base model is taken as it is")])
+    reporter.table("sft", rows)
     return metrics
 
 

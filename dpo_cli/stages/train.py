@@ -279,7 +279,11 @@ def _print_summary(knobs: TrainParams, metrics: dict[str, Any], steps: str, repo
                 if "eval_kendall_tau" in metrics
                 else []
             ),
-            ("speed", f"{metrics['pairs_per_s']:.1f} {unit}/s, {metrics['logical_tokens_per_s']:.0f} logical tokens/s"),
+            *([("speed", _speed(metrics, unit))] if metrics["pairs_per_s"] else []),
             ("peak memory", f"{metrics['peak_mem_gib']:.2f} GiB"),
         ],
     )
+
+
+def _speed(metrics: dict[str, Any], unit: str) -> str:
+    return f"{metrics['pairs_per_s']:.1f} {unit}/s, {metrics['logical_tokens_per_s']:.0f} logical tokens/s"

@@ -24,6 +24,7 @@ COMMANDS = [
     "agreement",
     "capability",
     "score",
+    "try",
     "init",
     "report",
     "repro",

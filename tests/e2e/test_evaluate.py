@@ -259,6 +259,25 @@ def test_an_adapter_of_ones_own_is_judged_without_training(evaluate: Evaluate, t
         assert words in result.output
 
 
+def test_a_prompt_is_tried_on_both_models(evaluate: Evaluate, tiny_folder: Path) -> None:
+    """Its answers are those that the evaluation sampled, whose random stream is the prompt's."""
+    evaluate()
+    sample = samples()[0]
+    (asked,) = sample["prompt"]
+    result = invoke(tiny_folder, "try", asked["content"], "--json")
+    assert result.exit_code == 0, result.output
+    answers = json.loads(result.stdout)["answers"]
+    assert [(each["model"], each["text"]) for each in answers] == [
+        (name, sample[name]["text"]) for name in ("sft", "dpo")
+    ]
+    shown = invoke(tiny_folder, "try", asked["content"], "--system", "Be kind.")
+    assert shown.exit_code == 0, shown.output
+    head = shown.stdout.splitlines()[0]
+    assert head.startswith("sft (")
+    assert " dpo (" in head
+    assert invoke(tiny_folder, "try", " ").exit_code == DataError.exit_code
+
+
 def test_a_model_of_unknown_training_is_judged_with_a_warning(here: Path, tiny_folder: Path) -> None:
     """Its beta is that of params.yaml, and nobody knows what it has read."""
     shutil.copytree(paths.DPO_MODEL, "mine")
@@ -331,7 +350,8 @@ def test_a_folder_that_holds_no_such_model_is_refused(
     save_file(
         {name: value[..., :-1].contiguous() for name, value in weights.items()}, "other/adapter_model.safetensors"
     )
-    with pytest.raises(MachineError, match="other: no adapter for the project's model"):
+    misfit = r"other: no adapter for the project's model: size mismatch for .* \(\d+ misfits in all\); give one"
+    with pytest.raises(MachineError, match=misfit):
         refused("other")
     result = invoke(tiny_folder, "evaluate", "--out", "somewhere")
     assert result.exit_code == ParamsError.exit_code

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,44 +33,87 @@ def _config(family: str, vocab_size: int, special: dict[str, int]) -> Any:
     return make(vocab_size=vocab_size, **_SHAPE, **extra, **special)
 
 
-@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Llama", "Gemma2", "Phi3"])
-def test_a_tiny_model_goes_through_nf4(
-    family: str, project: Path, tmp_path: Path, tokenizer: Any, reporter: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def save_model(family: str, tokenizer: Any, folder: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from dpo_cli.stages import base, convert_preferences, convert_sft, precompute_ref, sft, train
-
     torch.manual_seed(0)
     special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
-    folder = tmp_path / family
     AutoModelForCausalLM.from_config(_config(family, len(tokenizer), special)).save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
+    return folder
+
+
+def params_of(project: Path, folder: Path, sft: dict[str, Any], runtime: dict[str, Any]) -> Params:
     raw = project / "data/raw"
     raw.mkdir(parents=True, exist_ok=True)
     (raw / "instructions.json").write_text(json.dumps(world.instruction_rows(0, 80)), encoding="utf-8")
     (raw / "preferences.json").write_text(json.dumps(world.preference_rows(0, 80)), encoding="utf-8")
-    training = {"learning_rate": 1e-3, "batch_size": 8, "max_steps": 4}
-    params = parse_params(
+    return parse_params(
         {
             "data": {"eval_fraction": 0.2},
-            "model": {"name": family.lower()},
-            "sft": {**training, "max_length": 256},
+            "model": {"name": folder.name.lower()},
+            "sft": sft,
             "reference": {"max_length": 256},
-            "train": training,
-            "runtime": {"model_path": str(folder), "device": "cpu"},
+            "train": TRAINING,
+            "runtime": {"model_path": str(folder), "device": "cpu", **runtime},
         }
     )
-    for stage in (base, convert_sft, convert_preferences, sft, precompute_ref):
-        stage.run(params, reporter)
+
+
+TRAINING = {"learning_rate": 1e-3, "batch_size": 8, "max_steps": 4}
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Llama", "Gemma2", "Phi3"])
+def test_a_tiny_model_goes_through_nf4(
+    family: str, project: Path, tmp_path: Path, tokenizer: Any, reporter: Any
+) -> None:
+    folder = save_model(family, tokenizer, tmp_path / family)
+    params = params_of(project, folder, {**TRAINING, "max_length": 256}, {})
+    run_through(params, reporter)
+    assert not Path("models/base/model.safetensors").exists()
+    assert_the_card_loads_it(params, folder)
+
+
+def test_an_adapter_of_ones_own_is_start_and_reference(
+    project: Path, tmp_path: Path, tokenizer: Any, reporter: Any
+) -> None:
+    from dpo_cli.models.identity import read_base_lock
+    from dpo_cli.stages import base, sft
+
+    folder = save_model("Llama", tokenizer, tmp_path / "Llama")
+    params = params_of(project, folder, {**TRAINING, "max_length": 256}, {})
+    for stage in STAGES[:4]:
+        importlib.import_module(f"dpo_cli.stages.{stage}").run(params, reporter)
+    mine = shutil.copytree("models/sft", tmp_path / "mine")
+    shutil.rmtree("models/sft")
+    params = params_of(project, folder, {"method": "adapter"}, {"adapter_path": str(mine)})
+    run_through(params, reporter)
+    assert json.loads(Path("models/sft/sft.json").read_text(encoding="utf-8"))["method"] == "adapter"
+    assert_the_card_loads_it(params, folder)
+    before = read_base_lock()
+    config = mine / "adapter_config.json"
+    config.write_text(
+        config.read_text(encoding="utf-8").replace('"lora_alpha": 32', '"lora_alpha": 64'), encoding="utf-8"
+    )
+    base.run(params, reporter)
+    assert read_base_lock().adapter != before.adapter, "DVC sees it by the lock"
+    assert read_base_lock().identity == before.identity
+    assert sft.run(params, reporter)["method"] == "adapter"
+
+
+STAGES = ("base", "convert_sft", "convert_preferences", "sft", "precompute_ref")
+
+
+def run_through(params: Params, reporter: Any) -> None:
+    from dpo_cli.stages import train
+
+    for stage in STAGES:
+        importlib.import_module(f"dpo_cli.stages.{stage}").run(params, reporter)
     metrics = train.run(params, reporter)
     assert metrics["step0_loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert metrics["step0_max_abs_margin"] <= 1e-4
     assert metrics["eval_loss"] < metrics["eval_loss_start"]
-    assert Path("models/dpo/adapter_model.safetensors").stat().st_size > 0
-    assert not Path("models/base/model.safetensors").exists()
-    assert_the_card_loads_it(params, folder)
 
 
 def assert_the_card_loads_it(params: Params, folder: Path) -> None:

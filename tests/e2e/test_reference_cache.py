@@ -87,6 +87,8 @@ def test_what_each_change_costs(steps: Callable[..., dict[str, Any]]) -> None:
     assert grown["num_computed"] == grown["num_completions"] - first["num_completions"]
     assert 0 < grown["num_computed"] < 0.5 * grown["num_completions"]
     assert grown["num_reused"] == first["num_completions"]
+    again = steps("precompute_ref")
+    assert (again["num_computed"], again["completions_per_s"]) == (0, None), "there is no speed of nothing"
     steps("train")
 
     # DVC deletes the output before it runs the stage: nothing is lost by that

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dpo_cli.core.artifacts import digest_bytes
 from dpo_cli.core.errors import ParamsError
-from dpo_cli.data.schema import Messages
+from dpo_cli.data.schema import Messages, text_of
 from dpo_cli.evaluation.judges.base import OPTIONS, TIE_OPTION, Question
 
 _SUMMARY = """\
@@ -162,4 +162,4 @@ def transcript(prompt: Messages) -> str:
     """A prompt as a judge reads it: a single user message as it is, else every message with its speaker."""
     if len(prompt) == 1 and prompt[0]["role"] == "user":
         return prompt[0]["content"]
-    return "\n\n".join(f"{_SPEAKERS[message['role']]}: {message['content']}" for message in prompt)
+    return "\n\n".join(f"{_SPEAKERS[message['role']]}: {text_of([message])}" for message in prompt)

@@ -42,12 +42,16 @@ class RunTable:
     rows: list[tuple[str, str, str]]
 
 
+_UNTRAINED = {"none": "the base model as it is", "adapter": "one of the user's own, as it is"}
+"""Methods of SFT that train nothing, in words."""
+
+
 def data_account(metrics: Metrics) -> list[AccountRow]:
     """From the rows read to the rows used, with every reason to leave one out."""
     sft, pairs = metrics["convert_sft"], metrics["convert_preferences"]
     tuned, cached, trained = metrics["sft"], metrics["precompute_ref"], metrics["train"]
     reasons = dict.fromkeys([*sft["rejected"], *pairs["rejected"]])
-    has_sft = tuned["method"] != "none"
+    has_sft = tuned["method"] not in _UNTRAINED
     return [
         AccountRow("read", _count(sft["num_read"]), _count(pairs["num_read"]), "total"),
         *(
@@ -93,8 +97,8 @@ def run_tables(metrics: Metrics) -> list[RunTable]:
 
 
 def _sft_rows(sft: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    if sft["method"] == "none":
-        return [("method", "none", "the base model as it is")]
+    if sft["method"] in _UNTRAINED:
+        return [("method", sft["method"], _UNTRAINED[sft["method"]])]
     return [
         ("method", sft["method"], ""),
         _steps(sft),
@@ -112,15 +116,17 @@ def _steps(trained: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def _reference_rows(cached: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    speed = [
-        ("speed", f"{cached['completions_per_s']:,.1f}", "answers/s"),
-        ("completion tokens", _count(cached["completion_tokens_per_s"]), "tokens/s"),
-    ]
+    speed = []
+    if cached["num_computed"]:
+        speed = [
+            ("speed", f"{cached['completions_per_s']:,.1f}", "answers/s"),
+            ("completion tokens", _count(cached["completion_tokens_per_s"]), "tokens/s"),
+        ]
     return [
         ("answers in the cache", _count(cached["num_completions"]), ""),
         ("computed in this run", _count(cached["num_computed"]), ""),
         ("reused from earlier runs", _count(cached["num_reused"]), ""),
-        *(speed if cached["num_computed"] else []),
+        *speed,
         _peak_memory(cached),
     ]
 

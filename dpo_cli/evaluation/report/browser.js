@@ -173,8 +173,9 @@ function headOf(sample) {
 }
 
 function turnOf(message, numTurns) {
+  const said = [message.reasoning_content, message.content, message.tool_calls].filter(Boolean).join("\n");
   const role = numTurns === 1 ? "Prompt" : message.role.slice(0, 1).toUpperCase() + message.role.slice(1);
-  return make("div", "turn", make("h4", "", role), makeText("div", "text", message.content));
+  return make("div", "turn", make("h4", "", role), makeText("div", "text", said));
 }
 
 function answerOf(name, kind, content, facts) {

@@ -15,6 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from dpo_cli.cli import compare as command
+from dpo_cli.cli import experiments
 from dpo_cli.cli.app import app
 from dpo_cli.core.errors import ParamsError, StaleArtifactError
 
@@ -283,6 +284,29 @@ def test_a_damaged_file_is_named() -> None:
     result = run("workspace", "half-wins")
     assert result.exit_code == 4
     assert "workspace: reports/evaluate/samples.json is damaged" in result.stderr
+
+
+def test_a_repository_of_another_owner_says_how_to_trust_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = (
+        b"fatal: detected dubious ownership in repository at '/srv/a b'\nTo add an exception for this directory,"
+        b" call:\n\n\tgit config --global --add safe.directory '/srv/a b'\n"
+    )
+    done = subprocess.CompletedProcess(["git"], 128, b"", stderr)
+    monkeypatch.setattr(experiments.subprocess, "run", lambda *_, **__: done)
+    result = run()
+    assert result.exit_code == 6
+    assert result.stderr.splitlines() == [
+        "dpo-cli: error: git: the repository /srv/a b belongs to another user; if you trust it, run: git config"
+        " --global --add safe.directory '/srv/a b'"
+    ]
+
+
+def test_git_is_quoted_by_what_is_wrong_and_not_by_its_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = subprocess.CompletedProcess(
+        ["git"], 128, b"", b"warning: x\nfatal: bad config line 1\nhint: see the manual\n"
+    )
+    monkeypatch.setattr(experiments.subprocess, "run", lambda *_, **__: done)
+    assert "git for-each-ref: bad config line 1\n" in run().stderr
 
 
 # --- what is printed ------------------------------------------------------------------------

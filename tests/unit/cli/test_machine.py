@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
 
-from dpo_cli.cli.machine import machine_problem
+from dpo_cli.cli.machine import machine_problem, refuse_unwritable
+from dpo_cli.core.errors import MachineError
 
 FULL = "the disk is full; free room, then run it again to go on"
 
@@ -63,3 +65,15 @@ def test_a_bug_is_a_bug() -> None:
     assert machine_problem(KeyError("x")) is None
     assert machine_problem(RuntimeError("size mismatch, 3 requested and 4 given")) is None
     assert machine_problem(FileNotFoundError(errno.ENOENT, "No such file", "x")) is None
+
+
+def test_what_cannot_be_published_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As root every right is there, so the system's answer is what is tried."""
+    (tmp_path / "models").mkdir()
+    refuse_unwritable([tmp_path / "models/dpo", tmp_path / "reports/train/metrics.json"])
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "models")
+    with pytest.raises(MachineError, match=r"models/dpo cannot be written: .*models forbids it; mend its rights"):
+        refuse_unwritable([tmp_path / "models/dpo"])
+    (tmp_path / "reports").write_text("", encoding="utf-8")
+    with pytest.raises(MachineError, match="reports is no folder; move it away"):
+        refuse_unwritable([tmp_path / "reports/train/metrics.json"])

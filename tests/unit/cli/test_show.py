@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
 from dpo_cli.cli.show import TokenView, describe_row
-from dpo_cli.cli.show_page import print_row, visible
+from dpo_cli.cli.show_page import print_row, visible, visible_token
 from dpo_cli.core.errors import DataError
 from dpo_cli.core.params import PairTokenChecks, PreferenceSource, SftSource, Source
 from dpo_cli.data.chat import ChatEncoder
@@ -132,6 +132,13 @@ def test_spaces_and_bytes_of_a_sentencepiece_tokenizer() -> None:
     assert " b" in [piece.text for piece in pieces]
 
 
+def test_a_space_that_is_not_shown_is_no_half_of_the_character_behind_it() -> None:
+    tokenizer = sentencepiece_like()
+    ids = tokenizer("你 b", add_special_tokens=False)["input_ids"]
+    assert [(piece.text, len(piece.ids)) for piece in pieces_of(tokenizer, ids)] == [("", 1), ("你", 3), (" b", 1)]
+    assert visible_token("") == "∅"
+
+
 def test_nothing_is_hidden_and_nothing_steers_the_terminal() -> None:
     assert visible("a\x1b[31m\r\n\tb\u202e\u200bc\x9b") == "a␛[31m␍\n\tb\\u202e\\u200bc\\u009b"
     assert visible("👩‍💻 你好") == "👩‍💻 你好"
@@ -220,6 +227,22 @@ def test_a_malformed_row_is_shown_raw_and_shortened(project: Path) -> None:
     assert "… (5000 characters)" in text
     assert "… (50 in all)" in text
     assert len(text) < 2000
+
+
+def test_a_long_prompt_is_shown_by_its_ends(project: Path, view: TokenView) -> None:
+    prompt = "begin " + "word " * 2000 + "end"
+    found = describe_row(source_of(project, {**PAIR, "prompt": prompt}), 0, view)
+    file = io.StringIO()
+    print_row(found, Console(file=file, width=80, highlight=False))
+    text = file.getvalue()
+    assert f"… {len(prompt) - 2400} characters are left out here; --whole shows them …" in text
+    assert f"… {found['parts'][0]['tokens']['prompt']['count'] - 300} tokens are left out here" in text
+    assert "begin word" in text
+    assert "word end" in text
+    file = io.StringIO()
+    print_row(found, Console(file=file, width=80, highlight=False), whole=True)
+    assert prompt in file.getvalue()
+    assert "left out here" not in file.getvalue()
 
 
 def test_a_row_that_a_check_drops_is_still_shown(project: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pyarrow as pa
 import pytest
 
 from dpo_cli.core.artifacts import digest_json
 from dpo_cli.data.schema import (
+    MESSAGES,
     PREFERENCE_SCHEMA,
     SFT_SCHEMA,
     PreferenceExample,
@@ -75,6 +77,16 @@ def test_tools_belong_to_the_prompt_and_not_to_its_opening() -> None:
 
 def test_the_text_of_an_answer_has_its_reasoning_and_its_calls() -> None:
     assert text_of([{**assistant(""), "reasoning_content": "r", "tool_calls": "[1]"}]) == "r\n[1]"
+
+
+def test_a_table_has_room_for_calls_where_a_row_has_them() -> None:
+    """Also in lists of structs, as the rows of score have their answers."""
+    called = {**assistant("a"), "tool_calls": "[]"}
+    nested = pa.schema([("prompt", MESSAGES), ("answers", pa.list_(pa.struct([("messages", MESSAGES)])))])
+    plain, full = ({"prompt": [user("q")], "answers": [{"messages": [turn]}]} for turn in (assistant("a"), called))
+    assert table_of([plain], nested).schema == nested
+    (row,) = table_of([plain | full | {"prompt": with_tools([user("q")], "[5]")}], nested).to_pylist()
+    assert from_table(row) == {"prompt": with_tools([user("q")], "[5]"), "answers": [{"messages": [called]}]}
 
 
 def test_the_text_of_messages_is_all_their_contents() -> None:

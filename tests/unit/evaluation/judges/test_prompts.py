@@ -76,3 +76,9 @@ def test_a_single_message_is_its_text_and_a_conversation_a_transcript() -> None:
     assert transcript([ask]) == "2 and 2?"
     talk = [{"role": "system", "content": "Be kind."}, ask, {"role": "assistant", "content": "4"}, ask]
     assert transcript(talk) == "System: Be kind.\n\nUser: 2 and 2?\n\nAssistant: 4\n\nUser: 2 and 2?"
+
+
+def test_a_transcript_has_the_calls_of_a_conversation() -> None:
+    called = {"role": "assistant", "content": "", "tool_calls": '[{"function":{"name":"add"}}]'}
+    talk = [{"role": "user", "content": "q"}, called, {"role": "tool", "content": "4"}]
+    assert transcript(talk) == 'User: q\n\nAssistant: [{"function":{"name":"add"}}]\n\nTool: 4'
