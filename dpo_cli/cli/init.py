@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import atomic_path, write_text
 from dpo_cli.core.errors import DataError, MachineError
-from dpo_cli.core.params import PreferenceSource, ReferenceParams, SftParams, SftSource
+from dpo_cli.core.params import ModelParams, PreferenceSource, ReferenceParams, SftParams, SftSource
 from dpo_cli.core.params_text import EMBEDDED_PRESET, params_yaml
 from dpo_cli.core.pipeline import STAGES, dvc_yaml
 from dpo_cli.core.progress import Reporter
@@ -154,12 +154,13 @@ def _model_settings(given: Path, reporter: Reporter) -> dict[str, Any]:
     facts = verify_weights(folder).facts
     tokenizer = verify_tokenizer(folder)
     values: dict[str, Any] = {"model.name": folder.name, "runtime.model_path": folder.as_posix()}
-    template = "auto"
+    model = ModelParams(name=folder.name)
     if not tokenizer.chat_template:
-        template = values["model.chat_template"] = "plain"
+        model = ModelParams(name=folder.name, chat_template="plain")
+        values["model.chat_template"] = model.chat_template
         reporter.say(f"{folder.name} has no chat template: model.chat_template is plain")
     try:
-        encoder = verify_template(folder, tokenizer, template)
+        encoder = verify_template(folder, tokenizer, model)
     except MachineError as error:
         reporter.warn(f"{error}; do so in params.yaml, before you go on")
     else:

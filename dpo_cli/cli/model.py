@@ -79,7 +79,9 @@ def import_command(
         reporter.say(f"use it: dpo-cli init PROJECT --model {out}")
 
 
-@model_app.command("info", epilog=examples("dpo-cli model info models/smollm2", "dpo-cli model info models/sft --json"))
+@model_app.command(
+    "info", epilog=examples("dpo-cli model info models/smollm2", "dpo-cli model info ~/models/Qwen2.5-0.5B --json")
+)
 def info_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A model folder.")], as_json: JsonOption = False
 ) -> None:

@@ -73,7 +73,7 @@ def encoder_of(model: str, template: str | None) -> tuple[Any, ChatEncoder]:
     settings = params.model if params is not None and model != EMBEDDED else ModelParams(name=model)
     if template is not None:
         settings = settings.model_copy(update={"chat_template": template})
-    folder = Path(model).expanduser()
+    folder = Path(model).expanduser().resolve()
     if model != EMBEDDED and not folder.is_dir():
         raise MachineError(
             f"--model {model}: there is no such folder; name a model in Hugging Face layout, or embedded"

@@ -36,6 +36,7 @@ from dpo_cli.core.errors import MachineError, ParamsError
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.models.describe import ModelDescription, describe_model, license_files
+from dpo_cli.models.device import Machine
 from dpo_cli.models.folder import INDEX, check_model_folder, read_object, weight_files
 from dpo_cli.models.gguf_file import GgufFile, find_pieces, is_gguf, read_pieces
 from dpo_cli.models.gguf_model import model_of_gguf, tokenizer_of_gguf
@@ -521,8 +522,6 @@ def _build_text_part(weights: Path, config: Any, built: Path, reporter: Reporter
     dtype = whole.dtype
     del whole, decoder, head, alone
     _save_tokenizer(tokenizer, built, text_config)
-    from dpo_cli.models.device import Machine
-
     again = load_model(built, Machine(torch.device("cpu"), dtype), quantization="none")
     with in_words(f"{weights}: its language model cannot be run by itself"), torch.inference_mode():
         found = again(input_ids=ids).logits.float().log_softmax(-1)

@@ -58,9 +58,8 @@ KINDS = (
         pandas: bamboo, nearly all day: in the mountain forests of China: their black and white fur
         beavers: bark, twigs and leaves: in rivers and ponds: building dams of wood
         eagles: fish, rabbits and other birds: on cliffs and in tall trees: their sharp eyes""",
-        """bees wolves lions elephants whales dolphins rabbits foxes snakes spiders turtles monkeys tigers crocodiles
-        ducks swans parrots kangaroos koalas giraffes zebras goats hedgehogs otters seals octopuses butterflies
-        gorillas""",
+        """bees wolves lions elephants whales dolphins rabbits foxes snakes spiders turtles monkeys tigers
+        crocodiles ducks swans parrots kangaroos koalas giraffes""",
         "bears deer ants moles flamingos lobsters hamsters ostriches lizards walruses",
     ),
     Kind(
@@ -83,9 +82,9 @@ KINDS = (
         a spoon: to eat soup and to stir tea: steel, silver or wood: in the kitchen drawer
         a rope: to tie and to pull things: twisted fibres such as hemp or nylon: in the shed or on a boat
         a vase: to hold cut flowers: glass or clay: on a table or a shelf""",
-        """a telescope|a bicycle|an umbrella|a guitar|a compass|a tent|a clock|a camera|a sewing machine|a teapot
-        |a chair|a lamp|a backpack|a kite|a drum|a microscope|a wallet|a shovel|a frying pan|a battery|a raincoat
-        |a violin|a surfboard|a thermometer|a suitcase|a bookshelf|a saw|a whistle""",
+        """a telescope|a bicycle|an umbrella|a guitar|a compass|a tent|a clock|a camera|a sewing machine
+        |a teapot|a chair|a lamp|a backpack|a kite|a drum|a microscope|a wallet|a shovel|a frying pan
+        |a battery""",
         """a piano|a sleeping bag|a snowboard|a corkscrew|a hammock|a stapler|a trumpet|a wheelbarrow|a mug
         |a fishing rod""",
     ),
@@ -110,9 +109,8 @@ KINDS = (
         a translator: turns texts from one language into another: at a desk with dictionaries: two languages and style
         a firefighter: puts out fires and rescues people: at a fire station: courage and teamwork""",
         """a nurse|an architect|a journalist|a dentist|an astronaut|a chef|a lawyer|an engineer|a photographer
-        |a scientist|a police officer|an electrician|a musician|a waiter|a veterinarian|a pharmacist|an actor|a mechanic
-        |a soldier|a painter|an accountant|a bus driver|a lifeguard|a detective|a programmer|a butcher|a surgeon
-        |a tour guide""",
+        |a scientist|a police officer|an electrician|a musician|a waiter|a veterinarian|a pharmacist|an actor
+        |a mechanic|a soldier|a painter""",
         "a florist|a historian|a miner|a dancer|a cashier|a geologist|a sailor|a coach|a beekeeper|a museum guard",
     ),
     Kind(
@@ -135,8 +133,8 @@ KINDS = (
         garlic: the bulb of a plant: strong and spicy: pasta and roasted meat
         vanilla: the pods of an orchid: sweet and warm: ice cream and cakes
         pasta: dough of wheat flour and water: mild like bread: tomato sauce and cheese""",
-        """honey rice chocolate cheese tea cinnamon ginger sugar mustard ketchup yogurt salmon popcorn bread mint
-        saffron caviar curry paprika licorice cider oatmeal marzipan couscous ham jam mayonnaise peanut-butter""",
+        """honey rice chocolate cheese tea cinnamon ginger sugar mustard ketchup yogurt salmon popcorn bread
+        mint saffron caviar curry paprika licorice""",
         "wasabi coconut caramel polenta parsley tuna horseradish cocoa basil sausage",
     ),
     Kind(
@@ -159,9 +157,8 @@ KINDS = (
         Turkey: Ankara: kebab and baklava: the old mosques of Istanbul
         Chile: Santiago: empanadas and sea food: the Atacama desert
         Poland: Warsaw: dumplings and beet soup: the old town of Krakow""",
-        """Japan|Italy|Mexico|Brazil|Canada|China|Germany|Portugal|Sweden|Iceland|Morocco|Thailand|Vietnam|Argentina
-        |Australia|Russia|Hungary|Finland|Denmark|Switzerland|Belgium|Indonesia|Malaysia|Nepal|Colombia|Ethiopia|Israel
-        |Croatia""",
+        """Japan|Italy|Mexico|Brazil|Canada|China|Germany|Portugal|Sweden|Iceland|Morocco|Thailand|Vietnam
+        |Argentina|Australia|Russia|Hungary|Finland|Denmark|Switzerland""",
         "the Netherlands|New Zealand|South Korea|Scotland|Romania|Ecuador|Jordan|Mongolia|Jamaica|Tanzania",
     ),
     Kind(
@@ -184,9 +181,9 @@ KINDS = (
         rowing: a boat and two oars: the whole body works: a quiet lake and a slow stroke
         stargazing: a dark sky and patience: the sky makes them wonder: the brightest constellations
         juggling: three small balls: practice pays off quickly: one ball, then two""",
-        """swimming|painting|cycling|gardening|dancing|fishing|skiing|climbing|yoga|cooking|drawing|sailing|meditation
-        |tennis|golf|bird watching|writing poems|playing the guitar|learning a language|collecting stamps|ice skating
-        |horse riding|boxing|archery|scuba diving|woodworking|volleyball|calligraphy""",
+        """swimming|painting|cycling|gardening|dancing|fishing|skiing|climbing|yoga|cooking|drawing|sailing
+        |meditation|tennis|golf|bird watching|writing poems|playing the guitar|learning a language
+        |collecting stamps""",
         "badminton|origami|karate|canoeing|playing the piano|bowling|beekeeping|table tennis|embroidery|skateboarding",
     ),
 )

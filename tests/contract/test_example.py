@@ -33,9 +33,9 @@ def test_no_subject_is_in_two_files(prompts: ModuleType) -> None:
     for kind in prompts.KINDS:
         known = [subject for subject, *_ in prompts._known(kind.known)]
         subjects = [*known, *prompts._names(kind.train), *prompts._names(kind.unseen)]
-        assert len(set(subjects)) == len(subjects) == 14 + 28 + 10
+        assert len(set(subjects)) == len(subjects) == 14 + 20 + 10
     asked = [{row["prompt"] for row in rows} for rows in (prompts.instructions(), *map(prompts.prompts, SPLITS))]
-    assert [len(rows) for rows in asked] == [252, 504, 180]
+    assert [len(rows) for rows in asked] == [252, 360, 180]
     assert not any(a & b for a, b in itertools.combinations(asked, 2))
 
 

@@ -46,6 +46,11 @@ def repro(folder: Path, prefix: tuple[str, ...] = ()) -> str:
     return result.stdout
 
 
+def stages_run(output: str) -> list[str]:
+    """The stages that DVC ran, and did not restore or skip."""
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
 def new_project(folder: Path) -> Path:
     assert run(folder.parent, sys.executable, "-m", "dpo_cli", "init", str(folder)).returncode == 0
     params = folder / "params.yaml"
@@ -119,16 +124,35 @@ def test_no_held_out_prompt_was_trained_on(project: Path) -> None:
 
 def test_a_second_run_does_nothing_then_beta_runs_train_and_evaluate_alone(project: Path) -> None:
     before = (project / "dvc.lock").read_bytes()
-    assert "Running stage" not in repro(project)
+    assert stages_run(repro(project)) == ["base"], "which looks at the model, and writes nothing where it is as it was"
     assert (project / "dvc.lock").read_bytes() == before
     experiment = run(project, sys.executable, "-m", "dvc", "exp", "run", "-S", "train.beta=0.5")
     assert experiment.returncode == 0, experiment.stdout + experiment.stderr
-    ran = [line.split("'")[1] for line in experiment.stdout.splitlines() if line.startswith("Running stage")]
-    assert ran == ["train", "evaluate", "report"]
+    assert stages_run(experiment.stdout) == ["base", "train", "evaluate", "report"]
     diff = run(project, sys.executable, "-m", "dvc", "metrics", "diff")
     assert "train.eval_margin" in diff.stdout or "eval_margin" in diff.stdout
     plots = run(project, sys.executable, "-m", "dvc", "plots", "show")
     assert plots.returncode == 0, plots.stderr
+    assert "failed" not in plots.stderr
+
+
+def test_what_ran_before_is_restored(project: Path) -> None:
+    """A setting put back, and an output deleted: DVC has both in its cache of runs."""
+    assert run(project, "git", "checkout", "params.yaml").returncode == 0
+    put_back = repro(project)
+    assert stages_run(put_back) == ["base", "report"]
+    assert "Stage 'train' is cached" in put_back
+    shutil.rmtree(project / "models/sft")
+    deleted = repro(project)
+    assert stages_run(deleted) == ["base"]
+    assert "Stage 'sft' is cached" in deleted
+
+
+def test_a_stage_run_by_hand_is_not_run_again(project: Path) -> None:
+    for stage in ("precompute-ref", "train"):
+        done = run(project, sys.executable, "-m", "dpo_cli", stage)
+        assert f"{stage}: recorded in dvc.lock" in done.stderr
+    assert stages_run(repro(project)) == ["base", "report"], "only the page has other timings to show"
 
 
 def test_the_cache_knows_what_it_holds(project: Path) -> None:

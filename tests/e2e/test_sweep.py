@@ -84,7 +84,7 @@ def sweep(project: Path) -> tuple[Path, str]:
 def test_every_run_of_the_sweep_trains_and_evaluates_and_nothing_else(sweep: tuple[Path, str]) -> None:
     _, printed = sweep
     ran = [line.split("'")[1] for line in printed.splitlines() if line.startswith("Running stage")]
-    assert ran == ["train", "evaluate", "report"] * len(RUNS)
+    assert ran == ["base", "train", "evaluate", "report"] * len(RUNS)
 
 
 def test_the_reference_was_computed_once(sweep: tuple[Path, str]) -> None:

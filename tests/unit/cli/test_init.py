@@ -70,6 +70,7 @@ def test_what_a_model_needs_stands_in_the_settings(tmp_path: Path, tiny_folder: 
     assert params.model.chat_template == "plain"
     assert (params.sft.max_length, params.reference.max_length) == (256, 256), "the model's context"
     assert "base has no chat template: model.chat_template is plain" in reporter.said
+    assert reporter.warned == []
 
 
 def test_a_model_that_cannot_be_tuned_makes_no_project(tmp_path: Path, tiny_folder: Path, reporter: Any) -> None:
