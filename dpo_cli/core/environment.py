@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from dpo_cli.core.errors import MachineError
+
 _SWITCHES = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -23,6 +25,20 @@ _SWITCHES = {
 def is_first_process() -> bool:
     """Whether this process speaks for those that torchrun started with it; by itself it does."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def refuse_several_processes() -> None:
+    """Refuse to run as several processes.
+
+    Raises:
+        MachineError: torchrun started more than this one.
+    """
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_processes > 1:
+        raise MachineError(
+            f"{num_processes} processes were started (WORLD_SIZE); all but sft and train, outside DVC, run as one,"
+            " on one device"
+        )
 
 
 def claim_gpu() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import resource
 import sys
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from dpo_cli.core.cores import usable_threads
+from dpo_cli.core.environment import refuse_several_processes
 from dpo_cli.core.errors import MachineError
 from dpo_cli.core.params import RuntimeParams
 
@@ -46,12 +46,7 @@ def prepare_machine(runtime: RuntimeParams) -> Machine:
     """
     import torch
 
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if num_processes > 1:
-        raise MachineError(
-            f"{num_processes} processes were started (WORLD_SIZE); all but sft and train, outside DVC, run as one,"
-            " on one device"
-        )
+    refuse_several_processes()
     torch.set_num_threads(runtime.threads or usable_threads())
     available = torch.cuda.is_available()
     if runtime.device == "cuda" and not available:

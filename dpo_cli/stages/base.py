@@ -12,6 +12,7 @@ from typing import Any
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_json, publish_folder
+from dpo_cli.core.environment import refuse_several_processes
 from dpo_cli.core.errors import StaleArtifactError
 from dpo_cli.core.params import EMBEDDED, ModelParams, Params
 from dpo_cli.core.progress import Reporter
@@ -36,9 +37,11 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     """Write models/base: model.lock.json, and for the embedded model its weights and tokenizer.
 
     Raises:
-        MachineError: The named model directory is missing, or holds no model that can be tuned.
+        MachineError: The named model directory is missing, or holds no model that can be tuned; or several
+            processes were started.
         ParamsError: A setting does not go with the model.
     """
+    refuse_several_processes()
     model = params.model
     folder = base_folder(model, params.runtime)
     with stage_scratch("base", digest_json({"model": model.model_dump(), **library_versions()})) as scratch:

@@ -24,11 +24,16 @@ PUBLIC = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "kwise
 NUM_RANKINGS = 700
 
 
-def params_of(file: str, pairs: str = "all", max_length: int = 256, **train_section: Any) -> Params:
+def params_of(
+    file: str, pairs: str = "all", max_length: int = 256, format: str = "auto", **train_section: Any
+) -> Params:
     knobs = {"learning_rate": 1e-3, "batch_size": 8, "beta": 2.0, "eval_steps": 0, **train_section}
     return parse_params(
         {
-            "data": {"preferences": {"path": f"data/raw/{file}", "pairs": pairs}, "eval_fraction": 0.2},
+            "data": {
+                "preferences": {"path": f"data/raw/{file}", "format": format, "pairs": pairs},
+                "eval_fraction": 0.2,
+            },
             "model": {"pretrain_steps": 150},
             "sft": {"method": "none"},
             "reference": {"max_length": max_length},
@@ -132,7 +137,7 @@ def test_a_cache_without_rankings_says_so() -> None:
 def test_public_rankings_train_end_to_end(here: Path, make_reporter: Callable[[], Any], ties: str) -> None:
     rows = json.loads(gzip.decompress(PUBLIC.read_bytes()))
     (paths.RAW / "oaast_rm_zh.json").write_text(json.dumps(rows[:60]), encoding="utf-8")
-    params = params_of("oaast_rm_zh.json", max_length=512, loss="plackett_luce", ties=ties, max_steps=3)
+    params = params_of("oaast_rm_zh.json", max_length=512, format="kwise", loss="plackett_luce", ties=ties, max_steps=3)
     convert_preferences.run(params, make_reporter())
     precompute_ref.run(params, make_reporter())
     metrics = train.run(params, make_reporter())
