@@ -23,12 +23,12 @@ from dpo_cli.data.formats.two_outputs import TWO_OUTPUTS
 
 PREFERENCE_FORMATS: tuple[Format[Any], ...] = (SHAREGPT, PAIRS, HH, IMPLICIT, TWO_OUTPUTS, KWISE, OASST)
 SFT_FORMATS: tuple[Format[Any], ...] = (
-    *map(preferred_of, (SHAREGPT, PAIRS)),
+    *map(preferred_of, (SHAREGPT, PAIRS, HH, IMPLICIT)),
     ALPACA,
     PROMPT_COMPLETION,
     MESSAGES,
     OASST_SFT,
-    *map(preferred_of, (HH, IMPLICIT, TWO_OUTPUTS, KWISE)),
+    *map(preferred_of, (TWO_OUTPUTS, KWISE)),
 )
 """In the order in which they are tried; the earlier one reads a row that fits both. A row that says which answer was
 rejected may have that answer under another name, too, so the preferred one comes before any other."""
