@@ -43,6 +43,9 @@ class Page:
         """Load it anew."""
         self.driver.get("about:blank")
         self.driver.get(self.url + fragment)
+        deadline = time.monotonic() + 2  # a page without scripts or samples never has one
+        while time.monotonic() < deadline and not self.js("return document.querySelector('[aria-selected]') !== null"):
+            time.sleep(0.02)
 
     def go(self, fragment: str) -> None:
         """Follow a link within the page."""
