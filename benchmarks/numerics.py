@@ -1,4 +1,4 @@
-"""How far numbers move with layout, precision, quantisation and recomputation: the table of docs/numerics.md.
+"""How far numbers move with layout, precision, quantization and recomputation: the table of docs/numerics.md.
 
     python benchmarks/numerics.py
 
@@ -94,7 +94,7 @@ def main() -> None:
     """Print the table."""
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
-    plain, quantised = make_model("none"), make_model("nf4")
+    plain, quantized = make_model("none"), make_model("nf4")
     alone = numbers(plain, "padded", budget=1)
     answers = [answer for pair in random_pairs("harmless", NUM_PAIRS, 1024) for answer in pair.completions]
     print(f"torch {torch.__version__}; {sum(map(len, answers)) / len(answers):.0f} tokens an answer on average\n")
@@ -111,9 +111,9 @@ def main() -> None:
         print(line("shared, our LoRA layers against PEFT's", shared, numbers(plain, "shared")))
     with update_forward():
         print(line("shared, merged update against added one", shared, numbers(plain, "shared")))
-    alone_nf4 = numbers(quantised, "padded", budget=1)
+    alone_nf4 = numbers(quantized, "padded", budget=1)
     for name in LAYOUTS:
-        print(line(f"{name}, nf4 in float32, against a pair at a time", numbers(quantised, name), alone_nf4))
+        print(line(f"{name}, nf4 in float32, against a pair at a time", numbers(quantized, name), alone_nf4))
     print(line("nf4 against float32 weights", alone_nf4, alone))
     rough = numbers(plain, "padded", budget=1, dtype=torch.bfloat16)
     print(line("bfloat16 products against float32", rough, alone))

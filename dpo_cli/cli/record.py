@@ -23,7 +23,7 @@ class HandRun:
     Args:
         stage: The stage.
         overrides: What ``--set`` said. Settings of runtime change no result and are in no stage of dvc.yaml.
-        reporter: Hears whether the run was recorded.
+        reporter: Says whether the run was recorded.
     """
 
     def __init__(self, stage: Stage, overrides: Sequence[str], reporter: Reporter) -> None:

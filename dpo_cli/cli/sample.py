@@ -30,7 +30,7 @@ def sample_files(
         model: An adapter for the project's SFT model, or a whole model; None: the SFT model itself.
         out: Folder of the tables, which go by the names of the files.
         params: All settings; section evaluate says how answers are sampled.
-        reporter: Hears of progress, and gets a table a file.
+        reporter: Shows progress, and a table for each file.
 
     Returns:
         What is counted, by file.
@@ -42,31 +42,31 @@ def sample_files(
         Interrupted: The user asked to stop; what was sampled is kept.
     """
     quiet_libraries()
-    knobs = params.evaluate
+    settings = params.evaluate
     tables = {path: out / f"{path.name.split('.')[0]}.parquet" for path in files}
     if len(set(tables.values())) < len(files):
         raise ParamsError("two of the files have one name, and would make one table; rename one, or sample one by one")
-    if knobs.temperature == 0 and num_answers > 1:
+    if settings.temperature == 0 and num_answers > 1:
         raise ParamsError(f"evaluate.temperature 0 gives one answer {num_answers} times; raise it, or say --answers 1")
     found = [read_prompts(path) for path in files]
     graph = open_graph(params.model, params.reference, params.runtime)
     prompts: dict[str, Messages] = {id: messages for one in found for id, messages in one.prompts.items()}
     asked = repeated(prompts, num_answers, graph.encoder)
     longest = max(len(each.tokens) for each in asked)
-    check_context(graph.base, longest + knobs.max_new_tokens, "evaluate.max_new_tokens + the longest prompt")
+    check_context(graph.base, longest + settings.max_new_tokens, "evaluate.max_new_tokens + the longest prompt")
     if model is None:
         speaker = reference_speaker(graph, params.runtime, reporter, "sample")
     else:
         speaker = open_cast(graph, model, params.runtime, reporter, "sample").policy
     with stage_scratch("sample", "run") as scratch:
-        steps = Steps(graph, knobs, params.runtime, reporter, "sample", scratch.folder.parent / "models")
-        answers = steps.answers(speaker, asked, knobs.temperature)
-    judge = known_reward(knobs)
+        steps = Steps(graph, settings, params.runtime, reporter, "sample", scratch.folder.parent / "models")
+        answers = steps.answers(speaker, asked, settings.temperature)
+    judge = known_reward(settings)
     made_by = {
         "model": speaker.digest,
-        "temperature": knobs.temperature,
-        "max_new_tokens": knobs.max_new_tokens,
-        "seed": knobs.seed,
+        "temperature": settings.temperature,
+        "max_new_tokens": settings.max_new_tokens,
+        "seed": settings.seed,
         "num_answers": num_answers,
         "score": judge.name if judge else "",
     }
@@ -75,7 +75,7 @@ def sample_files(
         reward = judge.reward if judge else None
         table = sample_table(one.prompts, answers, num_answers, graph.encoder, reward)
         write_samples(tables[one.path], table.rows, made_by)
-        title = f"{one.path}: {speaker} at T = {knobs.temperature:g}"
+        title = f"{one.path}: {speaker} at T = {settings.temperature:g}"
         reporter.table(title, [*_lines(one, table), ("file", tables[one.path].as_posix())])
         figures[one.path.as_posix()] = {"num_read": one.num_read, "num_prompts": len(one.prompts)} | table.metrics()
     return figures

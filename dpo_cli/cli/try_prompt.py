@@ -53,7 +53,7 @@ def try_prompt(prompt: str, system: str | None, model: Path | None, params: Para
         system: A system message before it.
         model: The tuned model: an adapter for the project's SFT model, or a whole model; None: models/dpo.
         params: All settings.
-        reporter: Hears of progress.
+        reporter: Shows progress.
 
     Raises:
         DataError: The chat template refuses the prompt.
@@ -61,7 +61,7 @@ def try_prompt(prompt: str, system: str | None, model: Path | None, params: Para
         Interrupted: The user asked to stop.
     """
     quiet_libraries()
-    knobs = params.evaluate
+    settings = params.evaluate
     graph = open_graph(params.model, params.reference, params.runtime)
     before: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     messages = [*before, user(prompt)]
@@ -69,15 +69,15 @@ def try_prompt(prompt: str, system: str | None, model: Path | None, params: Para
         tokens = PromptTokens(content_id(messages), tuple(graph.encoder.encode_prompt(messages)))
     except RowProblem as problem:
         raise DataError(f"the prompt: {problem}") from None
-    check_context(graph.base, len(tokens.tokens) + knobs.max_new_tokens, "evaluate.max_new_tokens + the prompt")
+    check_context(graph.base, len(tokens.tokens) + settings.max_new_tokens, "evaluate.max_new_tokens + the prompt")
     folder = model or paths.DPO_MODEL
     cast = open_cast(graph, folder, params.runtime, reporter, "try")
     names = {SFT: cast.reference, folder.resolve().name if model else DPO: cast.policy}
     found = []
     with stage_scratch("try", "run") as scratch:
-        steps = Steps(graph, knobs, params.runtime, reporter, "try", scratch.folder.parent / "models")
+        steps = Steps(graph, settings, params.runtime, reporter, "try", scratch.folder.parent / "models")
         for name, speaker in names.items():
-            answer = steps.answers(speaker, [tokens], knobs.temperature)[tokens.id]
+            answer = steps.answers(speaker, [tokens], settings.temperature)[tokens.id]
             text = graph.encoder.decode(list(answer.tokens))
             found.append(Tried(name, text, len(answer.tokens), answer.finished))
     return found

@@ -309,9 +309,9 @@ class SftParams(TrainingParams):
 
     method: Literal["none", "adapter", "full", "lora", "qlora"] = knob(
         "qlora",
-        "none: the base as it is (the rest of this section rests); adapter: the LoRA adapter in runtime.adapter_path"
-        " (it rests, too); full: all weights; lora: an adapter on the plain model; qlora: an adapter on the model in"
-        " 4-bit nf4.",
+        "none: no fine-tuning, the reference is the base; adapter: no fine-tuning, the reference is your LoRA adapter"
+        " in runtime.adapter_path (with both, the other settings of this section are not read); full: all weights;"
+        " lora: an adapter on the plain model; qlora: an adapter on the model in 4-bit nf4.",
     )
     lora: LoraParams = Field(default_factory=LoraParams, description="The adapter of methods lora and qlora.")
     max_length: int = knob(
@@ -328,7 +328,7 @@ class ReferenceParams(Section):
     """The graph that reference, policy and reward model share. Read by precompute_ref, train, reward and evaluate."""
 
     quantization: Literal["nf4", "none"] = knob(
-        "nf4", "How the frozen weights are held: 4-bit nf4 with double quantisation, or as they are."
+        "nf4", "How the frozen weights are held: 4-bit nf4 with double quantization, or as they are."
     )
     max_length: int = knob(
         1024,
@@ -413,8 +413,8 @@ class RewardParams(TrainingParams):
 
     loss: Literal["none", "bradley_terry", "plackett_luce"] = knob(
         "none",
-        "none: there is no reward model (the rest of this section rests); bradley_terry: from pairs; plackett_luce:"
-        " from rankings.",
+        "none: there is no reward model, and the other settings of this section are not read; bradley_terry: from"
+        " pairs; plackett_luce: from rankings.",
     )
     learning_rate: float = knob(1e-4, "Peak learning rate of adapter and head.", gt=0, le=1)
     ties: Literal["average", "groups"] = knob(

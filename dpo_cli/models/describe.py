@@ -56,7 +56,7 @@ def describe_model(folder: Path, reporter: Reporter, label: str) -> ModelDescrip
 
     Args:
         folder: The directory.
-        reporter: Hears how far the reading is.
+        reporter: Shows progress.
         label: What the progress is said to be of.
 
     Raises:

@@ -234,7 +234,7 @@ def refuse_not_finite(files: Collection[Path], tensors: Collection[str], on_byte
     Args:
         files: Safetensors files whose headers were read without an error.
         tensors: Those that matter.
-        on_bytes: Hears how many bytes were read or passed over.
+        on_bytes: Called with the number of bytes that were read or passed over.
 
     Raises:
         MachineError: With the first such tensor and their number.

@@ -145,7 +145,7 @@ def read_pieces(pieces: Sequence[Path], joined: Path, reporter: Reporter) -> Ggu
     Args:
         pieces: Files, each with a header of its own, or cut out of one file, in their order.
         joined: Where pieces without a header are put together, should there be any.
-        reporter: Hears how far the joining is.
+        reporter: Shows progress.
 
     Raises:
         MachineError: One is no GGUF file, damaged or cut off, or the pieces do not fit each other.
@@ -325,7 +325,7 @@ def write_gguf(file: GgufFile, target: Path, without: Collection[str], on_bytes:
         file: What was read.
         target: The file to write.
         without: Keys of the metadata to leave out.
-        on_bytes: Hears how many bytes of tensors were written.
+        on_bytes: Called with the number of bytes of tensors that were written.
     """
     kept = [entry for key, entry in file.entries.items() if key not in without and not key.startswith("split.")]
     alignment = file.metadata.get(_ALIGNMENT, 32)

@@ -58,7 +58,7 @@ def model_of_gguf(
         file: The header.
         folder: A folder for a copy of the file without its vocabulary.
         dtype: Of the weights.
-        reporter: Hears how far it is.
+        reporter: Shows progress.
 
     Raises:
         MachineError: Its architecture is not known, or the file is not what its metadata says.

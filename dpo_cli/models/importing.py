@@ -106,7 +106,7 @@ def import_model(
         given: A file or folder, or the pieces of a GGUF file in their order.
         out: The folder to make.
         options: For GGUF files.
-        reporter: Hears how far it is.
+        reporter: Shows progress.
 
     Raises:
         MachineError: The source is no model that can be imported, damaged, or another model than it says.

@@ -172,7 +172,7 @@ def load_model(folder: Path, machine: Machine, *, quantization: str, trainable: 
     Args:
         folder: Model directory.
         machine: Device and compute dtype.
-        quantization: ``nf4`` for 4-bit weights with double quantisation, ``none`` for plain ones.
+        quantization: ``nf4`` for 4-bit weights with double quantization, ``none`` for plain ones.
         trainable: Hold plain weights in float32, for training all of them.
 
     Returns:

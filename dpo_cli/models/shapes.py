@@ -105,9 +105,9 @@ def _quantise(model: Any, machine: Machine) -> None:
                     quant_type="nf4",
                     device="meta",
                 )
-                quantised: Any = params4bit(
+                quantized: Any = params4bit(
                     child.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
                 )
-                layer.weight, layer.bias = quantised.to(machine.device), child.bias
+                layer.weight, layer.bias = quantized.to(machine.device), child.bias
                 setattr(module, name, layer)
     model.is_loaded_in_4bit = True

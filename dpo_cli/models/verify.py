@@ -153,7 +153,7 @@ def verify_numbers(folder: Path, skip: Collection[str], on_bytes: Callable[[int]
     Args:
         folder: A directory that :func:`verify_weights` has passed.
         skip: Names of files whose numbers are known to be finite.
-        on_bytes: Hears how many bytes were read.
+        on_bytes: Called with the number of bytes that were read.
 
     Raises:
         MachineError: With the file and the tensor.
@@ -201,7 +201,7 @@ def _refuse_other_kinds(folder: Path, raw: Mapping[str, Any], config: Any) -> No
         method = raw["quantization_config"]
         method = method.get("quant_method") if isinstance(method, dict) else None
         raise MachineError(
-            f"{folder}: the weights are quantised already ({method or 'quantization_config in config.json'}); give the"
+            f"{folder}: the weights are quantized already ({method or 'quantization_config in config.json'}); give the"
             " plain ones, which dpo-cli holds in 4-bit by itself (reference.quantization)"
         )
     if getattr(config, "is_encoder_decoder", False):

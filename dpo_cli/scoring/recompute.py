@@ -1,7 +1,7 @@
 """What the backward pass computes again instead of keeping: nothing, all but the products, or whole layers.
 
 ``none`` keeps what every operation needs. ``elementwise`` keeps the outputs of matrix products and of
-attention, and computes norms, rotations, activations and dequantised weights again: no product is
+attention, and computes norms, rotations, activations and dequantized weights again: no product is
 done twice. ``layers`` keeps the input of each layer and computes the layer again: one more forward
 pass for the least memory (Chen et al. 2016). Gradients are the same.
 

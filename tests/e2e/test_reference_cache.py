@@ -95,7 +95,7 @@ def test_what_each_change_costs(steps: Callable[..., dict[str, Any]]) -> None:
     shutil.rmtree("data/reference")
     assert steps("precompute_ref")["num_computed"] == 0
 
-    # another quantisation: train names it, and all rows are computed
+    # another quantization: train names it, and all rows are computed
     plain = {"quantization": "none"}
     with pytest.raises(StaleArtifactError, match="quantization is 'none' now, was 'nf4'"):
         steps("train", reference=plain)

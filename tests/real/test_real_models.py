@@ -314,6 +314,7 @@ def test_token_ids_and_log_probabilities_are_llama_cpps(run: Run, graph: Graph, 
     assert sum(abs(math.exp(float(logps_V[token])) - math.exp(logp)) for token, logp in top.items()) / 2 < 0.1
 
 
+@pytest.mark.parametrize("run", ["smollm2"], indirect=True, scope="module")  # the other is a base model, no judge
 def test_the_judge_behind_llama_cpps_server_agrees_with_the_same_model_here(
     run: Run, graph: Graph, post: Any, make_reporter: Any, cpu: Any
 ) -> None:
@@ -323,8 +324,6 @@ def test_the_judge_behind_llama_cpps_server_agrees_with_the_same_model_here(
     from dpo_cli.evaluation.judges.prompts import Template
     from dpo_cli.evaluation.judges.server import Server
 
-    if run.model.template != "auto":
-        pytest.skip("a base model without a chat template is no judge")
     template = Template("short", "Question: {prompt}\nA: {a}\nB: {b}\nWhich answer is better? Reply with A or B.")
     questions = [Question(row["prompt"], row["chosen"], row["rejected"]) for row in preference_rows()[:4]]
     reporter = make_reporter()

@@ -96,9 +96,9 @@ def test_sizes_of_a_small_llama_are_those_of_its_shape() -> None:
 
 
 def test_4_bit_weights_are_counted_whole_and_weigh_half_a_byte() -> None:
-    plain, quantised = (Sizes.of(random_model("tiny", CPU, kind), torch.float32) for kind in ("none", "nf4"))
-    assert quantised.layer_weights == plain.layer_weights
-    assert quantised.weight_bytes < plain.weight_bytes - 3 * plain.layer_weights
+    plain, quantized = (Sizes.of(random_model("tiny", CPU, kind), torch.float32) for kind in ("none", "nf4"))
+    assert quantized.layer_weights == plain.layer_weights
+    assert quantized.weight_bytes < plain.weight_bytes - 3 * plain.layer_weights
 
 
 def test_work_and_operations_by_hand() -> None:
@@ -150,13 +150,13 @@ def test_a_shape_is_a_configuration_that_transformers_takes(name: str) -> None:
     assert billions == pytest.approx(named[name], rel=0.01)
 
 
-def test_a_quantised_shape_computes_in_4_bit_what_the_plain_one_does_nearly() -> None:
-    plain, quantised = random_model("tiny", CPU, "none"), random_model("tiny", CPU, "nf4")
+def test_a_quantized_shape_computes_in_4_bit_what_the_plain_one_does_nearly() -> None:
+    plain, quantized = random_model("tiny", CPU, "none"), random_model("tiny", CPU, "nf4")
     tokens = torch.arange(1, 30)[None]
     with torch.no_grad():
-        exact, rough = plain(input_ids=tokens).logits, quantised(input_ids=tokens).logits
+        exact, rough = plain(input_ids=tokens).logits, quantized(input_ids=tokens).logits
     assert 1e-3 < ((rough - exact).norm() / exact.norm()).item() < 0.3
-    assert not any(parameter.requires_grad for parameter in quantised.parameters())
+    assert not any(parameter.requires_grad for parameter in quantized.parameters())
 
 
 def test_the_peak_of_memory_is_counted_from_where_it_is_forgotten() -> None:

@@ -223,16 +223,16 @@ def test_nf4_holds_the_linear_layers_in_4_bits_and_stays_near(
     tiny_folder: Path, cpu: Any, make_groups: Callable[..., list[TokenGroup]]
 ) -> None:
     plain = load_model(tiny_folder, cpu, quantization="none")
-    quantised = load_model(tiny_folder, cpu, quantization="nf4")
-    layers = [module for module in quantised.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    quantized = load_model(tiny_folder, cpu, quantization="nf4")
+    layers = [module for module in quantized.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     assert len(layers) == 2 * 7
     assert {layer.weight.dtype for layer in layers} == {torch.uint8}
     assert {layer.weight.quant_state.quant_type for layer in layers} == {"nf4"}
     assert all(layer.weight.quant_state.nested for layer in layers)
-    assert not any(parameter.requires_grad for parameter in quantised.parameters())
+    assert not any(parameter.requires_grad for parameter in quantized.parameters())
     groups = make_groups(10)
     with torch.no_grad():
-        exact, rough = (Scorer(model, torch.float32).score(groups).logps_BK for model in (plain, quantised))
+        exact, rough = (Scorer(model, torch.float32).score(groups).logps_BK for model in (plain, quantized))
     assert 1e-3 < (exact - rough).abs().mean() < 0.15 * exact.abs().mean()
 
 

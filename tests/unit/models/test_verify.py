@@ -82,7 +82,7 @@ def test_a_whole_model_passes_and_says_what_it_is(folder: Path, tokenizer: Any) 
         ({"num_hidden_layers": 3}, "the weights lack model.layers.2."),
         ({"num_hidden_layers": 1}, "the weights hold model.layers.1."),
         ({"rope_parameters": 3}, "config.json cannot be used"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "the weights are quantised already (gptq)"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "the weights are quantized already (gptq)"),
     ],
 )
 def test_a_configuration_that_cannot_be_true_is_named(folder: Path, changes: dict[str, Any], named: str) -> None:
