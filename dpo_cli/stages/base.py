@@ -18,7 +18,7 @@ from dpo_cli.core.params import EMBEDDED, ModelParams, Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import Scratch, stage_scratch
 from dpo_cli.models.adapters import refuse_targets, without_numbers
-from dpo_cli.models.folder import ADAPTER_FILES, adapter_folder, base_folder
+from dpo_cli.models.folder import ADAPTER_FILES, adapter_folder, base_folder, weight_files
 from dpo_cli.models.identity import (
     LOCK_NAME,
     BaseLock,
@@ -27,6 +27,7 @@ from dpo_cli.models.identity import (
     library_versions,
     lock_files,
     lock_model,
+    model_files,
     read_base_lock,
     refuse_beyond_context,
     verify_model,
@@ -95,7 +96,7 @@ def _verify_folder(
 ) -> BaseLock:
     """Lock a model directory, verified where anything about it is new."""
     settings = model.model_dump()
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    size = sum((folder / name).stat().st_size for name in model_files(folder))
     with reporter.meter("base: reading the model's files", size, "bytes") as meter:
         identity = lock_model(folder, model.name, model.revision, meter.advance)
     if before is not None and (before.identity, before.settings) == (identity, settings):
@@ -108,6 +109,7 @@ def _verify_folder(
     found = verify_model_folder(folder, model)
     known = before.files if before is not None else {}
     changed = changed_files(known, identity["files"])
+    size = sum(path.stat().st_size for path in weight_files(folder) if path.name not in known.keys() - changed)
     with reporter.meter("base: looking for NaN and infinity", size, "bytes") as meter:
         verify_numbers(folder, known.keys() - changed, meter.advance)
     for note in found.notes:
