@@ -20,7 +20,7 @@ from jinja2 import TemplateError
 
 from dpo_cli.core.errors import MachineError, ParamsError
 from dpo_cli.data.formats.base import RowProblem
-from dpo_cli.data.schema import TOOLS, Message, Messages, assistant, is_plain, user, with_tools
+from dpo_cli.data.schema import TOOLS, Message, Messages, assistant, is_plain, text_of, user, with_tools
 
 NAMED_TEMPLATES = {
     "plain": (
@@ -63,6 +63,10 @@ _STAND_INS = ("alpha", "omega")
 """Two answers without a common beginning: what a template writes for both before them, it writes before any."""
 _TAG_AT_END = re.compile(r"(<[^<>\s]{1,40}>)\s*$")
 _MARK = re.compile(r"<[^<>\s]{1,40}>")
+_OPENED_AT_END = re.compile(r"([<\[])([^<>\[\]\s]{1,40})([>\]])\s*$")
+_CUT_MARK_AT_END = re.compile(r"[<\[][^<>\[\]\s]{0,40}$")
+_RARE_LETTERS = "\U00012000 \U00013000 \U00016800"
+"""Of Sumer, Egypt and Bamum: a tokenizer that knows letters alone, and no bytes, lacks one of them."""
 
 
 class Tokenizer(Protocol):
@@ -170,6 +174,9 @@ class ChatEncoder:
         }
         self.end_id: int = tokenizer.eos_token_id
         self._stop_ids: frozenset[int] = frozenset()
+        unknown = getattr(tokenizer, "unk_token_id", None)
+        # a tokenizer of bytes never writes its unknown token in place of text, though it may end turns with it
+        self._unknown: int | None = unknown if unknown in self._tokenise(_RARE_LETTERS) else None
         self.end_id = self._probe()
         self._stop_ids = frozenset({self.end_id, int(tokenizer.eos_token_id), *end_ids})
         self._end_texts = tuple(filter(None, (tokenizer.decode([token_id]).strip() for token_id in self.stop_ids)))
@@ -289,16 +296,21 @@ class ChatEncoder:
         if not before.endswith(" "):
             head = head.rstrip(" ")  # a space before an answer belongs to its first word's token
         surplus = before[len(head) :] if before.startswith(head) else ""
+        if not all(whole.startswith(head) for whole in wholes):
+            # the template closes a thought before answers that have none, and one of these has
+            shared = _before_block(os.path.commonprefix([head, *wholes]), head)  # noqa: RUF071
+            start = shared if before.startswith(shared) else before.removesuffix(head[len(shared) :])
+            return start, [whole[len(shared) :] for whole in wholes]
         if surplus.strip():
             # the generation prompt opens what answers begin with, such as <think>, and the template writes no opener
             contents = [completion[-1]["content"].lstrip() for completion in completions]
-            if all(content.startswith(surplus.strip()) for content in contents):
+            if is_plain(*completions) and all(content.startswith(surplus.strip()) for content in contents):
                 return before, [_behind(content, surplus) + closing for content in contents]
             start = head
         else:
             # the prompt itself is written otherwise once an answer follows
             start = before + (self.opener if self.opener and head.endswith(self.opener) else "")
-        return start, [whole[len(os.path.commonprefix([whole, head])) :] for whole in wholes]  # noqa: RUF071
+        return start, [whole[len(head) :] for whole in wholes]
 
     def _prompt_ids(self, text: str) -> list[int]:
         ids = self._tokenise(text)
@@ -310,13 +322,18 @@ class ChatEncoder:
         ids = self._tokenise(prompt + text)
         ids = ids[len(prompt_ids) :] if ids[: len(prompt_ids)] == prompt_ids else self._tokenise(text)
         end = len(ids)  # of the text: behind it stand only special tokens and white space
-        while end and (ids[end - 1] in self._special_ids or not self.decode(ids[end - 1 : end]).strip()):
+        while end and self._says_nothing(ids[end - 1]):
             end -= 1
         behind = range(end, len(ids))
         closing = next((place for place in behind if ids[place] in self._stop_ids), None)
         if closing is None:
             closing = next((place for place in behind if ids[place] in self._special_ids), None)
         return ids[: closing + 1] if closing is not None else [*ids, self.end_id]
+
+    def _says_nothing(self, token_id: int) -> bool:
+        if token_id == self._unknown and token_id not in self._stop_ids:
+            return False  # it stands for text
+        return token_id in self._special_ids or not self.decode([token_id]).strip()
 
     # --- checks -------------------------------------------------------------------------------
 
@@ -332,9 +349,9 @@ class ChatEncoder:
         tag = _TAG_AT_END.search(encoding.prompt_text[-80:])
         if tag is not None and any(text.lstrip().startswith(tag[1]) for text in encoding.texts):
             found.append("doubled_opener")
-        ids, unknown = encoding.completions, getattr(self._tokenizer, "unk_token_id", None)
+        ids = encoding.completions
         if (
-            any(unknown is not None and unknown in each for each in ids)
+            any(map(self._lacks_a_token, completions, ids))
             or self._loses_an_answer(completions, encoding)
             or self._loses_a_turn(prompt, encoding.prompt_text)
         ):
@@ -349,6 +366,13 @@ class ChatEncoder:
         if any(answer[-1]["content"].rstrip().endswith(self._end_texts) for answer in completions if answer):
             found.append("double_eos")
         return found
+
+    def _lacks_a_token(self, completion: Messages, ids: Sequence[int]) -> bool:
+        """Whether the tokenizer has no token for a part of an answer."""
+        if self._unknown is None or self._unknown not in ids:
+            return False
+        said, written = text_of(completion), self._tokenizer.decode([self._unknown])
+        return self._tokenise(said).count(self._unknown) > said.count(written)
 
     def _loses_an_answer(self, completions: Sequence[Messages], encoding: Encoding) -> bool:
         """Whether the template leaves out text of an answer; what it writes at the end of the prompt is not lost."""
@@ -491,6 +515,20 @@ def _without(messages: Messages, field: str, place: int = 0) -> Messages:
         return messages
     bare = {name: text for name, text in messages[place].items() if name != field}
     return [*messages[:place], bare, *messages[place + 1 :]]
+
+
+def _before_block(shared: str, head: str) -> str:
+    """The part of a common beginning that stands before the block, such as ``<think>``, in which it stops.
+
+    Args:
+        shared: What a template's beginning of bare answers has in common with other answers.
+        head: All of that beginning, in which the block is closed.
+    """
+    outside = _CUT_MARK_AT_END.sub("", shared)
+    opened = _OPENED_AT_END.search(shared)
+    if opened and f"{opened[1]}/{opened[2]}{opened[3]}" in head[len(shared) :]:
+        return shared[: opened.start()]
+    return outside
 
 
 def _behind(content: str, opener: str) -> str:

@@ -57,22 +57,27 @@ def read_message(value: Any, where: str, roles: Mapping[str, str] = ROLE_NAMES) 
         pass  # not of the most frequent shape
     if not isinstance(value, dict):
         raise RowProblem("bad_message", f"{where} must be a message, got {kind_of(value)}")
-    key = next((key for key in ROLE_KEYS if key in value), None)
-    if key is None:
+    if not is_turn(value):
         raise RowProblem("unknown_role", f"{where} has no role: it is {kind_of(value)}")
-    role = _role_of(value[key], roles)
+    name = _said(value, ROLE_KEYS)
+    role = _role_of(name, roles)
     if role is None:
         known = ", ".join(roles)
         raise RowProblem(
             "unknown_role",
-            f"{where} has the role {_shown(value[key])}; known are {known}; say in roles which of them it is",
+            f"{where} has the role {_shown(name)}; known are {known}; say in roles which of them it is",
         )
     refuse_media(value, media_keys(value), where)
-    content = next((value[key] for key in _CONTENT_KEYS if key in value), None)
-    if value[key] not in roles and value[key].lower() in CALL_ROLES:
+    content = _said(value, _CONTENT_KEYS)
+    if name not in roles and name.lower() in CALL_ROLES:
         return {"role": role, "content": "", "tool_calls": read_calls(content, where)}
     extra = _read_extra(value, role, where)
     return {"role": role, "content": read_content("" if content is None and extra else content, where), **extra}
+
+
+def _said(turn: Mapping[str, Any], keys: Iterable[str]) -> Any:
+    """What a turn has under the first of some keys that is not null: in parquet it has the keys of all turns."""
+    return next((turn[key] for key in keys if turn.get(key) is not None), None)
 
 
 def _read_extra(value: Mapping[str, Any], role: str, where: str) -> Message:
@@ -101,7 +106,7 @@ def unread_of_turns(turns: Any, also_read: Collection[str]) -> list[str]:
     found: dict[str, None] = {}
     for turn in turns if type(turns) is list else [turns]:
         if type(turn) is dict and len(turn) > 2 and is_turn(turn):
-            role = next(turn[key] for key in ROLE_KEYS if key in turn)
+            role = _said(turn, ROLE_KEYS)
             own = (*also_read, *(_OF_A_TOOL if _role_of(role, ROLE_NAMES) == "tool" else ()))
             names = (name for name in turn if name not in _READ_OF_A_TURN and name not in own)
             found.update(dict.fromkeys(name for name in names if says_something(turn[name])))
@@ -274,5 +279,4 @@ def last_role(turns: Sequence[Any]) -> str | None:
     last = turns[-1]
     if keys := pair_in(last):
         return "user" if last[keys[1]] is None else "assistant"
-    name = last["role"] if "role" in last else last["from"] if "from" in last else last["speaker"]
-    return _role_of(name, ROLE_NAMES)
+    return _role_of(_said(last, ROLE_KEYS), ROLE_NAMES)

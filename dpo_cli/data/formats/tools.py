@@ -33,6 +33,7 @@ def read_tools(value: Any) -> str | None:
 def _tool(value: Any, index: int) -> dict[str, Any]:
     tool = _parsed(value)
     if isinstance(tool, dict):
+        tool = {name: member for name, member in tool.items() if member is not None}  # parquet has all rows' keys
         if isinstance(tool.get("function"), dict) and isinstance(tool["function"].get("name"), str):
             return tool if "type" in tool else {"type": "function", **tool}
         if isinstance(tool.get("name"), str):

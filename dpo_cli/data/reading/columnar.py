@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -142,12 +142,51 @@ def _rows_a_batch(bytes_a_row: int) -> int:
 
 
 def _rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """Rows as JSON has them: a map is an object, of equal keys the last one counts."""
+    """Rows as JSON has them: a map is an object, of equal keys the last one counts.
+
+    All objects of a column have the keys of all rows, so that a null may be the key of another row. What a column's
+    objects hold themselves is read by name, and null is nothing there; within, where keys are data (a tool's
+    parameters, a call's arguments), members that are null are left out.
+    """
     if not any(_holds_maps(column.type) for column in batch.schema):
-        return batch.to_pylist()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # which says that keys are equal
-        return batch.to_pylist(maps_as_pydicts="lossy")
+        rows = batch.to_pylist()
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # which says that keys are equal
+            rows = batch.to_pylist(maps_as_pydicts="lossy")
+    for column in batch.schema:
+        if (without_padding := _without_padding(column.type)) is not None:
+            for row in rows:
+                row[column.name] = without_padding(row[column.name])
+    return rows
+
+
+def _without_padding(of: pa.DataType, within: bool = False) -> Callable[[Any], Any] | None:
+    """What takes a value of a type and leaves out null members of the objects within objects; None: it has none."""
+    if pa.types.is_struct(of):
+        inner = {member.name: take for member in of if (take := _without_padding(member.type, True)) is not None}
+        return None if not within and not inner else lambda value: value and _members(value, inner, within)
+    if pa.types.is_map(of):
+        item = _without_padding(of.item_type, True)
+        return None if item is None else lambda value: value and {key: item(each) for key, each in value.items()}
+    if any(is_list(of) for is_list in _LISTS):
+        item = _without_padding(of.value_type, within)
+        return None if item is None else lambda value: value and [item(each) for each in value]
+    return None
+
+
+_LISTS = (
+    pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view,
+    pa.types.is_large_list_view,
+)  # fmt: skip
+
+
+def _members(value: dict[str, Any], inner: Mapping[str, Callable[[Any], Any]], within: bool) -> dict[str, Any]:
+    return {
+        name: inner[name](member) if name in inner else member
+        for name, member in value.items()
+        if member is not None or not within
+    }
 
 
 def _holds_maps(of: pa.DataType) -> bool:

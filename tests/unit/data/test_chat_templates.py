@@ -60,6 +60,13 @@ QWEN3 = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
+# a thought between tags where there is one, and an empty one in the generation prompt where thinking is off
+TAGGED = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}{% else %}<|Assistant|>"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% else %}<think></think>{% endif %}"
+    "{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|Assistant|>{% if not enable_thinking %}<think></think>{% endif %}{% endif %}"
+)
 # the generation prompt opens a thought, answers are cut behind it
 R1 = (
     "{% for m in messages %}"
@@ -172,6 +179,45 @@ def test_thinking_that_is_switched_off_is_off_in_the_template_that_is_saved(enco
     assert served.apply_chat_template(Q, enable_thinking=True, **told) == prompt.replace("<think>\n\n</think>\n\n", "")
 
 
+@pytest.mark.parametrize(
+    ("template", "header", "block"),
+    [
+        (QWEN3, "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", "<think>\n{}\n</think>\n\n"),
+        (TAGGED, "<|User|>q<|Assistant|>", "<think>{}</think>"),
+        (TAGGED.replace("<think></think>", "</think>"), "<|User|>q<|Assistant|>", "<think>{}</think>"),
+    ],
+    ids=["a block", "without line ends", "a closing alone"],
+)
+def test_a_thought_is_scored_from_its_beginning_where_the_generation_prompt_closes_one(
+    template: str, header: str, block: str, encoder: Any
+) -> None:
+    made = encoder(template, options={"enable_thinking": False})
+    one, other = thought("sum", "5"), thought("no", "6")
+    assert seen(made, Q, one, other) == (
+        header,
+        f"{block.format('sum')}5<|im_end|>",
+        f"{block.format('no')}6<|im_end|>",
+    )
+    assert checked(made, Q, one, other) == []
+    for rows in ([one, B], [B, one]):
+        found = made.encode(Q, rows)
+        wholes = [made._render(Q + answer).removesuffix("\n") for answer in rows]
+        assert [f"{found.prompt_text}{text}".removesuffix("\n") for text in found.texts] == wholes
+        assert found.prompt_text == header
+    assert seen(made, Q, A, B)[1:] == ("5<|im_end|>", "6<|im_end|>")
+
+
+def test_a_thought_is_scored_behind_a_prompt_that_is_written_otherwise_before_an_answer(encoder: Any) -> None:
+    closed = MISTRAL.replace("[/INST]{% elif", "[/INST]{{ '<think></think>' if loop.last }}{% elif").replace(
+        " {{ m.content }}<|im_end|>", "<think>{{ m.reasoning_content }}</think>{{ m.content }}<|im_end|>"
+    )
+    assert seen(encoder(closed), [SYSTEM, *Q], thought("sum", "5"), B) == (
+        "[INST] Be brief.\n\nq[/INST]",
+        "<think>sum</think>5<|im_end|>",
+        "<think></think>6<|im_end|>",
+    )
+
+
 def test_an_opener_that_the_generation_prompt_lacks_is_told(encoder: Any) -> None:
     assert [warning for warning in encoder(QWEN3).warnings if "enable_thinking" in warning]
     assert encoder(R1).warnings == [
@@ -235,6 +281,38 @@ def test_what_the_model_would_not_see_is_found(
     template: str, prompt: Messages, answers: list[Messages], found: list[str], encoder: Any
 ) -> None:
     assert checked(encoder(template), prompt, *answers) == found
+
+
+def test_an_end_of_turn_that_is_the_unknown_token_too_is_no_lost_text(encoder: Any) -> None:
+    """As GPT-2, OPT and Pythia have it."""
+    made = encoder(CHATML)
+    own = made._tokenizer
+    own.unk_token = "<|im_end|>"
+    for tokenizer, template in ((own, "auto"), (own, "plain")):
+        made = ChatEncoder(tokenizer, template)
+        assert checked(made, Q, A, B) == []
+        assert checked(made, Q, [assistant("𒀀 5")]) == []
+
+
+@pytest.mark.parametrize("unknown", ["<unk>", "<|im_end|>"])
+def test_text_for_which_the_tokenizer_has_no_token_is_lost(unknown: str) -> None:
+    """Also where the unknown token ends the turn, and where it would be the answer's last one."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = dict.fromkeys(["<unk>", "<|im_end|>", "user", "assistant", "question", "answer", "q", "5", "6", "and"])
+    base = Tokenizer(models.WordLevel({word: at for at, word in enumerate(words)}, unk_token=unknown))
+    base.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    own = PreTrainedTokenizerFast(tokenizer_object=base, unk_token=unknown, eos_token="<|im_end|>")
+    own.chat_template = (
+        "{% for m in messages %}{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    made = ChatEncoder(own)
+    assert checked(made, Q, A, B) == []
+    for lost in ("和 5", "5 和", "5 和 6", "5 <|im_end|> 和"):
+        assert "lost_text" in checked(made, Q, [assistant(lost)])
+    assert "lost_text" not in checked(made, Q, [assistant(f"5 {unknown} 6")])
 
 
 def test_such_rows_are_left_out_by_name_with_what_helps(tmp_path: Path, encoder: Any) -> None:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_cli.core.params import DataChecks, PreferenceSource
+from dpo_cli.core.params import DataChecks, PreferenceSource, SftSource
 from dpo_cli.data.account import SPLITS
 from dpo_cli.data.convert import convert
 from dpo_cli.data.schema import assistant, user
@@ -217,3 +217,36 @@ def test_the_pairs_of_a_file_are_all_read_and_its_other_columns_named(shape: str
     pairs = {tuple(row[name][0]["content"] for name in ("prompt", "chosen", "rejected")) for row in rows}
     assert pairs == set(TEXTS)
     assert {len(row["prompt"]) for row in rows} == {1}
+
+
+def calling(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
+
+
+CALLS = [
+    {
+        "messages": [user("q"), calling("add", x=1)],
+        "tools": [{"name": "add", "description": "Sum.", "parameters": {"properties": {"x": {"type": "integer"}}}}],
+    },
+    {
+        "messages": [{"from": "human", "value": "r"}, calling("say", text="hi")],
+        "tools": [{"name": "say", "parameters": {"properties": {"text": {"type": "string"}, "to": {"enum": ["me"]}}}}],
+    },
+]
+
+
+@pytest.mark.parametrize("write", [parquet, stream])
+def test_tools_calls_and_turns_are_the_same_in_json_and_in_arrow(tmp_path: Path, write: Any) -> None:
+    """Arrow gives each object the keys of all rows; none of them reaches the model."""
+    found = []
+    for name, data in (("a.jsonl", lines(CALLS)), ("b", write(pa.Table.from_pylist(CALLS)))):
+        path, work, out = tmp_path / name, tmp_path / f"{name}.work", tmp_path / f"{name}.out"
+        path.write_bytes(data)
+        work.mkdir()
+        out.mkdir()
+        convert([SftSource(path=str(path))], DataChecks().model_dump(), 0.5, work, out, tmp_path / "rejects")
+        rows = [row for split in SPLITS for row in pl.read_parquet(out / f"{split}.parquet").to_dicts()]
+        found.append({row["id"]: (row["prompt"], row["completion"], row["tools"]) for row in rows})
+    assert found[0] == found[1]
+    assert len(found[0]) == 2
+    assert "null" not in str(found)

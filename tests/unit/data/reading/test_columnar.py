@@ -307,6 +307,35 @@ def test_times_in_maps_lists_of_fixed_size_and_dictionaries_are_texts_and_maps_a
         assert values(read(write(table))) == expected
 
 
+TREES: list[dict[str, Any]] = [
+    {
+        "tools": [{"function": {"name": "add", "parameters": {"properties": {"x": {"enum": [1]}}}}}],
+        "turn": {"role": "assistant", "call": {"name": "add", "arguments": {"x": 1}}},
+        "meta": {"lang": "en", "note": None},
+    },
+    {
+        "tools": [{"function": {"name": "say", "parameters": {"properties": {}}}}, {"function": {"name": "go"}}],
+        "turn": {"role": "assistant", "call": {"name": "say", "arguments": {"text": "hi"}}},
+        "meta": {"lang": "de", "note": "x"},
+    },
+]
+
+
+@pytest.mark.parametrize("write", FORMS)
+def test_objects_within_objects_have_no_keys_of_other_rows(read: Read, write: Any) -> None:
+    """Arrow gives every object the keys of all rows; a column's own objects keep theirs, which are read by name."""
+    assert values(read(write(pa.Table.from_pylist(TREES)))) == TREES
+    deep = [{"a": [[{"b": {"c": [{"d": 1}, {"e": [None, 2]}]}}]]}, {"a": None}, {"a": [None, [{"b": None}]]}]
+    assert values(read(write(pa.Table.from_pylist(deep)))) == deep
+
+
+@pytest.mark.parametrize("write", FORMS)
+def test_a_null_in_a_map_is_a_value(read: Read, write: Any) -> None:
+    kind = pa.struct([("call", pa.struct([("args", pa.map_(pa.string(), pa.string())), ("id", pa.string())]))])
+    table = pa.table({"turn": pa.array([{"call": {"args": [("x", None)], "id": None}}], kind)})
+    assert values(read(write(table))) == [{"turn": {"call": {"args": {"x": None}}}}]
+
+
 def test_rows_behind_the_dictionaries_that_no_footer_names_are_damage(message: Message, tmp_path: Path) -> None:
     """polars writes dictionaries behind the rows; a batch of rows behind them is one too many."""
     file = io.BytesIO()
