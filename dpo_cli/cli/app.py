@@ -27,6 +27,7 @@ from dpo_cli.core.environment import claim_gpu, importing, is_first_process, pre
 from dpo_cli.core.errors import DataError, MachineError, ParamsError
 from dpo_cli.core.pipeline import STAGES, Stage
 from dpo_cli.core.scratch import die_with_parent
+from dpo_cli.core.text import in_one_line
 
 _EXIT_CODES = (
     "**Exit codes**: 0 done, 1 a bug, 2 usage, 3 settings, 4 data, 5 stale artifact, 6 machine or model,"
@@ -661,7 +662,7 @@ def rating_sheet_command(
 
         num_items, num_identical = write_rating_sheet(model, sheet, rater)
     same = f"; {num_identical} prompts with identical answers are ties and left out" if num_identical else ""
-    typer.echo(f"{sheet}: {num_items} pairs of answers to vote on{same}")
+    typer.echo(in_one_line(f"{sheet}: {num_items} pairs of answers to vote on{same}"))
 
 
 # --- rewards ------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def reproduce(targets: Sequence[str], *, force: bool, reporter: Reporter) -> int
     options = ["--force", *(["--single-item"] if targets else [])] if force else []
     command = [sys.executable, "-m", "dvc", "repro", *options, *map(stages.__getitem__, targets)]
     code = _run(command)
-    if code == 0 and (not targets or "evaluate" in map(stages.__getitem__, targets)):
+    if code == 0 and (not targets or {"evaluate", "report"} & {stages[target] for target in targets}):
         from dpo_cli.evaluation.verdict import headline, verdict
 
         metrics = read_json(paths.metrics_file("evaluate"), "run: dpo-cli evaluate")["evaluate"]

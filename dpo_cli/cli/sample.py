@@ -10,9 +10,16 @@ from dpo_cli.core.errors import ParamsError
 from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
-from dpo_cli.data.schema import Messages
 from dpo_cli.evaluation.judges.exact import known_reward
-from dpo_cli.evaluation.sampling import PromptFile, SampleTable, read_prompts, repeated, sample_table, write_samples
+from dpo_cli.evaluation.sampling import (
+    PromptFile,
+    SampleTable,
+    read_prompts,
+    refuse_foreign,
+    repeated,
+    sample_table,
+    write_samples,
+)
 from dpo_cli.evaluation.speakers import open_cast, reference_speaker
 from dpo_cli.evaluation.steps import Steps
 from dpo_cli.models.load import quiet_libraries
@@ -36,8 +43,9 @@ def sample_files(
         What is counted, by file.
 
     Raises:
-        ParamsError: Two files would make one table, or a setting has no effect.
-        DataError: A file cannot be read, or has a row without a prompt.
+        ParamsError: Two files would make one table, a file is there that would be written over, or a setting has no
+            effect.
+        DataError: A file cannot be read, has no rows, or has a row without a prompt or one that the template refuses.
         StaleArtifactError: There is no such model, or an earlier stage's result is missing.
         Interrupted: The user asked to stop; what was sampled is kept.
     """
@@ -48,10 +56,11 @@ def sample_files(
         raise ParamsError("two of the files have one name, and would make one table; rename one, or sample one by one")
     if settings.temperature == 0 and num_answers > 1:
         raise ParamsError(f"evaluate.temperature 0 gives one answer {num_answers} times; raise it, or say --answers 1")
+    for table in tables.values():
+        refuse_foreign(table)
     found = [read_prompts(path) for path in files]
     graph = open_graph(params.model, params.reference, params.runtime)
-    prompts: dict[str, Messages] = {id: messages for one in found for id, messages in one.prompts.items()}
-    asked = repeated(prompts, num_answers, graph.encoder)
+    asked = repeated(found, num_answers, graph.encoder)
     longest = max(len(each.tokens) for each in asked)
     check_context(graph.base, longest + settings.max_new_tokens, "evaluate.max_new_tokens + the longest prompt")
     if model is None:

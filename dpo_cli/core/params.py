@@ -857,7 +857,7 @@ def _contradictions(params: Params) -> list[str]:
         elif not name.isidentifier():
             found.append(f"model.template_options.{name} is no name of a variable in a chat template")
         elif not isinstance(value, bool | int | float | str):
-            found.append(f"model.template_options.{name} must be true, false, a number or text, got {value!r}")
+            found.append(f"model.template_options.{name} must be true, false, a number or text, got {shown(value)}")
     found += idle_evaluate_settings(params.evaluate)
     if params.runtime.adapter_path is not None and sft.method != "adapter":
         found.append(f"runtime.adapter_path has no effect with sft.method {sft.method}; adapter reads it")

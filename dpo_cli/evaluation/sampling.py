@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_cli.core.artifacts import atomic_path
-from dpo_cli.core.errors import DataError
+from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.formats.base import Reading, RowProblem, kind_of
 from dpo_cli.data.formats.prompts import read_prompt, tools_of
@@ -47,11 +47,13 @@ class PromptFile:
     Attributes:
         path: The file.
         prompts: Each once, in the order of the file, by content id.
+        rows: The row of each, from 0, by content id.
         num_read: Rows of the file.
     """
 
     path: Path
     prompts: dict[str, Messages] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
     num_read: int = 0
 
 
@@ -59,13 +61,12 @@ def read_prompts(path: Path) -> PromptFile:
     """The prompts of a file: rows with ``prompt`` (text or messages), or ``instruction`` and perhaps ``input``.
 
     Raises:
-        DataError: The file cannot be read, or a row of it has no prompt; it names the first of them.
+        DataError: The file cannot be read or has no rows, or a row of it has no prompt; it names the first of them.
     """
     found = PromptFile(path)
     problems: list[str] = []
     for record in read_records(path):
         found.num_read += 1
-        place = f"{path}, row {record.row}"
         try:
             if not isinstance(record.value, dict):
                 raise RowProblem("bad_row", f"must be an object with a 'prompt', got {kind_of(record.value)}")
@@ -75,20 +76,44 @@ def read_prompts(path: Path) -> PromptFile:
             if not any(message["content"].strip() for message in messages):
                 raise RowProblem("empty_prompt", "asks nothing: 'prompt' is empty")
         except RowProblem as problem:
-            problems.append(f"{place} {problem}; correct the row, or take it out")
+            problems.append(_problem_in(path, record.row, problem))
             continue
-        found.prompts.setdefault(content_id(messages), messages)
+        id = content_id(messages)
+        found.prompts.setdefault(id, messages)
+        found.rows.setdefault(id, record.row)
     if problems:
-        more = len(problems) - _MOST_PROBLEMS
-        rest = [f"{path}: {more} more rows are like that"] if more > 0 else []
-        raise DataError(problems[:_MOST_PROBLEMS] + rest)
+        raise DataError(_first_of(problems))
+    if not found.prompts:
+        raise DataError(f"{path} has no rows: there is nothing to answer")
     return found
 
 
-def repeated(prompts: Mapping[str, Messages], num_answers: int, encoder: ChatEncoder) -> list[PromptTokens]:
-    """Every prompt so many times, each time under an id, and so with a random stream, of its own."""
-    tokens = {id: tuple(encoder.encode_prompt(messages)) for id, messages in prompts.items()}
-    return [PromptTokens(_answer_id(id, number), tokens[id]) for id in prompts for number in range(num_answers)]
+def repeated(files: Sequence[PromptFile], num_answers: int, encoder: ChatEncoder) -> list[PromptTokens]:
+    """Every prompt so many times, each time under an id, and so with a random stream, of its own.
+
+    Raises:
+        DataError: The chat template refuses a prompt; it names the first of them.
+    """
+    tokens: dict[str, tuple[int, ...]] = {}
+    problems: list[str] = []
+    for file in files:
+        for id, messages in file.prompts.items():
+            try:
+                tokens[id] = tuple(encoder.encode_prompt(messages))
+            except RowProblem as problem:
+                problems.append(_problem_in(file.path, file.rows[id], problem))
+    if problems:
+        raise DataError(_first_of(problems))
+    return [PromptTokens(_answer_id(id, number), tokens[id]) for id in tokens for number in range(num_answers)]
+
+
+def _problem_in(path: Path, row: int, problem: RowProblem) -> str:
+    return f"{path}, row {row} {problem}; correct the row, or take it out"
+
+
+def _first_of(problems: Sequence[str]) -> list[str]:
+    more = len(problems) - _MOST_PROBLEMS
+    return [*problems[:_MOST_PROBLEMS], *([f"{more} more rows are like that"] if more > 0 else [])]
 
 
 def _answer_id(prompt: str, number: int) -> str:
@@ -173,6 +198,22 @@ def sample_table(
     if rewards:
         table.reward = sum(rewards) / len(rewards)
     return table
+
+
+def refuse_foreign(path: Path) -> None:
+    """Refuse to write over a file that is no table of samples, such as the prompts themselves.
+
+    Raises:
+        ParamsError: There is such a file.
+    """
+    if not path.exists():
+        return
+    try:
+        found = pq.read_schema(path).metadata or {}
+    except (OSError, pa.ArrowException):
+        found = {}
+    if not found.keys() >= {b"model", b"num_answers"}:
+        raise ParamsError(f"{path} is there, and dpo-cli sample did not write it; name another folder: --out DIR")
 
 
 def write_samples(path: Path, rows: Sequence[Mapping[str, Any]], made_by: Mapping[str, Any]) -> None:

@@ -24,7 +24,16 @@ from dpo_cli.models.adapters import (
 )
 from dpo_cli.models.device import peak_memory_gib, prepare_machine
 from dpo_cli.models.folder import adapter_folder, base_folder
-from dpo_cli.models.identity import base_digest, library_versions, model_files, read_lock, verify_model
+from dpo_cli.models.identity import (
+    base_digest,
+    changed_files,
+    library_versions,
+    lock_files,
+    model_files,
+    read_base_lock,
+    read_lock,
+    verify_model,
+)
 from dpo_cli.models.load import keep_weights_unpacked, load_model, quiet_libraries, save_tokenizer
 from dpo_cli.training.history import TOKEN_METRICS, merge_log, write_tsv
 
@@ -179,6 +188,8 @@ def _publish_untrained(params: Params, base: Path, scratch: Scratch, reporter: R
 
         quiet_libraries()
         source = adapter_folder(params.runtime)
+        if changed := changed_files(read_base_lock().adapter, lock_files(source, ADAPTER_FILES)):
+            raise StaleArtifactError(f"{source / changed[0]} is not the file that was locked; run: dpo-cli base")
         metrics |= copy_adapter(source, base, built, params.model.name)
         files = [*ADAPTER_FILES]
         rows = [("method", f"adapter: {source} is taken as it is"), ("adapter", size_in_words(metrics))]

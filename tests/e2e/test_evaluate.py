@@ -189,6 +189,8 @@ def test_the_reward_model_as_judge(evaluate: Evaluate) -> None:
 def test_people_as_judges_by_a_sheet(evaluate: Evaluate) -> None:
     world_says = evaluate()
     by_world = {row["prompt_id"]: row for row in table("votes.csv")}
+    escaping = CliRunner().invoke(app, ["rating-sheet", "\x1b[31mred.csv"])
+    assert "\\x1b[31mred.csv: " in escaping.output
     sheet = Path("data/raw/votes.csv")
     result = CliRunner().invoke(app, ["rating-sheet", str(sheet), "--rater", "human:anna"])
     assert result.exit_code == 0, result.output

@@ -40,8 +40,8 @@ def run(folder: Path, *command: str, prefix: tuple[str, ...] = ()) -> subprocess
     return subprocess.run([*prefix, *command], cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-def repro(folder: Path, prefix: tuple[str, ...] = ()) -> str:
-    result = run(folder, sys.executable, "-m", "dpo_cli", "repro", prefix=prefix)
+def repro(folder: Path, prefix: tuple[str, ...] = (), targets: tuple[str, ...] = ()) -> str:
+    result = run(folder, sys.executable, "-m", "dpo_cli", "repro", *targets, prefix=prefix)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -143,9 +143,12 @@ def test_what_ran_before_is_restored(project: Path) -> None:
     assert stages_run(put_back) == ["base", "report"]
     assert "Stage 'train' is cached" in put_back
     shutil.rmtree(project / "models/sft")
-    deleted = repro(project)
+    deleted = repro(project, targets=("sft",))
     assert stages_run(deleted) == ["base"]
     assert "Stage 'sft' is cached" in deleted
+    verdict = "reports/report.html"
+    assert verdict not in deleted
+    assert verdict in repro(project, targets=("report",))
 
 
 def test_a_stage_run_by_hand_is_not_run_again(project: Path) -> None:

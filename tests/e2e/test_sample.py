@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import re
@@ -20,7 +21,9 @@ from dpo_cli.cli.sample import sample_files
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.core.params import Params, parse_params
+from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.rules import RULES
+from dpo_cli.evaluation.sampling import read_prompts, repeated
 
 K = 6
 PROMPTS = [f"Say {word}." for word in "one two three four five six seven eight nine ten eleven twelve".split()]
@@ -177,6 +180,37 @@ def test_a_row_without_a_prompt_is_named(
     with pytest.raises(DataError, match=f"^{re.escape(problem)}; correct the row, or take it out$"):
         sample_files([TRAIN], K, None, paths.SAMPLED, tuned, make_reporter())
     assert not paths.SAMPLED.exists()
+
+
+def test_a_prompt_that_the_chat_template_refuses_is_named(tuned: Params, tokenizer: Any) -> None:
+    refusing = copy.deepcopy(tokenizer)
+    refusing.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello?"}]
+    write_rows(TRAIN, [{"prompt": "Hello?"}, {"prompt": turns}])
+    with pytest.raises(
+        DataError, match=r"^data/prompts/train.jsonl, row 1 is refused .*: no system turn.*; correct the row, or take"
+    ):
+        repeated([read_prompts(TRAIN)], K, ChatEncoder(refusing, "auto"))
+
+
+def test_a_file_without_rows_and_a_file_that_is_not_ours_are_refused(
+    tuned: Params, make_reporter: Callable[[], Any]
+) -> None:
+    """A table is written over by a later one, and nothing else is."""
+    mine = pl.DataFrame({"prompt": PROMPTS[:2]})
+    mine.write_parquet(paths.RAW / "mine.parquet")
+    before = (paths.RAW / "mine.parquet").read_bytes()
+    write_rows(TRAIN.with_name("mine.jsonl"), [{"prompt": "Hello?"}])
+    for prompts in (paths.RAW / "mine.parquet", TRAIN.with_name("mine.jsonl")):
+        with pytest.raises(ParamsError, match=r"^data/raw/mine.parquet is there, and dpo-cli sample did not write it"):
+            sample_files([prompts], K, None, paths.RAW, tuned, make_reporter())
+    assert (paths.RAW / "mine.parquet").read_bytes() == before
+    TRAIN.write_text("[]", encoding="utf-8")
+    with pytest.raises(DataError, match=r"^data/prompts/train.jsonl has no rows"):
+        sample_files([TRAIN], K, None, paths.SAMPLED, tuned, make_reporter())
 
 
 def test_options_without_effect_are_refused(tuned: Params, make_reporter: Callable[[], Any], tiny_folder: Path) -> None:
