@@ -130,7 +130,7 @@ def measure_kept(model: torch.nn.Module, forward: Callable[[int], int], num_laye
         num_layers: Layers of the model.
         hidden_size: Numbers that go from layer to layer for each token.
     """
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     counts = [_count_kept(own, forward, size) for size in (64, 192)]
     (short, kept_short, products_short), (long, kept_long, products_long) = counts
     kept = max(0.0, (kept_long - kept_short) / (long - short))
@@ -151,8 +151,8 @@ def _count_kept(own: set[int], forward: Callable[[int], int], size: int) -> tupl
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in own:  # the place of the storage, which one without numbers has, too
+            kept[storage._cdata] = storage.nbytes()
         return tensor.detach()  # the tensor itself would keep its own graph alive
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), counter:

@@ -1,0 +1,127 @@
+"""Tensors without numbers on ``cuda:0``, and what must be pretended so that the code for CUDA takes them.
+
+Under :func:`dry_cuda` every tensor has shape, dtype and device and no numbers (PyTorch's FakeTensorMode). What would
+read a number back from the device raises, so a program that runs through reads none. What the code asks of numbers or
+of the driver is answered here: whether autocast may be used, where the random streams are, how much memory is free,
+whether a variable-length kernel aligns as it must, whether logits are those of the output embedding. And where
+a CPU build of PyTorch would take an operation apart that CUDA has a kernel for, it is kept whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import scaled_dot_product_attention
+
+from dpo_cli.scoring import varlen
+from dpo_cli.scoring.scorer import Scorer
+
+CUDA = torch.device("cuda", 0)
+
+_TURING_END = (8, 0)
+"""Compute capability from which on GPUs have bfloat16, and FlashAttention runs."""
+
+
+@contextmanager
+def dry_cuda(
+    capability: tuple[int, int] = (8, 9),
+    memory_bytes: int = 24 << 30,
+    allocated_bytes: Callable[[], int] = lambda: 0,
+) -> Iterator[FakeTensorMode]:
+    """Pretend that ``cuda:0`` is there.
+
+    Args:
+        capability: Its compute capability; below 8.0 no variable-length kernel runs.
+        memory_bytes: Its memory.
+        allocated_bytes: How much of it tensors take now.
+    """
+
+    def free_memory(*_: Any) -> tuple[int, int]:
+        return memory_bytes - allocated_bytes(), memory_bytes
+
+    def reason_against(
+        kernel: varlen.VarlenKernel,
+        device: torch.device,
+        dtype: torch.dtype,
+        head_size: int,
+        window: int | None,
+        softcap: float | None,
+    ) -> str | None:
+        """What stands in the kernel's own way; that it computes what it must cannot be seen here."""
+        if capability < _TURING_END:
+            return "needs compute capability 8.0"
+        query, key = (torch.empty(8, heads, head_size, dtype=dtype, device=device) for heads in (4, 2))
+        starts = torch.zeros(2, dtype=torch.int32, device=device)
+        try:
+            kernel(query, key, key, varlen.Sequences(None, starts, starts, 8, 8), head_size**-0.5, window, softcap)
+        except NotImplementedError as error:
+            return f"it fails ({error})"
+        return None
+
+    by_definition = scaled_dot_product_attention
+
+    def attention(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        """The kernel that PyTorch chooses on CUDA: FlashAttention where there is no mask, else the efficient one."""
+        is_new = capability >= _TURING_END
+        if query.device.type != "cuda" or (query.dtype == torch.bfloat16 and not is_new):
+            return by_definition(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if attn_mask is None and is_new and query.dtype != torch.float32:
+            flash = torch.ops.aten._scaled_dot_product_flash_attention
+            return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
+        if (repeats := query.shape[1] // key.shape[1]) > 1:
+            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        if attn_mask is not None:
+            shape = (*query.shape[:3], key.shape[2])
+            attn_mask = attn_mask.to(query.dtype).expand(shape)  # of a bool one a copy, as there
+        needs_gradient = torch.is_grad_enabled() and query.requires_grad
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        return efficient(query, key, value, attn_mask, needs_gradient, dropout_p, is_causal, scale=scale)[0]
+
+    def packed_sequences(position_ids: torch.Tensor) -> None:
+        """What transformers finds of one text a row; for that it reads a number back, which counts as such."""
+        position_ids[:1, -1:].to("cpu")
+
+    pretended = {
+        "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
+        "torch.cuda.is_bf16_supported": lambda *_, **__: capability >= _TURING_END,
+        "torch.cuda.get_device_capability": lambda *_: capability,
+        "torch.cuda.current_device": lambda: 0,
+        "torch.cuda.get_rng_state": lambda *_: torch.empty(16, dtype=torch.uint8),
+        "torch.cuda.set_rng_state": lambda *_: None,
+        "torch.cuda.mem_get_info": free_memory,
+        "torch.cuda.memory_reserved": lambda *_: 0,
+        "torch.cuda.memory_allocated": lambda *_: 0,
+        "torch.nn.functional.scaled_dot_product_attention": attention,
+        "transformers.utils.import_utils.is_fake_tensor": lambda _: False,  # or it takes another way
+        "transformers.masking_utils.find_packed_sequence_indices": packed_sequences,
+        "dpo_cli.scoring.attention.scaled_dot_product_attention": attention,
+        "dpo_cli.scoring.varlen.reason_against": reason_against,
+    }
+    with ExitStack() as stack:
+        for name, value in pretended.items():
+            stack.enter_context(patch(name, value))
+        stack.enter_context(patch.object(Scorer, "_agree", lambda _, ours, theirs: ours.shape == theirs.shape))
+        _keep_whole(stack)
+        varlen._choose.cache_clear()
+        stack.callback(varlen._choose.cache_clear)
+        yield stack.enter_context(FakeTensorMode())
+
+
+def _keep_whole(stack: ExitStack) -> None:
+    """Register what has a kernel of its own on CUDA, so that autograd does not take it apart."""
+    library = stack.enter_context(torch.library._scoped_library("aten", "IMPL"))
+    library.impl("silu_backward", lambda grad_output, inputs: torch.empty_like(inputs), "CUDA")
