@@ -45,7 +45,7 @@ def plackett_luce_nll(rewards_BK: torch.Tensor, ranks_BK: torch.Tensor, ties: Ti
     backwards = (ranks_BK[:, 1:] < ranks_BK[:, :-1]) & filled_BK[:, 1:]
     if bool(backwards.any()) or bool((filled_BK[:, 1:] & ~filled_BK[:, :-1]).any()):
         raise ValueError("ranks must ascend, those of missing answers (0) last")
-    rewards_BK = rewards_BK.masked_fill(~filled_BK.to(rewards_BK.device), -torch.inf)
+    rewards_BK = rewards_BK.masked_fill((~filled_BK).to(rewards_BK.device, non_blocking=True), -torch.inf)
     return torch.stack([_nll(rewards, ranks, ties) for rewards, ranks in zip(rewards_BK, all_ranks, strict=True)])
 
 
@@ -74,7 +74,8 @@ def _mean_over_orders(tied_N: torch.Tensor, below_M: torch.Tensor) -> torch.Tens
         raise ValueError(f"at most {MAX_TIED} answers may be tied with ties average, got {number}; take ties groups")
     total = -tied_N.sum()
     for left in range(1, number + 1):
-        subsets = torch.tensor(list(itertools.combinations(range(number), left)), device=tied_N.device)
+        subsets = torch.tensor(list(itertools.combinations(range(number), left)))
+        subsets = subsets.to(tied_N.device, non_blocking=True)
         rest = below_M.expand(len(subsets), -1)
         total = total + torch.cat([tied_N[subsets], rest], dim=1).logsumexp(1).mean()
     return total

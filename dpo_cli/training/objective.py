@@ -176,7 +176,7 @@ class PairObjective:
 
     def reference_logps(self, groups: Sequence[TokenGroup], device: torch.device) -> torch.Tensor:
         """float64 [B, 2]."""
-        return _rows(self._reference, groups, device)
+        return _values(self._reference, groups, device)
 
     def policy_logps(self, scores: Scores) -> torch.Tensor:
         """float64 [B, 2], with gradient."""
@@ -193,7 +193,7 @@ class PairObjective:
         device = scores.logps_BK.device
         gaps = None
         if self._knobs.margin_scale:
-            gaps = torch.tensor([self._score_gaps[group.id] for group in groups], dtype=torch.float64, device=device)
+            gaps = _values(self._score_gaps, groups, device)
         weights = None
         if self._knobs.weighting == "wpo":
             squares = None if scores.statistics is None else scores.statistics.log_sum_squares_N
@@ -206,7 +206,7 @@ class PairObjective:
             losses = objective_loss(self._knobs, facts)(policy, reference, scores.num_tokens_BK)
         else:
             losses = self._apart(
-                facts, (policy, reference), (scores.logps_BK, _rows(self._plain, groups, device)), scores
+                facts, (policy, reference), (scores.logps_BK, _values(self._plain, groups, device)), scores
             )
         rewards = self._knobs.beta * log_ratios(policy.detach(), reference)
         return GroupLosses(losses, {**_metrics(rewards, scores.logps_BK.detach()), **_statistics(scores, step)})
@@ -227,9 +227,12 @@ class PairObjective:
         return losses
 
 
-def _rows(table: Mapping[str, Sequence[float]], groups: Sequence[TokenGroup], device: torch.device) -> torch.Tensor:
-    """float64 [B, K], the values of some groups."""
-    return torch.tensor([table[group.id] for group in groups], dtype=torch.float64, device=device)
+def _values(
+    table: Mapping[str, float] | Mapping[str, Sequence[float]], groups: Sequence[TokenGroup], device: torch.device
+) -> torch.Tensor:
+    """float64 [B] or [B, K], the values of some groups; no copy is waited for, as it stands behind a whole forward."""
+    values = torch.tensor([table[group.id] for group in groups], dtype=torch.float64)
+    return values.to(device, non_blocking=True)
 
 
 class RankingObjective:
@@ -254,7 +257,7 @@ class RankingObjective:
 
     def reference_logps(self, groups: Sequence[TokenGroup], device: torch.device) -> torch.Tensor:
         """float64 [B, K]."""
-        return _rows(self._reference, groups, device)
+        return _values(self._reference, groups, device)
 
     def policy_logps(self, scores: Scores) -> torch.Tensor:
         """float64 [B, K], with gradient."""
@@ -323,5 +326,6 @@ def reward_metrics(rewards_BK: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def ranking_metrics(rewards_BK: torch.Tensor, ranks_BK: torch.Tensor) -> dict[str, torch.Tensor]:
     """Kendall's tau and, as the accuracy, the share of pairs of a ranking that the rewards order alike."""
-    tau = kendall_tau(rewards_BK, ranks_BK.to(rewards_BK.device)).nan_to_num(0.0)  # of one tie: neither right nor wrong
+    ranks_BK = ranks_BK.to(rewards_BK.device, non_blocking=True)
+    tau = kendall_tau(rewards_BK, ranks_BK).nan_to_num(0.0)  # of one tie: neither right nor wrong
     return {TAU: tau, "rewards/accuracies": (tau + 1) / 2}

@@ -41,7 +41,7 @@ class RewardObjective:
         """Losses and metrics by DPO's names; with rankings, as there, the accuracy is over all their pairs."""
         rewards = scores.rewards_BK
         ranks = torch.tensor([[1, 2] if self._ranks is None else list(self._ranks[group.id]) for group in groups])
-        losses = plackett_luce_nll(rewards, ranks.to(rewards.device), self._ties)
+        losses = plackett_luce_nll(rewards, ranks, self._ties)
         detached = rewards.detach()
         metrics = reward_metrics(detached - detached.mean(1, keepdim=True))
         if self._ranks is not None:

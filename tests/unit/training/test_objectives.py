@@ -18,10 +18,12 @@ from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.load import keep_weights_unpacked, load_model
 from dpo_cli.objectives.pairwise import shared_length_logps
-from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.scoring.head import TokenStatistics
+from dpo_cli.scoring.scorer import Scorer, Scores
 from dpo_cli.training.gate import check_step_zero
 from dpo_cli.training.objective import PairObjective, PreferenceObjective, preference_objective
 from dpo_cli.training.run import Fit, fit
+from tests.waiting import NoWaiting
 
 SETTINGS = {"label_smoothing": 0.1, "gamma": 0.5, "weighting": "none"}
 
@@ -300,6 +302,36 @@ def test_rankings_of_any_length_train_together(
     taus = [entry["eval_rewards/kendall_tau"] for entry in found[8192].history if "eval_loss" in entry]
     assert taus[0] == 0
     assert taus[-1] > 0
+
+
+WAITING: list[tuple[Any, dict[str, Any], list[int] | None]] = [
+    *((loss, changes, None) for loss, changes in KINDS),
+    ("plackett_luce", {}, [1, 2, 2, 4]),
+    ("plackett_luce", {"ties": "groups"}, [1, 2, 2, 4]),
+]
+
+
+@pytest.mark.parametrize(("loss", "changes", "ranks"), WAITING, ids=str)
+def test_nothing_waits_for_the_device(
+    loss: Any, changes: Any, ranks: list[int] | None, make_groups: Callable[..., list[TokenGroup]]
+) -> None:
+    """Losses and metrics are queued behind the whole forward pass: what waits for the device waits for all of it."""
+    count = 2 if ranks is None else len(ranks)
+    groups = make_groups(3, completions=count)
+    logps = {group.id: [torch.full((len(tokens),), -1.0) for tokens in group.completions] for group in groups}
+    objective = objective_of(section(loss, **changes), logps, {group.id: ranks or [] for group in groups})
+    total = sum(len(tokens) for group in groups for tokens in group.completions)
+    tokens_M, empty_M = torch.zeros(2, total, device="meta", requires_grad=True)
+    scores = Scores(
+        tokens_M.sum().double().expand(3, count),
+        torch.ones(3, count, dtype=torch.int64, device="meta"),
+        tokens_M,
+        TokenStatistics(empty_M.detach(), empty_M.detach(), empty_M.detach()),
+    )
+    with NoWaiting():
+        result = objective.losses(groups, scores, groups)
+        result.losses_B.sum().backward()
+        torch.stack([result.metrics[name].sum() for name in objective.metric_names])
 
 
 def test_a_ranking_of_two_is_a_pair(policy: Callable[..., Any], pairs: Any) -> None:

@@ -22,6 +22,7 @@ from dpo_cli.scoring.reward import Rewards, RewardScorer
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.reward_objective import RewardObjective
 from dpo_cli.training.run import Fit, fit
+from tests.waiting import NoWaiting
 
 KNOBS = RewardParams(loss="bradley_terry", learning_rate=5e-3, batch_size=8, epochs=2.0, eval_steps=3)
 SHAPES = ((2.0, 1.0), (1.0, 1.0), (0.0, 3.0))
@@ -50,6 +51,16 @@ def test_a_ranking_of_two_is_a_pair(make_groups: Callable[..., list[TokenGroup]]
     rankings = RewardObjective({group.id: [1, 2] for group in groups}).losses(groups, rewards, groups)
     assert torch.equal(pairs.losses_B, rankings.losses_B)
     assert rankings.metrics["rewards/accuracies"].tolist() == pairs.metrics["rewards/accuracies"].tolist()
+
+
+@pytest.mark.parametrize("ranks", [None, [1, 2], [1, 1]])
+def test_nothing_waits_for_the_device(ranks: list[int] | None, make_groups: Callable[..., list[TokenGroup]]) -> None:
+    groups = make_groups(3)
+    objective = RewardObjective(None if ranks is None else {group.id: ranks for group in groups})
+    rewards = torch.zeros(3, 2, dtype=torch.float64, device="meta", requires_grad=True)
+    with NoWaiting():
+        result = objective.losses(groups, Rewards(rewards), groups)
+        result.losses_B.sum().backward()
 
 
 def test_what_is_logged_is_centred_and_a_tie_counts_one_half(make_groups: Callable[..., list[TokenGroup]]) -> None:
