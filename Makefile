@@ -2,6 +2,7 @@
 # repro   the whole pipeline; runs only what changed
 # real    the whole pipeline on a real language model (examples/smollm2); 89 MB are fetched
 # test    all tests;  `make test-fast` leaves out the slow ones
+# dry-run the code for CUDA on a device that is not there: no GPU, but a C++ compiler is needed
 # lint    ruff, pyright, import-linter, generated files
 # docs    write the generated files again
 # bench   benchmarks, printed as ratios;  `make bench-trl` compares with TRL, for most of an hour
@@ -19,7 +20,7 @@ MODEL := $(REAL)/SmolLM2-135M-Instruct
 EXAMPLE := examples/smollm2
 export DPO_REAL := $(REAL)
 
-.PHONY: setup repro real test test-fast lint docs bench bench-trl clean
+.PHONY: setup repro real test test-fast dry-run lint docs bench bench-trl clean
 
 setup: $(VENV)/.installed
 
@@ -50,6 +51,9 @@ test: $(VENV)/.installed-dev
 
 test-fast: $(VENV)/.installed-dev
 	$(PYTEST) -m "not slow"
+
+dry-run: $(VENV)/.installed-dev
+	$(PYTEST) -rsx tests/cuda_dry_run
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

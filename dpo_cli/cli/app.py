@@ -395,6 +395,7 @@ def _refuse_without_model(model: str | None, options: dict[str, Any]) -> None:
         "dpo-cli bench --regime harmless --set runtime.max_tokens_per_microbatch=8192",
         "dpo-cli bench --shape llama-3.1-8b --pass train",
         "dpo-cli bench --set runtime.layout=padded --json",
+        "dpo-cli bench --card rtx-4090 --shape llama-3.1-8b",
     ),
 )
 def bench_command(
@@ -420,8 +421,20 @@ def bench_command(
             " `llama-3.1-8b`; left out: the project's own model.",
         ),
     ] = None,
+    card: Annotated[
+        str | None,
+        typer.Option(
+            "--card",
+            metavar="NAME",
+            help="Measure nothing, but predict for a GPU like `rtx-3060`, `rtx-4070`, `rtx-4090` or `h100-sxm`: the"
+            " kernels, bytes and operations of a --shape are counted without a GPU and held against its data sheet."
+            " Needs a C++ compiler where PyTorch comes without CUDA.",
+        ),
+    ] = None,
     num_pairs: Annotated[int, typer.Option("--pairs", metavar="N", min=1, help="Pairs a turn.")] = 64,
-    num_turns: Annotated[int, typer.Option("--turns", metavar="N", min=1, help="Timed turns.")] = 3,
+    num_turns: Annotated[
+        int | None, typer.Option("--turns", metavar="N", min=1, help="Timed turns; left out: 3.")
+    ] = None,
     overrides: SetOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object, no tables.")] = False,
 ) -> None:
@@ -432,6 +445,18 @@ def bench_command(
     the pass needs at the least against the speed of a matrix product in the same run.
     """
     with errors_as_exit_codes(as_json=as_json):
+        if card is not None:
+            from dpo_cli.dry_run.stub import load_stub
+            from dpo_cli.models.gpus import GPUS
+
+            if card not in GPUS:
+                raise ParamsError(f"--card must be one of {', '.join(GPUS)}, got {card}")
+            if shape is None:
+                raise ParamsError("--card predicts for a model without numbers: name its --shape")
+            if num_turns is not None:
+                raise ParamsError("--turns has no effect with --card, which measures nothing")
+            load_stub()  # before torch
+
         # here, so that --help does not wait for them
         from dpo_cli.cli.bench import PASSES, BenchOptions, measure, refuse_unknown, refuse_unread
         from dpo_cli.core.params import Params, load_params, parse_overrides
@@ -441,9 +466,16 @@ def bench_command(
             raise ParamsError(f"--pass must be one of {', '.join(PASSES)}, got {which}")
         in_project = paths.PARAMS.is_file() or shape is None
         params: Params = load_params(paths.PARAMS, overrides or []) if in_project else parse_overrides(overrides or [])
-        refuse_unread(overrides or [], which, shape)
-        options = BenchOptions([which] if which else PASSES, regime, shape, num_pairs, num_turns)  # type: ignore[list-item]
-        figures = measure(options, params, ConsoleReporter(show_tables=not as_json))
+        refuse_unread(overrides or [], which, shape, card)
+        reporter, passes = ConsoleReporter(show_tables=not as_json), (which,) if which else PASSES
+        if card is not None and shape is not None:
+            from dpo_cli.cli.prediction import PredictionOptions, predict_speed
+
+            figures = predict_speed(
+                PredictionOptions(passes, card, shape, regime or "harmless", num_pairs), params, reporter
+            )
+        else:
+            figures = measure(BenchOptions(passes, regime, shape, num_pairs, num_turns or 3), params, reporter)  # type: ignore[arg-type]
     if as_json:
         typer.echo(json.dumps(figures, ensure_ascii=False))
 

@@ -16,6 +16,7 @@ from dpo_cli.core.progress import Reporter
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models.adapters import add_adapter, load_policy_at_start
 from dpo_cli.models.device import Machine, forget_peak_memory, peak_memory_bytes, prepare_machine, token_budget
+from dpo_cli.models.gpus import gpu_called
 from dpo_cli.models.load import keep_weights_unpacked, quiet_libraries
 from dpo_cli.models.shapes import SHAPES, random_model
 from dpo_cli.reference.graph import open_graph
@@ -36,15 +37,8 @@ _RUNTIME = [
     f"runtime.{name}" for name in ("device", "threads", "max_tokens_per_microbatch", "layout", "head_mib", "recompute")
 ]
 
-_DATASHEET_TFLOPS = {
-    "RTX 3090": 71.0,
-    "RTX 4090": 165.2,
-    "RTX 5090": 209.5,
-    "A100": 312.0,
-    "H100": 989.4,
-    "H200": 989.4,
-}
-"""Dense bfloat16 products with float32 sums, by a part of the GPU's name, as their makers print them."""
+
+_OF_THIS_MACHINE = ("runtime.device", "runtime.threads", "runtime.head_mib", "train.seed")
 
 
 @dataclass(frozen=True)
@@ -81,8 +75,8 @@ def refuse_unknown(regime: str | None, shape: str | None) -> None:
         raise ParamsError(problems)
 
 
-def refuse_unread(overrides: Sequence[str], which: str | None, shape: str | None) -> None:
-    """Refuse ``--set`` of what a measurement does not read.
+def refuse_unread(overrides: Sequence[str], which: str | None, shape: str | None, card: str | None = None) -> None:
+    """Refuse ``--set`` of what a measurement, or a prediction for a card, does not read.
 
     Raises:
         ParamsError: With what it reads.
@@ -90,6 +84,8 @@ def refuse_unread(overrides: Sequence[str], which: str | None, shape: str | None
     read = ["reference.quantization", "train.lora", "train.batch_size", "train.seed", *_RUNTIME]
     if which == "precompute-ref":
         read = [name for name in read if name not in ("train.batch_size", "runtime.recompute")]
+    if card is not None:
+        read = [name for name in read if name not in _OF_THIS_MACHINE]
     if shape is None:
         read += ["model", "reference", "runtime.model_path"]
     unread = [
@@ -364,5 +360,5 @@ def _device_name(machine: Machine) -> str:
 
 
 def _datasheet_flops(machine: Machine) -> float | None:
-    name = _device_name(machine)
-    return next((tflops * 1e12 for part, tflops in _DATASHEET_TFLOPS.items() if part in name), None)
+    gpu = gpu_called(_device_name(machine))
+    return None if gpu is None else gpu.tflops * 1e12

@@ -88,7 +88,8 @@ class Counting(TorchDispatchMode):
 
     Attributes:
         counts: What was counted since :meth:`restart`.
-        attention_pairs: (query, key) pairs that see each other in the next attention; for its operations.
+        attention_pairs: (query, key) pairs that see each other in a call of variable-length attention, which does
+            not show in its arguments.
     """
 
     def __init__(self) -> None:
@@ -184,12 +185,20 @@ class Counting(TorchDispatchMode):
         if base in ("dequantize_4bit", "dequantize_blockwise"):
             return Work(1, moved), "dequantization"
         if base in _ATTENTION:
-            heads, size = args[0].shape[-2:] if "varlen" in base else (args[0].shape[1], args[0].shape[-1])
-            factor = 10 if "backward" in base else 4
-            return Work(1, moved, factor * heads * size * self.attention_pairs), "attention"
+            return Work(1, moved, self._attention_flops(base, args)), "attention"
         if base.startswith("_foreach"):
             return Work(1, moved), "optimizer"
         return Work(1, moved), "elementwise"
+
+    def _attention_flops(self, base: str, args: Any) -> int:
+        """Two products of each pair forward and five backward; of padded rows all pairs, seen or not."""
+        is_backward = "backward" in base
+        factor = 10 if is_backward else 4
+        if "varlen" in base:
+            heads, size = args[0].shape[-2:]
+            return factor * heads * size * self.attention_pairs
+        query, key = args[is_backward], args[is_backward + 1]
+        return factor * query.numel() * key.shape[2]
 
     def _launch(self, kind: str, moved: int) -> None:
         self.counts.by_kind.setdefault(kind, Work()).add(Work(1, moved))

@@ -1,6 +1,6 @@
 """Tensors without numbers on ``cuda:0``, and what must be pretended so that the code for CUDA takes them.
 
-Under :func:`dry_cuda` every tensor has shape, dtype and device and no numbers (PyTorch's FakeTensorMode). What would
+Under :func:`dry_cuda` a tensor on the device has shape, dtype and no numbers (PyTorch's FakeTensorMode). What would
 read a number back from the device raises, so a program that runs through reads none. What the code asks of numbers or
 of the driver is answered here: whether autocast may be used, where the random streams are, how much memory is free,
 whether a variable-length kernel aligns as it must, whether logits are those of the output embedding. And where
@@ -15,7 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.nn.functional import scaled_dot_product_attention
 
 from dpo_cli.scoring import varlen
@@ -23,6 +23,8 @@ from dpo_cli.scoring.scorer import Scorer
 
 CUDA = torch.device("cuda", 0)
 
+_HOST_NUMBERS = 1 << 16
+"""Tensors of the host of up to so many numbers keep them, as what is made of lists does."""
 _TURING_END = (8, 0)
 """Compute capability from which on GPUs have bfloat16, and FlashAttention runs."""
 
@@ -96,6 +98,7 @@ def dry_cuda(
         position_ids[:1, -1:].to("cpu")
 
     pretended = {
+        "torch._subclasses.fake_tensor.CONSTANT_NUMEL_LIMIT": _HOST_NUMBERS,
         "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
         "torch.cuda.is_bf16_supported": lambda *_, **__: capability >= _TURING_END,
         "torch.cuda.get_device_capability": lambda *_: capability,
@@ -119,6 +122,45 @@ def dry_cuda(
         varlen._choose.cache_clear()
         stack.callback(varlen._choose.cache_clear)
         yield stack.enter_context(FakeTensorMode())
+
+
+@contextmanager
+def read_backs_give_zeros(hear: Callable[[str], None]) -> Iterator[None]:
+    """Let numbers be read back from the dry device, as zeros: for passes that end with a result on the host.
+
+    Args:
+        hear: Gets the name of what read: ``item``, ``tolist``, ``__bool__``.
+    """
+    item, as_list, as_bool = torch.Tensor.item, FakeTensor.tolist, torch.Tensor.__bool__
+
+    def is_known(tensor: torch.Tensor) -> bool:
+        return not isinstance(tensor, FakeTensor) or tensor.constant is not None
+
+    def read_item(tensor: torch.Tensor) -> Any:
+        if is_known(tensor):
+            return item(tensor)
+        hear("item")
+        return 0.0 if tensor.dtype.is_floating_point else 0
+
+    def read_list(tensor: torch.Tensor) -> Any:
+        if is_known(tensor):
+            return as_list(tensor)
+        hear("tolist")
+        with unset_fake_temporarily():
+            return torch.zeros(tensor.shape, dtype=tensor.dtype).tolist()
+
+    def read_bool(tensor: torch.Tensor) -> bool:
+        if is_known(tensor):
+            return as_bool(tensor)
+        hear("__bool__")
+        return False
+
+    with (
+        patch.object(torch.Tensor, "item", read_item),
+        patch.object(FakeTensor, "tolist", read_list),
+        patch.object(torch.Tensor, "__bool__", read_bool),
+    ):
+        yield
 
 
 def _keep_whole(stack: ExitStack) -> None:

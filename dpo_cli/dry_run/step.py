@@ -10,7 +10,12 @@ import torch
 
 from dpo_cli.core.progress import SilentReporter
 from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.models.device import Machine
 from dpo_cli.scoring.budget import TokenBudget
+from dpo_cli.scoring.layout import LayoutName
+from dpo_cli.scoring.limits import Work
+from dpo_cli.scoring.regimes import random_pairs
+from dpo_cli.scoring.scorer import MAX_READ_SHARE, Scorer
 from dpo_cli.training.objective import GroupScorer, Objective
 from dpo_cli.training.replicas import ALONE
 from dpo_cli.training.trainer import GroupTrainer
@@ -42,6 +47,21 @@ class DryTrainer(GroupTrainer):
     ) -> list[float]:
         """As many zeros as the real one reads from the device, in the one read-back of a step."""
         return [0.0] * len(sums_S)
+
+
+def open_dry_scorer(model: Any, machine: Machine, layout: LayoutName) -> Scorer:
+    """What ``open_scorer`` makes of a model whose probe passes; kernels are tried out as there."""
+    scorer = Scorer(model, machine.compute_dtype, layout)
+    scorer.max_read_share = MAX_READ_SHARE if scorer.can_read_rows else 0.0
+    with scorer, torch.no_grad():
+        scorer.score(random_pairs("equal", 1, scorer.config.vocab_size))
+    return scorer
+
+
+def mean_visible_pairs(scorer: Scorer, groups: Sequence[TokenGroup], max_tokens: int) -> int:
+    """(query, key) pairs that see each other in a micro-batch, a mean over those of a step."""
+    batches = [[groups[index] for index in indices] for indices in scorer.split(groups, max_tokens)]
+    return Work.of(batches, scorer.layout).visible // len(batches)
 
 
 def take_optimizer_step(trainable: Sequence[torch.nn.Parameter]) -> None:

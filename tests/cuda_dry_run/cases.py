@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from dpo_cli.core.objectives import OBJECTIVES
+
 _SMALL: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 128,
@@ -48,7 +50,7 @@ DTYPES = ("bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Case:
-    """One way to take a training step.
+    """One way to take a training step, or another pass.
 
     Attributes:
         model: A family, or a shape that ``dpo-cli bench`` knows.
@@ -56,33 +58,86 @@ class Case:
         layout: One of :data:`LAYOUTS`.
         grade: What the backward pass computes again, of :data:`GRADES`.
         dtype: Of products, of :data:`DTYPES`.
-        objective: A loss, ``sft``, or one of the reward model's losses with ``reward/`` in front.
+        work: What is done: a step with a loss or with ``sft``, with one of the reward model's losses (``reward/`` in
+            front), or one of :data:`PASSES`.
         settings: Further settings of section train.
-        fault: What is planted into the step; None for nothing.
-        num_pairs: Pairs of the step.
-        max_tokens: Tokens of a micro-batch.
+        fault: What is planted, of :data:`FAULTS`; None for nothing.
+        num_pairs: Pairs of it.
+        max_tokens: Tokens of a micro-batch; so many that a step of four pairs has two or more.
     """
 
-    model: str
+    model: str = "llama"
     quantization: str = "nf4"
     layout: str = "shared"
     grade: str = "layers"
     dtype: str = "bfloat16"
-    objective: str = "sigmoid"
+    work: str = "sigmoid"
     settings: tuple[tuple[str, Any], ...] = ()
     fault: str | None = None
     num_pairs: int = 4
     max_tokens: int = 512
 
     def __str__(self) -> str:
-        """Its name: what differs from the defaults of a Case, too."""
+        """Its name."""
         further = [f"{name}={value}" for name, value in self.settings]
-        parts = [self.model, self.quantization, self.layout, self.grade, self.dtype, self.objective, *further]
+        parts = [self.model, self.quantization, self.layout, self.grade, self.dtype, self.work, *further]
         return "-".join([*parts, self.fault] if self.fault else parts)
 
 
+PASSES = ("reference", "kl", "generation")
+"""Without gradients: the reference pass, KL along an answer, and prefill with two tokens of decoding."""
+
+FAULTS = (
+    "number read",
+    "tensor read",
+    "copy waited for",
+    "tensor on the host",
+    "narrow gradient",
+    "estimate too high",
+    "estimate too low",
+)
+"""Each is planted into a step that is right without it, and must be found."""
+
+
 def family_cases() -> Iterator[Case]:
-    """For each family nine ways of the 48, among which are all pairs of quantization, layout, grade and dtype."""
+    """Each family in every layout with every grade, and so that each pair of all four ways to vary is among its 12."""
     for number, family in enumerate(FAMILIES):
         for row, (layout, grade) in enumerate((layout, grade) for layout in LAYOUTS for grade in GRADES):
             yield Case(family, QUANTIZATIONS[(row + number) % 2], layout, grade, DTYPES[(row // 2 + number) % 2])
+
+
+_SMOOTHED = ("cdpo", "robust", "exo_pair")
+
+
+def work_cases() -> Iterator[Case]:
+    """Every loss, every setting that brings code of its own into a loss, the reward model, and the passes."""
+    for loss in OBJECTIVES:
+        settings: dict[str, Any] = {"label_smoothing": 0.1} if loss in _SMOOTHED else {}
+        if loss == "simpo":
+            settings["gamma"] = 1.0
+        yield Case(grade="none", work=loss, settings=tuple(settings.items()))
+    further: list[tuple[str, Any]] = [("weighting", "wpo"), ("ld_alpha", 0.5), ("margin_scale", 1.0)]
+    further += [("divergence", name) for name in ("forward_kl", "js", "alpha")]
+    for setting in further:
+        yield Case(grade="none", settings=(setting,))
+    for work in ("sft", "reward/bradley_terry", "reward/plackett_luce", *PASSES):
+        yield Case(grade="none", work=work)
+
+
+LARGE = "llama-3.1-8b"
+LARGE_CASES = [Case(LARGE, grade=grade, num_pairs=18, max_tokens=4096) for grade in GRADES]
+"""A step of 3,915 tokens in one micro-batch, which is what fits under 4,096."""
+LARGE_PASSES = [Case(LARGE, grade="none", work=work, num_pairs=2, max_tokens=4096) for work in ("reference", "kl")]
+SMALL_CASE = Case("qwen2.5-0.5b", grade="none", num_pairs=18, max_tokens=4096)
+PIECES_CASE = Case("gemma2", layout="pieces", grade="none", num_pairs=18, max_tokens=4096)
+
+FAULT_CASES = [Case(fault=fault) for fault in FAULTS[:-2]] + [
+    Case(LARGE, grade="elementwise", fault=fault, num_pairs=18, max_tokens=4096) for fault in FAULTS[-2:]
+]
+
+SUITES = {
+    "families": list(family_cases()),
+    "work": list(work_cases()),
+    "large": [*LARGE_CASES, *LARGE_PASSES, SMALL_CASE, PIECES_CASE],
+    "faults": [*FAULT_CASES, Case()],
+}

@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from dpo_cli.core.params import LoraParams, TrainParams
+from dpo_cli.core.progress import SilentReporter
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.dry_run.counts import Counting, Counts
-from dpo_cli.dry_run.device import CUDA, dry_cuda
+from dpo_cli.dry_run.device import CUDA, dry_cuda, read_backs_give_zeros
 from dpo_cli.dry_run.model import dry_model
-from dpo_cli.dry_run.step import DryTrainer
+from dpo_cli.dry_run.step import DryTrainer, mean_visible_pairs, open_dry_scorer
+from dpo_cli.evaluation.generation import PromptTokens, sample_answers
+from dpo_cli.evaluation.kl import sequence_kl
 from dpo_cli.models.device import Machine
 from dpo_cli.models.shapes import SHAPES
-from dpo_cli.scoring.recompute import set_recompute
+from dpo_cli.reference.scoring import score_groups
+from dpo_cli.scoring.budget import TokenBudget
+from dpo_cli.scoring.layout import Layout, lay_out
+from dpo_cli.scoring.recompute import KeptBytes, measure_kept, set_recompute
 from dpo_cli.scoring.regimes import random_pairs
 from dpo_cli.scoring.reward import RewardScorer
-from dpo_cli.scoring.scorer import MAX_READ_SHARE, Scorer
-from dpo_cli.training.objective import SftObjective, preference_objective
+from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.training.objective import PairObjective, SftObjective, preference_objective
 from dpo_cli.training.reward_objective import RewardObjective
-from tests.cuda_dry_run.cases import FAMILIES, Case
+from tests.cuda_dry_run.cases import FAMILIES, PASSES, Case
 
 
 @dataclass
@@ -35,77 +44,87 @@ class Outcome:
         case: Its name.
         seconds: That it took here.
         error: What was raised, with its place; None where nothing was.
-        wrong_gradients: Trainable parameters whose gradient is missing, not float32 or not on the device.
-        counts: What was counted in the step; None where something was raised.
         num_layers: Layers of the model.
+        wrong_gradients: Trainable parameters whose gradient is missing, not float32 or not on the device.
+        estimated_bytes: What is kept from forward to backward by the estimate that training goes by; None where it was
+            not asked for.
+        reads: How often numbers were read back, by what read them; in passes, where it is allowed.
+        counts: What was counted.
     """
 
     case: str
-    seconds: float
-    error: str | None
-    wrong_gradients: list[str]
-    counts: Counts | None
-    num_layers: int
+    seconds: float = 0.0
+    error: str | None = None
+    num_layers: int = 0
+    wrong_gradients: Sequence[str] = ()
+    estimated_bytes: float | None = None
+    reads: Counter[str] | None = None
+    counts: Counts | None = None
 
     def as_json(self) -> dict[str, Any]:
         """For a line of its own."""
-        found: dict[str, Any] = {
-            "case": self.case,
-            "seconds": round(self.seconds, 2),
-            "error": self.error,
-            "wrong_gradients": self.wrong_gradients,
-            "num_layers": self.num_layers,
+        counts = self.counts or Counts()
+        total = counts.total
+        return {
+            **{name: value for name, value in vars(self).items() if name != "counts"},
+            "kernels": total.kernels,
+            "bytes": total.bytes,
+            "flops": total.flops,
+            "by_kind": {kind: vars(work) for kind, work in counts.by_kind.items()},
+            "base_bytes": counts.base_bytes,
+            "peak_bytes": counts.peak_bytes,
+            "async_copies": counts.num_async_copies,
+            "blocking_copies": counts.blocking_copies,
+            "read_backs": counts.read_backs,
+            "strays": counts.strays,
         }
-        if (counts := self.counts) is not None:
-            total = counts.total
-            found |= {
-                "kernels": total.kernels,
-                "bytes": total.bytes,
-                "flops": total.flops,
-                "by_kind": {kind: vars(work) for kind, work in counts.by_kind.items()},
-                "peak_bytes": counts.peak_bytes,
-                "base_bytes": counts.base_bytes,
-                "async_copies": counts.num_async_copies,
-                "blocking_copies": dict(counts.blocking_copies),
-                "read_backs": dict(counts.read_backs),
-                "strays": dict(counts.strays),
-            }
-        return found
 
 
 def run(case: Case) -> Outcome:
-    """Take one training step on the dry device."""
-    begun = time.perf_counter()
-    counting = Counting()
+    """Do a case's work on the dry device."""
+    outcome, counting, begun = Outcome(str(case)), Counting(), time.perf_counter()
     capability = (7, 5) if case.layout == "pieces" else (8, 9)
     with dry_cuda(capability, allocated_bytes=lambda: counting.live_bytes), counting:
-        shape = {"model_type": case.model, **FAMILIES[case.model]} if case.model in FAMILIES else SHAPES[case.model]
-        machine = Machine(CUDA, getattr(torch, case.dtype))
-        error, wrong, counts, num_layers = None, [], None, 0
         try:
-            model = dry_model(shape, machine, case.quantization, LoraParams())
-            scorer = open_dry(model, machine, case.layout)
-            num_layers = scorer.config.num_hidden_layers
-            set_recompute(model, case.grade)  # type: ignore[arg-type]
-            groups = random_pairs("harmless", case.num_pairs, scorer.config.vocab_size)
-            trainer = _trainer(case, model, scorer, groups)
-            counting.restart()
-            trainer.training_step(model, {"groups": groups if case.objective != "sft" else _first(groups)})
-            counts, wrong = counting.counts, list(_wrong_gradients(model))
+            _run(case, counting, outcome)
         except Exception as raised:
-            error = f"{type(raised).__name__}: {str(raised).splitlines()[0][:200]} at {_where(raised)}"
-    return Outcome(str(case), time.perf_counter() - begun, error, wrong, counts, num_layers)
+            lines = str(raised).strip().splitlines() or [""]
+            outcome.error = f"{type(raised).__name__}: {lines[0][:200]} at {_where(raised)}"
+        outcome.counts = counting.counts
+    outcome.seconds = time.perf_counter() - begun
+    return outcome
 
 
-def open_dry(model: Any, machine: Machine, layout: str) -> Scorer:
-    """What ``open_scorer`` makes of a model whose probe passes."""
-    scorer = Scorer(model, machine.compute_dtype, "shared" if layout == "pieces" else layout)  # type: ignore[arg-type]
-    scorer.max_read_share = MAX_READ_SHARE if scorer.can_read_rows else 0.0
-    return scorer
+def _run(case: Case, counting: Counting, outcome: Outcome) -> None:
+    shape = {"model_type": case.model, **FAMILIES[case.model]} if case.model in FAMILIES else SHAPES[case.model]
+    machine = Machine(CUDA, getattr(torch, case.dtype))
+    model = dry_model(shape, machine, case.quantization, LoraParams())
+    scorer = open_dry_scorer(model, machine, "shared" if case.layout == "pieces" else case.layout)  # type: ignore[arg-type]
+    outcome.num_layers = scorer.config.num_hidden_layers
+    groups = random_pairs("harmless", case.num_pairs, scorer.config.vocab_size)
+    counting.attention_pairs = mean_visible_pairs(scorer, groups, case.max_tokens)
+    if case.work in PASSES:
+        outcome.reads = Counter()
+        counting.restart()
+        with read_backs_give_zeros(lambda name: outcome.reads.update([name])):  # type: ignore[union-attr]
+            _PASSES[case.work](case, model, scorer, groups)
+        return
+    with _FAULTS.get(case.fault, nullcontext)():
+        if case.model in SHAPES:
+            tokens = lay_out(groups, scorer.layout).num_tokens
+            outcome.estimated_bytes = _estimate(model, scorer, groups).of(case.grade, tokens)  # type: ignore[arg-type]
+        set_recompute(model, case.grade)  # type: ignore[arg-type]
+        trainer = _trainer(case, model, scorer, groups)
+        counting.restart()
+        trainer.training_step(model, {"groups": _first(groups) if case.work == "sft" else groups})
+        outcome.wrong_gradients = list(_wrong_gradients(model))
+
+
+# --- training -----------------------------------------------------------------------------
 
 
 def _trainer(case: Case, model: Any, scorer: Scorer, groups: Sequence[TokenGroup]) -> DryTrainer:
-    kind, _, loss = case.objective.rpartition("/")
+    kind, _, loss = case.work.rpartition("/")
     ranks = {group.id: [1, 2] for group in groups}
     if kind == "reward":
         head = torch.nn.Linear(scorer.config.hidden_size, 1, bias=False, device=CUDA)
@@ -125,7 +144,21 @@ def _trainer(case: Case, model: Any, scorer: Scorer, groups: Sequence[TokenGroup
 
 
 def _first(groups: Sequence[TokenGroup]) -> list[TokenGroup]:
-    return [TokenGroup(group.id, group.group, group.prompt, group.completions[:1]) for group in groups]
+    return [replace(group, completions=group.completions[:1]) for group in groups]
+
+
+def _estimate(model: Any, scorer: Scorer, groups: Sequence[TokenGroup]) -> KeptBytes:
+    """As ``choose_recompute`` measures it."""
+    set_recompute(model, "none")
+    model.train()
+    tokens = [token for group in groups for token in (*group.prompt, *group.completions[0])]
+
+    def forward(size: int) -> int:
+        text = tuple(tokens[:size])
+        scorer.score([TokenGroup("measured", "measured", text[: size // 2], (text[size // 2 :],))])
+        return size - 1
+
+    return measure_kept(model, forward, scorer.config.num_hidden_layers, scorer.config.hidden_size)
 
 
 def _wrong_gradients(model: torch.nn.Module) -> Iterator[str]:
@@ -138,8 +171,115 @@ def _wrong_gradients(model: torch.nn.Module) -> Iterator[str]:
             yield f"{name}: {parameter.grad.dtype} on {parameter.grad.device}"
 
 
+# --- passes without gradients -------------------------------------------------------------
+
+
+def _score_reference(case: Case, model: Any, scorer: Scorer, groups: Sequence[TokenGroup]) -> None:
+    for _ in score_groups(scorer, groups, TokenBudget(case.max_tokens, "dry run", SilentReporter())):
+        pass
+
+
+def _diverge(case: Case, model: Any, scorer: Scorer, groups: Sequence[TokenGroup]) -> None:
+    """One answer of 256 tokens."""
+    prompt, answer = groups[0].prompt, tuple(range(1, 257))
+    group = TokenGroup("answer", "answer", prompt, (answer,))
+    policy, reference = (scorer.next_token_logps([group])[0] for _ in range(2))
+    sequence_kl(policy, reference, answer)
+
+
+def _generate(case: Case, model: Any, scorer: Scorer, groups: Sequence[TokenGroup]) -> None:
+    more = iter([True, True, True, False])
+    with (
+        patch("transformers.generation.utils.GenerationMixin._has_unfinished_sequences", lambda *_, **__: next(more)),
+        SilentReporter().meter("", 1, "") as meter,
+    ):
+        sample_answers(
+            model.eval(),
+            [PromptTokens(group.id, group.prompt) for group in groups],
+            stop_ids=[1],
+            temperature=1.0,
+            max_new_tokens=8,
+            budget=TokenBudget(case.max_tokens, "dry run", SilentReporter()),
+            seed=0,
+            stream="policy",
+            autocast_dtype=scorer.compute_dtype,
+            meter=meter,
+        )
+
+
+_PASSES: dict[str, Callable[[Case, Any, Scorer, Sequence[TokenGroup]], None]] = {
+    "reference": _score_reference,
+    "kl": _diverge,
+    "generation": _generate,
+}
+
+# --- what is planted ----------------------------------------------------------------------
+
+
+@contextmanager
+def _after_losses(spoil: Callable[[torch.Tensor], Any]) -> Iterator[None]:
+    losses = PairObjective.losses
+
+    def spoiled(*args: Any) -> Any:
+        found = losses(*args)
+        spoil(found.losses_B)
+        return found
+
+    with patch.object(PairObjective, "losses", spoiled):
+        yield
+
+
+@contextmanager
+def _waiting() -> Iterator[None]:
+    def to(layout: Layout, device: torch.device) -> Layout:
+        tensors = {name: value for name, value in vars(layout).items() if isinstance(value, torch.Tensor)}
+        return replace(layout, **{name: value.to(device) for name, value in tensors.items()})
+
+    with patch.object(Layout, "to", to):
+        yield
+
+
+@contextmanager
+def _left_on_host() -> Iterator[None]:
+    move = Layout.to
+    with patch.object(Layout, "to", lambda layout, device: replace(move(layout, device), scored_M=layout.scored_M)):
+        yield
+
+
+@contextmanager
+def _narrow() -> Iterator[None]:
+    step = DryTrainer.training_step
+
+    def narrow(trainer: DryTrainer, model: Any, *args: Any) -> Any:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+        return step(trainer, model, *args)
+
+    with patch.object(DryTrainer, "training_step", narrow):
+        yield
+
+
+@contextmanager
+def _off_by(factor: float) -> Iterator[None]:
+    of = KeptBytes.of
+    with patch.object(KeptBytes, "of", lambda *args: factor * of(*args)):
+        yield
+
+
+_FAULTS: dict[str | None, Callable[[], AbstractContextManager[None]]] = {
+    "number read": lambda: _after_losses(lambda losses: losses.sum().item()),
+    "tensor read": lambda: _after_losses(lambda losses: losses.detach().cpu()),
+    "copy waited for": _waiting,
+    "tensor on the host": _left_on_host,
+    "narrow gradient": _narrow,
+    "estimate too high": lambda: _off_by(1.2),
+    "estimate too low": lambda: _off_by(0.8),
+}
+
+
 def _where(raised: BaseException) -> str:
     frames = traceback.extract_tb(raised.__traceback__)
-    own = [frame for frame in frames if "dpo_cli/" in frame.filename and "/dry_run/" not in frame.filename]
+    own = [frame for frame in frames if "/dpo_cli/" in frame.filename and "/dry_run/" not in frame.filename]
     frame = (own or frames)[-1]
     return f"{'/'.join(frame.filename.split('/')[-2:])}:{frame.lineno}"

@@ -69,6 +69,9 @@ def test_one_pass_alone_as_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (["bench", "--shape", "tiny", "--set", "runtime.workers=2"], 3, "runtime.workers=2 has no effect"),
         (["bench", "--shape", "tiny", "--set", "runtime.layuot=shared"], 3, "did you mean runtime.layout?"),
         (["bench"], 3, "params.yaml is missing"),
+        (["bench", "--card", "rtx-9999", "--shape", "tiny"], 3, "--card must be one of t4"),
+        (["bench", "--card", "rtx-4090"], 3, "name its --shape"),
+        (["bench", "--card", "rtx-4090", "--shape", "tiny", "--turns", "3"], 3, "--turns has no effect"),
     ],
 )
 def test_bad_options_are_one_line(

@@ -1,0 +1,51 @@
+"""``dpo-cli bench --card``: a prediction that says that it is one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_cli.dry_run.stub import compiler
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler: install g++")
+
+
+def bench(folder: Path, *arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "dpo_cli", "bench", *arguments]
+    return subprocess.run(
+        line, cwd=folder, env={**os.environ, **(environment or {})}, capture_output=True, text=True, check=False
+    )
+
+
+def test_both_passes_are_predicted_and_the_faster_card_is_faster(tmp_path: Path) -> None:
+    """The shape is small, so only what the GPU itself would take differs."""
+    found: dict[str, dict[str, Any]] = {}
+    for card in ("rtx-3060", "rtx-4090"):
+        done = bench(tmp_path, "--card", card, "--shape", "tiny", "--pairs", "8", "--json")
+        assert done.returncode == 0, done.stderr
+        found[card] = json.loads(done.stdout.strip().splitlines()[-1])
+        assert found[card]["is_prediction"]
+        assert (found[card]["compute_dtype"], found[card]["train"]["recompute"]) == ("bfloat16", "none")
+    slow, fast = found["rtx-3060"]["train"], found["rtx-4090"]["train"]
+    assert slow["kernels"] == fast["kernels"] > found["rtx-4090"]["precompute_ref"]["kernels"]
+    assert slow["device_seconds"] > fast["device_seconds"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_table_says_that_it_is_a_prediction(tmp_path: Path) -> None:
+    done = bench(tmp_path, "--card", "t4", "--shape", "tiny", "--pairs", "4", "--pass", "train")
+    assert done.returncode == 0, done.stderr
+    assert "prediction: train" in done.stdout
+    assert "no t4 was used" in done.stdout
+    assert "float16" in done.stdout
+
+
+def test_without_a_compiler_it_says_what_is_missing(tmp_path: Path) -> None:
+    done = bench(tmp_path, "--card", "t4", "--shape", "tiny", environment={"CXX": "no-such-compiler"})
+    assert (done.returncode, "needs a C++ compiler" in done.stderr) == (6, True)
