@@ -282,6 +282,8 @@ def _same_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
 def _place() -> str:
     """The innermost line of this package that is at work, and that of another package within it."""
     frames = [frame for frame in traceback.extract_stack() if not _is_beside(frame.filename)]
+    if not frames:  # autograd's own thread
+        return "the backward pass"
     own = next((frame for frame in reversed(frames) if "/dpo_cli/" in frame.filename), frames[-1])
     return " in ".join(dict.fromkeys(f"{_short(frame.filename)}:{frame.lineno}" for frame in (frames[-1], own)))
 

@@ -142,7 +142,7 @@ def read_backs_give_zeros(hear: Callable[[str], None]) -> Iterator[None]:
         hear("item")
         return 0.0 if tensor.dtype.is_floating_point else 0
 
-    def read_list(tensor: torch.Tensor) -> Any:
+    def read_list(tensor: FakeTensor) -> Any:
         if is_known(tensor):
             return as_list(tensor)
         hear("tolist")

@@ -69,8 +69,10 @@ def _put_on_device(model: torch.nn.Module, dtype: torch.dtype) -> None:
                 continue
             meta.append(parameter)
             if id(parameter) not in done:
-                is_quantized = isinstance(module, Linear4bit) and name == "weight"
-                done[id(parameter)] = _packed(module, dtype) if is_quantized else _plain(parameter)
+                if isinstance(module, Linear4bit) and name == "weight":
+                    done[id(parameter)] = _packed(module, dtype)
+                else:
+                    done[id(parameter)] = _plain(parameter)
             module._parameters[name] = done[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -82,7 +84,7 @@ def _plain(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
     return torch.nn.Parameter(data, requires_grad=parameter.requires_grad)
 
 
-def _packed(layer: Linear4bit, dtype: torch.dtype) -> torch.nn.Parameter:
+def _packed(layer: Any, dtype: torch.dtype) -> torch.nn.Parameter:
     """A 4-bit weight with its scales; bitsandbytes' own kind of parameter cannot be without numbers."""
     size = layer.in_features * layer.out_features
     num_scales = -(-size // _BLOCK)

@@ -58,8 +58,8 @@ class Case:
         layout: One of :data:`LAYOUTS`.
         grade: What the backward pass computes again, of :data:`GRADES`.
         dtype: Of products, of :data:`DTYPES`.
-        work: What is done: a step with a loss or with ``sft``, with one of the reward model's losses (``reward/`` in
-            front), or one of :data:`PASSES`.
+        work: What is done: a step of train with a loss, of reward with a loss (``reward/`` in front), of sft
+            (``stage/sft``), or one of :data:`PASSES`.
         settings: Further settings of section train.
         fault: What is planted, of :data:`FAULTS`; None for nothing.
         num_pairs: Pairs of it.
@@ -120,7 +120,7 @@ def work_cases() -> Iterator[Case]:
     further += [("divergence", name) for name in ("forward_kl", "js", "alpha")]
     for setting in further:
         yield Case(grade="none", settings=(setting,))
-    for work in ("sft", "reward/bradley_terry", "reward/plackett_luce", *PASSES):
+    for work in ("stage/sft", "reward/bradley_terry", "reward/plackett_luce", *PASSES):
         yield Case(grade="none", work=work)
 
 

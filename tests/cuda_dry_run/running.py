@@ -42,7 +42,7 @@ class Outcome:
 
     Attributes:
         case: Its name.
-        seconds: That it took here.
+        seconds: Of this process's CPU that it took.
         error: What was raised, with its place; None where nothing was.
         num_layers: Layers of the model.
         wrong_gradients: Trainable parameters whose gradient is missing, not float32 or not on the device.
@@ -82,7 +82,7 @@ class Outcome:
 
 def run(case: Case) -> Outcome:
     """Do a case's work on the dry device."""
-    outcome, counting, begun = Outcome(str(case)), Counting(), time.perf_counter()
+    outcome, counting, begun = Outcome(str(case)), Counting(), time.process_time()
     capability = (7, 5) if case.layout == "pieces" else (8, 9)
     with dry_cuda(capability, allocated_bytes=lambda: counting.live_bytes), counting:
         try:
@@ -91,7 +91,7 @@ def run(case: Case) -> Outcome:
             lines = str(raised).strip().splitlines() or [""]
             outcome.error = f"{type(raised).__name__}: {lines[0][:200]} at {_where(raised)}"
         outcome.counts = counting.counts
-    outcome.seconds = time.perf_counter() - begun
+    outcome.seconds = time.process_time() - begun
     return outcome
 
 
@@ -116,7 +116,7 @@ def _run(case: Case, counting: Counting, outcome: Outcome) -> None:
         set_recompute(model, case.grade)  # type: ignore[arg-type]
         trainer = _trainer(case, model, scorer, groups)
         counting.restart()
-        trainer.training_step(model, {"groups": _first(groups) if case.work == "sft" else groups})
+        trainer.training_step(model, {"groups": _first(groups) if case.work == "stage/sft" else groups})
         outcome.wrong_gradients = list(_wrong_gradients(model))
 
 
@@ -130,7 +130,7 @@ def _trainer(case: Case, model: Any, scorer: Scorer, groups: Sequence[TokenGroup
         head = torch.nn.Linear(scorer.config.hidden_size, 1, bias=False, device=CUDA)
         objective = RewardObjective(ranks if loss == "plackett_luce" else None)
         return DryTrainer(model, RewardScorer(scorer, head), objective, case.max_tokens)
-    if loss == "sft":
+    if kind == "stage":
         return DryTrainer(model, scorer, SftObjective(), case.max_tokens)
     reference = {group.id: [-1.0, -2.0] for group in groups}
     objective = preference_objective(
