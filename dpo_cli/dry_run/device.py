@@ -34,6 +34,8 @@ def dry_cuda(
     capability: tuple[int, int] = (8, 9),
     memory_bytes: int = 24 << 30,
     allocated_bytes: Callable[[], int] = lambda: 0,
+    *,
+    has_varlen: bool = True,
 ) -> Iterator[FakeTensorMode]:
     """Pretend that ``cuda:0`` is there.
 
@@ -41,6 +43,7 @@ def dry_cuda(
         capability: Its compute capability; below 8.0 no variable-length kernel runs.
         memory_bytes: Its memory.
         allocated_bytes: How much of it tensors take now.
+        has_varlen: Whether a kernel for sequences of any length is installed.
     """
 
     def free_memory(*_: Any) -> tuple[int, int]:
@@ -55,7 +58,9 @@ def dry_cuda(
         softcap: float | None,
     ) -> str | None:
         """What stands in the kernel's own way; that it computes what it must cannot be seen here."""
-        if capability < _TURING_END:
+        if not has_varlen:
+            return "is not installed"
+        if not is_new:
             return "needs compute capability 8.0"
         query, key = (torch.empty(8, heads, head_size, dtype=dtype, device=device) for heads in (4, 2))
         starts = torch.zeros(2, dtype=torch.int32, device=device)
@@ -65,6 +70,7 @@ def dry_cuda(
             return f"it fails ({error})"
         return None
 
+    is_new = capability >= _TURING_END
     by_definition = scaled_dot_product_attention
 
     def attention(
@@ -78,7 +84,6 @@ def dry_cuda(
         enable_gqa: bool = False,
     ) -> torch.Tensor:
         """The kernel that PyTorch chooses on CUDA: FlashAttention where there is no mask, else the efficient one."""
-        is_new = capability >= _TURING_END
         if query.device.type != "cuda" or (query.dtype == torch.bfloat16 and not is_new):
             return by_definition(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         if attn_mask is None and is_new and query.dtype != torch.float32:
@@ -100,7 +105,7 @@ def dry_cuda(
     pretended = {
         "torch._subclasses.fake_tensor.CONSTANT_NUMEL_LIMIT": _HOST_NUMBERS,
         "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
-        "torch.cuda.is_bf16_supported": lambda *_, **__: capability >= _TURING_END,
+        "torch.cuda.is_bf16_supported": lambda including_emulation=True: including_emulation or is_new,
         "torch.cuda.get_device_capability": lambda *_: capability,
         "torch.cuda.current_device": lambda: 0,
         "torch.cuda.get_rng_state": lambda *_: torch.empty(16, dtype=torch.uint8),

@@ -43,7 +43,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 QUANTIZATIONS = ("none", "nf4")
 LAYOUTS = ("shared", "pieces", "packed", "padded")
-"""The scorer's layouts; ``pieces`` is ``shared`` without a kernel for sequences of any length, as before Ampere."""
+"""The scorer's layouts; ``pieces`` is ``shared`` without a kernel for sequences of any length: in float16 on a card
+before Ampere, in bfloat16 where none is installed.
+"""
 GRADES = ("none", "elementwise", "layers")
 DTYPES = ("bfloat16", "float16")
 

@@ -83,8 +83,9 @@ class Outcome:
 def run(case: Case) -> Outcome:
     """Do a case's work on the dry device."""
     outcome, counting, begun = Outcome(str(case)), Counting(), time.process_time()
-    capability = (7, 5) if case.layout == "pieces" else (8, 9)
-    with dry_cuda(capability, allocated_bytes=lambda: counting.live_bytes), counting:
+    in_pieces = case.layout == "pieces"
+    capability = (7, 5) if in_pieces and case.dtype == "float16" else (8, 9)
+    with dry_cuda(capability, allocated_bytes=lambda: counting.live_bytes, has_varlen=not in_pieces), counting:
         try:
             _run(case, counting, outcome)
         except Exception as raised:

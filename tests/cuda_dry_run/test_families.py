@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 
@@ -10,8 +11,15 @@ from tests.cuda_dry_run.cases import DTYPES, FAMILIES, GRADES, LAYOUTS, QUANTIZA
 from tests.cuda_dry_run.checks import faults
 from tests.cuda_dry_run.conftest import Outcomes
 
+_MASKS = "masks are built on the host, and it waits while they are copied"
 
-@pytest.mark.parametrize("case", family_cases(), ids=str)
+
+def _marked(case: Case) -> Any:
+    in_pieces = case.layout == "pieces" or (case.model == "gemma2" and case.layout != "padded")
+    return pytest.param(case, marks=pytest.mark.xfail(reason=_MASKS, strict=True) if in_pieces else ())
+
+
+@pytest.mark.parametrize("case", map(_marked, family_cases()), ids=str)
 def test_a_step_raises_nothing_and_waits_for_nothing(case: Case, outcomes: Outcomes) -> None:
     assert faults(outcomes("families")[str(case)]) == []
 
