@@ -13,7 +13,7 @@ from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.dry_run.counts import Counting, Counts
 from dpo_cli.dry_run.device import CUDA, dry_cuda, read_backs_give_zeros
 from dpo_cli.dry_run.model import dry_model
-from dpo_cli.dry_run.roofline import HOST_S, REACHED_SHARE, predict
+from dpo_cli.dry_run.roofline import HOST_S, REACHED_SHARE, Prediction, predict
 from dpo_cli.dry_run.step import DryTrainer, mean_visible_pairs, open_dry_scorer, take_optimizer_step
 from dpo_cli.models.device import Machine, token_budget
 from dpo_cli.models.gpus import GPUS, Gpu
@@ -79,7 +79,8 @@ def predict_speed(options: PredictionOptions, params: Params, reporter: Reporter
         for name in options.which:
             count = _count_reference if name == "precompute-ref" else _count_training
             found, work = count(model, scorer, groups, params, counting, reporter)
-            found |= _figures(counting.counts, gpu, work, sizes, train=name == "train")
+            prediction = predict(counting.counts.launches, gpu, found["recompute"])
+            found |= _figures(prediction, counting.counts, gpu, work, sizes, train=name == "train")
             figures[name.replace("-", "_")] = found
             reporter.table(f"prediction: {name}", _rows(found, figures, gpu))
     return figures
@@ -124,8 +125,10 @@ def _work(scorer: Scorer, steps: list[list[TokenGroup]], budget: TokenBudget) ->
     return Work.of(batches, scorer.layout)
 
 
-def _figures(counts: Counts, gpu: Gpu, work: Work, sizes: Sizes, *, train: bool) -> dict[str, Any]:
-    prediction, total = predict(counts.launches, gpu), counts.total
+def _figures(
+    prediction: Prediction, counts: Counts, gpu: Gpu, work: Work, sizes: Sizes, *, train: bool
+) -> dict[str, Any]:
+    total = counts.total
     least = least_operations(sizes, work, train=train)
     return {
         "seconds": prediction.seconds,
@@ -164,7 +167,7 @@ def _rows(found: dict[str, Any], figures: dict[str, Any], gpu: Gpu) -> list[tupl
             f"{found['kernels']} kernels, {found['bytes'] / 1e9:.0f} GB, {found['flops'] / 1e12:.1f} TFLOP",
         ),
         ("GPU time", f"{found['device_seconds']:.3g} s: {kinds}"),
-        ("host time", f"{found['host_seconds']:.3g} s at {HOST_S * 1e6:.0f} us a kernel"),
+        ("host time", f"{found['host_seconds']:.3g} s at {HOST_S[found['recompute']] * 1e6:.0f} us a kernel"),
         ("MFU", f"{found['mfu_datasheet']:.1%} of the datasheet's"),
         (
             "peak memory",

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
 from dpo_cli.core.errors import MachineError
@@ -24,19 +23,26 @@ def compiler() -> str | None:
     return next((found for name in names if (found := shutil.which(name))), None)
 
 
+def lacking() -> str | None:
+    """What a dry run lacks on this machine; None where it has all."""
+    if _has_cuda():
+        return None if _has_driver() else "this PyTorch was built for CUDA and finds no driver: take its CPU build"
+    return None if compiler() else "it needs a C++ compiler: install g++, or set CXX"
+
+
 def load_stub() -> None:
-    """Compile the stub and load it, a matter of four seconds; at once, where torch comes with CUDA itself.
+    """Compile the stub and load it, a matter of two seconds; do nothing where torch comes with CUDA itself.
 
     Raises:
         MachineError: There is no C++ compiler, or it cannot compile the stub.
     """
-    if "+cpu" not in version("torch") and _has_cuda_libraries():
+    if (reason := lacking()) is not None:
+        raise MachineError(f"the code for CUDA cannot be run dry: {reason}")
+    found = compiler()
+    if _has_cuda() or found is None:
         return
     if "torch" in sys.modules:
         raise RuntimeError("torch was imported before the stub for a dry run was loaded")
-    found = compiler()
-    if found is None:
-        raise MachineError("a dry run of the code for CUDA needs a C++ compiler; install g++, or set CXX")
     torch = _torch_folder()
     with tempfile.TemporaryDirectory(prefix="dpo-cli-stub-") as folder:
         library = Path(folder) / "stub.so"
@@ -59,5 +65,13 @@ def _torch_folder() -> Path:
     return Path(spec.origin).parent
 
 
-def _has_cuda_libraries() -> bool:
+def _has_cuda() -> bool:
     return any((_torch_folder() / "lib").glob("*torch_cuda*"))
+
+
+def _has_driver() -> bool:
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True

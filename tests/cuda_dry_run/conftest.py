@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dpo_cli.dry_run.stub import compiler
+from dpo_cli.dry_run.stub import lacking
 
 Outcomes = Callable[[str], dict[str, dict[str, Any]]]
 
@@ -20,9 +20,8 @@ Outcomes = Callable[[str], dict[str, dict[str, Any]]]
 @pytest.fixture(scope="session")
 def outcomes() -> Outcomes:
     """The outcomes of a suite by the names of its cases."""
-    if compiler() is None:
-        reason = "no C++ compiler: the code for CUDA is not run dry; install g++"
-        warnings.warn(reason, stacklevel=1)
+    if (reason := lacking()) is not None:
+        warnings.warn(f"the code for CUDA is not run dry: {reason}", stacklevel=1)
         pytest.skip(reason)
     known: dict[str, dict[str, dict[str, Any]]] = {}
 

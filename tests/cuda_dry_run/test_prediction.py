@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from dpo_cli.dry_run.stub import compiler
+from dpo_cli.dry_run.stub import lacking
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler: install g++")
+pytestmark = pytest.mark.skipif(lacking() is not None, reason=str(lacking()))
 
 
 def bench(folder: Path, *arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
