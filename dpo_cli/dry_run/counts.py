@@ -167,6 +167,8 @@ class Counting(TorchDispatchMode):
             return Work(1, 2 * written), "elementwise"
         if base in ("mm", "bmm"):
             return _product(moved, args[0], args[1])
+        if base == "_grouped_mm":
+            return Work(1, moved, 2 * args[0].numel() * made[0].shape[-1]), "products"
         if base in ("addmm", "baddbmm"):
             summand, result = args[0], made[0]
             if summand.dim() > 1 and not _same_storage(summand, result):

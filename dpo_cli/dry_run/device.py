@@ -15,6 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import _meta_registrations
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -172,3 +173,10 @@ def _keep_whole(stack: ExitStack) -> None:
     """Register what has a kernel of its own on CUDA, so that autograd does not take it apart."""
     library = stack.enter_context(torch.library._scoped_library("aten", "IMPL"))
     library.impl("silu_backward", lambda grad_output, inputs: torch.empty_like(inputs), "CUDA")
+    shape_of = _meta_registrations._meta_grouped_mm_common
+
+    def grouped_product(left: torch.Tensor, right: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Products of experts: what PyTorch knows of their shape without numbers it knows in bfloat16 alone."""
+        return shape_of(left.bfloat16(), right.bfloat16(), *args, **kwargs).to(left.dtype)
+
+    stack.enter_context(patch.object(_meta_registrations, "_meta_grouped_mm_common", grouped_product))
