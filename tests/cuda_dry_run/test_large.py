@@ -39,7 +39,7 @@ BOUNDS = {
     str(LARGE_CASES[1]): (335, 19.5),
     str(LARGE_CASES[2]): (357, 21.5),
     str(SMALL_CASE): (283, 4.7),
-    str(PIECES_CASE): (2000, 1.0),
+    str(PIECES_CASE): (1550, 1.0),
 }
 """Kernels and GB a layer, both an upper bound that is not far off: lower it when less is done."""
 
