@@ -28,13 +28,13 @@ class LossScale:
         compute_dtype: What products are computed in.
         section: Name of the stage, for messages.
         reporter: Hears when it is halved.
-        memory: File that keeps a halved one for the next run of the same work.
+        memory: File that keeps a halved one for the next run of the same work; None: it is not kept.
 
     Attributes:
         value: The factor, a power of two.
     """
 
-    def __init__(self, compute_dtype: torch.dtype, section: str, reporter: Reporter, memory: Path) -> None:
+    def __init__(self, compute_dtype: torch.dtype, section: str, reporter: Reporter, memory: Path | None) -> None:
         self._section = section
         self._reporter = reporter
         self._memory = memory
@@ -44,9 +44,9 @@ class LossScale:
 
     def unscale(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Divide the parameters' gradients by it, in place."""
-        for parameter in parameters if self.value != 1 else ():
-            if parameter.grad is not None:
-                parameter.grad /= self.value
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if self.value != 1 and gradients:
+            torch._foreach_div_(gradients, self.value)  # type: ignore[attr-defined]
 
     def halve(self) -> bool:
         """Take half of it, after gradients overflowed; False where there is nothing to halve."""
@@ -56,12 +56,13 @@ class LossScale:
         self._reporter.say(
             f"{self._section}: gradients overflowed float16; the step is done again with loss scale {self.value:.0f}"
         )
-        write_json(self._memory, {"loss_scale": self.value})
+        if self._memory is not None:
+            write_json(self._memory, {"loss_scale": self.value})
         return True
 
 
-def _recall(memory: Path) -> float | None:
+def _recall(memory: Path | None) -> float | None:
     try:
-        return float(json.loads(memory.read_text(encoding="utf-8"))["loss_scale"])
+        return float(json.loads(memory.read_text(encoding="utf-8"))["loss_scale"]) if memory else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
