@@ -437,7 +437,7 @@ def run_ours(case: Case, runtime_knobs: dict[str, Any]) -> Outcome:
     ]
     os.chdir(case.workspace)
     runtime = RuntimeParams(device="cpu", **runtime_knobs)
-    machine = prepare_machine(runtime)
+    machine = prepare_machine(runtime, embedded=False)
     sft = SftResult("lora", "")
     policy: Any = load_policy_at_start(case.base, sft, machine, case.quantization, LoraParams(), 0)
     meter = Meter()

@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 
-from dpo_cli.core.params import LoraParams
+from dpo_cli.core.gpu import is_gpu
+from dpo_cli.core.params import LoraParams, RuntimeParams
 from dpo_cli.models.adapters import add_adapter
-from dpo_cli.models.device import Machine
+from dpo_cli.models.device import Machine, prepare_machine
 from dpo_cli.models.load import keep_weights_unpacked
 from dpo_cli.models.shapes import random_model
 from dpo_cli.scoring.layout import LAYOUTS, LayoutName
@@ -35,6 +36,9 @@ from dpo_cli.scoring.varlen import VARLEN_KERNELS, reason_against
 
 SECONDS = 450
 MIB = 2**20
+HEAD_SIZES = (32, 64, 96, 128, 256)
+HEADS = ((4, 2), (14, 2))
+"""Heads of queries, and of keys and values: two and seven a key's."""
 GPU_SHAPES = ["qwen2.5-0.5b", "qwen2.5-1.5b", "llama-3.2-3b", "llama-3.1-8b"]
 
 
@@ -46,9 +50,10 @@ def kernels(machine: Machine) -> list[str]:
         if kernel is None:
             lines.append(f"* {name}: not there")
             continue
-        for head_size, window, softcap in product((64, 128), (None, 8), (None, 30.0)):
-            reason = reason_against(kernel, machine.device, torch.bfloat16, head_size, window, softcap)
-            what = f"head size {head_size}" + (", window" if window else "") + (", soft cap" if softcap else "")
+        for head_size, heads, window, softcap in product(HEAD_SIZES, HEADS, (None, 8), (None, 30.0)):
+            reason = reason_against(kernel, machine.device, machine.compute_dtype, head_size, window, softcap, heads)
+            what = f"head size {head_size}, {heads[0]} heads on {heads[1]}"
+            what += (", window" if window else "") + (", soft cap" if softcap else "")
             lines.append(f"* {name}, {what}: {reason or 'right'}")
     return lines
 
@@ -110,9 +115,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="no shape is begun beyond this")
     arguments = parser.parse_args()
     begun = time.monotonic()
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    machine = Machine(device, torch.bfloat16 if on_gpu else torch.float32)
+    machine = prepare_machine(RuntimeParams(), embedded=False)
+    device, on_gpu = machine.device, is_gpu(machine.device)
     hardware = torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} CPU, no GPU"
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
     lines = [f"# The engine on {hardware}", "", f"`python benchmarks/gpu.py {' '.join(sys.argv[1:])}`", "", versions]

@@ -22,7 +22,8 @@ class LiveMemory(TorchDispatchMode):
             loss(model(tokens)).backward()
         print(memory.peak)
 
-    A storage that an operation is given before any has made it was there before, as weights are: it counts nothing.
+    A storage that an operation is given before any has made it was there before, as weights are: it counts nothing. Nor
+    does one on the meta device, which holds nothing.
 
     Attributes:
         live: Bytes alive now.
@@ -48,7 +49,7 @@ class LiveMemory(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage._cdata in self._known:
             return
-        num_bytes = storage.nbytes() if counts else 0
+        num_bytes = storage.nbytes() if counts and tensor.device.type != "meta" else 0
         self._known.add(storage._cdata)
         self.live += num_bytes
         self.peak = max(self.peak, self.live)

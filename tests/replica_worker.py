@@ -94,6 +94,20 @@ class Worker:
         last = self._replicas.rank == self._replicas.size - 1
         return self._train("out_of_memory", limit=60 if last else None)
 
+    def unlike_gpus(self) -> dict[str, Any]:
+        """The last process's norm of the same gradients is off by the last digit."""
+        total_norm = torch.nn.utils.get_total_norm
+
+        def off(gradients: Any) -> torch.Tensor:
+            norm = total_norm(gradients)
+            return torch.nextafter(norm, norm + 1) if self._replicas.rank else norm
+
+        torch.nn.utils.get_total_norm = off
+        try:
+            return self._train("unlike_gpus", KNOBS.model_copy(update={"max_grad_norm": 1e-3}))
+        finally:
+            torch.nn.utils.get_total_norm = total_norm
+
     def dropped(self) -> dict[str, Any]:
         """Dropout, not stopped."""
         return self._train("dropped", dropout=0.2)
@@ -236,7 +250,7 @@ def main(base: str, folder: str, *names: str) -> None:
     quiet_libraries()
     runtime = RuntimeParams(device="cpu")
     torch.set_num_threads(1)
-    with join_replicas(runtime) as replicas:
+    with join_replicas(runtime, embedded=False) as replicas:
         worker = Worker(Path(base).absolute(), Path(folder).absolute(), replicas)
         for name in names:
             outcome = getattr(worker, name)()

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import torch
 
-from dpo_cli.core.errors import DataError, MachineError, ParamsError
-from dpo_cli.core.params import LoraParams, Params, TrainParams
+from dpo_cli.core.errors import DataError, MachineError, ParamsError, is_out_of_memory
+from dpo_cli.core.gpu import is_gpu
+from dpo_cli.core.params import EMBEDDED, LoraParams, Params, TrainParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models.adapters import add_adapter, load_policy_at_start
@@ -34,7 +35,17 @@ Pass = Literal["precompute-ref", "train"]
 PASSES: tuple[Pass, ...] = ("precompute-ref", "train")
 
 _RUNTIME = [
-    f"runtime.{name}" for name in ("device", "threads", "max_tokens_per_microbatch", "layout", "head_mib", "recompute")
+    f"runtime.{name}"
+    for name in (
+        "device",
+        "compute_dtype",
+        "max_gpu_gib",
+        "threads",
+        "max_tokens_per_microbatch",
+        "layout",
+        "head_mib",
+        "recompute",
+    )
 ]
 
 
@@ -111,7 +122,7 @@ def measure(options: BenchOptions, params: Params, reporter: Reporter) -> dict[s
         MachineError: There is no such device.
     """
     quiet_libraries()
-    machine = prepare_machine(params.runtime)
+    machine = prepare_machine(params.runtime, embedded=options.shape is None and params.model.name == EMBEDDED)
     model, groups, what, regime = _subject(options, params, machine)
     peak = _product_flops(machine)
     sheet = _datasheet_flops(machine)
@@ -191,7 +202,7 @@ def _reference_pass(
             pass
 
     times, peak = _time(turn, machine, num_turns)
-    factor = NO_GRADIENT_FACTOR if machine.device.type == "cuda" else 1
+    factor = NO_GRADIENT_FACTOR if is_gpu(machine.device) else 1
     work = _work(scorer, [by_prompt], factor * budget.max_tokens)
     return _figures(times, peak, work, sizes, scorer.head_bytes, len(groups), budget, train=False, recompute="none")
 
@@ -247,7 +258,7 @@ def _time(turn: Callable[[], None], machine: Machine, num_turns: int) -> tuple[l
     """Seconds of each turn, and the most bytes that were held; one turn warms up."""
 
     def wait() -> None:
-        if machine.device.type == "cuda":
+        if is_gpu(machine.device):
             torch.cuda.synchronize(machine.device)
 
     try:
@@ -260,7 +271,9 @@ def _time(turn: Callable[[], None], machine: Machine, num_turns: int) -> tuple[l
             turn()
             wait()
             times.append(time.perf_counter() - begun)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise MachineError(
             "bench: out of memory; lower runtime.max_tokens_per_microbatch, or set runtime.recompute to layers"
         ) from None
@@ -341,20 +354,20 @@ def _rows(found: dict[str, Any], figures: dict[str, Any], attention: str) -> lis
 
 def _product_flops(machine: Machine) -> float:
     """Operations a second in the best of some large matrix products."""
-    size = 8192 if machine.device.type == "cuda" else 1024
+    size = 8192 if is_gpu(machine.device) else 1024
     left, right = (torch.randn(size, size, device=machine.device, dtype=machine.compute_dtype) for _ in range(2))
     best = float("inf")
     for _ in range(8):
         begun = time.perf_counter()
         torch.mm(left, right)
-        if machine.device.type == "cuda":
+        if is_gpu(machine.device):
             torch.cuda.synchronize(machine.device)
         best = min(best, time.perf_counter() - begun)
     return 2.0 * size**3 / best
 
 
 def _device_name(machine: Machine) -> str:
-    if machine.device.type == "cuda":
+    if is_gpu(machine.device):
         return torch.cuda.get_device_name(machine.device)
     return f"CPU, {torch.get_num_threads()} threads"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -144,6 +143,7 @@ def measure_capability(
 def _ask_all(graph: Graph, ask: Callable[[str, Any], None]) -> None:
     """Base, SFT and DPO in turn, on one set of weights; base has its own where SFT trained all of them."""
     from dpo_cli.models.adapters import load_pair
+    from dpo_cli.models.device import release_memory
     from dpo_cli.models.load import load_model
 
     pair = load_pair(graph.base, graph.sft, graph.machine, graph.quantization)
@@ -153,7 +153,7 @@ def _ask_all(graph: Graph, ask: Callable[[str, Any], None]) -> None:
         ask(BASE, pair.use_frozen())
         return
     del pair
-    gc.collect()
+    release_memory()
     ask(BASE, load_model(graph.base, graph.machine, quantization=graph.quantization))
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from dpo_cli.core.errors import MachineError
+from dpo_cli.core.errors import MachineError, is_out_of_memory
 from dpo_cli.core.text import shown
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -36,8 +36,7 @@ def machine_problem(error: BaseException) -> str | None:
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
     for each in chain:
-        # torch's error, which is not imported for its name
-        if isinstance(each, MemoryError) or type(each).__name__ == "OutOfMemoryError":
+        if is_out_of_memory(each):
             return "out of memory; lower runtime.max_tokens_per_microbatch in params.yaml, then run it again to go on"
         if (problem := _problem_of_a_file(each)) is not None:
             return problem

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dpo_cli.core.errors import MachineError
+from dpo_cli.core.gpu import let_segments_grow
 
 _SWITCHES = {
     "HF_HUB_OFFLINE": "1",
@@ -63,6 +64,7 @@ def prepare_environment() -> None:
     """
     os.environ.update(_SWITCHES)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    let_segments_grow()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 

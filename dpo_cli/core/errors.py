@@ -62,3 +62,32 @@ class Interrupted(DpoCliError):
     """The user stopped the stage; what was done is kept for the next run."""
 
     exit_code = 130
+
+
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "HIP out of memory",
+    "HIP error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # so cuBLAS says that its handle found no room
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+    "HIPBLAS_STATUS_ALLOC_FAILED",
+)
+"""What the libraries say when memory ran out, beside the error that PyTorch has for it."""
+
+
+def says_out_of_memory(text: str) -> bool:
+    """Whether a library's words are that memory ran out, of a GPU or of the machine."""
+    return any(sign in text for sign in _OUT_OF_MEMORY)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, of a GPU or of the machine; torch need not be imported for it."""
+    if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        return True
+    return isinstance(error, RuntimeError) and says_out_of_memory(str(error))

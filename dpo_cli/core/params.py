@@ -430,7 +430,23 @@ class RewardParams(TrainingParams):
 class RuntimeParams(Section):
     """This machine. No stage lists it: it never changes a result beyond rounding."""
 
-    device: Literal["auto", "cpu", "cuda"] = knob("auto", "auto takes CUDA where there is one.")
+    device: Literal["auto", "cpu", "cuda"] = knob(
+        "auto",
+        "auto takes CUDA where there is one, but not for the embedded model, which wants no GPU.",
+    )
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
+        "auto",
+        "What products are computed in; auto: bfloat16 on a GPU that has it (compute capability 8.0 and above), float16"
+        " with a loss scale on an older one, float32 on the CPU. A part of what a reference cache is kept under.",
+    )
+    max_gpu_gib: float | None = knob(
+        None,
+        "Memory knob: GPU memory that PyTorch may hold; null: 92% of what is free at the start. Beyond it work goes on"
+        " in smaller micro-batches, and never in the system's memory, into which drivers under Windows spill.",
+        unit="GiB",
+        gt=0,
+        le=1e4,
+    )
     workers: int | None = knob(
         None,
         "Processes that convert large files of JSON lines; null: as many as there are cores for it.",
@@ -861,6 +877,8 @@ def _contradictions(params: Params) -> list[str]:
     found += idle_evaluate_settings(params.evaluate)
     if params.runtime.adapter_path is not None and sft.method != "adapter":
         found.append(f"runtime.adapter_path has no effect with sft.method {sft.method}; adapter reads it")
+    if params.runtime.max_gpu_gib is not None and params.runtime.device == "cpu":
+        found.append("runtime.max_gpu_gib has no effect with runtime.device cpu; set it to null")
     if params.runtime.judge_path is not None and params.evaluate.judge != "hf":
         found.append(f"runtime.judge_path has no effect with evaluate.judge {params.evaluate.judge}; judge hf reads it")
     found += _idle_columns(params)

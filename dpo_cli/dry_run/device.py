@@ -114,6 +114,7 @@ def dry_cuda(
         "torch.cuda.mem_get_info": free_memory,
         "torch.cuda.memory_reserved": lambda *_: 0,
         "torch.cuda.memory_allocated": lambda *_: 0,
+        "torch.cuda.get_per_process_memory_fraction": lambda *_: 1.0,
         "torch.nn.functional.scaled_dot_product_attention": attention,
         "transformers.utils.import_utils.is_fake_tensor": lambda _: False,  # or it takes another way
         "transformers.masking_utils.find_packed_sequence_indices": packed_sequences,

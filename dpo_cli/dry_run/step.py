@@ -16,6 +16,7 @@ from dpo_cli.scoring.layout import LayoutName
 from dpo_cli.scoring.limits import Work
 from dpo_cli.scoring.regimes import random_pairs
 from dpo_cli.scoring.scorer import MAX_READ_SHARE, Scorer
+from dpo_cli.training.loss_scale import LossScale
 from dpo_cli.training.objective import GroupScorer, Objective
 from dpo_cli.training.replicas import ALONE
 from dpo_cli.training.trainer import GroupTrainer
@@ -40,6 +41,8 @@ class DryTrainer(GroupTrainer):
         self._scorer = scorer
         self._objective = objective
         self._budget = TokenBudget(max_tokens, "dry run", SilentReporter())
+        inner: Any = getattr(scorer, "scorer", scorer)  # of a RewardScorer; else itself
+        self._loss_scale = LossScale(inner.compute_dtype, "dry run", SilentReporter(), None)
         self._section = "train"
 
     def _exchange(

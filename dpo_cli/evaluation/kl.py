@@ -43,20 +43,42 @@ class SequenceKl:
     variance: float
     num_tokens: int
 
+    @classmethod
+    def add_up(cls, parts: Sequence[SequenceKl]) -> SequenceKl:
+        """What the parts of one answer make together."""
+        return cls(*(sum(values) for values in zip(*(vars(part).values() for part in parts), strict=True)))
+
+
+_MAX_BYTES = 256 << 20
+"""Bytes that are worked with at once."""
+_BYTES_EACH = 64
+"""Bytes for each number of a distribution: both in float64, and what is made of them."""
+
 
 def sequence_kl(policy_logps_NV: torch.Tensor, reference_logps_NV: torch.Tensor, tokens: Sequence[int]) -> SequenceKl:
-    """All of them from one answer.
+    """All of them from one answer, so many of its tokens at once that the memory is bounded.
 
     Args:
         policy_logps_NV: float32 [N, V], the policy's next-token log-probabilities along the answer.
         reference_logps_NV: The same of the reference.
         tokens: The N sampled tokens, the stop token included.
     """
-    policy, reference = policy_logps_NV.double(), reference_logps_NV.double()
+    num_rows = max(1, _MAX_BYTES // (_BYTES_EACH * policy_logps_NV.shape[1]))
+    parts = zip(
+        policy_logps_NV.split(num_rows),
+        reference_logps_NV.split(num_rows),
+        torch.tensor(tokens, device=policy_logps_NV.device).split(num_rows),
+        strict=True,
+    )
+    return SequenceKl.add_up([_of_rows(*part) for part in parts])
+
+
+def _of_rows(policy_NV: torch.Tensor, reference_NV: torch.Tensor, tokens_N: torch.Tensor) -> SequenceKl:
+    policy, reference = policy_NV.double(), reference_NV.double()
     exact = _expected(policy, policy - reference)
     means_N1 = torch.where(policy > -torch.inf, policy.exp() * (policy - reference), 0.0).sum(1, keepdim=True)
     variance = torch.where(policy > -torch.inf, policy.exp() * (policy - reference - means_N1) ** 2, 0.0)
-    index = torch.tensor(tokens, device=policy.device)[:, None]
+    index = tokens_N[:, None]
     log_ratios_N1 = policy.gather(1, index) - reference.gather(1, index)
     k3 = (torch.expm1(-log_ratios_N1) + log_ratios_N1).sum()
     return SequenceKl(
@@ -66,7 +88,7 @@ def sequence_kl(policy_logps_NV: torch.Tensor, reference_logps_NV: torch.Tensor,
         _expected(policy, -policy).item(),
         _expected(reference, -reference).item(),
         variance.sum().item(),
-        len(tokens),
+        len(tokens_N),
     )
 
 

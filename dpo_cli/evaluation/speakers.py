@@ -19,6 +19,7 @@ from dpo_cli.core.progress import Reporter
 from dpo_cli.core.text import in_one_line
 from dpo_cli.evaluation.speaker_names import BASE, DPO, SFT
 from dpo_cli.models.adapters import ADAPTER_FILES, ModelPair, is_dora, load_pair, load_reference
+from dpo_cli.models.device import release_memory
 from dpo_cli.models.folder import check_model_folder, words_of
 from dpo_cli.models.identity import model_files
 from dpo_cli.models.load import load_model, load_tokenizer
@@ -148,6 +149,7 @@ class AdapterCast:
     def close(self) -> None:
         """Forget the models."""
         self._loaded = None
+        release_memory()
 
     def _load(self) -> tuple[ModelPair, Scorer]:
         if self._loaded is None:
@@ -243,6 +245,7 @@ class WholeCast:
     def close(self) -> None:
         """Forget the models."""
         self._voices.clear()
+        release_memory()
 
     def _voice(self, name: str) -> Voice:
         if name not in self._voices:

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 import torch
@@ -180,23 +180,32 @@ class Steps:
             scorer = voice.scorer
 
         def work(batch: Sequence[TokenGroup]) -> list[SequenceKl]:
-            distributions = []
+            predicted = []
             for speaker in (policy, reference):
                 with speaker.use() as voice, voice.scorer as scorer:
-                    distributions.append(scorer.next_token_logps(batch))
-            rows = zip(batch, *distributions, strict=True)
-            return [sequence_kl(ours, theirs, group.completions[0]) for group, ours, theirs in rows]
+                    predicted.append(scorer.predict(batch))
+            parts: list[list[SequenceKl]] = [[] for _ in batch]
+            for piece in _pieces(batch, scorer.max_distribution_rows):
+                rows = slice(piece[0].row, piece[-1].row + piece[-1].num_rows)
+                logps = []
+                for speaker, found in zip((policy, reference), predicted, strict=True):
+                    with speaker.use() as voice:
+                        logps.append(
+                            voice.scorer.next_token_logps(found[rows]).split([part.num_rows for part in piece])
+                        )
+                for part, ours, theirs in zip(piece, *logps, strict=True):
+                    parts[part.place].append(sequence_kl(ours, theirs, part.tokens))
+            return [SequenceKl.add_up(found) for found in parts]
 
-        budget = self._budget(scorer.max_distribution_tokens)
+        budget = self._budget()
         label = f"{self._command}: KL along the answers of {policy}"
         with self._reporter.meter(label, len(groups), "prompts") as meter:
             for batch, found in in_micro_batches(groups, budget, scorer.split, work):
                 meter.advance(len(batch))
                 yield batch, found
 
-    def _budget(self, limit: int | None = None) -> TokenBudget:
-        tokens = token_budget(self._runtime, self._graph.machine.device)
-        return TokenBudget(tokens if limit is None else min(tokens, limit), self._command, self._reporter)
+    def _budget(self) -> TokenBudget:
+        return TokenBudget(token_budget(self._runtime, self._graph.machine.device), self._command, self._reporter)
 
     def _store(self, speaker: Speaker, name: str, schema: Mapping[str, Any]) -> RowStore:
         folder = self._folder / speaker.digest
@@ -225,6 +234,41 @@ class Steps:
                 yield keep
             finally:
                 store.add(pending)
+
+
+class _Part(NamedTuple):
+    """Tokens of a group's answer that are looked at together.
+
+    Attributes:
+        place: The group's place in its batch.
+        row: The first one's place among all tokens of the batch.
+        tokens: Their ids.
+    """
+
+    place: int
+    row: int
+    tokens: tuple[int, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Distributions, one a token."""
+        return len(self.tokens)
+
+
+def _pieces(batch: Sequence[TokenGroup], max_rows: int) -> list[list[_Part]]:
+    """The tokens of a batch's answers in pieces of at most so many, each with the answers that it is of."""
+    pieces: list[list[_Part]] = []
+    row, room = 0, 0
+    for place, group in enumerate(batch):
+        tokens = group.completions[0]
+        while tokens:
+            if not room:
+                pieces.append([])
+                room = max_rows
+            pieces[-1].append(_Part(place, row, tokens[:room]))
+            taken = pieces[-1][-1].num_rows
+            tokens, row, room = tokens[taken:], row + taken, room - taken
+    return pieces
 
 
 def _prompt_key(how: str, prompt: PromptTokens) -> str:

@@ -13,6 +13,7 @@ import torch
 
 from dpo_cli.core.artifacts import sha256_file
 from dpo_cli.core.errors import MachineError
+from dpo_cli.core.gpu import is_gpu
 from dpo_cli.core.params import RuntimeParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.chat import ChatEncoder
@@ -122,8 +123,8 @@ def _size(files: Iterable[Path]) -> int:
 
 def _machine(dtype: str) -> Machine:
     """The GPU as it is used in training, or the CPU in the dtype of the weights, which is what they fit into."""
-    machine = prepare_machine(RuntimeParams())
-    return machine if machine.device.type == "cuda" else Machine(machine.device, getattr(torch, dtype, torch.float32))
+    machine = prepare_machine(RuntimeParams(), embedded=False)
+    return machine if is_gpu(machine.device) else Machine(machine.device, getattr(torch, dtype, torch.float32))
 
 
 # --- an answer ----------------------------------------------------------------------------

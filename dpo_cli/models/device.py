@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import resource
+import gc
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from dpo_cli.core.cores import usable_threads
 from dpo_cli.core.environment import refuse_several_processes
 from dpo_cli.core.errors import MachineError
+from dpo_cli.core.gpu import is_gpu
 from dpo_cli.core.params import RuntimeParams
 
 if TYPE_CHECKING:  # torch takes a second to import: functions do it that use it
@@ -26,7 +28,7 @@ class Machine:
 
     Attributes:
         device: The torch device.
-        compute_dtype: bfloat16 on CUDA, float32 on the CPU.
+        compute_dtype: What products are computed in: bfloat16, float16 or float32.
     """
 
     device: torch.device
@@ -38,11 +40,16 @@ class Machine:
         return str(self.compute_dtype).removeprefix("torch.")
 
 
-def prepare_machine(runtime: RuntimeParams) -> Machine:
-    """Set the number of threads and choose the device.
+def prepare_machine(runtime: RuntimeParams, *, embedded: bool) -> Machine:
+    """Set the number of threads, choose device and compute dtype, and bound what is held of a GPU's memory.
+
+    Args:
+        runtime: What the user says of it.
+        embedded: Whether the model is the embedded one, which computes on the CPU unless a device is named.
 
     Raises:
-        MachineError: runtime.device is cuda and there is none, or several processes were started.
+        MachineError: runtime.device is cuda and there is none, runtime.max_gpu_gib is more than it has, or several
+            processes were started.
     """
     import torch
 
@@ -51,9 +58,51 @@ def prepare_machine(runtime: RuntimeParams) -> Machine:
     available = torch.cuda.is_available()
     if runtime.device == "cuda" and not available:
         raise MachineError("runtime.device is cuda but torch sees no CUDA device; set it to auto or cpu")
-    if available and runtime.device != "cpu":
-        return Machine(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16)
-    return Machine(torch.device("cpu"), torch.float32)
+    if available and (runtime.device == "cuda" or (runtime.device == "auto" and not embedded)):
+        device = torch.device("cuda", torch.cuda.current_device())
+    else:
+        device = torch.device("cpu")
+    if is_gpu(device):
+        _bound_memory(device, runtime.max_gpu_gib)
+    given = None if runtime.compute_dtype == "auto" else getattr(torch, runtime.compute_dtype)
+    return Machine(device, given or _own_dtype(device))
+
+
+_BFLOAT16_SINCE = (8, 0)
+"""Compute capability from which a GPU multiplies bfloat16; torch says of older ones that they do, and emulates it."""
+
+
+def _own_dtype(device: torch.device) -> torch.dtype:
+    import torch
+
+    if not is_gpu(device):
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= _BFLOAT16_SINCE else torch.float16
+
+
+_USABLE_OF_FREE = 0.92
+"""Share of the free memory that PyTorch may hold.
+
+The rest is for kernels, which CUDA loads when they are first used, and for libraries that end the process where it
+is lacking: bitsandbytes does.
+"""
+
+
+def _bound_memory(device: torch.device, max_gib: float | None) -> None:
+    """Have PyTorch say that memory ran out before it has, so that work can go on in smaller micro-batches.
+
+    Drivers under Windows, WSL's included, never say so: they go on in the system's memory, at a tenth of the speed.
+    """
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    if max_gib is not None and max_gib * 2**30 > total:
+        raise MachineError(
+            f"params.yaml: runtime.max_gpu_gib must be <= {total / 2**30:.1f}, the memory of {device}, got {max_gib:g};"
+            " set it to null"
+        )
+    limit = _USABLE_OF_FREE * (free + torch.cuda.memory_reserved(device)) if max_gib is None else max_gib * 2**30
+    torch.cuda.set_per_process_memory_fraction(limit / total, device)
 
 
 _TOKENS_ON_GPU = 4096
@@ -64,22 +113,47 @@ def token_budget(runtime: RuntimeParams, device: torch.device) -> int:
     """Tokens that go through the model at once: what the user says, or what suits the device."""
     if runtime.max_tokens_per_microbatch is not None:
         return runtime.max_tokens_per_microbatch
-    return _TOKENS_ON_GPU if device.type == "cuda" else _TOKENS_ON_CPU
+    return _TOKENS_ON_GPU if is_gpu(device) else _TOKENS_ON_CPU
 
 
-def peak_memory_gib(machine: Machine) -> float:
-    """Most memory held so far, GiB: of the GPU on CUDA, resident in the process on the CPU."""
-    if machine.device.type == "cuda":
-        import torch
+def memory_metrics(machine: Machine) -> dict[str, float]:
+    """What metrics.json says of the memory of a stage, GiB.
 
-        return torch.cuda.max_memory_allocated(machine.device) / 2**30
+    Returns:
+        ``peak_mem_gib``, the most that was held so far: of the GPU, or by the process on the CPU. Of a GPU
+        ``peak_mem_reserved_gib``, too: what PyTorch took for it, pieces between the tensors included. CUDA's own
+        context, about half a GiB, is in neither.
+    """
+    if not is_gpu(machine.device):
+        return {"peak_mem_gib": _peak_of_process() / 2**30}
+    import torch
+
+    return {
+        "peak_mem_gib": torch.cuda.max_memory_allocated(machine.device) / 2**30,
+        "peak_mem_reserved_gib": torch.cuda.max_memory_reserved(machine.device) / 2**30,
+    }
+
+
+def memory_in_words(metrics: Mapping[str, Any]) -> str:
+    """The same for a table."""
+    reserved = metrics.get("peak_mem_reserved_gib")
+    more = "" if reserved is None else f" in tensors, {reserved:.2f} GiB taken for them"
+    return f"{metrics['peak_mem_gib']:.2f} GiB{more}"
+
+
+def _peak_of_process() -> int:
+    """Bytes that were resident at the most."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # not on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def forget_peak_memory(device: torch.device) -> None:
     """Count the peak of memory from here on; where the system cannot, it stays that of the whole process."""
-    if device.type == "cuda":
+    if is_gpu(device):
         import torch
 
         torch.cuda.reset_peak_memory_stats(device)
@@ -90,22 +164,38 @@ def forget_peak_memory(device: torch.device) -> None:
 
 def peak_memory_bytes(device: torch.device) -> int:
     """Most memory held since :func:`forget_peak_memory`: of the GPU on CUDA, resident in the process on the CPU."""
-    import torch
+    if is_gpu(device):
+        import torch
 
-    if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError, ValueError):
-        return int(peak_memory_gib(Machine(device, torch.float32)) * 2**30)
+        return _peak_of_process()
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Memory that is still to be had: of the GPU, its allocator's unused share included, or of the machine."""
-    if device.type == "cuda":
+    """Memory that is still to be had: of the GPU, what PyTorch holds unused included, or of the machine."""
+    if not is_gpu(device):
+        return psutil.virtual_memory().available
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_allocated(device)
+    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return min(free + torch.cuda.memory_reserved(device), allowed) - held
+
+
+def release_memory() -> None:
+    """Give back what models that nothing refers to any more held.
+
+    A 4-bit weight and its layer refer to each other, so only the garbage collector finds them, and PyTorch's allocator
+    keeps what they held for itself until it is asked.
+    """
+    gc.collect()
+    if "torch" in sys.modules:
         import torch
 
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return psutil.virtual_memory().available
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

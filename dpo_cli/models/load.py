@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_cli.core.artifacts import write_json
 from dpo_cli.core.environment import importing
-from dpo_cli.core.errors import MachineError, ParamsError
+from dpo_cli.core.errors import MachineError, ParamsError, is_out_of_memory, says_out_of_memory
 from dpo_cli.core.params import ModelParams
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.schema import assistant, user
@@ -199,7 +200,7 @@ def load_model(folder: Path, machine: Machine, *, quantization: str, trainable: 
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=machine.compute_dtype,
         )
-    with in_words(f"{folder}: the model cannot be loaded"):
+    with in_words(f"{folder}: the model cannot be loaded"), _overheard() as heard:
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -214,8 +215,13 @@ def load_model(folder: Path, machine: Machine, *, quantization: str, trainable: 
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        except torch.OutOfMemoryError as error:
-            raise MachineError(f"{folder} does not fit into the memory of {machine.device}") from error
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) and not says_out_of_memory("".join(heard)):
+                raise
+            smaller = "take a smaller one" if quantization == "nf4" else "hold it in 4 bits (quantization nf4)"
+            raise MachineError(
+                f"{folder}: the model does not fit into the memory of {machine.device}; free some, or {smaller}"
+            ) from error
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):
         raise MachineError(
@@ -226,6 +232,26 @@ def load_model(folder: Path, machine: Machine, *, quantization: str, trainable: 
         _let_go_of_files(model)
     model.requires_grad_(False)
     return model.eval()
+
+
+@contextmanager
+def _overheard() -> Iterator[list[str]]:
+    """What transformers logs meanwhile; it goes to no terminal.
+
+    An error while weights are quantized is in its report alone: what it raises then names none.
+    """
+    heard: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: heard.append(record.getMessage())
+    logger = logging.getLogger("transformers")
+    level, handlers, propagates = logger.level, logger.handlers, logger.propagate
+    logger.setLevel(logging.WARNING)
+    logger.handlers, logger.propagate = [listener], False
+    try:
+        yield heard
+    finally:
+        logger.setLevel(level)
+        logger.handlers, logger.propagate = handlers, propagates
 
 
 def _let_go_of_files(model: torch.nn.Module) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dpo_cli.core.errors import MachineError, is_out_of_memory
 from dpo_cli.models.device import Machine
 from dpo_cli.models.load import keep_weights_unpacked
 
@@ -76,38 +78,67 @@ def random_model(name: str, machine: Machine, quantization: str) -> Any:
         name: One of :data:`SHAPES`.
         machine: Device and compute dtype.
         quantization: ``nf4`` or ``none``.
+
+    Raises:
+        MachineError: It does not fit into memory.
     """
     shape = dict(SHAPES[name])
     config = AutoConfig.for_model(shape.pop("model_type"), **shape)
     torch.manual_seed(0)
-    with torch.device(machine.device):
+    with init_empty_weights(include_buffers=False):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=machine.compute_dtype)
-    model.requires_grad_(False)
-    if quantization == "nf4":
-        _quantise(model, machine)
-        keep_weights_unpacked(model)
+    try:
+        _fill(model, machine, in_4_bit=quantization == "nf4")
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MachineError(
+            f"a model of the shape {name} does not fit into the memory of {machine.device}; name a smaller one"
+        ) from error
+    keep_weights_unpacked(model)
     return model.eval()
 
 
-def _quantise(model: Any, machine: Machine) -> None:
-    """Put 4-bit layers in place of all linear ones but the head, one by one."""
+def _fill(model: Any, machine: Machine, *, in_4_bit: bool) -> None:
+    """Give a model without numbers frozen random ones, module by module.
+
+    In 4 bits each linear layer but the head is quantized before the next one is filled, so that not more than one of
+    them is there in the compute dtype.
+    """
     head = model.get_output_embeddings()
+    for path in [path for path, _ in model.named_modules()]:  # the modules themselves would keep what was replaced
+        module = model.get_submodule(path)
+        if module is head and model.config.tie_word_embeddings:
+            continue
+        for name, empty in list(module.named_parameters(recurse=False)):
+            numbers = torch.nn.Parameter(torch.empty_like(empty, device=machine.device), requires_grad=False)
+            module.register_parameter(name, numbers)
+            del numbers
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(machine.device))
+        model._init_weights(module)
+        if in_4_bit and type(module) is torch.nn.Linear and module is not head:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, _in_4_bit(module, machine))
+    model.tie_weights()
+    if in_4_bit:
+        model.is_loaded_in_4bit = True
+
+
+def _in_4_bit(linear: torch.nn.Linear, machine: Machine) -> torch.nn.Module:
+    """A linear layer with its weight in 4 bits."""
+    layer: Any = Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=False,
+        compute_dtype=machine.compute_dtype,
+        compress_statistics=True,
+        quant_type="nf4",
+        device="meta",
+    )
     params4bit: Any = Params4bit
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is torch.nn.Linear and child is not head:
-                layer: Any = Linear4bit(
-                    child.in_features,
-                    child.out_features,
-                    bias=False,
-                    compute_dtype=machine.compute_dtype,
-                    compress_statistics=True,
-                    quant_type="nf4",
-                    device="meta",
-                )
-                quantized: Any = params4bit(
-                    child.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
-                )
-                layer.weight, layer.bias = quantized.to(machine.device), child.bias
-                setattr(module, name, layer)
-    model.is_loaded_in_4bit = True
+    quantized: Any = params4bit(
+        linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
+    )
+    layer.weight, layer.bias = quantized.to(machine.device), linear.bias
+    return layer

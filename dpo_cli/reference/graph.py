@@ -17,7 +17,7 @@ import polars as pl
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import sha256_file
 from dpo_cli.core.errors import DataError
-from dpo_cli.core.params import ModelParams, ReferenceParams, RuntimeParams
+from dpo_cli.core.params import EMBEDDED, ModelParams, ReferenceParams, RuntimeParams
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_rejects, tokenise_table
 from dpo_cli.models.adapters import SftResult, read_sft_result
@@ -86,7 +86,7 @@ def open_graph(model: ModelParams, reference: ReferenceParams, runtime: RuntimeP
     """
     base, encoder, tokenizer = open_base(model, runtime)
     check_context(base, reference.max_length, "reference.max_length")
-    machine = prepare_machine(runtime)
+    machine = prepare_machine(runtime, embedded=model.name == EMBEDDED)
     digest = base_digest()
     sft = read_sft_result(digest)
     identity = {

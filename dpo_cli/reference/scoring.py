@@ -10,6 +10,7 @@ import torch
 
 from dpo_cli.core.artifacts import digest_bytes
 from dpo_cli.core.errors import Interrupted
+from dpo_cli.core.gpu import is_gpu
 from dpo_cli.core.interrupts import graceful_stop
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.row_store import RowStore
@@ -72,7 +73,7 @@ def score_groups(scorer: Scorer, groups: Sequence[TokenGroup], budget: TokenBudg
     Raises:
         MachineError: A single group does not fit into memory.
     """
-    factor = NO_GRADIENT_FACTOR if scorer.device.type == "cuda" else 1
+    factor = NO_GRADIENT_FACTOR if is_gpu(scorer.device) else 1
 
     def split(left: Sequence[TokenGroup], max_tokens: int) -> list[list[int]]:
         return scorer.split(left, factor * max_tokens)

@@ -10,25 +10,11 @@ from typing import Any, TypeVar
 import torch
 
 from dpo_cli.core.artifacts import write_json
-from dpo_cli.core.errors import MachineError
+from dpo_cli.core.errors import MachineError, is_out_of_memory
 from dpo_cli.core.progress import Reporter
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-_SIGNS = (
-    "DefaultCPUAllocator: can't allocate memory",
-    "DefaultCPUAllocator: not enough memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: on a GPU, or in PyTorch's allocator of the CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
 class TokenBudget:

@@ -16,6 +16,8 @@ T tokens, though one row needs it on those alone that predict something (``last_
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +26,9 @@ import torch
 
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.scoring.layout import LayoutName, lay_out
+
+_WORTH_SAYING = 0.05
+"""Share of a model's bytes from which on it is said that they are not in 4 bits."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,35 @@ def _num_product_weights(parameter: torch.nn.Parameter) -> int:
     if (state := getattr(parameter, "quant_state", None)) is not None:
         return math.prod(state.shape)
     return parameter.numel() if parameter.ndim > 1 else 0
+
+
+def left_unquantized(model: Any) -> tuple[list[str], int]:
+    """What a 4-bit model holds in plain numbers though products are made of it, and how many bytes that is.
+
+    Experts that are one tensor of three dimensions are such: quantization replaces linear layers.
+
+    Returns:
+        Names, the largest first, with ``*`` for numbers; none where the model is not held in 4 bits, or where each is
+        small beside the whole.
+    """
+    causal: Any = getattr(model, "get_base_model", lambda: model)()  # of a PeftModel; else itself
+    embeddings = {id(causal.get_input_embeddings().weight), id(causal.get_output_embeddings().weight)}
+    found: Counter[str] = Counter()
+    total = in_4_bit = 0
+    for name, parameter in causal.named_parameters():
+        num_bytes = parameter.numel() * parameter.element_size()
+        total += num_bytes
+        if getattr(parameter, "quant_state", None) is not None:
+            in_4_bit += num_bytes
+        elif (
+            parameter.ndim > 1
+            and not parameter.requires_grad
+            and id(parameter) not in embeddings
+            and ".lora_" not in name
+        ):
+            found[re.sub(r"\d+", "*", name)] += num_bytes
+    large = [(name, size) for name, size in found.most_common() if in_4_bit and size >= _WORTH_SAYING * total]
+    return [name for name, _ in large], sum(size for _, size in large)
 
 
 @dataclass(frozen=True)

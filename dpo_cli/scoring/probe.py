@@ -14,7 +14,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,15 @@ import torch
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import write_json
-from dpo_cli.core.errors import MachineError
+from dpo_cli.core.errors import MachineError, is_out_of_memory
+from dpo_cli.core.gpu import is_gpu
 from dpo_cli.core.params import RuntimeParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.scoring.attention import Attending, UnsupportedAttentionError
 from dpo_cli.scoring.last_mlp import CannotSelectError
 from dpo_cli.scoring.layout import LAYOUTS, MIN_SHARED_TOKENS, LayoutName
+from dpo_cli.scoring.limits import left_unquantized
 from dpo_cli.scoring.scorer import ENGINE_VERSION, MAX_READ_SHARE, HeadName, Scorer, evaluating
 
 TOLERANCE = 1e-4
@@ -132,11 +134,18 @@ def open_scorer(
     scorer.layout = verdict.layout
     scorer.max_read_share = MAX_READ_SHARE if verdict.last_mlp == _READ else 0.0
     verdict = replace(verdict, head=scorer.head)
-    if scorer.device.type == "cuda":
-        with torch.no_grad(), evaluating(model):  # kernels are tried out now, and not within a checkpointed layer
+    if is_gpu(scorer.device):
+        # kernels are tried out now, and not within a checkpointed layer
+        with scorer, torch.no_grad(), evaluating(model):
             scorer.score(probe_groups(scorer.config.vocab_size, 8)[:1])
         verdict = replace(verdict, **_attention_of(scorer, verdict.layout))
     reporter.say(f"{stage}: {verdict.describe(remembered=remembered)}")
+    names, num_bytes = left_unquantized(model)
+    if names:
+        reporter.warn(
+            f"{stage}: quantization nf4 is of linear layers alone and leaves {num_bytes / 2**30:.2f} GiB of weights as"
+            f" they are: {', '.join(names[:3])}"
+        )
     return scorer, verdict
 
 
@@ -187,7 +196,7 @@ def _spoiled(model: Any) -> str:
         numbers = parameter if state is None else state.absmax
         if numbers.is_floating_point() and not numbers.isfinite().all():
             return f": {name} holds NaN or infinity"
-    return ", though its weights are numbers: they are too large for its compute dtype"
+    return ", though its weights are numbers: they are too large for its compute dtype; see runtime.compute_dtype"
 
 
 def _attention_of(scorer: Scorer, layout: LayoutName) -> dict[str, Any]:
@@ -222,7 +231,7 @@ def _reason_against(
     try:
         found = scorer.score(groups, name).logps_BK.cpu()
     except (UnsupportedAttentionError, CannotSelectError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise
         return f"it fails ({_first_line(error)})", float("inf")
     difference = (found - alone).abs().nan_to_num(nan=float("inf")).max().item()
@@ -281,13 +290,21 @@ def _key(model: Any, compute_dtype: torch.dtype, scorer: Scorer, forced: str | N
         "config": config,
         "classes": sorted({type(module).__name__ for module in model.modules()}),
         "dtype": str(compute_dtype),
-        "device": torch.cuda.get_device_name(scorer.device) if scorer.device.type == "cuda" else scorer.device.type,
+        "device": torch.cuda.get_device_name(scorer.device) if is_gpu(scorer.device) else scorer.device.type,
         "forced": forced,
         "engine": ENGINE_VERSION,
-        "libraries": [version(name) for name in ("torch", "transformers", "peft")],
+        "libraries": [_version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "flash-attn")],
     }
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _version(name: str) -> str | None:
+    """Of a library; None where it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _load(memory: Path) -> dict[str, Any]:

@@ -33,6 +33,8 @@ _PRODUCTS = (
     "baddbmm",
     "linear",
     "gemm_4bit",
+    "_grouped_mm",  # of experts
+    "grouped_mm_fallback",
     "_flash_attention_forward",
     "_efficient_attention_forward",
     "_scaled_dot_product_flash_attention",

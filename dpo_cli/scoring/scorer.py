@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from dpo_cli.core.errors import MachineError
+from dpo_cli.core.gpu import is_gpu
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.scoring.attention import IMPLEMENTATION, Attending, attend
 from dpo_cli.scoring.head import (
@@ -114,7 +115,7 @@ class Scorer:
         self.config: Any = causal.config.get_text_config()
         self._autocast_dtype = compute_dtype if compute_dtype != torch.float32 else None
         self._linear = causal.get_output_embeddings()
-        self.head_bytes = head_bytes or (GPU_HEAD_BYTES if self.device.type == "cuda" else DEFAULT_HEAD_BYTES)
+        self.head_bytes = head_bytes or (GPU_HEAD_BYTES if is_gpu(self.device) else DEFAULT_HEAD_BYTES)
         self.own_attention = _own_attention(causal)
         self.layout: LayoutName = layout
         self.max_read_share = 0.0
@@ -208,21 +209,31 @@ class Scorer:
         return hidden.view(laid_out.num_groups, laid_out.num_completions, -1)
 
     @property
-    def max_distribution_tokens(self) -> int:
-        """Token budget within which whole next-token distributions fit into memory."""
-        return max_logit_rows(self._linear.weight.shape[0], GPU_HEAD_BYTES, 8)
+    def max_distribution_rows(self) -> int:
+        """How many whole next-token distributions of two models, float32, may be held at once."""
+        return max_logit_rows(self._linear.weight.shape[0], self.head_bytes, 16)
 
     @torch.no_grad()
-    def next_token_logps(self, groups: Sequence[TokenGroup]) -> list[torch.Tensor]:
-        """Whole next-token distributions along each group's only completion.
+    def predict(self, groups: Sequence[TokenGroup]) -> torch.Tensor:
+        """What the next-token distributions along each group's only completion are made of: one row a token.
 
         Returns:
-            For each group float32 [N, V], log-probabilities, one row for each token of its completion.
+            [N, D], hidden states; [N, V], logits, where the head is the ``whole`` forward. N tokens of all groups.
         """
         laid_out = lay_out(groups, self.layout).to(self.device)
         with self._autocast():
-            logps_NV = self._logits(laid_out).log_softmax(-1)
-        return list(logps_NV.split([len(group.completions[0]) for group in groups]))
+            return self._whole_logits(laid_out) if self.head == "whole" else self._hidden(laid_out)
+
+    @torch.no_grad()
+    def next_token_logps(self, predicted: torch.Tensor) -> torch.Tensor:
+        """Whole next-token distributions of some rows of :meth:`predict`.
+
+        Returns:
+            float32 [n, V], log-probabilities; see :attr:`max_distribution_rows`.
+        """
+        with self._autocast():
+            logits = predicted if self.head == "whole" else self._logits_of(predicted)
+            return logits.log_softmax(-1)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(
@@ -264,9 +275,6 @@ class Scorer:
         if self.head == "own" and self._own_head is not None:
             return self._own_head(hidden_ND)
         return self._transform(self._linear(hidden_ND))
-
-    def _logits(self, layout: Layout) -> torch.Tensor:
-        return self._whole_logits(layout) if self.head == "whole" else self._logits_of(self._hidden(layout))
 
     def _token_logps(self, layout: Layout, statistics: TokenStatistics | None) -> torch.Tensor:
         if self.head == "whole":
@@ -312,6 +320,13 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def restore_attention(model: Any) -> None:
+    """Give a model its own attention back, whichever scorer switched it, so that it can generate."""
+    causal: Any = getattr(model, "get_base_model", lambda: model)()  # of a PeftModel; else itself
+    if causal.config._attn_implementation == IMPLEMENTATION:
+        causal.set_attn_implementation(_own_attention(causal))
 
 
 _own_attentions: WeakKeyDictionary[Any, str] = WeakKeyDictionary()

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
+from dpo_cli.core.errors import is_out_of_memory
 from dpo_cli.scoring.blocks import additive, block_mask, pieces_of, plain_attention
 from dpo_cli.scoring.layout import Block, Run
 
@@ -245,10 +246,12 @@ def reason_against(
     head_size: int,
     window: int | None,
     softcap: float | None,
+    num_heads: tuple[int, int] = (4, 2),
 ) -> str | None:
     """Why a kernel or its gradients are not what the definition gives, on runs with fewer queries than keys.
 
-    A kernel that aligned the first query with the first key would pass where both are as many.
+    A kernel that aligned the first query with the first key would pass where both are as many. ``num_heads`` are those
+    of queries, and of keys and values.
 
     Returns:
         None where the kernel is right.
@@ -256,8 +259,9 @@ def reason_against(
     blocks = (Block(0, (Run(37, -1), Run(5, 0), Run(3, 0))), Block(45, (Run(9, -1),)))
     generator = torch.Generator().manual_seed(0)
     size = sum(block.length for block in blocks)
-    inputs = [torch.randn(1, heads, size, head_size, generator=generator) for heads in (4, 2, 2)]
-    weights = torch.randn(1, size, 4, head_size, generator=generator).to(device)
+    queries, keys = num_heads
+    inputs = [torch.randn(1, heads, size, head_size, generator=generator) for heads in (queries, keys, keys)]
+    weights = torch.randn(1, size, queries, head_size, generator=generator).to(device)
     scale = head_size**-0.5
 
     def run(attend: _Attend, number: torch.dtype) -> list[torch.Tensor]:
@@ -279,9 +283,9 @@ def reason_against(
         exact = run(by_definition, torch.float32)
         try:
             found = run(by_kernel, dtype)
-        except torch.OutOfMemoryError:
-            raise
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
             return f"it fails{asked} ({(str(error).strip() or type(error).__name__).splitlines()[0][:100]})"
     for what, tolerance, ours, theirs in zip(_PARTS, _TOLERANCES, exact, found, strict=True):
         # a kernel rounds to bfloat16, whose last digit is worth more where numbers are larger

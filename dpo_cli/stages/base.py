@@ -146,7 +146,7 @@ def _build_embedded(params: Params, scratch: Scratch, reporter: Reporter) -> Bas
     from dpo_cli.models.verify import verify_model_folder
 
     quiet_libraries()
-    prepare_machine(params.runtime)
+    prepare_machine(params.runtime, embedded=True)
     model, built = params.model, scratch.build_folder()
     build_embedded(
         built, scratch.folder, model.seed, model.pretrain_steps, params.runtime.checkpoint_minutes * 60, reporter

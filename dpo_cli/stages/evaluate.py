@@ -50,7 +50,7 @@ from dpo_cli.evaluation.speakers import Cast, Speaker, open_cast
 from dpo_cli.evaluation.steps import Steps, logp_sums
 from dpo_cli.evaluation.verdict import headline, verdict
 from dpo_cli.evaluation.votes import COLUMNS as VOTE_COLUMNS
-from dpo_cli.models.device import peak_memory_gib
+from dpo_cli.models.device import memory_metrics
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.objectives.pairwise import sigmoid
 from dpo_cli.reference.cache import completion_key, group_keys, read_cache, reference_logps
@@ -204,7 +204,7 @@ def evaluate(params: Params, graph: Graph, judged: Judged, reporter: Reporter) -
         work = _Work(params, graph, judged, table, reporter, steps, cast, opener)
         metrics = work.run(cache)
         metrics["num_leaked_prompts"] = num_leaked if judged.is_of_this_data else None
-        metrics["peak_mem_gib"] = peak_memory_gib(graph.machine)
+        metrics |= memory_metrics(graph.machine)
         metrics["learns_log_ratio"] = judged.train.learns_log_ratio
         if judged.trained is not None:
             settings = judged.train.model_dump(include={"learning_rate", "beta", "epochs", "max_steps"})

@@ -15,7 +15,7 @@ from dpo_cli.core.row_store import RowStore, forget_other_stores
 from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.tokenise import TokenGroup, explain_found, explain_rejects
 from dpo_cli.models.adapters import load_reference
-from dpo_cli.models.device import peak_memory_gib, token_budget
+from dpo_cli.models.device import memory_in_words, memory_metrics, token_budget
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.reference.cache import SCHEMA, group_keys, rows_of, write_cache
 from dpo_cli.reference.graph import SPLITS, Graph, all_rejects, open_graph
@@ -74,7 +74,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         "num_rejected": len(rejects),
         "completions_per_s": num_computed / max(elapsed_s, 1e-9) if missing else None,
         "completion_tokens_per_s": num_tokens / max(elapsed_s, 1e-9) if missing else None,
-        "peak_mem_gib": peak_memory_gib(graph.machine),
+        **memory_metrics(graph.machine),
         **(layout.metrics() if layout else {}),
     }
     write_json_lines(paths.rejects_file("precompute_ref"), rejects)
@@ -88,7 +88,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
             ("rows left out", f"{len(rejects)} (listed in {paths.rejects_file('precompute_ref').as_posix()})"),
             ("graph", f"{graph.quantization}, {graph.machine.dtype_name}, sft {graph.sft.method}"),
             *([("speed", f"{metrics['completions_per_s']:.1f} completions/s")] if missing else []),
-            ("peak memory", f"{metrics['peak_mem_gib']:.2f} GiB"),
+            ("peak memory", memory_in_words(metrics)),
         ],
     )
     return metrics

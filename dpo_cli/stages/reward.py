@@ -18,7 +18,7 @@ from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_found, explain
 from dpo_cli.evaluation.bootstrap import Estimate
 from dpo_cli.evaluation.reward_figures import RewardedPair, RewardFigures, summarise_rewards
 from dpo_cli.models.card import card_head, usage
-from dpo_cli.models.device import peak_memory_gib, token_budget
+from dpo_cli.models.device import memory_in_words, memory_metrics, token_budget
 from dpo_cli.models.identity import read_lock
 from dpo_cli.models.reward import REWARD_MANIFEST, load_reward_model_at_start, reward_head, write_reward_manifest
 from dpo_cli.training.history import merge_log, write_tsv
@@ -224,7 +224,7 @@ def _metrics(
         "eval_loss": result.kept("eval_loss"),
         "groups_per_s": result.groups_per_s,
         "logical_tokens_per_s": result.groups_per_s * tokens,
-        "peak_mem_gib": peak_memory_gib(graph.machine),
+        **memory_metrics(graph.machine),
         "recompute": result.recompute,
         "max_tokens_per_microbatch": result.max_tokens,
         **layout.metrics(),
@@ -293,7 +293,7 @@ def _print_summary(knobs: RewardParams, metrics: dict[str, Any], steps: str, rep
             ("log-loss", _shown(metrics, "log_loss")),
             ("calibration error", _shown(metrics, "ece")),
             *([("speed", _speed(metrics, unit))] if metrics["groups_per_s"] else []),
-            ("peak memory", f"{metrics['peak_mem_gib']:.2f} GiB"),
+            ("peak memory", memory_in_words(metrics)),
         ],
     )
 

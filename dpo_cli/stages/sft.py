@@ -10,7 +10,7 @@ from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_json, publish_folder, write_json, write_json_lines
 from dpo_cli.core.environment import importing, is_first_process
 from dpo_cli.core.errors import DataError, StaleArtifactError
-from dpo_cli.core.params import Params, SftParams
+from dpo_cli.core.params import EMBEDDED, Params, SftParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import Scratch, stage_scratch
 from dpo_cli.data.tokenise import TokenTable, explain_found, explain_rejects, tokenise_table
@@ -22,7 +22,7 @@ from dpo_cli.models.adapters import (
     size_in_words,
     write_sft_manifest,
 )
-from dpo_cli.models.device import peak_memory_gib, prepare_machine
+from dpo_cli.models.device import Machine, memory_in_words, memory_metrics, prepare_machine
 from dpo_cli.models.folder import adapter_folder, base_folder
 from dpo_cli.models.identity import (
     base_digest,
@@ -76,7 +76,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         from dpo_cli.training.replicas import join_replicas
 
     quiet_libraries()
-    with join_replicas(params.runtime) as replicas:
+    with join_replicas(params.runtime, embedded=params.model.name == EMBEDDED) as replicas:
         return _run(params, replicas.reporter(reporter), replicas)
 
 
@@ -92,7 +92,7 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
     base, encoder, tokenizer = open_base(params.model, params.runtime)
     digest = base_digest()
     check_context(base, sft.max_length, "sft.max_length")
-    machine = prepare_machine(params.runtime)
+    machine = prepare_machine(params.runtime, embedded=params.model.name == EMBEDDED)
     train, held_out = (
         tokenise_table(
             paths.SFT_DATA / f"{split}.parquet",
@@ -116,6 +116,7 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
             "data": data,
             "model": params.model.model_dump(),
             "sft": sft.model_dump(),
+            "compute_dtype": machine.dtype_name,
             **library_versions(),
         }
     )
@@ -154,7 +155,7 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
         files = model_files(built) if whole else list[str](ADAPTER_FILES)
         write_sft_manifest(built, sft.method, files, digest, data)
         publish_folder(built, paths.SFT_MODEL)
-        metrics = _metrics(sft, train, held_out, result, layout, peak_memory_gib(machine)) | adapter_size(model)
+        metrics = _metrics(sft, train, held_out, result, layout, machine) | adapter_size(model)
         rows = merge_log(result.history, _COLUMNS)
         write_tsv(paths.report_dir("sft") / "steps.tsv", rows, ("step", *_COLUMNS))
         write_json_lines(paths.rejects_file("sft"), all_rejects([train, held_out]))
@@ -170,7 +171,7 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
             ("steps", result.steps_in_words),
             ("held-out loss", f"{metrics['eval_loss_start']:.4f} -> {metrics['eval_loss']:.4f} nats a token"),
             *([("speed", f"{metrics['rows_per_s']:.1f} rows/s")] if metrics["rows_per_s"] else []),
-            ("peak memory", f"{metrics['peak_mem_gib']:.2f} GiB"),
+            ("peak memory", memory_in_words(metrics)),
         ],
     )
     return metrics
@@ -212,7 +213,7 @@ def _refuse_empty(train: TokenTable, held_out: TokenTable, max_length: int) -> N
 
 
 def _metrics(
-    sft: SftParams, train: TokenTable, held_out: TokenTable, result: Fit, layout: Verdict, peak_gib: float
+    sft: SftParams, train: TokenTable, held_out: TokenTable, result: Fit, layout: Verdict, machine: Machine
 ) -> dict[str, Any]:
     tokens = sum(len(group.prompt) + len(group.completions[0]) for group in train.groups) / len(train.groups)
     eval_loss = result.kept("eval_loss")
@@ -229,7 +230,7 @@ def _metrics(
         "eval_perplexity": math.exp(min(eval_loss, 700.0)),
         "rows_per_s": result.groups_per_s,
         "logical_tokens_per_s": result.groups_per_s * tokens,
-        "peak_mem_gib": peak_gib,
+        **memory_metrics(machine),
         "recompute": result.recompute,
         "max_tokens_per_microbatch": result.max_tokens,
         **layout.metrics(),

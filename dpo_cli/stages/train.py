@@ -18,13 +18,13 @@ from dpo_cli.core.artifacts import (
     write_text,
 )
 from dpo_cli.core.errors import DataError, ParamsError
-from dpo_cli.core.params import LoraParams, Params, TrainParams
+from dpo_cli.core.params import EMBEDDED, LoraParams, Params, TrainParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.text import markdown
 from dpo_cli.data.tokenise import TokenGroup, TokenTable
 from dpo_cli.models.adapters import adapter_size, load_policy_at_start, save_adapter, size_in_words
 from dpo_cli.models.card import card_head, usage
-from dpo_cli.models.device import peak_memory_gib, token_budget
+from dpo_cli.models.device import memory_in_words, memory_metrics, token_budget
 from dpo_cli.models.identity import read_lock
 from dpo_cli.models.load import quiet_libraries, save_tokenizer
 from dpo_cli.objectives.pairwise import shared_length_logps
@@ -63,7 +63,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         Interrupted: The user asked to stop; a checkpoint is kept.
     """
     quiet_libraries()
-    with join_replicas(params.runtime) as replicas:
+    with join_replicas(params.runtime, embedded=params.model.name == EMBEDDED) as replicas:
         return _run(params, replicas.reporter(reporter), replicas)
 
 
@@ -203,7 +203,7 @@ def _metrics(
         "eval_margin": result.kept("eval_rewards/margins"),
         "pairs_per_s": result.groups_per_s,
         "logical_tokens_per_s": result.groups_per_s * tokens,
-        "peak_mem_gib": peak_memory_gib(graph.machine),
+        **memory_metrics(graph.machine),
         "recompute": result.recompute,
         "max_tokens_per_microbatch": result.max_tokens,
         **layout.metrics(),
@@ -280,7 +280,7 @@ def _print_summary(knobs: TrainParams, metrics: dict[str, Any], steps: str, repo
                 else []
             ),
             *([("speed", _speed(metrics, unit))] if metrics["pairs_per_s"] else []),
-            ("peak memory", f"{metrics['peak_mem_gib']:.2f} GiB"),
+            ("peak memory", memory_in_words(metrics)),
         ],
     )
 

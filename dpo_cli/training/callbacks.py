@@ -43,15 +43,20 @@ class CheckpointCallback(TrainerCallback):
         stop: Whether the user asked; the same for all processes at the same step.
         every_s: Seconds between two checkpoints.
         saves: Whether this process saves; where several train together, one does.
+        saves_first_step: Whether it saves after the first step, too. A library that runs out of GPU memory may end the
+            process, most likely while what a step takes is taken for the first time.
 
     Attributes:
         stopped: Whether training ended because the user asked.
     """
 
-    def __init__(self, stop: StopRequest, every_s: float, *, saves: bool = True) -> None:
+    def __init__(
+        self, stop: StopRequest, every_s: float, *, saves: bool = True, saves_first_step: bool = False
+    ) -> None:
         self._stop = stop
         self._every_s = every_s
         self._saves = saves
+        self._saves_first_step = saves_first_step
         self._saved_at = time.monotonic()
         self.stopped = False
 
@@ -60,9 +65,12 @@ class CheckpointCallback(TrainerCallback):
         if self._stop.requested:
             self.stopped = control.should_training_stop = True
             control.should_save = self._saves
-        elif self._saves and time.monotonic() - self._saved_at >= self._every_s:
+        elif self._saves and self._is_due(state.global_step):
             control.should_save = True
             self._saved_at = time.monotonic()
+
+    def _is_due(self, step: int) -> bool:
+        return (self._saves_first_step and step == 1) or time.monotonic() - self._saved_at >= self._every_s
 
 
 class TensorBoardCallback(TrainerCallback):

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 import torch
 
 from dpo_cli.core.errors import StaleArtifactError
+from dpo_cli.core.gpu import is_gpu
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.scoring.probe import BFLOAT16_TOLERANCE
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.objective import PreferenceObjective
 
-NUM_PAIRS = 64
+NUM_PAIRS, NUM_PAIRS_ON_GPU = 64, 16
+"""Pairs that are scored; fewer on a GPU, where what counts as rounding is measured with many small passes each time."""
 TOLERANCE = 1e-4
 """Nats by which a log-probability may differ in float32."""
 _NOISE_FACTOR = 4.0
@@ -61,7 +63,7 @@ def check_step_zero(
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.eval()  # the first training step turns it on again
-    sample = sorted(groups, key=lambda group: group.id)[:NUM_PAIRS]
+    sample = sorted(groups, key=lambda group: group.id)[: NUM_PAIRS_ON_GPU if is_gpu(scorer.device) else NUM_PAIRS]
     losses, margins, differences = [], [], []
     worst: tuple[float, TokenGroup] = (-1.0, sample[0])
     for indices in scorer.split(sample, max_tokens):

@@ -1,8 +1,8 @@
 """Several processes that share every optimizer batch, as torchrun starts them.
 
 Each holds the whole model, all data in the same order and the same optimizer state. It scores its
-share of the batch; then one sum over all processes of one flat tensor, with gradients, loss, metrics
-and the wish to stop, is all that they exchange in a step, and each takes the same optimizer step.
+share of the batch; then one flat tensor is summed over all processes, with gradients, loss, metrics
+and the wish to stop, and each takes the same optimizer step, its gradients clipped by the first one's norm.
 
 transformers and accelerate know nothing of it: while the processes are together torchrun's variables
 are out of the environment, so nothing is wrapped and no data is sharded behind our back.
@@ -23,13 +23,12 @@ import torch.distributed as dist
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_bytes
-from dpo_cli.core.errors import MachineError
+from dpo_cli.core.errors import MachineError, is_out_of_memory
 from dpo_cli.core.params import RuntimeParams
 from dpo_cli.core.progress import Reporter, SilentReporter
 from dpo_cli.core.scratch import Scratch, stage_scratch
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models.device import prepare_machine
-from dpo_cli.scoring.budget import is_out_of_memory
 
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 _PATIENCE = timedelta(hours=1)
@@ -148,6 +147,16 @@ class Replicas:
             dist.broadcast_object_list(values, src=0)
         return values[0]
 
+    def take_from_first(self, tensor: torch.Tensor) -> None:
+        """Write the first process's numbers into a tensor of the device, in place.
+
+        Raises:
+            MachineError: One of them is gone.
+        """
+        if self.size > 1:
+            with _gone_is_an_error():
+                dist.broadcast(tensor, src=0, group=self.group)
+
     def wait(self) -> None:
         """Go on when all have come so far.
 
@@ -167,10 +176,14 @@ ALONE = Replicas()
 
 
 @contextmanager
-def join_replicas(runtime: RuntimeParams) -> Iterator[Replicas]:
+def join_replicas(runtime: RuntimeParams, *, embedded: bool) -> Iterator[Replicas]:
     """Meet the processes that torchrun started on this machine; they part when the block ends.
 
     Under DVC nobody is met, and the stage refuses to run as several.
+
+    Args:
+        runtime: This machine.
+        embedded: Whether the model is the embedded one.
 
     Raises:
         MachineError: They are on several machines, do not all have a device of the same kind, or do not meet.
@@ -192,7 +205,7 @@ def join_replicas(runtime: RuntimeParams) -> Iterator[Replicas]:
             yield ALONE
             return
         replicas = Replicas(dist.get_rank(), size)
-        kind = prepare_machine(runtime).device.type
+        kind = prepare_machine(runtime, embedded=embedded).device.type
         replicas.agree("runtime.device; start no more processes than there are GPUs", kind)
         group = dist.new_group(backend="nccl", timeout=_PATIENCE) if kind == "cuda" else None
         yield Replicas(replicas.rank, size, group)

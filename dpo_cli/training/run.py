@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from transformers import TrainerCallback
 
 from dpo_cli.core.errors import Interrupted, MachineError, ParamsError
+from dpo_cli.core.gpu import is_gpu
 from dpo_cli.core.interrupts import StopRequest, graceful_stop
 from dpo_cli.core.params import RuntimeParams, TrainingParams
 from dpo_cli.core.progress import Reporter
@@ -34,13 +35,15 @@ from dpo_cli.training.checkpoint import (
     read_history,
     restore_best,
 )
+from dpo_cli.training.loss_scale import LossScale
 from dpo_cli.training.objective import GroupScorer, Objective
 from dpo_cli.training.replicas import ALONE, Replicas
-from dpo_cli.training.trainer import GroupTrainer, Plan, diverged, training_arguments
+from dpo_cli.training.trainer import GroupTrainer, Plan, RandomState, diverged, training_arguments
 
 Scored = TypeVar("Scored")
 
 _BUDGET = "token_budget.json"
+_LOSS_SCALE = "loss_scale.json"
 _BYTES_A_TRAINED_NUMBER = 12
 """Its gradient and the optimizer's two moments, float32; made after the first forward pass."""
 _USABLE = 0.8
@@ -140,15 +143,24 @@ def fit(
     recompute = choose_recompute(model, scorer, train_groups, runtime, reporter, section)
     memory = work / (_BUDGET if replicas.is_first else f"{replicas.rank}_{_BUDGET}")
     budget = TokenBudget(token_budget(runtime, machine.device), section, reporter, memory)
+    loss_scale = LossScale(machine.compute_dtype, section, reporter, work / _LOSS_SCALE)
+    loss_scale.value = replicas.from_first(loss_scale.value)
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     trained = [*named.values()]
+    if is_gpu(machine.device):
+        _warm_up(model, scorer, objective, train_groups)
     replicas.agree("the last checkpoint", checkpoint.name if checkpoint else None)
     replicas.agree_on_parameters("before the first step", trained)
     if checkpoint is not None:
         reporter.say(f"{section}: going on from {checkpoint.name}")
     with graceful_stop() as stop, reporter.meter(f"{section}: training", plan.num_steps, "steps") as meter:
         agreed_stop = stop if replicas.size == 1 else StopRequest()
-        saver = CheckpointCallback(agreed_stop, runtime.checkpoint_minutes * 60, saves=replicas.is_first)
+        saver = CheckpointCallback(
+            agreed_stop,
+            runtime.checkpoint_minutes * 60,
+            saves=replicas.is_first,
+            saves_first_step=is_gpu(machine.device),
+        )
         callbacks: list[TrainerCallback] = [ProgressCallback(meter), saver]
         if keeps_best:
             callbacks.append(BestStepCallback(work, named, params, saves=replicas.is_first))
@@ -164,6 +176,7 @@ def fit(
             train_groups,
             held_out,
             budget,
+            loss_scale,
             arguments,
             callbacks,
             section,
@@ -210,6 +223,23 @@ def fit(
             f" {section}.learning_rate, now {params.learning_rate:g}"
         )
     return fitted
+
+
+def _warm_up(
+    model: Any, scorer: GroupScorer[Scored], objective: Objective[Scored], groups: Sequence[TokenGroup]
+) -> None:
+    """Score two short groups, forward and backward, and forget it.
+
+    CUDA loads a kernel when it is first used, and libraries make their handles: that takes memory which is not
+    PyTorch's, and where it is lacking then, bitsandbytes ends the process.
+    """
+    random_state = RandomState.of(scorer.device)
+    model.train()
+    short = sorted(groups, key=lambda group: (group.longest, group.id))[:2]
+    losses = objective.losses(short, scorer.score(short, statistics=objective.statistics), short).losses_B
+    losses.sum().backward()
+    model.zero_grad(set_to_none=True)
+    random_state.restore()
 
 
 def choose_recompute(

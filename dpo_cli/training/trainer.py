@@ -22,13 +22,15 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from dpo_cli.core.artifacts import digest_bytes, digest_json
-from dpo_cli.core.errors import MachineError, ParamsError
+from dpo_cli.core.errors import MachineError, ParamsError, is_out_of_memory
+from dpo_cli.core.gpu import is_gpu
 from dpo_cli.core.interrupts import StopRequest
 from dpo_cli.core.params import TrainingParams
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models.device import Machine
-from dpo_cli.scoring.budget import TokenBudget, is_out_of_memory
+from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.scorer import Scores
+from dpo_cli.training.loss_scale import LossScale
 from dpo_cli.training.objective import GroupScorer, Objective
 from dpo_cli.training.replicas import ALONE, Replicas
 
@@ -42,16 +44,16 @@ _Means = tuple[float, dict[str, float]]
 
 
 @dataclass(frozen=True)
-class _RandomState:
+class RandomState:
     """Where the random streams of CPU and GPU are."""
 
     cpu: torch.Tensor
     cuda: torch.Tensor | None
 
     @classmethod
-    def of(cls, device: torch.device) -> _RandomState:
+    def of(cls, device: torch.device) -> RandomState:
         """As they are now."""
-        return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if device.type == "cuda" else None)
+        return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if is_gpu(device) else None)
 
     def restore(self) -> None:
         """Go back to there."""
@@ -149,6 +151,7 @@ class GroupTrainer(Trainer):
         train_groups: Training data.
         held_out: Groups for the held-out loss.
         budget: Tokens of a micro-batch.
+        loss_scale: Of the backward pass.
         arguments: From :func:`training_arguments`.
         callbacks: Further callbacks.
         section: Name of the stage, for messages.
@@ -165,6 +168,7 @@ class GroupTrainer(Trainer):
         train_groups: Sequence[TokenGroup],
         held_out: Sequence[TokenGroup],
         budget: TokenBudget,
+        loss_scale: LossScale,
         arguments: TrainingArguments,
         callbacks: list[TrainerCallback],
         section: str,
@@ -179,6 +183,7 @@ class GroupTrainer(Trainer):
         self._scorer = scorer
         self._objective = objective
         self._budget = budget
+        self._loss_scale = loss_scale
         self._step_metrics: dict[str, float] = {}
         self._section = section
         super().__init__(
@@ -201,15 +206,23 @@ class GroupTrainer(Trainer):
         weight = self._objective.weight(groups)
 
         def backward(loss: torch.Tensor) -> None:
-            self.accelerator.backward(loss / weight)
+            self.accelerator.backward(loss / (weight / self._loss_scale.value))
 
-        sums_S = self._within_memory(groups, backward)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        total, metrics = self._means(groups, torch.cat([sums_S, _count_infinite(trained)]), trained)
+        random_state = RandomState.of(self._scorer.device)
+        while True:
+            sums_S = self._within_memory(groups, backward)
+            total, metrics = self._means(groups, torch.cat([sums_S, _count_infinite(trained)]), trained)
+            num_infinite = metrics.pop(_INFINITE)
+            if not (num_infinite and math.isfinite(total) and self._loss_scale.halve()):
+                break
+            model.zero_grad(set_to_none=True)
+            random_state.restore()
+        self._loss_scale.unscale(trained)
         step = self.state.global_step + 1
         if not math.isfinite(total):
             raise diverged(self._section, "loss", total, step, self.args.learning_rate)
-        if metrics.pop(_INFINITE):
+        if num_infinite:
             raise diverged(self._section, "gradient", math.inf, step, self.args.learning_rate)
         self._step_metrics = metrics
         return torch.tensor(total, device=self.args.device)
@@ -230,7 +243,7 @@ class GroupTrainer(Trainer):
     ) -> torch.Tensor:
         """Add up this process's share in micro-batches; where they do not fit, all of it again in smaller ones."""
         share = self._replicas.share(groups)
-        random_state = _RandomState.of(self._scorer.device)
+        random_state = RandomState.of(self._scorer.device)
         while True:
             batches = self._scorer.split(share, self._budget.max_tokens) if share else []
             try:
@@ -280,11 +293,11 @@ class GroupTrainer(Trainer):
         The log-probabilities are taken twice: without gradients to see what each of them weighs, then with. So the
         memory is that of a micro-batch.
         """
-        states: list[_RandomState] = []
+        states: list[RandomState] = []
         found: list[Scores] = []
         with torch.no_grad():
             for indices in batches:
-                states.append(_RandomState.of(self._scorer.device))
+                states.append(RandomState.of(self._scorer.device))
                 found.append(
                     self._scorer.score([groups[index] for index in indices], statistics=self._objective.statistics)
                 )
@@ -330,6 +343,20 @@ class GroupTrainer(Trainer):
             raise MachineError(f"{self._section}: the processes do not hold the same batch; this is a bug")
         self._agreed_stop.requested = self._agreed_stop.requested or asked > 0
         return values
+
+    def _clip_grad_norm(self, model: Any) -> torch.Tensor | None:
+        """Clip gradients by their norm as the first process has it, and give the norm before that.
+
+        On GPUs of different kinds the norm of the same gradients may differ in its last digit, and parameters then,
+        too, from step to step more.
+        """
+        if self._replicas.size == 1:
+            return super()._clip_grad_norm(model)
+        trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained])
+        self._replicas.take_from_first(norm)
+        torch.nn.utils.clip_grads_with_norm_(trained, self.args.max_grad_norm, norm)
+        return norm
 
     def load_finished(self, checkpoint: Path) -> None:
         """Take weights and log from the checkpoint of the last step, without training on."""

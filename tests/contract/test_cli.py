@@ -202,6 +202,7 @@ def test_repro_outside_a_project(tmp_path: Path) -> None:
     [
         ("MemoryError()", "lower runtime.max_tokens_per_microbatch"),
         ("type('OutOfMemoryError', (RuntimeError,), {})()", "lower runtime.max_tokens_per_microbatch"),
+        ("RuntimeError('CUDA driver error: out of memory')", "lower runtime.max_tokens_per_microbatch"),
         ("OSError(28, 'No space left on device', 'models/x')", "models/x"),
     ],
 )

@@ -111,6 +111,7 @@ def all_metrics() -> dict[str, Any]:
         "win_rate_ceiling": 0.8,
         "num_leaked_prompts": 0,
         "peak_mem_gib": 1.0,
+        "peak_mem_reserved_gib": 1.5,
         "learns_log_ratio": True,
         "training": {"learning_rate": 1e-4},
     }

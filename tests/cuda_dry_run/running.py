@@ -184,8 +184,11 @@ def _diverge(case: Case, model: Any, scorer: Scorer, groups: Sequence[TokenGroup
     """One answer of 256 tokens."""
     prompt, answer = groups[0].prompt, tuple(range(1, 257))
     group = TokenGroup("answer", "answer", prompt, (answer,))
-    policy, reference = (scorer.next_token_logps([group])[0] for _ in range(2))
-    sequence_kl(policy, reference, answer)
+    predicted = [scorer.predict([group]) for _ in range(2)]
+    for begin in range(0, len(answer), scorer.max_distribution_rows):
+        rows = slice(begin, begin + scorer.max_distribution_rows)
+        policy, reference = (scorer.next_token_logps(found[rows]) for found in predicted)
+        sequence_kl(policy, reference, answer[rows])
 
 
 def _generate(case: Case, model: Any, scorer: Scorer, groups: Sequence[TokenGroup]) -> None:

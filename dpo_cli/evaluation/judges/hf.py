@@ -114,8 +114,7 @@ class HfJudge:
             "engine": ENGINE_VERSION,
             **library_versions(),
         }
-        max_tokens = min(token_budget(runtime, scorer.device), scorer.max_distribution_tokens)
-        budget = TokenBudget(max_tokens, stage, reporter)
+        budget = TokenBudget(token_budget(runtime, scorer.device), stage, reporter)
         return cls(scorer, encoder, template, budget, identity, context_length(folder))
 
     def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Judgment]]:
@@ -142,8 +141,11 @@ class HfJudge:
         return TokenGroup(name, name, ids, ((self._option_ids[0],),))
 
     def _judge(self, batch: Sequence[TokenGroup]) -> list[Judgment]:
-        rows = self._scorer.next_token_logps(batch)
-        return [Judgment.of_options(logps_NV[0, self._option_ids].tolist()) for logps_NV in rows]
+        judgments = []
+        for rows in self._scorer.predict(batch).split(self._scorer.max_distribution_rows):  # one a question
+            logps = self._scorer.next_token_logps(rows)[:, self._option_ids]
+            judgments += [Judgment.of_options(options) for options in logps.tolist()]
+        return judgments
 
 
 def _messages(template: Template, question: Question) -> Messages:

@@ -11,6 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
+from dpo_cli.core.errors import MachineError
 from dpo_cli.core.params import LoraParams
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models.adapters import add_adapter
@@ -18,6 +19,7 @@ from dpo_cli.models.device import Machine, forget_peak_memory, peak_memory_bytes
 from dpo_cli.models.shapes import SHAPES, random_model
 from dpo_cli.scoring.limits import Sizes, Work, least_bytes, least_operations
 from dpo_cli.scoring.regimes import REGIMES, random_pairs
+from tests.live_memory import LiveMemory
 
 CPU = Machine(torch.device("cpu"), torch.float32)
 SMALL = ["bench", "--shape", "tiny", "--pairs", "3", "--turns", "1"]
@@ -160,6 +162,28 @@ def test_a_quantized_shape_computes_in_4_bit_what_the_plain_one_does_nearly() ->
         exact, rough = plain(input_ids=tokens).logits, quantized(input_ids=tokens).logits
     assert 1e-3 < ((rough - exact).norm() / exact.norm()).item() < 0.3
     assert not any(parameter.requires_grad for parameter in quantized.parameters())
+
+
+def num_bytes(model: Any) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def test_a_shape_is_quantized_layer_by_layer() -> None:
+    """So that one of 8B fits where it is trained: its plain weights would take 16 GB."""
+    plain = num_bytes(random_model("tiny", CPU, "none"))
+    with LiveMemory() as memory:
+        model = random_model("tiny", CPU, "nf4")
+    assert memory.peak <= num_bytes(model) + plain / 8
+    assert memory.peak < plain
+
+
+def test_a_shape_that_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(torch, "empty_like", full)
+    with pytest.raises(MachineError, match="a model of the shape tiny does not fit into the memory of cpu"):
+        random_model("tiny", CPU, "nf4")
 
 
 def test_the_peak_of_memory_is_counted_from_where_it_is_forgotten() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import platform
 import sys
 import types
 
@@ -63,3 +64,27 @@ def test_importing_puts_what_is_imported_out_of_the_collectors_sight(monkeypatch
         sys.modules["this"] = types.ModuleType("this")
     assert gc.get_freeze_count() > frozen
     gc.unfreeze()
+
+
+@pytest.mark.parametrize(
+    ("system", "release", "given", "expected"),
+    [
+        ("linux", "6.8.0-45-generic", {}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ("linux", "5.15.153.1-microsoft-standard-WSL2", {}, {}),
+        ("win32", "10", {}, {}),
+        ("linux", "6.8.0", {"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": "backend:native"}),
+        ("linux", "6.8.0", {"PYTORCH_CUDA_ALLOC_CONF": ""}, {"PYTORCH_CUDA_ALLOC_CONF": ""}),
+    ],
+)
+def test_segments_of_gpu_memory_grow_where_that_is_safe(
+    system: str, release: str, given: dict[str, str], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for name in names:
+        monkeypatch.setenv(name, given.get(name, ""))
+        if name not in given:
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(platform, "uname", lambda: types.SimpleNamespace(release=release))
+    prepare_environment()
+    assert {name: os.environ[name] for name in names if name in os.environ} == expected

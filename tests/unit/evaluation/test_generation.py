@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.evaluation.generation import Answer, PromptTokens, sample_answers
 from dpo_cli.scoring.budget import TokenBudget
+from dpo_cli.scoring.scorer import Scorer
 
 STOP = 1
 
@@ -52,6 +54,18 @@ def some_prompts(count: int) -> list[PromptTokens]:
 def distribution(model: Any, tokens: Sequence[int], temperature: float = 1.0) -> torch.Tensor:
     with torch.no_grad():
         return (model(input_ids=torch.tensor([list(tokens)])).logits[0, -1].double() / temperature).softmax(0)
+
+
+def test_a_scorer_that_is_still_open_changes_no_answer(
+    model: Any, sample: Callable[..., dict[str, Answer]], make_groups: Callable[..., list[TokenGroup]]
+) -> None:
+    prompts = some_prompts(6)
+    before = sample(prompts)
+    scorer = Scorer(model, torch.float32, "shared")
+    scorer.score(make_groups(2, vocabulary=12))
+    assert model.config._attn_implementation != scorer.own_attention
+    assert sample(prompts) == before
+    scorer.close()
 
 
 # --- determinism --------------------------------------------------------------------------

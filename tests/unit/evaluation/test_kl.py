@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.kl import SequenceKl, estimates_disagree, sequence_kl
 from dpo_cli.scoring.scorer import Scorer
+from tests.live_memory import LiveMemory
 
 VOCABULARY, END, LONGEST = 10, 1, 3
 
@@ -35,7 +37,9 @@ def both(make_llama: Callable[..., Any]) -> list[tuple[float, float, SequenceKl]
     rows = []
     for tokens in answers():
         group = TokenGroup("a", "a", (3, 4, 5), (tokens,))
-        (policy_logps,), (reference_logps,) = policy.next_token_logps([group]), reference.next_token_logps([group])
+        policy_logps, reference_logps = (
+            scorer.next_token_logps(scorer.predict([group])) for scorer in (policy, reference)
+        )
         index = torch.tensor(tokens)[:, None]
         sums = [logps.double().gather(1, index).sum().item() for logps in (policy_logps, reference_logps)]
         rows.append((sums[0], sums[1], sequence_kl(policy_logps, reference_logps, tokens)))
@@ -109,6 +113,19 @@ def test_the_estimates_by_hand() -> None:
     found = sequence_kl(policy, reference, [0, 2])
     assert found.exact == pytest.approx(0.5 * math.log(2) - 0.25 * math.log(2), rel=1e-6)
     assert found.k1 == pytest.approx(math.log(2), rel=1e-6)
+
+
+def test_a_long_answer_is_looked_at_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else float64 copies of [N, V] would take more memory than the model."""
+    generator = torch.Generator().manual_seed(0)
+    policy, reference = (torch.randn(256, 1000, generator=generator).log_softmax(1) for _ in range(2))
+    tokens = torch.randint(1000, (256,), generator=generator).tolist()
+    whole = sequence_kl(policy, reference, tokens)
+    monkeypatch.setattr(kl, "_MAX_BYTES", 1 << 20)
+    with LiveMemory() as memory:
+        found = sequence_kl(policy, reference, tokens)
+    assert memory.peak <= 1 << 20
+    assert vars(found) == pytest.approx(vars(whole), rel=1e-12)
 
 
 def test_a_token_that_is_impossible_for_the_policy_adds_nothing() -> None:

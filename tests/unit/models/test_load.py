@@ -32,6 +32,52 @@ def folder(tiny_folder: Path, tmp_path: Path) -> Path:
     return shutil.copytree(tiny_folder, tmp_path / "model")
 
 
+# --- memory -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("quantization", "place", "remedy"),
+    [
+        ("nf4", "bitsandbytes.functional.quantize_4bit", "take a smaller one"),
+        ("nf4", "transformers.core_model_loading._materialize_copy", "take a smaller one"),
+        ("none", "transformers.core_model_loading._materialize_copy", r"hold it in 4 bits \(quantization nf4\)"),
+    ],
+)
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("HIP out of memory")])
+def test_memory_that_runs_out_while_loading_is_said(
+    error: Exception,
+    quantization: str,
+    place: str,
+    remedy: str,
+    tiny_folder: Path,
+    cpu: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """transformers catches what quantizing raises, and raises something else that does not name it."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(place, full)
+    load.quiet_libraries()
+    said = f"^{tiny_folder}: the model does not fit into the memory of cpu; free some, or {remedy}$"
+    with pytest.raises(MachineError, match=said):
+        load_model(tiny_folder, cpu, quantization=quantization)
+    assert capfd.readouterr().err == ""
+
+
+def test_another_error_while_quantizing_is_not_taken_for_it(
+    tiny_folder: Path, cpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise ValueError("blocks of another size")
+
+    monkeypatch.setattr("bitsandbytes.functional.quantize_4bit", broken)
+    with pytest.raises(MachineError, match="the model cannot be loaded"):
+        load_model(tiny_folder, cpu, quantization="nf4")
+
+
 # --- which directory ----------------------------------------------------------------------
 
 OWN = ModelParams(name="mine")

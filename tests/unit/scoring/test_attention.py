@@ -27,7 +27,8 @@ from dpo_cli.scoring.attention import (
 )
 from dpo_cli.scoring.blocks import Piece, block_mask, pieces_of
 from dpo_cli.scoring.layout import Block, Layout, Run, lay_out
-from dpo_cli.scoring.varlen import Sequences, attend_varlen, choose_kernel, reason_against, sequences_of
+from dpo_cli.scoring.varlen import attend_varlen, choose_kernel, reason_against, sequences_of
+from tests.slow_kernel import slow_kernel
 
 CPU = torch.device("cpu")
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
@@ -413,39 +414,6 @@ def test_the_last_query_of_a_sequence_sees_its_last_key_and_all_see_what_the_blo
 
 
 # --- variable-length kernels --------------------------------------------------------------
-
-
-def slow_kernel(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    sequences: Sequences,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    *,
-    align: str = "end",
-    grouped: bool = True,
-) -> torch.Tensor:
-    """A kernel as the protocol wants it, sequence by sequence; and, where asked to be, a wrong one."""
-    repeats = query.shape[1] // key.shape[1]
-    if grouped:
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    else:
-        key, value = key.repeat(1, repeats, 1), value.repeat(1, repeats, 1)
-    pieces = []
-    starts = zip(pairwise(sequences.query_starts.tolist()), pairwise(sequences.key_starts.tolist()), strict=True)
-    for queries, keys in starts:
-        q, k, v = query[slice(*queries)], key[slice(*keys)], value[slice(*keys)]
-        scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * scale
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        offset = len(k) - len(q) if align == "end" else 0
-        distance = torch.arange(len(q))[:, None] + offset - torch.arange(len(k))
-        hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
-        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0.0)
-        pieces.append(torch.einsum("hqk,khd->qhd", weights, v.float()))
-    return torch.cat(pieces).to(query.dtype)
 
 
 def without(**fixed: Any) -> Callable[..., torch.Tensor]:

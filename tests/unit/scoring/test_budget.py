@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_cli.core.errors import MachineError
+from dpo_cli.core.errors import MachineError, is_out_of_memory
 from dpo_cli.data.tokenise import TokenGroup
-from dpo_cli.scoring.budget import TokenBudget, in_micro_batches, is_out_of_memory
+from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
 from dpo_cli.scoring.layout import split_by_tokens
 
 SEVERAL = [[0, 1], [2]]
@@ -28,6 +28,11 @@ SEVERAL = [[0, 1], [2]]
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         torch.cuda.OutOfMemoryError("CUDA out of memory."),
         MemoryError(),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA driver error: out of memory"),
+        RuntimeError("HIP out of memory. Tried to allocate 2.00 GiB"),
         RuntimeError(
             "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you ..."
         ),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,18 @@ import transformers
 from transformers import AttentionInterface
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from dpo_cli.core import paths
+from dpo_cli.core import gpu, paths
 from dpo_cli.core.errors import MachineError
 from dpo_cli.core.params import LoraParams, RuntimeParams
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models.adapters import add_adapter
+from dpo_cli.models.load import load_model
 from dpo_cli.scoring import attention, probe, varlen
 from dpo_cli.scoring.attention import IMPLEMENTATION, attending, block_attention
-from dpo_cli.scoring.blocks import additive, aligned_mask, plain_attention
 from dpo_cli.scoring.layout import LAYOUTS, MIN_SHARED_TOKENS, lay_out
 from dpo_cli.scoring.probe import BFLOAT16_TOLERANCE, TOLERANCE, open_scorer, probe_groups, probe_layouts
 from dpo_cli.scoring.scorer import Scorer
+from tests.slow_kernel import slow_kernel
 
 _COMMON = {
     "vocab_size": 100,
@@ -332,16 +332,7 @@ def test_the_kernel_of_the_attention_is_named_and_why_others_are_not(
     def no_window(query: Any, key: Any, value: Any, sequences: Any, scale: float, window: Any, softcap: Any) -> Any:
         if window is not None:
             raise NotImplementedError("no window in this version")
-        repeats = query.shape[1] // key.shape[1]
-        starts = [pairwise(found.tolist()) for found in (sequences.query_starts, sequences.key_starts)]
-        pieces = []
-        for queries, keys in zip(*starts, strict=True):
-            places = ((query, queries), (key, keys), (value, keys))
-            q, k, v = (tensor[slice(*place)].float().transpose(0, 1) for tensor, place in places)
-            k, v = k.repeat_interleave(repeats, 0), v.repeat_interleave(repeats, 0)
-            mask = additive(aligned_mask(q.shape[1], k.shape[1], None), torch.float32, q.device)
-            pieces.append(plain_attention(q[None], k[None], v[None], mask, scale, None, None)[0].transpose(0, 1))
-        return torch.cat(pieces).to(query.dtype)
+        return slow_kernel(query, key, value, sequences, scale, window, softcap)
 
     monkeypatch.setattr(probe, "BFLOAT16_TOLERANCE", 0.2)  # these weights are large
     monkeypatch.setattr(attention, "VARLEN_DEVICES", ("cpu",))
@@ -363,6 +354,36 @@ def test_the_kernel_of_the_attention_is_named_and_why_others_are_not(
             assert "; attention by old; not absent: not installed; last MLP" in line
         assert ("as remembered" in line) == remembered
     varlen._choose.cache_clear()
+
+
+def test_a_model_generates_after_kernels_were_tried_out_on_a_gpu(
+    open_: Callable[..., Any], make_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "GPU_TYPES", ("cuda", "cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+    for _ in range(2):  # probed, then remembered
+        model = make_llama(100)
+        scorer, verdict = open_(model)
+        assert scorer.layout == "shared"
+        assert verdict.attention == "PyTorch's flash kernel for the CPU", "what was tried out is known"
+        assert model.config._attn_implementation == scorer.own_attention
+        assert model(torch.tensor([[1, 2]])).logits.isfinite().all()
+
+
+def test_what_nf4_leaves_in_plain_numbers_is_named_with_its_bytes(
+    open_: Callable[..., Any], cpu: Any, tmp_path: Path, reporter: Any
+) -> None:
+    """transformers holds experts as one tensor of three dimensions, and bitsandbytes replaces linear layers."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16}
+    models = {"experts": build("Qwen3MoeConfig", _COMMON | experts), "dense": build(*RIGHT["llama"])}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+        open_(load_model(tmp_path / name, cpu, quantization="nf4"))
+    (warning,) = reporter.warned
+    assert warning.startswith("train: quantization nf4 is of linear layers alone and leaves 0.00 GiB of weights as")
+    assert warning.endswith(": model.layers.*.mlp.experts.gate_up_proj, model.layers.*.mlp.experts.down_proj")
+    open_(models["experts"])
+    assert len(reporter.warned) == 1, "a plain model leaves nothing"
 
 
 def test_padded_rows_have_the_models_own_attention(

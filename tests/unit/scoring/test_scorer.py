@@ -197,8 +197,8 @@ def test_next_token_distributions_are_those_of_the_models_own_forward(
     model = build(family)
     groups = make_groups(3, vocabulary=VOCABULARY, completions=1)
     with Scorer(model, torch.float32, layout) as scorer:
-        together = scorer.next_token_logps(groups)
-    for group, ours in zip(groups, together, strict=True):
+        together = scorer.next_token_logps(scorer.predict(groups))
+    for group, ours in zip(groups, together.split([len(g.completions[0]) for g in groups]), strict=True):
         (completion,) = group.completions
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([[*group.prompt, *completion]])).logits[0]
@@ -440,7 +440,7 @@ def test_a_model_that_does_not_do_what_its_configuration_says_is_taken_at_its_wo
     theirs = torch.autograd.grad((expected * weights).sum(), model.lm_head.weight)[0]
     assert relative(ours, theirs) <= 1e-5
     (single,) = make_groups(1, completions=1)
-    assert scorer.next_token_logps([single])[0].exp().sum(1) == pytest.approx(1.0, abs=1e-5)
+    assert scorer.next_token_logps(scorer.predict([single])).exp().sum(1) == pytest.approx(1.0, abs=1e-5)
 
 
 HEADS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -581,11 +581,10 @@ def test_a_model_that_goes_around_its_backbone_gives_its_logits(
 
 
 @pytest.mark.parametrize("vocabulary", [VOCABULARY, 8192])
-def test_room_for_distributions_is_a_quarter_of_a_gibibyte_whatever_the_head_may_hold(
-    vocabulary: int, make_llama: Callable[..., Any]
-) -> None:
-    scorer = Scorer(make_llama(vocabulary), torch.float32, "padded", head_bytes=1)
-    assert scorer.max_distribution_tokens == (256 << 20) // (8 * vocabulary)
+def test_room_for_distributions_is_what_logits_may_take(vocabulary: int, make_llama: Callable[..., Any]) -> None:
+    model = make_llama(vocabulary)
+    assert Scorer(model, torch.float32, "padded", 1 << 20).max_distribution_rows == (1 << 20) // (16 * vocabulary)
+    assert Scorer(model, torch.float32, "padded", 1).max_distribution_rows == 1
 
 
 # --- precision and adapters ---------------------------------------------------------------

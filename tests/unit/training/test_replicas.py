@@ -25,6 +25,7 @@ SAME = ("curve", "tiny_batches", "instructions")
 TOGETHER = (
     *SAME,
     "out_of_memory",
+    "unlike_gpus",
     "dropped",
     "stopped",
     "resumed",
@@ -120,6 +121,14 @@ def test_memory_that_runs_out_in_one_process_is_its_own_affair(
     assert first["sizes"] == both["curve"][0]["sizes"], "what is done again is not exchanged"
 
 
+def test_gradients_are_clipped_by_the_first_ones_norm(both: dict[str, list[Any]]) -> None:
+    first, second = both["unlike_gpus"]
+    assert (first["error"], second["error"]) == (None, None)
+    assert same_bytes(first, second)
+    assert curve(first, "grad_norm") == curve(second, "grad_norm")
+    assert min(curve(first, "grad_norm")) > 1e-3, "all of them were clipped"
+
+
 def test_a_step_is_one_exchange(alone: dict[str, Any], both: dict[str, list[Any]]) -> None:
     assert alone["curve"]["sizes"] == []
     for outcome in both["curve"]:
@@ -196,11 +205,11 @@ def test_every_group_is_in_one_share_and_shares_are_even(
 
 
 def test_alone_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    with join_replicas(RuntimeParams()) as replicas:
+    with join_replicas(RuntimeParams(), embedded=False) as replicas:
         assert replicas is ALONE
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    with join_replicas(RuntimeParams()) as replicas:
+    with join_replicas(RuntimeParams(), embedded=False) as replicas:
         assert replicas is ALONE
         assert "LOCAL_RANK" not in os.environ, "accelerate would start a process group"
     assert os.environ["LOCAL_RANK"] == "0"
@@ -210,13 +219,13 @@ def test_alone_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_several_machines_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(MachineError, match="on several machines"), join_replicas(RuntimeParams()):
+    with pytest.raises(MachineError, match="on several machines"), join_replicas(RuntimeParams(), embedded=False):
         pass
 
 
 def test_under_dvc_a_stage_stays_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("DVC_STAGE", "train")
-    with join_replicas(RuntimeParams()) as replicas:
+    with join_replicas(RuntimeParams(), embedded=False) as replicas:
         assert replicas is ALONE
         assert os.environ["WORLD_SIZE"] == "2", "so that the stage is refused"

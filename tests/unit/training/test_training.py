@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from dpo_cli.core import gpu
 from dpo_cli.core.errors import Interrupted, MachineError, ParamsError, StaleArtifactError
 from dpo_cli.core.params import LoraParams, RuntimeParams, TrainingParams, TrainParams
 from dpo_cli.data.tokenise import TokenGroup
@@ -431,6 +432,39 @@ def test_an_optimizer_of_cuda_is_refused_on_the_cpu(tmp_path: Path, cpu: Any) ->
         training_arguments(knobs, Plan.of(knobs, 8), cpu, tmp_path, "train", evaluate_at_start=True)
 
 
+def test_on_a_gpu_kernels_are_loaded_before_memory_is_full_which_moves_nothing(
+    tiny_folder: Path,
+    pairs: Any,
+    tmp_path: Path,
+    cpu: Any,
+    make_reporter: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def train(name: str) -> tuple[dict[str, torch.Tensor], list[tuple[int, bool]]]:
+        model = add_adapter(load_model(tiny_folder, cpu, quantization="nf4"), LoraParams(r=4, dropout=0.3), seed=0)
+        keep_weights_unpacked(model)
+        scorer = Scorer(model, torch.float32, "padded", 1 << 20)
+        objective = PairObjective(TrainParams(beta=0.1), reference(scorer, [*pairs[0], *pairs[1]]))
+        seen, score = [], scorer.score
+
+        def noted(groups: Sequence[TokenGroup], **asked: Any) -> Any:
+            seen.append((max(group.longest for group in groups), torch.is_grad_enabled()))
+            return score(groups, **asked)
+
+        monkeypatch.setattr(scorer, "score", noted)
+        runtime = RuntimeParams(recompute="none", checkpoint_minutes=60.0, max_tokens_per_microbatch=1024)
+        run(model, scorer, objective, pairs, tmp_path / name, cpu, make_reporter(), runtime)
+        return adapter(model), seen
+
+    expected, without = train("cpu")
+    monkeypatch.setattr(gpu, "GPU_TYPES", ("cuda", "cpu"))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", torch.get_rng_state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda _: None)
+    found, seen = train("gpu")
+    assert seen == [(sorted(group.longest for group in pairs[0])[1], True), *without]
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
 # --- the step-0 gate ----------------------------------------------------------------------
 
 
@@ -443,6 +477,15 @@ def test_the_gate_lets_the_reference_through(budget: int, policy: Callable[[], A
     assert seen.loss == pytest.approx(math.log(2), abs=1e-5)
     assert seen.max_abs_margin <= 1e-4
     assert seen.num_pairs == 20
+
+
+def test_on_a_gpu_the_gate_is_of_fewer_pairs(
+    policy: Callable[[], Any], pairs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "GPU_TYPES", ("cuda", "cpu"))
+    scorer = Scorer(model := policy(), torch.float32)
+    objective = PairObjective(TrainParams(beta=0.1), reference(scorer, pairs[0]))
+    assert check_step_zero(model, scorer, objective, pairs[0], 4096).num_pairs == 16
 
 
 @pytest.mark.parametrize("value", [0.01, -3.0, math.nan, math.inf])

@@ -20,6 +20,7 @@ from dpo_cli.evaluation.judges.hf import HfJudge, kinship_of
 from dpo_cli.evaluation.judges.prompts import Template
 from dpo_cli.evaluation.win_rate import Pair, compare_all, summarise
 from dpo_cli.models.load import load_model, load_tokenizer
+from dpo_cli.scoring.scorer import Scorer
 
 TEMPLATE = Template("short", "{prompt} A: {a} B: {b} A or B?")
 WITH_TIE = Template("tie", "{prompt} A: {a} B: {b} A, B or {tie}?")
@@ -47,6 +48,24 @@ def test_a_verdict_is_the_plain_forwards(
         expected = p[0] + (p[2] / 2 if len(options) == 3 else 0)
         assert found[index].p_a == pytest.approx(expected.item(), abs=1e-5)
         assert found[index].verdict == ("A", "B", "tie")[int(p.argmax())]
+
+
+def test_many_questions_go_through_the_model_at_once_whatever_logits_may_be_held(
+    project: Path, tiny_folder: Path, cpu: Any, reporter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = RuntimeParams(max_tokens_per_microbatch=4096)
+    judge = HfJudge.load(tiny_folder, TEMPLATE, cpu, "none", "auto", runtime, reporter, "evaluate")
+    expected = dict(judge.judge(QUESTIONS))
+    passes, rows = [], []
+    predict, read = Scorer.predict, Scorer.next_token_logps
+    monkeypatch.setattr(Scorer, "predict", lambda self, groups: passes.append(len(groups)) or predict(self, groups))
+    monkeypatch.setattr(Scorer, "next_token_logps", lambda self, some: rows.append(len(some)) or read(self, some))
+    monkeypatch.setattr(Scorer, "max_distribution_rows", 3)
+    found = dict(judge.judge(QUESTIONS))
+    assert passes == [8]
+    assert rows == [3, 3, 2]
+    for index, judgment in expected.items():
+        assert found[index].p_a == pytest.approx(judgment.p_a, abs=1e-6)
 
 
 def test_swapping_the_answers_gives_one_minus_p(project: Path, tiny_folder: Path, cpu: Any, reporter: Any) -> None:
