@@ -11,11 +11,11 @@ from dpo_cli.core.params import LoraParams, Params, TrainParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.dry_run.counts import Counting, Counts
-from dpo_cli.dry_run.device import CUDA, dry_cuda, read_backs_give_zeros
+from dpo_cli.dry_run.device import dry_cuda, prepare_dry_machine, read_backs_give_zeros
 from dpo_cli.dry_run.model import dry_model
 from dpo_cli.dry_run.roofline import HOST_S, REACHED_SHARE, Prediction, predict
 from dpo_cli.dry_run.step import DryTrainer, mean_visible_pairs, open_dry_scorer, take_optimizer_step
-from dpo_cli.models.device import Machine, token_budget
+from dpo_cli.models.device import token_budget
 from dpo_cli.models.gpus import GPUS, Gpu
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.models.shapes import SHAPES
@@ -56,14 +56,12 @@ def predict_speed(options: PredictionOptions, params: Params, reporter: Reporter
     quiet_libraries()
     gpu = GPUS[options.card]
     counting = Counting()
-    machine = Machine(CUDA, torch.bfloat16 if gpu.has_bfloat16 else torch.float16)
     memory = gpu.memory_gib * _GIB - CONTEXT_BYTES
     figures: dict[str, Any] = {
         "is_prediction": True,
         "card": options.card,
         "model": options.shape,
         "quantization": params.reference.quantization,
-        "compute_dtype": machine.dtype_name,
         "regime": f"{options.regime}: {REGIMES[options.regime].meaning}",
         "num_pairs": options.num_pairs,
         "datasheet_tflops": gpu.tflops,
@@ -71,6 +69,8 @@ def predict_speed(options: PredictionOptions, params: Params, reporter: Reporter
         "torch": torch.__version__,
     }
     with dry_cuda(gpu.capability, memory, lambda: counting.live_bytes), counting:
+        machine = prepare_dry_machine(params.runtime)
+        figures["compute_dtype"] = machine.dtype_name
         lora = params.train.lora or LoraParams()
         model = dry_model(SHAPES[options.shape], machine, params.reference.quantization, lora)
         scorer = open_dry_scorer(model, machine, "shared" if params.runtime.layout == "auto" else params.runtime.layout)

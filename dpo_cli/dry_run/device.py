@@ -19,6 +19,8 @@ from torch import _meta_registrations
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.nn.functional import scaled_dot_product_attention
 
+from dpo_cli.core.params import RuntimeParams
+from dpo_cli.models.device import Machine, prepare_machine
 from dpo_cli.scoring import varlen
 from dpo_cli.scoring.scorer import Scorer
 
@@ -46,6 +48,11 @@ def dry_cuda(
         allocated_bytes: How much of it tensors take now.
         has_varlen: Whether a kernel for sequences of any length is installed.
     """
+    fraction = 1.0
+
+    def bound_memory(share: float, *_: Any) -> None:
+        nonlocal fraction
+        fraction = share
 
     def free_memory(*_: Any) -> tuple[int, int]:
         return memory_bytes - allocated_bytes(), memory_bytes
@@ -112,9 +119,10 @@ def dry_cuda(
         "torch.cuda.get_rng_state": lambda *_: torch.empty(16, dtype=torch.uint8),
         "torch.cuda.set_rng_state": lambda *_: None,
         "torch.cuda.mem_get_info": free_memory,
-        "torch.cuda.memory_reserved": lambda *_: 0,
-        "torch.cuda.memory_allocated": lambda *_: 0,
-        "torch.cuda.get_per_process_memory_fraction": lambda *_: 1.0,
+        "torch.cuda.memory_reserved": lambda *_: allocated_bytes(),
+        "torch.cuda.memory_allocated": lambda *_: allocated_bytes(),
+        "torch.cuda.get_per_process_memory_fraction": lambda *_: fraction,
+        "torch.cuda.set_per_process_memory_fraction": bound_memory,
         "torch.nn.functional.scaled_dot_product_attention": attention,
         "transformers.utils.import_utils.is_fake_tensor": lambda _: False,  # or it takes another way
         "transformers.masking_utils.find_packed_sequence_indices": packed_sequences,
@@ -129,6 +137,12 @@ def dry_cuda(
         varlen._choose.cache_clear()
         stack.callback(varlen._choose.cache_clear)
         yield stack.enter_context(FakeTensorMode())
+
+
+def prepare_dry_machine(runtime: RuntimeParams) -> Machine:
+    """The dry device with the dtype and the bound on memory that a real one would get; call under ``dry_cuda``."""
+    with patch("torch.cuda.is_available", lambda: True):
+        return prepare_machine(runtime, embedded=False)
 
 
 @contextmanager

@@ -25,11 +25,6 @@ class Gpu:
     capability: tuple[int, int]
     pattern: str
 
-    @property
-    def has_bfloat16(self) -> bool:
-        """Whether it computes in bfloat16; those before Ampere do in float16 alone."""
-        return self.capability >= (8, 0)
-
 
 def _geforce(name: str) -> str:
     return rf"GeForce {name}"
