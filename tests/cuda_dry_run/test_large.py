@@ -53,8 +53,7 @@ def test_kernels_and_bytes_a_layer_stay_under_their_bounds(name: str, outcomes: 
     assert 0.85 * most_gigabytes <= gigabytes <= most_gigabytes
 
 
-@pytest.mark.xfail(reason="the divergence copies whole distributions to float64", strict=True)
 def test_the_divergence_of_an_answer_takes_little_beside_the_model(outcomes: Outcomes) -> None:
-    """256 tokens, a vocabulary of 128,256: two distributions in float32 are 0.25 GiB."""
+    """256 tokens, a vocabulary of 128,256: the distributions of two models in float64 would be 0.5 GiB."""
     found = outcomes("large")[str(LARGE_PASSES[1])]
-    assert (found["peak_bytes"] - found["base_bytes"]) / GIB < 0.75
+    assert (found["peak_bytes"] - found["base_bytes"]) / GIB < 0.35
