@@ -38,8 +38,10 @@ CALL_ROLES = ("function_call", "tool_call")
 """Roles of an assistant's turn whose text is a call."""
 
 ROLE_KEYS = ("role", "from", "speaker")
-_CONTENT_KEYS = ("content", "value", "text")
+CONTENT_KEYS = ("content", "value", "text")
 _CALL_KEYS = ("tool_calls", "function_call")
+ANSWER_KEYS = ("text", "response", "completion", "content", "answer", "output", "solution", "value")
+"""What the text of an answer is called in an object that is no turn."""
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """What the reasoning before an answer is called."""
 _MEDIA = re.compile(r"(?:images?|img|audios?|videos?|media)(?:_(?:paths?|urls?|files?|bytes|base64))?", re.IGNORECASE)
@@ -59,7 +61,7 @@ def read_message(value: Any, where: str, roles: Mapping[str, str] = ROLE_NAMES) 
         raise RowProblem("bad_message", f"{where} must be a message, got {kind_of(value)}")
     if not is_turn(value):
         raise RowProblem("unknown_role", f"{where} has no role: it is {kind_of(value)}")
-    name = _said(value, ROLE_KEYS)
+    name = value.get(key_in(value, ROLE_KEYS))
     role = _role_of(name, roles)
     if role is None:
         known = ", ".join(roles)
@@ -68,16 +70,21 @@ def read_message(value: Any, where: str, roles: Mapping[str, str] = ROLE_NAMES) 
             f"{where} has the role {_shown(name)}; known are {known}; say in roles which of them it is",
         )
     refuse_media(value, media_keys(value), where)
-    content = _said(value, _CONTENT_KEYS)
+    content = value.get(key_in(value))
     if name not in roles and name.lower() in CALL_ROLES:
         return {"role": role, "content": "", "tool_calls": read_calls(content, where)}
     extra = _read_extra(value, role, where)
     return {"role": role, "content": read_content("" if content is None and extra else content, where), **extra}
 
 
-def _said(turn: Mapping[str, Any], keys: Iterable[str]) -> Any:
-    """What a turn has under the first of some keys that is not null: in parquet it has the keys of all turns."""
-    return next((turn[key] for key in keys if turn.get(key) is not None), None)
+def key_in(turn: Mapping[str, Any], keys: Iterable[str] = CONTENT_KEYS) -> str:
+    """The first of some keys under which a turn has something, in parquet it has the keys of all turns; else empty."""
+    return next((key for key in keys if turn.get(key) is not None), "")
+
+
+def role_in(turn: Mapping[str, Any]) -> str | None:
+    """Whose a turn is, where the name is a usual one."""
+    return _role_of(turn.get(key_in(turn, ROLE_KEYS)), ROLE_NAMES)
 
 
 def _read_extra(value: Mapping[str, Any], role: str, where: str) -> Message:
@@ -96,7 +103,7 @@ def _read_extra(value: Mapping[str, Any], role: str, where: str) -> Message:
     return extra
 
 
-_READ_OF_A_TURN = frozenset((*ROLE_KEYS, *_CONTENT_KEYS, *_CALL_KEYS, *REASONING_KEYS))
+_READ_OF_A_TURN = frozenset((*ROLE_KEYS, *CONTENT_KEYS, *_CALL_KEYS, *REASONING_KEYS))
 """What is read of a turn."""
 _OF_A_TOOL = ("name", "tool_call_id")
 
@@ -106,8 +113,7 @@ def unread_of_turns(turns: Any, also_read: Collection[str]) -> list[str]:
     found: dict[str, None] = {}
     for turn in turns if type(turns) is list else [turns]:
         if type(turn) is dict and len(turn) > 2 and is_turn(turn):
-            role = _said(turn, ROLE_KEYS)
-            own = (*also_read, *(_OF_A_TOOL if _role_of(role, ROLE_NAMES) == "tool" else ()))
+            own = (*also_read, *(_OF_A_TOOL if role_in(turn) == "tool" else ()))
             names = (name for name in turn if name not in _READ_OF_A_TURN and name not in own)
             found.update(dict.fromkeys(name for name in names if says_something(turn[name])))
     return list(found)
@@ -279,4 +285,4 @@ def last_role(turns: Sequence[Any]) -> str | None:
     last = turns[-1]
     if keys := pair_in(last):
         return "user" if last[keys[1]] is None else "assistant"
-    return _role_of(_said(last, ROLE_KEYS), ROLE_NAMES)
+    return role_in(last)

@@ -15,14 +15,13 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from dpo_cli.data.formats.base import Column, Columns, Format, Reading, RowProblem, Suggestion, kind_of, number
-from dpo_cli.data.formats.content import is_turn, json_in
+from dpo_cli.data.formats.content import ANSWER_KEYS, is_turn, json_in
 from dpo_cli.data.formats.prompts import PROMPT_ALTERNATIVES, PROMPT_NAMES, PROMPT_NEEDS, read_answer, read_prompt
 from dpo_cli.data.formats.verdicts import read_verdicts
 from dpo_cli.data.schema import Messages, RankingExample, RawRow
 
 _NUMBERED = re.compile(r"(prediction|completion|response|output|answer|candidate|score|rating|reward|rank)[ _]?(\d+)")
 _ORDER = ("ranks", "scores", "preference")
-_TEXT_KEYS = ("text", "response", "completion", "content", "answer", "output", "solution", "value")
 _RANK_KEYS = ("rank",)
 _SCORE_KEYS = ("score", "overall_score", "rating", "reward", "pm_score", "is_correct", "correct")
 _NUMBERED_ORDER = {"score": "scores", "rating": "scores", "reward": "scores", "rank": "ranks"}
@@ -59,7 +58,7 @@ def _list(value: Any) -> Any:
 def _completion(value: Any, index: int, prompt: Messages, reading: Reading, row: RawRow) -> Messages:
     where = f"completions[{index}]"
     if isinstance(value, dict) and not is_turn(value):
-        key = next((key for key in _TEXT_KEYS if value.get(key) is not None), None)
+        key = next((key for key in ANSWER_KEYS if value.get(key) is not None), None)
         if key is None:
             raise RowProblem("missing_field", f"{where} has no text: it is {kind_of(value)}")
         value = value[key]
