@@ -41,6 +41,7 @@ def headline(metrics: Mapping[str, Any]) -> tuple[str, Status]:
     """The verdict in one sentence."""
     if metrics["kl_estimates_disagree"]:
         return "Something is wrong with the computation: two estimates of the KL disagree.", "bad"
+    too_far = f" It went far from the SFT model; {_to_stay(metrics)[0]}." if metrics["kl"] > HIGH_KL else ""
     statuses = [finding.status for finding in verdict(metrics)]
     broken = "bad" in statuses
     if metrics["kl"] < HARDLY_MOVED and not broken:
@@ -48,7 +49,7 @@ def headline(metrics: Mapping[str, Any]) -> tuple[str, Status]:
     if "win_rate" not in metrics:
         accuracy = _around_half(metrics["reward_accuracy_ci"], metrics["num_prompts"])
         if broken or accuracy == "bad":
-            return "Tuning did harm: see the red lines.", "bad"
+            return f"Tuning did harm: see the red lines.{too_far}", "bad"
         if accuracy == "good":
             return "The tuned model learned the preferences; no judge compared its answers.", "good"
         if metrics["num_prompts"] < FEWEST:
@@ -58,10 +59,10 @@ def headline(metrics: Mapping[str, Any]) -> tuple[str, Status]:
     if wins == "good" and not broken:
         return "The tuned model is better than the SFT model.", "good"
     if broken:
-        return "Tuning did harm: see the red lines.", "bad"
+        return f"Tuning did harm: see the red lines.{too_far}", "bad"
     if metrics["num_decided"] < FEWEST:
         return "The comparison is open: too few prompts have a winner.", "warn"
-    return "The comparison is open: the interval of the win rate holds one half.", "warn"
+    return f"The comparison is open: the interval of the win rate holds one half.{too_far}", "warn"
 
 
 def _around_half(ci: list[float] | None, number: int) -> Status:
@@ -76,15 +77,32 @@ def _to_move(metrics: Mapping[str, Any]) -> list[str]:
     training = metrics.get("training")
     if training is None:  # a model of whose training nothing is known
         return ["train longer, or with a higher learning rate"]
-    rate = training["learning_rate"]
+    steps, rate, beta = _settings(training)
     if training["kept_step"] == 0:
-        return [f"train.keep best kept its start: lower train.learning_rate, which was {rate:g}"]
-    raise_rate = f"raise train.learning_rate, which was {rate:g}"
+        return [f"train.keep best kept its start: lower {rate}"]
+    first = [f"raise {rate}", f"raise {steps}"]
+    return [*(first if training["learning_rate"] < USUAL_RATE else reversed(first)), f"lower {beta}"]
+
+
+def _to_stay(metrics: Mapping[str, Any]) -> list[str]:
+    """What to do about a model that went too far: settings to change, with their values, the likeliest first."""
+    training = metrics.get("training")
+    if training is None:
+        return ["train less, or with a lower learning rate"]
+    steps, rate, beta = _settings(training)
+    first = [f"lower {rate}", f"lower {steps}"]
+    return [*(first if training["learning_rate"] > USUAL_RATE else reversed(first)), f"raise {beta}"]
+
+
+def _settings(training: Mapping[str, Any]) -> tuple[str, str, str]:
+    """How long, how fast and how near the reference it was trained: each setting with its value."""
     limit = "max_steps" if training["max_steps"] else "epochs"
     steps = f", so {training['num_steps']} steps" if limit == "epochs" and training["num_steps"] else ""
-    raise_steps = f"raise train.{limit}, which was {training[limit]:g}{steps}"
-    lower_beta = f"lower train.beta, which was {training['beta']:g}"
-    return [*([raise_rate, raise_steps] if rate < USUAL_RATE else [raise_steps, raise_rate]), lower_beta]
+    return (
+        f"train.{limit}, which was {training[limit]:g}{steps}",
+        f"train.learning_rate, which was {training['learning_rate']:g}",
+        f"train.beta, which was {training['beta']:g}",
+    )
 
 
 def _win_rate(metrics: Mapping[str, Any]) -> Finding:
@@ -176,6 +194,8 @@ def _kl(metrics: Mapping[str, Any]) -> Finding:
         meaning += "; its two estimates disagree, so one of them is wrong"
     elif kl < HARDLY_MOVED:
         meaning += f"; the model hardly moved: {', or '.join(_to_move(metrics))}"
+    elif kl > HIGH_KL:
+        meaning += f"; the model went far, look at its answers: {', or '.join(_to_stay(metrics))}"
     status: Status = "bad" if disagree else "warn" if kl > HIGH_KL or kl < HARDLY_MOVED else "good"
     return Finding("KL from the reference", f"{kl:.2f} nats", status, meaning)
 

@@ -204,6 +204,21 @@ def test_a_model_that_hardly_moved_is_told_which_setting_to_change(
     assert meaning in finding("KL from the reference", **moved).meaning
 
 
+def test_a_model_that_went_too_far_is_told_which_setting_to_change() -> None:
+    """Unless it is better; the line of the KL says it in any case."""
+    far = {"kl": HIGH_KL + 1, "training": TRAINING}
+    slow, fast = METRICS | far, METRICS | far | {"training": TRAINING | {"learning_rate": 2 * USUAL_RATE}}
+    open_, worse = {"win_rate_ci": [0.45, 0.6]}, {"win_rate_ci": [0.3, 0.45]}
+    steps = "It went far from the SFT model; lower train.epochs, which was 1, so 62 steps."
+    assert headline(slow | open_)[0].endswith(steps)
+    assert headline(slow | worse)[0].endswith(steps)
+    assert headline(fast | open_)[0].endswith("; lower train.learning_rate, which was 0.0002.")
+    assert headline(fast | open_ | {"training": None})[0].endswith("; train less, or with a lower learning rate.")
+    assert headline(slow) == headline(METRICS)
+    assert "or raise train.beta, which was 0.1" in finding("KL from the reference", **far).meaning
+    assert "far" not in finding("KL from the reference", kl=HIGH_KL).meaning
+
+
 def test_a_red_line_never_stands_under_a_good_headline() -> None:
     broken = [
         {"kl_estimates_disagree": True},
