@@ -61,7 +61,7 @@ def read_message(value: Any, where: str, roles: Mapping[str, str] = ROLE_NAMES) 
         raise RowProblem("bad_message", f"{where} must be a message, got {kind_of(value)}")
     if not is_turn(value):
         raise RowProblem("unknown_role", f"{where} has no role: it is {kind_of(value)}")
-    name = value.get(key_in(value, ROLE_KEYS))
+    name: Any = value.get(key_in(value, ROLE_KEYS))
     role = _role_of(name, roles)
     if role is None:
         known = ", ".join(roles)
