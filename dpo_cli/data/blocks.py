@@ -22,6 +22,8 @@ from dpo_cli.data.checks import (
     ROW_REASONS,
     check_preference,
     check_sft,
+    has_chat_markers,
+    is_empty,
     reason_to_drop,
 )
 from dpo_cli.data.formats import PREFERENCE_FORMATS, SFT_FORMATS
@@ -212,8 +214,10 @@ def convert_block(
                 rows.add(found, "")
         except RowProblem as problem:
             rows.refuse(problem, "")
-        if rows.is_marked and not plan.reading.unwrap and (template := reader.unwrappable(record.value)):
-            rendered[template] += 1
+        if rows.is_marked and not plan.reading.unwrap:
+            template, bare = reader.unwrapped(record.value)
+            if template and not any(map(_is_marked, bare)):
+                rendered[template] += 1
     result = rows.write(folder, index, len(records))
     result.unread, result.unwrapped = reader.take_unread(), reader.take_unwrapped()
     result.rendered = rendered
@@ -358,6 +362,19 @@ class _Rows:
         )
 
 
+def _is_marked(example: Any) -> bool:
+    """Whether a text of an example holds marks of a chat template; a problem in its place does, too."""
+    if isinstance(example, SftExample):
+        lists = [example.prompt, example.completion]
+    elif isinstance(example, PreferenceExample):
+        lists = [example.prompt, example.chosen, example.rejected]
+    elif isinstance(example, RankingExample):
+        lists = [example.prompt, *example.completions]
+    else:
+        return True
+    return any(has_chat_markers(text_of(messages)) for messages in lists)
+
+
 def fit_answers(example: RankingExample, policies: Mapping[str, str]) -> tuple[list[int], list[tuple[int, str, str]]]:
     """Which answers of a ranking stay: none that is empty, or says what a better one says, where these are dropped.
 
@@ -369,7 +386,7 @@ def fit_answers(example: RankingExample, policies: Mapping[str, str]) -> tuple[l
     seen: dict[str, int] = {}
     for place, completion in enumerate(example.completions):
         text = text_of(completion).strip()
-        if not text and policies["empty_rejected"] != "keep":
+        if is_empty(completion) and policies["empty_rejected"] != "keep":
             unfit.append((place, "empty_rejected", "has an empty answer"))
         elif text in seen and policies["equal_sides"] != "keep":
             unfit.append((place, "equal_sides", f"has the text of answer {seen[text] + 1} again"))

@@ -51,8 +51,9 @@ def columns_to_say(
         reads: Whether a format reads the rows where these columns are named.
     """
     for fmt in formats:
-        guess = min(_guesses(fmt, rows, named, reading), key=lambda guess: (len(guess.missing), guess.borrowed))
-        if guess.columns and not guess.missing and reads(fmt, {**named, **guess.columns}):
+        guesses = [guess for guess in _guesses(fmt, rows, named, reading) if guess.columns and not guess.missing]
+        guess = min(guesses, key=lambda guess: guess.borrowed, default=None)
+        if guess and reads(fmt, {**named, **guess.columns}):
             return _as_yaml(fmt, {**guess.columns, **named})
     return ""
 

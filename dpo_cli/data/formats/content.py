@@ -72,8 +72,8 @@ def read_message(value: Any, where: str, roles: Mapping[str, str] = ROLE_NAMES) 
     refuse_media(value, media_keys(value), where)
     content = value.get(key_in(value))
     if name not in roles and name.lower() in CALL_ROLES:
-        return {"role": role, "content": "", "tool_calls": read_calls(content, where)}
-    extra = _read_extra(value, role, where)
+        return {"role": role, "content": "", **_read_reasoning(value, where), "tool_calls": read_calls(content, where)}
+    extra = read_extra(value, role, where)
     return {"role": role, "content": read_content("" if content is None and extra else content, where), **extra}
 
 
@@ -87,36 +87,71 @@ def role_in(turn: Mapping[str, Any]) -> str | None:
     return _role_of(turn.get(key_in(turn, ROLE_KEYS)), ROLE_NAMES)
 
 
-def _read_extra(value: Mapping[str, Any], role: str, where: str) -> Message:
+def read_extra(value: Mapping[str, Any], role: str, where: str) -> Message:
     """What a turn has beside its text: reasoning and calls of an answer, of a tool's turn what it answers."""
     extra: Message = {}
     if role == "assistant":
-        reasoning = next((value[key] for key in REASONING_KEYS if value.get(key)), "")
-        if not isinstance(reasoning, str):
-            raise RowProblem("not_text", f"{where} must have its reasoning as text, got {kind_of(reasoning)}")
-        if reasoning.strip():
-            extra["reasoning_content"] = reasoning
-        if calls := next((value[key] for key in _CALL_KEYS if value.get(key)), None):
-            extra["tool_calls"] = read_calls(calls, where)
+        extra = _read_reasoning(value, where)
+        if key := _filled(value, _CALL_KEYS):
+            extra["tool_calls"] = read_calls(value[key], where)
     elif role == "tool":
         extra |= {name: value[name] for name in _OF_A_TOOL if isinstance(value.get(name), str)}
     return extra
 
 
-_READ_OF_A_TURN = frozenset((*ROLE_KEYS, *CONTENT_KEYS, *_CALL_KEYS, *REASONING_KEYS))
-"""What is read of a turn."""
+def _read_reasoning(value: Mapping[str, Any], where: str) -> Message:
+    reasoning = value[key] if (key := _filled(value, REASONING_KEYS)) else ""
+    if not isinstance(reasoning, str):
+        raise RowProblem("not_text", f"{where} must have its reasoning as text, got {kind_of(reasoning)}")
+    return {"reasoning_content": reasoning} if reasoning.strip() else {}
+
+
+def _filled(value: Mapping[str, Any], keys: Iterable[str]) -> str:
+    """The first of some keys that holds something; else empty."""
+    return next((key for key in keys if value.get(key)), "")
+
+
 _OF_A_TOOL = ("name", "tool_call_id")
 
 
-def unread_of_turns(turns: Any, also_read: Collection[str]) -> list[str]:
+def unread_of_turns(turns: Any, also_read: Collection[str], roles: Mapping[str, str] = ROLE_NAMES) -> list[str]:
     """Names of what turns hold beside what is read of them; none where the value is no list of turns, nor one."""
     found: dict[str, None] = {}
     for turn in turns if type(turns) is list else [turns]:
-        if type(turn) is dict and len(turn) > 2 and is_turn(turn):
-            own = (*also_read, *(_OF_A_TOOL if role_in(turn) == "tool" else ()))
-            names = (name for name in turn if name not in _READ_OF_A_TURN and name not in own)
-            found.update(dict.fromkeys(name for name in names if says_something(turn[name])))
+        if type(turn) is list:
+            found.update(dict.fromkeys(unread_of_turns(turn, also_read, roles)))
+        elif type(turn) is dict and len(turn) > 2:
+            if is_turn(turn):
+                taken = _read_of(turn, roles)
+            elif keys := pair_in(turn):
+                taken = {*keys, "system"}
+            else:
+                continue
+            found.update(dict.fromkeys(unread_beside(turn, {*taken, *also_read})))
     return list(found)
+
+
+def _read_of(turn: Mapping[str, Any], roles: Mapping[str, str]) -> set[str]:
+    """The keys of a turn that :func:`read_message` reads."""
+    name = turn.get(key_in(turn, ROLE_KEYS))
+    role = _role_of(name, roles)
+    taken = {key_in(turn, ROLE_KEYS), key_in(turn)}
+    if role == "tool":
+        taken.update(_OF_A_TOOL)
+    elif role == "assistant":
+        is_call = name not in roles and isinstance(name, str) and name.lower() in CALL_ROLES
+        taken |= {_filled(turn, REASONING_KEYS), "" if is_call else _filled(turn, _CALL_KEYS)}
+    return taken
+
+
+def read_of_answer(value: Mapping[str, Any]) -> set[str]:
+    """The keys of an answer that is no turn which hold its text, its reasoning and its calls."""
+    return {key_in(value, ANSWER_KEYS), _filled(value, REASONING_KEYS), _filled(value, _CALL_KEYS)}
+
+
+def unread_beside(value: Mapping[str, Any], taken: Collection[str]) -> list[str]:
+    """The keys of an object that hold something, beside those that are read."""
+    return [key for key in value if key not in taken and says_something(value[key])]
 
 
 def media_keys(names: Iterable[Any]) -> tuple[str, ...]:

@@ -86,16 +86,15 @@ class RowReader:
             self._unwrapped[made_by] += 1
         return plan.format, content if tools is None else _with_tools(content, tools)
 
-    def unwrappable(self, row: RawRow) -> str:
-        """The template whose texts ``unwrap: true`` would take apart in a row; empty: it would change nothing."""
+    def unwrapped(self, row: RawRow) -> tuple[str, list[Any]]:
+        """What ``unwrap: true`` would make of a row, and the template of its texts; empty: it would change nothing."""
         try:
             plan, found, made_by = self._taken(row, unwraps=True)
-            content = plan.format.read(found, plan.reading) if made_by else None
-            if isinstance(content, Iterator):
-                list(content)
+            content = plan.format.read(found, plan.reading) if made_by else ()
+            parts = [part for _, part in content] if isinstance(content, Iterator) else [content]
         except RowProblem:
-            return ""
-        return made_by
+            return "", []
+        return (made_by, parts) if made_by else ("", [])
 
     def _taken(self, row: RawRow, *, unwraps: bool) -> tuple[Plan, RawRow, str]:
         """How a row is read, the row with its fields under their own names, and the template that was taken off it.
@@ -314,7 +313,10 @@ class RowReader:
                 try:
                     plan.format.read(plan.rename(row), plan.reading)
                 except RowProblem as problem:
-                    if problem.reason not in ("missing_field", "not_a_list"):
+                    if problem.reason != "missing_field" and (problem.reason, plan.needed[-1]) != (
+                        "not_a_list",
+                        "output",
+                    ):
                         return f"read as {plan.format.name}: {plan.named(problem).detail}", None
         plain = {key.strip().lower(): key for key in row}
         for plan in plans:

@@ -259,7 +259,9 @@ def test_unwrap_is_advised_only_where_it_takes_rows_apart(run: Callable[..., Con
         {**row, "prompt": [user(f"{row['prompt'][0]['content']}yes<|im_end|>"), assistant("x"), user("r")]}
         for row in turns
     ]
-    for rows, settings in ((others, {}), ([*turns[:1], *others], {"unwrap": True})):
+    read = "\n\nHuman: question {}\n\nAssistant: a list:\nHuman: "
+    transcripts = [{"chosen": f"{read.format(n)}yes", "rejected": f"{read.format(n)}no"} for n in range(40)]
+    for rows, settings in ((others, {}), ([*turns[:1], *others], {"unwrap": True}), (transcripts, {})):
         (warning,) = warnings_of(run(rows, **settings).report)
         assert "examples hold marks of chat templates" in warning
         assert "unwrap" not in warning

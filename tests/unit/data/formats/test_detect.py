@@ -237,7 +237,10 @@ def test_a_file_of_no_known_format_is_refused_with_what_to_do(rows: list[Any], m
          "chosen: preferred_response"),
         ("preference", {"conversations": [Q], "good": "a", "bad": "b"}, {}, "chosen: ..., rejected: ..."),
         ("preference", {"prompt": "q"}, {}, "chosen: ..., rejected: ..."),
-        ("preference", {"question": "q", "query": "r", "chosen": "a", "rejected": "b"}, {}, "prompt: question"),
+        *(
+            ("preference", {"question": "q", other: "r", "chosen": "a", "rejected": "b"}, {}, "prompt: question")
+            for other in ("query", "instruction")
+        ),
         ("preference", {"prompt_en": "q", "answers_en": ["a", "b"], "scores_en": [1, 2]}, {},
          "prompt: prompt_en, completions: answers_en, scores: scores_en"),
         ("preference", {"the prompt": "q", "#1 chosen": "a", "rejected, all": "b"}, {},
@@ -264,7 +267,7 @@ def test_an_unknown_file_is_told_columns_that_lose_no_field_of_it(
     if "..." not in advice:
         read = auto(row, kind=kind, columns=said)
         assert not isinstance(read.found[0], RowProblem)
-        assert read.unread.keys() <= {"query"}
+        assert read.unread.keys() <= {"query", "instruction"}
 
 
 @pytest.mark.parametrize(
@@ -280,7 +283,7 @@ def test_where_no_column_would_help_none_is_advised(
     with pytest.raises(UnknownFormatError) as caught:
         auto(row, kind=kind)
     assert problem in str(caught.value)
-    assert "columns:" not in str(caught.value)
+    assert "say which field is which" not in str(caught.value)
 
 
 def test_a_doubt_offers_no_column_that_is_a_side_already(auto: Callable[..., Any]) -> None:
