@@ -81,7 +81,11 @@ def _find_in_prompt(prompt: Messages, found: list[str]) -> None:
 
 def is_empty(messages: Messages) -> bool:
     """Whether there is nothing but white space: no text and no call, for reasoning alone is no answer."""
-    return not any(message["content"].strip() or "tool_calls" in message for message in messages)
+    for message in messages:
+        text = message["content"]
+        if (text and not text.isspace()) or "tool_calls" in message:
+            return False
+    return True
 
 
 def check_sft(example: SftExample) -> list[str]:

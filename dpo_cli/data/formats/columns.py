@@ -33,6 +33,7 @@ class Plan:
         entered: Keys of which only parts are read, with the paths of these parts in them.
         alternatives: The format's alternatives of which these rows may have both.
         spoken: Fields that these rows have and that may hold turns.
+        leaves: Whether they have a field of which the format may leave something else.
     """
 
     format: Format[Any]
@@ -46,6 +47,7 @@ class Plan:
     entered: Mapping[str, frozenset[str]] = field(default_factory=dict)
     alternatives: tuple[tuple[str, str], ...] = ()
     spoken: tuple[str, ...] = ()
+    leaves: bool = False
 
     @property
     def fits(self) -> bool:
@@ -85,7 +87,7 @@ class Plan:
     @property
     def may_leave(self) -> bool:
         """Whether rows with these keys may hold something that is not read."""
-        return bool(self.unread or self.entered or self.alternatives or self.spoken or self.format.unread)
+        return bool(self.unread or self.entered or self.alternatives or self.spoken or self.leaves)
 
     def unread_in(self, row: RawRow, renamed: RawRow) -> tuple[str, ...]:
         """The columns of a row that hold something and are not read, by the file's names.
@@ -99,9 +101,12 @@ class Plan:
             if type(value := renamed.get(name)) is list or type(value) is dict:
                 column = shown(self.columns.get(name, name))
                 found += [f"{column}.{key}" for key in self._unread_of_turns(name, value, renamed)]
-        for name, part in self.format.unread(renamed) if self.format.unread else ():
-            column = shown(self.columns.get(name, name))
-            found.append(f"{column}.{part}" if part else column)
+        if self.leaves:
+            for name, part in self.format.unread(renamed):
+                column = shown(self.columns.get(name, name))
+                found.append(f"{column}.{part}" if part else column)
+        if not self.entered and not self.alternatives:
+            return tuple(dict.fromkeys(found)) if found else ()
         for key, paths in self.entered.items():
             found += _unread_within(row[key], paths, key)
         for name, spare in self.alternatives:
@@ -193,6 +198,7 @@ def plan_of(fmt: Format[Any], keys: Collection[str], named: Mapping[str, Column]
         {key: frozenset(rests) for key, rests in entered.items()},
         tuple(pair for pair in fmt.alternatives if all(map(found.has, pair))),
         tuple(name for name in _SPOKEN if name in fmt.names and found.has(name)) if fmt.of_a_turn is not None else (),
+        any(map(found.has, fmt.leaves)),
     )
 
 

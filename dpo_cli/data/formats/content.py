@@ -166,13 +166,19 @@ def refuse_media(value: Mapping[str, Any], names: Iterable[str], where: str = ""
         RowProblem: One of these fields is not empty.
     """
     for name in names:
-        media = value.get(name)
-        if any(media) if isinstance(media, list) else media:
+        if _is_there(value.get(name)):
             raise RowProblem(
                 "media",
                 f"{where + ' ' if where else ''}has media in {name!r}, and only text is read; take the field out of the"
                 " file to train on the text alone",
             )
+
+
+def _is_there(media: Any) -> bool:
+    """Whether a field holds a picture or the like: a path, bytes, or an object or a list with some of them."""
+    if isinstance(media, list | dict):
+        return any(map(_is_there, media.values() if isinstance(media, dict) else media))
+    return bool(media)
 
 
 def _role_of(name: Any, roles: Mapping[str, str]) -> str | None:
@@ -231,6 +237,7 @@ def turn_by_turn(values: list[Any]) -> list[Any]:
             turns.append(value)
             continue
         asked, answered = keys
+        refuse_media(value, media_keys(value))
         if value.get("system"):
             turns.append({"role": "system", "content": value["system"]})
         turns.append({"role": "user", "content": value[asked]})

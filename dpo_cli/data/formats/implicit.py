@@ -143,5 +143,6 @@ IMPLICIT = Format(
     note=lambda row, reading: "texts are cut behind the last word they share" if _is_text(row) else "",
     doubt=_doubt,
     alternatives=SCORE_ALTERNATIVES,
+    leaves=("margin",),
     unread=unread_margin,
 )

@@ -215,6 +215,7 @@ KWISE = Format(
     note=lambda row, reading: "" if _has_order(row) else "the order of the list is the ranking, best first",
     doubt=_doubt,
     suggest=suggest,
+    leaves=("completions", "output"),
     unread=_unread,
     alternatives=(
         *PROMPT_ALTERNATIVES,

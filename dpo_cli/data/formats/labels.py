@@ -134,7 +134,7 @@ def names_in_place_of_answers(rows: Sequence[RawRow]) -> str:
     if None not in outputs and all({side_of(name, labels) for name in pair} == {"first", "second"} for pair in sides):
         return (
             "'chosen' and 'rejected' name columns in place of answers in every row; say columns:"
-            f" {{first: {outputs[0]}, second: {outputs[1]}, label: chosen}}"
+            f" {{first: {outputs[0]}, second: {outputs[1]}, label: 'chosen'}}"
         )
     if all(set(pair) <= row.keys() for pair, row in zip(sides, rows, strict=True)):
         return (

@@ -90,5 +90,6 @@ PAIRS = Format(
     note=lists_note,
     doubt=_doubt,
     alternatives=PROMPT_ALTERNATIVES + SCORE_ALTERNATIVES,
+    leaves=("margin",),
     unread=unread_margin,
 )

@@ -47,5 +47,6 @@ PROMPT_COMPLETION = Format(
     note=reasoning_note,
     doubt=unpaired_doubt("prompt_completion"),
     alternatives=PROMPT_ALTERNATIVES,
+    leaves=("reasoning",),
     unread=_unread,
 )

@@ -13,7 +13,9 @@ from dpo_cli.data.formats.content import (
     check_prompt,
     is_turn,
     json_in,
+    media_keys,
     read_messages,
+    refuse_media,
     refuse_python,
     turns_in,
 )
@@ -133,6 +135,7 @@ def _messages_in(value: Any) -> Any:
         raise RowProblem(
             "bad_message", f"'prompt' is {kind_of(value)}; say in columns which of them is meant, with a dot between"
         )
+    refuse_media(value, media_keys(value), "'prompt'")
     return value.get("messages", value)
 
 

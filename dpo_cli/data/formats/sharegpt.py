@@ -106,5 +106,6 @@ SHAREGPT = Format(
     matches=_matches,
     note=_note,
     alternatives=SCORE_ALTERNATIVES,
+    leaves=("conversations", "margin"),
     unread=_unread,
 )

@@ -246,13 +246,15 @@ def test_whole_transcripts_beside_a_prompt_are_a_riddle(auto: Callable[..., Any]
     ("row", "said"),
     [
         ({"prompt": "q", "response_a": "J", "response_b": "M", "chosen": "response_a", "rejected": "response_b"},
-         "{first: response_a, second: response_b, label: chosen}"),
+         "{first: response_a, second: response_b, label: 'chosen'}"),
+        ({"prompt": "q", "response_a": "J", "response_b": "M", "better": "response_a", "worse": "response_b"},
+         "{first: response_a, second: response_b, label: 'better'}"),
         ({"prompt": "q", "response_a": "J", "response_b": "M", "chosen": "A", "rejected": "b"},
-         "{first: response_a, second: response_b, label: chosen}"),
+         "{first: response_a, second: response_b, label: 'chosen'}"),
         ({"instruction": "q", "llama": "J", "gpt 4": "M", "chosen": "llama", "rejected": "gpt 4"},
-         "{first: gpt 4, second: llama, label: chosen}"),
+         "{first: gpt 4, second: llama, label: 'chosen'}"),
         ({"x": "q", "model_1": "J", "model_2": "M", "chosen": "model_1", "rejected": "model_2"},
-         "{first: model_1, second: model_2, label: chosen}"),
+         "{first: model_1, second: model_2, label: 'chosen'}"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["preference", "sft"])
