@@ -26,10 +26,17 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from dpo_cli.core.progress import Meter
+from dpo_cli.core.progress import Meter, Status
 from dpo_cli.core.text import in_one_line, printable
 
 _PLAIN_INTERVAL_S = 10.0
+_COLOURS: dict[Status, tuple[str, str]] = {
+    "good": ("green", "green"),
+    "warn": ("amber", "yellow"),
+    "bad": ("red", "bold red"),
+    "plain": ("", ""),
+}
+"""Of a line of a verdict: the word before it, which a pipe or a terminal without colours shows, too, and its style."""
 
 
 def open_console(*, stderr: bool = False) -> Console:
@@ -103,12 +110,27 @@ class ConsoleReporter:
         """Print a summary."""
         if not self._show_tables:
             return
-        table = Table(title=Text(title), title_justify="left", title_style="bold", show_header=False, box=None)
-        table.add_column(style="dim", no_wrap=True)
+        self._print_table(Text(title, "bold"), [(Text(name), Text(value)) for name, value in rows], "dim")
+
+    def verdict(self, headline: str, status: Status, rows: Sequence[tuple[Status, str, str]]) -> None:
+        """Print a judgment; each line says its colour in words, too."""
+        if not self._show_tables:
+            return
+        lines = []
+        for each, name, value in rows:
+            word, style = _COLOURS[each]
+            lines.append((Text(word, style), Text(name, style or "dim"), Text(value)))
+        self._print_table(Text(headline, f"bold {_COLOURS[status][1]}"), lines, "")
+
+    def _print_table(self, title: Text, rows: Sequence[Sequence[Text]], style: str) -> None:
+        table = Table(show_header=False, box=None)
+        for _ in rows[0][:-1] if rows else ():
+            table.add_column(style=style, no_wrap=True)
         table.add_column(overflow="fold")
-        for name, value in rows:
-            table.add_row(Text(name), Text(value))
+        for row in rows:
+            table.add_row(*row)
         self._results.print()
+        self._results.print(title)
         self._results.print(table)
 
 

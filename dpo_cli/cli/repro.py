@@ -50,11 +50,10 @@ def reproduce(targets: Sequence[str], *, force: bool, reporter: Reporter) -> int
     command = [sys.executable, "-m", "dvc", "repro", *options, *map(stages.__getitem__, targets)]
     code = _run(command)
     if code == 0 and (not targets or {"evaluate", "report"} & {stages[target] for target in targets}):
-        from dpo_cli.evaluation.verdict import headline, verdict
+        from dpo_cli.evaluation.verdict import report_verdict
 
         metrics = read_json(paths.metrics_file("evaluate"), "run: dpo-cli evaluate")["evaluate"]
-        rows = [(finding.name, f"{finding.value}  ({finding.meaning})") for finding in verdict(metrics)]
-        reporter.table(headline(metrics)[0], [*rows, ("report", paths.REPORT_HTML.as_posix())])
+        report_verdict(metrics, reporter, also=[("report", paths.REPORT_HTML.as_posix())])
     return code
 
 

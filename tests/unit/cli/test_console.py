@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 
 import pytest
+from rich.console import Console
 
 from dpo_cli.cli import console
 from dpo_cli.cli.console import ConsoleReporter
+from dpo_cli.core.progress import Status
 
 
 class Clock:
@@ -63,6 +65,21 @@ def test_results_go_to_standard_output_and_notes_to_standard_error(capsys: pytes
 def test_no_table_is_printed_beside_json(capsys: pytest.CaptureFixture[str]) -> None:
     ConsoleReporter(show_tables=False).table("stage", [("figure", "1")])
     assert capsys.readouterr().out == ""
+
+
+def test_a_line_of_the_verdict_shows_its_colour_with_and_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = ConsoleReporter()
+    rows: list[tuple[Status, str, str]] = [("bad", "form", "5%"), ("warn", "KL", "12"), ("good", "wins", "70%")]
+    rows.append(("plain", "length", "1.0"))
+    reporter.verdict("Tuning did harm: form.", "bad", rows)
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert [line.split()[0] for line in lines] == ["Tuning", "red", "amber", "green", "length"]
+    screen = io.StringIO()
+    reporter._results = Console(file=screen, force_terminal=True, color_system="standard")
+    reporter.verdict("Tuning did harm: form.", "bad", rows)
+    headline, form = [line for line in screen.getvalue().splitlines() if "form" in line]
+    assert "\x1b[1;31m" in headline
+    assert "\x1b[1;31mred" in form
 
 
 HOSTILE = "\x1b[31m\x9b2J\u202e[/b]"
