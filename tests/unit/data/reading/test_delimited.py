@@ -156,9 +156,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.
             "line 2, column 9: broken CSV: a quote in value 1 that does not",
         ),
         (b"text\none, two\n", "line 2: 2 values where the header has 1 ('text'); quote texts that hold a comma"),
-        (b"a,b\n1,2\n3,4", "line 3: the last line has no line end, so the file may be cut off; if it is whole, add"),
-        (b'a,b\n1,"2"', "line 2: the last line has no line end, so the file may be cut off"),
-        (b'a,b\n1,"2\n""3"', "line 3: the last line has no line end, so the file may be cut off"),
+        (b"a,b\n1,2\n3", "line 3: the file ends within this line, which has 1 of 2 values; it is cut off"),
+        (b'a,b\n1,"2', "line 2, column 3: broken CSV: the quote that opens this value is not closed"),
         (b"a,b\n1,2\n3,\0\n", "line 3: a zero byte, which is no text; fetch the file again"),
         (b'a,b\n1,2\n3,"\n\0"\n', "line 4: a zero byte, which is no text; fetch the file again"),
         (b"a,b,a\n1,2,3\n", "line 1: the header names 'a' twice"),
@@ -235,3 +234,11 @@ def test_a_row_that_does_not_end_is_not_read_into_memory(
 ) -> None:
     monkeypatch.setattr(base, "LONGEST", 4096)
     assert message(data).startswith("line 3: a row of more than 0 MiB; a quote or a bracket is not closed")
+
+
+@pytest.mark.parametrize(
+    ("text", "last"), [("a,b\n1,2\n3,4", ["3", "4"]), ('a,b\n1,"2\n""3"', ["1", '2\n"3']), ("a,b\n1,2\n3,", ["3", ""])]
+)
+def test_the_last_line_needs_no_line_end(tmp_path: Path, text: str, last: list[str]) -> None:
+    (tmp_path / "rows").write_bytes(text.encode())
+    assert [*[*read_records(tmp_path / "rows")][-1].value.values()] == last
