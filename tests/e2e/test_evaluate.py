@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from dpo_cli.cli.app import app
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, MachineError, ParamsError, StaleArtifactError
-from dpo_cli.core.params import Params, parse_params
+from dpo_cli.core.params import Params, load_params, parse_params
 from dpo_cli.data import world
 from dpo_cli.evaluation.judges.opening import JUDGE_PATH
 
@@ -266,12 +266,16 @@ def test_a_prompt_is_tried_on_both_models(evaluate: Evaluate, tiny_folder: Path)
     evaluate()
     sample = samples()[0]
     (asked,) = sample["prompt"]
-    result = invoke(tiny_folder, "try", asked["content"], "--json")
+    temperature = str(load_params(paths.PARAMS).evaluate.temperature)
+    result = invoke(tiny_folder, "try", asked["content"], "--temperature", temperature, "--json")
     assert result.exit_code == 0, result.output
     answers = json.loads(result.stdout)["answers"]
     assert [(each["model"], each["text"]) for each in answers] == [
         (name, sample[name]["text"]) for name in ("sft", "dpo")
     ]
+    greedy = [json.loads(invoke(tiny_folder, "try", asked["content"], *seed, "--json").stdout)["answers"]
+              for seed in ((), ("--set", "evaluate.seed=5"))]  # fmt: skip
+    assert greedy[0] == greedy[1]
     shown = invoke(tiny_folder, "try", asked["content"], "--system", "Be kind.")
     assert shown.exit_code == 0, shown.output
     head = shown.stdout.splitlines()[0]
