@@ -842,6 +842,7 @@ def try_command(
     epilog=examples(
         "dpo-cli init demo",
         "dpo-cli init mine --sft instructions.json --preferences pairs.jsonl --model ~/models/Qwen2.5-0.5B",
+        "dpo-cli init mine --preferences pairs.csv --set 'columns={chosen: good, rejected: bad}' --set sft.method=none",
     ),
 )
 def init_command(
@@ -856,16 +857,26 @@ def init_command(
         Path | None,
         typer.Option("--model", metavar="DIR", help="Base model in Hugging Face layout; none: the embedded model."),
     ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="[SECTION.]KEY=VALUE",
+            help="A setting for params.yaml, such as `sft.method=none`; of the file that is given without its section:"
+            " `columns='{chosen: good}'`; may be repeated.",
+        ),
+    ] = None,
 ) -> None:
-    """Make a project folder: params.yaml, dvc.yaml, data and a git repository with DVC.
+    """Make a project folder: params.yaml, dvc.yaml, and a git repository with DVC, in which the data is committed.
 
     Without files it holds the embedded small world, without a model the embedded tiny model.
-    What stands in the folder already is never overwritten.
+    What stands in the folder already is never overwritten. Data that cannot be read makes no project.
     """
     from dpo_cli.cli.init import ProjectFiles, create_project  # here, so that --help does not wait for it
 
     with errors_as_exit_codes(as_json=False):
-        create_project(folder, ProjectFiles(sft=sft, preferences=preferences, model=model), ConsoleReporter())
+        files = ProjectFiles(sft=sft, preferences=preferences, model=model)
+        create_project(folder, files, ConsoleReporter(), settings or [])
 
 
 @app.command(

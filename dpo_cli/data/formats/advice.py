@@ -15,6 +15,11 @@ from dpo_cli.data.schema import RawRow
 _PLAIN = re.compile(r"\w(?:[\w .-]*\w)?")
 _DEFAULTS = ("prompt_completion", "pairs")
 """The formats whose fields are named where nothing is known of a row, the first of those at hand."""
+_OFFERED = {
+    "chosen": ("good", "better", "best", "winner", "win", "positive", "pos"),
+    "rejected": ("bad", "worse", "worst", "loser", "lose", "negative", "neg"),
+}
+"""Names that are offered for a field, and never taken for it unasked."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,7 @@ def _guess(fmt: Format[Any], rows: Sequence[RawRow], named: Mapping[str, Column]
 
     take(plan.missing, lambda field: (field,))
     borrowed += take([field for field in plan.missing if field not in found], lambda field: fmt.names[field])
+    take([field for field in plan.missing if field not in found], lambda field: _OFFERED.get(field, ()))
     missing = tuple(field for field in plan.missing if field not in found)
     if missing == ("label",) and (label := _label_in(rows, free, plan)):
         found["label"], missing = label, ()

@@ -235,7 +235,7 @@ def test_a_file_of_no_known_format_is_refused_with_what_to_do(rows: list[Any], m
         ("preference", {"prompt": "q", "y_w": "some words", "y_l": "others"}, {}, "chosen: ..., rejected: ..."),
         ("preference", {"prompt": "q", "preferred_response": "a", "rejected_response": "b"}, {},
          "chosen: preferred_response"),
-        ("preference", {"conversations": [Q], "good": "a", "bad": "b"}, {}, "chosen: ..., rejected: ..."),
+        ("preference", {"conversations": [Q], "good": "a", "bad": "b"}, {}, "chosen: good, rejected: bad"),
         ("preference", {"prompt": "q"}, {}, "chosen: ..., rejected: ..."),
         *(
             ("preference", {"question": "q", other: "r", "chosen": "a", "rejected": "b"}, {}, "prompt: question")
