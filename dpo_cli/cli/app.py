@@ -5,13 +5,11 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -21,10 +19,11 @@ from dpo_cli.cli.exits import errors_as_exit_codes, examples
 from dpo_cli.cli.machine import refuse_unwritable
 from dpo_cli.cli.model import model_app
 from dpo_cli.cli.record import HandRun
-from dpo_cli.cli.repro import EXIT_CODE_FILE, reproduce
+from dpo_cli.cli.repro import EXIT_CODE_FILE, reproduce, stage_file
 from dpo_cli.core import paths
 from dpo_cli.core.environment import claim_gpu, importing, is_first_process, prepare_environment
 from dpo_cli.core.errors import DataError, MachineError, ParamsError
+from dpo_cli.core.interrupts import watched_stop
 from dpo_cli.core.pipeline import STAGES, Stage
 from dpo_cli.core.scratch import die_with_parent
 from dpo_cli.core.text import in_one_line
@@ -104,12 +103,8 @@ def main() -> None:
     """Entry point of the console script and of ``python -m dpo_cli``."""
     prepare_environment()
     claim_gpu()
-    signal.signal(signal.SIGTERM, _interrupt)
-    app()
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
+    with watched_stop():
+        app()
 
 
 def _print_version(wanted: bool) -> None:
@@ -149,6 +144,8 @@ def _run_stage(stage: Stage, overrides: list[str], *, as_json: bool) -> None:
         _refuse_unread(stage.command, (*stage.params, "runtime"), overrides)
         refuse_unwritable(stage.made)
         die_with_parent()
+        if code_file := os.environ.get(EXIT_CODE_FILE):
+            stage_file(Path(code_file)).write_text(str(os.getpid()), encoding="utf-8")
         told = stage.name == "evaluate" and EXIT_CODE_FILE in os.environ  # repro prints the verdict at its end
         reporter = ConsoleReporter(show_tables=not (as_json or told))
         by_hand = HandRun(stage, overrides, reporter)
