@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from dpo_cli.cli.app import app
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, MachineError, ParamsError, StaleArtifactError
-from dpo_cli.core.params import Params, load_params, parse_params
+from dpo_cli.core.params import Params, parse_params
 from dpo_cli.data import world
 from dpo_cli.evaluation.judges.opening import JUDGE_PATH
 
@@ -228,7 +228,8 @@ def test_people_as_judges_by_a_sheet(evaluate: Evaluate) -> None:
 
 
 def invoke(tiny_folder: Path, *arguments: str) -> Any:
-    settings = {f"evaluate.{name}": value for name, value in KNOBS.items()}
+    read = KNOBS.keys() - ({"temperature"} if arguments[0] == "try" else set())
+    settings = {f"evaluate.{name}": KNOBS[name] for name in KNOBS if name in read}
     settings |= {
         "model.name": "tiny",
         "reference.max_length": 256,
@@ -266,8 +267,7 @@ def test_a_prompt_is_tried_on_both_models(evaluate: Evaluate, tiny_folder: Path)
     evaluate()
     sample = samples()[0]
     (asked,) = sample["prompt"]
-    temperature = str(load_params(paths.PARAMS).evaluate.temperature)
-    result = invoke(tiny_folder, "try", asked["content"], "--temperature", temperature, "--json")
+    result = invoke(tiny_folder, "try", asked["content"], "--temperature", str(KNOBS["temperature"]), "--json")
     assert result.exit_code == 0, result.output
     answers = json.loads(result.stdout)["answers"]
     assert [(each["model"], each["text"]) for each in answers] == [

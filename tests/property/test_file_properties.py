@@ -46,12 +46,11 @@ def read(path: Path, data: bytes, block: int = 1 << 20, within: str = "") -> lis
 
 
 def read_or_refused(path: Path, data: bytes, block: int = 1 << 20, within: str = "") -> list[Any] | None:
-    """The rows; None where there is an error, which must say where it is in one line."""
+    """The rows; None where there is an error, which must say where it is, in one line each."""
     try:
         return read(path, data, block, within)
     except DataError as error:
-        assert str(error).startswith(str(path))
-        assert len(str(error).splitlines()) == 1
+        assert all(problem.startswith(str(path)) and len(problem.splitlines()) == 1 for problem in error.problems)
         return None
 
 
