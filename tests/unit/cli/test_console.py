@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from time import sleep
 
 import pytest
 from rich.console import Console
@@ -43,6 +44,36 @@ def test_progress_is_a_line_an_interval_with_rate_and_time_left(
     assert len(lines) == 10
     assert lines[0] == "train: training: 10/100 steps, 1.0/s, 1 min 30 s left, loss 0.5000"
     assert lines[-1] == "train: training: 100/100 steps in 1 min 40 s, loss 0.5000"
+
+
+def test_slow_work_says_how_long_one_takes_and_that_it_is_under_way(
+    clock: Clock, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "_PLAIN_INTERVAL_S", 0.05)
+    with ConsoleReporter().meter("train: training", 4, "steps") as meter:
+        meter.note("measuring the held-out loss")
+        sleep(0.5)
+        meter.note("")
+        clock.now += 17
+        meter.advance(1)
+    first, second, _ = capsys.readouterr().err.splitlines()
+    assert first == "train: training: 0/4 steps, measuring the held-out loss"
+    assert second == "train: training: 1/4 steps, 17 s a step, 51 s left"
+
+
+def test_a_bar_tells_what_passed_from_what_is_left_in_one_line_of_100_columns() -> None:
+    reporter = ConsoleReporter()
+    screen = io.StringIO()
+    reporter._notes = Console(file=screen, force_terminal=True, width=100, color_system=None)
+    with reporter.meter("pretraining the embedded model", 150, "steps") as meter:
+        sleep(0.02)
+        meter.advance(2)
+        sleep(0.02)
+        meter.advance(2)
+        meter.note("loss 7.3710")
+    lines = [line for line in screen.getvalue().replace("\r", "\n").splitlines() if "loss 7.3710" in line]
+    assert lines
+    assert all(words in lines[-1] for words in ("pretraining the embedded model", "4/150 steps", "passed", "left"))
 
 
 def test_bytes_are_told_in_units(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:

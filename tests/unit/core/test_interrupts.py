@@ -45,9 +45,14 @@ def _in_a_library(number: signal.Signals) -> None:
 @pytest.mark.parametrize("swallow", [_in_a_destructor, _in_a_library])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_that_was_swallowed_comes_again_until_it_is_heard(
-    swallow: Callable[[signal.Signals], None], number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+    swallow: Callable[[signal.Signals], None],
+    number: signal.Signals,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in a job of the background
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with watched_stop():
         swallow(number)
         with contextlib.suppress(KeyboardInterrupt):  # and swallowed once more
