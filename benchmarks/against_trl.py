@@ -404,6 +404,9 @@ class ToStderr:
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Nothing."""
 
+    def verdict(self, headline: str, status: str, rows: Sequence[tuple[str, str, str]]) -> None:
+        """Nothing."""
+
 
 def our_references(scorer: Any, groups: Sequence[Any], max_tokens: int) -> list[Logps]:
     """Log-probabilities of pairs, found as the stage precompute_ref finds them."""

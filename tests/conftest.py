@@ -17,6 +17,7 @@ import pytest
 from hypothesis import settings
 
 from dpo_cli.core.environment import prepare_environment
+from dpo_cli.core.progress import Status
 from dpo_cli.data.tokenise import TokenGroup
 
 prepare_environment()
@@ -96,6 +97,9 @@ class RecordingReporter:
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         self.tables[title] = list(rows)
+
+    def verdict(self, headline: str, status: Status, rows: Sequence[tuple[Status, str, str]]) -> None:
+        self.tables[headline] = [row[1:] for row in rows]
 
 
 @pytest.fixture

@@ -5,13 +5,11 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -21,10 +19,11 @@ from dpo_cli.cli.exits import errors_as_exit_codes, examples
 from dpo_cli.cli.machine import refuse_unwritable
 from dpo_cli.cli.model import model_app
 from dpo_cli.cli.record import HandRun
-from dpo_cli.cli.repro import EXIT_CODE_FILE, reproduce
+from dpo_cli.cli.repro import EXIT_CODE_FILE, reproduce, stage_file
 from dpo_cli.core import paths
 from dpo_cli.core.environment import claim_gpu, importing, is_first_process, prepare_environment
 from dpo_cli.core.errors import DataError, MachineError, ParamsError
+from dpo_cli.core.interrupts import watched_stop
 from dpo_cli.core.pipeline import STAGES, Stage
 from dpo_cli.core.scratch import die_with_parent
 from dpo_cli.core.text import in_one_line
@@ -104,12 +103,8 @@ def main() -> None:
     """Entry point of the console script and of ``python -m dpo_cli``."""
     prepare_environment()
     claim_gpu()
-    signal.signal(signal.SIGTERM, _interrupt)
-    app()
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
+    with watched_stop():
+        app()
 
 
 def _print_version(wanted: bool) -> None:
@@ -149,6 +144,8 @@ def _run_stage(stage: Stage, overrides: list[str], *, as_json: bool) -> None:
         _refuse_unread(stage.command, (*stage.params, "runtime"), overrides)
         refuse_unwritable(stage.made)
         die_with_parent()
+        if code_file := os.environ.get(EXIT_CODE_FILE):
+            stage_file(Path(code_file)).write_text(str(os.getpid()), encoding="utf-8")
         told = stage.name == "evaluate" and EXIT_CODE_FILE in os.environ  # repro prints the verdict at its end
         reporter = ConsoleReporter(show_tables=not (as_json or told))
         by_hand = HandRun(stage, overrides, reporter)
@@ -826,7 +823,7 @@ def sample_command(
     rich_help_panel="Measurements",
     epilog=examples(
         "dpo-cli try 'Explain in one sentence why the sky is blue.'",
-        "dpo-cli try 'Tell me a story.' --set evaluate.temperature=0.7 --set evaluate.max_new_tokens=64",
+        "dpo-cli try 'Tell me a story.' --temperature 0.7 --set evaluate.max_new_tokens=64",
         "dpo-cli try 'Hello!' --system 'You are a pirate.' --model ~/adapters/another",
     ),
 )
@@ -843,13 +840,17 @@ def try_command(
             help="An adapter for the project's SFT model, or a whole model, in place of models/dpo.",
         ),
     ] = None,
+    temperature: Annotated[
+        float,
+        typer.Option("--temperature", metavar="T", min=0, max=10, help="0 takes the likeliest token each time."),
+    ] = 0.0,
     overrides: SetOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answers as one JSON object.")] = False,
 ) -> None:
     """Try a prompt on the SFT model and on the tuned one, and see both answers side by side.
 
-    Answers are sampled as evaluate says (temperature, max_new_tokens, seed): the same prompt gives the same answers,
-    another evaluate.seed others. Neither reports nor models are touched.
+    Answers are greedy. With --temperature they are sampled, as evaluate does: the same prompt gives the same answers,
+    another evaluate.seed others. They end after evaluate.max_new_tokens. Neither reports nor models are touched.
     """
     with errors_as_exit_codes(as_json=as_json):
         from dpo_cli.core.params import load_params  # here, so that --help does not wait for them
@@ -858,9 +859,12 @@ def try_command(
             raise DataError("the prompt is empty; say something, as in: dpo-cli try 'Hello!'")
         params = load_params(paths.PARAMS, overrides or [])
         _refuse_unread("try", ("model", "reference", "evaluate", "runtime"), overrides or [])
+        if any(override.partition("=")[0].strip() == "evaluate.temperature" for override in overrides or []):
+            raise ParamsError("--set evaluate.temperature has no effect on try; say --temperature")
         from dpo_cli.cli import try_prompt
 
-        temperature = params.evaluate.temperature
+        evaluate = params.evaluate.model_copy(update={"temperature": temperature})
+        params = params.model_copy(update={"evaluate": evaluate})
         found = try_prompt.try_prompt(prompt, system, model, params, ConsoleReporter(show_tables=not as_json))
         if as_json:
             typer.echo(json.dumps(try_prompt.as_json(prompt, found, temperature), ensure_ascii=False))
@@ -877,6 +881,7 @@ def try_command(
     epilog=examples(
         "dpo-cli init demo",
         "dpo-cli init mine --sft instructions.json --preferences pairs.jsonl --model ~/models/Qwen2.5-0.5B",
+        "dpo-cli init mine --preferences pairs.csv --set 'columns={chosen: good, rejected: bad}' --set sft.method=none",
     ),
 )
 def init_command(
@@ -891,16 +896,26 @@ def init_command(
         Path | None,
         typer.Option("--model", metavar="DIR", help="Base model in Hugging Face layout; none: the embedded model."),
     ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="[SECTION.]KEY=VALUE",
+            help="A setting for params.yaml, such as `sft.method=none`; of the file that is given without its section:"
+            " `columns='{chosen: good}'`; may be repeated.",
+        ),
+    ] = None,
 ) -> None:
-    """Make a project folder: params.yaml, dvc.yaml, data and a git repository with DVC.
+    """Make a project folder: params.yaml, dvc.yaml, and a git repository with DVC, in which the data is committed.
 
     Without files it holds the embedded small world, without a model the embedded tiny model.
-    What stands in the folder already is never overwritten.
+    What stands in the folder already is never overwritten. Data that cannot be read makes no project.
     """
     from dpo_cli.cli.init import ProjectFiles, create_project  # here, so that --help does not wait for it
 
     with errors_as_exit_codes(as_json=False):
-        create_project(folder, ProjectFiles(sft=sft, preferences=preferences, model=model), ConsoleReporter())
+        files = ProjectFiles(sft=sft, preferences=preferences, model=model)
+        create_project(folder, files, ConsoleReporter(), settings or [])
 
 
 @app.command(

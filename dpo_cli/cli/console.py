@@ -6,6 +6,7 @@ results alone.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,19 +18,23 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
-    TaskProgressColumn,
     TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.segment import Segment
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from dpo_cli.core.progress import Meter
+from dpo_cli.core.progress import Meter, Status
 from dpo_cli.core.text import in_one_line, printable
 
 _PLAIN_INTERVAL_S = 10.0
+_COLOURS: dict[Status, tuple[str, str]] = {
+    "good": ("green", "green"),
+    "warn": ("amber", "yellow"),
+    "bad": ("red", "bold red"),
+    "plain": ("", ""),
+}
+"""Of a line of a verdict: the word before it, which a pipe or a terminal without colours shows, too, and its style."""
 
 
 def open_console(*, stderr: bool = False) -> Console:
@@ -83,18 +88,18 @@ class ConsoleReporter:
         """A bar on a terminal, else a line every ten seconds and one at the end."""
         if not self._notes.is_terminal:
             meter = _PlainMeter(self, label, total, unit)
-            yield meter
+            try:
+                yield meter
+            finally:
+                meter.end()
             meter.close()
             return
         columns: list[ProgressColumn | str] = [
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            TaskProgressColumn(),
+            TextColumn("{task.description}", markup=False, table_column=Column(overflow="ellipsis", no_wrap=True)),
+            BarColumn(bar_width=12),
             _AmountColumn(unit),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
+            _TimeColumn(),
+            TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True)),
         ]
         with Progress(*columns, console=self._notes) as progress:
             yield _BarMeter(progress, progress.add_task(in_one_line(label), total=total, note=""))
@@ -103,12 +108,27 @@ class ConsoleReporter:
         """Print a summary."""
         if not self._show_tables:
             return
-        table = Table(title=Text(title), title_justify="left", title_style="bold", show_header=False, box=None)
-        table.add_column(style="dim", no_wrap=True)
+        self._print_table(Text(title, "bold"), [(Text(name), Text(value)) for name, value in rows], "dim")
+
+    def verdict(self, headline: str, status: Status, rows: Sequence[tuple[Status, str, str]]) -> None:
+        """Print a judgment; each line says its colour in words, too."""
+        if not self._show_tables:
+            return
+        lines = []
+        for each, name, value in rows:
+            word, style = _COLOURS[each]
+            lines.append((Text(word, style), Text(name, style or "dim"), Text(value)))
+        self._print_table(Text(headline, f"bold {_COLOURS[status][1]}"), lines, "")
+
+    def _print_table(self, title: Text, rows: Sequence[Sequence[Text]], style: str) -> None:
+        table = Table(show_header=False, box=None)
+        for _ in rows[0][:-1] if rows else ():
+            table.add_column(style=style, no_wrap=True)
         table.add_column(overflow="fold")
-        for name, value in rows:
-            table.add_row(Text(name), Text(value))
+        for row in rows:
+            table.add_row(*row)
         self._results.print()
+        self._results.print(title)
         self._results.print(table)
 
 
@@ -128,13 +148,28 @@ class _AmountColumn(ProgressColumn):
     """Done and total with the rate, such as ``40/129 steps, 6.2/s``."""
 
     def __init__(self, unit: str) -> None:
-        super().__init__()
+        super().__init__(table_column=Column(no_wrap=True))
         self._unit = unit
 
     def render(self, task: Task) -> Text:
         total = None if task.total is None else int(task.total)
-        rate = f", {_number(task.speed, self._unit)}/s" if task.speed else ""
+        rate = f", {_rate(task.speed, self._unit)}" if task.speed else ""
         return Text(f"{_amount(int(task.completed), total, self._unit)}{rate}")
+
+
+class _TimeColumn(ProgressColumn):
+    """What is left while it runs, and at its end what it took."""
+
+    def __init__(self) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+
+    def render(self, task: Task) -> Text:
+        elapsed = task.finished_time if task.finished else task.elapsed
+        passed = _duration(elapsed or 0)
+        if task.finished:
+            return Text(f"in {passed}")
+        left = "" if task.time_remaining is None else f", {_duration(task.time_remaining)} left"
+        return Text(f"{passed} passed{left}")
 
 
 class _PlainMeter:
@@ -148,6 +183,17 @@ class _PlainMeter:
         self._done = 0
         self._note = ""
         self._begun = self._said = time.monotonic()
+        self._timer: threading.Timer | None = None
+        if total:
+            self._timer = threading.Timer(_PLAIN_INTERVAL_S, self._begin)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _begin(self) -> None:
+        """Nothing is done after the first interval: say that work is under way."""
+        if not self._done:
+            self._said = time.monotonic()
+            self._say("")
 
     def advance(self, amount: int) -> None:
         self._done += amount
@@ -156,10 +202,15 @@ class _PlainMeter:
             self._said = now
             rate = self._done / (now - self._begun)
             left = (self._total - self._done) / rate
-            self._say(f", {_number(rate, self._unit)}/s, {_duration(left)} left")
+            self._say(f", {_rate(rate, self._unit)}, {_duration(left)} left")
 
     def note(self, text: str) -> None:
         self._note = text
+
+    def end(self) -> None:
+        """No more is said of it."""
+        if self._timer is not None:
+            self._timer.cancel()
 
     def close(self) -> None:
         """The work is done."""
@@ -174,6 +225,15 @@ def _amount(done: int, total: int | None, unit: str) -> str:
     if unit == "bytes":
         return _number(done, unit) if total is None else f"{_number(done, unit)} of {_number(total, unit)}"
     return f"{done}/{total} {unit}" if total is not None else f"{done} {unit}"
+
+
+def _rate(per_second: float, unit: str) -> str:
+    """How fast; where one takes longer than a second, how long that is."""
+    if unit == "bytes" or per_second >= 1 or not per_second:
+        return f"{_number(per_second, unit)}/s"
+    seconds = 1 / per_second
+    took = f"{seconds:.1f} s" if seconds < 10 else _duration(seconds)
+    return f"{took} a {unit.removesuffix('s')}"
 
 
 def _number(value: float, unit: str) -> str:

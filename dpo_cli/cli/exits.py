@@ -16,6 +16,7 @@ from dpo_cli.cli.machine import machine_problem
 from dpo_cli.cli.repro import EXIT_CODE_FILE
 from dpo_cli.core.environment import is_first_process
 from dpo_cli.core.errors import DpoCliError, Interrupted, MachineError
+from dpo_cli.core.interrupts import heard
 from dpo_cli.core.pipeline import STAGES
 from dpo_cli.core.text import in_one_line
 
@@ -30,7 +31,8 @@ def errors_as_exit_codes(*, as_json: bool) -> Iterator[None]:
     """Print the user's errors one line each and exit with their code; let bugs through."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        heard(stop)
         _fail(Interrupted("stopped; nothing was published and nothing saved is lost; run it again"), as_json=as_json)
     except DpoCliError as error:
         _fail(error, as_json=as_json)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -13,15 +15,28 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from dpo_cli.cli.sources import as_options
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import atomic_path, write_text
-from dpo_cli.core.errors import DataError, MachineError
-from dpo_cli.core.params import ModelParams, PreferenceSource, ReferenceParams, SftParams, SftSource
+from dpo_cli.core.errors import DataError, MachineError, ParamsError
+from dpo_cli.core.params import (
+    AS_PREFERENCES,
+    DataParams,
+    Params,
+    PreferenceSource,
+    ReferenceParams,
+    SftParams,
+    SftSource,
+    Source,
+    apply_overrides,
+)
 from dpo_cli.core.params_text import EMBEDDED_PRESET, params_yaml
 from dpo_cli.core.pipeline import STAGES, dvc_yaml
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data import world
 from dpo_cli.data.convert import plan_of
+from dpo_cli.data.formats.detect import UnknownFormatError
+from dpo_cli.data.reading.base import missing
 
 DVC_CONFIG = """\
 [core]
@@ -54,6 +69,9 @@ OWN_PREFERENCES = {
     "evaluate.max_new_tokens": 128,
 }
 
+_GIVEN_OTHERWISE = ("path", "data.sft.path", "data.preferences.path", "model.name", "runtime.model_path")
+"""Settings that init makes of its other options."""
+
 
 @dataclass(frozen=True)
 class ProjectFiles:
@@ -70,36 +88,34 @@ class ProjectFiles:
     model: Path | None = None
 
 
-def create_project(folder: Path, files: ProjectFiles, reporter: Reporter) -> None:
-    """Make a project folder.
+def create_project(folder: Path, files: ProjectFiles, reporter: Reporter, settings: Sequence[str] = ()) -> None:
+    """Make a project folder, or nothing.
+
+    Args:
+        folder: Where.
+        files: What the user brings.
+        reporter: Hears how it is read.
+        settings: Settings of params.yaml as ``section.key=value``; ``key=value`` is meant of the file that is given.
 
     Raises:
-        DataError: A given file is missing, or the folder holds a project already.
+        ParamsError: A setting is wrong, or has no effect.
+        DataError: A given file is missing or cannot be read, or the folder holds a project already.
         MachineError: The model directory is missing or holds no model that can be tuned, or git cannot be run.
     """
     _check(folder, files)
-    values = _settings(files) | (_model_settings(files.model, reporter) if files.model is not None else {})
+    values, params = apply_overrides(_settings(files), _with_sections(settings, files))
+    _look_at(files, params.data, reporter)
+    if files.model is not None:
+        values |= _model_settings(files.model, params, reporter)
     folder.mkdir(parents=True, exist_ok=True)
-    for (key, rows), (source, target) in zip(
-        (("data.sft.path", world.instruction_rows), ("data.preferences.path", world.preference_rows)),
-        _raw_files(folder, files),
-        strict=True,
+    for rows, (source, target) in zip(
+        (world.instruction_rows, world.preference_rows), _raw_files(folder, files), strict=True
     ):
-        if source is None and key == "data.sft.path" and files.preferences is not None:
-            values[key] = (paths.RAW / files.preferences.name).as_posix()
-            reporter.say("instructions: none are given, so SFT learns the preferred answers of your preferences")
-            continue
-        if source is None:
-            write_text(target, rows_json(rows(0)))
-            if files.sft is not None:
-                reporter.warn("preferences: none are given, so those of the embedded small world stand in")
-            continue
-        if not target.exists():
+        if source is not None and not target.exists():
             with atomic_path(target) as temporary:
                 shutil.copyfile(source, temporary)
-        values[key] = target.relative_to(folder).as_posix()
-        serves_both = key == "data.preferences.path" and files.sft is None
-        _look_at(source, ("data.preferences", "data.sft") if serves_both else (key.removesuffix(".path"),), reporter)
+        elif source is None and not (rows is world.instruction_rows and files.preferences):
+            write_text(target, rows_json(rows(0)))
     for name, text in {
         ".dvc/config": DVC_CONFIG,
         ".dvc/.gitignore": DVC_FOLDER_GITIGNORE,
@@ -121,25 +137,80 @@ def create_project(folder: Path, files: ProjectFiles, reporter: Reporter) -> Non
     reporter.say(f"{folder} is ready. Look at {folder / 'params.yaml'}, then run: dpo-cli -C {folder} repro")
 
 
-def _look_at(path: Path, sections: Sequence[str], reporter: Reporter) -> None:
-    """Say as what a file will be read in each section of the settings that names it, or why it will not be."""
-    problems: dict[str, str] = {}
-    for section in sections:
-        source = SftSource(path=str(path)) if section == "data.sft" else PreferenceSource(path=str(path))
+def _with_sections(settings: Sequence[str], files: ProjectFiles) -> list[str]:
+    """Settings under their whole names.
+
+    Raises:
+        ParamsError: It is not clear which file is meant, or one has no place here.
+    """
+    given = {"data.sft": files.sft, "data.preferences": files.preferences}
+    sections = [section for section, file in given.items() if file is not None]
+    whole = []
+    for setting in settings:
+        key = setting.partition("=")[0].strip()
+        if key in _GIVEN_OTHERWISE:
+            raise ParamsError(f"--set {key} has no place here: files are given with --sft, --preferences and --model")
+        known = {*SftSource.model_fields, *PreferenceSource.model_fields}
+        name = re.split(r"[.:]", key)[0]
+        is_of_a_file = name in known
+        if name not in {*known, *Params.model_fields} and (close := difflib.get_close_matches(name, known, n=1)):
+            raise ParamsError(f"--set {name} is not a setting; did you mean {close[0]}?")
+        if is_of_a_file and len(sections) != 1:
+            raise ParamsError(f"--set {key}: of which file? say data.sft.{key} or data.preferences.{key}")
+        if is_of_a_file and (advice := as_options(setting)) != setting:
+            raise ParamsError(f"--set takes key=value, got {setting!r}; write {advice}")
+        whole.append(f"{sections[0]}.{setting.strip()}" if is_of_a_file else setting)
+    return whole
+
+
+def _look_at(files: ProjectFiles, data: DataParams, reporter: Reporter) -> None:
+    """Say as what each file will be read.
+
+    Raises:
+        DataError: One cannot be read; the message says what to give as options.
+    """
+    problems: list[str] = []
+    for path, option, sources in (
+        (files.sft, "data.sft.", data.sft_sources[:1]),
+        (files.preferences, "data.preferences.", [data.preferences, *([] if files.sft else data.sft_sources[:1])]),
+    ):
+        if path is None:
+            continue
         try:
-            _, why = plan_of(source, path, {}, 0.5)
+            read = [plan_of(source, path, {}, 0.5)[1] for source in sources]
         except DataError as error:
-            problems[section] = str(error)
+            section = option if files.sft and files.preferences else ""
+            hint = _mistaken(path, files) if path == files.preferences and isinstance(error, UnknownFormatError) else ""
+            problems += [f"{as_options(problem, section)}{hint}" for problem in error.problems]
         else:
-            reporter.say(f"{path.name}: {why}")
+            reporter.say(f"{path.name}: {read[0]}")
     if problems:
-        where = " and under ".join(problems)
-        reporter.warn(
-            f"{next(iter(problems.values()))}; mend the file, or say it under {where} in params.yaml, before you go on"
-        )
+        *others, last = problems
+        raise DataError([*others, f"{last}; no project is made: mend the file or say how it is read, and try again"])
+    if files.preferences and not files.sft:
+        reporter.say("instructions: none are given, so SFT learns the preferred answers of your preferences")
+    if files.sft and not files.preferences:
+        reporter.warn("preferences: none are given, so those of the embedded small world stand in")
 
 
-def _model_settings(given: Path, reporter: Reporter) -> dict[str, Any]:
+def _mistaken(path: Path, files: ProjectFiles) -> str:
+    """What to say where a file that is no preferences holds instructions."""
+
+    def reads(source: Source, path: Path) -> bool:
+        try:
+            plan_of(source, path, {}, 0.5)
+        except DataError:
+            return False
+        return True
+
+    if not reads(SftSource(path=str(path)), path):
+        return ""
+    if files.sft is not None and reads(PreferenceSource(path=str(files.sft)), files.sft):
+        return f"; --sft and --preferences look swapped: {files.sft.name} holds preferences, and it instructions"
+    return "; as instructions it can be read: then give it with --sft"
+
+
+def _model_settings(given: Path, params: Params, reporter: Reporter) -> dict[str, Any]:
     """Verify a model directory as stage base does, but for its numbers, and say what its settings must be.
 
     Raises:
@@ -153,10 +224,10 @@ def _model_settings(given: Path, reporter: Reporter) -> dict[str, Any]:
     folder = given.resolve()
     facts = verify_weights(folder).facts
     tokenizer = verify_tokenizer(folder)
-    values: dict[str, Any] = {"model.name": folder.name, "runtime.model_path": folder.as_posix()}
-    model = ModelParams(name=folder.name)
-    if not tokenizer.chat_template:
-        model = ModelParams(name=folder.name, chat_template="plain")
+    values: dict[str, Any] = {}
+    model = params.model
+    if not tokenizer.chat_template and model.chat_template == "auto":
+        model = model.model_copy(update={"chat_template": "plain"})
         values["model.chat_template"] = model.chat_template
         reporter.say(f"{folder.name} has no chat template: model.chat_template is plain")
     try:
@@ -166,8 +237,11 @@ def _model_settings(given: Path, reporter: Reporter) -> dict[str, Any]:
     else:
         for note in verify_vocabulary(folder, tokenizer, encoder, facts.num_rows):
             reporter.warn(note)
-    for name, default in (("sft", SftParams().max_length), ("reference", ReferenceParams().max_length)):
-        if facts.context_length is not None and facts.context_length < default:
+    for name, section, default in (
+        ("sft", params.sft, SftParams().max_length),
+        ("reference", params.reference, ReferenceParams().max_length),
+    ):
+        if facts.context_length is not None and facts.context_length < section.max_length == default:
             values[f"{name}.max_length"] = facts.context_length
             reporter.say(f"{folder.name} knows {facts.context_length} positions: {name}.max_length is that")
     return values
@@ -178,6 +252,9 @@ def _settings(files: ProjectFiles) -> dict[str, Any]:
     values: dict[str, Any] = {}
     if files.model is None:
         values |= EMBEDDED_PRESET
+    else:
+        folder = files.model.resolve()
+        values |= {"model.name": folder.name, "runtime.model_path": folder.as_posix()}
     values["evaluate.judge"] = "none" if files.preferences else "world"
     if files.preferences:
         values |= NOBODY_JUDGES
@@ -186,6 +263,11 @@ def _settings(files: ProjectFiles) -> dict[str, Any]:
     if files.model is None:
         values |= OWN_SFT_DATA if files.sft or files.preferences else {}
         values |= OWN_PREFERENCES if files.preferences else {}
+    for key, file in (("data.sft.path", files.sft), ("data.preferences.path", files.preferences)):
+        if file is not None:
+            values[key] = (paths.RAW / file.name).as_posix()
+    if files.preferences and not files.sft:
+        values["data.sft.path"] = AS_PREFERENCES
     return values
 
 
@@ -207,7 +289,7 @@ def dvc_yaml_text() -> str:
 def _check(folder: Path, files: ProjectFiles) -> None:
     for path in (files.sft, files.preferences):
         if path is not None and not path.is_file():
-            raise DataError(f"{path} is missing; give the file of your data")
+            raise missing(path)
     if files.sft is not None and files.preferences is not None and files.sft.name == files.preferences.name:
         raise DataError(f"both files are named {files.sft.name}; they are copied into one folder, so rename one")
     for name in ("params.yaml", "dvc.yaml", ".dvc"):

@@ -11,6 +11,7 @@ from typing import Any
 
 from dpo_cli.core import paths
 from dpo_cli.core.environment import is_first_process
+from dpo_cli.core.interrupts import heard
 from dpo_cli.core.pipeline import Stage
 from dpo_cli.core.progress import Reporter
 
@@ -55,7 +56,8 @@ class HandRun:
             problem = _last_error(done.stderr) if done.returncode else ""
         except OSError as error:
             problem = f"dvc cannot be run ({error})"
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            heard(stop)
             problem = "stopped"
         if problem:
             self._reporter.say(f"{name}: done, but not recorded in dvc.lock: {problem}; {_AGAIN}")

@@ -9,10 +9,11 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import read_json
-from dpo_cli.core.errors import ParamsError
+from dpo_cli.core.errors import Interrupted, ParamsError
 from dpo_cli.core.pipeline import STAGES
 from dpo_cli.core.progress import Reporter
 
@@ -32,6 +33,7 @@ def reproduce(targets: Sequence[str], *, force: bool, reporter: Reporter) -> int
         0, or the exit code of the stage that failed, or DVC's own.
 
     Raises:
+        Interrupted: SIGTERM asked to stop; the stage that ran has ended.
         ParamsError: This is no project folder, there is no such stage, or params.yaml is wrong.
     """
     for path in (Path(".dvc"), Path("dvc.yaml")):
@@ -50,11 +52,10 @@ def reproduce(targets: Sequence[str], *, force: bool, reporter: Reporter) -> int
     command = [sys.executable, "-m", "dvc", "repro", *options, *map(stages.__getitem__, targets)]
     code = _run(command)
     if code == 0 and (not targets or {"evaluate", "report"} & {stages[target] for target in targets}):
-        from dpo_cli.evaluation.verdict import headline, verdict
+        from dpo_cli.evaluation.verdict import report_verdict
 
         metrics = read_json(paths.metrics_file("evaluate"), "run: dpo-cli evaluate")["evaluate"]
-        rows = [(finding.name, f"{finding.value}  ({finding.meaning})") for finding in verdict(metrics)]
-        reporter.table(headline(metrics)[0], [*rows, ("report", paths.REPORT_HTML.as_posix())])
+        report_verdict(metrics, reporter, also=[("report", paths.REPORT_HTML.as_posix())])
     return code
 
 
@@ -65,12 +66,41 @@ def _run(command: Sequence[str]) -> int:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
             EXIT_CODE_FILE: str(code_file),
         }
-        # Ctrl-C reaches the stage by itself; it saves and ends, then DVC ends, then we do.
-        before = signal.signal(signal.SIGINT, lambda signum, frame: None)
+        process = subprocess.Popen(command, env=environment)
+        asked: list[int] = []
+
+        def end(signum: int, frame: FrameType | None) -> None:
+            asked.append(signum)
+            process.terminate()
+
+        # Ctrl-C reaches the stage by itself; it saves and ends, then DVC ends, then we do. SIGTERM ends DVC, and then
+        # the stage, which sees that DVC is gone.
+        handlers = {signal.SIGINT: lambda signum, frame: None, signal.SIGTERM: end}
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
-            code = subprocess.run(command, env=environment, check=False).returncode
+            code = process.wait()
+            if asked:
+                _await_stage(stage_file(code_file))
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
         if code and code_file.exists():
             return int(code_file.read_text(encoding="utf-8"))
+    if asked:
+        raise Interrupted("stopped; the stages that are done are kept; run it again to go on")
     return code
+
+
+def stage_file(code_file: Path) -> Path:
+    """Where a stage says the id of its process, beside the file for its exit code."""
+    return code_file.with_name("stage")
+
+
+def _await_stage(file: Path) -> None:
+    """Wait until the stage that runs, if any, has saved and ended."""
+    import psutil  # here, so that --help does not wait for it
+
+    try:
+        psutil.Process(int(file.read_text(encoding="utf-8"))).wait()
+    except (OSError, ValueError, psutil.NoSuchProcess):
+        return

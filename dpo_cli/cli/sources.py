@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,12 @@ from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.core.params import DataParams, Params, PreferenceSource, SftSource, Source, explain, load_params
 from dpo_cli.data.convert import find_files, plan_of
 from dpo_cli.data.formats.detect import UnknownFormatError
+
+_ADVICE = re.compile(r"\b((?:say|with|or) )?(columns|labels|format|records|unwrap): (\{[^{}]*\}|[\w.-]+)")
+"""Settings of a source in a message; one without braces is told from other words by what stands before it."""
+
+_MAPPINGS = ("columns", "roles", "labels")
+"""Settings of a source whose members --set may name one by one: columns.chosen=good."""
 
 KINDS = {"sft": SftSource, "preferences": PreferenceSource}
 
@@ -62,7 +70,7 @@ def policies_of() -> dict[str, str]:
 
 
 def _known(data: DataParams) -> list[Source]:
-    return [data.sft, *data.sft.also, data.preferences, *data.preferences.also]
+    return [*data.sft_sources, *data.preference_sources]
 
 
 def _files_of(source: Source) -> list[Path]:
@@ -83,7 +91,7 @@ def _source_of(file: str, kind: str | None, given: dict[str, Any], data: DataPar
         source = _made(KINDS[name], {"path": file, **mine})
         try:
             for path in find_files(source)[:1]:
-                plan_of(source, path, {}, 0.5)
+                plan_of(source, path, {}, 0.5, before_broken=True)  # who reads on says which lines are broken
         except UnknownFormatError as error:  # as the next kind, perhaps
             problem = problem or error
         except ParamsError as error:  # columns of the other kind
@@ -91,9 +99,24 @@ def _source_of(file: str, kind: str | None, given: dict[str, Any], data: DataPar
         else:
             return _made(KINDS[name], {"path": file, **given})
     assert problem is not None
-    if kind is None and "unknown format" in str(problem):
-        raise DataError(f"{problem}; instructions are read with --as sft")
-    raise problem
+    hint = "; instructions are read with --as sft" if kind is None and "unknown format" in str(problem) else ""
+    raise DataError([f"{as_options(text)}{hint}" for text in problem.problems])
+
+
+def as_options(advice: str, section: str = "") -> str:
+    """What a message says to write into params.yaml, as options to write behind a command.
+
+    Args:
+        advice: The message.
+        section: The section that an option must name, with a dot behind it; empty: none.
+    """
+
+    def option(match: re.Match[str]) -> str:
+        before, key, value = match[1] or "", match[2], match[3]
+        is_setting = before or value.startswith("{") or (key, value) == ("unwrap", "true")
+        return f"{before}--set {shlex.quote(f'{section}{key}={value}')}" if is_setting else match[0]
+
+    return _ADVICE.sub(option, advice)
 
 
 def _parse(settings: Sequence[str]) -> dict[str, Any]:
@@ -104,15 +127,22 @@ def _parse(settings: Sequence[str]) -> dict[str, Any]:
     for setting in settings:
         key, separator, text = setting.partition("=")
         if not separator:
-            raise ParamsError(f"--set takes key=value, got {setting!r}")
+            advice = as_options(setting)
+            hint = f"; write {advice}" if advice != setting else ""
+            raise ParamsError(f"--set takes key=value, got {setting!r}{hint}")
         for section in ("data.sft.", "data.preferences."):
             key = key.removeprefix(section)
         if key.strip() in ("path", "also"):
             raise ParamsError(f"--set {key.strip()} has no place here: the files are named one by one")
         try:
-            given[key.strip()] = YAML(typ="safe").load(text)
+            value = YAML(typ="safe").load(text)
         except YAMLError as error:
             raise ParamsError(f"--set {key}: not valid YAML: {str(error).splitlines()[0]}") from None
+        name, dot, member = key.strip().partition(".")
+        if dot and name in _MAPPINGS and isinstance(given.setdefault(name, {}), dict):
+            given[name][member] = value
+        else:
+            given[key.strip()] = value
     return given
 
 

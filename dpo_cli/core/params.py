@@ -23,6 +23,9 @@ from dpo_cli.core.objectives import OBJECTIVES, SETTINGS, LossName, PairwiseName
 from dpo_cli.core.sections import Section, differs, knob
 from dpo_cli.core.text import in_one_line, shown
 
+AS_PREFERENCES = "preferences"
+"""The value of data.sft.path that stands for the preference data."""
+
 EMBEDDED = "embedded"
 """The value of model.name that stands for the model built by this package."""
 
@@ -124,7 +127,8 @@ class SftData(SftSource):
 
     path: str = knob(
         "data/raw/instructions.json",
-        "File of instruction data under data/raw, where DVC sees a change; * and ? stand for several files.",
+        "File of instruction data under data/raw, where DVC sees a change; * and ? stand for several files."
+        " preferences: the preference data, read as data.preferences says, so that its preferred answers are learned.",
         min_length=1,
     )
     also: list[SftSource] = knob([], "Further sources: a list of mappings with the settings above.")
@@ -193,6 +197,19 @@ class DataParams(Section):
         " prompt, for conversations that all begin alike.",
     )
     checks: DataChecks = Field(default_factory=DataChecks, description="What is done with rows that a check finds.")
+
+    @property
+    def sft_sources(self) -> list[SftSource]:
+        """All sources of instructions; where they are the preferences, with the settings of those."""
+        if self.sft.path != AS_PREFERENCES:
+            return [self.sft, *self.sft.also]
+        shared = [source.model_dump(include=set(Source.model_fields)) for source in self.preference_sources]
+        return [*map(SftSource.model_validate, shared), *self.sft.also]
+
+    @property
+    def preference_sources(self) -> list[PreferenceSource]:
+        """All sources of preferences."""
+        return [self.preferences, *self.preferences.also]
 
 
 class ModelParams(Section):
@@ -561,6 +578,32 @@ def parse_overrides(overrides: Sequence[str]) -> Params:
     return parse_params(tree, source="--set")
 
 
+def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], Params]:
+    """Settings by dotted path with ``section.key=value`` overrides of them, and all settings that they make.
+
+    Raises:
+        ParamsError: A value is wrong; the message lists every problem.
+    """
+    tree: dict[str, Any] = {}
+    for setting, value in values.items():
+        node = tree
+        *parents, name = setting.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    for override in overrides:
+        _apply_override(tree, override)
+    params = parse_params(tree, source="--set")
+    given = [path for path, _ in iter_settings() if path in values or _value_at(tree, path) is not None]
+    return {path: _value_at(params.model_dump(), path) for path in given}, params
+
+
+def _value_at(tree: Any, path: str) -> Any:
+    for part in path.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
 def parse_params(tree: Mapping[str, Any], source: str = "params.yaml") -> Params:
     """Validate a mapping of sections.
 
@@ -621,7 +664,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
     if not separator or len(parts) < 2 or not all(parts):
-        raise ParamsError(f"--set takes section.key=value, got {shown(override)}")
+        meant = [path for path, _ in iter_settings() if separator and path.rpartition(".")[2] == key.strip()]
+        hint = f"; did you mean {' or '.join(f'{path}={text}' for path in meant[:3])}?" if meant else ""
+        raise ParamsError(f"--set takes section.key=value, got {shown(override)}{hint}")
     value = _read_yaml(text, f"--set {key}")
     node = tree
     for part in parts[:-1]:
@@ -733,6 +778,11 @@ def iter_settings(model: type[BaseModel] = Params, prefix: str = "") -> Iterator
 def _idle_columns(params: Params) -> list[str]:
     """Settings of sources that say what is known already."""
     found = []
+    if params.data.sft.path == AS_PREFERENCES:
+        found += [
+            f"data.sft.{name} has no effect with data.sft.path {AS_PREFERENCES}; data.preferences says how it is read"
+            for name in differs(params.data.sft, *(SftSource.model_fields.keys() - {"path"}))
+        ]
     for section, first in (("data.sft", params.data.sft), ("data.preferences", params.data.preferences)):
         for index, source in enumerate([first, *first.also]):
             where = section if index == 0 else f"{section}.also.{index - 1}"

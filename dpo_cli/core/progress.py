@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Literal, Protocol
+
+Status = Literal["good", "warn", "bad", "plain"]
+"""Of a line of a verdict: green, amber, red, or no judgment."""
 
 
 class Meter(Protocol):
@@ -38,6 +41,10 @@ class Reporter(Protocol):
         """Print a summary: one quantity and its value a row."""
         ...
 
+    def verdict(self, headline: str, status: Status, rows: Sequence[tuple[Status, str, str]]) -> None:
+        """Print a judgment: its sentence, and a row for each line: how it stands, its name and its value."""
+        ...
+
 
 class SilentReporter:
     """Says nothing: of processes that work together, one reports."""
@@ -53,6 +60,9 @@ class SilentReporter:
         return nullcontext(_SilentMeter())
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """Nothing."""
+
+    def verdict(self, headline: str, status: Status, rows: Sequence[tuple[Status, str, str]]) -> None:
         """Nothing."""
 
 

@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from dpo_cli.core import paths
 from dpo_cli.core.errors import MachineError
+from dpo_cli.core.interrupts import stop_asked
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def die_with_parent() -> None:
     def watch() -> None:
         while all(alive(ancestor) for ancestor in watched):
             time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
+        if not stop_asked():  # a signal to all of us has asked already, and a second one would not let it save
+            os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="die-with-parent", daemon=True).start()

@@ -39,7 +39,7 @@ class FileAccount:
         formats: How many of them had which format.
         unread: How many of these have something in a column that nobody read, by column.
         unwrapped: How many rows held a conversation as a chat template renders it, which was taken apart.
-        rendered: How many rows still hold one, by template.
+        rendered: How many rows hold one that ``unwrap`` would take apart, by template.
         more_unread: Rows with further such columns, where these are too many to count.
         stopped: Whether max_rows ended the reading.
         first: The number of its first row among the rows of all files.

@@ -22,12 +22,13 @@ from dpo_cli.data.checks import (
     ROW_REASONS,
     check_preference,
     check_sft,
+    has_chat_markers,
+    is_empty,
     reason_to_drop,
 )
 from dpo_cli.data.formats import PREFERENCE_FORMATS, SFT_FORMATS
 from dpo_cli.data.formats.base import Column, Reading, RowProblem
 from dpo_cli.data.formats.detect import RowReader
-from dpo_cli.data.formats.rendered import unwrap
 from dpo_cli.data.reading.base import Block, Lines
 from dpo_cli.data.reading.json_text import parse_lines
 from dpo_cli.data.schema import (
@@ -148,7 +149,7 @@ class BlockResult:
         formats: How many rows had which format.
         unread: How many rows have something in a column that nobody read, by column.
         unwrapped: How many rows held a conversation as a chat template renders it, which was taken apart.
-        rendered: How many rows still hold one, by template.
+        rendered: How many rows hold one that ``unwrap`` would take apart, by template.
         digests: Of its examples (:data:`DIGESTS`).
         num_ties: Pairs of ranked answers that are tied.
     """
@@ -200,6 +201,7 @@ def convert_block(
     records = parse_lines(plan.path, block) if isinstance(block, Lines) else block
     first_row = records[0].row if records else 0
     rows = _Rows(plan)
+    rendered: Counter[str] = Counter()
     for record in records:
         rows.place(record.row - first_row, record.line)
         try:
@@ -212,9 +214,13 @@ def convert_block(
                 rows.add(found, "")
         except RowProblem as problem:
             rows.refuse(problem, "")
+        if rows.is_marked and not plan.reading.unwrap:
+            template, bare = reader.unwrapped(record.value)
+            if template and not any(map(_is_marked, bare)):
+                rendered[template] += 1
     result = rows.write(folder, index, len(records))
     result.unread, result.unwrapped = reader.take_unread(), reader.take_unwrapped()
-    result.rendered.update(rows.rendered.values())
+    result.rendered = rendered
     return result
 
 
@@ -225,7 +231,7 @@ class _Rows:
         self._plan = plan
         self._check: Any = check_sft if plan.kind == "sft" else check_preference
         self.formats: Counter[str] = Counter()
-        self.rendered: dict[int, str] = {}  # the template whose text a row holds
+        self.is_marked = False  # whether the row at hand holds marks of chat templates
         self._rejects: list[Reject] = []
         self._found: dict[str, list[int]] = {}
         self._rows: list[tuple[Any, ...]] = []  # as _COLUMNS, then the example's own
@@ -238,7 +244,7 @@ class _Rows:
 
     def place(self, row: int, line: int | None) -> None:
         """Where the examples that follow come from."""
-        self._row, self._line = row, line
+        self._row, self._line, self.is_marked = row, line, False
 
     def refuse(self, problem: RowProblem, part: str) -> None:
         """Leave out what does not fit its format."""
@@ -285,8 +291,7 @@ class _Rows:
     def _add_example(self, example: SftExample | PreferenceExample, part: str, ranking: int) -> None:
         found = self._check(example)
         if found:
-            if "chat_markers" in found and self._row not in self.rendered and (template := _rendered_in(example)):
-                self.rendered[self._row] = template
+            self.is_marked = self.is_marked or "chat_markers" in found
             reason = reason_to_drop(found, self._plan.policies)
             if reason is not None:
                 self._rejects.append(Reject(self._row, self._line, part, reason, reason, DESCRIPTIONS[reason]))
@@ -357,11 +362,17 @@ class _Rows:
         )
 
 
-def _rendered_in(example: SftExample | PreferenceExample) -> str:
-    """The chat template that made a whole text of an example, if one did."""
-    answers = [example.completion] if isinstance(example, SftExample) else [example.chosen, example.rejected]
-    texts = (message["content"] for messages in (example.prompt, *answers) for message in messages)
-    return next((found.template for found in map(unwrap, texts) if found), "")
+def _is_marked(example: Any) -> bool:
+    """Whether a text of an example holds marks of a chat template; a problem in its place does, too."""
+    if isinstance(example, SftExample):
+        lists = [example.prompt, example.completion]
+    elif isinstance(example, PreferenceExample):
+        lists = [example.prompt, example.chosen, example.rejected]
+    elif isinstance(example, RankingExample):
+        lists = [example.prompt, *example.completions]
+    else:
+        return True
+    return any(has_chat_markers(text_of(messages)) for messages in lists)
 
 
 def fit_answers(example: RankingExample, policies: Mapping[str, str]) -> tuple[list[int], list[tuple[int, str, str]]]:
@@ -375,7 +386,7 @@ def fit_answers(example: RankingExample, policies: Mapping[str, str]) -> tuple[l
     seen: dict[str, int] = {}
     for place, completion in enumerate(example.completions):
         text = text_of(completion).strip()
-        if not text and policies["empty_rejected"] != "keep":
+        if is_empty(completion) and policies["empty_rejected"] != "keep":
             unfit.append((place, "empty_rejected", "has an empty answer"))
         elif text in seen and policies["equal_sides"] != "keep":
             unfit.append((place, "equal_sides", f"has the text of answer {seen[text] + 1} again"))

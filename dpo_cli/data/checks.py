@@ -80,9 +80,12 @@ def _find_in_prompt(prompt: Messages, found: list[str]) -> None:
 
 
 def is_empty(messages: Messages) -> bool:
-    """Whether there is nothing but white space."""
-    text = text_of(messages)
-    return not text or text.isspace()
+    """Whether there is nothing but white space: no text and no call, for reasoning alone is no answer."""
+    for message in messages:
+        text = message["content"]
+        if (text and not text.isspace()) or "tool_calls" in message:
+            return False
+    return True
 
 
 def check_sft(example: SftExample) -> list[str]:
@@ -103,11 +106,11 @@ def check_preference(example: PreferenceExample) -> list[str]:
     found: list[str] = []
     _find_in_text(f"{prompt}\n{chosen}\n{rejected}", found)
     _find_in_prompt(example.prompt, found)
-    if not prompt or prompt.isspace():
+    if is_empty(example.prompt):
         found.append("empty_prompt")
-    if not chosen or chosen.isspace():
+    if is_empty(example.chosen):
         found.append("empty_chosen")
-    if not rejected or rejected.isspace():
+    if is_empty(example.rejected):
         found.append("empty_rejected")
     if chosen == rejected or chosen.strip() == rejected.strip():
         found.append("equal_sides")

@@ -11,15 +11,17 @@ from dpo_cli.core import paths
 from dpo_cli.core.artifacts import publish_folder, write_json
 from dpo_cli.core.cores import usable_cores
 from dpo_cli.core.errors import DataError, ParamsError
-from dpo_cli.core.params import Params, PreferenceSource, SftSource, Source
+from dpo_cli.core.params import AS_PREFERENCES, Params, PreferenceSource, SftSource, Source
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.account import Conversion, account_rows, checks_of, metrics_of, unread_of, warnings_of
 from dpo_cli.data.convert import convert, find_files
 from dpo_cli.data.formats.detect import UnknownFormatError
 
-_SECTIONS = {"convert_sft": "data.sft", "convert_preferences": "data.preferences"}
-"""Where the settings of a stage's sources stand."""
+
+def _section_of(kind: type[Source], params: Params) -> str:
+    """Where the settings of a kind of sources stand."""
+    return "data.sft" if issubclass(kind, SftSource) and params.data.sft.path != AS_PREFERENCES else "data.preferences"
 
 
 def convert_stage(
@@ -42,7 +44,7 @@ def convert_stage(
             setting has no effect on this data.
         DataError: See :func:`~dpo_cli.data.convert.convert`; nothing is published then.
     """
-    section = _SECTIONS[stage]
+    section = _section_of(type(sources[0]), params)
     _refuse_outside(section, sources)
     rejects_file = paths.rejects_file(stage)
     with stage_scratch(stage, "run") as scratch:
@@ -84,12 +86,12 @@ def _convert_and_publish(
                 on_bytes=meter.advance,
             )
     except UnknownFormatError as error:
-        raise UnknownFormatError(f"{error} (in params.yaml, under {_SECTIONS[stage]})") from None
+        raise UnknownFormatError(f"{error} (in params.yaml, under {_section_of(type(sources[0]), params)})") from None
     except DataError:
         if listing.exists():  # all was read: say which rows stop it
             _move(listing, rejects_file)
         raise
-    _refuse_without_effect(sources, report)
+    _refuse_without_effect(sources, report, params)
     publish_folder(out, place)
     _move(listing, rejects_file)
     return report
@@ -116,11 +118,11 @@ def _refuse_outside(section: str, sources: Sequence[Source]) -> None:
         raise ParamsError(problems)
 
 
-def _refuse_without_effect(sources: Sequence[Source], report: Conversion) -> None:
+def _refuse_without_effect(sources: Sequence[Source], report: Conversion, params: Params) -> None:
     """A setting that changed nothing is a misunderstanding."""
     problems = []
     for source in sources:
-        section = "data.sft" if isinstance(source, SftSource) else "data.preferences"
+        section = _section_of(type(source), params)
         formats = {name for account in report.files if account.source is source for name in account.formats}
         has_rankings = {"kwise", "oasst"} & formats or report.num_rankings
         if isinstance(source, PreferenceSource) and source.pairs != "all" and not has_rankings:

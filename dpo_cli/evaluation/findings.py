@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-Status = Literal["good", "warn", "bad", "plain"]
+from dpo_cli.core.progress import Status
+
+FEWEST = 6
+"""Prompts below which no rate is told from one half: five that all go one way come by chance in 6 of 100 cases."""
 
 
 @dataclass(frozen=True)

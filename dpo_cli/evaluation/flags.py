@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_cli.evaluation.findings import Finding, Status, percent, percent_interval
+from dpo_cli.core.progress import Status
+from dpo_cli.evaluation.findings import FEWEST, Finding, percent, percent_interval
 
 LONGER = 1.3
 """Ratio of mean lengths above which the policy counts as long-winded."""
@@ -48,7 +49,7 @@ def displacement(metrics: Mapping[str, Any]) -> Finding:
     reasons = []
     if metrics.get("win_rate_ci") and metrics["win_rate_ci"][1] < 0.5:
         reasons.append("the win rate is below one half")
-    if _collapsed(metrics):
+    if _collapsed(metrics) and _enough(metrics):
         reasons.append("the entropy has collapsed")
     if reasons:
         meaning = f"likelihood displacement: chosen answers became less likely than before, and {' and '.join(reasons)}"
@@ -129,7 +130,12 @@ def degeneration(metrics: Mapping[str, Any]) -> Finding:
     value = f"{percent(after)} end (SFT {percent(before)}), {percent(metrics['repetition_dpo'])} repeated"
     if not signs:
         return Finding("form of answers", value, *_form_as_before(metrics))
-    return Finding("form of answers", value, "bad" if len(signs) > 1 else "warn", f"degeneration: {', '.join(signs)}")
+    return Finding(
+        "form of answers",
+        value,
+        "bad" if len(signs) > 1 and _enough(metrics) else "warn",
+        f"degeneration: {', '.join(signs)}",
+    )
 
 
 def _form_as_before(metrics: Mapping[str, Any]) -> tuple[Status, str]:
@@ -169,6 +175,10 @@ def judge_quality(metrics: Mapping[str, Any]) -> Finding | None:
     orders = ", asked in both orders" if consistency is not None else ""
     meaning = "; ".join(doubts) if doubts else f"by {metrics['judge_name']}{orders}"
     return Finding("the judge", ", ".join(parts), "warn" if doubts else "plain", meaning)
+
+
+def _enough(metrics: Mapping[str, Any]) -> bool:
+    return metrics["num_generated_prompts"] >= FEWEST
 
 
 def _collapsed(metrics: Mapping[str, Any]) -> bool:

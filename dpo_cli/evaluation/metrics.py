@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dpo_cli.evaluation.binomial import exact_interval
 from dpo_cli.evaluation.bootstrap import Estimate, Sampling
 from dpo_cli.evaluation.calibration import calibration_error, fit_temperature
 from dpo_cli.evaluation.generation import Answer
@@ -102,6 +103,23 @@ def answer_metrics(answers: Mapping[str, Mapping[str, Answer]]) -> dict[str, Any
         metrics[f"distinct_{name}"] = distinct([answer.tokens for answer in found])
     metrics["length_ratio"] = metrics["answer_tokens_dpo"] / metrics["answer_tokens_sft"]
     return metrics
+
+
+def form_metrics(forms: Sequence[tuple[bool, bool]], confidence: float) -> dict[str, Any]:
+    """Which model's answers keep their form, where only one of the two does: paired, so that what both do says nothing.
+
+    Args:
+        forms: Of each prompt, whether SFT's answer is well formed, and whether the tuned model's is.
+        confidence: Coverage of the exact interval.
+
+    Source: McNemar 1947, of whose test this is the exact form.
+    """
+    decided = [ours for theirs, ours in forms if ours != theirs]
+    return {
+        "num_form_decided": len(decided),
+        "form_win_rate": sum(decided) / len(decided) if decided else None,
+        "form_win_rate_ci": [*exact_interval(sum(decided), len(decided), confidence)] if decided else None,
+    }
 
 
 def win_metrics(match: Match, sampling: Sampling, *, reads: bool) -> dict[str, Any]:

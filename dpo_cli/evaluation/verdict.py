@@ -1,15 +1,16 @@
 """The verdict: what the metrics mean, in the order in which a user wants to know it.
 
-A pure function of metrics.json, shared by the terminal and the report. No torch.
+A function of metrics.json alone, shared by the terminal and the report. No torch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo_cli.evaluation.findings import Finding, Status, percent, percent_interval
+from dpo_cli.core.progress import Reporter, Status
+from dpo_cli.evaluation.findings import FEWEST, Finding, percent, percent_interval
 from dpo_cli.evaluation.flags import flags, judge_quality
 
 HIGH_KL = 10.0
@@ -21,8 +22,6 @@ WELL_FORMED = 0.95
 FORGETS = 1.25
 """Ratio of perplexities on instruction data above which the model has forgotten some of it."""
 WORST_CALIBRATION = 0.1
-FEWEST = 6
-"""Prompts below which no rate is told from one half: five that all go one way come by chance in 6 of 100 cases."""
 
 
 def verdict(metrics: Mapping[str, Any]) -> list[Finding]:
@@ -41,27 +40,43 @@ def headline(metrics: Mapping[str, Any]) -> tuple[str, Status]:
     """The verdict in one sentence."""
     if metrics["kl_estimates_disagree"]:
         return "Something is wrong with the computation: two estimates of the KL disagree.", "bad"
-    statuses = [finding.status for finding in verdict(metrics)]
-    broken = "bad" in statuses
-    if metrics["kl"] < HARDLY_MOVED and not broken:
+    too_far = f" It went far from the SFT model; {_to_stay(metrics)[0]}." if metrics["kl"] > HIGH_KL else ""
+    red = [finding.name for finding in verdict(metrics) if finding.status == "bad"]
+    if metrics["kl"] < HARDLY_MOVED and not red:
         return f"The tuned model is all but the SFT model: it hardly moved; {_to_move(metrics)[0]}.", "warn"
+    if red:  # a win rate or, without a judge, an accuracy below one half is among them
+        return f"Tuning did harm: {', '.join(red)}.{too_far}", "bad"
     if "win_rate" not in metrics:
         accuracy = _around_half(metrics["reward_accuracy_ci"], metrics["num_prompts"])
-        if broken or accuracy == "bad":
-            return "Tuning did harm: see the red lines.", "bad"
         if accuracy == "good":
             return "The tuned model learned the preferences; no judge compared its answers.", "good"
         if metrics["num_prompts"] < FEWEST:
             return "Too few prompts are held out to show whether the preferences were learned.", "warn"
         return "The held-out pairs do not show that the preferences were learned.", "warn"
-    wins = _around_half(metrics["win_rate_ci"], metrics["num_decided"])
-    if wins == "good" and not broken:
+    if _around_half(metrics["win_rate_ci"], metrics["num_decided"]) == "good":
         return "The tuned model is better than the SFT model.", "good"
-    if broken:
-        return "Tuning did harm: see the red lines.", "bad"
     if metrics["num_decided"] < FEWEST:
         return "The comparison is open: too few prompts have a winner.", "warn"
-    return "The comparison is open: the interval of the win rate holds one half.", "warn"
+    return f"The comparison is open: the interval of the win rate holds one half.{too_far}", "warn"
+
+
+def report_verdict(
+    metrics: Mapping[str, Any], reporter: Reporter, *, of: str = "", also: Sequence[tuple[str, str]] = ()
+) -> None:
+    """Print the verdict.
+
+    Args:
+        metrics: Those of stage evaluate.
+        reporter: Prints it.
+        of: What the headline begins with.
+        also: Rows below the findings: name and value.
+    """
+    text, status = headline(metrics)
+    rows: list[tuple[Status, str, str]] = [
+        (finding.status, finding.name, f"{finding.value}  ({finding.meaning})") for finding in verdict(metrics)
+    ]
+    rows.extend(("plain", name, value) for name, value in also)
+    reporter.verdict(f"{of}: {text}" if of else text, status, rows)
 
 
 def _around_half(ci: list[float] | None, number: int) -> Status:
@@ -76,15 +91,32 @@ def _to_move(metrics: Mapping[str, Any]) -> list[str]:
     training = metrics.get("training")
     if training is None:  # a model of whose training nothing is known
         return ["train longer, or with a higher learning rate"]
-    rate = training["learning_rate"]
+    steps, rate, beta = _settings(training)
     if training["kept_step"] == 0:
-        return [f"train.keep best kept its start: lower train.learning_rate, which was {rate:g}"]
-    raise_rate = f"raise train.learning_rate, which was {rate:g}"
+        return [f"train.keep best kept its start: lower {rate}"]
+    first = [f"raise {rate}", f"raise {steps}"]
+    return [*(first if training["learning_rate"] < USUAL_RATE else reversed(first)), f"lower {beta}"]
+
+
+def _to_stay(metrics: Mapping[str, Any]) -> list[str]:
+    """What to do about a model that went too far: settings to change, with their values, the likeliest first."""
+    training = metrics.get("training")
+    if training is None:
+        return ["train less, or with a lower learning rate"]
+    steps, rate, beta = _settings(training)
+    first = [f"lower {rate}", f"lower {steps}"]
+    return [*(first if training["learning_rate"] > USUAL_RATE else reversed(first)), f"raise {beta}"]
+
+
+def _settings(training: Mapping[str, Any]) -> tuple[str, str, str]:
+    """How long, how fast and how near the reference it was trained: each setting with its value."""
     limit = "max_steps" if training["max_steps"] else "epochs"
     steps = f", so {training['num_steps']} steps" if limit == "epochs" and training["num_steps"] else ""
-    raise_steps = f"raise train.{limit}, which was {training[limit]:g}{steps}"
-    lower_beta = f"lower train.beta, which was {training['beta']:g}"
-    return [*([raise_rate, raise_steps] if rate < USUAL_RATE else [raise_steps, raise_rate]), lower_beta]
+    return (
+        f"train.{limit}, which was {training[limit]:g}{steps}",
+        f"train.learning_rate, which was {training['learning_rate']:g}",
+        f"train.beta, which was {training['beta']:g}",
+    )
 
 
 def _win_rate(metrics: Mapping[str, Any]) -> Finding:
@@ -176,17 +208,25 @@ def _kl(metrics: Mapping[str, Any]) -> Finding:
         meaning += "; its two estimates disagree, so one of them is wrong"
     elif kl < HARDLY_MOVED:
         meaning += f"; the model hardly moved: {', or '.join(_to_move(metrics))}"
+    elif kl > HIGH_KL:
+        meaning += f"; the model went far, look at its answers: {', or '.join(_to_stay(metrics))}"
     status: Status = "bad" if disagree else "warn" if kl > HIGH_KL or kl < HARDLY_MOVED else "good"
     return Finding("KL from the reference", f"{kl:.2f} nats", status, meaning)
 
 
 def _well_formed(metrics: Mapping[str, Any]) -> Finding:
-    share = metrics["well_formed_dpo"]
+    """Red where, of the prompts that only one model answers in form, the tuned one surely has fewer than half."""
+    share, number = metrics["well_formed_dpo"], metrics.get("num_form_decided", 0)
+    meaning = "a win that is bought by broken text is no win"
+    if number:
+        meaning += f"; on {number} prompts only one of the two is, ours on {percent(metrics['form_win_rate'])}"
+        meaning += f" {percent_interval(metrics['form_win_rate_ci'])} of them"
+    fell = _around_half(metrics.get("form_win_rate_ci"), number) == "bad"
     return Finding(
         "well-formed answers",
         f"{percent(metrics['well_formed_sft'])} -> {percent(share)}",
-        "good" if share >= WELL_FORMED else "warn" if share >= metrics["well_formed_sft"] else "bad",
-        "a win that is bought by broken text is no win",
+        "good" if share >= WELL_FORMED else "bad" if fell else "warn",
+        meaning,
     )
 
 

@@ -78,15 +78,11 @@ class Verdict:
     attention_refused: dict[str, str]
     last_mlp: str
 
-    def describe(self, *, remembered: bool = False) -> str:
-        """One line for the user."""
-        how = "forced" if self.forced else "found by the probe"
-        how += ", as remembered" if remembered else ""
-        off = f"off by {self.difference:.1e} nats, {self.tolerance:.1e} allowed"
-        return (
-            f"layout {self.layout} ({how}; {off}{_reasons(self.refused)})"
-            f"; attention by {self.describe_attention()}; last MLP on {self.last_mlp}{_HEADS[self.head]}"
-        )
+    def describe(self) -> str:
+        """One line for the user; metrics.json says the rest."""
+        how = " (forced)" if self.forced else ""
+        layout = f"layout {self.layout}{how}{_reasons(self.refused)}"
+        return f"{layout}; attention by {self.describe_attention()}{_HEADS[self.head]}"
 
     def describe_attention(self) -> str:
         """What computes the attention, and what does not, and why."""
@@ -126,7 +122,6 @@ def open_scorer(
     memory = paths.scratch_root() / _MEMORY
     key = _key(model, compute_dtype, scorer, forced)
     verdict = _recall(memory, key)
-    remembered = verdict is not None
     if verdict is None:
         with scorer, evaluating(model):
             verdict = probe_layouts(scorer, model, forced)
@@ -139,7 +134,7 @@ def open_scorer(
         with scorer, torch.no_grad(), evaluating(model):
             scorer.score(probe_groups(scorer.config.vocab_size, 8)[:1])
         verdict = replace(verdict, **_attention_of(scorer, verdict.layout))
-    reporter.say(f"{stage}: {verdict.describe(remembered=remembered)}")
+    reporter.say(f"{stage}: {verdict.describe()}")
     names, num_bytes = left_unquantized(model)
     if names:
         reporter.warn(

@@ -19,5 +19,4 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         ParamsError: A source does not lie under data/raw, or a setting has no effect.
         DataError: A file cannot be read or converted; nothing is written then.
     """
-    source = params.data.preferences
-    return convert_stage("convert_preferences", [source, *source.also], params, paths.PREFERENCE_DATA, reporter)
+    return convert_stage("convert_preferences", params.data.preference_sources, params, paths.PREFERENCE_DATA, reporter)

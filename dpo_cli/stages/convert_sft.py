@@ -17,5 +17,4 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         ParamsError: A source does not lie under data/raw, or a setting has no effect.
         DataError: A file cannot be read or converted; nothing is written then.
     """
-    source = params.data.sft
-    return convert_stage("convert_sft", [source, *source.also], params, paths.SFT_DATA, reporter)
+    return convert_stage("convert_sft", params.data.sft_sources, params, paths.SFT_DATA, reporter)

@@ -40,6 +40,7 @@ from dpo_cli.evaluation.metrics import (
     cheaper_step,
     correlation,
     divergence_metrics,
+    form_metrics,
     held_out_metrics,
     judge_metrics,
     perplexity,
@@ -48,7 +49,7 @@ from dpo_cli.evaluation.metrics import (
 from dpo_cli.evaluation.speaker_names import DPO, SFT
 from dpo_cli.evaluation.speakers import Cast, Speaker, open_cast
 from dpo_cli.evaluation.steps import Steps, logp_sums
-from dpo_cli.evaluation.verdict import headline, verdict
+from dpo_cli.evaluation.verdict import report_verdict
 from dpo_cli.evaluation.votes import COLUMNS as VOTE_COLUMNS
 from dpo_cli.models.device import memory_metrics
 from dpo_cli.models.load import quiet_libraries
@@ -103,8 +104,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     trained = provenance.get("trained", {})
     judged = Judged(paths.DPO_MODEL, DPO, train, paths.report_dir("evaluate"), trained=trained)
     metrics = evaluate(params, graph, judged, reporter)
-    rows = [(finding.name, f"{finding.value}  ({finding.meaning})") for finding in verdict(metrics)]
-    reporter.table(f"evaluate: {headline(metrics)[0]}", rows)
+    report_verdict(metrics, reporter, of="evaluate")
     return metrics
 
 
@@ -149,8 +149,7 @@ def evaluate_model(
     judged = Judged(folder, settings["name"], train, out, is_ours, trained)
     metrics = evaluate(params, graph, judged, reporter)
     write_json(out / paths.MODEL_SETTINGS, settings)
-    rows = [(finding.name, f"{finding.value}  ({finding.meaning})") for finding in verdict(metrics)]
-    reporter.table(f"{folder}: {headline(metrics)[0]}", [*rows, ("files", out.as_posix())])
+    report_verdict(metrics, reporter, of=str(folder), also=[("files", out.as_posix())])
     return metrics
 
 
@@ -289,6 +288,9 @@ class _Work:
             metrics |= cheaper_step([(scale, kl.value, match) for scale, kl, match, _ in points if match], sampling)
         samples = self._samples(answers, kls, heats, judge, matches)
         metrics |= _means(samples)
+        if samples and "well_formed" in samples[0][DPO]:
+            forms = [(sample[SFT]["well_formed"], sample[DPO]["well_formed"]) for sample in samples]
+            metrics |= form_metrics(forms, sampling.confidence)
         if judge is not None and isinstance(judge.judge, ExactJudge):  # its rewards are 0 or 1
             metrics["win_rate_ceiling"] = 1 - metrics["reward_sft"] / 2
         curve = [

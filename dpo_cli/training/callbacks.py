@@ -18,6 +18,15 @@ class ProgressCallback(TrainerCallback):
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
+        self._loss = ""
+
+    def on_measure(self) -> None:
+        """The held-out loss is about to be measured, which takes its time."""
+        self._meter.note("measuring the held-out loss")
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """It is measured."""
+        self._meter.note(self._loss)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -33,7 +42,8 @@ class ProgressCallback(TrainerCallback):
         """Show the loss of the last step."""
         logs: dict[str, float] = kwargs.get("logs") or {}
         if "loss" in logs:
-            self._meter.note(f"loss {logs['loss']:.4f}")
+            self._loss = f"loss {logs['loss']:.4f}"
+            self._meter.note(self._loss)
 
 
 class CheckpointCallback(TrainerCallback):

@@ -194,6 +194,7 @@ def fit(
             meter.advance(first_step)
         elapsed_s = time.monotonic() - begun
         replicas.wait()  # nobody leaves while the first one saves
+        stop.is_answered = True  # of what asks after the last step: the work is done, and is published
     num_steps, history = trainer.state.global_step, trainer.state.log_history
     if saver.stopped and num_steps < plan.num_steps and not out_of_patience(history, params.patience):
         raise Interrupted(

@@ -30,6 +30,7 @@ from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models.device import Machine
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.scorer import Scores
+from dpo_cli.training.callbacks import ProgressCallback
 from dpo_cli.training.loss_scale import LossScale
 from dpo_cli.training.objective import GroupScorer, Objective
 from dpo_cli.training.replicas import ALONE, Replicas
@@ -231,6 +232,9 @@ class GroupTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out loss and metrics, weighted by example whatever the micro-batches."""
         self.model.eval()  # type: ignore[union-attr]
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback):
+                callback.on_measure()
         groups: list[TokenGroup] = self.eval_dataset  # type: ignore[assignment]
         total, means = self._means(groups, self._within_memory(groups))
         metrics = {"eval_loss": total} | {f"eval_{name}": value for name, value in means.items()}

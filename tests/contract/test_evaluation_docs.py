@@ -37,6 +37,7 @@ from dpo_cli.evaluation.metrics import (
     answer_metrics,
     cheaper_step,
     divergence_metrics,
+    form_metrics,
     held_out_metrics,
     judge_metrics,
     win_metrics,
@@ -123,6 +124,7 @@ def all_metrics() -> dict[str, Any]:
         **against_chosen_metrics(match()),
         **judge_metrics(match()),
         **cheaper_step(points, SAMPLING),
+        **form_metrics([(True, False), (True, True)], SAMPLING.confidence),
         **by_stage,
     }
 
@@ -220,7 +222,7 @@ def metrics_with(**changes: Any) -> dict[str, Any]:
         ({"win_rate": None, "reward_accuracy_ci": [0.4, 0.6]}, 5, "amber"),
         ({}, 6, "green"),
         ({"win_rate_ci": [0.2, 0.4]}, 7, "red"),
-        ({"well_formed_dpo": 0.1}, 7, "red"),
+        ({"well_formed_dpo": 0.1, "num_form_decided": 9, "form_win_rate_ci": [0.0, 0.4]}, 7, "red"),
         ({"num_decided": FEWEST - 1}, 8, "amber"),
         ({"win_rate_ci": [0.4, 0.6]}, 9, "amber"),
     ],
@@ -230,7 +232,9 @@ def test_headlines_are_those_of_the_code(changes: dict[str, Any], row: int, colo
     assert len(table) == 10
     text, status = headline(metrics_with(**changes))
     assert {"good": "green", "warn": "amber", "bad": "red"}[status] == colour
-    assert table[row].endswith(f"| {text} | {colour} |")
+    red = ", ".join(finding.name for finding in verdict(metrics_with(**changes)) if finding.status == "bad")
+    shown = text.replace(f": {red}.", ": ... (the red lines by name)") if status == "bad" and row else text
+    assert table[row].endswith(f"| {shown} | {colour} |")
 
 
 def test_other_figures_are_those_of_the_code() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -97,6 +97,8 @@ class Format(Generic[Found]):
             say it, beside those that the user names.
         alternatives: Two fields of which the second is not read where the first holds something.
         of_a_turn: What it reads of a turn beside role, text and the like; None: its fields hold no such turns.
+        leaves: Fields of which it may leave something beside such turns.
+        unread: What it leaves of them in a row: the name of each, and perhaps the part that it leaves.
     """
 
     name: str
@@ -111,6 +113,8 @@ class Format(Generic[Found]):
     suggest: Callable[[Collection[str], Mapping[str, Column]], Suggestion | None] = lambda keys, named: None
     alternatives: tuple[tuple[str, str], ...] = ()
     of_a_turn: tuple[str, ...] | None = ()
+    leaves: tuple[str, ...] = ()
+    unread: Callable[[RawRow], Iterable[tuple[str, str]]] = lambda row: ()
 
 
 def says_something(value: Any) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dpo_cli.data.formats.base import Column, Columns, Format, Reading, RowProblem, says_something
-from dpo_cli.data.formats.content import unread_of_turns
+from dpo_cli.data.formats.content import is_turn, unread_beside, unread_of_turns
+from dpo_cli.data.formats.prompts import roles_of
 from dpo_cli.data.schema import RawRow
 
 MISSING = object()
@@ -29,9 +30,10 @@ class Plan:
         missing: Those of them that these rows have not.
         rivals: Keys of which more than one may be a needed field.
         unread: Keys that the format does not read.
-        entered: Keys of which only a part is read, with the names of these parts.
+        entered: Keys of which only parts are read, with the paths of these parts in them.
         alternatives: The format's alternatives of which these rows may have both.
         spoken: Fields that these rows have and that may hold turns.
+        leaves: Whether they have a field of which the format may leave something else.
     """
 
     format: Format[Any]
@@ -45,6 +47,7 @@ class Plan:
     entered: Mapping[str, frozenset[str]] = field(default_factory=dict)
     alternatives: tuple[tuple[str, str], ...] = ()
     spoken: tuple[str, ...] = ()
+    leaves: bool = False
 
     @property
     def fits(self) -> bool:
@@ -84,7 +87,7 @@ class Plan:
     @property
     def may_leave(self) -> bool:
         """Whether rows with these keys may hold something that is not read."""
-        return bool(self.unread or self.entered or self.alternatives or self.spoken)
+        return bool(self.unread or self.entered or self.alternatives or self.spoken or self.leaves)
 
     def unread_in(self, row: RawRow, renamed: RawRow) -> tuple[str, ...]:
         """The columns of a row that hold something and are not read, by the file's names.
@@ -97,19 +100,29 @@ class Plan:
         for name in self.spoken:
             if type(value := renamed.get(name)) is list or type(value) is dict:
                 column = shown(self.columns.get(name, name))
-                found += [f"{column}.{key}" for key in unread_of_turns(value, self.format.of_a_turn or ())]
+                found += [f"{column}.{key}" for key in self._unread_of_turns(name, value, renamed)]
+        if self.leaves:
+            for name, part in self.format.unread(renamed):
+                column = shown(self.columns.get(name, name))
+                found.append(f"{column}.{part}" if part else column)
         if not self.entered and not self.alternatives:
-            return tuple(found)
-        for key, parts in self.entered.items():
-            if isinstance(row[key], dict):
-                found += [
-                    f"{key}.{part}" for part, value in row[key].items() if part not in parts and says_something(value)
-                ]
+            return tuple(dict.fromkeys(found)) if found else ()
+        for key, paths in self.entered.items():
+            found += _unread_within(row[key], paths, key)
         for name, spare in self.alternatives:
             if says_something(renamed.get(name)) and says_something(renamed.get(spare)):
                 column = self.columns.get(spare, spare)
                 found += [column] if isinstance(column, str) else column
         return tuple(dict.fromkeys(found))
+
+    def _unread_of_turns(self, name: str, value: Any, renamed: RawRow) -> list[str]:
+        also_read = self.format.of_a_turn or ()
+        if name == "prompt" and type(value) is dict and renamed.get("tools") is None:
+            also_read = (*also_read, "tools")
+        if name == "prompt" and type(value) is dict and not is_turn(value):
+            inner = unread_of_turns(value.get("messages"), (), roles_of(self.reading))
+            return [*unread_beside(value, ("messages", *also_read)), *(f"messages.{key}" for key in inner)]
+        return unread_of_turns(value, also_read, roles_of(self.reading))
 
     def in_words_of_the_file(self, text: str) -> str:
         """A message with fields by the names that they have in the file."""
@@ -172,7 +185,7 @@ def plan_of(fmt: Format[Any], keys: Collection[str], named: Mapping[str, Column]
     entered: dict[str, set[str]] = {}
     for first, _, rest in (path.partition(".") for path in paths if path not in keys):
         if first in keys and first not in read:
-            entered.setdefault(first, set()).add(rest.partition(".")[0])
+            entered.setdefault(first, set()).add(rest)
     return Plan(
         fmt,
         reading,
@@ -182,9 +195,10 @@ def plan_of(fmt: Format[Any], keys: Collection[str], named: Mapping[str, Column]
         tuple(name for name in needed if not found.has(name)),
         rivals,
         tuple(key for key in keys if key not in read and key not in entered),
-        {key: frozenset(parts) for key, parts in entered.items()},
+        {key: frozenset(rests) for key, rests in entered.items()},
         tuple(pair for pair in fmt.alternatives if all(map(found.has, pair))),
         tuple(name for name in _SPOKEN if name in fmt.names and found.has(name)) if fmt.of_a_turn is not None else (),
+        any(map(found.has, fmt.leaves)),
     )
 
 
@@ -260,6 +274,18 @@ def look_up(row: Any, path: str) -> Any:
         else:
             return MISSING
     return value
+
+
+def _unread_within(value: Any, paths: Collection[str], where: str) -> Iterator[str]:
+    """Where something lies in a value beside the parts at some paths."""
+    members = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, member in members:
+        place = f"{where}.{key}"
+        within = [rest for first, _, rest in (path.partition(".") for path in paths) if first == str(key)]
+        if within and all(within):
+            yield from _unread_within(member, within, place)
+        elif not within and says_something(member):
+            yield place
 
 
 def shown(column: Column) -> str:

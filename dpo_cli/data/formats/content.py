@@ -38,8 +38,10 @@ CALL_ROLES = ("function_call", "tool_call")
 """Roles of an assistant's turn whose text is a call."""
 
 ROLE_KEYS = ("role", "from", "speaker")
-_CONTENT_KEYS = ("content", "value", "text")
+CONTENT_KEYS = ("content", "value", "text")
 _CALL_KEYS = ("tool_calls", "function_call")
+ANSWER_KEYS = ("text", "response", "completion", "content", "answer", "output", "solution", "value")
+"""What the text of an answer is called in an object that is no turn."""
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """What the reasoning before an answer is called."""
 _MEDIA = re.compile(r"(?:images?|img|audios?|videos?|media)(?:_(?:paths?|urls?|files?|bytes|base64))?", re.IGNORECASE)
@@ -59,7 +61,7 @@ def read_message(value: Any, where: str, roles: Mapping[str, str] = ROLE_NAMES) 
         raise RowProblem("bad_message", f"{where} must be a message, got {kind_of(value)}")
     if not is_turn(value):
         raise RowProblem("unknown_role", f"{where} has no role: it is {kind_of(value)}")
-    name = _said(value, ROLE_KEYS)
+    name: Any = value.get(key_in(value, ROLE_KEYS))
     role = _role_of(name, roles)
     if role is None:
         known = ", ".join(roles)
@@ -68,49 +70,88 @@ def read_message(value: Any, where: str, roles: Mapping[str, str] = ROLE_NAMES) 
             f"{where} has the role {_shown(name)}; known are {known}; say in roles which of them it is",
         )
     refuse_media(value, media_keys(value), where)
-    content = _said(value, _CONTENT_KEYS)
+    content = value.get(key_in(value))
     if name not in roles and name.lower() in CALL_ROLES:
-        return {"role": role, "content": "", "tool_calls": read_calls(content, where)}
-    extra = _read_extra(value, role, where)
+        return {"role": role, "content": "", **_read_reasoning(value, where), "tool_calls": read_calls(content, where)}
+    extra = read_extra(value, role, where)
     return {"role": role, "content": read_content("" if content is None and extra else content, where), **extra}
 
 
-def _said(turn: Mapping[str, Any], keys: Iterable[str]) -> Any:
-    """What a turn has under the first of some keys that is not null: in parquet it has the keys of all turns."""
-    return next((turn[key] for key in keys if turn.get(key) is not None), None)
+def key_in(turn: Mapping[str, Any], keys: Iterable[str] = CONTENT_KEYS) -> str:
+    """The first of some keys under which a turn has something, in parquet it has the keys of all turns; else empty."""
+    return next((key for key in keys if turn.get(key) is not None), "")
 
 
-def _read_extra(value: Mapping[str, Any], role: str, where: str) -> Message:
+def role_in(turn: Mapping[str, Any]) -> str | None:
+    """Whose a turn is, where the name is a usual one."""
+    return _role_of(turn.get(key_in(turn, ROLE_KEYS)), ROLE_NAMES)
+
+
+def read_extra(value: Mapping[str, Any], role: str, where: str) -> Message:
     """What a turn has beside its text: reasoning and calls of an answer, of a tool's turn what it answers."""
     extra: Message = {}
     if role == "assistant":
-        reasoning = next((value[key] for key in REASONING_KEYS if value.get(key)), "")
-        if not isinstance(reasoning, str):
-            raise RowProblem("not_text", f"{where} must have its reasoning as text, got {kind_of(reasoning)}")
-        if reasoning.strip():
-            extra["reasoning_content"] = reasoning
-        if calls := next((value[key] for key in _CALL_KEYS if value.get(key)), None):
-            extra["tool_calls"] = read_calls(calls, where)
+        extra = _read_reasoning(value, where)
+        if key := _filled(value, _CALL_KEYS):
+            extra["tool_calls"] = read_calls(value[key], where)
     elif role == "tool":
         extra |= {name: value[name] for name in _OF_A_TOOL if isinstance(value.get(name), str)}
     return extra
 
 
-_READ_OF_A_TURN = frozenset((*ROLE_KEYS, *_CONTENT_KEYS, *_CALL_KEYS, *REASONING_KEYS))
-"""What is read of a turn."""
+def _read_reasoning(value: Mapping[str, Any], where: str) -> Message:
+    reasoning = value[key] if (key := _filled(value, REASONING_KEYS)) else ""
+    if not isinstance(reasoning, str):
+        raise RowProblem("not_text", f"{where} must have its reasoning as text, got {kind_of(reasoning)}")
+    return {"reasoning_content": reasoning} if reasoning.strip() else {}
+
+
+def _filled(value: Mapping[str, Any], keys: Iterable[str]) -> str:
+    """The first of some keys that holds something; else empty."""
+    return next((key for key in keys if value.get(key)), "")
+
+
 _OF_A_TOOL = ("name", "tool_call_id")
 
 
-def unread_of_turns(turns: Any, also_read: Collection[str]) -> list[str]:
+def unread_of_turns(turns: Any, also_read: Collection[str], roles: Mapping[str, str] = ROLE_NAMES) -> list[str]:
     """Names of what turns hold beside what is read of them; none where the value is no list of turns, nor one."""
     found: dict[str, None] = {}
     for turn in turns if type(turns) is list else [turns]:
-        if type(turn) is dict and len(turn) > 2 and is_turn(turn):
-            role = _said(turn, ROLE_KEYS)
-            own = (*also_read, *(_OF_A_TOOL if _role_of(role, ROLE_NAMES) == "tool" else ()))
-            names = (name for name in turn if name not in _READ_OF_A_TURN and name not in own)
-            found.update(dict.fromkeys(name for name in names if says_something(turn[name])))
+        if type(turn) is list:
+            found.update(dict.fromkeys(unread_of_turns(turn, also_read, roles)))
+        elif type(turn) is dict and len(turn) > 2:
+            if is_turn(turn):
+                taken = _read_of(turn, roles)
+            elif keys := pair_in(turn):
+                taken = {*keys, "system"}
+            else:
+                continue
+            found.update(dict.fromkeys(unread_beside(turn, {*taken, *also_read})))
     return list(found)
+
+
+def _read_of(turn: Mapping[str, Any], roles: Mapping[str, str]) -> set[str]:
+    """The keys of a turn that :func:`read_message` reads."""
+    name = turn.get(key_in(turn, ROLE_KEYS))
+    role = _role_of(name, roles)
+    taken = {key_in(turn, ROLE_KEYS), key_in(turn)}
+    if role == "tool":
+        taken.update(_OF_A_TOOL)
+    elif role == "assistant":
+        is_call = name not in roles and isinstance(name, str) and name.lower() in CALL_ROLES
+        taken |= {_filled(turn, REASONING_KEYS), "" if is_call else _filled(turn, _CALL_KEYS)}
+    return taken
+
+
+def read_of_answer(value: Mapping[str, Any]) -> set[str]:
+    """The keys of an answer that is no turn which hold its text, its reasoning and its calls."""
+    return {key_in(value, ANSWER_KEYS), _filled(value, REASONING_KEYS), _filled(value, _CALL_KEYS)}
+
+
+def unread_beside(value: Mapping[str, Any], taken: Collection[str]) -> list[str]:
+    """The keys of an object that hold something, beside those that are read."""
+    return [key for key in value if key not in taken and says_something(value[key])]
 
 
 def media_keys(names: Iterable[Any]) -> tuple[str, ...]:
@@ -125,13 +166,19 @@ def refuse_media(value: Mapping[str, Any], names: Iterable[str], where: str = ""
         RowProblem: One of these fields is not empty.
     """
     for name in names:
-        media = value.get(name)
-        if any(media) if isinstance(media, list) else media:
+        if _is_there(value.get(name)):
             raise RowProblem(
                 "media",
                 f"{where + ' ' if where else ''}has media in {name!r}, and only text is read; take the field out of the"
                 " file to train on the text alone",
             )
+
+
+def _is_there(media: Any) -> bool:
+    """Whether a field holds a picture or the like: a path, bytes, or an object or a list with some of them."""
+    if isinstance(media, list | dict):
+        return any(map(_is_there, media.values() if isinstance(media, dict) else media))
+    return bool(media)
 
 
 def _role_of(name: Any, roles: Mapping[str, str]) -> str | None:
@@ -190,6 +237,7 @@ def turn_by_turn(values: list[Any]) -> list[Any]:
             turns.append(value)
             continue
         asked, answered = keys
+        refuse_media(value, media_keys(value))
         if value.get("system"):
             turns.append({"role": "system", "content": value["system"]})
         turns.append({"role": "user", "content": value[asked]})
@@ -279,4 +327,4 @@ def last_role(turns: Sequence[Any]) -> str | None:
     last = turns[-1]
     if keys := pair_in(last):
         return "user" if last[keys[1]] is None else "assistant"
-    return _role_of(_said(last, ROLE_KEYS), ROLE_NAMES)
+    return role_in(last)

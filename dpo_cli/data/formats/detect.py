@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from dpo_cli.core.errors import DataError, ParamsError
+from dpo_cli.data.formats.advice import columns_to_fill_in, columns_to_say
 from dpo_cli.data.formats.base import Column, Columns, Format, Reading, RowProblem, always, kind_of, never, shown_name
 from dpo_cli.data.formats.columns import MISSING, Plan, look_up, plan_of, shown
 from dpo_cli.data.formats.content import is_turn, json_in, media_keys, refuse_media
@@ -74,28 +74,7 @@ class RowReader:
         """
         if type(row) is not dict:
             raise RowProblem("not_an_object", f"must be a JSON object, got {kind_of(row)}")
-        keys = tuple(row)
-        made_by = ""
-        steps = self._steps.get(keys)
-        if steps is None:
-            steps = self._steps_of(keys)
-            refuse_media(row, self._media_in(keys))
-        elif keys in self._media:
-            refuse_media(row, self._media[keys])
-        for plan, moves, matches, weak in steps:
-            found = plan.rename(row) if moves else row
-            if self._reading.unwrap:
-                found, made_by = unwrap_row(found, plan.format.names)
-            if (matches is None or matches(found)) and (weak is None or not self._is_doubtful(plan, found)):
-                break
-        else:
-            plan = self._fallback_of(keys)
-            found = plan.rename(row)
-            if self._reading.unwrap:
-                found, made_by = unwrap_row(found, plan.format.names)
-            if plan.rivals:
-                field, rivals = next(iter(plan.rivals.items()))
-                raise RowProblem("two_fields", f"{' and '.join(rivals)} may both be {field}; say which in columns")
+        plan, found, made_by = self._taken(row, unwraps=self._reading.unwrap)
         try:
             content = plan.format.read(found, plan.reading)
             tools = read_tools(tools_of(found)) if "tools" in plan.format.names else None
@@ -106,6 +85,45 @@ class RowReader:
         if made_by:
             self._unwrapped[made_by] += 1
         return plan.format, content if tools is None else _with_tools(content, tools)
+
+    def unwrapped(self, row: RawRow) -> tuple[str, list[Any]]:
+        """What ``unwrap: true`` would make of a row, and the template of its texts; empty: it would change nothing."""
+        try:
+            plan, found, made_by = self._taken(row, unwraps=True)
+            content = plan.format.read(found, plan.reading) if made_by else ()
+            parts = [part for _, part in content] if isinstance(content, Iterator) else [content]
+        except RowProblem:
+            return "", []
+        return (made_by, parts) if made_by else ("", [])
+
+    def _taken(self, row: RawRow, *, unwraps: bool) -> tuple[Plan, RawRow, str]:
+        """How a row is read, the row with its fields under their own names, and the template that was taken off it.
+
+        Raises:
+            RowProblem: It holds media, or may be read in two ways.
+        """
+        keys = tuple(row)
+        made_by = ""
+        steps = self._steps.get(keys)
+        if steps is None:
+            steps = self._steps_of(keys)
+            refuse_media(row, self._media_in(keys))
+        elif keys in self._media:
+            refuse_media(row, self._media[keys])
+        for plan, moves, matches, weak in steps:
+            found = plan.rename(row) if moves else row
+            if unwraps:
+                found, made_by = unwrap_row(found, plan.format.names)
+            if (matches is None or matches(found)) and (weak is None or not self._is_doubtful(plan, found)):
+                return plan, found, made_by
+        plan = self._fallback_of(keys)
+        found = plan.rename(row)
+        if unwraps:
+            found, made_by = unwrap_row(found, plan.format.names)
+        if plan.rivals:
+            field, rivals = next(iter(plan.rivals.items()))
+            raise RowProblem("two_fields", f"{' and '.join(rivals)} may both be {field}; say which in columns")
+        return plan, found, made_by
 
     def take_unread(self) -> Counter[str]:
         """How many of the rows read since the last call have something in a column that nobody read, by column."""
@@ -203,7 +221,7 @@ class RowReader:
         """The format of rows that fit none."""
         return (self._main or self._formats[0]).name
 
-    def _choose(self, row: dict[str, Any]) -> tuple[Plan, RawRow] | None:
+    def _choose(self, row: RawRow) -> tuple[Plan, RawRow] | None:
         keys = tuple(row)
         for plan, *_ in self._steps.get(keys) or self._steps_of(keys):
             try:
@@ -236,67 +254,81 @@ class RowReader:
         if label and any(name in first for name in (*ANSWER_NAMES, *CONVERSATION_NAMES)):
             return (
                 f"its rows are single answers that {label} calls good or bad (unpaired, as KTO takes them);"
-                " DPO needs two answers to the same prompt in a row: chosen and rejected"
+                " DPO needs two answers to the same prompt in a row: chosen and rejected. Where prompts have good and"
+                " bad ones, write a row {prompt, chosen, rejected} for each good one with each bad one of its prompt"
             )
         known = ", ".join(fmt.name for fmt in self._formats)
+        fields = ", ".join(key if key == key.strip() else repr(key) for key in first) or "no fields"
+        told = [f"unknown format: its first row has {fields}", *self._what_to_say(objects)]
         lists = [key for key, value in first.items() if isinstance(value, list) and any(map(_is_row, value[:1]))]
-        hint = f"; if the rows lie within, say records: {lists[0]}" if lists and len(rows) == 1 else ""
+        if lists and len(rows) == 1:
+            told.append(f"if the rows lie within, say records: {lists[0]}")
         texts = [(key, unwrap(value)) for key, value in first.items() if isinstance(value, str)]
         for key, conversation in texts:
             if conversation and any("messages" in fmt.names for fmt in self._formats):
-                hint += (
-                    f"; {shown_name(key)} holds conversations as {conversation.template} renders them, which"
+                told.append(
+                    f"{shown_name(key)} holds conversations as {conversation.template} renders them, which"
                     f" columns: {{messages: {key}}} and unwrap: true take apart"
                 )
-        fields = ", ".join(key if key == key.strip() else repr(key) for key in first) or "no fields"
-        return (
-            f"unknown format: its first row has {fields}; {self._closest(first)}say which field is which,"
-            f" such as columns: {{{self._likely_columns(first)}}}{hint}; known formats (docs/data.md): {known}"
+        return "; ".join([*told, f"known formats (docs/data.md): {known}"])
+
+    def _what_to_say(self, objects: Sequence[RawRow]) -> Iterator[str]:
+        """What keeps the rows from a format, and the columns that would help."""
+        alike = [row for row in objects if row.keys() == objects[0].keys()]
+        closest, fmt = self._closest(objects[0])
+        if closest:
+            yield closest
+        columns = columns_to_say(
+            self._formats,
+            alike,
+            self._columns,
+            self._reading,
+            lambda fmt, named: self._would_read(alike[0], fmt, named),
         )
+        if not columns and not closest.startswith("read as"):
+            columns = columns_to_fill_in(fmt, self._formats, alike, self._columns, self._reading)
+        if columns:
+            yield f"say which field is which, such as columns: {columns}"
 
-    def _likely_columns(self, row: Mapping[str, Any]) -> str:
-        """Columns for an example, with the names of the file where they end or begin as fields do, such as en_input."""
-        named = dict(self._columns)
-        for fmt in self._formats:
-            likely: Columns = {name: column for name, column in named.items() if name in fmt.names}
-            for name, others in fmt.names.items():
-                free = (key for key in row if key not in likely.values() and {name, *others} & _affixes(key))
-                if name not in likely and (key := next(free, None)) is not None:
-                    likely[name] = key
-            if any(set(need) <= likely.keys() for need in fmt.needs):
-                break
-        else:
-            instructions = any(fmt.name == "alpaca" for fmt in self._formats)
-            likely = {
-                "prompt": "...",
-                **({"completion": "..."} if instructions else {"chosen": "...", "rejected": "..."}),
-            }
-        return ", ".join(f"{name}: {shown(column)}" for name, column in {**likely, **named}.items())
+    def _would_read(self, row: RawRow, fmt: Format[Any], columns: Columns) -> bool:
+        """Whether a row is read as a format where these columns are named."""
+        reader = RowReader(self._formats, "auto", columns, self._reading)
+        plan, renamed = reader._choose(row) or (None, row)
+        if plan is None or plan.format is not fmt:
+            return False
+        try:
+            found = fmt.read(renamed, plan.reading)
+            return not isinstance(found, Iterator) or bool(list(found))
+        except RowProblem as problem:
+            return problem.reason == "tie"
 
-    def _closest(self, row: dict[str, Any]) -> str:
-        """What keeps the row from the format that comes next to it."""
+    def _closest(self, row: RawRow) -> tuple[str, Format[Any] | None]:
+        """What keeps the row from the format that comes next to it, and that one, where it lacks fields."""
         plans = [plan_of(fmt, tuple(row), self._columns, self._reading) for fmt in self._formats]
         for plan in plans:
             if plan.rivals and not plan.missing:
                 field, rivals = next(iter(plan.rivals.items()))
-                return f"as {plan.format.name}, {' and '.join(rivals)} may both be {field}; "
+                return f"as {plan.format.name}, {' and '.join(rivals)} may both be {field}", plan.format
         for plan in plans:
             if plan.fits:
                 try:
                     plan.format.read(plan.rename(row), plan.reading)
                 except RowProblem as problem:
-                    if problem.reason not in ("missing_field", "not_a_list"):
-                        return f"read as {plan.format.name}: {plan.named(problem).detail}; "
+                    if problem.reason != "missing_field" and (problem.reason, plan.needed[-1]) != (
+                        "not_a_list",
+                        "output",
+                    ):
+                        return f"read as {plan.format.name}: {plan.named(problem).detail}", None
         plain = {key.strip().lower(): key for key in row}
         for plan in plans:
             if plan.missing and all(name in plain for name in plan.missing):
-                return (
-                    f"{', '.join(repr(plain[name]) for name in plan.missing)} must be spelt {', '.join(plan.missing)}; "
-                )
+                spelt = ", ".join(repr(plain[name]) for name in plan.missing)
+                return f"{spelt} must be spelt {', '.join(plan.missing)}", plan.format
         plan = min(plans, key=lambda plan: (len(plan.missing) or 9, -len(plan.needed)))
         if 0 < len(plan.missing) < len(plan.needed) - 1:
-            return f"{plan.format.name} comes next to it, which needs {' and '.join(plan.missing)}, too; "
-        return ""
+            told = f"{plan.format.name} comes next to it, which needs {' and '.join(plan.missing)}, too"
+            return told, plan.format
+        return "", None
 
 
 def _with_tools(found: Any, tools: str) -> Any:
@@ -340,12 +372,6 @@ def _turned(only: Mapping[str, Any]) -> str:
     if all(key.isdecimal() for key in values[0]):
         return f"it is one object with an object for each column; {remedy}"
     return "" if any(map(is_turn, values)) else "it is one object with a row under each name; write them as a list"
-
-
-def _affixes(key: str) -> set[str]:
-    """A key in small letters, and what its first and its last word are without the other words."""
-    words = re.split(r"[\W_]+", key.lower())
-    return {"_".join(words[start:end]) for start, end in ((0, None), (1, None), (0, -1)) if words[start:end]}
 
 
 def _is_row(value: Any) -> bool:

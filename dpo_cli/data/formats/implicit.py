@@ -19,6 +19,7 @@ from dpo_cli.data.formats.content import (
     turns_in,
 )
 from dpo_cli.data.formats.hh import are_transcripts
+from dpo_cli.data.formats.labels import names_in_place_of_answers
 from dpo_cli.data.formats.prompts import (
     CONTEXT_NAMES,
     CONVERSATION_NAMES,
@@ -30,6 +31,7 @@ from dpo_cli.data.formats.prompts import (
     split_turns,
     with_context,
 )
+from dpo_cli.data.formats.sides import unread_margin
 from dpo_cli.data.schema import PreferenceExample, RawRow, assistant, user
 
 _SIDES = ("chosen", "rejected")
@@ -104,6 +106,8 @@ def _doubt(rows: Sequence[RawRow], reading: Reading) -> str:
     texts = [row for row in rows if _is_text(row)]
     if not texts:
         return ""
+    if told := names_in_place_of_answers(rows):
+        return told
     apart = sum(not row["chosen"][: shared_tokens(row["chosen"], row["rejected"])].strip() for row in texts)
     others = {key for row in texts for key, value in row.items() if key not in IMPLICIT.names and _may_be_prompt(value)}
     others -= {name for names in SIDE_NAMES.values() for name in names}
@@ -139,4 +143,6 @@ IMPLICIT = Format(
     note=lambda row, reading: "texts are cut behind the last word they share" if _is_text(row) else "",
     doubt=_doubt,
     alternatives=SCORE_ALTERNATIVES,
+    leaves=("margin",),
+    unread=unread_margin,
 )

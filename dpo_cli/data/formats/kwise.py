@@ -11,18 +11,28 @@ it is read so only where the user names this format.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from dpo_cli.data.formats.base import Column, Columns, Format, Reading, RowProblem, Suggestion, kind_of, number
-from dpo_cli.data.formats.content import is_turn, json_in
+from dpo_cli.data.formats.content import (
+    ANSWER_KEYS,
+    is_turn,
+    json_in,
+    key_in,
+    media_keys,
+    read_extra,
+    read_of_answer,
+    refuse_media,
+    unread_beside,
+    unread_of_turns,
+)
 from dpo_cli.data.formats.prompts import PROMPT_ALTERNATIVES, PROMPT_NAMES, PROMPT_NEEDS, read_answer, read_prompt
 from dpo_cli.data.formats.verdicts import read_verdicts
 from dpo_cli.data.schema import Messages, RankingExample, RawRow
 
 _NUMBERED = re.compile(r"(prediction|completion|response|output|answer|candidate|score|rating|reward|rank)[ _]?(\d+)")
 _ORDER = ("ranks", "scores", "preference")
-_TEXT_KEYS = ("text", "response", "completion", "content", "answer", "output", "solution", "value")
 _RANK_KEYS = ("rank",)
 _SCORE_KEYS = ("score", "overall_score", "rating", "reward", "pm_score", "is_correct", "correct")
 _NUMBERED_ORDER = {"score": "scores", "rating": "scores", "reward": "scores", "rank": "ranks"}
@@ -59,11 +69,21 @@ def _list(value: Any) -> Any:
 def _completion(value: Any, index: int, prompt: Messages, reading: Reading, row: RawRow) -> Messages:
     where = f"completions[{index}]"
     if isinstance(value, dict) and not is_turn(value):
-        key = next((key for key in _TEXT_KEYS if value.get(key) is not None), None)
-        if key is None:
+        refuse_media(value, media_keys(value), where)
+        extra = read_extra(value, "assistant", where)
+        key = key_in(value, ANSWER_KEYS)
+        if not key and not extra:
             raise RowProblem("missing_field", f"{where} has no text: it is {kind_of(value)}")
-        value = value[key]
+        text = value[key] if key else ""
+        (answer,) = read_answer({"prompt": row.get("prompt"), where: text}, where, prompt, reading)
+        return [{**answer, **{name: said for name, said in extra.items() if name not in answer}}]
     return read_answer({"prompt": row.get("prompt"), where: value}, where, prompt, reading)
+
+
+def _key_of_all(values: Sequence[Any], keys: Sequence[str]) -> str:
+    """The first of some keys that all completions have; else empty."""
+    objects = [value if isinstance(value, dict) else {} for value in values]
+    return next((key for key in keys if all(value.get(key) is not None for value in objects)), "")
 
 
 def _of_each(row: RawRow, name: str, values: list[Any], keys: Sequence[str]) -> list[Any] | None:
@@ -77,10 +97,8 @@ def _of_each(row: RawRow, name: str, values: list[Any], keys: Sequence[str]) -> 
             )
         return listed
     objects = [value if isinstance(value, dict) else {} for value in values]
-    for key in keys:
-        own = [value.get(key) for value in objects]
-        if None not in own:
-            return own
+    if key := _key_of_all(values, keys):
+        return [value[key] for value in objects]
     key = next((key for key in keys if any(value.get(key) is not None for value in objects)), None)
     if key is None:
         return None
@@ -125,7 +143,8 @@ def _read(row: RawRow, reading: Reading) -> RankingExample:
     else:
         raise RowProblem(
             "no_ranking",
-            "has no 'ranks', 'scores' or 'preference'; if the answers are in order, best first, say format: kwise",
+            "has no 'ranks', 'scores' or 'preference'; if a column ranks or scores them, name it, such as columns:"
+            " {scores: NAME}; if the answers are in order, best first, say format: kwise",
         )
     order = sorted(range(len(values)), key=lambda index: ranks[index])  # stable: tied ones stay as they came
     place = {old: new for new, old in enumerate(order)}
@@ -145,6 +164,23 @@ def _has_order(row: RawRow) -> bool:
         for value in (values if isinstance(values, list) else ())
         for key in (*_RANK_KEYS, *_SCORE_KEYS)
     )
+
+
+def _unread(row: RawRow) -> Iterator[tuple[str, str]]:
+    """What completions hold beside text, reasoning, calls and what orders them."""
+    name = "completions" if row.get("completions") is not None else "output"
+    values = _list(row.get(name))
+    values = values if isinstance(values, list) else []
+    order = "" if row.get("ranks") is not None else _key_of_all(values, _RANK_KEYS)
+    if not order and all(row.get(listed) is None for listed in ("ranks", "scores")):
+        order = _key_of_all(values, _SCORE_KEYS)
+    parts: dict[str, None] = {}
+    for value in values:
+        if isinstance(value, dict) and not is_turn(value):
+            parts.update(dict.fromkeys(unread_beside(value, {*read_of_answer(value), order})))
+        else:
+            parts.update(dict.fromkeys(unread_of_turns(value, (order,))))
+    return ((name, part) for part in parts)
 
 
 def _doubt(rows: Sequence[RawRow], reading: Reading) -> str:
@@ -179,6 +215,8 @@ KWISE = Format(
     note=lambda row, reading: "" if _has_order(row) else "the order of the list is the ranking, best first",
     doubt=_doubt,
     suggest=suggest,
+    leaves=("completions", "output"),
+    unread=_unread,
     alternatives=(
         *PROMPT_ALTERNATIVES,
         ("completions", "output"),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from dpo_cli.data.formats.base import Column, Columns, Suggestion
+from dpo_cli.data.schema import RawRow
 
 _STEMS = (
     "output", "response", "answer", "completion", "reply", "summary", "generation", "conversation", "human_ref",
@@ -119,6 +120,28 @@ def suggest(keys: Collection[str], named: Mapping[str, Column]) -> Suggestion | 
         return columns | _prompt(keys, "history"), {"1": "first", "0": "second"}
     verdict = named.get("label") or named.get("votes") or columns.get("label") or columns.get("votes")
     return columns, _words(first, second, ends) | _numbers(first, second, verdict, keys)
+
+
+def names_in_place_of_answers(rows: Sequence[RawRow]) -> str:
+    """What to say where ``chosen`` and ``rejected`` name outputs that stand in other columns; empty: they do not."""
+    sides = [[label_text(row.get(name, "")) for name in ("chosen", "rejected")] for row in rows]
+    keys = [key for key in rows[0] if all(key in row for row in rows)]
+    columns, labels = suggest(keys, {}) or ({}, {})
+    names = sorted({name for pair in sides for name in pair})
+    outputs = [columns.get(side) for side in ("first", "second")]
+    if None in outputs and len(names) == len(outputs) and all(name in keys for name in names):
+        outputs, labels = list(names), dict(zip(names, ("first", "second"), strict=True))
+    if None not in outputs and all({side_of(name, labels) for name in pair} == {"first", "second"} for pair in sides):
+        return (
+            "'chosen' and 'rejected' name columns in place of answers in every row; say columns:"
+            f" {{first: {outputs[0]}, second: {outputs[1]}, label: 'chosen'}}"
+        )
+    if all(set(pair) <= row.keys() for pair, row in zip(sides, rows, strict=True)):
+        return (
+            "'chosen' and 'rejected' name columns in place of answers in every row, more than two in all; write the"
+            " answers themselves into them"
+        )
+    return ""
 
 
 def _scores(keys: Collection[str], ends: tuple[str, str] | None) -> Columns:

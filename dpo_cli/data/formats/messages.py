@@ -57,8 +57,11 @@ def _matches(row: RawRow) -> bool:
     turns = turns_in(turns) if isinstance(turns, str) else turns
     if not is_conversation(turns):
         return False
-    # a conversation that ends with a question has its answers in other fields
+    # a conversation that ends with a question has its answers in other fields; beside a rejected answer the last one
+    # may be any
     role = last_role(turns)
+    if all(isinstance(row.get(name), str | list | dict) and row[name] for name in ("chosen", "rejected")):
+        return False
     return role == "assistant" or (role is None and "chosen" not in row)
 
 

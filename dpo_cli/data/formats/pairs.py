@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dpo_cli.data.formats.base import Format, Reading, RowProblem
 from dpo_cli.data.formats.hh import are_transcripts
 from dpo_cli.data.formats.implicit import split_implicit
+from dpo_cli.data.formats.labels import names_in_place_of_answers
 from dpo_cli.data.formats.prompts import (
     PROMPT_ALTERNATIVES,
     PROMPT_NAMES,
@@ -22,7 +23,7 @@ from dpo_cli.data.formats.prompts import (
     read_scores,
     read_sides,
 )
-from dpo_cli.data.formats.sides import are_lists, lists_note, read_lists
+from dpo_cli.data.formats.sides import are_lists, lists_note, read_lists, unread_margin
 from dpo_cli.data.schema import Messages, PreferenceExample, RankingExample, RawRow
 
 _NUM_ECHOES = 3
@@ -66,6 +67,8 @@ def _doubt(rows: Sequence[RawRow], reading: Reading) -> str:
             "both answers are transcripts from the first Human turn in every row;"
             " say format: hh to take the prompt from them, or format: pairs if such a text is the answer"
         )
+    if told := names_in_place_of_answers(rows):
+        return told
     texts = [[row.get(name) for name in ("prompt", "chosen", "rejected")] for row in rows]
     asked = [(p, c, r) for p, c, r in texts if isinstance(p, str) and isinstance(c, str) and isinstance(r, str)]
     if not asked or not all(p.strip() and c.startswith(p) and r.startswith(p) for p, c, r in asked):
@@ -87,4 +90,6 @@ PAIRS = Format(
     note=lists_note,
     doubt=_doubt,
     alternatives=PROMPT_ALTERNATIVES + SCORE_ALTERNATIVES,
+    leaves=("margin",),
+    unread=unread_margin,
 )

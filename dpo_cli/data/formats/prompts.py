@@ -13,7 +13,9 @@ from dpo_cli.data.formats.content import (
     check_prompt,
     is_turn,
     json_in,
+    media_keys,
     read_messages,
+    refuse_media,
     refuse_python,
     turns_in,
 )
@@ -63,10 +65,20 @@ SCORE_ALTERNATIVES = (("chosen_score", "margin"), ("rejected_score", "margin"))
 def read_scores(row: RawRow) -> tuple[float | None, float | None]:
     """The scores of chosen and rejected; where there is only a ``margin``, as TRL has it, that and 0."""
     scores = optional_number(row, "chosen_score"), optional_number(row, "rejected_score")
-    margin = row.get("margin")
-    if scores == (None, None) and type(margin) in (int, float):  # anything else by this name is another thing
-        return number(margin, "'margin'"), 0.0
+    if scores == (None, None) and (margin := margin_in(row)) is not None:
+        return margin, 0.0
     return scores
+
+
+def margin_in(row: RawRow) -> float | None:
+    """The ``margin`` of a row, where it is a number, perhaps as text; anything else by this name is another thing."""
+    margin = row.get("margin")
+    if type(margin) in (int, float):
+        return number(margin, "'margin'")
+    try:
+        return number(margin, "'margin'") if isinstance(margin, str) else None
+    except RowProblem:
+        return None
 
 
 _ODD_STARTS = frozenset("[{ \nH")
@@ -123,6 +135,7 @@ def _messages_in(value: Any) -> Any:
         raise RowProblem(
             "bad_message", f"'prompt' is {kind_of(value)}; say in columns which of them is meant, with a dot between"
         )
+    refuse_media(value, media_keys(value), "'prompt'")
     return value.get("messages", value)
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-from dpo_cli.data.formats.content import ROLE_NAMES
+from dpo_cli.data.formats.content import ANSWER_KEYS, CONTENT_KEYS, ROLE_NAMES, is_turn, key_in, role_in
 from dpo_cli.data.formats.transcripts import begins_with_turn, gap_of, is_open_transcript, is_transcript, read_turns
 from dpo_cli.data.schema import Messages, RawRow, assistant
 
@@ -38,7 +39,8 @@ class Template:
         turn: What a turn begins with; its group, or all of it, says whose it is.
         end: What a turn ends with.
         by_tokens: Whether turns begin with tokens that no text has by itself. Else they begin with words: text may
-            stand before the first one, and only a question with its answer, or the place for one, is a conversation.
+            stand before the first one, and only questions with their answers in turn, or the place for the last one,
+            are a conversation.
     """
 
     name: str
@@ -47,6 +49,10 @@ class Template:
     by_tokens: bool = True
 
 
+_ALPACA = (
+    r"(?:(?:^|\n|(?<=</s>))\s*|\s*(?=### ?(?:Human|Assistant):))"  # Guanaco's turns begin within a line, too
+    r"### ?(Instruction|Input|Response|System|User|Human|Assistant){}"
+)
 _END_OF_TEXT = re.compile(r"</s>|<\|endoftext\|>|<\|end_of_text\|>|<eos>")
 TEMPLATES = (
     Template("ChatML", re.compile(r"<\|im_start\|>(\w+)\n?"), re.compile(r"<\|im_end\|>")),
@@ -63,12 +69,9 @@ TEMPLATES = (
         re.compile(rf"<\|end\|>|<\|eot_id\|>|{_END_OF_TEXT.pattern}"),
     ),
     Template("Llama 2", re.compile(r"\[INST\] ?|\[/INST\] ?"), _END_OF_TEXT),
-    Template(
-        "Alpaca",
-        re.compile(r"\s*### ?(Instruction|Input|Response|System|User|Human|Assistant)\b:?[ \n]?"),
-        _END_OF_TEXT,
-        by_tokens=False,
-    ),
+    Template("Alpaca", re.compile(_ALPACA.format(r":[ \n]?")), _END_OF_TEXT, by_tokens=False),
+    Template("Alpaca without colons", re.compile(_ALPACA.format(r"(?::[ \n]?|[ ]*(?:\n|$))")), _END_OF_TEXT,
+             by_tokens=False),
     Template("Vicuna", re.compile(r"(?:^|\s|(?<=</s>))\s*(USER|ASSISTANT): ?"), _END_OF_TEXT, by_tokens=False),
     Template("plain", re.compile(r"(?:^|\n)\s*(User|Assistant|System): ?"), _END_OF_TEXT, by_tokens=False),
 )  # fmt: skip
@@ -116,12 +119,15 @@ def _parsed(template: Template, text: str) -> Conversation | None:
     turns: Messages = []
     if before.strip():
         turns.append({"role": "system", "content": ((system[1] or system[2]) if system else before).strip()})
-    is_open = False
+    is_open = ended = False
     for index, begin in enumerate(begins):
         is_last = index == len(begins) - 1
         content = text[begin.end() :] if is_last else text[begin.end() : begins[index + 1].start()]
         role = _ROLES.get((begin[1] if begin.re.groups else begin[0]).strip().lower())
+        if role == "user" and index and template.name == "Vicuna" and "\n" not in begin[0] and not ended:
+            return None  # a sentence goes on
         end = template.end.search(content)
+        ended = end is not None
         if role is None or (end and not _OVER.fullmatch(content, end.end())):
             return None
         content = content[: end.start()] if end else content if is_last else content.rstrip("\n")
@@ -137,9 +143,13 @@ def _parsed(template: Template, text: str) -> Conversation | None:
         else:
             turns.append({"role": role, "content": content})
     turns = _with_system(turns)
-    roles = {turn["role"] for turn in turns}
-    if not template.by_tokens and not ("user" in roles and (is_open or turns[-1]["role"] == "assistant")):
-        return None
+    roles = [turn["role"] for turn in turns]
+    if not template.by_tokens and (
+        "user" not in roles
+        or not (is_open or roles[-1] == "assistant")
+        or any(one == other for one, other in pairwise([*roles, *(["assistant"] if is_open else [])]))
+    ):
+        return None  # such a word may stand in a sentence, and no text must be lost
     return Conversation(template.name, turns, is_open) if turns else None
 
 
@@ -165,38 +175,90 @@ def bare_answer(text: str, template: str) -> str:
 
 _WHOLE = ("prompt", "messages", "conversations", "chosen", "rejected", "completion", "first", "second")
 _ANSWERS = ("chosen", "rejected", "completion", "output", "first", "second")
+_ASKED = ("prompt", "instruction")
+_BY_WORDS = frozenset(template.name for template in TEMPLATES if not template.by_tokens)
 
 
 def unwrap_row(row: RawRow, names: Collection[str]) -> tuple[RawRow, str]:
     """A row with messages in place of texts that are conversations, and what made them; else the row and nothing.
+
+    Such a text may also be what a user's turn says, in a list of messages.
 
     Args:
         row: The row, with its fields under their own names.
         names: The fields that its format reads.
     """
     found: dict[str, Conversation] = {}
+    spliced: dict[str, Any] = {}
+    made_by = ""
     for name in (*_WHOLE, "instruction"):
-        if name in names and type(row.get(name)) is str and (conversation := unwrap(row[name])):
-            found[name] = conversation
+        value = row.get(name) if name in names else None
+        if type(value) is str and (conversation := unwrap(value)):
+            if conversation.is_open or name not in _ASKED or conversation.template not in _BY_WORDS:
+                found[name] = conversation
+                made_by = made_by or conversation.template
+        elif type(value) in (list, dict) and (turns := _spliced(value)):
+            spliced[name], template = turns
+            made_by = made_by or template
     completions = row.get("completions") if "completions" in names else None
     listed = [unwrap(text) if type(text) is str else None for text in completions] if type(completions) is list else []
-    made_by = next((conversation.template for conversation in (*found.values(), *filter(None, listed))), "")
+    made_by = made_by or next((conversation.template for conversation in filter(None, listed)), "")
     if not made_by:
         return row, ""
-    unwrapped: dict[str, Any] = dict(row)
+    unwrapped: dict[str, Any] = {**row, **spliced}
     for name, conversation in found.items():
         unwrapped |= _fields_of(name, conversation, row)
     if completions:
         unwrapped["completions"] = [_answer(one, text, made_by) for one, text in zip(listed, completions, strict=True)]
     for name in _ANSWERS:
-        if name in names and name not in found and type(row.get(name)) is str:
-            unwrapped[name] = bare_answer(row[name], made_by)
+        if name in names and name in row and name not in found and name not in spliced:
+            unwrapped[name] = _bare(row[name], made_by)
     return unwrapped, made_by
+
+
+def _spliced(value: Any) -> tuple[Any, str] | None:
+    """Messages whose user turns say conversations, with the turns of these in their place, and what made them."""
+    if isinstance(value, dict) and isinstance(value.get("messages"), list):
+        inner = _spliced(value["messages"])
+        return inner and ({**value, "messages": inner[0]}, inner[1])
+    turns = [value] if isinstance(value, dict) else value
+    if not all(is_turn(turn) for turn in turns):
+        return None
+    places = [place for place, turn in enumerate(turns) if role_in(turn) == "user"]
+    texts = {place: turns[place].get(key_in(turns[place])) for place in places}
+    asked = {place: unwrap(text) if type(text) is str else None for place, text in texts.items()}
+    made_by = next((found.template for found in asked.values() if found), "")
+    told: list[Any] = []
+    for place, turn in enumerate(turns):
+        if place not in asked:
+            told.append(_bare(turn, made_by))
+            continue
+        found = asked[place]
+        roles = [each["role"] for each in found.turns] if found else []
+        # of several questions each must be one, or what was said before would be said again
+        if not found or roles[-1:] != ["user"] or (len(places) > 1 and roles.count("user") > 1):
+            return None
+        if told and roles[0] == "system":
+            return None
+        told += found.turns
+    return (told, made_by) if places else None
+
+
+def _bare(value: Any, made_by: str) -> Any:
+    """An answer, as text, turns or an object, without the marks that the template puts around it."""
+    if type(value) is str:
+        return bare_answer(value, made_by)
+    if type(value) is list:
+        return [_bare(turn, made_by) for turn in value]
+    if type(value) is dict and (not is_turn(value) or role_in(value) == "assistant"):
+        key = key_in(value, CONTENT_KEYS if is_turn(value) else ANSWER_KEYS)
+        return {**value, key: bare_answer(value[key], made_by)} if type(value.get(key)) is str else value
+    return value
 
 
 def _answer(found: Conversation | None, value: Any, made_by: str) -> Any:
     if found is None:
-        return bare_answer(value, made_by) if type(value) is str else value
+        return _bare(value, made_by)
     return [*found.turns, assistant("")] if found.is_open else found.turns
 
 

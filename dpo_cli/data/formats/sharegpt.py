@@ -2,16 +2,21 @@
 
 A turn is ``{"from", "value"}`` or ``{"role", "content"}``; the conversation may begin with a
 system turn and ends with the user's or a tool's. Without ``chosen``, its last answer is that:
-``{"messages": [turns with an answer], "rejected_response": "..."}``.
+``{"messages": [turns with an answer], "rejected_response": "..."}``. Beside both sides, which are an answer each, its
+last answer is left out.
 """
 
 from __future__ import annotations
 
-from dpo_cli.data.formats.base import Format, Reading, RowProblem
-from dpo_cli.data.formats.content import check_prompt, is_conversation, last_role, read_messages, turns_in
+from typing import Any
+
+from dpo_cli.data.formats.base import Format, Reading, RowProblem, says_something
+from dpo_cli.data.formats.content import check_prompt, is_conversation, is_turn, last_role, read_messages, turns_in
+from dpo_cli.data.formats.hh import are_transcripts
 from dpo_cli.data.formats.prompts import (
     CONTEXT_NAMES,
     CONVERSATION_NAMES,
+    PROMPT_NAMES,
     SCORE_ALTERNATIVES,
     SIDE_NAMES,
     read_answer,
@@ -20,8 +25,11 @@ from dpo_cli.data.formats.prompts import (
     roles_of,
     with_context,
 )
-from dpo_cli.data.formats.sides import are_lists, lists_note, read_lists
+from dpo_cli.data.formats.sides import are_lists, lists_note, read_lists, unread_margin
 from dpo_cli.data.schema import PreferenceExample, RankingExample, RawRow
+
+_PROMPTS = ("prompt", "instruction", *PROMPT_NAMES["prompt"], *PROMPT_NAMES["input"])
+"""Fields that hold the prompt where they are there."""
 
 
 def _read(row: RawRow, reading: Reading) -> PreferenceExample | RankingExample:
@@ -34,19 +42,54 @@ def _read(row: RawRow, reading: Reading) -> PreferenceExample | RankingExample:
         if are_lists(row):
             return read_lists({**row, "chosen": chosen}, prompt, reading)
         return PreferenceExample(prompt, chosen, read_answer(row, "rejected", prompt, reading), *read_scores(row))
-    check_prompt(prompt)
+    prompt = check_prompt(prompt[:-1] if _has_third_answer(row) else prompt)
     if are_lists(row):
         return read_lists(row, prompt, reading)
     return PreferenceExample(*read_sides(row, prompt, reading), *read_scores(row))
 
 
 def _matches(row: RawRow) -> bool:
-    turns = row["conversations"]
-    turns = turns_in(turns) if isinstance(turns, str) else turns
+    turns = _turns(row)
     if not is_conversation(turns):
         return False
-    # with an answer at its end it is another copy of what the other fields hold, unless it holds the chosen one
-    return last_role(turns) != "assistant" or row.get("chosen") is None
+    # with an answer at its end it is another copy of what the other fields hold, unless it alone has the prompt
+    return last_role(turns) != "assistant" or row.get("chosen") is None or _has_third_answer(row)
+
+
+def _has_third_answer(row: RawRow) -> bool:
+    """Whether the conversation ends with an answer, though it is the prompt of the two sides, an answer each."""
+    turns = _turns(row)
+    return (
+        is_conversation(turns)
+        and last_role(turns) == "assistant"
+        and all(_is_answer(row.get(name)) for name in ("chosen", "rejected"))
+        and not are_transcripts(row)
+        and not any(says_something(row.get(name)) for name in _PROMPTS)
+    )
+
+
+def _is_answer(side: Any) -> bool:
+    side = turns_in(side) or side if isinstance(side, str) else side
+    return isinstance(side, str) or (
+        is_turn(side) if isinstance(side, dict) else is_conversation(side) and not side[1:]
+    )
+
+
+def _turns(row: RawRow) -> Any:
+    turns = row.get("conversations")
+    return turns_in(turns) if isinstance(turns, str) else turns
+
+
+def _note(row: RawRow, reading: Reading) -> str:
+    if row.get("chosen") is None:
+        return "the conversation's last answer is the chosen one"
+    if _has_third_answer(row):
+        return "the conversation's last answer is left out, for chosen and rejected are the answers"
+    return lists_note(row, reading)
+
+
+def _unread(row: RawRow) -> list[tuple[str, str]]:
+    return [*unread_margin(row), *([("conversations", "last answer")] if _has_third_answer(row) else [])]
 
 
 SHAREGPT = Format(
@@ -61,10 +104,8 @@ SHAREGPT = Format(
     needs=(("conversations", "chosen", "rejected"), ("conversations", "rejected")),
     read=_read,
     matches=_matches,
-    note=lambda row, reading: (
-        lists_note(row, reading)
-        if row.get("chosen") is not None
-        else "the conversation's last answer is the chosen one"
-    ),
+    note=_note,
     alternatives=SCORE_ALTERNATIVES,
+    leaves=("conversations", "margin"),
+    unread=_unread,
 )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_cli.data.formats.base import Reading, RowProblem, kind_of, number
+from dpo_cli.data.formats.base import Reading, RowProblem, kind_of, number, says_something
 from dpo_cli.data.formats.content import is_conversation
-from dpo_cli.data.formats.prompts import read_answer
+from dpo_cli.data.formats.prompts import margin_in, read_answer
 from dpo_cli.data.schema import Messages, PreferenceExample, RankingExample, RawRow
 
 _SIDES = ("chosen", "rejected")
@@ -27,6 +27,13 @@ def _is_list(value: Any) -> bool:
 def lists_note(row: RawRow, reading: Reading) -> str:
     """What is made of lists, for the account."""
     return "sides that are lists: each chosen answer is better than each rejected one" if are_lists(row) else ""
+
+
+def unread_margin(row: RawRow) -> list[tuple[str, str]]:
+    """The margin, where it says something and is no number, or a side is a list."""
+    if not says_something(row.get("margin")) or (margin_in(row) is not None and not are_lists(row)):
+        return []
+    return [("margin", "")]
 
 
 def read_lists(row: RawRow, prompt: Messages, reading: Reading) -> PreferenceExample | RankingExample:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+from time import sleep
 
 import pytest
+from rich.console import Console
 
 from dpo_cli.cli import console
 from dpo_cli.cli.console import ConsoleReporter
+from dpo_cli.core.progress import Status
 
 
 class Clock:
@@ -43,6 +46,36 @@ def test_progress_is_a_line_an_interval_with_rate_and_time_left(
     assert lines[-1] == "train: training: 100/100 steps in 1 min 40 s, loss 0.5000"
 
 
+def test_slow_work_says_how_long_one_takes_and_that_it_is_under_way(
+    clock: Clock, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "_PLAIN_INTERVAL_S", 0.05)
+    with ConsoleReporter().meter("train: training", 4, "steps") as meter:
+        meter.note("measuring the held-out loss")
+        sleep(0.5)
+        meter.note("")
+        clock.now += 17
+        meter.advance(1)
+    first, second, _ = capsys.readouterr().err.splitlines()
+    assert first == "train: training: 0/4 steps, measuring the held-out loss"
+    assert second == "train: training: 1/4 steps, 17 s a step, 51 s left"
+
+
+def test_a_bar_tells_what_passed_from_what_is_left_in_one_line_of_100_columns() -> None:
+    reporter = ConsoleReporter()
+    screen = io.StringIO()
+    reporter._notes = Console(file=screen, force_terminal=True, width=100, color_system=None)
+    with reporter.meter("pretraining the embedded model", 150, "steps") as meter:
+        sleep(0.02)
+        meter.advance(2)
+        sleep(0.02)
+        meter.advance(2)
+        meter.note("loss 7.3710")
+    lines = [line for line in screen.getvalue().replace("\r", "\n").splitlines() if "loss 7.3710" in line]
+    assert lines
+    assert all(words in lines[-1] for words in ("pretraining the embedded model", "4/150 steps", "passed", "left"))
+
+
 def test_bytes_are_told_in_units(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with ConsoleReporter().meter("reading", 3 << 30, "bytes") as meter:
         clock.now += 20
@@ -63,6 +96,21 @@ def test_results_go_to_standard_output_and_notes_to_standard_error(capsys: pytes
 def test_no_table_is_printed_beside_json(capsys: pytest.CaptureFixture[str]) -> None:
     ConsoleReporter(show_tables=False).table("stage", [("figure", "1")])
     assert capsys.readouterr().out == ""
+
+
+def test_a_line_of_the_verdict_shows_its_colour_with_and_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = ConsoleReporter()
+    rows: list[tuple[Status, str, str]] = [("bad", "form", "5%"), ("warn", "KL", "12"), ("good", "wins", "70%")]
+    rows.append(("plain", "length", "1.0"))
+    reporter.verdict("Tuning did harm: form.", "bad", rows)
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert [line.split()[0] for line in lines] == ["Tuning", "red", "amber", "green", "length"]
+    screen = io.StringIO()
+    reporter._results = Console(file=screen, force_terminal=True, color_system="standard")
+    reporter.verdict("Tuning did harm: form.", "bad", rows)
+    headline, form = [line for line in screen.getvalue().splitlines() if "form" in line]
+    assert "\x1b[1;31m" in headline
+    assert "\x1b[1;31mred" in form
 
 
 HOSTILE = "\x1b[31m\x9b2J\u202e[/b]"

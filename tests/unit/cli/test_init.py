@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,9 @@ from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
 from dpo_cli.cli.init import ProjectFiles, create_project
-from dpo_cli.core.errors import DataError, MachineError
+from dpo_cli.core.errors import DataError, MachineError, ParamsError
 from dpo_cli.core.params import load_params
+from dpo_cli.stages import convert_preferences, convert_sft
 
 
 @pytest.fixture
@@ -25,7 +28,7 @@ def sft(tmp_path: Path) -> Path:
 @pytest.fixture
 def preferences(tmp_path: Path) -> Path:
     path = tmp_path / "pairs.jsonl.gz"
-    path.write_bytes(b"anything")
+    path.write_bytes(gzip.compress(b'{"prompt": "q", "chosen": "a", "rejected": "b"}\n'))
     return path
 
 
@@ -45,7 +48,7 @@ def test_files_are_copied_whole_and_named_in_the_settings(
     params = load_params(tmp_path / "new/params.yaml")
     assert params.data.sft.path == "data/raw/学术问题.json"
     assert params.data.preferences.path == "data/raw/pairs.jsonl.gz"
-    assert (tmp_path / "new" / params.data.preferences.path).read_bytes() == b"anything"
+    assert (tmp_path / "new" / params.data.preferences.path).read_bytes() == preferences.read_bytes()
     assert params.evaluate.judge == "none", "the world's judge knows no foreign prompt"
     assert params.train.beta == 0.1
 
@@ -90,19 +93,73 @@ def test_a_tilde_behind_an_equals_sign_is_the_home_folder(
     assert load_params(tmp_path / "new/params.yaml").runtime.model_path == tiny_folder.resolve().as_posix()
 
 
-def test_what_a_file_needs_is_said_for_each_section_that_reads_it(tmp_path: Path, sft: Path, reporter: Any) -> None:
+@pytest.fixture
+def odd(tmp_path: Path) -> Path:
+    path = tmp_path / "odd.csv"
+    path.write_text("prompt,good,bad\n" + "".join(f"question {n},yes,no\n" for n in range(40)), encoding="utf-8")
+    return path
+
+
+def test_what_cannot_be_read_makes_no_project_until_the_named_option_is_given(tmp_path: Path, odd: Path) -> None:
+    command = ["init", str(tmp_path / "new"), "--preferences", str(odd)]
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 4
+    option = "--set 'columns={chosen: good, rejected: bad}'"
+    assert option in refused.output
+    assert "no project is made" in refused.output.splitlines()[-1]
+    assert not (tmp_path / "new").exists()
+    made = CliRunner().invoke(app, [*command, *shlex.split(option)])
+    assert made.exit_code == 0, made.output
+    assert "is ready" in made.output.splitlines()[-1]
+
+
+def test_what_is_said_of_preferences_serves_the_instructions_made_of_them(
+    tmp_path: Path, odd: Path, reporter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_project(
+        tmp_path / "new", ProjectFiles(preferences=odd), reporter, ["columns.chosen=good", "columns.rejected=bad"]
+    )
+    monkeypatch.chdir(tmp_path / "new")
+    params = load_params(Path("params.yaml"))
+    assert (params.data.sft.path, params.data.sft.columns) == ("preferences", {})
+    assert convert_sft.run(params, reporter)["num_train"] == convert_preferences.run(params, reporter)["num_train"] > 0
+    with pytest.raises(ParamsError, match=r"data\.sft\.columns has no effect with data\.sft\.path preferences"):
+        load_params(Path("params.yaml"), ["data.sft.columns={completion: good}"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (["columns={chosen: good}"], r"--set columns: of which file\? say data\.sft\.columns or data\.preferences"),
+        (["data.preferences.columns={chosn: good}"], r"columns\.chosn is not a field; did you mean chosen\?"),
+        (["colums={}"], r"--set colums is not a setting; did you mean columns\?"),
+        (["beta=1"], r"got 'beta=1'; did you mean train\.beta=1\?"),
+        (["sft.method=non"], r"--set: sft\.method must be one of 'none'"),
+        (["data.sft.path=a"], r"files are given with --sft, --preferences and --model"),
+    ],
+)
+def test_a_setting_that_is_wrong_makes_no_project(
+    tmp_path: Path, sft: Path, odd: Path, reporter: Any, settings: list[str], problem: str
+) -> None:
+    with pytest.raises(ParamsError, match=problem):
+        create_project(tmp_path / "new", ProjectFiles(sft, odd), reporter, settings)
+    assert not (tmp_path / "new").exists()
+
+
+def test_swapped_files_are_told(tmp_path: Path, sft: Path, preferences: Path, reporter: Any) -> None:
+    with pytest.raises(DataError, match=r"--sft and --preferences look swapped: pairs\.jsonl\.gz holds preferences"):
+        create_project(tmp_path / "new", ProjectFiles(preferences, sft), reporter)
+    with pytest.raises(DataError, match="as instructions it can be read: then give it with --sft"):
+        create_project(tmp_path / "new", ProjectFiles(None, sft), reporter)
+
+
+def test_options_name_the_section_where_two_files_are_given(tmp_path: Path, sft: Path, reporter: Any) -> None:
     votes = tmp_path / "votes.jsonl"
     votes.write_text('{"prompt": "q", "answer_1": "a", "answer_2": "b", "label": 1}\n', encoding="utf-8")
-    create_project(tmp_path / "one", ProjectFiles(preferences=votes), reporter)
-    said = next(warning for warning in reporter.warned if "votes.jsonl" in warning)
-    assert 'say labels: {"1": first}' in said
-    assert said.endswith(
-        "mend the file, or say it under data.preferences and under data.sft in params.yaml, before you go on"
-    )
-    reporter.warned.clear()
-    create_project(tmp_path / "two", ProjectFiles(sft=sft, preferences=votes), reporter)
-    said = next(warning for warning in reporter.warned if "votes.jsonl" in warning)
-    assert said.endswith("say it under data.preferences in params.yaml, before you go on")
+    for files, section in ((ProjectFiles(None, votes), ""), (ProjectFiles(sft, votes), "data.preferences.")):
+        with pytest.raises(DataError) as refused:
+            create_project(tmp_path / "new", files, reporter)
+        assert f"""say --set '{section}labels={{"1": first}}'""" in str(refused.value)
 
 
 def test_what_is_missing_is_named_and_nothing_is_made(tmp_path: Path, sft: Path, reporter: Any) -> None:
@@ -115,6 +172,13 @@ def test_what_is_missing_is_named_and_nothing_is_made(tmp_path: Path, sft: Path,
         with pytest.raises(error):
             create_project(tmp_path / "new", files, reporter)
         assert not (tmp_path / "new").exists()
+
+
+def test_a_name_that_is_almost_right_is_told(tmp_path: Path, sft: Path, odd: Path, reporter: Any) -> None:
+    with pytest.raises(DataError, match=r"ood\.csv is missing; did you mean .*/odd\.csv\?"):
+        create_project(tmp_path / "new", ProjectFiles(sft, tmp_path / "ood.csv"), reporter)
+    with pytest.raises(MachineError, match=r"nothing is fetched by a name on the Hub; .*: hf download NAME"):
+        create_project(tmp_path / "new", ProjectFiles(model=Path("HuggingFaceTB/SmolLM2-135M-Instruct")), reporter)
 
 
 def test_a_gitignore_that_is_there_is_kept(tmp_path: Path, reporter: Any) -> None:
@@ -130,11 +194,12 @@ def test_data_that_lies_there_is_used_and_never_overwritten(tmp_path: Path, repo
     folder = tmp_path / "new"
     raw = folder / "data/raw"
     raw.mkdir(parents=True)
-    (raw / "mine.json").write_text("[1]", encoding="utf-8")
-    (raw / "preferences.json").write_text("[2]", encoding="utf-8")
+    mine, theirs = '[{"instruction": "q", "output": "a"}]', '[{"prompt": "q", "chosen": "a", "rejected": "b"}]'
+    (raw / "mine.json").write_text(mine, encoding="utf-8")
+    (raw / "preferences.json").write_text(theirs, encoding="utf-8")
     with pytest.raises(DataError, match=r"preferences\.json exists already"):
         create_project(folder, ProjectFiles(sft=raw / "mine.json"), reporter)
     create_project(folder, ProjectFiles(sft=raw / "mine.json", preferences=raw / "preferences.json"), reporter)
-    assert (raw / "mine.json").read_text(encoding="utf-8") == "[1]"
-    assert (raw / "preferences.json").read_text(encoding="utf-8") == "[2]"
+    assert (raw / "mine.json").read_text(encoding="utf-8") == mine
+    assert (raw / "preferences.json").read_text(encoding="utf-8") == theirs
     assert load_params(folder / "params.yaml").data.sft.path == "data/raw/mine.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dpo_cli.core.params import DataChecks
+from dpo_cli.data.blocks import fit_answers
 from dpo_cli.data.checks import (
     CHECKS_OF,
     DESCRIPTIONS,
@@ -15,7 +16,7 @@ from dpo_cli.data.checks import (
     reason_to_drop,
 )
 from dpo_cli.data.repeats import CHECKS
-from dpo_cli.data.schema import PreferenceExample, SftExample, assistant, user
+from dpo_cli.data.schema import PreferenceExample, RankingExample, SftExample, assistant, user
 
 POLICIES = DataChecks().model_dump()
 
@@ -66,6 +67,19 @@ def test_scores_that_contradict_the_choice_are_seen(scores: tuple[float | None, 
 )
 def test_an_instruction(prompt: str, completion: str, found: set[str]) -> None:
     assert set(check_sft(SftExample([user(prompt)], [assistant(completion)]))) == found
+
+
+@pytest.mark.parametrize(
+    ("extra", "is_empty"),
+    [({"reasoning_content": "sum"}, True), ({"tool_calls": "[{}]"}, False), ({}, True), ({"content": "5"}, False)],
+)
+def test_reasoning_alone_is_no_answer_and_a_call_is_one(extra: dict[str, str], is_empty: bool) -> None:
+    answer, q, a = [{**assistant(" "), **extra}], [user("q")], [assistant("a")]
+    assert ("empty_completion" in check_sft(SftExample(q, answer))) == is_empty
+    assert ("empty_chosen" in check_preference(PreferenceExample(q, answer, a))) == is_empty
+    assert ("empty_rejected" in check_preference(PreferenceExample(q, a, answer))) == is_empty
+    places, unfit = fit_answers(RankingExample(q, [a, answer], [1, 2]), POLICIES)
+    assert (places, [check for _, check, _ in unfit]) == (([0], ["empty_rejected"]) if is_empty else ([0, 1], []))
 
 
 def test_a_prompt_with_text_in_any_turn_is_not_empty() -> None:

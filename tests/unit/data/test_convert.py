@@ -25,7 +25,7 @@ from dpo_cli.data.account import SPLITS, Conversion, account_rows, metrics_of, u
 from dpo_cli.data.convert import convert
 from dpo_cli.data.formats import PREFERENCE_FORMATS
 from dpo_cli.data.reading import files, json_text
-from dpo_cli.data.schema import PREFERENCE_SCHEMA, RANKING_SCHEMA, from_table, is_plain, user
+from dpo_cli.data.schema import PREFERENCE_SCHEMA, RANKING_SCHEMA, assistant, from_table, is_plain, user
 from dpo_cli.data.splits import is_held_out, split_position
 
 FRACTION = 0.3
@@ -248,6 +248,23 @@ def test_texts_that_a_template_made_are_named_and_unwrap_takes_them_apart(
     assert {row["chosen"][0]["content"] for row in bare.rows} == {"yes"}
     assert warnings_of(bare.report) == []
     assert ("taken apart", "30 rows of rendered conversations: ChatML 30") in account_rows(bare.report, None)
+
+
+def test_unwrap_is_advised_only_where_it_takes_rows_apart(run: Callable[..., Converted]) -> None:
+    """In a user's turn it does; not in one that says its answer, too, and no longer where it is on already."""
+    turns = [{**rendered(number), "prompt": [user(rendered(number)["prompt"])]} for number in range(40)]
+    assert dict(run(turns).report.files[0].rendered) == {"ChatML": 40}
+    assert run(turns, unwrap=True).texts() == run([rendered(number) for number in range(40)], unwrap=True).texts()
+    others = [
+        {**row, "prompt": [user(f"{row['prompt'][0]['content']}yes<|im_end|>"), assistant("x"), user("r")]}
+        for row in turns
+    ]
+    read = "\n\nHuman: question {}\n\nAssistant: a list:\nHuman: "
+    transcripts = [{"chosen": f"{read.format(n)}yes", "rejected": f"{read.format(n)}no"} for n in range(40)]
+    for rows, settings in ((others, {}), ([*turns[:1], *others], {"unwrap": True}), (transcripts, {})):
+        (warning,) = warnings_of(run(rows, **settings).report)
+        assert "examples hold marks of chat templates" in warning
+        assert "unwrap" not in warning
 
 
 def test_few_texts_with_marks_are_counted_without_a_warning(run: Callable[..., Converted]) -> None:

@@ -137,7 +137,7 @@ SHAPES: dict[str, tuple[bytes, dict[str, Any], dict[str, int]]] = {
             )
         ),
         MAPPED,
-        {"meta.lang": 12},
+        {"meta.lang": 12, "answers.0.by": 12, "answers.1.by": 12},
     ),
     "parquet with dictionaries": (
         parquet(pa.table({name: pa.array([row[name] for row in PLAIN]).dictionary_encode() for name in PLAIN[0]})),

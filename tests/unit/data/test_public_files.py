@@ -202,11 +202,11 @@ SHAPES = {
         left_out={"tie": 5},
     ),
     "RewardBench 2": Shape(reward_bench_2, "pairs", "id models num_correct num_incorrect subset total_completions"),
-    "Nectar": Shape(nectar, "kwise", "good_natured num_responses source turns"),
+    "Nectar": Shape(nectar, "kwise", "answers.model good_natured num_responses source turns"),
     "summarize_from_feedback": Shape(
         summaries,
         "two_outputs",
-        "batch extra info.id info.subreddit info.title split worker",
+        "batch extra info.id info.subreddit info.title split summaries.0.policy summaries.1.policy worker",
         settings={
             "columns": {
                 "prompt": "info.post",

@@ -27,6 +27,7 @@ METRICS: dict[str, Any] = {
     "entropy_dpo": 0.8,
     "length_ratio": 1.0,
     "reward_length_correlation": 0.1,
+    "num_generated_prompts": 128,
     "finished_sft": 0.99,
     "finished_dpo": 0.98,
     "repetition_sft": 0.01,

@@ -8,6 +8,7 @@ import pytest
 
 from dpo_cli.core.params import TrainParams
 from dpo_cli.evaluation.findings import Finding
+from dpo_cli.evaluation.metrics import form_metrics
 from dpo_cli.evaluation.verdict import FEWEST, HARDLY_MOVED, HIGH_KL, USUAL_RATE, WELL_FORMED, headline, verdict
 
 METRICS: dict[str, Any] = {
@@ -39,6 +40,9 @@ METRICS: dict[str, Any] = {
     "kl_estimates_disagree": False,
     "well_formed_sft": 0.97,
     "well_formed_dpo": 0.99,
+    "num_form_decided": 4,
+    "form_win_rate": 0.75,
+    "form_win_rate_ci": [0.19, 0.99],
     "finished_sft": 0.98,
     "finished_dpo": 0.99,
     "answer_tokens_sft": 10.0,
@@ -67,6 +71,7 @@ METRICS: dict[str, Any] = {
     "perplexity_sft": 1.2,
     "perplexity_dpo": 1.3,
 }
+BROKEN = {"well_formed_dpo": 0.5, "num_form_decided": 12, "form_win_rate": 0.0, "form_win_rate_ci": [0.0, 0.26]}
 JUDGED = ("win_rate", "win_rate_ci", "tie_rate", "well_formed_sft", "well_formed_dpo", "reward_sft", "reward_dpo")
 
 
@@ -98,7 +103,8 @@ def finding(name: str, **changes: Any) -> Finding:
         ("KL from the reference", {"kl_estimates_disagree": True}, "bad"),
         ("well-formed answers", {}, "good"),
         ("well-formed answers", {"well_formed_sft": 0.6, "well_formed_dpo": WELL_FORMED - 0.1}, "warn"),
-        ("well-formed answers", {"well_formed_sft": 0.9, "well_formed_dpo": WELL_FORMED - 0.1}, "bad"),
+        ("well-formed answers", {"well_formed_sft": 0.9, "well_formed_dpo": WELL_FORMED - 0.1}, "warn"),
+        ("well-formed answers", BROKEN, "bad"),
         ("KL from the reference", {"kl": HARDLY_MOVED / 2}, "warn"),
         ("win rate at equal length", {}, "good"),
         ("win rate at equal length", {"win_rate_lc_ci": [0.49, 0.75]}, "warn"),
@@ -139,8 +145,8 @@ def test_without_a_judge_there_is_no_win_rate() -> None:
         ({"win_rate_ci": [0.45, 0.6]}, "warn", "open"),
         ({"win_rate_ci": [0.3, 0.45]}, "bad", "harm"),
         ({"kl_estimates_disagree": True}, "bad", "wrong with the computation"),
-        ({"well_formed_dpo": 0.5}, "bad", "see the red lines"),
-        ({"loss": 0.9, "loss_ci": [0.8, 1.0]}, "bad", "see the red lines"),
+        (BROKEN, "bad", "Tuning did harm: well-formed answers."),
+        (BROKEN | {"loss": 0.9, "loss_ci": [0.8, 1.0]}, "bad", "harm: held-out loss, well-formed answers."),
         ({"chosen_reward": -1.0, "kl": 50.0}, "good", "is better"),
         ({"kl": HARDLY_MOVED / 2}, "warn", "hardly moved"),
         ({"num_decided": FEWEST - 1, "win_rate_ci": [1.0, 1.0]}, "warn", "too few prompts have a winner"),
@@ -204,10 +210,25 @@ def test_a_model_that_hardly_moved_is_told_which_setting_to_change(
     assert meaning in finding("KL from the reference", **moved).meaning
 
 
+def test_a_model_that_went_too_far_is_told_which_setting_to_change() -> None:
+    """Unless it is better; the line of the KL says it in any case."""
+    far = {"kl": HIGH_KL + 1, "training": TRAINING}
+    slow, fast = METRICS | far, METRICS | far | {"training": TRAINING | {"learning_rate": 2 * USUAL_RATE}}
+    open_, worse = {"win_rate_ci": [0.45, 0.6]}, {"win_rate_ci": [0.3, 0.45]}
+    steps = "It went far from the SFT model; lower train.epochs, which was 1, so 62 steps."
+    assert headline(slow | open_)[0].endswith(steps)
+    assert headline(slow | worse)[0].endswith(steps)
+    assert headline(fast | open_)[0].endswith("; lower train.learning_rate, which was 0.0002.")
+    assert headline(fast | open_ | {"training": None})[0].endswith("; train less, or with a lower learning rate.")
+    assert headline(slow) == headline(METRICS)
+    assert "or raise train.beta, which was 0.1" in finding("KL from the reference", **far).meaning
+    assert "far" not in finding("KL from the reference", kl=HIGH_KL).meaning
+
+
 def test_a_red_line_never_stands_under_a_good_headline() -> None:
     broken = [
         {"kl_estimates_disagree": True},
-        {"well_formed_dpo": 0.1},
+        BROKEN,
         {"loss": 0.9, "loss_ci": [0.8, 1.0]},
         {"reward_accuracy_ci": [0.2, 0.3]},
         {"win_rate_ci": [0.2, 0.3]},
@@ -216,6 +237,16 @@ def test_a_red_line_never_stands_under_a_good_headline() -> None:
         metrics = METRICS | changes
         assert "bad" in {found.status for found in verdict(metrics)}
         assert headline(metrics)[1] == "bad"
+
+
+@pytest.mark.parametrize(
+    ("num_lost", "num_gained", "status"), [(1, 0, "warn"), (5, 0, "warn"), (6, 0, "bad"), (6, 3, "warn")]
+)
+def test_form_that_fell_by_chance_is_no_harm(num_lost: int, num_gained: int, status: str) -> None:
+    """Of twenty answers; the others of both models are broken. Six of six lost come by chance in 3 of 100 cases."""
+    forms = [(True, False)] * num_lost + [(False, True)] * num_gained + [(False, False)] * (20 - num_lost - num_gained)
+    shares = {"well_formed_sft": num_lost / 20, "well_formed_dpo": num_gained / 20}
+    assert finding("well-formed answers", **shares, **form_metrics(forms, 0.95)).status == status
 
 
 def test_a_reward_model_as_judge_has_no_ceiling_and_says_where_it_comes_from() -> None:

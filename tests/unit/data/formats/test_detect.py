@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
 from dpo_cli.core.errors import ParamsError
 from dpo_cli.data.formats import PREFERENCE_FORMATS, SFT_FORMATS
@@ -228,14 +229,61 @@ def test_a_file_of_no_known_format_is_refused_with_what_to_do(rows: list[Any], m
             "prompt: user_prompt, chosen: chosen_text, rejected: rejected_text",
         ),
         ("preference", {"x": "q", "y": "a"}, {"chosen": "y"}, "prompt: ..., chosen: y, rejected: ..."),
+        ("preference", {"prompt": "q", "response_a": "a", "response_b": "b", "best": "response_b"}, {}, "label: best"),
+        ("preference", {"ask_prompt": "q", "answer_a": "a", "answer_b": "b", "verdict": "B"}, {},
+         "prompt: ask_prompt, label: verdict"),
+        ("preference", {"prompt": "q", "y_w": "some words", "y_l": "others"}, {}, "chosen: ..., rejected: ..."),
+        ("preference", {"prompt": "q", "preferred_response": "a", "rejected_response": "b"}, {},
+         "chosen: preferred_response"),
+        ("preference", {"conversations": [Q], "good": "a", "bad": "b"}, {}, "chosen: good, rejected: bad"),
+        ("preference", {"prompt": "q"}, {}, "chosen: ..., rejected: ..."),
+        *(
+            ("preference", {"question": "q", other: "r", "chosen": "a", "rejected": "b"}, {}, "prompt: question")
+            for other in ("query", "instruction")
+        ),
+        ("preference", {"prompt_en": "q", "answers_en": ["a", "b"], "scores_en": [1, 2]}, {},
+         "prompt: prompt_en, completions: answers_en, scores: scores_en"),
+        ("preference", {"the prompt": "q", "#1 chosen": "a", "rejected, all": "b"}, {},
+         "prompt: the prompt, chosen: '#1 chosen', rejected: 'rejected, all'"),
+        *(
+            (kind, {"instruction_en": "q", "input_en": "i", "chosen_en": "a", "rejected_en": "b"}, {},
+             "instruction: instruction_en, input: input_en, chosen: chosen_en, rejected: rejected_en")
+            for kind in ("preference", "sft")
+        ),
+        ("sft", {"instruction_en": "q", "context_en": "i", "response_en": "a"}, {},
+         "instruction: instruction_en, input: context_en, output: response_en"),
+        ("sft", {"input_en": "q", "output_en": "a"}, {}, "prompt: input_en, completion: output_en"),
     ],
-)
+)  # fmt: skip
 def test_an_unknown_file_is_told_columns_that_lose_no_field_of_it(
     kind: str, row: dict[str, Any], columns: dict[str, Any], advice: str, auto: Callable[..., Any]
 ) -> None:
+    """Followed word by word the advice works, where it has no dots, and none of it says what is known already."""
     with pytest.raises(UnknownFormatError) as caught:
         auto(row, kind=kind, columns=columns)
     assert f"such as columns: {{{advice}}}" in str(caught.value)
+    said = YAML(typ="safe").load(f"{{{advice}}}")
+    assert not any(name == column for name, column in said.items())
+    if "..." not in advice:
+        read = auto(row, kind=kind, columns=said)
+        assert not isinstance(read.found[0], RowProblem)
+        assert read.unread.keys() <= {"query", "instruction"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "problem"),
+    [
+        ("preference", {"prompt": "q", "completions": [{"text": "a", "label": 1}, {"text": "b"}]}, "has no 'ranks', "),
+        ("sft", {"conversations": [Q]}, "the conversation must end with an answer, it ends with a turn of the user"),
+    ],
+)
+def test_where_no_column_would_help_none_is_advised(
+    kind: str, row: dict[str, Any], problem: str, auto: Callable[..., Any]
+) -> None:
+    with pytest.raises(UnknownFormatError) as caught:
+        auto(row, kind=kind)
+    assert problem in str(caught.value)
+    assert "say which field is which" not in str(caught.value)
 
 
 def test_a_doubt_offers_no_column_that_is_a_side_already(auto: Callable[..., Any]) -> None:

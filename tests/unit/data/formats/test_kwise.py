@@ -272,3 +272,45 @@ def test_a_row_without_ranks_in_a_file_with_ranks_is_refused(auto: Callable[...,
 def test_lists_whose_order_nobody_names_are_a_riddle(row: dict[str, Any], auto: Callable[..., Any]) -> None:
     with pytest.raises(UnknownFormatError):
         auto(row)
+
+
+CALL = [{"type": "function", "function": {"name": "add", "arguments": {"x": 2}}}]
+
+
+def test_completions_that_are_objects_keep_reasoning_and_calls(auto: Callable[..., Any]) -> None:
+    answers: list[dict[str, Any]] = [
+        {"content": "6", "thinking": "no", "score": 0},
+        {"content": "5", "reasoning_content": "sum", "score": 2},
+        {"text": None, "tool_calls": CALL, "score": 1},
+    ]
+    found = auto({"prompt": "q", "completions": answers})
+    called = {**assistant(""), "tool_calls": json.dumps(CALL, separators=(",", ":"))}
+    assert found.only.completions == [
+        [{**assistant("5"), "reasoning_content": "sum"}], [called], [{**assistant("6"), "reasoning_content": "no"}],
+    ]  # fmt: skip
+    turns = [{"role": "assistant", **answer} for answer in answers]
+    assert auto({"prompt": "q", "completions": turns}).only == found.only
+    assert found.unread == {}
+
+
+@pytest.mark.parametrize("kind", ["preference", "sft"])
+def test_completions_with_media_are_refused(kind: str, auto: Callable[..., Any]) -> None:
+    answers = [{"text": "5", "images": ["a.png"], "score": 1}, {"text": "6", "images": [], "score": 0}]
+    (problem,) = auto({"prompt": "q", "completions": answers}, kind=kind).found
+    assert (problem.reason, problem.detail.split(",")[0]) == ("media", "completions[0] has media in 'images'")
+
+
+@pytest.mark.parametrize(
+    ("answer", "unread"),
+    [
+        ({"response": "a", "overall_score": 1, "fine-grained_score": 2, "model": "m"}, ["fine-grained_score", "model"]),
+        ({"text": "a", "content": "b", "score": 1, "rank": 0, "note": ""}, ["content", "score"]),
+        ({"role": "assistant", "content": "a", "score": 1, "extra": {"x": 1}}, ["extra"]),
+        ({"text": "a", "pm_score": 1, "selected": False, "reasoning": "r", "thinking": "t"}, ["selected", "thinking"]),
+    ],
+)
+def test_what_completions_hold_beside_is_named(answer: Any, unread: list[str], auto: Callable[..., Any]) -> None:
+    other = {name: value + 1 if type(value) is int else value for name, value in answer.items()}
+    read = auto({"prompt": "q", "answers": [answer, other]})
+    assert read.formats == ["kwise"]
+    assert read.unread == dict.fromkeys((f"answers.{name}" for name in unread), 1)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
 from dpo_cli.data.formats.base import Reading, RowProblem
 from dpo_cli.data.formats.detect import UnknownFormatError
@@ -238,3 +240,55 @@ def test_whole_transcripts_beside_a_prompt_are_a_riddle(auto: Callable[..., Any]
     sides = {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}
     with pytest.raises(UnknownFormatError, match="say format: hh"):
         auto({"prompt": "q", **sides})
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "q", "response_a": "J", "response_b": "M", "chosen": "response_a", "rejected": "response_b"},
+         "{first: response_a, second: response_b, label: 'chosen'}"),
+        ({"prompt": "q", "response_a": "J", "response_b": "M", "better": "response_a", "worse": "response_b"},
+         "{first: response_a, second: response_b, label: 'better'}"),
+        ({"prompt": "q", "response_a": "J", "response_b": "M", "chosen": "A", "rejected": "b"},
+         "{first: response_a, second: response_b, label: 'chosen'}"),
+        ({"instruction": "q", "llama": "J", "gpt 4": "M", "chosen": "llama", "rejected": "gpt 4"},
+         "{first: gpt 4, second: llama, label: 'chosen'}"),
+        ({"x": "q", "model_1": "J", "model_2": "M", "chosen": "model_1", "rejected": "model_2"},
+         "{first: model_1, second: model_2, label: 'chosen'}"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["preference", "sft"])
+def test_sides_that_name_columns_are_no_answers(row: Any, said: str, kind: str, auto: Callable[..., Any]) -> None:
+    with pytest.raises(UnknownFormatError, match=f"name columns in place of answers .*say columns: {re.escape(said)}"):
+        auto(row, kind=kind)
+    columns = YAML(typ="safe").load(said) | ({"prompt": "x"} if "x" in row else {})
+    found = auto(row, kind=kind, columns=columns).only
+    assert found.prompt == [user("q")]
+    assert (found.completion if kind == "sft" else found.chosen) == [assistant("J")]
+
+
+def test_sides_that_name_more_columns_than_two_cannot_be_mapped(auto: Callable[..., Any]) -> None:
+    rows = [{"prompt": "q", "a1": "J", "b1": "M", "c1": "P", "chosen": c, "rejected": "c1"} for c in ("a1", "b1")]
+    with pytest.raises(UnknownFormatError, match="more than two in all; write the answers themselves into them"):
+        auto(*rows)
+    some = [*rows, {**rows[0], "chosen": "J", "rejected": "M"}]
+    assert auto(*some).formats == ["pairs"] * 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "scores", "unread"),
+    [
+        ({"margin": "2.5"}, (2.5, 0.0), {}),
+        ({"margin": ""}, (None, None), {}),
+        ({"margin": "wide"}, (None, None), {"margin": 1}),
+        ({"margin": [1]}, (None, None), {"margin": 1}),
+        ({"margin": True}, (None, None), {"margin": 1}),
+        ({"margin": 2, "chosen": ["a"]}, (None, None), {"margin": 1}),
+    ],
+)
+def test_a_margin_is_read_as_a_number_or_named(
+    fields: dict[str, Any], scores: tuple[Any, Any], unread: dict[str, int], auto: Callable[..., Any]
+) -> None:
+    for asked in ({"prompt": "q"}, {"messages": [user("q")]}):
+        read = auto({**asked, "chosen": "a", "rejected": "b", **fields})
+        assert ((read.only.chosen_score, read.only.rejected_score), read.unread) == (scores, unread)

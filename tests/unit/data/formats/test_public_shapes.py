@@ -495,4 +495,59 @@ def test_what_lies_beside_a_mapped_part_is_unread_and_so_is_the_field_it_stands_
     }
     read = auto(row, columns={"prompt": "meta.ask", "chosen": "answers.0"})
     assert read.only == CHOSEN
-    assert read.unread == {"prompt": 1, "meta.lang": 1}
+    assert read.unread == {"prompt": 1, "meta.lang": 1, "answers.1": 1, "answers.2": 1}
+
+
+@pytest.mark.parametrize(
+    ("turn", "unread"),
+    [
+        ({"role": "assistant", "content": "a", "text": "b", "value": "c"}, ["text", "value"]),
+        ({"role": "assistant", "content": "a", "reasoning": "r", "reasoning_content": "s"}, ["reasoning"]),
+        ({"role": "assistant", "content": "a", "tool_calls": [{"name": "f"}], "function_call": {"name": "g"}},
+         ["function_call"]),
+        ({"from": "function_call", "value": {"name": "f"}, "reasoning": "r", "tool_calls": [1]}, ["tool_calls"]),
+        ({"role": "assistant", "from": "gpt", "content": "a", "name": "n"}, ["from", "name"]),
+    ],
+)  # fmt: skip
+def test_what_a_turn_says_twice_or_in_vain_is_named(turn: Any, unread: list[str], auto: Callable[..., Any]) -> None:
+    asked = {"role": "user", "content": "q", "thinking": "t"}
+    for row, kind, names in (
+        ({"messages": [asked, turn]}, "sft", ("messages", "messages")),
+        ({"prompt": [asked], "chosen": [turn], "rejected": "b"}, "preference", ("prompt", "chosen")),
+        ({"prompt": [asked], "chosen": [[turn], [turn]], "rejected": "b"}, "preference", ("prompt", "chosen")),
+    ):
+        read = auto(row, kind=kind)
+        assert read.unread == dict.fromkeys((f"{names[0]}.thinking", *(f"{names[1]}.{name}" for name in unread)), 1)
+
+
+def test_a_call_keeps_the_reasoning_before_it(auto: Callable[..., Any]) -> None:
+    call = {"from": "tool_call", "value": {"name": "f"}, "reasoning": "r"}
+    found = auto({"conversations": [Q, call]}, kind="sft").only
+    assert found.completion[0].keys() == {"role", "content", "reasoning_content", "tool_calls"}
+    assert found.completion[0]["reasoning_content"] == "r"
+
+
+def test_what_a_prompt_object_holds_beside_messages_is_named(auto: Callable[..., Any]) -> None:
+    asked = {"messages": [{**Q, "at": 1}], "system": "be kind", "tools": [], "parallel_tool_calls": True}
+    row = {"input": asked, "preferred_output": [A], "non_preferred_output": [B]}
+    names = {"input.system": 1, "input.parallel_tool_calls": 1, "input.messages.at": 1}
+    assert auto(row).unread == names
+    tools = [{"name": "f"}]
+    assert auto({**row, "input": {**asked, "tools": tools}}).unread == names
+    assert auto({**row, "input": {**asked, "tools": tools}, "tools": tools}).unread == {**names, "input.tools": 1}
+
+
+def test_a_column_of_reasoning_beside_an_answer_with_its_own_is_named(auto: Callable[..., Any]) -> None:
+    row = {"prompt": "q", "completion": [{**A, "reasoning_content": "s"}], "reasoning": "r"}
+    assert auto(row, kind="sft").unread == {"reasoning": 1}
+
+
+def test_what_lies_beside_a_path_is_named_however_deep_it_is(auto: Callable[..., Any]) -> None:
+    row = {
+        "meta": {"a": {"b": "q", "c": 1, "d": None}, "e": 0},
+        "summaries": [{"text": "a", "policy": "p"}, {"text": "b"}, {"text": "c"}],
+    }
+    columns = {"prompt": "meta.a.b", "chosen": "summaries.0.text", "rejected": "summaries.1.text"}
+    assert auto(row, columns=columns).unread == dict.fromkeys(
+        ("meta.a.c", "meta.e", "summaries.0.policy", "summaries.2"), 1
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -78,6 +79,10 @@ def test_a_rendered_conversation_is_the_messages_it_was_made_of(name: str, messa
         "### Instruction:\nhow to",
         "User: name of the user",
         "The Assistant: a film",
+        "USER: what is an ASSISTANT: good for? ASSISTANT:",
+        "USER: the word USER: in a sentence ASSISTANT:",
+        "USER: say ASSISTANT: twice USER: please ASSISTANT:",
+        "### Instruction:\nq\n\n### Response:\na\n\n### Response:\nb",
         "a [INST] b",
         "",
     ],
@@ -127,6 +132,63 @@ def test_rankings_outputs_and_instructions_are_taken_apart_too(auto: Callable[..
     mapped = auto({"text": render("Zephyr", [*prompt, *a])}, kind="sft", columns={"messages": "text"}, unwrap=True)
     assert mapped.only == SftExample(prompt, a)
     assert mapped.unwrapped == {"Zephyr": 1}
+
+
+OPENED = "### Instruction:\nSolve.\n\n### Input format\nOne line n.\n\n### Response:\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        (OPENED, "Solve.\n\n### Input format\nOne line n."),
+        ("### Instruction:\nq ### Response: r\n\n### Response:\n", "q ### Response: r"),
+        ("### Instruction\nq\n\n### Response time\nr\n\n### Response\n", "q\n\n### Response time\nr"),
+        ("### Instruction:\nq\n\n### Input:\ni\n\n### Response:", "q\ni"),
+        ("### Human: q### Assistant:", "q"),
+        ("USER: q\nASSISTANT:", "q"),
+    ],
+)
+def test_a_heading_or_a_word_of_a_sentence_begins_no_turn(text: str, prompt: str) -> None:
+    found = unwrap(text)
+    assert found is not None
+    assert (found.turns, found.is_open) == ([user(prompt)], True)
+
+
+def test_no_heading_of_an_answer_is_lost_beside_a_prompt_that_is_taken_apart(auto: Callable[..., Any]) -> None:
+    answers = {"chosen": "# T\n### Response time\nshort</s>", "rejected": "### Response time\nabc"}
+    found = auto({"prompt": OPENED, **answers}, unwrap=True).only
+    assert (found.chosen, found.rejected) == (
+        [assistant("# T\n### Response time\nshort")],
+        [assistant(answers["rejected"])],
+    )
+    whole = {name: f"{OPENED}{text}" for name, text in answers.items()}
+    assert auto(whole, unwrap=True).only == found
+    kept = {"prompt": "USER: q is what an ASSISTANT: says", "chosen": "a", "rejected": "b"}
+    assert auto(kept, unwrap=True).only == PreferenceExample([user(kept["prompt"])], [assistant("a")], [B])
+
+
+def test_a_users_turn_that_is_a_rendered_conversation_is_taken_apart(auto: Callable[..., Any]) -> None:
+    prompt = [SYSTEM, user("q")]
+    asked, a, b = user(render("ChatML", prompt, is_open=True)), assistant("a<|im_end|>"), assistant("b")
+    pair = PreferenceExample(prompt, [assistant("a")], [B])
+    rows: list[dict[str, Any]] = [
+        {"prompt": [asked], "chosen": [a], "rejected": [b]},
+        {"prompt": asked, "chosen": a, "rejected": "b"},
+        {"prompt": [asked], "chosen": "a<|im_end|>", "rejected": [b]},
+        {"chosen": [asked, a], "rejected": [asked, b]},
+        {"conversations": [asked], "chosen": {"from": "gpt", "value": a["content"]}, "rejected": b},
+        {"input": {"messages": [asked]}, "preferred_output": [a], "non_preferred_output": [b]},
+    ]
+    for row in rows:
+        assert auto(row, unwrap=True).found == [pair]
+    ranked = {"prompt": [asked], "completions": [{"text": a["content"], "score": 1}, {"text": "b", "score": 0}]}
+    assert auto(ranked, unwrap=True).only.pair(0, 1) == replace(pair, chosen_score=1.0, rejected_score=0.0)
+    second = user(render("ChatML", [user("r")], is_open=True))
+    read = auto({"messages": [asked, a, second, b]}, kind="sft", unwrap=True)
+    assert (read.only, read.unwrapped) == (SftExample([*prompt, assistant("a"), user("r")], [B]), {"ChatML": 1})
+    again = user(render("ChatML", [*prompt, assistant("a"), user("r")], is_open=True))
+    for turns in ([asked, a, again, b], [asked, a, user("r"), b], [user(render("ChatML", [*prompt, a])), b]):
+        assert auto({"messages": turns}, kind="sft", unwrap=True).unwrapped == {}
 
 
 def test_without_the_setting_texts_stay_as_they_are(auto: Callable[..., Any]) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from dpo_cli.data.formats.base import Reading
+from dpo_cli.data.formats.detect import UnknownFormatError
 from dpo_cli.data.formats.sharegpt import SHAREGPT
-from dpo_cli.data.schema import PreferenceExample, assistant, user
+from dpo_cli.data.schema import PreferenceExample, SftExample, assistant, user
 
 Q, A, B = user("q"), assistant("a"), assistant("b")
 ASKED = {"from": "human", "value": "q"}
@@ -84,11 +85,10 @@ def test_a_tools_turn_may_end_the_conversation() -> None:
         ({"chosen": ...}, "missing_field"),
         ({"rejected": ...}, "missing_field"),
         ({"conversations": []}, "empty_prompt"),
-        ({"conversations": [Q, A]}, "prompt_not_ending_with_user"),
+        ({"conversations": [Q, A], "prompt": "q"}, "prompt_not_ending_with_user"),
         ({"conversations": "q"}, "bad_message"),
         ({"conversations": ["q"]}, "bad_message"),
         ({"conversations": [{"from": "function_call", "value": "q"}]}, "bad_tool_call"),
-        ({"conversations": [{"input": "q", "output": "a"}]}, "prompt_not_ending_with_user"),
         ({"chosen": Q}, "not_one_answer"),
         ({"chosen": 5}, "not_text"),
         ({"rejected": {"from": "gpt"}}, "not_text"),
@@ -97,3 +97,37 @@ def test_a_tools_turn_may_end_the_conversation() -> None:
 def test_an_odd_sharegpt_pair_is_refused(change: dict[str, Any], reason: str, reason_of: Callable[..., str]) -> None:
     row = {"conversations": [Q], "chosen": A, "rejected": B} | change
     assert reason_of(SHAREGPT, {name: value for name, value in row.items() if value is not ...}) == reason
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [(A, B), ([A], [B]), ("a", "b"), (json.dumps(A), B), ({"from": "gpt", "value": "a"}, "b")],
+)
+def test_a_third_answer_that_ends_the_conversation_is_left_out_and_named(
+    chosen: Any, rejected: Any, auto: Callable[..., Any]
+) -> None:
+    """The same as preferences and as instructions, whatever that answer says."""
+    for third in (assistant("c"), A):
+        row = {"conversations": [Q, third], "chosen": chosen, "rejected": rejected}
+        for kind, example in (("preference", PreferenceExample([Q], [A], [B])), ("sft", SftExample([Q], [A]))):
+            read = auto(row, kind=kind)
+            assert (read.only, read.formats, read.unread) == (example, ["sharegpt"], {"conversations.last answer": 1})
+            assert "the conversation's last answer is left out" in read.why
+
+
+def test_whole_conversations_and_other_prompts_beside_one_are_read_from_there(auto: Callable[..., Any]) -> None:
+    whole = {"messages": [Q, A], "chosen": [Q, A], "rejected": [Q, B]}
+    for row, fmt in (
+        (whole, "implicit"),
+        ({"prompt": "q", **whole}, "pairs"),
+        ({**whole, "prompt": "q", "chosen": "a"}, "pairs"),
+    ):
+        for kind in ("preference", "sft"):
+            read = auto(row, kind=kind)
+            assert (read.formats, read.only.prompt, "messages" in read.unread) == ([fmt], [Q], True)
+
+
+def test_a_conversation_beside_sides_that_fit_no_prompt_is_no_instruction(auto: Callable[..., Any]) -> None:
+    row = {"messages": [Q, A], "chosen": [A, Q, A], "rejected": "b"}
+    with pytest.raises(UnknownFormatError):
+        auto(row, kind="sft")

@@ -118,7 +118,11 @@ ROWS: dict[str, tuple[str, dict[str, Any], Any]] = {
         {"prompt": "q", "thinking": "sum", "completion": "a"},
         SftExample([Q], [{**A, "reasoning_content": "sum"}]),
     ),
-    "empty media": ("sft", {"prompt": "q", "completion": "a", "images": [], "video": None}, SftExample([Q], [A])),
+    "empty media": (
+        "sft",
+        {"prompt": "q", "completion": "a", "images": [{"path": None}], "video": None, "image": {"bytes": None}},
+        SftExample([Q], [A]),
+    ),
 }  # fmt: skip
 
 
@@ -143,6 +147,17 @@ def test_text_with_media_beside_it_is_refused(row: Any, media: Any, auto: Callab
     assert isinstance(problem, RowProblem)
     assert problem.reason == "media"
     assert repr(next(iter(media))) in problem.detail
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"input": {"messages": [Q], "images": ["a.png"]}, "preferred_output": A, "non_preferred_output": B},
+        {"conversation": [{"human": "q", "assistant": None, "image": "a.png"}], "chosen": "a", "rejected": "b"},
+    ],
+)
+def test_media_in_an_object_of_the_prompt_is_refused(row: dict[str, Any], auto: Callable[..., Any]) -> None:
+    assert [problem.reason for problem in auto(row).found] == ["media"]
 
 
 # --- several turns ------------------------------------------------------------------------
