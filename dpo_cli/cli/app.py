@@ -791,7 +791,7 @@ def sample_command(
     rich_help_panel="Measurements",
     epilog=examples(
         "dpo-cli try 'Explain in one sentence why the sky is blue.'",
-        "dpo-cli try 'Tell me a story.' --set evaluate.temperature=0.7 --set evaluate.max_new_tokens=64",
+        "dpo-cli try 'Tell me a story.' --temperature 0.7 --set evaluate.max_new_tokens=64",
         "dpo-cli try 'Hello!' --system 'You are a pirate.' --model ~/adapters/another",
     ),
 )
@@ -808,13 +808,17 @@ def try_command(
             help="An adapter for the project's SFT model, or a whole model, in place of models/dpo.",
         ),
     ] = None,
+    temperature: Annotated[
+        float,
+        typer.Option("--temperature", metavar="T", min=0, max=10, help="0 takes the likeliest token each time."),
+    ] = 0.0,
     overrides: SetOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answers as one JSON object.")] = False,
 ) -> None:
     """Try a prompt on the SFT model and on the tuned one, and see both answers side by side.
 
-    Answers are sampled as evaluate says (temperature, max_new_tokens, seed): the same prompt gives the same answers,
-    another evaluate.seed others. Neither reports nor models are touched.
+    Answers are greedy. With --temperature they are sampled, as evaluate does: the same prompt gives the same answers,
+    another evaluate.seed others. They end after evaluate.max_new_tokens. Neither reports nor models are touched.
     """
     with errors_as_exit_codes(as_json=as_json):
         from dpo_cli.core.params import load_params  # here, so that --help does not wait for them
@@ -823,9 +827,12 @@ def try_command(
             raise DataError("the prompt is empty; say something, as in: dpo-cli try 'Hello!'")
         params = load_params(paths.PARAMS, overrides or [])
         _refuse_unread("try", ("model", "reference", "evaluate", "runtime"), overrides or [])
+        if any(override.partition("=")[0].strip() == "evaluate.temperature" for override in overrides or []):
+            raise ParamsError("--set evaluate.temperature has no effect on try; say --temperature")
         from dpo_cli.cli import try_prompt
 
-        temperature = params.evaluate.temperature
+        evaluate = params.evaluate.model_copy(update={"temperature": temperature})
+        params = params.model_copy(update={"evaluate": evaluate})
         found = try_prompt.try_prompt(prompt, system, model, params, ConsoleReporter(show_tables=not as_json))
         if as_json:
             typer.echo(json.dumps(try_prompt.as_json(prompt, found, temperature), ensure_ascii=False))

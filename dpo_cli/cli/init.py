@@ -36,6 +36,7 @@ from dpo_cli.core.progress import Reporter
 from dpo_cli.data import world
 from dpo_cli.data.convert import plan_of
 from dpo_cli.data.formats.detect import UnknownFormatError
+from dpo_cli.data.reading.base import missing
 
 DVC_CONFIG = """\
 [core]
@@ -288,7 +289,7 @@ def dvc_yaml_text() -> str:
 def _check(folder: Path, files: ProjectFiles) -> None:
     for path in (files.sft, files.preferences):
         if path is not None and not path.is_file():
-            raise DataError(f"{path} is missing; give the file of your data")
+            raise missing(path)
     if files.sft is not None and files.preferences is not None and files.sft.name == files.preferences.name:
         raise DataError(f"both files are named {files.sft.name}; they are copied into one folder, so rename one")
     for name in ("params.yaml", "dvc.yaml", ".dvc"):

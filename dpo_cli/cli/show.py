@@ -140,7 +140,7 @@ def describe_row(source: Source, row: int, view: TokenView | None) -> dict[str, 
     path = _only_file(source)
     params = project_params()
     data = params.data if params else DataParams()
-    plan, why = plan_of(source, path, policies_of(), data.eval_fraction, data.split_by)
+    plan, why = plan_of(source, path, policies_of(), data.eval_fraction, data.split_by, before_broken=True)
     record = _record_at(path, source.records, row)
     stage = "convert-sft" if plan.kind == "sft" else "convert-preferences"
     found: dict[str, Any] = {

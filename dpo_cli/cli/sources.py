@@ -91,7 +91,7 @@ def _source_of(file: str, kind: str | None, given: dict[str, Any], data: DataPar
         source = _made(KINDS[name], {"path": file, **mine})
         try:
             for path in find_files(source)[:1]:
-                plan_of(source, path, {}, 0.5)
+                plan_of(source, path, {}, 0.5, before_broken=True)  # who reads on says which lines are broken
         except UnknownFormatError as error:  # as the next kind, perhaps
             problem = problem or error
         except ParamsError as error:  # columns of the other kind

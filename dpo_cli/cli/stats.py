@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from dpo_cli.data.convert import find_files, plan_of
 from dpo_cli.data.formats.base import RowProblem
 from dpo_cli.data.reading.files import read_records
 from dpo_cli.data.schema import Messages, PreferenceExample, RankingExample, SftExample
-from dpo_cli.data.statistics import NO_LETTERS, Characters, DataStatistics, Measure
+from dpo_cli.data.statistics import NO_LETTERS, TOO_SHORT, Characters, DataStatistics, Measure
 
 LIMITS = (512, 1024, 2048, 4096)
 """Numbers of tokens above which examples are counted."""
@@ -26,6 +27,9 @@ LIMITS = (512, 1024, 2048, 4096)
 _BAR = 36
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _NAMED = 8
+_SURE = 0.6
+"""The probability from which on a guessed language is named."""
+_NOT_TOLD = {NO_LETTERS: "no letters", TOO_SHORT: "too short to tell"}
 
 
 def stats_of_sources(
@@ -68,10 +72,16 @@ def stats_of_sources(
 
 
 def language_of(text: str) -> str:
-    """The language of a text as two letters: a guess, the worse the shorter the text."""
-    import py3langid  # here: it takes half a second
+    """The language of a text as two letters: a guess, or TOO_SHORT where it would be a poor one."""
+    language, probability = _identifier().classify(text)
+    return str(language) if probability >= _SURE else TOO_SHORT
 
-    return str(py3langid.classify(text)[0])
+
+@cache
+def _identifier() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier  # here: it takes half a second
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
 class _Tokens:
@@ -219,7 +229,7 @@ def _language_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _named(counts: dict[str, int], total: int) -> str:
-    named = [(("no letters" if name == NO_LETTERS else name), count) for name, count in counts.items()]
+    named = [(_NOT_TOLD.get(name, name), count) for name, count in counts.items()]
     rest = sum(count for _, count in named[_NAMED:])
     shown = [*named[:_NAMED], *([("others", rest)] if rest else [])]
     return ", ".join(f"{name} {count / total:.1%}" for name, count in shown)

@@ -33,6 +33,10 @@ class DpoCliError(Exception):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
 
+    def __reduce__(self) -> tuple[type[DpoCliError], tuple[list[str]]]:
+        """How it comes from another process: as its problems, one by one."""
+        return type(self), (self.problems,)
+
 
 class ParamsError(DpoCliError):
     """A setting is unknown, out of range, or has no effect."""

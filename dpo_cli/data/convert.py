@@ -38,7 +38,7 @@ from dpo_cli.data.formats import PREFERENCE_FORMATS, SFT_FORMATS
 from dpo_cli.data.formats.base import Reading
 from dpo_cli.data.formats.detect import RowReader
 from dpo_cli.data.formats.labels import label_text
-from dpo_cli.data.reading.base import Block
+from dpo_cli.data.reading.base import Block, BrokenLines
 from dpo_cli.data.reading.files import read_blocks, read_records
 from dpo_cli.data.repeats import CHECKS, Repeats, find_repeats
 from dpo_cli.data.schema import PREFERENCE_SCHEMA, RANKING_SCHEMA, SFT_SCHEMA, full_schema
@@ -127,9 +127,17 @@ def find_files(source: Source) -> list[Path]:
 
 
 def plan_of(
-    source: Source, path: Path, policies: Mapping[str, str], eval_fraction: float, split_by: str = "opening"
+    source: Source,
+    path: Path,
+    policies: Mapping[str, str],
+    eval_fraction: float,
+    split_by: str = "opening",
+    *,
+    before_broken: bool = False,
 ) -> tuple[BlockPlan, str]:
     """How the rows of a file are read, and why so: by the source's settings and the file's first rows.
+
+    With ``before_broken`` by those before the first broken line, where some are.
 
     Raises:
         DataError: The file cannot be read, or its rows have no known format.
@@ -146,7 +154,13 @@ def plan_of(
     )
     formats = SFT_FORMATS if kind == "sft" else PREFERENCE_FORMATS
     reader = RowReader(formats, source.format, source.columns, reading)
-    head = [record.value for record in islice(read_records(path, within=source.records), _DETECTION_ROWS)]
+    head = []
+    try:
+        for record in islice(read_records(path, within=source.records), _DETECTION_ROWS):
+            head.append(record.value)
+    except BrokenLines:
+        if not head or not before_broken:
+            raise
     why = f"{source.format}: named by you"
     if source.format in ("auto", "two_outputs"):  # to name two_outputs does not say what its labels mean
         why = reader.detect(path, head)

@@ -27,6 +27,9 @@ SAMPLE_SIZE = 2000
 NO_LETTERS = "none"
 """The language of a text without letters."""
 
+TOO_SHORT = "too_short"
+"""The language of a text that is too short, or too much of several languages, to tell it."""
+
 _EXACT_BITS = 7
 """Values of so many bits have a bin of their own; larger ones share one in their first so many bits."""
 
@@ -266,7 +269,7 @@ class DataStatistics:
             )
             prompts[asked] += 1
             answers[answered] += 1
-            different += asked != answered and NO_LETTERS not in (asked, answered)
+            different += asked != answered and {NO_LETTERS, TOO_SHORT}.isdisjoint((asked, answered))
         return {
             "prompts": dict(_ordered(prompts)),
             "answers": dict(_ordered(answers)),

@@ -55,9 +55,14 @@ def usage(base: Path, machine: Machine, quantization: str, *, directory: str, ki
             "tokenizer = AutoTokenizer.from_pretrained(THIS_DIRECTORY)",
         ]
     )
-    return f"```python\n{code}\n```\n{_MERGING if is_4bit and kind == 'CausalLM' else ''}"
+    further = [_NOT_BY_NAME, *([_MERGING] if is_4bit else [])] if kind == "CausalLM" else []
+    return f"```python\n{code}\n```\n{''.join(further)}"
 
 
+_NOT_BY_NAME = """
+`AutoPeftModelForCausalLM.from_pretrained(THIS_DIRECTORY)` does not find the base: adapter_config.json holds its name
+and no path, so that the adapter is the same on every machine, and peft would look for that name on a hub.
+"""
 _EXACT_ON_CPU = [
     "for layer in base.modules():  # or bitsandbytes rounds them once more, on CPUs with AVX512-BF16",
     '    if hasattr(layer, "support_avx512bf16_for_cpu"):',

@@ -98,7 +98,8 @@ def check_model_folder(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise MachineError(
-            f"model directory {folder} is missing; check the path (runtime.model_path, DPO_MODEL_PATH or --model)"
+            f"model directory {folder} is missing; name a folder (--model, runtime.model_path or DPO_MODEL_PATH):"
+            " nothing is fetched by a name on the Hub; that is done by: hf download NAME --local-dir DIR"
         )
     if (folder / ADAPTER_FILES[0]).is_file():
         raise MachineError(

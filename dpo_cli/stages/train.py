@@ -281,6 +281,7 @@ def _print_summary(knobs: TrainParams, metrics: dict[str, Any], steps: str, repo
             ),
             *([("speed", _speed(metrics, unit))] if metrics["pairs_per_s"] else []),
             ("peak memory", f"{metrics['peak_mem_gib']:.2f} GiB"),
+            ("the adapter", f"{paths.DPO_MODEL.as_posix()}; its README.md says how to load and merge it"),
         ],
     )
 

@@ -228,7 +228,8 @@ def test_people_as_judges_by_a_sheet(evaluate: Evaluate) -> None:
 
 
 def invoke(tiny_folder: Path, *arguments: str) -> Any:
-    settings = {f"evaluate.{name}": value for name, value in KNOBS.items()}
+    read = KNOBS.keys() - ({"temperature"} if arguments[0] == "try" else set())
+    settings = {f"evaluate.{name}": KNOBS[name] for name in KNOBS if name in read}
     settings |= {
         "model.name": "tiny",
         "reference.max_length": 256,
@@ -266,12 +267,15 @@ def test_a_prompt_is_tried_on_both_models(evaluate: Evaluate, tiny_folder: Path)
     evaluate()
     sample = samples()[0]
     (asked,) = sample["prompt"]
-    result = invoke(tiny_folder, "try", asked["content"], "--json")
+    result = invoke(tiny_folder, "try", asked["content"], "--temperature", str(KNOBS["temperature"]), "--json")
     assert result.exit_code == 0, result.output
     answers = json.loads(result.stdout)["answers"]
     assert [(each["model"], each["text"]) for each in answers] == [
         (name, sample[name]["text"]) for name in ("sft", "dpo")
     ]
+    greedy = [json.loads(invoke(tiny_folder, "try", asked["content"], *seed, "--json").stdout)["answers"]
+              for seed in ((), ("--set", "evaluate.seed=5"))]  # fmt: skip
+    assert greedy[0] == greedy[1]
     shown = invoke(tiny_folder, "try", asked["content"], "--system", "Be kind.")
     assert shown.exit_code == 0, shown.output
     head = shown.stdout.splitlines()[0]

@@ -254,7 +254,8 @@ class RowReader:
         if label and any(name in first for name in (*ANSWER_NAMES, *CONVERSATION_NAMES)):
             return (
                 f"its rows are single answers that {label} calls good or bad (unpaired, as KTO takes them);"
-                " DPO needs two answers to the same prompt in a row: chosen and rejected"
+                " DPO needs two answers to the same prompt in a row: chosen and rejected. Where prompts have good and"
+                " bad ones, write a row {prompt, chosen, rejected} for each good one with each bad one of its prompt"
             )
         known = ", ".join(fmt.name for fmt in self._formats)
         fields = ", ".join(key if key == key.strip() else repr(key) for key in first) or "no fields"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,6 +63,27 @@ def _lines_at(path: Path, start: int, size: int, first_line: int) -> Lines:
 
 Block = Lines | list[Record]
 """A piece of a file: lines to parse, or records."""
+
+
+class BrokenLines(DataError):
+    """Lines that are no JSON.
+
+    Args:
+        problems: What is broken, one message a line.
+        before: The records before the first of them.
+    """
+
+    def __init__(self, problems: Sequence[str], before: Sequence[Record] = ()) -> None:
+        super().__init__(problems)
+        self.before = list(before)
+
+
+def missing(path: Path) -> DataError:
+    """The error for a file that is not there; it names one beside it that is called almost so."""
+    beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, beside, n=1)
+    hint = f"did you mean {path.with_name(close[0])}?" if close else "put your data there, or name another file"
+    return DataError(f"{path} is missing; {hint}")
 
 
 def too_long(path: Path, line: int) -> DataError:

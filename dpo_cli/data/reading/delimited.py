@@ -1,12 +1,13 @@
 """CSV and TSV: a header line, then one record a line, with quoting; every value is text.
 
-Quotes are held to the letter of RFC 4180, and a line end must close the last line. So the file
-has an even number of quotes, and each row has as many values as the header. One byte that is
+Quotes are held to the letter of RFC 4180. So the file has an even number of quotes, and each row
+has as many values as the header. One byte that is
 changed, lost or added below the header is then an error, or changes the texts of one row (one
 without a visible character may become a blank line, which is skipped); it never moves a text to
 another row or column. A file that is cut off gives whole rows, then an error or, where it was cut
-between two rows, nothing. What cannot be seen: a change within a text, lost rows at the end, and
-a change in the header that makes another name or, between two columns, another delimiter.
+between two rows or in the last value of one, nothing. What cannot be seen: a change within a text,
+lost rows at the end, the lost end of the last text, and a change in the header that makes another
+name or, between two columns, another delimiter.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def read_delimited(path: Path, file: IO[bytes], delimiter: str) -> Iterator[Reco
     is doubled. ``00000`` and ``3.3`` stay what they are. Blank lines are skipped.
 
     Raises:
-        DataError: It is not UTF-8, a quote stands where none may be, the last line has no end,
+        DataError: It is not UTF-8, a quote stands where none may be, the file ends within a line,
             the header names a column twice or not at all, a line has more or fewer values than
             the header, or there are no rows.
     """
@@ -55,12 +56,19 @@ def read_delimited(path: Path, file: IO[bytes], delimiter: str) -> Iterator[Reco
     header: list[str] = []
     row = 0
     for line, text in _lines(path, file, delimiter, field):
+        is_ended = text.endswith("\n")
+        text = text.rstrip("\r\n")
         if not text.strip(" "):
             continue
         values = _values(path, line, text, delimiter, field)
         if not header:
             header = _checked_header(path, line, values)
             continue
+        if len(values) < len(header) and not is_ended:
+            raise DataError(
+                f"{path}, line {line}: the file ends within this line, which has {len(values)} of {len(header)} values;"
+                " it is cut off: fetch it again, or take the line out"
+            )
         if len(values) != len(header):
             names = ", ".join(map(repr, header[:8])) + ", ..." * (len(header) > 8)
             raise DataError(
@@ -77,21 +85,15 @@ def read_delimited(path: Path, file: IO[bytes], delimiter: str) -> Iterator[Reco
 
 
 def _lines(path: Path, file: IO[bytes], delimiter: str, field: re.Pattern[str]) -> Iterator[tuple[int, str]]:
-    """Lines without their ends, each with its number; what is quoted may go on over several."""
+    """Lines with their ends, each with its number; what is quoted may go on over several."""
     line = 1
     while data := file.readline(base.LONGEST):
         if data.count(b'"') % 2:
             if (whole := _to_closing_quote(path, file, data, line)) is None:
                 raise _unclosed_quote(path, line, data.decode("utf-8", errors="replace"), delimiter, field)
             data = whole
-        if not data.endswith(b"\n"):
-            if len(data) >= base.LONGEST:
-                raise too_long(path, line)
-            line += data.count(b"\n")
-            raise DataError(
-                f"{path}, line {line}: the last line has no line end, so the file may be cut off; if it is whole,"
-                f" add one: echo >> {path}"
-            )
+        if not data.endswith(b"\n") and len(data) >= base.LONGEST:
+            raise too_long(path, line)
         try:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -99,7 +101,7 @@ def _lines(path: Path, file: IO[bytes], delimiter: str, field: re.Pattern[str]) 
         if "\0" in text:
             at = line + text.count("\n", 0, text.index("\0"))
             raise DataError(f"{path}, line {at}: a zero byte, which is no text; fetch the file again")
-        yield line, text.rstrip("\r\n")
+        yield line, text
         line += data.count(b"\n")
 
 

@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from dpo_cli.core.errors import DataError
 from dpo_cli.data.reading import json_text
-from dpo_cli.data.reading.base import Block, Lines, OnBytes, Record, is_utf16
+from dpo_cli.data.reading.base import Block, BrokenLines, Lines, OnBytes, Record, is_utf16, missing
 from dpo_cli.data.reading.columnar import ARROW_FILE, ARROW_STREAM, PARQUET, read_columnar
 from dpo_cli.data.reading.delimited import delimiter_of, read_delimited
 from dpo_cli.data.reading.json_text import parse_lines, read_array, read_array_within, read_lines, read_objects
@@ -69,7 +69,11 @@ def read_records(path: Path, on_bytes: OnBytes = lambda _: None, within: str = "
     """
     row = 0
     for block in read_blocks(path, on_bytes, within):
-        records = parse_lines(path, block, row) if isinstance(block, Lines) else block
+        try:
+            records = parse_lines(path, block, row) if isinstance(block, Lines) else block
+        except BrokenLines as error:
+            yield from error.before
+            raise
         row += len(records)
         yield from records
 
@@ -98,7 +102,7 @@ def read_blocks(path: Path, on_bytes: OnBytes = lambda _: None, within: str = ""
                 yield from _read_text(path, _decompressed(raw, compression), within, is_plain=not compression)
             raw.report_rest()
     except FileNotFoundError:
-        raise DataError(f"{path} is missing; put your data there, or name it in params.yaml") from None
+        raise missing(path) from None
     except (EOFError, zlib.error, OSError, pa.ArrowException) as error:
         if compression and getattr(error, "errno", None) is None:
             raise DataError(f"{path} is a damaged {compression} file ({error}); fetch it again") from None

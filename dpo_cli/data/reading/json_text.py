@@ -20,12 +20,13 @@ import orjson
 
 from dpo_cli.core.errors import DataError
 from dpo_cli.data.reading import base
-from dpo_cli.data.reading.base import Lines, Record, not_utf8, too_long
+from dpo_cli.data.reading.base import BrokenLines, Lines, Record, not_utf8, too_long
 
 BLOCK = 1 << 20
 """Bytes read at a time, and about the bytes in a run of lines."""
 
 _EXPECTED = "expected a JSON array, JSON objects, or CSV with a header line"
+_LINES_NAMED = 10
 _CUT_OFF = "the file seems cut off"
 
 
@@ -66,9 +67,12 @@ def parse_lines(path: Path, lines: Lines, first_row: int = 0) -> list[Record]:
         first_row: The number of the first record in them.
 
     Raises:
-        DataError: A line is not UTF-8 or not JSON.
+        BrokenLines: Lines are not JSON; the first ones of them are named.
+        DataError: A line is not UTF-8, or the first one neither JSON nor a table.
     """
     records: list[Record] = []
+    broken: list[str] = []
+    before = 0
     loads = orjson.loads
     row = first_row
     for line, data in enumerate(lines.data.split(b"\n"), start=lines.first_line):
@@ -77,9 +81,19 @@ def parse_lines(path: Path, lines: Lines, first_row: int = 0) -> list[Record]:
         except orjson.JSONDecodeError:
             if not data or data.isspace():
                 continue
-            value = _parse_line(path, data, line, is_first=row == 0 and line == lines.first_line == 1)
+            try:
+                value = _parse_line(path, data, line, is_first=row == 0 and line == lines.first_line == 1)
+            except BrokenLines as error:
+                before = before if broken else len(records)
+                broken += error.problems
+                if len(broken) > _LINES_NAMED:
+                    broken[-1] = f"{path}: and more lines, from line {line} on"
+                    break
+                continue
         records.append(Record(row, line, value))
         row += 1
+    if broken:
+        raise BrokenLines(broken, records[:before])
     return records
 
 
@@ -98,11 +112,11 @@ def _parse_line(path: Path, data: bytes, line: int, *, is_first: bool) -> Any:
         what = explain(error.msg, error.doc, error.pos)
         if error.msg == "Extra data":
             what += "; a line holds one value"
-        raise DataError(f"{path}, line {line}, column {error.colno}: broken JSON: {what}") from None
+        raise BrokenLines([f"{path}, line {line}, column {error.colno}: broken JSON: {what}"]) from None
     except RecursionError:
-        raise DataError(f"{path}, line {line}: JSON nested too deeply") from None
+        raise BrokenLines([f"{path}, line {line}: JSON nested too deeply"]) from None
     except ValueError as error:
-        raise DataError(f"{path}, line {line}: {_unreadable(error)}") from None
+        raise BrokenLines([f"{path}, line {line}: {_unreadable(error)}"]) from None
 
 
 def explain(message: str, text: str, position: int) -> str:

@@ -143,3 +143,21 @@ def test_every_command_has_help_with_examples(option: str) -> None:
     result = CliRunner().invoke(app, ["data", option, "--help"])
     assert result.exit_code == 0
     assert "Examples" in result.stdout
+
+
+def test_all_broken_lines_are_named_and_rows_before_them_are_shown(check: Callable[..., Result]) -> None:
+    lines = [json.dumps(row) for row in pairs()]
+    lines[9] = '{"prompt": "q" "chosen": "a", "rejected": "b"}'
+    lines[15] = lines[15].replace('"rejected"', "'rejected'")
+    Path("dirty.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    result = check("dirty.jsonl")
+    assert result.exit_code == 4
+    said = [line for line in result.output.splitlines() if "broken JSON" in line]
+    assert ["line 10," in said[0], "line 16," in said[1], len(said)] == [True, True, 2]
+    show = ["data", "show", "dirty.jsonl", "--row"]
+    shown = CliRunner().invoke(app, [*show, "5"])
+    assert shown.exit_code == 0, shown.output
+    assert "q 5" in shown.output
+    assert CliRunner().invoke(app, [*show, "12"]).exit_code == 4
+    Path("dirty.jsonl").write_text("\n".join([lines[0], *lines[9:10] * 30]), encoding="utf-8")
+    assert check("dirty.jsonl").output.splitlines()[-1].endswith("dirty.jsonl: and more lines, from line 12 on")

@@ -174,6 +174,13 @@ def test_what_is_missing_is_named_and_nothing_is_made(tmp_path: Path, sft: Path,
         assert not (tmp_path / "new").exists()
 
 
+def test_a_name_that_is_almost_right_is_told(tmp_path: Path, sft: Path, odd: Path, reporter: Any) -> None:
+    with pytest.raises(DataError, match=r"ood\.csv is missing; did you mean .*/odd\.csv\?"):
+        create_project(tmp_path / "new", ProjectFiles(sft, tmp_path / "ood.csv"), reporter)
+    with pytest.raises(MachineError, match=r"nothing is fetched by a name on the Hub; .*: hf download NAME"):
+        create_project(tmp_path / "new", ProjectFiles(model=Path("HuggingFaceTB/SmolLM2-135M-Instruct")), reporter)
+
+
 def test_a_gitignore_that_is_there_is_kept(tmp_path: Path, reporter: Any) -> None:
     folder = tmp_path / "new"
     folder.mkdir()

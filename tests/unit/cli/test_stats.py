@@ -127,6 +127,19 @@ def test_a_language_is_guessed_the_same_every_time() -> None:
     assert [language_of("Как испечь хлеб дома, если нет духовки?") for _ in range(3)] == ["ru"] * 3
 
 
+def test_a_language_is_not_guessed_of_a_few_words(project: Path, reporter: Any) -> None:
+    things = ("river", "bread", "lamp", "horse", "crow", "canal", "spoon", "gate")
+    rows = [
+        {"prompt": f"{asked} a {thing}.", "chosen": "Something that people know well.", "rejected": "No."}
+        for thing in things
+        for asked in ("Describe", "Name", "Draw", "What is")
+    ]
+    found = stats_of(reporter, write(project, *rows))["preferences"]["languages"]
+    assert found["prompts"].keys() <= {"en", "too_short"}
+    assert found["prompts"]["too_short"] > 0
+    assert found["answer_in_another"]["count"] == 0
+
+
 def test_the_tables_fit_80_columns_and_name_what_they_say(project: Path) -> None:
     rows = [{"prompt": "p" * size, "chosen": "c" * (size + 1), "rejected": "r"} for size in (1, 3, 3, 100, 5000)]
     result = run(write(project, *rows))

@@ -8,7 +8,7 @@ import pytest
 
 from dpo_cli.data.formats.base import RowProblem
 from dpo_cli.data.schema import Messages, PreferenceExample, RankingExample, SftExample, assistant, user
-from dpo_cli.data.statistics import DataStatistics, Distribution, script_of, wilson_interval
+from dpo_cli.data.statistics import TOO_SHORT, DataStatistics, Distribution, script_of, wilson_interval
 
 
 def distribution_of(*values: int) -> Distribution:
@@ -198,6 +198,14 @@ def test_languages_of_prompts_and_answers() -> None:
     assert found["prompts"] == {"en": 2, "none": 1, "zh": 1}
     assert found["answers"] == {"zh": 2, "en": 1, "none": 1}
     assert found["answer_in_another"] == {"count": 1, "share": 0.25}
+
+
+def test_a_language_that_cannot_be_told_is_no_other_one() -> None:
+    statistics = DataStatistics(language_of=lambda text: TOO_SHORT if len(text) < 5 else "en")
+    statistics.add(instruction("hi", "hello there"))
+    found = statistics.summary()["languages"]
+    assert (found["prompts"], found["answers"]) == ({TOO_SHORT: 1}, {"en": 1})
+    assert found["answer_in_another"]["count"] == 0
 
 
 def test_scripts_are_shares_of_the_letters() -> None:

@@ -51,6 +51,7 @@ def test_the_code_loads_what_was_trained(
     assert (logps(names["model"]) - logps(trained)).abs().max() < 1e-5
     assert names["tokenizer"].get_vocab() == tokenizer.get_vocab()
     assert bool(merging) == (quantization == "nf4")
+    assert "`AutoPeftModelForCausalLM.from_pretrained(THIS_DIRECTORY)` does not find the base" in card
     if merging:
         plain = load_adapter(load_model(tiny_folder, cpu, quantization="none"), tmp_path / "adapter", trainable=False)
         assert (logps(plain.eval()) - logps(trained)).abs().max() > 1e-2, "the plain weights are another model"

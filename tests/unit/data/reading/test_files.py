@@ -187,7 +187,7 @@ def test_a_reader_that_stops_early_closes_the_file(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_says_where_to_name_it(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nothing.json is missing; put your data there, or name it in params.yaml"):
+    with pytest.raises(DataError, match=r"nothing.json is missing; put your data there, or name another file"):
         list(read_records(tmp_path / "nothing.json"))
 
 
