@@ -68,9 +68,9 @@ def prepare(project: Path, model: Path, train: list[dict[str, Any]], held_out: l
             (raw / f"{name}.jsonl").write_text("\n".join(texts) + "\n", encoding="utf-8")
         init(project, raw / "train.jsonl", model)
     dpo_cli(project, "base")
-    for stage, section in (("convert-sft", "data.sft"), ("convert-preferences", "data.preferences")):
+    for stage in ("convert-sft", "convert-preferences"):  # instructions are the preferred answers
         also = "[{path: data/raw/eval.jsonl, split: eval}]"
-        dpo_cli(project, stage, f"{section}.split=train", f"{section}.also={also}")
+        dpo_cli(project, stage, "data.preferences.split=train", f"data.preferences.also={also}")
 
 
 def try_sft(project: Path, rate: str) -> list[str]:
