@@ -70,7 +70,7 @@ class Case:
         settings: Further settings of section train.
         fault: What is planted, of :data:`FAULTS`; None for nothing.
         num_pairs: Pairs of it.
-        max_tokens: Tokens of a micro-batch; so many that a step of four pairs has two or more.
+        max_tokens: Tokens of a micro-batch; so many that the step has two or three.
     """
 
     model: str = "llama"
@@ -81,7 +81,7 @@ class Case:
     work: str = "sigmoid"
     settings: tuple[tuple[str, Any], ...] = ()
     fault: str | None = None
-    num_pairs: int = 4
+    num_pairs: int = 3
     max_tokens: int = 512
 
     def __str__(self) -> str:
@@ -145,7 +145,6 @@ FAULT_CASES = [Case(fault=fault) for fault in FAULTS[:-2]] + [
 
 SUITES = {
     "families": list(family_cases()),
-    "work": list(work_cases()),
-    "large": [*LARGE_CASES, *LARGE_PASSES, SMALL_CASE, PIECES_CASE],
-    "faults": [*FAULT_CASES, Case()],
+    "steps": [*work_cases(), *LARGE_CASES, *LARGE_PASSES, SMALL_CASE, PIECES_CASE, *FAULT_CASES, Case()],
 }
+"""Each is run by one process, and read by one file of tests."""
