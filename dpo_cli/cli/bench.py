@@ -28,8 +28,8 @@ from dpo_cli.scoring.probe import open_scorer
 from dpo_cli.scoring.recompute import Recompute
 from dpo_cli.scoring.regimes import REGIMES, random_pairs
 from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.training.memory import choose_memory
 from dpo_cli.training.objective import PairObjective
-from dpo_cli.training.run import choose_recompute
 
 Pass = Literal["precompute-ref", "train"]
 PASSES: tuple[Pass, ...] = ("precompute-ref", "train")
@@ -219,8 +219,9 @@ def _training(
 ) -> dict[str, Any]:
     """Optimizer steps as train does them, against the model's own log-probabilities."""
     runtime = params.runtime
-    budget = TokenBudget(token_budget(runtime, machine.device), "bench", reporter)
-    recompute = choose_recompute(model, scorer, groups, runtime, reporter, "bench")
+    size = params.train.batch_size
+    chosen = choose_memory(model, scorer, groups, size, runtime, reporter, "bench")
+    budget = TokenBudget(chosen.max_tokens, "bench", reporter)
     model.eval()
     reference = {
         group.id: logps
@@ -230,7 +231,6 @@ def _training(
     objective = PairObjective(TrainParams(beta=0.1), reference)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-6)
-    size = params.train.batch_size
     steps = [list(groups[begin : begin + size]) for begin in range(0, len(groups), size)]
     model.train()
 
@@ -246,7 +246,9 @@ def _training(
 
     times, peak = _time(turn, machine, num_turns)
     work = _work(scorer, steps, budget.max_tokens)
-    return _figures(times, peak, work, sizes, scorer.head_bytes, len(groups), budget, train=True, recompute=recompute)
+    return _figures(
+        times, peak, work, sizes, scorer.head_bytes, len(groups), budget, train=True, recompute=chosen.grade
+    )
 
 
 @torch.no_grad()

@@ -24,8 +24,8 @@ from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.limits import Sizes, Work, least_operations
 from dpo_cli.scoring.regimes import REGIMES, random_pairs
 from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.training.memory import choose_memory
 from dpo_cli.training.objective import PairObjective
-from dpo_cli.training.run import choose_recompute
 
 CONTEXT_BYTES = 1 << 29
 """Memory that CUDA itself takes: what was seen is 0.4 to 0.5 GiB."""
@@ -103,9 +103,9 @@ def _count_reference(
 def _count_training(
     model: Any, scorer: Scorer, groups: list[TokenGroup], params: Params, counting: Counting, reporter: Reporter
 ) -> tuple[dict[str, Any], Work]:
-    budget = TokenBudget(token_budget(params.runtime, scorer.device), "bench", reporter)
-    recompute = choose_recompute(model, scorer, groups, params.runtime, reporter, "bench")
     size = params.train.batch_size
+    chosen = choose_memory(model, scorer, groups, size, params.runtime, reporter, "bench")
+    budget = TokenBudget(chosen.max_tokens, "bench", reporter)
     steps = [groups[begin : begin + size] for begin in range(0, len(groups), size)]
     objective = PairObjective(TrainParams(beta=0.1), {group.id: [-1.0, -2.0] for group in groups})
     trainer = DryTrainer(model, scorer, objective, budget.max_tokens)
@@ -114,7 +114,7 @@ def _count_training(
     for step in steps:
         trainer.training_step(model, {"groups": step})
         take_optimizer_step([parameter for parameter in model.parameters() if parameter.requires_grad])
-    found = {"recompute": recompute, "max_tokens_per_microbatch": budget.max_tokens}
+    found = {"recompute": chosen.grade, "max_tokens_per_microbatch": budget.max_tokens}
     return found, _work(scorer, steps, budget)
 
 

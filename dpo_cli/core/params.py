@@ -479,8 +479,9 @@ class RuntimeParams(Section):
     )
     max_tokens_per_microbatch: int | None = knob(
         None,
-        "Memory knob: tokens that go through the model at once, padding included; null: 4096 on a GPU, and 1024 on"
-        " the CPU, where what fits into its caches is faster. Halved where memory runs out.",
+        "Memory knob: tokens that go through the model at once, padding included; null: 4096 on a GPU, in training"
+        " what is fastest and fits, and 1024 on the CPU, where what fits into its caches is faster. Halved where memory"
+        " runs out.",
         unit="tokens",
         ge=1,
         le=10**8,
@@ -500,7 +501,7 @@ class RuntimeParams(Section):
     recompute: Literal["auto", "none", "elementwise", "layers"] = knob(
         "auto",
         "What the backward pass computes again to save memory: nothing, all but matrix products and attention, or"
-        " whole layers. auto takes the first that fits into free memory.",
+        " whole layers. auto takes the fastest that fits into free memory.",
     )
     checkpoint_minutes: float = knob(
         10.0, "Work that a kill may cost; 0 saves after every step.", unit="minutes", ge=0, le=1e6

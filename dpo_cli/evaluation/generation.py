@@ -18,6 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from dpo_cli.core.artifacts import digest_json
 from dpo_cli.core.progress import Meter
+from dpo_cli.models.lora import cast_adapters
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
 from dpo_cli.scoring.scorer import restore_attention
 
@@ -130,12 +131,13 @@ def sample_answers(
     def split(left: Sequence[PromptTokens], max_tokens: int) -> list[list[int]]:
         return _batches(left, max_new_tokens, CACHE_FACTOR * max_tokens)
 
-    for batch, rows in in_micro_batches(prompts, budget, split, sample):
-        new = {prompt.id: _cut(row, stop_ids) for prompt, row in zip(batch, rows, strict=True)}
-        answers |= new
-        if keep is not None:
-            keep(new)
-        meter.advance(len(batch))
+    with cast_adapters(model, autocast_dtype):
+        for batch, rows in in_micro_batches(prompts, budget, split, sample):
+            new = {prompt.id: _cut(row, stop_ids) for prompt, row in zip(batch, rows, strict=True)}
+            answers |= new
+            if keep is not None:
+                keep(new)
+            meter.advance(len(batch))
     return answers
 
 

@@ -55,6 +55,9 @@ def prepare_machine(runtime: RuntimeParams, *, embedded: bool) -> Machine:
 
     refuse_several_processes()
     torch.set_num_threads(runtime.threads or usable_threads())
+    # sums of a product that is split along its inner dimension stay float32
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     available = torch.cuda.is_available()
     if runtime.device == "cuda" and not available:
         raise MachineError("runtime.device is cuda but torch sees no CUDA device; set it to auto or cpu")

@@ -187,6 +187,8 @@ def load_model(folder: Path, machine: Machine, *, quantization: str, trainable: 
         import torch
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+        from dpo_cli.kernels.fused import use_fused
+
     check_model_folder(folder)
     config = load_config(folder)
     for name, value in config.to_dict().items():
@@ -231,6 +233,7 @@ def load_model(folder: Path, machine: Machine, *, quantization: str, trainable: 
     if quantization == "nf4":
         _let_go_of_files(model)
     model.requires_grad_(False)
+    use_fused(model, machine.device, machine.compute_dtype)
     return model.eval()
 
 

@@ -10,6 +10,7 @@ from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_cli.core.errors import MachineError, is_out_of_memory
+from dpo_cli.kernels.fused import use_fused
 from dpo_cli.models.device import Machine
 from dpo_cli.models.load import keep_weights_unpacked
 
@@ -96,6 +97,7 @@ def random_model(name: str, machine: Machine, quantization: str) -> Any:
             f"a model of the shape {name} does not fit into the memory of {machine.device}; name a smaller one"
         ) from error
     keep_weights_unpacked(model)
+    use_fused(model, machine.device, machine.compute_dtype)
     return model.eval()
 
 

@@ -26,7 +26,7 @@ from dpo_cli.models.folder import base_folder
 from dpo_cli.models.identity import base_digest, library_versions, read_base_lock, refuse_beyond_context, verify_model
 from dpo_cli.models.load import context_length, load_tokenizer, open_encoder
 from dpo_cli.objectives.ranking import MAX_TIED, Ties
-from dpo_cli.scoring.scorer import ENGINE_VERSION
+from dpo_cli.scoring.scorer import engine_version
 
 SPLITS = ("train", "eval")
 
@@ -94,7 +94,7 @@ def open_graph(model: ModelParams, reference: ReferenceParams, runtime: RuntimeP
         "sft": sft.digest,
         "quantization": reference.quantization,
         "compute_dtype": machine.dtype_name,
-        "engine": ENGINE_VERSION,
+        "engine": engine_version(machine.compute_dtype),
         **library_versions(),
     }
     return Graph(

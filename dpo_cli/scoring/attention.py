@@ -7,9 +7,9 @@ run comes from. No mask function is registered under the name, so transformers b
 hands each layer's own sliding window, soft cap and sinks to :func:`block_attention`.
 
 On CUDA one call of a variable-length FlashAttention serves all blocks (``varlen.py``), on the CPU
-PyTorch's flash kernel (``cpu_attention.py``). Elsewhere, and for what such kernels cannot do, each
-text's new queries are a call of scaled_dot_product_attention, or plain matrix products where there
-is a soft cap or a sink.
+PyTorch's flash kernel (``cpu_attention.py``). For what such kernels cannot do, texts' new queries go
+through scaled_dot_product_attention, or through plain matrix products where there is a soft cap or a
+sink: those of like length in one call (``batched.py``), on the CPU each by itself.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from dpo_cli.scoring.batched import PieceBatches, attend_batches, batches_of
 from dpo_cli.scoring.blocks import Piece, additive, aligned_mask, gather, pieces_of, plain_attention
 from dpo_cli.scoring.cpu_attention import CpuAttention, has_cpu_kernel
 from dpo_cli.scoring.layout import Block, Layout
@@ -36,6 +37,8 @@ from dpo_cli.scoring.varlen import (
     sequences_of,
 )
 
+PIECEWISE_DEVICES = ("cpu",)
+"""Types of devices on which a call for each piece is the fastest: there it starts at once and nothing is padded."""
 IMPLEMENTATION = "dpo_blocks"
 """The name to switch a model's attention to."""
 
@@ -67,6 +70,7 @@ class Attending:
         self._pieces: list[Piece] | None = None
         self._sequences: Sequences | None = None
         self._masks: dict[tuple[int, int, int | None, torch.dtype], torch.Tensor] = {}
+        self._batches: dict[tuple[int | None, torch.dtype], PieceBatches] = {}
 
     def pieces(self) -> list[Piece]:
         """All pieces of the row."""
@@ -90,8 +94,16 @@ class Attending:
         """The mask to add to a piece's scores, [Q, K]."""
         key = piece.num_queries, piece.num_keys, window, dtype
         if key not in self._masks:
-            self._masks[key] = additive(aligned_mask(*key[:3]), dtype, self.layout.tokens_RT.device)
+            device = self.layout.tokens_RT.device
+            self._masks[key] = additive(aligned_mask(*key[:3], device), dtype, device)
         return self._masks[key]
+
+    def batches(self, window: int | None, dtype: torch.dtype) -> PieceBatches:
+        """All pieces of the row, those of like length together."""
+        key = window, dtype
+        if key not in self._batches:
+            self._batches[key] = batches_of(self.pieces(), window, dtype, self.layout.tokens_RT.device)
+        return self._batches[key]
 
 
 _attending: ContextVar[Attending | None] = ContextVar("attending", default=None)
@@ -188,7 +200,15 @@ def block_attention(
         return CpuAttention.apply(query, key, value, state.pieces(), mask_of, scale), None  # type: ignore[return-value]
     else:
         state.kernels.add("scaled_dot_product_attention")
-    return _attend_pieces(state, query, key, value, scale, sliding_window, softcap, s_aux), None
+    if query.device.type in PIECEWISE_DEVICES:
+        return _attend_pieces(state, query, key, value, scale, sliding_window, softcap, s_aux), None
+
+    def attend_batch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        if softcap is None and s_aux is None:
+            return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        return plain_attention(q, k, v, mask, scale, softcap, s_aux)
+
+    return attend_batches(state.batches(sliding_window, query.dtype), query, key, value, attend_batch), None
 
 
 AttentionInterface.register(IMPLEMENTATION, block_attention)

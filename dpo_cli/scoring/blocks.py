@@ -65,10 +65,12 @@ def gather(tensor: torch.Tensor, parts: tuple[slice, ...]) -> torch.Tensor:
     return torch.cat([tensor[:, :, part] for part in parts], 2)
 
 
-def aligned_mask(num_queries: int, num_keys: int, window: int | None) -> torch.Tensor:
-    """Which keys a piece's queries see; bool [Q, K], the last query aligned with the last key."""
-    distance = torch.arange(num_keys - num_queries, num_keys)[:, None] - torch.arange(num_keys)[None, :]
-    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+def aligned_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """Which keys a piece's queries see; bool [Q, K], the last query aligned with the last key; made on the device."""
+    query_Q1 = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+    key_K = torch.arange(num_keys, device=device)
+    seen = key_K <= query_Q1
+    return seen if window is None else seen & (key_K > query_Q1 - window)
 
 
 def block_mask(runs: tuple[Run, ...], window: int | None) -> torch.Tensor:

@@ -3,8 +3,9 @@
 Legend: N scored tokens, V vocabulary, D hidden.
 
 Only the rows that predict a scored token go through the head, a bounded number of them at a
-time, so there is never a [tokens, vocabulary] tensor of a whole batch. The log-sum-exp is
-float32 whatever the model computes in: a bfloat16 one costs 0.02 nats a token.
+time, so there is never a [tokens, vocabulary] tensor of a whole batch. Logits and their log-sum-exp
+are float32 whatever the model computes in: a bfloat16 log-sum-exp costs 0.02 nats a token, and logits
+between 16 and 32 that are rounded to bfloat16 are 0.125 apart.
 
 How a log-probability changes with its hidden state does not depend on the loss. So where the
 head itself is not trained, that gradient is taken in the forward pass, while the logits of a
@@ -19,6 +20,8 @@ from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
+
+from dpo_cli.kernels.products import wide_product
 
 DEFAULT_HEAD_BYTES = 32 << 20
 """Bytes of logits that are held at once on the CPU: about what its caches hold."""
@@ -89,6 +92,34 @@ class TokenStatistics:
         squares = self.log_sum_squares_N
         return TokenStatistics(
             self.entropies_N[tokens_M], self.is_likeliest_N[tokens_M], None if squares is None else squares[tokens_M]
+        )
+
+
+def linear_logits(hidden_ND: torch.Tensor, head: torch.nn.Module) -> torch.Tensor:
+    """What a head makes of hidden states, [N, V], with gradients; float32 where it is a linear layer and no more."""
+    device = hidden_ND.device.type
+    if not is_plain(head) or not torch.is_autocast_enabled(device):
+        return head(hidden_ND)
+    logits = _WideLinear.apply(hidden_ND.to(torch.get_autocast_dtype(device)), head.weight)
+    return logits if head.bias is None else logits + head.bias  # type: ignore[return-value, operator]
+
+
+class _WideLinear(torch.autograd.Function):
+    """x W^T in float32 of a narrow x; both gradients are products of narrow matrices."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(hidden_ND, weight_VD)
+        return wide_product(hidden_ND, weight_VD.to(hidden_ND.dtype).T)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden_ND, weight_VD = ctx.saved_tensors
+        grad_NV = grads[0].to(hidden_ND.dtype)
+        wanted = ctx.needs_input_grad
+        return (
+            grad_NV @ weight_VD.to(hidden_ND.dtype) if wanted[0] else None,
+            wide_product(grad_NV.T, hidden_ND).to(weight_VD.dtype) if wanted[1] else None,
         )
 
 
@@ -165,8 +196,8 @@ def token_logps(
         if torch.is_autocast_enabled(hidden_ND.device.type):
             dtype = torch.get_autocast_dtype(hidden_ND.device.type)
             hidden_ND, weight = hidden_ND.to(dtype), weight.to(dtype)
-        # float32 logits are worked on in place; narrower ones have a float32 copy, and a narrow one of that
-        bytes_each = 4 if weight.dtype == torch.float32 else 8
+        # logits are worked on in place; for the gradient of narrower hidden states there is a narrow copy
+        bytes_each = 4 if weight.dtype == torch.float32 else 6
         if transform.softcap is not None:
             bytes_each += 8  # the cap's slope and what it is made of
         with_gradient = torch.is_grad_enabled() and hidden_ND.requires_grad and transform.softcap is None
@@ -207,12 +238,12 @@ class _TargetLogps(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0]
         logps_N = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_ND.device)
         unit_ND = torch.empty_like(hidden_ND) if wanted else None
-        buffer = hidden_ND.new_empty(min(rows, len(targets_N)), weight_VD.shape[0])
+        buffer = hidden_ND.new_empty(min(rows, len(targets_N)), weight_VD.shape[0], dtype=torch.float32)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             for begin in range(0, len(targets_N), rows):
                 chunk = slice(begin, begin + rows)
                 hidden, targets = hidden_ND[chunk], targets_N[chunk]
-                logits = torch.mm(hidden, weight_VD.T, out=buffer[: len(hidden)])
+                logits = wide_product(hidden, weight_VD.T, buffer[: len(hidden)])
                 logps_N[chunk], gradient = _chunk_logps(
                     logits, hidden, targets, weight_VD, bias_V, transform, statistics, begin, wanted=wanted
                 )
@@ -240,12 +271,12 @@ def _chunk_logps(
     *,
     wanted: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probabilities float32 [C] and, where wanted, their gradients [C, D]; overwrites float32 logits.
+    """Log-probabilities float32 [C] and, where wanted, their gradients [C, D]; overwrites the logits, float32.
 
     The statistics are filled in from place ``begin`` on. Where logits are linear in the hidden state h, the entropy
     comes with the gradient g of the log-probability: sum p z = z[y] - h g but for the bias, so it is h g - logp.
     """
-    z = logits_CV.float()  # the logits themselves where they are float32 already
+    z = logits_CV
     if bias_V is not None:
         z += bias_V
     if transform.scale != 1.0:
@@ -291,7 +322,9 @@ def _autograd_logps(
     """The same through the head's own forward and autograd."""
     bytes_each = _PLAIN_BYTES if transform.softcap is None else _CAPPED_BYTES
     rows = max_logit_rows(head.weight.shape[0], head_bytes, bytes_each)  # type: ignore[index]
-    return _checkpointed_logps(hidden_ND, targets_N, lambda hidden: transform(head(hidden)), rows, statistics)
+    return _checkpointed_logps(
+        hidden_ND, targets_N, lambda hidden: transform(linear_logits(hidden, head)), rows, statistics
+    )
 
 
 def own_logps(

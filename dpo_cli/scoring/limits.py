@@ -70,7 +70,7 @@ class Sizes:
                 continue
             num_bytes += parameter.untyped_storage().nbytes()
             if id(parameter) not in embeddings:
-                layers += _num_product_weights(parameter) * (visited if "expert" in name else 1.0)
+                layers += num_product_weights(parameter) * (visited if "expert" in name else 1.0)
         heads = config.num_attention_heads
         head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
         return cls(
@@ -85,7 +85,7 @@ class Sizes:
         )
 
 
-def _num_product_weights(parameter: torch.nn.Parameter) -> int:
+def num_product_weights(parameter: torch.nn.Parameter) -> int:
     """Weights of a parameter that multiplies; norms and biases are vectors."""
     if (state := getattr(parameter, "quant_state", None)) is not None:
         return math.prod(state.shape)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,17 +28,20 @@ from dpo_cli.core.gpu import is_gpu
 from dpo_cli.core.params import RuntimeParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.kernels.fused import describe_fused
 from dpo_cli.scoring.attention import Attending, UnsupportedAttentionError
 from dpo_cli.scoring.last_mlp import CannotSelectError
 from dpo_cli.scoring.layout import LAYOUTS, MIN_SHARED_TOKENS, LayoutName
 from dpo_cli.scoring.limits import left_unquantized
-from dpo_cli.scoring.scorer import ENGINE_VERSION, MAX_READ_SHARE, HeadName, Scorer, evaluating
+from dpo_cli.scoring.scorer import MAX_READ_SHARE, HeadName, Scorer, engine_version, evaluating
 
 TOLERANCE = 1e-4
 """Nats by which a completion's log-probability may differ in float32."""
 BFLOAT16_TOLERANCE = 0.05
 """The least that is allowed in bfloat16, where another kernel alone moves a sum by this much."""
-_NOISE_FACTOR = 4.0
+MAX_TOLERANCE = 0.5
+"""The most that is allowed in bfloat16 however much rounding alone moves a sum, nats, of 25 tokens or fewer."""
+NOISE_FACTOR = 4.0
 _MAX_WINDOW = 512
 """A sliding window up to this size is exceeded by the probe's longest prompt."""
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
@@ -60,6 +64,7 @@ class Verdict:
         layout: Its name.
         difference: Largest difference from one completion at a time, nats.
         tolerance: What was allowed, nats.
+        asked: What rounding alone asked for, nats: more than was allowed where that has a limit.
         refused: Why each cheaper layout was not taken, by its name.
         forced: Whether runtime.layout chose it.
         head: Where its logits come from.
@@ -71,6 +76,7 @@ class Verdict:
     layout: LayoutName
     difference: float
     tolerance: float
+    asked: float
     refused: dict[str, str]
     forced: bool
     head: HeadName
@@ -82,6 +88,8 @@ class Verdict:
         """One line for the user; metrics.json says the rest."""
         how = " (forced)" if self.forced else ""
         layout = f"layout {self.layout}{how}{_reasons(self.refused)}"
+        if self.asked > self.tolerance:
+            layout += f", off by up to {self.tolerance:.2g} nats though rounding alone asks for {self.asked:.2g}"
         return f"{layout}; attention by {self.describe_attention()}{_HEADS[self.head]}"
 
     def describe_attention(self) -> str:
@@ -134,7 +142,8 @@ def open_scorer(
         with scorer, torch.no_grad(), evaluating(model):
             scorer.score(probe_groups(scorer.config.vocab_size, 8)[:1])
         verdict = replace(verdict, **_attention_of(scorer, verdict.layout))
-    reporter.say(f"{stage}: {verdict.describe()}")
+    fused = describe_fused(model, scorer.device, compute_dtype)
+    reporter.say(f"{stage}: {verdict.describe()}{fused}")
     names, num_bytes = left_unquantized(model)
     if names:
         reporter.warn(
@@ -158,10 +167,14 @@ def probe_layouts(scorer: Scorer, model: Any, forced: LayoutName | None = None) 
         raise MachineError(f"the model gives NaN as log-probabilities{_spoiled(model)}")
     padded = scorer.score(groups, "padded").logps_BK.cpu()
     noise = (padded - alone).abs().max().item()
-    exact = scorer.compute_dtype == torch.float32
-    tolerance = TOLERANCE if exact else max(BFLOAT16_TOLERANCE, _NOISE_FACTOR * noise)
+    asked = tolerance = TOLERANCE
+    if scorer.compute_dtype != torch.float32:
+        asked = max(BFLOAT16_TOLERANCE, NOISE_FACTOR * noise)
+        tolerance = allowed_difference(noise, _longest_completion(groups), scorer.compute_dtype)
     refused: dict[str, str] = {}
     for name in (forced,) if forced else LAYOUTS:
+        if name == "padded" and scorer.compute_dtype != torch.float32:
+            tolerance = max(tolerance, noise)  # it is what rounding was measured on
         last_mlp = _READ if name != "padded" and scorer.can_read_rows else _ALL
         scorer.max_read_share = 1.0 if last_mlp == _READ else 0.0
         reason, difference = _reason_against(name, scorer, config, groups, alone, tolerance)
@@ -172,7 +185,7 @@ def probe_layouts(scorer: Scorer, model: Any, forced: LayoutName | None = None) 
         if reason is None:
             kernels = _attention_of(scorer, name)
             head, is_forced = scorer.head, forced is not None
-            return Verdict(name, difference, tolerance, refused, is_forced, head, **kernels, last_mlp=last_mlp)
+            return Verdict(name, difference, tolerance, asked, refused, is_forced, head, **kernels, last_mlp=last_mlp)
         refused[name] = reason
     if forced:
         raise MachineError(
@@ -182,6 +195,23 @@ def probe_layouts(scorer: Scorer, model: Any, forced: LayoutName | None = None) 
         "this model's log-probabilities depend on what else is in a batch"
         f" (padded: {refused['padded']}); it cannot be scored"
     )
+
+
+def _longest_completion(groups: Sequence[TokenGroup]) -> int:
+    return max(len(completion) for group in groups for completion in group.completions)
+
+
+def allowed_difference(noise: float, num_tokens: int, compute_dtype: torch.dtype) -> float:
+    """By how much two sums over so many tokens may differ that should be equal, nats.
+
+    Four times what rounding alone was seen to do, and at least 1e-4, or 0.05 in narrower numbers than float32. There it
+    has a limit, so that no model is so noisy that a wrong sum would pass: 0.5 up to 25 tokens, and with more in
+    proportion to their square root, as independent errors add up.
+    """
+    if compute_dtype == torch.float32:
+        return max(TOLERANCE, NOISE_FACTOR * noise)
+    limit = MAX_TOLERANCE * math.sqrt(max(1.0, num_tokens / 25))
+    return min(limit, max(BFLOAT16_TOLERANCE, NOISE_FACTOR * noise))
 
 
 def _spoiled(model: Any) -> str:
@@ -287,7 +317,7 @@ def _key(model: Any, compute_dtype: torch.dtype, scorer: Scorer, forced: str | N
         "dtype": str(compute_dtype),
         "device": torch.cuda.get_device_name(scorer.device) if is_gpu(scorer.device) else scorer.device.type,
         "forced": forced,
-        "engine": ENGINE_VERSION,
+        "engine": engine_version(compute_dtype),
         "libraries": [_version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "flash-attn")],
     }
     text = json.dumps(parts, sort_keys=True, default=str)

@@ -10,8 +10,9 @@ It goes through the model's own switch for activation checkpointing; nothing is 
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,6 +30,7 @@ GRADES: tuple[Recompute, ...] = ("none", "elementwise", "layers")
 _PRODUCTS = (
     "mm",
     "addmm",
+    "addmm_",  # of an adapter, on what a product gave
     "bmm",
     "baddbmm",
     "linear",
@@ -55,6 +57,9 @@ class CannotRecomputeError(Exception):
     """The model has no activation checkpointing."""
 
 
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+
+
 def set_recompute(model: torch.nn.Module, grade: Recompute) -> None:
     """Choose what a model's backward pass computes again.
 
@@ -66,16 +71,16 @@ def set_recompute(model: torch.nn.Module, grade: Recompute) -> None:
         if causal.supports_gradient_checkpointing:
             causal.gradient_checkpointing_disable()
         return
+    _checkpoint(causal, _layer_contexts if grade == "layers" else _elementwise_contexts)
+
+
+def _checkpoint(causal: Any, contexts: Callable[[], Contexts]) -> None:
     if not causal.supports_gradient_checkpointing:
         raise CannotRecomputeError(f"{type(causal).__name__} cannot compute its activations again")
-    contexts = _layer_contexts if grade == "layers" else _elementwise_contexts
     arguments = {"use_reentrant": False, "context_fn": contexts}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the older of its two names is known to all versions
         causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
-
-
-Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 
 def _layer_contexts() -> Contexts:
@@ -100,19 +105,19 @@ def _keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> C
 
 def _is_product(operation: Any) -> bool:
     name, _, overload = operation.name().partition("::")[2].partition(".")
-    return name in _PRODUCTS and overload != "out"
+    return name in _PRODUCTS and not overload.endswith("out")
 
 
-# --- how much is kept ---------------------------------------------------------------------
+# --- how much memory that takes -----------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class KeptBytes:
-    """Bytes that stay in memory from the forward pass to the backward pass.
+    """The most that activations take in a forward and backward pass.
 
     Attributes:
-        fixed: Whatever the number of tokens.
-        per_token: By grade, for each token.
+        fixed: Bytes, whatever the number of tokens.
+        per_token: Bytes by grade, for each token.
     """
 
     fixed: float
@@ -123,33 +128,80 @@ class KeptBytes:
         return self.fixed + self.per_token[grade] * num_tokens
 
 
-def measure_kept(model: torch.nn.Module, forward: Callable[[int], int], num_layers: int, hidden_size: int) -> KeptBytes:
-    """Count what a model's forward pass keeps, on two short rows.
+def measure_kept(model: torch.nn.Module, forward: Callable[[int], int], num_layers: int, head_bytes: int) -> KeptBytes:
+    """Count what a model's forward pass keeps, on two short rows, and work out the most that there is at one time.
+
+    That is early in the backward pass, when nearly all that was kept is there still: beside it stand one layer's
+    activations, made again, and gradients of the widest of them; before that, at the end of the forward pass, the
+    logits. What is computed again is left as the model has it.
 
     Args:
         model: The model, with nothing computed again.
         forward: Runs a row of about so many tokens, with gradients; returns how many it had.
         num_layers: Layers of the model.
-        hidden_size: Numbers that go from layer to layer for each token.
+        head_bytes: Bytes of logits that are held at once.
     """
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-    counts = [_count_kept(own, forward, size) for size in (64, 192)]
-    (short, kept_short, products_short), (long, kept_long, products_long) = counts
-    kept = max(0.0, (kept_long - kept_short) / (long - short))
-    products = max(0.0, (products_long - products_short) / (long - short))
-    layer_inputs = 4.0 * num_layers * hidden_size
+    short, long = (_count_kept(model, own, forward, size) for size in (64, 192))
+    tokens = long.num_tokens - short.num_tokens
+    kept = max(0.0, (long.kept - short.kept) / tokens)
+    inputs = min(kept, max(0.0, (long.inputs - short.inputs) / tokens))
+    products = max(0.0, (long.products - short.products) / tokens)
+    widest = max(0.0, (long.widest - short.widest) / tokens)
+    a_layer, gradients = (kept - inputs) / num_layers, _GRADIENTS_AT_ONCE * widest
+    made_again = max(0.0, a_layer - products / num_layers)
+    none = kept + gradients
     per_token: dict[Recompute, float] = {
-        "none": kept,
-        "elementwise": min(kept, products + layer_inputs + kept / num_layers),
-        "layers": min(kept, layer_inputs + kept / num_layers),
+        "none": none,
+        "elementwise": min(none, inputs + products + made_again + gradients),
+        "layers": min(none, inputs + a_layer + gradients),
     }
-    return KeptBytes(max(0.0, kept_short - kept * short), per_token)
+    fixed = max(0.0, short.kept - kept * short.num_tokens) + max(head_bytes, _largest_weight(model))
+    return KeptBytes(fixed, per_token)
 
 
-def _count_kept(own: set[int], forward: Callable[[int], int], size: int) -> tuple[int, int, int]:
-    """Tokens of a forward pass, bytes that autograd kept of it, and bytes that its products gave."""
-    kept: dict[int, int] = {}
+_GRADIENTS_AT_ONCE = 1.5
+"""Tensors as wide as a layer's widest product that live at once in the backward pass, beside those that were kept."""
+
+
+@dataclass
+class _Counted:
+    """What a forward pass leaves behind.
+
+    Attributes:
+        num_tokens: Tokens of it.
+        kept: Bytes that autograd keeps where nothing is computed again.
+        inputs: The same where layers are.
+        products: Bytes that the layers' products give.
+        widest: The most that one of them gives.
+    """
+
+    num_tokens: int
+    kept: int
+    inputs: int
+    products: int
+    widest: int
+
+
+def _count_kept(model: torch.nn.Module, own: set[int], forward: Callable[[int], int], size: int) -> _Counted:
+    causal: Any = getattr(model, "get_base_model", lambda: model)()  # of a PeftModel; else itself
+    num_tokens, kept = _kept_by(own, forward, size)
     counter = _ProductCounter()
+    if not causal.supports_gradient_checkpointing:
+        return _Counted(num_tokens, kept, kept, 0, 0)
+    _checkpoint(causal, lambda: (counter, nullcontext()))
+    try:
+        _, inputs = _kept_by(own, forward, size)
+    finally:
+        set_recompute(model, "none")
+    return _Counted(
+        num_tokens, kept, inputs, sum(counter.num_bytes.values()), max(counter.num_bytes.values(), default=0)
+    )
+
+
+def _kept_by(own: set[int], forward: Callable[[int], int], size: int) -> tuple[int, int]:
+    """Tokens of a forward pass, and bytes that autograd kept of it."""
+    kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -157,27 +209,130 @@ def _count_kept(own: set[int], forward: Callable[[int], int], size: int) -> tupl
             kept[storage._cdata] = storage.nbytes()
         return tensor.detach()  # the tensor itself would keep its own graph alive
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), counter:
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         num_tokens = forward(size)
-    return num_tokens, sum(kept.values()), counter.num_bytes
+    return num_tokens, sum(kept.values())
 
 
 class _ProductCounter(TorchDispatchMode):
-    """Adds up the outputs of products."""
+    """Bytes of products' outputs by where they are; one that is written over counts once."""
 
-    num_bytes = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes: dict[int, int] = {}
+        self._outputs: list[torch.Tensor] = []  # so that no place is taken twice
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if _is_product(func):
             first = result[0] if isinstance(result, tuple) else result
-            self.num_bytes += first.numel() * first.element_size()
+            storage = first.untyped_storage()
+            self.num_bytes[storage._cdata] = storage.nbytes()
+            self._outputs.append(first.detach())
         return result
 
 
-def first_that_fits(kept: KeptBytes, num_tokens: int, free_bytes: float) -> Recompute:
-    """The fastest grade whose activations of so many tokens fit into memory; ``layers`` where none does."""
-    for grade in GRADES:
-        if kept.of(grade, num_tokens) <= free_bytes:
-            return grade
-    return "layers"
+def _largest_weight(model: torch.nn.Module) -> int:
+    """Bytes of the largest 4-bit weight in the dtype that it is unpacked to; 0 where there is none."""
+    states = [state for parameter in model.parameters() if (state := getattr(parameter, "quant_state", None))]
+    return max((math.prod(state.shape) * state.dtype.itemsize for state in states), default=0)
+
+
+# --- which is the fastest -----------------------------------------------------------------
+
+_PRODUCT_PASSES: dict[Recompute, int] = {"none": 2, "elementwise": 2, "layers": 3}
+"""How often a step multiplies with each frozen weight."""
+_ELEMENTWISE_AGAIN: dict[Recompute, float] = {"none": 0.0, "elementwise": 0.25, "layers": 0.25}
+"""What computing norms, rotations and activations again costs, in passes of products."""
+_DEQUANTIZATION_TOKENS = 200
+"""So many tokens' product with a weight takes as long as unpacking it from 4 bits.
+
+2.5 bytes a weight at 850 GB/s against 2 operations a weight and token at 140 TFLOP/s; of other cards the quotient is
+much the same.
+"""
+_HOST_S: dict[Recompute, float] = {"none": 5e-3, "elementwise": 12e-3, "layers": 9e-3}
+"""What the host does for a layer and micro-batch, seconds: a GPU waits for it where that takes longer than its work.
+
+Measured on two server processors, with next to no arithmetic: 3.5 to 7, 8 to 18 and 6.5 to 13 ms.
+"""
+_OPERATIONS_A_SECOND = 100e12
+"""Of a product on a GPU that is neither the slowest nor the fastest; only when the host is waited for depends on it."""
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What an optimizer step puts through the model.
+
+    Attributes:
+        mean_tokens: Tokens of a step, on average.
+        most_tokens: Tokens of a step of the longest groups.
+        longest_group: Tokens of the longest group, which is never cut.
+    """
+
+    mean_tokens: float
+    most_tokens: int
+    longest_group: int
+
+    def largest(self, budget: int) -> int:
+        """Tokens of the largest micro-batch that can occur."""
+        return max(self.longest_group, min(budget, self.most_tokens))
+
+    def usual(self, budget: int) -> float:
+        """Tokens of a micro-batch on average."""
+        return self.mean_tokens / max(1, math.ceil(self.mean_tokens / budget))
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a step goes through the memory.
+
+    Attributes:
+        grade: What is computed again.
+        max_tokens: Tokens of a micro-batch.
+        num_bytes: The most that its activations are expected to take.
+        fits: Whether that is as much as there is, or less.
+    """
+
+    grade: Recompute
+    max_tokens: int
+    num_bytes: float
+    fits: bool
+
+
+def plan_memory(
+    kept: KeptBytes,
+    step: StepShape,
+    free_bytes: float,
+    grades: Sequence[Recompute],
+    budgets: Sequence[int],
+    *,
+    layer_weights: float,
+    is_quantized: bool,
+) -> MemoryPlan:
+    """The grade and the token budget that fit together and take the least time; what takes the least memory if none do.
+
+    Args:
+        kept: What activations take.
+        step: What goes through the model.
+        free_bytes: What they may take.
+        grades: To choose from.
+        budgets: To choose from, tokens.
+        layer_weights: Weights of a layer's products.
+        is_quantized: Whether those are unpacked from 4 bits for each micro-batch.
+    """
+    plans = [
+        MemoryPlan(grade, budget, needed := kept.of(grade, step.largest(budget)), needed <= free_bytes)
+        for grade in grades
+        for budget in budgets
+    ]
+    if not any(plan.fits for plan in plans):
+        return min(plans, key=lambda plan: (plan.num_bytes, plan.max_tokens))
+
+    def seconds_a_token(plan: MemoryPlan) -> float:
+        tokens = step.usual(plan.max_tokens)
+        unpacking = _DEQUANTIZATION_TOKENS / tokens if is_quantized else 0.0
+        passes = _PRODUCT_PASSES[plan.grade] * (1 + unpacking) + _ELEMENTWISE_AGAIN[plan.grade]
+        device = passes * 2 * layer_weights / _OPERATIONS_A_SECOND
+        return max(device, _HOST_S[plan.grade] / tokens)
+
+    return min((plan for plan in plans if plan.fits), key=lambda plan: (seconds_a_token(plan), plan.num_bytes))

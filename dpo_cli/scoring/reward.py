@@ -52,10 +52,23 @@ class RewardScorer:
         """The text model's configuration."""
         return self.scorer.config
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of matrix products."""
+        return self.scorer.compute_dtype
+
+    @property
+    def head_bytes(self) -> int:
+        """0: there are no logits."""
+        return 0
+
+    def num_tokens(self, group: TokenGroup) -> int:
+        """Tokens of a group that go through the model, the last ones of the completions counted."""
+        return self.scorer.num_tokens(_longer(group))
+
     def split(self, groups: Sequence[TokenGroup], max_tokens: int) -> list[list[int]]:
         """Micro-batches of at most ``max_tokens`` tokens, the last ones of the completions counted, as indices."""
-        longer = [replace(group, completions=tuple((*tokens, 0) for tokens in group.completions)) for group in groups]
-        return self.scorer.split(longer, max_tokens)
+        return self.scorer.split([_longer(group) for group in groups], max_tokens)
 
     def score(
         self, groups: Sequence[TokenGroup], layout: LayoutName | None = None, *, statistics: Statistics = "none"
@@ -70,3 +83,7 @@ class RewardScorer:
         hidden_BKD = self.scorer.last_hidden(groups, layout).float()
         with torch.autocast(hidden_BKD.device.type, enabled=False):
             return Rewards(self._head(hidden_BKD).squeeze(-1).double())
+
+
+def _longer(group: TokenGroup) -> TokenGroup:
+    return replace(group, completions=tuple((*tokens, 0) for tokens in group.completions))

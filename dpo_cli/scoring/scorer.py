@@ -22,17 +22,19 @@ from dpo_cli.scoring.head import (
     GPU_HEAD_BYTES,
     LogitTransform,
     TokenStatistics,
+    linear_logits,
     logps_of_logits,
     max_logit_rows,
     own_logps,
     token_logps,
 )
 from dpo_cli.scoring.last_mlp import ReadRows, last_mlp
-from dpo_cli.scoring.layout import Layout, LayoutName, lay_out, split_by_tokens
+from dpo_cli.scoring.layout import Layout, LayoutName, lay_out, num_row_tokens, split_by_tokens
 from dpo_cli.scoring.own_head import NoAnswerError, OwnHead
 
-ENGINE_VERSION = 3
-"""Raised when a change here may move a log-probability; part of the reference cache's identity."""
+ENGINE_VERSION = 4
+FLOAT32_ENGINE_VERSION = 3
+"""The same where the model computes in float32: what made version 4 of it moved only narrower numbers."""
 MAX_READ_SHARE = 0.7
 """Share of a row's positions that are read up to which it pays to compute the last MLP on them alone."""
 
@@ -43,6 +45,11 @@ all of a micro-batch's logits at once.
 """
 
 Statistics = Literal["none", "plain", "squares"]
+
+
+def engine_version(compute_dtype: torch.dtype) -> int:
+    """Raised when a change here may move a log-probability; part of the reference cache's identity."""
+    return FLOAT32_ENGINE_VERSION if compute_dtype == torch.float32 else ENGINE_VERSION
 
 
 @dataclass(frozen=True)
@@ -148,6 +155,10 @@ class Scorer:
     def device(self) -> torch.device:
         """Where the model is."""
         return self._linear.weight.device
+
+    def num_tokens(self, group: TokenGroup) -> int:
+        """Tokens of a group that go through the model, by itself."""
+        return num_row_tokens(group, self.layout)
 
     def split(self, groups: Sequence[TokenGroup], max_tokens: int) -> list[list[int]]:
         """Micro-batches of at most ``max_tokens`` tokens in this layout, as indices of groups."""
@@ -274,7 +285,7 @@ class Scorer:
         """float32 [N, V]."""
         if self.head == "own" and self._own_head is not None:
             return self._own_head(hidden_ND)
-        return self._transform(self._linear(hidden_ND))
+        return self._transform(linear_logits(hidden_ND, self._linear))
 
     def _token_logps(self, layout: Layout, statistics: TokenStatistics | None) -> torch.Tensor:
         if self.head == "whole":

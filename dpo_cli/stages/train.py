@@ -88,6 +88,8 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
         step_zero = check_step_zero(
             policy, scorer, objective, train.groups, token_budget(params.runtime, scorer.device)
         )
+        if step_zero.doubt is not None:
+            reporter.warn(f"train: {step_zero.doubt}")
         result = fit(
             policy,
             scorer,

@@ -50,6 +50,20 @@ class GroupScorer(Protocol[Gives]):
         """The text model's configuration."""
         ...
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of matrix products."""
+        ...
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of logits that are held at once."""
+        ...
+
+    def num_tokens(self, group: TokenGroup) -> int:
+        """Tokens of a group that go through the model."""
+        ...
+
     def split(self, groups: Sequence[TokenGroup], max_tokens: int) -> list[list[int]]:
         """Micro-batches of at most ``max_tokens`` tokens, as indices of groups."""
         ...

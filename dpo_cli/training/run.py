@@ -11,21 +11,15 @@ from typing import Any, TypeVar
 
 from transformers import TrainerCallback
 
-from dpo_cli.core.errors import Interrupted, MachineError, ParamsError
+from dpo_cli.core.errors import Interrupted, ParamsError
 from dpo_cli.core.gpu import is_gpu
 from dpo_cli.core.interrupts import StopRequest, graceful_stop
 from dpo_cli.core.params import RuntimeParams, TrainingParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.tokenise import TokenGroup
-from dpo_cli.models.device import Machine, free_memory_bytes, token_budget
+from dpo_cli.models.device import Machine
 from dpo_cli.scoring.budget import TokenBudget
-from dpo_cli.scoring.recompute import (
-    CannotRecomputeError,
-    Recompute,
-    first_that_fits,
-    measure_kept,
-    set_recompute,
-)
+from dpo_cli.scoring.recompute import Recompute
 from dpo_cli.training.callbacks import CheckpointCallback, ProgressCallback, TensorBoardCallback
 from dpo_cli.training.checkpoint import (
     BestStepCallback,
@@ -36,6 +30,7 @@ from dpo_cli.training.checkpoint import (
     restore_best,
 )
 from dpo_cli.training.loss_scale import LossScale
+from dpo_cli.training.memory import choose_memory
 from dpo_cli.training.objective import GroupScorer, Objective
 from dpo_cli.training.replicas import ALONE, Replicas
 from dpo_cli.training.trainer import GroupTrainer, Plan, RandomState, diverged, training_arguments
@@ -44,10 +39,6 @@ Scored = TypeVar("Scored")
 
 _BUDGET = "token_budget.json"
 _LOSS_SCALE = "loss_scale.json"
-_BYTES_A_TRAINED_NUMBER = 12
-"""Its gradient and the optimizer's two moments, float32; made after the first forward pass."""
-_USABLE = 0.8
-"""Share of the free memory that activations may take; the rest is for the products' own work and the optimizer."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +131,10 @@ def fit(
         )
     checkpoint = last_checkpoint(work, with_best=keeps_best)
     arguments = training_arguments(params, plan, machine, work, section, evaluate_at_start=checkpoint is None)
-    recompute = choose_recompute(model, scorer, train_groups, runtime, reporter, section)
+    groups_a_step = math.ceil(params.batch_size / replicas.size)
+    chosen = choose_memory(model, scorer, train_groups, groups_a_step, runtime, reporter, section)
     memory = work / (_BUDGET if replicas.is_first else f"{replicas.rank}_{_BUDGET}")
-    budget = TokenBudget(token_budget(runtime, machine.device), section, reporter, memory)
+    budget = TokenBudget(chosen.max_tokens, section, reporter, memory)
     loss_scale = LossScale(machine.compute_dtype, section, reporter, work / _LOSS_SCALE)
     loss_scale.value = replicas.from_first(loss_scale.value)
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -213,7 +205,7 @@ def fit(
         kept_step,
         history,
         groups_per_s=done * groups_per_step / max(elapsed_s, 1e-9),
-        recompute=recompute,
+        recompute=chosen.grade,
         max_tokens=budget.max_tokens,
     )
     if not math.isfinite(fitted.kept("eval_loss")):
@@ -241,45 +233,3 @@ def _warm_up(
     losses.sum().backward()
     model.zero_grad(set_to_none=True)
     random_state.restore()
-
-
-def choose_recompute(
-    model: Any,
-    scorer: GroupScorer[Any],
-    groups: Sequence[TokenGroup],
-    runtime: RuntimeParams,
-    reporter: Reporter,
-    section: str,
-) -> Recompute:
-    """Set what the backward pass computes again: as runtime.recompute says, or as little as fits."""
-    set_recompute(model, "none")
-    if runtime.recompute != "auto":
-        try:
-            set_recompute(model, runtime.recompute)
-        except CannotRecomputeError as error:
-            raise MachineError(f"params.yaml: runtime.recompute {runtime.recompute}: {error}; set it to none") from None
-        return runtime.recompute
-    model.train()
-    tokens = [token for group in groups[:100] for token in (*group.prompt, *group.completions[0])]
-
-    def forward(size: int) -> int:
-        """Score a text of so many tokens of the data."""
-        text = tuple((tokens * (size // len(tokens) + 1))[:size])
-        group = TokenGroup("measured", "measured", text[: size // 2], (text[size // 2 :],))
-        scorer.score([group])
-        return size - 1
-
-    config = scorer.config
-    kept = measure_kept(model, forward, config.num_hidden_layers, config.hidden_size)
-    max_tokens = token_budget(runtime, scorer.device)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    free = _USABLE * free_memory_bytes(scorer.device) - _BYTES_A_TRAINED_NUMBER * trained
-    grade = first_that_fits(kept, max_tokens, free)
-    try:
-        set_recompute(model, grade)
-    except CannotRecomputeError:
-        return "none"
-    if grade != "none":
-        needed = kept.of("none", max_tokens) / 2**30
-        reporter.say(f"{section}: recompute {grade}: all activations would take {needed:.1f} GiB (runtime.recompute)")
-    return grade

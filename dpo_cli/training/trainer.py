@@ -28,6 +28,7 @@ from dpo_cli.core.interrupts import StopRequest
 from dpo_cli.core.params import TrainingParams
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models.device import Machine
+from dpo_cli.models.lora import cast_adapters
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.scorer import Scores
 from dpo_cli.training.callbacks import ProgressCallback
@@ -246,6 +247,10 @@ class GroupTrainer(Trainer):
         self, groups: list[TokenGroup], each: Callable[[torch.Tensor], None] | None = None
     ) -> torch.Tensor:
         """Add up this process's share in micro-batches; where they do not fit, all of it again in smaller ones."""
+        with cast_adapters(self.model, self._scorer.compute_dtype):  # type: ignore[arg-type]
+            return self._with_halving(groups, each)
+
+    def _with_halving(self, groups: list[TokenGroup], each: Callable[[torch.Tensor], None] | None) -> torch.Tensor:
         share = self._replicas.share(groups)
         random_state = RandomState.of(self._scorer.device)
         while True:

@@ -149,7 +149,7 @@ def _first(groups: Sequence[TokenGroup]) -> list[TokenGroup]:
 
 
 def _estimate(model: Any, scorer: Scorer, groups: Sequence[TokenGroup]) -> KeptBytes:
-    """As ``choose_recompute`` measures it."""
+    """As ``choose_memory`` measures it."""
     set_recompute(model, "none")
     model.train()
     tokens = [token for group in groups for token in (*group.prompt, *group.completions[0])]
@@ -159,7 +159,7 @@ def _estimate(model: Any, scorer: Scorer, groups: Sequence[TokenGroup]) -> KeptB
         scorer.score([TokenGroup("measured", "measured", text[: size // 2], (text[size // 2 :],))])
         return size - 1
 
-    return measure_kept(model, forward, scorer.config.num_hidden_layers, scorer.config.hidden_size)
+    return measure_kept(model, forward, scorer.config.num_hidden_layers, scorer.head_bytes)
 
 
 def _wrong_gradients(model: torch.nn.Module) -> Iterator[str]:

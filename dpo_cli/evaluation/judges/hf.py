@@ -27,7 +27,7 @@ from dpo_cli.models.identity import library_versions, lock_model
 from dpo_cli.models.load import context_length, load_model, load_tokenizer
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
 from dpo_cli.scoring.probe import open_scorer
-from dpo_cli.scoring.scorer import ENGINE_VERSION, Scorer
+from dpo_cli.scoring.scorer import Scorer, engine_version
 
 _STAND_IN = Question("prompt", "one", "other")
 
@@ -111,7 +111,7 @@ class HfJudge:
             "compute_dtype": machine.dtype_name,
             "chat_template": encoder.template,
             "template": template.digest,
-            "engine": ENGINE_VERSION,
+            "engine": engine_version(machine.compute_dtype),
             **library_versions(),
         }
         budget = TokenBudget(token_budget(runtime, scorer.device), stage, reporter)

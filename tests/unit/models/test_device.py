@@ -99,6 +99,14 @@ def test_a_dtype_that_is_named_is_taken(card: Card) -> None:
     assert prepare(compute_dtype="bfloat16", device="cpu") == Machine(CPU, torch.bfloat16)
 
 
+def test_sums_of_products_stay_float32(no_cuda: None) -> None:
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = True
+    prepare_machine(RuntimeParams(), embedded=False)
+    assert not matmul.allow_bf16_reduced_precision_reduction
+    assert not matmul.allow_fp16_reduced_precision_reduction
+
+
 def test_cuda_that_is_not_there_is_no_cpu(no_cuda: None) -> None:
     with pytest.raises(MachineError, match="torch sees no CUDA device; set it to auto or cpu"):
         prepare(device="cuda")

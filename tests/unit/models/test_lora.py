@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dpo_cli.core.params import LoraParams
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models.adapters import add_adapter, save_adapter
-from dpo_cli.models.lora import ShortLinear, ShortLinear4bit, merging_pays, use_short_layers
+from dpo_cli.models.lora import ShortLinear, ShortLinear4bit, cast_adapters, merging_pays, use_short_layers
 from dpo_cli.scoring.scorer import Scorer
 
 INPUTS, OUTPUTS, RANK = 64, 128, 4
@@ -258,6 +258,82 @@ def test_under_autocast_values_are_bfloat16_and_adapters_stay_float32(kind: str,
         assert our_grads[name].dtype == torch.float32
         assert relative(our_grads[name], gradient) <= max(0.015, 1.2 * relative(their_grads[name], gradient)), name
     assert {p.dtype for name, p in ours.named_parameters() if "lora_" in name} == {torch.float32}
+
+
+class Kernels(TorchDispatchMode):
+    """Names of all operations that are no views, and what adds or scales as much as an output or an input has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.wide: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in ("detach", "_unsafe_view", "lift_fresh", "empty_like"):
+            self.names.append(name)
+            if name.strip("_") in ("add", "mul", "copy") and result.numel() >= MANY * INPUTS:
+                self.wide.append(name)
+        return result
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_bfloat16_nothing_passes_over_inputs_or_outputs_but_products(kind: str) -> None:
+    """The adapter's share is added in place to the output, and to the input's gradient; PEFT's is added apart."""
+    counted = []
+    for layer in both(kind):
+        x = inputs(MANY).detach().bfloat16().requires_grad_()
+        with Kernels() as kernels:
+            with torch.autocast("cpu", torch.bfloat16):
+                out = layer(x)
+            out.backward(torch.ones_like(out))
+        counted.append(kernels)
+    assert counted[0].wide == []
+    assert len(counted[1].wide) >= 2
+    assert counted[0].names.count("addmm_") == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_is_cast_once_while_it_stays_as_it_is(kind: str) -> None:
+    """The same values and gradients, without a cast of a matrix in forward or backward; and none is kept afterwards."""
+    found, casts = [], []
+    for is_cast in (False, True):
+        ours, _ = both(kind)
+        with cast_adapters(ours, torch.bfloat16 if is_cast else torch.float32):
+            x = inputs(MANY).detach().bfloat16().requires_grad_()
+            with Kernels() as kernels:
+                with torch.autocast("cpu", torch.bfloat16):
+                    out = ours(x)
+                out.backward(torch.ones_like(out))
+        casts.append(kernels.names.count("_to_copy"))
+        found.append((out.detach(), ours.lora_A["default"].weight.grad, ours.lora_B["default"].weight.grad))
+        assert ours.cast is None
+    assert all(torch.equal(left, right) for left, right in zip(*found, strict=True))
+    assert casts[0] - casts[1] == 2
+
+
+def test_a_step_between_two_casts_is_seen() -> None:
+    ours, _ = both("plain")
+    x = inputs(MANY).detach().bfloat16()
+    outputs = []
+    for _ in range(2):
+        with torch.no_grad(), cast_adapters(ours, torch.bfloat16), torch.autocast("cpu", torch.bfloat16):
+            outputs.append(ours(x))
+        ours.lora_B["default"].weight.data += 1.0
+    assert relative(*outputs) > 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_gradients_no_node_of_autograd_is_made(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one token at a time, as in generation, what the host does decides the speed."""
+    ours, theirs = both(kind)
+    for name in ("_LoraInPlace", "_LoraUpdate", "_MergedLora"):
+        monkeypatch.setattr(f"dpo_cli.models.lora.{name}.apply", None)
+    x = torch.randn(2, 1, INPUTS).bfloat16()
+    for without in (torch.no_grad(), torch.inference_mode()):
+        with without, torch.autocast("cpu", torch.bfloat16):
+            assert relative(ours(x), theirs(x)) <= 0.01
 
 
 @pytest.mark.parametrize("num_tokens", [FEW, MANY])

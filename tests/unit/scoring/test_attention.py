@@ -25,10 +25,12 @@ from dpo_cli.scoring.attention import (
     attending,
     block_attention,
 )
+from dpo_cli.scoring.batched import batches_of
 from dpo_cli.scoring.blocks import Piece, block_mask, pieces_of
 from dpo_cli.scoring.layout import Block, Layout, Run, lay_out
 from dpo_cli.scoring.varlen import attend_varlen, choose_kernel, reason_against, sequences_of
 from tests.slow_kernel import slow_kernel
+from tests.waiting import NoWaiting
 
 CPU = torch.device("cpu")
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
@@ -162,6 +164,16 @@ def test_a_small_mask_worked_out_by_hand() -> None:
 
 # --- values and gradients -----------------------------------------------------------------
 
+
+@pytest.fixture(params=["each piece by itself", "pieces of like length together"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How pieces go through attention: as on the CPU, or as on a GPU without a variable-length kernel."""
+    if request.param != "each piece by itself":
+        monkeypatch.setattr(attention, "PIECEWISE_DEVICES", ())
+        monkeypatch.setattr(attention, "has_cpu_kernel", lambda query, value: False)
+    return request.param
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "scaled": {"scaling": 0.7},
@@ -189,7 +201,7 @@ def expected_of(blocks: tuple[Block, ...], *inputs: torch.Tensor, **options: Any
 
 @pytest.mark.parametrize("value_size", [SIZE, 5])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_values_and_gradients_are_those_of_each_text_by_itself(name: str, value_size: int) -> None:
+def test_values_and_gradients_are_those_of_each_text_by_itself(name: str, value_size: int, way: str) -> None:
     options = dict(OPTIONS[name])
     layout = lay_out(GROUPS, "shared")
     inputs = [tensor.requires_grad_() for tensor in random_inputs(layout.num_tokens, value_size=value_size)]
@@ -210,7 +222,7 @@ def test_values_and_gradients_are_those_of_each_text_by_itself(name: str, value_
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("window", [None, 3])
-def test_any_tree_of_runs_is_attended_as_its_texts_are(seed: int, window: int | None) -> None:
+def test_any_tree_of_runs_is_attended_as_its_texts_are(seed: int, window: int | None, way: str) -> None:
     blocks = random_blocks(seed)
     inputs = [tensor.requires_grad_() for tensor in random_inputs(sum(block.length for block in blocks), seed)]
     ours = in_layout(blocks, *inputs, sliding_window=window)
@@ -218,6 +230,24 @@ def test_any_tree_of_runs_is_attended_as_its_texts_are(seed: int, window: int | 
     assert (ours - theirs).abs().max() <= 2e-6
     grads = [torch.autograd.grad(out.sin().sum(), inputs) for out in (ours, theirs)]
     assert all((one - other).abs().max() <= 1e-5 for one, other in zip(*grads, strict=True))
+
+
+def test_pieces_of_like_length_are_few_batches_of_little_padding() -> None:
+    """Of 40 pieces; and nothing is copied to the device that it waits for, which masks are made on."""
+    rng = random.Random(0)
+    runs = [
+        (Run(rng.randint(50, 200), -1), Run(rng.randint(20, 60), 0), Run(rng.randint(20, 60), 0)) for _ in range(20)
+    ]
+    starts = accumulate((sum(run.length for run in block) for block in runs), initial=0)
+    pieces = [piece for start, block in zip(starts, runs, strict=False) for piece in pieces_of(Block(start, block))]
+    assert len(pieces) == 40
+    batches = batches_of(pieces, None, torch.float32, torch.device("cpu")).batches
+    assert len(batches) <= 10
+    needed = sum(piece.num_queries * piece.num_keys for piece in pieces)
+    assert sum(batch.mask_B1QK.numel() for batch in batches) <= 1.5 * needed
+    with NoWaiting():
+        on_device = batches_of(pieces, 30, torch.bfloat16, torch.device("meta"))
+    assert {batch.mask_B1QK.device.type for batch in on_device.batches} == {"meta"}
 
 
 def test_packed_rows_are_attended_as_their_texts_are() -> None:

@@ -14,7 +14,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_cli.scoring.head import LogitTransform, TokenStatistics, is_plain, max_logit_rows, token_logps
+from dpo_cli.kernels.products import wide_product
+from dpo_cli.scoring.head import (
+    LogitTransform,
+    TokenStatistics,
+    is_plain,
+    max_logit_rows,
+    token_logps,
+)
 from tests.live_memory import LiveMemory
 
 N, V, D = 23, 50, 16
@@ -388,6 +395,47 @@ def test_the_transform_scales_then_caps_in_float32() -> None:
     found = LogitTransform(0.5, 2.0)(logits)
     assert found.dtype == torch.float32
     assert torch.allclose(found, expected)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_logits_of_narrow_numbers_are_not_rounded_to_them(trained: bool) -> None:
+    """bfloat16 numbers between 16 and 32 are 0.125 apart: such a grid would move a log-probability by 0.05."""
+    hidden, targets = inputs(200, 4096, 256)
+    head = linear(size=(256, 4096)).bfloat16().requires_grad_(trained)
+    hidden = hidden.detach().bfloat16().requires_grad_()
+    exact = by_definition(hidden, targets, head, LogitTransform())
+    assert exact.min() < -40
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = token_logps(hidden, targets, head, LogitTransform(), 100 * 4096 * 20)
+    assert (ours - exact).abs().max() <= 1e-4
+    (our_grad,) = torch.autograd.grad(weighted(ours), hidden, retain_graph=True)
+    (their_grad,) = torch.autograd.grad(weighted(exact), hidden, retain_graph=True)
+    assert relative(our_grad, their_grad) <= 0.01
+    if trained:
+        (our_grad,) = torch.autograd.grad(weighted(ours), head.weight)
+        (their_grad,) = torch.autograd.grad(weighted(exact), head.weight)
+        assert relative(our_grad, their_grad) <= 0.01
+
+
+def test_on_a_gpu_sums_come_in_float32_from_the_product() -> None:
+    """Nothing is made in bfloat16 and widened then; ``meta`` stands for any device but the CPU."""
+
+    class Made(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[str] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    left, right = torch.zeros(5, D, device="meta").bfloat16(), torch.zeros(V, D, device="meta").bfloat16()
+    wide_product(left, right.T)  # finds out whether there is such a product
+    buffer = torch.empty(5, V, device="meta")
+    with Made() as made:
+        assert wide_product(left, right.T).dtype == torch.float32
+        assert wide_product(left, right.T, buffer) is buffer
+    assert [name for name in made.seen if "mm" in name or "copy" in name] == ["aten.mm.dtype", "aten.mm.dtype_out"]
 
 
 def test_in_bfloat16_a_sure_model_keeps_its_gradient() -> None:

@@ -22,7 +22,14 @@ from dpo_cli.models.load import load_model
 from dpo_cli.scoring import attention, probe, varlen
 from dpo_cli.scoring.attention import IMPLEMENTATION, attending, block_attention
 from dpo_cli.scoring.layout import LAYOUTS, MIN_SHARED_TOKENS, lay_out
-from dpo_cli.scoring.probe import BFLOAT16_TOLERANCE, TOLERANCE, open_scorer, probe_groups, probe_layouts
+from dpo_cli.scoring.probe import (
+    BFLOAT16_TOLERANCE,
+    TOLERANCE,
+    allowed_difference,
+    open_scorer,
+    probe_groups,
+    probe_layouts,
+)
 from dpo_cli.scoring.scorer import Scorer
 from tests.slow_kernel import slow_kernel
 
@@ -285,6 +292,28 @@ def test_bfloat16_is_allowed_its_noise_and_no_more(
     assert set(refused) == {"shared", "packed"}
 
 
+def test_what_is_allowed_in_bfloat16_has_a_limit_that_grows_with_the_length() -> None:
+    bfloat16 = torch.bfloat16
+    assert allowed_difference(1e-6, 20, F32) == pytest.approx(1e-4)
+    assert allowed_difference(0.3, 20, F32) == pytest.approx(1.2)
+    assert allowed_difference(0.001, 20, bfloat16) == pytest.approx(0.05)
+    assert allowed_difference(0.1, 20, bfloat16) == pytest.approx(0.4)
+    assert allowed_difference(0.3, 20, bfloat16) == pytest.approx(0.5)
+    assert allowed_difference(0.3, 100, bfloat16) == pytest.approx(1.0)
+    assert allowed_difference(0.3, 900, bfloat16) == pytest.approx(1.2)
+
+
+def test_a_noisy_model_is_not_allowed_all_its_noise(make_llama: Callable[..., Any]) -> None:
+    """Large logits: bfloat16 alone would ask for more than half a nat, and so much may be a wrong layout."""
+    model = make_llama(100)
+    model.lm_head.weight.data *= 60
+    with torch.no_grad(), Scorer(model, torch.bfloat16) as scorer:
+        verdict = probe_layouts(scorer, model)
+        assert verdict.asked > 0.5
+        assert verdict.layout == "padded" or verdict.tolerance == 0.5
+        assert "though rounding alone asks for" in verdict.describe()
+
+
 def test_a_tuned_model_is_probed_with_its_adapter_and_left_in_its_mode(
     open_: Callable[..., Any], make_llama: Callable[..., Any], scored: list[str]
 ) -> None:
@@ -474,7 +503,7 @@ def test_another_configuration_dtype_class_or_force_is_probed_anew(
 def test_another_engine_or_library_is_probed_anew(
     open_: Callable[..., Any], make_llama: Callable[..., Any], scored: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in (("ENGINE_VERSION", -1), ("version", lambda name: "0")):
+    for name, value in (("engine_version", lambda dtype: -1), ("version", lambda name: "0")):
         open_(make_llama(100))
         scored.clear()
         with monkeypatch.context() as patch:

@@ -21,9 +21,11 @@ from dpo_cli.scoring.recompute import (
     GRADES,
     CannotRecomputeError,
     KeptBytes,
+    MemoryPlan,
     Recompute,
-    first_that_fits,
+    StepShape,
     measure_kept,
+    plan_memory,
     set_recompute,
 )
 from dpo_cli.scoring.scorer import Scorer
@@ -220,16 +222,19 @@ def text_of(size: int) -> TokenGroup:
     return TokenGroup("text", "text", text[: size // 2], (text[size // 2 :],))
 
 
-def measure(model: Any, layout: LayoutName = "shared") -> KeptBytes:
+HEAD_BYTES = 64 << 10
+
+
+def measure(model: Any, dtype: torch.dtype = torch.float32) -> KeptBytes:
     """As stage train does it."""
-    scorer = Scorer(model, torch.float32, layout)
+    scorer = Scorer(model, dtype, "shared", HEAD_BYTES)
     set_recompute(model, "none")
 
     def forward(size: int) -> int:
         scorer.score([text_of(size)])
         return size - 1
 
-    return measure_kept(model, forward, SHAPE["num_hidden_layers"], SHAPE["hidden_size"])
+    return measure_kept(model, forward, SHAPE["num_hidden_layers"], HEAD_BYTES)
 
 
 def live_after_forward(model: Any, grade: Recompute, size: int, layout: LayoutName = "shared") -> int:
@@ -244,22 +249,6 @@ def live_after_forward(model: Any, grade: Recompute, size: int, layout: LayoutNa
     return num_bytes
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_estimate_is_of_what_lives_after_the_forward_pass(
-    layout: LayoutName, make_tuned: Callable[..., Any]
-) -> None:
-    model = make_tuned(**SHAPE)
-    kept = measure(model, layout)
-    for size in (100, 400):
-        found = live_after_forward(model, "none", size, layout)
-        assert kept.of("none", size - 1) == pytest.approx(found, rel=0.25)
-
-
-def test_no_grade_is_estimated_to_keep_more_than_the_one_before(make_tuned: Callable[..., Any]) -> None:
-    kept = measure(make_tuned(**SHAPE))
-    assert kept.per_token["none"] >= kept.per_token["elementwise"] >= kept.per_token["layers"] > 0
-
-
 @pytest.mark.parametrize("size", [100, 300])
 def test_no_grade_keeps_more_than_the_one_before(size: int, make_tuned: Callable[..., Any]) -> None:
     """However few tokens there are: what is kept has a row for each of them, and no weight is kept anew."""
@@ -268,18 +257,25 @@ def test_no_grade_keeps_more_than_the_one_before(size: int, make_tuned: Callable
     assert found[0] >= found[1] >= found[2] > 0
 
 
-@pytest.mark.parametrize("grade", ["elementwise", "layers"])
-def test_the_estimates_of_the_smaller_grades_are_enough_and_not_wasteful(
-    grade: Recompute, make_tuned: Callable[..., Any]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("grade", GRADES)
+@pytest.mark.parametrize("size", [200, 400])
+def test_the_estimate_is_of_the_most_that_lives(
+    grade: Recompute, dtype: torch.dtype, size: int, make_tuned: Callable[..., Any]
 ) -> None:
-    """The most that lives, in the backward pass, where one layer is computed again on top of what was kept."""
+    """In forward and backward pass, in both dtypes: what goes from layer to layer is not always float32."""
     model = make_tuned(**SHAPE)
-    estimate = measure(model).of(grade, 399)
-    scorer = Scorer(model, torch.float32, "shared")
+    if dtype == torch.bfloat16:
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+    estimate = measure(model, dtype).of(grade, size - 1)
+    scorer = Scorer(model, dtype, "shared", HEAD_BYTES)
     set_recompute(model, grade)
+    scorer.score([text_of(size)])  # whatever is made once and kept is there then
     with LiveMemory() as memory:
-        scorer.score([text_of(400)]).logps_BK.sum().backward()
-    assert 0.6 * memory.peak <= estimate <= 2 * memory.peak
+        scorer.score([text_of(size)]).logps_BK.sum().backward()
+    assert 0.75 * memory.peak <= estimate <= 1.15 * memory.peak
 
 
 def test_measuring_leaves_no_gradients_and_no_memory(make_tuned: Callable[..., Any]) -> None:
@@ -298,18 +294,55 @@ def test_kept_bytes_are_a_line() -> None:
     assert kept.of("layers", 50) == 1500
 
 
-@pytest.mark.parametrize(
-    ("free", "grade"),
-    [
-        (1e9, "none"),
-        (11_000, "none"),
-        (10_999, "elementwise"),
-        (5_000, "elementwise"),
-        (4_999, "layers"),
-        (2_000, "layers"),
-        (0, "layers"),
-    ],
-)
-def test_the_fastest_grade_that_fits_is_taken(free: float, grade: Recompute) -> None:
-    kept = KeptBytes(1000.0, {"none": 100.0, "elementwise": 40.0, "layers": 10.0})
-    assert first_that_fits(kept, 100, free) == grade
+KEPT = KeptBytes(0.0, {"none": 100.0, "elementwise": 60.0, "layers": 10.0})
+STEP = StepShape(mean_tokens=3400.0, most_tokens=3500, longest_group=300)
+BUDGETS = (1024, 2048, 4096)
+
+
+def plan(free: float, step: StepShape = STEP, grades: Any = GRADES, budgets: Any = BUDGETS, **model: Any) -> MemoryPlan:
+    """For layers of an 8B model in 4 bits."""
+    return plan_memory(KEPT, step, free, grades, budgets, **{"layer_weights": 218e6, "is_quantized": True} | model)
+
+
+def test_the_fastest_that_fits_is_taken() -> None:
+    """Less memory first costs smaller micro-batches, and the products of the layers only where those do not do."""
+    found = [plan(free) for free in (350_000, 349_999, 204_800, 204_799, 102_399, 61_440, 61_439, 10_240)]
+    assert [(each.grade, each.max_tokens) for each in found] == [
+        ("none", 4096),
+        ("none", 2048),
+        ("none", 2048),
+        ("none", 1024),
+        ("elementwise", 1024),
+        ("elementwise", 1024),
+        ("layers", 4096),
+        ("layers", 1024),
+    ]
+    assert all(each.fits for each in found)
+
+
+def test_a_budget_is_judged_by_the_largest_micro_batch_that_can_occur() -> None:
+    """No step has 4096 tokens, so 3500 must fit; and a group is never cut."""
+    assert plan(350_000, budgets=(4096,), grades=("none",)).num_bytes == 350_000
+    long = StepShape(mean_tokens=3400.0, most_tokens=9000, longest_group=2500)
+    assert plan(1e9, long, budgets=(1024,), grades=("layers",)).num_bytes == 25_000
+
+
+def test_where_nothing_fits_the_smallest_is_taken() -> None:
+    found = plan(100)
+    assert (found.grade, found.max_tokens, found.fits) == ("layers", 1024, False)
+
+
+def test_a_small_model_takes_all_of_a_step_at_once() -> None:
+    """The GPU waits for the host there, which works longest where everything but products is computed again."""
+    step = StepShape(mean_tokens=14_000.0, most_tokens=15_000, longest_group=300)
+    budgets = (*BUDGETS, 8192, 16384)
+    small = {"layer_weights": 15e6, "is_quantized": True}
+    assert plan(1e9, step, budgets=budgets, **small).max_tokens == 16384
+    tight = plan(500_000, step, budgets=budgets, **small)
+    assert tight.grade != "elementwise", "it would fit at 8192"
+    assert plan(1e9, step, budgets=budgets, **small).grade == "none"
+
+
+def test_equal_steps_take_the_least_memory() -> None:
+    step = StepShape(mean_tokens=900.0, most_tokens=1000, longest_group=300)
+    assert plan(1e9, step).max_tokens == 1024

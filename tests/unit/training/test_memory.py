@@ -15,13 +15,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dpo_cli.core import gpu
 from dpo_cli.core.errors import Interrupted, MachineError, is_out_of_memory
 from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.load import keep_weights_unpacked, load_model
 from dpo_cli.scoring.layout import LAYOUTS, LayoutName, lay_out
+from dpo_cli.scoring.recompute import MemoryPlan
 from dpo_cli.scoring.scorer import Scorer, Scores
+from dpo_cli.training import memory
 from dpo_cli.training.objective import PairObjective
 from dpo_cli.training.run import Fit, fit
 from dpo_cli.training.trainer import GroupTrainer
@@ -547,3 +550,55 @@ def test_padding_is_little_where_lengths_are_those_of_real_pairs() -> None:
     assert shares["shared"] < 0.03
     assert shares["packed"] < 0.03
     assert shares["padded"] < 0.2
+
+
+# --- what is chosen on a GPU --------------------------------------------------------------
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """``on_gpu(free)``: the device counts as a GPU with so many bytes free."""
+
+    def pretend(free: int) -> None:
+        monkeypatch.setattr(gpu, "GPU_TYPES", ("cuda", "cpu"))
+        monkeypatch.setattr(memory, "free_memory_bytes", lambda device: free)
+
+    return pretend
+
+
+def choose(model: Any, pairs: list[TokenGroup], reporter: Any, **runtime: Any) -> MemoryPlan:
+    scorer = Scorer(model, torch.float32, "shared")
+    return memory.choose_memory(model, scorer, pairs, 8, RuntimeParams(**runtime), reporter, "train")
+
+
+def test_on_a_gpu_grade_and_budget_are_chosen_together_and_said(
+    on_gpu: Callable[[int], None], policy: Callable[..., Any], make_groups: Any, reporter: Any
+) -> None:
+    pairs = make_groups(32, prompt_lengths=(200, 400), completion_lengths=(100, 200))  # 8 of them: 4,800 tokens
+    on_gpu(1 << 40)
+    roomy = choose(policy(), pairs, reporter)
+    assert (roomy.grade, roomy.max_tokens) == ("none", 6144), "a whole step at once, and no more than that"
+    on_gpu(int(roomy.num_bytes))
+    tight = choose(policy(), pairs, reporter)
+    assert tight.fits
+    assert tight.grade != "none" or tight.max_tokens < 6144
+    assert tight.num_bytes <= 0.9 * roomy.num_bytes
+    assert any("tokens at once, recompute" in said for said in reporter.said)
+
+
+def test_what_the_user_says_stays(
+    on_gpu: Callable[[int], None], policy: Callable[..., Any], make_groups: Any, reporter: Any
+) -> None:
+    pairs = make_groups(32, prompt_lengths=(200, 400), completion_lengths=(100, 200))
+    on_gpu(1 << 40)
+    assert choose(policy(), pairs, reporter, recompute="layers").grade == "layers"
+    assert choose(policy(), pairs, reporter, max_tokens_per_microbatch=777).max_tokens == 777
+    both = choose(policy(), pairs, reporter, recompute="elementwise", max_tokens_per_microbatch=777)
+    assert (both.grade, both.max_tokens) == ("elementwise", 777)
+
+
+def test_on_the_cpu_the_budget_is_what_its_caches_hold(
+    policy: Callable[..., Any], pairs: list[TokenGroup], reporter: Any
+) -> None:
+    found = choose(policy(), pairs, reporter)
+    assert (found.grade, found.max_tokens) == ("none", 1024)

@@ -18,6 +18,7 @@ from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.load import keep_weights_unpacked, load_model
 from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.training import gate
 from dpo_cli.training.checkpoint import best_step, last_checkpoint, out_of_patience
 from dpo_cli.training.gate import check_step_zero
 from dpo_cli.training.objective import Objective, PairObjective, SftObjective
@@ -479,13 +480,19 @@ def test_the_gate_lets_the_reference_through(budget: int, policy: Callable[[], A
     assert seen.num_pairs == 20
 
 
-def test_on_a_gpu_the_gate_is_of_fewer_pairs(
-    policy: Callable[[], Any], pairs: Any, monkeypatch: pytest.MonkeyPatch
+def test_rounding_is_measured_on_few_pairs_the_longest_among_them(
+    policy: Callable[[], Any], make_groups: Callable[..., list[TokenGroup]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu, "GPU_TYPES", ("cuda", "cpu"))
-    scorer = Scorer(model := policy(), torch.float32)
-    objective = PairObjective(TrainParams(beta=0.1), reference(scorer, pairs[0]))
-    assert check_step_zero(model, scorer, objective, pairs[0], 4096).num_pairs == 16
+    """It takes a pass for each two answers and one for each by itself, at every start on a GPU."""
+    groups = make_groups(64, completion_lengths=(1, 40))
+    scorer = Scorer(policy(), torch.bfloat16)
+    scored: list[list[TokenGroup]] = []
+    score = Scorer.score
+    monkeypatch.setattr(Scorer, "score", lambda self, groups, **asked: (scored.append(groups), score(self, groups))[1])
+    with torch.no_grad():
+        assert gate._batch_noise(scorer, groups) > 0
+    assert len(scored) == 16 + 2 * 16
+    assert max(group.longest for batch in scored for group in batch) == max(group.longest for group in groups)
 
 
 @pytest.mark.parametrize("value", [0.01, -3.0, math.nan, math.inf])
@@ -531,6 +538,38 @@ def test_a_right_cache_in_bfloat16_passes_at_any_budget(budget: int, policy: Cal
     cached[pairs[0][3].id][0] += 1.0
     with pytest.raises(StaleArtifactError):
         check_step_zero(model, scorer, objective, pairs[0], budget)
+
+
+@pytest.fixture
+def narrow(policy: Callable[[], Any], pairs: Any) -> Callable[..., Any]:
+    """``narrow(noise, gap)``: the gate in bfloat16, told how much is rounding, on a cache that is off by gaps."""
+
+    def check(noise: float, gap: Callable[[int], float], monkeypatch: pytest.MonkeyPatch) -> Any:
+        model = policy()
+        scorer = Scorer(model, torch.bfloat16)
+        monkeypatch.setattr(gate, "_batch_noise", lambda *_: noise)
+        logps = reference(scorer, pairs[0])
+        off = {id: [value + gap(index) for value in row] for index, (id, row) in enumerate(logps.items())}
+        return check_step_zero(model, scorer, PairObjective(TrainParams(beta=0.1), off), pairs[0], 4096)
+
+    return check
+
+
+def test_differences_that_lean_to_one_side_are_no_rounding(
+    narrow: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fifth of a nat is within what a noisy model is allowed, but not in the same direction for every pair."""
+    narrow(0.1, lambda index: (-1) ** index * 0.2, monkeypatch)
+    with pytest.raises(StaleArtifactError, match=r"by -0\.2 nats an answer on average \(allowed 0\.05\)"):
+        narrow(0.1, lambda index: 0.2, monkeypatch)
+
+
+def test_a_noisy_model_does_not_deafen_the_gate(narrow: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = narrow(1.0, lambda index: (-1) ** index * 0.3, monkeypatch)
+    assert "a difference of 4 between policy and reference would have to be allowed; no more than 0.5 was" in seen.doubt
+    with pytest.raises(StaleArtifactError, match=r"by 0\.6 nats in row .* \(allowed 0\.5\)"):
+        narrow(1.0, lambda index: 0.6 if index == 3 else 0.0, monkeypatch)
+    assert narrow(0.01, lambda index: 0.0, monkeypatch).doubt is None
 
 
 def test_killed_after_the_last_step_it_trains_no_step_more(

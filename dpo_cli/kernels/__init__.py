@@ -1,0 +1,1 @@
+"""Operations on tensors that the engine and the models share, each held against its definition."""

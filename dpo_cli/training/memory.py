@@ -1,0 +1,134 @@
+"""How a training step goes through the memory: what is computed again, and how many tokens go through at once."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from dpo_cli.core.errors import MachineError
+from dpo_cli.core.gpu import is_gpu
+from dpo_cli.core.params import RuntimeParams
+from dpo_cli.core.progress import Reporter
+from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.models.device import free_memory_bytes, token_budget
+from dpo_cli.scoring.limits import num_product_weights
+from dpo_cli.scoring.recompute import (
+    GRADES,
+    CannotRecomputeError,
+    KeptBytes,
+    MemoryPlan,
+    StepShape,
+    measure_kept,
+    plan_memory,
+    set_recompute,
+)
+from dpo_cli.training.objective import GroupScorer
+
+_BYTES_A_TRAINED_NUMBER = 12
+"""Its gradient and the optimizer's two moments, float32; made after the first forward pass."""
+_USABLE = 0.9
+"""Share of the free memory that activations may take; the rest is for the products' own work and for gaps."""
+_BUDGETS_ON_GPU = (1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
+"""Tokens of a micro-batch to choose from. On the CPU what fits into its caches is best."""
+_NUM_SAMPLED = 1000
+"""Groups whose tokens are counted for the mean."""
+
+
+def choose_memory(
+    model: Any,
+    scorer: GroupScorer[Any],
+    groups: Sequence[TokenGroup],
+    groups_a_step: int,
+    runtime: RuntimeParams,
+    reporter: Reporter,
+    section: str,
+) -> MemoryPlan:
+    """Set what the backward pass computes again, and say how many tokens go through at once.
+
+    Where the settings leave it open, both are chosen together: the fastest that fits. On the CPU the number of tokens
+    is that of :func:`~dpo_cli.models.device.token_budget`.
+
+    Args:
+        model: The model, its trainable parameters marked.
+        scorer: Scores groups with it.
+        groups: What it is trained on.
+        groups_a_step: How many of them make an optimizer step.
+        runtime: What the user says.
+        reporter: Hears of the choice.
+        section: Name of the stage, for messages.
+
+    Raises:
+        MachineError: The model cannot do what runtime.recompute says.
+    """
+    set_recompute(model, "none")
+    on_gpu = is_gpu(scorer.device)
+    budgets = (token_budget(runtime, scorer.device),)
+    if runtime.max_tokens_per_microbatch is None and on_gpu:
+        budgets = _BUDGETS_ON_GPU
+    grades = GRADES
+    if runtime.recompute != "auto":
+        grades = (runtime.recompute,)
+        try:
+            set_recompute(model, runtime.recompute)
+        except CannotRecomputeError as error:
+            raise MachineError(f"params.yaml: runtime.recompute {runtime.recompute}: {error}; set it to none") from None
+        if len(budgets) == 1:
+            return MemoryPlan(runtime.recompute, budgets[0], 0.0, fits=True)
+        set_recompute(model, "none")
+    elif not _can_recompute(model):
+        grades = ("none",)
+    weights = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    free = free_memory_bytes(scorer.device) - _BYTES_A_TRAINED_NUMBER * trained
+    plan = plan_memory(
+        _measured(model, scorer, groups),
+        _shape_of(scorer, groups, groups_a_step),
+        _USABLE * free,
+        grades,
+        budgets,
+        layer_weights=sum(map(num_product_weights, weights)) / scorer.config.num_hidden_layers,
+        is_quantized=any(getattr(parameter, "quant_state", None) is not None for parameter in weights),
+    )
+    set_recompute(model, plan.grade)
+    if on_gpu or plan.grade != "none":
+        reporter.say(
+            f"{section}: {plan.max_tokens} tokens at once, recompute {plan.grade}: activations take up to"
+            f" {plan.num_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+            " (runtime.max_tokens_per_microbatch, runtime.recompute)"
+        )
+    return plan
+
+
+def _can_recompute(model: Any) -> bool:
+    try:
+        set_recompute(model, "layers")
+    except CannotRecomputeError:
+        return False
+    set_recompute(model, "none")
+    return True
+
+
+def _measured(model: Any, scorer: GroupScorer[Any], groups: Sequence[TokenGroup]) -> KeptBytes:
+    model.train()
+    tokens = [token for group in groups[:100] for token in (*group.prompt, *group.completions[0])]
+
+    def forward(size: int) -> int:
+        """Score a text of so many tokens of the data."""
+        text = tuple((tokens * (size // len(tokens) + 1))[:size])
+        group = TokenGroup("measured", "measured", text[: size // 2], (text[size // 2 :],))
+        scorer.score([group])
+        return size - 1
+
+    return measure_kept(model, forward, scorer.config.num_hidden_layers, scorer.head_bytes)
+
+
+def _shape_of(scorer: GroupScorer[Any], groups: Sequence[TokenGroup], groups_a_step: int) -> StepShape:
+    def size(group: TokenGroup) -> int:
+        return len(group.prompt) + sum(map(len, group.completions))
+
+    longest = [scorer.num_tokens(group) for group in heapq.nlargest(groups_a_step, groups, key=size)]
+    sampled = groups[:: max(1, len(groups) // _NUM_SAMPLED)]
+    mean = fmean(scorer.num_tokens(group) for group in sampled)
+    return StepShape(mean * min(groups_a_step, len(groups)), sum(longest), max(longest))

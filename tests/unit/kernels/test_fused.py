@@ -1,0 +1,185 @@
+"""Fused norms and activations against their definitions in float64, and in the models that they are put into."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch.nn.functional import silu
+
+from dpo_cli.core import gpu
+from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.kernels import fused
+from dpo_cli.kernels.fused import NORM, SWIGLU, describe_fused, install, reason_against, rms_norm, swiglu, use_fused
+from dpo_cli.scoring.scorer import Scorer
+
+BFLOAT16, CPU = torch.bfloat16, torch.device("cpu")
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = BFLOAT16) -> torch.Tensor:
+    return (3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+def with_gradients(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> list[torch.Tensor]:
+    """The output, and the gradients of a weighted sum of it."""
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    out = function(*leaves)
+    weights = random(*out.shape, seed=9).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves, weights)]
+
+
+def largest_errors(found: list[torch.Tensor], exact: list[torch.Tensor]) -> list[float]:
+    return [(one.double() - other.double()).norm().item() for one, other in zip(found, exact, strict=True)]
+
+
+def assert_closer(ours: list[torch.Tensor], eager: list[torch.Tensor], exact: list[torch.Tensor]) -> None:
+    """Ours are rounded once, and eager values in between, too."""
+    for our_error, their_error, value in zip(
+        largest_errors(ours, exact), largest_errors(eager, exact), exact, strict=True
+    ):
+        assert our_error <= 1.02 * their_error
+        assert our_error <= 0.005 * value.norm().item()
+
+
+def test_swiglu_is_closer_to_its_definition_than_what_models_do() -> None:
+    gate, up = random(50, 64, seed=1), random(50, 64, seed=2)
+    exact = with_gradients(lambda gate, up: gate * gate.sigmoid() * up, gate.double(), up.double())
+    assert_closer(with_gradients(swiglu, gate, up), with_gradients(lambda g, u: silu(g) * u, gate, up), exact)
+
+
+def test_the_norm_is_closer_to_its_definition_than_what_models_do(make_llama: Callable[..., Any]) -> None:
+    x, weight = random(50, 64, seed=1), random(64, seed=2)
+
+    def eager(x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+    def definition(x: torch.Tensor) -> torch.Tensor:
+        return weight.double() * x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+    exact = with_gradients(definition, x.double())
+    assert_closer(with_gradients(lambda x: rms_norm(x, weight, 1e-5), x), with_gradients(eager, x), exact)
+
+
+@pytest.mark.parametrize("code", [fused.SWIGLU_CODE, fused.SWIGLU_BACKWARD_CODE])
+def test_what_a_gpu_compiles_computes_the_same(code: str, tmp_path: Path) -> None:
+    """The source of the kernels, compiled for the CPU, number by number."""
+    if (compiler := shutil.which("g++")) is None:
+        pytest.skip("no C++ compiler")
+    call = (
+        "*first = swiglu<float>(gate, up);"
+        if code is fused.SWIGLU_CODE
+        else "swiglu_backward<float>(grad, gate, up, *first, *second);"
+    )
+    source = f"""#include <cmath>
+{code}
+extern "C" void run(float grad, float gate, float up, float* first, float* second) {{ {call} }}"""
+    (tmp_path / "kernel.cpp").write_text(source)
+    library = tmp_path / "kernel.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, tmp_path / "kernel.cpp"], check=True)
+    run = ctypes.CDLL(str(library)).run
+    run.argtypes = [ctypes.c_float] * 3 + [ctypes.POINTER(ctypes.c_float)] * 2
+    for grad, gate, up in random(50, 3, dtype=torch.float64).tolist():
+        first, second = ctypes.c_float(), ctypes.c_float()
+        run(grad, gate, up, ctypes.byref(first), ctypes.byref(second))
+        leaves = [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (gate, up)]
+        out = silu(leaves[0]) * leaves[1]
+        expected = [out] if code is fused.SWIGLU_CODE else torch.autograd.grad(grad * out, leaves)
+        for found, value in zip((first, second), expected, strict=False):
+            assert found.value == pytest.approx(value.item(), rel=1e-5, abs=1e-6)
+
+
+# --- in models ----------------------------------------------------------------------------
+
+
+def build(config: str) -> Any:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 50}
+    heads = {"num_attention_heads": 2} | ({} if config == "GPTNeoXConfig" else {"num_key_value_heads": 1})
+    return transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**sizes, **heads))
+
+
+def replaced(model: Any) -> set[str]:
+    """Classes of the modules whose forward is another one."""
+    return {type(module).__name__ for module in model.modules() if "forward" in vars(module)}
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("LlamaConfig", {"LlamaRMSNorm", "LlamaMLP"}),
+        ("Qwen2Config", {"Qwen2RMSNorm", "Qwen2MLP"}),
+        ("Qwen3Config", {"Qwen3RMSNorm", "Qwen3MLP"}),
+        ("MistralConfig", {"MistralRMSNorm", "MistralMLP"}),
+        ("Gemma2Config", set()),  # one plus the weight, and another activation
+        ("GPTNeoXConfig", set()),
+    ],
+)
+def test_layers_are_recognized_by_what_they_compute(family: str, expected: set[str]) -> None:
+    model = build(family)
+    install(model, [NORM, SWIGLU])
+    assert replaced(model) == expected
+
+
+def test_a_class_of_the_name_that_computes_something_else_is_left_alone(make_llama: Callable[..., Any]) -> None:
+    class ScaledRMSNorm(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.variance_epsilon = torch.nn.Parameter(torch.ones(8)), 1e-6
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * self.weight * x / (x.square().mean(-1, keepdim=True) + self.variance_epsilon).sqrt()
+
+    model = torch.nn.ModuleList([ScaledRMSNorm()])
+    install(model, [NORM, SWIGLU])
+    assert replaced(model) == set()
+
+
+def test_a_models_log_probabilities_are_as_close_as_they_were(
+    make_llama: Callable[..., Any], make_groups: Callable[..., list[TokenGroup]]
+) -> None:
+    """In bfloat16 against float32, with and without; in float32 not a bit changes."""
+    groups = make_groups(20)
+
+    def logps(dtype: torch.dtype, *, is_fused: bool) -> torch.Tensor:
+        model = make_llama(100)
+        if dtype == BFLOAT16:
+            model = model.to(BFLOAT16)
+        if is_fused:
+            install(model, [NORM, SWIGLU])
+        with torch.no_grad(), Scorer(model, dtype, "shared") as scorer:
+            return scorer.score(groups).logps_BK
+
+    exact = logps(torch.float32, is_fused=False)
+    assert torch.equal(logps(torch.float32, is_fused=True), exact)
+    ours, eager = ((logps(BFLOAT16, is_fused=is_fused) - exact).abs().mean() for is_fused in (True, False))
+    assert 0 < ours <= 1.2 * eager
+
+
+def test_kernels_are_used_on_a_gpu_for_narrow_numbers_and_only_if_they_are_right(
+    make_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_llama(100)
+    use_fused(model, CPU, BFLOAT16)
+    assert replaced(model) == set()
+    monkeypatch.setattr(gpu, "GPU_TYPES", ("cpu",))
+    use_fused(model, CPU, torch.float32)
+    assert replaced(model) == set()
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "swiglu", lambda gate, up: silu(gate) * up * 1.1)
+        reason_against.cache_clear()
+        use_fused(model, CPU, BFLOAT16)
+        assert replaced(model) == {"LlamaRMSNorm"}
+        said = describe_fused(model, CPU, BFLOAT16)
+        assert said.startswith("; RMSNorm in one kernel; not SwiGLU: its output is off by")
+    reason_against.cache_clear()
+    assert reason_against(NORM, CPU, BFLOAT16) is None
+    use_fused(model, CPU, BFLOAT16)
+    assert replaced(model) == {"LlamaRMSNorm", "LlamaMLP"}
+    assert describe_fused(model, CPU, BFLOAT16) == "; RMSNorm and SwiGLU in one kernel"
