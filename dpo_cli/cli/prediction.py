@@ -155,7 +155,7 @@ def _rows(found: dict[str, Any], figures: dict[str, Any], gpu: Gpu) -> list[tupl
         (
             "a prediction",
             f"no {figures['card']} was used: kernels counted without one, at {REACHED_SHARE:.0%} of {gpu.tflops:g}"
-            f" TFLOP/s and {gpu.bandwidth:g} GB/s",
+            f" TFLOP/s and {gpu.bandwidth:g} GB/s; those that a GPU tries out before use are taken to be right",
         ),
         ("model", f"{figures['model']}, {figures['quantization']}, {figures['compute_dtype']}"),
         ("pairs", f"{figures['num_pairs']}, {figures['regime']}"),
