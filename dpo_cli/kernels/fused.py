@@ -30,6 +30,8 @@ NORM, SWIGLU = "RMSNorm", "SwiGLU"
 _TOLERANCE = 0.02
 """Largest difference of a narrow kernel's result from the exact one, where that is 1 or less; else relative."""
 
+_TEST_WIDTH = 96
+
 # --- the activation -----------------------------------------------------------------------
 
 SWIGLU_CODE = """
@@ -133,6 +135,7 @@ def _(x: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> tuple[torch.Te
 @_rms_norm_backward.register_kernel("cuda")
 def _(grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, weight_D: torch.Tensor) -> torch.Tensor:
     wanted = [True, False]
+    grad = grad.contiguous()  # as autograd hands it over; norms of heads get transposed ones
     return torch.ops.aten._fused_rms_norm_backward(grad, x, [x.shape[-1]], scale, weight_D, wanted)[0]
 
 
@@ -169,7 +172,7 @@ def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> torch.T
 def use_fused(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Have a model's norms and gated MLPs use the kernels, on a device that has such and for narrow numbers."""
     if is_gpu(device) and dtype != torch.float32:
-        install(model, [name for name in (NORM, SWIGLU) if reason_against(name, device, dtype) is None])
+        install(model, [name for name in (NORM, SWIGLU) if _reason_in(model, name, device, dtype) is None])
 
 
 def install(model: torch.nn.Module, names: list[str]) -> None:
@@ -188,7 +191,7 @@ def describe_fused(model: torch.nn.Module, device: torch.device, dtype: torch.dt
         return ""
     replaced = {vars(module)["forward"].__func__ for module in model.modules() if "forward" in vars(module)}
     names = [name for name, forward in _FORWARDS.items() if forward in replaced]
-    refused = {name: reason for name in _FORWARDS if (reason := reason_against(name, device, dtype)) is not None}
+    refused = {name: reason for name in _FORWARDS if (reason := _reason_in(model, name, device, dtype)) is not None}
     said = [f"{' and '.join(names)} in one kernel"] if names else []
     return "".join(f"; {part}" for part in [*said, *(f"not {name}: {reason}" for name, reason in refused.items())])
 
@@ -257,12 +260,25 @@ def _gives(compute: Callable[[], Any], expected: torch.Tensor) -> bool:
 # --- the check ----------------------------------------------------------------------------
 
 
+def _reason_in(model: torch.nn.Module, name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a kernel will not do for a model's widths: which one CUDA starts depends on them."""
+    widths = {_TEST_WIDTH}
+    if name == NORM:
+        norms = (module for module in model.modules() if _is_norm(type(module)))
+        widths |= {module.weight.shape[-1] for module in norms if isinstance(module.weight, torch.Tensor)}
+    reasons = (reason_against(name, device, dtype, width) for width in sorted(widths))
+    return next((reason for reason in reasons if reason is not None), None)
+
+
 @cache
-def reason_against(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a kernel or its gradients are not what the definition gives; None where they are."""
+def reason_against(name: str, device: torch.device, dtype: torch.dtype, width: int = _TEST_WIDTH) -> str | None:
+    """Why a kernel or its gradients are not what the definition gives; None where they are.
+
+    The output's gradient comes transposed, as it does where a model norms heads.
+    """
     generator = torch.Generator().manual_seed(0)
-    inputs = [3 * torch.randn(33, 96, generator=generator).to(device, dtype) for _ in range(2)]
-    weights = torch.randn(33, 96, generator=generator).to(device)
+    inputs = [3 * torch.randn(33, width, generator=generator).to(device, dtype) for _ in range(2)]
+    weights = torch.randn(width, 33, generator=generator).to(device).T
 
     def exact(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         if name == SWIGLU:

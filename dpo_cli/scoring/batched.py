@@ -17,6 +17,8 @@ from dpo_cli.scoring.blocks import Piece
 
 _WASTE = 1.5
 """How many (query, key) pairs a batch may have for each that is needed."""
+_KEYS_ALIKE = 8
+"""Keys are padded to a multiple of it: kernels read masks by so many numbers, and copy any other in every layer."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,8 @@ def batches_of(pieces: Sequence[Piece], window: int | None, dtype: torch.dtype, 
     batches = []
     begin = 0
     for members in _alike(pieces):
-        num_queries, num_keys = (
-            max(piece.num_queries for piece in members),
-            max(piece.num_keys for piece in members),
-        )
+        num_queries = max(piece.num_queries for piece in members)
+        num_keys = -(-max(piece.num_keys for piece in members) // _KEYS_ALIKE) * _KEYS_ALIKE
         queries: list[int] = []
         keys: list[int] = []
         for piece in members:

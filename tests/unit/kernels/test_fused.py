@@ -183,3 +183,45 @@ def test_kernels_are_used_on_a_gpu_for_narrow_numbers_and_only_if_they_are_right
     use_fused(model, CPU, BFLOAT16)
     assert replaced(model) == {"LlamaRMSNorm", "LlamaMLP"}
     assert describe_fused(model, CPU, BFLOAT16) == "; RMSNorm and SwiGLU in one kernel"
+
+
+def test_a_backward_kernel_that_takes_gradients_as_they_lie_in_memory_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Careless(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor, weight_D: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(x, weight_D)
+            return rms_norm(x, weight_D, 1e-6)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+            x, weight_D = ctx.saved_tensors
+            with torch.enable_grad():
+                leaf = x.detach().requires_grad_()
+                out = rms_norm(leaf, weight_D, 1e-6)
+            in_memory = grads[0].as_strided(grads[0].shape, (grads[0].shape[1], 1))
+            return torch.autograd.grad(out, leaf, in_memory)[0], None
+
+    monkeypatch.setattr(fused, "rms_norm", lambda x, weight_D, _: Careless.apply(x, weight_D))
+    reason_against.cache_clear()
+    reason = reason_against(NORM, CPU, BFLOAT16)
+    reason_against.cache_clear()
+    assert reason is not None
+    assert reason.startswith("its first gradient is off by")
+
+
+def test_a_norm_is_tried_at_the_widths_of_the_model(
+    make_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which kernel CUDA starts depends on the width."""
+    model = make_llama(100)
+    monkeypatch.setattr(gpu, "GPU_TYPES", ("cpu",))
+    right = rms_norm
+    monkeypatch.setattr(
+        fused, "rms_norm", lambda x, weight_D, e: right(x, weight_D, e) * (1.1 if x.shape[-1] == 64 else 1.0)
+    )
+    reason_against.cache_clear()
+    use_fused(model, CPU, BFLOAT16)
+    reason_against.cache_clear()
+    assert replaced(model) == {"LlamaMLP"}
