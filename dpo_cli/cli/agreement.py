@@ -18,9 +18,9 @@ from dpo_cli.cli.console import open_console
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import write_json, write_text
 from dpo_cli.core.errors import DataError, ParamsError
-from dpo_cli.evaluation.agreement import Coefficient, MethodAgreement, summarise_votes
-from dpo_cli.evaluation.bootstrap import Estimate
-from dpo_cli.evaluation.votes import read_votes
+from dpo_cli.judging.votes import read_votes
+from dpo_cli.statistics.agreement import Coefficient, MethodAgreement, summarise_votes
+from dpo_cli.statistics.bootstrap import Estimate
 
 _NAMES = {"cohen_kappa": "Cohen's kappa", "fleiss_kappa": "Fleiss' kappa", "krippendorff_alpha": "Krippendorff's alpha"}
 _NONE = "-"

@@ -17,7 +17,7 @@ from dpo_cli.core.progress import Reporter
 from dpo_cli.data.account import Conversion, Finding, account_rows, checks_of, metrics_of, unread_of, warnings_of
 from dpo_cli.data.blocks import SAMPLED_OUT
 from dpo_cli.data.convert import convert, find_files, read_arrow
-from dpo_cli.data.formats.base import RowProblem
+from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.tokenise import tokenise_row
 
 _ROWS_NAMED = 5

@@ -14,14 +14,14 @@ from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.core.params import load_params
 from dpo_cli.core.progress import Reporter
-from dpo_cli.evaluation.bootstrap import Estimate, Sampling
 from dpo_cli.evaluation.comparison import Experiment
 from dpo_cli.evaluation.findings import percent, percent_interval
 from dpo_cli.evaluation.head_to_head import HeadToHead, answers_by_model, meet
-from dpo_cli.evaluation.judges.opening import Candidate, prepare_judge
 from dpo_cli.evaluation.metrics import ends
+from dpo_cli.judging.opening import Candidate, prepare_judge
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.reference.graph import open_graph
+from dpo_cli.statistics.bootstrap import Estimate, Sampling
 
 _READ = (
     "model.", "reference.", "runtime.",

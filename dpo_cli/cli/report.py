@@ -8,7 +8,7 @@ import webbrowser
 
 from dpo_cli.core import paths
 from dpo_cli.core.progress import Reporter
-from dpo_cli.evaluation.report.page import write_report
+from dpo_cli.report.page import write_report
 
 
 def make_report(*, is_opened: bool, reporter: Reporter) -> None:

@@ -10,7 +10,6 @@ from dpo_cli.core.errors import ParamsError
 from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
-from dpo_cli.evaluation.judges.exact import known_reward
 from dpo_cli.evaluation.sampling import (
     PromptFile,
     SampleTable,
@@ -22,6 +21,7 @@ from dpo_cli.evaluation.sampling import (
 )
 from dpo_cli.evaluation.speakers import open_cast, reference_speaker
 from dpo_cli.evaluation.steps import Steps
+from dpo_cli.judging.known_reward import known_reward
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.reference.graph import check_context, open_graph
 

@@ -14,7 +14,6 @@ from dpo_cli.cli.score_rows import InputRow, read_rows
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import read_json
 from dpo_cli.core.errors import ParamsError, StaleArtifactError
-from dpo_cli.core.objectives import learns_log_ratio
 from dpo_cli.core.params import Params, Source
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.convert import find_files
@@ -25,6 +24,7 @@ from dpo_cli.evaluation.implicit_reward import (
     agreements,
     summarise_rewards,
 )
+from dpo_cli.losses.catalogue import learns_log_ratio
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.reference.cache import group_keys
 from dpo_cli.reference.graph import Graph, open_graph, table_digests

@@ -18,10 +18,10 @@ from dpo_cli.core.artifacts import atomic_path, write_json_lines
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.pieces import pieces_of
 from dpo_cli.data.schema import MESSAGES, table_of
-from dpo_cli.evaluation.heat.page import HeatAnswer, HeatPiece, HeatRow, choose_rows, write_heat_page
 from dpo_cli.evaluation.implicit_reward import Agreement, RankedAnswers, RewardSummary
 from dpo_cli.reference.graph import Graph
 from dpo_cli.reference.log_ratios import Answers
+from dpo_cli.report.token_page import HeatAnswer, HeatPiece, HeatRow, choose_rows, write_heat_page
 
 _NAMED = 5
 _COMPLETION = pa.struct(

@@ -21,7 +21,7 @@ from dpo_cli.core.progress import Reporter
 from dpo_cli.data.account import Conversion, ConvertedBlock
 from dpo_cli.data.blocks import rankings_file
 from dpo_cli.data.convert import convert, find_files, read_arrow
-from dpo_cli.data.formats.base import RowProblem
+from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import PREFERENCE_SCHEMA, RANKING_SCHEMA, TOOLS, Messages, from_table
 from dpo_cli.data.tokenise import TokenGroup, tokenise_row
 from dpo_cli.reference.graph import Graph

@@ -19,8 +19,8 @@ from dpo_cli.data.blocks import SAMPLED_OUT, BlockPlan, convert_block, examples_
 from dpo_cli.data.chat import NAMED_TEMPLATES, ChatEncoder, Encoding
 from dpo_cli.data.checks import check_preference, check_sft
 from dpo_cli.data.convert import find_files, plan_of
-from dpo_cli.data.formats.base import RowProblem
 from dpo_cli.data.pieces import pieces_of
+from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.reading.base import Record
 from dpo_cli.data.reading.files import read_records
 from dpo_cli.data.schema import Messages, PreferenceExample, RankingExample, SftExample, content_id

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dpo_cli.cli.console import open_console
-from dpo_cli.data.formats.base import shown_name
+from dpo_cli.data.problem import shown_name
 from dpo_cli.data.schema import TOOLS
 
 _LONG_PROMPT, _LONG_PROMPT_PIECES = 1200, 150

@@ -16,7 +16,7 @@ from dpo_cli.core.progress import Meter, Reporter
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.checks import check_preference, check_sft, reason_to_drop
 from dpo_cli.data.convert import find_files, plan_of
-from dpo_cli.data.formats.base import RowProblem
+from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.reading.files import read_records
 from dpo_cli.data.schema import Messages, PreferenceExample, RankingExample, SftExample
 from dpo_cli.data.statistics import NO_LETTERS, TOO_SHORT, Characters, DataStatistics, Measure

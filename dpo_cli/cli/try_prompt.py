@@ -16,7 +16,7 @@ from dpo_cli.core.errors import DataError
 from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
-from dpo_cli.data.formats.base import RowProblem
+from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import Message, content_id, user
 from dpo_cli.evaluation.generation import PromptTokens
 from dpo_cli.evaluation.speaker_names import DPO, SFT

@@ -11,7 +11,7 @@ import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from ruamel.yaml import YAML
@@ -19,9 +19,9 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from dpo_cli.core.errors import ParamsError
 from dpo_cli.core.evaluate_params import EvaluateParams, idle_evaluate_settings
-from dpo_cli.core.objectives import OBJECTIVES, SETTINGS, LossName, PairwiseName, learns_log_ratio, readers
 from dpo_cli.core.sections import Section, differs, knob
 from dpo_cli.core.text import in_one_line, shown
+from dpo_cli.losses.catalogue import LOSSES, SETTINGS, learns_log_ratio, readers
 
 AS_PREFERENCES = "preferences"
 """The value of data.sft.path that stands for the preference data."""
@@ -41,6 +41,14 @@ _LONGEST_NAME = 255
 _PATHS = (".path", "_path", ".file", ".template")
 
 Column = str | list[str]
+
+if TYPE_CHECKING:
+    LossName = str
+    PairwiseName = str
+else:  # the catalogue says which there are
+    LossName = Literal[tuple(LOSSES)]
+    PairwiseName = Literal[tuple(name for name, loss in LOSSES.items() if not loss.is_ranking)]
+
 Labels = Literal["first", "second", "tie"]
 Roles = Literal["system", "user", "assistant", "tool"]
 
@@ -822,19 +830,19 @@ def _idle_objective_settings(train: TrainParams) -> list[str]:
         return ["train.loss must name at least one objective, got {}"]
     called = " and ".join(train.losses)
     for setting in differs(train, *SETTINGS):
-        if not any(setting in OBJECTIVES[name].reads for name in train.losses):
+        if not any(setting in LOSSES[name].reads for name in train.losses):
             named = readers(setting)
             verb = "reads" if len(named) == 1 else "read"
             found.append(f"train.{setting} has no effect with train.loss {called}; {_listed(named)} {verb} it")
     for name in train.losses:
         found += [
             f"train.loss {name} needs train.{setting} > 0{_AT_ZERO.get(name, '')}"
-            for setting in OBJECTIVES[name].needs
+            for setting in LOSSES[name].needs
             if not differs(train, setting)
         ]
     if differs(train, "divergence_alpha") and train.divergence != "alpha":
         found.append(f"train.divergence_alpha has no effect with train.divergence {train.divergence}; alpha reads it")
-    coupled = [name for name in train.losses if OBJECTIVES[name].is_coupled]
+    coupled = [name for name in train.losses if LOSSES[name].is_coupled]
     if coupled and len(train.losses) > 1:
         found.append(f"train.loss {coupled[0]} compares sorted pairs and cannot be mixed with others")
     if coupled and train.batch_size == 1:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dpo_cli.core.errors import DataError
-from dpo_cli.evaluation.bootstrap import Estimate, cluster_bootstrap
+from dpo_cli.statistics.bootstrap import Estimate, cluster_bootstrap
 
 BASE, SFT, DPO = "base", "sft", "dpo"
 MODELS = (BASE, SFT, DPO)

@@ -16,7 +16,7 @@ from typing import Any
 
 from dpo_cli.core import paths
 from dpo_cli.data.schema import Messages
-from dpo_cli.evaluation.bootstrap import cluster_bootstrap
+from dpo_cli.statistics.bootstrap import cluster_bootstrap
 
 MIN_DRAWS = 2000
 """Bootstrap draws behind each interval, at the least."""

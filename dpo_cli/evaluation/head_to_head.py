@@ -8,12 +8,12 @@ from itertools import combinations
 
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.schema import Messages
-from dpo_cli.evaluation.bootstrap import Estimate, Sampling
 from dpo_cli.evaluation.comparison import Experiment
-from dpo_cli.evaluation.judges.opening import Candidate, OpenedJudge
-from dpo_cli.evaluation.matches import Match, play
 from dpo_cli.evaluation.speaker_names import SFT
-from dpo_cli.evaluation.strengths import Outcome, Strengths, fit_strengths
+from dpo_cli.judging.matches import Match, play
+from dpo_cli.judging.opening import Candidate, OpenedJudge
+from dpo_cli.statistics.bootstrap import Estimate, Sampling
+from dpo_cli.statistics.bradley_terry import Outcome, Strengths, fit_strengths
 
 
 @dataclass(frozen=True)

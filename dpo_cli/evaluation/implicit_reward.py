@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dpo_cli.evaluation.bootstrap import Estimate, Sampling
-from dpo_cli.objectives.ranking import kendall_tau
+from dpo_cli.losses.ranking import kendall_tau
+from dpo_cli.statistics.bootstrap import Estimate, Sampling
 
 _ROWS_AT_ONCE = 4096
 

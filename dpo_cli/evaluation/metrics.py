@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from dpo_cli.evaluation.binomial import exact_interval
-from dpo_cli.evaluation.bootstrap import Estimate, Sampling
-from dpo_cli.evaluation.calibration import calibration_error, fit_temperature
 from dpo_cli.evaluation.generation import Answer
 from dpo_cli.evaluation.held_out import HeldOut
 from dpo_cli.evaluation.kl import SequenceKl, estimates_disagree
-from dpo_cli.evaluation.length_control import control_length
-from dpo_cli.evaluation.matches import Match, paired_difference
-from dpo_cli.evaluation.power import detectable_of_interval
 from dpo_cli.evaluation.text_quality import distinct, repetition
+from dpo_cli.judging.matches import Match, paired_difference
+from dpo_cli.statistics.binomial import exact_interval
+from dpo_cli.statistics.bootstrap import Estimate, Sampling
+from dpo_cli.statistics.calibration import calibration_error, fit_temperature
+from dpo_cli.statistics.length_control import control_length
+from dpo_cli.statistics.power import detectable_of_interval
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 

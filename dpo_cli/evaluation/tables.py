@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from dpo_cli.evaluation.bootstrap import Estimate, Sampling
-from dpo_cli.evaluation.calibration import Bin, half_ties
 from dpo_cli.evaluation.held_out import HeldOutPair, PairFigures
-from dpo_cli.evaluation.matches import Match
+from dpo_cli.judging.matches import Match
+from dpo_cli.statistics.bootstrap import Estimate, Sampling
+from dpo_cli.statistics.calibration import Bin, half_ties
 
 PAIRS = (
     "id",

@@ -1,7 +1,7 @@
 """Stage evaluate: is the tuned model better, by how much, how surely, and at what cost.
 
 Steps follow one another, each keyed by what it depends on: log-probabilities, answers, divergences
-(:mod:`dpo_cli.evaluation.steps`), judgments (:mod:`dpo_cli.evaluation.judges.cache`), then metrics and
+(:mod:`dpo_cli.evaluation.steps`), judgments (:mod:`dpo_cli.judging.cache`), then metrics and
 tables, which are functions of them. Stage report draws the page.
 """
 
@@ -24,16 +24,9 @@ from dpo_cli.data.pieces import pieces_of
 from dpo_cli.data.schema import Messages, text_of
 from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_rejects, prompt_ids
 from dpo_cli.evaluation import tables
-from dpo_cli.evaluation.bootstrap import Estimate, Sampling
-from dpo_cli.evaluation.calibration import reliability_table
 from dpo_cli.evaluation.generation import Answer, PromptTokens
 from dpo_cli.evaluation.held_out import HeldOut, HeldOutPair, summarise_held_out
-from dpo_cli.evaluation.judges.exact import ExactJudge, world_task
-from dpo_cli.evaluation.judges.opening import Candidate, OpenedJudge, Opener, prepare_judge
-from dpo_cli.evaluation.judges.prompts import transcript
-from dpo_cli.evaluation.judges.votes import item_id
 from dpo_cli.evaluation.kl import SequenceKl
-from dpo_cli.evaluation.matches import Answers, Match, play
 from dpo_cli.evaluation.metrics import (
     against_chosen_metrics,
     answer_metrics,
@@ -50,12 +43,18 @@ from dpo_cli.evaluation.speaker_names import DPO, SFT
 from dpo_cli.evaluation.speakers import Cast, Speaker, open_cast
 from dpo_cli.evaluation.steps import Steps, logp_sums
 from dpo_cli.evaluation.verdict import report_verdict
-from dpo_cli.evaluation.votes import COLUMNS as VOTE_COLUMNS
+from dpo_cli.judging.human import item_id
+from dpo_cli.judging.known_reward import ExactJudge, world_task
+from dpo_cli.judging.matches import Answers, Match, play
+from dpo_cli.judging.opening import Candidate, OpenedJudge, Opener, prepare_judge
+from dpo_cli.judging.templates import transcript
+from dpo_cli.judging.votes import COLUMNS as VOTE_COLUMNS
 from dpo_cli.models.device import memory_metrics
 from dpo_cli.models.load import quiet_libraries
-from dpo_cli.objectives.pairwise import sigmoid
 from dpo_cli.reference.cache import completion_key, group_keys, read_cache, reference_logps
 from dpo_cli.reference.graph import Graph, check_context, open_graph, read_columns, table_digests
+from dpo_cli.statistics.bootstrap import Estimate, Sampling
+from dpo_cli.statistics.calibration import reliability_table
 
 _TRAIN_REMEDY = "run: dpo-cli train"
 
@@ -334,7 +333,7 @@ class _Work:
                 num_tokens=(len(group.completions[0]), len(group.completions[1])),
             )
         beta = self._judged.train.beta
-        return pairs, summarise_held_out(list(pairs.values()), sigmoid(beta), beta, **self._sampling.keywords)
+        return pairs, summarise_held_out(list(pairs.values()), beta, **self._sampling.keywords)
 
     def _perplexities(self) -> dict[str, float]:
         """Perplexity of held-out instruction data under each model, where there is any."""

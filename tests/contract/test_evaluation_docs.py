@@ -14,8 +14,6 @@ import pytest
 
 from dpo_cli.core.evaluate_params import EvaluateParams, JudgeName
 from dpo_cli.data.rules import MAX_SENTENCE_CHARACTERS, RULES
-from dpo_cli.evaluation.bootstrap import Sampling
-from dpo_cli.evaluation.calibration import NUM_BINS
 from dpo_cli.evaluation.flags import (
     LESS_DISTINCT,
     LESS_ENTROPY,
@@ -27,11 +25,7 @@ from dpo_cli.evaluation.flags import (
 )
 from dpo_cli.evaluation.generation import Answer
 from dpo_cli.evaluation.held_out import HeldOutPair, summarise_held_out
-from dpo_cli.evaluation.judges.base import Judgment
-from dpo_cli.evaluation.judges.opening import API_KEY, JUDGE_PATH, Candidate
-from dpo_cli.evaluation.judges.prompts import TEMPLATES
 from dpo_cli.evaluation.kl import ALARM_STANDARD_ERRORS, SequenceKl
-from dpo_cli.evaluation.matches import Match
 from dpo_cli.evaluation.metrics import (
     against_chosen_metrics,
     answer_metrics,
@@ -54,8 +48,13 @@ from dpo_cli.evaluation.verdict import (
     headline,
     verdict,
 )
-from dpo_cli.evaluation.win_rate import MAX_INVALID_RATE, Comparison, summarise
-from dpo_cli.objectives.pairwise import sigmoid
+from dpo_cli.judging.judge import Judgment
+from dpo_cli.judging.matches import Match
+from dpo_cli.judging.opening import API_KEY, JUDGE_PATH, Candidate
+from dpo_cli.judging.templates import TEMPLATES
+from dpo_cli.judging.win_rate import MAX_INVALID_RATE, Comparison, summarise
+from dpo_cli.statistics.bootstrap import Sampling
+from dpo_cli.statistics.calibration import NUM_BINS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
@@ -96,7 +95,7 @@ def all_metrics() -> dict[str, Any]:
     """Every key that the functions in metrics.py can add, and those that the stage adds itself."""
     pair = HeldOutPair("a", "a", (-1.0, -2.0), (-1.5, -1.5), (3, 4))
     pairs = [pair, replace(pair, id="b", group="b", policy=(-2.0, -1.0))]
-    held_out = summarise_held_out(pairs, sigmoid(0.1), 0.1, **SAMPLING.keywords)
+    held_out = summarise_held_out(pairs, 0.1, **SAMPLING.keywords)
     kls = {"a": SequenceKl(1.0, 1.1, 1.0, 2.0, 2.5, 0.3, 3), "b": SequenceKl(0.5, 0.4, 0.6, 1.0, 1.5, 0.2, 2)}
     answers = {name: {"a": Answer((1, 2, 3), True), "b": Answer((1, 2), False)} for name in (SFT, DPO)}
     points = [(1.0, 2.0, match()), (0.5, 1.0, match())]

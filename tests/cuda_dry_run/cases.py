@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_cli.core.objectives import OBJECTIVES
+from dpo_cli.losses.catalogue import LOSSES
 
 _SMALL: dict[str, Any] = {
     "vocab_size": 512,
@@ -119,7 +119,7 @@ _SMOOTHED = ("cdpo", "robust", "exo_pair")
 
 def work_cases() -> Iterator[Case]:
     """Every loss, every setting that brings code of its own into a loss, the reward model, and the passes."""
-    for loss in OBJECTIVES:
+    for loss in LOSSES:
         settings: dict[str, Any] = {"label_smoothing": 0.1} if loss in _SMOOTHED else {}
         if loss == "simpo":
             settings["gamma"] = 1.0

@@ -18,7 +18,7 @@ from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, MachineError, ParamsError, StaleArtifactError
 from dpo_cli.core.params import Params, parse_params
 from dpo_cli.data import world
-from dpo_cli.evaluation.judges.opening import JUDGE_PATH
+from dpo_cli.judging.opening import JUDGE_PATH
 
 Evaluate = Callable[..., dict[str, Any]]
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from dpo_cli.core import paths
-from dpo_cli.evaluation.report.page import write_report
+from dpo_cli.report.page import write_report
 from tests.report_folder import ATTACK, make_samples, sample_id, write_reports
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -20,14 +20,14 @@ from dpo_cli.data import world
 from dpo_cli.data.schema import user
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.evaluation.best_of_n import best_of, expected_best_of, kl_bound
-from dpo_cli.evaluation.bootstrap import Estimate, cluster_bootstrap
 from dpo_cli.evaluation.generation import PromptTokens, sample_answers
-from dpo_cli.evaluation.judges.exact import ExactJudge, world_reward, world_task
-from dpo_cli.evaluation.judges.reward_model import RewardModel
-from dpo_cli.evaluation.win_rate import compare
+from dpo_cli.judging.known_reward import ExactJudge, world_reward, world_task
+from dpo_cli.judging.reward_model import RewardModel
+from dpo_cli.judging.win_rate import compare
 from dpo_cli.models.adapters import load_reference
 from dpo_cli.reference.graph import Graph, open_graph
 from dpo_cli.scoring.budget import TokenBudget
+from dpo_cli.statistics.bootstrap import Estimate, cluster_bootstrap
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

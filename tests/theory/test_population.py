@@ -8,12 +8,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 
-from dpo_cli.objectives.pairwise import sigmoid
-from dpo_cli.objectives.ranking import Ties, plackett_luce
+from dpo_cli.losses.pairwise import sigmoid
+from dpo_cli.losses.ranking import Ties, plackett_luce
 from tests.theory.worlds import (
     BETAS,
     World,
@@ -46,7 +47,7 @@ def test_dpo_finds_the_optimal_policy(beta: float) -> None:
     chances_XP = 1 / (1 + (worse - better).exp())
 
     def losses(policy_XY: torch.Tensor) -> torch.Tensor:
-        return (chances_XP * pair_losses(sigmoid(beta), policy_XY, WORLD.reference_XY)).sum(1)
+        return (chances_XP * pair_losses(partial(sigmoid, beta=beta), policy_XY, WORLD.reference_XY)).sum(1)
 
     found = trained(WORLD, losses)
     assert total_variation(WORLD.reference_XY.exp(), WORLD.optimum(beta)).min() > 1e-3
@@ -71,7 +72,7 @@ def ranking_losses(
     """The expected loss of each prompt where the answers of each true ranking come with these ranks, [X]."""
     orders_OK, chances_XO = rankings(world, len(ranks))
     policy, reference = (table[:, orders_OK].flatten(0, 1) for table in (policy_XY, world.reference_XY))
-    losses = plackett_luce(beta, policy, reference, torch.tensor(ranks).expand(policy.shape), ties)
+    losses = plackett_luce(policy, reference, torch.tensor(ranks).expand(policy.shape), beta, ties)
     return (chances_XO * losses.view(chances_XO.shape)).sum(1)
 
 

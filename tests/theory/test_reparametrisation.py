@@ -5,11 +5,13 @@ Legend: X prompts, Y answers.
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from dpo_cli.evaluation.kl import sequence_kl
-from dpo_cli.objectives.pairwise import log_ratios, sigmoid
+from dpo_cli.losses.pairwise import log_ratios, sigmoid
 from tests.theory.worlds import (
     BETAS,
     World,
@@ -109,7 +111,7 @@ def test_lemma_2_by_the_formula(beta: float) -> None:
 def test_the_preferences_under_the_optimal_policy_are_those_of_the_reward(beta: float) -> None:
     """Eq. 6: with r = beta log(pi* / pi_ref) + beta log Z, log Z cancels and p(y_1 > y_2) = sigma(r_1 - r_2)."""
     for world in (WORLD, SHIFTED):
-        found = (-pair_losses(sigmoid(beta), WORLD.optimum(beta).log(), WORLD.reference_XY)).exp()
+        found = (-pair_losses(partial(sigmoid, beta=beta), WORLD.optimum(beta).log(), WORLD.reference_XY)).exp()
         better, worse = world.reward_XY[:, ordered_pairs(4)].unbind(2)
         assert (found - 1 / (1 + (worse - better).exp())).abs().max() < 1e-10
 

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from dpo_cli.objectives.pairwise import PairwiseLoss
+from dpo_cli.losses.pairwise import Pairs
+
+PairwiseLoss = Callable[[Pairs], torch.Tensor]
 
 BETAS = [0.1, 0.5, 1.0, 5.0]
 
@@ -66,7 +68,8 @@ def pair_losses(loss: PairwiseLoss, policy_XY: torch.Tensor, reference_XY: torch
     """The loss of each ordered pair, [X, P]; every answer is one token long."""
     pairs = ordered_pairs(policy_XY.shape[1])
     policy, reference = policy_XY[:, pairs].flatten(0, 1), reference_XY[:, pairs].flatten(0, 1)
-    return loss(policy, reference, torch.ones_like(policy, dtype=torch.int64)).unflatten(0, (-1, len(pairs)))
+    losses = loss(Pairs(policy, reference, torch.ones_like(policy, dtype=torch.int64)))
+    return losses.unflatten(0, (-1, len(pairs)))
 
 
 def total_variation(policy_XY: torch.Tensor, other_XY: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from dpo_cli.data.formats import PREFERENCE_FORMATS, SFT_FORMATS
-from dpo_cli.data.formats.base import Reading, RowProblem
+from dpo_cli.data.formats.base import Reading
 from dpo_cli.data.formats.detect import RowReader, UnknownFormatError
+from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import PreferenceExample, RankingExample, SftExample, assistant, user
 
 Q, A, B = user("q"), assistant("a"), assistant("b")
