@@ -19,7 +19,7 @@ from pydantic import BaseModel
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dpo_cli.cli.init import (  # noqa: E402
+from dpo_cli.cli.new_project import (  # noqa: E402
     DVC_CONFIG,
     DVC_FOLDER_GITIGNORE,
     DVCIGNORE,

@@ -63,10 +63,10 @@ def sources_of(files: Sequence[str], kind: str | None, settings: Sequence[str]) 
     return found
 
 
-def policies_of() -> dict[str, str]:
-    """What to do with what each check finds: the project's settings, or the defaults."""
+def project_data() -> DataParams:
+    """Section data of the project in the working directory; the defaults where it is none."""
     params = project_params()
-    return (params.data if params else DataParams()).checks.model_dump()
+    return params.data if params else DataParams()
 
 
 def _known(data: DataParams) -> list[Source]:

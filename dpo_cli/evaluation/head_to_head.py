@@ -5,15 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
+from dpo_cli.core import paths
+from dpo_cli.core.errors import DataError, ParamsError
+from dpo_cli.core.params import load_params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.schema import Messages
 from dpo_cli.evaluation.comparison import Experiment
 from dpo_cli.evaluation.speaker_names import SFT
 from dpo_cli.judging.matches import Match, play
-from dpo_cli.judging.opening import Candidate, OpenedJudge
-from dpo_cli.statistics.bootstrap import Estimate, Sampling
+from dpo_cli.judging.opening import Candidate, OpenedJudge, prepare_judge
+from dpo_cli.models.load import quiet_libraries
+from dpo_cli.reference.graph import open_graph
+from dpo_cli.statistics.bootstrap import Estimate, Sampling, ends
 from dpo_cli.statistics.bradley_terry import Outcome, Strengths, fit_strengths
+
+_READ = (
+    "model.", "reference.", "runtime.",
+    *(f"evaluate.{name}" for name in ("judge=", "hf.", "openai.", "bootstrap_draws=", "confidence=", "seed=")),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -101,3 +112,64 @@ def meet(
         why = str(error)
     num_prompts = len(next(iter(models.values())))
     return HeadToHead(judge.name, judge.reads, names, matches, strengths, why, num_prompts, num_left_out)
+
+
+def judge_experiments(experiments: Sequence[Experiment], overrides: Sequence[str], reporter: Reporter) -> HeadToHead:
+    """Judge the answers of experiments, and of their SFT model, by section evaluate of params.yaml.
+
+    Raises:
+        ParamsError: There is no judge, or one that judges other answers.
+        StaleArtifactError: Something that the judge needs is missing.
+        DataError: The experiments share no prompt, or the judge has no verdict on too many comparisons.
+    """
+    quiet_libraries()
+    idle = [override for override in overrides if not override.strip().startswith(_READ)]
+    if idle:
+        raise ParamsError([f"--set {override} has no effect on compare --judge" for override in idle])
+    params = load_params(paths.PARAMS, overrides)
+    knobs = params.evaluate
+    if knobs.judge in ("none", "votes"):
+        raise ParamsError(
+            f"--judge has no effect with evaluate.judge {knobs.judge}; set another one, as in --set evaluate.judge=hf"
+        )
+    models, prompts = answers_by_model(experiments)
+    if not prompts:
+        raise DataError("the experiments share no prompt; evaluate them on the same data")
+    num_all = len({id for experiment in experiments for id in experiment.answers})
+    graph = open_graph(params.model, params.reference, params.runtime)
+    memory = paths.scratch_root() / "evaluate" / "judgments"
+    opener = prepare_judge(knobs, graph, ("", ""), params.runtime, reporter, "compare", memory)
+    assert opener is not None
+
+    def candidate(id: str, text: str) -> Candidate:
+        return Candidate(id, prompts[id], text, 0)  # lengths are not looked at
+
+    every = [candidate(id, text) for answers in models.values() for id, text in answers.items()]
+    judge = opener(every)
+    sampling = Sampling(knobs.bootstrap_draws, knobs.confidence, knobs.seed)
+    return meet(models, candidate, judge, num_all - len(prompts), reporter, sampling)
+
+
+def head_to_head_json(found: HeadToHead) -> dict[str, Any]:
+    """The same as one JSON value."""
+    strengths = None
+    if found.strengths is not None:
+        fitted = found.strengths.strengths.items()
+        strengths = {name: {"value": each.value, "ci": ends(each)} for name, each in fitted}
+    return {
+        "judge": found.judge,
+        "num_prompts": found.num_prompts,
+        "num_left_out": found.num_left_out,
+        "win_rates": [
+            {
+                "model": ours,
+                "opponent": theirs,
+                "value": match.win_rate.value,
+                "ci": ends(match.win_rate),
+                "tie_rate": match.tie_rate,
+            }
+            for (ours, theirs), match in found.matches.items()
+        ],
+        "strengths": strengths,
+        **({"why": found.why} if found.why else {}),
+    }

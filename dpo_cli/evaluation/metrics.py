@@ -14,7 +14,7 @@ from dpo_cli.evaluation.kl import SequenceKl, estimates_disagree
 from dpo_cli.evaluation.text_quality import distinct, repetition
 from dpo_cli.judging.matches import Match, paired_difference
 from dpo_cli.statistics.binomial import exact_interval
-from dpo_cli.statistics.bootstrap import Estimate, Sampling
+from dpo_cli.statistics.bootstrap import Sampling, ends
 from dpo_cli.statistics.calibration import calibration_error, fit_temperature
 from dpo_cli.statistics.length_control import control_length
 from dpo_cli.statistics.power import detectable_of_interval
@@ -25,11 +25,6 @@ CHEAPER_KL = 0.75
 """A smaller step counts as cheaper where its KL is at most this share of the model's."""
 AS_GOOD = 0.05
 """It counts as as good where the model's win rate is surely not higher by more than this."""
-
-
-def ends(estimate: Estimate) -> list[float] | None:
-    """The interval as JSON; None where it has none."""
-    return None if math.isnan(estimate.low) else [estimate.low, estimate.high]
 
 
 def held_out_metrics(held_out: HeldOut, sampling: Sampling) -> dict[str, Any]:

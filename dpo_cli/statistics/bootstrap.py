@@ -34,6 +34,11 @@ class Estimate:
     high: float
 
 
+def ends(estimate: Estimate) -> list[float] | None:
+    """The interval as JSON; None where it has none."""
+    return None if math.isnan(estimate.low) else [estimate.low, estimate.high]
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the intervals of an evaluation are drawn: keyword arguments of the functions below.

@@ -12,10 +12,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
-from dpo_cli.cli.capability import Capability, as_json, print_table
+from dpo_cli.cli.capability import print_table
 from dpo_cli.core.artifacts import write_text
 from dpo_cli.core.params_text import params_yaml
 from dpo_cli.evaluation.capability import MODELS, TaskResult, pair_items, summarise_task
+from dpo_cli.evaluation.measure_capability import Capability, as_json
 
 
 def result_of(task: str, *scores: list[float], higher_is_better: bool = True) -> TaskResult:

@@ -14,10 +14,11 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from dpo_cli.cli import compare as command
-from dpo_cli.cli import experiments
 from dpo_cli.cli.app import app
+from dpo_cli.cli.compare_tables import print_comparison
 from dpo_cli.core.errors import ParamsError, StaleArtifactError
+from dpo_cli.evaluation import compare as command
+from dpo_cli.evaluation import experiments
 
 NUM_PROMPTS = 40
 
@@ -105,7 +106,7 @@ def run(*arguments: str) -> Any:
 
 def page(found: command.Comparison, width: int = 80) -> str:
     stream = io.StringIO()
-    command.print_comparison(found, Console(file=stream, width=width, highlight=False))
+    print_comparison(found, Console(file=stream, width=width, highlight=False))
     return stream.getvalue()
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from dpo_cli.cli.score_rows import InputRows, read_rows
 from dpo_cli.core.errors import DataError
 from dpo_cli.core.params import PairTokenChecks, Params, PreferenceSource, parse_params
 from dpo_cli.data.chat import ChatEncoder
+from dpo_cli.evaluation.score_rows import InputRows, read_rows
 
 
 @pytest.fixture

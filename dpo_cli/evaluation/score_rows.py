@@ -1,4 +1,4 @@
-"""Rows of any preference files for ``dpo-cli score``: read and checked as the conversion does it, then tokenised."""
+"""Rows of any preference files: read and checked as the conversion does it, then tokenised."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""What :mod:`dpo_cli.cli.show` found of a row, on the terminal: messages, tokens, boundaries, facts."""
+"""What :mod:`dpo_cli.data.inspect` found of a row, on the terminal: messages, tokens, boundaries, facts."""
 
 from __future__ import annotations
 
 import json
-import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dpo_cli.cli.console import open_console
+from dpo_cli.core.text import NO_TEXT, visible, visible_token
 from dpo_cli.data.problem import shown_name
 from dpo_cli.data.schema import TOOLS
 
@@ -22,12 +22,8 @@ _LONG_TEXT, _LONG_LIST, _LONG_ROW = 240, 8, 60
 
 _CONTEXT, _SCORED = "cyan", "green"
 _SEPARATOR = "│"
-_NO_TEXT = "∅"
 _WIDTH = 80
 _SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
-_SHOWN = {"\n": "\n", "\t": "\t", "\x7f": "␡"}
-_JOINERS = "\u200c\u200d"
-"""Characters without a shape of their own that emoji and some scripts need between others."""
 
 
 def print_row(found: Mapping[str, Any], console: Console | None = None, *, whole: bool = False) -> None:
@@ -39,21 +35,6 @@ def print_row(found: Mapping[str, Any], console: Console | None = None, *, whole
         whole: Leave nothing out of the middle of a long prompt.
     """
     _Page(console or open_console(), whole=whole).row(found)
-
-
-def visible(text: str) -> str:
-    """A text of which nothing is hidden and nothing steers the terminal: control characters as signs."""
-    return "".join(map(_visible_character, text)) if not text.isprintable() else text
-
-
-def _visible_character(character: str) -> str:
-    if character in _SHOWN:
-        return _SHOWN[character]
-    if character < " ":
-        return chr(0x2400 + ord(character))
-    if unicodedata.category(character) in ("Cc", "Cf", "Cs") and character not in _JOINERS:
-        return f"\\u{ord(character):04x}"
-    return character
 
 
 class _Page:
@@ -256,23 +237,11 @@ def _token_text(pieces: Sequence[Mapping[str, Any]], style: str) -> Text:
     return text
 
 
-def visible_token(text: str) -> str:
-    """A token's text, with all in it that has no shape of its own made visible."""
-    if not text:
-        return _NO_TEXT
-    first = unicodedata.category(text[0])
-    if text[0] in _JOINERS or "\ufe00" <= text[0] <= "\ufe0f":
-        text = f"\\u{ord(text[0]):04x}{text[1:]}"
-    elif first.startswith("M"):
-        text = f"◌{text}"  # else it would sit on the sign before it
-    return visible(text.replace("\n", "⏎\n").replace("\t", "⇥"))
-
-
 def _legend(groups: Sequence[Sequence[Mapping[str, Any]]]) -> str:
     pieces = [piece for group in groups for piece in group]
     signs = [f"{_SEPARATOR} parts tokens", "⟦ ⟧ hold what is scored, the end token included"]
     if any(not piece["text"] for piece in pieces):
-        signs.append(f"{_NO_TEXT} is a token without text")
+        signs.append(f"{NO_TEXT} is a token without text")
     if any("\n" in piece["text"] for piece in pieces):
         signs.append("⏎ is a line end")
     if any("\t" in piece["text"] for piece in pieces):

@@ -1,4 +1,4 @@
-"""``dpo-cli data show``: one row as the conversion reads it and, with a model, the tokens that the model sees."""
+"""One row as the conversion reads it and, with a model, the tokens that the model sees."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from dpo_cli.cli.sources import policies_of, project_params
-from dpo_cli.core.errors import DataError, MachineError, ParamsError
-from dpo_cli.core.params import EMBEDDED, DataParams, ModelParams, ReferenceParams, SftParams, SftSource, Source
+from dpo_cli.core.errors import DataError
+from dpo_cli.core.params import DataParams, Source
 from dpo_cli.data.blocks import SAMPLED_OUT, BlockPlan, convert_block, examples_file, fit_answers
-from dpo_cli.data.chat import NAMED_TEMPLATES, ChatEncoder, Encoding
+from dpo_cli.data.chat import ChatEncoder, Encoding
 from dpo_cli.data.checks import check_preference, check_sft
 from dpo_cli.data.convert import find_files, plan_of
 from dpo_cli.data.pieces import pieces_of
@@ -26,11 +25,8 @@ from dpo_cli.data.reading.files import read_records
 from dpo_cli.data.schema import Messages, PreferenceExample, RankingExample, SftExample, content_id
 from dpo_cli.data.splits import is_held_out
 from dpo_cli.data.tokenise import TOKEN_DETAILS
-from dpo_cli.models.folder import holds_weights
 
 AnyExample = SftExample | PreferenceExample | RankingExample
-
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 
 
 # --- tokens -------------------------------------------------------------------------------
@@ -55,75 +51,10 @@ class TokenView:
     policies: Mapping[str, str]
 
 
-def encoder_of(model: str, template: str | None) -> tuple[Any, ChatEncoder]:
-    """A model's tokenizer, and with it the chat template; no weights are read.
-
-    Args:
-        model: The model's folder, or ``embedded``.
-        template: ``auto`` or a template's name; None: what the project's params.yaml says.
-
-    Raises:
-        ParamsError: There is no template of that name.
-        MachineError: The folder is missing, or its tokenizer cannot be used.
-    """
-    names = ("auto", *NAMED_TEMPLATES)
-    if template is not None and template not in names:
-        raise ParamsError(f"--template must be one of {', '.join(names)}, got {template!r}")
-    params = project_params()
-    settings = params.model if params is not None and model != EMBEDDED else ModelParams(name=model)
-    if template is not None:
-        settings = settings.model_copy(update={"chat_template": template})
-    folder = Path(model).expanduser().resolve()
-    if model != EMBEDDED and not folder.is_dir():
-        raise MachineError(
-            f"--model {model}: there is no such folder; name a model in Hugging Face layout, or embedded"
-        )
-    if model != EMBEDDED and not any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES):
-        raise MachineError(f"--model {model}: no tokenizer is there, such as tokenizer.json; fetch the whole model")
-    # here: it takes seconds, and only --model needs it
-    from dpo_cli.models.load import quiet_libraries
-    from dpo_cli.models.verify import verify_template, verify_tokenizer, verify_vocabulary, verify_weights
-
-    quiet_libraries()
-    num_rows: int | None = None
-    if model == EMBEDDED:
-        from dpo_cli.models.embedded import build_tokenizer
-
-        tokenizer: Any = build_tokenizer()
-    else:
-        if holds_weights(folder):
-            num_rows = verify_weights(folder).facts.num_rows
-        tokenizer = verify_tokenizer(folder)
-    try:
-        encoder = verify_template(folder, tokenizer, settings)
-    except MachineError as error:
-        raise MachineError([f"{problem}; here with --template" for problem in error.problems]) from None
-    if num_rows is not None:
-        verify_vocabulary(folder, tokenizer, encoder, num_rows)
-        encoder.num_rows = num_rows
-    return tokenizer, encoder
-
-
-def token_view(model: str, template: str | None, max_length: int | None, source: Source) -> TokenView:
-    """How a model sees the rows of a source, with the limits of the project or the defaults.
-
-    Raises:
-        ParamsError: There is no template of that name.
-        MachineError: The folder is missing, or its tokenizer cannot be used.
-    """
-    params = project_params()
-    if isinstance(source, SftSource):
-        section: SftParams | ReferenceParams = params.sft if params else SftParams()
-    else:
-        section = params.reference if params else ReferenceParams()
-    tokenizer, encoder = encoder_of(model, template)
-    return TokenView(model, tokenizer, encoder, max_length or section.max_length, section.checks.model_dump())
-
-
 # --- what there is to say of a row ----------------------------------------------------------------
 
 
-def describe_row(source: Source, row: int, view: TokenView | None) -> dict[str, Any]:
+def describe_row(source: Source, row: int, view: TokenView | None, data: DataParams | None = None) -> dict[str, Any]:
     """All that is known of one row, as JSON has it.
 
     Its ``left_out`` says for the row and each of its parts what would be left out, by which
@@ -133,14 +64,14 @@ def describe_row(source: Source, row: int, view: TokenView | None) -> dict[str, 
         source: The file, with how it is read.
         row: The number of the row, from 0.
         view: How the model sees it, where that is wanted.
+        data: Section data of the project; None: the defaults.
 
     Raises:
         DataError: The file cannot be read, or has no such row.
     """
     path = _only_file(source)
-    params = project_params()
-    data = params.data if params else DataParams()
-    plan, why = plan_of(source, path, policies_of(), data.eval_fraction, data.split_by, before_broken=True)
+    data = data or DataParams()
+    plan, why = plan_of(source, path, data.checks.model_dump(), data.eval_fraction, data.split_by, before_broken=True)
     record = _record_at(path, source.records, row)
     stage = "convert-sft" if plan.kind == "sft" else "convert-preferences"
     found: dict[str, Any] = {

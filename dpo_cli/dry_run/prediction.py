@@ -1,4 +1,4 @@
-"""``dpo-cli bench --card``: what a pass would take on a GPU that is not there, counted and held against its sheet."""
+"""What a pass would take on a GPU that is not there, counted and held against its sheet."""
 
 from __future__ import annotations
 
