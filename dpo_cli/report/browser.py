@@ -1,8 +1,7 @@
 """The prompt browser's data: which samples are on the page, and how they are packed into it.
 
-Packed, a sample is a JSON object of texts and numbers that the page's script reads. Its heat is three strings:
-the answer's tokens joined, where they are not the answer itself, the length of each token, and log(pi / pi_ref) of
-each, both as digits to the base 90.
+Packed, a sample is a JSON object of texts and numbers that the page's script reads. Of an answer's tokens it has the
+lengths and log(pi / pi_ref); their texts are parts of the answer's.
 """
 
 from __future__ import annotations
@@ -20,11 +19,7 @@ Sample = Mapping[str, Any]
 
 MOST_SAMPLES, MOST_BYTES = 500, 2_300_000
 
-# Printable letters that neither JSON nor HTML escapes; the script has the same.
-DIGITS = "".join(chr(code) for code in range(35, 127) if chr(code) not in "<\\")
-_BASE = len(DIGITS)
 _RATIO_STEP = 0.01
-_NO_RATIO, _ZERO_RATIO = 0, _BASE**2 // 2
 
 
 @dataclass(frozen=True)
@@ -107,7 +102,7 @@ def _pack(sample: Sample) -> dict[str, Any]:
     tuned = dict(sample["dpo"])
     heat = tuned.pop("heat", None)
     if heat:
-        tuned["heat"] = pack_heat(tuned["text"], heat)
+        tuned["heat"] = pack_log_ratios(tuned["text"], heat)
     kept = {
         name: sample[name]
         for name in ("id", "prompt", "chosen", "rejected", "win", "win_chosen", "consistent", "kl")
@@ -116,37 +111,26 @@ def _pack(sample: Sample) -> dict[str, Any]:
     return kept | {"sft": sample["sft"], "dpo": tuned}
 
 
-def pack_heat(answer: str, heat: Sequence[tuple[str, float | None]]) -> dict[str, str]:
-    """The tokens of an answer and their log(pi / pi_ref), as short strings.
+def pack_log_ratios(answer: str, tokens: Sequence[tuple[str, float | None]]) -> dict[str, Any]:
+    """The tokens of an answer and their log(pi / pi_ref), without the answer's text.
 
     Args:
         answer: Its text.
-        heat: Text and ratio in nats of each token.
+        tokens: Text and ratio in nats of each.
 
     Returns:
-        ``lengths`` of the tokens in UTF-16 units, one digit each, or more where a token has 89 units or more;
-        ``ratios``, two digits each; and ``rest``, what the tokens have behind the answer's text (the token that ends
-        the turn), or ``text``, all that they are, where they do not begin with it.
+        ``lengths`` of the tokens in UTF-16 units; ``ratios``, hundredths of a nat, null where there is none; and
+        ``rest``, what the tokens have behind the answer's text (the token that ends the turn), or ``text``, all that
+        they are, where they do not begin with it.
     """
-    joined = "".join(token for token, _ in heat)
-    packed = {"rest": joined[len(answer) :]} if joined.startswith(answer) else {"text": joined}
+    joined = "".join(text for text, _ in tokens)
+    packed: dict[str, Any] = {"rest": joined[len(answer) :]} if joined.startswith(answer) else {"text": joined}
     return packed | {
-        "lengths": "".join(_length_digits(len(token.encode("utf-16-le", "surrogatepass")) // 2) for token, _ in heat),
-        "ratios": "".join(_ratio_digits(ratio) for _, ratio in heat),
+        "lengths": [len(text.encode("utf-16-le", "surrogatepass")) // 2 for text, _ in tokens],
+        "ratios": [
+            None if ratio is None or not math.isfinite(ratio) else round(ratio / _RATIO_STEP) for _, ratio in tokens
+        ],
     }
-
-
-def _length_digits(length: int) -> str:
-    whole, rest = divmod(length, _BASE - 1)
-    return DIGITS[-1] * whole + DIGITS[rest]
-
-
-def _ratio_digits(ratio: float | None) -> str:
-    if ratio is None or not math.isfinite(ratio):
-        number = _NO_RATIO
-    else:
-        number = min(max(round(ratio / _RATIO_STEP) + _ZERO_RATIO, 1), _BASE**2 - 1)
-    return DIGITS[number // _BASE] + DIGITS[number % _BASE]
 
 
 def _safe_json(value: Any) -> str:

@@ -9,6 +9,7 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 from html.parser import HTMLParser
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from dpo_cli.core import paths
 from dpo_cli.core.artifacts import write_text
 from dpo_cli.core.errors import StaleArtifactError
 from dpo_cli.report import curves, judge, pairs, win_rates
-from dpo_cli.report.browser import DIGITS, MOST_BYTES, make_browser, pack_heat
+from dpo_cli.report.browser import MOST_BYTES, make_browser, pack_log_ratios
 from dpo_cli.report.environment import page_environment
 from dpo_cli.report.figures import DARK, LIGHT
 from dpo_cli.report.page import write_report
@@ -376,19 +377,13 @@ def test_one_sample_is_shown_however_long() -> None:
     assert make_browser([sample]).num_shown == 1
 
 
-def unpack(answer: str, packed: dict[str, str]) -> list[tuple[str, float | None]]:
+def unpack(answer: str, packed: dict[str, Any]) -> list[tuple[str, float | None]]:
     """The inverse of packing, written again after its description."""
-    joined = packed["text"] if "text" in packed else answer + packed["rest"]
-    tokens, length, place = [], 0, 0
-    for digit in packed["lengths"]:
-        length += DIGITS.index(digit)
-        if digit != DIGITS[-1]:
-            high, low = packed["ratios"][2 * len(tokens) : 2 * len(tokens) + 2]
-            number = 90 * DIGITS.index(high) + DIGITS.index(low)
-            units = joined.encode("utf-16-le")[2 * place : 2 * (place + length)]
-            tokens.append((units.decode("utf-16-le"), round((number - 4050) / 100, 2) if number else None))
-            place, length = place + length, 0
-    return tokens
+    units = (packed["text"] if "text" in packed else answer + packed["rest"]).encode("utf-16-le")
+    ends = list(accumulate(packed["lengths"], initial=0))
+    texts = [units[2 * begin : 2 * end].decode("utf-16-le") for begin, end in pairwise(ends)]
+    ratios = [None if ratio is None else ratio / 100 for ratio in packed["ratios"]]
+    return list(zip(texts, ratios, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -400,16 +395,12 @@ def unpack(answer: str, packed: dict[str, str]) -> list[tuple[str, float | None]
         ("déjà", [("d\ufffd", 0.1), ("\ufffdj\ufffd", 0.2)]),
     ],
 )
-def test_heat_is_packed_without_loss(answer: str, heat: list[tuple[str, float | None]]) -> None:
-    assert unpack(answer, pack_heat(answer, heat)) == heat
+def test_log_ratios_are_packed_without_loss(answer: str, heat: list[tuple[str, float | None]]) -> None:
+    assert unpack(answer, pack_log_ratios(answer, heat)) == heat
 
 
-def test_heat_beyond_its_range_is_at_its_ends() -> None:
-    assert [ratio for _, ratio in unpack("abc", pack_heat("abc", [("a", 99.0), ("b", -1e9), ("c", float("nan"))]))] == [
-        40.49,
-        -40.49,
-        None,
-    ]
+def test_a_ratio_that_is_no_number_is_none() -> None:
+    assert pack_log_ratios("c", [("c", float("nan"))])["ratios"] == [None]
 
 
 # --- damaged files --------------------------------------------------------------------------
