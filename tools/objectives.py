@@ -74,7 +74,7 @@ def objectives_svg() -> str:
 
 
 def _draw(row: Sequence[Axes], losses: Sequence[tuple[str, dict[str, Any], str]]) -> None:
-    for (name, settings, colour), dashes in zip(losses, _DASHES, strict=False):
+    for (name, settings, color), dashes in zip(losses, _DASHES, strict=False):
         policy = torch.stack([_MARGINS / 2, -_MARGINS / 2], dim=1).requires_grad_()
         pairs = Pairs(policy, torch.zeros_like(policy), torch.ones_like(policy))
         loss = LOSSES[name].of(pairs, TrainParams(loss=name, beta=1.0, **settings))
@@ -82,7 +82,7 @@ def _draw(row: Sequence[Axes], losses: Sequence[tuple[str, dict[str, Any], str]]
         # along r_w = -r_l = m / 2
         weight = -(gradient[:, 0] - gradient[:, 1]) / 2
         for axes, values in zip(row, (loss.detach(), weight), strict=True):
-            axes.plot(_MARGINS, values, color=colour, linestyle=dashes, linewidth=1.5, label=name)
+            axes.plot(_MARGINS, values, color=color, linestyle=dashes, linewidth=1.5, label=name)
     for axes, limits in zip(row, ((-1.2, 6.5), (-1.2, 1.6)), strict=True):
         axes.set_ylim(*limits)
         axes.set_xlim(-5, 5)

@@ -17,7 +17,7 @@ from dpo_cli.evaluation.findings import percent, percent_interval
 from dpo_cli.statistics.bootstrap import Estimate, ends
 
 if TYPE_CHECKING:
-    from dpo_cli.evaluation.compare import Comparison
+    from dpo_cli.evaluation.compare import ExperimentComparison
     from dpo_cli.evaluation.head_to_head import HeadToHead
 
 _NARROWEST = 40
@@ -37,7 +37,7 @@ class _Column:
         return max(Text(line).cell_len for lines in (self.title, *self.cells) for line in lines)
 
 
-def print_comparison(found: Comparison, console: Console | None = None) -> None:
+def print_comparison(found: ExperimentComparison, console: Console | None = None) -> None:
     """Print tables no wider than the terminal, then the notes.
 
     Args:
@@ -93,11 +93,11 @@ def _cell(lines: Sequence[str]) -> Text:
     return Text("\n".join(lines), style="bold" if lines[-1].endswith("*") else "")
 
 
-def _param_column(found: Comparison, path: str) -> _Column:
+def _param_column(found: ExperimentComparison, path: str) -> _Column:
     return _Column(_title(path), [[_text(experiment.params.get(path))] for experiment in found.experiments])
 
 
-def _metric_column(found: Comparison, name: str) -> _Column:
+def _metric_column(found: ExperimentComparison, name: str) -> _Column:
     values = [_text(experiment.metrics.get(name)) for experiment in found.experiments]
     differences = [None, *found.differences[name]]
     return _Column(_title(name), [_lines(value, each) for value, each in zip(values, differences, strict=True)])

@@ -94,7 +94,7 @@ def create_project(folder: Path, files: ProjectFiles, reporter: Reporter, settin
     Args:
         folder: Where.
         files: What the user brings.
-        reporter: Hears how it is read.
+        reporter: Says how it is read.
         settings: Settings of params.yaml as ``section.key=value``; ``key=value`` is meant of the file that is given.
 
     Raises:

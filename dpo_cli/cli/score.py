@@ -68,7 +68,7 @@ def score_command(
     ] = None,
     html: Annotated[
         Path | None,
-        typer.Option("--html", metavar="FILE", help="Write a page with the tokens coloured by log(pi / pi_ref)."),
+        typer.Option("--html", metavar="FILE", help="Write a page with the tokens colored by log(pi / pi_ref)."),
     ] = None,
     max_rows: Annotated[
         int | None, typer.Option("--max-rows", metavar="N", min=1, help="Read so many rows of each file, at most.")

@@ -14,7 +14,7 @@ from dpo_cli.evaluation.implicit_reward import RewardSummary
 from dpo_cli.evaluation.score import Scored, ScoredRow
 from dpo_cli.evaluation.score_rows import InputRow
 from dpo_cli.reference.log_ratios import Answers
-from dpo_cli.report.token_page import HeatAnswer, HeatPiece, HeatRow, choose_rows, write_heat_page
+from dpo_cli.report.token_page import AnswerTokens, RowTokens, TokenPiece, choose_rows, write_token_page
 
 _NAMED = 5
 
@@ -27,9 +27,9 @@ def write_page(path: Path, found: Scored) -> None:
     """Write the page with the tokens of the rows whose margins are worst."""
     rows = found.rows
     shown = choose_rows([row.agreement.margin for row in rows], [sum(row.answers.num_tokens) for row in rows])
-    write_heat_page(
+    write_token_page(
         path,
-        [_heat_row(rows[index], found.tokenizer) for index in shown],
+        [_row_tokens(rows[index], found.tokenizer) for index in shown],
         Counter(row.agreement.outcome for row in rows),
         _told(found.summaries),
         beta=found.beta,
@@ -38,33 +38,33 @@ def write_page(path: Path, found: Scored) -> None:
     )
 
 
-def _heat_row(row: ScoredRow, tokenizer: Any) -> HeatRow:
+def _row_tokens(row: ScoredRow, tokenizer: Any) -> RowTokens:
     given, answers = row.input, row.answers
-    return HeatRow(
+    return RowTokens(
         place=f"{given.source}, row {given.row}{f', {given.part}' if given.part else ''}",
         outcome=row.agreement.outcome,
         margin=row.agreement.margin,
         in_training=row.in_training,
         prompt=[{**message, "content": visible(message["content"])} for message in given.prompt],
         answers=[
-            HeatAnswer(
+            AnswerTokens(
                 name,
                 answers.rewards[place],
                 row.logps[place],
                 answers.reference[place],
                 answers.num_tokens[place],
-                _heat_pieces(tokenizer, given.tokens.completions[place], row.ratios[place]),
+                _token_pieces(tokenizer, given.tokens.completions[place], row.ratios[place]),
             )
             for place, name in enumerate(_names(given))
         ],
     )
 
 
-def _heat_pieces(tokenizer: Any, ids: Sequence[int], ratios: Sequence[float]) -> list[HeatPiece]:
+def _token_pieces(tokenizer: Any, ids: Sequence[int], ratios: Sequence[float]) -> list[TokenPiece]:
     pieces, begin = [], 0
     for piece in pieces_of(tokenizer, ids):
         end = begin + len(piece.ids)
-        pieces.append(HeatPiece(visible_token(piece.text), sum(ratios[begin:end]), end - begin, piece.special))
+        pieces.append(TokenPiece(visible_token(piece.text), sum(ratios[begin:end]), end - begin, piece.special))
         begin = end
     return pieces
 

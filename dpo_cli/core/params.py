@@ -19,7 +19,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from dpo_cli.core.errors import ParamsError
 from dpo_cli.core.evaluate_params import EvaluateParams, idle_evaluate_settings
-from dpo_cli.core.sections import Section, differs, knob
+from dpo_cli.core.sections import Section, differs, param
 from dpo_cli.core.text import in_one_line, shown
 from dpo_cli.losses.catalogue import LOSSES, SETTINGS, learns_log_ratio, readers
 
@@ -69,31 +69,31 @@ class Source(Section):
     path: str = Field(
         min_length=1, description="File under data/raw, where DVC sees a change; * and ? stand for several files."
     )
-    format: Any = knob("auto", "Format of its rows; auto detects it and says what it found.")
-    columns: dict[str, Column] = knob(
+    format: Any = param("auto", "Format of its rows; auto detects it and says what it found.")
+    columns: dict[str, Column] = param(
         {}, "Where fields lie that go by other names: {prompt: question}; a.b is b within a; a list makes a list."
     )
-    records: str = knob("", "Where the list of rows lies, if not at the top: a key, or keys with dots between.")
-    roles: dict[str, Roles] = knob({}, "Further names of roles: {narrator: system}.")
-    labels: Annotated[dict[str, Labels], BeforeValidator(_label_keys)] = knob(
+    records: str = param("", "Where the list of rows lies, if not at the top: a key, or keys with dots between.")
+    roles: dict[str, Roles] = param({}, "Further names of roles: {narrator: system}.")
+    labels: Annotated[dict[str, Labels], BeforeValidator(_label_keys)] = param(
         {},
         'What a label means that names the better of two outputs: {"1": first, "0": second}; "<1.5" stands for all'
         " numbers below.",
     )
-    unwrap: bool = knob(
+    unwrap: bool = param(
         False,
         "Texts that are whole conversations as a chat template renders them (ChatML, Llama, Gemma, [INST],"
         " ### Instruction and the like) become messages.",
     )
-    weight: float = knob(
+    weight: float = param(
         1.0,
         "How often a row of it is seen in an epoch: 0.5 takes half of its prompts (a hash decides), 2 takes every row"
         " twice. The eval split is not weighted.",
         gt=0,
         le=100,
     )
-    max_rows: int | None = knob(None, "Stop after so many rows of it.", unit="rows", ge=1, le=10**12)
-    split: Literal["auto", "train", "eval"] = knob(
+    max_rows: int | None = param(None, "Stop after so many rows of it.", unit="rows", ge=1, le=10**12)
+    split: Literal["auto", "train", "eval"] = param(
         "auto", "auto: data.eval_fraction of its prompts are held out; else all of it goes to one split."
     )
 
@@ -108,8 +108,8 @@ PreferenceFormat = Literal["auto", "sharegpt", "pairs", "hh", "implicit", "two_o
 class SftSource(Source):
     """A source of instruction data."""
 
-    format: SftFormat = knob("auto", "Format of its rows; auto detects it and says what it found.")
-    turns: Literal["last", "all"] = knob(
+    format: SftFormat = param("auto", "Format of its rows; auto detects it and says what it found.")
+    turns: Literal["last", "all"] = param(
         "last", "Of a conversation (format messages): its last answer is the example, or every answer is one."
     )
 
@@ -117,13 +117,13 @@ class SftSource(Source):
 class PreferenceSource(Source):
     """A source of preference data."""
 
-    format: PreferenceFormat = knob("auto", "Format of its rows; auto detects it and says what it found.")
-    pairs: Literal["all", "adjacent", "best_vs_worst"] = knob(
+    format: PreferenceFormat = param("auto", "Format of its rows; auto detects it and says what it found.")
+    pairs: Literal["all", "adjacent", "best_vs_worst"] = param(
         "all",
-        "Pairs made of K ranked answers: all that are not tied, those of neighbouring ranks, or the best with the"
+        "Pairs made of K ranked answers: all that are not tied, those of neighboring ranks, or the best with the"
         " worst.",
     )
-    compare: Literal["last", "first"] = knob(
+    compare: Literal["last", "first"] = param(
         "last",
         "Of chosen and rejected with several turns each: last takes those that differ in the last answer alone; first"
         " compares the first answers in which they differ, and leaves out what follows.",
@@ -133,24 +133,24 @@ class PreferenceSource(Source):
 class SftData(SftSource):
     """Where the instruction data is."""
 
-    path: str = knob(
+    path: str = param(
         "data/raw/instructions.json",
         "File of instruction data under data/raw, where DVC sees a change; * and ? stand for several files."
         " preferences: the preference data, read as data.preferences says, so that its preferred answers are learned.",
         min_length=1,
     )
-    also: list[SftSource] = knob([], "Further sources: a list of mappings with the settings above.")
+    also: list[SftSource] = param([], "Further sources: a list of mappings with the settings above.")
 
 
 class PreferenceData(PreferenceSource):
     """Where the preference data is."""
 
-    path: str = knob(
+    path: str = param(
         "data/raw/preferences.json",
         "File of preference data under data/raw; * and ? stand for several files.",
         min_length=1,
     )
-    also: list[PreferenceSource] = knob([], "Further sources: a list of mappings with the settings above.")
+    also: list[PreferenceSource] = param([], "Further sources: a list of mappings with the settings above.")
 
 
 Policy = Literal["drop", "keep", "error"]
@@ -160,31 +160,31 @@ StrictPolicy = Literal["drop", "error"]
 class DataChecks(Section):
     """What to do with rows that a check finds: drop lists them and leaves them out, keep counts them, error stops."""
 
-    malformed: StrictPolicy = knob("drop", "The row does not fit its format: a field missing, not text, no such role.")
-    empty_prompt: StrictPolicy = knob("drop", "Nothing is asked.")
-    empty_completion: Policy = knob("drop", "The answer to an instruction is empty.")
-    empty_chosen: Policy = knob("drop", "The preferred answer is empty.")
-    empty_rejected: Policy = knob("drop", "The other answer is empty.")
-    equal_sides: Policy = knob("drop", "Both answers are the same, up to white space around them.")
-    tie: StrictPolicy = knob("drop", "Neither answer won: no pair can be made.")
-    duplicate: Policy = knob("drop", "The same prompt and answers came before; the first one stays.")
-    contradiction: Policy = knob("drop", "The same two answers are there in both orders; drop leaves out both.")
-    shared_prompt: Policy = knob(
+    malformed: StrictPolicy = param("drop", "The row does not fit its format: a field missing, not text, no such role.")
+    empty_prompt: StrictPolicy = param("drop", "Nothing is asked.")
+    empty_completion: Policy = param("drop", "The answer to an instruction is empty.")
+    empty_chosen: Policy = param("drop", "The preferred answer is empty.")
+    empty_rejected: Policy = param("drop", "The other answer is empty.")
+    equal_sides: Policy = param("drop", "Both answers are the same, up to white space around them.")
+    tie: StrictPolicy = param("drop", "Neither answer won: no pair can be made.")
+    duplicate: Policy = param("drop", "The same prompt and answers came before; the first one stays.")
+    contradiction: Policy = param("drop", "The same two answers are there in both orders; drop leaves out both.")
+    shared_prompt: Policy = param(
         "drop", "A train row's prompt is in eval, too; only sources with a split of their own can have it."
     )
-    score_conflict: Policy = knob(
+    score_conflict: Policy = param(
         "keep", "The preferred answer's score is lower than the other's, or the same; keep: the choice counts."
     )
-    repeated_prompt: Policy = knob("keep", "An earlier row has the same prompt with other answers.")
-    prefix_sides: Policy = knob("keep", "One answer is the beginning of the other.")
-    longer_chosen: Policy = knob("keep", "The preferred answer is the longer one: length bias where it is not half.")
-    chat_markers: Policy = knob("keep", "A text holds marks of chat templates, such as <|im_end|> or Human:.")
-    placeholders: Policy = knob("keep", "A text holds {{placeholders}}; they are kept as they stand.")
-    replacement_characters: Policy = knob("keep", "A text holds U+FFFD: it was decoded wrongly once.")
-    turn_order: Policy = knob(
+    repeated_prompt: Policy = param("keep", "An earlier row has the same prompt with other answers.")
+    prefix_sides: Policy = param("keep", "One answer is the beginning of the other.")
+    longer_chosen: Policy = param("keep", "The preferred answer is the longer one: length bias where it is not half.")
+    chat_markers: Policy = param("keep", "A text holds marks of chat templates, such as <|im_end|> or Human:.")
+    placeholders: Policy = param("keep", "A text holds {{placeholders}}; they are kept as they stand.")
+    replacement_characters: Policy = param("keep", "A text holds U+FFFD: it was decoded wrongly once.")
+    turn_order: Policy = param(
         "keep", "The prompt has two turns of one role in a row, or a system turn behind the first."
     )
-    no_input: Policy = knob("keep", "The prompt ends with <noinput> or Noinput, which stands for an empty input.")
+    no_input: Policy = param("keep", "The prompt ends with <noinput> or Noinput, which stands for an empty input.")
 
 
 class DataParams(Section):
@@ -192,14 +192,14 @@ class DataParams(Section):
 
     sft: SftData = Field(default_factory=SftData, description="Instruction data.")
     preferences: PreferenceData = Field(default_factory=PreferenceData, description="Preference data.")
-    eval_fraction: float = knob(
+    eval_fraction: float = param(
         0.1,
         "Share of prompts held out. A hash of the prompt's opening decides, for both files alike: adding rows moves"
         " none.",
         gt=0,
         lt=1,
     )
-    split_by: Literal["opening", "prompt"] = knob(
+    split_by: Literal["opening", "prompt"] = param(
         "opening",
         "What is hashed: opening, all up to the first user turn, so that no conversation is on both sides; or the whole"
         " prompt, for conversations that all begin alike.",
@@ -223,26 +223,26 @@ class DataParams(Section):
 class ModelParams(Section):
     """Which model is tuned. Read by every stage that loads it."""
 
-    name: str = knob(
+    name: str = param(
         EMBEDDED,
         "'embedded' builds a tiny model from code; any other name stands for the directory in runtime.model_path"
         " or the environment variable DPO_MODEL_PATH.",
         min_length=1,
     )
-    revision: str = knob("", "Your label for the model's version; part of its identity.")
-    chat_template: Literal["auto", "plain", "chatml", "alpaca"] = knob(
+    revision: str = param("", "Your label for the model's version; part of its identity.")
+    chat_template: Literal["auto", "plain", "chatml", "alpaca"] = param(
         "auto", "'auto' takes the model's own chat template; a name overrides it, and is needed where it has none."
     )
-    template_options: dict[str, Any] = knob(
+    template_options: dict[str, Any] = param(
         {}, "What the chat template is told beside the messages: {enable_thinking: false}."
     )
-    system: Literal["keep", "fold"] = knob(
+    system: Literal["keep", "fold"] = param(
         "keep",
         "keep: system turns go to the chat template as they are; fold: their text goes before the user's turn, for"
         " templates that take no system turn.",
     )
-    seed: int = knob(0, "Seed of the embedded model's weights and text.", ge=0, le=2**32 - 1)
-    pretrain_steps: int = knob(
+    seed: int = param(0, "Seed of the embedded model's weights and text.", ge=0, le=2**32 - 1)
+    pretrain_steps: int = param(
         900, "Steps for which the embedded model is pretrained.", unit="optimizer steps", ge=1, le=10**6
     )
 
@@ -250,16 +250,16 @@ class ModelParams(Section):
 class LoraParams(Section):
     """Shape of a LoRA adapter (Hu et al. 2021)."""
 
-    r: int = knob(16, "Rank of the update.", ge=1, le=4096)
-    alpha: float = knob(32.0, "Scale of the update: it is multiplied by alpha / r.", gt=0, le=1e5)
-    rslora: bool = knob(False, "Multiply it by alpha / sqrt(r) instead, for high ranks (rsLoRA, Kalajdzievski 2023).")
-    dora: bool = knob(
+    r: int = param(16, "Rank of the update.", ge=1, le=4096)
+    alpha: float = param(32.0, "Scale of the update: it is multiplied by alpha / r.", gt=0, le=1e5)
+    rslora: bool = param(False, "Multiply it by alpha / sqrt(r) instead, for high ranks (rsLoRA, Kalajdzievski 2023).")
+    dora: bool = param(
         False,
         "Train the length of each row of the weights apart from its direction (DoRA, Liu et al. 2024). A step takes"
         " longer, and evaluate.scales has no meaning.",
     )
-    dropout: float = knob(0.0, "Dropout on the adapter's input while training.", ge=0, lt=1)
-    target_modules: Annotated[list[str], Field(min_length=1)] = knob(
+    dropout: float = param(0.0, "Dropout on the adapter's input while training.", ge=0, lt=1)
+    target_modules: Annotated[list[str], Field(min_length=1)] = param(
         ["all-linear"], "Names of the layers that get an adapter; all-linear means every linear layer but the head."
     )
 
@@ -267,35 +267,35 @@ class LoraParams(Section):
 class TrainingParams(Section):
     """Knobs that SFT, DPO and the reward model share."""
 
-    learning_rate: float = knob(2e-4, "Peak learning rate.", gt=0, le=1)
-    batch_size: int = knob(
+    learning_rate: float = param(2e-4, "Peak learning rate.", gt=0, le=1)
+    batch_size: int = param(
         16,
         "Examples (sft), preference pairs or rankings (train, reward) an optimizer step. It alone decides the"
         " mathematics; memory is bounded by runtime.max_tokens_per_microbatch.",
         ge=1,
         le=10**6,
     )
-    epochs: float = knob(1.0, "Passes over the training data.", unit="epochs", gt=0, le=10**4)
-    max_steps: int | None = knob(None, "Steps to train, in place of epochs.", unit="optimizer steps", ge=1, le=10**8)
-    schedule: Literal["cosine", "linear", "constant"] = knob("cosine", "Learning rate after the warm-up.")
-    warmup_ratio: float = knob(0.1, "Share of the steps in which the learning rate rises from 0.", ge=0, lt=1)
-    optimizer: Literal["adamw", "rmsprop", "paged_adamw_8bit"] = knob(
+    epochs: float = param(1.0, "Passes over the training data.", unit="epochs", gt=0, le=10**4)
+    max_steps: int | None = param(None, "Steps to train, in place of epochs.", unit="optimizer steps", ge=1, le=10**8)
+    schedule: Literal["cosine", "linear", "constant"] = param("cosine", "Learning rate after the warm-up.")
+    warmup_ratio: float = param(0.1, "Share of the steps in which the learning rate rises from 0.", ge=0, lt=1)
+    optimizer: Literal["adamw", "rmsprop", "paged_adamw_8bit"] = param(
         "adamw", "paged_adamw_8bit is bitsandbytes' and needs CUDA; rmsprop is the DPO paper's."
     )
-    weight_decay: float = knob(0.0, "Decoupled weight decay; rmsprop takes none.", ge=0, le=10)
-    max_grad_norm: float = knob(1.0, "Gradients are clipped to this L2 norm.", gt=0, le=1e9)
-    eval_steps: int = knob(
+    weight_decay: float = param(0.0, "Decoupled weight decay; rmsprop takes none.", ge=0, le=10)
+    max_grad_norm: float = param(1.0, "Gradients are clipped to this L2 norm.", gt=0, le=1e9)
+    eval_steps: int = param(
         50,
         "Held-out loss after every so many steps, besides that before the first and after the last; 0: only those.",
         unit="optimizer steps",
         ge=0,
         le=10**8,
     )
-    keep: Literal["last", "best"] = knob(
+    keep: Literal["last", "best"] = param(
         "last",
         "Whose weights are published: the last step's, or those of the evaluation with the lowest held-out loss.",
     )
-    patience: int | None = knob(
+    patience: int | None = param(
         None,
         "With keep best, training ends when so many evaluations in a row brought no lower held-out loss; null: never"
         " before its last step.",
@@ -303,43 +303,43 @@ class TrainingParams(Section):
         ge=1,
         le=10**8,
     )
-    seed: int = knob(0, "Seeds the adapter's start, the order of rows and dropout.", ge=0, le=2**32 - 1)
+    seed: int = param(0, "Seeds the adapter's start, the order of rows and dropout.", ge=0, le=2**32 - 1)
 
 
 class TokenChecks(Section):
     """What to do with rows by their tokens: drop lists them and leaves them out, keep counts them, error stops."""
 
-    over_long: StrictPolicy = knob("drop", "The row has more than max_length tokens; nothing is ever cut off.")
-    lost_eos: Policy = knob("drop", "An answer does not end with a token that ends the model's turn.")
-    lost_text: Policy = knob(
+    over_long: StrictPolicy = param("drop", "The row has more than max_length tokens; nothing is ever cut off.")
+    lost_eos: Policy = param("drop", "An answer does not end with a token that ends the model's turn.")
+    lost_text: Policy = param(
         "drop", "Text of an answer, or of a turn before it, is not among the tokens: the chat template leaves it out."
     )
-    doubled_opener: Policy = knob("drop", "An answer begins with what the chat template opens before it: <think>.")
-    tools_not_shown: Policy = knob("drop", "The chat template does not show the row's tools or calls.")
-    reasoning_not_shown: Policy = knob("drop", "The chat template does not show the reasoning of an answer.")
-    double_bos: Policy = knob(
+    doubled_opener: Policy = param("drop", "An answer begins with what the chat template opens before it: <think>.")
+    tools_not_shown: Policy = param("drop", "The chat template does not show the row's tools or calls.")
+    reasoning_not_shown: Policy = param("drop", "The chat template does not show the reasoning of an answer.")
+    double_bos: Policy = param(
         "keep", "The prompt begins with two BOS tokens: the template writes one, the text another."
     )
-    double_eos: Policy = knob("keep", "An answer's text ends with an end token of its own; one is scored.")
+    double_eos: Policy = param("keep", "An answer's text ends with an end token of its own; one is scored.")
 
 
 class PairTokenChecks(TokenChecks):
     """The same for rows with several answers."""
 
-    equal_sides: Policy = knob("drop", "Two answers are the same token by token.")
+    equal_sides: Policy = param("drop", "Two answers are the same token by token.")
 
 
 class SftParams(TrainingParams):
     """Supervised fine-tuning, which gives the reference model. Read by sft."""
 
-    method: Literal["none", "adapter", "full", "lora", "qlora"] = knob(
+    method: Literal["none", "adapter", "full", "lora", "qlora"] = param(
         "qlora",
         "none: no fine-tuning, the reference is the base; adapter: no fine-tuning, the reference is your LoRA adapter"
         " in runtime.adapter_path (with both, the other settings of this section are not read); full: all weights;"
         " lora: an adapter on the plain model; qlora: an adapter on the model in 4-bit nf4.",
     )
     lora: LoraParams = Field(default_factory=LoraParams, description="The adapter of methods lora and qlora.")
-    max_length: int = knob(
+    max_length: int = param(
         1024,
         "Longer rows (prompt + completion) are left out, counted and listed.",
         unit="tokens",
@@ -352,17 +352,17 @@ class SftParams(TrainingParams):
 class ReferenceParams(Section):
     """The graph that reference, policy and reward model share. Read by precompute_ref, train, reward and evaluate."""
 
-    quantization: Literal["nf4", "none"] = knob(
+    quantization: Literal["nf4", "none"] = param(
         "nf4", "How the frozen weights are held: 4-bit nf4 with double quantization, or as they are."
     )
-    max_length: int = knob(
+    max_length: int = param(
         1024,
         "Pairs with a longer side (prompt + answer) are left out, counted and listed.",
         unit="tokens",
         ge=2,
         le=10**7,
     )
-    rankings: bool = knob(
+    rankings: bool = param(
         True,
         "Where the data has rankings, score all their answers, as train.loss plackett_luce needs; false: only those"
         " in pairs.",
@@ -375,45 +375,45 @@ class ReferenceParams(Section):
 class TrainParams(TrainingParams):
     """Direct Preference Optimization. Read by train; evaluate takes beta from what train made."""
 
-    learning_rate: float = knob(1e-4, "Peak learning rate.", gt=0, le=1)
-    loss: LossName | dict[PairwiseName, Annotated[float, Field(gt=0, le=1e6)]] = knob(
+    learning_rate: float = param(1e-4, "Peak learning rate.", gt=0, le=1)
+    loss: LossName | dict[PairwiseName, Annotated[float, Field(gt=0, le=1e6)]] = param(
         "sigmoid",
         "The objective, or several with their weights: {sigmoid: 1, sft: 0.1}. docs/objectives.md has a table of all:"
         " formula, paper, and when to use which.",
     )
-    beta: float = knob(0.1, "Strength of the pull towards the reference model.", gt=0, le=1000)
-    label_smoothing: float = knob(
+    beta: float = param(0.1, "Strength of the pull towards the reference model.", gt=0, le=1000)
+    label_smoothing: float = param(
         0.0,
         "Share of flipped labels that cdpo, robust, exo_pair, aot, aot_unpaired, cpo and simpo assume.",
         ge=0,
         lt=0.5,
     )
-    gamma: float = knob(0.0, "Margin that simpo asks for.", unit="nats", ge=0, le=1000)
-    discopop_tau: float = knob(0.05, "Temperature of the blend in discopop.", ge=1e-3, le=1)
-    divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = knob(
+    gamma: float = param(0.0, "Margin that simpo asks for.", unit="nats", ge=0, le=1000)
+    discopop_tau: float = param(0.05, "Temperature of the blend in discopop.", ge=1e-3, le=1)
+    divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = param(
         "reverse_kl", "What keeps the policy near the reference (f-DPO, Wang et al. 2023); for losses of the margin."
     )
-    divergence_alpha: float = knob(
+    divergence_alpha: float = param(
         0.5, "Its coefficient, for divergence alpha: 0 is forward_kl, towards 1 it is reverse_kl.", ge=0, lt=1
     )
-    ld_alpha: float | None = knob(
+    ld_alpha: float | None = param(
         None,
         "LD-DPO (Liu et al. 2024): weight of the tokens that one answer has beyond the other's length; null: not at"
         " all.",
         ge=0,
         lt=1,
     )
-    weighting: Literal["none", "wpo"] = knob(
+    weighting: Literal["none", "wpo"] = param(
         "none", "wpo weighs each pair by how likely it is under the policy (Zhou et al. 2024, eq. 2)."
     )
-    margin_scale: float = knob(
+    margin_scale: float = param(
         0.0,
         "Times the difference of the two answers' scores, in the data, is what the margin must reach (ODPO, Amini et"
         " al. 2024); 0: scores are not read.",
         ge=0,
         le=1e6,
     )
-    ties: Literal["average", "groups"] = knob(
+    ties: Literal["average", "groups"] = param(
         "average",
         "Tied answers of a ranking (plackett_luce): the mean over the orders that they allow, or not compared.",
     )
@@ -436,13 +436,13 @@ class TrainParams(TrainingParams):
 class RewardParams(TrainingParams):
     """The reward model that DPO does without: a head on the SFT model that scores answers. Read by reward."""
 
-    loss: Literal["none", "bradley_terry", "plackett_luce"] = knob(
+    loss: Literal["none", "bradley_terry", "plackett_luce"] = param(
         "none",
         "none: there is no reward model, and the other settings of this section are not read; bradley_terry: from"
         " pairs; plackett_luce: from rankings.",
     )
-    learning_rate: float = knob(1e-4, "Peak learning rate of adapter and head.", gt=0, le=1)
-    ties: Literal["average", "groups"] = knob(
+    learning_rate: float = param(1e-4, "Peak learning rate of adapter and head.", gt=0, le=1)
+    ties: Literal["average", "groups"] = param(
         "average",
         "Tied answers of a ranking (plackett_luce): the mean over the orders that they allow, or not compared.",
     )
@@ -455,16 +455,16 @@ class RewardParams(TrainingParams):
 class RuntimeParams(Section):
     """This machine. No stage lists it: it never changes a result beyond rounding."""
 
-    device: Literal["auto", "cpu", "cuda"] = knob(
+    device: Literal["auto", "cpu", "cuda"] = param(
         "auto",
         "auto takes CUDA where there is one, but not for the embedded model, which wants no GPU.",
     )
-    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = param(
         "auto",
         "What products are computed in; auto: bfloat16 on a GPU that has it (compute capability 8.0 and above), float16"
         " with a loss scale on an older one, float32 on the CPU. A part of what a reference cache is kept under.",
     )
-    max_gpu_gib: float | None = knob(
+    max_gpu_gib: float | None = param(
         None,
         "Memory knob: GPU memory that PyTorch may hold; null: 92% of what is free at the start. Beyond it work goes on"
         " in smaller micro-batches, and never in the system's memory, into which drivers under Windows spill.",
@@ -472,20 +472,20 @@ class RuntimeParams(Section):
         gt=0,
         le=1e4,
     )
-    workers: int | None = knob(
+    workers: int | None = param(
         None,
         "Processes that convert large files of JSON lines; null: as many as there are cores for it.",
         ge=1,
         le=1024,
     )
-    threads: int | None = knob(
+    threads: int | None = param(
         None,
         "CPU threads of torch; null: OMP_NUM_THREADS, or else all physical cores that the process may use. On cores"
         " that others use, too, 1 can be faster.",
         ge=1,
         le=1024,
     )
-    max_tokens_per_microbatch: int | None = knob(
+    max_tokens_per_microbatch: int | None = param(
         None,
         "Memory knob: tokens that go through the model at once, padding included; null: 4096 on a GPU, in training"
         " what is fastest and fits, and 1024 on the CPU, where what fits into its caches is faster. Halved where memory"
@@ -494,27 +494,27 @@ class RuntimeParams(Section):
         ge=1,
         le=10**8,
     )
-    layout: Literal["auto", "shared", "packed", "padded"] = knob(
+    layout: Literal["auto", "shared", "packed", "padded"] = param(
         "auto",
         "How a prompt and its answers go through the model: the prompt once (shared), with each answer in one row"
         " (packed), or in padded rows. auto tries them on the model and takes the cheapest that is right.",
     )
-    head_mib: int | None = knob(
+    head_mib: int | None = param(
         None,
         "Memory knob: logits that are held at once; null: 256 on a GPU, 32 on the CPU.",
         unit="MiB",
         ge=1,
         le=2**20,
     )
-    recompute: Literal["auto", "none", "elementwise", "layers"] = knob(
+    recompute: Literal["auto", "none", "elementwise", "layers"] = param(
         "auto",
         "What the backward pass computes again to save memory: nothing, all but matrix products and attention, or"
         " whole layers. auto takes the fastest that fits into free memory.",
     )
-    checkpoint_minutes: float = knob(
+    checkpoint_minutes: float = param(
         10.0, "Work that a kill may cost; 0 saves after every step.", unit="minutes", ge=0, le=1e6
     )
-    tensorboard: bool = knob(
+    tensorboard: bool = param(
         False,
         "Write event files for TensorBoard while sft, train and reward train, below .scratch/tensorboard; needs the"
         " package tensorboard.",

@@ -84,7 +84,7 @@ def convert(
         workers: Processes that share the work on large files of JSON lines.
         rows_listed: Rows named for each check.
         listed: The check of which all rows are named.
-        on_bytes: Hears of every so many bytes of the files that were read.
+        on_bytes: Called with every so many bytes of the files that were read.
 
     Raises:
         DataError: A file cannot be read, has no known format, leaves a split empty, or fails a

@@ -38,7 +38,7 @@ def profile_sources(
         sources: Where the data is.
         data: Section data of the project.
         encoder: Whose tokens are counted; None: characters are.
-        reporter: Hears of progress.
+        reporter: Shows progress.
 
     Yields:
         A kind of data and its figures, as soon as it is read.

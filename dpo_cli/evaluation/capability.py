@@ -107,7 +107,7 @@ def pair_items(task: str, metric: str, higher_is_better: bool, found: Mapping[st
     return TaskScores(task, metric, higher_is_better, items, {m: [found[m][item] for item in items] for m in MODELS})
 
 
-def summarise_task(scores: TaskScores, *, draws: int, confidence: float, seed: int) -> TaskResult:
+def summarize_task(scores: TaskScores, *, draws: int, confidence: float, seed: int) -> TaskResult:
     """Means and paired differences of a task.
 
     Args:

@@ -31,7 +31,7 @@ _ROWS = {OF_ANSWERS: "answers", OF_PAIRS: "held-out pairs"}
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ExperimentComparison:
     """Experiments side by side.
 
     Attributes:
@@ -53,7 +53,7 @@ class Comparison:
     notes: list[str]
 
 
-def compare(names: Sequence[str], baseline: str | None, metrics: Sequence[str], *, every: bool) -> Comparison:
+def compare(names: Sequence[str], baseline: str | None, metrics: Sequence[str], *, every: bool) -> ExperimentComparison:
     """Read experiments and compare each of them with the baseline.
 
     Args:
@@ -103,7 +103,7 @@ def compare(names: Sequence[str], baseline: str | None, metrics: Sequence[str], 
     }
     params = differing_settings(experiments)
     notes += [*caveats(experiments, shown), *_without_intervals(differences), *_prompts(experiments, differences)]
-    return Comparison(experiments, params, shown, differences, draws, confidence, notes)
+    return ExperimentComparison(experiments, params, shown, differences, draws, confidence, notes)
 
 
 def _too_few(wanted: Sequence[str], named: bool, any_refs: bool) -> str:
@@ -179,7 +179,7 @@ def _prompts(experiments: Sequence[Experiment], differences: dict[str, list[Diff
 # --- as files ---------------------------------------------------------------------------
 
 
-def as_json(found: Comparison) -> dict[str, Any]:
+def as_json(found: ExperimentComparison) -> dict[str, Any]:
     """The comparison as one JSON value."""
     return {
         "baseline": found.experiments[0].name,
@@ -201,7 +201,7 @@ def as_json(found: Comparison) -> dict[str, Any]:
     }
 
 
-def write_csv(found: Comparison, path: Path) -> None:
+def write_csv(found: ExperimentComparison, path: Path) -> None:
     """Write the comparison as CSV: one line an experiment and metric, its settings beside them."""
     columns = ["value", "difference", "low", "high", "num_prompts", "num_left_out", "why"]
     stream = io.StringIO()
@@ -214,7 +214,7 @@ def write_csv(found: Comparison, path: Path) -> None:
     write_text(path, stream.getvalue())
 
 
-def _figures(found: Comparison, metric: str, number: int) -> dict[str, Any]:
+def _figures(found: ExperimentComparison, metric: str, number: int) -> dict[str, Any]:
     if number == 0:
         return {}
     each = found.differences[metric][number - 1]

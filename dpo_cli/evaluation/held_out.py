@@ -91,7 +91,7 @@ class HeldOut:
         return [row.margin for row in self.rows]
 
 
-def summarise_held_out(
+def summarize_held_out(
     pairs: Sequence[HeldOutPair], beta: float, *, draws: int, confidence: float, seed: int
 ) -> HeldOut:
     """Figures over held-out pairs with intervals clustered by prompt."""

@@ -129,7 +129,7 @@ def _share_right(values_BK: torch.Tensor, ranks_BK: torch.Tensor) -> list[float]
     return ((kendall_tau(values_BK, ranks_BK) + 1) / 2).tolist()
 
 
-def summarise_rewards(
+def summarize_rewards(
     rows: Sequence[RankedAnswers], found: Sequence[Agreement], *, draws: int, confidence: float, seed: int
 ) -> RewardSummary:
     """Figures over rows, with intervals clustered by prompt.

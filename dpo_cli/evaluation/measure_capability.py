@@ -23,7 +23,7 @@ from dpo_cli.evaluation.capability import (
     metrics_of,
     pair_items,
     rows_of,
-    summarise_task,
+    summarize_task,
 )
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def measure_capability(
         names: Tasks, groups or tags; none: all tasks.
         limit: The first so many items of each; None: all.
         params: All settings.
-        reporter: Hears of progress.
+        reporter: Shows progress.
 
     Raises:
         MachineError: The harness is not installed, or the model cannot be loaded.
@@ -119,14 +119,14 @@ def measure_capability(
 
     with stage_scratch(_COMMAND, "run"):
         _ask_all(graph, ask)
-        knobs = params.evaluate
+        settings = params.evaluate
         paired = [pair_items(task.name, task.metric, task.higher_is_better, scores[task.name]) for task in tasks]
         results = [
-            summarise_task(one, draws=knobs.bootstrap_draws, confidence=knobs.confidence, seed=knobs.seed)
+            summarize_task(one, draws=settings.bootstrap_draws, confidence=settings.confidence, seed=settings.seed)
             for one in paired
         ]
         write_json_lines(paths.report_dir(_COMMAND) / "items.jsonl", (row for one in paired for row in rows_of(one)))
-        found = Capability(results, knobs.bootstrap_draws, knobs.confidence)
+        found = Capability(results, settings.bootstrap_draws, settings.confidence)
         write_json(paths.metrics_file(_COMMAND), as_json(found))
     return found
 

@@ -63,7 +63,7 @@ class RewardFigures:
     num_prompts: int
 
 
-def summarise_rewards(
+def summarize_rewards(
     pairs: Sequence[RewardedPair], *, draws: int, confidence: float, seed: int, num_bins: int = NUM_BINS
 ) -> RewardFigures:
     """Figures over held-out pairs.

@@ -10,6 +10,7 @@ from dpo_cli.core.errors import ParamsError
 from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
+from dpo_cli.evaluation.models import open_models, reference_model
 from dpo_cli.evaluation.sampling import (
     PromptFile,
     SampleTable,
@@ -19,7 +20,6 @@ from dpo_cli.evaluation.sampling import (
     sample_table,
     write_samples,
 )
-from dpo_cli.evaluation.speakers import open_cast, reference_speaker
 from dpo_cli.evaluation.steps import Steps
 from dpo_cli.judging.known_reward import known_reward
 from dpo_cli.models.load import quiet_libraries
@@ -64,15 +64,15 @@ def sample_files(
     longest = max(len(each.tokens) for each in asked)
     check_context(graph.base, longest + settings.max_new_tokens, "evaluate.max_new_tokens + the longest prompt")
     if model is None:
-        speaker = reference_speaker(graph, params.runtime, reporter, "sample")
+        asked_model = reference_model(graph, params.runtime, reporter, "sample")
     else:
-        speaker = open_cast(graph, model, params.runtime, reporter, "sample").policy
+        asked_model = open_models(graph, model, params.runtime, reporter, "sample").policy
     with stage_scratch("sample", "run") as scratch:
         steps = Steps(graph, settings, params.runtime, reporter, "sample", scratch.folder.parent / "models")
-        answers = steps.answers(speaker, asked, settings.temperature)
+        answers = steps.answers(asked_model, asked, settings.temperature)
     judge = known_reward(settings)
     made_by = {
-        "model": speaker.digest,
+        "model": asked_model.digest,
         "temperature": settings.temperature,
         "max_new_tokens": settings.max_new_tokens,
         "seed": settings.seed,
@@ -84,7 +84,7 @@ def sample_files(
         reward = judge.reward if judge else None
         table = sample_table(one.prompts, answers, num_answers, graph.encoder, reward)
         write_samples(tables[one.path], table.rows, made_by)
-        title = f"{one.path}: {speaker} at T = {settings.temperature:g}"
+        title = f"{one.path}: {asked_model} at T = {settings.temperature:g}"
         reporter.table(title, [*_lines(one, table), ("file", tables[one.path].as_posix())])
         figures[one.path.as_posix()] = {"num_read": one.num_read, "num_prompts": len(one.prompts)} | table.metrics()
     return figures

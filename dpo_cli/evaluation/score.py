@@ -20,7 +20,7 @@ from dpo_cli.evaluation.implicit_reward import (
     RankedAnswers,
     RewardSummary,
     agreements,
-    summarise_rewards,
+    summarize_rewards,
 )
 from dpo_cli.evaluation.score_rows import InputRow, InputRows, read_rows
 from dpo_cli.losses.catalogue import learns_log_ratio
@@ -104,7 +104,7 @@ def score_sources(
         beta: Of the reward; None: what the adapter was trained with.
         max_rows: Rows to read of each file; None: all.
         params: All settings.
-        reporter: Hears of progress.
+        reporter: Shows progress.
 
     Returns:
         What came of it, and what to know of the figures, a sentence each.
@@ -184,7 +184,7 @@ def _summaries(rows: Sequence[ScoredRow], **bootstrap: Any) -> dict[str, RewardS
     found = {}
     for name in ["all", *sources]:
         mine = [row for row in rows if name == "all" or row.input.source == name]
-        found[name] = summarise_rewards([row.answers for row in mine], [row.agreement for row in mine], **bootstrap)
+        found[name] = summarize_rewards([row.answers for row in mine], [row.agreement for row in mine], **bootstrap)
     return found
 
 

@@ -108,7 +108,7 @@ def read_rows(
         max_rows: Rows to read of each; None: all.
         params: All settings.
         graph: Whose tokens rows are made of.
-        reporter: Hears of progress.
+        reporter: Shows progress.
 
     Raises:
         DataError: A file cannot be read or has no known format, no row is left, or a check whose policy is

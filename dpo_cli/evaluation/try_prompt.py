@@ -14,8 +14,8 @@ from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import Message, content_id, user
 from dpo_cli.evaluation.generation import PromptTokens
-from dpo_cli.evaluation.speaker_names import DPO, SFT
-from dpo_cli.evaluation.speakers import open_cast
+from dpo_cli.evaluation.model_names import DPO, SFT
+from dpo_cli.evaluation.models import open_models
 from dpo_cli.evaluation.steps import Steps
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.reference.graph import check_context, open_graph
@@ -64,13 +64,13 @@ def try_prompt(prompt: str, system: str | None, model: Path | None, params: Para
         raise DataError(f"the prompt: {problem}") from None
     check_context(graph.base, len(tokens.tokens) + settings.max_new_tokens, "evaluate.max_new_tokens + the prompt")
     folder = model or paths.DPO_MODEL
-    cast = open_cast(graph, folder, params.runtime, reporter, "try")
-    names = {SFT: cast.reference, folder.resolve().name if model else DPO: cast.policy}
+    models = open_models(graph, folder, params.runtime, reporter, "try")
+    names = {SFT: models.reference, folder.resolve().name if model else DPO: models.policy}
     found = []
     with stage_scratch("try", "run") as scratch:
         steps = Steps(graph, settings, params.runtime, reporter, "try", scratch.folder.parent / "models")
-        for name, speaker in names.items():
-            answer = steps.answers(speaker, [tokens], settings.temperature)[tokens.id]
+        for name, model in names.items():
+            answer = steps.answers(model, [tokens], settings.temperature)[tokens.id]
             text = graph.encoder.decode(list(answer.tokens))
             found.append(Tried(name, text, len(answer.tokens), answer.finished))
     return found

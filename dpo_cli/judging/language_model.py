@@ -88,7 +88,7 @@ class HfJudge:
             quantization: ``nf4`` or ``none``.
             chat_template: ``auto`` for its own, or a name in :data:`dpo_cli.data.chat.NAMED_TEMPLATES`.
             runtime: Layout and token budget.
-            reporter: Hears of them, and is warned where judge and policy are kin.
+            reporter: Says them, and warns where judge and policy are kin.
             stage: Name of the stage, for messages.
             policy: Directory of the base model of the policy that is judged.
 
@@ -99,7 +99,7 @@ class HfJudge:
             raise MachineError(f"the judge's model directory {folder} is missing")
         check_model_folder(folder)
         if policy is not None and (kinship := kinship_of(folder, policy)):
-            reporter.warn(f"{stage}: {kinship}: a judge favours answers like its own; take one of another family")
+            reporter.warn(f"{stage}: {kinship}: a judge favors answers like its own; take one of another family")
         encoder = ChatEncoder(load_tokenizer(folder), chat_template)
         scorer, _ = open_scorer(
             load_model(folder, machine, quantization=quantization), machine.compute_dtype, runtime, reporter, stage

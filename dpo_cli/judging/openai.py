@@ -105,7 +105,7 @@ class OpenAiJudge:
             server: Where it is.
             model: Name of the model; None: the only one that there is.
             template: What it is asked.
-            reporter: Hears how it is asked.
+            reporter: Says how it is asked.
             parallel: Requests under way at once.
             extra: Fields that every request has besides.
 
@@ -141,7 +141,7 @@ class OpenAiJudge:
             problem: DpoCliError | None = None
             try:
                 for future in as_completed(futures):
-                    if future.cancelled():
+                    if future.canceled():
                         continue
                     error = future.exception()
                     if error is None:

@@ -59,7 +59,7 @@ class RewardModel:
             quantization: ``nf4`` or ``none``.
             encoder: Messages to token ids.
             runtime: Layout and token budget.
-            reporter: Hears of them.
+            reporter: Says them.
             stage: Name of the stage, for messages.
         """
         model = load_reward_model(folder, base, sft, machine, quantization)

@@ -155,11 +155,11 @@ def _problems(text: str) -> list[str]:
     return found
 
 
-_SPEAKERS = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
+_ROLES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
 
 
 def transcript(prompt: Messages) -> str:
-    """A prompt as a judge reads it: a single user message as it is, else every message with its speaker."""
+    """A prompt as a judge reads it: a single user message as it is, else every message with its role."""
     if len(prompt) == 1 and prompt[0]["role"] == "user":
         return prompt[0]["content"]
-    return "\n\n".join(f"{_SPEAKERS[message['role']]}: {text_of([message])}" for message in prompt)
+    return "\n\n".join(f"{_ROLES[message['role']]}: {text_of([message])}" for message in prompt)

@@ -1,6 +1,6 @@
 """Win rates: which of two models' answers a judge prefers, asked in both orders, ties as one half.
 
-A judge that favours a position favours each answer once, so that most of it cancels. What is left of it shows in
+A judge that favors a position favors each answer once, so that most of it cancels. What is left of it shows in
 consistency and first_position_rate.
 """
 
@@ -74,7 +74,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Tally:
+class WinRateSummary:
     """Comparisons summed up.
 
     Attributes:
@@ -101,7 +101,7 @@ class Tally:
 
 
 def compare(judge: Judge, prompt: str, ours: str, theirs: str) -> float:
-    """Probability that ours is better, asked in both orders so that no position is favoured.
+    """Probability that ours is better, asked in both orders so that no position is favored.
 
     Raises:
         DataError: The judge has no verdict.
@@ -118,7 +118,7 @@ def compare_all(judge: Judge, pairs: Sequence[Pair], meter: Meter | None = None)
     Args:
         judge: Who decides.
         pairs: What is compared.
-        meter: Hears of every judgment; :func:`num_questions` says how many there will be.
+        meter: Called with every judgment; :func:`num_questions` says how many there will be.
     """
     asked = [index for index, pair in enumerate(pairs) if pair.ours != pair.theirs]
     questions = []
@@ -140,7 +140,7 @@ def num_questions(pairs: Iterable[Pair]) -> int:
     return sum(2 for pair in pairs if pair.ours != pair.theirs)
 
 
-def summarise(comparisons: Sequence[Comparison], remedy: str) -> Tally:
+def summarize(comparisons: Sequence[Comparison], remedy: str) -> WinRateSummary:
     """Sum up comparisons.
 
     Args:
@@ -162,7 +162,7 @@ def summarise(comparisons: Sequence[Comparison], remedy: str) -> Tally:
     wins = [each.win for each in comparisons if each.win is not None]
     verdicts = [judgment.verdict for each in valid for judgment in (each.ours_first, each.theirs_first) if judgment]
     winners = [verdict for verdict in verdicts if verdict != "tie"]
-    return Tally(
+    return WinRateSummary(
         win_rate=from_half(math.fsum(win - 0.5 for win in wins) / len(wins)),
         num_comparisons=len(comparisons),
         num_identical=len(comparisons) - len(asked),

@@ -32,7 +32,7 @@ class Browser:
         num_prompts: Samples there are.
         outcomes: Prompts by outcome in words, such as ``wins 80``; empty where no judge compared.
         counts: Prompts by outcome.
-        scale: The ratio with the full colour, nats; None where no sample has heat.
+        scale: The ratio with the full color, nats; None where no sample has heat.
         file: Where all samples are.
     """
 

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from dpo_cli.core import paths
-from dpo_cli.report.figures import COLOURS, B, Chart, Key, Role, draw, level_line
+from dpo_cli.report.figures import COLORS, B, Chart, Key, Role, draw, level_line
 from dpo_cli.report.inputs import Inputs, Table
 
 Pace = Literal["train", "eval"]
@@ -29,7 +29,7 @@ class Series:
     Attributes:
         label: Its name in the key; empty where the held-out line beside it says enough.
         column: Its column of the table.
-        role: Which of the page's two accents it has, or its grey.
+        role: Which of the page's two accents it has, or its gray.
         pace: train is logged often and drawn thin; eval is rare, held out, and drawn with points.
     """
 
@@ -196,8 +196,8 @@ def _draw_line(axes: Axes, line: Series, points: Points) -> None:
     marker = "o" if len(points) <= _MOST_MARKERS else None
     points = thinned(points)
     steps, values = [step for step, _ in points], [value for _, value in points]
-    colour = COLOURS[line.role]
+    color = COLORS[line.role]
     if line.pace == "train":
-        axes.plot(steps, values, color=colour, linewidth=0.9, alpha=0.55)
+        axes.plot(steps, values, color=color, linewidth=0.9, alpha=0.55)
     else:
-        axes.plot(steps, values, color=colour, linewidth=1.6, marker=marker, markersize=3.2, zorder=3)
+        axes.plot(steps, values, color=color, linewidth=1.6, marker=marker, markersize=3.2, zorder=3)

@@ -1,7 +1,7 @@
-"""How figures are drawn: equal numbers give equal bytes, and colours are classes that a style sheet fills in.
+"""How figures are drawn: equal numbers give equal bytes, and colors are classes that a style sheet fills in.
 
-A chart is an ``<svg>`` element that takes the page's colours and has its title and key as HTML beside it;
-``standalone`` makes of it a file of its own, with title, key and colours for light and dark.
+A chart is an ``<svg>`` element that takes the page's colors and has its title and key as HTML beside it;
+``standalone`` makes of it a file of its own, with title, key and colors for light and dark.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _FONT_POINTS = 9.5
 # Stand-ins that no figure uses otherwise; a style sheet says what they are in light and in dark.
 _STAND_INS = {"#01fe01": "muted", "#01fe02": "line", "#01fe03": "a", "#01fe04": "b", "#01fe05": "ink"}
 MUTED, LINE, A, B, INK = _STAND_INS
-COLOURS: dict[Role, str] = {"a": A, "b": B, "muted": MUTED}
-COLOUR_NAMES = (*_STAND_INS.values(), "card")
-LIGHT = dict(zip(COLOUR_NAMES, ("#62676d", "#e4e4df", "#1f6fb2", "#b35617", "#1d1f22", "#ffffff"), strict=True))
-DARK = dict(zip(COLOUR_NAMES, ("#9da3aa", "#31363b", "#6fb1ec", "#eb9a5c", "#e7e7e3", "#1b1e21"), strict=True))
+COLORS: dict[Role, str] = {"a": A, "b": B, "muted": MUTED}
+COLOR_NAMES = (*_STAND_INS.values(), "card")
+LIGHT = dict(zip(COLOR_NAMES, ("#62676d", "#e4e4df", "#1f6fb2", "#b35617", "#1d1f22", "#ffffff"), strict=True))
+DARK = dict(zip(COLOR_NAMES, ("#9da3aa", "#31363b", "#6fb1ec", "#eb9a5c", "#e7e7e3", "#1b1e21"), strict=True))
 
 DASHED = (0, (3, 3))
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -118,7 +118,7 @@ def short_label(text: str) -> str:
 
 
 def standalone(chart: Chart) -> str:
-    """The chart as an SVG file: title and key above, colours for light and dark, nothing loaded."""
+    """The chart as an SVG file: title and key above, colors for light and dark, nothing loaded."""
     view = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', chart.svg)
     if view is None:
         raise ValueError(f"{chart.slug}: the drawing has no viewBox")
@@ -143,7 +143,7 @@ def standalone(chart: Chart) -> str:
 
 
 def _calm(axes: Axes) -> None:
-    """Leave a base line, horizontal grid lines and small grey numbers."""
+    """Leave a base line, horizontal grid lines and small gray numbers."""
     axes.spines[["top", "left", "right"]].set_visible(False)
     axes.spines["bottom"].set_color(LINE)
     axes.grid(axis="y", color=LINE, linewidth=0.6)
@@ -155,26 +155,26 @@ def _calm(axes: Axes) -> None:
 
 
 def _for_page(document: str, slug: str) -> str:
-    """Turn matplotlib's document into an element of the page: no prologue, no own colours, fonts or ids to clash."""
+    """Turn matplotlib's document into an element of the page: no prologue, no own colors, fonts or ids to clash."""
     svg = document[document.index("<svg") :]
     view = re.search(r'viewBox="[^"]*"', svg)
-    svg = f'<svg role="img" aria-labelledby="{slug}-title" {view[0] if view else ""}' + svg[svg.index(">") :]
+    svg = f'<svg role="img" aria-labeledby="{slug}-title" {view[0] if view else ""}' + svg[svg.index(">") :]
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
-    svg = re.sub(r' style="([^"<>]*)"', _colours_as_classes, svg)
+    svg = re.sub(r' style="([^"<>]*)"', _colors_as_classes, svg)
     svg = re.sub(r' (?:d|x|y|transform)="[^"<>]*"', _rounded, svg)
     svg = svg.replace("xlink:href", "href")
     return re.sub(r"\s*\n\s*", " ", svg).strip()
 
 
-def _rounded(attribute: re.Match[str]) -> str:
+def _rounded(attribute: re.ComparisonResult[str]) -> str:
     """Hundredths of a point are enough."""
     return re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", attribute[0])
 
 
-def _colours_as_classes(style: re.Match[str]) -> str:
+def _colors_as_classes(style: re.ComparisonResult[str]) -> str:
     kept, classes = [], []
     for declaration in filter(None, (each.strip() for each in style[1].split(";"))):
         name, _, value = declaration.partition(": ")
@@ -190,9 +190,9 @@ def _colours_as_classes(style: re.Match[str]) -> str:
 
 
 def _style() -> str:
-    def rules(colours: Mapping[str, str]) -> str:
+    def rules(colors: Mapping[str, str]) -> str:
         return "".join(
-            f".{how}-{name}{{{how}:{colour}}}" for name, colour in colours.items() for how in ("fill", "stroke")
+            f".{how}-{name}{{{how}:{color}}}" for name, color in colors.items() for how in ("fill", "stroke")
         )
 
     return f"text{{font-family:system-ui,sans-serif}}{rules(LIGHT)}@media(prefers-color-scheme:dark){{{rules(DARK)}}}"

@@ -23,14 +23,14 @@ from dpo_cli.report.browser import make_browser
 from dpo_cli.report.capability import capability_rows
 from dpo_cli.report.curves import draw_curves
 from dpo_cli.report.environment import page_environment
-from dpo_cli.report.figures import COLOUR_NAMES, Chart, standalone
+from dpo_cli.report.figures import COLOR_NAMES, Chart, standalone
 from dpo_cli.report.inputs import read_inputs
 from dpo_cli.report.judge import draw_agreement, judge_table
 from dpo_cli.report.pairs import draw_pairs
 from dpo_cli.report.shades import SHADES, shades_of, signed
 from dpo_cli.report.win_rates import draw_lengths, draw_win_rates, missing_win_rates
 
-_SCRIPTS = ("diff.js", "heat.js", "browser.js")
+_SCRIPTS = ("diff.js", "tokens.js", "browser.js")
 
 
 def write_report(path: Path) -> None:
@@ -71,7 +71,7 @@ def write_report(path: Path) -> None:
             shades=shades_of(browser.scale or 1.0),
             num_shades=SHADES,
             signed=signed,
-            colours=COLOUR_NAMES,
+            colors=COLOR_NAMES,
             account=data_account(inputs.metrics),
             num_leaked=evaluated["num_leaked_prompts"],
             tables=run_tables(inputs.metrics),

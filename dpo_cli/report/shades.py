@@ -1,4 +1,4 @@
-"""From log(pi / pi_ref) to a colour, the same on all pages."""
+"""From log(pi / pi_ref) to a color, the same on all pages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SCALE_QUANTILE = 0.98
 
 
 def scale_of(ratios: Sequence[float]) -> float:
-    """The ratio that has the full colour, nats: 1, 2 or 5 times a power of ten, which few tokens go beyond."""
+    """The ratio that has the full color, nats: 1, 2 or 5 times a power of ten, which few tokens go beyond."""
     reach = float(np.quantile(np.abs(ratios), _SCALE_QUANTILE)) if len(ratios) else 1.0
     reach = max(reach, 0.01)
     power = 10.0 ** math.floor(math.log10(reach))
@@ -20,7 +20,7 @@ def scale_of(ratios: Sequence[float]) -> float:
 
 
 def shade_of(ratio: float, scale: float) -> str:
-    """The class of a token's colour: ``p1`` to ``p8`` where the policy raises it, ``n1`` to ``n8`` where it lowers."""
+    """The class of a token's color: ``p1`` to ``p8`` where the policy raises it, ``n1`` to ``n8`` where it lowers."""
     step = min(SHADES, round(SHADES * abs(ratio) / scale))
     return f"{'p' if ratio > 0 else 'n'}{step}" if step else ""
 

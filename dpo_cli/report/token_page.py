@@ -1,4 +1,4 @@
-"""Answers with their tokens coloured by log(pi / pi_ref), as one HTML file.
+"""Answers with their tokens colored by log(pi / pi_ref), as one HTML file.
 
 It loads nothing, runs no script and forbids both; all texts are escaped.
 """
@@ -21,7 +21,7 @@ _OUTCOMES = {"wrong": "wrong", "tie": "ties", "right": "right"}
 
 
 @dataclass(frozen=True)
-class HeatPiece:
+class TokenPiece:
     """Tokens that are shown together: one, or the several that a character is split over.
 
     Attributes:
@@ -38,7 +38,7 @@ class HeatPiece:
 
 
 @dataclass(frozen=True)
-class HeatAnswer:
+class AnswerTokens:
     """An answer.
 
     Attributes:
@@ -55,11 +55,11 @@ class HeatAnswer:
     logp: float
     ref_logp: float
     num_tokens: int
-    pieces: Sequence[HeatPiece]
+    pieces: Sequence[TokenPiece]
 
 
 @dataclass(frozen=True)
-class HeatRow:
+class RowTokens:
     """A row on the page.
 
     Attributes:
@@ -76,7 +76,7 @@ class HeatRow:
     margin: float
     in_training: bool
     prompt: Messages
-    answers: Sequence[HeatAnswer]
+    answers: Sequence[AnswerTokens]
 
 
 def choose_rows(margins: Sequence[float], num_tokens: Sequence[int]) -> list[int]:
@@ -99,9 +99,9 @@ def choose_rows(margins: Sequence[float], num_tokens: Sequence[int]) -> list[int
     return shown
 
 
-def write_heat_page(
+def write_token_page(
     path: Path,
-    rows: Sequence[HeatRow],
+    rows: Sequence[RowTokens],
     outcomes: Mapping[str, int],
     summaries: Mapping[str, RewardSummary],
     *,

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from dpo_cli.core import paths
-from dpo_cli.report.figures import COLOURS, DASHED, INK, MUTED, A, Chart, Key, Role, draw, level_line
+from dpo_cli.report.figures import COLORS, DASHED, INK, MUTED, A, Chart, Key, Role, draw, level_line
 from dpo_cli.report.inputs import Inputs, Row
 
 _EVEN = 50.0
@@ -145,12 +145,12 @@ def _temperatures(temperatures: Sequence[Row]) -> Chart | None:
     def paint(axes: Axes) -> None:
         level_line(axes, _EVEN)
         for opponent, rows in lines.items():
-            colour = COLOURS[_OPPONENTS[opponent][1]]
+            color = COLORS[_OPPONENTS[opponent][1]]
             places = [row["temperature"] for row in rows]
             lows, highs = ([100 * row[name] for row in rows] for name in ("low", "high"))
-            axes.fill_between(places, lows, highs, color=colour, alpha=0.16, linewidth=0)
+            axes.fill_between(places, lows, highs, color=color, alpha=0.16, linewidth=0)
             values = [100 * row["win_rate"] for row in rows]
-            axes.plot(places, values, color=colour, linewidth=1.6, marker="o", markersize=3.6)
+            axes.plot(places, values, color=color, linewidth=1.6, marker="o", markersize=3.6)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel("sampling temperature")
@@ -185,7 +185,7 @@ def draw_lengths(lengths: Sequence[Row], metrics: Mapping[str, Any]) -> Chart | 
             size = _SMALLEST_POINT + (_LARGEST_POINT - _SMALLEST_POINT) * math.sqrt(row["num_prompts"] / most)
             axes.plot(place, value, marker="o", markersize=size, color=A)
         if fitted:
-            axes.plot(*fitted, color=COLOURS["b"], linewidth=1.4)
+            axes.plot(*fitted, color=COLORS["b"], linewidth=1.4)
         axes.margins(x=0.05)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))

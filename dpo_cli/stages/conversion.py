@@ -34,7 +34,7 @@ def convert_stage(
         sources: Its sources, all of one kind.
         params: All settings.
         place: The folder to publish.
-        reporter: Hears of progress, and gets the account.
+        reporter: Shows progress, and gets the account.
 
     Returns:
         The stage's metrics.

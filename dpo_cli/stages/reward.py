@@ -15,7 +15,7 @@ from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import Scratch, stage_scratch
 from dpo_cli.core.text import markdown
 from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_found, explain_rejects
-from dpo_cli.evaluation.reward_figures import RewardedPair, RewardFigures, summarise_rewards
+from dpo_cli.evaluation.reward_figures import RewardedPair, RewardFigures, summarize_rewards
 from dpo_cli.models.card import card_head, usage
 from dpo_cli.models.device import memory_in_words, memory_metrics, token_budget
 from dpo_cli.models.identity import read_lock
@@ -176,7 +176,7 @@ def _figures(model: RewardModel, pairs: TokenTable, seed: int) -> RewardFigures:
         )
         for group, found in zip(pairs.groups, rewards, strict=True)
     ]
-    return summarise_rewards(rows, draws=_DRAWS, confidence=_CONFIDENCE, seed=seed)
+    return summarize_rewards(rows, draws=_DRAWS, confidence=_CONFIDENCE, seed=seed)
 
 
 def _metrics(

@@ -128,7 +128,7 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
 
 
 def _objective(knobs: TrainParams, graph: Graph, groups: Sequence[TokenGroup]) -> PreferenceObjective:
-    """What is minimised, with the reference's log-probabilities and what else it reads of the data."""
+    """What is minimized, with the reference's log-probabilities and what else it reads of the data."""
     reference = reference_logps(read_cache(paths.REFERENCE, graph.identity), groups)
     shared_length = None
     if knobs.ld_alpha is not None:

@@ -142,7 +142,7 @@ class MethodAgreement:
         return next((each for each in self.pairs if (each.first, each.second) == (first, second)), None)
 
 
-def summarise_votes(votes: Sequence[Vote], *, draws: int, confidence: float, seed: int) -> list[MethodAgreement]:
+def summarize_votes(votes: Sequence[Vote], *, draws: int, confidence: float, seed: int) -> list[MethodAgreement]:
     """Figures for each method and baseline, in the order of their first votes.
 
     Args:
@@ -155,7 +155,7 @@ def summarise_votes(votes: Sequence[Vote], *, draws: int, confidence: float, see
     groups: dict[tuple[str, str], list[Vote]] = {}
     for vote in votes:
         groups.setdefault((vote.method, vote.baseline), []).append(vote)
-    return [_summarise(mine, kinds, _Bootstrap(draws, confidence, seed)) for mine in groups.values()]
+    return [_summarize(mine, kinds, _Bootstrap(draws, confidence, seed)) for mine in groups.values()]
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class _Bootstrap:
         return Coefficient(name, estimate)
 
 
-def _summarise(votes: Sequence[Vote], kinds: Sequence[str], bootstrap: _Bootstrap) -> MethodAgreement:
+def _summarize(votes: Sequence[Vote], kinds: Sequence[str], bootstrap: _Bootstrap) -> MethodAgreement:
     items: dict[str, list[Vote]] = {}
     for vote in votes:
         items.setdefault(vote.item, []).append(vote)

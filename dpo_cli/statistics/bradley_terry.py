@@ -120,7 +120,7 @@ def fit_strengths(outcomes: Sequence[Outcome], anchor: str, *, draws: int, confi
 def bradley_terry(wins: np.ndarray, anchor: int) -> np.ndarray:
     """Maximum-likelihood strengths by Newton's method.
 
-    Maximises sum_ij w_ij log sigma(s_i - s_j). Gradient: g_i = sum_j w_ij - n_ij p_ij with n = w + w^T; Hessian: the
+    Maximizes sum_ij w_ij log sigma(s_i - s_j). Gradient: g_i = sum_j w_ij - n_ij p_ij with n = w + w^T; Hessian: the
     Laplacian of the graph with weights n_ij p_ij (1 - p_ij).
 
     Args:

@@ -98,7 +98,7 @@ def control_length(
 def fit_length(outcomes: np.ndarray, lengths: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Weighted logistic regressions of soft outcomes on a constant and one variable, by Newton's method.
 
-    Maximises sum_i w_i (y_i log p_i + (1 - y_i) log(1 - p_i)) with p_i = sigma(theta + phi x_i): concave. It has a
+    Maximizes sum_i w_i (y_i log p_i + (1 - y_i) log(1 - p_i)) with p_i = sigma(theta + phi x_i): concave. It has a
     finite maximum if wins and losses overlap in x (Albert and Anderson 1984); a soft outcome is both in part.
 
     Args:

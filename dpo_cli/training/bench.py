@@ -145,7 +145,7 @@ def measure(options: BenchOptions, params: Params, reporter: Reporter) -> dict[s
     for name in options.which:
         bench = _reference_pass if name == "precompute-ref" else _training
         found = bench(model, scorer, groups, params, machine, options.num_turns, sizes, reporter)
-        found |= _utilisation(found, peak, sheet)
+        found |= _utilization(found, peak, sheet)
         figures[name.replace("-", "_")] = found
         reporter.table(f"bench: {name}", _rows(found, figures, attention))
     return figures
@@ -320,7 +320,7 @@ def _figures(
     }
 
 
-def _utilisation(found: dict[str, Any], peak_flops: float, sheet_flops: float | None) -> dict[str, Any]:
+def _utilization(found: dict[str, Any], peak_flops: float, sheet_flops: float | None) -> dict[str, Any]:
     achieved = found["least_operations"] / found["seconds"]
     return {"mfu": achieved / peak_flops, "mfu_datasheet": None if sheet_flops is None else achieved / sheet_flops}
 

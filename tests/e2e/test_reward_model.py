@@ -211,7 +211,7 @@ def test_it_judges_the_tuned_model(finished: dict[str, Any], make_reporter: Call
     assert low <= by_model["win_rate"] <= high
     assert by_model["kl"] == by_world["kl"]
     assert abs(by_model["win_rate"] - by_world["win_rate"]) < 0.15
-    assert by_model["reward_sft"] == pytest.approx(-by_model["reward_dpo"]), "centred by prompt"
+    assert by_model["reward_sft"] == pytest.approx(-by_model["reward_dpo"]), "centered by prompt"
     assert "win_rate_ceiling" not in by_model
 
 

@@ -30,7 +30,7 @@ NEW_PAIRS = [
     {"prompt": f"What comes after {n}? {ATTACK if n == 3 else ''}", "chosen": f"{n + 1}", "rejected": f"{n} 你好"}
     for n in range(6)
 ]
-RANKING = {"prompt": "Name a colour.", "completions": ["red", "a tree", "blue-green", "no"], "ranks": [1, 3, 1, 4]}
+RANKING = {"prompt": "Name a color.", "completions": ["red", "a tree", "blue-green", "no"], "ranks": [1, 3, 1, 4]}
 
 
 @pytest.fixture(scope="module")

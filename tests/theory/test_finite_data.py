@@ -19,7 +19,7 @@ from tests.theory.worlds import (
     float64,
     free_logits,
     make_world,
-    minimise,
+    minimize,
     ordered_pairs,
     pair_losses,
     softmax_policy,
@@ -51,7 +51,7 @@ def distances(loss: PairwiseLoss, size: int) -> torch.Tensor:
         rows = pair_losses(loss, softmax_policy(free), reference)
         return (counts_XP * rows).sum(1) / counts_XP.sum(1).clamp(min=1)
 
-    found = softmax_policy(minimise(losses, free_logits(reference))).exp()
+    found = softmax_policy(minimize(losses, free_logits(reference))).exp()
     return total_variation(found, WORLD.optimum(BETA).repeat(DATASETS, 1)).view(DATASETS, PROMPTS).mean(1)
 
 

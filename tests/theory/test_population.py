@@ -21,7 +21,7 @@ from tests.theory.worlds import (
     float64,
     free_logits,
     make_world,
-    minimise,
+    minimize,
     ordered_pairs,
     pair_losses,
     softmax_policy,
@@ -33,7 +33,7 @@ WORLD = make_world(prompts=3, answers=4, seed=1)
 
 def trained(world: World, losses_of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """log pi of the policy with the least loss, [X, Y]; the search begins at the reference, as training does."""
-    return softmax_policy(minimise(lambda free: losses_of(softmax_policy(free)), free_logits(world.reference_XY)))
+    return softmax_policy(minimize(lambda free: losses_of(softmax_policy(free)), free_logits(world.reference_XY)))
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -41,7 +41,7 @@ def test_dpo_finds_the_optimal_policy(beta: float) -> None:
     """The expectation of eq. 7 over p(y_1 > y_2) = sigma(r_1 - r_2) is least at pi* of eq. 4.
 
     A cross-entropy is least where the probabilities are the true ones, and is their entropy there. So
-    beta log(pi / pi_ref) = r + f(x) (eq. 6 and Lemma 1), and pi is normalised: pi = pi*.
+    beta log(pi / pi_ref) = r + f(x) (eq. 6 and Lemma 1), and pi is normalized: pi = pi*.
     """
     better, worse = WORLD.reward_XY[:, ordered_pairs(4)].unbind(2)
     chances_XP = 1 / (1 + (worse - better).exp())

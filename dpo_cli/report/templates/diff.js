@@ -42,7 +42,7 @@ function markCommon(x, y, offset, same) {
   }
 }
 
-// Neighbours of one kind joined; the space behind a changed run is not part of it.
+// Neighbors of one kind joined; the space behind a changed run is not part of it.
 function runsOf(words, same) {
   const runs = [];
   const add = (text, isSame) => {

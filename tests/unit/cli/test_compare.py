@@ -96,7 +96,7 @@ def compare(*names: str, baseline: str | None = None, metrics: tuple[str, ...] =
     return command.compare(names, baseline, metrics, every=every)
 
 
-def names_of(found: command.Comparison) -> list[str]:
+def names_of(found: command.ExperimentComparison) -> list[str]:
     return [experiment.name for experiment in found.experiments]
 
 
@@ -104,7 +104,7 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["compare", *arguments])
 
 
-def page(found: command.Comparison, width: int = 80) -> str:
+def page(found: command.ExperimentComparison, width: int = 80) -> str:
     stream = io.StringIO()
     print_comparison(found, Console(file=stream, width=width, highlight=False))
     return stream.getvalue()

@@ -321,7 +321,7 @@ def test_what_is_scored_stands_between_brackets_with_its_end(project: Path, view
     assert "longest  6, within the 64 of max_length" in lines
 
 
-def test_colours_tell_scored_from_not_scored(project: Path, view: TokenView) -> None:
+def test_colors_tell_scored_from_not_scored(project: Path, view: TokenView) -> None:
     found = describe_row(source_of(project, {**PAIR, "prompt": "q"}), 0, view)
     text = printed(found, force_terminal=True, color_system="standard")
     assert "\x1b[36mq\x1b[0m" in text.split("not scored")[1]  # cyan

@@ -34,7 +34,7 @@ def pair(number: int) -> dict[str, str]:
 
 
 def ranking(number: int, *answers: str) -> dict[str, Any]:
-    return {"prompt": f"colour {number}?", "completions": list(answers), "ranks": list(range(1, len(answers) + 1))}
+    return {"prompt": f"color {number}?", "completions": list(answers), "ranks": list(range(1, len(answers) + 1))}
 
 
 def test_every_row_has_its_number_over_many_blocks(tmp_path: Path, graph: Any, reporter: Any) -> None:

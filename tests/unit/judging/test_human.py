@@ -11,7 +11,7 @@ from dpo_cli.core.errors import DataError
 from dpo_cli.judging.human import VotesJudge, item_id, rating_sheet
 from dpo_cli.judging.judge import INVALID, Judgment, Question
 from dpo_cli.judging.votes import read_votes
-from dpo_cli.judging.win_rate import Pair, compare, compare_all, summarise
+from dpo_cli.judging.win_rate import Pair, compare, compare_all, summarize
 from dpo_cli.statistics.agreement import LOSS, TIE, WIN, Vote
 
 ITEM = item_id("why", "because", "no idea")
@@ -51,7 +51,7 @@ def test_votes_on_other_answers_or_models_count_for_nothing() -> None:
     assert list(other.judge([Question("why", "because", "no idea")])) == [(0, INVALID)]
     comparisons = compare_all(judge, [Pair("why", "because", "no idea"), Pair("who", "because", "no idea")])
     with pytest.raises(DataError, match=r"no verdict in 1 of 2 comparisons \(50.0%\).*collect votes on these answers"):
-        summarise(comparisons, judge.remedy)
+        summarize(comparisons, judge.remedy)
 
 
 def test_a_filled_in_rating_sheet_is_a_file_of_votes(tmp_path: Path) -> None:

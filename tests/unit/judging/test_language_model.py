@@ -18,7 +18,7 @@ from dpo_cli.judging.cache import CachedJudge
 from dpo_cli.judging.judge import INVALID, Question
 from dpo_cli.judging.language_model import HfJudge, kinship_of
 from dpo_cli.judging.templates import Template
-from dpo_cli.judging.win_rate import Pair, compare_all, summarise
+from dpo_cli.judging.win_rate import Pair, compare_all, summarize
 from dpo_cli.models.load import load_model, load_tokenizer
 from dpo_cli.scoring.scorer import Scorer
 
@@ -71,8 +71,8 @@ def test_many_questions_go_through_the_model_at_once_whatever_logits_may_be_held
 def test_swapping_the_answers_gives_one_minus_p(project: Path, tiny_folder: Path, cpu: Any, reporter: Any) -> None:
     judge = load(tiny_folder, cpu, reporter)
     pairs = [Pair(question.prompt, question.a, question.b) for question in QUESTIONS]
-    ours = summarise(compare_all(judge, pairs), judge.remedy)
-    theirs = summarise(compare_all(judge, [Pair(each.prompt, each.theirs, each.ours) for each in pairs]), judge.remedy)
+    ours = summarize(compare_all(judge, pairs), judge.remedy)
+    theirs = summarize(compare_all(judge, [Pair(each.prompt, each.theirs, each.ours) for each in pairs]), judge.remedy)
     assert ours.win_rate + theirs.win_rate == pytest.approx(1, abs=1e-6)
     assert ours.win_rate != 0.5
     assert ours.invalid_rate == 0
@@ -151,4 +151,4 @@ def test_a_judge_of_the_policys_family_is_warned_of(
     config.write_text(config.read_text(encoding="utf-8").replace('"llama"', '"qwen2"'), encoding="utf-8")
     assert kinship_of(tiny_folder, other) is None
     load(tiny_folder, cpu, reporter, policy=same)
-    assert any("a judge favours answers like its own" in warning for warning in reporter.warned)
+    assert any("a judge favors answers like its own" in warning for warning in reporter.warned)

@@ -21,7 +21,7 @@ from dpo_cli.judging.judge import INVALID, Judgment, Question
 from dpo_cli.judging.openai import OpenAiJudge, read_answer
 from dpo_cli.judging.server import RefusedError, Server
 from dpo_cli.judging.templates import Template
-from dpo_cli.judging.win_rate import Pair, compare_all, summarise
+from dpo_cli.judging.win_rate import Pair, compare_all, summarize
 
 _PROBES = 3
 """Chat completions with which connect finds out what the fake server can do."""
@@ -213,15 +213,15 @@ def test_answers_that_are_no_letter_are_counted_and_refused(
     pairs = [Pair(question.prompt, question.a, question.b) for question in QUESTIONS]
     comparisons = compare_all(judge, pairs)
     with pytest.raises(Exception, match=r"no verdict in 11 of 11 comparisons .*take a server that constrains answers"):
-        summarise(comparisons, judge.remedy)
+        summarize(comparisons, judge.remedy)
 
 
 def test_both_orders_take_the_servers_bias_out(fake: FakeServer, connect: Callable[..., OpenAiJudge]) -> None:
     pairs = [Pair(f"prompt {n}", "x" * n, "x" * (12 - n)) for n in range(13)]
     judge = connect()
-    tally = summarise(compare_all(judge, pairs), judge.remedy)
-    assert tally.win_rate == pytest.approx(0.5)
-    assert tally.num_identical == 1
+    summary = summarize(compare_all(judge, pairs), judge.remedy)
+    assert summary.win_rate == pytest.approx(0.5)
+    assert summary.num_identical == 1
 
 
 @pytest.mark.parametrize(

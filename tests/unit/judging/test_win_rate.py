@@ -16,7 +16,7 @@ from dpo_cli.core.errors import DataError
 from dpo_cli.data.world import task_of
 from dpo_cli.judging.judge import INVALID, Judgment, Question, one_by_one
 from dpo_cli.judging.known_reward import ExactJudge, world_reward, world_task
-from dpo_cli.judging.win_rate import Comparison, Pair, compare, compare_all, num_questions, summarise
+from dpo_cli.judging.win_rate import Comparison, Pair, compare, compare_all, num_questions, summarize
 
 PROMPT = "Answer the message.\nTom: My watch broke today."
 GOOD = "That is a pity, Tom. I hope your watch can be fixed!"
@@ -77,9 +77,9 @@ def test_equal_answers_are_ties_that_nobody_is_asked_about(reporter: Any) -> Non
     assert judge.questions == [Question("2", "x", "y"), Question("2", "y", "x")]
     assert [each.win for each in comparisons] == [0.5, pytest.approx(0.85), 0.5]
     assert compare(SayingJudge(), "", "same", "same") == 0.5
-    tally = summarise([comparisons[0], comparisons[2]], judge.remedy)
-    assert (tally.win_rate, tally.num_identical, tally.num_ties) == (0.5, 2, 2)
-    assert (tally.invalid_rate, tally.consistency, tally.first_position_rate) == (0.0, None, None)
+    summary = summarize([comparisons[0], comparisons[2]], judge.remedy)
+    assert (summary.win_rate, summary.num_identical, summary.num_ties) == (0.5, 2, 2)
+    assert (summary.invalid_rate, summary.consistency, summary.first_position_rate) == (0.0, None, None)
 
 
 def random_comparisons(count: int) -> list[Comparison]:
@@ -94,10 +94,10 @@ def test_changing_policy_and_opponent_gives_exactly_one_minus_p(count: int) -> N
         assert comparison.win is not None
         assert comparison.swapped().win == 1 - comparison.win
         assert comparison.win == pytest.approx((comparison.ours_first.p_a + 1 - comparison.theirs_first.p_a) / 2)  # type: ignore[union-attr]
-    tally = summarise(comparisons, "")
-    swapped = summarise([each.swapped() for each in comparisons], "")
-    assert swapped.win_rate == 1 - tally.win_rate
-    assert (swapped.consistency, swapped.first_position_rate) == (tally.consistency, tally.first_position_rate)
+    summary = summarize(comparisons, "")
+    swapped = summarize([each.swapped() for each in comparisons], "")
+    assert swapped.win_rate == 1 - summary.win_rate
+    assert (swapped.consistency, swapped.first_position_rate) == (summary.consistency, summary.first_position_rate)
 
 
 def test_a_planted_position_bias_hardly_moves_the_win_rate() -> None:
@@ -125,34 +125,34 @@ def test_a_planted_position_bias_hardly_moves_the_win_rate() -> None:
             )
 
     comparisons = compare_all(Planted(), [Pair(prompt, "ours", "theirs") for prompt in by_prompt])
-    tally = summarise(comparisons, "")
+    summary = summarize(comparisons, "")
     fixed = np.mean([each.ours_first.p_a for each in comparisons if each.ours_first])
     assert fixed - truth > 0.1
-    assert abs(tally.win_rate - truth) < 0.01
-    assert tally.first_position_rate == pytest.approx(0.69, abs=0.02)
-    assert tally.consistency == pytest.approx(0.62, abs=0.02)
+    assert abs(summary.win_rate - truth) < 0.01
+    assert summary.first_position_rate == pytest.approx(0.69, abs=0.02)
+    assert summary.consistency == pytest.approx(0.62, abs=0.02)
 
 
 def test_consistency_and_position_are_read_off_the_verdicts() -> None:
     consistent = [Comparison(A, B), Comparison(B, A), Comparison(TIE, TIE)]
     not_so = [Comparison(A, A), Comparison(A, TIE)]
     assert [each.is_consistent for each in [*consistent, *not_so]] == [True, True, True, False, False]
-    tally = summarise([*consistent, *not_so, Comparison()], "")
-    assert tally.consistency == 3 / 5
-    assert tally.first_position_rate == 5 / 7  # A: 1 + 1 + 2 + 1, B: 1 + 1
-    assert (tally.num_comparisons, tally.num_identical) == (6, 1)
+    summary = summarize([*consistent, *not_so, Comparison()], "")
+    assert summary.consistency == 3 / 5
+    assert summary.first_position_rate == 5 / 7  # A: 1 + 1 + 2 + 1, B: 1 + 1
+    assert (summary.num_comparisons, summary.num_identical) == (6, 1)
     assert (
-        tally.num_ties == 3
+        summary.num_ties == 3
     )  # the identical one, the one that both orders call a tie, and the answer that won wherever it stood first
 
 
 def test_what_has_no_verdict_counts_nowhere_but_as_invalid() -> None:
     comparisons = [Comparison(A, INVALID), *[Comparison(A, B)] * 19]
     assert comparisons[0].win is None
-    tally = summarise(comparisons, "")
-    assert (tally.num_invalid, tally.invalid_rate) == (1, 0.05)
-    assert tally.win_rate == pytest.approx(0.85)
-    assert tally.consistency == 1
+    summary = summarize(comparisons, "")
+    assert (summary.num_invalid, summary.invalid_rate) == (1, 0.05)
+    assert summary.win_rate == pytest.approx(0.85)
+    assert summary.consistency == 1
 
 
 @pytest.mark.parametrize("identical", [0, 1000])
@@ -160,7 +160,7 @@ def test_too_many_without_a_verdict_make_no_win_rate(identical: int) -> None:
     comparisons = [Comparison(INVALID, B), *[Comparison(A, B)] * 18, *[Comparison()] * identical]
     message = r"no verdict in 1 of 19 comparisons \(5.3%\); more than 5% make no win rate; take another judge"
     with pytest.raises(DataError, match=message):
-        summarise(comparisons, "take another judge")
+        summarize(comparisons, "take another judge")
 
 
 def test_a_single_comparison_without_a_verdict_is_an_error() -> None:

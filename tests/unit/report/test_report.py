@@ -146,14 +146,14 @@ def test_every_figure_is_a_file_of_its_own() -> None:
         assert text.count("://") == 1  # the namespace
 
 
-def test_files_have_the_colours_of_the_page() -> None:
+def test_files_have_the_colors_of_the_page() -> None:
     light, dark = (
         dict(re.findall(r"--([\w-]+): (#\w+)", part))
         for part in page_environment().get_template("theme.css.jinja").render().split("@media")[:2]
     )
 
-    def short(colours: Mapping[str, str]) -> dict[str, str]:
-        return {name: "#fff" if colour == "#ffffff" else colour for name, colour in colours.items()}
+    def short(colors: Mapping[str, str]) -> dict[str, str]:
+        return {name: "#fff" if color == "#ffffff" else color for name, color in colors.items()}
 
     assert short(LIGHT).items() <= light.items()
     assert short(DARK).items() <= dark.items()
@@ -325,7 +325,7 @@ def test_ids_are_unique_and_references_hold() -> None:
     source = render()
     ids = Elements(source).ids
     assert len(ids) == len(set(ids))
-    references = re.findall(r'(?:aria-labelledby="|href="#|url\(#)([^")]+)', source)
+    references = re.findall(r'(?:aria-labeledby="|href="#|url\(#)([^")]+)', source)
     assert set(references) <= set(ids)
 
 

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from dpo_cli.evaluation.implicit_reward import RankedAnswers, agreements, summarise_rewards
+from dpo_cli.evaluation.implicit_reward import RankedAnswers, agreements, summarize_rewards
 from dpo_cli.report.shades import scale_of, shade_of
 from dpo_cli.report.token_page import (
     ROWS_SHOWN,
-    HeatAnswer,
-    HeatPiece,
-    HeatRow,
+    AnswerTokens,
+    RowTokens,
+    TokenPiece,
     choose_rows,
-    write_heat_page,
+    write_token_page,
 )
 
 ATTACK = "</script><script>alert(1)</script><img src=https://evil.example/x onerror=alert(1)>\"'&amp;"
@@ -35,17 +35,17 @@ class _Tags(HTMLParser):
         self.text += data
 
 
-def row(outcome: str, text: str = ATTACK, margin: float = 1.0) -> HeatRow:
-    pieces = [HeatPiece(text, -1.25, 1, False), HeatPiece("你", 0.5, 3, False), HeatPiece("<|end|>", 0.0, 1, True)]
-    answers = [HeatAnswer(name, 1.5, -3.0, -4.0, 5, pieces) for name in ("chosen", "rejected")]
-    return HeatRow(f"{text}, row 1", outcome, margin, True, [{"role": "user", "content": text}], answers)
+def row(outcome: str, text: str = ATTACK, margin: float = 1.0) -> RowTokens:
+    pieces = [TokenPiece(text, -1.25, 1, False), TokenPiece("你", 0.5, 3, False), TokenPiece("<|end|>", 0.0, 1, True)]
+    answers = [AnswerTokens(name, 1.5, -3.0, -4.0, 5, pieces) for name in ("chosen", "rejected")]
+    return RowTokens(f"{text}, row 1", outcome, margin, True, [{"role": "user", "content": text}], answers)
 
 
-def page_of(folder: Path, rows: list[HeatRow], outcomes: dict[str, int], name: str = ATTACK) -> str:
+def page_of(folder: Path, rows: list[RowTokens], outcomes: dict[str, int], name: str = ATTACK) -> str:
     ranked = [RankedAnswers("g", (1, 2), (1.0, 0.0), (0.0, 0.0), (1, 1))]
-    summary = summarise_rewards(ranked, agreements(ranked), draws=100, confidence=0.95, seed=0)
+    summary = summarize_rewards(ranked, agreements(ranked), draws=100, confidence=0.95, seed=0)
     path = folder / "heat.html"
-    write_heat_page(path, rows, outcomes, {name: summary}, beta=0.1, model=name, confidence=0.95)
+    write_token_page(path, rows, outcomes, {name: summary}, beta=0.1, model=name, confidence=0.95)
     return path.read_text(encoding="utf-8")
 
 
@@ -63,7 +63,7 @@ def test_no_text_becomes_markup_and_nothing_is_loaded(tmp_path: Path) -> None:
     assert "url(" not in page
 
 
-def test_tokens_have_colour_and_number(tmp_path: Path) -> None:
+def test_tokens_have_color_and_number(tmp_path: Path) -> None:
     page = page_of(tmp_path, [row("wrong", "so")], {"wrong": 1})
     parser = _Tags()
     parser.feed(page)

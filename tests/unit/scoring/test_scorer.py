@@ -591,7 +591,7 @@ def test_room_for_distributions_is_what_logits_may_take(vocabulary: int, make_ll
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_bfloat16_computes_and_float32_normalises(
+def test_bfloat16_computes_and_float32_normalizes(
     layout: LayoutName, make_groups: Callable[..., list[TokenGroup]]
 ) -> None:
     model = build("llama")

@@ -119,8 +119,8 @@ def test_a_scheme_of_pairs_without_rankings_has_no_effect(project: Path, reporte
     assert not Path("data/preference").exists()
 
 
-def labelled(number: int) -> list[dict[str, Any]]:
-    """Rows labelled 0, 1, 2 by turns, whose better answer says yes; of the last ones neither is better."""
+def labeled(number: int) -> list[dict[str, Any]]:
+    """Rows labeled 0, 1, 2 by turns, whose better answer says yes; of the last ones neither is better."""
     sides = [("yes", "no"), ("no", "yes"), ("so", "so-so")]
     return [
         {"prompt": f"question {n}", "response 1": sides[n % 3][0], "response 2": sides[n % 3][1], "label": n % 3}
@@ -138,7 +138,7 @@ def test_unwrap_without_rendered_conversations_has_no_effect(project: Path, repo
 
 
 def test_labels_serve_both_readings_and_only_winners_become_instructions(project: Path, reporter: Any) -> None:
-    write_raw("votes.json", labelled(90))
+    write_raw("votes.json", labeled(90))
     source = {"path": "data/raw/votes.json"}
     labels = {"0": "first", "1": "second", "2": "tie"}
     for convert, section in ((convert_sft, "data.sft"), (convert_preferences, "data.preferences")):

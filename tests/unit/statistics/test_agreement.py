@@ -18,7 +18,7 @@ from dpo_cli.statistics.agreement import (
     cohen_kappa,
     fleiss_kappa,
     krippendorff_alpha,
-    summarise_votes,
+    summarize_votes,
 )
 
 # Items by their votes: judge S, judge C, the people; 1 is a win of the method. They add up to the paper's Table 2.
@@ -54,9 +54,9 @@ def table_2_votes(tmp_path_factory: pytest.TempPathFactory) -> list[Vote]:
     return read_votes(file)
 
 
-def summarise(votes: list[Vote], **changes: float) -> list[MethodAgreement]:
+def summarize(votes: list[Vote], **changes: float) -> list[MethodAgreement]:
     settings = {"draws": 400, "confidence": 0.95, "seed": 0} | changes
-    return summarise_votes(votes, **settings)  # type: ignore[arg-type]
+    return summarize_votes(votes, **settings)  # type: ignore[arg-type]
 
 
 def vote(item: int, rater: str, result: int, prompt: str = "") -> Vote:
@@ -78,7 +78,7 @@ def test_the_papers_table_2(
     agreement: tuple[int | None, ...],
     table_2_votes: list[Vote],
 ) -> None:
-    [found] = [each for each in summarise(table_2_votes) if each.method == method]
+    [found] = [each for each in summarize(table_2_votes) if each.method == method]
     assert found.win_rates["human"].num_votes == num_votes
     rates = [found.win_rates[kind].estimate for kind in ("S", "C", "human")]
     assert tuple(round(100 * rate.value) for rate in rates) == wins
@@ -91,7 +91,7 @@ def test_the_papers_table_2(
 
 def test_fleiss_for_a_constant_number_of_raters_alone(table_2_votes: list[Vote]) -> None:
     """All DPO items have two people; one PPO-1 item has a single one, so 199 is odd."""
-    found = {each.method: each for each in summarise(table_2_votes)}
+    found = {each.method: each for each in summarize(table_2_votes)}
     of_people = {name: each.pair("human", "human") for name, each in found.items()}
     assert of_people["SFT"] is None
     assert of_people["DPO"] is not None
@@ -104,7 +104,7 @@ def test_fleiss_for_a_constant_number_of_raters_alone(table_2_votes: list[Vote])
 
 
 def test_skewed_wins_inflate_raw_agreement_but_not_kappa(table_2_votes: list[Vote]) -> None:
-    found = {each.method: each.pair("S", "human") for each in summarise(table_2_votes)}
+    found = {each.method: each.pair("S", "human") for each in summarize(table_2_votes)}
     dpo, ppo = found["DPO"], found["PPO-1"]
     assert dpo is not None
     assert ppo is not None
@@ -115,7 +115,7 @@ def test_skewed_wins_inflate_raw_agreement_but_not_kappa(table_2_votes: list[Vot
 def test_ties_agree_by_half() -> None:
     results = [(WIN, WIN), (WIN, TIE), (TIE, TIE), (LOSS, TIE), (WIN, LOSS)]
     votes = [vote(i, rater, result) for i, pair in enumerate(results) for rater, result in zip("ab", pair, strict=True)]
-    [found] = summarise(votes)
+    [found] = summarize(votes)
     pair = found.pair("a", "b")
     assert pair is not None
     assert pair.agreement.value == pytest.approx((1 + 0.5 + 1 + 0.5 + 0) / 5)
@@ -127,9 +127,9 @@ def test_ties_agree_by_half() -> None:
 
 def test_the_order_of_votes_changes_nothing(table_2_votes: list[Vote]) -> None:
     votes = list(table_2_votes)
-    before = {each.method: each for each in summarise(votes)}
+    before = {each.method: each for each in summarize(votes)}
     random.Random(0).shuffle(votes)
-    for each in summarise(votes):
+    for each in summarize(votes):
         mine = before[each.method]
         assert {kind: each.win_rates[kind] for kind in mine.win_rates} == mine.win_rates
         assert each.pair("human", "human") == mine.pair("human", "human")
@@ -138,7 +138,7 @@ def test_the_order_of_votes_changes_nothing(table_2_votes: list[Vote]) -> None:
 
 def test_one_prompt_is_one_cluster() -> None:
     votes = [vote(i, rater, result, "same") for i in range(6) for rater, result in (("a", WIN), ("b", i % 3))]
-    [found] = summarise(votes)
+    [found] = summarize(votes)
     pair = found.pair("a", "b")
     assert pair is not None
     assert (pair.agreement.low, pair.agreement.high) == (0, 1)  # one trial, half won, says nothing
@@ -146,7 +146,7 @@ def test_one_prompt_is_one_cluster() -> None:
 
 
 def test_where_all_votes_are_the_same_kappa_is_undefined() -> None:
-    [found] = summarise([vote(i, rater, WIN) for i in range(5) for rater in ("a", "b")])
+    [found] = summarize([vote(i, rater, WIN) for i in range(5) for rater in ("a", "b")])
     pair = found.pair("a", "b")
     assert pair is not None
     assert pair.agreement.value == 1
@@ -242,7 +242,7 @@ def test_alpha_is_fleiss_kappa_up_to_its_small_sample_term() -> None:
 def test_raters_who_vote_at_random_agree_as_by_chance() -> None:
     rng = np.random.default_rng(0)
     votes = [vote(i, rater, int(rng.choice(3, p=[0.8, 0.05, 0.15]))) for i in range(4000) for rater in ("a", "b")]
-    [found] = summarise(votes, draws=100)
+    [found] = summarize(votes, draws=100)
     pair = found.pair("a", "b")
     assert pair is not None
     assert pair.agreement.value > 0.65

@@ -54,7 +54,7 @@ def test_the_interval_holds_the_planted_rate_and_not_the_raw_one() -> None:
 
 
 def test_the_maximum_is_one() -> None:
-    """The gradient is 0 there, and no neighbour has more likelihood."""
+    """The gradient is 0 there, and no neighbor has more likelihood."""
     outcomes, lengths = draw(10, 300)
     x = np.tanh(lengths / lengths.std())
 

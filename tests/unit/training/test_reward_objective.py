@@ -63,7 +63,7 @@ def test_nothing_waits_for_the_device(ranks: list[int] | None, make_groups: Call
         result.losses_B.sum().backward()
 
 
-def test_what_is_logged_is_centred_and_a_tie_counts_one_half(make_groups: Callable[..., list[TokenGroup]]) -> None:
+def test_what_is_logged_is_centered_and_a_tie_counts_one_half(make_groups: Callable[..., list[TokenGroup]]) -> None:
     groups = make_groups(3)
     metrics = []
     for constant in (0.0, 64.0):

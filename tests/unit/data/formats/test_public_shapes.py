@@ -250,7 +250,7 @@ MAPPED = {
         {},
         PreferenceExample([Q], [B], [A], 0.5, -0.5),
     ),
-    "OpenAI summarisation comparisons": (
+    "OpenAI summarization comparisons": (
         {"info": {"post": "q", "title": "t"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1, "worker": "w"},
         {"prompt": "info.post", "first": "summaries.0.text", "second": "summaries.1.text", "label": "choice"},
         {"0": "first", "1": "second"},

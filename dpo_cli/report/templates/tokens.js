@@ -17,7 +17,7 @@ function tokensOf(answer, step) {
   });
 }
 
-// The class of a token's colour.
+// The class of a token's color.
 function shadeOf(ratio, scale, shades) {
   const shade = Math.min(shades, Math.round(shades * Math.abs(ratio ?? 0) / scale));
   return shade ? (ratio > 0 ? "p" : "n") + shade : "";

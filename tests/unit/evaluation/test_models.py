@@ -13,7 +13,7 @@ import pytest
 from bitsandbytes.nn import Linear4bit
 
 from dpo_cli.core.params import LoraParams, RuntimeParams
-from dpo_cli.evaluation.speakers import open_cast
+from dpo_cli.evaluation.models import open_models
 from dpo_cli.models.adapters import SftResult, add_adapter, save_adapter
 from dpo_cli.models.load import load_model
 
@@ -43,15 +43,15 @@ def test_closed_models_leave_no_weight_in_memory(
         identity={},
         tokenizer=tokenizer,
     )
-    cast = open_cast(graph, folder, RuntimeParams(), reporter, "evaluate")
+    models = open_models(graph, folder, RuntimeParams(), reporter, "evaluate")
     held = []
-    for speaker in (cast.policy, cast.reference):
-        with speaker.use() as voice:
-            held += [weakref.ref(m.weight) for m in voice.model.modules() if isinstance(m, Linear4bit)]
-    del voice
+    for model in (models.policy, models.reference):
+        with model.use() as loaded:
+            held += [weakref.ref(m.weight) for m in loaded.model.modules() if isinstance(m, Linear4bit)]
+    del loaded
     assert len(held) >= 14
     assert all(weight() is not None for weight in held)
-    cast.close()
+    models.close()
     assert not [weight for weight in held if weight() is not None]
 
 

@@ -17,7 +17,7 @@ from dpo_cli.core.errors import DataError, MachineError, StaleArtifactError
 from dpo_cli.core.params import RuntimeParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.text import in_one_line
-from dpo_cli.evaluation.speaker_names import BASE, DPO, SFT
+from dpo_cli.evaluation.model_names import BASE, DPO, SFT
 from dpo_cli.models.adapters import ADAPTER_FILES, ModelPair, is_dora, load_pair, load_reference
 from dpo_cli.models.device import release_memory
 from dpo_cli.models.folder import check_model_folder, words_of
@@ -30,7 +30,7 @@ from dpo_cli.scoring.scorer import Scorer
 
 
 @dataclass(frozen=True)
-class Voice:
+class LoadedModel:
     """A model that is in memory and switched on.
 
     Attributes:
@@ -43,7 +43,7 @@ class Voice:
 
 
 @dataclass(frozen=True)
-class Speaker:
+class EvaluatedModel:
     """A model of the evaluation.
 
     Attributes:
@@ -55,7 +55,7 @@ class Speaker:
 
     name: str
     digest: str
-    use: Callable[[], AbstractContextManager[Voice]]
+    use: Callable[[], AbstractContextManager[LoadedModel]]
     called: str = ""
 
     def __str__(self) -> str:
@@ -63,25 +63,25 @@ class Speaker:
         return self.called or self.name
 
 
-class Cast(Protocol):
+class EvaluatedModels(Protocol):
     """Policy and reference."""
 
     @property
-    def policy(self) -> Speaker:
+    def policy(self) -> EvaluatedModel:
         """The model that is judged."""
         ...
 
     @property
-    def reference(self) -> Speaker:
+    def reference(self) -> EvaluatedModel:
         """The SFT model."""
         ...
 
     @property
-    def base(self) -> Speaker | None:
+    def base(self) -> EvaluatedModel | None:
         """The model before SFT; None where it is not in memory with the others."""
         ...
 
-    def scaled(self, scale: float) -> Speaker | None:
+    def scaled(self, scale: float) -> EvaluatedModel | None:
         """The model with so many times what training changed; None where that cannot be made of two models."""
         ...
 
@@ -90,14 +90,14 @@ class Cast(Protocol):
         ...
 
 
-class AdapterCast:
+class AdapterModels:
     """A trained adapter on the frozen weights of its reference.
 
     Args:
         graph: The graph that both share.
         adapter: Folder of the adapter.
         runtime: This machine.
-        reporter: Hears how the models are computed.
+        reporter: Says how the models are computed.
         command: Who asks, for messages.
 
     Raises:
@@ -115,23 +115,23 @@ class AdapterCast:
         self._loaded: tuple[ModelPair, Scorer] | None = None
 
     @property
-    def policy(self) -> Speaker:
+    def policy(self) -> EvaluatedModel:
         """The base with the adapter."""
-        return Speaker(DPO, self._digest, self._use_policy)
+        return EvaluatedModel(DPO, self._digest, self._use_policy)
 
     @property
-    def reference(self) -> Speaker:
+    def reference(self) -> EvaluatedModel:
         """The base with what SFT made of it."""
-        return Speaker(SFT, self._reference_digest, self._use_reference)
+        return EvaluatedModel(SFT, self._reference_digest, self._use_reference)
 
     @property
-    def base(self) -> Speaker | None:
+    def base(self) -> EvaluatedModel | None:
         """The base without any adapter, where SFT made one."""
         if not self._graph.sft.has_adapter:
             return None
-        return Speaker(BASE, digest_json(["base", self._graph.identity]), self._use_base)
+        return EvaluatedModel(BASE, digest_json(["base", self._graph.identity]), self._use_base)
 
-    def scaled(self, scale: float) -> Speaker:
+    def scaled(self, scale: float) -> EvaluatedModel:
         """The base with so many times what training changed of the reference.
 
         Raises:
@@ -144,7 +144,7 @@ class AdapterCast:
                     " it to []"
                 )
         digest = digest_json([self._digest, scale])
-        return Speaker(DPO, digest, lambda: self._use_scaled(scale), f"{DPO} x {scale:g}")
+        return EvaluatedModel(DPO, digest, lambda: self._use_scaled(scale), f"{DPO} x {scale:g}")
 
     def close(self) -> None:
         """Forget the models."""
@@ -167,25 +167,25 @@ class AdapterCast:
         return self._loaded
 
     @contextmanager
-    def _use_policy(self) -> Iterator[Voice]:
+    def _use_policy(self) -> Iterator[LoadedModel]:
         pair, scorer = self._load()
-        yield Voice(pair.use_policy(), scorer)
+        yield LoadedModel(pair.use_policy(), scorer)
 
     @contextmanager
-    def _use_reference(self) -> Iterator[Voice]:
+    def _use_reference(self) -> Iterator[LoadedModel]:
         pair, scorer = self._load()
-        yield Voice(pair.use_reference(), scorer)
+        yield LoadedModel(pair.use_reference(), scorer)
 
     @contextmanager
-    def _use_base(self) -> Iterator[Voice]:
+    def _use_base(self) -> Iterator[LoadedModel]:
         pair, scorer = self._load()
-        yield Voice(pair.use_frozen(), scorer)
+        yield LoadedModel(pair.use_frozen(), scorer)
 
     @contextmanager
-    def _use_scaled(self, scale: float) -> Iterator[Voice]:
+    def _use_scaled(self, scale: float) -> Iterator[LoadedModel]:
         pair, scorer = self._load()
         with pair.scaled_policy(scale) as model:
-            yield Voice(model, scorer)
+            yield LoadedModel(model, scorer)
 
 
 def _misfit(error: Exception) -> str:
@@ -197,14 +197,14 @@ def _misfit(error: Exception) -> str:
     return f"{in_one_line(misfits[0].rstrip('.'))}{more}"
 
 
-class WholeCast:
+class WholeModels:
     """A whole model of one's own beside the reference: two sets of weights in memory.
 
     Args:
         graph: The graph of the reference.
         folder: Directory of the model, in Hugging Face layout.
         runtime: This machine.
-        reporter: Hears how the models are computed.
+        reporter: Says how the models are computed.
         command: Who asks, for messages.
 
     Raises:
@@ -212,7 +212,7 @@ class WholeCast:
         DataError: Its tokenizer makes other tokens than the reference's.
     """
 
-    base: Speaker | None = None
+    base: EvaluatedModel | None = None
 
     def __init__(self, graph: Graph, folder: Path, runtime: RuntimeParams, reporter: Reporter, command: str) -> None:
         check_model_folder(folder)
@@ -227,28 +227,28 @@ class WholeCast:
         self._reporter = reporter
         self._command = command
         self._digest = digest_json({"graph": graph.identity, "model": digest_files(folder, model_files(folder))})
-        self._voices: dict[str, Voice] = {}
+        self._loaded: dict[str, LoadedModel] = {}
 
     @property
-    def policy(self) -> Speaker:
+    def policy(self) -> EvaluatedModel:
         """The model of the folder."""
-        return Speaker(DPO, self._digest, lambda: nullcontext(self._voice(DPO)))
+        return EvaluatedModel(DPO, self._digest, lambda: nullcontext(self._load(DPO)))
 
     @property
-    def reference(self) -> Speaker:
+    def reference(self) -> EvaluatedModel:
         """The base with what SFT made of it."""
-        return Speaker(SFT, digest_json(self._graph.identity), lambda: nullcontext(self._voice(SFT)))
+        return EvaluatedModel(SFT, digest_json(self._graph.identity), lambda: nullcontext(self._load(SFT)))
 
     def scaled(self, scale: float) -> None:
         """Nothing: which of its weights training changed is not known."""
 
     def close(self) -> None:
         """Forget the models."""
-        self._voices.clear()
+        self._loaded.clear()
         release_memory()
 
-    def _voice(self, name: str) -> Voice:
-        if name not in self._voices:
+    def _load(self, name: str) -> LoadedModel:
+        if name not in self._loaded:
             graph = self._graph
             if name == SFT:
                 model = load_reference(graph.base, graph.sft, graph.machine, graph.quantization)
@@ -256,25 +256,27 @@ class WholeCast:
                 model = load_model(self._folder, graph.machine, quantization=graph.quantization)
             dtype = graph.machine.compute_dtype
             scorer, _ = open_scorer(model, dtype, self._runtime, self._reporter, self._command)
-            self._voices[name] = Voice(model, scorer)
-        return self._voices[name]
+            self._loaded[name] = LoadedModel(model, scorer)
+        return self._loaded[name]
 
 
-def reference_speaker(graph: Graph, runtime: RuntimeParams, reporter: Reporter, command: str) -> Speaker:
+def reference_model(graph: Graph, runtime: RuntimeParams, reporter: Reporter, command: str) -> EvaluatedModel:
     """The SFT model alone, where nothing is compared with it."""
-    voices: list[Voice] = []
+    loaded: list[LoadedModel] = []
 
-    def use() -> AbstractContextManager[Voice]:
-        if not voices:
+    def use() -> AbstractContextManager[LoadedModel]:
+        if not loaded:
             model = load_reference(graph.base, graph.sft, graph.machine, graph.quantization)
             scorer, _ = open_scorer(model, graph.machine.compute_dtype, runtime, reporter, command)
-            voices.append(Voice(model, scorer))
-        return nullcontext(voices[0])
+            loaded.append(LoadedModel(model, scorer))
+        return nullcontext(loaded[0])
 
-    return Speaker(SFT, digest_json(graph.identity), use)
+    return EvaluatedModel(SFT, digest_json(graph.identity), use)
 
 
-def open_cast(graph: Graph, folder: Path, runtime: RuntimeParams, reporter: Reporter, command: str) -> Cast:
+def open_models(
+    graph: Graph, folder: Path, runtime: RuntimeParams, reporter: Reporter, command: str
+) -> EvaluatedModels:
     """The models of an evaluation of a folder: an adapter for the project's SFT model, or a whole model.
 
     Raises:
@@ -283,9 +285,9 @@ def open_cast(graph: Graph, folder: Path, runtime: RuntimeParams, reporter: Repo
         DataError: A whole model's tokenizer makes other tokens.
     """
     if all((folder / name).is_file() for name in ADAPTER_FILES):
-        return AdapterCast(graph, folder, runtime, reporter, command)
+        return AdapterModels(graph, folder, runtime, reporter, command)
     if (folder / "config.json").is_file():
-        return WholeCast(graph, folder, runtime, reporter, command)
+        return WholeModels(graph, folder, runtime, reporter, command)
     if not folder.is_dir():
         raise StaleArtifactError(
             f"{folder} is missing; run: dpo-cli train, or name a folder with an adapter or a model"

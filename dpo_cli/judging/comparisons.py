@@ -1,4 +1,4 @@
-"""Matches of the policy with its opponents: who is compared with whom, and what came of it."""
+"""Two models' answers to the same prompts, judged: who is compared with whom, and what came of it."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from dataclasses import dataclass
 
 from dpo_cli.core.progress import Reporter
 from dpo_cli.judging.judge import Judge
-from dpo_cli.judging.opening import Candidate
-from dpo_cli.judging.win_rate import Comparison, Pair, Tally, compare_all, num_questions, summarise
+from dpo_cli.judging.prepare import JudgedAnswer
+from dpo_cli.judging.win_rate import Comparison, Pair, WinRateSummary, compare_all, num_questions, summarize
 from dpo_cli.statistics.bootstrap import Estimate, Sampling
 
-Answers = Mapping[str, Candidate]
+Answers = Mapping[str, JudgedAnswer]
 """One model's answers by prompt id, or the data's by row id."""
 
 
 @dataclass(frozen=True)
-class Match:
+class ComparisonResult:
     """Two sets of answers to the same prompts, judged.
 
     Attributes:
         ours: The policy's answers.
         theirs: The opponent's.
         comparisons: By the id that both have.
-        tally: Comparisons summed up.
+        summary: Comparisons summed up.
         win_rate: With its interval, clustered by prompt.
     """
 
     ours: Answers
     theirs: Answers
     comparisons: Mapping[str, Comparison]
-    tally: Tally
+    summary: WinRateSummary
     win_rate: Estimate
 
     @property
@@ -41,49 +41,49 @@ class Match:
     @property
     def tie_rate(self) -> float:
         """Share of ties among the verdicts."""
-        return self.tally.num_ties / len(self.wins)
+        return self.summary.num_ties / len(self.wins)
 
 
-def play(
+def compare_models(
     judge: Judge,
-    fixtures: Sequence[tuple[Answers, Answers]],
+    pairings: Sequence[tuple[Answers, Answers]],
     reporter: Reporter,
     command: str,
     sampling: Sampling,
-) -> list[Match]:
-    """Judge all fixtures, every different pair of answers once.
+) -> list[ComparisonResult]:
+    """Judge all pairings, every different pair of answers once.
 
     Args:
         judge: Who decides.
-        fixtures: Ours and theirs, over ids; those that only one has are left out. A row's prompt is
+        pairings: Ours and theirs, over ids; those that only one has are left out. A row's prompt is
             its cluster.
-        reporter: Hears of progress.
+        reporter: Shows progress.
         command: Who asks, for messages.
         sampling: How intervals are drawn.
 
     Raises:
         DataError: The judge has no verdict on too many comparisons.
     """
-    ids = [[id for id in ours if id in theirs] for ours, theirs in fixtures]
+    ids = [[id for id in ours if id in theirs] for ours, theirs in pairings]
     pairs = [
         [Pair(ours[id].prompt, ours[id].text, theirs[id].text) for id in shared]
-        for shared, (ours, theirs) in zip(ids, fixtures, strict=True)
+        for shared, (ours, theirs) in zip(ids, pairings, strict=True)
     ]
     different = list(dict.fromkeys(pair for some in pairs for pair in some))
     with reporter.meter(f"{command}: judging", num_questions(different), "judgments") as meter:
         found = dict(zip(different, compare_all(judge, different, meter), strict=True))
-    matches = []
-    for shared, some, (ours, theirs) in zip(ids, pairs, fixtures, strict=True):
+    results = []
+    for shared, some, (ours, theirs) in zip(ids, pairs, pairings, strict=True):
         comparisons = {id: found[pair] for id, pair in zip(shared, some, strict=True)}
-        tally = summarise(list(comparisons.values()), judge.remedy)
+        summary = summarize(list(comparisons.values()), judge.remedy)
         wins = [(each.win, ours[id].group) for id, each in comparisons.items() if each.win is not None]
         win_rate = sampling.rate([win for win, _ in wins], [group for _, group in wins])
-        matches.append(Match(ours, theirs, comparisons, tally, win_rate))
-    return matches
+        results.append(ComparisonResult(ours, theirs, comparisons, summary, win_rate))
+    return results
 
 
-def paired_difference(first: Match, second: Match, sampling: Sampling) -> Estimate:
-    """Win rate of the first match less that of the second over the ids that both have, with its paired interval.
+def paired_difference(first: ComparisonResult, second: ComparisonResult, sampling: Sampling) -> Estimate:
+    """Win rate of the first result less that of the second over the ids that both have, with its paired interval.
 
     Raises:
         ValueError: They share no id with verdicts.
@@ -91,7 +91,7 @@ def paired_difference(first: Match, second: Match, sampling: Sampling) -> Estima
     ours, theirs = first.wins, second.wins
     shared = [id for id in ours if id in theirs]
     if not shared:
-        raise ValueError("the matches share no prompt")
+        raise ValueError("the results share no prompt")
     prompts = [first.ours[id].group for id in shared]
     differences = [ours[id] - theirs[id] for id in shared]
     return sampling.interval(differences, prompts)

@@ -33,7 +33,7 @@ JUDGE_PATH = "DPO_JUDGE_PATH"
 
 
 @dataclass(frozen=True)
-class Candidate:
+class JudgedAnswer:
     """An answer that may be judged.
 
     Attributes:
@@ -55,7 +55,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class OpenedJudge:
+class ReadyJudge:
     """A judge that can be asked.
 
     Attributes:
@@ -74,29 +74,29 @@ class OpenedJudge:
     reward: Callable[[str, str], float] | None = None
 
 
-Opener = Callable[[Sequence[Candidate]], OpenedJudge]
+LoadJudge = Callable[[Sequence[JudgedAnswer]], ReadyJudge]
 """Opens a judge that was prepared, for the answers that it will be asked about."""
 
 
 def prepare_judge(
-    knobs: EvaluateParams,
+    settings: EvaluateParams,
     graph: Graph,
     names: tuple[str, str],
     runtime: RuntimeParams,
     reporter: Reporter,
     command: str,
     memory: Path,
-) -> Opener | None:
+) -> LoadJudge | None:
     """Find out whether the judge that is asked for can be had, before any long work; None where there is none.
 
     What needs the models' memory is loaded when it is opened.
 
     Args:
-        knobs: Section evaluate.
+        settings: Section evaluate.
         graph: The graph of the policy that is judged.
         names: Policy and opponent, as a votes file calls them.
         runtime: This machine.
-        reporter: Hears what the judge is like.
+        reporter: Says what the judge is like.
         command: Who asks, for messages.
         memory: Folder of judgments that were made before, in the scratch area.
 
@@ -106,27 +106,27 @@ def prepare_judge(
         StaleArtifactError: There is no reward model, or it is of another graph or other data.
         DataError: The votes file is missing or damaged.
     """
-    if knobs.judge == "none":
+    if settings.judge == "none":
         return None
-    if (exact := known_reward(knobs)) is not None:
-        rater = knobs.rule or knobs.judge
-        return lambda _: OpenedJudge(exact, exact.name, rater, reward=exact.reward)
-    if knobs.judge == "reward-model":
+    if (exact := known_reward(settings)) is not None:
+        rater = settings.rule or settings.judge
+        return lambda _: ReadyJudge(exact, exact.name, rater, reward=exact.reward)
+    if settings.judge == "reward-model":
         check_reward_model(paths.REWARD_MODEL, graph.identity, table_digests(paths.PREFERENCE_DATA))
-        return lambda candidates: _learned_rewards(graph, candidates, runtime, reporter, command)
-    if knobs.judge == "votes":
-        votes = read_votes(_votes_file(knobs.votes.file))
-        voters = VotesJudge(votes, knobs.votes.rule, *names, knobs.votes.kind)
-        return lambda _: OpenedJudge(voters, f"votes in {knobs.votes.file}", knobs.judge)
-    if knobs.judge == "openai":
-        asked = _open_openai(knobs, reporter, memory)
+        return lambda judged: _learned_rewards(graph, judged, runtime, reporter, command)
+    if settings.judge == "votes":
+        votes = read_votes(_votes_file(settings.votes.file))
+        voters = VotesJudge(votes, settings.votes.rule, *names, settings.votes.kind)
+        return lambda _: ReadyJudge(voters, f"votes in {settings.votes.file}", settings.judge)
+    if settings.judge == "openai":
+        asked = _open_openai(settings, reporter, memory)
         return lambda _: asked
-    return _prepare_hf(knobs, graph, runtime, reporter, command, memory)
+    return _prepare_hf(settings, graph, runtime, reporter, command, memory)
 
 
 def _learned_rewards(
-    graph: Graph, candidates: Sequence[Candidate], runtime: RuntimeParams, reporter: Reporter, command: str
-) -> OpenedJudge:
+    graph: Graph, judged: Sequence[JudgedAnswer], runtime: RuntimeParams, reporter: Reporter, command: str
+) -> ReadyJudge:
     """Rewards of answers as texts, as all judges see them: equal texts have equal rewards, whatever their tokens."""
     model = RewardModel.load(
         paths.REWARD_MODEL,
@@ -139,8 +139,8 @@ def _learned_rewards(
         reporter,
         command,
     )
-    different = {(each.prompt, each.text): each for each in candidates}
-    by_prompt: dict[str, list[Candidate]] = {}
+    different = {(each.prompt, each.text): each for each in judged}
+    by_prompt: dict[str, list[JudgedAnswer]] = {}
     for each in different.values():
         by_prompt.setdefault(each.prompt, []).append(each)
     groups = []
@@ -157,7 +157,7 @@ def _learned_rewards(
             for each, reward in zip(some, rewards, strict=True)
         }
     )
-    return OpenedJudge(known, "the reward model", "reward-model", reward=known.reward)
+    return ReadyJudge(known, "the reward model", "reward-model", reward=known.reward)
 
 
 def _votes_file(name: str) -> Path:
@@ -170,8 +170,8 @@ def _votes_file(name: str) -> Path:
 
 
 def _prepare_hf(
-    knobs: EvaluateParams, graph: Graph, runtime: RuntimeParams, reporter: Reporter, command: str, memory: Path
-) -> Opener:
+    settings: EvaluateParams, graph: Graph, runtime: RuntimeParams, reporter: Reporter, command: str, memory: Path
+) -> LoadJudge:
     given = os.environ.get(JUDGE_PATH) or runtime.judge_path
     if not given:
         raise ParamsError(f"evaluate.judge hf needs its model: set runtime.judge_path (or {JUDGE_PATH}) to a directory")
@@ -179,22 +179,22 @@ def _prepare_hf(
     if not folder.is_dir():
         raise MachineError(f"the judge's model directory {folder} is missing; check runtime.judge_path or {JUDGE_PATH}")
     check_model_folder(folder)
-    template = _template(knobs.hf.template, "evaluate.hf.template")
+    template = _template(settings.hf.template, "evaluate.hf.template")
 
-    def open_(_: Sequence[Candidate]) -> OpenedJudge:
+    def open_(_: Sequence[JudgedAnswer]) -> ReadyJudge:
         judge = HfJudge.load(
             folder,
             template,
             graph.machine,
-            knobs.hf.quantization,
-            knobs.hf.chat_template,
+            settings.hf.quantization,
+            settings.hf.chat_template,
             runtime,
             reporter,
             command,
             policy=graph.base,
         )
-        name = knobs.hf.name or folder.name
-        return OpenedJudge(CachedJudge(judge, memory), name, _rater(name, template), reads=True)
+        name = settings.hf.name or folder.name
+        return ReadyJudge(CachedJudge(judge, memory), name, _rater(name, template), reads=True)
 
     return open_
 
@@ -213,8 +213,8 @@ def _template(name: str, source: str) -> Template:
     return open_template(name, source)
 
 
-def _open_openai(knobs: EvaluateParams, reporter: Reporter, memory: Path) -> OpenedJudge:
-    asked = knobs.openai
+def _open_openai(settings: EvaluateParams, reporter: Reporter, memory: Path) -> ReadyJudge:
+    asked = settings.openai
     template = _template(asked.template, "evaluate.openai.template")
     key = os.environ.get(API_KEY, "")
     server = Server(asked.url, allowed_hosts=asked.allowed_hosts, api_key=key, timeout_s=asked.timeout_s)
@@ -222,4 +222,4 @@ def _open_openai(knobs: EvaluateParams, reporter: Reporter, memory: Path) -> Ope
         raise ParamsError(f"{API_KEY} would go to {server.url} in clear text; use https, or unset it")
     judge = OpenAiJudge.connect(server, asked.model, template, reporter, parallel=asked.parallel, extra=asked.extra)
     name = str(judge.identity["model"])
-    return OpenedJudge(CachedJudge(judge, memory), name, _rater(name, template), reads=True)
+    return ReadyJudge(CachedJudge(judge, memory), name, _rater(name, template), reads=True)
