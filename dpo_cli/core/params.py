@@ -494,10 +494,10 @@ class RuntimeParams(Section):
         ge=1,
         le=10**8,
     )
-    layout: Literal["auto", "shared", "packed", "padded"] = param(
+    layout: Literal["auto", "shared", "padded"] = param(
         "auto",
-        "How a prompt and its answers go through the model: the prompt once (shared), with each answer in one row"
-        " (packed), or in padded rows. auto tries them on the model and takes the cheapest that is right.",
+        "How a prompt and its answers go through the model: the prompt once (shared), or with each answer, in padded"
+        " rows. auto tries both on the model and takes the cheaper one that is right.",
     )
     head_mib: int | None = param(
         None,

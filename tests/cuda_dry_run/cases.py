@@ -43,16 +43,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """Small configurations by transformers' names of the families."""
 
 QUANTIZATIONS = ("none", "nf4")
-LAYOUTS = ("shared", "pieces", "padded", "packed")
+LAYOUTS = ("shared", "pieces", "padded")
 """The scorer's layouts; ``pieces`` is ``shared`` without a kernel for sequences of any length: in float16 on a card
 before Ampere, in bfloat16 where none is installed.
 """
 GRADES = ("none", "elementwise", "layers")
 DTYPES = ("bfloat16", "float16")
-
-
-_PACKED = ("llama", "gemma2")
-"""Families that are packed, too: it is ``shared`` but for prompts that are repeated."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +103,9 @@ FAULTS = (
 
 
 def family_cases() -> Iterator[Case]:
-    """Each family in nine ways, in which each pair of values of the four ways to vary occurs; some packed, too."""
+    """Each family in nine ways, in which each pair of values of the four ways to vary occurs."""
     for number, family in enumerate(FAMILIES):
-        layouts = LAYOUTS if family in _PACKED else LAYOUTS[:-1]
-        for row, (layout, grade) in enumerate(itertools.product(layouts, GRADES)):
+        for row, (layout, grade) in enumerate(itertools.product(LAYOUTS, GRADES)):
             yield Case(family, QUANTIZATIONS[(row + number) % 2], layout, grade, DTYPES[(row // 2 + number) % 2])
 
 
