@@ -128,17 +128,7 @@ def _learned_rewards(
     graph: Graph, judged: Sequence[JudgedAnswer], runtime: RuntimeParams, reporter: Reporter, command: str
 ) -> ReadyJudge:
     """Rewards of answers as texts, as all judges see them: equal texts have equal rewards, whatever their tokens."""
-    model = RewardModel.load(
-        paths.REWARD_MODEL,
-        graph.base,
-        graph.sft,
-        graph.machine,
-        graph.quantization,
-        graph.encoder,
-        runtime,
-        reporter,
-        command,
-    )
+    model = RewardModel.load(paths.REWARD_MODEL, graph, runtime, reporter, command)
     different = {(each.prompt, each.text): each for each in judged}
     by_prompt: dict[str, list[JudgedAnswer]] = {}
     for each in different.values():

@@ -14,9 +14,9 @@ from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.schema import Messages, assistant
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.judging.judge import Judgment, Question, one_by_one
-from dpo_cli.models.adapters import SftResult
-from dpo_cli.models.device import Machine, token_budget
+from dpo_cli.models.device import token_budget
 from dpo_cli.models.reward import load_reward_model, reward_head
+from dpo_cli.reference.graph import Graph
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
 from dpo_cli.scoring.probe import open_scorer
 from dpo_cli.scoring.reward import RewardScorer
@@ -40,11 +40,7 @@ class RewardModel:
     def load(
         cls,
         folder: Path,
-        base: Path,
-        sft: SftResult,
-        machine: Machine,
-        quantization: str,
-        encoder: ChatEncoder,
+        graph: Graph,
         runtime: RuntimeParams,
         reporter: Reporter,
         stage: str,
@@ -53,19 +49,15 @@ class RewardModel:
 
         Args:
             folder: What stage reward made; :func:`dpo_cli.models.reward.check_reward_model` says whether it fits.
-            base: Directory of the base model.
-            sft: What stage sft made of it.
-            machine: Device and compute dtype.
-            quantization: ``nf4`` or ``none``.
-            encoder: Messages to token ids.
+            graph: What it was trained on: base, SFT's result, quantization, machine and encoder.
             runtime: Layout and token budget.
             reporter: Says them.
             stage: Name of the stage, for messages.
         """
-        model = load_reward_model(folder, base, sft, machine, quantization)
-        scorer, _ = open_scorer(model, machine.compute_dtype, runtime, reporter, stage)
+        model = load_reward_model(folder, graph.base, graph.sft, graph.machine, graph.quantization)
+        scorer, _ = open_scorer(model, graph.machine.compute_dtype, runtime, reporter, stage)
         budget = TokenBudget(token_budget(runtime, scorer.device), stage, reporter)
-        return cls(RewardScorer(scorer, reward_head(model)), encoder, budget)
+        return cls(RewardScorer(scorer, reward_head(model)), graph.encoder, budget)
 
     @torch.no_grad()
     def rewards(self, groups: Sequence[TokenGroup]) -> list[list[float]]:

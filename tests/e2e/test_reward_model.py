@@ -77,18 +77,7 @@ def graph(finished: dict[str, Any]) -> Graph:
 
 @pytest.fixture(scope="module")
 def reward_model(graph: Graph, make_reporter: Callable[[], Any]) -> RewardModel:
-    params = make_params()
-    return RewardModel.load(
-        paths.REWARD_MODEL,
-        graph.base,
-        graph.sft,
-        graph.machine,
-        graph.quantization,
-        graph.encoder,
-        params.runtime,
-        make_reporter(),
-        "test",
-    )
+    return RewardModel.load(paths.REWARD_MODEL, graph, make_params().runtime, make_reporter(), "test")
 
 
 def test_it_learns_the_known_reward(finished: dict[str, Any]) -> None:
