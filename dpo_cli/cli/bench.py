@@ -87,7 +87,8 @@ def bench_command(
             load_stub()  # before torch
 
         # here, so that --help does not wait for them
-        from dpo_cli.core.params import Params, load_params, parse_overrides
+        from dpo_cli.core.load_params import load_params, parse_overrides
+        from dpo_cli.core.params import Params
         from dpo_cli.training.bench import PASSES, BenchOptions, measure, refuse_unknown, refuse_unread
 
         refuse_unknown(regime, shape)

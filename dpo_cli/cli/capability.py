@@ -58,7 +58,7 @@ def capability_command(
     """
     with errors_as_exit_codes(as_json=as_json):
         # here, so that --help does not wait for them
-        from dpo_cli.core.params import load_params
+        from dpo_cli.core.load_params import load_params
         from dpo_cli.evaluation.measure_capability import as_json as figures_of
         from dpo_cli.evaluation.measure_capability import measure_capability
 

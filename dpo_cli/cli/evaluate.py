@@ -46,7 +46,7 @@ def _evaluate_model(model: Path | None, out: Path | None, overrides: list[str], 
     with errors_as_exit_codes(as_json=as_json):
         if model is None:
             raise ParamsError("--out has no effect without --model: stage evaluate writes to reports/evaluate")
-        from dpo_cli.core.params import load_params  # here, so that --help does not wait for it
+        from dpo_cli.core.load_params import load_params  # here, so that --help does not wait for it
 
         params = load_params(paths.PARAMS, overrides)
         refuse_unread(_STAGE.command, (*_STAGE.params, "train", "runtime"), overrides)

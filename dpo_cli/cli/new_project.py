@@ -18,18 +18,10 @@ from ruamel.yaml import YAML
 from dpo_cli.cli.sources import as_options
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import atomic_path, write_text
+from dpo_cli.core.data_params import AS_PREFERENCES, DataParams, PreferenceSource, SftSource, Source
 from dpo_cli.core.errors import DataError, MachineError, ParamsError
-from dpo_cli.core.params import (
-    AS_PREFERENCES,
-    DataParams,
-    Params,
-    PreferenceSource,
-    ReferenceParams,
-    SftParams,
-    SftSource,
-    Source,
-    apply_overrides,
-)
+from dpo_cli.core.load_params import apply_overrides
+from dpo_cli.core.params import Params, ReferenceParams, SftParams
 from dpo_cli.core.params_text import EMBEDDED_PRESET, params_yaml
 from dpo_cli.core.pipeline import STAGES, dvc_yaml
 from dpo_cli.core.progress import Reporter

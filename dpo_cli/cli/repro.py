@@ -74,7 +74,7 @@ def reproduce(targets: Sequence[str], *, force: bool, reporter: Reporter) -> int
     if unknown:
         known = ", ".join(stage.command for stage in STAGES)
         raise ParamsError([f"{target} is not a stage; there are {known}" for target in unknown])
-    from dpo_cli.core.params import load_params  # here, so that --help does not wait for it
+    from dpo_cli.core.load_params import load_params  # here, so that --help does not wait for it
 
     load_params(paths.PARAMS)  # before DVC reads it, which bounds nothing
     # named and forced means those stages alone: DVC would force all that comes before them, too

@@ -54,7 +54,7 @@ def sample_command(
     before is not sampled again.
     """
     with errors_as_exit_codes(as_json=as_json):
-        from dpo_cli.core.params import load_params  # here, so that --help does not wait for them
+        from dpo_cli.core.load_params import load_params  # here, so that --help does not wait for them
 
         params = load_params(paths.PARAMS, overrides or [])
         refuse_unread("sample", ("model", "reference", "evaluate", "runtime"), overrides or [])

@@ -18,7 +18,8 @@ from dpo_cli.core.errors import ParamsError
 from dpo_cli.core.progress import Reporter
 
 if TYPE_CHECKING:
-    from dpo_cli.core.params import Params, Source
+    from dpo_cli.core.data_params import Source
+    from dpo_cli.core.params import Params
 
 OUTPUTS = (".parquet", ".jsonl")
 _MAX_BETA = 1e6
@@ -94,7 +95,7 @@ def score_command(
     with errors_as_exit_codes(as_json=as_json):
         # here, so that --help does not wait for them
         from dpo_cli.cli.sources import sources_of
-        from dpo_cli.core.params import load_params
+        from dpo_cli.core.load_params import load_params
         from dpo_cli.evaluation.score_rows import refuse_idle_settings
 
         overrides, of_files = split_settings(settings or [])

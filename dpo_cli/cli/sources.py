@@ -11,8 +11,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from dpo_cli.core import paths
+from dpo_cli.core.data_params import DataParams, PreferenceSource, SftSource, Source
 from dpo_cli.core.errors import DataError, ParamsError
-from dpo_cli.core.params import DataParams, Params, PreferenceSource, SftSource, Source, explain, load_params
+from dpo_cli.core.load_params import explain, load_params
+from dpo_cli.core.params import Params
 from dpo_cli.data.convert import find_files, plan_of
 from dpo_cli.data.formats.detect import UnknownFormatError
 

@@ -52,7 +52,7 @@ def run_stage(stage: Stage, overrides: list[str], *, as_json: bool) -> None:
     with errors_as_exit_codes(as_json=as_json):
         if overrides and "DVC_STAGE" in os.environ:
             raise ParamsError("--set has no place in a DVC stage: DVC would not see it; change params.yaml")
-        from dpo_cli.core.params import load_params  # here, so that --help does not wait for it
+        from dpo_cli.core.load_params import load_params  # here, so that --help does not wait for it
 
         params = load_params(paths.PARAMS, overrides)
         refuse_unread(stage.command, (*stage.params, "runtime"), overrides)

@@ -60,7 +60,7 @@ def try_command(
     another evaluate.seed others. They end after evaluate.max_new_tokens. Neither reports nor models are touched.
     """
     with errors_as_exit_codes(as_json=as_json):
-        from dpo_cli.core.params import load_params  # here, so that --help does not wait for them
+        from dpo_cli.core.load_params import load_params  # here, so that --help does not wait for them
 
         if not prompt.strip():
             raise DataError("the prompt is empty; say something, as in: dpo-cli try 'Hello!'")

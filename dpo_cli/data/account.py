@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_cli.core.params import Source
+from dpo_cli.core.data_params import Source
 from dpo_cli.data.blocks import SAMPLED_OUT
 from dpo_cli.data.problem import shown_name
 

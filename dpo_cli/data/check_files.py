@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.core.cores import usable_cores
+from dpo_cli.core.data_params import DataParams, SftSource, Source
 from dpo_cli.core.errors import ParamsError
-from dpo_cli.core.params import DataParams, SftSource, Source, TokenChecks
+from dpo_cli.core.params import TokenChecks
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.account import Conversion, Finding, account_rows, checks_of, metrics_of, unread_of, warnings_of
 from dpo_cli.data.blocks import SAMPLED_OUT

@@ -19,8 +19,8 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from dpo_cli.core.data_params import PreferenceSource, SftSource, Source
 from dpo_cli.core.errors import DataError
-from dpo_cli.core.params import PreferenceSource, SftSource, Source
 from dpo_cli.data.account import SPLITS, Conversion, ConvertedBlock, FileAccount, Finding
 from dpo_cli.data.blocks import (
     DIGESTS,
@@ -75,7 +75,7 @@ def convert(
 
     Args:
         sources: Where the data is; all of one kind, instructions or preferences.
-        policies: What to do with what each check finds (:class:`dpo_cli.core.params.DataChecks`).
+        policies: What to do with what each check finds (:class:`dpo_cli.core.data_params.DataChecks`).
         eval_fraction: Share of prompts held out.
         work: An empty folder for what is half done, about as large as the data.
         out: An empty folder to write to; None: only check.

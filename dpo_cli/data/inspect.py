@@ -12,8 +12,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from dpo_cli.core.data_params import DataParams, Source
 from dpo_cli.core.errors import DataError
-from dpo_cli.core.params import DataParams, Source
 from dpo_cli.data.blocks import SAMPLED_OUT, BlockPlan, convert_block, examples_file, fit_answers
 from dpo_cli.data.chat import ChatEncoder, Encoding
 from dpo_cli.data.checks import check_preference, check_sft

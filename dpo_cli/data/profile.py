@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.core.params import DataParams, SftSource, Source
+from dpo_cli.core.data_params import DataParams, SftSource, Source
 from dpo_cli.core.progress import Meter, Reporter
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.checks import check_preference, check_sft, reason_to_drop

@@ -9,7 +9,7 @@ from typing import Any
 
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, ParamsError
-from dpo_cli.core.params import load_params
+from dpo_cli.core.load_params import load_params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.schema import Messages
 from dpo_cli.evaluation.comparison import Experiment

@@ -11,8 +11,9 @@ import polars as pl
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import read_json
+from dpo_cli.core.data_params import Source
 from dpo_cli.core.errors import StaleArtifactError
-from dpo_cli.core.params import Params, Source
+from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.tokenise import prompt_ids
 from dpo_cli.evaluation.implicit_reward import (

@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_cli.core.cores import usable_cores
+from dpo_cli.core.data_params import PreferenceSource, Source
 from dpo_cli.core.errors import DataError, ParamsError
-from dpo_cli.core.params import Params, PreferenceSource, Source
+from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.account import Conversion, ConvertedBlock
 from dpo_cli.data.blocks import rankings_file

@@ -10,8 +10,9 @@ from typing import Any
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import publish_folder, write_json
 from dpo_cli.core.cores import usable_cores
+from dpo_cli.core.data_params import AS_PREFERENCES, PreferenceSource, SftSource, Source
 from dpo_cli.core.errors import DataError, ParamsError
-from dpo_cli.core.params import AS_PREFERENCES, Params, PreferenceSource, SftSource, Source
+from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.account import Conversion, account_rows, checks_of, metrics_of, unread_of, warnings_of

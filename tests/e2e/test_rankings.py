@@ -14,7 +14,8 @@ import torch
 
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, ParamsError
-from dpo_cli.core.params import Params, parse_params
+from dpo_cli.core.load_params import parse_params
+from dpo_cli.core.params import Params
 from dpo_cli.data import world
 from dpo_cli.stages import base, convert_preferences, precompute_ref, sft, train
 

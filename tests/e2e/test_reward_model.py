@@ -14,7 +14,8 @@ import torch
 
 from dpo_cli.core import paths
 from dpo_cli.core.errors import StaleArtifactError
-from dpo_cli.core.params import Params, parse_params
+from dpo_cli.core.load_params import parse_params
+from dpo_cli.core.params import Params
 from dpo_cli.core.params_text import EMBEDDED_PRESET
 from dpo_cli.data import world
 from dpo_cli.data.schema import user

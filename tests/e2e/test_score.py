@@ -19,7 +19,7 @@ from dpo_cli.cli.score import ScoreOptions, score_files
 from dpo_cli.cli.sources import sources_of
 from dpo_cli.core.artifacts import write_text
 from dpo_cli.core.errors import Interrupted
-from dpo_cli.core.params import load_params
+from dpo_cli.core.load_params import load_params
 from dpo_cli.core.params_text import params_yaml
 from dpo_cli.data import world
 from dpo_cli.evaluation.score_table import SCHEMA

@@ -20,7 +20,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from dpo_cli.core.params import Params, RuntimeParams, parse_params
+from dpo_cli.core.load_params import parse_params
+from dpo_cli.core.params import Params, RuntimeParams
 from dpo_cli.core.progress import SilentReporter
 from dpo_cli.data.schema import user
 from dpo_cli.data.tokenise import TokenGroup

@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
 from dpo_cli.cli.row_page import print_row
+from dpo_cli.core.data_params import PreferenceSource, SftSource, Source
 from dpo_cli.core.errors import DataError
-from dpo_cli.core.params import PairTokenChecks, PreferenceSource, SftSource, Source
+from dpo_cli.core.params import PairTokenChecks
 from dpo_cli.core.text import visible, visible_token
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.inspect import TokenView, describe_row

@@ -12,7 +12,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ValidationError
 
 from dpo_cli.core.errors import ParamsError
-from dpo_cli.core.params import Params, iter_settings, load_params, parse_overrides, parse_params
+from dpo_cli.core.load_params import load_params, parse_overrides, parse_params
+from dpo_cli.core.params import Params, iter_settings
 
 
 def problems_of(tree: dict[str, Any]) -> list[str]:

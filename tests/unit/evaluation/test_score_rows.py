@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from dpo_cli.core.data_params import PreferenceSource
 from dpo_cli.core.errors import DataError
-from dpo_cli.core.params import PairTokenChecks, Params, PreferenceSource, parse_params
+from dpo_cli.core.load_params import parse_params
+from dpo_cli.core.params import PairTokenChecks, Params
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.evaluation.score_rows import InputRows, read_rows
 

@@ -10,7 +10,8 @@ import polars as pl
 import pytest
 
 from dpo_cli.core.errors import DataError, ParamsError
-from dpo_cli.core.params import Params, parse_params
+from dpo_cli.core.load_params import parse_params
+from dpo_cli.core.params import Params
 from dpo_cli.data import world
 from dpo_cli.stages import convert_preferences, convert_sft
 
