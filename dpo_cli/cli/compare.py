@@ -93,5 +93,5 @@ def compare_command(
             typer.echo(json.dumps(figures, ensure_ascii=False))
         else:
             compare_tables.print_comparison(found)
-            if head_to_head is not None:
+            if judged is not None:
                 compare_tables.print_head_to_head(judged)

@@ -69,8 +69,8 @@ def try_prompt(prompt: str, system: str | None, model: Path | None, params: Para
     found = []
     with stage_scratch("try", "run") as scratch:
         steps = Steps(graph, settings, params.runtime, reporter, "try", scratch.folder.parent / "models")
-        for name, model in names.items():
-            answer = steps.answers(model, [tokens], settings.temperature)[tokens.id]
+        for name, asked in names.items():
+            answer = steps.answers(asked, [tokens], settings.temperature)[tokens.id]
             text = graph.encoder.decode(list(answer.tokens))
             found.append(Tried(name, text, len(answer.tokens), answer.finished))
     return found

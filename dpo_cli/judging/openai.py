@@ -141,7 +141,7 @@ class OpenAiJudge:
             problem: DpoCliError | None = None
             try:
                 for future in as_completed(futures):
-                    if future.canceled():
+                    if future.cancelled():
                         continue
                     error = future.exception()
                     if error is None:

@@ -158,7 +158,7 @@ def _for_page(document: str, slug: str) -> str:
     """Turn matplotlib's document into an element of the page: no prologue, no own colors, fonts or ids to clash."""
     svg = document[document.index("<svg") :]
     view = re.search(r'viewBox="[^"]*"', svg)
-    svg = f'<svg role="img" aria-labeledby="{slug}-title" {view[0] if view else ""}' + svg[svg.index(">") :]
+    svg = f'<svg role="img" aria-labelledby="{slug}-title" {view[0] if view else ""}' + svg[svg.index(">") :]
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
@@ -169,12 +169,12 @@ def _for_page(document: str, slug: str) -> str:
     return re.sub(r"\s*\n\s*", " ", svg).strip()
 
 
-def _rounded(attribute: re.ComparisonResult[str]) -> str:
+def _rounded(attribute: re.Match[str]) -> str:
     """Hundredths of a point are enough."""
     return re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", attribute[0])
 
 
-def _colors_as_classes(style: re.ComparisonResult[str]) -> str:
+def _colors_as_classes(style: re.Match[str]) -> str:
     kept, classes = [], []
     for declaration in filter(None, (each.strip() for each in style[1].split(";"))):
         name, _, value = declaration.partition(": ")

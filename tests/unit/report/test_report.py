@@ -325,7 +325,7 @@ def test_ids_are_unique_and_references_hold() -> None:
     source = render()
     ids = Elements(source).ids
     assert len(ids) == len(set(ids))
-    references = re.findall(r'(?:aria-labeledby="|href="#|url\(#)([^")]+)', source)
+    references = re.findall(r'(?:aria-labelledby="|href="#|url\(#)([^")]+)', source)
     assert set(references) <= set(ids)
 
 

@@ -460,7 +460,7 @@ def test_a_verdict_is_remembered_by_the_configuration(
 def test_a_leaky_models_verdict_is_remembered_with_its_reasons(
     open_: Callable[..., Any], scored: list[str], reporter: Any
 ) -> None:
-    name, values, _, _ = LEAKY["bloom"]
+    name, values, _ = LEAKY["bloom"]
     _, first = open_(build(name, values))
     scored.clear()
     scorer, second = open_(build(name, values))
