@@ -17,7 +17,7 @@ from dpo_cli.report.shades import SHADES, scale_of
 
 Sample = Mapping[str, Any]
 
-MOST_SAMPLES, MOST_BYTES = 500, 2_300_000
+MOST_SAMPLES, MOST_BYTES = 500, 2_500_000
 
 _RATIO_STEP = 0.01
 
