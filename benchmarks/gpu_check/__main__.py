@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.gpu_check.bench import ROOT
+from benchmarks.gpu_check import ROOT
 from benchmarks.gpu_check.parts import PARTS, describe, perform
 from dpo_cli.core.artifacts import write_json, write_text
 from dpo_cli.core.environment import prepare_environment
@@ -106,7 +106,7 @@ def run_part(name: str, extra: Sequence[str], folder: Path, limit_s: float) -> d
     part["seconds"] = round(time.monotonic() - begun, 1)
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     if code is None:
-        part |= {"status": "failed", "reason": f"ended after {limit_s:.3g} s"}
+        part |= {"status": "out of time", "reason": f"ended after {limit_s:.3g} s"}
     elif code:
         part |= {"status": "failed", "reason": f"exit code {code}: {lines[-1] if lines else 'it said nothing'}"}
     if code != 0:

@@ -26,7 +26,6 @@ from dpo_cli.scoring.regimes import random_pairs
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.run import Fit, fit
 
-ROOT = Path(__file__).parents[2]
 GIB = 2**30
 
 Verdict = Literal["ok", "differs", "noted", "needs a GPU", "not possible here"]
@@ -48,7 +47,7 @@ class Heard(SilentReporter):
 
     def __init__(self, on_advance: Callable[[int], None] | None = None) -> None:
         self.lines: list[str] = []
-        self._on_advance = on_advance or (lambda done: None)
+        self.on_advance = on_advance or (lambda done: None)
 
     def say(self, text: str) -> None:
         """Keep it, and show it in the part's log."""
@@ -59,7 +58,7 @@ class Heard(SilentReporter):
 
     def meter(self, label: str, total: int, unit: str) -> AbstractContextManager[Meter]:
         """Work under way."""
-        return _counting(self._on_advance)
+        return _counting(self.on_advance)
 
     def last(self, words: str) -> str:
         """The last line with these words in it; empty where there is none."""
@@ -161,7 +160,7 @@ class Bench:
 
     def pairs(self, policy: Policy, num_pairs: int) -> list[TokenGroup]:
         """Pairs as long as those of HH harmless; a few where all is small."""
-        number = min(num_pairs, 8) if self.small else num_pairs
+        number = min(num_pairs, 4) if self.small else num_pairs
         return random_pairs("harmless", number, policy.scorer.config.vocab_size)
 
     def wait(self) -> None:

@@ -178,7 +178,7 @@ def margins(bench: Bench) -> None:
         policy = bench.policy("llama-3.1-8b", compute_dtype=dtype)
         groups = bench.pairs(policy, 16)
         _sharpen(policy, groups)
-        scorer, model = policy.scorer, policy.model
+        scorer, model = policy.scorer, policy.model.eval()
         with scorer:
             verdict = probe_layouts(scorer, model)
             scorer.layout = verdict.layout

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu_check.bench import GIB, ROOT, Bench, Policy, train
+from benchmarks.gpu_check import ROOT
+from benchmarks.gpu_check.bench import GIB, Bench, Policy, train
 from dpo_cli.core.errors import MachineError
 from dpo_cli.core.params import TrainParams
 from dpo_cli.dry_run.step import DryTrainer

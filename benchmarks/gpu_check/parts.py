@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_check.bench import ROOT, Bench
+from benchmarks.gpu_check import ROOT
 from dpo_cli.core.artifacts import digest_files
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "flash-attn", "trl")
@@ -50,6 +50,7 @@ PARTS = {
 
 def perform(name: str, small: bool, folder: Path, into: Path, *, dies: bool = False) -> None:
     """Carry out a part in this process; its answers go into a JSON file, one after the other."""
+    from benchmarks.gpu_check.bench import Bench
     from dpo_cli.models.load import quiet_libraries
 
     quiet_libraries()

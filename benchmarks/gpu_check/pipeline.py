@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.gpu_check.bench import ROOT, Bench, Heard, Policy, adapter_of, train
+from benchmarks.gpu_check import ROOT
+from benchmarks.gpu_check.bench import Bench, Heard, Policy, adapter_of, train
 from dpo_cli.core import paths
 from dpo_cli.core.errors import Interrupted
 from dpo_cli.core.params import Params, TrainParams, parse_params
@@ -195,7 +196,7 @@ def optimizer(bench: Bench) -> None:
     whole = bench.policy("qwen2.5-0.5b")
     _fit(bench, whole, "paged-whole", **settings)
     killed = bench.policy("qwen2.5-0.5b")
-    killed.reporter._on_advance = lambda done: signal.raise_signal(signal.SIGINT) if done == 2 else None
+    killed.reporter.on_advance = lambda done: signal.raise_signal(signal.SIGINT) if done == 2 else None
     with contextlib.suppress(Interrupted):
         _fit(bench, killed, "paged-killed", **settings)
     resumed = bench.policy("qwen2.5-0.5b")

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_check.bench import ROOT, Bench, Heard
+from benchmarks.gpu_check import ROOT
+from benchmarks.gpu_check.bench import Bench, Heard
 from benchmarks.gpu_check.memory import saved_model
 from dpo_cli.cli.bench import PASSES, BenchOptions, measure
 from dpo_cli.core.errors import MachineError

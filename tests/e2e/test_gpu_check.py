@@ -77,7 +77,7 @@ def test_a_part_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest
     out = tmp_path / "found.json"
     assert check.main(["--out", str(out), "--parts", "stages"]) == 1
     part = json.loads(out.read_text(encoding="utf-8"))["parts"]["stages"]
-    assert (part["status"], part["reason"]) == ("failed", "ended after 0.5 s")
+    assert (part["status"], part["reason"]) == ("out of time", "ended after 0.5 s")
 
 
 @pytest.mark.parametrize(("verdict", "code"), [("ok", 0), ("noted", 0), ("not possible here", 0), ("differs", 1)])
