@@ -52,7 +52,7 @@ def speed(bench: Bench) -> None:
                 f"{name} of {case}, {figures['num_pairs']} pairs as of HH?",
                 expected,
                 _in_words(figures[name]),
-                None if limit is None else 0.5 * limit <= speed <= 1.1 * limit,
+                None if limit is None else bench.at_size(0.5 * limit <= speed <= 1.1 * limit),
             )
         release_memory()
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu_check import __main__ as check
+from benchmarks.gpu_check.bench import Bench
 from benchmarks.gpu_check.parts import PARTS, describe, perform
 
 
@@ -86,3 +87,15 @@ def test_what_differs_is_an_exit_code(verdict: str, code: int, tmp_path: Path, m
     monkeypatch.setattr(check, "look", lambda: describe() | {"has_gpu": True, "memory_gib": 24, "driver": "1"})
     monkeypatch.setattr(check, "run_part", lambda *_: {"status": "done", "answers": [answer], "figures": {}})
     assert check.main(["--out", str(tmp_path / "found.json"), "--parts", "trl"]) == code
+
+
+def test_what_is_seen_on_a_gpu_is_held_against_what_was_expected(tmp_path: Path) -> None:
+    bench = Bench(False, tmp_path, into := tmp_path / "answers.json")
+    bench.on_gpu = True
+    bench.check("?", "a", "a", True)
+    bench.check("?", "a", "b", False)
+    bench.check("?", "open", "b", None)
+    bench.check("?", "a", "b", False, refused="no memory")
+    answers = json.loads(into.read_text(encoding="utf-8"))["answers"]
+    assert [each["verdict"] for each in answers] == ["ok", "differs", "noted", "not possible here"]
+    assert answers[-1]["seen"] == "no memory"
