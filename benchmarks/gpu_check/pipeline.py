@@ -21,7 +21,8 @@ from benchmarks.gpu_check import ROOT
 from benchmarks.gpu_check.bench import Bench, Heard, Policy, adapter_of, train
 from dpo_cli.core import paths
 from dpo_cli.core.errors import Interrupted
-from dpo_cli.core.params import Params, TrainParams, parse_params
+from dpo_cli.core.load_params import parse_params
+from dpo_cli.core.params import Params, TrainParams
 from dpo_cli.data import world
 from dpo_cli.models.embedded import build_tokenizer
 from dpo_cli.training.objective import PairObjective

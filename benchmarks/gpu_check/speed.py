@@ -15,11 +15,11 @@ import torch
 from benchmarks.gpu_check import ROOT
 from benchmarks.gpu_check.bench import Bench, Heard
 from benchmarks.gpu_check.memory import saved_model
-from dpo_cli.cli.bench import PASSES, BenchOptions, measure
 from dpo_cli.core.errors import MachineError
-from dpo_cli.core.params import parse_overrides
+from dpo_cli.core.load_params import parse_overrides
 from dpo_cli.models.device import release_memory
 from dpo_cli.models.gpus import GPUS, gpu_called
+from dpo_cli.training.bench import PASSES, BenchOptions, measure
 
 LARGE, SMALL = "llama-3.1-8b", "qwen2.5-0.5b"
 CASES: tuple[tuple[str, tuple[str, ...]], ...] = (
