@@ -50,9 +50,9 @@ def main() -> None:
     arguments = parser.parse_args()
     prepare_environment()
     load_stub()  # before torch is imported
-    from dpo_cli.dry_run.prediction import PredictionOptions, predict_speed
     from dpo_cli.core.params import Params
     from dpo_cli.core.progress import SilentReporter
+    from dpo_cli.dry_run.prediction import PredictionOptions, predict_speed
 
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     print("\n".join(lines))
