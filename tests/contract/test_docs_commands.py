@@ -19,7 +19,7 @@ import typer
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
-from dpo_cli.core.params import load_params
+from dpo_cli.core.load_params import load_params
 from dpo_cli.core.params_text import params_yaml
 from dpo_cli.core.pipeline import STAGES
 from dpo_cli.data import world
@@ -247,3 +247,22 @@ def test_a_command_runs(command: Command, project: Path, tmp_path: Path) -> None
         (home / "models").symlink_to(project.parent / "models")
     exit_codes = (0, 4) if "data/raw/prompts.parquet" in words else (0,)  # 4: ties, which a random model may leave
     run(project, [*words, "--no-open"] if words == ["report"] else words, home, exit_codes)
+
+
+def test_the_recipe_of_a_loss_is_one_function_and_its_test() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    diffs = re.findall(r"^```diff\n--- a/(\S+)\n\+\+\+ b/\1\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    assert [path for path, _ in diffs] == ["dpo_cli/losses/pairwise.py", "tests/unit/losses/test_pairwise.py"]
+    import torch
+
+    from dpo_cli.core.params import TrainParams
+    from dpo_cli.losses import catalogue, pairwise
+
+    loss, its_test = (re.sub(r"^\+", "", added, flags=re.MULTILINE) for _, added in diffs)
+    try:
+        exec(loss, vars(pairwise) | {"Tensor": torch.Tensor})
+        names = {"torch": torch, "LOSSES": catalogue.LOSSES, "TrainParams": TrainParams, "Pairs": pairwise.Pairs}
+        exec(its_test, names)
+        names["test_squared_is_zero_at_its_target"]()
+    finally:
+        catalogue.LOSSES.pop("squared", None)
