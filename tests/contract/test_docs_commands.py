@@ -266,3 +266,18 @@ def test_the_recipe_of_a_loss_is_one_function_and_its_test() -> None:
         names["test_squared_is_zero_at_its_target"]()
     finally:
         catalogue.LOSSES.pop("squared", None)
+
+
+def test_readme_shows_the_verdict_of_the_committed_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dpo_cli.cli.console import ConsoleReporter
+    from dpo_cli.evaluation.verdict import report_verdict
+
+    monkeypatch.setenv("COLUMNS", "600")
+    metrics = json.loads((ROOT / "reports/evaluate/metrics.json").read_text(encoding="utf-8"))["evaluate"]
+    report_verdict(metrics, ConsoleReporter(), also=[("report", "reports/report.html")])
+    printed = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    [block] = re.findall(r"^```\n(The .*?)^```", (ROOT / "README.md").read_text("utf-8"), flags=re.M | re.DOTALL)
+    shown = [" ".join(line.removesuffix("...").split()) for line in block.splitlines()]
+    assert [line for line in shown if not any(each.startswith(line) for each in printed)] == []
