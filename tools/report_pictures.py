@@ -6,9 +6,11 @@ python tools/report_pictures.py
 from __future__ import annotations
 
 import base64
+import shutil
 from pathlib import Path
 
 from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "reports" / "report.html").as_uri()
@@ -25,7 +27,7 @@ def main() -> None:
     options = webdriver.ChromeOptions()
     for argument in ("--headless=new", "--no-sandbox", "--hide-scrollbars"):
         options.add_argument(argument)
-    browser = webdriver.Chrome(options=options)
+    browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
     try:
         for name, height, scheme, section, action in PICTURES:
             features = [{"name": "prefers-color-scheme", "value": scheme}]
