@@ -8,7 +8,6 @@ tables, which are functions of them. Stage report draws the page.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ from dpo_cli.core.errors import DataError, ParamsError, StaleArtifactError
 from dpo_cli.core.params import Params, TrainParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
-from dpo_cli.data.tokenise import TokenTable, explain_rejects, prompt_ids
+from dpo_cli.data.tokenise import explain_rejects
 from dpo_cli.evaluation import tables
+from dpo_cli.evaluation.evaluated import Evaluated, count_leaked_prompts, training_of
 from dpo_cli.evaluation.held_out import summarize_held_out
 from dpo_cli.evaluation.measurement import Measurement
 from dpo_cli.evaluation.metrics import (
@@ -49,27 +49,6 @@ from dpo_cli.statistics.bootstrap import Sampling
 from dpo_cli.statistics.calibration import reliability_table
 
 _TRAIN_REMEDY = "run: dpo-cli train"
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """What is judged, and what is known of it.
-
-    Attributes:
-        folder: An adapter for the project's SFT model, or a whole model.
-        name: Of the policy as a method in a votes file.
-        train: The settings of its training: beta, and whether a log-ratio was learned.
-        out: Where its files go.
-        is_of_this_data: Whether it is known to have been trained on this project's data.
-        trained: How long it was trained; None where nothing is known of its training.
-    """
-
-    folder: Path
-    name: str
-    train: TrainParams
-    out: Path
-    is_of_this_data: bool = True
-    trained: Mapping[str, int] | None = None
 
 
 def run(params: Params, reporter: Reporter) -> dict[str, Any]:
@@ -132,7 +111,7 @@ def evaluate_model(
         raise ParamsError(f"{out} holds the evaluation of another model; name another folder: --out")
     settings: dict[str, Any] = {name: getattr(params, name).model_dump() for name in ("model", "reference", "evaluate")}
     settings |= {"name": folder.resolve().name, "policy": models.policy.digest}
-    train, trained, is_ours = _training_of(folder, params.train, graph, reporter)
+    train, trained, is_ours = training_of(folder, params.train, graph, reporter)
     if trained is not None:
         if beta_given:
             raise ParamsError(f"--set train.* has no effect on {folder}: its provenance.json says how it was trained")
@@ -144,32 +123,6 @@ def evaluate_model(
     return metrics
 
 
-def _training_of(
-    folder: Path, default: TrainParams, graph: Graph, reporter: Reporter
-) -> tuple[TrainParams, Mapping[str, int] | None, bool]:
-    """How a model was trained, how long (None: not known), and whether on this project's graph and data."""
-    path = folder / "provenance.json"
-    if not path.is_file():
-        reporter.warn(
-            f"evaluate: {folder} does not say what it was trained on; its held-out figures mean nothing if it has read"
-            " the held-out prompts"
-        )
-        return default, None, False
-    try:
-        provenance = read_json(path, "")
-        train = TrainParams.model_validate(provenance["params"]["train"])
-        is_ours = provenance["graph"] == graph.identity and provenance["data"] == table_digests(paths.PREFERENCE_DATA)
-    except (StaleArtifactError, ValueError, KeyError, TypeError):
-        reporter.warn(f"evaluate: {path} is not one of this version, and is not read; beta is train.beta's")
-        return default, None, False
-    if not is_ours:
-        reporter.warn(
-            f"evaluate: {folder} was trained on another graph or other data than the project's: it may have read the"
-            " held-out prompts"
-        )
-    return train, provenance.get("trained", {}), is_ours
-
-
 def _evaluate(params: Params, graph: Graph, evaluated: Evaluated, reporter: Reporter) -> dict[str, Any]:
     """All steps of one model, and the files that they make."""
     evaluate = params.evaluate
@@ -178,7 +131,7 @@ def _evaluate(params: Params, graph: Graph, evaluated: Evaluated, reporter: Repo
         raise DataError(
             f"data/preference/eval.parquet: {explain_rejects([table], 'reference.max_length', graph.max_length)}"
         )
-    num_leaked = _count_leaked_prompts(table)
+    num_leaked = count_leaked_prompts(table)
     if num_leaked:
         raise DataError(
             f"{num_leaked} held-out prompts are in the training data; run: dpo-cli convert-sft, convert-preferences"
@@ -276,13 +229,3 @@ def _measure(
     ):
         write_text(out / name, tables.csv_text(columns, rows))
     return metrics
-
-
-def _count_leaked_prompts(held_out: TokenTable) -> int:
-    """Held-out prompts that are in any training data."""
-    seen: set[str] = set()
-    for path in (paths.SFT_DATA / "train.parquet", paths.PREFERENCE_DATA / "train.parquet"):
-        if not path.is_file():
-            raise StaleArtifactError(f"{path} is missing; run: dpo-cli repro")
-        seen |= prompt_ids(path)
-    return sum(group in seen for group in held_out.prompts)
