@@ -114,12 +114,12 @@ class Measurement:
         for group in groups:
             key = completion_key(group.prompt, group.completions[0])
             ratios = [a - b for a, b in zip(ours[key], theirs[key], strict=True)]
-            heat, place = [], 0
+            row, place = [], 0
             for piece in pieces_of(self.graph.tokenizer, group.completions[0]):
                 end = place + len(piece.ids)
-                heat.append((piece.text, round(sum(ratios[place:end]), 3)))
+                row.append((piece.text, round(sum(ratios[place:end]), 3)))
                 place = end
-            found[group.id] = heat
+            found[group.id] = row
         return found
 
     def scaled(self, folder: Path) -> Scaled:
