@@ -1,7 +1,7 @@
 # setup   a virtual environment with pinned versions
 # repro   the whole pipeline; runs only what changed
 # real    the whole pipeline on a real language model (examples/smollm2); 89 MB are fetched
-# test    all tests but the dry run;  `make test-fast` leaves out the slow ones
+# test    all tests but the dry run;  `make test-unit`, -model, -parity, -e2e and -real run one tier
 # dry-run the code for CUDA on a device that is not there: no GPU, but a C++ compiler is needed
 # lint    ruff, pyright, import-linter, generated files
 # docs    write the generated files again
@@ -11,8 +11,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 THREADS := OMP_NUM_THREADS=1
-# Two processes of one thread each; a file's tests stay together, since they share what is dear to make.
-PYTEST := $(THREADS) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+# Two processes of one thread each; a file's tests stay together, since they share what is dear to make, and the slow
+# tiers come first.
+PYTEST := $(THREADS) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Where the real model is kept, outside the clone: the wheel that it comes in, and the model's folder.
 REAL ?= $(HOME)/.cache/dpo-cli/real
@@ -21,7 +22,7 @@ MODEL := $(REAL)/SmolLM2-135M-Instruct
 EXAMPLE := examples/smollm2
 export DPO_REAL := $(REAL)
 
-.PHONY: setup repro real test test-fast dry-run lint docs docs-site bench bench-trl clean
+.PHONY: setup repro real test dry-run lint docs docs-site bench bench-trl clean
 
 setup: $(VENV)/.installed
 
@@ -48,13 +49,13 @@ $(MODEL)/config.json: $(WHEEL) | $(VENV)/.installed-gguf
 	rm -rf $(REAL)/unpacked
 
 test: $(VENV)/.installed-dev
-	$(PYTEST) --ignore tests/cuda_dry_run
+	$(PYTEST) -m "not dry_run"
 
-test-fast: $(VENV)/.installed-dev
-	$(PYTEST) -m "not slow"
+test-%: $(VENV)/.installed-dev
+	$(PYTEST) -m $*
 
 dry-run: $(VENV)/.installed-dev
-	$(PYTEST) -rsx tests/cuda_dry_run
+	$(PYTEST) -m dry_run -rsx
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

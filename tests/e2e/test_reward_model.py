@@ -29,7 +29,7 @@ from dpo_cli.models.adapters import load_reference
 from dpo_cli.reference.graph import Graph, open_graph
 from dpo_cli.scoring.budget import TokenBudget
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = pytest.mark.timeout(1800)
 
 N = 8
 NUM_PROMPTS = 120
