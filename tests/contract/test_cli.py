@@ -89,10 +89,10 @@ def test_help_imports_neither_torch_nor_its_like() -> None:
 @pytest.mark.parametrize(
     ("module", "allowed"),
     [
-        ("cli.capability", ("polars", "pydantic")),
-        ("cli.compare", ()),
-        ("cli.agreement", ("polars",)),
-        ("cli.report", ("pydantic",)),
+        ("evaluation.measure_capability", ("polars", "pydantic")),
+        ("evaluation.compare", ()),
+        ("judging.agreement", ("polars",)),
+        ("stages.report", ("pydantic",)),
         ("stages.base", ("polars", "pydantic")),
         ("stages.convert_sft", ("polars", "pydantic")),
         ("stages.sft", ("polars", "pydantic")),
@@ -228,7 +228,7 @@ def test_a_machine_that_lacks_something_is_no_traceback(
 def test_under_dvc_the_remedy_forces_the_stage(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else DVC's cache of runs would bring back the very output that is to be made anew."""
     monkeypatch.setenv("DVC_STAGE", "train")
-    monkeypatch.setattr("dpo_cli.cli.app.die_with_parent", lambda: None)
+    monkeypatch.setattr("dpo_cli.cli.stage.die_with_parent", lambda: None)
     expect_error(run("train"), 5, "run: dpo-cli repro base --force")
 
 
