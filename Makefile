@@ -10,6 +10,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 THREADS := OMP_NUM_THREADS=1
 # Two processes of one thread each; a file's tests stay together, since they share what is dear to make, and the slow
 # tiers come first.
@@ -81,18 +82,20 @@ bench-trl: $(VENV)/.installed-dev
 clean:
 	rm -rf $(VENV) .scratch
 
-# The environment is made anew when the pins change, and never half made: the stamp comes last.
-$(VENV)/.installed: pyproject.toml constraints.txt
+# What is installed is brought up to the pins when they change, and never half done: the stamp comes last.
+$(BIN)/pip:
 	@$(PYTHON) -c "import sys; v = sys.version_info; sys.exit(v < (3, 11) and f'Python 3.11 or newer is needed, {v[0]}.{v[1]} was found; try: make PYTHON=python3.11')"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/pip
+	$(PIP) --editable .
 	@touch $@
 
 $(VENV)/.installed-gguf: $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[gguf]'
+	$(PIP) --editable '.[gguf]'
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,lint,docs,parity,lm-eval,real]'
-	@touch $@
+# One installation with all extras; of its many modules only those that are imported are compiled, when they are.
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/pip
+	$(PIP) --no-compile --editable '.[test,lint,docs,parity,lm-eval,real]'
+	@touch $(VENV)/.installed $@

@@ -23,8 +23,9 @@ from dpo_cli.data.tokenise import TokenGroup
 prepare_environment()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-settings.register_profile("dpo_cli", deadline=None, derandomize=True, database=None, max_examples=100)
-settings.load_profile("dpo_cli")
+for _profile, _examples in (("here", 25), ("ci", 100)):
+    settings.register_profile(_profile, deadline=None, derandomize=True, database=None, max_examples=_examples)
+settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 _ROOT = Path(__file__).parent
 _TIERS = {
@@ -56,7 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: _SLOWEST_FIRST.index(_tier(item.path)))
 
 
-_FOREIGN = ("DVC_ROOT", "DVC_STAGE", "DPO_MODEL_PATH", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK")
+_FOREIGN = ("CI", "DVC_ROOT", "DVC_STAGE", "DPO_MODEL_PATH", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK")
 
 
 @pytest.fixture(autouse=True)

@@ -784,7 +784,7 @@ def test_processes_end_with_the_one_that_began_them(tmp_path: Path) -> None:
     path = lines_file(tmp_path / "rows.jsonl", [pair(number, chosen="yes " * 500) for number in range(20_000)])
     code = (
         "import sys; from pathlib import Path; from dpo_cli.data import convert as c\n"
-        "from dpo_cli.core.params import *\n"
+        "from dpo_cli.core.data_params import DataChecks, PreferenceSource\n"
         "if __name__ == '__main__':\n"
         "    work = Path(sys.argv[2]); work.mkdir()\n"
         "    c.convert([PreferenceSource(path=sys.argv[1])], DataChecks().model_dump(), 0.1, work, None, work / 'r',"
