@@ -165,7 +165,7 @@ _ALL_STAGES = """\
 import importlib
 from pathlib import Path
 from dpo_cli.core.environment import prepare_environment
-from dpo_cli.core.params import load_params
+from dpo_cli.core.load_params import load_params
 from dpo_cli.core.pipeline import STAGES
 from dpo_cli.core.progress import SilentReporter
 prepare_environment()
