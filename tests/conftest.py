@@ -29,9 +29,9 @@ settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 _ROOT = Path(__file__).parent
 _TIERS = {
-    "e2e": "e2e",
-    "cuda_dry_run": "dry_run",
     "real": "real",
+    "cuda_dry_run": "dry_run",
+    "e2e": "e2e",
     "parity": "parity",
     "theory": "model",
     "unit/models": "model",

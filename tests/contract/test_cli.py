@@ -114,7 +114,7 @@ def test_an_error_is_one_line_and_a_code_of_the_process(fresh: Path) -> None:
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 3
     assert done.stdout == ""
-    assert done.stderr == "dpo-cli: error: train.beta must be > 0, got -1\n"
+    assert done.stderr == "dpo-cli: error: params.yaml: train.beta must be > 0, got -1\n"
 
 
 def test_a_report_of_nothing_names_the_stage_to_run(fresh: Path) -> None:
