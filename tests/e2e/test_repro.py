@@ -170,7 +170,7 @@ from dpo_cli.core.pipeline import STAGES
 from dpo_cli.core.progress import SilentReporter
 prepare_environment()
 for stage in STAGES:
-    if stage.name != "evaluate":
+    if stage.name not in ("evaluate", "report"):
         importlib.import_module(stage.module).run(load_params(Path("params.yaml")), SilentReporter())
 """
 
