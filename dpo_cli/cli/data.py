@@ -15,9 +15,11 @@ from dpo_cli.core.errors import ParamsError
 from dpo_cli.core.params import DataParams, SftSource, Source, TokenChecks
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.account import Conversion, Finding, account_rows, checks_of, metrics_of, unread_of, warnings_of
+from dpo_cli.data.block_files import read_arrow
 from dpo_cli.data.blocks import SAMPLED_OUT
-from dpo_cli.data.convert import convert, find_files, read_arrow
+from dpo_cli.data.convert import convert
 from dpo_cli.data.formats.base import RowProblem
+from dpo_cli.data.plan import Treatment, find_files
 from dpo_cli.data.tokenise import tokenise_row
 
 _ROWS_NAMED = 5
@@ -72,15 +74,17 @@ def check_sources(sources: Sequence[Source], options: CheckOptions, reporter: Re
             with reporter.meter(f"checking {kind}", size, "bytes") as meter:
                 report = convert(
                     mine,
-                    {name: "drop" if policy == "error" else policy for name, policy in policies_of().items()},
-                    data.eval_fraction,
+                    Treatment(
+                        {name: "drop" if policy == "error" else policy for name, policy in policies_of().items()},
+                        data.eval_fraction,
+                        data.split_by,
+                        rows_listed=_ROWS_NAMED,
+                        listed=options.listed,
+                    ),
                     work,
                     None,
                     rejects,
-                    split_by=data.split_by,
                     workers=workers,
-                    rows_listed=_ROWS_NAMED,
-                    listed=options.listed,
                     on_bytes=meter.advance,
                 )
             for name, policy in policies_of().items():

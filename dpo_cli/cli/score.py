@@ -17,7 +17,7 @@ from dpo_cli.core.errors import ParamsError, StaleArtifactError
 from dpo_cli.core.objectives import learns_log_ratio
 from dpo_cli.core.params import Params, Source
 from dpo_cli.core.progress import Reporter
-from dpo_cli.data.convert import find_files
+from dpo_cli.data.plan import find_files
 from dpo_cli.data.tokenise import prompt_ids
 from dpo_cli.evaluation.implicit_reward import (
     RankedAnswers,

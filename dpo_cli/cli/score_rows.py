@@ -19,9 +19,10 @@ from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.core.params import Params, PreferenceSource, Source
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.account import Conversion, ConvertedBlock
-from dpo_cli.data.blocks import rankings_file
-from dpo_cli.data.convert import convert, find_files, read_arrow
+from dpo_cli.data.block_files import rankings_file, read_arrow
+from dpo_cli.data.convert import convert
 from dpo_cli.data.formats.base import RowProblem
+from dpo_cli.data.plan import Treatment, find_files
 from dpo_cli.data.schema import PREFERENCE_SCHEMA, RANKING_SCHEMA, TOOLS, Messages, from_table
 from dpo_cli.data.tokenise import TokenGroup, tokenise_row
 from dpo_cli.reference.graph import Graph
@@ -124,12 +125,10 @@ def read_rows(
         with reporter.meter("score: reading", size, "bytes") as meter:
             report = convert(
                 mine,
-                params.data.checks.model_dump(),
-                params.data.eval_fraction,
+                Treatment(params.data.checks.model_dump(), params.data.eval_fraction, params.data.split_by),
                 work,
                 None,
                 rejects,
-                split_by=params.data.split_by,
                 workers=params.runtime.workers or usable_cores(),
                 on_bytes=meter.advance,
             )

@@ -15,8 +15,8 @@ from dpo_cli.core.params import DataParams, SftSource, Source
 from dpo_cli.core.progress import Meter, Reporter
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.checks import check_preference, check_sft, reason_to_drop
-from dpo_cli.data.convert import find_files, plan_of
 from dpo_cli.data.formats.base import RowProblem
+from dpo_cli.data.plan import Treatment, find_files, plan_of
 from dpo_cli.data.reading.files import read_records
 from dpo_cli.data.schema import Messages, PreferenceExample, RankingExample, SftExample
 from dpo_cli.data.statistics import NO_LETTERS, TOO_SHORT, Characters, DataStatistics, Measure
@@ -114,7 +114,7 @@ class _Reading:
 
     def read(self, source: Source, path: Path, meter: Meter) -> None:
         """Read a file."""
-        plan, why = plan_of(source, path, self._policies, self._eval_fraction)
+        plan, why = plan_of(source, path, Treatment(self._policies, self._eval_fraction))
         reader = plan.reader()
         before = self._num_rows
         for record in islice(read_records(path, meter.advance, source.records), source.max_rows):

@@ -188,9 +188,7 @@ def _metrics(
     result: Fit,
     layout: Verdict,
 ) -> dict[str, Any]:
-    tokens = sum(
-        len(group.completions) * len(group.prompt) + sum(map(len, group.completions)) for group in train.groups
-    ) / len(train.groups)
+    tokens = sum(group.num_logical_tokens for group in train.groups) / len(train.groups)
     metrics: dict[str, Any] = {"method": knobs.loss}
     for name in ("accuracy", "log_loss", "ece", "margin", "longer_accuracy"):
         metrics |= _with_interval(name, getattr(figures, name))

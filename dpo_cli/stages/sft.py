@@ -215,7 +215,7 @@ def _refuse_empty(train: TokenTable, held_out: TokenTable, max_length: int) -> N
 def _metrics(
     sft: SftParams, train: TokenTable, held_out: TokenTable, result: Fit, layout: Verdict, machine: Machine
 ) -> dict[str, Any]:
-    tokens = sum(len(group.prompt) + len(group.completions[0]) for group in train.groups) / len(train.groups)
+    tokens = sum(group.num_logical_tokens for group in train.groups) / len(train.groups)
     eval_loss = result.kept("eval_loss")
     return {
         "method": sft.method,

@@ -186,9 +186,7 @@ def _provenance(params: Params, graph: Graph) -> dict[str, Any]:
 def _metrics(
     graph: Graph, train: TokenTable, held_out: TokenTable, step_zero: StepZero, result: Fit, layout: Verdict
 ) -> dict[str, Any]:
-    tokens = sum(
-        len(group.completions) * len(group.prompt) + sum(map(len, group.completions)) for group in train.groups
-    ) / len(train.groups)
+    tokens = sum(group.num_logical_tokens for group in train.groups) / len(train.groups)
     return {
         "num_pairs": len(train.groups),
         "num_eval": len(held_out.groups),

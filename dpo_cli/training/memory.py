@@ -126,7 +126,7 @@ def _measured(model: Any, scorer: GroupScorer[Any], groups: Sequence[TokenGroup]
 
 def _shape_of(scorer: GroupScorer[Any], groups: Sequence[TokenGroup], groups_a_step: int) -> StepShape:
     def size(group: TokenGroup) -> int:
-        return len(group.prompt) + sum(map(len, group.completions))
+        return sum(group.sizes)
 
     longest = [scorer.num_tokens(group) for group in heapq.nlargest(groups_a_step, groups, key=size)]
     sampled = groups[:: max(1, len(groups) // _NUM_SAMPLED)]

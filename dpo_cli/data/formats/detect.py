@@ -10,7 +10,18 @@ from typing import Any
 
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.data.formats.advice import columns_to_fill_in, columns_to_say
-from dpo_cli.data.formats.base import Column, Columns, Format, Reading, RowProblem, always, kind_of, never, shown_name
+from dpo_cli.data.formats.base import (
+    Column,
+    Columns,
+    Format,
+    Reading,
+    RowProblem,
+    always,
+    kind_of,
+    never,
+    paths_of,
+    shown_name,
+)
 from dpo_cli.data.formats.columns import MISSING, Plan, look_up, plan_of, shown
 from dpo_cli.data.formats.content import is_turn, json_in, media_keys, refuse_media
 from dpo_cli.data.formats.prompts import CONVERSATION_NAMES, tools_of
@@ -159,9 +170,7 @@ class RowReader:
 
     def _media_in(self, keys: tuple[str, ...]) -> tuple[str, ...]:
         """Fields that hold pictures and the like, but for those that the user names as text."""
-        named = {
-            path for column in self._columns.values() for path in ([column] if isinstance(column, str) else column)
-        }
+        named = {path for column in self._columns.values() for path in paths_of(column)}
         return tuple(key for key in media_keys(keys) if key not in named)
 
     def _fallback_of(self, keys: tuple[str, ...]) -> Plan:
@@ -238,7 +247,7 @@ class RowReader:
 
     def _refuse_unknown_paths(self, file: Any, objects: Sequence[Mapping[str, Any]]) -> None:
         for field, column in self._columns.items():
-            for path in filter(None, [column] if isinstance(column, str) else column):
+            for path in filter(None, paths_of(column)):
                 if objects and all(look_up(row, path) is MISSING for row in objects):
                     close = difflib.get_close_matches(path, list(_paths(objects[0])), n=1)
                     hint = f"; did you mean {close[0]}?" if close else ""
