@@ -20,7 +20,7 @@ import orjson
 from jinja2 import TemplateError
 
 from dpo_cli.core.errors import MachineError
-from dpo_cli.data.formats.base import RowProblem
+from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import TOOLS, Messages, assistant, is_plain, user
 from dpo_cli.data.templates import (
     NAMED_TEMPLATES,

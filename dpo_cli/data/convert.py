@@ -18,8 +18,8 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from dpo_cli.core.data_params import SftSource, Source
 from dpo_cli.core.errors import DataError
-from dpo_cli.core.params import SftSource, Source
 from dpo_cli.data.account import SPLITS, Conversion, ConvertedBlock, FileAccount, Finding
 from dpo_cli.data.block_files import examples_file, is_full, rankings_file, read_arrow, widen, write_arrow
 from dpo_cli.data.blocks import DIGESTS, BlockResult, Reject

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
+from dpo_cli.core.data_params import PreferenceSource, SftSource, Source
 from dpo_cli.core.errors import DataError
-from dpo_cli.core.params import PreferenceSource, SftSource, Source
 from dpo_cli.data.formats import PREFERENCE_FORMATS, SFT_FORMATS
 from dpo_cli.data.formats.base import Reading
 from dpo_cli.data.formats.detect import RowReader
@@ -25,7 +25,7 @@ class Treatment:
     """What is done with rows.
 
     Attributes:
-        policies: What to do with what each check finds (:class:`dpo_cli.core.params.DataChecks`).
+        policies: What to do with what each check finds (:class:`dpo_cli.core.data_params.DataChecks`).
         eval_fraction: Share of prompts held out.
         split_by: What of a prompt decides its split: its ``opening``, or the whole ``prompt``.
         rows_listed: Rows named for each check.

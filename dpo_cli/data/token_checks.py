@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from dpo_cli.data.chat import ChatEncoder, Encoding
-from dpo_cli.data.formats.base import RowProblem
+from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import TOOLS, Messages, is_plain, text_of
 
 TOKEN_DETAILS: Mapping[str, str] = {

@@ -26,7 +26,7 @@ from dpo_cli.core.errors import DataError, StaleArtifactError
 from dpo_cli.core.row_store import forget_other_stores
 from dpo_cli.data import chat, schema, templates, token_checks, tokens
 from dpo_cli.data.chat import ChatEncoder
-from dpo_cli.data.formats.base import RowProblem
+from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import TOOLS, Messages, content_id, from_table
 from dpo_cli.data.token_checks import TOKEN_DETAILS, check_tokens
 from dpo_cli.data.tokens import TokenGroup, TokenStore, TokenWriter

@@ -28,7 +28,7 @@ class DryTrainer(GroupTrainer):
     Args:
         model: The model, its trainable parameters marked.
         scorer: Scores groups with that model.
-        objective: What is minimised.
+        objective: What is minimized.
         max_tokens: Tokens of a micro-batch.
     """
 

@@ -93,7 +93,7 @@ def sample_answers(
         seed: With the prompt's id and ``stream`` it fixes the random stream.
         stream: Name of the model that answers, so that two models get different streams.
         autocast_dtype: Compute dtype.
-        meter: Hears of every answer.
+        meter: Called with every answer.
         keep: Gets each batch's answers by prompt id as they are made; what it raises ends the sampling.
 
     Returns:

@@ -112,7 +112,7 @@ def build_embedded(
         seed: Of weights and text.
         num_steps: Optimizer steps of pretraining.
         checkpoint_s: Seconds of work that a kill may cost.
-        reporter: Hears of the progress.
+        reporter: Shows progress.
 
     Raises:
         Interrupted: The user asked to stop; the state is in ``work``.

@@ -106,7 +106,7 @@ def fit(
     Args:
         model: The model; goes on from the last checkpoint in ``work`` where there is one.
         scorer: Scores groups with that model.
-        objective: What is minimised.
+        objective: What is minimized.
         train_groups: Training data.
         held_out: Groups for the held-out loss, taken before the first step and along the way.
         section: Name of the stage, for messages.
@@ -114,7 +114,7 @@ def fit(
         runtime: Token budget and checkpoint interval.
         machine: Where it runs.
         work: Folder for checkpoints.
-        reporter: Hears of the progress.
+        reporter: Shows progress.
         replicas: The processes that share each batch; the first one saves, and all end with the same parameters.
 
     Raises:

@@ -149,7 +149,7 @@ class GroupTrainer(Trainer):
     Args:
         model: The model, its trainable parameters marked.
         scorer: Scores groups with that model.
-        objective: What is minimised.
+        objective: What is minimized.
         train_groups: Training data.
         held_out: Groups for the held-out loss.
         budget: Tokens of a micro-batch.

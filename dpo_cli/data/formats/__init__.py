@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from dpo_cli.data.formats.alpaca import ALPACA
-from dpo_cli.data.formats.base import Format, Reading, RowProblem
+from dpo_cli.data.formats.base import Format, Reading
 from dpo_cli.data.formats.hh import HH
 from dpo_cli.data.formats.implicit import IMPLICIT
 from dpo_cli.data.formats.kwise import KWISE
@@ -20,6 +20,7 @@ from dpo_cli.data.formats.pairs import PAIRS
 from dpo_cli.data.formats.prompt_completion import PROMPT_COMPLETION
 from dpo_cli.data.formats.sharegpt import SHAREGPT
 from dpo_cli.data.formats.two_outputs import TWO_OUTPUTS
+from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import PreferenceExample, RankingExample, RawRow, SftExample
 
 

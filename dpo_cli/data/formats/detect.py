@@ -15,12 +15,9 @@ from dpo_cli.data.formats.base import (
     Columns,
     Format,
     Reading,
-    RowProblem,
     always,
-    kind_of,
     never,
     paths_of,
-    shown_name,
 )
 from dpo_cli.data.formats.columns import MISSING, Plan, look_up, plan_of, shown
 from dpo_cli.data.formats.content import is_turn, json_in, media_keys, refuse_media
@@ -28,6 +25,7 @@ from dpo_cli.data.formats.prompts import CONVERSATION_NAMES, tools_of
 from dpo_cli.data.formats.rendered import unwrap, unwrap_row
 from dpo_cli.data.formats.tools import read_tools
 from dpo_cli.data.formats.unpaired import ANSWER_NAMES, unpaired_label
+from dpo_cli.data.problem import RowProblem, kind_of, shown_name
 from dpo_cli.data.schema import RawRow, with_tools
 
 _Test = Callable[[RawRow], bool]
