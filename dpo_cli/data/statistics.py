@@ -7,7 +7,6 @@ the examples with the smallest content hash, so neither their order nor a seed d
 from __future__ import annotations
 
 import heapq
-import math
 import unicodedata
 from array import array
 from collections import Counter, defaultdict
@@ -19,6 +18,7 @@ import numpy as np
 
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import Messages, PreferenceExample, RankingExample, SftExample, content_id, text_of
+from dpo_cli.statistics.binomial import wilson_interval
 
 SCRIPTS = ("Latin", "Han", "Kana", "Hangul", "Cyrillic", "Arabic", "Devanagari", "other")
 """The scripts that are told apart."""
@@ -33,7 +33,6 @@ TOO_SHORT = "too_short"
 """The language of a text that is too short, or too much of several languages, to tell it."""
 
 _SAMPLED_CHARACTERS = 1000
-_Z_95 = 1.959963984540054
 
 
 class Distribution:
@@ -72,18 +71,6 @@ class Distribution:
             "max": max(self._values, default=0),
             "histogram": [list(line) for line in self.histogram()],
         }
-
-
-def wilson_interval(count: int, total: int) -> tuple[float, float]:
-    """The 95% interval of a share (Wilson 1927): of ``count`` in ``total`` independent draws."""
-    if not total:
-        return 0.0, 1.0
-    share, squared = count / total, _Z_95**2
-    middle = share + squared / (2 * total)
-    reach = _Z_95 * math.sqrt(share * (1 - share) / total + squared / (4 * total**2))
-    scale = 1 + squared / total
-    low, high = (middle - reach) / scale, (middle + reach) / scale
-    return (0.0 if count == 0 else low), (1.0 if count == total else high)
 
 
 class Measure(Protocol):

@@ -8,7 +8,7 @@ import pytest
 
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import Messages, PreferenceExample, RankingExample, SftExample, assistant, user
-from dpo_cli.data.statistics import TOO_SHORT, DataStatistics, Distribution, script_of, wilson_interval
+from dpo_cli.data.statistics import TOO_SHORT, DataStatistics, Distribution, script_of
 
 
 def distribution_of(*values: int) -> Distribution:
@@ -58,28 +58,6 @@ def test_bins_double_and_hold_every_value_once() -> None:
 def test_nothing_has_no_figures() -> None:
     found = Distribution().summary()
     assert found == {"count": 0, "mean": 0.0, "median": 0, "p95": 0, "p99": 0, "max": 0, "histogram": []}
-
-
-# --- intervals ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("count", "total", "low", "high"),
-    [
-        (5, 10, 0.23659, 0.76341),  # (0.5 +- sqrt(0.025 + z^2/400) z + z^2/20) / (1 + z^2/10)
-        (81, 263, 0.25529, 0.36620),  # Newcombe 1998, table I
-        (15, 148, 0.06240, 0.16050),
-        (0, 20, 0.0, 0.16113),
-        (1, 29, 0.00611, 0.17177),
-        (20, 20, 0.83887, 1.0),
-    ],
-)
-def test_wilson(count: int, total: int, low: float, high: float) -> None:
-    assert wilson_interval(count, total) == pytest.approx((low, high), abs=1e-4)
-
-
-def test_wilson_of_nothing_says_nothing() -> None:
-    assert wilson_interval(0, 0) == (0.0, 1.0)
 
 
 # --- examples -----------------------------------------------------------------------------
