@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from dpo_cli.data.block_files import read_arrow
 from dpo_cli.data.blocks import SAMPLED_OUT
 from dpo_cli.data.convert import convert
 from dpo_cli.data.inspect import TokenView
-from dpo_cli.data.plan import Treatment, find_files
+from dpo_cli.data.plan import Treatment, num_bytes
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.tokenise import tokenise_row
 
@@ -66,7 +66,7 @@ def check_sources(
         mine = [source for source in sources if isinstance(source, SftSource) == (kind == "sft")]
         if not mine:
             continue
-        size = sum(path.stat().st_size for source in mine for path in find_files(source) if path.is_file())
+        size = num_bytes(mine)
         with tempfile.TemporaryDirectory(prefix="dpo-cli-") as folder:
             work = Path(folder) / "work"
             work.mkdir()
@@ -74,10 +74,9 @@ def check_sources(
             with reporter.meter(f"checking {kind}", size, "bytes") as meter:
                 report = convert(
                     mine,
-                    Treatment(
-                        {name: "drop" if policy == "error" else policy for name, policy in policies.items()},
-                        data.eval_fraction,
-                        data.split_by,
+                    replace(
+                        Treatment.of(data),
+                        policies={name: "drop" if policy == "error" else policy for name, policy in policies.items()},
                         rows_listed=_ROWS_NAMED,
                         listed=options.listed,
                     ),

@@ -72,9 +72,7 @@ def describe_row(source: Source, row: int, view: TokenView | None, data: DataPar
     """
     path = _only_file(source)
     data = data or DataParams()
-    plan, why = plan_of(
-        source, path, Treatment(data.checks.model_dump(), data.eval_fraction, data.split_by), before_broken=True
-    )
+    plan, why = plan_of(source, path, Treatment.of(data), before_broken=True)
     record = _record_at(path, source.records, row)
     stage = "convert-sft" if plan.kind == "sft" else "convert-preferences"
     found: dict[str, Any] = {

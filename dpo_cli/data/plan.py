@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from dpo_cli.core.data_params import PreferenceSource, SftSource, Source
+from dpo_cli.core.data_params import DataParams, PreferenceSource, SftSource, Source
 from dpo_cli.core.errors import DataError
 from dpo_cli.data.formats import PREFERENCE_FORMATS, SFT_FORMATS
 from dpo_cli.data.formats.base import Reading
@@ -37,6 +37,11 @@ class Treatment:
     split_by: str = "opening"
     rows_listed: int = 20
     listed: str | None = None
+
+    @classmethod
+    def of(cls, data: DataParams) -> Treatment:
+        """What section data says."""
+        return cls(data.checks.model_dump(), data.eval_fraction, data.split_by)
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,11 @@ def find_files(source: Source) -> list[Path]:
     if not found:
         raise DataError(f"{source.path}: no file has such a name; put your data there, or name it in params.yaml")
     return found
+
+
+def num_bytes(sources: Sequence[Source]) -> int:
+    """Bytes of the files of some sources, for a meter."""
+    return sum(path.stat().st_size for source in sources for path in find_files(source) if path.is_file())
 
 
 def plan_of(source: Source, path: Path, treatment: Treatment, *, before_broken: bool = False) -> tuple[BlockPlan, str]:

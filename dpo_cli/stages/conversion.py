@@ -78,7 +78,7 @@ def _convert_and_publish(
         with reporter.meter(f"{stage}: reading {name}", size, "bytes") as meter:
             report = convert(
                 sources,
-                Treatment(params.data.checks.model_dump(), params.data.eval_fraction, params.data.split_by),
+                Treatment.of(params.data),
                 work,
                 out,
                 listing,
