@@ -88,7 +88,7 @@ class Case:
 
 
 PASSES = ("reference", "kl", "generation")
-"""Without gradients: the reference pass, KL along an answer, and prefill with two tokens of decoding."""
+"""Without gradients: the reference pass, KL along an answer, and answers of 24 tokens."""
 
 FAULTS = (
     "number read",

@@ -244,9 +244,10 @@ def test_pieces_of_like_length_are_few_batches_of_little_padding() -> None:
     pieces = [piece for start, block in zip(starts, runs, strict=False) for piece in pieces_of(Block(start, block))]
     assert len(pieces) == 40
     batches = batches_of(pieces, None, torch.float32, torch.device("cpu")).batches
-    assert len(batches) <= 10
+    assert len(batches) <= 5
     needed = sum(piece.num_queries * piece.num_keys for piece in pieces)
-    assert sum(batch.mask_B1QK.numel() for batch in batches) <= 1.5 * needed
+    assert sum(batch.mask_B1QK.numel() for batch in batches) <= 2 * needed
+    assert all(batch.mask_B1QK.shape[-1] % 8 == 0 for batch in batches), "or kernels copy it in every layer"
     with NoWaiting():
         on_device = batches_of(pieces, 30, torch.bfloat16, torch.device("meta"))
     assert {batch.mask_B1QK.device.type for batch in on_device.batches} == {"meta"}
