@@ -785,7 +785,7 @@ def test_processes_end_with_the_one_that_began_them(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from dpo_cli.data import convert as c\n"
         "from dpo_cli.data.plan import Treatment\n"
-        "from dpo_cli.core.params import *\n"
+        "from dpo_cli.core.data_params import *\n"
         "if __name__ == '__main__':\n"
         "    work = Path(sys.argv[2]); work.mkdir()\n"
         "    c.convert([PreferenceSource(path=sys.argv[1])], Treatment(DataChecks().model_dump(), 0.1), work, None,"
