@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
@@ -33,6 +33,7 @@ PAIR_METRICS = (
 )
 TAU = "rewards/kendall_tau"
 
+Scored = TypeVar("Scored")
 Gives = TypeVar("Gives", covariant=True)
 Takes = TypeVar("Takes", contravariant=True)
 
@@ -110,6 +111,26 @@ class Objective(Protocol[Takes]):
     def losses(self, groups: Sequence[TokenGroup], scores: Takes, step: Sequence[TokenGroup]) -> GroupLosses:
         """The losses of groups that were scored, some or all of those of an optimizer step."""
         ...
+
+
+@dataclass(frozen=True)
+class Learner(Generic[Scored]):
+    """A model, what scores groups with it, and what is minimized.
+
+    Attributes:
+        model: Its trainable parameters are marked.
+        scorer: Scores groups with that model.
+        objective: Reads the scores.
+    """
+
+    model: torch.nn.Module
+    scorer: GroupScorer[Scored]
+    objective: Objective[Scored]
+
+    @property
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters that are trained, by name."""
+        return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
 
 
 class PreferenceObjective(Objective[Scores], Protocol):
