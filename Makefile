@@ -5,6 +5,7 @@
 # dry-run the code for CUDA on a device that is not there: no GPU, but a C++ compiler is needed
 # lint    ruff, pyright, import-linter, generated files
 # docs    write the generated files again
+# docs-site  the documentation as a site in build/site; a broken link is an error
 # bench   benchmarks, printed as ratios;  `make bench-trl` compares with TRL, for most of an hour
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,7 +21,7 @@ MODEL := $(REAL)/SmolLM2-135M-Instruct
 EXAMPLE := examples/smollm2
 export DPO_REAL := $(REAL)
 
-.PHONY: setup repro real test test-fast dry-run lint docs bench bench-trl clean
+.PHONY: setup repro real test test-fast dry-run lint docs docs-site bench bench-trl clean
 
 setup: $(VENV)/.installed
 
@@ -65,6 +66,9 @@ lint: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-dev
 	$(BIN)/python tools/generate.py
 
+docs-site: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 bench: $(VENV)/.installed-dev
 	$(THREADS) $(BIN)/python benchmarks/scoring.py
 	$(THREADS) $(BIN)/python benchmarks/numerics.py
@@ -89,5 +93,5 @@ $(VENV)/.installed-gguf: $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,lint,parity,lm-eval,real]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,lint,docs,parity,lm-eval,real]'
 	@touch $@

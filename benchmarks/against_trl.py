@@ -851,7 +851,7 @@ def heading(arguments: argparse.Namespace) -> list[str]:
         f"{model} with LoRA (rank 16, all linear layers), float32, {PAIRS_A_STEP} pairs an"
         f" optimizer step, {arguments.runs} runs with a process of its own for each tool. The number after a"
         " configuration of TRL's is its pairs a forward pass. A ratio above 1 means that ours is faster, or holds less:"
-        " median [min, max] of neighbouring runs. Times are CPU time. Peak is what was resident above model and data,"
+        " median [min, max] of neighboring runs. Times are CPU time. Peak is what was resident above model and data,"
         " process is all of it. Difference is the largest of any step's loss, or of any answer's log-probability, in"
         f" nats; above {TOLERANCE:g} there are no figures."
     )

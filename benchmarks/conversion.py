@@ -50,7 +50,7 @@ def write_pairs(path: Path, num_rows: int, seed: int = 0) -> None:
 
 def run_ours(source: Path, folder: Path, workers: int) -> tuple[float, float]:
     """Convert with dpo-cli; seconds, and MiB of an idle interpreter."""
-    from dpo_cli.core.params import DataChecks, PreferenceSource
+    from dpo_cli.core.data_params import DataChecks, PreferenceSource
     from dpo_cli.data.convert import convert
 
     idle = psutil.Process().memory_info().rss / MIB

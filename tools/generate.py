@@ -19,7 +19,7 @@ from pydantic import BaseModel
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dpo_cli.cli.init import (  # noqa: E402
+from dpo_cli.cli.new_project import (  # noqa: E402
     DVC_CONFIG,
     DVC_FOLDER_GITIGNORE,
     DVCIGNORE,
@@ -29,7 +29,8 @@ from dpo_cli.cli.init import (  # noqa: E402
     rows_json,
 )
 from dpo_cli.core import paths  # noqa: E402
-from dpo_cli.core.params import Params, iter_settings, load_params  # noqa: E402
+from dpo_cli.core.load_params import load_params  # noqa: E402
+from dpo_cli.core.params import Params, iter_settings  # noqa: E402
 from dpo_cli.core.params_text import EMBEDDED_PRESET, params_yaml, range_of, unit_of  # noqa: E402
 from dpo_cli.data import world  # noqa: E402
 from tools.objectives import PICTURE, objectives_md, objectives_svg  # noqa: E402

@@ -12,14 +12,14 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dpo_cli.core.objectives import OBJECTIVES, SETTINGS, PairwiseName, readers
 from dpo_cli.core.params import TrainParams
-from dpo_cli.objectives.pairwise import pairwise_loss
+from dpo_cli.losses.catalogue import LOSSES, SETTINGS, readers
+from dpo_cli.losses.pairwise import Pairs
 
 PICTURE = "images/objectives.svg"
 
 _MARGINS = torch.linspace(-5, 5, 401, dtype=torch.float64)
-_ON_MARGIN: tuple[tuple[PairwiseName, dict[str, Any], str], ...] = (
+_ON_MARGIN: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("sigmoid", {}, "#1f5fa8"),
     ("cdpo", {"label_smoothing": 0.1}, "#c2571a"),
     ("robust", {"label_smoothing": 0.1}, "#2f7d4f"),
@@ -28,7 +28,7 @@ _ON_MARGIN: tuple[tuple[PairwiseName, dict[str, Any], str], ...] = (
     ("exo_pair", {"label_smoothing": 0.1}, "#b02a4c"),
     ("discopop", {}, "#4d4d4d"),
 )
-_ON_REWARDS: tuple[tuple[PairwiseName, dict[str, Any], str], ...] = (
+_ON_REWARDS: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("sigmoid", {}, "#1f5fa8"),
     ("nca_pair", {}, "#c2571a"),
     ("bco_pair", {}, "#2f7d4f"),
@@ -48,7 +48,7 @@ def objectives_md(generated: str) -> str:
         generated: The line that says where it comes from.
     """
     rows = ["| `train.loss` | formula | paper | when | reads beside beta |", "|---|---|---|---|---|"]
-    for name, info in OBJECTIVES.items():
+    for name, info in LOSSES.items():
         reads = ", ".join(f"`{setting}`" + (" (needed)" if setting in info.needs else "") for setting in info.reads)
         reference = "" if info.has_reference else "; no reference"
         cells = [f"`{name}`", info.formula, info.source + reference, info.use, reads or "-"]
@@ -73,16 +73,16 @@ def objectives_svg() -> str:
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
 
 
-def _draw(row: Sequence[Axes], losses: Sequence[tuple[PairwiseName, dict[str, Any], str]]) -> None:
-    for (name, settings, colour), dashes in zip(losses, _DASHES, strict=False):
+def _draw(row: Sequence[Axes], losses: Sequence[tuple[str, dict[str, Any], str]]) -> None:
+    for (name, settings, color), dashes in zip(losses, _DASHES, strict=False):
         policy = torch.stack([_MARGINS / 2, -_MARGINS / 2], dim=1).requires_grad_()
-        knobs = TrainParams(loss=name, beta=1.0, **settings)
-        loss = pairwise_loss(name, knobs)(policy, torch.zeros_like(policy), torch.ones_like(policy))
+        pairs = Pairs(policy, torch.zeros_like(policy), torch.ones_like(policy))
+        loss = LOSSES[name].of(pairs, TrainParams(loss=name, beta=1.0, **settings))
         (gradient,) = torch.autograd.grad(loss.sum(), policy)
         # along r_w = -r_l = m / 2
         weight = -(gradient[:, 0] - gradient[:, 1]) / 2
         for axes, values in zip(row, (loss.detach(), weight), strict=True):
-            axes.plot(_MARGINS, values, color=colour, linestyle=dashes, linewidth=1.5, label=name)
+            axes.plot(_MARGINS, values, color=color, linestyle=dashes, linewidth=1.5, label=name)
     for axes, limits in zip(row, ((-1.2, 6.5), (-1.2, 1.6)), strict=True):
         axes.set_ylim(*limits)
         axes.set_xlim(-5, 5)

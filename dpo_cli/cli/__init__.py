@@ -1,1 +1,1 @@
-"""Floor 5: the commands and what they print."""
+"""One command a file: options and what is printed; loaded when asked for."""

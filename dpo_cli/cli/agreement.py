@@ -2,84 +2,88 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dpo_cli.cli.command import command_app, examples
 from dpo_cli.cli.console import open_console
-from dpo_cli.core import paths
-from dpo_cli.core.artifacts import write_json, write_text
-from dpo_cli.core.errors import DataError, ParamsError
-from dpo_cli.evaluation.agreement import Coefficient, MethodAgreement, summarise_votes
-from dpo_cli.evaluation.bootstrap import Estimate
-from dpo_cli.evaluation.votes import read_votes
+from dpo_cli.cli.exits import errors_as_exit_codes
+from dpo_cli.core.errors import ParamsError
+
+if TYPE_CHECKING:
+    from dpo_cli.judging.agreement import AgreementTable
+    from dpo_cli.statistics.agreement import Coefficient
+    from dpo_cli.statistics.bootstrap import Estimate
 
 _NAMES = {"cohen_kappa": "Cohen's kappa", "fleiss_kappa": "Fleiss' kappa", "krippendorff_alpha": "Krippendorff's alpha"}
 _NONE = "-"
 
+app = command_app()
 
-@dataclass(frozen=True)
-class AgreementTable:
-    """What a votes file says.
 
-    Attributes:
-        methods: Figures by method and baseline.
-        draws: Bootstrap draws behind each interval.
-        confidence: Coverage of the intervals.
-        seed: Of the draws.
+@app.command(
+    "agreement",
+    rich_help_panel="Measurements",
+    epilog=examples(
+        "dpo-cli agreement votes.csv",
+        "dpo-cli agreement votes.parquet --draws 10000 --confidence 0.9",
+        "dpo-cli agreement votes.csv --csv table.csv --json",
+        "dpo-cli agreement anna.csv ben.csv reports/evaluate/votes.csv --save",
+    ),
+)
+def agreement_command(
+    votes: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="VOTES...",
+            help="CSV or parquet, a vote a row: item_id, prompt_id, method, baseline, rater, vote (A, B or tie), a_is.",
+        ),
+    ],
+    draws: Annotated[
+        int, typer.Option("--draws", metavar="N", min=100, help="Draws behind each interval, clustered by prompt.")
+    ] = 2000,
+    confidence: Annotated[
+        float, typer.Option("--confidence", metavar="X", help="Coverage of the intervals, between 0.5 and 1.")
+    ] = 0.95,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of the draws.")] = 0,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write the figures to a CSV file, too.")
+    ] = None,
+    save: Annotated[
+        bool, typer.Option("--save", help="Write them to reports/agreement of this project, too, for its report.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object, no tables.")] = False,
+) -> None:
+    """Say how far judges and people agree, as in the paper's Table 2: win rates, agreement, kappa or alpha.
+
+    A rater is `kind` or `kind:name`, such as `gpt-4-s` and `human:anna`; raters of a kind make one row. `a_is` names
+    the model whose answer was shown as A. A tie is half a win, and agrees by half with a win or a loss. Without
+    --csv and --save nothing is written.
     """
+    with errors_as_exit_codes(as_json=as_json):
+        if not 0.5 < confidence < 1:
+            raise ParamsError(f"--confidence must be > 0.5 and < 1, got {confidence:g}")
+        from dpo_cli.judging import agreement  # here, so that --help does not wait for it
 
-    methods: list[MethodAgreement]
-    draws: int
-    confidence: float
-    seed: int
-
-    @property
-    def kinds(self) -> list[str]:
-        """Kinds of raters of all methods."""
-        return list(dict.fromkeys(kind for each in self.methods for kind in each.win_rates))
-
-    @property
-    def pairs(self) -> list[tuple[str, str]]:
-        """Kinds that share items in some method: two kinds first, then those with themselves."""
-        found = dict.fromkeys((pair.first, pair.second) for each in self.methods for pair in each.pairs)
-        return sorted(found, key=lambda pair: pair[0] == pair[1])
-
-
-def agreement_of_files(files: Sequence[Path], *, draws: int, confidence: float, seed: int) -> AgreementTable:
-    """Read votes files and compute all figures over all of them.
-
-    Raises:
-        DataError: One is no votes file, a rater voted on an item twice, or no item has votes of two raters.
-    """
-    methods = summarise_votes(read_votes(*files), draws=draws, confidence=confidence, seed=seed)
-    if not any(each.pairs for each in methods):
-        raise DataError(
-            f"{', '.join(map(str, files))}: no item has votes of two raters, so there is no agreement; give all votes"
-            " on the same two answers the same item_id"
-        )
-    return AgreementTable(methods, draws, confidence, seed)
-
-
-def refuse_outside_a_project() -> None:
-    """Refuse to save where there is no project whose report could show it.
-
-    Raises:
-        ParamsError: There is no params.yaml.
-    """
-    if not paths.PARAMS.is_file():
-        raise ParamsError(
-            f"--save writes into a project, and there is no {paths.PARAMS} here; go into its folder, name it with -C,"
-            " or leave --save out"
-        )
+        if save:
+            agreement.refuse_outside_a_project()
+        found = agreement.agreement_of_files(votes, draws=draws, confidence=confidence, seed=seed)
+        if csv_file is not None:
+            agreement.write_csv(found, csv_file)
+        if save:
+            agreement.save(found)
+        if as_json:
+            typer.echo(json.dumps(agreement.as_json(found), ensure_ascii=False))
+        else:
+            print_table(found)
 
 
 def print_table(found: AgreementTable, console: Console | None = None) -> None:
@@ -147,69 +151,3 @@ def _decimal(estimate: Estimate) -> str:
         return "undefined"
     interval = "no interval" if math.isnan(estimate.low) else f"[{estimate.low:.2f}, {estimate.high:.2f}]"
     return f"{estimate.value:.2f}\n{interval}"
-
-
-# --- for machines ---------------------------------------------------------------------------
-
-
-def as_json(found: AgreementTable) -> dict[str, Any]:
-    """The figures as one JSON value; null where one is undefined."""
-    return {
-        "draws": found.draws,
-        "confidence": found.confidence,
-        "seed": found.seed,
-        "methods": [
-            {
-                "method": each.method,
-                "baseline": each.baseline,
-                "num_prompts": each.num_prompts,
-                "num_items": each.num_items,
-                "win_rates": {
-                    kind: {"num_votes": rate.num_votes, "num_ties": rate.num_ties, **_estimate(rate.estimate)}
-                    for kind, rate in each.win_rates.items()
-                },
-                "pairs": [
-                    {
-                        "first": pair.first,
-                        "second": pair.second,
-                        "num_items": pair.num_items,
-                        "num_pairs": pair.num_pairs,
-                        "agreement": _estimate(pair.agreement),
-                        pair.coefficient.name: _estimate(pair.coefficient.estimate),
-                    }
-                    for pair in each.pairs
-                ],
-                "overall": {each.overall.name: _estimate(each.overall.estimate)} if each.overall else None,
-            }
-            for each in found.methods
-        ],
-    }
-
-
-def save(found: AgreementTable) -> None:
-    """Write the figures to reports/agreement/metrics.json, where the report finds them."""
-    write_json(paths.metrics_file("agreement"), {"agreement": as_json(found)})
-
-
-def write_csv(found: AgreementTable, path: Path) -> None:
-    """Write the figures as CSV, one a line: num counts votes, or pairs of them; an undefined figure is empty."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["method", "baseline", "figure", "first", "second", "num", "value", "low", "high"])
-    for each in found.methods:
-        names = (each.method, each.baseline)
-        for kind, rate in each.win_rates.items():
-            writer.writerow([*names, "win_rate", kind, "", rate.num_votes, *_estimate(rate.estimate).values()])
-        for pair in each.pairs:
-            who = (pair.first, pair.second, pair.num_pairs)
-            writer.writerow([*names, "agreement", *who, *_estimate(pair.agreement).values()])
-            writer.writerow([*names, pair.coefficient.name, *who, *_estimate(pair.coefficient.estimate).values()])
-        if each.overall:
-            count = sum(rate.num_votes for rate in each.win_rates.values())
-            writer.writerow([*names, each.overall.name, "", "", count, *_estimate(each.overall.estimate).values()])
-    write_text(path, stream.getvalue())
-
-
-def _estimate(estimate: Estimate) -> dict[str, float | None]:
-    figures = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
-    return {name: None if math.isnan(figure) else figure for name, figure in figures.items()}

@@ -1,379 +1,110 @@
-"""``dpo-cli bench``: how fast the reference pass and training are on this machine, and how far from their limits."""
+"""``dpo-cli bench``: how fast the passes are on this machine, or would be on another."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+import json
+from typing import Annotated
 
-import torch
+import typer
 
-from dpo_cli.core.errors import DataError, MachineError, ParamsError, is_out_of_memory
-from dpo_cli.core.gpu import is_gpu
-from dpo_cli.core.params import EMBEDDED, LoraParams, Params, TrainParams
-from dpo_cli.core.progress import Reporter
-from dpo_cli.data.tokenise import TokenGroup
-from dpo_cli.models.adapters import add_adapter, load_policy_at_start
-from dpo_cli.models.device import Machine, forget_peak_memory, peak_memory_bytes, prepare_machine, token_budget
-from dpo_cli.models.gpus import gpu_called
-from dpo_cli.models.load import keep_weights_unpacked, quiet_libraries
-from dpo_cli.models.shapes import SHAPES, random_model
-from dpo_cli.reference.graph import open_graph
-from dpo_cli.reference.scoring import NO_GRADIENT_FACTOR, missing_groups, score_groups
-from dpo_cli.scoring.budget import TokenBudget
-from dpo_cli.scoring.limits import Sizes, Work, least_bytes, least_operations
-from dpo_cli.scoring.probe import open_scorer
-from dpo_cli.scoring.recompute import Recompute
-from dpo_cli.scoring.regimes import REGIMES, random_pairs
-from dpo_cli.scoring.scorer import Scorer
-from dpo_cli.training.memory import choose_memory
-from dpo_cli.training.objective import PairObjective
+from dpo_cli.cli.command import SetOption, command_app, examples
+from dpo_cli.cli.console import ConsoleReporter
+from dpo_cli.cli.exits import errors_as_exit_codes
+from dpo_cli.core import paths
+from dpo_cli.core.errors import ParamsError
 
-Pass = Literal["precompute-ref", "train"]
-PASSES: tuple[Pass, ...] = ("precompute-ref", "train")
-
-_RUNTIME = [
-    f"runtime.{name}"
-    for name in (
-        "device",
-        "compute_dtype",
-        "max_gpu_gib",
-        "threads",
-        "max_tokens_per_microbatch",
-        "layout",
-        "head_mib",
-        "recompute",
-    )
-]
+app = command_app()
 
 
-_OF_THIS_MACHINE = ("runtime.device", "runtime.threads", "runtime.head_mib", "train.seed")
+@app.command(
+    "bench",
+    rich_help_panel="Measurements",
+    epilog=examples(
+        "dpo-cli bench",
+        "dpo-cli bench --regime harmless --set runtime.max_tokens_per_microbatch=8192",
+        "dpo-cli bench --shape llama-3.1-8b --pass train",
+        "dpo-cli bench --set runtime.layout=padded --json",
+        "dpo-cli bench --card rtx-4090 --shape llama-3.1-8b",
+    ),
+)
+def bench_command(
+    which: Annotated[
+        str | None,
+        typer.Option("--pass", metavar="precompute-ref|train", help="Which pass to measure; left out: both."),
+    ] = None,
+    regime: Annotated[
+        str | None,
+        typer.Option(
+            "--regime",
+            metavar="NAME",
+            help="Random pairs with lengths like `harmless`, `0.42`, `2.15`, `3.91` (prompt to answer), or `equal`;"
+            " left out: the project's own pairs.",
+        ),
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            "--shape",
+            metavar="NAME",
+            help="Random weights in the shape of `tiny`, `qwen2.5-0.5b`, `qwen2.5-1.5b`, `llama-3.2-3b` or"
+            " `llama-3.1-8b`; left out: the project's own model.",
+        ),
+    ] = None,
+    card: Annotated[
+        str | None,
+        typer.Option(
+            "--card",
+            metavar="NAME",
+            help="Measure nothing, but predict for a GPU like `rtx-3060`, `rtx-4070`, `rtx-4090` or `h100-sxm`: the"
+            " kernels, bytes and operations of a --shape are counted without a GPU and held against its data sheet."
+            " Needs a C++ compiler where PyTorch comes without CUDA.",
+        ),
+    ] = None,
+    num_pairs: Annotated[int, typer.Option("--pairs", metavar="N", min=1, help="Pairs a turn.")] = 64,
+    num_turns: Annotated[
+        int | None, typer.Option("--turns", metavar="N", min=1, help="Timed turns; left out: 3.")
+    ] = None,
+    overrides: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object, no tables.")] = False,
+) -> None:
+    """Measure the reference pass and training on this machine: speed, memory, and how far from their limits.
 
-
-@dataclass(frozen=True)
-class BenchOptions:
-    """What to measure.
-
-    Attributes:
-        which: The passes.
-        regime: A regime of random pairs; None takes the project's own pairs.
-        shape: A shape of a model with random weights; None takes the project's own model.
-        num_pairs: Pairs a turn.
-        num_turns: Turns that are timed, after one that is not.
+    Reads the project's model and pairs, or makes random ones; writes nothing but the probe's verdict under
+    .scratch. MFU holds the operations that
+    the pass needs at the least against the speed of a matrix product in the same run.
     """
+    with errors_as_exit_codes(as_json=as_json):
+        if card is not None:
+            from dpo_cli.dry_run.stub import load_stub
+            from dpo_cli.models.gpus import GPUS
 
-    which: Sequence[Pass]
-    regime: str | None
-    shape: str | None
-    num_pairs: int
-    num_turns: int
+            if card not in GPUS:
+                raise ParamsError(f"--card must be one of {', '.join(GPUS)}, got {card}")
+            if shape is None:
+                raise ParamsError("--card predicts for a model without numbers: name its --shape")
+            if num_turns is not None:
+                raise ParamsError("--turns has no effect with --card, which measures nothing")
+            load_stub()  # before torch
 
+        # here, so that --help does not wait for them
+        from dpo_cli.core.load_params import load_params, parse_overrides
+        from dpo_cli.core.params import Params
+        from dpo_cli.training.bench import PASSES, BenchOptions, measure, refuse_unknown, refuse_unread
 
-def refuse_unknown(regime: str | None, shape: str | None) -> None:
-    """Refuse a regime or a shape that there is not.
+        refuse_unknown(regime, shape)
+        if which is not None and which not in PASSES:
+            raise ParamsError(f"--pass must be one of {', '.join(PASSES)}, got {which}")
+        in_project = paths.PARAMS.is_file() or shape is None
+        params: Params = load_params(paths.PARAMS, overrides or []) if in_project else parse_overrides(overrides or [])
+        refuse_unread(overrides or [], which, shape, card)
+        reporter, passes = ConsoleReporter(show_tables=not as_json), (which,) if which else PASSES
+        if card is not None and shape is not None:
+            from dpo_cli.dry_run.prediction import PredictionOptions, predict_speed
 
-    Raises:
-        ParamsError: With those that there are.
-    """
-    problems = [
-        f"{option} must be one of {', '.join(known)}, got {given}"
-        for option, given, known in (("--regime", regime, REGIMES), ("--shape", shape, SHAPES))
-        if given is not None and given not in known
-    ]
-    if problems:
-        raise ParamsError(problems)
-
-
-def refuse_unread(overrides: Sequence[str], which: str | None, shape: str | None, card: str | None = None) -> None:
-    """Refuse ``--set`` of what a measurement, or a prediction for a card, does not read.
-
-    Raises:
-        ParamsError: With what it reads.
-    """
-    read = ["reference.quantization", "train.lora", "train.batch_size", "train.seed", *_RUNTIME]
-    if which == "precompute-ref":
-        read = [name for name in read if name not in ("train.batch_size", "runtime.recompute")]
-    if card is not None:
-        read = [name for name in read if name not in _OF_THIS_MACHINE]
-    if shape is None:
-        read += ["model", "reference", "runtime.model_path"]
-    unread = [
-        override
-        for override in overrides
-        if not any(f"{override.partition('=')[0].strip()}.".startswith(f"{name}.") for name in read)
-    ]
-    if unread:
-        raise ParamsError(
-            [
-                f"--set {override} has no effect on this measurement, which reads {', '.join(read)}"
-                for override in unread
-            ]
-        )
-
-
-def measure(options: BenchOptions, params: Params, reporter: Reporter) -> dict[str, Any]:
-    """Measure and print; nothing of the project is changed.
-
-    Raises:
-        DataError: The project has no pairs within reference.max_length.
-        StaleArtifactError: The project's model or data is missing or stale.
-        MachineError: There is no such device.
-    """
-    quiet_libraries()
-    machine = prepare_machine(params.runtime, embedded=options.shape is None and params.model.name == EMBEDDED)
-    model, groups, what, regime = _subject(options, params, machine)
-    peak = _product_flops(machine)
-    sheet = _datasheet_flops(machine)
-    figures: dict[str, Any] = {
-        "model": what,
-        "regime": regime,
-        "device": _device_name(machine),
-        "compute_dtype": machine.dtype_name,
-        "quantization": params.reference.quantization,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "num_pairs": len(groups),
-        "product_tflops": peak / 1e12,
-        "datasheet_tflops": None if sheet is None else sheet / 1e12,
-    }
-    scorer, verdict = open_scorer(model, machine.compute_dtype, params.runtime, reporter, "bench")
-    figures |= verdict.metrics()
-    sizes = Sizes.of(model, machine.compute_dtype)
-    attention = verdict.describe_attention()
-    for name in options.which:
-        bench = _reference_pass if name == "precompute-ref" else _training
-        found = bench(model, scorer, groups, params, machine, options.num_turns, sizes, reporter)
-        found |= _utilisation(found, peak, sheet)
-        figures[name.replace("-", "_")] = found
-        reporter.table(f"bench: {name}", _rows(found, figures, attention))
-    return figures
-
-
-def _subject(options: BenchOptions, params: Params, machine: Machine) -> tuple[Any, list[TokenGroup], str, str]:
-    """The model with a trainable adapter, the pairs, and what both are."""
-    if options.shape:
-        lora = params.train.lora or LoraParams()
-        model = add_adapter(
-            random_model(options.shape, machine, params.reference.quantization), lora, params.train.seed
-        )
-        keep_weights_unpacked(model)
-        what, groups = f"{options.shape} with random weights", []
-    else:
-        graph = open_graph(params.model, params.reference, params.runtime)
-        model = load_policy_at_start(
-            graph.base, graph.sft, machine, graph.quantization, params.train.lora or LoraParams(), params.train.seed
-        )
-        what = params.model.name
-        groups = [] if options.regime else graph.tokenise_pairs("train").groups[: options.num_pairs]
-        if not groups and not options.regime:
-            raise DataError(
-                f"data/preference/train.parquet: no pair within reference.max_length {params.reference.max_length}"
+            figures = predict_speed(
+                PredictionOptions(passes, card, shape, regime or "harmless", num_pairs), params, reporter
             )
-    regime = options.regime or (None if groups else "harmless")
-    if regime:
-        base: Any = model.get_base_model()
-        vocabulary = base.config.get_text_config().vocab_size
-        groups = random_pairs(regime, options.num_pairs, vocabulary)
-    return model, groups, what, f"{regime}: {REGIMES[regime].meaning}" if regime else "the project's pairs"
-
-
-# --- the passes ---------------------------------------------------------------------------
-
-
-def _reference_pass(
-    model: Any,
-    scorer: Scorer,
-    groups: Sequence[TokenGroup],
-    params: Params,
-    machine: Machine,
-    num_turns: int,
-    sizes: Sizes,
-    reporter: Reporter,
-) -> dict[str, Any]:
-    """What precompute-ref does, but for its files."""
-    model.eval()
-    budget = TokenBudget(token_budget(params.runtime, machine.device), "bench", reporter)
-    by_prompt = missing_groups(groups, (), budget.max_tokens)
-
-    def turn() -> None:
-        for _ in score_groups(scorer, by_prompt, budget):
-            pass
-
-    times, peak = _time(turn, machine, num_turns)
-    factor = NO_GRADIENT_FACTOR if is_gpu(machine.device) else 1
-    work = _work(scorer, [by_prompt], factor * budget.max_tokens)
-    return _figures(times, peak, work, sizes, scorer.head_bytes, len(groups), budget, train=False, recompute="none")
-
-
-def _training(
-    model: Any,
-    scorer: Scorer,
-    groups: Sequence[TokenGroup],
-    params: Params,
-    machine: Machine,
-    num_turns: int,
-    sizes: Sizes,
-    reporter: Reporter,
-) -> dict[str, Any]:
-    """Optimizer steps as train does them, against the model's own log-probabilities."""
-    runtime = params.runtime
-    size = params.train.batch_size
-    chosen = choose_memory(model, scorer, groups, size, runtime, reporter, "bench")
-    budget = TokenBudget(chosen.max_tokens, "bench", reporter)
-    model.eval()
-    reference = {
-        group.id: logps
-        for indices in scorer.split(groups, budget.max_tokens)
-        for group, logps in _reference_of(scorer, [groups[index] for index in indices])
-    }
-    objective = PairObjective(TrainParams(beta=0.1), reference)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-6)
-    steps = [list(groups[begin : begin + size]) for begin in range(0, len(groups), size)]
-    model.train()
-
-    def turn() -> None:
-        for step in steps:
-            for indices in scorer.split(step, budget.max_tokens):
-                batch = [step[index] for index in indices]
-                losses = objective.losses(batch, scorer.score(batch, statistics=objective.statistics), batch).losses_B
-                (losses.sum() / objective.weight(step)).backward()
-            torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    times, peak = _time(turn, machine, num_turns)
-    work = _work(scorer, steps, budget.max_tokens)
-    return _figures(
-        times, peak, work, sizes, scorer.head_bytes, len(groups), budget, train=True, recompute=chosen.grade
-    )
-
-
-@torch.no_grad()
-def _reference_of(scorer: Scorer, batch: Sequence[TokenGroup]) -> list[tuple[TokenGroup, list[float]]]:
-    return list(zip(batch, scorer.score(batch).logps_BK.tolist(), strict=True))
-
-
-def _time(turn: Callable[[], None], machine: Machine, num_turns: int) -> tuple[list[float], int]:
-    """Seconds of each turn, and the most bytes that were held; one turn warms up."""
-
-    def wait() -> None:
-        if is_gpu(machine.device):
-            torch.cuda.synchronize(machine.device)
-
-    try:
-        turn()
-        wait()
-        forget_peak_memory(machine.device)
-        times = []
-        for _ in range(num_turns):
-            begun = time.perf_counter()
-            turn()
-            wait()
-            times.append(time.perf_counter() - begun)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise MachineError(
-            "bench: out of memory; lower runtime.max_tokens_per_microbatch, or set runtime.recompute to layers"
-        ) from None
-    return times, peak_memory_bytes(machine.device)
-
-
-def _work(scorer: Scorer, steps: Sequence[Sequence[TokenGroup]], max_tokens: int) -> Work:
-    batches = [[step[index] for index in indices] for step in steps for indices in scorer.split(step, max_tokens)]
-    return Work.of(batches, scorer.layout)
-
-
-# --- figures ------------------------------------------------------------------------------
-
-
-def _figures(
-    times: Sequence[float],
-    peak: int,
-    work: Work,
-    sizes: Sizes,
-    head_bytes: int,
-    num_pairs: int,
-    budget: TokenBudget,
-    *,
-    train: bool,
-    recompute: Recompute,
-) -> dict[str, Any]:
-    seconds = statistics.median(times)
-    return {
-        "seconds": seconds,
-        "seconds_min": min(times),
-        "seconds_max": max(times),
-        "pairs_per_s": num_pairs / seconds,
-        "logical_tokens_per_s": work.logical_tokens / seconds,
-        "packed_tokens_per_s": work.tokens / seconds,
-        "padding_share": work.padding / work.tokens,
-        "tokens_saved_share": 1 - work.tokens / work.logical_tokens,
-        "max_tokens_per_microbatch": budget.max_tokens,
-        "recompute": recompute,
-        "least_operations": least_operations(sizes, work, train=train),
-        "peak_bytes": peak,
-        "least_bytes": least_bytes(sizes, work, head_bytes, train=train),
-    }
-
-
-def _utilisation(found: dict[str, Any], peak_flops: float, sheet_flops: float | None) -> dict[str, Any]:
-    achieved = found["least_operations"] / found["seconds"]
-    return {"mfu": achieved / peak_flops, "mfu_datasheet": None if sheet_flops is None else achieved / sheet_flops}
-
-
-def _rows(found: dict[str, Any], figures: dict[str, Any], attention: str) -> list[tuple[str, str]]:
-    mib = 2**20
-    sheet = "" if figures["datasheet_tflops"] is None else f"; {found['mfu_datasheet']:.1%} of the datasheet's"
-    return [
-        ("model", f"{figures['model']}, {figures['quantization']}, {figures['compute_dtype']}"),
-        ("pairs", f"{figures['num_pairs']}, {figures['regime']}"),
-        ("device", f"{figures['device']}, {figures['product_tflops']:.3g} TFLOP/s in a product"),
-        (
-            "speed",
-            f"{found['pairs_per_s']:.1f} pairs/s [{figures['num_pairs'] / found['seconds_max']:.1f},"
-            f" {figures['num_pairs'] / found['seconds_min']:.1f}]",
-        ),
-        ("logical tokens", f"{found['logical_tokens_per_s']:.0f} tokens/s, each answer with its prompt"),
-        ("packed tokens", f"{found['packed_tokens_per_s']:.0f} tokens/s through the model"),
-        (
-            "layout",
-            f"{figures['layout']}: {found['tokens_saved_share']:.1%} of the tokens saved,"
-            f" {found['padding_share']:.1%} padding",
-        ),
-        ("attention", attention),
-        ("micro-batch", f"{found['max_tokens_per_microbatch']} tokens, recompute {found['recompute']}"),
-        ("MFU", f"{found['mfu']:.1%} of a product's speed on this machine{sheet}"),
-        (
-            "peak of the process",
-            f"{found['peak_bytes'] / mib:.0f} MiB; the least: {found['least_bytes'] / mib:.0f} MiB",
-        ),
-    ]
-
-
-def _product_flops(machine: Machine) -> float:
-    """Operations a second in the best of some large matrix products."""
-    size = 8192 if is_gpu(machine.device) else 1024
-    left, right = (torch.randn(size, size, device=machine.device, dtype=machine.compute_dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(8):
-        begun = time.perf_counter()
-        torch.mm(left, right)
-        if is_gpu(machine.device):
-            torch.cuda.synchronize(machine.device)
-        best = min(best, time.perf_counter() - begun)
-    return 2.0 * size**3 / best
-
-
-def _device_name(machine: Machine) -> str:
-    if is_gpu(machine.device):
-        return torch.cuda.get_device_name(machine.device)
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
-def _datasheet_flops(machine: Machine) -> float | None:
-    gpu = gpu_called(_device_name(machine))
-    return None if gpu is None else gpu.tflops * 1e12
+        else:
+            figures = measure(BenchOptions(passes, regime, shape, num_pairs, num_turns or 3), params, reporter)  # type: ignore[arg-type]
+    if as_json:
+        typer.echo(json.dumps(figures, ensure_ascii=False))

@@ -1,163 +1,76 @@
-"""``dpo-cli capability``: what tuning cost on other tasks, item by item, through lm-evaluation-harness."""
+"""``dpo-cli capability``: what tuning cost on other tasks, item by item."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dpo_cli.cli.console import open_console
+from dpo_cli.cli.command import command_app, examples
+from dpo_cli.cli.console import ConsoleReporter, open_console
+from dpo_cli.cli.exits import errors_as_exit_codes
 from dpo_cli.core import paths
-from dpo_cli.core.artifacts import read_json, write_json, write_json_lines
-from dpo_cli.core.errors import MachineError, StaleArtifactError
-from dpo_cli.core.params import Params
-from dpo_cli.core.progress import Reporter
-from dpo_cli.core.scratch import stage_scratch
-from dpo_cli.evaluation.capability import (
-    BASE,
-    DPO,
-    MODELS,
-    NAMES,
-    SFT,
-    STEPS,
-    Difference,
-    TaskResult,
-    in_words,
-    metrics_of,
-    pair_items,
-    rows_of,
-    summarise_task,
-)
+from dpo_cli.core.errors import ParamsError
 
 if TYPE_CHECKING:
-    from dpo_cli.reference.graph import Graph
+    from dpo_cli.evaluation.capability import Difference
+    from dpo_cli.evaluation.measure_capability import Capability
 
-_COMMAND = "capability"
+app = command_app()
 
 
-@dataclass(frozen=True)
-class Capability:
-    """What the tasks say.
+@app.command(
+    "capability",
+    rich_help_panel="Measurements",
+    epilog=examples(
+        "dpo-cli capability tasks",
+        "dpo-cli capability tasks --tasks arithmetic,reading --limit 200",
+        "dpo-cli capability tasks --json",
+    ),
+)
+def capability_command(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER",
+            help="YAML files of lm-evaluation-harness; paths of their data files are relative to this folder.",
+        ),
+    ],
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", metavar="NAME,...", help="Tasks, groups or tags of the folder; left out: all tasks."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", min=1, help="The first N items of each task; left out: all.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object, no tables.")] = False,
+) -> None:
+    """Say what tuning cost on other tasks: base, SFT and DPO answer the same items, compared item by item.
 
-    Attributes:
-        results: By task.
-        draws: Bootstrap draws behind each interval.
-        confidence: Coverage of the intervals.
+    The tasks are local files of lm-evaluation-harness (`pip install 'dpo-cli[lm-eval]'`); nothing is downloaded. A
+    task's figure is the first of its metrics that is a mean over items. A task may name Python functions of its folder,
+    which are run. Reads the models of this project, evaluate and runtime in params.yaml. Writes reports/capability.
     """
+    with errors_as_exit_codes(as_json=as_json):
+        # here, so that --help does not wait for them
+        from dpo_cli.core.load_params import load_params
+        from dpo_cli.evaluation.measure_capability import as_json as figures_of
+        from dpo_cli.evaluation.measure_capability import measure_capability
 
-    results: list[TaskResult]
-    draws: int
-    confidence: float
-
-
-def refuse_without_harness() -> None:
-    """Refuse to go on where the extra is not installed.
-
-    Raises:
-        MachineError: With how to install it.
-    """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise MachineError(
-            "capability needs lm-evaluation-harness, which is not installed; run: pip install 'dpo-cli[lm-eval]', or in"
-            " a clone: pip install --constraint constraints.txt --editable '.[lm-eval]'"
-        )
-
-
-def measure_capability(
-    folder: Path, names: Sequence[str], limit: int | None, params: Params, reporter: Reporter
-) -> Capability:
-    """Let base, SFT and DPO answer a folder of tasks, and write reports/capability.
-
-    Args:
-        folder: YAML files of lm-evaluation-harness with local data.
-        names: Tasks, groups or tags; none: all tasks.
-        limit: The first so many items of each; None: all.
-        params: All settings.
-        reporter: Hears of progress.
-
-    Raises:
-        MachineError: The harness is not installed, or the model cannot be loaded.
-        DataError: The folder has no task, or one that cannot be read or compared.
-        ParamsError: A name is unknown.
-        StaleArtifactError: A model is missing, damaged, or of another graph.
-    """
-    refuse_without_harness()
-    from dpo_cli.evaluation.harness import answer_items, load_tasks, measure_requests
-    from dpo_cli.models.device import token_budget
-    from dpo_cli.models.load import context_length, quiet_libraries
-    from dpo_cli.reference.graph import open_graph
-
-    quiet_libraries()
-    tasks = load_tasks(folder, names)
-    graph = open_graph(params.model, params.reference, params.runtime)
-    provenance = read_json(paths.DPO_MODEL / "provenance.json", "run: dpo-cli train")
-    if provenance["graph"] != graph.identity:
-        raise StaleArtifactError(
-            f"{paths.DPO_MODEL}: trained on another graph than models/sft is now; run: dpo-cli train"
-        )
-    context = context_length(graph.base)
-    requests = {task.name: measure_requests(task, graph.tokenizer, context, limit) for task in tasks}
-    for name, asked in requests.items():
-        if asked.num_too_long:
-            reporter.warn(
-                f"{_COMMAND}: {asked.num_too_long} of {asked.count} requests of task {name} are longer than {context}"
-                " tokens, the model's context, and lose their beginning"
-            )
-    scores: dict[str, dict[str, dict[int, float]]] = {task.name: {} for task in tasks}
-
-    def ask(name: str, model: Any) -> None:
-        for task in tasks:
-            scores[task.name][name] = answer_items(
-                model,
-                task,
-                requests[task.name],
-                label=f"{_COMMAND}: {NAMES[name]} on {task.name}",
-                tokenizer=graph.tokenizer,
-                machine=graph.machine,
-                context=context,
-                max_tokens=token_budget(params.runtime, graph.machine.device),
-                limit=limit,
-                reporter=reporter,
-            )
-
-    with stage_scratch(_COMMAND, "run"):
-        _ask_all(graph, ask)
-        knobs = params.evaluate
-        paired = [pair_items(task.name, task.metric, task.higher_is_better, scores[task.name]) for task in tasks]
-        results = [
-            summarise_task(one, draws=knobs.bootstrap_draws, confidence=knobs.confidence, seed=knobs.seed)
-            for one in paired
-        ]
-        write_json_lines(paths.report_dir(_COMMAND) / "items.jsonl", (row for one in paired for row in rows_of(one)))
-        found = Capability(results, knobs.bootstrap_draws, knobs.confidence)
-        write_json(paths.metrics_file(_COMMAND), as_json(found))
-    return found
-
-
-def _ask_all(graph: Graph, ask: Callable[[str, Any], None]) -> None:
-    """Base, SFT and DPO in turn, on one set of weights; base has its own where SFT trained all of them."""
-    from dpo_cli.models.adapters import load_pair
-    from dpo_cli.models.device import release_memory
-    from dpo_cli.models.load import load_model
-
-    pair = load_pair(graph.base, graph.sft, graph.machine, graph.quantization)
-    ask(SFT, pair.use_reference())
-    ask(DPO, pair.use_policy())
-    if graph.sft.method != "full":
-        ask(BASE, pair.use_frozen())
-        return
-    del pair
-    release_memory()
-    ask(BASE, load_model(graph.base, graph.machine, quantization=graph.quantization))
-
-
-# --- for people ---------------------------------------------------------------------------
+        names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else []
+        if tasks is not None and not names:
+            raise ParamsError(f"--tasks must name a task, got {tasks!r}")
+        params = load_params(paths.PARAMS, [])
+        found = measure_capability(folder, names, limit, params, ConsoleReporter(show_tables=not as_json))
+        if as_json:
+            typer.echo(json.dumps(figures_of(found), ensure_ascii=False))
+        else:
+            print_table(found)
 
 
 def print_table(found: Capability, console: Console | None = None) -> None:
@@ -167,6 +80,13 @@ def print_table(found: Capability, console: Console | None = None) -> None:
         found: What to print.
         console: Where; None: standard output.
     """
+    from dpo_cli.evaluation.capability import (  # here, so that --help does not wait for it
+        MODELS,
+        NAMES,
+        STEPS,
+        in_words,
+    )
+
     console = console or open_console()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
     for title in ("task", "metric", "items", *(NAMES[model] for model in MODELS)):
@@ -198,11 +118,3 @@ def _cell(difference: Difference) -> Text:
     value, low, high = (difference.estimate.value, difference.estimate.low, difference.estimate.high)
     lines = (f"{value:+.3f}", f"[{low:+.3f}, {high:+.3f}]", difference.change)
     return Text("\n".join(lines), style={"worse": "bold red", "better": "green"}.get(difference.change, ""))
-
-
-# --- for machines -------------------------------------------------------------------------
-
-
-def as_json(found: Capability) -> dict[str, Any]:
-    """The figures as reports/capability/metrics.json holds them."""
-    return {_COMMAND: metrics_of(found.results)}

@@ -2,345 +2,96 @@
 
 from __future__ import annotations
 
-import csv
-import difflib
-import io
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import importlib
+import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+import typer
 
-from dpo_cli.cli.console import open_console
-from dpo_cli.cli.experiments import WORKSPACE, experiment_refs, head, is_here, read_experiment, revisions_of
-from dpo_cli.core.artifacts import write_text
-from dpo_cli.core.errors import ParamsError, StaleArtifactError
-from dpo_cli.evaluation.comparison import (
-    MIN_DRAWS,
-    OF_ANSWERS,
-    OF_PAIRS,
-    Difference,
-    Experiment,
-    Scalar,
-    caveats,
-    difference,
-    differing_settings,
-    main_metrics,
-    source_of,
+from dpo_cli.cli.command import SetOption, command_app, examples
+from dpo_cli.cli.console import ConsoleReporter
+from dpo_cli.cli.exits import errors_as_exit_codes
+from dpo_cli.core.errors import ParamsError
+
+app = command_app()
+
+
+@app.command(
+    "compare",
+    rich_help_panel="Measurements",
+    epilog=examples(
+        "dpo-cli compare",
+        "dpo-cli compare --baseline HEAD --metric win_rate,kl",
+        "dpo-cli compare workspace nutty-lamb main~1",
+        "dpo-cli compare HEAD nutty-lamb --all --csv comparison.csv",
+        "dpo-cli compare HEAD nutty-lamb evaluations/another --judge",
+    ),
 )
+def compare_command(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[EXP]...",
+            help="Experiments of DVC, git revisions, folders of `evaluate --model`, or `workspace`; none: the workspace"
+            " and every experiment based on HEAD. The first is the baseline.",
+        ),
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", metavar="EXP", help="Compare with this one in place of the first.")
+    ] = None,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metric",
+            metavar="NAME",
+            help="A metric to show, `evaluate.kl` or `kl`; may be repeated, or hold several with commas between."
+            " None: the main ones that differ.",
+        ),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Show every metric of every stage.")] = False,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write the figures to a CSV file, too.")
+    ] = None,
+    judge: Annotated[
+        bool,
+        typer.Option(
+            "--judge",
+            help="Judge their answers against each other, too, by the judge of params.yaml: a win rate for every two,"
+            " and strengths by Bradley-Terry.",
+        ),
+    ] = False,
+    overrides: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object, no tables.")] = False,
+) -> None:
+    """Compare experiments: the settings that differ beside the metrics that differ, with paired intervals.
 
-_NARROWEST = 40
-_GAP = 2
-_NAMED = 6
-_WIDEST_NAME = 20
-_ROWS = {OF_ANSWERS: "answers", OF_PAIRS: "held-out pairs"}
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Experiments side by side.
-
-    Attributes:
-        experiments: The baseline first.
-        params: Settings that differ.
-        metrics: The metrics that are shown.
-        differences: By metric, one for each experiment but the baseline.
-        draws: Bootstrap draws behind each interval.
-        confidence: Coverage of the intervals.
-        notes: What to know of the figures.
+    Values of the same prompt are compared with each other, so the interval is that of the difference, by
+    prompts that both experiments have. Reads params.yaml, dvc.lock and reports/ from git and from the
+    workspace; runs nothing, but for the judge with --judge.
     """
+    with errors_as_exit_codes(as_json=as_json):
+        if every and metrics:
+            raise ParamsError("--metric has no effect with --all; give one of them")
+        if overrides and not judge:
+            raise ParamsError("--set has no effect without --judge: nothing else is computed")
+        from dpo_cli.cli import compare_tables  # here, so that --help does not wait for them
+        from dpo_cli.evaluation import compare
 
-    experiments: list[Experiment]
-    params: list[str]
-    metrics: list[str]
-    differences: dict[str, list[Difference]]
-    draws: int
-    confidence: float
-    notes: list[str]
-
-
-def compare(names: Sequence[str], baseline: str | None, metrics: Sequence[str], *, every: bool) -> Comparison:
-    """Read experiments and compare each of them with the baseline.
-
-    Args:
-        names: Experiments, git revisions, or ``workspace``; none: the workspace and all experiments based on HEAD.
-        baseline: What they are compared with; None: the first of them.
-        metrics: Metrics to show, by full or last name; none: the main ones that differ.
-        every: Show every metric.
-
-    Raises:
-        ParamsError: A name is unknown or ambiguous, or there are fewer than two.
-        StaleArtifactError: An experiment that was named has no reports.
-        DataError: A file of an experiment is damaged.
-        MachineError: git cannot be run.
-    """
-    given = [*names, *([baseline] if baseline else [])]
-    refs = experiment_refs() if not names or not all(map(is_here, given)) else []  # git is asked where it is needed
-    based = [] if names else [ref.name for ref in refs if ref.baseline == head()]
-    first = [baseline] if baseline else [] if names else [WORKSPACE]
-    wanted = list(dict.fromkeys([*first, *names, *based]))
-    if len(wanted) < 2:
-        raise ParamsError(_too_few(wanted, bool(names), bool(refs)))
-    experiments: list[Experiment] = []
-    notes: list[str] = []
-    for name, revision in revisions_of(wanted, refs).items():
-        try:
-            experiment, odd = read_experiment(name, revision)
-        except StaleArtifactError as error:
-            if name not in based or name == baseline:
-                raise
-            notes += [f"left out: {problem}" for problem in error.problems]
-            continue
-        experiments.append(experiment)
-        notes += odd
-    if len(experiments) < 2:
-        raise StaleArtifactError("no experiment but the baseline has reports; run: dvc exp run")
-    shown = _metrics_of(experiments, metrics, every=every)
-    settings = experiments[0].params
-    draws = max(MIN_DRAWS, int(settings.get("evaluate.bootstrap_draws") or 0))
-    confidence = float(settings.get("evaluate.confidence") or 0.95)
-    seed = int(settings.get("evaluate.seed") or 0)
-    differences = {
-        name: [
-            difference(experiments[0], other, name, draws=draws, confidence=confidence, seed=seed)
-            for other in experiments[1:]
-        ]
-        for name in shown
-    }
-    params = differing_settings(experiments)
-    notes += [*caveats(experiments, shown), *_without_intervals(differences), *_prompts(experiments, differences)]
-    return Comparison(experiments, params, shown, differences, draws, confidence, notes)
-
-
-def _too_few(wanted: Sequence[str], named: bool, any_refs: bool) -> str:
-    if named:
-        [name] = wanted
-        other = "HEAD" if name == WORKSPACE else WORKSPACE
-        return f"two experiments are needed, got {name} alone; name another, as in: dpo-cli compare {other} {name}"
-    others = "; there are some on other commits: dvc exp list --all" if any_refs else ""
-    return f"no experiment is based on HEAD{others}; make one: dvc exp run -S train.beta=0.5, or name two revisions"
-
-
-def _metrics_of(experiments: Sequence[Experiment], names: Sequence[str], *, every: bool) -> list[str]:
-    known = list(dict.fromkeys(path for experiment in experiments for path in experiment.metrics))
-    if every:
-        main = [name for name in main_metrics(experiments) if name in known]
-        return list(dict.fromkeys([*main, *known]))
-    if not names:
-        return main_metrics(experiments)
-    found: list[str] = []
-    problems: list[str] = []
-    for name in (part.strip() for given in names for part in given.split(",")):
-        matches = [path for path in known if name == path] or [path for path in known if path.endswith(f".{name}")]
-        if len(matches) == 1:
-            found.append(matches[0])
-        elif matches:
-            problems.append(f"--metric {name} names {len(matches)} metrics: {', '.join(matches)}")
+        found = compare.compare(names or [], baseline, metrics or [], every=every)
+        head_to_head = importlib.import_module("dpo_cli.evaluation.head_to_head") if judge else None  # it loads torch
+        judged = None
+        if head_to_head is not None:
+            reporter = ConsoleReporter(show_tables=not as_json)
+            judged = head_to_head.judge_experiments(found.experiments, overrides or [], reporter)
+        if csv_file is not None:
+            compare.write_csv(found, csv_file)
+        if as_json:
+            figures = compare.as_json(found)
+            if head_to_head is not None:
+                figures["head_to_head"] = head_to_head.head_to_head_json(judged)
+            typer.echo(json.dumps(figures, ensure_ascii=False))
         else:
-            near = difflib.get_close_matches(name, [*known, *(path.split(".")[-1] for path in known)], n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else "--all shows what there is"
-            problems.append(f"--metric {name}: no experiment has it; {hint}")
-    if problems:
-        raise ParamsError(problems)
-    return list(dict.fromkeys(found))
-
-
-# --- notes ----------------------------------------------------------------------------------
-
-
-def _without_intervals(differences: dict[str, list[Difference]]) -> list[str]:
-    """Why metrics have no interval, each reason once."""
-    reasons: dict[str, list[str]] = {}
-    for metric, found in differences.items():
-        for why in dict.fromkeys(each.why for each in found if each.why):
-            reasons.setdefault(why, []).append(metric)
-    lines = []
-    for why, metrics in reasons.items():
-        rest = f" and {len(metrics) - _NAMED} more" if len(metrics) > _NAMED else ""
-        lines.append(f"no interval for {', '.join(metrics[:_NAMED])}{rest}: {why}")
-    return lines
-
-
-def _prompts(experiments: Sequence[Experiment], differences: dict[str, list[Difference]]) -> list[str]:
-    """How many prompts are shared, by file; one line where it is the same for all experiments."""
-    lines = []
-    for source, label in _ROWS.items():
-        counts: dict[tuple[int, int], list[str]] = {}
-        for number, other in enumerate(experiments[1:]):
-            mine = [found[number] for metric, found in differences.items() if source_of(metric) == source]
-            for each in mine:
-                if each.num_prompts is not None and each.num_left_out is not None:
-                    names = counts.setdefault((each.num_prompts, each.num_left_out), [])
-                    if other.name not in names:
-                        names.append(other.name)
-        for (shared, left_out), names in counts.items():
-            of = "" if len(counts) == 1 else f" ({', '.join(names)})"
-            lines.append(
-                f"{label}{of}: {shared} prompts are shared with {experiments[0].name},"
-                f" {left_out or 'none'} {'is' if left_out == 1 else 'are'} left out"
-            )
-    return lines
-
-
-# --- tables ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Column:
-    """A column: its title and a cell an experiment, each as lines."""
-
-    title: list[str]
-    cells: list[list[str]]
-
-    @property
-    def width(self) -> int:
-        return max(Text(line).cell_len for lines in (self.title, *self.cells) for line in lines)
-
-
-def print_comparison(found: Comparison, console: Console | None = None) -> None:
-    """Print tables no wider than the terminal, then the notes.
-
-    Args:
-        found: What to print.
-        console: Where; None: standard output.
-    """
-    console = console or open_console()
-    names = _Column(["experiment"], [[experiment.name] for experiment in found.experiments])
-    name_width = min(names.width, _WIDEST_NAME)
-    room = max(console.width, _NARROWEST) - name_width
-    columns = [_param_column(found, path) for path in found.params]
-    columns += [_metric_column(found, name) for name in found.metrics]
-    for block in _blocks(columns, room):
-        table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold", show_edge=False)
-        table.add_column(Text("\n" + names.title[0]), overflow="fold", width=name_width)
-        for column in block:
-            table.add_column(Text("\n".join(column.title)), overflow="fold", max_width=room - _GAP)
-        for row, name in enumerate(names.cells):
-            table.add_row(Text(name[0]), *(_cell(column.cells[row]) for column in block))
-        console.print()
-        console.print(table)
-    percent = f"{100 * found.confidence:g}%"
-    baseline = found.experiments[0].name
-    console.print()
-    if any(each.low is not None for differences in found.differences.values() for each in differences):
-        console.print(
-            Text(
-                f"In brackets the difference from {baseline} and its paired {percent} interval ({found.draws} draws of"
-                f" prompts). * leaves out 0; by chance one in {round(1 / (1 - found.confidence))} does."
-            )
-        )
-    else:
-        console.print(Text(f"In brackets the difference from {baseline}."))
-    for note in found.notes:
-        console.print(Text(f"- {note}"))
-
-
-def _blocks(columns: Sequence[_Column], room: int) -> list[list[_Column]]:
-    """Columns in as few tables as have room for them, in their order."""
-    blocks: list[list[_Column]] = [[]]
-    used = 0
-    for column in columns:
-        width = min(column.width, room - _GAP) + _GAP
-        if blocks[-1] and used + width > room:
-            blocks.append([])
-            used = 0
-        blocks[-1].append(column)
-        used += width
-    return blocks
-
-
-def _cell(lines: Sequence[str]) -> Text:
-    return Text("\n".join(lines), style="bold" if lines[-1].endswith("*") else "")
-
-
-def _param_column(found: Comparison, path: str) -> _Column:
-    return _Column(_title(path), [[_text(experiment.params.get(path))] for experiment in found.experiments])
-
-
-def _metric_column(found: Comparison, name: str) -> _Column:
-    values = [_text(experiment.metrics.get(name)) for experiment in found.experiments]
-    differences = [None, *found.differences[name]]
-    return _Column(_title(name), [_lines(value, each) for value, each in zip(values, differences, strict=True)])
-
-
-def _title(path: str) -> list[str]:
-    section, _, name = path.partition(".")
-    return [f"{section}.", name] if name else ["", section]
-
-
-def _text(value: Scalar) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _lines(value: str, found: Difference | None) -> list[str]:
-    if found is None or found.value is None:
-        return [value]
-    if found.low is None or found.high is None:
-        return [value, f"({found.value:+.3g})"] if found.value else [value]
-    digits = _decimals(found)
-    middle, low, high = (f"{end:+.{digits}f}" if end else "0" for end in (found.value, found.low, found.high))
-    return [f"{value} ({middle})", f"[{low}, {high}]{'*' if found.leaves_out_zero else ''}"]
-
-
-def _decimals(found: Difference) -> int:
-    """Decimals that show two digits of half the interval, or three of the difference where it has no width."""
-    assert found.low is not None
-    assert found.high is not None
-    assert found.value is not None
-    half = (found.high - found.low) / 2
-    size, digits = (half, 2) if half > 0 else (abs(found.value), 3)
-    return 0 if size == 0 else min(6, max(0, digits - 1 - math.floor(math.log10(size))))
-
-
-# --- for machines ---------------------------------------------------------------------------
-
-
-def as_json(found: Comparison) -> dict[str, Any]:
-    """The comparison as one JSON value."""
-    return {
-        "baseline": found.experiments[0].name,
-        "confidence": found.confidence,
-        "draws": found.draws,
-        "experiments": [
-            {
-                "name": experiment.name,
-                "revision": experiment.revision or None,
-                "params": {path: experiment.params.get(path) for path in found.params},
-                "metrics": {
-                    name: {"value": experiment.metrics.get(name), **_figures(found, name, number)}
-                    for name in found.metrics
-                },
-            }
-            for number, experiment in enumerate(found.experiments)
-        ],
-        "notes": found.notes,
-    }
-
-
-def write_csv(found: Comparison, path: Path) -> None:
-    """Write the comparison as CSV: one line an experiment and metric, its settings beside them."""
-    columns = ["value", "difference", "low", "high", "num_prompts", "num_left_out", "why"]
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["experiment", "revision", *found.params, "metric", *columns])
-    for entry in as_json(found)["experiments"]:
-        for metric, figures in entry["metrics"].items():
-            settings = [entry["params"][name] for name in found.params]
-            writer.writerow([entry["name"], entry["revision"], *settings, metric, *map(figures.get, columns)])
-    write_text(path, stream.getvalue())
-
-
-def _figures(found: Comparison, metric: str, number: int) -> dict[str, Any]:
-    if number == 0:
-        return {}
-    each = found.differences[metric][number - 1]
-    interval = {"low": each.low, "high": each.high, "num_prompts": each.num_prompts, "num_left_out": each.num_left_out}
-    return {"difference": each.value, **({"why": each.why} if each.why else interval)}
+            compare_tables.print_comparison(found)
+            if judged is not None:
+                compare_tables.print_head_to_head(judged)

@@ -28,13 +28,13 @@ from dpo_cli.core.progress import Meter, Status
 from dpo_cli.core.text import in_one_line, printable
 
 _PLAIN_INTERVAL_S = 10.0
-_COLOURS: dict[Status, tuple[str, str]] = {
+_COLORS: dict[Status, tuple[str, str]] = {
     "good": ("green", "green"),
     "warn": ("amber", "yellow"),
     "bad": ("red", "bold red"),
     "plain": ("", ""),
 }
-"""Of a line of a verdict: the word before it, which a pipe or a terminal without colours shows, too, and its style."""
+"""Of a line of a verdict: the word before it, which a pipe or a terminal without colors shows, too, and its style."""
 
 
 def open_console(*, stderr: bool = False) -> Console:
@@ -111,14 +111,14 @@ class ConsoleReporter:
         self._print_table(Text(title, "bold"), [(Text(name), Text(value)) for name, value in rows], "dim")
 
     def verdict(self, headline: str, status: Status, rows: Sequence[tuple[Status, str, str]]) -> None:
-        """Print a judgment; each line says its colour in words, too."""
+        """Print a judgment; each line says its color in words, too."""
         if not self._show_tables:
             return
         lines = []
         for each, name, value in rows:
-            word, style = _COLOURS[each]
+            word, style = _COLORS[each]
             lines.append((Text(word, style), Text(name, style or "dim"), Text(value)))
-        self._print_table(Text(headline, f"bold {_COLOURS[status][1]}"), lines, "")
+        self._print_table(Text(headline, f"bold {_COLORS[status][1]}"), lines, "")
 
     def _print_table(self, title: Text, rows: Sequence[Sequence[Text]], style: str) -> None:
         table = Table(show_header=False, box=None)

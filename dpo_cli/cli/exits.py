@@ -1,4 +1,4 @@
-"""How a command ends: the user's errors one line each, with their exit code; and examples beside its help."""
+"""How a command ends: the user's errors one line each, with their exit code."""
 
 from __future__ import annotations
 
@@ -13,17 +13,14 @@ from typing import NoReturn
 import typer
 
 from dpo_cli.cli.machine import machine_problem
-from dpo_cli.cli.repro import EXIT_CODE_FILE
 from dpo_cli.core.environment import is_first_process
 from dpo_cli.core.errors import DpoCliError, Interrupted, MachineError
 from dpo_cli.core.interrupts import heard
 from dpo_cli.core.pipeline import STAGES
 from dpo_cli.core.text import in_one_line
 
-
-def examples(*lines: str) -> str:
-    """Commands as the end of a help text."""
-    return "**Examples**\n\n" + "\n".join(f"- `{line}`" for line in lines)
+EXIT_CODE_FILE = "DPO_CLI_EXIT_CODE_FILE"
+"""Environment variable: the file to which a failing stage writes its exit code, which DVC hides."""
 
 
 @contextmanager
@@ -60,3 +57,8 @@ def _fail(error: DpoCliError, *, as_json: bool) -> NoReturn:
     if report_to := os.environ.get(EXIT_CODE_FILE):
         Path(report_to).write_text(str(error.exit_code), encoding="utf-8")
     raise typer.Exit(error.exit_code)
+
+
+def stage_file(code_file: Path) -> Path:
+    """Where a stage says the id of its process, beside the file for its exit code."""
+    return code_file.with_name("stage")

@@ -8,22 +8,31 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dpo_cli.cli.command import examples
 from dpo_cli.cli.console import ConsoleReporter
-from dpo_cli.cli.exits import errors_as_exit_codes, examples
+from dpo_cli.cli.exits import errors_as_exit_codes
 
 if TYPE_CHECKING:
     from dpo_cli.models.describe import ModelDescription
 
-model_app = typer.Typer(
+app = typer.Typer(
     name="model",
     help="Bring a model of another form into an ordinary folder, and look at what a model folder holds.",
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode="markdown",
 )
+
+
+@app.callback(rich_help_panel="Projects")
+def _group() -> None:
+    pass
+
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the table as one JSON object.")]
 
 
-@model_app.command(
+@app.command(
     "import",
     epilog=examples(
         "dpo-cli model import SmolLM2-135M-Instruct.Q4_1.gguf --out models/smollm2",
@@ -79,7 +88,7 @@ def import_command(
         reporter.say(f"use it: dpo-cli init PROJECT --model {out}")
 
 
-@model_app.command(
+@app.command(
     "info", epilog=examples("dpo-cli model info models/smollm2", "dpo-cli model info ~/models/Qwen2.5-0.5B --json")
 )
 def info_command(

@@ -1,56 +1,46 @@
-"""``dpo-cli rating-sheet``: the answers of an evaluation as a file that people fill in with their votes."""
+"""``dpo-cli rating-sheet``: answers as a file that people fill in with their votes."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from dpo_cli.core import paths
-from dpo_cli.core.artifacts import read_json, write_text
-from dpo_cli.core.errors import DataError, ParamsError
-from dpo_cli.evaluation.comparison import rows_of_answers
-from dpo_cli.evaluation.judges.prompts import transcript
-from dpo_cli.evaluation.judges.votes import rating_sheet
-from dpo_cli.evaluation.speaker_names import DPO, SFT
-from dpo_cli.evaluation.tables import csv_text
+import typer
+
+from dpo_cli.cli.command import command_app, examples
+from dpo_cli.cli.exits import errors_as_exit_codes
+from dpo_cli.core.text import in_one_line
+
+app = command_app()
 
 
-def write_rating_sheet(model: Path | None, sheet: Path, rater: str) -> tuple[int, int]:
-    """Write a sheet; a file that is there already is not touched, since it may hold votes.
+@app.command(
+    "rating-sheet",
+    rich_help_panel="Measurements",
+    epilog=examples(
+        "dpo-cli rating-sheet data/raw/votes.csv --rater human:anna",
+        "dpo-cli rating-sheet votes-ben.csv --rater human:ben --model evaluations/another",
+    ),
+)
+def rating_sheet_command(
+    sheet: Annotated[Path, typer.Argument(metavar="SHEET", help="The CSV file to write.")],
+    rater: Annotated[
+        str, typer.Option("--rater", metavar="KIND:NAME", help="Who fills it in, such as human:anna.")
+    ] = "human",
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", metavar="DIR", help="A folder that `evaluate --model` wrote, not reports/evaluate."),
+    ] = None,
+) -> None:
+    """Write the answers of SFT and tuned model as a sheet on which people vote, without naming the models.
 
-    Args:
-        model: A folder that ``evaluate --model`` wrote; None: that of stage evaluate.
-        sheet: The CSV file.
-        rater: Who fills it in: `kind` or `kind:name`.
-
-    Returns:
-        How many items are in it, and how many prompts are not because both answers are identical.
-
-    Raises:
-        ParamsError: The sheet is there already, or the rater has no kind.
-        DataError: The samples are missing or damaged, or all answers are identical.
+    evaluate.num_prompts says how many there are. Fill in the column `vote` (A, B or tie) and hide `a_is`.
+    With `evaluate.judge: votes` and `evaluate.votes.file` the votes become the win rate; `dpo-cli agreement`
+    compares raters, and judges with them (reports/evaluate/votes.csv).
     """
-    if not rater.partition(":")[0].strip():
-        raise ParamsError(f"--rater must be a kind or kind:name, such as human:anna, got {rater!r}")
-    samples = (model or paths.report_dir("evaluate")) / paths.SAMPLES
-    if sheet.exists():
-        raise ParamsError(f"{sheet} is there already and may hold votes; name another file")
-    if not samples.is_file():
-        raise DataError(f"{samples} is missing; run: dpo-cli evaluate")
-    try:
-        _, answers = rows_of_answers(samples.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{samples} is damaged ({error}); run: dpo-cli evaluate") from None
-    rows = [(id, transcript(texts.prompt), texts.dpo, texts.sft) for id, texts in sorted(answers.items())]
-    items = rating_sheet(rows, _method(model), SFT, rater)
-    if not items:
-        raise DataError(f"{samples}: both models answer all {len(rows)} prompts alike, so there is nothing to vote on")
-    write_text(sheet, csv_text(list(items[0]), [list(item.values()) for item in items]))
-    return len(items), len(rows) - len(items)
+    with errors_as_exit_codes(as_json=False):
+        from dpo_cli.evaluation.rating_sheet import write_rating_sheet  # here, so that --help does not wait for it
 
-
-def _method(model: Path | None) -> str:
-    """What an evaluation calls its policy in a votes file."""
-    if model is None:
-        return DPO
-    settings = read_json(model / paths.MODEL_SETTINGS, "run: dpo-cli evaluate --model")
-    return str(settings.get("name", model.resolve().name))
+        num_items, num_identical = write_rating_sheet(model, sheet, rater)
+    same = f"; {num_identical} prompts with identical answers are ties and left out" if num_identical else ""
+    typer.echo(in_one_line(f"{sheet}: {num_items} pairs of answers to vote on{same}"))

@@ -5,14 +5,46 @@ from __future__ import annotations
 import os
 import sys
 import webbrowser
+from typing import Annotated
 
+import typer
+
+from dpo_cli.cli.command import command_app, examples
+from dpo_cli.cli.console import ConsoleReporter
+from dpo_cli.cli.exits import errors_as_exit_codes
+from dpo_cli.cli.record import HandRun
+from dpo_cli.cli.stage import PANEL
 from dpo_cli.core import paths
+from dpo_cli.core.pipeline import STAGES
 from dpo_cli.core.progress import Reporter
-from dpo_cli.evaluation.report.page import write_report
+
+app = command_app()
+
+
+@app.command(
+    "report",
+    rich_help_panel=PANEL,
+    epilog=examples("dpo-cli report", "dpo-cli -C mine report --no-open"),
+)
+def report_command(
+    no_open: Annotated[
+        bool, typer.Option("--no-open", help="Open no browser. None is opened in CI or without a display, either.")
+    ] = False,
+) -> None:
+    """Write reports/report.html and reports/figures again from the other files under reports/, and open the page.
+
+    It is the last stage of `dpo-cli repro`, loads no model and takes seconds; run it again after `dpo-cli agreement
+    --save` and `dpo-cli capability`, whose results are part of the page.
+    """
+    with errors_as_exit_codes(as_json=False):
+        reporter = ConsoleReporter()
+        by_hand = HandRun(STAGES[-1], [], reporter)
+        make_report(is_opened=not no_open, reporter=reporter)
+        by_hand.record()
 
 
 def make_report(*, is_opened: bool, reporter: Reporter) -> None:
-    """Write reports/report.html and reports/figures, say where they are, and open the page.
+    """Make the page, say where it is, and open it.
 
     Args:
         is_opened: Whether to open the page in the default browser, where there is a screen for one.
@@ -21,9 +53,9 @@ def make_report(*, is_opened: bool, reporter: Reporter) -> None:
     Raises:
         StaleArtifactError: A stage's report is missing or damaged.
     """
-    write_report(paths.REPORT_HTML)
-    figures = sorted(paths.FIGURES.glob("*.svg"))
-    reporter.say(f"wrote {paths.REPORT_HTML} and {len(figures)} figures in {paths.FIGURES}")
+    from dpo_cli.stages import report  # here, so that --help does not wait for it
+
+    report.run(reporter)
     if is_opened and has_screen() and not webbrowser.open(paths.REPORT_HTML.resolve().as_uri()):
         reporter.say("no browser could be started; open the page by hand")
 

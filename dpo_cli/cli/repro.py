@@ -10,15 +10,45 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Annotated
 
+import typer
+
+from dpo_cli.cli.command import command_app, examples
+from dpo_cli.cli.console import ConsoleReporter
+from dpo_cli.cli.exits import EXIT_CODE_FILE, errors_as_exit_codes, stage_file
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import read_json
 from dpo_cli.core.errors import Interrupted, ParamsError
 from dpo_cli.core.pipeline import STAGES
 from dpo_cli.core.progress import Reporter
 
-EXIT_CODE_FILE = "DPO_CLI_EXIT_CODE_FILE"
-"""Environment variable: the file to which a failing stage writes its exit code, which DVC hides."""
+app = command_app()
+
+
+@app.command(
+    "repro",
+    rich_help_panel="Projects",
+    epilog=examples("dpo-cli repro", "dpo-cli repro train --force"),
+)
+def repro_command(
+    targets: Annotated[
+        list[str] | None, typer.Argument(metavar="[STAGE]...", help="Stages to bring up to date; none: all.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Run them though they did not change: the named stages alone, or all.")
+    ] = False,
+) -> None:
+    """Bring the project up to date: run the stages whose inputs changed, then print the verdict.
+
+    It is `dvc repro` with this very interpreter, so no environment need be activated. It ends
+    with the exit code of the stage that failed. To try a setting as an experiment of DVC, in a
+    project that is committed to git: `dvc exp run -S train.beta=0.5`.
+    """
+    with errors_as_exit_codes(as_json=False):
+        code = reproduce(targets or [], force=force, reporter=ConsoleReporter())
+    if code:
+        sys.exit(code)
 
 
 def reproduce(targets: Sequence[str], *, force: bool, reporter: Reporter) -> int:
@@ -44,7 +74,7 @@ def reproduce(targets: Sequence[str], *, force: bool, reporter: Reporter) -> int
     if unknown:
         known = ", ".join(stage.command for stage in STAGES)
         raise ParamsError([f"{target} is not a stage; there are {known}" for target in unknown])
-    from dpo_cli.core.params import load_params  # here, so that --help does not wait for it
+    from dpo_cli.core.load_params import load_params  # here, so that --help does not wait for it
 
     load_params(paths.PARAMS)  # before DVC reads it, which bounds nothing
     # named and forced means those stages alone: DVC would force all that comes before them, too
@@ -89,11 +119,6 @@ def _run(command: Sequence[str]) -> int:
     if asked:
         raise Interrupted("stopped; the stages that are done are kept; run it again to go on")
     return code
-
-
-def stage_file(code_file: Path) -> Path:
-    """Where a stage says the id of its process, beside the file for its exit code."""
-    return code_file.with_name("stage")
 
 
 def _await_stage(file: Path) -> None:

@@ -2,105 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from dpo_cli.core.errors import ParamsError
-from dpo_cli.core.params import Params
-from dpo_cli.core.progress import Reporter
-from dpo_cli.core.scratch import stage_scratch
-from dpo_cli.evaluation.judges.exact import known_reward
-from dpo_cli.evaluation.sampling import (
-    PromptFile,
-    SampleTable,
-    read_prompts,
-    refuse_foreign,
-    repeated,
-    sample_table,
-    write_samples,
+import typer
+
+from dpo_cli.cli.command import JsonOption, SetOption, command_app, examples, refuse_unread
+from dpo_cli.cli.console import ConsoleReporter
+from dpo_cli.cli.exits import errors_as_exit_codes
+from dpo_cli.core import paths
+
+app = command_app()
+
+
+@app.command(
+    "sample",
+    rich_help_panel="Data",
+    epilog=examples(
+        "dpo-cli sample prompts.jsonl",
+        "dpo-cli sample prompts.jsonl --answers 8 --set evaluate.max_new_tokens=64",
+        "dpo-cli sample prompts.jsonl --out data/raw --set evaluate.judge=rule --set evaluate.rule=json_object",
+        "dpo-cli sample unseen.jsonl --model models/dpo",
+    ),
 )
-from dpo_cli.evaluation.speakers import open_cast, reference_speaker
-from dpo_cli.evaluation.steps import Steps
-from dpo_cli.models.load import quiet_libraries
-from dpo_cli.reference.graph import check_context, open_graph
+def sample_command(
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="PROMPTS...", help="Rows with a prompt: text, or messages; in any kind of file."),
+    ],
+    answers: Annotated[int, typer.Option("--answers", metavar="K", min=1, help="Answers to each prompt.")] = 4,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model",
+            metavar="DIR",
+            help="An adapter for the SFT model, such as models/dpo, or a whole model; left out: the SFT model itself.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder of the tables, one for each file, as parquet.")
+    ] = paths.SAMPLED,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Sample answers of the SFT model to prompts of your own, and score them where the reward is known.
 
-
-def sample_files(
-    files: Sequence[Path], num_answers: int, model: Path | None, out: Path, params: Params, reporter: Reporter
-) -> dict[str, Any]:
-    """Sample answers to the prompts of some files, and write a table for each file.
-
-    Args:
-        files: Each with prompts.
-        num_answers: Answers to each prompt.
-        model: An adapter for the project's SFT model, or a whole model; None: the SFT model itself.
-        out: Folder of the tables, which go by the names of the files.
-        params: All settings; section evaluate says how answers are sampled.
-        reporter: Shows progress, and a table for each file.
-
-    Returns:
-        What is counted, by file.
-
-    Raises:
-        ParamsError: Two files would make one table, a file is there that would be written over, or a setting has no
-            effect.
-        DataError: A file cannot be read, has no rows, or has a row without a prompt or one that the template refuses.
-        StaleArtifactError: There is no such model, or an earlier stage's result is missing.
-        Interrupted: The user asked to stop; what was sampled is kept.
+    Answers are sampled as evaluate says (temperature, max_new_tokens, seed), and scored where evaluate.judge is world
+    or rule. In data/raw such a table is preference data of format kwise: pairs are made of answers with different
+    scores. Answers that did not end are left out and counted, and those with the same text are merged. What was sampled
+    before is not sampled again.
     """
-    quiet_libraries()
-    settings = params.evaluate
-    tables = {path: out / f"{path.name.split('.')[0]}.parquet" for path in files}
-    if len(set(tables.values())) < len(files):
-        raise ParamsError("two of the files have one name, and would make one table; rename one, or sample one by one")
-    if settings.temperature == 0 and num_answers > 1:
-        raise ParamsError(f"evaluate.temperature 0 gives one answer {num_answers} times; raise it, or say --answers 1")
-    for table in tables.values():
-        refuse_foreign(table)
-    found = [read_prompts(path) for path in files]
-    graph = open_graph(params.model, params.reference, params.runtime)
-    asked = repeated(found, num_answers, graph.encoder)
-    longest = max(len(each.tokens) for each in asked)
-    check_context(graph.base, longest + settings.max_new_tokens, "evaluate.max_new_tokens + the longest prompt")
-    if model is None:
-        speaker = reference_speaker(graph, params.runtime, reporter, "sample")
-    else:
-        speaker = open_cast(graph, model, params.runtime, reporter, "sample").policy
-    with stage_scratch("sample", "run") as scratch:
-        steps = Steps(graph, settings, params.runtime, reporter, "sample", scratch.folder.parent / "models")
-        answers = steps.answers(speaker, asked, settings.temperature)
-    judge = known_reward(settings)
-    made_by = {
-        "model": speaker.digest,
-        "temperature": settings.temperature,
-        "max_new_tokens": settings.max_new_tokens,
-        "seed": settings.seed,
-        "num_answers": num_answers,
-        "score": judge.name if judge else "",
-    }
-    figures = {}
-    for one in found:
-        reward = judge.reward if judge else None
-        table = sample_table(one.prompts, answers, num_answers, graph.encoder, reward)
-        write_samples(tables[one.path], table.rows, made_by)
-        title = f"{one.path}: {speaker} at T = {settings.temperature:g}"
-        reporter.table(title, [*_lines(one, table), ("file", tables[one.path].as_posix())])
-        figures[one.path.as_posix()] = {"num_read": one.num_read, "num_prompts": len(one.prompts)} | table.metrics()
-    return figures
+    with errors_as_exit_codes(as_json=as_json):
+        from dpo_cli.core.load_params import load_params  # here, so that --help does not wait for them
 
+        params = load_params(paths.PARAMS, overrides or [])
+        refuse_unread("sample", ("model", "reference", "evaluate", "runtime"), overrides or [])
+        from dpo_cli.evaluation.sample_files import sample_files
 
-def _lines(file: PromptFile, table: SampleTable) -> list[tuple[str, str]]:
-    num_same = file.num_read - len(file.prompts)
-    lines = [("prompts", f"{len(file.prompts)}" + (f" ({num_same} more rows repeat one)" if num_same else ""))]
-    lines.append(("answers", str(table.num_answers)))
-    if table.num_cut_off:
-        lines.append(("left out", f"{table.num_cut_off} did not end within evaluate.max_new_tokens"))
-    if table.num_repeated:
-        lines.append(("the same as another", f"{table.num_repeated}, merged and counted"))
-    if table.num_without:
-        lines.append(("prompts without an answer", str(table.num_without)))
-    if table.reward is not None:
-        lines.append(("mean reward", f"{table.reward:.3f} of all answers, those that did not end among them"))
-        lines.append(("no pair", f"{table.num_tied} prompts, whose answers all have one reward"))
-    return lines
+        figures = sample_files(files, answers, model, out, params, ConsoleReporter(show_tables=not as_json))
+    if as_json:
+        typer.echo(json.dumps(figures, ensure_ascii=False))

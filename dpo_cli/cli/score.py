@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import polars as pl
+import typer
 
-from dpo_cli.cli.score_output import ScoredRow, ScoreOptions, print_figures, write_page, write_rows
-from dpo_cli.cli.score_rows import InputRow, read_rows
+from dpo_cli.cli.command import command_app, examples
+from dpo_cli.cli.console import ConsoleReporter
+from dpo_cli.cli.exits import errors_as_exit_codes
 from dpo_cli.core import paths
-from dpo_cli.core.artifacts import read_json
-from dpo_cli.core.errors import ParamsError, StaleArtifactError
-from dpo_cli.core.objectives import learns_log_ratio
-from dpo_cli.core.params import Params, Source
+from dpo_cli.core.errors import ParamsError
 from dpo_cli.core.progress import Reporter
-from dpo_cli.data.convert import find_files
-from dpo_cli.data.tokenise import prompt_ids
-from dpo_cli.evaluation.implicit_reward import (
-    RankedAnswers,
-    RewardSummary,
-    agreements,
-    summarise_rewards,
-)
-from dpo_cli.models.load import quiet_libraries
-from dpo_cli.reference.cache import group_keys
-from dpo_cli.reference.graph import Graph, open_graph, table_digests
-from dpo_cli.reference.log_ratios import Answers, score_both
+
+if TYPE_CHECKING:
+    from dpo_cli.core.data_params import Source
+    from dpo_cli.core.params import Params
 
 OUTPUTS = (".parquet", ".jsonl")
 _MAX_BETA = 1e6
@@ -44,7 +35,123 @@ _READ = (
     "reference.max_length",
     *(f"evaluate.{name}" for name in ("bootstrap_draws", "confidence", "seed")),
 )  # fmt: skip
-# --- options ------------------------------------------------------------------------------
+
+app = command_app()
+
+
+@app.command(
+    "score",
+    rich_help_panel="Measurements",
+    epilog=examples(
+        "dpo-cli score new_pairs.jsonl",
+        "dpo-cli score new_pairs.jsonl --html heat.html --out rewards.parquet",
+        "dpo-cli score answers.csv --set columns='{prompt: question, chosen: good, rejected: bad}' --max-rows 1000",
+        "dpo-cli score data/preference/eval.parquet --beta 0.5 --json",
+    ),
+)
+def score_command(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE", help="Pairs or rankings in any format, or tables such as data/preference/eval.parquet."
+        ),
+    ],
+    model: Annotated[
+        Path, typer.Option("--model", metavar="DIR", help="Folder of an adapter that `dpo-cli train` made.")
+    ] = paths.DPO_MODEL,
+    beta: Annotated[
+        float | None,
+        typer.Option("--beta", metavar="X", help="Beta of the reward; left out: what the adapter was trained with."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Write the rows, token by token, as .parquet or .jsonl."),
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write a page with the tokens colored by log(pi / pi_ref)."),
+    ] = None,
+    max_rows: Annotated[
+        int | None, typer.Option("--max-rows", metavar="N", min=1, help="Read so many rows of each file, at most.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="How the files are read, as under data.preferences: `format=hh`, `columns='{prompt: q}'`;"
+            " `reference.max_length=N`; or a setting of runtime, such as `runtime.device=cpu`. May be repeated.",
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the figures as one JSON object, and no tables.")
+    ] = False,
+) -> None:
+    """Score pairs or rankings with the implicit reward r = beta log(pi / pi_ref) of the tuned model.
+
+    Prints by source how often the reward orders the answers as the data does, and the margin. Files are read
+    as the conversion reads them; rows left out are counted and named. What was scored before is not scored again.
+    """
+    with errors_as_exit_codes(as_json=as_json):
+        # here, so that --help does not wait for them
+        from dpo_cli.cli.sources import sources_of
+        from dpo_cli.core.load_params import load_params
+        from dpo_cli.evaluation.score_rows import refuse_idle_settings
+
+        overrides, of_files = split_settings(settings or [])
+        params = load_params(paths.PARAMS, overrides)
+        refuse_idle_settings(of_files)
+        options = ScoreOptions(model, beta, max_rows, out, html)
+        sources = sources_of(files, "preferences", of_files)
+        refuse_options(options, sources)
+        figures = score_files(sources, options, params, ConsoleReporter(show_tables=not as_json))
+    if as_json:
+        typer.echo(json.dumps(figures, ensure_ascii=False))
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """What is asked for.
+
+    Attributes:
+        model: Folder of the adapter.
+        beta: Of the reward; None: what the adapter was trained with.
+        max_rows: Rows to read of each file; None: all.
+        out: Where the rows go, as .parquet or .jsonl.
+        html: Where the page with token heat goes.
+    """
+
+    model: Path = paths.DPO_MODEL
+    beta: float | None = None
+    max_rows: int | None = None
+    out: Path | None = None
+    html: Path | None = None
+
+
+def score_files(sources: Sequence[Source], options: ScoreOptions, params: Params, reporter: Reporter) -> dict[str, Any]:
+    """Score the rows of some files, write what is asked for, and print what their implicit reward says.
+
+    Returns:
+        The figures.
+
+    Raises:
+        DataError: A file cannot be read, or no row of it can be scored.
+        StaleArtifactError: The model or its reference is missing, damaged, or of another graph.
+        Interrupted: The user asked to stop; what was scored is kept.
+    """
+    from dpo_cli.cli.score_page import print_figures, write_page
+    from dpo_cli.evaluation.score import score_sources
+    from dpo_cli.evaluation.score_table import write_rows
+
+    found, warnings = score_sources(sources, options.model, options.beta, options.max_rows, params, reporter)
+    if options.out is not None:
+        write_rows(options.out, found.rows)
+    if options.html is not None:
+        write_page(options.html, found)
+    print_figures(found, options.out, options.html, reporter)
+    for warning in warnings:
+        reporter.warn(f"score: {warning}")
+    return found.figures()
 
 
 def split_settings(settings: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -74,6 +181,8 @@ def refuse_options(options: ScoreOptions, sources: Sequence[Source]) -> None:
     Raises:
         ParamsError: With every problem.
     """
+    from dpo_cli.data.convert import find_files
+
     problems = []
     if options.beta is not None and not 0 < options.beta <= _MAX_BETA:
         problems.append(f"--beta must be > 0 and at most {_MAX_BETA:g}, got {options.beta:g}")
@@ -87,170 +196,3 @@ def refuse_options(options: ScoreOptions, sources: Sequence[Source]) -> None:
             problems.append(f"{path} is a file that is read; name another one to write")
     if problems:
         raise ParamsError(problems)
-
-
-# --- the command --------------------------------------------------------------------------
-
-
-def score_files(sources: Sequence[Source], options: ScoreOptions, params: Params, reporter: Reporter) -> dict[str, Any]:
-    """Score the rows of some files with policy and reference, and print what their implicit reward says.
-
-    Args:
-        sources: The files.
-        options: What is asked for.
-        params: All settings.
-        reporter: Hears of progress, and gets the tables.
-
-    Returns:
-        The figures.
-
-    Raises:
-        ParamsError: An option has no effect.
-        DataError: A file cannot be read, or no row of it can be scored.
-        StaleArtifactError: The model or its reference is missing, damaged, or of another graph.
-        Interrupted: The user asked to stop; what was scored is kept.
-    """
-    quiet_libraries()
-    provenance = _read_provenance(options.model)
-    beta = _beta(options, provenance)
-    graph = open_graph(params.model, params.reference, params.runtime)
-    if provenance["graph"] != graph.identity:
-        raise StaleArtifactError(
-            f"{options.model.as_posix()}: trained on another graph than models/sft is now; run: dpo-cli train"
-        )
-    given = read_rows(sources, options.max_rows, params, graph, reporter)
-    policy, reference = score_both(
-        graph, options.model, [row.tokens for row in given.rows], params.runtime, reporter, "score"
-    )
-    rows = _scored(given.rows, policy, reference, beta, _trained_prompts(given.rows, graph))
-    knobs = params.evaluate
-    summaries = _summaries(rows, draws=knobs.bootstrap_draws, confidence=knobs.confidence, seed=knobs.seed)
-    if options.out is not None:
-        write_rows(options.out, rows)
-    if options.html is not None:
-        write_page(options, rows, summaries, beta, knobs.confidence, graph)
-    print_figures(options, given, policy, reference, summaries, beta, knobs.confidence, reporter)
-    _warn(rows, provenance, graph, options.model, reporter)
-    return {
-        "model": options.model.as_posix(),
-        "beta": beta,
-        "num_read": given.num_read,
-        "num_scored": given.num_scored,
-        "num_in_training": sum(row.in_training for row in rows),
-        "reference": {"num_cached": reference.num_cached, "num_computed": reference.num_computed},
-        "policy": {"num_cached": policy.num_cached, "num_computed": policy.num_computed},
-        "all": asdict(summaries["all"]),
-        "sources": {name: asdict(one) for name, one in summaries.items() if name != "all"},
-        "left_out": given.left_out,
-    }
-
-
-def _read_provenance(model: Path) -> Mapping[str, Any]:
-    remedy = (
-        "run: dpo-cli train"
-        if model == paths.DPO_MODEL
-        else "name a folder that dpo-cli train made, such as models/dpo"
-    )
-    path = model / "provenance.json"
-    provenance = read_json(path, remedy)
-    try:
-        float(provenance["params"]["train"]["beta"])
-        dict(provenance["graph"])
-    except (KeyError, TypeError, ValueError):
-        raise StaleArtifactError(f"{path.as_posix()} is damaged: it has no beta or no graph; {remedy}") from None
-    return provenance
-
-
-def _beta(options: ScoreOptions, provenance: Mapping[str, Any]) -> float:
-    trained = float(provenance["params"]["train"]["beta"])
-    if options.beta == trained:
-        raise ParamsError(
-            f"--beta {trained:g} has no effect: {options.model.as_posix()} was trained with it; leave it out"
-        )
-    return trained if options.beta is None else options.beta
-
-
-def _scored(
-    rows: Sequence[InputRow], policy: Answers, reference: Answers, beta: float, trained: set[str]
-) -> list[ScoredRow]:
-    keys = [group_keys(row.tokens) for row in rows]
-    ranked = [
-        RankedAnswers(
-            group=row.tokens.group,
-            ranks=row.ranks,
-            rewards=tuple(beta * (policy.logps[key] - reference.logps[key]) for key in mine),
-            reference=tuple(reference.logps[key] for key in mine),
-            num_tokens=tuple(map(len, row.tokens.completions)),
-        )
-        for row, mine in zip(rows, keys, strict=True)
-    ]
-    return [
-        ScoredRow(
-            row,
-            answers,
-            agreement,
-            [policy.logps[key] for key in mine],
-            [_differences(policy.token_logps[key], reference.token_logps[key]) for key in mine],
-            row.tokens.group in trained,
-        )
-        for row, answers, agreement, mine in zip(rows, ranked, agreements(ranked), keys, strict=True)
-    ]
-
-
-def _differences(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    return [mine - other for mine, other in zip(ours, theirs, strict=True)]
-
-
-def _summaries(rows: Sequence[ScoredRow], **bootstrap: Any) -> dict[str, RewardSummary]:
-    """Figures of all rows, then of each source."""
-    sources = list(dict.fromkeys(row.input.source for row in rows))
-    found = {}
-    for name in ["all", *sources]:
-        mine = [row for row in rows if name == "all" or row.input.source == name]
-        found[name] = summarise_rewards([row.answers for row in mine], [row.agreement for row in mine], **bootstrap)
-    return found
-
-
-# --- what was trained on ------------------------------------------------------------------
-
-
-def _trained_prompts(rows: Sequence[InputRow], graph: Graph) -> set[str]:
-    """Those of the rows' prompts that are in the training data as it lies there now."""
-    wanted = {row.tokens.group for row in rows}
-    found: set[str] = set()
-    for path in (paths.preference_table("train"), paths.ranking_table("train")):
-        if path.is_file():
-            found |= wanted & set(pl.read_parquet(path, columns=["group"], glob=False)["group"].to_list())
-    path = paths.SFT_DATA / "train.parquet"
-    if graph.sft.data is not None and path.is_file():
-        found |= wanted & prompt_ids(path)
-    return found
-
-
-def _warn(
-    rows: Sequence[ScoredRow], provenance: Mapping[str, Any], graph: Graph, model: Path, reporter: Reporter
-) -> None:
-    num_trained = sum(row.in_training for row in rows)
-    if num_trained:
-        reporter.warn(
-            f"score: {num_trained} of {len(rows)} rows ({num_trained / len(rows):.0%}) have prompts that were trained"
-            " on: what they say of new prompts is too good"
-        )
-    changed = [
-        folder.as_posix()
-        for folder, digests in ((paths.PREFERENCE_DATA, provenance.get("data")), (paths.SFT_DATA, graph.sft.data))
-        if digests is not None and digests != table_digests(folder)
-    ]
-    if changed:
-        reporter.warn(
-            f"score: {' and '.join(changed)} differ from what {model.as_posix()} was trained on, so more of the prompts"
-            " may be"
-        )
-    trained = provenance["params"]["train"]
-    loss = trained.get("loss", "sigmoid")
-    names = list(loss) if isinstance(loss, dict) else [loss]
-    if not learns_log_ratio(names, trained.get("divergence", "reverse_kl"), trained.get("ld_alpha")):
-        reporter.warn(
-            f"score: {model.as_posix()} was trained with {', '.join(names)} and its settings, whose reward is another"
-            " than beta log(pi / pi_ref) (docs/objectives.md)"
-        )

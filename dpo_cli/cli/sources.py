@@ -11,8 +11,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from dpo_cli.core import paths
+from dpo_cli.core.data_params import DataParams, PreferenceSource, SftSource, Source
 from dpo_cli.core.errors import DataError, ParamsError
-from dpo_cli.core.params import DataParams, Params, PreferenceSource, SftSource, Source, explain, load_params
+from dpo_cli.core.load_params import explain, load_params
+from dpo_cli.core.params import Params
 from dpo_cli.data.convert import find_files, plan_of
 from dpo_cli.data.formats.detect import UnknownFormatError
 
@@ -63,10 +65,10 @@ def sources_of(files: Sequence[str], kind: str | None, settings: Sequence[str]) 
     return found
 
 
-def policies_of() -> dict[str, str]:
-    """What to do with what each check finds: the project's settings, or the defaults."""
+def project_data() -> DataParams:
+    """Section data of the project in the working directory; the defaults where it is none."""
     params = project_params()
-    return (params.data if params else DataParams()).checks.model_dump()
+    return params.data if params else DataParams()
 
 
 def _known(data: DataParams) -> list[Source]:

@@ -2,85 +2,81 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dpo_cli.cli.console import open_console
+from dpo_cli.cli.command import SetOption, command_app, examples, refuse_unread
+from dpo_cli.cli.console import ConsoleReporter, open_console
+from dpo_cli.cli.exits import errors_as_exit_codes
 from dpo_cli.core import paths
-from dpo_cli.core.errors import DataError
-from dpo_cli.core.params import Params
-from dpo_cli.core.progress import Reporter
-from dpo_cli.core.scratch import stage_scratch
-from dpo_cli.data.formats.base import RowProblem
-from dpo_cli.data.schema import Message, content_id, user
-from dpo_cli.evaluation.generation import PromptTokens
-from dpo_cli.evaluation.speaker_names import DPO, SFT
-from dpo_cli.evaluation.speakers import open_cast
-from dpo_cli.evaluation.steps import Steps
-from dpo_cli.models.load import quiet_libraries
-from dpo_cli.reference.graph import check_context, open_graph
+from dpo_cli.core.errors import DataError, ParamsError
+
+if TYPE_CHECKING:
+    from dpo_cli.evaluation.try_prompt import Tried
 
 _NARROW = 60
 
+app = command_app()
 
-@dataclass(frozen=True)
-class Tried:
-    """What a model answered.
 
-    Attributes:
-        model: Whose answer it is.
-        text: The answer.
-        num_tokens: Its tokens.
-        finished: Whether it ended within evaluate.max_new_tokens.
+@app.command(
+    "try",
+    rich_help_panel="Measurements",
+    epilog=examples(
+        "dpo-cli try 'Explain in one sentence why the sky is blue.'",
+        "dpo-cli try 'Tell me a story.' --temperature 0.7 --set evaluate.max_new_tokens=64",
+        "dpo-cli try 'Hello!' --system 'You are a pirate.' --model ~/adapters/another",
+    ),
+)
+def try_command(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the user says.")],
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="A system message before the prompt.")
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model",
+            metavar="DIR",
+            help="An adapter for the project's SFT model, or a whole model, in place of models/dpo.",
+        ),
+    ] = None,
+    temperature: Annotated[
+        float,
+        typer.Option("--temperature", metavar="T", min=0, max=10, help="0 takes the likeliest token each time."),
+    ] = 0.0,
+    overrides: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answers as one JSON object.")] = False,
+) -> None:
+    """Try a prompt on the SFT model and on the tuned one, and see both answers side by side.
+
+    Answers are greedy. With --temperature they are sampled, as evaluate does: the same prompt gives the same answers,
+    another evaluate.seed others. They end after evaluate.max_new_tokens. Neither reports nor models are touched.
     """
+    with errors_as_exit_codes(as_json=as_json):
+        from dpo_cli.core.load_params import load_params  # here, so that --help does not wait for them
 
-    model: str
-    text: str
-    num_tokens: int
-    finished: bool
+        if not prompt.strip():
+            raise DataError("the prompt is empty; say something, as in: dpo-cli try 'Hello!'")
+        params = load_params(paths.PARAMS, overrides or [])
+        refuse_unread("try", ("model", "reference", "evaluate", "runtime"), overrides or [])
+        if any(override.partition("=")[0].strip() == "evaluate.temperature" for override in overrides or []):
+            raise ParamsError("--set evaluate.temperature has no effect on try; say --temperature")
+        from dpo_cli.evaluation import try_prompt
 
-
-def try_prompt(prompt: str, system: str | None, model: Path | None, params: Params, reporter: Reporter) -> list[Tried]:
-    """One answer of each model to a prompt, sampled as section evaluate says.
-
-    Args:
-        prompt: What the user says.
-        system: A system message before it.
-        model: The tuned model: an adapter for the project's SFT model, or a whole model; None: models/dpo.
-        params: All settings.
-        reporter: Shows progress.
-
-    Raises:
-        DataError: The chat template refuses the prompt.
-        StaleArtifactError: There is no such model, or an earlier stage's result is missing.
-        Interrupted: The user asked to stop.
-    """
-    quiet_libraries()
-    settings = params.evaluate
-    graph = open_graph(params.model, params.reference, params.runtime)
-    before: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-    messages = [*before, user(prompt)]
-    try:
-        tokens = PromptTokens(content_id(messages), tuple(graph.encoder.encode_prompt(messages)))
-    except RowProblem as problem:
-        raise DataError(f"the prompt: {problem}") from None
-    check_context(graph.base, len(tokens.tokens) + settings.max_new_tokens, "evaluate.max_new_tokens + the prompt")
-    folder = model or paths.DPO_MODEL
-    cast = open_cast(graph, folder, params.runtime, reporter, "try")
-    names = {SFT: cast.reference, folder.resolve().name if model else DPO: cast.policy}
-    found = []
-    with stage_scratch("try", "run") as scratch:
-        steps = Steps(graph, settings, params.runtime, reporter, "try", scratch.folder.parent / "models")
-        for name, speaker in names.items():
-            answer = steps.answers(speaker, [tokens], settings.temperature)[tokens.id]
-            text = graph.encoder.decode(list(answer.tokens))
-            found.append(Tried(name, text, len(answer.tokens), answer.finished))
-    return found
+        evaluate = params.evaluate.model_copy(update={"temperature": temperature})
+        params = params.model_copy(update={"evaluate": evaluate})
+        found = try_prompt.try_prompt(prompt, system, model, params, ConsoleReporter(show_tables=not as_json))
+        if as_json:
+            typer.echo(json.dumps(try_prompt.as_json(prompt, found, temperature), ensure_ascii=False))
+        else:
+            print_tried(found, temperature)
 
 
 def print_tried(found: list[Tried], temperature: float, console: Console | None = None) -> None:
@@ -102,8 +98,3 @@ def print_tried(found: list[Tried], temperature: float, console: Console | None 
 
 def _title(tried: Tried) -> str:
     return f"{tried.model} ({tried.num_tokens} tokens{'' if tried.finished else ', cut off'})"
-
-
-def as_json(prompt: str, found: list[Tried], temperature: float) -> dict[str, Any]:
-    """The answers as one JSON value."""
-    return {"prompt": prompt, "temperature": temperature, "answers": [asdict(each) for each in found]}

@@ -36,7 +36,7 @@ def digest_json(value: Any) -> str:
 
 
 def sha256_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file's content; ``on_bytes`` hears of every chunk that was read."""
+    """SHA-256 of a file's content; ``on_bytes`` is called with every chunk that was read."""
     state = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):

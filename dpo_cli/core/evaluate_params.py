@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
-from dpo_cli.core.sections import Section, differs, knob
+from dpo_cli.core.sections import Section, differs, param
 
 JudgeName = Literal["none", "world", "rule", "reward-model", "hf", "openai", "votes"]
 RuleName = Literal["one_sentence", "json_object"]
@@ -21,22 +21,22 @@ _TEMPLATE = (
 class HfJudgeParams(Section):
     """A language model on this machine as judge; its directory is runtime.judge_path."""
 
-    name: str = knob("", "Your label for it. Change it with the model: DVC sees this, and not the directory.")
-    template: str = knob("dialogue", _TEMPLATE)
-    quantization: Literal["nf4", "none"] = knob("none", "How its weights are held.")
-    chat_template: str = knob("auto", "Its chat template, as model.chat_template.")
+    name: str = param("", "Your label for it. Change it with the model: DVC sees this, and not the directory.")
+    template: str = param("dialogue", _TEMPLATE)
+    quantization: Literal["nf4", "none"] = param("none", "How its weights are held.")
+    chat_template: str = param("auto", "Its chat template, as model.chat_template.")
 
 
 class OpenAiJudgeParams(Section):
     """A language model behind an OpenAI-compatible server as judge; a key is taken from DPO_JUDGE_API_KEY alone."""
 
-    url: str = knob("", "Its address, such as http://127.0.0.1:8080/v1.")
-    model: str | None = knob(None, "Name of the model; null: the only one that the server has.")
-    template: str = knob("dialogue", _TEMPLATE)
-    allowed_hosts: list[str] = knob([], "Hosts besides this machine to which prompts and answers may be sent.")
-    timeout_s: float = knob(120.0, "How long an answer may take.", unit="seconds", gt=0, le=86400)
-    parallel: int = knob(4, "Requests under way at once.", ge=1, le=64)
-    extra: dict[str, Any] = knob(
+    url: str = param("", "Its address, such as http://127.0.0.1:8080/v1.")
+    model: str | None = param(None, "Name of the model; null: the only one that the server has.")
+    template: str = param("dialogue", _TEMPLATE)
+    allowed_hosts: list[str] = param([], "Hosts besides this machine to which prompts and answers may be sent.")
+    timeout_s: float = param(120.0, "How long an answer may take.", unit="seconds", gt=0, le=86400)
+    parallel: int = param(4, "Requests under way at once.", ge=1, le=64)
+    extra: dict[str, Any] = param(
         {}, "Fields that every request has besides: {chat_template_kwargs: {enable_thinking: false}}."
     )
 
@@ -44,21 +44,21 @@ class OpenAiJudgeParams(Section):
 class VotesJudgeParams(Section):
     """A file of people's votes on these very answers as judge; dpo-cli rating-sheet writes what they fill in."""
 
-    file: str = knob("", "CSV or parquet under data/raw, where DVC sees a change.")
-    rule: Literal["share", "majority"] = knob("share", "A win is the share of the votes, or what most of them say.")
-    kind: str | None = knob(None, "Only votes of raters of this kind, such as human; null: all.")
+    file: str = param("", "CSV or parquet under data/raw, where DVC sees a change.")
+    rule: Literal["share", "majority"] = param("share", "A win is the share of the votes, or what most of them say.")
+    kind: str | None = param(None, "Only votes of raters of this kind, such as human; null: all.")
 
 
 class EvaluateParams(Section):
     """Is it better, by how much, and at what cost. Read by evaluate."""
 
-    judge: JudgeName = knob(
+    judge: JudgeName = param(
         "none",
         "Who compares the answers: world is the embedded world's known reward; rule is evaluate.rule; reward-model is"
         " what stage reward made of the same preferences; hf a language model on this machine; openai one behind a"
         " server; votes a file of people's votes; none: no win rate.",
     )
-    rule: RuleName | None = knob(
+    rule: RuleName | None = param(
         None,
         "What the judge rule checks of each answer: one_sentence (short, and without a preamble) or json_object (and"
         " nothing around it).",
@@ -66,30 +66,30 @@ class EvaluateParams(Section):
     hf: HfJudgeParams = Field(default_factory=HfJudgeParams, description="The judge hf.")
     openai: OpenAiJudgeParams = Field(default_factory=OpenAiJudgeParams, description="The judge openai.")
     votes: VotesJudgeParams = Field(default_factory=VotesJudgeParams, description="The judge votes.")
-    opponents: list[Opponent] = knob(
+    opponents: list[Opponent] = param(
         ["sft"], "Whose answers the policy's are compared with: the SFT model's (always), and the data's chosen ones."
     )
-    judge_pairs: int = knob(
+    judge_pairs: int = param(
         0,
         "Held-out pairs on which the judge itself is tried: how often it prefers the chosen answer; -1: all.",
         unit="pairs",
         ge=-1,
         le=10**9,
     )
-    num_prompts: int = knob(128, "Held-out prompts to answer, at most; 0: all.", unit="prompts", ge=0, le=10**9)
-    temperature: float = knob(1.0, "Sampling temperature of the compared answers; 0: greedy.", ge=0, le=100)
-    temperatures: list[Annotated[float, Field(ge=0, le=100)]] = knob(
+    num_prompts: int = param(128, "Held-out prompts to answer, at most; 0: all.", unit="prompts", ge=0, le=10**9)
+    temperature: float = param(1.0, "Sampling temperature of the compared answers; 0: greedy.", ge=0, le=100)
+    temperatures: list[Annotated[float, Field(ge=0, le=100)]] = param(
         [], "Sampling temperatures of the curve of win rates, such as [0, 0.25, 0.5, 0.75, 1]; []: no curve."
     )
-    scales: list[Annotated[float, Field(gt=0, le=100)]] = knob(
+    scales: list[Annotated[float, Field(gt=0, le=100)]] = param(
         [],
         "Further points of the frontier of KL and win rate: the model with this multiple of what training changed,"
         " such as [0.25, 0.5, 0.75, 1.5].",
     )
-    max_new_tokens: int = knob(256, "Longest answer.", unit="tokens", ge=1, le=10**6)
-    bootstrap_draws: int = knob(2000, "Draws behind each interval, clustered by prompt.", ge=100, le=10**6)
-    confidence: float = knob(0.95, "Coverage of the intervals.", gt=0.5, lt=1)
-    seed: int = knob(0, "Seeds sampling and bootstrap.", ge=0, le=2**32 - 1)
+    max_new_tokens: int = param(256, "Longest answer.", unit="tokens", ge=1, le=10**6)
+    bootstrap_draws: int = param(2000, "Draws behind each interval, clustered by prompt.", ge=100, le=10**6)
+    confidence: float = param(0.95, "Coverage of the intervals.", gt=0.5, lt=1)
+    seed: int = param(0, "Seeds sampling and bootstrap.", ge=0, le=2**32 - 1)
 
 
 def _default(setting: str) -> str:

@@ -12,7 +12,8 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from dpo_cli.core.params import LoraParams, Params, bound_text
+from dpo_cli.core.load_params import bound_text
+from dpo_cli.core.params import LoraParams, Params
 
 EMBEDDED_PRESET: dict[str, Any] = {
     "data.eval_fraction": 0.15,

@@ -77,7 +77,7 @@ class Stage:
 
     @property
     def module(self) -> str:
-        """The module that does it; that of stage report is :mod:`dpo_cli.cli.report`."""
+        """The module that does it."""
         return f"dpo_cli.stages.{self.name}"
 
     @property

@@ -13,7 +13,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-def knob(default: Any, doc: str, *, unit: str = "", **constraints: Any) -> Any:
+def param(default: Any, doc: str, *, unit: str = "", **constraints: Any) -> Any:
     """A field of the schema: its default, what it means, and its unit."""
     return Field(default, description=doc, json_schema_extra={"unit": unit} if unit else None, **constraints)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import reprlib
+import unicodedata
 from typing import Any
 
 _CONTROL = re.compile(
@@ -14,6 +15,14 @@ _CONTROL = re.compile(
 _MARKDOWN = re.compile(r"[\\`*_{}\[\]<>|#~&]")
 _LONGEST_VALUE = 80
 _LONGEST_LINE = 2000
+
+
+NO_TEXT = "∅"
+"""What stands for a token without text."""
+
+_SHOWN = {"\n": "\n", "\t": "\t", "\x7f": "␡"}
+_JOINERS = "\u200c\u200d"
+"""Characters without a shape of their own that emoji and some scripts need between others."""
 
 
 def printable(text: str) -> str:
@@ -35,6 +44,33 @@ def shown(value: Any) -> str:
 def markdown(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
     return _MARKDOWN.sub(lambda match: f"\\{match[0]}", in_one_line(text))
+
+
+def visible(text: str) -> str:
+    """A text of which nothing is hidden and nothing steers the terminal: control characters as signs."""
+    return "".join(map(_visible_character, text)) if not text.isprintable() else text
+
+
+def _visible_character(character: str) -> str:
+    if character in _SHOWN:
+        return _SHOWN[character]
+    if character < " ":
+        return chr(0x2400 + ord(character))
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs") and character not in _JOINERS:
+        return f"\\u{ord(character):04x}"
+    return character
+
+
+def visible_token(text: str) -> str:
+    """A token's text, with all in it that has no shape of its own made visible."""
+    if not text:
+        return NO_TEXT
+    first = unicodedata.category(text[0])
+    if text[0] in _JOINERS or "\ufe00" <= text[0] <= "\ufe0f":
+        text = f"\\u{ord(text[0]):04x}{text[1:]}"
+    elif first.startswith("M"):
+        text = f"◌{text}"  # else it would sit on the sign before it
+    return visible(text.replace("\n", "⏎\n").replace("\t", "⇥"))
 
 
 def _escaped(character: str) -> str:

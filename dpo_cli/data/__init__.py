@@ -1,1 +1,1 @@
-"""Floor 1: from files in many formats to canonical tables and token ids. No torch."""
+"""From files in many formats to canonical tables and token ids. No torch."""

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from dpo_cli.core.params import Source
+from dpo_cli.core.data_params import Source
 from dpo_cli.data.blocks import SAMPLED_OUT
-from dpo_cli.data.formats.base import shown_name
+from dpo_cli.data.problem import shown_name
 
 SPLITS = ("train", "eval")
 MANY_CONFLICTS = 0.5

@@ -27,8 +27,9 @@ from dpo_cli.data.checks import (
     reason_to_drop,
 )
 from dpo_cli.data.formats import PREFERENCE_FORMATS, SFT_FORMATS
-from dpo_cli.data.formats.base import Column, Reading, RowProblem
+from dpo_cli.data.formats.base import Column, Reading
 from dpo_cli.data.formats.detect import RowReader
+from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.reading.base import Block, Lines
 from dpo_cli.data.reading.json_text import parse_lines
 from dpo_cli.data.schema import (

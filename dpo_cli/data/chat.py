@@ -19,7 +19,7 @@ import orjson
 from jinja2 import TemplateError
 
 from dpo_cli.core.errors import MachineError, ParamsError
-from dpo_cli.data.formats.base import RowProblem
+from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import TOOLS, Message, Messages, assistant, is_plain, text_of, user, with_tools
 
 NAMED_TEMPLATES = {

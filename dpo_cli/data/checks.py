@@ -1,6 +1,6 @@
 """What can be wrong with an example, whatever its format; what becomes of it is up to the policy.
 
-Each check has a setting of its name in data.checks (:class:`dpo_cli.core.params.DataChecks`).
+Each check has a setting of its name in data.checks (:class:`dpo_cli.core.data_params.DataChecks`).
 The checks of a single example are here; those that compare rows with each other (duplicate,
 contradiction, repeated and shared prompts) are in :mod:`dpo_cli.data.repeats`.
 """

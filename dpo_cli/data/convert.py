@@ -19,8 +19,8 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from dpo_cli.core.data_params import PreferenceSource, SftSource, Source
 from dpo_cli.core.errors import DataError
-from dpo_cli.core.params import PreferenceSource, SftSource, Source
 from dpo_cli.data.account import SPLITS, Conversion, ConvertedBlock, FileAccount, Finding
 from dpo_cli.data.blocks import (
     DIGESTS,
@@ -75,7 +75,7 @@ def convert(
 
     Args:
         sources: Where the data is; all of one kind, instructions or preferences.
-        policies: What to do with what each check finds (:class:`dpo_cli.core.params.DataChecks`).
+        policies: What to do with what each check finds (:class:`dpo_cli.core.data_params.DataChecks`).
         eval_fraction: Share of prompts held out.
         work: An empty folder for what is half done, about as large as the data.
         out: An empty folder to write to; None: only check.
@@ -84,7 +84,7 @@ def convert(
         workers: Processes that share the work on large files of JSON lines.
         rows_listed: Rows named for each check.
         listed: The check of which all rows are named.
-        on_bytes: Hears of every so many bytes of the files that were read.
+        on_bytes: Called with every so many bytes of the files that were read.
 
     Raises:
         DataError: A file cannot be read, has no known format, leaves a split empty, or fails a

@@ -257,7 +257,7 @@ class RankingExample(Example):
 
         Args:
             scheme: ``all``: every pair that is not tied, by the verdicts where there are any;
-                ``adjacent``: every pair of neighbouring ranks; ``best_vs_worst``: the first of the
+                ``adjacent``: every pair of neighboring ranks; ``best_vs_worst``: the first of the
                 best with the last of the worst. A pair that a verdict decides the other way is none.
         """
         ranks, places = self.ranks, range(len(self.ranks))

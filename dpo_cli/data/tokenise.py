@@ -12,7 +12,7 @@ import polars as pl
 
 from dpo_cli.core.errors import DataError, StaleArtifactError
 from dpo_cli.data.chat import ChatEncoder
-from dpo_cli.data.formats.base import RowProblem
+from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import TOOLS, Messages, content_id, from_table
 
 _MANY = 0.05

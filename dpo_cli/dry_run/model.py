@@ -14,7 +14,7 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from dpo_cli.core.params import LoraParams
 from dpo_cli.dry_run.device import CUDA
-from dpo_cli.kernels.fused import NORM, SWIGLU, install
+from dpo_cli.kernels.fused import NORM, ROTATION, SWIGLU, install
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine
 
@@ -40,7 +40,7 @@ def dry_model(shape: Mapping[str, Any], machine: Machine, quantization: str, lor
             _to_four_bits(model, machine.compute_dtype)
         model.requires_grad_(False)
         model.eval()
-        install(model, [NORM, SWIGLU])
+        install(model, [NORM, SWIGLU, ROTATION])
         if lora is not None:
             model = add_adapter(model, lora, 0)
     _put_on_device(model, machine.compute_dtype)

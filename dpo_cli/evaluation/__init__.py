@@ -1,1 +1,1 @@
-"""Floor 3: held-out figures, generations, win rates, KL and the report."""
+"""Held-out figures, answers, divergences and what they mean; experiments compared."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dpo_cli.core.errors import DataError
-from dpo_cli.evaluation.bootstrap import Estimate, cluster_bootstrap
+from dpo_cli.statistics.bootstrap import Estimate, cluster_bootstrap
 
 BASE, SFT, DPO = "base", "sft", "dpo"
 MODELS = (BASE, SFT, DPO)
@@ -107,7 +107,7 @@ def pair_items(task: str, metric: str, higher_is_better: bool, found: Mapping[st
     return TaskScores(task, metric, higher_is_better, items, {m: [found[m][item] for item in items] for m in MODELS})
 
 
-def summarise_task(scores: TaskScores, *, draws: int, confidence: float, seed: int) -> TaskResult:
+def summarize_task(scores: TaskScores, *, draws: int, confidence: float, seed: int) -> TaskResult:
     """Means and paired differences of a task.
 
     Args:

@@ -16,7 +16,7 @@ from typing import Any
 
 from dpo_cli.core import paths
 from dpo_cli.data.schema import Messages
-from dpo_cli.evaluation.bootstrap import cluster_bootstrap
+from dpo_cli.statistics.bootstrap import cluster_bootstrap
 
 MIN_DRAWS = 2000
 """Bootstrap draws behind each interval, at the least."""
@@ -41,7 +41,7 @@ OF_ANSWERS = paths.SAMPLES
 OF_PAIRS = "pairs.csv"
 """Files of reports/evaluate with a value a prompt, and a value a held-out pair."""
 
-_SPEAKERS = ("sft", "dpo")
+_MODELS = ("sft", "dpo")
 _ANSWER_FIGURES = {
     "reward": "reward",
     "well_formed": "well_formed",
@@ -180,7 +180,7 @@ def rows_of_answers(text: str) -> tuple[dict[str, Rows], dict[str, Texts]]:
 
 
 def _answer_figures(row: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
-    for name in _SPEAKERS:
+    for name in _MODELS:
         for key, metric in _ANSWER_FIGURES.items():
             if key in row[name]:
                 yield f"{metric}_{name}", row[name][key]
@@ -279,7 +279,7 @@ def source_of(metric: str) -> str | None:
         return None
     if name in (*_PAIR_FIGURES, "reward_accuracy"):
         return OF_PAIRS
-    of_answers = {f"{metric}_{speaker}" for metric in _ANSWER_FIGURES.values() for speaker in _SPEAKERS}
+    of_answers = {f"{metric}_{model}" for metric in _ANSWER_FIGURES.values() for model in _MODELS}
     return OF_ANSWERS if name in of_answers | {"win_rate", "tie_rate", "kl"} else None
 
 

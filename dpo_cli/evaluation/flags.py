@@ -32,7 +32,7 @@ def flags(metrics: Mapping[str, Any]) -> list[Finding]:
     """All flags that the metrics can tell, raised or not."""
     found = [displacement(metrics), length_exploitation(metrics)]
     if metrics.get("num_smaller_steps"):
-        found.append(over_optimisation(metrics))
+        found.append(over_optimization(metrics))
     return [*found, degeneration(metrics)]
 
 
@@ -85,7 +85,7 @@ def length_exploitation(metrics: Mapping[str, Any]) -> Finding:
     return Finding("length of answers", value, status, meaning)
 
 
-def over_optimisation(metrics: Mapping[str, Any]) -> Finding:
+def over_optimization(metrics: Mapping[str, Any]) -> Finding:
     """A smaller step is as good at a lower KL: amber; red where it is surely better.
 
     Source: Gao et al. 2023, Scaling laws for reward model overoptimization; Rafailov et al. 2024, Scaling laws for
@@ -95,7 +95,7 @@ def over_optimisation(metrics: Mapping[str, Any]) -> Finding:
         number = metrics["num_smaller_steps"]
         steps = "smaller step" if number == 1 else "smaller steps"
         return Finding(
-            "over-optimisation",
+            "over-optimization",
             "none seen",
             "plain",
             f"of {number} {steps} along the same way none is as good at a lower KL (see the frontier)",
@@ -103,7 +103,7 @@ def over_optimisation(metrics: Mapping[str, Any]) -> Finding:
     ci = metrics["cheaper_gain_ci"]
     surely = ci is not None and ci[1] < 0
     return Finding(
-        "over-optimisation",
+        "over-optimization",
         f"{metrics['cheaper_scale']:g} of the way: {percent(metrics['cheaper_win_rate'])} at"
         f" {metrics['cheaper_kl']:.2f} nats",
         "bad" if surely else "warn",

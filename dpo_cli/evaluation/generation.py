@@ -17,7 +17,9 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from dpo_cli.core.artifacts import digest_json
+from dpo_cli.core.gpu import is_gpu
 from dpo_cli.core.progress import Meter
+from dpo_cli.evaluation.decoding import Sampling, StaticDecoder, describe, pick
 from dpo_cli.models.lora import cast_adapters
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
 from dpo_cli.scoring.scorer import restore_attention
@@ -27,6 +29,12 @@ GENERATION_VERSION = 1
 
 CACHE_FACTOR = 8
 """Tokens whose keys and values are held at once, as a multiple of those that go through the model at once."""
+_ROWS_OF_FOUR_BITS = 64
+"""Most prompts at once where weights have 4 bits and lie on a GPU.
+
+With about so many rows bitsandbytes multiplies with packed weights (by its own measurements on cards of compute
+capability 8.6 and 8.9); with more it unpacks every weight at every step, which moves nine times the bytes.
+"""
 
 
 @dataclass(frozen=True)
@@ -60,11 +68,9 @@ class _InverseCdf(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:  # type: ignore[override]
         """Scores [R, V] to minus infinity everywhere but at the sampled token."""
-        cumulative = (scores.float() / self._temperature).softmax(-1).double().cumsum(-1)
-        targets = self._uniforms[:, self._step, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, targets, right=True).clamp(max=scores.shape[1] - 1)
+        tokens = pick(scores, self._uniforms[:, self._step], self._temperature)
         self._step += 1
-        return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)  # type: ignore[return-value]
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)  # type: ignore[return-value]
 
 
 def sample_answers(
@@ -93,7 +99,7 @@ def sample_answers(
         seed: With the prompt's id and ``stream`` it fixes the random stream.
         stream: Name of the model that answers, so that two models get different streams.
         autocast_dtype: Compute dtype.
-        meter: Hears of every answer.
+        meter: Called with every answer.
         keep: Gets each batch's answers by prompt id as they are made; what it raises ends the sampling.
 
     Returns:
@@ -106,6 +112,8 @@ def sample_answers(
     )
     answers: dict[str, Answer] = {}
     device = model.get_input_embeddings().weight.device
+    sampling = Sampling(temperature, max_new_tokens, tuple(stop_ids))
+    decoder = StaticDecoder(model, sampling, autocast_dtype) if is_gpu(device) else None
 
     def sample(batch: list[PromptTokens]) -> list[list[int]]:
         length = max(len(prompt.tokens) for prompt in batch)
@@ -114,22 +122,29 @@ def sample_answers(
         for row, prompt in enumerate(batch):
             tokens[row, length - len(prompt.tokens) :] = torch.tensor(prompt.tokens)
             mask[row, length - len(prompt.tokens) :] = 1
-        processors = LogitsProcessorList()
+        tokens, mask, uniforms = tokens.to(device), mask.to(device), None
         if temperature > 0:
-            uniforms = np.stack([_uniforms(seed, stream, prompt.id, max_new_tokens) for prompt in batch])
-            processors.append(_InverseCdf(torch.from_numpy(uniforms).to(device), temperature))
-        enabled = autocast_dtype != torch.float32
-        with torch.no_grad(), torch.autocast(device.type, autocast_dtype if enabled else None, enabled=enabled):
+            rows = np.stack([_uniforms(seed, stream, prompt.id, max_new_tokens) for prompt in batch])
+            uniforms = torch.from_numpy(rows).to(device)
+        dtype = autocast_dtype if autocast_dtype != torch.float32 else None
+        # a cast that is kept for the next step has no place in a recorded one
+        with torch.no_grad(), torch.autocast(device.type, dtype, dtype is not None, cache_enabled=decoder is None):
+            found = None if decoder is None else decoder.decode(tokens, mask, uniforms)
+            if found is not None:
+                return found.tolist()
+            processors = LogitsProcessorList()
+            if uniforms is not None:
+                processors.append(_InverseCdf(uniforms, temperature))
             output = model.generate(
-                input_ids=tokens.to(device),
-                attention_mask=mask.to(device),
-                generation_config=config,
-                logits_processor=processors,
+                input_ids=tokens, attention_mask=mask, generation_config=config, logits_processor=processors
             )
         return output[:, length:].tolist()
 
+    is_packed = any(getattr(parameter, "quant_state", None) is not None for parameter in model.parameters())
+    max_rows = _ROWS_OF_FOUR_BITS if is_packed and is_gpu(device) else len(prompts)
+
     def split(left: Sequence[PromptTokens], max_tokens: int) -> list[list[int]]:
-        return _batches(left, max_new_tokens, CACHE_FACTOR * max_tokens)
+        return _batches(left, max_new_tokens, CACHE_FACTOR * max_tokens, max_rows)
 
     with cast_adapters(model, autocast_dtype):
         for batch, rows in in_micro_batches(prompts, budget, split, sample):
@@ -137,16 +152,18 @@ def sample_answers(
             answers |= new
             if keep is not None:
                 keep(new)
+            if decoder is not None and (how := describe(decoder)):
+                meter.note(how)
             meter.advance(len(batch))
     return answers
 
 
-def _batches(prompts: Sequence[PromptTokens], max_new_tokens: int, max_tokens: int) -> list[list[int]]:
+def _batches(prompts: Sequence[PromptTokens], max_new_tokens: int, max_tokens: int, max_rows: int) -> list[list[int]]:
     """Indices of prompts, those of like length together, prompts and answers within the budget."""
     batches: list[list[int]] = []
     for index in sorted(range(len(prompts)), key=lambda index: (len(prompts[index].tokens), prompts[index].id)):
         cost = len(prompts[index].tokens) + max_new_tokens
-        if batches and (len(batches[-1]) + 1) * cost <= max_tokens:
+        if batches and len(batches[-1]) < max_rows and (len(batches[-1]) + 1) * cost <= max_tokens:
             batches[-1].append(index)
         else:
             batches.append([index])

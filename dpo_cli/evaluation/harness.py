@@ -208,7 +208,7 @@ class _LoadedModel(_Harness):
 
 
 class _ToMeter:
-    """Hears of every request that is done, where the harness would cache it."""
+    """Called with every request that is done, where the harness would cache it."""
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
@@ -296,7 +296,7 @@ def answer_items(
         context: Tokens the model knows positions for, where that is known.
         max_tokens: Token budget of a batch.
         limit: The first so many items; None: all.
-        reporter: Hears of progress.
+        reporter: Shows progress.
 
     Raises:
         DataError: The metric of some item is no number, or an item cannot be scored.

@@ -5,15 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
+from dpo_cli.core import paths
+from dpo_cli.core.errors import DataError, ParamsError
+from dpo_cli.core.load_params import load_params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.schema import Messages
-from dpo_cli.evaluation.bootstrap import Estimate, Sampling
 from dpo_cli.evaluation.comparison import Experiment
-from dpo_cli.evaluation.judges.opening import Candidate, OpenedJudge
-from dpo_cli.evaluation.matches import Match, play
-from dpo_cli.evaluation.speaker_names import SFT
-from dpo_cli.evaluation.strengths import Outcome, Strengths, fit_strengths
+from dpo_cli.evaluation.model_names import SFT
+from dpo_cli.judging.comparisons import ComparisonResult, compare_models
+from dpo_cli.judging.prepare import JudgedAnswer, ReadyJudge, prepare_judge
+from dpo_cli.models.load import quiet_libraries
+from dpo_cli.reference.graph import open_graph
+from dpo_cli.statistics.bootstrap import Estimate, Sampling, ends
+from dpo_cli.statistics.bradley_terry import Outcome, Strengths, fit_strengths
+
+_READ = (
+    "model.", "reference.", "runtime.",
+    *(f"evaluate.{name}" for name in ("judge=", "hf.", "openai.", "bootstrap_draws=", "confidence=", "seed=")),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -24,7 +35,7 @@ class HeadToHead:
         judge: Its name.
         reads: Whether it reads two texts in an order.
         models: Their names, the baseline first and the SFT model last.
-        matches: By two of them, the later one's answers as ours.
+        results: By two of them, the later one's answers as ours.
         strengths: Bradley-Terry's, the baseline being 0; None where they are infinite.
         why: Why they are; empty otherwise.
         num_prompts: Prompts that all models answered.
@@ -34,7 +45,7 @@ class HeadToHead:
     judge: str
     reads: bool
     models: list[str]
-    matches: dict[tuple[str, str], Match]
+    results: dict[tuple[str, str], ComparisonResult]
     strengths: Strengths | None
     why: str
     num_prompts: int
@@ -42,9 +53,9 @@ class HeadToHead:
 
     def win_rate(self, first: str, second: str) -> Estimate:
         """How often the first model's answer is better than the second's, with its interval."""
-        if (first, second) in self.matches:
-            return self.matches[first, second].win_rate
-        found = self.matches[second, first].win_rate
+        if (first, second) in self.results:
+            return self.results[first, second].win_rate
+        found = self.results[second, first].win_rate
         return Estimate(1 - found.value, 1 - found.high, 1 - found.low)
 
 
@@ -65,10 +76,10 @@ def answers_by_model(experiments: Sequence[Experiment]) -> tuple[dict[str, dict[
     return models, {id: experiments[0].answers[id].prompt for id in ids}
 
 
-def meet(
+def compare_every_two(
     models: Mapping[str, Mapping[str, str]],
-    candidate: Callable[[str, str], Candidate],
-    judge: OpenedJudge,
+    judged_answer: Callable[[str, str], JudgedAnswer],
+    judge: ReadyJudge,
     num_left_out: int,
     reporter: Reporter,
     sampling: Sampling,
@@ -77,22 +88,24 @@ def meet(
 
     Args:
         models: Answers by prompt id, by model; the first is the anchor.
-        candidate: From prompt id and answer to what is judged.
+        judged_answer: From prompt id and answer to what is judged.
         judge: Who decides.
         num_left_out: Prompts that only some of the models have.
-        reporter: Hears of progress.
+        reporter: Shows progress.
         sampling: How intervals are drawn.
 
     Raises:
         DataError: The judge has no verdict on too many comparisons.
     """
     names = list(models)
-    cards = {name: {id: candidate(id, text) for id, text in answers.items()} for name, answers in models.items()}
+    judged = {name: {id: judged_answer(id, text) for id, text in answers.items()} for name, answers in models.items()}
     pairs = [(second, first) for first, second in combinations(names, 2)]
-    found = play(judge.judge, [(cards[ours], cards[theirs]) for ours, theirs in pairs], reporter, "compare", sampling)
-    matches = dict(zip(pairs, found, strict=True))
+    found = compare_models(
+        judge.judge, [(judged[ours], judged[theirs]) for ours, theirs in pairs], reporter, "compare", sampling
+    )
+    results = dict(zip(pairs, found, strict=True))
     outcomes = [
-        Outcome(id, ours, theirs, win) for (ours, theirs), match in matches.items() for id, win in match.wins.items()
+        Outcome(id, ours, theirs, win) for (ours, theirs), result in results.items() for id, win in result.wins.items()
     ]
     strengths, why = None, ""
     try:
@@ -100,4 +113,66 @@ def meet(
     except ValueError as error:
         why = str(error)
     num_prompts = len(next(iter(models.values())))
-    return HeadToHead(judge.name, judge.reads, names, matches, strengths, why, num_prompts, num_left_out)
+    return HeadToHead(judge.name, judge.reads, names, results, strengths, why, num_prompts, num_left_out)
+
+
+def judge_experiments(experiments: Sequence[Experiment], overrides: Sequence[str], reporter: Reporter) -> HeadToHead:
+    """Judge the answers of experiments, and of their SFT model, by section evaluate of params.yaml.
+
+    Raises:
+        ParamsError: There is no judge, or one that judges other answers.
+        StaleArtifactError: Something that the judge needs is missing.
+        DataError: The experiments share no prompt, or the judge has no verdict on too many comparisons.
+    """
+    quiet_libraries()
+    idle = [override for override in overrides if not override.strip().startswith(_READ)]
+    if idle:
+        raise ParamsError([f"--set {override} has no effect on compare --judge" for override in idle])
+    params = load_params(paths.PARAMS, overrides)
+    evaluate = params.evaluate
+    if evaluate.judge in ("none", "votes"):
+        raise ParamsError(
+            f"--judge has no effect with evaluate.judge {evaluate.judge}; set another one, as in"
+            " --set evaluate.judge=hf"
+        )
+    models, prompts = answers_by_model(experiments)
+    if not prompts:
+        raise DataError("the experiments share no prompt; evaluate them on the same data")
+    num_all = len({id for experiment in experiments for id in experiment.answers})
+    graph = open_graph(params.model, params.reference, params.runtime)
+    memory = paths.scratch_root() / "evaluate" / "judgments"
+    load_judge = prepare_judge(evaluate, graph, ("", ""), params.runtime, reporter, "compare", memory)
+    assert load_judge is not None
+
+    def judged_answer(id: str, text: str) -> JudgedAnswer:
+        return JudgedAnswer(id, prompts[id], text, 0)  # lengths are not looked at
+
+    every = [judged_answer(id, text) for answers in models.values() for id, text in answers.items()]
+    judge = load_judge(every)
+    sampling = Sampling(evaluate.bootstrap_draws, evaluate.confidence, evaluate.seed)
+    return compare_every_two(models, judged_answer, judge, num_all - len(prompts), reporter, sampling)
+
+
+def head_to_head_json(found: HeadToHead) -> dict[str, Any]:
+    """The same as one JSON value."""
+    strengths = None
+    if found.strengths is not None:
+        fitted = found.strengths.strengths.items()
+        strengths = {name: {"value": each.value, "ci": ends(each)} for name, each in fitted}
+    return {
+        "judge": found.judge,
+        "num_prompts": found.num_prompts,
+        "num_left_out": found.num_left_out,
+        "win_rates": [
+            {
+                "model": ours,
+                "opponent": theirs,
+                "value": result.win_rate.value,
+                "ci": ends(result.win_rate),
+                "tie_rate": result.tie_rate,
+            }
+            for (ours, theirs), result in found.results.items()
+        ],
+        "strengths": strengths,
+        **({"why": found.why} if found.why else {}),
+    }

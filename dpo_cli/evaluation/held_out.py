@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dpo_cli.evaluation.bootstrap import Estimate, Sampling
-from dpo_cli.objectives.pairwise import PairwiseLoss, log_ratios
+from dpo_cli.losses.pairwise import Pairs, log_ratios, sigmoid
+from dpo_cli.statistics.bootstrap import Estimate, Sampling
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class HeldOut:
         return [row.margin for row in self.rows]
 
 
-def summarise_held_out(
-    pairs: Sequence[HeldOutPair], loss: PairwiseLoss, beta: float, *, draws: int, confidence: float, seed: int
+def summarize_held_out(
+    pairs: Sequence[HeldOutPair], beta: float, *, draws: int, confidence: float, seed: int
 ) -> HeldOut:
     """Figures over held-out pairs with intervals clustered by prompt."""
     rows = sorted(pairs, key=lambda pair: pair.id)
@@ -101,7 +101,7 @@ def summarise_held_out(
     num_tokens = torch.tensor([pair.num_tokens for pair in rows])
     rewards = beta * log_ratios(policy, reference)
     margins = rewards[:, 0] - rewards[:, 1]
-    losses = loss(policy, reference, num_tokens)
+    losses = sigmoid(Pairs(policy, reference, num_tokens), beta)
     clusters = [pair.group for pair in rows]
 
     sampling = Sampling(draws, confidence, seed)

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dpo_cli.evaluation.bootstrap import Estimate, Sampling
-from dpo_cli.objectives.ranking import kendall_tau
+from dpo_cli.losses.ranking import kendall_tau
+from dpo_cli.statistics.bootstrap import Estimate, Sampling
 
 _ROWS_AT_ONCE = 4096
 
@@ -129,7 +129,7 @@ def _share_right(values_BK: torch.Tensor, ranks_BK: torch.Tensor) -> list[float]
     return ((kendall_tau(values_BK, ranks_BK) + 1) / 2).tolist()
 
 
-def summarise_rewards(
+def summarize_rewards(
     rows: Sequence[RankedAnswers], found: Sequence[Agreement], *, draws: int, confidence: float, seed: int
 ) -> RewardSummary:
     """Figures over rows, with intervals clustered by prompt.

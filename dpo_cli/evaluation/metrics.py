@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from dpo_cli.evaluation.binomial import exact_interval
-from dpo_cli.evaluation.bootstrap import Estimate, Sampling
-from dpo_cli.evaluation.calibration import calibration_error, fit_temperature
 from dpo_cli.evaluation.generation import Answer
 from dpo_cli.evaluation.held_out import HeldOut
 from dpo_cli.evaluation.kl import SequenceKl, estimates_disagree
-from dpo_cli.evaluation.length_control import control_length
-from dpo_cli.evaluation.matches import Match, paired_difference
-from dpo_cli.evaluation.power import detectable_of_interval
 from dpo_cli.evaluation.text_quality import distinct, repetition
+from dpo_cli.judging.comparisons import ComparisonResult, paired_difference
+from dpo_cli.statistics.binomial import exact_interval
+from dpo_cli.statistics.bootstrap import Sampling, ends
+from dpo_cli.statistics.calibration import calibration_error, fit_temperature
+from dpo_cli.statistics.length_control import control_length
+from dpo_cli.statistics.power import detectable_of_interval
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -25,11 +25,6 @@ CHEAPER_KL = 0.75
 """A smaller step counts as cheaper where its KL is at most this share of the model's."""
 AS_GOOD = 0.05
 """It counts as as good where the model's win rate is surely not higher by more than this."""
-
-
-def ends(estimate: Estimate) -> list[float] | None:
-    """The interval as JSON; None where it has none."""
-    return None if math.isnan(estimate.low) else [estimate.low, estimate.high]
 
 
 def held_out_metrics(held_out: HeldOut, sampling: Sampling) -> dict[str, Any]:
@@ -122,31 +117,31 @@ def form_metrics(forms: Sequence[tuple[bool, bool]], confidence: float) -> dict[
     }
 
 
-def win_metrics(match: Match, sampling: Sampling, *, reads: bool) -> dict[str, Any]:
+def win_metrics(result: ComparisonResult, sampling: Sampling, *, reads: bool) -> dict[str, Any]:
     """The win rate over the SFT model, and what stands behind it.
 
     Args:
-        match: The policy's answers with the SFT model's.
+        result: The policy's answers with the SFT model's.
         sampling: How intervals are drawn.
         reads: Whether the judge reads two texts in an order.
     """
-    tally = match.tally
-    wins = match.wins
+    summary = result.summary
+    wins = result.wins
     ids = list(wins)
-    lengths = [match.ours[id].num_tokens - match.theirs[id].num_tokens for id in ids]
+    lengths = [result.ours[id].num_tokens - result.theirs[id].num_tokens for id in ids]
     controlled = control_length(
-        [wins[id] for id in ids], lengths, [match.ours[id].group for id in ids], **sampling.keywords
+        [wins[id] for id in ids], lengths, [result.ours[id].group for id in ids], **sampling.keywords
     )
     metrics: dict[str, Any] = {
-        "win_rate": match.win_rate.value,
-        "win_rate_ci": ends(match.win_rate),
-        "tie_rate": match.tie_rate,
+        "win_rate": result.win_rate.value,
+        "win_rate_ci": ends(result.win_rate),
+        "tie_rate": result.tie_rate,
         "num_judged": len(wins),
-        "num_decided": len(wins) - tally.num_ties,
-        "num_identical": tally.num_identical,
-        "num_judge_invalid": tally.num_invalid,
-        "judge_invalid_rate": tally.invalid_rate,
-        "detectable_win_rate": detectable_of_interval(match.win_rate, sampling.confidence),
+        "num_decided": len(wins) - summary.num_ties,
+        "num_identical": summary.num_identical,
+        "num_judge_invalid": summary.num_invalid,
+        "judge_invalid_rate": summary.invalid_rate,
+        "detectable_win_rate": detectable_of_interval(result.win_rate, sampling.confidence),
         "win_rate_lc": None if controlled.controlled is None else controlled.controlled.value,
         "win_rate_lc_ci": None if controlled.controlled is None else ends(controlled.controlled),
         "length_effect": None if controlled.controlled is None else controlled.length_effect,
@@ -154,34 +149,34 @@ def win_metrics(match: Match, sampling: Sampling, *, reads: bool) -> dict[str, A
         "length_note": controlled.why,
     }
     if reads:
-        metrics["judge_consistency"] = tally.consistency
-        metrics["judge_first_position_rate"] = tally.first_position_rate
+        metrics["judge_consistency"] = summary.consistency
+        metrics["judge_first_position_rate"] = summary.first_position_rate
     return metrics
 
 
-def against_chosen_metrics(match: Match) -> dict[str, Any]:
+def against_chosen_metrics(result: ComparisonResult) -> dict[str, Any]:
     """The win rate over the data's chosen answers."""
     return {
-        "win_rate_chosen": match.win_rate.value,
-        "win_rate_chosen_ci": ends(match.win_rate),
-        "num_judged_chosen": len(match.wins),
+        "win_rate_chosen": result.win_rate.value,
+        "win_rate_chosen_ci": ends(result.win_rate),
+        "num_judged_chosen": len(result.wins),
     }
 
 
-def judge_metrics(match: Match) -> dict[str, Any]:
+def judge_metrics(result: ComparisonResult) -> dict[str, Any]:
     """How often the judge prefers the chosen answer of a held-out pair to the rejected one."""
     return {
-        "judge_agreement": match.win_rate.value,
-        "judge_agreement_ci": ends(match.win_rate),
-        "num_judge_agreement": len(match.wins),
+        "judge_agreement": result.win_rate.value,
+        "judge_agreement_ci": ends(result.win_rate),
+        "num_judge_agreement": len(result.wins),
     }
 
 
-def cheaper_step(points: Sequence[tuple[float, float, Match]], sampling: Sampling) -> dict[str, Any]:
+def cheaper_step(points: Sequence[tuple[float, float, ComparisonResult]], sampling: Sampling) -> dict[str, Any]:
     """Whether a smaller step than training's would have been as good at a lower price.
 
     Args:
-        points: Scale of what training changed, KL in nats and match with the SFT model; scale 1 is among them.
+        points: Scale of what training changed, KL in nats and result with the SFT model; scale 1 is among them.
         sampling: How intervals are drawn.
 
     Returns:
@@ -191,14 +186,14 @@ def cheaper_step(points: Sequence[tuple[float, float, Match]], sampling: Samplin
     """
     ((_, whole_kl, whole),) = [point for point in points if point[0] == 1]
     smaller = sorted((point for point in points if point[0] < 1), key=lambda point: point[0])
-    for scale, kl, match in smaller:
-        gain = paired_difference(whole, match, sampling)
+    for scale, kl, result in smaller:
+        gain = paired_difference(whole, result, sampling)
         if kl <= CHEAPER_KL * whole_kl and gain.low <= 0 and gain.high <= AS_GOOD:  # not where there is no interval
             return {
                 "num_smaller_steps": len(smaller),
                 "cheaper_scale": scale,
                 "cheaper_kl": kl,
-                "cheaper_win_rate": match.win_rate.value,
+                "cheaper_win_rate": result.win_rate.value,
                 "cheaper_gain": gain.value,
                 "cheaper_gain_ci": ends(gain),
             }

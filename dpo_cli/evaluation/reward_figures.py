@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo_cli.evaluation.bootstrap import Estimate, Sampling
-from dpo_cli.evaluation.calibration import NUM_BINS, Bin, calibration_error, half_ties, reliability_table
+from dpo_cli.statistics.bootstrap import Estimate, Sampling
+from dpo_cli.statistics.calibration import NUM_BINS, Bin, calibration_error, half_ties, reliability_table
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class RewardFigures:
     num_prompts: int
 
 
-def summarise_rewards(
+def summarize_rewards(
     pairs: Sequence[RewardedPair], *, draws: int, confidence: float, seed: int, num_bins: int = NUM_BINS
 ) -> RewardFigures:
     """Figures over held-out pairs.

@@ -26,7 +26,7 @@ from dpo_cli.core.row_store import RowStore, forget_other_stores
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.evaluation.generation import GENERATION_VERSION, Answer, PromptTokens, sample_answers
 from dpo_cli.evaluation.kl import SequenceKl, sequence_kl
-from dpo_cli.evaluation.speakers import Speaker
+from dpo_cli.evaluation.models import EvaluatedModel
 from dpo_cli.models.device import token_budget
 from dpo_cli.reference.cache import SCHEMA as LOGP_SCHEMA
 from dpo_cli.reference.cache import completion_key, group_keys, rows_of
@@ -48,9 +48,9 @@ class Steps:
 
     Args:
         graph: The graph that the models share.
-        knobs: How answers are sampled.
+        settings: How answers are sampled.
         runtime: This machine.
-        reporter: Hears of progress.
+        reporter: Shows progress.
         command: Who asks, for messages.
         folder: Where rows are kept, in the scratch area.
     """
@@ -58,32 +58,32 @@ class Steps:
     def __init__(
         self,
         graph: Graph,
-        knobs: EvaluateParams,
+        settings: EvaluateParams,
         runtime: RuntimeParams,
         reporter: Reporter,
         command: str,
         folder: Path,
     ) -> None:
         self._graph = graph
-        self._knobs = knobs
+        self._settings = settings
         self._runtime = runtime
         self._reporter = reporter
         self._command = command
         self._folder = folder
 
-    def token_logps(self, speaker: Speaker, groups: Sequence[TokenGroup], what: str) -> dict[str, list[float]]:
+    def token_logps(self, model: EvaluatedModel, groups: Sequence[TokenGroup], what: str) -> dict[str, list[float]]:
         """The log-probability of every token of the groups' completions by completion key, nats.
 
         Raises:
             Interrupted: The user asked to stop; what was scored is kept.
         """
         wanted = {key for group in groups for key in group_keys(group)}
-        store = self._store(speaker, "logps", LOGP_SCHEMA)
+        store = self._store(model, "logps", LOGP_SCHEMA)
         known = rows_of(store.load(), wanted)
         budget = self._budget()
         missing = missing_groups(groups, set(known["key"].to_list()), budget.max_tokens)
         if missing:
-            with speaker.use() as voice, voice.scorer as scorer:
+            with model.use() as loaded, loaded.scorer as scorer:
                 score_into_store(
                     scorer,
                     missing,
@@ -97,34 +97,34 @@ class Steps:
             known = rows_of(store.load(), wanted)
         return dict(zip(known["key"].to_list(), known["token_logps"].to_list(), strict=True))
 
-    def answers(self, speaker: Speaker, prompts: Sequence[PromptTokens], temperature: float) -> dict[str, Answer]:
+    def answers(self, model: EvaluatedModel, prompts: Sequence[PromptTokens], temperature: float) -> dict[str, Answer]:
         """One answer to each prompt by prompt id.
 
         Raises:
             Interrupted: The user asked to stop; what was sampled is kept.
         """
-        knobs, stop_ids = self._knobs, self._graph.encoder.stop_ids
+        settings, stop_ids = self._settings, self._graph.encoder.stop_ids
         how = digest_json(
             {
                 "version": GENERATION_VERSION,
                 "temperature": temperature,
-                "max_new_tokens": knobs.max_new_tokens,
+                "max_new_tokens": settings.max_new_tokens,
                 "stop_ids": stop_ids,
-                "seed": knobs.seed if temperature else 0,
-                "stream": speaker.name,
+                "seed": settings.seed if temperature else 0,
+                "stream": model.name,
             }
         )
         keys = {prompt.id: _prompt_key(how, prompt) for prompt in prompts}
-        store = self._store(speaker, "answers", _ANSWERS)
+        store = self._store(model, "answers", _ANSWERS)
         rows = rows_of(store.load(), set(keys.values()))
         columns = zip(*(rows[name].to_list() for name in _ANSWERS), strict=True)
         known = {key: Answer(tuple(tokens), finished) for key, tokens, finished in columns}
         missing = [prompt for prompt in prompts if keys[prompt.id] not in known]
         if missing:
-            label = f"{self._command}: {speaker} answers at T = {temperature:g}"
+            label = f"{self._command}: {model} answers at T = {temperature:g}"
             with (
                 self._keeping(store) as keep,
-                speaker.use() as voice,
+                model.use() as loaded,
                 self._reporter.meter(label, len(missing), "prompts") as meter,
             ):
 
@@ -132,14 +132,14 @@ class Steps:
                     keep([{"key": keys[id], "tokens": list(a.tokens), "finished": a.finished} for id, a in new.items()])
 
                 found = sample_answers(
-                    voice.model,
+                    loaded.model,
                     missing,
                     stop_ids=stop_ids,
                     temperature=temperature,
-                    max_new_tokens=knobs.max_new_tokens,
+                    max_new_tokens=settings.max_new_tokens,
                     budget=self._budget(),
-                    seed=knobs.seed,
-                    stream=speaker.name,
+                    seed=settings.seed,
+                    stream=model.name,
                     autocast_dtype=self._graph.machine.compute_dtype,
                     meter=meter,
                     keep=kept,
@@ -148,7 +148,11 @@ class Steps:
         return {prompt.id: known[keys[prompt.id]] for prompt in prompts}
 
     def divergences(
-        self, policy: Speaker, reference: Speaker, prompts: Sequence[PromptTokens], answers: Mapping[str, Answer]
+        self,
+        policy: EvaluatedModel,
+        reference: EvaluatedModel,
+        prompts: Sequence[PromptTokens],
+        answers: Mapping[str, Answer],
     ) -> dict[str, SequenceKl]:
         """KL of the policy from the reference along the policy's own answers, by prompt id, nats.
 
@@ -173,25 +177,25 @@ class Steps:
         return {id: known[key] for id, key in keys.items()}
 
     def _both(
-        self, policy: Speaker, reference: Speaker, groups: Sequence[TokenGroup]
+        self, policy: EvaluatedModel, reference: EvaluatedModel, groups: Sequence[TokenGroup]
     ) -> Iterator[tuple[list[TokenGroup], list[SequenceKl]]]:
         """Groups in micro-batches, each with its divergences."""
-        with policy.use() as voice:
-            scorer = voice.scorer
+        with policy.use() as loaded:
+            scorer = loaded.scorer
 
         def work(batch: Sequence[TokenGroup]) -> list[SequenceKl]:
             predicted = []
-            for speaker in (policy, reference):
-                with speaker.use() as voice, voice.scorer as scorer:
+            for model in (policy, reference):
+                with model.use() as loaded, loaded.scorer as scorer:
                     predicted.append(scorer.predict(batch))
             parts: list[list[SequenceKl]] = [[] for _ in batch]
             for piece in _pieces(batch, scorer.max_distribution_rows):
                 rows = slice(piece[0].row, piece[-1].row + piece[-1].num_rows)
                 logps = []
-                for speaker, found in zip((policy, reference), predicted, strict=True):
-                    with speaker.use() as voice:
+                for model, found in zip((policy, reference), predicted, strict=True):
+                    with model.use() as loaded:
                         logps.append(
-                            voice.scorer.next_token_logps(found[rows]).split([part.num_rows for part in piece])
+                            loaded.scorer.next_token_logps(found[rows]).split([part.num_rows for part in piece])
                         )
                 for part, ours, theirs in zip(piece, *logps, strict=True):
                     parts[part.place].append(sequence_kl(ours, theirs, part.tokens))
@@ -207,8 +211,8 @@ class Steps:
     def _budget(self) -> TokenBudget:
         return TokenBudget(token_budget(self._runtime, self._graph.machine.device), self._command, self._reporter)
 
-    def _store(self, speaker: Speaker, name: str, schema: Mapping[str, Any]) -> RowStore:
-        folder = self._folder / speaker.digest
+    def _store(self, model: EvaluatedModel, name: str, schema: Mapping[str, Any]) -> RowStore:
+        folder = self._folder / model.digest
         store = RowStore(folder / name, schema)
         forget_other_stores(self._folder, folder, _MODELS_KEPT)
         return store

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from dpo_cli.evaluation.bootstrap import Estimate, Sampling
-from dpo_cli.evaluation.calibration import Bin, half_ties
 from dpo_cli.evaluation.held_out import HeldOutPair, PairFigures
-from dpo_cli.evaluation.matches import Match
+from dpo_cli.judging.comparisons import ComparisonResult
+from dpo_cli.statistics.bootstrap import Estimate, Sampling
+from dpo_cli.statistics.calibration import Bin, half_ties
 
 PAIRS = (
     "id",
@@ -116,37 +116,39 @@ def _range(values: np.ndarray) -> str:
     return f"{low:+d}" if low == high else f"{low:+d} to {high:+d}"
 
 
-def temperature_row(temperature: float, opponent: str, match: Match) -> tuple[Any, ...]:
+def temperature_row(temperature: float, opponent: str, result: ComparisonResult) -> tuple[Any, ...]:
     """A point of the curve of win rates (:data:`TEMPERATURES`)."""
     return (
         temperature,
         opponent,
-        len(match.wins),
-        match.win_rate.value,
-        match.win_rate.low,
-        match.win_rate.high,
-        match.tie_rate,
+        len(result.wins),
+        result.win_rate.value,
+        result.win_rate.low,
+        result.win_rate.high,
+        result.tie_rate,
         *(
-            float(np.mean([answers[id].num_tokens for id in match.comparisons]))
-            for answers in (match.ours, match.theirs)
+            float(np.mean([answers[id].num_tokens for id in result.comparisons]))
+            for answers in (result.ours, result.theirs)
         ),
     )
 
 
-def frontier_row(scale: float, kl: Estimate, match: Match | None, reward_gain: float | None) -> tuple[Any, ...]:
-    """A point of the frontier (:data:`FRONTIER`); the SFT model itself has no match."""
-    rate = match.win_rate if match else Estimate(0.5, 0.5, 0.5)
+def frontier_row(
+    scale: float, kl: Estimate, result: ComparisonResult | None, reward_gain: float | None
+) -> tuple[Any, ...]:
+    """A point of the frontier (:data:`FRONTIER`); the SFT model itself has no result."""
+    rate = result.win_rate if result else Estimate(0.5, 0.5, 0.5)
     return scale, kl.value, kl.low, kl.high, rate.value, rate.low, rate.high, reward_gain
 
 
-def length_rows(match: Match, sampling: Sampling) -> list[tuple[Any, ...]]:
+def length_rows(result: ComparisonResult, sampling: Sampling) -> list[tuple[Any, ...]]:
     """Win rate by how much longer the policy's answer is, tokens (:data:`LENGTH`)."""
-    wins = match.wins
+    wins = result.wins
     ids = list(wins)
-    differences = np.array([match.ours[id].num_tokens - match.theirs[id].num_tokens for id in ids])
+    differences = np.array([result.ours[id].num_tokens - result.theirs[id].num_tokens for id in ids])
     rows: list[tuple[Any, ...]] = []
     for places in quantile_bins(differences):
         inside = [ids[place] for place in places]
-        found = sampling.rate([wins[id] for id in inside], [match.ours[id].group for id in inside])
+        found = sampling.rate([wins[id] for id in inside], [result.ours[id].group for id in inside])
         rows.append((float(differences[places].mean()), len(inside), found.value, found.low, found.high))
     return rows

@@ -1,15 +1,16 @@
-"""Norms and gated activations in one kernel each, where a model's own code takes five to ten.
+"""Norms, gated activations and rotations in one kernel each, where a model's own code takes two to ten.
 
-Legend: D hidden, I the width of an MLP.
+Legend: D hidden, I the width of an MLP, H heads, T tokens, S a head's size.
 
     RMSNorm   y = w x / sqrt(mean x^2 + e)          (Zhang and Sennrich 2019)
     SwiGLU    y = silu(g) u, silu(g) = g sigmoid(g) (Shazeer 2020)
+    rotation  y = (a, b) cos + (-b, a) sin of a head's halves a and b (Su et al. 2021)
 
 A model's layers are recognized by what they compute, not by their names: a class whose forward gives other numbers is
 left as it is. On a GPU each kernel is held against its definition before it is used. Sums and powers are float32 and
 the result is rounded once, where the models' own code rounds in between: the values are the closer ones.
 
-On CUDA the norm is PyTorch's kernel. The activation is compiled by PyTorch's jiterator when it is first used, which
+On CUDA the norm is PyTorch's kernel. The other two are compiled by PyTorch's jiterator when they are first used, which
 needs nothing but what comes with PyTorch. Autograd and selective checkpointing see both as operations of this package.
 """
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from types import MethodType, SimpleNamespace
+from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,9 +27,12 @@ from torch.nn.functional import silu
 
 from dpo_cli.core.gpu import is_gpu
 
-NORM, SWIGLU = "RMSNorm", "SwiGLU"
+NORM, SWIGLU, ROTATION = "RMSNorm", "SwiGLU", "rotation"
+_NAMES = (NORM, SWIGLU, ROTATION)
 _TOLERANCE = 0.02
 """Largest difference of a narrow kernel's result from the exact one, where that is 1 or less; else relative."""
+
+_TEST_WIDTH = 96
 
 # --- the activation -----------------------------------------------------------------------
 
@@ -133,6 +137,7 @@ def _(x: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> tuple[torch.Te
 @_rms_norm_backward.register_kernel("cuda")
 def _(grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, weight_D: torch.Tensor) -> torch.Tensor:
     wanted = [True, False]
+    grad = grad.contiguous()  # as autograd hands it over; norms of heads get transposed ones
     return torch.ops.aten._fused_rms_norm_backward(grad, x, [x.shape[-1]], scale, weight_D, wanted)[0]
 
 
@@ -163,13 +168,99 @@ def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> torch.T
     return _rms_norm(x, weight_D, epsilon)[0]
 
 
+# --- the rotation -------------------------------------------------------------------------
+
+ROTATION_CODE = """
+template <typename T> T rotate(T first, T second, T cosine, T sine, T half) {
+  const float a = static_cast<float>(first);
+  const float b = static_cast<float>(second);
+  const bool is_second = static_cast<float>(half) > 0.5f;
+  const float own = is_second ? b : a;
+  const float other = is_second ? a : -b;
+  return static_cast<T>(own * static_cast<float>(cosine) + other * static_cast<float>(sine));
+}
+"""
+ROTATION_BACKWARD_CODE = """
+template <typename T> T rotate_back(T first, T second, T cosine, T first_sine, T second_sine, T half) {
+  const float a = static_cast<float>(first);
+  const float b = static_cast<float>(second);
+  const bool is_second = static_cast<float>(half) > 0.5f;
+  const float own = is_second ? b : a;
+  const float other = is_second ? -a * static_cast<float>(first_sine) : b * static_cast<float>(second_sine);
+  return static_cast<T>(own * static_cast<float>(cosine) + other);
+}
+"""
+"""Both compute one number of a half from the numbers at its place in both halves."""
+
+
+@torch.library.custom_op("dpo_cli::rotate", mutates_args=())
+def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """Rotated [B, H, T, S] by tables [B or 1, 1, T, S], all of one dtype; with a gradient for x alone."""
+    (a, b), (cos_a, cos_b), (sin_a, sin_b) = (tensor.float().chunk(2, -1) for tensor in (x, cosine, sine))
+    return torch.cat([a * cos_a - b * sin_a, b * cos_b + a * sin_b], -1).to(x.dtype)
+
+
+@torch.library.custom_op("dpo_cli::rotate_back", mutates_args=())
+def _rotate_back(grad: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    (a, b), (cos_a, cos_b), (sin_a, sin_b) = (tensor.float().chunk(2, -1) for tensor in (grad, cosine, sine))
+    return torch.cat([a * cos_a + b * sin_b, b * cos_b - a * sin_a], -1).to(grad.dtype)
+
+
+def _halves(x: torch.Tensor) -> torch.Tensor:
+    """A view [..., 2, S / 2] of [..., S]."""
+    return x.unflatten(-1, (2, -1))
+
+
+@cache
+def _which_half(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """[2, 1]: 0 for the first half and 1 for the second."""
+    return torch.arange(2, device=device, dtype=dtype)[:, None]
+
+
+@rotate.register_kernel("cuda")
+def _rotate_on_cuda(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    halves = _halves(x)
+    half = _which_half(x.device, x.dtype)
+    tables = _halves(cosine), _halves(sine)
+    return _jitted(ROTATION_CODE, 1)(halves[..., :1, :], halves[..., 1:, :], *tables, half).flatten(-2)
+
+
+@_rotate_back.register_kernel("cuda")
+def _rotate_back_on_cuda(grad: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    halves, sines = _halves(grad), _halves(sine)
+    half = _which_half(grad.device, grad.dtype)
+    tables = _halves(cosine), sines[..., :1, :], sines[..., 1:, :]
+    return _jitted(ROTATION_BACKWARD_CODE, 1)(halves[..., :1, :], halves[..., 1:, :], *tables, half).flatten(-2)
+
+
+@rotate.register_fake
+def _(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+@_rotate_back.register_fake
+def _(grad: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(grad)
+
+
+def _keep_tables(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _differentiate_rotation(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    return _rotate_back(grad, *ctx.saved_tensors), None, None
+
+
+rotate.register_autograd(_differentiate_rotation, setup_context=_keep_tables)
+
+
 # --- a model's layers ---------------------------------------------------------------------
 
 
 def use_fused(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Have a model's norms and gated MLPs use the kernels, on a device that has such and for narrow numbers."""
     if is_gpu(device) and dtype != torch.float32:
-        install(model, [name for name in (NORM, SWIGLU) if reason_against(name, device, dtype) is None])
+        install(model, [name for name in _NAMES if _reason_in(model, name, device, dtype) is None])
 
 
 def install(model: torch.nn.Module, names: list[str]) -> None:
@@ -180,6 +271,8 @@ def install(model: torch.nn.Module, names: list[str]) -> None:
             module.forward = MethodType(_norm_forward, module)
         elif SWIGLU in names and _is_gated(kind) and _is_silu(module.act_fn):
             module.forward = MethodType(_gated_forward, module)
+        elif ROTATION in names and (own := _rotating_forward(kind)) is not None:
+            module.forward = MethodType(own, module)
 
 
 def describe_fused(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> str:
@@ -187,9 +280,10 @@ def describe_fused(model: torch.nn.Module, device: torch.device, dtype: torch.dt
     if not is_gpu(device) or dtype == torch.float32:
         return ""
     replaced = {vars(module)["forward"].__func__ for module in model.modules() if "forward" in vars(module)}
-    names = [name for name, forward in _FORWARDS.items() if forward in replaced]
-    refused = {name: reason for name in _FORWARDS if (reason := reason_against(name, device, dtype)) is not None}
-    said = [f"{' and '.join(names)} in one kernel"] if names else []
+    names = [name for name in _NAMES if any(_name_of(forward) == name for forward in replaced)]
+    refused = {name: reason for name in _NAMES if (reason := _reason_in(model, name, device, dtype)) is not None}
+    *first, last = names or [""]
+    said = [f"{', '.join(first)}{' and ' if first else ''}{last} in one kernel"] if names else []
     return "".join(f"; {part}" for part in [*said, *(f"not {name}: {reason}" for name, reason in refused.items())])
 
 
@@ -207,7 +301,52 @@ def _gated_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     return self.down_proj(swiglu(gate, up))
 
 
-_FORWARDS = {NORM: _norm_forward, SWIGLU: _gated_forward}
+def _name_of(forward: Callable[..., Any]) -> str:
+    return {_norm_forward: NORM, _gated_forward: SWIGLU}.get(forward, ROTATION)
+
+
+_ROTATES = "apply_rotary_pos_emb"
+"""What transformers' attention calls its rotation: (query, key, cosine, sine, unsqueeze_dim) to (query, key)."""
+
+
+@cache
+def _rotating_forward(kind: type) -> Callable[..., Any] | None:
+    """A class's forward in which that name stands for :func:`rotate`; None where it rotates in another way.
+
+    It is a copy with names of its own: neither the class nor its module is changed.
+    """
+    forward = kind.forward
+    if not isinstance(forward, FunctionType) or _ROTATES not in forward.__code__.co_names or forward.__closure__:
+        return None
+    eager = forward.__globals__.get(_ROTATES)
+    if not callable(eager) or not _is_rotation(eager):
+        return None
+
+    def rotated(
+        query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        tensors = (query, key, cosine, sine)
+        is_alike = {tensor.dtype for tensor in tensors} == {query.dtype} and query.dtype != torch.float32
+        fits = is_alike and query.ndim == 4 and cosine.ndim == 3 and cosine.shape[1:] == query.shape[2:]
+        if args or kwargs or not fits or cosine.requires_grad:
+            return eager(*tensors, *args, **kwargs)
+        cosine, sine = cosine[:, None], sine[:, None]
+        return rotate(query, cosine, sine), rotate(key, cosine, sine)
+
+    names = {**forward.__globals__, _ROTATES: rotated}
+    own = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__)
+    own.__kwdefaults__ = forward.__kwdefaults__
+    return own
+
+
+@cache
+def _is_rotation(function: Callable[..., Any]) -> bool:
+    """Whether a function rotates queries and keys as defined above, by tables with a dimension put in at 1."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, heads, 5, 8, generator=generator) for heads in (4, 2))
+    cosine, sine = torch.randn(2, 2, 5, 8, generator=generator)
+    expected = torch.cat([rotate(tensor, cosine[:, None], sine[:, None]) for tensor in (query, key)], 1)
+    return _gives(lambda: torch.cat(function(query, key, cosine, sine), 1), expected)
 
 
 def _epsilon(module: Any) -> float:
@@ -257,19 +396,49 @@ def _gives(compute: Callable[[], Any], expected: torch.Tensor) -> bool:
 # --- the check ----------------------------------------------------------------------------
 
 
+def _reason_in(model: torch.nn.Module, name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a kernel will not do for a model's widths: which one CUDA starts depends on them."""
+    widths = {_TEST_WIDTH}
+    if name == NORM:
+        norms = (module for module in model.modules() if _is_norm(type(module)))
+        widths |= {module.weight.shape[-1] for module in norms if isinstance(module.weight, torch.Tensor)}
+    reasons = (reason_against(name, device, dtype, width) for width in sorted(widths))
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _heads(rows: torch.Tensor) -> torch.Tensor:
+    """Rows as 3 heads of 11 tokens, [1, 3, 11, S], with the strides that attention's queries have."""
+    return rows.view(1, 11, 3, -1).transpose(1, 2)
+
+
+def _rows(heads: torch.Tensor) -> torch.Tensor:
+    return heads.transpose(1, 2).reshape(33, -1)
+
+
 @cache
-def reason_against(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a kernel or its gradients are not what the definition gives; None where they are."""
+def reason_against(name: str, device: torch.device, dtype: torch.dtype, width: int = _TEST_WIDTH) -> str | None:
+    """Why a kernel or its gradients are not what the definition gives; None where they are.
+
+    The output's gradient comes transposed, as it does where a model norms heads.
+    """
     generator = torch.Generator().manual_seed(0)
-    inputs = [3 * torch.randn(33, 96, generator=generator).to(device, dtype) for _ in range(2)]
-    weights = torch.randn(33, 96, generator=generator).to(device)
+    inputs = [3 * torch.randn(33, width, generator=generator).to(device, dtype) for _ in range(2)]
+    weights = torch.randn(width, 33, generator=generator).to(device).T
+    angles = inputs[1][:11].float()[None, None]  # [1, 1, 11, S], and those of the halves differ
+    tables = angles.cos().to(dtype), angles.sin().to(dtype)
 
     def exact(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         if name == SWIGLU:
             return one * one.sigmoid() * other
+        if name == ROTATION:
+            heads, (a, b) = _heads(one), _heads(one).chunk(2, -1)
+            cosine, sine = (table.float() for table in tables)
+            return _rows(heads * cosine + torch.cat([-b, a], -1) * sine)
         return other[0] * one / (one.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
     def fused(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        if name == ROTATION:
+            return _rows(rotate(_heads(one), *tables))
         return swiglu(one, other) if name == SWIGLU else rms_norm(one, other[0].detach(), 1e-6)
 
     def run(function: Callable[..., torch.Tensor], number: torch.dtype) -> list[torch.Tensor]:

@@ -1,1 +1,1 @@
-"""Floor 2: base models, adapters, their identity, and the embedded model."""
+"""Base models, adapters, their identity, and the embedded model."""

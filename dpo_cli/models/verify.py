@@ -21,7 +21,7 @@ from dpo_cli.core.errors import MachineError
 from dpo_cli.core.params import ModelParams
 from dpo_cli.core.text import shown
 from dpo_cli.data.chat import ChatEncoder
-from dpo_cli.data.formats.base import RowProblem
+from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import assistant, user
 from dpo_cli.models.adapters import adaptable_layers, without_numbers
 from dpo_cli.models.folder import (

@@ -1,1 +1,1 @@
-"""Floor 3: the reference model's log-probabilities, kept by content."""
+"""The reference model's log-probabilities, kept by content."""

@@ -20,12 +20,12 @@ from dpo_cli.core.errors import DataError
 from dpo_cli.core.params import EMBEDDED, ModelParams, ReferenceParams, RuntimeParams
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_rejects, tokenise_table
+from dpo_cli.losses.ranking import MAX_TIED, Ties
 from dpo_cli.models.adapters import SftResult, read_sft_result
 from dpo_cli.models.device import Machine, prepare_machine
 from dpo_cli.models.folder import base_folder
 from dpo_cli.models.identity import base_digest, library_versions, read_base_lock, refuse_beyond_context, verify_model
 from dpo_cli.models.load import context_length, load_tokenizer, open_encoder
-from dpo_cli.objectives.ranking import MAX_TIED, Ties
 from dpo_cli.scoring.scorer import engine_version
 
 SPLITS = ("train", "eval")

@@ -61,7 +61,7 @@ def score_both(
         adapter: Folder of the policy's adapter.
         groups: Prompts with their completions.
         runtime: This machine.
-        reporter: Hears of progress, and of a cache that is not used.
+        reporter: Shows progress, and of a cache that is not used.
         command: Who asks, for messages.
 
     Returns:

@@ -113,7 +113,7 @@ def score_into_store(
         checkpoint_minutes: Work that a kill may cost.
         command: Who does it, for messages.
         what: What it does, for the meter.
-        reporter: Hears of progress.
+        reporter: Shows progress.
 
     Raises:
         Interrupted: The user asked to stop; what was computed is stored, as it is after any error.

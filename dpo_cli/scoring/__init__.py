@@ -1,1 +1,1 @@
-"""Floor 2: a prompt with K completions to log-probabilities. The engine every stage shares."""
+"""A prompt with K completions to log-probabilities: the engine that every stage shares."""

@@ -15,8 +15,14 @@ import torch
 
 from dpo_cli.scoring.blocks import Piece
 
-_WASTE = 1.5
-"""How many (query, key) pairs a batch may have for each that is needed."""
+_PAIRS_A_BATCH = 1 << 16
+"""A piece joins a batch where that adds no more (query, key) pairs than these to what is needed.
+
+To start the kernels of one batch more takes a GPU as long as some hundred thousand pairs do, and the host several times
+as long; but what is computed for nothing is kept for the backward pass, too.
+"""
+_KEYS_ALIKE = 8
+"""Keys are padded to a multiple of it: kernels read masks by so many numbers, and copy any other in every layer."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +59,8 @@ def batches_of(pieces: Sequence[Piece], window: int | None, dtype: torch.dtype, 
     batches = []
     begin = 0
     for members in _alike(pieces):
-        num_queries, num_keys = (
-            max(piece.num_queries for piece in members),
-            max(piece.num_keys for piece in members),
-        )
+        num_queries = max(piece.num_queries for piece in members)
+        num_keys = -(-max(piece.num_keys for piece in members) // _KEYS_ALIKE) * _KEYS_ALIKE
         queries: list[int] = []
         keys: list[int] = []
         for piece in members:
@@ -81,17 +85,18 @@ def batches_of(pieces: Sequence[Piece], window: int | None, dtype: torch.dtype, 
 
 
 def _alike(pieces: Sequence[Piece]) -> list[list[Piece]]:
-    """Pieces in batches, none of which computes much that is not needed."""
+    """Pieces in batches, those of like length together."""
     found: list[list[Piece]] = []
-    needed = most_queries = most_keys = 0
+    most_queries = most_keys = 0
     for piece in sorted(pieces, key=lambda piece: (piece.num_queries, piece.num_keys, piece.queries.start)):
-        size = piece.num_queries * piece.num_keys
         wide, long = max(most_queries, piece.num_queries), max(most_keys, piece.num_keys)
-        if not found or (len(found[-1]) + 1) * wide * long > _WASTE * (needed + size):
+        before = len(found[-1]) if found else 0
+        added = (before + 1) * wide * long - before * most_queries * most_keys - piece.num_queries * piece.num_keys
+        if not found or added > _PAIRS_A_BATCH:
             found.append([])
-            needed, wide, long = 0, piece.num_queries, piece.num_keys
+            wide, long = piece.num_queries, piece.num_keys
         found[-1].append(piece)
-        needed, most_queries, most_keys = needed + size, wide, long
+        most_queries, most_keys = wide, long
     return found
 
 

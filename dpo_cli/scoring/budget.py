@@ -23,7 +23,7 @@ class TokenBudget:
     Args:
         max_tokens: The budget to begin with.
         stage: Name of the stage, for messages.
-        reporter: Hears when it is halved.
+        reporter: Says when it is halved.
         memory: File that keeps a halved budget for the next run of the same work.
     """
 

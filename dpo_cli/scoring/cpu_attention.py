@@ -47,7 +47,7 @@ class CpuAttention(torch.autograd.Function):
         kept: list[torch.Tensor] = []
         for piece in pieces:
             mask = mask_of(piece)
-            part, normaliser = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            part, normalizer = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 query[:, :, piece.queries],
                 gather(key, piece.keys),
                 gather(value, piece.keys),
@@ -56,7 +56,7 @@ class CpuAttention(torch.autograd.Function):
                 scale=scale,
             )
             out[:, piece.queries] = part.transpose(1, 2)
-            kept.append(normaliser)
+            kept.append(normalizer)
         ctx.save_for_backward(query, key, value, out, *kept)
         ctx.pieces, ctx.mask_of, ctx.scale = pieces, mask_of, scale
         return out
@@ -68,7 +68,7 @@ class CpuAttention(torch.autograd.Function):
         grad, out = grads[0].transpose(1, 2), out.transpose(1, 2)
         query_grad = torch.empty_like(query)
         key_grad, value_grad = torch.zeros_like(key), torch.zeros_like(value)
-        for piece, normaliser in zip(ctx.pieces, kept, strict=True):
+        for piece, normalizer in zip(ctx.pieces, kept, strict=True):
             mask = ctx.mask_of(piece)
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 grad[:, :, piece.queries],
@@ -76,7 +76,7 @@ class CpuAttention(torch.autograd.Function):
                 gather(key, piece.keys),
                 gather(value, piece.keys),
                 out[:, :, piece.queries],
-                normaliser,
+                normalizer,
                 0.0,
                 mask is None,
                 attn_mask=mask,

@@ -304,6 +304,9 @@ def _chunk_logps(
     z.scatter_add_(1, index, -sums)
     if slope is not None:
         z *= slope
+    if weight_VD.dtype == torch.float16:  # the sums may be larger than its largest number
+        z /= sums
+        sums = torch.ones_like(sums)
     gradient = torch.mm(z.to(weight_VD.dtype), weight_VD) * (-transform.scale / sums)
     if statistics is not None and comes_with_gradient:
         along = (hidden_CD.float() * gradient.float()).sum(1)

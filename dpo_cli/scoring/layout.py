@@ -2,12 +2,11 @@
 
 Legend: B groups, K completions a group, R rows, T tokens a row, N scored tokens, M completion tokens.
 
-Three layouts, which differ in cost alone:
+Two layouts, which differ in cost alone:
 
 * ``shared``: one row; a group is its prompt once, then every completion. A completion sees the
   prompt and itself, never a sibling, and its positions go on from the prompt's. Completions that
   begin with the same tokens share those too.
-* ``packed``: one row; every completion behind a copy of its prompt, one after another.
 * ``padded``: a row for every completion behind a copy of its prompt, padded to the right, where a
   causal model never looks. It needs no attention of its own, so it serves every model.
 
@@ -29,8 +28,8 @@ import torch
 
 from dpo_cli.data.tokenise import TokenGroup
 
-LayoutName = Literal["shared", "packed", "padded"]
-LAYOUTS: tuple[LayoutName, ...] = ("shared", "packed", "padded")
+LayoutName = Literal["shared", "padded"]
+LAYOUTS: tuple[LayoutName, ...] = ("shared", "padded")
 """From the cheapest to the one that every model can do."""
 
 MIN_SHARED_TOKENS = 8
@@ -114,7 +113,7 @@ def lay_out(groups: Sequence[TokenGroup], name: LayoutName) -> Layout:
     """Lay groups out, all with the same number of completions."""
     if len({len(group.completions) for group in groups}) != 1:
         raise ValueError("all groups of a layout must have the same number of completions")
-    return _pad(groups) if name == "padded" else _join(groups, name)
+    return _pad(groups) if name == "padded" else _join(groups)
 
 
 # --- one row ------------------------------------------------------------------------------
@@ -133,15 +132,10 @@ class _Row:
     blocks: list[Block]
 
 
-def _join(groups: Sequence[TokenGroup], name: LayoutName) -> Layout:
+def _join(groups: Sequence[TokenGroup]) -> Layout:
     row = _Row([], [], [], [], [], [], [])
     for number, group in enumerate(groups):
-        first = number * len(group.completions)
-        if name == "shared":
-            _append_block(row, group.prompt, group.completions, first)
-        else:
-            for offset, completion in enumerate(group.completions):
-                _append_block(row, group.prompt, (completion,), first + offset)
+        _append_block(row, group.prompt, group.completions, number * len(group.completions))
     return Layout(
         tokens_RT=torch.tensor([row.tokens]),
         positions_RT=torch.tensor([row.positions]),
@@ -285,8 +279,6 @@ def num_row_tokens(group: TokenGroup, name: LayoutName) -> int:
     """Tokens of a group that go through the model, beside nothing else."""
     if name == "shared":
         return sum(branch.num_inputs for branch in _branches(len(group.prompt), group.completions))
-    if name == "packed":
-        return sum(len(group.prompt) + len(completion) - 1 for completion in group.completions)
     return len(group.completions) * (group.longest - 1)
 
 

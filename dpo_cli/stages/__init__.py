@@ -1,1 +1,1 @@
-"""Floor 4: one file a stage, each ``run(params, reporter)`` that reads like its recipe."""
+"""One file a stage, each with a ``run`` that reads like its recipe."""

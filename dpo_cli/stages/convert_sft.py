@@ -7,7 +7,7 @@ from typing import Any
 from dpo_cli.core import paths
 from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
-from dpo_cli.data.convert_stage import convert_stage
+from dpo_cli.stages.conversion import convert_stage
 
 
 def run(params: Params, reporter: Reporter) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Stage evaluate: is the tuned model better, by how much, how surely, and at what cost.
 
 Steps follow one another, each keyed by what it depends on: log-probabilities, answers, divergences
-(:mod:`dpo_cli.evaluation.steps`), judgments (:mod:`dpo_cli.evaluation.judges.cache`), then metrics and
+(:mod:`dpo_cli.evaluation.steps`), judgments (:mod:`dpo_cli.judging.cache`), then metrics and
 tables, which are functions of them. Stage report draws the page.
 """
 
@@ -24,16 +24,9 @@ from dpo_cli.data.pieces import pieces_of
 from dpo_cli.data.schema import Messages, text_of
 from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_rejects, prompt_ids
 from dpo_cli.evaluation import tables
-from dpo_cli.evaluation.bootstrap import Estimate, Sampling
-from dpo_cli.evaluation.calibration import reliability_table
 from dpo_cli.evaluation.generation import Answer, PromptTokens
-from dpo_cli.evaluation.held_out import HeldOut, HeldOutPair, summarise_held_out
-from dpo_cli.evaluation.judges.exact import ExactJudge, world_task
-from dpo_cli.evaluation.judges.opening import Candidate, OpenedJudge, Opener, prepare_judge
-from dpo_cli.evaluation.judges.prompts import transcript
-from dpo_cli.evaluation.judges.votes import item_id
+from dpo_cli.evaluation.held_out import HeldOut, HeldOutPair, summarize_held_out
 from dpo_cli.evaluation.kl import SequenceKl
-from dpo_cli.evaluation.matches import Answers, Match, play
 from dpo_cli.evaluation.metrics import (
     against_chosen_metrics,
     answer_metrics,
@@ -46,16 +39,22 @@ from dpo_cli.evaluation.metrics import (
     perplexity,
     win_metrics,
 )
-from dpo_cli.evaluation.speaker_names import DPO, SFT
-from dpo_cli.evaluation.speakers import Cast, Speaker, open_cast
+from dpo_cli.evaluation.model_names import DPO, SFT
+from dpo_cli.evaluation.models import EvaluatedModel, EvaluatedModels, open_models
 from dpo_cli.evaluation.steps import Steps, logp_sums
 from dpo_cli.evaluation.verdict import report_verdict
-from dpo_cli.evaluation.votes import COLUMNS as VOTE_COLUMNS
+from dpo_cli.judging.comparisons import Answers, ComparisonResult, compare_models
+from dpo_cli.judging.human import item_id
+from dpo_cli.judging.known_reward import ExactJudge, world_task
+from dpo_cli.judging.prepare import JudgedAnswer, LoadJudge, ReadyJudge, prepare_judge
+from dpo_cli.judging.templates import transcript
+from dpo_cli.judging.votes import COLUMNS as VOTE_COLUMNS
 from dpo_cli.models.device import memory_metrics
 from dpo_cli.models.load import quiet_libraries
-from dpo_cli.objectives.pairwise import sigmoid
 from dpo_cli.reference.cache import completion_key, group_keys, read_cache, reference_logps
 from dpo_cli.reference.graph import Graph, check_context, open_graph, read_columns, table_digests
+from dpo_cli.statistics.bootstrap import Estimate, Sampling
+from dpo_cli.statistics.calibration import reliability_table
 
 _TRAIN_REMEDY = "run: dpo-cli train"
 
@@ -119,7 +118,7 @@ def evaluate_model(
         params: Settings.
         folder: The model.
         out: Where its files go.
-        reporter: Hears of progress.
+        reporter: Shows progress.
         beta_given: Whether settings of section train were given on the command line.
 
     Raises:
@@ -135,12 +134,12 @@ def evaluate_model(
     if out.is_dir() and any(out.iterdir()) and not (out / paths.MODEL_SETTINGS).is_file():
         raise ParamsError(f"{out} holds other files, and no evaluation of a model; name a folder of its own: --out")
     graph = open_graph(params.model, params.reference, params.runtime)
-    cast = open_cast(graph, folder, params.runtime, reporter, "evaluate")
+    models = open_models(graph, folder, params.runtime, reporter, "evaluate")
     known = read_json(out / paths.MODEL_SETTINGS, "") if (out / paths.MODEL_SETTINGS).is_file() else {}
-    if known and known.get("policy") != cast.policy.digest:
+    if known and known.get("policy") != models.policy.digest:
         raise ParamsError(f"{out} holds the evaluation of another model; name another folder: --out")
     settings: dict[str, Any] = {name: getattr(params, name).model_dump() for name in ("model", "reference", "evaluate")}
-    settings |= {"name": folder.resolve().name, "policy": cast.policy.digest}
+    settings |= {"name": folder.resolve().name, "policy": models.policy.digest}
     train, trained, is_ours = _training_of(folder, params.train, graph, reporter)
     if trained is not None:
         if beta_given:
@@ -181,7 +180,7 @@ def _training_of(
 
 def evaluate(params: Params, graph: Graph, judged: Judged, reporter: Reporter) -> dict[str, Any]:
     """All steps of one model, and the files that they make."""
-    knobs = params.evaluate
+    evaluate = params.evaluate
     table = graph.tokenise_pairs("eval")
     if not table.groups:
         raise DataError(
@@ -195,12 +194,12 @@ def evaluate(params: Params, graph: Graph, judged: Judged, reporter: Reporter) -
     cache = read_cache(paths.REFERENCE, graph.identity)
     with stage_scratch("evaluate", "run") as scratch:
         root = scratch.folder.parent
-        steps = Steps(graph, knobs, params.runtime, reporter, "evaluate", root / "models")
-        cast = open_cast(graph, judged.folder, params.runtime, reporter, "evaluate")
-        opener = prepare_judge(
-            knobs, graph, (judged.name, SFT), params.runtime, reporter, "evaluate", root / "judgments"
+        steps = Steps(graph, evaluate, params.runtime, reporter, "evaluate", root / "models")
+        models = open_models(graph, judged.folder, params.runtime, reporter, "evaluate")
+        load_judge = prepare_judge(
+            evaluate, graph, (judged.name, SFT), params.runtime, reporter, "evaluate", root / "judgments"
         )
-        work = _Work(params, graph, judged, table, reporter, steps, cast, opener)
+        work = _Work(params, graph, judged, table, reporter, steps, models, load_judge)
         metrics = work.run(cache)
         metrics["num_leaked_prompts"] = num_leaked if judged.is_of_this_data else None
         metrics |= memory_metrics(graph.machine)
@@ -233,41 +232,39 @@ class _Work:
         table: TokenTable,
         reporter: Reporter,
         steps: Steps,
-        cast: Cast,
-        opener: Opener | None,
+        models: EvaluatedModels,
+        load_judge: LoadJudge | None,
     ) -> None:
         self._params = params
-        self._knobs: EvaluateParams = params.evaluate
+        self._evaluate: EvaluateParams = params.evaluate
         self._runtime: RuntimeParams = params.runtime
         self._graph = graph
         self._judged = judged
         self._table = table
         self._reporter = reporter
         self._steps = steps
-        self._cast = cast
-        self._opener = opener
-        knobs = self._knobs
-        self._sampling = Sampling(knobs.bootstrap_draws, knobs.confidence, knobs.seed)
-        self._prompts = _prompts(table, knobs.num_prompts)
+        self._models = models
+        self._load_judge = load_judge
+        evaluate = self._evaluate
+        self._sampling = Sampling(evaluate.bootstrap_draws, evaluate.confidence, evaluate.seed)
+        self._prompts = _prompts(table, evaluate.num_prompts)
         self._answers: dict[tuple[str, float], dict[str, Answer]] = {}
         longest = max(len(prompt.tokens) for prompt in self._prompts)
-        check_context(graph.base, longest + knobs.max_new_tokens, "evaluate.max_new_tokens + the longest prompt")
+        check_context(graph.base, longest + evaluate.max_new_tokens, "evaluate.max_new_tokens + the longest prompt")
 
     def run(self, cache: Mapping[str, float]) -> dict[str, Any]:
         """All steps; the metrics."""
-        knobs, sampling = self._knobs, self._sampling
-        policy, reference = self._cast.policy, self._cast.reference
+        evaluate, sampling = self._evaluate, self._sampling
+        policy, reference = self._models.policy, self._models.reference
         pairs, held_out = self._held_out(cache)
         metrics = held_out_metrics(held_out, sampling) | self._perplexities()
-        answers = {
-            name: self._sample(speaker, knobs.temperature) for name, speaker in ((SFT, reference), (DPO, policy))
-        }
+        answers = {name: self._sample(model, evaluate.temperature) for name, model in ((SFT, reference), (DPO, policy))}
         own = self._sample(policy, 1.0)
         kls = self._steps.divergences(policy, reference, self._prompts, own)
         metrics |= {
             "num_generated_prompts": len(self._prompts),
-            "temperature": knobs.temperature,
-            "max_new_tokens": knobs.max_new_tokens,
+            "temperature": evaluate.temperature,
+            "max_new_tokens": evaluate.max_new_tokens,
         }
         metrics |= divergence_metrics(kls, sampling) | answer_metrics(answers)
         metrics["reward_length_correlation"] = correlation(
@@ -276,17 +273,17 @@ class _Work:
         heats = self._heats(answers[DPO])
         scaled = self._scaled()
         chosen, rejected = self._data_answers()
-        fixtures = self._fixtures(chosen, rejected, scaled)
-        self._cast.close()  # its memory is the judge's
-        metrics["judge"] = knobs.judge
-        judge, matches = self._play(fixtures)
+        pairings = self._pairings(chosen, rejected, scaled)
+        self._models.close()  # its memory is the judge's
+        metrics["judge"] = evaluate.judge
+        judge, results = self._judge_pairings(pairings)
         sources = {id: row[0] for id, row in read_columns(paths.preference_table("eval"), "source").items()}
         if judge is not None:
-            metrics |= self._judged_metrics(judge, matches)
-        points = self._frontier(judge, matches, kls, scaled)
+            metrics |= self._judged_metrics(judge, results)
+        points = self._frontier(judge, results, kls, scaled)
         if points:
-            metrics |= cheaper_step([(scale, kl.value, match) for scale, kl, match, _ in points if match], sampling)
-        samples = self._samples(answers, kls, heats, judge, matches)
+            metrics |= cheaper_step([(scale, kl.value, result) for scale, kl, result, _ in points if result], sampling)
+        samples = self._samples(answers, kls, heats, judge, results)
         metrics |= _means(samples)
         if samples and "well_formed" in samples[0][DPO]:
             forms = [(sample[SFT]["well_formed"], sample[DPO]["well_formed"]) for sample in samples]
@@ -294,11 +291,11 @@ class _Work:
         if judge is not None and isinstance(judge.judge, ExactJudge):  # its rewards are 0 or 1
             metrics["win_rate_ceiling"] = 1 - metrics["reward_sft"] / 2
         curve = [
-            tables.temperature_row(temperature, opponent, match)
-            for (kind, temperature, opponent), match in matches.items()
+            tables.temperature_row(temperature, opponent, result)
+            for (kind, temperature, opponent), result in results.items()
             if kind == "temperature"
         ]
-        main = matches.get(("main", knobs.temperature, SFT))
+        main = results.get(("main", evaluate.temperature, SFT))
         bins = reliability_table(np.array(held_out.margins), [row.group for row in held_out.rows], **sampling.keywords)
         out = self._judged.out
         write_json_array(out / paths.SAMPLES, samples)
@@ -321,7 +318,7 @@ class _Work:
         """The held-out pairs under the policy, beside the cached reference."""
         groups = self._table.groups
         reference = reference_logps(cache, groups)
-        scored = self._steps.token_logps(self._cast.policy, groups, "scoring held-out pairs")
+        scored = self._steps.token_logps(self._models.policy, groups, "scoring held-out pairs")
         sums = logp_sums(scored)
         pairs = {}
         for group in groups:
@@ -334,7 +331,7 @@ class _Work:
                 num_tokens=(len(group.completions[0]), len(group.completions[1])),
             )
         beta = self._judged.train.beta
-        return pairs, summarise_held_out(list(pairs.values()), sigmoid(beta), beta, **self._sampling.keywords)
+        return pairs, summarize_held_out(list(pairs.values()), beta, **self._sampling.keywords)
 
     def _perplexities(self) -> dict[str, float]:
         """Perplexity of held-out instruction data under each model, where there is any."""
@@ -342,20 +339,20 @@ class _Work:
         if not table.groups:
             return {}
         found = {}
-        for speaker in (self._cast.base, self._cast.reference, self._cast.policy):
-            if speaker is None:
+        for model in (self._models.base, self._models.reference, self._models.policy):
+            if model is None:
                 continue
-            scored = self._steps.token_logps(speaker, table.groups, f"held-out SFT text under {speaker}")
+            scored = self._steps.token_logps(model, table.groups, f"held-out SFT text under {model}")
             keys = [key for group in table.groups for key in group_keys(group)]
             logps = [logp for key in keys for logp in scored[key]]
-            found[f"perplexity_{speaker.name}"] = perplexity(logps, len(logps))
+            found[f"perplexity_{model.name}"] = perplexity(logps, len(logps))
         return found
 
-    def _sample(self, speaker: Speaker, temperature: float) -> dict[str, Answer]:
+    def _sample(self, model: EvaluatedModel, temperature: float) -> dict[str, Answer]:
         """A model's answers by prompt id; those that were sampled in this run are not read again."""
-        key = (speaker.digest, temperature)
+        key = (model.digest, temperature)
         if key not in self._answers:
-            self._answers[key] = self._steps.answers(speaker, self._prompts, temperature)
+            self._answers[key] = self._steps.answers(model, self._prompts, temperature)
         return self._answers[key]
 
     def _heats(self, answers: Mapping[str, Answer]) -> dict[str, list[tuple[str, float]]]:
@@ -364,8 +361,8 @@ class _Work:
             TokenGroup(prompt.id, prompt.id, prompt.tokens, (answers[prompt.id].tokens,)) for prompt in self._prompts
         ]
         ours, theirs = (
-            self._steps.token_logps(speaker, groups, f"answers under {speaker}")
-            for speaker in (self._cast.policy, self._cast.reference)
+            self._steps.token_logps(model, groups, f"answers under {model}")
+            for model in (self._models.policy, self._models.reference)
         )
         found = {}
         for group in groups:
@@ -382,15 +379,15 @@ class _Work:
     def _scaled(self) -> dict[float, tuple[dict[str, Answer], dict[str, SequenceKl]]]:
         """Answers at temperature 1, and their divergences, of the model at other scales of what training changed."""
         found = {}
-        for scale in self._knobs.scales:
-            speaker = self._cast.scaled(scale)
-            if speaker is None:
+        for scale in self._evaluate.scales:
+            model = self._models.scaled(scale)
+            if model is None:
                 raise DataError(
                     f"evaluate.scales has no effect on {self._judged.folder}: it is a whole model, of which it is not"
                     " known what training changed; set it to []"
                 )
-            answers = self._sample(speaker, 1.0)
-            kls = self._steps.divergences(speaker, self._cast.reference, self._prompts, answers)
+            answers = self._sample(model, 1.0)
+            kls = self._steps.divergences(model, self._models.reference, self._prompts, answers)
             found[scale] = answers, kls
         return found
 
@@ -405,39 +402,41 @@ class _Work:
         wanted = [first[prompt.id] for prompt in self._prompts]
         chosen, rejected = (
             {
-                group.group: self._candidate(group.group, texts[group.id][side], group.completions[side])
+                group.group: self._judged_answer(group.group, texts[group.id][side], group.completions[side])
                 for group in wanted
             }
             for side in (0, 1)
         )
         return chosen, rejected
 
-    def _candidate(self, group: str, text: str, tokens: Sequence[int]) -> Candidate:
-        return Candidate(group, self._table.prompts[group], text, len(tokens))
+    def _judged_answer(self, group: str, text: str, tokens: Sequence[int]) -> JudgedAnswer:
+        return JudgedAnswer(group, self._table.prompts[group], text, len(tokens))
 
     def _candidates(self, answers: Mapping[str, Answer]) -> Answers:
         decode = self._graph.encoder.decode
         return {
-            prompt.id: self._candidate(prompt.id, decode(list(answers[prompt.id].tokens)), answers[prompt.id].tokens)
+            prompt.id: self._judged_answer(
+                prompt.id, decode(list(answers[prompt.id].tokens)), answers[prompt.id].tokens
+            )
             for prompt in self._prompts
         }
 
-    def _fixtures(
+    def _pairings(
         self,
         chosen: Answers,
         rejected: Answers,
         scaled: Mapping[float, tuple[dict[str, Answer], dict[str, SequenceKl]]],
     ) -> dict[_Key, tuple[Answers, Answers]]:
-        """All matches by what they are for, temperature or scale, and opponent."""
-        knobs = self._knobs
-        if knobs.judge == "none":
+        """All results by what they are for, temperature or scale, and opponent."""
+        evaluate = self._evaluate
+        if evaluate.judge == "none":
             return {}
-        policy, reference = self._cast.policy, self._cast.reference
+        policy, reference = self._models.policy, self._models.reference
         found: dict[_Key, tuple[Answers, Answers]] = {}
-        kinds = [("main", knobs.temperature), *(("temperature", each) for each in knobs.temperatures)]
+        kinds = [("main", evaluate.temperature), *(("temperature", each) for each in evaluate.temperatures)]
         for kind, temperature in kinds:
             ours = self._candidates(self._sample(policy, temperature))
-            for opponent in knobs.opponents:
+            for opponent in evaluate.opponents:
                 theirs = chosen if opponent == "chosen" else self._candidates(self._sample(reference, temperature))
                 found[kind, temperature, opponent] = ours, theirs
         if scaled:
@@ -445,7 +444,7 @@ class _Work:
             found["scale", 1.0, SFT] = self._candidates(self._sample(policy, 1.0)), theirs
             for scale, (answers, _) in scaled.items():
                 found["scale", scale, SFT] = self._candidates(answers), theirs
-        if knobs.judge_pairs:
+        if evaluate.judge_pairs:
             found["data", 0.0, "rejected"] = self._judged_pairs()
         return found
 
@@ -453,67 +452,72 @@ class _Work:
         """Chosen and rejected answers of the held-out pairs that the judge is tried on, by row id."""
         texts = _texts_of_pairs()
         groups = sorted(self._table.groups, key=lambda group: group.id)
-        groups = groups if self._knobs.judge_pairs < 0 else groups[: self._knobs.judge_pairs]
+        groups = groups if self._evaluate.judge_pairs < 0 else groups[: self._evaluate.judge_pairs]
         chosen, rejected = (
-            {group.id: self._candidate(group.group, texts[group.id][side], group.completions[side]) for group in groups}
+            {
+                group.id: self._judged_answer(group.group, texts[group.id][side], group.completions[side])
+                for group in groups
+            }
             for side in (0, 1)
         )
         return chosen, rejected
 
     # --- the judge --------------------------------------------------------------------------
 
-    def _play(self, fixtures: Mapping[_Key, tuple[Answers, Answers]]) -> tuple[OpenedJudge | None, dict[_Key, Match]]:
-        if self._opener is None:
+    def _judge_pairings(
+        self, pairings: Mapping[_Key, tuple[Answers, Answers]]
+    ) -> tuple[ReadyJudge | None, dict[_Key, ComparisonResult]]:
+        if self._load_judge is None:
             return None, {}
-        candidates = [each for pair in fixtures.values() for answers in pair for each in answers.values()]
-        judge = self._opener(candidates)
-        found = play(judge.judge, list(fixtures.values()), self._reporter, "evaluate", self._sampling)
-        return judge, dict(zip(fixtures, found, strict=True))
+        judged = [each for pair in pairings.values() for answers in pair for each in answers.values()]
+        judge = self._load_judge(judged)
+        found = compare_models(judge.judge, list(pairings.values()), self._reporter, "evaluate", self._sampling)
+        return judge, dict(zip(pairings, found, strict=True))
 
-    def _judged_metrics(self, judge: OpenedJudge, matches: Mapping[_Key, Match]) -> dict[str, Any]:
-        temperature = self._knobs.temperature
-        main = matches["main", temperature, SFT]
+    def _judged_metrics(self, judge: ReadyJudge, results: Mapping[_Key, ComparisonResult]) -> dict[str, Any]:
+        temperature = self._evaluate.temperature
+        main = results["main", temperature, SFT]
         metrics = {"judge_name": judge.name} | win_metrics(main, self._sampling, reads=judge.reads)
-        if against := matches.get(("main", temperature, "chosen")):
+        if against := results.get(("main", temperature, "chosen")):
             metrics |= against_chosen_metrics(against)
-        if tried := matches.get(("data", 0.0, "rejected")):
+        if tried := results.get(("data", 0.0, "rejected")):
             metrics |= judge_metrics(tried)
         return metrics
 
     def _frontier(
         self,
-        judge: OpenedJudge | None,
-        matches: Mapping[_Key, Match],
+        judge: ReadyJudge | None,
+        results: Mapping[_Key, ComparisonResult],
         kls: Mapping[str, SequenceKl],
         scaled: Mapping[float, tuple[dict[str, Answer], dict[str, SequenceKl]]],
-    ) -> list[tuple[float, Estimate, Match | None, float | None]]:
-        """Scale, KL, match with the SFT model and gain in reward, from the SFT model on; empty without other scales."""
+    ) -> list[tuple[float, Estimate, ComparisonResult | None, float | None]]:
+        """Scale, KL, result against SFT and gain in reward, from the SFT model on; empty without other scales."""
         if judge is None or not scaled:
             return []
         reward = judge.reward
-        points: list[tuple[float, Estimate, Match | None, float | None]] = [
+        points: list[tuple[float, Estimate, ComparisonResult | None, float | None]] = [
             (0.0, Estimate(0.0, 0.0, 0.0), None, None if reward is None else 0.0)
         ]
         by_scale = {1.0: kls} | {scale: found for scale, (_, found) in scaled.items()}
         for scale in sorted(by_scale):
-            match, found = matches["scale", scale, SFT], by_scale[scale]
+            result, found = results["scale", scale, SFT], by_scale[scale]
             kl = self._sampling.interval([each.exact for each in found.values()], list(found))
             gain = None
             if reward is not None:
                 ours, theirs = (
                     float(np.mean([reward(each.prompt, each.text) for each in answers.values()]))
-                    for answers in (match.ours, match.theirs)
+                    for answers in (result.ours, result.theirs)
                 )
                 gain = ours - theirs
-            points.append((scale, kl, match, gain))
+            points.append((scale, kl, result, gain))
         return points
 
-    def _votes(self, judge: OpenedJudge | None, main: Match | None) -> list[tuple[Any, ...]]:
+    def _votes(self, judge: ReadyJudge | None, main: ComparisonResult | None) -> list[tuple[Any, ...]]:
         """The judge's verdicts as votes, beside which people's can be laid; those of people are votes already.
 
         Identical answers are left out, as they are in a sheet for people.
         """
-        if judge is None or main is None or self._knobs.judge == "votes":
+        if judge is None or main is None or self._evaluate.judge == "votes":
             return []
         method = self._judged.name
         rows = []
@@ -532,13 +536,13 @@ class _Work:
         answers: Mapping[str, Mapping[str, Answer]],
         kls: Mapping[str, SequenceKl],
         heats: Mapping[str, list[tuple[str, float]]],
-        judge: OpenedJudge | None,
-        matches: Mapping[_Key, Match],
+        judge: ReadyJudge | None,
+        results: Mapping[_Key, ComparisonResult],
     ) -> list[dict[str, Any]]:
         """One row a prompt: the answers, where there is a judge who wins, and the KL in nats."""
         chosen, rejected = self._data_answers()
-        temperature = self._knobs.temperature
-        main, against = (matches.get(("main", temperature, opponent)) for opponent in (SFT, "chosen"))
+        temperature = self._evaluate.temperature
+        main, against = (results.get(("main", temperature, opponent)) for opponent in (SFT, "chosen"))
         rows = []
         for prompt in self._prompts:
             messages = self._table.prompts[prompt.id]
@@ -554,7 +558,7 @@ class _Work:
             row |= {"chosen": chosen[prompt.id].text, "rejected": rejected[prompt.id].text}
             if judge is not None and main is not None:
                 _add_judgment(row, judge, main, against, prompt.id)
-            if self._knobs.judge == "world":
+            if self._evaluate.judge == "world":
                 _add_form(row, messages)
             row["kl"] = kls[prompt.id].exact
             rows.append(row)
@@ -562,7 +566,7 @@ class _Work:
 
 
 _Key = tuple[str, float, str]
-"""What a match is for (main, temperature, scale, data), the temperature or scale, and the opponent."""
+"""What a result is for (main, temperature, scale, data), the temperature or scale, and the opponent."""
 
 
 def _prompts(table: TokenTable, limit: int) -> list[PromptTokens]:
@@ -578,14 +582,16 @@ def _texts_of_pairs() -> dict[str, tuple[str, str]]:
     return {id: (text_of(chosen), text_of(rejected)) for id, (chosen, rejected) in rows.items()}
 
 
-def _add_judgment(row: dict[str, Any], judge: OpenedJudge, main: Match, against: Match | None, id: str) -> None:
+def _add_judgment(
+    row: dict[str, Any], judge: ReadyJudge, main: ComparisonResult, against: ComparisonResult | None, id: str
+) -> None:
     """Who wins; rewards of one's own kind are given less their mean, since they are fixed up to a constant a prompt."""
     if judge.reward is not None:
         ours, theirs = (judge.reward(each.prompt, each.text) for each in (main.ours[id], main.theirs[id]))
         middle = 0.0 if isinstance(judge.judge, ExactJudge) else (ours + theirs) / 2
         row[SFT]["reward"], row[DPO]["reward"] = theirs - middle, ours - middle
-    for name, match in (("win", main), ("win_chosen", against)):
-        if match is not None and (win := match.comparisons[id].win) is not None:
+    for name, result in (("win", main), ("win_chosen", against)):
+        if result is not None and (win := result.comparisons[id].win) is not None:
             row[name] = win
     if judge.reads and main.comparisons[id].ours_first is not None:
         row["consistent"] = main.comparisons[id].is_consistent

@@ -15,16 +15,16 @@ from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import Scratch, stage_scratch
 from dpo_cli.core.text import markdown
 from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_found, explain_rejects
-from dpo_cli.evaluation.bootstrap import Estimate
-from dpo_cli.evaluation.reward_figures import RewardedPair, RewardFigures, summarise_rewards
+from dpo_cli.evaluation.reward_figures import RewardedPair, RewardFigures, summarize_rewards
 from dpo_cli.models.card import card_head, usage
 from dpo_cli.models.device import memory_in_words, memory_metrics, token_budget
 from dpo_cli.models.identity import read_lock
 from dpo_cli.models.reward import REWARD_MANIFEST, load_reward_model_at_start, reward_head, write_reward_manifest
+from dpo_cli.statistics.bootstrap import Estimate
 from dpo_cli.training.history import merge_log, write_tsv
 
 if TYPE_CHECKING:  # what computes is imported where there is something to compute
-    from dpo_cli.evaluation.judges.reward_model import RewardModel
+    from dpo_cli.judging.reward_model import RewardModel
     from dpo_cli.reference.graph import Graph
     from dpo_cli.scoring.probe import Verdict
     from dpo_cli.training.fit import Fit
@@ -67,7 +67,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
 
 def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
     with importing():
-        from dpo_cli.evaluation.judges.reward_model import RewardModel
+        from dpo_cli.judging.reward_model import RewardModel
         from dpo_cli.models.adapters import save_adapter
         from dpo_cli.models.load import quiet_libraries, save_tokenizer
         from dpo_cli.reference.graph import SPLITS, all_rejects, open_graph, refuse_empty
@@ -168,7 +168,7 @@ def _figures(model: RewardModel, pairs: TokenTable, seed: int) -> RewardFigures:
         )
         for group, found in zip(pairs.groups, rewards, strict=True)
     ]
-    return summarise_rewards(rows, draws=_DRAWS, confidence=_CONFIDENCE, seed=seed)
+    return summarize_rewards(rows, draws=_DRAWS, confidence=_CONFIDENCE, seed=seed)
 
 
 def _metrics(

@@ -22,12 +22,12 @@ from dpo_cli.core.params import EMBEDDED, LoraParams, Params, TrainParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.text import markdown
 from dpo_cli.data.tokenise import TokenGroup, TokenTable
+from dpo_cli.losses.changes import shared_length_logps
 from dpo_cli.models.adapters import adapter_size, load_policy_at_start, save_adapter, size_in_words
 from dpo_cli.models.card import card_head, usage
 from dpo_cli.models.device import memory_in_words, memory_metrics, token_budget
 from dpo_cli.models.identity import read_lock
 from dpo_cli.models.load import quiet_libraries, save_tokenizer
-from dpo_cli.objectives.pairwise import shared_length_logps
 from dpo_cli.reference.cache import read_cache, read_cache_tokens, reference_logps
 from dpo_cli.reference.graph import (
     SPLITS,
@@ -117,7 +117,7 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
 
 
 def _objective(knobs: TrainParams, graph: Graph, groups: Sequence[TokenGroup]) -> PreferenceObjective:
-    """What is minimised, with the reference's log-probabilities and what else it reads of the data."""
+    """What is minimized, with the reference's log-probabilities and what else it reads of the data."""
     reference = reference_logps(read_cache(paths.REFERENCE, graph.identity), groups)
     shared_length = None
     if knobs.ld_alpha is not None:

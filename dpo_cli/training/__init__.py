@@ -1,1 +1,1 @@
-"""Floor 3: one training loop for every objective."""
+"""One training loop for every objective."""

@@ -27,7 +27,7 @@ class LossScale:
     Args:
         compute_dtype: What products are computed in.
         section: Name of the stage, for messages.
-        reporter: Hears when it is halved.
+        reporter: Says when it is halved.
         memory: File that keeps a halved one for the next run of the same work; None: it is not kept.
 
     Attributes:

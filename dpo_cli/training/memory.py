@@ -56,7 +56,7 @@ def choose_memory(
         groups: What it is trained on.
         groups_a_step: How many of them make an optimizer step.
         runtime: What the user says.
-        reporter: Hears of the choice.
+        reporter: Says what is chosen.
         section: Name of the stage, for messages.
 
     Raises:

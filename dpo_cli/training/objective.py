@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from dpo_cli.core.objectives import OBJECTIVES
 from dpo_cli.core.params import TrainParams
 from dpo_cli.data.tokenise import TokenGroup
-from dpo_cli.objectives.pairwise import BatchFacts, log_ratios, objective_loss, shared_length_logps, wpo_weights
-from dpo_cli.objectives.ranking import kendall_tau, plackett_luce
-from dpo_cli.objectives.sft import negative_log_likelihood
+from dpo_cli.losses.catalogue import LOSSES
+from dpo_cli.losses.changes import divergence_of, shared_length_logps, under_divergence, with_offset, wpo_weights
+from dpo_cli.losses.pairwise import Pairs, log_ratios
+from dpo_cli.losses.ranking import kendall_tau, plackett_luce
 from dpo_cli.scoring.scorer import Scores, Statistics
 from dpo_cli.training.history import TOKEN_METRICS
 
@@ -158,11 +158,11 @@ class SftObjective:
 
     def losses(self, groups: Sequence[TokenGroup], scores: Scores, step: Sequence[TokenGroup]) -> GroupLosses:
         """Losses summed over tokens, nats."""
-        return GroupLosses(negative_log_likelihood(scores.logps_BK), _statistics(scores, step))
+        return GroupLosses(-scores.logps_BK[:, 0], _statistics(scores, step))
 
 
 def preference_objective(
-    knobs: TrainParams,
+    train: TrainParams,
     reference: Mapping[str, Sequence[float]],
     *,
     shared_length: Mapping[str, Sequence[float]] | None = None,
@@ -172,24 +172,24 @@ def preference_objective(
     """The objective that section train asks for.
 
     Args:
-        knobs: Section train.
+        train: Section train.
         reference: Reference log-probabilities of each group's completions by row id, nats.
-        shared_length: The same of :func:`~dpo_cli.objectives.pairwise.shared_length_logps`, for ``ld_alpha``.
+        shared_length: The same of :func:`~dpo_cli.losses.changes.shared_length_logps`, for ``ld_alpha``.
         score_gaps: Chosen minus rejected score by row id, for ``margin_scale``.
         ranks: Ranks of each group's completions by row id, for ``plackett_luce``.
     """
-    if "plackett_luce" in knobs.losses:
-        return RankingObjective(knobs, reference, ranks or {})
-    return PairObjective(knobs, reference, shared_length, score_gaps)
+    if "plackett_luce" in train.losses:
+        return RankingObjective(train, reference, ranks or {})
+    return PairObjective(train, reference, shared_length, score_gaps)
 
 
 class PairObjective:
     """Pairwise preference losses against cached reference log-probabilities, a mean over pairs.
 
     Args:
-        knobs: Section train: the losses, beta, and what they read.
+        train: Section train: the losses, beta, and what they read.
         reference: Reference log-probabilities (chosen, rejected) by row id, nats.
-        shared_length: The same of :func:`~dpo_cli.objectives.pairwise.shared_length_logps`; read with ``ld_alpha``.
+        shared_length: The same of :func:`~dpo_cli.losses.changes.shared_length_logps`; read with ``ld_alpha``.
         score_gaps: Chosen minus rejected score by row id; read with ``margin_scale``.
     """
 
@@ -197,17 +197,17 @@ class PairObjective:
 
     def __init__(
         self,
-        knobs: TrainParams,
+        train: TrainParams,
         reference: Mapping[str, Sequence[float]],
         shared_length: Mapping[str, Sequence[float]] | None = None,
         score_gaps: Mapping[str, float] | None = None,
     ) -> None:
-        self._knobs = knobs
+        self._train = train
         self._plain = reference
-        self._reference = reference if knobs.ld_alpha is None else shared_length or {}
+        self._reference = reference if train.ld_alpha is None else shared_length or {}
         self._score_gaps = score_gaps or {}
-        self.statistics: Statistics = "squares" if knobs.weighting == "wpo" else "plain"
-        self.is_coupled = any(OBJECTIVES[name].is_coupled for name in knobs.losses)
+        self.statistics: Statistics = "squares" if train.weighting == "wpo" else "plain"
+        self.is_coupled = any(LOSSES[name].is_coupled for name in train.losses)
 
     def reference_logps(self, groups: Sequence[TokenGroup], device: torch.device) -> torch.Tensor:
         """float64 [B, 2]."""
@@ -215,9 +215,9 @@ class PairObjective:
 
     def policy_logps(self, scores: Scores) -> torch.Tensor:
         """float64 [B, 2], with gradient."""
-        if self._knobs.ld_alpha is None:
+        if self._train.ld_alpha is None:
             return scores.logps_BK
-        return shared_length_logps(scores.token_logps_M, scores.num_tokens_BK, self._knobs.ld_alpha)
+        return shared_length_logps(scores.token_logps_M, scores.num_tokens_BK, self._train.ld_alpha)
 
     def weight(self, groups: Sequence[TokenGroup]) -> float:
         """The number of pairs."""
@@ -226,40 +226,75 @@ class PairObjective:
     def losses(self, groups: Sequence[TokenGroup], scores: Scores, step: Sequence[TokenGroup]) -> GroupLosses:
         """Losses and the metrics that TRL logs; an accuracy of a tie is one half."""
         device = scores.logps_BK.device
-        gaps = None
-        if self._knobs.margin_scale:
-            gaps = _values(self._score_gaps, groups, device)
+        gaps = _values(self._score_gaps, groups, device) if self._train.margin_scale else None
         weights = None
-        if self._knobs.weighting == "wpo":
+        if self._train.weighting == "wpo":
             squares = None if scores.statistics is None else scores.statistics.log_sum_squares_N
             if squares is None:
                 raise ValueError("weighting wpo needs the sums of squared probabilities")
             weights = wpo_weights(scores.token_logps_M, squares, scores.num_tokens_BK)
-        facts = BatchFacts(sum(len(group.completions[0]) for group in step) / len(step), gaps, weights)
-        policy, reference = self.policy_logps(scores), self.reference_logps(groups, device)
-        if self._knobs.ld_alpha is None:
-            losses = objective_loss(self._knobs, facts)(policy, reference, scores.num_tokens_BK)
-        else:
-            losses = self._apart(
-                facts, (policy, reference), (scores.logps_BK, _values(self._plain, groups, device)), scores
-            )
-        rewards = self._knobs.beta * log_ratios(policy.detach(), reference)
+        mean_chosen_tokens = sum(len(group.completions[0]) for group in step) / len(step)
+        shared = Pairs(
+            self.policy_logps(scores), self.reference_logps(groups, device), scores.num_tokens_BK, mean_chosen_tokens
+        )
+        plain = shared
+        if self._train.ld_alpha is not None:
+            plain = replace(shared, policy_B2=scores.logps_BK, reference_B2=_values(self._plain, groups, device))
+        losses = self._losses(shared, plain, gaps, weights)
+        rewards = self._train.beta * log_ratios(shared.policy_B2.detach(), shared.reference_B2)
         return GroupLosses(losses, {**_metrics(rewards, scores.logps_BK.detach()), **_statistics(scores, step)})
 
-    def _apart(
-        self,
-        facts: BatchFacts,
-        shared: tuple[torch.Tensor, torch.Tensor],
-        plain: tuple[torch.Tensor, torch.Tensor],
-        scores: Scores,
+    def _losses(
+        self, shared: Pairs, plain: Pairs, gaps_B: torch.Tensor | None, weights_B: torch.Tensor | None
     ) -> torch.Tensor:
-        """The losses where some read sums of shared length and others plain ones, float64 [B]."""
-        readers = [name for name in self._knobs.losses if "ld_alpha" in OBJECTIVES[name].reads]
-        others = [name for name in self._knobs.losses if name not in readers]
-        losses = objective_loss(self._knobs, facts, readers)(*shared, scores.num_tokens_BK)
-        if others:
-            losses = losses + objective_loss(self._knobs, facts, others)(*plain, scores.num_tokens_BK)
-        return losses
+        """The sum of the losses; those that do not read ``ld_alpha`` are of the plain sums, float64 [B]."""
+        names = list(self._train.losses)
+        if shared is plain:
+            return pairwise_losses(self._train, names, plain, gaps_B, weights_B)
+        readers = [name for name in names if "ld_alpha" in LOSSES[name].reads]
+        losses = pairwise_losses(self._train, readers, shared, gaps_B, weights_B)
+        others = [name for name in names if name not in readers]
+        return losses + pairwise_losses(self._train, others, plain, gaps_B, weights_B) if others else losses
+
+
+def pairwise_losses(
+    train: TrainParams,
+    names: Sequence[str],
+    pairs: Pairs,
+    gaps_B: torch.Tensor | None = None,
+    weights_B: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A weighted sum of losses, each of the pairs as the settings that it reads change them, float64 [B].
+
+    Source: MPO (Wang et al. 2024, eq. 1), RPO and what else one mixes.
+
+    Args:
+        train: Section train.
+        names: Those of its losses that are meant.
+        pairs: What is compared.
+        gaps_B: float64 [B], chosen minus rejected score; for ``margin_scale``.
+        weights_B: float64 [B], what each pair counts; for ``weighting``.
+
+    Raises:
+        ValueError: A loss is one of rankings.
+    """
+    derivative = divergence_of(train.divergence, train.divergence_alpha)
+    parts: list[tuple[float, torch.Tensor]] = []
+    for name in names:
+        loss, changed = LOSSES[name], pairs
+        if loss.is_ranking:
+            raise ValueError(f"{name} is a loss of rankings, not of pairs")
+        if derivative is not None and "divergence" in loss.reads:
+            changed = under_divergence(changed, derivative)
+        if gaps_B is not None and "margin_scale" in loss.reads:
+            changed = with_offset(changed, train.margin_scale * gaps_B / train.beta)
+        losses = loss.of(changed, train)
+        if weights_B is not None and "weighting" in loss.reads:
+            losses = weights_B * losses
+        parts.append((train.losses[name], losses))
+    if len(parts) == 1 and parts[0][0] == 1:
+        return parts[0][1]
+    return torch.stack([weight * losses for weight, losses in parts]).sum(0)
 
 
 def _values(
@@ -274,7 +309,7 @@ class RankingObjective:
     """Plackett-Luce over rankings against cached reference log-probabilities, a mean over rankings.
 
     Args:
-        knobs: Section train: beta and ties.
+        train: Section train: beta and ties.
         reference: Reference log-probabilities of all answers, best first, by row id, nats.
         ranks: Their ranks by row id, ascending.
     """
@@ -284,9 +319,9 @@ class RankingObjective:
     metric_names: Sequence[str] = (*PAIR_METRICS, TAU)
 
     def __init__(
-        self, knobs: TrainParams, reference: Mapping[str, Sequence[float]], ranks: Mapping[str, Sequence[int]]
+        self, train: TrainParams, reference: Mapping[str, Sequence[float]], ranks: Mapping[str, Sequence[int]]
     ) -> None:
-        self._knobs = knobs
+        self._train = train
         self._reference = reference
         self._ranks = ranks
 
@@ -306,8 +341,8 @@ class RankingObjective:
         """Losses and metrics: those of a pair for the best answer and the worst, and Kendall's tau over all."""
         ranks = torch.tensor([list(self._ranks[group.id]) for group in groups])
         policy, reference = scores.logps_BK, self.reference_logps(groups, scores.logps_BK.device)
-        losses = plackett_luce(self._knobs.beta, policy, reference, ranks, self._knobs.ties)
-        rewards = self._knobs.beta * (policy.detach() - reference)
+        losses = plackett_luce(policy, reference, ranks, self._train.beta, self._train.ties)
+        rewards = self._train.beta * (policy.detach() - reference)
         metrics = {**_metrics(rewards, policy.detach()), **_statistics(scores, step)}
         return GroupLosses(losses, metrics | ranking_metrics(rewards, ranks))
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from dpo_cli.data.tokenise import TokenGroup
-from dpo_cli.objectives.ranking import Ties, plackett_luce_nll
+from dpo_cli.losses.ranking import Ties, plackett_luce_nll
 from dpo_cli.scoring.reward import Rewards
 from dpo_cli.scoring.scorer import Statistics
 from dpo_cli.training.objective import REWARD_METRICS, TAU, GroupLosses, ranking_metrics, reward_metrics
@@ -22,7 +22,7 @@ class RewardObjective:
 
     Args:
         ranks: Ranks of each group's answers by row id, ascending; left out: two answers, the better one first.
-        ties: What tied answers are (:func:`~dpo_cli.objectives.ranking.plackett_luce_nll`).
+        ties: What tied answers are (:func:`~dpo_cli.losses.ranking.plackett_luce_nll`).
     """
 
     is_coupled = False

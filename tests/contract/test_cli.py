@@ -76,9 +76,9 @@ def test_help_imports_neither_torch_nor_its_like() -> None:
 @pytest.mark.parametrize(
     ("module", "allowed"),
     [
-        ("cli.compare", ()),
-        ("cli.agreement", ("polars",)),
-        ("cli.report", ("pydantic",)),
+        ("evaluation.compare", ()),
+        ("judging.agreement", ("polars",)),
+        ("stages.report", ("pydantic",)),
         ("stages.base", ("polars", "pydantic")),
         ("stages.convert_sft", ("polars", "pydantic")),
         ("stages.sft", ("polars", "pydantic")),
@@ -97,7 +97,7 @@ def test_what_computes_nothing_loads_no_model_library(module: str, allowed: tupl
 
 def test_capability_loads_neither_the_harness_nor_a_model_library() -> None:
     code = (
-        "import sys, dpo_cli.cli.capability\n"
+        "import sys, dpo_cli.evaluation.measure_capability\n"
         "heavy = {'torch', 'transformers', 'peft', 'lm_eval', 'datasets', 'dvc'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

@@ -10,10 +10,13 @@ from typing import Any, get_args
 import pytest
 from ruamel.yaml import YAML
 
-from dpo_cli.core.params import DataChecks, PairTokenChecks, PreferenceFormat, SftFormat, parse_params
+from dpo_cli.core.data_params import DataChecks, PreferenceFormat, SftFormat
+from dpo_cli.core.load_params import parse_params
+from dpo_cli.core.params import PairTokenChecks
 from dpo_cli.data.formats import PREFERENCE_FORMATS, SFT_FORMATS
-from dpo_cli.data.formats.base import Format, Reading, RowProblem
+from dpo_cli.data.formats.base import Format, Reading
 from dpo_cli.data.formats.detect import RowReader
+from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import PreferenceExample, RankingExample, SftExample
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")

@@ -14,8 +14,6 @@ import pytest
 
 from dpo_cli.core.evaluate_params import EvaluateParams, JudgeName
 from dpo_cli.data.rules import MAX_SENTENCE_CHARACTERS, RULES
-from dpo_cli.evaluation.bootstrap import Sampling
-from dpo_cli.evaluation.calibration import NUM_BINS
 from dpo_cli.evaluation.flags import (
     LESS_DISTINCT,
     LESS_ENTROPY,
@@ -26,12 +24,8 @@ from dpo_cli.evaluation.flags import (
     judge_quality,
 )
 from dpo_cli.evaluation.generation import Answer
-from dpo_cli.evaluation.held_out import HeldOutPair, summarise_held_out
-from dpo_cli.evaluation.judges.base import Judgment
-from dpo_cli.evaluation.judges.opening import API_KEY, JUDGE_PATH, Candidate
-from dpo_cli.evaluation.judges.prompts import TEMPLATES
+from dpo_cli.evaluation.held_out import HeldOutPair, summarize_held_out
 from dpo_cli.evaluation.kl import ALARM_STANDARD_ERRORS, SequenceKl
-from dpo_cli.evaluation.matches import Match
 from dpo_cli.evaluation.metrics import (
     against_chosen_metrics,
     answer_metrics,
@@ -42,7 +36,7 @@ from dpo_cli.evaluation.metrics import (
     judge_metrics,
     win_metrics,
 )
-from dpo_cli.evaluation.speaker_names import BASE, DPO, SFT
+from dpo_cli.evaluation.model_names import BASE, DPO, SFT
 from dpo_cli.evaluation.steps import _MODELS_KEPT
 from dpo_cli.evaluation.verdict import (
     FEWEST,
@@ -54,8 +48,13 @@ from dpo_cli.evaluation.verdict import (
     headline,
     verdict,
 )
-from dpo_cli.evaluation.win_rate import MAX_INVALID_RATE, Comparison, summarise
-from dpo_cli.objectives.pairwise import sigmoid
+from dpo_cli.judging.comparisons import ComparisonResult
+from dpo_cli.judging.judge import Judgment
+from dpo_cli.judging.prepare import API_KEY, JUDGE_PATH, JudgedAnswer
+from dpo_cli.judging.templates import TEMPLATES
+from dpo_cli.judging.win_rate import MAX_INVALID_RATE, Comparison, summarize
+from dpo_cli.statistics.bootstrap import Sampling
+from dpo_cli.statistics.calibration import NUM_BINS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
@@ -79,27 +78,29 @@ def documented_metrics() -> set[str]:
 QUESTION = [{"role": "user", "content": "question"}]
 
 
-def match(num_wins: int = 3) -> Match:
+def result(num_wins: int = 3) -> ComparisonResult:
     """Four prompts, of which ours wins some, by a judge that is asked."""
     ours, theirs = (
-        {str(n): Candidate(str(n), QUESTION, text, n + size) for n in range(4)}
+        {str(n): JudgedAnswer(str(n), QUESTION, text, n + size) for n in range(4)}
         for text, size in (("good", 2), ("bad", 1))
     )
     comparisons = {
         id: Comparison(Judgment.of(float(int(id) < num_wins)), Judgment.of(float(int(id) >= num_wins))) for id in ours
     }
     wins = [each.win or 0.0 for each in comparisons.values()]
-    return Match(ours, theirs, comparisons, summarise(list(comparisons.values()), ""), SAMPLING.interval(wins, [*ours]))
+    return ComparisonResult(
+        ours, theirs, comparisons, summarize(list(comparisons.values()), ""), SAMPLING.interval(wins, [*ours])
+    )
 
 
 def all_metrics() -> dict[str, Any]:
     """Every key that the functions in metrics.py can add, and those that the stage adds itself."""
     pair = HeldOutPair("a", "a", (-1.0, -2.0), (-1.5, -1.5), (3, 4))
     pairs = [pair, replace(pair, id="b", group="b", policy=(-2.0, -1.0))]
-    held_out = summarise_held_out(pairs, sigmoid(0.1), 0.1, **SAMPLING.keywords)
+    held_out = summarize_held_out(pairs, 0.1, **SAMPLING.keywords)
     kls = {"a": SequenceKl(1.0, 1.1, 1.0, 2.0, 2.5, 0.3, 3), "b": SequenceKl(0.5, 0.4, 0.6, 1.0, 1.5, 0.2, 2)}
     answers = {name: {"a": Answer((1, 2, 3), True), "b": Answer((1, 2), False)} for name in (SFT, DPO)}
-    points = [(1.0, 2.0, match()), (0.5, 1.0, match())]
+    points = [(1.0, 2.0, result()), (0.5, 1.0, result())]
     by_stage = {
         **{f"perplexity_{name}": 2.0 for name in (BASE, SFT, DPO)},
         **{f"{figure}_{name}": 1.0 for figure in ("reward", "well_formed") for name in (SFT, DPO)},
@@ -120,9 +121,9 @@ def all_metrics() -> dict[str, Any]:
         **held_out_metrics(held_out, SAMPLING),
         **divergence_metrics(kls, SAMPLING),
         **answer_metrics(answers),
-        **win_metrics(match(), SAMPLING, reads=True),
-        **against_chosen_metrics(match()),
-        **judge_metrics(match()),
+        **win_metrics(result(), SAMPLING, reads=True),
+        **against_chosen_metrics(result()),
+        **judge_metrics(result()),
         **cheaper_step(points, SAMPLING),
         **form_metrics([(True, False), (True, True)], SAMPLING.confidence),
         **by_stage,
@@ -188,9 +189,9 @@ def test_a_judge_is_doubted_below_the_consistency_that_the_page_names() -> None:
 
 
 def test_a_smaller_scale_is_cheaper_up_to_the_kl_that_the_page_names() -> None:
-    [limit] = re.findall(r"KL is at most ([\d.]+) times", rows_of("In one minute")["over-optimisation"])
+    [limit] = re.findall(r"KL is at most ([\d.]+) times", rows_of("In one minute")["over-optimization"])
     for kl, is_cheaper in ((float(limit), True), (float(limit) + 0.01, False)):
-        found = cheaper_step([(1.0, 1.0, match()), (0.5, kl, match())], SAMPLING)
+        found = cheaper_step([(1.0, 1.0, result()), (0.5, kl, result())], SAMPLING)
         assert ("cheaper_scale" in found) is is_cheaper
 
 
@@ -212,7 +213,7 @@ def metrics_with(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "row", "colour"),
+    ("changes", "row", "color"),
     [
         ({"kl_estimates_disagree": True}, 0, "red"),
         ({"kl": HARDLY_MOVED / 2, "training": None}, 1, "amber"),
@@ -227,14 +228,14 @@ def metrics_with(**changes: Any) -> dict[str, Any]:
         ({"win_rate_ci": [0.4, 0.6]}, 9, "amber"),
     ],
 )
-def test_headlines_are_those_of_the_code(changes: dict[str, Any], row: int, colour: str) -> None:
+def test_headlines_are_those_of_the_code(changes: dict[str, Any], row: int, color: str) -> None:
     table = SECTIONS["In one minute"].split("| | headline | |\n|---|---|---|\n")[1].split("\n\n")[0].splitlines()
     assert len(table) == 10
     text, status = headline(metrics_with(**changes))
-    assert {"good": "green", "warn": "amber", "bad": "red"}[status] == colour
+    assert {"good": "green", "warn": "amber", "bad": "red"}[status] == color
     red = ", ".join(finding.name for finding in verdict(metrics_with(**changes)) if finding.status == "bad")
     shown = text.replace(f": {red}.", ": ... (the red lines by name)") if status == "bad" and row else text
-    assert table[row].endswith(f"| {shown} | {colour} |")
+    assert table[row].endswith(f"| {shown} | {color} |")
 
 
 def test_other_figures_are_those_of_the_code() -> None:

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from dpo_cli.core.params import load_params
+from dpo_cli.core.load_params import load_params
 from dpo_cli.data.rules import RULES
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "smollm2"

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dpo_cli.core.params import load_params
+from dpo_cli.core.load_params import load_params
 from dpo_cli.core.pipeline import STAGES, dvc_yaml
 
 ROOT = Path(__file__).resolve().parents[2]

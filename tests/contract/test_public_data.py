@@ -17,8 +17,8 @@ import polars as pl
 import pytest
 from ruamel.yaml import YAML
 
+from dpo_cli.core.data_params import DataChecks, PreferenceSource, SftSource, Source
 from dpo_cli.core.errors import DataError
-from dpo_cli.core.params import DataChecks, PreferenceSource, SftSource, Source
 from dpo_cli.data.account import SPLITS, Conversion
 from dpo_cli.data.convert import convert
 from dpo_cli.data.splits import split_position

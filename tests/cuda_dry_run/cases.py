@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_cli.core.objectives import OBJECTIVES
+from dpo_cli.losses.catalogue import LOSSES
 
 _SMALL: dict[str, Any] = {
     "vocab_size": 512,
@@ -43,16 +43,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """Small configurations by transformers' names of the families."""
 
 QUANTIZATIONS = ("none", "nf4")
-LAYOUTS = ("shared", "pieces", "padded", "packed")
+LAYOUTS = ("shared", "pieces", "padded")
 """The scorer's layouts; ``pieces`` is ``shared`` without a kernel for sequences of any length: in float16 on a card
 before Ampere, in bfloat16 where none is installed.
 """
 GRADES = ("none", "elementwise", "layers")
 DTYPES = ("bfloat16", "float16")
-
-
-_PACKED = ("llama", "gemma2")
-"""Families that are packed, too: it is ``shared`` but for prompts that are repeated."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +88,7 @@ class Case:
 
 
 PASSES = ("reference", "kl", "generation")
-"""Without gradients: the reference pass, KL along an answer, and prefill with two tokens of decoding."""
+"""Without gradients: the reference pass, KL along an answer, and answers of 24 tokens."""
 
 FAULTS = (
     "number read",
@@ -107,10 +103,9 @@ FAULTS = (
 
 
 def family_cases() -> Iterator[Case]:
-    """Each family in nine ways, in which each pair of values of the four ways to vary occurs; some packed, too."""
+    """Each family in nine ways, in which each pair of values of the four ways to vary occurs."""
     for number, family in enumerate(FAMILIES):
-        layouts = LAYOUTS if family in _PACKED else LAYOUTS[:-1]
-        for row, (layout, grade) in enumerate(itertools.product(layouts, GRADES)):
+        for row, (layout, grade) in enumerate(itertools.product(LAYOUTS, GRADES)):
             yield Case(family, QUANTIZATIONS[(row + number) % 2], layout, grade, DTYPES[(row // 2 + number) % 2])
 
 
@@ -119,7 +114,7 @@ _SMOOTHED = ("cdpo", "robust", "exo_pair")
 
 def work_cases() -> Iterator[Case]:
     """Every loss, every setting that brings code of its own into a loss, the reward model, and the passes."""
-    for loss in OBJECTIVES:
+    for loss in LOSSES:
         settings: dict[str, Any] = {"label_smoothing": 0.1} if loss in _SMOOTHED else {}
         if loss == "simpo":
             settings["gamma"] = 1.0

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from dpo_cli.cli.app import app
 from dpo_cli.core.artifacts import write_text
-from dpo_cli.core.params import load_params
+from dpo_cli.core.load_params import load_params
 from dpo_cli.core.params_text import params_yaml
 from dpo_cli.data import world
 

@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 from dpo_cli.cli.app import app
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, MachineError, ParamsError, StaleArtifactError
-from dpo_cli.core.params import Params, parse_params
+from dpo_cli.core.load_params import parse_params
+from dpo_cli.core.params import Params
 from dpo_cli.data import world
-from dpo_cli.evaluation.judges.opening import JUDGE_PATH
+from dpo_cli.judging.prepare import JUDGE_PATH
 
 Evaluate = Callable[..., dict[str, Any]]
 
@@ -109,7 +110,7 @@ def test_all_that_can_be_asked_of_the_known_reward(evaluate: Evaluate) -> None:
     assert len(rows) == NUM_PROMPTS == metrics["num_judged"] == metrics["num_judged_chosen"]
     assert metrics["win_rate"] == pytest.approx(sum(row["win"] for row in rows) / NUM_PROMPTS, abs=1e-12)
     assert metrics["win_rate_chosen"] == pytest.approx(sum(row["win_chosen"] for row in rows) / NUM_PROMPTS, abs=1e-12)
-    assert metrics["judge_agreement"] == 1.0, "the data is labelled by this very reward"
+    assert metrics["judge_agreement"] == 1.0, "the data is labeled by this very reward"
     assert metrics["num_judge_agreement"] == metrics["num_pairs"]
     assert "judge_consistency" not in metrics, "it reads no text before another"
     curve = table("temperatures.csv")
@@ -156,7 +157,7 @@ def test_a_local_model_as_judge_is_asked_once(
     assert 0 <= metrics["judge_first_position_rate"] <= 1
     assert metrics["num_judge_agreement"] == 5
     assert "reward_dpo" not in metrics
-    assert any("a judge favours answers like its own" in text for text in evaluate.reporter.warned)  # type: ignore[attr-defined]
+    assert any("a judge favors answers like its own" in text for text in evaluate.reporter.warned)  # type: ignore[attr-defined]
     again = evaluate(judge="hf", hf={"name": "tiny judge"}, opponents=["sft", "chosen"], judge_pairs=5)
     assert without_memory(again) == {name: value for name, value in metrics.items() if name != "peak_mem_gib"}
     assert set(work_of(evaluate.reporter)) == {"evaluate: judging"}, "all else is kept"  # type: ignore[attr-defined]
@@ -441,7 +442,7 @@ def test_figures_depend_neither_on_the_batch_nor_on_the_order_of_rows(
     """With weights in float64 what a batch rounds lies far below what is kept, so that any other dependence shows."""
     import random
 
-    from dpo_cli.evaluation import speakers
+    from dpo_cli.evaluation import models as speakers
     from dpo_cli.models.adapters import ModelPair, load_pair
     from dpo_cli.reference.graph import Graph
 

@@ -19,7 +19,8 @@ import torch
 
 from dpo_cli.core import gpu, paths
 from dpo_cli.core.errors import Interrupted
-from dpo_cli.core.params import Params, parse_params
+from dpo_cli.core.load_params import parse_params
+from dpo_cli.core.params import Params
 from dpo_cli.data import world
 from dpo_cli.models.device import Machine, prepare_machine
 from dpo_cli.scoring import attention, varlen

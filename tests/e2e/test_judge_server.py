@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from dpo_cli.core.errors import MachineError
-from dpo_cli.evaluation.judges.base import Question
-from dpo_cli.evaluation.judges.openai import OpenAiJudge
-from dpo_cli.evaluation.judges.prompts import Template
-from dpo_cli.evaluation.judges.server import Server
+from dpo_cli.judging.judge import Question
+from dpo_cli.judging.openai import OpenAiJudge
+from dpo_cli.judging.server import Server
+from dpo_cli.judging.templates import Template
 
 TEMPLATE = Template("short", "<{prompt}|{a}|{b}> A or B?")
 QUESTIONS = [Question(f"prompt {n}", "x" * n, "x" * 5) for n in range(12)]
@@ -91,7 +91,7 @@ def test_a_server_with_neither_constraints_nor_log_probabilities_is_read_by_its_
 ) -> None:
     """It refuses the fields that constrain an answer, and takes those that ask for log-probabilities in silence."""
     from dpo_cli.core.params import RuntimeParams
-    from dpo_cli.evaluation.judges.hf import HfJudge
+    from dpo_cli.judging.language_model import HfJudge
 
     server = Server(serve(lettered))
     with pytest.raises(MachineError, match="the judge's model must be named"):

@@ -14,7 +14,8 @@ import torch
 
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, ParamsError
-from dpo_cli.core.params import Params, parse_params
+from dpo_cli.core.load_params import parse_params
+from dpo_cli.core.params import Params
 from dpo_cli.data import world
 from dpo_cli.stages import base, convert_preferences, precompute_ref, sft, train
 
@@ -65,8 +66,8 @@ def here(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def held_out_tau(params: Params) -> float:
     """Kendall's tau of the trained implicit reward with the known one, over the held-out rankings of three answers."""
+    from dpo_cli.losses.ranking import kendall_tau
     from dpo_cli.models.adapters import load_pair
-    from dpo_cli.objectives.ranking import kendall_tau
     from dpo_cli.reference.cache import read_cache, reference_logps
     from dpo_cli.reference.graph import open_graph
     from dpo_cli.scoring.scorer import Scorer

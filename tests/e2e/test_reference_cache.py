@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from dpo_cli.core.errors import StaleArtifactError
-from dpo_cli.core.params import Params, parse_params
+from dpo_cli.core.load_params import parse_params
+from dpo_cli.core.params import Params
 from dpo_cli.data import world
 
 Settings = dict[str, dict[str, Any]]

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from dpo_cli.core import paths
-from dpo_cli.evaluation.report.page import write_report
+from dpo_cli.report.page import write_report
 from tests.report_folder import ATTACK, make_samples, sample_id, write_reports
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -402,7 +402,7 @@ def test_a_phone_needs_no_sideways_scrolling(page: Page, view: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_can_be_read_in_light_and_dark(page: Page, scheme: str) -> None:
-    """Contrast of WCAG AA, 4.5, for all colours that text has on what is behind it."""
+    """Contrast of WCAG AA, 4.5, for all colors that text has on what is behind it."""
     page.command("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
     pairs = page.js(
         "const style = getComputedStyle(document.documentElement), get = name => style.getPropertyValue(name).trim();"
@@ -420,8 +420,8 @@ def test_text_can_be_read_in_light_and_dark(page: Page, scheme: str) -> None:
 def contrast(one: str, other: str) -> float:
     """The ratio of relative luminances, WCAG 2.2."""
 
-    def luminance(colour: str) -> float:
-        digits = colour.removeprefix("#")
+    def luminance(color: str) -> float:
+        digits = color.removeprefix("#")
         digits = "".join(2 * digit for digit in digits) if len(digits) == 3 else digits
         parts = [int(digits[place : place + 2], 16) / 255 for place in (0, 2, 4)]
         linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]

@@ -12,7 +12,7 @@ import pytest
 
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, StaleArtifactError
-from dpo_cli.core.params import parse_params
+from dpo_cli.core.load_params import parse_params
 from dpo_cli.data import world
 
 Settings = dict[str, dict[str, Any]]

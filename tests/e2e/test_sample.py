@@ -17,12 +17,13 @@ import pytest
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
-from dpo_cli.cli.sample import sample_files
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, ParamsError
-from dpo_cli.core.params import Params, parse_params
+from dpo_cli.core.load_params import parse_params
+from dpo_cli.core.params import Params
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.rules import RULES
+from dpo_cli.evaluation.sample_files import sample_files
 from dpo_cli.evaluation.sampling import read_prompts, repeated
 
 K = 6

@@ -15,14 +15,14 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from dpo_cli.cli.app import app
-from dpo_cli.cli.score import score_files
-from dpo_cli.cli.score_output import SCHEMA, ScoreOptions
+from dpo_cli.cli.score import ScoreOptions, score_files
 from dpo_cli.cli.sources import sources_of
 from dpo_cli.core.artifacts import write_text
 from dpo_cli.core.errors import Interrupted
-from dpo_cli.core.params import load_params
+from dpo_cli.core.load_params import load_params
 from dpo_cli.core.params_text import params_yaml
 from dpo_cli.data import world
+from dpo_cli.evaluation.score_table import SCHEMA
 
 BETA = 0.5
 ATTACK = "</script><script>alert(1)</script>"
@@ -30,7 +30,7 @@ NEW_PAIRS = [
     {"prompt": f"What comes after {n}? {ATTACK if n == 3 else ''}", "chosen": f"{n + 1}", "rejected": f"{n} 你好"}
     for n in range(6)
 ]
-RANKING = {"prompt": "Name a colour.", "completions": ["red", "a tree", "blue-green", "no"], "ranks": [1, 3, 1, 4]}
+RANKING = {"prompt": "Name a color.", "completions": ["red", "a tree", "blue-green", "no"], "ranks": [1, 3, 1, 4]}
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +291,6 @@ def test_max_rows_beta_and_columns(project: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--beta", "0.5"], 3, "--beta 0.5 has no effect"),
         (["--beta", "-1"], 3, "--beta must be > 0"),
         (["--beta", "nan"], 3, "--beta must be > 0"),
         (["--out", "rows.csv"], 3, "--out must end with .parquet or .jsonl"),

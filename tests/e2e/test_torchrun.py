@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from dpo_cli.core.errors import MachineError
-from dpo_cli.core.params import parse_params
+from dpo_cli.core.load_params import parse_params
 from dpo_cli.core.progress import SilentReporter
 from dpo_cli.data import world
 

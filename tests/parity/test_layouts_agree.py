@@ -1,4 +1,4 @@
-"""Invariant 2: shared = packed = padded = one by one, in log-probabilities and in gradients.
+"""Invariant 2: shared = padded = one by one, in log-probabilities and in gradients.
 
 *One by one* is the plainest thing that can be written: a second model with the same weights and the attention that
 transformers gives it, one completion at a time behind its prompt, a log-softmax over all logits and a sum.
@@ -329,7 +329,7 @@ def test_they_agree_on_an_adapter_on_4_bit_weights(folder: Path, num_completions
 def test_the_probe_falls_back_to_padding_and_the_numbers_are_right(family: str, project: Path, reporter: Any) -> None:
     scorer, verdict = open_scorer(build(family), torch.float32, RuntimeParams(), reporter, "train")
     assert (scorer.layout, verdict.layout, verdict.forced) == ("padded", "padded", False)
-    assert verdict.refused.keys() == {"shared", "packed"}
+    assert verdict.refused.keys() == {"shared"}
     assert len(reporter.said) == 1
     assert "layout padded" in reporter.said[0]
     for num_completions, alike in CASES:
@@ -398,7 +398,7 @@ def test_completions_that_see_each_other_are_noticed(family: str, leak_siblings:
 
 @pytest.mark.parametrize("family", WINDOWED)
 def test_windows_that_are_not_kept_are_noticed(family: str, wrong_windows: None) -> None:
-    assert_seen(family, ["shared", "packed"])
+    assert_seen(family, ["shared"])
 
 
 def test_positions_that_do_not_go_on_from_the_prompt_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,15 +408,14 @@ def test_positions_that_do_not_go_on_from_the_prompt_are_noticed(monkeypatch: py
 
     monkeypatch.setattr("dpo_cli.scoring.scorer.lay_out", numbered_along_the_row)
     assert_seen("llama", ["shared"])
-    assert_seen("gpt2", ["shared", "packed"])  # its positions are learned: not even whole texts may move
+    assert_seen("gpt2", ["shared"])
 
 
 def test_the_probe_notices_completions_that_see_each_other(leak_siblings: None) -> None:
-    """A packed text has no sibling."""
     model = build("llama")
     with Scorer(model, torch.float32) as scorer:
         verdict = probe_layouts(scorer, model)
-    assert verdict.layout == "packed"
+    assert verdict.layout == "padded"
     assert "off by" in verdict.refused["shared"]
 
 

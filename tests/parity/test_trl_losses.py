@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_cli.core.objectives import OBJECTIVES
 from dpo_cli.core.params import TrainParams
 from dpo_cli.data.tokenise import TokenGroup
-from dpo_cli.objectives.pairwise import cpo, orpo, shared_length_logps, simpo
+from dpo_cli.losses.catalogue import LOSSES
+from dpo_cli.losses.changes import shared_length_logps
+from dpo_cli.losses.pairwise import Pairs, cpo, orpo, simpo
 from dpo_cli.scoring.head import TokenStatistics
 from dpo_cli.scoring.scorer import Scores
 from dpo_cli.training.objective import PairObjective
@@ -162,7 +163,7 @@ def test_these_are_all_that_trl_has() -> None:
         trl_loss(Batch.draw(0), ["nonsense"], [1.0])
     names = str(refusal.value).split("[")[1].rstrip("]").replace("'", "").split(", ")
     assert sorted(names) == sorted(PLAIN)
-    assert set(PLAIN) <= set(OBJECTIVES)
+    assert set(PLAIN) <= set(LOSSES)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -183,7 +184,7 @@ def test_without_smoothing(name: Any) -> None:
     assert_equal(our_loss(batch, TrainParams(loss=name)), trl_loss(batch, [name], [1.0]), batch.policy)
 
 
-@pytest.mark.parametrize("name", [name for name in PLAIN if "divergence" in OBJECTIVES[name].reads])  # type: ignore[index]
+@pytest.mark.parametrize("name", [name for name in PLAIN if "divergence" in LOSSES[name].reads])
 @pytest.mark.parametrize("divergence", ["forward_kl", "js", "alpha"])
 def test_a_divergence_is_trls(name: Any, divergence: Any) -> None:
     """TRL's alpha-divergence knows no float64 and clamps what would overflow: there it is float32."""
@@ -204,7 +205,7 @@ def test_a_divergence_is_trls(name: Any, divergence: Any) -> None:
     assert_equal(our_loss(batch, knobs), trls, batch.policy)
 
 
-@pytest.mark.parametrize("name", [name for name in PLAIN if "ld_alpha" in OBJECTIVES[name].reads])  # type: ignore[index]
+@pytest.mark.parametrize("name", [name for name in PLAIN if "ld_alpha" in LOSSES[name].reads])
 @pytest.mark.parametrize("weight", [0.0, 0.4])
 def test_ld_is_trls(name: Any, weight: float) -> None:
     batch = Batch.draw(2)
@@ -214,7 +215,7 @@ def test_ld_is_trls(name: Any, weight: float) -> None:
     assert_equal(ours, trls, batch.policy)
 
 
-@pytest.mark.parametrize("name", [name for name in PLAIN if "weighting" in OBJECTIVES[name].reads])  # type: ignore[index]
+@pytest.mark.parametrize("name", [name for name in PLAIN if "weighting" in LOSSES[name].reads])
 def test_wpo_is_trls(name: Any) -> None:
     """But for hinge, which TRL cannot differentiate with weights: it multiplies what relu has saved in place."""
     batch = Batch.draw(8)
@@ -280,8 +281,9 @@ def test_cpo_and_simpo_are_trls(kind: str, smoothing: float) -> None:
     )
     seen = sums / lengths if kind == "simpo" else sums
     trls = CPOTrainer.cpo_loss(trainer, seen[:, 0], seen[:, 1])[0]  # type: ignore[arg-type]
-    loss = simpo(beta, gamma, smoothing) if kind == "simpo" else cpo(beta, smoothing)
-    assert_equal(loss(sums, torch.zeros_like(sums), lengths).mean(), trls.mean(), batch.policy)
+    pairs = Pairs(sums, torch.zeros_like(sums), lengths)
+    ours = simpo(pairs, beta, gamma, smoothing) if kind == "simpo" else cpo(pairs, beta, smoothing)
+    assert_equal(ours.mean(), trls.mean(), batch.policy)
 
 
 def test_orpo_is_trls() -> None:
@@ -294,4 +296,4 @@ def test_orpo_is_trls() -> None:
     trainer = SimpleNamespace(beta=beta, accelerator=SimpleNamespace(device=torch.device("cpu")))
     mean = sums / lengths
     trls = -ORPOTrainer.odds_ratio_loss(trainer, mean[:, 0], mean[:, 1])[0]  # type: ignore[arg-type]
-    assert_equal(orpo(beta)(sums, torch.zeros_like(sums), lengths).mean(), trls.mean(), batch.policy, 1e-6)
+    assert_equal(orpo(Pairs(sums, torch.zeros_like(sums), lengths), beta).mean(), trls.mean(), batch.policy, 1e-6)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dpo_cli.core.params import DataChecks, PreferenceSource, SftSource, Source
+from dpo_cli.core.data_params import DataChecks, PreferenceSource, SftSource, Source
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.convert import convert
 

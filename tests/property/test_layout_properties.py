@@ -99,9 +99,9 @@ def test_every_position_of_a_row_is_in_a_block_and_knows_its_place_in_its_text(
 def test_a_cheaper_layout_is_never_larger_and_sharing_never_computes_what_nobody_asks_for(
     groups: list[TokenGroup],
 ) -> None:
-    shared, packed, padded = (lay_out(groups, name) for name in LAYOUTS)
-    assert shared.num_tokens <= packed.num_tokens == padded.num_tokens - padded.num_padding
-    assert shared.num_padding == packed.num_padding == 0
+    shared, padded = (lay_out(groups, name) for name in LAYOUTS)
+    assert shared.num_tokens <= padded.num_tokens - padded.num_padding
+    assert shared.num_padding == 0
     texts = {(*group.prompt, *completion) for group in groups for completion in group.completions}
     beginnings = {text[:length] for text in texts for length in range(1, len(text))}
     assert set(texts_by_index(shared).values()) == beginnings

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -11,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_cli.core.params import TrainParams
-from dpo_cli.objectives.pairwise import pairwise_loss
+from dpo_cli.losses.catalogue import LOSSES
+from dpo_cli.losses.pairwise import Pairs
 from dpo_cli.reference.cache import completion_key
 
 LOGP = st.floats(-500, 0)
@@ -19,14 +19,13 @@ PAIR = st.tuples(LOGP, LOGP)
 TOKENS = st.lists(st.integers(0, 9), min_size=1, max_size=12).map(tuple)
 
 
-def loss_of(name: Any, policy: tuple[float, float], reference: tuple[float, float], beta: float = 0.1) -> float:
+def loss_of(name: str, policy: tuple[float, float], reference: tuple[float, float], beta: float = 0.1) -> float:
     def tensor(values: tuple[float, float]) -> torch.Tensor:
         return torch.tensor([values], dtype=torch.float64)
 
     smoothing = 0.1 if name == "cdpo" else 0.0
-    return pairwise_loss(name, TrainParams(beta=beta, label_smoothing=smoothing))(
-        tensor(policy), tensor(reference), torch.ones(1, 2)
-    ).item()
+    pairs = Pairs(tensor(policy), tensor(reference), torch.ones(1, 2))
+    return LOSSES[name].of(pairs, TrainParams(beta=beta, label_smoothing=smoothing)).item()
 
 
 @given(PAIR, st.floats(0.01, 5))

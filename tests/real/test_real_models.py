@@ -20,7 +20,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from dpo_cli.core.params import Params, RuntimeParams, parse_params
+from dpo_cli.core.load_params import parse_params
+from dpo_cli.core.params import Params, RuntimeParams
 from dpo_cli.core.progress import SilentReporter
 from dpo_cli.data.schema import user
 from dpo_cli.data.tokenise import TokenGroup
@@ -318,11 +319,11 @@ def test_token_ids_and_log_probabilities_are_llama_cpps(run: Run, graph: Graph, 
 def test_the_judge_behind_llama_cpps_server_agrees_with_the_same_model_here(
     run: Run, graph: Graph, post: Any, make_reporter: Any, cpu: Any
 ) -> None:
-    from dpo_cli.evaluation.judges.base import Question
-    from dpo_cli.evaluation.judges.hf import HfJudge
-    from dpo_cli.evaluation.judges.openai import OpenAiJudge
-    from dpo_cli.evaluation.judges.prompts import Template
-    from dpo_cli.evaluation.judges.server import Server
+    from dpo_cli.judging.judge import Question
+    from dpo_cli.judging.language_model import HfJudge
+    from dpo_cli.judging.openai import OpenAiJudge
+    from dpo_cli.judging.server import Server
+    from dpo_cli.judging.templates import Template
 
     template = Template("short", "Question: {prompt}\nA: {a}\nB: {b}\nWhich answer is better? Reply with A or B.")
     questions = [Question(row["prompt"], row["chosen"], row["rejected"]) for row in preference_rows()[:4]]

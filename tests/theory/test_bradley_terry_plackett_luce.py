@@ -14,8 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_cli.objectives.pairwise import sigmoid
-from dpo_cli.objectives.ranking import Ties, kendall_tau, plackett_luce, plackett_luce_nll
+from dpo_cli.losses.pairwise import Pairs, sigmoid
+from dpo_cli.losses.ranking import Ties, kendall_tau, plackett_luce, plackett_luce_nll
 from tests.theory.worlds import BETAS, float64
 
 REWARD = st.floats(-8, 8)
@@ -42,7 +42,7 @@ def probabilities(rewards: Sequence[float]) -> dict[tuple[int, ...], float]:
 
 def prefers(better: float, worse: float) -> float:
     """The product's probability that one answer is preferred: exp(-loss), the rewards as log-ratios, beta 1."""
-    return math.exp(-sigmoid(1.0)(float64([[better, worse]]), torch.zeros(1, 2), torch.ones(1, 2)).item())
+    return math.exp(-sigmoid(Pairs(float64([[better, worse]]), torch.zeros(1, 2), torch.ones(1, 2)), 1.0).item())
 
 
 def nll(rewards: Sequence[float], ranks: Sequence[int], ties: Ties = "average") -> float:
@@ -93,8 +93,8 @@ def test_dpo_on_two_ranked_answers_is_dpo_on_a_pair(beta: float) -> None:
     generator = torch.Generator().manual_seed(0)
     policy, reference = -60 * torch.rand(2, 50, 2, generator=generator, dtype=torch.float64)
     policy.requires_grad_()
-    ranking = plackett_luce(beta, policy, reference, strict(policy))
-    pairwise = sigmoid(beta)(policy, reference, torch.ones(50, 2))
+    ranking = plackett_luce(policy, reference, strict(policy), beta)
+    pairwise = sigmoid(Pairs(policy, reference, torch.ones(50, 2)), beta)
     assert (ranking - pairwise).abs().max() < 1e-12
     gradients = [torch.autograd.grad(losses.sum(), policy)[0] for losses in (ranking, pairwise)]
     assert (gradients[0] - gradients[1]).abs().max() < 1e-12
@@ -143,7 +143,7 @@ def test_lemma_1_of_bradley_terry(better: float, worse: float, shift: float, bet
     """
 
     def loss(policy: list[float]) -> float:
-        return sigmoid(beta)(float64([policy]), float64([[-3.0, -4.0]]), torch.ones(1, 2)).item()
+        return sigmoid(Pairs(float64([policy]), float64([[-3.0, -4.0]]), torch.ones(1, 2)), beta).item()
 
     policy = [better / beta, worse / beta]
     assert abs(loss([logp + shift / beta for logp in policy]) - loss(policy)) < 1e-10
@@ -195,7 +195,7 @@ def test_the_gradient_of_a_ranking_is_that_of_finite_differences(ranks: list[int
     policy.requires_grad_()
 
     def loss(logps: torch.Tensor) -> torch.Tensor:
-        return plackett_luce(beta, logps, reference, torch.tensor([ranks]), ties).sum()
+        return plackett_luce(logps, reference, torch.tensor([ranks]), beta, ties).sum()
 
     (found,) = torch.autograd.grad(loss(policy), policy)
     for answer in range(len(ranks)):

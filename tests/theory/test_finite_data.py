@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
 import torch
 
-from dpo_cli.objectives.pairwise import PairwiseLoss, cdpo, sigmoid
+from dpo_cli.losses.pairwise import cdpo, sigmoid
 from tests.theory.worlds import (
+    PairwiseLoss,
     float64,
     free_logits,
     make_world,
-    minimise,
+    minimize,
     ordered_pairs,
     pair_losses,
     softmax_policy,
@@ -50,7 +51,7 @@ def distances(loss: PairwiseLoss, size: int) -> torch.Tensor:
         rows = pair_losses(loss, softmax_policy(free), reference)
         return (counts_XP * rows).sum(1) / counts_XP.sum(1).clamp(min=1)
 
-    found = softmax_policy(minimise(losses, free_logits(reference))).exp()
+    found = softmax_policy(minimize(losses, free_logits(reference))).exp()
     return total_variation(found, WORLD.optimum(BETA).repeat(DATASETS, 1)).view(DATASETS, PROMPTS).mean(1)
 
 
@@ -66,7 +67,7 @@ def slope(by_size: list[torch.Tensor]) -> tuple[float, float]:
 @cache
 def dpo() -> list[torch.Tensor]:
     """The distances of DPO, for each size."""
-    return [distances(sigmoid(BETA), size) for size in SIZES]
+    return [distances(partial(sigmoid, beta=BETA), size) for size in SIZES]
 
 
 def falls_as_it_must(by_size: list[torch.Tensor]) -> bool:
@@ -88,7 +89,7 @@ def test_the_distance_falls_with_the_root_of_the_data() -> None:
 
 def test_a_hundred_preferences_are_too_few() -> None:
     """At N = 1e2, two for each pair, answers that always won run away: farther off than the root of N says."""
-    few = distances(sigmoid(BETA), 100).mean()
+    few = distances(partial(sigmoid, beta=BETA), 100).mean()
     assert 0.25 < few < 0.45
     assert few > 1.3 * math.sqrt(10) * dpo()[0].mean()
 
@@ -118,7 +119,11 @@ def test_the_distance_is_that_of_the_maximum_of_likelihood(number: int) -> None:
     assert abs(rows.mean() - mean) < 4 * rows.std() / math.sqrt(DATASETS) + 0.02 * mean
 
 
-@pytest.mark.parametrize("biased", [sigmoid(1.1 * BETA), cdpo(BETA, 0.02)], ids=["another beta", "labels in doubt"])
+@pytest.mark.parametrize(
+    "biased",
+    [partial(sigmoid, beta=1.1 * BETA), partial(cdpo, beta=BETA, label_smoothing=0.02)],
+    ids=["another beta", "labels in doubt"],
+)
 def test_an_estimate_that_is_off_does_not_fall_like_that(biased: PairwiseLoss) -> None:
     """What is least elsewhere than at pi* stays at a distance, however much data there is."""
     by_size = [distances(biased, size) for size in SIZES]

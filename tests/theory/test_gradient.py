@@ -10,9 +10,9 @@ import math
 import pytest
 import torch
 
-from dpo_cli.evaluation.held_out import HeldOutPair, summarise_held_out
-from dpo_cli.objectives.pairwise import sigmoid
-from dpo_cli.objectives.ranking import plackett_luce
+from dpo_cli.evaluation.held_out import HeldOutPair, summarize_held_out
+from dpo_cli.losses.pairwise import Pairs, sigmoid
+from dpo_cli.losses.ranking import plackett_luce
 from tests.theory.worlds import BETAS, float64, make_world
 
 PROMPTS, ANSWERS, PAIRS = 3, 5, 40
@@ -48,7 +48,7 @@ def test_the_gradient_of_the_loss_is_the_papers(beta: float, kind: str) -> None:
 
     theta.requires_grad_()
     policy = (features @ theta).log_softmax(1)
-    loss = sigmoid(beta)(policy[rows, pairs], reference[rows, pairs], torch.ones_like(pairs)).mean()
+    loss = sigmoid(Pairs(policy[rows, pairs], reference[rows, pairs], torch.ones_like(pairs)), beta).mean()
     (found,) = torch.autograd.grad(loss, theta)
 
     probabilities = policy.detach().exp()
@@ -73,7 +73,7 @@ def test_a_policy_that_is_its_reference_weighs_each_pair_one_half(beta: float) -
     prompts, pairs = random_pairs()
     reference = make_world(PROMPTS, ANSWERS).reference_XY[prompts[:, None], pairs]
     policy = reference.clone().requires_grad_()
-    losses = sigmoid(beta)(policy, reference, torch.ones_like(pairs))
+    losses = sigmoid(Pairs(policy, reference, torch.ones_like(pairs)), beta)
     (gradient,) = torch.autograd.grad(losses.sum(), policy)
     assert (losses - math.log(2)).abs().max() < 1e-12
     assert (gradient - beta * float64([-0.5, 0.5])).abs().max() < 1e-12
@@ -83,7 +83,7 @@ def test_what_is_reported_of_a_policy_that_is_its_reference_knows_nothing() -> N
     """Section 4, at step 0: margins beta (0 - 0) = 0, loss ln 2, and half of the pairs are right: all are ties."""
     logps = [(-3.5, -7.25), (-41.0, -2.0), (-9.0, -9.0)]
     pairs = [HeldOutPair(str(number), "x", pair, pair, (3, 4)) for number, pair in enumerate(logps)]
-    found = summarise_held_out(pairs, sigmoid(0.3), 0.3, draws=10, confidence=0.9, seed=0)
+    found = summarize_held_out(pairs, 0.3, draws=10, confidence=0.9, seed=0)
     assert max(map(abs, [*found.margins, found.margin.value])) < 1e-12
     assert abs(found.loss.value - math.log(2)) < 1e-12
     assert abs(found.reward_accuracy.value - 0.5) < 1e-12
@@ -93,5 +93,5 @@ def test_what_is_reported_of_a_policy_that_is_its_reference_knows_nothing() -> N
 def test_a_policy_that_is_its_reference_finds_all_orders_alike(answers: int) -> None:
     """Eq. 20 at step 0: all rewards are 0, and each of the K! orders has the probability 1 / K!."""
     logps = make_world(1, answers).reference_XY
-    loss = plackett_luce(0.3, logps, logps, torch.arange(1, answers + 1)[None])
+    loss = plackett_luce(logps, logps, torch.arange(1, answers + 1)[None], 0.3)
     assert abs(loss.item() - math.log(math.factorial(answers))) < 1e-12

@@ -8,19 +8,20 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 
-from dpo_cli.objectives.pairwise import sigmoid
-from dpo_cli.objectives.ranking import Ties, plackett_luce
+from dpo_cli.losses.pairwise import sigmoid
+from dpo_cli.losses.ranking import Ties, plackett_luce
 from tests.theory.worlds import (
     BETAS,
     World,
     float64,
     free_logits,
     make_world,
-    minimise,
+    minimize,
     ordered_pairs,
     pair_losses,
     softmax_policy,
@@ -32,7 +33,7 @@ WORLD = make_world(prompts=3, answers=4, seed=1)
 
 def trained(world: World, losses_of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """log pi of the policy with the least loss, [X, Y]; the search begins at the reference, as training does."""
-    return softmax_policy(minimise(lambda free: losses_of(softmax_policy(free)), free_logits(world.reference_XY)))
+    return softmax_policy(minimize(lambda free: losses_of(softmax_policy(free)), free_logits(world.reference_XY)))
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -40,13 +41,13 @@ def test_dpo_finds_the_optimal_policy(beta: float) -> None:
     """The expectation of eq. 7 over p(y_1 > y_2) = sigma(r_1 - r_2) is least at pi* of eq. 4.
 
     A cross-entropy is least where the probabilities are the true ones, and is their entropy there. So
-    beta log(pi / pi_ref) = r + f(x) (eq. 6 and Lemma 1), and pi is normalised: pi = pi*.
+    beta log(pi / pi_ref) = r + f(x) (eq. 6 and Lemma 1), and pi is normalized: pi = pi*.
     """
     better, worse = WORLD.reward_XY[:, ordered_pairs(4)].unbind(2)
     chances_XP = 1 / (1 + (worse - better).exp())
 
     def losses(policy_XY: torch.Tensor) -> torch.Tensor:
-        return (chances_XP * pair_losses(sigmoid(beta), policy_XY, WORLD.reference_XY)).sum(1)
+        return (chances_XP * pair_losses(partial(sigmoid, beta=beta), policy_XY, WORLD.reference_XY)).sum(1)
 
     found = trained(WORLD, losses)
     assert total_variation(WORLD.reference_XY.exp(), WORLD.optimum(beta)).min() > 1e-3
@@ -71,7 +72,7 @@ def ranking_losses(
     """The expected loss of each prompt where the answers of each true ranking come with these ranks, [X]."""
     orders_OK, chances_XO = rankings(world, len(ranks))
     policy, reference = (table[:, orders_OK].flatten(0, 1) for table in (policy_XY, world.reference_XY))
-    losses = plackett_luce(beta, policy, reference, torch.tensor(ranks).expand(policy.shape), ties)
+    losses = plackett_luce(policy, reference, torch.tensor(ranks).expand(policy.shape), beta, ties)
     return (chances_XO * losses.view(chances_XO.shape)).sum(1)
 
 

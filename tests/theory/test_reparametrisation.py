@@ -5,18 +5,20 @@ Legend: X prompts, Y answers.
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from dpo_cli.evaluation.kl import sequence_kl
-from dpo_cli.objectives.pairwise import log_ratios, sigmoid
+from dpo_cli.losses.pairwise import log_ratios, sigmoid
 from tests.theory.worlds import (
     BETAS,
     World,
     float64,
     make_policy,
     make_world,
-    minimise,
+    minimize,
     ordered_pairs,
     pair_losses,
     total_variation,
@@ -46,7 +48,7 @@ def value(world: World, beta: float, policy_XY: torch.Tensor) -> torch.Tensor:
 
 def project(reward_XY: torch.Tensor, reference_XY: torch.Tensor, beta: float) -> torch.Tensor:
     """f(r; pi_ref, beta) = r - beta log sum_y pi_ref exp(r / beta): eq. 8."""
-    return reward_XY - beta * World(reward_XY, reference_XY).normaliser(beta).log()[:, None]
+    return reward_XY - beta * World(reward_XY, reference_XY).normalizer(beta).log()[:, None]
 
 
 # --- the optimal policy -----------------------------------------------------------------------
@@ -69,7 +71,7 @@ def test_a_policy_falls_short_of_the_optimum_by_its_divergence_from_it(beta: flo
 def test_the_best_value_is_beta_log_z(beta: float) -> None:
     """Appendix A.1: J(pi*) = beta log Z, since KL(pi* || pi*) = 0."""
     found = value(WORLD, beta, WORLD.optimum(beta).log())
-    assert (found - beta * WORLD.normaliser(beta).log()).abs().max() < 1e-10
+    assert (found - beta * WORLD.normalizer(beta).log()).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0, 5.0])
@@ -88,7 +90,7 @@ def test_lemma_2_by_search(beta: float) -> None:
             policy = probabilities(free)
             return -(policy * (world.reward_XY - beta * (policy.log() - world.reference_XY))).sum(1)
 
-        return probabilities(minimise(shortfalls, world.reference_XY.exp()[:, 1:], tolerance=1e-12))
+        return probabilities(minimize(shortfalls, world.reference_XY.exp()[:, 1:], tolerance=1e-12))
 
     policy, shifted = found(WORLD), found(SHIFTED)
     assert total_variation(policy, WORLD.reference_XY.exp()).min() > 1e-2
@@ -102,14 +104,14 @@ def test_lemma_2_by_search(beta: float) -> None:
 def test_lemma_2_by_the_formula(beta: float) -> None:
     """Lemma 2, appendix A.5: exp(f(x) / beta) is in each answer's weight and in Z, and cancels in eq. 4."""
     assert (WORLD.optimum(beta) - SHIFTED.optimum(beta)).abs().max() < 1e-10
-    assert (SHIFTED.normaliser(beta) / WORLD.normaliser(beta) - 1).abs().min() > 0.1
+    assert (SHIFTED.normalizer(beta) / WORLD.normalizer(beta) - 1).abs().min() > 0.1
 
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_the_preferences_under_the_optimal_policy_are_those_of_the_reward(beta: float) -> None:
     """Eq. 6: with r = beta log(pi* / pi_ref) + beta log Z, log Z cancels and p(y_1 > y_2) = sigma(r_1 - r_2)."""
     for world in (WORLD, SHIFTED):
-        found = (-pair_losses(sigmoid(beta), WORLD.optimum(beta).log(), WORLD.reference_XY)).exp()
+        found = (-pair_losses(partial(sigmoid, beta=beta), WORLD.optimum(beta).log(), WORLD.reference_XY)).exp()
         better, worse = world.reward_XY[:, ordered_pairs(4)].unbind(2)
         assert (found - 1 / (1 + (worse - better).exp())).abs().max() < 1e-10
 
@@ -122,7 +124,7 @@ def test_theorem_1_the_implicit_reward_is_the_projection(beta: float) -> None:
     """Theorem 1: f = r - beta log Z = beta log(pi* / pi_ref), in the class of r: eq. 5 is its other side."""
     found = implicit_rewards(beta, WORLD.optimum(beta).log(), WORLD.reference_XY)
     assert (found - project(WORLD.reward_XY, WORLD.reference_XY, beta)).abs().max() < 1e-10
-    whole = found + beta * WORLD.normaliser(beta).log()[:, None]
+    whole = found + beta * WORLD.normalizer(beta).log()[:, None]
     assert (whole - WORLD.reward_XY).abs().max() < 1e-10
 
 
@@ -133,7 +135,7 @@ def test_theorem_1_the_implicit_reward_of_any_policy_is_its_own_projection(beta:
         policy = make_policy(WORLD, seed)
         found = implicit_rewards(beta, policy, WORLD.reference_XY)
         world = World(found, WORLD.reference_XY)
-        assert (world.normaliser(beta) - 1).abs().max() < 1e-10
+        assert (world.normalizer(beta) - 1).abs().max() < 1e-10
         assert (project(found, WORLD.reference_XY, beta) - found).abs().max() < 1e-10
         assert (world.optimum(beta) - policy.exp()).abs().max() < 1e-10
 

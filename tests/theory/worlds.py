@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from dpo_cli.objectives.pairwise import PairwiseLoss
+from dpo_cli.losses.pairwise import Pairs
+
+PairwiseLoss = Callable[[Pairs], torch.Tensor]
 
 BETAS = [0.1, 0.5, 1.0, 5.0]
 
@@ -35,13 +37,13 @@ class World:
     reward_XY: torch.Tensor
     reference_XY: torch.Tensor
 
-    def normaliser(self, beta: float) -> torch.Tensor:
+    def normalizer(self, beta: float) -> torch.Tensor:
         """Z(x) = sum_y pi_ref(y | x) exp(r(x, y) / beta), [X]: Rafailov et al. 2023, below eq. 4."""
         return (self.reference_XY.exp() * (self.reward_XY / beta).exp()).sum(1)
 
     def optimum(self, beta: float) -> torch.Tensor:
         """pi*(y | x) = pi_ref(y | x) exp(r(x, y) / beta) / Z(x), [X, Y]: eq. 4."""
-        return self.reference_XY.exp() * (self.reward_XY / beta).exp() / self.normaliser(beta)[:, None]
+        return self.reference_XY.exp() * (self.reward_XY / beta).exp() / self.normalizer(beta)[:, None]
 
 
 def make_world(prompts: int, answers: int, seed: int = 0) -> World:
@@ -66,7 +68,8 @@ def pair_losses(loss: PairwiseLoss, policy_XY: torch.Tensor, reference_XY: torch
     """The loss of each ordered pair, [X, P]; every answer is one token long."""
     pairs = ordered_pairs(policy_XY.shape[1])
     policy, reference = policy_XY[:, pairs].flatten(0, 1), reference_XY[:, pairs].flatten(0, 1)
-    return loss(policy, reference, torch.ones_like(policy, dtype=torch.int64)).unflatten(0, (-1, len(pairs)))
+    losses = loss(Pairs(policy, reference, torch.ones_like(policy, dtype=torch.int64)))
+    return losses.unflatten(0, (-1, len(pairs)))
 
 
 def total_variation(policy_XY: torch.Tensor, other_XY: torch.Tensor) -> torch.Tensor:
@@ -84,10 +87,10 @@ def free_logits(policy_XY: torch.Tensor) -> torch.Tensor:
     return (policy_XY - policy_XY[:, :1])[:, 1:]
 
 
-def minimise(
+def minimize(
     losses_of: Callable[[torch.Tensor], torch.Tensor], start_XN: torch.Tensor, tolerance: float = 1e-13
 ) -> torch.Tensor:
-    """The values of each prompt that minimise its own loss: Newton's method, halving steps that do not go down.
+    """The values of each prompt that minimize its own loss: Newton's method, halving steps that do not go down.
 
     Args:
         losses_of: [X, N] -> [X], convex; each prompt's loss depends on its own values alone. NaN is out of bounds.

@@ -7,9 +7,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dpo_cli.data.formats.base import Column, Columns, Format, Reading, RowProblem, says_something
+from dpo_cli.data.formats.base import Column, Columns, Format, Reading, says_something
 from dpo_cli.data.formats.content import is_turn, unread_beside, unread_of_turns
 from dpo_cli.data.formats.prompts import roles_of
+from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import RawRow
 
 MISSING = object()

@@ -8,8 +8,9 @@ from typing import Any
 
 import orjson
 
-from dpo_cli.data.formats.base import RowProblem, kind_of, says_something
+from dpo_cli.data.formats.base import says_something
 from dpo_cli.data.formats.tools import read_calls
+from dpo_cli.data.problem import RowProblem, kind_of
 from dpo_cli.data.schema import Message, Messages
 
 ROLE_NAMES: Mapping[str, str] = {

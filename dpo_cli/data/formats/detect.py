@@ -10,13 +10,14 @@ from typing import Any
 
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.data.formats.advice import columns_to_fill_in, columns_to_say
-from dpo_cli.data.formats.base import Column, Columns, Format, Reading, RowProblem, always, kind_of, never, shown_name
+from dpo_cli.data.formats.base import Column, Columns, Format, Reading, always, never
 from dpo_cli.data.formats.columns import MISSING, Plan, look_up, plan_of, shown
 from dpo_cli.data.formats.content import is_turn, json_in, media_keys, refuse_media
 from dpo_cli.data.formats.prompts import CONVERSATION_NAMES, tools_of
 from dpo_cli.data.formats.rendered import unwrap, unwrap_row
 from dpo_cli.data.formats.tools import read_tools
 from dpo_cli.data.formats.unpaired import ANSWER_NAMES, unpaired_label
+from dpo_cli.data.problem import RowProblem, kind_of, shown_name
 from dpo_cli.data.schema import RawRow, with_tools
 
 _Test = Callable[[RawRow], bool]

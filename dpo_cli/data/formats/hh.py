@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os.path
 
-from dpo_cli.data.formats.base import Format, Reading, RowProblem, text_field
+from dpo_cli.data.formats.base import Format, Reading, text_field
 from dpo_cli.data.formats.content import check_prompt
 from dpo_cli.data.formats.prompts import split_turns
 from dpo_cli.data.formats.transcripts import begins_with_turn, gap_of, is_transcript, last_answer, read_turns
+from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import PreferenceExample, RawRow
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_cli.data.formats.base import Format, Reading, RowProblem, kind_of
+from dpo_cli.data.formats.base import Format, Reading
 from dpo_cli.data.formats.boundaries import shared_tokens
 from dpo_cli.data.formats.content import (
     is_conversation,
@@ -32,6 +32,7 @@ from dpo_cli.data.formats.prompts import (
     with_context,
 )
 from dpo_cli.data.formats.sides import unread_margin
+from dpo_cli.data.problem import RowProblem, kind_of
 from dpo_cli.data.schema import PreferenceExample, RawRow, assistant, user
 
 _SIDES = ("chosen", "rejected")

@@ -14,7 +14,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from dpo_cli.data.formats.base import Column, Columns, Format, Reading, RowProblem, Suggestion, kind_of, number
+from dpo_cli.data.formats.base import Column, Columns, Format, Reading, Suggestion, number
 from dpo_cli.data.formats.content import (
     ANSWER_KEYS,
     is_turn,
@@ -29,6 +29,7 @@ from dpo_cli.data.formats.content import (
 )
 from dpo_cli.data.formats.prompts import PROMPT_ALTERNATIVES, PROMPT_NAMES, PROMPT_NEEDS, read_answer, read_prompt
 from dpo_cli.data.formats.verdicts import read_verdicts
+from dpo_cli.data.problem import RowProblem, kind_of
 from dpo_cli.data.schema import Messages, RankingExample, RawRow
 
 _NUMBERED = re.compile(r"(prediction|completion|response|output|answer|candidate|score|rating|reward|rank)[ _]?(\d+)")

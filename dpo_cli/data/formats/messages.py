@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dpo_cli.data.formats.base import Format, Part, Reading, RowProblem
+from dpo_cli.data.formats.base import Format, Part, Reading
 from dpo_cli.data.formats.content import check_prompt, is_conversation, last_role, read_messages, turn_by_turn, turns_in
 from dpo_cli.data.formats.prompts import CONTEXT_NAMES, CONVERSATION_NAMES, roles_of, with_context
 from dpo_cli.data.formats.unpaired import unpaired_doubt
+from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import Messages, RawRow, SftExample
 
 _WEIGHTS = ("weight", "loss_weight")

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dpo_cli.data.formats.base import Format, Part, Reading, RowProblem, kind_of
+from dpo_cli.data.formats.base import Format, Part, Reading
 from dpo_cli.data.formats.content import ROLE_NAMES
 from dpo_cli.data.formats.kwise import ranks_of_scores
+from dpo_cli.data.problem import RowProblem, kind_of
 from dpo_cli.data.schema import Message, Messages, RankingExample, RawRow, SftExample
 
 _Reply = tuple[str, dict[str, Any], Message]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dpo_cli.data.formats.base import Format, Reading, RowProblem
+from dpo_cli.data.formats.base import Format, Reading
 from dpo_cli.data.formats.hh import are_transcripts
 from dpo_cli.data.formats.implicit import split_implicit
 from dpo_cli.data.formats.labels import names_in_place_of_answers
@@ -24,6 +24,7 @@ from dpo_cli.data.formats.prompts import (
     read_sides,
 )
 from dpo_cli.data.formats.sides import are_lists, lists_note, read_lists, unread_margin
+from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import Messages, PreferenceExample, RankingExample, RawRow
 
 _NUM_ECHOES = 3

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from dpo_cli.data.formats.base import Format, Reading, RowProblem
+from dpo_cli.data.formats.base import Format, Reading
+from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import PreferenceExample, RankingExample, RawRow, SftExample
 
 

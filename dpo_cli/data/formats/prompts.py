@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_cli.data.formats.base import Reading, RowProblem, kind_of, number, optional_number, optional_text, text_field
+from dpo_cli.data.formats.base import Reading, number, optional_number, optional_text, text_field
 from dpo_cli.data.formats.content import (
     REASONING_KEYS,
     ROLE_NAMES,
@@ -20,6 +20,7 @@ from dpo_cli.data.formats.content import (
     turns_in,
 )
 from dpo_cli.data.formats.transcripts import ends_like_open, is_open_transcript, read_open_transcript
+from dpo_cli.data.problem import RowProblem, kind_of
 from dpo_cli.data.schema import Messages, RawRow, assistant, user
 
 PROMPT_NAMES: dict[str, tuple[str, ...]] = {

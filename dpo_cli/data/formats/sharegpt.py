@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dpo_cli.data.formats.base import Format, Reading, RowProblem, says_something
+from dpo_cli.data.formats.base import Format, Reading, says_something
 from dpo_cli.data.formats.content import check_prompt, is_conversation, is_turn, last_role, read_messages, turns_in
 from dpo_cli.data.formats.hh import are_transcripts
 from dpo_cli.data.formats.prompts import (
@@ -26,6 +26,7 @@ from dpo_cli.data.formats.prompts import (
     with_context,
 )
 from dpo_cli.data.formats.sides import are_lists, lists_note, read_lists, unread_margin
+from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import PreferenceExample, RankingExample, RawRow
 
 _PROMPTS = ("prompt", "instruction", *PROMPT_NAMES["prompt"], *PROMPT_NAMES["input"])

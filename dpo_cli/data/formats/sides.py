@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_cli.data.formats.base import Reading, RowProblem, kind_of, number, says_something
+from dpo_cli.data.formats.base import Reading, number, says_something
 from dpo_cli.data.formats.content import is_conversation
 from dpo_cli.data.formats.prompts import margin_in, read_answer
+from dpo_cli.data.problem import RowProblem, kind_of
 from dpo_cli.data.schema import Messages, PreferenceExample, RankingExample, RawRow
 
 _SIDES = ("chosen", "rejected")

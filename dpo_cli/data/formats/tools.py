@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from dpo_cli.data.formats.base import RowProblem, kind_of
+from dpo_cli.data.problem import RowProblem, kind_of
 
 
 def read_tools(value: Any) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from dpo_cli.data.formats.base import RowProblem
+from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import Messages, assistant, user
 
 _HUMAN = re.compile(r"\s*Human:")

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_cli.data.formats.base import Format, Reading, RowProblem, kind_of, number, optional_number
+from dpo_cli.data.formats.base import Format, Reading, number, optional_number
 from dpo_cli.data.formats.content import json_in, refuse_python, turns_in
 from dpo_cli.data.formats.implicit import split_implicit
 from dpo_cli.data.formats.labels import TIES, WORDS, is_soft, label_number, label_text, side_of, suggest, what_to_say
@@ -27,6 +27,7 @@ from dpo_cli.data.formats.prompts import (
     split_turns,
     with_context,
 )
+from dpo_cli.data.problem import RowProblem, kind_of
 from dpo_cli.data.schema import Messages, PreferenceExample, RawRow, assistant, user
 
 _SIDES = ("first", "second")

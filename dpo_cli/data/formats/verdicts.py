@@ -5,7 +5,8 @@ from __future__ import annotations
 from itertools import combinations
 from typing import Any
 
-from dpo_cli.data.formats.base import RowProblem, kind_of, number
+from dpo_cli.data.formats.base import number
+from dpo_cli.data.problem import RowProblem, kind_of
 
 _CLOSE = 1e-3
 

@@ -15,7 +15,7 @@ LONGEST = 1 << 27
 """Bytes of the longest row. More is a quote or a bracket that nothing closes, or a file without rows."""
 
 OnBytes = Callable[[int], None]
-"""Hears of every so many bytes that were read from disk."""
+"""Called with every so many bytes that were read from disk."""
 
 
 class Record(NamedTuple):

@@ -5,7 +5,7 @@ writer left some; few do by default. What cannot be seen: a change in a page wit
 that leaves its values valid; and in any file, one in the header of a page, in the codec or in
 the type of a column, by which all values in it are read in another way. Arrow has no checksums:
 what cannot be seen is a change that leaves all values valid, such as another letter, an end of a
-text that moves to its neighbour, a row that becomes null, or another name of a column in a
+text that moves to its neighbor, a row that becomes null, or another name of a column in a
 stream. No damage of one byte loses or repeats rows, and a file that is cut off is an error.
 """
 

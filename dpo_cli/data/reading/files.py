@@ -60,7 +60,7 @@ def read_records(path: Path, on_bytes: OnBytes = lambda _: None, within: str = "
 
     Args:
         path: The file.
-        on_bytes: Hears of the bytes read from disk.
+        on_bytes: Called with the bytes read from disk.
         within: Where the list of rows lies inside the file's one object, or inside each of
             its records: keys with dots between. Nothing: the records are the rows.
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
 from dpo_cli.core.errors import DataError
-from dpo_cli.evaluation.votes import COLUMNS
+from dpo_cli.judging.votes import COLUMNS
 
 ROWS = [
     *(f"{i},p{i // 2},DPO,PPO-0,S,{'A' if i % 3 else 'B'},{'DPO' if i % 2 else 'PPO-0'}" for i in range(30)),

@@ -12,15 +12,16 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
-from dpo_cli.cli.capability import Capability, as_json, print_table
+from dpo_cli.cli.capability import print_table
 from dpo_cli.core.artifacts import write_text
 from dpo_cli.core.params_text import params_yaml
-from dpo_cli.evaluation.capability import MODELS, TaskResult, pair_items, summarise_task
+from dpo_cli.evaluation.capability import MODELS, TaskResult, pair_items, summarize_task
+from dpo_cli.evaluation.measure_capability import Capability, as_json
 
 
 def result_of(task: str, *scores: list[float], higher_is_better: bool = True) -> TaskResult:
     found = {model: dict(enumerate(values)) for model, values in zip(MODELS, scores, strict=True)}
-    return summarise_task(pair_items(task, "acc", higher_is_better, found), draws=200, confidence=0.95, seed=0)
+    return summarize_task(pair_items(task, "acc", higher_is_better, found), draws=200, confidence=0.95, seed=0)
 
 
 GOOD, BAD = [1.0] * 20, [0.0] * 20

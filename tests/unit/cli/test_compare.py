@@ -14,10 +14,11 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from dpo_cli.cli import compare as command
-from dpo_cli.cli import experiments
 from dpo_cli.cli.app import app
+from dpo_cli.cli.compare_tables import print_comparison
 from dpo_cli.core.errors import ParamsError, StaleArtifactError
+from dpo_cli.evaluation import compare as command
+from dpo_cli.evaluation import experiments
 
 NUM_PROMPTS = 40
 
@@ -95,7 +96,7 @@ def compare(*names: str, baseline: str | None = None, metrics: tuple[str, ...] =
     return command.compare(names, baseline, metrics, every=every)
 
 
-def names_of(found: command.Comparison) -> list[str]:
+def names_of(found: command.ExperimentComparison) -> list[str]:
     return [experiment.name for experiment in found.experiments]
 
 
@@ -103,9 +104,9 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["compare", *arguments])
 
 
-def page(found: command.Comparison, width: int = 80) -> str:
+def page(found: command.ExperimentComparison, width: int = 80) -> str:
     stream = io.StringIO()
-    command.print_comparison(found, Console(file=stream, width=width, highlight=False))
+    print_comparison(found, Console(file=stream, width=width, highlight=False))
     return stream.getvalue()
 
 

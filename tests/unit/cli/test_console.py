@@ -98,7 +98,7 @@ def test_no_table_is_printed_beside_json(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out == ""
 
 
-def test_a_line_of_the_verdict_shows_its_colour_with_and_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_of_the_verdict_shows_its_color_with_and_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     reporter = ConsoleReporter()
     rows: list[tuple[Status, str, str]] = [("bad", "form", "5%"), ("warn", "KL", "12"), ("good", "wins", "70%")]
     rows.append(("plain", "length", "1.0"))

@@ -12,9 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
-from dpo_cli.cli.init import ProjectFiles, create_project
+from dpo_cli.cli.new_project import ProjectFiles, create_project
 from dpo_cli.core.errors import DataError, MachineError, ParamsError
-from dpo_cli.core.params import load_params
+from dpo_cli.core.load_params import load_params
 from dpo_cli.stages import convert_preferences, convert_sft
 
 

@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
-from dpo_cli.cli.init import ProjectFiles, create_project
+from dpo_cli.cli.new_project import ProjectFiles, create_project
 from dpo_cli.core.progress import SilentReporter
 from dpo_cli.stages import convert_preferences as stage
 

@@ -12,6 +12,7 @@ import pytest
 from dpo_cli.cli import report
 from dpo_cli.core import paths
 from dpo_cli.core.errors import StaleArtifactError
+from dpo_cli.stages import report as stage
 from tests.report_folder import write_reports
 
 
@@ -39,7 +40,7 @@ def test_it_opens_nothing_where_it_is_told_so_or_nobody_looks(
     opened: list[str], reporter: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_reports(10)
-    monkeypatch.setattr(report, "write_report", lambda path: None)
+    monkeypatch.setattr(stage, "write_report", lambda path: None)
     report.make_report(is_opened=False, reporter=reporter)
     monkeypatch.setenv("CI", "true")
     report.make_report(is_opened=True, reporter=reporter)
@@ -54,7 +55,7 @@ def test_it_opens_nothing_where_it_is_told_so_or_nobody_looks(
 
 @pytest.mark.usefixtures("project", "opened")
 def test_without_a_browser_it_says_so(reporter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "write_report", lambda path: None)
+    monkeypatch.setattr(stage, "write_report", lambda path: None)
     monkeypatch.setattr(webbrowser, "open", lambda url: False)
     report.make_report(is_opened=True, reporter=reporter)
     assert reporter.said[1:] == ["no browser could be started; open the page by hand"]

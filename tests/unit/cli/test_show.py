@@ -13,11 +13,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
-from dpo_cli.cli.show import TokenView, describe_row
-from dpo_cli.cli.show_page import print_row, visible, visible_token
+from dpo_cli.cli.row_page import print_row
+from dpo_cli.core.data_params import PreferenceSource, SftSource, Source
 from dpo_cli.core.errors import DataError
-from dpo_cli.core.params import PairTokenChecks, PreferenceSource, SftSource, Source
+from dpo_cli.core.params import PairTokenChecks
+from dpo_cli.core.text import visible, visible_token
 from dpo_cli.data.chat import ChatEncoder
+from dpo_cli.data.inspect import TokenView, describe_row
 from dpo_cli.data.pieces import pieces_of
 from dpo_cli.data.schema import assistant, content_id, user
 
@@ -320,7 +322,7 @@ def test_what_is_scored_stands_between_brackets_with_its_end(project: Path, view
     assert "longest  6, within the 64 of max_length" in lines
 
 
-def test_colours_tell_scored_from_not_scored(project: Path, view: TokenView) -> None:
+def test_colors_tell_scored_from_not_scored(project: Path, view: TokenView) -> None:
     found = describe_row(source_of(project, {**PAIR, "prompt": "q"}), 0, view)
     text = printed(found, force_terminal=True, color_system="standard")
     assert "\x1b[36mq\x1b[0m" in text.split("not scored")[1]  # cyan

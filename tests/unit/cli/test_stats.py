@@ -10,8 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
-from dpo_cli.cli.sources import sources_of
-from dpo_cli.cli.stats import language_of, stats_of_sources
+from dpo_cli.cli.data_stats import print_profile
+from dpo_cli.cli.sources import project_data, sources_of
+from dpo_cli.cli.token_view import encoder_of
+from dpo_cli.data.profile import language_of, profile_sources
 
 PAIR = {"prompt": "2 + 2 =", "chosen": "4", "rejected": "55"}
 
@@ -27,7 +29,12 @@ def run(*arguments: str) -> Any:
 
 
 def stats_of(reporter: Any, *files: str, settings: list[str] | None = None, model: str | None = None) -> dict[str, Any]:
-    return stats_of_sources(sources_of(files, None, settings or []), model, None, reporter)
+    sources = sources_of(files, None, settings or [])
+    encoder = encoder_of(model, None)[1] if model else None
+    found = dict(profile_sources(sources, project_data(), encoder, reporter))
+    for kind, figures in found.items():
+        print_profile(kind, figures, reporter)
+    return found
 
 
 def test_rows_sources_formats_and_lengths(project: Path, reporter: Any) -> None:

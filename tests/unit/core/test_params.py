@@ -12,7 +12,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ValidationError
 
 from dpo_cli.core.errors import ParamsError
-from dpo_cli.core.params import Params, iter_settings, load_params, parse_overrides, parse_params
+from dpo_cli.core.load_params import load_params, parse_overrides, parse_params
+from dpo_cli.core.params import Params, iter_settings
 
 
 def problems_of(tree: dict[str, Any]) -> list[str]:
@@ -74,8 +75,8 @@ def test_params_cannot_be_changed() -> None:
         ({"model": {"name": 7}}, "model.name must be text, got 7"),
         (
             {"train": {"loss": "dpo"}},
-            "train.loss must be one of 'sigmoid', 'cdpo', 'robust', 'hinge', 'ipo', 'ipo_sum', 'exo_pair', 'nca_pair',"
-            " 'bco_pair', 'sppo_hard', 'aot', 'aot_unpaired', 'apo_zero', 'apo_down', 'discopop', 'sigmoid_norm',"
+            "train.loss must be one of 'sigmoid', 'cdpo', 'robust', 'hinge', 'ipo', 'ipo_sum', 'exo_pair', 'discopop',"
+            " 'sigmoid_norm', 'nca_pair', 'bco_pair', 'sppo_hard', 'apo_zero', 'apo_down', 'aot', 'aot_unpaired',"
             " 'simpo', 'orpo', 'cpo', 'sft', 'sft_norm' or 'plackett_luce', got 'dpo'",
         ),
         ({"train": 5}, "train must be a section, got 5"),

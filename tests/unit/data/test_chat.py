@@ -9,7 +9,7 @@ import pytest
 
 from dpo_cli.core.errors import MachineError
 from dpo_cli.data.chat import ChatEncoder
-from dpo_cli.data.formats.base import RowProblem
+from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import Messages, assistant, user
 
 PROMPT: Messages = [{"role": "system", "content": "Be kind."}, user("Hi"), assistant("Hello"), user("Add 1: 5 cats")]

@@ -17,7 +17,7 @@ import pytest
 from dpo_cli.core.errors import MachineError, ParamsError
 from dpo_cli.core.params import PairTokenChecks
 from dpo_cli.data.chat import ChatEncoder
-from dpo_cli.data.formats.base import RowProblem
+from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import (
     PREFERENCE_SCHEMA,
     Messages,

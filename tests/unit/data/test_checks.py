@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dpo_cli.core.params import DataChecks
+from dpo_cli.core.data_params import DataChecks
 from dpo_cli.data.blocks import fit_answers
 from dpo_cli.data.checks import (
     CHECKS_OF,

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dpo_cli.core.data_params import DataChecks, PreferenceSource, SftSource, Source
 from dpo_cli.core.errors import DataError, MachineError
-from dpo_cli.core.params import DataChecks, PreferenceSource, SftSource, Source
 from dpo_cli.data import convert as convert_module
 from dpo_cli.data import workers as workers_module
 from dpo_cli.data.account import SPLITS, Conversion, account_rows, metrics_of, unread_of, warnings_of

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_cli.core.params import DataChecks, PreferenceSource, SftSource
+from dpo_cli.core.data_params import DataChecks, PreferenceSource, SftSource
 from dpo_cli.data.account import SPLITS
 from dpo_cli.data.convert import convert
 from dpo_cli.data.schema import assistant, user

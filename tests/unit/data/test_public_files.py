@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import polars as pl
 import pytest
 
-from dpo_cli.core.params import DataChecks, PreferenceSource, SftSource
+from dpo_cli.core.data_params import DataChecks, PreferenceSource, SftSource
 from dpo_cli.data.account import SPLITS
 from dpo_cli.data.convert import convert
 from dpo_cli.data.formats.detect import UnknownFormatError

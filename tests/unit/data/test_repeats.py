@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_cli.core.params import DataChecks
+from dpo_cli.core.data_params import DataChecks
 from dpo_cli.data import repeats
 from dpo_cli.data.blocks import DIGESTS
 from dpo_cli.data.repeats import CHECKS, find_repeats

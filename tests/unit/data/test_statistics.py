@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from dpo_cli.data.formats.base import RowProblem
+from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import Messages, PreferenceExample, RankingExample, SftExample, assistant, user
 from dpo_cli.data.statistics import TOO_SHORT, DataStatistics, Distribution, script_of, wilson_interval
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_cli.evaluation.bootstrap import cluster_bootstrap
 from dpo_cli.evaluation.comparison import (
     MAIN_METRICS,
     OF_ANSWERS,
@@ -27,6 +26,7 @@ from dpo_cli.evaluation.comparison import (
     rows_of_pairs,
     source_of,
 )
+from dpo_cli.statistics.bootstrap import cluster_bootstrap
 
 METRIC = "evaluate.win_rate"
 

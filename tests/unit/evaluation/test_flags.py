@@ -1,4 +1,4 @@
-"""Flags: when each is raised, in which colour, and what it says to do."""
+"""Flags: when each is raised, in which color, and what it says to do."""
 
 from __future__ import annotations
 
@@ -73,9 +73,9 @@ def test_none_is_raised_without_a_reason() -> None:
         ("length of answers", {"length_ratio": 2.0, "win_rate_lc_ci": [0.4, 0.49]}, "bad", "at equal length"),
         ("length of answers", {"length_ratio": 2.0, "win_rate_lc_ci": None}, "warn", "talks longer"),
         ("length of answers", {"reward_length_correlation": None}, "plain", "mean tokens"),
-        ("over-optimisation", CHEAPER, "warn", "as good as all of it"),
-        ("over-optimisation", {**CHEAPER, "cheaper_gain_ci": [-0.05, -0.01]}, "bad", "better than all of it"),
-        ("over-optimisation", {"num_smaller_steps": 1}, "plain", "of 1 smaller step .* none is as good"),
+        ("over-optimization", CHEAPER, "warn", "as good as all of it"),
+        ("over-optimization", {**CHEAPER, "cheaper_gain_ci": [-0.05, -0.01]}, "bad", "better than all of it"),
+        ("over-optimization", {"num_smaller_steps": 1}, "plain", "of 1 smaller step .* none is as good"),
         ("form of answers", {"finished_dpo": 0.98 - MORE_UNFINISHED}, "warn", "fewer answers end"),
         ("form of answers", {"repetition_dpo": 0.02 + MORE_REPETITION}, "warn", "repeat themselves"),
         ("form of answers", {"distinct_dpo": 0.39 * LESS_DISTINCT}, "warn", "more alike"),

@@ -67,7 +67,7 @@ def test_all_tasks_of_a_folder_or_the_named_ones(folder: Path) -> None:
 def test_a_folder_without_tasks(tmp_path: Path) -> None:
     assert "is no folder" in refused(tmp_path / "none")
     assert "has no YAML file" in refused(tmp_path)
-    (tmp_path / "notes.yaml").write_text("colour: red\n", encoding="utf-8")
+    (tmp_path / "notes.yaml").write_text("color: red\n", encoding="utf-8")
     assert "none of them is a task" in refused(tmp_path)
 
 

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import math
 import random
-from typing import Any
 
 import pytest
 
-from dpo_cli.core.params import TrainParams
-from dpo_cli.evaluation.held_out import HeldOut, HeldOutPair, summarise_held_out
-from dpo_cli.objectives.pairwise import pairwise_loss
+from dpo_cli.evaluation.held_out import HeldOut, HeldOutPair, summarize_held_out
 
 
-def summarise(pairs: list[HeldOutPair], beta: float = 0.5, name: Any = "sigmoid") -> HeldOut:
-    return summarise_held_out(
-        pairs, pairwise_loss(name, TrainParams(beta=beta)), beta, draws=200, confidence=0.9, seed=0
-    )
+def summarize(pairs: list[HeldOutPair], beta: float = 0.5) -> HeldOut:
+    return summarize_held_out(pairs, beta, draws=200, confidence=0.9, seed=0)
 
 
 def pair(
@@ -38,7 +33,7 @@ PAIRS = [
 
 
 def test_the_figures_are_means_over_pairs() -> None:
-    found = summarise(PAIRS)
+    found = summarize(PAIRS)
     assert found.margins == pytest.approx([2.0, -1.0, 0.0, 0.5])
     assert found.margin.value == pytest.approx(1.5 / 4)
     assert found.reward_accuracy.value == (1 + 0 + 0.5 + 1) / 4
@@ -52,17 +47,13 @@ def test_the_figures_are_means_over_pairs() -> None:
 
 
 def test_the_rows_are_what_the_means_are_of() -> None:
-    found = summarise(PAIRS[::-1])
+    found = summarize(PAIRS[::-1])
     assert [row.id for row in found.rows] == [pair.id for pair in PAIRS]
     assert [row.group for row in found.rows] == [pair.group for pair in PAIRS]
     for name in ("margin", "loss", "chosen_reward", "rejected_reward"):
         mean = sum(getattr(row, name) for row in found.rows) / len(found.rows)
         expected = getattr(found, name)
         assert mean == pytest.approx(getattr(expected, "value", expected)), name
-
-
-def test_the_loss_is_the_one_that_was_trained() -> None:
-    assert summarise(PAIRS, name="hinge").loss.value == pytest.approx((0 + 2 + 1 + 0.5) / 4)
 
 
 def test_nothing_depends_on_the_order_of_the_rows() -> None:
@@ -77,21 +68,21 @@ def test_nothing_depends_on_the_order_of_the_rows() -> None:
         )
         for i in range(50)
     ]
-    before = summarise(pairs)
+    before = summarize(pairs)
     rng.shuffle(pairs)
-    assert summarise(pairs) == before
+    assert summarize(pairs) == before
 
 
 def test_intervals_are_by_prompt() -> None:
     values = [((-8.0, -12.0), (-10.0, -10.0)), ((-12.0, -8.0), (-10.0, -10.0))] * 20
-    apart = summarise([pair(i, *value) for i, value in enumerate(values)])
-    together = summarise([pair(i, *value, group=f"prompt-{i % 4}") for i, value in enumerate(values)])
+    apart = summarize([pair(i, *value) for i, value in enumerate(values)])
+    together = summarize([pair(i, *value, group=f"prompt-{i % 4}") for i, value in enumerate(values)])
     assert apart.reward_accuracy.value == together.reward_accuracy.value == 0.5
     width = apart.reward_accuracy.high - apart.reward_accuracy.low
     assert together.reward_accuracy.high - together.reward_accuracy.low > 2 * width
 
 
 def test_policy_equal_to_reference_is_all_ties() -> None:
-    found = summarise([pair(i, (-5.0 - i, -7.0), (-5.0 - i, -7.0)) for i in range(6)])
+    found = summarize([pair(i, (-5.0 - i, -7.0), (-5.0 - i, -7.0)) for i in range(6)])
     assert (found.reward_accuracy.value, found.num_ties) == (0.5, 6)
     assert found.loss.value == pytest.approx(math.log(2), rel=1e-12)

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from dpo_cli.evaluation.implicit_reward import RankedAnswers, agreements, summarise_rewards
+from dpo_cli.evaluation.implicit_reward import RankedAnswers, agreements, summarize_rewards
 
 
 def ranked(ranks: tuple[int, ...], rewards: tuple[float, ...], group: str = "g") -> RankedAnswers:
@@ -49,7 +49,7 @@ def test_rankings_of_any_size_agree_with_counting() -> None:
 
 def test_every_row_counts_once_and_intervals_are_clustered_by_prompt() -> None:
     rows = [ranked((1, 2), (1.0, 0.0), "a"), ranked((1, 2), (0.0, 1.0), "b"), ranked((1, 2, 3), (3.0, 2.0, 1.0), "b")]
-    summary = summarise_rewards(rows, agreements(rows), draws=200, confidence=0.9, seed=0)
+    summary = summarize_rewards(rows, agreements(rows), draws=200, confidence=0.9, seed=0)
     assert summary.accuracy.value == pytest.approx(2 / 3)
     assert (summary.num_rows, summary.num_prompts, summary.num_compared, summary.num_ties) == (3, 2, 5, 0)
     assert summary.accuracy.low <= summary.accuracy.value <= summary.accuracy.high

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from dpo_cli.evaluation.reward_figures import RewardedPair, RewardFigures, summarise_rewards
+from dpo_cli.evaluation.reward_figures import RewardedPair, RewardFigures, summarize_rewards
 
 
 def pair(number: int, chosen: float, rejected: float, lengths: tuple[int, int] = (5, 5)) -> RewardedPair:
@@ -15,7 +15,7 @@ def pair(number: int, chosen: float, rejected: float, lengths: tuple[int, int] =
 
 
 def figures(pairs: list[RewardedPair]) -> RewardFigures:
-    return summarise_rewards(pairs, draws=500, confidence=0.95, seed=0)
+    return summarize_rewards(pairs, draws=500, confidence=0.95, seed=0)
 
 
 def test_the_figures_of_four_pairs() -> None:

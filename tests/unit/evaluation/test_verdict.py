@@ -1,4 +1,4 @@
-"""What the metrics mean: each finding's colour, and the sentence on top."""
+"""What the metrics mean: each finding's color, and the sentence on top."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def finding(name: str, **changes: Any) -> Finding:
         ("reward of chosen answers", {"chosen_reward": -0.1}, "warn"),
     ],
 )
-def test_a_finding_has_the_colour_of_its_figure(name: str, changes: dict[str, Any], status: str) -> None:
+def test_a_finding_has_the_color_of_its_figure(name: str, changes: dict[str, Any], status: str) -> None:
     assert finding(name, **changes).status == status
 
 

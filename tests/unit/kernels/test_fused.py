@@ -17,7 +17,18 @@ from torch.nn.functional import silu
 from dpo_cli.core import gpu
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.kernels import fused
-from dpo_cli.kernels.fused import NORM, SWIGLU, describe_fused, install, reason_against, rms_norm, swiglu, use_fused
+from dpo_cli.kernels.fused import (
+    NORM,
+    ROTATION,
+    SWIGLU,
+    describe_fused,
+    install,
+    reason_against,
+    rms_norm,
+    rotate,
+    swiglu,
+    use_fused,
+)
 from dpo_cli.scoring.scorer import Scorer
 
 BFLOAT16, CPU = torch.bfloat16, torch.device("cpu")
@@ -68,6 +79,62 @@ def test_the_norm_is_closer_to_its_definition_than_what_models_do(make_llama: Ca
     assert_closer(with_gradients(lambda x: rms_norm(x, weight, 1e-5), x), with_gradients(eager, x), exact)
 
 
+def test_the_rotation_is_closer_to_its_definition_than_what_models_do() -> None:
+    """Queries have the strides of attention; tables of the halves differ, which in models they do not."""
+    x, (cosine, sine) = random(2, 7, 4, 16, seed=1).transpose(1, 2), random(2, 2, 1, 7, 16, seed=2)
+
+    def by_definition(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+        a, b = x.chunk(2, -1)
+        return x * cosine + torch.cat([-b, a], -1) * sine
+
+    exact = with_gradients(lambda x: by_definition(x, cosine.double(), sine.double()), x.double())
+    ours = with_gradients(lambda x: rotate(x, cosine, sine), x)
+    assert_closer(ours, with_gradients(lambda x: by_definition(x, cosine, sine), x), exact)
+
+
+@pytest.mark.parametrize("code", [fused.ROTATION_CODE, fused.ROTATION_BACKWARD_CODE])
+def test_what_a_gpu_compiles_rotates_the_same(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source of the kernels compiled for the CPU, on what CUDA's kernels are given, number by number."""
+    if (compiler := shutil.which("g++")) is None:
+        pytest.skip("no C++ compiler")
+    is_back = code is fused.ROTATION_BACKWARD_CODE
+    name, number = ("rotate_back", 6) if is_back else ("rotate", 5)
+    parameters = [f"x{index}" for index in range(number)]
+    (tmp_path / "kernel.cpp").write_text(f"""{code}
+extern "C" float run({", ".join(f"float {each}" for each in parameters)}) {{
+  return {name}<float>({", ".join(parameters)});
+}}""")
+    library = tmp_path / "kernel.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, tmp_path / "kernel.cpp"], check=True)
+    run = ctypes.CDLL(str(library)).run
+    run.argtypes, run.restype = [ctypes.c_float] * number, ctypes.c_float
+
+    def jitted(source: str, num_outputs: int) -> Callable[..., torch.Tensor]:
+        assert (source, num_outputs) == (code, 1)
+
+        def kernel(*inputs: torch.Tensor) -> torch.Tensor:
+            given = torch.broadcast_tensors(*inputs)
+            numbers = [run(*each) for each in zip(*(tensor.flatten().tolist() for tensor in given), strict=True)]
+            return torch.tensor(numbers).view(given[0].shape)
+
+        return kernel
+
+    monkeypatch.setattr(fused, "_jitted", jitted)
+    x = random(2, 5, 3, 8, seed=1, dtype=torch.float32).transpose(1, 2)
+    cosine, sine = random(2, 2, 1, 5, 8, seed=2, dtype=torch.float32)
+    on_cuda = fused._rotate_back_on_cuda if is_back else fused._rotate_on_cuda
+    expected = (fused._rotate_back if is_back else rotate)(x, cosine, sine)
+    assert torch.allclose(on_cuda(x, cosine, sine), expected, atol=1e-5)
+
+
+def test_the_class_and_its_module_keep_their_own_rotation(make_llama: Callable[..., Any]) -> None:
+    from transformers.models.llama import modeling_llama
+
+    before = modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaAttention.forward
+    install(make_llama(100), [ROTATION])
+    assert (modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaAttention.forward) == before
+
+
 @pytest.mark.parametrize("code", [fused.SWIGLU_CODE, fused.SWIGLU_BACKWARD_CODE])
 def test_what_a_gpu_compiles_computes_the_same(code: str, tmp_path: Path) -> None:
     """The source of the kernels, compiled for the CPU, number by number."""
@@ -113,17 +180,18 @@ def replaced(model: Any) -> set[str]:
 @pytest.mark.parametrize(
     ("family", "expected"),
     [
-        ("LlamaConfig", {"LlamaRMSNorm", "LlamaMLP"}),
-        ("Qwen2Config", {"Qwen2RMSNorm", "Qwen2MLP"}),
-        ("Qwen3Config", {"Qwen3RMSNorm", "Qwen3MLP"}),
-        ("MistralConfig", {"MistralRMSNorm", "MistralMLP"}),
-        ("Gemma2Config", set()),  # one plus the weight, and another activation
-        ("GPTNeoXConfig", set()),
+        ("LlamaConfig", {"LlamaRMSNorm", "LlamaMLP", "LlamaAttention"}),
+        ("Qwen2Config", {"Qwen2RMSNorm", "Qwen2MLP", "Qwen2Attention"}),
+        ("Qwen3Config", {"Qwen3RMSNorm", "Qwen3MLP", "Qwen3Attention"}),
+        ("MistralConfig", {"MistralRMSNorm", "MistralMLP", "MistralAttention"}),
+        ("Gemma2Config", {"Gemma2Attention"}),  # one plus the weight, and another activation
+        ("CohereConfig", {"CohereMLP"}),  # rotates numbers beside each other
+        ("GPTNeoXConfig", {"GPTNeoXAttention"}),
     ],
 )
 def test_layers_are_recognized_by_what_they_compute(family: str, expected: set[str]) -> None:
     model = build(family)
-    install(model, [NORM, SWIGLU])
+    install(model, [NORM, SWIGLU, ROTATION])
     assert replaced(model) == expected
 
 
@@ -152,7 +220,7 @@ def test_a_models_log_probabilities_are_as_close_as_they_were(
         if dtype == BFLOAT16:
             model = model.to(BFLOAT16)
         if is_fused:
-            install(model, [NORM, SWIGLU])
+            install(model, [NORM, SWIGLU, ROTATION])
         with torch.no_grad(), Scorer(model, dtype, "shared") as scorer:
             return scorer.score(groups).logps_BK
 
@@ -175,11 +243,53 @@ def test_kernels_are_used_on_a_gpu_for_narrow_numbers_and_only_if_they_are_right
         patch.setattr(fused, "swiglu", lambda gate, up: silu(gate) * up * 1.1)
         reason_against.cache_clear()
         use_fused(model, CPU, BFLOAT16)
-        assert replaced(model) == {"LlamaRMSNorm"}
+        assert replaced(model) == {"LlamaRMSNorm", "LlamaAttention"}
         said = describe_fused(model, CPU, BFLOAT16)
-        assert said.startswith("; RMSNorm in one kernel; not SwiGLU: its output is off by")
+        assert said.startswith("; RMSNorm and rotation in one kernel; not SwiGLU: its output is off by")
     reason_against.cache_clear()
     assert reason_against(NORM, CPU, BFLOAT16) is None
     use_fused(model, CPU, BFLOAT16)
-    assert replaced(model) == {"LlamaRMSNorm", "LlamaMLP"}
-    assert describe_fused(model, CPU, BFLOAT16) == "; RMSNorm and SwiGLU in one kernel"
+    assert replaced(model) == {"LlamaRMSNorm", "LlamaMLP", "LlamaAttention"}
+    assert describe_fused(model, CPU, BFLOAT16) == "; RMSNorm, SwiGLU and rotation in one kernel"
+
+
+def test_a_backward_kernel_that_takes_gradients_as_they_lie_in_memory_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Careless(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor, weight_D: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(x, weight_D)
+            return rms_norm(x, weight_D, 1e-6)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+            x, weight_D = ctx.saved_tensors
+            with torch.enable_grad():
+                leaf = x.detach().requires_grad_()
+                out = rms_norm(leaf, weight_D, 1e-6)
+            in_memory = grads[0].as_strided(grads[0].shape, (grads[0].shape[1], 1))
+            return torch.autograd.grad(out, leaf, in_memory)[0], None
+
+    monkeypatch.setattr(fused, "rms_norm", lambda x, weight_D, _: Careless.apply(x, weight_D))
+    reason_against.cache_clear()
+    reason = reason_against(NORM, CPU, BFLOAT16)
+    reason_against.cache_clear()
+    assert reason is not None
+    assert reason.startswith("its first gradient is off by")
+
+
+def test_a_norm_is_tried_at_the_widths_of_the_model(
+    make_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which kernel CUDA starts depends on the width."""
+    model = make_llama(100)
+    monkeypatch.setattr(gpu, "GPU_TYPES", ("cpu",))
+    right = rms_norm
+    monkeypatch.setattr(
+        fused, "rms_norm", lambda x, weight_D, e: right(x, weight_D, e) * (1.1 if x.shape[-1] == 64 else 1.0)
+    )
+    reason_against.cache_clear()
+    use_fused(model, CPU, BFLOAT16)
+    reason_against.cache_clear()
+    assert replaced(model) == {"LlamaMLP", "LlamaAttention"}

@@ -38,11 +38,11 @@ SEVERAL = [[0, 1], [2]]
         ),
     ],
 )
-def test_memory_that_ran_out_is_recognised(error: BaseException) -> None:
+def test_memory_that_ran_out_is_recognized(error: BaseException) -> None:
     assert is_out_of_memory(error)
 
 
-def test_the_error_of_pytorch_itself_is_recognised() -> None:
+def test_the_error_of_pytorch_itself_is_recognized() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60)
     assert is_out_of_memory(caught.value)

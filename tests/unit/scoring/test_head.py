@@ -463,6 +463,20 @@ def test_in_bfloat16_a_sure_model_keeps_its_gradient() -> None:
     assert relative(found, exact) <= 1.5 * relative(rounded, exact)
 
 
+def test_in_float16_a_flat_distribution_over_many_tokens_has_a_gradient() -> None:
+    """Powers of 70,000 equal logits sum to more than float16's largest number, 65,504."""
+    vocabulary = 70_000
+    head = linear(size=(D, vocabulary)).to(torch.float16)
+    hidden = torch.zeros(3, D, dtype=torch.float16, requires_grad=True)
+    targets = torch.tensor([0, 5, vocabulary - 1])
+    with torch.autocast("cpu", torch.float16):
+        logps = token_logps(hidden, targets, head, LogitTransform())
+    assert logps.tolist() == pytest.approx([-math.log(vocabulary)] * 3, abs=1e-5)
+    (gradient,) = torch.autograd.grad(logps.sum(), hidden)
+    weight = head.weight.double()
+    assert torch.allclose(gradient.double(), weight[targets] - weight.mean(0), atol=0.01)
+
+
 # --- statistics -----------------------------------------------------------------------------
 
 

@@ -26,7 +26,6 @@ from dpo_cli.scoring.layout import (
 TWO = TokenGroup("a", "a", (11, 12, 13), ((21, 22), (31,)))
 MORE = TokenGroup("b", "b", (14,), ((41, 42, 43, 44, 45), (51, 52)))
 BRANCH = tuple(range(60, 60 + MIN_SHARED_TOKENS))
-ONE_ROW: tuple[LayoutName, ...] = ("shared", "packed")
 
 
 def shared(*completions: Sequence[int], prompt: Sequence[int] = (11, 12, 13)) -> Layout:
@@ -71,21 +70,6 @@ def test_a_shared_row_is_each_prompt_once_and_then_its_completions_without_their
     assert layout.owners_M.tolist() == [0, 0, 1, 2, 2, 2, 2, 2, 3, 3]
     assert layout.blocks == (Block(0, (Run(3, -1), Run(1, 0))), Block(4, (Run(1, -1), Run(4, 0), Run(1, 0))))
     assert (layout.num_groups, layout.num_completions, layout.num_padding, layout.num_tokens) == (2, 2, 0, 10)
-
-
-def test_a_packed_row_repeats_the_prompt_before_every_completion() -> None:
-    layout = lay_out([TWO, MORE], "packed")
-    assert layout.tokens_RT.tolist() == [[11, 12, 13, 21, 11, 12, 13, 14, 41, 42, 43, 44, 14, 51]]
-    assert layout.positions_RT is not None
-    assert layout.positions_RT.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4, 0, 1]]
-    assert layout.predictors_N.tolist() == [2, 3, 6, 7, 8, 9, 10, 11, 12, 13]
-    assert layout.targets_N.tolist() == [21, 22, 31, 41, 42, 43, 44, 45, 51, 52]
-    assert layout.scored_M.tolist() == list(range(10))
-    assert layout.owners_M.tolist() == [0, 0, 1, 2, 2, 2, 2, 2, 3, 3]
-    assert layout.blocks == tuple(
-        Block(start, (Run(length, -1),)) for start, length in ((0, 4), (4, 3), (7, 5), (12, 2))
-    )
-    assert (layout.num_groups, layout.num_completions, layout.num_padding, layout.num_tokens) == (2, 2, 0, 14)
 
 
 def test_padded_rows_are_a_text_each_with_padding_to_the_right() -> None:
@@ -326,26 +310,22 @@ def test_padded_groups_of_like_length_go_together(make_groups: Callable[..., lis
     assert all(max(batch) <= min(following) for batch, following in zip(lengths, lengths[1:], strict=False))
 
 
-@pytest.mark.parametrize("name", ONE_ROW)
-def test_micro_batches_without_padding_are_about_equal(
-    name: LayoutName, make_groups: Callable[..., list[TokenGroup]]
-) -> None:
+def test_micro_batches_without_padding_are_about_equal(make_groups: Callable[..., list[TokenGroup]]) -> None:
     groups = make_groups(300, prompt_lengths=(5, 40), completion_lengths=(5, 40))
-    sizes = [num_row_tokens(group, name) for group in groups]
-    loads = [sum(sizes[index] for index in batch) for batch in split_by_tokens(groups, 2000, name)]
+    sizes = [num_row_tokens(group, "shared") for group in groups]
+    loads = [sum(sizes[index] for index in batch) for batch in split_by_tokens(groups, 2000, "shared")]
     assert len(loads) > 5
     assert max(loads) - min(loads) <= max(sizes)
 
 
-@pytest.mark.parametrize("name", ONE_ROW)
 @pytest.mark.parametrize(("budget", "excess"), [(256, 0.05), (1024, 0.02), (4096, 0.0)])
 def test_there_are_hardly_more_micro_batches_than_the_tokens_need(
-    name: LayoutName, budget: int, excess: float, make_groups: Callable[..., list[TokenGroup]]
+    budget: int, excess: float, make_groups: Callable[..., list[TokenGroup]]
 ) -> None:
     """No split has fewer than the sum of tokens over the budget, rounded up; a budget of 5, 20 or 80 groups."""
     groups = make_groups(1000, prompt_lengths=(2, 30), completion_lengths=(1, 20))
-    least = math.ceil(sum(num_row_tokens(group, name) for group in groups) / budget)
-    assert least <= len(split_by_tokens(groups, budget, name)) <= math.ceil(least * (1 + excess))
+    least = math.ceil(sum(num_row_tokens(group, "shared") for group in groups) / budget)
+    assert least <= len(split_by_tokens(groups, budget, "shared")) <= math.ceil(least * (1 + excess))
 
 
 @pytest.mark.parametrize(("sizes", "each"), [((51, 60), 1), ((34, 38), 2), ((26, 28), 3)])

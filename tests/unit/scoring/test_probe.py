@@ -64,11 +64,10 @@ RIGHT: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-LEAKY: dict[str, tuple[str, dict[str, Any], str, str]] = {
+LEAKY: dict[str, tuple[str, dict[str, Any], str]] = {
     "bloom": (
         "BloomConfig",
         {"vocab_size": 100, "hidden_size": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.1},
-        "off by",
         "off by",
     ),
     "gptj": (
@@ -84,22 +83,19 @@ LEAKY: dict[str, tuple[str, dict[str, Any], str, str]] = {
             "eos_token_id": 1,
         },
         "off by",
-        "its layers do not call the attention that was set",
     ),
     "lfm2": (
         "Lfm2Config",
         _COMMON | {"layer_types": ["conv", "full_attention"]},
-        "its configuration has layers of conv",
         "its configuration has layers of conv",
     ),
     "llama4": (
         "Llama4TextConfig",
         _COMMON | {"attention_chunk_size": 16, "num_local_experts": 2, "intermediate_size_mlp": 96, "head_dim": 16},
         "its configuration has layers of chunked_attention",
-        "its configuration has layers of chunked_attention",
     ),
 }
-"""Configuration, and why neither shared nor packed will do: distances along the row, attention of its own,
+"""Configuration, and why shared will not do: distances along the row, attention of its own,
 convolutions, chunks.
 """
 F32 = torch.float32
@@ -178,7 +174,7 @@ def test_models_whose_attention_can_be_set_share_prompts(
 def test_a_model_whose_texts_would_leak_into_each_other_is_padded_and_right(
     family: str, open_: Callable[..., Any], make_groups: Callable[..., list[TokenGroup]], reporter: Any
 ) -> None:
-    name, values, not_shared, not_packed = LEAKY[family]
+    name, values, not_shared = LEAKY[family]
     model = build(name, values)
     groups = make_groups(4)
     with torch.no_grad():
@@ -187,12 +183,10 @@ def test_a_model_whose_texts_would_leak_into_each_other_is_padded_and_right(
         found = scorer.score(groups).logps_BK
     assert (scorer.layout, verdict.layout) == ("padded", "padded")
     assert verdict.refused["shared"].startswith(not_shared)
-    assert verdict.refused["packed"].startswith(not_packed)
     assert (found - expected).abs().max() <= 1e-4
     (line,) = reporter.said
     assert line.startswith(f"train: layout padded; not shared: {not_shared}")
     assert f"; not shared: {not_shared}" in line
-    assert f"; not packed: {not_packed}" in line
     assert "\n" not in line
     assert verdict.metrics()["layout_refused"] == verdict.refused
 
@@ -206,19 +200,17 @@ def test_a_layer_that_fails_is_a_reason_of_one_line(
     _replace_attention(monkeypatch, failing)
     scorer, verdict = open_(make_llama(100))
     assert scorer.layout == "padded"
-    assert verdict.refused == dict.fromkeys(("shared", "packed"), "it fails (no such kernel)")
+    assert verdict.refused == {"shared": "it fails (no such kernel)"}
 
 
-def test_a_model_that_drops_positions_is_packed_or_padded_but_not_shared(
-    open_: Callable[..., Any], make_llama: Callable[..., Any]
-) -> None:
+def test_a_model_that_drops_positions_is_padded(open_: Callable[..., Any], make_llama: Callable[..., Any]) -> None:
     """A completion's positions go on from the prompt's: a model that counts along the row must be noticed."""
     model = make_llama(100)
     forward = model.model.forward
     model.model.forward = lambda position_ids=None, **kwargs: forward(**kwargs)
     scorer, verdict = open_(model)
     assert "shared" in verdict.refused
-    assert scorer.layout != "shared"
+    assert scorer.layout == "padded"
 
 
 def _replace_attention(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any]) -> None:
@@ -289,7 +281,7 @@ def test_bfloat16_is_allowed_its_noise_and_no_more(
     assert TOLERANCE < verdict.difference <= verdict.tolerance
     _replace_attention(monkeypatch, _seeing_the_whole_row)
     refused = probe_layouts(Scorer(model, torch.bfloat16), model).refused
-    assert set(refused) == {"shared", "packed"}
+    assert set(refused) == {"shared"}
 
 
 def test_what_is_allowed_in_bfloat16_has_a_limit_that_grows_with_the_length() -> None:
@@ -435,15 +427,14 @@ def test_a_layout_can_be_forced(
     assert reporter.said[0].startswith(f"train: layout {layout} (forced); attention by ")
 
 
-@pytest.mark.parametrize("layout", ["shared", "packed"])
 @pytest.mark.parametrize("family", ["bloom", "lfm2"])
 def test_a_forced_layout_that_is_wrong_is_refused_by_the_name_of_the_setting(
-    layout: Any, family: str, open_: Callable[..., Any]
+    family: str, open_: Callable[..., Any]
 ) -> None:
-    name, values, reason, _ = LEAKY[family]
+    name, values, reason = LEAKY[family]
     for _ in range(2):
-        with pytest.raises(MachineError, match=rf"params.yaml: runtime.layout {layout} is wrong .*: {reason}.*to auto"):
-            open_(build(name, values), layout)
+        with pytest.raises(MachineError, match=rf"params.yaml: runtime.layout shared is wrong .*: {reason}.*to auto"):
+            open_(build(name, values), "shared")
 
 
 # --- memory -------------------------------------------------------------------------------
@@ -469,7 +460,7 @@ def test_a_verdict_is_remembered_by_the_configuration(
 def test_a_leaky_models_verdict_is_remembered_with_its_reasons(
     open_: Callable[..., Any], scored: list[str], reporter: Any
 ) -> None:
-    name, values, _, _ = LEAKY["bloom"]
+    name, values, _ = LEAKY["bloom"]
     _, first = open_(build(name, values))
     scored.clear()
     scorer, second = open_(build(name, values))
@@ -486,7 +477,7 @@ def test_another_configuration_dtype_class_or_force_is_probed_anew(
         (make_llama(100, rope_theta=500.0), "auto", F32),
         (make_llama(100, intermediate_size=64), "auto", F32),
         (base, "auto", torch.bfloat16),
-        (base, "packed", F32),
+        (base, "shared", F32),
         (base, "padded", F32),
         (add_adapter(make_llama(100), LoraParams(r=4), seed=0), "auto", F32),
     ]
@@ -561,7 +552,9 @@ def test_the_probes_groups_have_branches_and_go_beyond_a_small_window() -> None:
     for group in groups:
         one, _, other = group.completions
         assert one[:MIN_SHARED_TOKENS] == other[:MIN_SHARED_TOKENS]
-        assert lay_out([group], "shared").num_tokens < lay_out([group], "packed").num_tokens - len(group.prompt)
+        assert lay_out([group], "shared").num_tokens < sum(
+            len(group.prompt) + len(answer) - 1 for answer in group.completions
+        ) - len(group.prompt)
 
 
 @pytest.mark.parametrize("limit", [32, 48, 60, 100, 4096])

@@ -134,7 +134,7 @@ def test_neither_the_token_budget_nor_the_layout_changes_the_curve(
         assert beside == pytest.approx(others, rel=1e-4, abs=1e-6), setting
 
 
-@pytest.mark.parametrize(("layout", "dropout"), [("shared", 0.0), ("shared", 0.1), ("packed", 0.0), ("padded", 0.1)])
+@pytest.mark.parametrize(("layout", "dropout"), [("shared", 0.0), ("shared", 0.1), ("padded", 0.1)])
 def test_what_is_computed_again_changes_nothing(
     layout: LayoutName, dropout: float, policy: Callable[..., Any], pairs: Any, work: Any, cpu: Any, reporter: Any
 ) -> None:
@@ -244,7 +244,7 @@ def test_held_out_pairs_that_do_not_fit_halve_it_too(
     fits = []
     for max_tokens, reporter in zip((80, 160), held_out, strict=True):
         model = policy()
-        with open_in(model, "packed") as scorer, monkeypatch.context() as patch:
+        with open_in(model, "shared") as scorer, monkeypatch.context() as patch:
             if max_tokens == 160:
                 run_out_above(scorer, 100, patch, training=False)
             fits.append(train(scorer, model, pairs, max_tokens, work(str(max_tokens)), cpu, reporter, knobs=knobs))
@@ -542,10 +542,8 @@ def test_padding_is_little_where_lengths_are_those_of_real_pairs() -> None:
         shares[layout] = sum(each.num_padding for each in laid_out) / totals[layout]
     needed = sum(len(pair.prompt) + len(answer) - 1 for pair in pairs for answer in pair.completions)
     assert totals["padded"] * (1 - shares["padded"]) == pytest.approx(needed)
-    assert totals["packed"] == needed
     assert totals["shared"] < 0.7 * needed
     assert shares["shared"] < 0.03
-    assert shares["packed"] < 0.03
     assert shares["padded"] < 0.2
 
 

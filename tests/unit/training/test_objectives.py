@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from dpo_cli.core.errors import ParamsError
-from dpo_cli.core.objectives import OBJECTIVES
-from dpo_cli.core.params import LoraParams, Params, RuntimeParams, TrainParams, parse_params
+from dpo_cli.core.load_params import parse_params
+from dpo_cli.core.params import LoraParams, Params, RuntimeParams, TrainParams
 from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.losses.catalogue import LOSSES
+from dpo_cli.losses.changes import shared_length_logps
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.load import keep_weights_unpacked, load_model
-from dpo_cli.objectives.pairwise import shared_length_logps
 from dpo_cli.scoring.head import TokenStatistics
 from dpo_cli.scoring.scorer import Scorer, Scores
 from dpo_cli.training.fit import Fit, fit
@@ -32,7 +33,7 @@ SETTINGS = {"label_smoothing": 0.1, "gamma": 0.5, "weighting": "none"}
 def section(loss: Any, **changes: Any) -> TrainParams:
     """Section train with a loss and what it needs, as params.yaml would be read."""
     names = list(loss) if isinstance(loss, dict) else [loss]
-    needed = {name: SETTINGS[name] for loss_name in names for name in OBJECTIVES[loss_name].needs}
+    needed = {name: SETTINGS[name] for loss_name in names for name in LOSSES[loss_name].needs}
     knobs = {"learning_rate": 1e-3, "batch_size": 8, "epochs": 1.0, "eval_steps": 0, **needed, **changes}
     params: Params = parse_params({"train": {"loss": loss, **knobs}})
     return params.train
@@ -111,10 +112,10 @@ CHANGED: dict[str, dict[str, Any]] = {
     "weighting": {"weighting": "wpo"},
     "margin_scale": {"margin_scale": 0.2},
 }
-READS = [(name, CHANGED[setting]) for name, info in OBJECTIVES.items() for setting in info.reads if setting in CHANGED]
+READS = [(name, CHANGED[setting]) for name, info in LOSSES.items() for setting in info.reads if setting in CHANGED]
 
 KINDS: list[tuple[Any, dict[str, Any]]] = [
-    *((name, {}) for name in OBJECTIVES if name != "plackett_luce"),
+    *((name, {}) for name in LOSSES if name != "plackett_luce"),
     ({"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}, {}),
     ({"sigmoid": 1.0, "sft": 0.5}, {"ld_alpha": 0.3}),
     ("sigmoid", {"weighting": "wpo"}),

@@ -65,7 +65,7 @@ def test_nothing_waits_for_the_device(ranks: list[int] | None, make_groups: Call
         result.losses_B.sum().backward()
 
 
-def test_what_is_logged_is_centred_and_a_tie_counts_one_half(make_groups: Callable[..., list[TokenGroup]]) -> None:
+def test_what_is_logged_is_centered_and_a_tie_counts_one_half(make_groups: Callable[..., list[TokenGroup]]) -> None:
     groups = make_groups(3)
     metrics = []
     for constant in (0.0, 64.0):
@@ -148,7 +148,7 @@ def test_training_lowers_the_loss_from_ln_2_and_moves_the_adapter_and_the_head_a
     assert all("lora" in name or "modules_to_save" in name for name in moved)
 
 
-@pytest.mark.parametrize(("budget", "layout"), [(1, "shared"), (64, "shared"), (8192, "packed"), (256, "padded")])
+@pytest.mark.parametrize(("budget", "layout"), [(1, "shared"), (64, "shared"), (8192, "shared"), (256, "padded")])
 def test_neither_the_token_budget_nor_the_layout_changes_the_loss_curve(
     budget: int, layout: LayoutName, model: Callable[[], Any], pairs: Any, tmp_path: Path, cpu: Any, reporter: Any
 ) -> None:

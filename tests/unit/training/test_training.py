@@ -92,7 +92,7 @@ def losses(fitted: Fit, name: str = "loss") -> list[float]:
     return [entry[name] for entry in fitted.history if name in entry]
 
 
-# --- what is minimised --------------------------------------------------------------------
+# --- what is minimized --------------------------------------------------------------------
 
 
 def test_training_lowers_the_loss_from_ln_2(

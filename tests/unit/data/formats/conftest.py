@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from dpo_cli.data.formats import PREFERENCE_FORMATS, SFT_FORMATS
-from dpo_cli.data.formats.base import Format, Reading, RowProblem
+from dpo_cli.data.formats.base import Format, Reading
 from dpo_cli.data.formats.detect import RowReader
+from dpo_cli.data.problem import RowProblem
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ from ruamel.yaml import YAML
 
 from dpo_cli.core.errors import ParamsError
 from dpo_cli.data.formats import PREFERENCE_FORMATS, SFT_FORMATS
-from dpo_cli.data.formats.base import Reading, RowProblem
+from dpo_cli.data.formats.base import Reading
 from dpo_cli.data.formats.detect import RowReader, UnknownFormatError
+from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import SftExample, assistant, user
 
 Q, A, B = user("q"), assistant("a"), assistant("b")

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from dpo_cli.data.formats.base import Reading, RowProblem
+from dpo_cli.data.formats.base import Reading
 from dpo_cli.data.formats.detect import UnknownFormatError
 from dpo_cli.data.formats.implicit import IMPLICIT
+from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import PreferenceExample, assistant, user
 
 Q, A, B = user("q"), assistant("a"), assistant("b")

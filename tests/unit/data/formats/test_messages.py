@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from dpo_cli.data.formats.base import Reading, RowProblem
+from dpo_cli.data.formats.base import Reading
 from dpo_cli.data.formats.content import ROLE_NAMES
 from dpo_cli.data.formats.messages import MESSAGES
+from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import SftExample, assistant, user
 
 Q, A = user("q"), assistant("a")

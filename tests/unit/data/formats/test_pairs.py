@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from dpo_cli.data.formats.base import Reading, RowProblem
+from dpo_cli.data.formats.base import Reading
 from dpo_cli.data.formats.detect import UnknownFormatError
 from dpo_cli.data.formats.pairs import PAIRS
+from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import PreferenceExample, RankingExample, assistant, user
 
 Q, A, B = user("q"), assistant("a"), assistant("b")

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from dpo_cli.data.formats import PREFERENCE_FORMATS, SFT_FORMATS
-from dpo_cli.data.formats.base import Reading, RowProblem
+from dpo_cli.data.formats.base import Reading
 from dpo_cli.data.formats.detect import RowReader, UnknownFormatError
+from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import PreferenceExample, RankingExample, SftExample, assistant, user
 
 Q, A, B = user("q"), assistant("a"), assistant("b")
@@ -249,7 +250,7 @@ MAPPED = {
         {},
         PreferenceExample([Q], [B], [A], 0.5, -0.5),
     ),
-    "OpenAI summarisation comparisons": (
+    "OpenAI summarization comparisons": (
         {"info": {"post": "q", "title": "t"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1, "worker": "w"},
         {"prompt": "info.post", "first": "summaries.0.text", "second": "summaries.1.text", "label": "choice"},
         {"0": "first", "1": "second"},

@@ -9,8 +9,8 @@ from typing import Any
 import orjson
 import pytest
 
-from dpo_cli.data.formats.base import RowProblem
 from dpo_cli.data.formats.tools import read_calls, read_tools
+from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import PreferenceExample, SftExample, assistant, user
 
 Q, A, B = user("q"), assistant("a"), assistant("b")

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from dpo_cli.data.formats.base import RowProblem
 from dpo_cli.data.formats.verdicts import read_verdicts
+from dpo_cli.data.problem import RowProblem
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,184 @@
+"""Section data of params.yaml: sources, how they are read, and what is done with rows that a check finds."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from dpo_cli.core.sections import Section, param
+
+AS_PREFERENCES = "preferences"
+"""The value of data.sft.path that stands for the preference data."""
+
+Column = str | list[str]
+
+Labels = Literal["first", "second", "tie"]
+Roles = Literal["system", "user", "assistant", "tool"]
+
+
+def _label_keys(labels: Any) -> Any:
+    """Labels as YAML reads them, 1 or true, as the texts that they are in the data."""
+    if not isinstance(labels, dict):
+        return labels
+    return {
+        str(key).lower() if isinstance(key, bool) else f"{key:.15g}" if isinstance(key, int | float) else key: side
+        for key, side in labels.items()
+    }
+
+
+class Source(Section):
+    """A source of data: a file, or several of one kind."""
+
+    path: str = Field(
+        min_length=1, description="File under data/raw, where DVC sees a change; * and ? stand for several files."
+    )
+    format: Any = param("auto", "Format of its rows; auto detects it and says what it found.")
+    columns: dict[str, Column] = param(
+        {}, "Where fields lie that go by other names: {prompt: question}; a.b is b within a; a list makes a list."
+    )
+    records: str = param("", "Where the list of rows lies, if not at the top: a key, or keys with dots between.")
+    roles: dict[str, Roles] = param({}, "Further names of roles: {narrator: system}.")
+    labels: Annotated[dict[str, Labels], BeforeValidator(_label_keys)] = param(
+        {},
+        'What a label means that names the better of two outputs: {"1": first, "0": second}; "<1.5" stands for all'
+        " numbers below.",
+    )
+    unwrap: bool = param(
+        False,
+        "Texts that are whole conversations as a chat template renders them (ChatML, Llama, Gemma, [INST],"
+        " ### Instruction and the like) become messages.",
+    )
+    weight: float = param(
+        1.0,
+        "How often a row of it is seen in an epoch: 0.5 takes half of its prompts (a hash decides), 2 takes every row"
+        " twice. The eval split is not weighted.",
+        gt=0,
+        le=100,
+    )
+    max_rows: int | None = param(None, "Stop after so many rows of it.", unit="rows", ge=1, le=10**12)
+    split: Literal["auto", "train", "eval"] = param(
+        "auto", "auto: data.eval_fraction of its prompts are held out; else all of it goes to one split."
+    )
+
+
+SftFormat = Literal[
+    "auto", "alpaca", "prompt_completion", "messages", "oasst",
+    "sharegpt", "pairs", "hh", "implicit", "two_outputs", "kwise",
+]  # fmt: skip
+PreferenceFormat = Literal["auto", "sharegpt", "pairs", "hh", "implicit", "two_outputs", "kwise", "oasst"]
+
+
+class SftSource(Source):
+    """A source of instruction data."""
+
+    format: SftFormat = param("auto", "Format of its rows; auto detects it and says what it found.")
+    turns: Literal["last", "all"] = param(
+        "last", "Of a conversation (format messages): its last answer is the example, or every answer is one."
+    )
+
+
+class PreferenceSource(Source):
+    """A source of preference data."""
+
+    format: PreferenceFormat = param("auto", "Format of its rows; auto detects it and says what it found.")
+    pairs: Literal["all", "adjacent", "best_vs_worst"] = param(
+        "all",
+        "Pairs made of K ranked answers: all that are not tied, those of neighboring ranks, or the best with the"
+        " worst.",
+    )
+    compare: Literal["last", "first"] = param(
+        "last",
+        "Of chosen and rejected with several turns each: last takes those that differ in the last answer alone; first"
+        " compares the first answers in which they differ, and leaves out what follows.",
+    )
+
+
+class SftData(SftSource):
+    """Where the instruction data is."""
+
+    path: str = param(
+        "data/raw/instructions.json",
+        "File of instruction data under data/raw, where DVC sees a change; * and ? stand for several files."
+        " preferences: the preference data, read as data.preferences says, so that its preferred answers are learned.",
+        min_length=1,
+    )
+    also: list[SftSource] = param([], "Further sources: a list of mappings with the settings above.")
+
+
+class PreferenceData(PreferenceSource):
+    """Where the preference data is."""
+
+    path: str = param(
+        "data/raw/preferences.json",
+        "File of preference data under data/raw; * and ? stand for several files.",
+        min_length=1,
+    )
+    also: list[PreferenceSource] = param([], "Further sources: a list of mappings with the settings above.")
+
+
+Policy = Literal["drop", "keep", "error"]
+StrictPolicy = Literal["drop", "error"]
+
+
+class DataChecks(Section):
+    """What to do with rows that a check finds: drop lists them and leaves them out, keep counts them, error stops."""
+
+    malformed: StrictPolicy = param("drop", "The row does not fit its format: a field missing, not text, no such role.")
+    empty_prompt: StrictPolicy = param("drop", "Nothing is asked.")
+    empty_completion: Policy = param("drop", "The answer to an instruction is empty.")
+    empty_chosen: Policy = param("drop", "The preferred answer is empty.")
+    empty_rejected: Policy = param("drop", "The other answer is empty.")
+    equal_sides: Policy = param("drop", "Both answers are the same, up to white space around them.")
+    tie: StrictPolicy = param("drop", "Neither answer won: no pair can be made.")
+    duplicate: Policy = param("drop", "The same prompt and answers came before; the first one stays.")
+    contradiction: Policy = param("drop", "The same two answers are there in both orders; drop leaves out both.")
+    shared_prompt: Policy = param(
+        "drop", "A train row's prompt is in eval, too; only sources with a split of their own can have it."
+    )
+    score_conflict: Policy = param(
+        "keep", "The preferred answer's score is lower than the other's, or the same; keep: the choice counts."
+    )
+    repeated_prompt: Policy = param("keep", "An earlier row has the same prompt with other answers.")
+    prefix_sides: Policy = param("keep", "One answer is the beginning of the other.")
+    longer_chosen: Policy = param("keep", "The preferred answer is the longer one: length bias where it is not half.")
+    chat_markers: Policy = param("keep", "A text holds marks of chat templates, such as <|im_end|> or Human:.")
+    placeholders: Policy = param("keep", "A text holds {{placeholders}}; they are kept as they stand.")
+    replacement_characters: Policy = param("keep", "A text holds U+FFFD: it was decoded wrongly once.")
+    turn_order: Policy = param(
+        "keep", "The prompt has two turns of one role in a row, or a system turn behind the first."
+    )
+    no_input: Policy = param("keep", "The prompt ends with <noinput> or Noinput, which stands for an empty input.")
+
+
+class DataParams(Section):
+    """What goes in. Read by convert_sft and convert_preferences."""
+
+    sft: SftData = Field(default_factory=SftData, description="Instruction data.")
+    preferences: PreferenceData = Field(default_factory=PreferenceData, description="Preference data.")
+    eval_fraction: float = param(
+        0.1,
+        "Share of prompts held out. A hash of the prompt's opening decides, for both files alike: adding rows moves"
+        " none.",
+        gt=0,
+        lt=1,
+    )
+    split_by: Literal["opening", "prompt"] = param(
+        "opening",
+        "What is hashed: opening, all up to the first user turn, so that no conversation is on both sides; or the whole"
+        " prompt, for conversations that all begin alike.",
+    )
+    checks: DataChecks = Field(default_factory=DataChecks, description="What is done with rows that a check finds.")
+
+    @property
+    def sft_sources(self) -> list[SftSource]:
+        """All sources of instructions; where they are the preferences, with the settings of those."""
+        if self.sft.path != AS_PREFERENCES:
+            return [self.sft, *self.sft.also]
+        shared = [source.model_dump(include=set(Source.model_fields)) for source in self.preference_sources]
+        return [*map(SftSource.model_validate, shared), *self.sft.also]
+
+    @property
+    def preference_sources(self) -> list[PreferenceSource]:
+        """All sources of preferences."""
+        return [self.preferences, *self.preferences.also]

@@ -1,0 +1,188 @@
+"""Files checked as the conversion would: every row that it would leave out. Nothing is written."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.core.cores import usable_cores
+from dpo_cli.core.data_params import DataParams, SftSource, Source
+from dpo_cli.core.errors import ParamsError
+from dpo_cli.core.params import TokenChecks
+from dpo_cli.core.progress import Reporter
+from dpo_cli.data.account import Conversion, Finding, account_rows, checks_of, metrics_of, unread_of, warnings_of
+from dpo_cli.data.blocks import SAMPLED_OUT
+from dpo_cli.data.convert import convert, find_files, read_arrow
+from dpo_cli.data.inspect import TokenView
+from dpo_cli.data.problem import RowProblem
+from dpo_cli.data.tokenise import tokenise_row
+
+_ROWS_NAMED = 5
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """What a check is asked for.
+
+    Attributes:
+        listed: The check whose rows are all to be named; None: the first ones of each.
+        view_of: How a model sees a source, by whose tokens rows are checked, too.
+        workers: Processes that read; None: one a core.
+    """
+
+    listed: str | None = None
+    view_of: Callable[[Source], TokenView] | None = None
+    workers: int | None = None
+
+
+def check_sources(
+    sources: Sequence[Source], data: DataParams, options: CheckOptions, reporter: Reporter
+) -> tuple[dict[str, Any], bool]:
+    """Convert sources without writing anything, and print what was found.
+
+    Args:
+        sources: Where the data is; sources of one kind are compared with each other.
+        data: Section data of the project.
+        options: What is asked for.
+        reporter: Gets the tables.
+
+    Returns:
+        The figures by kind, and whether all rows are accepted.
+
+    Raises:
+        DataError: A file cannot be read or has no known format.
+        MachineError: The model's tokenizer cannot be used.
+    """
+    policies = data.checks.model_dump()
+    figures: dict[str, Any] = {}
+    accepted = True
+    for kind in ("sft", "preferences"):
+        mine = [source for source in sources if isinstance(source, SftSource) == (kind == "sft")]
+        if not mine:
+            continue
+        size = sum(path.stat().st_size for source in mine for path in find_files(source) if path.is_file())
+        with tempfile.TemporaryDirectory(prefix="dpo-cli-") as folder:
+            work = Path(folder) / "work"
+            work.mkdir()
+            rejects = Path(folder) / "rejects.jsonl"
+            with reporter.meter(f"checking {kind}", size, "bytes") as meter:
+                report = convert(
+                    mine,
+                    {name: "drop" if policy == "error" else policy for name, policy in policies.items()},
+                    data.eval_fraction,
+                    work,
+                    None,
+                    rejects,
+                    split_by=data.split_by,
+                    workers=options.workers or usable_cores(),
+                    rows_listed=_ROWS_NAMED,
+                    listed=options.listed,
+                    on_bytes=meter.advance,
+                )
+            for name, policy in policies.items():
+                if name in report.checks:
+                    report.checks[name].policy = policy
+            examples = _first_of_each_reason(rejects)
+            view = options.view_of(mine[0]) if options.view_of else None
+            tokens = _check_tokens(report, mine[0], view, options.listed, reporter) if view else None
+        figures[kind] = {**metrics_of(report), "checks": checks_of(report), "unread_columns": unread_of(report)}
+        accepted &= not set(report.rejected) - {SAMPLED_OUT} and not report.cannot_split
+        _print(kind, report, options, examples, reporter)
+        if tokens is not None and view is not None:
+            figures[kind]["tokens"] = {name: vars(finding) for name, finding in tokens.items()}
+            accepted &= all(finding.policy == "keep" or not finding.count for finding in tokens.values())
+            rates = {name: finding.count / (report.num_checked or 1) for name, finding in tokens.items()}
+            title = f"{kind}: left out later by their tokens, as {view.model} sees them"
+            _print_findings(title, tokens, rates, options, reporter)
+    return figures, accepted
+
+
+def _check_tokens(
+    report: Conversion, source: Source, view: TokenView, listed: str | None, reporter: Reporter
+) -> dict[str, Finding]:
+    """What the checks of tokens find in the rows that a conversion leaves."""
+    policies = {name: "drop" if policy == "error" else policy for name, policy in view.policies.items()}
+    columns = ("completion",) if isinstance(source, SftSource) else ("chosen", "rejected")
+    findings = {name: Finding(policy) for name, policy in policies.items()}
+    findings["template_refused"] = Finding("drop")
+    total = sum(block.num for block in report.blocks)
+    with reporter.meter("tokenising", total, "examples") as meter:
+        for block in report.blocks:
+            rows = read_arrow(block.examples).to_pylist() if block.examples.exists() else []
+            for row in rows:
+                try:
+                    _, found = tokenise_row(row, columns, view.encoder, view.max_length, policies)
+                except RowProblem as problem:
+                    found = [problem.reason]
+                for name in found:
+                    finding = findings.setdefault(name, Finding("drop"))
+                    finding.count += 1
+                    if len(finding.rows) < _ROWS_NAMED or name == listed:
+                        place = (block.file.path.as_posix(), row["row"] + block.first - block.file.first)
+                        finding.rows.append(place)
+                    else:
+                        finding.more = True
+            meter.advance(block.num)
+    return findings
+
+
+def _first_of_each_reason(rejects: Path) -> dict[str, str]:
+    """For each reason to leave rows out, what is said of the first one."""
+    found: dict[str, str] = {}
+    with rejects.open(encoding="utf-8") as file:
+        for line in file:
+            entry = json.loads(line)
+            if entry["reason"] not in found:
+                line = f" (line {entry['line']})" if "line" in entry else ""
+                place = f"row {entry['row']}{line}"
+                part = f", {entry['part']}" if "part" in entry else ""
+                found[entry["reason"]] = f"{entry['file']}, {place}{part}: {entry['detail']}"
+    return found
+
+
+def _print(kind: str, report: Conversion, options: CheckOptions, examples: dict[str, str], reporter: Reporter) -> None:
+    rows = [row for row in account_rows(report, None) if not row[0].startswith(("left out:", "kept:"))]
+    rows += [(f"left out: {reason.replace('_', ' ')}", f"{count}: {examples[reason]}{', ...' if count > 1 else ''}")
+             for reason, count in report.rejected.most_common()]  # fmt: skip
+    reporter.table(f"{kind}: what goes in", rows)
+    rates = {name: report.rate(name) for name in report.checks}
+    _print_findings(f"{kind}: checks", report.checks, rates, options, reporter)
+    for warning in (*warnings_of(report), *filter(None, [report.empty_split])):
+        reporter.warn(warning)
+
+
+def _print_findings(
+    title: str, findings: Mapping[str, Finding], rates: Mapping[str, float], options: CheckOptions, reporter: Reporter
+) -> None:
+    shown = {name: finding for name, finding in findings.items() if options.listed in (None, name)}
+    rows = [
+        (name, f"{finding.count:>7} {rates[name]:>7.2%}  {finding.policy:<5}  rows {finding.places()}")
+        for name, finding in shown.items()
+        if finding.count
+    ]
+    sound = [name for name, finding in shown.items() if not finding.count]
+    if rows:
+        rows.insert(0, ("", f"{'count':>7} {'rate':>7}  policy"))
+    if sound:
+        rows.append(("nothing found", ", ".join(sound)))
+    if rows:
+        reporter.table(title, rows)
+    if any(finding.policy == "error" and finding.count for finding in shown.values()):
+        reporter.warn("a check whose policy is error found something: the conversion will stop there")
+
+
+def refuse_unknown_check(name: str | None, model: str | None, data: DataParams) -> None:
+    """``--list`` takes the name of a check; those of tokens need a model.
+
+    Raises:
+        ParamsError: There is none of that name, or no model.
+    """
+    if name in TokenChecks.model_fields and model is None:
+        raise ParamsError(f"--list {name} has no effect without --model: it is a check of tokens")
+    known = [*data.checks.model_dump(), *TokenChecks.model_fields]
+    if name is not None and name not in known:
+        raise ParamsError(f"--list: {name} is no check; there are {', '.join(known)}")

@@ -1,0 +1,407 @@
+"""Decoding for GPUs: shapes that do not change from step to step, and nothing that the device is waited for.
+
+Legend: R rows, L tokens of the longest prompt, S new tokens at most, K places of the cache, G key heads, D head size,
+V vocabulary.
+
+Where a cache grows and every token is looked at, a step costs what the host needs to start some hundred kernels, and
+the device waits. Here keys and values have all their places from the beginning, a step works on tensors alone, and
+the host looks only now and then whether all answers have ended; what comes behind an answer's end is cut off by the
+caller. So CUDA can record a step once for a batch and play it back.
+
+Nothing of it is taken on trust. For a model, steps are held against a forward pass without a cache; a recorded step is
+held against the same step computed, at another token than it was recorded at.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import StaticCache
+from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
+
+from dpo_cli.core.errors import is_out_of_memory
+
+_STEPS_A_LOOK = 8
+"""Steps after which the host asks whether all answers have ended."""
+_STEPS_WORTH_A_RECORD = 16
+"""New tokens from which a step is recorded; to record and to check it takes the host about three steps."""
+_RECORDED_STEP = 2
+_TRIED_STEPS = 3
+_TRIED_TOKENS = 32
+"""Tokens of the texts on which a model's steps are tried, where no window makes it more."""
+_TOLERANCES = {torch.float32: 1e-3}
+_NARROW_TOLERANCE = 0.05
+"""Probability by which a next-token distribution may differ in 16 bits."""
+_NOISE_FACTOR = 4.0
+_MAX_TOLERANCE = 0.2
+"""The most that is allowed, however much rounding alone moves a distribution."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is sampled.
+
+    Attributes:
+        temperature: 0 takes the likeliest token.
+        max_new_tokens: S.
+        stop_ids: Tokens that end an answer.
+    """
+
+    temperature: float
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+
+
+def pick(logits_RV: torch.Tensor, uniforms_R: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The tokens int64 [R] that uniforms of [0, 1), float64, pick by inverting the cumulative distribution."""
+    cumulative = (logits_RV.float() / temperature).softmax(-1).double().cumsum(-1)
+    targets = uniforms_R[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, targets, right=True).clamp(max=logits_RV.shape[1] - 1)[:, 0]
+
+
+class StaticDecoder:
+    """Decodes batches of one model.
+
+    Args:
+        model: A causal LM in eval mode, or a PEFT model around one.
+        sampling: How.
+        dtype: What is computed in.
+
+    Attributes:
+        refused: Why the model is not decoded so; None where it is, or has not been tried.
+        unrecorded: Why steps are not played back from a record; None where they are, or need not be.
+    """
+
+    def __init__(self, model: Any, sampling: Sampling, dtype: torch.dtype) -> None:
+        causal: Any = getattr(model, "get_base_model", lambda: model)()  # of a PeftModel; else itself
+        self._model = model
+        self._config = causal.config.get_text_config(decoder=True)
+        self._known = inspect.signature(causal.forward).parameters
+        self._sampling = sampling
+        self._dtype = dtype
+        self._num_tried = 0
+        self.refused: str | None = None
+        self.unrecorded: str | None = None
+
+    def decode(
+        self, tokens_RL: torch.Tensor, mask_RL: torch.Tensor, uniforms_RS: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Answers to a batch of prompts.
+
+        Args:
+            tokens_RL: int64, prompts padded at their beginning, on the device.
+            mask_RL: int64, 0 for padding.
+            uniforms_RS: float64 in [0, 1); None takes the likeliest tokens.
+
+        Returns:
+            int64 [R, up to S]; behind an answer's first stop token there may be anything. None where :attr:`refused`.
+        """
+        length = tokens_RL.shape[1] + self._sampling.max_new_tokens
+        if not self._is_tried(length, tokens_RL.device):
+            return None
+        while True:
+            run = _Run(self._forward, _Cache(self._config, length), tokens_RL, mask_RL, uniforms_RS, self._sampling)
+            run.begin()
+            num_tokens = self._go_on(run)
+            if num_tokens is not None:
+                return run.answers_RS[:, :num_tokens]
+
+    def _go_on(self, run: _Run) -> int | None:
+        """Take the steps behind the first token.
+
+        Returns:
+            How many tokens there are; None where a record that is not right may have spoiled the run.
+        """
+        num_steps = self._sampling.max_new_tokens
+        is_recorded = num_steps >= _STEPS_WORTH_A_RECORD and self.unrecorded is None
+        step: Callable[[], object] = run.step
+        record: _Record | None = None
+        for done in range(1, num_steps):
+            if done % _STEPS_A_LOOK == 0 and bool(run.ended_R.all()):
+                return done
+            if is_recorded and done == _RECORDED_STEP:  # libraries have made by now what they need
+                found = _record(run.step)
+                record, self.unrecorded = (None, found) if isinstance(found, str) else (found, None)
+            elif record is not None and done == _RECORDED_STEP + 1:
+                self.unrecorded = _reason_against_record(run, record)
+                if self.unrecorded is not None:
+                    return None
+                step = record.replay
+                continue
+            step()
+        return num_steps
+
+    def _forward(self, tokens: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, **more: Any) -> torch.Tensor:
+        """Logits of the last tokens [R, _TRIED_STEPS or L, V]."""
+        if "position_ids" in self._known:
+            more["position_ids"] = positions
+        if "logits_to_keep" in self._known:
+            more.setdefault("logits_to_keep", 1)
+        return self._model(input_ids=tokens, attention_mask=mask, **more).logits
+
+    # --- whether it is right --------------------------------------------------------------
+
+    def _is_tried(self, length: int, device: torch.device) -> bool:
+        """Whether texts of so many tokens may be decoded so; tries it where windows make that another question."""
+        if self.refused is not None:
+            return False
+        try:
+            layers = StaticCache(config=self._config, max_cache_len=length).layers
+            windows = [layer.max_cache_len for layer in layers if isinstance(layer, StaticSlidingWindowLayer)]
+            passed = [window for window in windows if window < length]
+            needed = min(length, max(_TRIED_TOKENS, *(window + 2 * _TRIED_STEPS for window in passed), 0))
+            if needed > self._num_tried:
+                self.refused = self._reason_against(needed, device)
+                self._num_tried = needed
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a family that keeps no keys and values makes of it
+            if is_out_of_memory(error):
+                raise
+            self.refused = f"it fails ({(str(error).strip() or type(error).__name__).splitlines()[0][:100]})"
+        return self.refused is None
+
+    def _reason_against(self, num_tokens: int, device: torch.device) -> str | None:
+        """Why steps give other distributions than a forward pass without a cache; None where they do not.
+
+        On two texts, of which one is padded.
+        """
+        generator = torch.Generator().manual_seed(0)
+        size = max(_TRIED_STEPS + 2, num_tokens)
+        tokens = torch.randint(self._config.vocab_size, (2, size), generator=generator).to(device)
+        mask = torch.ones_like(tokens)
+        mask[1, : size // 3] = 0
+        positions, prompt = _positions(mask), size - _TRIED_STEPS
+
+        def whole(rows: slice) -> torch.Tensor:
+            keep = {"logits_to_keep": _TRIED_STEPS + 1} if "logits_to_keep" in self._known else {}
+            logits = self._forward(tokens[rows], mask[rows], positions[rows], use_cache=False, **keep)
+            return _probabilities(logits[:, -_TRIED_STEPS - 1 :])
+
+        expected = whole(slice(None))
+        sampling = Sampling(0.0, _TRIED_STEPS + 1, ())
+        run = _Run(self._forward, _Cache(self._config, size), tokens[:, :prompt], mask[:, :prompt], None, sampling)
+        run.begin()
+        found = [run.logits_RV]
+        for step in range(_TRIED_STEPS):
+            run.token_R1.copy_(tokens[:, prompt + step, None])
+            found.append(run.step())
+        noise = _distance(whole(slice(0, 1)), expected[:1])
+        floor = _TOLERANCES.get(self._dtype, _NARROW_TOLERANCE)
+        allowed = min(max(floor, _NOISE_FACTOR * noise), max(floor, _MAX_TOLERANCE))
+        off = _distance(_probabilities(torch.stack(found, 1)), expected)
+        return None if off <= allowed else f"a next-token distribution is off by {off:.2g}"
+
+
+# --- a batch on its way ---------------------------------------------------------------------
+
+
+class _Clock:
+    """Where in the cache the tokens belong that go through the model now.
+
+    Attributes:
+        length: K.
+        place_1: int64 [1] on the device, the place of a step's token; None while prompts go through, from place 0 on.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.place_1: torch.Tensor | None = None
+
+
+class _Places(StaticLayer):
+    """A layer's keys and values [R, G, K, D]; windows are the mask's, so that a token's place never changes."""
+
+    def __init__(self, clock: _Clock, *, is_sliding: bool) -> None:
+        super().__init__(clock.length)
+        self.is_sliding = is_sliding
+        self._clock = clock
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put keys and values [R, G, tokens, D] in their places; returns all that may be seen."""
+        place_1 = self._clock.place_1
+        if place_1 is None:
+            size = key_states.shape[2]
+            self.keys, self.values = (
+                states.new_zeros(*states.shape[:2], self._clock.length, states.shape[3])
+                for states in (key_states, value_states)
+            )
+            self.keys[:, :, :size], self.values[:, :, :size] = key_states, value_states
+            self.is_initialized = True
+            return key_states, value_states
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys.index_copy_(2, place_1, key_states)
+        self.values.index_copy_(2, place_1, value_states)
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that a mask is for, and the place of the first."""
+        return (query_length if self._clock.place_1 is None else self._clock.length), 0
+
+    def get_seq_length(self) -> Any:
+        """Tokens before those that go through the model now: a number, and for steps a tensor []."""
+        return 0 if self._clock.place_1 is None else self._clock.place_1[0]
+
+
+class _Cache(Cache):
+    """Keys and values of all layers in so many places, or a few more.
+
+    Raises:
+        ValueError: A layer keeps what has no place.
+    """
+
+    def __init__(self, config: Any, length: int) -> None:
+        self.clock = _Clock(-(-length // 8) * 8)  # the kernels of attention read masks by eights
+        layers: list[Any] = []
+        for layer in StaticCache(config=config, max_cache_len=self.clock.length).layers:
+            if type(layer) not in (StaticLayer, StaticSlidingWindowLayer):
+                raise ValueError(f"its cache has a {type(layer).__name__}")
+            layers.append(_Places(self.clock, is_sliding=isinstance(layer, StaticSlidingWindowLayer)))
+        super().__init__(layers=layers)
+
+
+class _Run:
+    """A batch on its way: all that a step reads and writes, in tensors that stay where they are.
+
+    Attributes:
+        device: Where.
+        token_R1: int64, each row's last token.
+        logits_RV: The prompts' last logits.
+        answers_RS: int64.
+        ended_R: bool, whether a stop token came.
+        state: What a step changes of these, but for ``answers_RS`` and the cache: they take the same twice.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., torch.Tensor],
+        cache: _Cache,
+        tokens_RL: torch.Tensor,
+        mask_RL: torch.Tensor,
+        uniforms_RS: torch.Tensor | None,
+        sampling: Sampling,
+    ) -> None:
+        rows, prompt = tokens_RL.shape
+        self.device = device = tokens_RL.device
+        self._clock = cache.clock
+        self._forward, self._cache, self._sampling = forward, cache, sampling
+        self._uniforms_RS = uniforms_RS
+        self._tokens_RL = tokens_RL
+        self._mask_RK = mask_RL.new_ones(rows, self._clock.length)
+        self._mask_RK[:, :prompt] = mask_RL
+        self._positions_RL = _positions(mask_RL)
+        self._stop_ids = torch.tensor(sampling.stop_ids, dtype=torch.long).to(device, non_blocking=True)
+        self._position_R1 = self._positions_RL[:, -1:].clone()
+        self._place_1 = torch.full((1,), prompt - 1, device=device)
+        self._step_1 = torch.zeros(1, dtype=torch.long, device=device)
+        self.token_R1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.ended_R = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.answers_RS = torch.zeros(rows, sampling.max_new_tokens, dtype=torch.long, device=device)
+        self.state = [self.token_R1, self._position_R1, self._place_1, self._step_1, self.ended_R]
+
+    def begin(self) -> None:
+        """Let the prompts through the model and take the first tokens."""
+        prompt = self._tokens_RL.shape[1]
+        mask_RL = self._mask_RK[:, :prompt]
+        logits = self._forward(
+            self._tokens_RL, mask_RL, self._positions_RL, past_key_values=self._cache, use_cache=True
+        )
+        self.logits_RV = logits[:, -1]
+        self._clock.place_1 = self._place_1
+        self._take(self.logits_RV)
+
+    def step(self) -> torch.Tensor:
+        """Let the last tokens through the model and take the next ones; returns the logits [R, V]."""
+        logits_RV = self._forward(
+            self.token_R1, self._mask_RK, self._position_R1, past_key_values=self._cache, use_cache=True
+        )[:, -1]
+        self._take(logits_RV)
+        return logits_RV
+
+    def _take(self, logits_RV: torch.Tensor) -> None:
+        if self._uniforms_RS is None:
+            tokens_R = logits_RV.float().argmax(-1)
+        else:
+            uniforms_R = self._uniforms_RS.index_select(1, self._step_1)[:, 0]
+            tokens_R = pick(logits_RV, uniforms_R, self._sampling.temperature)
+        self.answers_RS.index_copy_(1, self._step_1, tokens_R[:, None])
+        self.ended_R |= (tokens_R[:, None] == self._stop_ids).any(1)
+        self.token_R1.copy_(tokens_R[:, None])
+        for number in (self._position_R1, self._place_1, self._step_1):
+            number += 1
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    """Positions in texts that are padded at their beginning, like the mask."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+# --- records --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Record:
+    """A recorded step.
+
+    Attributes:
+        replay: Takes it again, on what its tensors hold then.
+        logits_RV: What it writes its logits to.
+    """
+
+    replay: Callable[[], None]
+    logits_RV: torch.Tensor
+
+
+def _record(step: Callable[[], torch.Tensor]) -> _Record | str:
+    """A record of a step, which is not taken; or why there is none."""
+    try:
+        graph = torch.cuda.CUDAGraph()
+        # the outer one puts the stream back where recording ends in an error
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+            logits_RV = step()
+    except Exception as error:  # whatever a model does that cannot be recorded
+        cause = error.__context__ or error  # the end of the record complains of it once more
+        if is_out_of_memory(cause) or is_out_of_memory(error):
+            raise cause from None
+        return f"it cannot be recorded ({(str(cause).strip() or type(cause).__name__).splitlines()[0][:100]})"
+    return _Record(graph.replay, logits_RV)
+
+
+def _reason_against_record(run: _Run, record: _Record) -> str | None:
+    """Take a step by its record and again without it, and say why the record will not do; None where it does.
+
+    It is another step than the one that was recorded, with another token at another place.
+    """
+    before = [tensor.clone() for tensor in run.state]
+    record.replay()
+    found, state = record.logits_RV.clone(), [tensor.clone() for tensor in run.state]
+    for tensor, value in zip(run.state, before, strict=True):
+        tensor.copy_(value)
+    off = _distance(_probabilities(found), _probabilities(run.step()))
+    if not off <= _NARROW_TOLERANCE:
+        return f"its record gives a distribution that is off by {off:.2g}"
+    moved = [tensor for tensor, value in zip(run.state[1:4], state[1:4], strict=True) if not torch.equal(tensor, value)]
+    return "its record does not go on" if moved else None
+
+
+def _probabilities(logits: torch.Tensor) -> torch.Tensor:
+    return logits.float().softmax(-1)
+
+
+def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest total variation distance of distributions; infinite where there is no number."""
+    return (found - expected).abs().sum(-1).nan_to_num(nan=float("inf")).max().item() / 2
+
+
+def describe(decoder: StaticDecoder) -> str:
+    """How a model's answers are decoded, for the user."""
+    if decoder.refused is not None:
+        return f"with a cache that grows, since places that stay are not right for this model: {decoder.refused}"
+    return "" if decoder.unrecorded is None else f"step by step, since {decoder.unrecorded}"

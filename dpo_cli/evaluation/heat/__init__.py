@@ -1,1 +1,0 @@
-"""The token heat page: what policy and reference say of each token, as colour."""

@@ -1,1 +1,0 @@
-"""Who decides which of two answers is better."""

@@ -1,0 +1,137 @@
+"""Win rates by judges and people, and how far they agree, as in the paper's Table 2."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.core import paths
+from dpo_cli.core.artifacts import write_json, write_text
+from dpo_cli.core.errors import DataError, ParamsError
+from dpo_cli.judging.votes import read_votes
+from dpo_cli.statistics.agreement import MethodAgreement, summarize_votes
+from dpo_cli.statistics.bootstrap import Estimate
+
+
+@dataclass(frozen=True)
+class AgreementTable:
+    """What a votes file says.
+
+    Attributes:
+        methods: Figures by method and baseline.
+        draws: Bootstrap draws behind each interval.
+        confidence: Coverage of the intervals.
+        seed: Of the draws.
+    """
+
+    methods: list[MethodAgreement]
+    draws: int
+    confidence: float
+    seed: int
+
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of raters of all methods."""
+        return list(dict.fromkeys(kind for each in self.methods for kind in each.win_rates))
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Kinds that share items in some method: two kinds first, then those with themselves."""
+        found = dict.fromkeys((pair.first, pair.second) for each in self.methods for pair in each.pairs)
+        return sorted(found, key=lambda pair: pair[0] == pair[1])
+
+
+def agreement_of_files(files: Sequence[Path], *, draws: int, confidence: float, seed: int) -> AgreementTable:
+    """Read votes files and compute all figures over all of them.
+
+    Raises:
+        DataError: One is no votes file, a rater voted on an item twice, or no item has votes of two raters.
+    """
+    methods = summarize_votes(read_votes(*files), draws=draws, confidence=confidence, seed=seed)
+    if not any(each.pairs for each in methods):
+        raise DataError(
+            f"{', '.join(map(str, files))}: no item has votes of two raters, so there is no agreement; give all votes"
+            " on the same two answers the same item_id"
+        )
+    return AgreementTable(methods, draws, confidence, seed)
+
+
+def refuse_outside_a_project() -> None:
+    """Refuse to save where there is no project whose report could show it.
+
+    Raises:
+        ParamsError: There is no params.yaml.
+    """
+    if not paths.PARAMS.is_file():
+        raise ParamsError(
+            f"--save writes into a project, and there is no {paths.PARAMS} here; go into its folder, name it with -C,"
+            " or leave --save out"
+        )
+
+
+def as_json(found: AgreementTable) -> dict[str, Any]:
+    """The figures as one JSON value; null where one is undefined."""
+    return {
+        "draws": found.draws,
+        "confidence": found.confidence,
+        "seed": found.seed,
+        "methods": [
+            {
+                "method": each.method,
+                "baseline": each.baseline,
+                "num_prompts": each.num_prompts,
+                "num_items": each.num_items,
+                "win_rates": {
+                    kind: {"num_votes": rate.num_votes, "num_ties": rate.num_ties, **_estimate(rate.estimate)}
+                    for kind, rate in each.win_rates.items()
+                },
+                "pairs": [
+                    {
+                        "first": pair.first,
+                        "second": pair.second,
+                        "num_items": pair.num_items,
+                        "num_pairs": pair.num_pairs,
+                        "agreement": _estimate(pair.agreement),
+                        pair.coefficient.name: _estimate(pair.coefficient.estimate),
+                    }
+                    for pair in each.pairs
+                ],
+                "overall": {each.overall.name: _estimate(each.overall.estimate)} if each.overall else None,
+            }
+            for each in found.methods
+        ],
+    }
+
+
+def save(found: AgreementTable) -> None:
+    """Write the figures to reports/agreement/metrics.json, where the report finds them."""
+    write_json(paths.metrics_file("agreement"), {"agreement": as_json(found)})
+
+
+def write_csv(found: AgreementTable, path: Path) -> None:
+    """Write the figures as CSV, one a line: num counts votes, or pairs of them; an undefined figure is empty."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["method", "baseline", "figure", "first", "second", "num", "value", "low", "high"])
+    for each in found.methods:
+        names = (each.method, each.baseline)
+        for kind, rate in each.win_rates.items():
+            writer.writerow([*names, "win_rate", kind, "", rate.num_votes, *_estimate(rate.estimate).values()])
+        for pair in each.pairs:
+            who = (pair.first, pair.second, pair.num_pairs)
+            writer.writerow([*names, "agreement", *who, *_estimate(pair.agreement).values()])
+            writer.writerow([*names, pair.coefficient.name, *who, *_estimate(pair.coefficient.estimate).values()])
+        if each.overall:
+            count = sum(rate.num_votes for rate in each.win_rates.values())
+            writer.writerow([*names, each.overall.name, "", "", count, *_estimate(each.overall.estimate).values()])
+    write_text(path, stream.getvalue())
+
+
+def _estimate(estimate: Estimate) -> dict[str, float | None]:
+    figures = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+    return {name: None if math.isnan(figure) else figure for name, figure in figures.items()}

@@ -1,0 +1,78 @@
+"""Judgments that are kept: a question that a judge has answered is never asked again.
+
+A judgment is found by a hash of the judge's identity (the model, the template, how the answer is constrained), the
+prompt and both answers in their order. Neither prompts nor answers are written. Where the judge had no verdict it is
+asked again: that may have been the server's fault.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import polars as pl
+
+from dpo_cli.core.artifacts import digest_bytes, digest_json
+from dpo_cli.core.row_store import RowStore
+from dpo_cli.judging.judge import IdentifiedJudge, Judgment, Question
+
+SCHEMA = {"key": pl.String, "p_a": pl.Float64, "verdict": pl.String}
+_SECONDS_A_SHARD = 10.0
+
+
+class CachedJudge:
+    """A judge with a memory.
+
+    Args:
+        judge: Who is asked where nothing is remembered.
+        folder: Where judgments are kept, in the scratch area; several judges may share it.
+        seconds_a_shard: Judging that a kill may cost. An error of the judge costs none.
+
+    Attributes:
+        num_asked: Questions that the judge has answered itself.
+    """
+
+    def __init__(self, judge: IdentifiedJudge, folder: Path, seconds_a_shard: float = _SECONDS_A_SHARD) -> None:
+        self._judge = judge
+        self._identity = digest_json(dict(judge.identity)).encode()
+        self._store = RowStore(folder, SCHEMA)
+        self._seconds_a_shard = seconds_a_shard
+        self.num_asked = 0
+
+    @property
+    def remedy(self) -> str:
+        """The judge's own."""
+        return self._judge.remedy
+
+    def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Judgment]]:
+        """First what is remembered, then what is asked; equal questions are asked once."""
+        known = self._known()
+        waiting: dict[str, list[int]] = {}
+        for index, question in enumerate(questions):
+            key = self._key(question)
+            if key in known:
+                yield index, known[key]
+            else:
+                waiting.setdefault(key, []).append(index)
+        keys = list(waiting)
+        new: list[dict[str, str | float]] = []
+        written = time.monotonic()
+        try:
+            for number, judgment in self._judge.judge([questions[waiting[key][0]] for key in keys]) if keys else ():
+                self.num_asked += 1
+                if judgment.verdict != "invalid":
+                    new.append({"key": keys[number], "p_a": judgment.p_a, "verdict": judgment.verdict})
+                if time.monotonic() - written >= self._seconds_a_shard:
+                    self._store.add(new)
+                    new, written = [], time.monotonic()
+                for index in waiting[keys[number]]:
+                    yield index, judgment
+        finally:
+            self._store.add(new)
+
+    def _known(self) -> dict[str, Judgment]:
+        return {key: Judgment(p_a, verdict) for key, p_a, verdict in self._store.load().select(list(SCHEMA)).rows()}
+
+    def _key(self, question: Question) -> str:
+        return digest_bytes(self._identity, question.prompt.encode(), question.a.encode(), question.b.encode())

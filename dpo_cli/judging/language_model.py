@@ -1,0 +1,212 @@
+"""A judge that is a local language model: one forward pass a question, read at the token it would answer with.
+
+The answer is constrained to the options, so its distribution is that of the next token restricted to them: a soft
+verdict, and nothing to parse. A question that is longer than the model's context has no verdict.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.core.artifacts import digest_json
+from dpo_cli.core.errors import MachineError
+from dpo_cli.core.params import RuntimeParams
+from dpo_cli.core.progress import Reporter
+from dpo_cli.data.chat import ChatEncoder
+from dpo_cli.data.problem import RowProblem
+from dpo_cli.data.schema import Messages, assistant, user
+from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.judging.judge import INVALID, Judgment, Question
+from dpo_cli.judging.templates import Template
+from dpo_cli.models.device import Machine, token_budget
+from dpo_cli.models.folder import check_model_folder
+from dpo_cli.models.identity import library_versions, lock_model
+from dpo_cli.models.load import context_length, load_model, load_tokenizer
+from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
+from dpo_cli.scoring.probe import open_scorer
+from dpo_cli.scoring.scorer import Scorer, engine_version
+
+_STAND_IN = Question("prompt", "one", "other")
+
+
+class HfJudge:
+    """Asks a causal language model that is in memory.
+
+    Args:
+        scorer: Its forward pass.
+        encoder: Messages to token ids.
+        template: What it is asked.
+        budget: Tokens of a micro-batch.
+        identity: What its judgments depend on besides the question.
+        max_length: Tokens of its context; None: without a limit.
+
+    Raises:
+        MachineError: Its tokenizer does not tell the options apart.
+    """
+
+    remedy = "the questions are longer than the judge's context; take a judge with a longer one"
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        encoder: ChatEncoder,
+        template: Template,
+        budget: TokenBudget,
+        identity: Mapping[str, Any],
+        max_length: int | None = None,
+    ) -> None:
+        self.identity = dict(identity)
+        self._scorer = scorer
+        self._encoder = encoder
+        self._template = template
+        self._budget = budget
+        self._max_length = max_length
+        self._lead_in, self._option_ids = _option_tokens(encoder, template)
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        template: Template,
+        machine: Machine,
+        quantization: str,
+        chat_template: str,
+        runtime: RuntimeParams,
+        reporter: Reporter,
+        stage: str,
+        policy: Path | None = None,
+    ) -> HfJudge:
+        """Load a judge from a directory, as all models are loaded: offline, safetensors only, no code from it.
+
+        Args:
+            folder: The judge's directory.
+            template: What it is asked.
+            machine: Device and compute dtype.
+            quantization: ``nf4`` or ``none``.
+            chat_template: ``auto`` for its own, or a name in :data:`dpo_cli.data.chat.NAMED_TEMPLATES`.
+            runtime: Layout and token budget.
+            reporter: Says them, and warns where judge and policy are kin.
+            stage: Name of the stage, for messages.
+            policy: Directory of the base model of the policy that is judged.
+
+        Raises:
+            MachineError: It cannot be loaded, or its tokenizer does not tell the options apart.
+        """
+        if not folder.is_dir():
+            raise MachineError(f"the judge's model directory {folder} is missing")
+        check_model_folder(folder)
+        if policy is not None and (kinship := kinship_of(folder, policy)):
+            reporter.warn(f"{stage}: {kinship}: a judge favors answers like its own; take one of another family")
+        encoder = ChatEncoder(load_tokenizer(folder), chat_template)
+        scorer, _ = open_scorer(
+            load_model(folder, machine, quantization=quantization), machine.compute_dtype, runtime, reporter, stage
+        )
+        identity = {
+            "judge": "hf",
+            "model": _digest_of(folder),
+            "quantization": quantization,
+            "compute_dtype": machine.dtype_name,
+            "chat_template": encoder.template,
+            "template": template.digest,
+            "engine": engine_version(machine.compute_dtype),
+            **library_versions(),
+        }
+        budget = TokenBudget(token_budget(runtime, scorer.device), stage, reporter)
+        return cls(scorer, encoder, template, budget, identity, context_length(folder))
+
+    def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Judgment]]:
+        """Judge questions in micro-batches; those beyond the model's context are invalid."""
+        groups = []
+        for index, question in enumerate(questions):
+            group = self._group(str(index), question)
+            if group is None:
+                yield index, INVALID
+            else:
+                groups.append(group)
+        with self._scorer:
+            for batch, found in in_micro_batches(groups, self._budget, self._scorer.split, self._judge):
+                yield from ((int(group.id), judgment) for group, judgment in zip(batch, found, strict=True))
+
+    def _group(self, name: str, question: Question) -> TokenGroup | None:
+        try:
+            prompt = self._encoder.encode(_messages(self._template, question), _answers(self._template)).prompt
+        except RowProblem:
+            return None
+        ids = (*prompt, *self._lead_in)
+        if self._max_length is not None and len(ids) >= self._max_length:
+            return None
+        return TokenGroup(name, name, ids, ((self._option_ids[0],),))
+
+    def _judge(self, batch: Sequence[TokenGroup]) -> list[Judgment]:
+        judgments = []
+        for rows in self._scorer.predict(batch).split(self._scorer.max_distribution_rows):  # one a question
+            logps = self._scorer.next_token_logps(rows)[:, self._option_ids]
+            judgments += [Judgment.of_options(options) for options in logps.tolist()]
+        return judgments
+
+
+def _messages(template: Template, question: Question) -> Messages:
+    return [user(template.render(question))]
+
+
+def _answers(template: Template) -> list[Messages]:
+    return [[assistant(option)] for option in template.options]
+
+
+def _option_tokens(encoder: ChatEncoder, template: Template) -> tuple[list[int], list[int]]:
+    """The tokens that all options begin with, and the token in which each of them then differs.
+
+    A chat template may put something before every answer, such as an empty thought; a tokenizer, a space.
+
+    Raises:
+        MachineError: An option has no token of its own.
+    """
+    prompt = _messages(template, _STAND_IN)
+    answers = encoder.encode(prompt, _answers(template)).completions
+    shared = 0
+    while all(shared < len(ids) for ids in answers) and len({ids[shared] for ids in answers}) == 1:
+        shared += 1
+    firsts = [ids[shared] for ids in answers if shared < len(ids)]
+    if len(set(firsts)) != len(answers):
+        raise MachineError(
+            f"the judge's tokenizer does not tell {', '.join(template.options)} apart by one token; take another judge"
+        )
+    return answers[0][:shared], firsts
+
+
+# --- kinship ------------------------------------------------------------------------------
+
+
+def kinship_of(judge: Path, policy: Path) -> str | None:
+    """How a judge is related to the policy's base model, as the beginning of a warning; None where it is not.
+
+    Args:
+        judge: The judge's directory.
+        policy: The directory of the base model.
+    """
+    ours, theirs = _config(judge), _config(policy)
+    if not ours or not theirs:
+        return None
+    if _digest_of(judge) == _digest_of(policy):
+        return "the judge is the base model of what it judges"
+    if ours.get("model_type") != theirs.get("model_type"):
+        return None
+    if all(ours.get(name) == theirs.get(name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")):
+        return f"the judge has the same configuration as the base model of what it judges ({ours['model_type']})"
+    return f"the judge is of the same family as the base model of what it judges ({ours.get('model_type')})"
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _digest_of(folder: Path) -> str:
+    """A digest of the model's files, which is the same wherever they lie."""
+    return digest_json(lock_model(folder, "", "", lambda _: None)["files"])

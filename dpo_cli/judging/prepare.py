@@ -1,0 +1,215 @@
+"""From section evaluate of params.yaml to a judge that can be asked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from dpo_cli.core import paths
+from dpo_cli.core.errors import DataError, MachineError, ParamsError
+from dpo_cli.core.params import EvaluateParams, RuntimeParams
+from dpo_cli.core.progress import Reporter
+from dpo_cli.data.schema import Messages, assistant
+from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.judging.cache import CachedJudge
+from dpo_cli.judging.human import VotesJudge
+from dpo_cli.judging.judge import Judge
+from dpo_cli.judging.known_reward import known_reward
+from dpo_cli.judging.language_model import HfJudge
+from dpo_cli.judging.openai import OpenAiJudge
+from dpo_cli.judging.reward_model import KnownRewards, RewardModel
+from dpo_cli.judging.server import Server
+from dpo_cli.judging.templates import TEMPLATES, Template, open_template, transcript
+from dpo_cli.judging.votes import read_votes
+from dpo_cli.models.folder import check_model_folder
+from dpo_cli.models.reward import check_reward_model
+from dpo_cli.reference.graph import Graph, table_digests
+
+API_KEY = "DPO_JUDGE_API_KEY"
+JUDGE_PATH = "DPO_JUDGE_PATH"
+
+
+@dataclass(frozen=True)
+class JudgedAnswer:
+    """An answer that may be judged.
+
+    Attributes:
+        group: The prompt's id.
+        messages: The prompt.
+        text: The answer.
+        num_tokens: Tokens of the answer, as it was sampled.
+    """
+
+    group: str
+    messages: Messages
+    text: str
+    num_tokens: int
+
+    @cached_property
+    def prompt(self) -> str:
+        """The prompt as a judge reads it."""
+        return transcript(self.messages)
+
+
+@dataclass(frozen=True)
+class ReadyJudge:
+    """A judge that can be asked.
+
+    Attributes:
+        judge: Who is asked.
+        name: What it is called.
+        rater: Its kind as a rater in a votes file: with another model or template it is another one.
+        reads: Whether it reads two texts, one before the other, so that their order may move it.
+        reward: From prompt and answer to its reward, where it has one; a reward model's is fixed but for a constant
+            a prompt.
+    """
+
+    judge: Judge
+    name: str
+    rater: str
+    reads: bool = False
+    reward: Callable[[str, str], float] | None = None
+
+
+LoadJudge = Callable[[Sequence[JudgedAnswer]], ReadyJudge]
+"""Opens a judge that was prepared, for the answers that it will be asked about."""
+
+
+def prepare_judge(
+    settings: EvaluateParams,
+    graph: Graph,
+    names: tuple[str, str],
+    runtime: RuntimeParams,
+    reporter: Reporter,
+    command: str,
+    memory: Path,
+) -> LoadJudge | None:
+    """Find out whether the judge that is asked for can be had, before any long work; None where there is none.
+
+    What needs the models' memory is loaded when it is opened.
+
+    Args:
+        settings: Section evaluate.
+        graph: The graph of the policy that is judged.
+        names: Policy and opponent, as a votes file calls them.
+        runtime: This machine.
+        reporter: Says what the judge is like.
+        command: Who asks, for messages.
+        memory: Folder of judgments that were made before, in the scratch area.
+
+    Raises:
+        ParamsError: A setting is wrong: there is no such template, or the server's host is not allowed.
+        MachineError: The judge's model is no model, or its server does not answer.
+        StaleArtifactError: There is no reward model, or it is of another graph or other data.
+        DataError: The votes file is missing or damaged.
+    """
+    if settings.judge == "none":
+        return None
+    if (exact := known_reward(settings)) is not None:
+        rater = settings.rule or settings.judge
+        return lambda _: ReadyJudge(exact, exact.name, rater, reward=exact.reward)
+    if settings.judge == "reward-model":
+        check_reward_model(paths.REWARD_MODEL, graph.identity, table_digests(paths.PREFERENCE_DATA))
+        return lambda judged: _learned_rewards(graph, judged, runtime, reporter, command)
+    if settings.judge == "votes":
+        votes = read_votes(_votes_file(settings.votes.file))
+        voters = VotesJudge(votes, settings.votes.rule, *names, settings.votes.kind)
+        return lambda _: ReadyJudge(voters, f"votes in {settings.votes.file}", settings.judge)
+    if settings.judge == "openai":
+        asked = _open_openai(settings, reporter, memory)
+        return lambda _: asked
+    return _prepare_hf(settings, graph, runtime, reporter, command, memory)
+
+
+def _learned_rewards(
+    graph: Graph, judged: Sequence[JudgedAnswer], runtime: RuntimeParams, reporter: Reporter, command: str
+) -> ReadyJudge:
+    """Rewards of answers as texts, as all judges see them: equal texts have equal rewards, whatever their tokens."""
+    model = RewardModel.load(paths.REWARD_MODEL, graph, runtime, reporter, command)
+    different = {(each.prompt, each.text): each for each in judged}
+    by_prompt: dict[str, list[JudgedAnswer]] = {}
+    for each in different.values():
+        by_prompt.setdefault(each.prompt, []).append(each)
+    groups = []
+    for number, some in enumerate(by_prompt.values()):
+        messages = some[0].messages
+        encoding = graph.encoder.encode(messages, [[assistant(each.text)] for each in some])
+        answers = tuple(map(tuple, encoding.completions))
+        groups.append(TokenGroup(str(number), str(number), tuple(encoding.prompt), answers))
+    found = zip(by_prompt.items(), model.rewards(groups), strict=True)
+    known = KnownRewards(
+        {
+            (prompt, each.text): reward
+            for (prompt, some), rewards in found
+            for each, reward in zip(some, rewards, strict=True)
+        }
+    )
+    return ReadyJudge(known, "the reward model", "reward-model", reward=known.reward)
+
+
+def _votes_file(name: str) -> Path:
+    path = Path(name)
+    if paths.RAW not in path.parents:
+        raise ParamsError(f"evaluate.votes.file must be under {paths.RAW}, where DVC sees a change, got {name}")
+    if not path.is_file():
+        raise DataError(f"{path} is missing; dpo-cli rating-sheet makes a file to be filled in")
+    return path
+
+
+def _prepare_hf(
+    settings: EvaluateParams, graph: Graph, runtime: RuntimeParams, reporter: Reporter, command: str, memory: Path
+) -> LoadJudge:
+    given = os.environ.get(JUDGE_PATH) or runtime.judge_path
+    if not given:
+        raise ParamsError(f"evaluate.judge hf needs its model: set runtime.judge_path (or {JUDGE_PATH}) to a directory")
+    folder = paths.from_root(given)
+    if not folder.is_dir():
+        raise MachineError(f"the judge's model directory {folder} is missing; check runtime.judge_path or {JUDGE_PATH}")
+    check_model_folder(folder)
+    template = _template(settings.hf.template, "evaluate.hf.template")
+
+    def open_(_: Sequence[JudgedAnswer]) -> ReadyJudge:
+        judge = HfJudge.load(
+            folder,
+            template,
+            graph.machine,
+            settings.hf.quantization,
+            settings.hf.chat_template,
+            runtime,
+            reporter,
+            command,
+            policy=graph.base,
+        )
+        name = settings.hf.name or folder.name
+        return ReadyJudge(CachedJudge(judge, memory), name, _rater(name, template), reads=True)
+
+    return open_
+
+
+def _rater(model: str, template: Template) -> str:
+    """A kind without the colon that ends one."""
+    return f"{model} {template.name}".replace(":", "-")
+
+
+def _template(name: str, source: str) -> Template:
+    if name not in TEMPLATES and paths.RAW not in Path(name).parents:
+        named = ", ".join(TEMPLATES)
+        raise ParamsError(
+            f"{source} must be one of {named}, or a file under {paths.RAW}, where DVC sees a change; got {name}"
+        )
+    return open_template(name, source)
+
+
+def _open_openai(settings: EvaluateParams, reporter: Reporter, memory: Path) -> ReadyJudge:
+    asked = settings.openai
+    template = _template(asked.template, "evaluate.openai.template")
+    key = os.environ.get(API_KEY, "")
+    server = Server(asked.url, allowed_hosts=asked.allowed_hosts, api_key=key, timeout_s=asked.timeout_s)
+    if key and not server.is_private:
+        raise ParamsError(f"{API_KEY} would go to {server.url} in clear text; use https, or unset it")
+    judge = OpenAiJudge.connect(server, asked.model, template, reporter, parallel=asked.parallel, extra=asked.extra)
+    name = str(judge.identity["model"])
+    return ReadyJudge(CachedJudge(judge, memory), name, _rater(name, template), reads=True)

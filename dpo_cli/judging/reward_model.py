@@ -1,0 +1,103 @@
+"""A judge that is a reward model: p(first is better) = sigma(r_first - r_second), Bradley-Terry's probability."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from dpo_cli.core.params import RuntimeParams
+from dpo_cli.core.progress import Reporter
+from dpo_cli.data.chat import ChatEncoder
+from dpo_cli.data.schema import Messages, assistant
+from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.judging.judge import Judgment, Question, one_by_one
+from dpo_cli.models.device import token_budget
+from dpo_cli.models.reward import load_reward_model, reward_head
+from dpo_cli.reference.graph import Graph
+from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
+from dpo_cli.scoring.probe import open_scorer
+from dpo_cli.scoring.reward import RewardScorer
+
+
+class RewardModel:
+    """Rewards of answers. Only differences between answers to one prompt mean anything.
+
+    Args:
+        scorer: The reward model's forward pass, its model in eval mode.
+        encoder: Messages to token ids.
+        budget: Tokens of a micro-batch.
+    """
+
+    def __init__(self, scorer: RewardScorer, encoder: ChatEncoder, budget: TokenBudget) -> None:
+        self._scorer = scorer
+        self._encoder = encoder
+        self._budget = budget
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        graph: Graph,
+        runtime: RuntimeParams,
+        reporter: Reporter,
+        stage: str,
+    ) -> RewardModel:
+        """The reward model of a folder, on the frozen weights that it was trained on.
+
+        Args:
+            folder: What stage reward made; :func:`dpo_cli.models.reward.check_reward_model` says whether it fits.
+            graph: What it was trained on: base, SFT's result, quantization, machine and encoder.
+            runtime: Layout and token budget.
+            reporter: Says them.
+            stage: Name of the stage, for messages.
+        """
+        model = load_reward_model(folder, graph.base, graph.sft, graph.machine, graph.quantization)
+        scorer, _ = open_scorer(model, graph.machine.compute_dtype, runtime, reporter, stage)
+        budget = TokenBudget(token_budget(runtime, scorer.device), stage, reporter)
+        return cls(RewardScorer(scorer, reward_head(model)), graph.encoder, budget)
+
+    @torch.no_grad()
+    def rewards(self, groups: Sequence[TokenGroup]) -> list[list[float]]:
+        """The rewards of each group's answers, as token ids; groups may have any number of them, and differ in ids."""
+        found: dict[str, list[float]] = {}
+        with self._scorer.scorer:
+            for batch, scores in in_micro_batches(groups, self._budget, self._scorer.split, self._scorer.score):
+                found.update(zip((group.id for group in batch), scores.rewards_BK.tolist(), strict=True))
+        return [found[group.id] for group in groups]
+
+    def rewards_of_texts(self, prompt: Messages, texts: Sequence[str]) -> list[float]:
+        """The rewards of some answers to a prompt, as texts."""
+        if not texts:
+            return []
+        encoding = self._encoder.encode(prompt, [[assistant(text)] for text in texts])
+        answers = tuple(map(tuple, encoding.completions))
+        return self.rewards([TokenGroup("one", "one", tuple(encoding.prompt), answers)])[0]
+
+
+class KnownRewards:
+    """A judge by the rewards of all answers that it will be asked about.
+
+    Args:
+        rewards: By prompt and answer, as questions have them.
+    """
+
+    remedy = "set evaluate.judge to none"
+
+    def __init__(self, rewards: Mapping[tuple[str, str], float]) -> None:
+        self._rewards = dict(rewards)
+
+    def reward(self, prompt: str, answer: str) -> float:
+        """The reward of an answer."""
+        return self._rewards[prompt, answer]
+
+    def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Judgment]]:
+        """Judge questions; it has a verdict on all."""
+        return one_by_one(lambda prompt, a, b: preference(self.reward(prompt, a), self.reward(prompt, b)), questions)
+
+
+def preference(first: float, second: float) -> float:
+    """Bradley-Terry's probability that the answer with the first reward is better: sigma(first - second)."""
+    return 1 / (1 + math.exp(second - first)) if second <= first else 1 - 1 / (1 + math.exp(first - second))

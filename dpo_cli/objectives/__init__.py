@@ -1,1 +1,0 @@
-"""Floor 2: losses as pure functions of log-probabilities."""

@@ -1,0 +1,35 @@
+"""From log(pi / pi_ref) to a color, the same on all pages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+SHADES = 8
+_SCALE_QUANTILE = 0.98
+
+
+def scale_of(ratios: Sequence[float]) -> float:
+    """The ratio that has the full color, nats: 1, 2 or 5 times a power of ten, which few tokens go beyond."""
+    reach = float(np.quantile(np.abs(ratios), _SCALE_QUANTILE)) if len(ratios) else 1.0
+    reach = max(reach, 0.01)
+    power = 10.0 ** math.floor(math.log10(reach))
+    return next((step * power for step in (1, 2, 5) if step * power >= reach), 10 * power)
+
+
+def shade_of(ratio: float, scale: float) -> str:
+    """The class of a token's color: ``p1`` to ``p8`` where the policy raises it, ``n1`` to ``n8`` where it lowers."""
+    step = min(SHADES, round(SHADES * abs(ratio) / scale))
+    return f"{'p' if ratio > 0 else 'n'}{step}" if step else ""
+
+
+def shades_of(scale: float) -> list[str]:
+    """The classes of a legend, from the least to the largest ratio."""
+    return [shade_of(step * scale / SHADES, scale) for step in range(-SHADES, SHADES + 1)]
+
+
+def signed(number: float, digits: int = 2) -> str:
+    """A number with its sign."""
+    return f"{number:+.{digits}f}".replace("-", "\N{MINUS SIGN}")

@@ -1,0 +1,1 @@
+"""Numbers of samples: intervals, calibration, strengths, agreement; numpy alone."""

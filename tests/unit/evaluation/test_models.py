@@ -1,0 +1,72 @@
+"""The models of an evaluation: what they held is free when the judge is loaded."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from bitsandbytes.nn import Linear4bit
+
+from dpo_cli.core.params import LoraParams, RuntimeParams
+from dpo_cli.evaluation.models import open_models
+from dpo_cli.models.adapters import SftResult, add_adapter, save_adapter
+from dpo_cli.models.load import load_model
+
+
+@pytest.mark.parametrize("kind", ["adapter", "whole"])
+def test_closed_models_leave_no_weight_in_memory(
+    kind: str,
+    project: Path,
+    tiny_folder: Path,
+    tokenizer: Any,
+    cpu: Any,
+    reporter: Any,
+    no_gc: None,
+    make_llama: Callable[..., Any],
+) -> None:
+    folder = project / "policy"
+    if kind == "adapter":
+        adapted = add_adapter(make_llama(len(tokenizer)), LoraParams(r=2, alpha=4.0), seed=0)
+        save_adapter(adapted, folder, "tiny")
+    else:
+        folder = tiny_folder
+    graph: Any = SimpleNamespace(
+        base=tiny_folder,
+        sft=SftResult("none", "digest"),
+        machine=cpu,
+        quantization="nf4",
+        identity={},
+        tokenizer=tokenizer,
+    )
+    models = open_models(graph, folder, RuntimeParams(), reporter, "evaluate")
+    held = []
+    for model in (models.policy, models.reference):
+        with model.use() as loaded:
+            held += [weakref.ref(m.weight) for m in loaded.model.modules() if isinstance(m, Linear4bit)]
+    del loaded
+    assert len(held) >= 14
+    assert all(weight() is not None for weight in held)
+    models.close()
+    assert not [weight for weight in held if weight() is not None]
+
+
+@pytest.fixture
+def no_gc() -> Any:
+    """Nothing is collected but when it is asked for."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_4_bit_weights_do_not_go_by_themselves(tiny_folder: Path, cpu: Any, no_gc: None) -> None:
+    """Why there is something to do."""
+    model = load_model(tiny_folder, cpu, quantization="nf4")
+    held = [weakref.ref(module.weight) for module in model.modules() if isinstance(module, Linear4bit)]
+    del model
+    assert all(weight() is not None for weight in held)
