@@ -448,9 +448,9 @@ def run_ours(case: Case, runtime_knobs: dict[str, Any]) -> Outcome:
     from dpo_cli.models.adapters import SftResult, load_policy_at_start
     from dpo_cli.models.device import prepare_machine, token_budget
     from dpo_cli.scoring.probe import open_scorer
-    from dpo_cli.training.batches import BatchSource
     from dpo_cli.training.job import Job
-    from dpo_cli.training.objective import Learner, PairObjective
+    from dpo_cli.training.objective import PairObjective
+    from dpo_cli.training.protocols import BatchSource, Learner
 
     pairs, references = case.read()
     groups = [

@@ -28,8 +28,9 @@ from dpo_cli.models.load import keep_weights_unpacked, load_model, quiet_librari
 from dpo_cli.scoring.scorer import Scorer, Scores
 from dpo_cli.training.fit import fit
 from dpo_cli.training.job import Job
-from dpo_cli.training.objective import Learner, PairObjective, SftObjective
+from dpo_cli.training.objective import PairObjective, SftObjective
 from dpo_cli.training.parallel import Replicas, join_replicas, shared_scratch
+from dpo_cli.training.protocols import Learner
 
 KNOBS = TrainParams(learning_rate=5e-3, batch_size=8, epochs=3.0, eval_steps=4)
 """Nine steps of 20 pairs; the last batch of each epoch is a short one."""

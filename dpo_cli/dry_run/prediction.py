@@ -25,7 +25,8 @@ from dpo_cli.scoring.limits import Sizes, Work, least_operations
 from dpo_cli.scoring.regimes import REGIMES, random_pairs
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.memory import choose_memory
-from dpo_cli.training.objective import Learner, PairObjective
+from dpo_cli.training.objective import PairObjective
+from dpo_cli.training.protocols import Learner
 
 CONTEXT_BYTES = 1 << 29
 """Memory that CUDA itself takes: what was seen is 0.4 to 0.5 GiB."""

@@ -21,7 +21,7 @@ from dpo_cli.scoring.scorer import MAX_READ_SHARE, Scorer
 from dpo_cli.training.accumulation import Accumulator, Limits
 from dpo_cli.training.job import Job
 from dpo_cli.training.loss_scale import LossScale
-from dpo_cli.training.objective import Learner
+from dpo_cli.training.protocols import Learner
 
 
 class DryAccumulator(Accumulator[Any]):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # what computes is imported where there is something to compu
     from dpo_cli.reference.graph import Graph
     from dpo_cli.scoring.probe import Verdict
     from dpo_cli.training.fit import Fit
-    from dpo_cli.training.reward_objective import RewardObjective
+    from dpo_cli.training.objective import RewardObjective
 
 _REWARDS = (
     "rewards/chosen",
@@ -76,7 +76,7 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
         from dpo_cli.scoring.reward import RewardScorer
         from dpo_cli.training.fit import fit
         from dpo_cli.training.job import Job
-        from dpo_cli.training.objective import Learner
+        from dpo_cli.training.protocols import Learner
 
     quiet_libraries()
     knobs = params.reward
@@ -136,7 +136,7 @@ def _publish_none(scratch: Scratch, reporter: Reporter) -> dict[str, Any]:
 
 def _objective(knobs: RewardParams, groups: Sequence[TokenGroup]) -> RewardObjective:
     from dpo_cli.reference.graph import read_ranks
-    from dpo_cli.training.reward_objective import RewardObjective
+    from dpo_cli.training.objective import RewardObjective
 
     if knobs.loss == "bradley_terry":
         return RewardObjective()

@@ -86,8 +86,9 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
         from dpo_cli.scoring.probe import open_scorer
         from dpo_cli.training.fit import fit
         from dpo_cli.training.job import Job
-        from dpo_cli.training.objective import Learner, SftObjective
+        from dpo_cli.training.objective import SftObjective
         from dpo_cli.training.parallel import shared_scratch
+        from dpo_cli.training.protocols import Learner
 
     sft = params.sft
     base, encoder, tokenizer = open_base(params.model, params.runtime)

@@ -44,8 +44,9 @@ from dpo_cli.training.fit import Fit, fit
 from dpo_cli.training.gate import StepZero, check_step_zero
 from dpo_cli.training.history import merge_log, write_tsv
 from dpo_cli.training.job import Job
-from dpo_cli.training.objective import Learner, PreferenceObjective, preference_objective
+from dpo_cli.training.objective import PreferenceObjective, preference_objective
 from dpo_cli.training.parallel import Replicas, join_replicas, shared_scratch
+from dpo_cli.training.protocols import Learner
 
 PROVENANCE = "provenance.json"
 

@@ -26,7 +26,7 @@ from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.scorer import Scores
 from dpo_cli.training.job import Job
 from dpo_cli.training.loss_scale import LossScale
-from dpo_cli.training.objective import Learner
+from dpo_cli.training.protocols import Learner
 
 Scored = TypeVar("Scored")
 _Backward = Callable[[torch.Tensor], None]

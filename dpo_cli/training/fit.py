@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
+
 from dpo_cli.core.errors import ParamsError
 from dpo_cli.core.gpu import is_gpu
 from dpo_cli.core.params import TrainingParams
@@ -14,14 +16,14 @@ from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.recompute import Recompute
 from dpo_cli.training.accumulation import Limits
-from dpo_cli.training.batches import Shuffled
 from dpo_cli.training.job import Job
 from dpo_cli.training.loop import Course, Data, Loop, diverged
 from dpo_cli.training.loss_scale import LossScale
 from dpo_cli.training.memory import choose_memory
-from dpo_cli.training.objective import Learner
 from dpo_cli.training.optimizer import make_descent
+from dpo_cli.training.protocols import BatchSource, Learner
 
+Item = TypeVar("Item")
 Scored = TypeVar("Scored")
 
 _BUDGET = "token_budget.json"
@@ -71,6 +73,32 @@ class Fit:
         if self.num_steps < self.num_planned:
             words += f" of {self.num_planned} (patience ended)"
         return words if self.kept_step == self.num_steps else f"{words}; kept: step {self.kept_step}"
+
+
+class Shuffled(BatchSource[Item]):
+    """Fixed data in epochs, each in an order of its own; the last batch of an epoch may be a short one.
+
+    Args:
+        items: All there is.
+        batch_size: Items of a step.
+        seed: The order of epoch ``e`` is the permutation that torch draws with ``seed + e``.
+    """
+
+    def __init__(self, items: Sequence[Item], batch_size: int, seed: int) -> None:
+        self._items = items
+        self._batch_size = batch_size
+        self._seed = seed
+        self._epoch = -1
+        self._order: list[int] = []
+
+    def batch(self, step: int) -> Sequence[Item]:
+        """The items of a step."""
+        epoch, place = divmod(step, -(-len(self._items) // self._batch_size))
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self._seed + epoch)
+            self._epoch, self._order = epoch, torch.randperm(len(self._items), generator=generator).tolist()
+        start = place * self._batch_size
+        return [self._items[index] for index in self._order[start : start + self._batch_size]]
 
 
 def count_steps(params: TrainingParams, num_groups: int) -> int:

@@ -1,7 +1,7 @@
 """The training loop: a batch, its gradient, an optimizer step; in between the held-out loss and checkpoints.
 
-It knows neither where batches come from nor what is minimized: a :class:`~dpo_cli.training.batches.BatchSource` gives
-the one, an :class:`~dpo_cli.training.objective.Objective` the other. All that a step depends on follows from the
+It knows neither where batches come from nor what is minimized: a :class:`~dpo_cli.training.protocols.BatchSource` gives
+the one, an :class:`~dpo_cli.training.protocols.Objective` the other. All that a step depends on follows from the
 parameters, the optimizer's state, the source's and the number of the step, dropout included. So a run that was killed
 goes on from its last checkpoint to the same bytes.
 """
@@ -23,7 +23,6 @@ from dpo_cli.core.gpu import is_gpu
 from dpo_cli.core.interrupts import StopRequest, graceful_stop
 from dpo_cli.core.progress import Meter
 from dpo_cli.training.accumulation import Accumulator, Limits
-from dpo_cli.training.batches import BatchSource
 from dpo_cli.training.checkpoint import (
     best_step,
     last_checkpoint,
@@ -36,9 +35,9 @@ from dpo_cli.training.checkpoint import (
 )
 from dpo_cli.training.history import EventFiles
 from dpo_cli.training.job import Job
-from dpo_cli.training.objective import Learner
 from dpo_cli.training.optimizer import Descent
 from dpo_cli.training.parallel import open_accelerator
+from dpo_cli.training.protocols import BatchSource, Learner
 
 Scored = TypeVar("Scored")
 

@@ -22,12 +22,11 @@ from dpo_cli.models.embedded import (
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.scorer import Statistics
 from dpo_cli.training.accumulation import Limits
-from dpo_cli.training.batches import BatchSource
 from dpo_cli.training.job import Job
 from dpo_cli.training.loop import Course, Data, Loop
 from dpo_cli.training.loss_scale import LossScale
-from dpo_cli.training.objective import GroupLosses, Learner
 from dpo_cli.training.optimizer import Descent
+from dpo_cli.training.protocols import BatchSource, GroupLosses, Learner
 
 
 def build_embedded(folder: Path, seed: int, num_steps: int, job: Job) -> None:

@@ -31,8 +31,8 @@ from dpo_cli.scoring.recompute import KeptBytes, measure_kept, set_recompute
 from dpo_cli.scoring.regimes import random_pairs
 from dpo_cli.scoring.reward import RewardScorer
 from dpo_cli.scoring.scorer import Scorer
-from dpo_cli.training.objective import Learner, PairObjective, SftObjective, preference_objective
-from dpo_cli.training.reward_objective import RewardObjective
+from dpo_cli.training.objective import PairObjective, RewardObjective, SftObjective, preference_objective
+from dpo_cli.training.protocols import Learner
 from tests.cuda_dry_run.cases import FAMILIES, PASSES, Case
 
 

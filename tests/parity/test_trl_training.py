@@ -31,12 +31,12 @@ from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.layout import LAYOUTS, LayoutName
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.accumulation import Limits
-from dpo_cli.training.batches import BatchSource
 from dpo_cli.training.job import Job
 from dpo_cli.training.loop import Course, Data, Loop
 from dpo_cli.training.loss_scale import LossScale
-from dpo_cli.training.objective import Learner, PairObjective
+from dpo_cli.training.objective import PairObjective
 from dpo_cli.training.optimizer import make_descent
+from dpo_cli.training.protocols import BatchSource, Learner
 
 TOLERANCE = 1e-4
 BETA = 0.1

@@ -18,12 +18,12 @@ from dpo_cli.models.load import load_model
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.scorer import Scorer, Scores, Statistics
 from dpo_cli.training.accumulation import Limits
-from dpo_cli.training.batches import BatchSource, Shuffled
+from dpo_cli.training.fit import Shuffled
 from dpo_cli.training.job import Job
 from dpo_cli.training.loop import Course, Data, Loop
 from dpo_cli.training.loss_scale import LossScale
-from dpo_cli.training.objective import GroupLosses, Learner
 from dpo_cli.training.optimizer import make_descent
+from dpo_cli.training.protocols import BatchSource, GroupLosses, Learner
 
 KNOBS = TrainParams(learning_rate=1e-2, schedule="constant", warmup_ratio=0.0)
 

@@ -19,7 +19,8 @@ from dpo_cli.training import loss_scale
 from dpo_cli.training.fit import fit
 from dpo_cli.training.job import Job
 from dpo_cli.training.loss_scale import LossScale
-from dpo_cli.training.objective import Learner, PairObjective
+from dpo_cli.training.objective import PairObjective
+from dpo_cli.training.protocols import Learner
 
 CPU = torch.device("cpu")
 KNOBS = TrainParams(learning_rate=1e-3, batch_size=8, max_steps=2, eval_steps=0)

@@ -28,7 +28,8 @@ from dpo_cli.training import memory
 from dpo_cli.training.accumulation import Accumulator
 from dpo_cli.training.fit import Fit, fit
 from dpo_cli.training.job import Job
-from dpo_cli.training.objective import Learner, PairObjective
+from dpo_cli.training.objective import PairObjective
+from dpo_cli.training.protocols import Learner
 from tests.live_memory import LiveMemory
 
 KNOBS = TrainParams(learning_rate=5e-3, batch_size=8, max_steps=12, eval_steps=4)

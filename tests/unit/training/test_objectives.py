@@ -24,7 +24,8 @@ from dpo_cli.scoring.scorer import Scorer, Scores
 from dpo_cli.training.fit import Fit, fit
 from dpo_cli.training.gate import check_step_zero
 from dpo_cli.training.job import Job
-from dpo_cli.training.objective import Learner, PairObjective, PreferenceObjective, preference_objective
+from dpo_cli.training.objective import PairObjective, PreferenceObjective, preference_objective
+from dpo_cli.training.protocols import Learner
 from tests.waiting import NoWaiting
 
 SETTINGS = {"label_smoothing": 0.1, "gamma": 0.5, "weighting": "none"}

@@ -22,8 +22,8 @@ from dpo_cli.scoring.reward import Rewards, RewardScorer
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.fit import Fit, fit
 from dpo_cli.training.job import Job
-from dpo_cli.training.objective import Learner
-from dpo_cli.training.reward_objective import RewardObjective
+from dpo_cli.training.objective import RewardObjective
+from dpo_cli.training.protocols import Learner
 from tests.waiting import NoWaiting
 
 KNOBS = RewardParams(loss="bradley_terry", learning_rate=5e-3, batch_size=8, epochs=2.0, eval_steps=3)

@@ -23,8 +23,9 @@ from dpo_cli.training.checkpoint import best_step, last_checkpoint, out_of_patie
 from dpo_cli.training.fit import Fit, count_steps, fit
 from dpo_cli.training.gate import check_step_zero
 from dpo_cli.training.job import Job
-from dpo_cli.training.objective import Learner, Objective, PairObjective, SftObjective
+from dpo_cli.training.objective import PairObjective, SftObjective
 from dpo_cli.training.optimizer import make_descent, num_warmup_steps
+from dpo_cli.training.protocols import Learner, Objective
 
 KNOBS = TrainParams(learning_rate=5e-3, batch_size=8, epochs=2.0, eval_steps=3)
 
