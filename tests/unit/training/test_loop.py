@@ -141,7 +141,6 @@ def reinforce(tiny_folder: Path, cpu: Any) -> Callable[..., tuple[Loop[Scores], 
 def test_a_policy_is_trained_on_what_it_writes_itself(reinforce: Any, tmp_path: Path, reporter: Any) -> None:
     loop, rollouts, _ = reinforce(tmp_path / "a", reporter, 15 * ROUND)
     loop.run()
-    print(rollouts.rewards)
     assert len(rollouts.rewards) == 15
     assert sum(rollouts.rewards[-3:]) > 3 * sum(rollouts.rewards[:3])
     firsts = [entry["ratio"] for entry in loop.history if (entry["step"] - 1) % ROUND == 0]
