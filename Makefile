@@ -67,8 +67,9 @@ lint: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-dev
 	$(BIN)/python tools/generate.py
 
+# Without --quiet, which would hide warnings from --strict, too.
 docs-site: $(VENV)/.installed-dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(VENV)/.installed-dev
 	$(THREADS) $(BIN)/python benchmarks/scoring.py

@@ -44,7 +44,7 @@ app = command_app()
     rich_help_panel="Measurements",
     epilog=examples(
         "dpo-cli score new_pairs.jsonl",
-        "dpo-cli score new_pairs.jsonl --html heat.html --out rewards.parquet",
+        "dpo-cli score new_pairs.jsonl --html tokens.html --out rewards.parquet",
         "dpo-cli score answers.csv --set columns='{prompt: question, chosen: good, rejected: bad}' --max-rows 1000",
         "dpo-cli score data/preference/eval.parquet --beta 0.5 --json",
     ),
@@ -118,7 +118,7 @@ class ScoreOptions:
         beta: Of the reward; None: what the adapter was trained with.
         max_rows: Rows to read of each file; None: all.
         out: Where the rows go, as .parquet or .jsonl.
-        html: Where the page with token heat goes.
+        html: Where the page with the tokens goes.
     """
 
     model: Path = paths.DPO_MODEL

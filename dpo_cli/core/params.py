@@ -278,7 +278,7 @@ class RuntimeParams(Section):
     )
     max_gpu_gib: float | None = param(
         None,
-        "Memory knob: GPU memory that PyTorch may hold; null: 92% of what is free at the start. Beyond it work goes on"
+        "GPU memory that PyTorch may hold; null: 92% of what is free at the start. Beyond it work goes on"
         " in smaller micro-batches, and never in the system's memory, into which drivers under Windows spill.",
         unit="GiB",
         gt=0,
@@ -299,7 +299,7 @@ class RuntimeParams(Section):
     )
     max_tokens_per_microbatch: int | None = param(
         None,
-        "Memory knob: tokens that go through the model at once, padding included; null: 4096 on a GPU, in training"
+        "Tokens that go through the model at once, padding included; null: 4096 on a GPU, in training"
         " what is fastest and fits, and 1024 on the CPU, where what fits into its caches is faster. Halved where memory"
         " runs out.",
         unit="tokens",
@@ -313,7 +313,7 @@ class RuntimeParams(Section):
     )
     head_mib: int | None = param(
         None,
-        "Memory knob: logits that are held at once; null: 256 on a GPU, 32 on the CPU.",
+        "Logits that are held at once; null: 256 on a GPU, 32 on the CPU.",
         unit="MiB",
         ge=1,
         le=2**20,

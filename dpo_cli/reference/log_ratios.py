@@ -35,7 +35,7 @@ _OTHER_STORES_KEPT = 3
 
 
 @dataclass(frozen=True)
-class Answers:
+class ScoredAnswers:
     """What one model says of some answers.
 
     Attributes:
@@ -53,7 +53,7 @@ class Answers:
 
 def score_both(
     graph: Graph, adapter: Path, groups: Sequence[TokenGroup], runtime: RuntimeParams, reporter: Reporter, command: str
-) -> tuple[Answers, Answers]:
+) -> tuple[ScoredAnswers, ScoredAnswers]:
     """All completions of some groups under policy and reference.
 
     Args:
@@ -128,7 +128,7 @@ class _Models:
 
     def complete(
         self, name: str, groups: Sequence[TokenGroup], wanted: set[str], cached: pl.DataFrame | None, store: RowStore
-    ) -> Answers:
+    ) -> ScoredAnswers:
         """All wanted rows of one model; what neither the cache nor the store has is computed and stored."""
         known = _known(cached, store, wanted)
         budget = TokenBudget(token_budget(self._runtime, self._graph.machine.device), self._command, self._reporter)
@@ -149,7 +149,7 @@ class _Models:
                 )
         rows = _known(cached, store, wanted) if missing else known
         keys = rows["key"].to_list()
-        return Answers(
+        return ScoredAnswers(
             logps=dict(zip(keys, rows["logp"].to_list(), strict=True)),
             token_logps=dict(zip(keys, rows["token_logps"].to_list(), strict=True)),
             num_cached=known.height,

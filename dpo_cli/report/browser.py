@@ -32,7 +32,7 @@ class Browser:
         num_prompts: Samples there are.
         outcomes: Prompts by outcome in words, such as ``wins 80``; empty where no judge compared.
         counts: Prompts by outcome.
-        scale: The ratio with the full color, nats; None where no sample has heat.
+        scale: The ratio with the full color, nats; None where no sample has log-ratios.
         file: Where all samples are.
     """
 
@@ -100,9 +100,9 @@ def _lines(texts: Iterable[str]) -> list[str]:
 
 def _pack(sample: Sample) -> dict[str, Any]:
     tuned = dict(sample["dpo"])
-    heat = tuned.pop("heat", None)
-    if heat:
-        tuned["heat"] = pack_log_ratios(tuned["text"], heat)
+    log_ratios = tuned.pop("heat", None)
+    if log_ratios:
+        tuned["heat"] = pack_log_ratios(tuned["text"], log_ratios)
     kept = {
         name: sample[name]
         for name in ("id", "prompt", "chosen", "rejected", "win", "win_chosen", "consistent", "kl")

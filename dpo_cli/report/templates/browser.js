@@ -137,19 +137,19 @@ function showInList(element) {
 
 function detailOf(sample) {
   const changes = state.view === "diff" ? diffOf(sample.sft.text, sample.dpo.text) : null;
-  const heat = state.view === "heat" && sample.dpo.heat ? heatOf(sample.dpo) : null;
+  const ratios = state.view === "heat" && sample.dpo.heat ? ratiosOf(sample.dpo) : null;
   return [
     headOf(sample),
     ...sample.prompt.map(message => turnOf(message, sample.prompt.length)),
     make(
       "div", "answers",
       answerOf("SFT", "sft", changes ? textOf(changes[0], "del") : sample.sft.text, factsOf(sample.sft)),
-      answerOf("Tuned", "dpo", heat ?? (changes ? textOf(changes[1], "ins") : sample.dpo.text), factsOf(sample.dpo)),
+      answerOf("Tuned", "dpo", ratios ?? (changes ? textOf(changes[1], "ins") : sample.dpo.text), factsOf(sample.dpo)),
       sample.chosen === undefined ? null : answerOf("Chosen in the data", "data", sample.chosen, ""),
       sample.rejected === undefined ? null : answerOf("Rejected in the data", "data", sample.rejected, ""),
     ),
     state.view === "diff" && !changes ? make("p", "remark", "These answers are too long for a word diff.") : null,
-    state.view === "heat" && !heat ? make("p", "remark", "No token values were kept for this answer.") : null,
+    state.view === "heat" && !ratios ? make("p", "remark", "No token values were kept for this answer.") : null,
   ].filter(Boolean);
 }
 
@@ -200,10 +200,10 @@ function textOf(runs, tag) {
   return runs.map(run => (run.same ? run.text : make(tag, "", run.text)));
 }
 
-// --- heat ---------------------------------------------------------------------------------
+// --- log-ratios ---------------------------------------------------------------------------
 
 // The tokens as one stop of the Tab key; arrow keys go from token to token, a line below says the value.
-function heatOf(answer) {
+function ratiosOf(answer) {
   const value = make("output", "value", "Point at a token, or go through them with the arrow keys.");
   const tokens = tokensOf(answer, page.step).map((token, i, all) => {
     const shade = shadeOf(token.ratio, page.scale, page.shades);

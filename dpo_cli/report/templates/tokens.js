@@ -1,4 +1,4 @@
-// The token heat: tokens and log(π / π_ref) from their lengths and hundredths, and how they are shown.
+// Token by token: tokens and log(π / π_ref) from their lengths and hundredths, and how they are shown.
 
 // Tokens [{text, ratio, special}] of an answer; a ratio is null where there is none.
 function tokensOf(answer, step) {

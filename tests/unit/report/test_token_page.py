@@ -1,4 +1,4 @@
-"""The token heat page: safe, offline, and clear about what it leaves out."""
+"""The page of tokens: safe, offline, and clear about what it leaves out."""
 
 from __future__ import annotations
 
