@@ -47,7 +47,7 @@ def test_every_epoch_has_each_item_once_in_an_order_of_its_own() -> None:
 
 # --- rollouts -----------------------------------------------------------------------------
 
-NUM_PROMPTS, LENGTH, EPOCHS, BATCH_SIZE = 16, 6, 2, 8
+NUM_PROMPTS, LENGTH, EPOCHS, BATCH_SIZE = 64, 12, 2, 32
 ROUND = EPOCHS * NUM_PROMPTS // BATCH_SIZE
 """Optimizer steps on the same answers."""
 
@@ -129,7 +129,7 @@ def reinforce(tiny_folder: Path, cpu: Any) -> Callable[..., tuple[Loop[Scores], 
         model = add_adapter(load_model(tiny_folder, cpu, quantization="none"), lora, seed=0)
         scorer = Scorer(model, torch.float32)
         rollouts = Rollouts(model, scorer)
-        limits = Limits(TokenBudget(64, "rlhf", reporter), LossScale(torch.float32, "rlhf", reporter, None))
+        limits = Limits(TokenBudget(256, "rlhf", reporter), LossScale(torch.float32, "rlhf", reporter, None))
         job = Job("rlhf", folder, cpu, RuntimeParams(checkpoint_minutes=0.0), reporter)
         descent = make_descent(model, KNOBS, num_steps, cpu.device, "rlhf")
         learner = Learner(model, scorer, Clipped(rollouts))
@@ -142,7 +142,7 @@ def test_a_policy_is_trained_on_what_it_writes_itself(reinforce: Any, tmp_path: 
     loop, rollouts, _ = reinforce(tmp_path / "a", reporter, 15 * ROUND)
     loop.run()
     assert len(rollouts.rewards) == 15
-    assert sum(rollouts.rewards[-3:]) > 3 * sum(rollouts.rewards[:3])
+    assert sum(rollouts.rewards[-5:]) > 1.2 * sum(rollouts.rewards[:5])
     firsts = [entry["ratio"] for entry in loop.history if (entry["step"] - 1) % ROUND == 0]
     assert firsts == pytest.approx([1.0] * 15, abs=0.5), "dropout alone is between them"
     assert all("eval_loss" not in entry for entry in loop.history)
