@@ -45,10 +45,14 @@ class Answer:
 
 
 class Heard(SilentReporter):
-    """A reporter that keeps the lines it is told; ``on_advance`` hears how far work with a meter has come."""
+    """A reporter that keeps the lines, and notes beside a meter, that it is told.
+
+    ``on_advance`` hears how far work with a meter has come.
+    """
 
     def __init__(self, on_advance: Callable[[int], None] | None = None) -> None:
         self.lines: list[str] = []
+        self.notes: list[str] = []
         self.on_advance = on_advance or (lambda done: None)
 
     def say(self, text: str) -> None:
@@ -60,7 +64,7 @@ class Heard(SilentReporter):
 
     def meter(self, label: str, total: int, unit: str) -> AbstractContextManager[Meter]:
         """Work under way."""
-        return _counting(self.on_advance)
+        return _counting(self)
 
     def last(self, words: str) -> str:
         """The last line with these words in it; empty where there is none."""
@@ -68,20 +72,20 @@ class Heard(SilentReporter):
 
 
 class _Count:
-    def __init__(self, on_advance: Callable[[int], None]) -> None:
-        self._done, self._on_advance = 0, on_advance
+    def __init__(self, heard: Heard) -> None:
+        self._done, self._heard = 0, heard
 
     def advance(self, amount: int) -> None:
         self._done += amount
-        self._on_advance(self._done)
+        self._heard.on_advance(self._done)
 
     def note(self, text: str) -> None:
-        pass
+        self._heard.notes.append(text)
 
 
 @contextmanager
-def _counting(on_advance: Callable[[int], None]) -> Iterator[Meter]:
-    yield _Count(on_advance)
+def _counting(heard: Heard) -> Iterator[Meter]:
+    yield _Count(heard)
 
 
 @dataclass(frozen=True)

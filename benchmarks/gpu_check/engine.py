@@ -133,12 +133,20 @@ def _check_fused(bench: Bench, device: torch.device, dtype: torch.dtype) -> None
     tokens, width = (32, 64) if bench.small else (4096, 14336)
     one, other = (torch.randn(tokens, width, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
     weight = torch.ones(width, device=device, dtype=dtype)
+    size = min(128, width)
+    heads, sine = one.view(1, tokens, -1, size).transpose(1, 2), other.detach()[None, :, :size]
+    cosine = sine.flip(-1)
 
     def eager_norm() -> torch.Tensor:
         wide = one.float()
         return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(dtype)
 
+    def eager_rotation() -> torch.Tensor:
+        first, second = heads.chunk(2, -1)
+        return heads * cosine[:, None] + torch.cat([-second, first], -1) * sine[:, None]
+
     pairs = {
+        fused.ROTATION: (eager_rotation, lambda: fused.rotate(heads, cosine[:, None], sine[:, None])),
         fused.NORM: (eager_norm, lambda: fused.rms_norm(one, weight, 1e-6)),
         fused.SWIGLU: (lambda: silu(one) * other, lambda: fused.swiglu(one, other)),
     }

@@ -233,6 +233,13 @@ def generation(bench: Bench) -> None:
         f"{made / seconds:.0f} tokens/s, {num_tokens / seconds:.1f} steps/s if in one batch; peak {peak:.2f} GiB",
         None,
     )
+    note = next(iter(policy.reporter.notes), None)
+    bench.check(
+        "How are answers decoded?",
+        "from a step that CUDA recorded",
+        note or "from a step that CUDA recorded",
+        None if bench.small else note is None,
+    )
     gc.disable()
     policy = None
     kept = (torch.cuda.memory_allocated() if bench.on_gpu else 0) - before

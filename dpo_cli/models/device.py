@@ -72,7 +72,7 @@ def prepare_machine(runtime: RuntimeParams, *, embedded: bool) -> Machine:
     return Machine(device, given or _own_dtype(device))
 
 
-_BFLOAT16_SINCE = (8, 0)
+BFLOAT16_SINCE = (8, 0)
 """Compute capability from which a GPU multiplies bfloat16; torch says of older ones that they do, and emulates it."""
 
 
@@ -81,7 +81,7 @@ def _own_dtype(device: torch.device) -> torch.dtype:
 
     if not is_gpu(device):
         return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= _BFLOAT16_SINCE else torch.float16
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= BFLOAT16_SINCE else torch.float16
 
 
 _USABLE_OF_FREE = 0.92

@@ -243,12 +243,15 @@ def test_held_out_pairs_that_do_not_fit_halve_it_too(
     knobs = KNOBS.model_copy(update={"max_steps": 2})
     held_out = make_reporter(), make_reporter()
     fits = []
-    for max_tokens, reporter in zip((40, 80), held_out, strict=True):
+    for is_halved, reporter in zip((False, True), held_out, strict=True):
         model = policy()
         with open_in(model, "shared") as scorer, monkeypatch.context() as patch:
-            if max_tokens == 80:
-                run_out_above(scorer, 60, patch, training=False)
-            fits.append(train(scorer, model, pairs, max_tokens, work(str(max_tokens)), cpu, reporter, knobs=knobs))
+            shortest = sorted(pairs, key=lambda pair: pair.longest)[:2]
+            half = (sizes(scorer, shortest, 1000)[0] + 1) // 2
+            if is_halved:
+                run_out_above(scorer, max(sizes(scorer, shortest, half)), patch, training=False)
+            budget, folder = half * (1 + is_halved), work(str(is_halved))
+            fits.append(train(scorer, model, pairs, budget, folder, cpu, reporter, knobs=knobs))
     assert [len(reporter.warned) for reporter in held_out] == [0, 1]
     assert curve(fits[1], "eval_loss", "loss") == curve(fits[0], "eval_loss", "loss")
 
