@@ -24,7 +24,7 @@ from dpo_cli.scoring.recompute import (
     plan_memory,
     set_recompute,
 )
-from dpo_cli.training.objective import GroupScorer
+from dpo_cli.training.protocols import GroupScorer
 
 _BYTES_A_TRAINED_NUMBER = 12
 """Its gradient and the optimizer's two moments, float32; made after the first forward pass."""
