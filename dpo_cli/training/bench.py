@@ -19,6 +19,7 @@ from dpo_cli.models.adapters import add_adapter, load_policy_at_start
 from dpo_cli.models.device import Machine, forget_peak_memory, peak_memory_bytes, prepare_machine, token_budget
 from dpo_cli.models.gpus import gpu_called
 from dpo_cli.models.load import keep_weights_unpacked, quiet_libraries
+from dpo_cli.models.lora import cast_adapters
 from dpo_cli.models.shapes import SHAPES, random_model
 from dpo_cli.reference.graph import open_graph
 from dpo_cli.reference.scoring import NO_GRADIENT_FACTOR, missing_groups, score_groups
@@ -166,7 +167,7 @@ def _subject(options: BenchOptions, params: Params, machine: Machine) -> tuple[A
             graph.base, graph.sft, machine, graph.quantization, params.train.lora or LoraParams(), params.train.seed
         )
         what = params.model.name
-        groups = [] if options.regime else graph.tokenise_pairs("train").groups[: options.num_pairs]
+        groups = [] if options.regime else list(graph.tokenise_pairs("train").groups[: options.num_pairs])
         if not groups and not options.regime:
             raise DataError(
                 f"data/preference/train.parquet: no pair within reference.max_length {params.reference.max_length}"
@@ -236,10 +237,12 @@ def _training(
 
     def turn() -> None:
         for step in steps:
-            for indices in scorer.split(step, budget.max_tokens):
-                batch = [step[index] for index in indices]
-                losses = objective.losses(batch, scorer.score(batch, statistics=objective.statistics), batch).losses_B
-                (losses.sum() / objective.weight(step)).backward()
+            with cast_adapters(model, machine.compute_dtype):
+                for indices in scorer.split(step, budget.max_tokens):
+                    batch = [step[index] for index in indices]
+                    scores = scorer.score(batch, statistics=objective.statistics)
+                    losses = objective.losses(batch, scores, batch).losses_B
+                    (losses.sum() / objective.weight(step)).backward()
             torch.nn.utils.clip_grad_norm_(trainable, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
