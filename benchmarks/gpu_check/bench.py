@@ -24,7 +24,9 @@ from dpo_cli.models.shapes import random_model
 from dpo_cli.scoring.probe import open_scorer
 from dpo_cli.scoring.regimes import random_pairs
 from dpo_cli.scoring.scorer import Scorer
-from dpo_cli.training.run import Fit, fit
+from dpo_cli.training.fit import Fit, fit
+from dpo_cli.training.job import Job
+from dpo_cli.training.protocols import Learner
 
 GIB = 2**30
 
@@ -199,19 +201,9 @@ def train(
     """Train as the stage does; goes on from a checkpoint in ``work``."""
     work.mkdir(parents=True, exist_ok=True)
     settings = {"batch_size": 8, "schedule": "constant", "warmup_ratio": 0.0, **knobs}
-    return fit(
-        policy.model,
-        policy.scorer,
-        objective,
-        groups,
-        groups[:2],
-        section="train",
-        params=TrainParams(**settings),
-        runtime=runtime,
-        machine=policy.machine,
-        work=work,
-        reporter=policy.reporter,
-    )
+    job = Job("train", work, policy.machine, runtime, policy.reporter)
+    learner = Learner(policy.model, policy.scorer, objective)
+    return fit(learner, groups, groups[:2], TrainParams(**settings), job)
 
 
 def adapter_of(model: torch.nn.Module) -> torch.Tensor:

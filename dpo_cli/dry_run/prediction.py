@@ -15,7 +15,7 @@ from dpo_cli.dry_run.counts import Counting, Counts
 from dpo_cli.dry_run.device import dry_cuda, prepare_dry_machine, read_backs_give_zeros
 from dpo_cli.dry_run.model import dry_model
 from dpo_cli.dry_run.roofline import HOST_S, REACHED_SHARE, Prediction, predict
-from dpo_cli.dry_run.step import DryTrainer, mean_visible_pairs, open_dry_scorer, take_optimizer_step
+from dpo_cli.dry_run.step import DryAccumulator, mean_visible_pairs, open_dry_scorer, take_optimizer_step
 from dpo_cli.models.device import BFLOAT16_SINCE, Machine, token_budget
 from dpo_cli.models.gpus import GPUS, Gpu
 from dpo_cli.models.load import quiet_libraries
@@ -27,6 +27,7 @@ from dpo_cli.scoring.regimes import REGIMES, random_pairs
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.memory import choose_memory
 from dpo_cli.training.objective import PairObjective
+from dpo_cli.training.protocols import Learner
 
 CONTEXT_BYTES = 1 << 29
 """Memory that CUDA itself takes: what was seen is 0.4 to 0.5 GiB."""
@@ -124,11 +125,12 @@ def _count_training(
     budget = TokenBudget(chosen.max_tokens, "bench", reporter)
     steps = [groups[begin : begin + size] for begin in range(0, len(groups), size)]
     objective = PairObjective(TrainParams(beta=0.1), {group.id: [-1.0, -2.0] for group in groups})
-    trainer = DryTrainer(model, scorer, objective, budget.max_tokens)
+    accumulator = DryAccumulator(Learner(model, scorer, objective), budget.max_tokens)
+    model.train()
     counting.attention_pairs = mean_visible_pairs(scorer, groups, budget.max_tokens)
     counting.restart()
     for step in steps:
-        trainer.training_step(model, {"groups": step})
+        accumulator.gradient(step, 0)
         take_optimizer_step([parameter for parameter in model.parameters() if parameter.requires_grad])
     found = {"recompute": chosen.grade, "max_tokens_per_microbatch": budget.max_tokens}
     return found, _work(scorer, steps, budget)

@@ -86,7 +86,7 @@ class HfJudge:
             template: What it is asked.
             machine: Device and compute dtype.
             quantization: ``nf4`` or ``none``.
-            chat_template: ``auto`` for its own, or a name in :data:`dpo_cli.data.chat.NAMED_TEMPLATES`.
+            chat_template: ``auto`` for its own, or a name in :data:`dpo_cli.data.templates.NAMED_TEMPLATES`.
             runtime: Layout and token budget.
             reporter: Says them, and warns where judge and policy are kin.
             stage: Name of the stage, for messages.

@@ -49,11 +49,12 @@ def prepare_machine(runtime: RuntimeParams, *, embedded: bool) -> Machine:
 
     Raises:
         MachineError: runtime.device is cuda and there is none, runtime.max_gpu_gib is more than it has, or several
-            processes were started.
+            processes were started that have not met.
     """
     import torch
 
-    refuse_several_processes()
+    if not torch.distributed.is_initialized():  # those that have met share a training
+        refuse_several_processes()
     torch.set_num_threads(runtime.threads or usable_threads())
     # sums of a product that is split along its inner dimension stay float32
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

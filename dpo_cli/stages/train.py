@@ -40,11 +40,13 @@ from dpo_cli.reference.graph import (
     table_digests,
 )
 from dpo_cli.scoring.probe import Verdict, open_scorer
+from dpo_cli.training.fit import Fit, fit
 from dpo_cli.training.gate import StepZero, check_step_zero
 from dpo_cli.training.history import merge_log, write_tsv
+from dpo_cli.training.job import Job
 from dpo_cli.training.objective import PreferenceObjective, preference_objective
-from dpo_cli.training.replicas import Replicas, join_replicas, shared_scratch
-from dpo_cli.training.run import Fit, fit
+from dpo_cli.training.parallel import Replicas, join_replicas, shared_scratch
+from dpo_cli.training.protocols import Learner
 
 PROVENANCE = "provenance.json"
 
@@ -90,20 +92,8 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
         )
         if step_zero.doubt is not None:
             reporter.warn(f"train: {step_zero.doubt}")
-        result = fit(
-            policy,
-            scorer,
-            objective,
-            train.groups,
-            held_out.groups,
-            section="train",
-            params=knobs,
-            runtime=params.runtime,
-            machine=graph.machine,
-            work=scratch.folder,
-            reporter=reporter,
-            replicas=replicas,
-        )
+        job = Job("train", scratch.folder, graph.machine, params.runtime, reporter, replicas)
+        result = fit(Learner(policy, scorer, objective), train.groups, held_out.groups, knobs, job)
         scorer.close()
         if not replicas.is_first:
             return {}
@@ -186,9 +176,7 @@ def _provenance(params: Params, graph: Graph) -> dict[str, Any]:
 def _metrics(
     graph: Graph, train: TokenTable, held_out: TokenTable, step_zero: StepZero, result: Fit, layout: Verdict
 ) -> dict[str, Any]:
-    tokens = sum(
-        len(group.completions) * len(group.prompt) + sum(map(len, group.completions)) for group in train.groups
-    ) / len(train.groups)
+    tokens = sum(group.num_logical_tokens for group in train.groups) / len(train.groups)
     return {
         "num_pairs": len(train.groups),
         "num_eval": len(held_out.groups),

@@ -167,7 +167,7 @@ def _subject(options: BenchOptions, params: Params, machine: Machine) -> tuple[A
             graph.base, graph.sft, machine, graph.quantization, params.train.lora or LoraParams(), params.train.seed
         )
         what = params.model.name
-        groups = [] if options.regime else graph.tokenise_pairs("train").groups[: options.num_pairs]
+        groups = [] if options.regime else list(graph.tokenise_pairs("train").groups[: options.num_pairs])
         if not groups and not options.regime:
             raise DataError(
                 f"data/preference/train.parquet: no pair within reference.max_length {params.reference.max_length}"
