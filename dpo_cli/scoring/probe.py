@@ -37,6 +37,8 @@ from dpo_cli.scoring.scorer import MAX_READ_SHARE, HeadName, Scorer, engine_vers
 
 TOLERANCE = 1e-4
 """Nats by which a completion's log-probability may differ in float32."""
+RELATIVE_TOLERANCE = 2e-6
+"""The same as a share of the largest one that is compared, where that is more: float32 has seven digits."""
 BFLOAT16_TOLERANCE = 0.05
 """The least that is allowed in bfloat16, where another kernel alone moves a sum by this much."""
 MAX_TOLERANCE = 0.5
@@ -166,7 +168,7 @@ def probe_layouts(scorer: Scorer, model: Any, forced: LayoutName | None = None) 
         raise MachineError(f"the model gives NaN as log-probabilities{_spoiled(model)}")
     padded = scorer.score(groups, "padded").logps_BK.cpu()
     noise = (padded - alone).abs().max().item()
-    asked = tolerance = TOLERANCE
+    asked = tolerance = max(TOLERANCE, RELATIVE_TOLERANCE * alone.abs().max().item())
     if scorer.compute_dtype != torch.float32:
         asked = max(BFLOAT16_TOLERANCE, NOISE_FACTOR * noise)
         tolerance = allowed_difference(noise, _longest_completion(groups), scorer.compute_dtype)
