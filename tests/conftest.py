@@ -23,7 +23,7 @@ from dpo_cli.data.tokenise import TokenGroup
 prepare_environment()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-for _profile, _examples in (("here", 25), ("ci", 100)):
+for _profile, _examples in (("here", 25), ("ci", 50)):
     settings.register_profile(_profile, deadline=None, derandomize=True, database=None, max_examples=_examples)
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 
