@@ -959,7 +959,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
         return parse_names
 
-    def knob(text: str) -> tuple[str, Any]:
+    def setting(text: str) -> tuple[str, Any]:
         name, _, value = text.partition("=")
         return name, int(value) if value.isdigit() else value
 
@@ -977,7 +977,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sides", type=some_of(sides), default=sides[:4], help=f"TRL's: of {', '.join(sides)}")
     parser.add_argument("--every-run", action="store_true", help="run every side in every run")
     parser.add_argument("--malloc", choices=["keep", "glibc"], default="keep", help="keep freed memory, in both tools")
-    parser.add_argument("--runtime", type=knob, action="append", default=[], help="our runtime knob, as name=value")
+    parser.add_argument(
+        "--runtime", type=setting, action="append", default=[], help="our runtime setting, as name=value"
+    )
     parser.add_argument("--out", type=Path, help="write the tables to a file, too")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)

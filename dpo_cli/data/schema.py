@@ -9,6 +9,7 @@ at any row, on any machine.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -175,16 +176,16 @@ def _said(message: Message) -> str:
 
 
 @dataclass(slots=True)
-class Example:
+class Example(ABC):
     """Base of what a row may hold: a prompt with some answers."""
 
     schema: ClassVar[pa.Schema]
     prompt: Messages
 
     @property
+    @abstractmethod
     def answers(self) -> list[Messages]:
         """Its answers, the best one first."""
-        raise NotImplementedError
 
     def row(self, source: str) -> dict[str, Any]:
         """The canonical row, as its schema has it.

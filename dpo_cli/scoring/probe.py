@@ -29,6 +29,7 @@ from dpo_cli.core.params import RuntimeParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.kernels.fused import describe_fused
+from dpo_cli.kernels.products import describe_products
 from dpo_cli.scoring.attention import Attending, UnsupportedAttentionError
 from dpo_cli.scoring.last_mlp import CannotSelectError
 from dpo_cli.scoring.layout import LAYOUTS, MIN_SHARED_TOKENS, LayoutName
@@ -143,8 +144,8 @@ def open_scorer(
         with scorer, torch.no_grad(), evaluating(model):
             scorer.score(probe_groups(scorer.config.vocab_size, 8)[:1])
         verdict = replace(verdict, **_attention_of(scorer, verdict.layout))
-    fused = describe_fused(model, scorer.device, compute_dtype)
-    reporter.say(f"{stage}: {verdict.describe()}{fused}")
+    kernels = describe_fused(model, scorer.device, compute_dtype) + describe_products(scorer.device, compute_dtype)
+    reporter.say(f"{stage}: {verdict.describe()}{kernels}")
     names, num_bytes = left_unquantized(model)
     if names:
         reporter.warn(

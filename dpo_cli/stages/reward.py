@@ -79,9 +79,9 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
         from dpo_cli.training.protocols import Learner
 
     quiet_libraries()
-    knobs = params.reward
+    settings = params.reward
     graph = open_graph(params.model, params.reference, params.runtime)
-    ranked = knobs.loss == "plackett_luce"
+    ranked = settings.loss == "plackett_luce"
     train, held_out = (graph.tokenise_rankings(split) if ranked else graph.tokenise_pairs(split) for split in SPLITS)
     refuse_empty((train, held_out), graph.max_length, section="reward", ranked=ranked)
     pairs = graph.tokenise_pairs("eval") if ranked else held_out
@@ -94,29 +94,29 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
     provenance = _provenance(params, graph)
     with stage_scratch("reward", digest_json(provenance)) as scratch:
         model = load_reward_model_at_start(
-            graph.base, graph.sft, graph.machine, graph.quantization, knobs.lora or LoraParams(), knobs.seed
+            graph.base, graph.sft, graph.machine, graph.quantization, settings.lora or LoraParams(), settings.seed
         )
         inner, layout = open_scorer(model, graph.machine.compute_dtype, params.runtime, reporter, "reward")
         scorer = RewardScorer(inner, reward_head(model))
-        learner = Learner(model, scorer, _objective(knobs, [*train.groups, *held_out.groups]))
+        learner = Learner(model, scorer, _objective(settings, [*train.groups, *held_out.groups]))
         job = Job("reward", scratch.folder, graph.machine, params.runtime, reporter)
-        result = fit(learner, train.groups, held_out.groups, knobs, job)
+        result = fit(learner, train.groups, held_out.groups, settings, job)
         model.eval()
         budget = TokenBudget(token_budget(params.runtime, scorer.device), "reward", reporter)
-        figures = _figures(RewardModel(scorer, graph.encoder, budget), pairs, knobs.seed)
-        metrics = _metrics(knobs, graph, train, held_out, figures, result, layout)
+        figures = _figures(RewardModel(scorer, graph.encoder, budget), pairs, settings.seed)
+        metrics = _metrics(settings, graph, train, held_out, figures, result, layout)
         built = scratch.build_folder()
         save_adapter(model, built, params.model.name)
         save_tokenizer(graph.tokenizer, graph.encoder, built, graph.base)
         write_text(built / "README.md", _model_card(params, graph, metrics))
-        write_reward_manifest(built, knobs.loss, provenance)
+        write_reward_manifest(built, settings.loss, provenance)
         publish_folder(built, paths.REWARD_MODEL)
         rows = merge_log(result.history, _COLUMNS)
         write_tsv(paths.report_dir("reward") / "steps.tsv", rows, ("step", *_COLUMNS))
         write_json_lines(paths.rejects_file("reward"), all_rejects([train, held_out]))
         write_json(paths.metrics_file("reward"), {"reward": metrics})
         scratch.clear()
-    _print_summary(knobs, metrics, result.steps_in_words, reporter)
+    _print_summary(settings, metrics, result.steps_in_words, reporter)
     return metrics
 
 
@@ -134,13 +134,13 @@ def _publish_none(scratch: Scratch, reporter: Reporter) -> dict[str, Any]:
     return metrics
 
 
-def _objective(knobs: RewardParams, groups: Sequence[TokenGroup]) -> RewardObjective:
+def _objective(settings: RewardParams, groups: Sequence[TokenGroup]) -> RewardObjective:
     from dpo_cli.reference.graph import read_ranks
     from dpo_cli.training.objective import RewardObjective
 
-    if knobs.loss == "bradley_terry":
+    if settings.loss == "bradley_terry":
         return RewardObjective()
-    return RewardObjective(read_ranks(groups, knobs.ties, "reward"), knobs.ties)
+    return RewardObjective(read_ranks(groups, settings.ties, "reward"), settings.ties)
 
 
 def _provenance(params: Params, graph: Graph) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def _figures(model: RewardModel, pairs: TokenTable, seed: int) -> RewardFigures:
 
 
 def _metrics(
-    knobs: RewardParams,
+    settings: RewardParams,
     graph: Graph,
     train: TokenTable,
     held_out: TokenTable,
@@ -181,7 +181,7 @@ def _metrics(
     layout: Verdict,
 ) -> dict[str, Any]:
     tokens = sum(group.num_logical_tokens for group in train.groups) / len(train.groups)
-    metrics: dict[str, Any] = {"method": knobs.loss}
+    metrics: dict[str, Any] = {"method": settings.loss}
     for name in ("accuracy", "log_loss", "ece", "margin", "longer_accuracy"):
         metrics |= _with_interval(name, getattr(figures, name))
     for name, (count, estimate) in figures.by_length.items():
@@ -198,7 +198,7 @@ def _metrics(
         }
         for cell in figures.reliability
     ]
-    if knobs.loss == "plackett_luce":
+    if settings.loss == "plackett_luce":
         metrics["eval_kendall_tau"] = result.kept("eval_rewards/kendall_tau")
     return metrics | {
         "num_ties": figures.num_ties,
@@ -226,7 +226,7 @@ def _with_interval(name: str, estimate: Estimate) -> dict[str, Any]:
 
 
 def _model_card(params: Params, graph: Graph, metrics: dict[str, Any]) -> str:
-    knobs = params.reward
+    settings = params.reward
     whole = graph.sft.method == "full"
     belongs = (
         "the whole model that stage sft made of it (models/sft of the same run)"
@@ -247,9 +247,9 @@ of two answers to one prompt means anything, and σ(r_a - r_b) is the probabilit
 
 | | |
 |---|---|
-| loss | {knobs.loss} |
-| {_unit(knobs)} | {metrics["num_groups"]} for training, {metrics["num_eval"]} held out |
-| steps | {metrics["kept_step"]} of {knobs.batch_size} {_unit(knobs)} |
+| loss | {settings.loss} |
+| {_unit(settings)} | {metrics["num_groups"]} for training, {metrics["num_eval"]} held out |
+| steps | {metrics["kept_step"]} of {settings.batch_size} {_unit(settings)} |
 | held-out accuracy | {metrics["accuracy"]:.3f}, 95% interval {low:.3f} to {high:.3f} |
 | the longer answer instead | {metrics["longer_accuracy"]:.3f} |
 | held-out log-loss | {metrics["log_loss"]:.4f} nats a pair |
@@ -264,16 +264,16 @@ Batches need a padding token that is not the one that ends the turn.
 """
 
 
-def _unit(knobs: RewardParams) -> str:
-    return "rankings" if knobs.loss == "plackett_luce" else "pairs"
+def _unit(settings: RewardParams) -> str:
+    return "rankings" if settings.loss == "plackett_luce" else "pairs"
 
 
-def _print_summary(knobs: RewardParams, metrics: dict[str, Any], steps: str, reporter: Reporter) -> None:
-    unit = _unit(knobs)
+def _print_summary(settings: RewardParams, metrics: dict[str, Any], steps: str, reporter: Reporter) -> None:
+    unit = _unit(settings)
     reporter.table(
         "reward",
         [
-            ("loss", knobs.loss),
+            ("loss", settings.loss),
             (unit, f"{metrics['num_groups']} train, {metrics['num_eval']} held out"),
             (f"{unit} left out", f"{metrics['num_rejected']} (listed in {paths.rejects_file('reward').as_posix()})"),
             ("steps", steps),
