@@ -482,7 +482,7 @@ def our_references(scorer: Any, groups: Sequence[Any], max_tokens: int) -> list[
     return [(found[chosen], found[rejected]) for chosen, rejected in map(group_keys, groups)]
 
 
-def run_ours(case: Case, runtime_knobs: dict[str, Any]) -> Outcome:
+def run_ours(case: Case, runtime_settings: dict[str, Any]) -> Outcome:
     """Our engine, driven as the stages precompute_ref and train drive it."""
     import dpo_cli.training.fit
     from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
@@ -500,7 +500,7 @@ def run_ours(case: Case, runtime_knobs: dict[str, Any]) -> Outcome:
         for index, (prompt, chosen, rejected) in enumerate(pairs)
     ]
     os.chdir(case.workspace)
-    runtime = RuntimeParams.model_validate({"device": case.device, **runtime_knobs})
+    runtime = RuntimeParams.model_validate({"device": case.device, **runtime_settings})
     machine = prepare_machine(runtime, embedded=False)
     sft = SftResult("lora", "")
     policy: Any = load_policy_at_start(case.base, sft, machine, case.quantization, LoraParams(), 0)
