@@ -33,8 +33,7 @@ class DryAccumulator(Accumulator[Any]):
     """
 
     def __init__(self, learner: Learner[Any], max_tokens: int) -> None:
-        inner: Any = getattr(learner.scorer, "scorer", learner.scorer)  # of a RewardScorer; else itself
-        reporter, dtype = SilentReporter(), inner.compute_dtype
+        reporter, dtype = SilentReporter(), learner.scorer.compute_dtype
         limits = Limits(TokenBudget(max_tokens, "dry run", reporter), LossScale(dtype, "dry run", reporter, None))
         job = Job("train", Path(), Machine(torch.device("cpu"), dtype), RuntimeParams(), reporter)
         super().__init__(learner, limits, job, StopRequest())

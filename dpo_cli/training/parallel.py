@@ -62,7 +62,7 @@ class Replicas:
         """
         if self.size == 1:
             return list(groups)
-        sizes = [len(group.prompt) + sum(map(len, group.completions)) for group in groups]
+        sizes = [sum(group.sizes) for group in groups]
         loads = [0] * self.size
         mine = []
         for index in sorted(range(len(groups)), key=lambda index: (-sizes[index], index)):
