@@ -11,7 +11,7 @@ import torch
 from dpo_cli.core.interrupts import StopRequest
 from dpo_cli.core.params import RuntimeParams
 from dpo_cli.core.progress import SilentReporter
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.device import Machine
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.layout import LayoutName

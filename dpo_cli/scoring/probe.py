@@ -27,7 +27,7 @@ from dpo_cli.core.errors import MachineError, first_line, is_out_of_memory
 from dpo_cli.core.gpu import is_gpu
 from dpo_cli.core.params import RuntimeParams
 from dpo_cli.core.progress import Reporter
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.kernels.fused import describe_fused
 from dpo_cli.scoring.attention import Attending, UnsupportedAttentionError
 from dpo_cli.scoring.last_mlp import CannotSelectError

@@ -15,7 +15,7 @@ import torch
 
 from dpo_cli.core.errors import MachineError
 from dpo_cli.core.gpu import is_gpu
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.scoring.attention import IMPLEMENTATION, Attending, attend
 from dpo_cli.scoring.head import (
     DEFAULT_HEAD_BYTES,
