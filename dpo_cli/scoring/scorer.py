@@ -31,6 +31,7 @@ from dpo_cli.scoring.last_mlp import ReadRows, last_mlp
 from dpo_cli.scoring.layout import Layout, LayoutName, lay_out, num_row_tokens, split_by_tokens
 
 ENGINE_VERSION = 5
+"""See :func:`engine_version`."""
 FLOAT32_ENGINE_VERSION = 3
 """The same where the model computes in float32: what made versions 4 and 5 moved only narrower numbers."""
 MAX_READ_SHARE = 0.7
