@@ -486,7 +486,7 @@ def run_ours(case: Case, runtime_settings: dict[str, Any]) -> Outcome:
     """Our engine, driven as the stages precompute_ref and train drive it."""
     import dpo_cli.training.fit
     from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
-    from dpo_cli.data.tokenise import TokenGroup
+    from dpo_cli.data.tokens import TokenGroup
     from dpo_cli.models.adapters import SftResult, load_policy_at_start
     from dpo_cli.models.device import prepare_machine, token_budget
     from dpo_cli.scoring.probe import open_scorer

@@ -18,7 +18,7 @@ from hypothesis import settings
 
 from dpo_cli.core.environment import prepare_environment
 from dpo_cli.core.progress import Status
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 
 prepare_environment()
 os.environ.setdefault("OMP_NUM_THREADS", "1")

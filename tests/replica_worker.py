@@ -21,7 +21,7 @@ from dpo_cli.core.environment import prepare_environment
 from dpo_cli.core.errors import DpoCliError, MachineError
 from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
 from dpo_cli.core.progress import SilentReporter
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine
 from dpo_cli.models.load import keep_weights_unpacked, load_model, quiet_libraries

@@ -16,7 +16,7 @@ import torch
 from dpo_cli.core.artifacts import write_json
 from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
 from dpo_cli.core.progress import Meter, SilentReporter
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine, prepare_machine
 from dpo_cli.models.load import keep_weights_unpacked

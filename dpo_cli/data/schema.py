@@ -24,8 +24,6 @@ from dpo_cli.core.artifacts import digest_json
 Message = dict[str, str]
 Messages = list[Message]
 
-ROLES = ("system", "user", "assistant", "tool")
-
 RawRow = Mapping[str, Any]
 """One record of an input file, as the file has it."""
 

@@ -13,7 +13,8 @@ from dpo_cli.core.errors import DataError
 from dpo_cli.core.evaluate_params import EvaluateParams
 from dpo_cli.data.pieces import pieces_of
 from dpo_cli.data.schema import text_of
-from dpo_cli.data.tokenise import TokenGroup, TokenTable
+from dpo_cli.data.tokenise import TokenTable
+from dpo_cli.data.tokens import TokenGroup, completion_key
 from dpo_cli.evaluation.generation import Answer, PromptTokens
 from dpo_cli.evaluation.held_out import HeldOutPair
 from dpo_cli.evaluation.kl import SequenceKl
@@ -22,7 +23,7 @@ from dpo_cli.evaluation.models import EvaluatedModel, EvaluatedModels
 from dpo_cli.evaluation.steps import Steps, logp_sums
 from dpo_cli.judging.comparisons import Answers
 from dpo_cli.judging.prepare import JudgedAnswer
-from dpo_cli.reference.cache import completion_key, group_keys, reference_logps
+from dpo_cli.reference.cache import group_keys, reference_logps
 from dpo_cli.reference.graph import Graph, check_context, read_columns
 
 Scaled = Mapping[float, tuple[dict[str, Answer], dict[str, SequenceKl]]]

@@ -23,13 +23,13 @@ from dpo_cli.core.interrupts import graceful_stop
 from dpo_cli.core.params import EvaluateParams, RuntimeParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.row_store import RowStore, forget_other_stores
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup, completion_key
 from dpo_cli.evaluation.generation import GENERATION_VERSION, Answer, PromptTokens, sample_answers
 from dpo_cli.evaluation.kl import SequenceKl, sequence_kl
 from dpo_cli.evaluation.models import EvaluatedModel
 from dpo_cli.models.device import token_budget
 from dpo_cli.reference.cache import SCHEMA as LOGP_SCHEMA
-from dpo_cli.reference.cache import completion_key, group_keys, rows_of
+from dpo_cli.reference.cache import group_keys, rows_of
 from dpo_cli.reference.graph import Graph
 from dpo_cli.reference.scoring import missing_groups, score_into_store
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches

@@ -13,7 +13,7 @@ from dpo_cli.core.errors import DataError, MachineError, ParamsError
 from dpo_cli.core.params import EvaluateParams, RuntimeParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.schema import Messages, assistant
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.judging.cache import CachedJudge
 from dpo_cli.judging.human import VotesJudge
 from dpo_cli.judging.judge import Judge

@@ -12,7 +12,7 @@ from dpo_cli.core.params import RuntimeParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.schema import Messages, assistant
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.judging.judge import Judgment, Question, one_by_one
 from dpo_cli.models.device import token_budget
 from dpo_cli.models.reward import load_reward_model, reward_head

@@ -26,7 +26,6 @@ import polars as pl
 from dpo_cli.core.artifacts import read_json, sha256_file, write_json
 from dpo_cli.core.errors import StaleArtifactError
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.data.tokens import completion_key as completion_key
 
 MANIFEST = "manifest.json"
 SCHEMA = {"key": pl.String, "logp": pl.Float64, "num_tokens": pl.Int32, "token_logps": pl.List(pl.Float32)}

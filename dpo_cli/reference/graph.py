@@ -19,7 +19,8 @@ from dpo_cli.core.artifacts import sha256_file
 from dpo_cli.core.errors import DataError
 from dpo_cli.core.params import EMBEDDED, ModelParams, ReferenceParams, RuntimeParams
 from dpo_cli.data.chat import ChatEncoder
-from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_rejects, tokenise_table
+from dpo_cli.data.tokenise import TokenTable, explain_rejects, tokenise_table
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.losses.ranking import MAX_TIED, Ties
 from dpo_cli.models.adapters import SftResult, read_sft_result
 from dpo_cli.models.device import Machine, prepare_machine

@@ -21,7 +21,7 @@ from dpo_cli.core.params import RuntimeParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.row_store import RowStore, forget_other_stores
 from dpo_cli.core.scratch import stage_scratch
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import ADAPTER_FILES, ModelPair, load_pair
 from dpo_cli.models.device import token_budget
 from dpo_cli.reference.cache import MANIFEST, SCHEMA, group_keys, read_cache_rows, rows_of

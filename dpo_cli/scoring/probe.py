@@ -23,11 +23,11 @@ import torch
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import write_json
-from dpo_cli.core.errors import MachineError, is_out_of_memory
+from dpo_cli.core.errors import MachineError, first_line, is_out_of_memory
 from dpo_cli.core.gpu import is_gpu
 from dpo_cli.core.params import RuntimeParams
 from dpo_cli.core.progress import Reporter
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.kernels.fused import describe_fused
 from dpo_cli.kernels.products import describe_products
 from dpo_cli.scoring.attention import Attending, UnsupportedAttentionError
@@ -260,7 +260,7 @@ def _reason_against(
     except (UnsupportedAttentionError, CannotSelectError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         if is_out_of_memory(error):
             raise
-        return f"it fails ({_first_line(error)})", float("inf")
+        return f"it fails ({first_line(error)})", float("inf")
     difference = (found - alone).abs().nan_to_num(nan=float("inf")).max().item()
     if not difference <= tolerance:
         return f"off by {difference:.2g} nats", difference
@@ -278,10 +278,6 @@ def _missing_window(attended: Attending | None, config: Any) -> str | None:
     if slides and attended.windows == {None}:
         return "its layers do not say which window they slide"
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:100]
 
 
 def _longest_prompt(config: Any) -> int:

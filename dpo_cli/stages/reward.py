@@ -14,7 +14,8 @@ from dpo_cli.core.params import LoraParams, Params, RewardParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import Scratch, stage_scratch
 from dpo_cli.core.text import markdown
-from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_found, explain_rejects
+from dpo_cli.data.tokenise import TokenTable, explain_found, explain_rejects
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.evaluation.reward_figures import RewardedPair, RewardFigures, summarize_rewards
 from dpo_cli.models.card import card_head, usage
 from dpo_cli.models.device import memory_in_words, memory_metrics, token_budget

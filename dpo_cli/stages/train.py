@@ -21,7 +21,8 @@ from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.core.params import EMBEDDED, LoraParams, Params, TrainParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.text import markdown
-from dpo_cli.data.tokenise import TokenGroup, TokenTable
+from dpo_cli.data.tokenise import TokenTable
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.losses.changes import shared_length_logps
 from dpo_cli.models.adapters import adapter_size, load_policy_at_start, save_adapter, size_in_words
 from dpo_cli.models.card import card_head, usage

@@ -14,7 +14,7 @@ from dpo_cli.core.errors import DataError, MachineError, ParamsError, is_out_of_
 from dpo_cli.core.gpu import is_gpu
 from dpo_cli.core.params import EMBEDDED, LoraParams, Params, TrainParams
 from dpo_cli.core.progress import Reporter
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter, load_policy_at_start
 from dpo_cli.models.device import Machine, forget_peak_memory, peak_memory_bytes, prepare_machine, token_budget
 from dpo_cli.models.gpus import gpu_called

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dpo_cli.core.params import TrainParams
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.losses.catalogue import LOSSES
 from dpo_cli.losses.changes import shared_length_logps
 from dpo_cli.losses.pairwise import Pairs, cpo, orpo, simpo

@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import SequentialSampler
 
 from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter, save_adapter
 from dpo_cli.models.lora import use_short_layers
 from dpo_cli.scoring.budget import TokenBudget

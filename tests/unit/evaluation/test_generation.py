@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.evaluation.generation import Answer, PromptTokens, sample_answers
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.scorer import Scorer

@@ -15,7 +15,7 @@ import transformers
 from torch.nn.functional import silu
 
 from dpo_cli.core import gpu
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.kernels import fused, products
 from dpo_cli.kernels.fused import (
     NORM,

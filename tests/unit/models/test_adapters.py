@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from dpo_cli.core import paths
 from dpo_cli.core.errors import ParamsError, StaleArtifactError
 from dpo_cli.core.params import LoraParams
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import (
     ADAPTER_FILES,
     SFT_MANIFEST,

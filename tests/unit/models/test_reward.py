@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 from dpo_cli.core import paths
 from dpo_cli.core.errors import StaleArtifactError
 from dpo_cli.core.params import LoraParams
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import (
     ADAPTER_FILES,
     SftResult,

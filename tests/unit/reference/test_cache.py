@@ -11,17 +11,9 @@ import polars as pl
 import pytest
 
 from dpo_cli.core.errors import StaleArtifactError
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup, completion_key
 from dpo_cli.reference import cache as cache_module
-from dpo_cli.reference.cache import (
-    MANIFEST,
-    SCHEMA,
-    completion_key,
-    group_keys,
-    read_cache,
-    reference_logps,
-    write_cache,
-)
+from dpo_cli.reference.cache import MANIFEST, SCHEMA, group_keys, read_cache, reference_logps, write_cache
 
 IDENTITY = {"base": "b1", "sft": "s1", "quantization": "nf4", "compute_dtype": "float32", "engine": 1, "torch": "2.13"}
 

@@ -15,7 +15,7 @@ from transformers import AttentionInterface
 from dpo_cli.core import gpu, paths
 from dpo_cli.core.errors import MachineError
 from dpo_cli.core.params import LoraParams, RuntimeParams
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.load import load_model
 from dpo_cli.scoring import attention, probe, varlen

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import RandomSampler
 
 from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.load import load_model
 from dpo_cli.scoring.budget import TokenBudget

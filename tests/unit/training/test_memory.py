@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dpo_cli.core import gpu
 from dpo_cli.core.errors import Interrupted, MachineError, is_out_of_memory
 from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.load import keep_weights_unpacked, load_model
 from dpo_cli.scoring.layout import LAYOUTS, LayoutName, lay_out

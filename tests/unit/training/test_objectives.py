@@ -14,7 +14,7 @@ import torch
 from dpo_cli.core.errors import ParamsError
 from dpo_cli.core.load_params import parse_params
 from dpo_cli.core.params import LoraParams, Params, RuntimeParams, TrainParams
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.losses.catalogue import LOSSES
 from dpo_cli.losses.changes import shared_length_logps
 from dpo_cli.models.adapters import add_adapter

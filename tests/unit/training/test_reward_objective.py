@@ -14,7 +14,7 @@ import torch
 
 from dpo_cli.core.errors import Interrupted
 from dpo_cli.core.params import LoraParams, RewardParams, RuntimeParams
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import SftResult
 from dpo_cli.models.reward import load_reward_model_at_start, reward_head
 from dpo_cli.scoring.layout import LayoutName

@@ -14,7 +14,7 @@ import torch
 from dpo_cli.core import gpu
 from dpo_cli.core.errors import Interrupted, MachineError, ParamsError, StaleArtifactError
 from dpo_cli.core.params import LoraParams, RuntimeParams, TrainingParams, TrainParams
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.load import keep_weights_unpacked, load_model
 from dpo_cli.scoring.scorer import Scorer
