@@ -22,7 +22,7 @@ from dpo_cli.models.load import keep_weights_unpacked, quiet_libraries
 from dpo_cli.models.lora import cast_adapters
 from dpo_cli.models.shapes import SHAPES, random_model
 from dpo_cli.reference.graph import open_graph
-from dpo_cli.reference.scoring import NO_GRADIENT_FACTOR, missing_groups, score_groups
+from dpo_cli.reference.scoring import missing_groups, score_groups, tokens_at_once
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.limits import Sizes, Work, least_bytes, least_operations
 from dpo_cli.scoring.probe import open_scorer
@@ -203,8 +203,7 @@ def _reference_pass(
             pass
 
     times, peak = _time(turn, machine, num_turns)
-    factor = NO_GRADIENT_FACTOR if is_gpu(machine.device) else 1
-    work = _work(scorer, [by_prompt], factor * budget.max_tokens)
+    work = work_of(scorer, [by_prompt], tokens_at_once(budget.max_tokens, machine.device))
     return _figures(times, peak, work, sizes, scorer.head_bytes, len(groups), budget, train=False, recompute="none")
 
 
@@ -248,7 +247,7 @@ def _training(
             optimizer.zero_grad(set_to_none=True)
 
     times, peak = _time(turn, machine, num_turns)
-    work = _work(scorer, steps, budget.max_tokens)
+    work = work_of(scorer, steps, budget.max_tokens)
     return _figures(
         times, peak, work, sizes, scorer.head_bytes, len(groups), budget, train=True, recompute=chosen.grade
     )
@@ -285,7 +284,8 @@ def _time(turn: Callable[[], None], machine: Machine, num_turns: int) -> tuple[l
     return times, peak_memory_bytes(machine.device)
 
 
-def _work(scorer: Scorer, steps: Sequence[Sequence[TokenGroup]], max_tokens: int) -> Work:
+def work_of(scorer: Scorer, steps: Sequence[Sequence[TokenGroup]], max_tokens: int) -> Work:
+    """What goes through the model where each step is split into micro-batches of so many tokens."""
     batches = [[step[index] for index in indices] for step in steps for indices in scorer.split(step, max_tokens)]
     return Work.of(batches, scorer.layout)
 
