@@ -31,6 +31,7 @@ from benchmarks.gpu_check import ROOT
 from benchmarks.gpu_check.parts import PARTS, describe, perform
 from dpo_cli.core.artifacts import write_json, write_text
 from dpo_cli.core.environment import prepare_environment
+from dpo_cli.core.interrupts import heard, watched_stop
 
 SECONDS = 480
 LEAST_S = 15
@@ -230,9 +231,16 @@ def _parse(words: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+def main_until_stopped() -> int:
+    """The check; Ctrl-C and SIGTERM end it and the part that runs."""
+    with watched_stop():
+        try:
+            return main()
+        except KeyboardInterrupt as stop:
+            heard(stop)
+            print("stopped: the parts that ended are kept; started again it does the others", file=sys.stderr)
+            return 130
+
+
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("stopped: the parts that ended are kept; started again it does the others", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(main_until_stopped())
