@@ -8,6 +8,7 @@ Each row is what ``dpo-cli bench --card C --shape S --pass train`` predicts. No 
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from typing import Any
 import typer
 
 from dpo_cli.cli.exits import errors_as_exit_codes
-from dpo_cli.cli.machine import refuse_unwritable
 from dpo_cli.core.artifacts import write_text
 from dpo_cli.core.environment import prepare_environment
 from dpo_cli.core.errors import MachineError
@@ -80,7 +80,10 @@ def _refuse_place(out: Path) -> None:
     """Refuse a place for the table that cannot be written to, before minutes have gone by."""
     if out.is_dir():
         raise MachineError(f"{out} is a folder; name a file: --out FILE.md")
-    refuse_unwritable([out])
+    try:
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        raise MachineError(f"{out} cannot be written: {error.strerror}; name another file: --out FILE.md") from None
 
 
 def _predict(arguments: argparse.Namespace) -> None:

@@ -55,7 +55,7 @@ def main(words: Sequence[str] | None = None) -> int:
     machine["models"] = "tiny" if small else "real shapes"
     out = arguments.out or _place_of(machine, small)
     _refuse_place(out)
-    found = {} if arguments.again else _recall(out, machine)
+    found = {} if arguments.again else recall(out, machine)
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
         for name in arguments.parts:
             if found.get(name, {}).get("status") == "done":
@@ -146,7 +146,7 @@ def _end(pid: int) -> None:
             process.kill()
 
 
-def _recall(out: Path, machine: Mapping[str, Any]) -> dict[str, Any]:
+def recall(out: Path, machine: Mapping[str, Any]) -> dict[str, Any]:
     """The parts of a result file that are of the same hardware, versions and code; another file is put aside."""
     if not out.is_file():
         return {}
@@ -156,6 +156,7 @@ def _recall(out: Path, machine: Mapping[str, Any]) -> dict[str, Any]:
         parts = {name: {"answers": [], **part} for name, part in before["parts"].items() if part["status"]}
         what = "of another machine, other versions or other code"
         if all(before["machine"].get(name) == machine.get(name) for name in same):
+            table(machine, parts)  # it has all that is shown of it, or is none
             return parts
     except (ValueError, KeyError, TypeError, AttributeError):
         what = "no result of this check"

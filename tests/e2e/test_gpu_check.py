@@ -95,6 +95,15 @@ def test_a_file_that_is_no_result_is_put_aside(
     assert "was no result of this check" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("part", [{"answers": None}, {"answers": ["a"]}, {"answers": [{}]}, {"status": "failed"}])
+def test_parts_of_another_form_are_no_result(part: dict[str, Any], tmp_path: Path) -> None:
+    machine = describe() | {"models": "tiny"}
+    out = tmp_path / "found.json"
+    out.write_text(json.dumps({"machine": machine, "parts": {"trl": {"status": "done"} | part}}), encoding="utf-8")
+    assert check.recall(out, machine) == {}
+    assert not out.exists(), "it is put aside"
+
+
 def test_a_place_that_cannot_be_written_to_is_refused_before_anything_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

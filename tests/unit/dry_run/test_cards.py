@@ -24,6 +24,7 @@ def without_stub(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--pairs", "0"], 2, "must be a number of at least 1, got 0"),
         (["--shapes", "llama-9"], 3, "must be one of"),
         (["--out", "folder"], 6, "folder is a folder; name a file: --out FILE.md"),
+        (["--out", "nowhere/cards.md"], 6, "nowhere/cards.md cannot be written: "),
         (["--out", "file/cards.md"], 6, "file/cards.md cannot be written: "),
     ],
 )
