@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 
 from dpo_cli.core import paths
-from dpo_cli.core.artifacts import digest_bytes, digest_json, sha256_file, write_json
+from dpo_cli.core.artifacts import digest_bytes, digest_json, remove, sha256_file, write_json
 from dpo_cli.core.errors import DataError, StaleArtifactError
 from dpo_cli.core.row_store import forget_other_stores
 from dpo_cli.data import chat, schema, templates, token_checks, tokens
@@ -102,8 +101,8 @@ def tokenise_table(
         table = _open(folder, path)
         if table is None:
             new = root / "new.tmp"
-            shutil.rmtree(new, ignore_errors=True)
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(new)
+            remove(folder)
             new.mkdir()
             rows = _read(path, ("id", "group", "prompt", *completion_columns), remedy)
             _write(new, rows, completion_columns, encoder, max_length, policies)

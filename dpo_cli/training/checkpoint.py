@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from dpo_cli.core.artifacts import atomic_path, write_text
+from dpo_cli.core.artifacts import atomic_path, remove, write_text
 from dpo_cli.core.errors import StaleArtifactError, is_out_of_memory
 
 History = Sequence[Mapping[str, Any]]
@@ -63,14 +62,14 @@ def save_checkpoint(
         rest: What else the run needs to go on.
     """
     place = folder / f"checkpoint-{step}"
-    shutil.rmtree(place, ignore_errors=True)
+    remove(place)
     place.mkdir(parents=True)
     _save_weights(place / _WEIGHTS, trained)
     torch.save(dict(rest), place / _REST)
     write_text(place / _STATE, json.dumps({"version": _VERSION, "history": list(history)}))  # last: it is whole
     kept = dict([pair for pair in _checkpoints(folder) if step_of(pair[0]) <= step][:_KEPT])
     for path in {*folder.glob("checkpoint-*")} - kept.keys():
-        shutil.rmtree(path)
+        remove(path)
     best = {best_step(history) for history in kept.values()}
     for path in {*folder.glob("best-*.safetensors")} - {_best_file(folder, step) for step in best if step is not None}:
         path.unlink()

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dpo_cli.core.artifacts import remove
 from dpo_cli.core.errors import DataError, StaleArtifactError
 from dpo_cli.core.params import PairTokenChecks
 from dpo_cli.data.chat import ChatEncoder
@@ -250,6 +251,15 @@ def test_a_damaged_store_is_written_anew(
     harm(store / name)
     again = tokenise_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY).groups
     assert [(group.id, group.group, group.prompt, group.completions) for group in again] == contents
+
+
+def test_a_file_in_place_of_a_store_gives_way(tmp_path: Path, encoder: ChatEncoder) -> None:
+    path = write(tmp_path / "a.parquet", [pair("one")], PREFERENCE_SCHEMA)
+    tokenise_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY)
+    (store,) = stores()
+    remove(store)
+    store.touch()
+    assert len(tokenise_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY).groups) == 1
 
 
 def test_a_full_disk_is_no_damage_of_the_table(

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.data import RandomSampler
 
+from dpo_cli.core.artifacts import remove
 from dpo_cli.core.errors import StaleArtifactError
 from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
 from dpo_cli.data.tokenise import TokenGroup
@@ -204,6 +205,16 @@ def test_a_log_of_another_form_is_no_checkpoint(tmp_path: Path, text: str) -> No
     saved_twice(tmp_path)
     (tmp_path / "checkpoint-2" / "state.json").write_text(text, encoding="utf-8")
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_file_in_place_of_a_checkpoint_goes_when_the_next_one_is_saved(tmp_path: Path, step: int) -> None:
+    trained = saved_twice(tmp_path)
+    remove(place := tmp_path / "checkpoint-2")
+    place.touch()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    save_checkpoint(tmp_path, trained, step, [], {})
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", f"checkpoint-{step}"}
 
 
 @pytest.mark.parametrize(
