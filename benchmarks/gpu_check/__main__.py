@@ -31,6 +31,7 @@ from benchmarks.gpu_check import ROOT
 from benchmarks.gpu_check.parts import PARTS, describe, perform
 from dpo_cli.core.artifacts import write_json, write_text
 from dpo_cli.core.environment import prepare_environment
+from dpo_cli.core.interrupts import heard, watched_stop
 
 SECONDS = 480
 LEAST_S = 15
@@ -54,7 +55,7 @@ def main(words: Sequence[str] | None = None) -> int:
     machine["models"] = "tiny" if small else "real shapes"
     out = arguments.out or _place_of(machine, small)
     _refuse_place(out)
-    found = {} if arguments.again else _recall(out, machine)
+    found = {} if arguments.again else recall(out, machine)
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
         for name in arguments.parts:
             if found.get(name, {}).get("status") == "done":
@@ -145,7 +146,7 @@ def _end(pid: int) -> None:
             process.kill()
 
 
-def _recall(out: Path, machine: Mapping[str, Any]) -> dict[str, Any]:
+def recall(out: Path, machine: Mapping[str, Any]) -> dict[str, Any]:
     """The parts of a result file that are of the same hardware, versions and code; another file is put aside."""
     if not out.is_file():
         return {}
@@ -155,6 +156,7 @@ def _recall(out: Path, machine: Mapping[str, Any]) -> dict[str, Any]:
         parts = {name: {"answers": [], **part} for name, part in before["parts"].items() if part["status"]}
         what = "of another machine, other versions or other code"
         if all(before["machine"].get(name) == machine.get(name) for name in same):
+            table(machine, parts)  # it has all that is shown of it, or is none
             return parts
     except (ValueError, KeyError, TypeError, AttributeError):
         what = "no result of this check"
@@ -230,9 +232,16 @@ def _parse(words: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+def main_until_stopped() -> int:
+    """The check; Ctrl-C and SIGTERM end it and the part that runs."""
+    with watched_stop():
+        try:
+            return main()
+        except KeyboardInterrupt as stop:
+            heard(stop)
+            print("stopped: the parts that ended are kept; started again it does the others", file=sys.stderr)
+            return 130
+
+
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("stopped: the parts that ended are kept; started again it does the others", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(main_until_stopped())

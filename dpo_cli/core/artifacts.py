@@ -112,6 +112,14 @@ def give_usual_mode(path: Path) -> None:
     path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def publish_folder(built: Path, place: Path) -> None:
     """Move a finished folder onto its place; what stood there goes only when the new one is in.
 

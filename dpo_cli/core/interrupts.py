@@ -7,11 +7,12 @@ the exception is dropped, and the work would go on; so one that ends unheard is 
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _AGAIN_S = 0.05
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -66,9 +67,17 @@ def watched_stop() -> Iterator[None]:
     if hasattr(signal, "setitimer"):  # not on Windows
         before[signal.SIGALRM] = signal.signal(signal.SIGALRM, _raise_again)
         _State.is_watched = True
+    report = sys.unraisablehook
+
+    def report_others(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, _Stop):  # which comes again: its traceback would tell of nothing
+            report(unraisable)
+
+    sys.unraisablehook = report_others
     try:
         yield
     finally:
+        sys.unraisablehook = report
         if _State.is_watched:
             _State.is_watched = False
             signal.setitimer(signal.ITIMER_REAL, 0)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -21,7 +20,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 
 from dpo_cli.core import paths
-from dpo_cli.core.artifacts import digest_bytes, digest_json, sha256_file, write_json
+from dpo_cli.core.artifacts import digest_bytes, digest_json, remove, sha256_file, write_json
 from dpo_cli.core.errors import DataError, StaleArtifactError
 from dpo_cli.core.row_store import forget_other_stores
 from dpo_cli.data import chat, schema, templates, token_checks, tokens
@@ -102,13 +101,11 @@ def tokenise_table(
         table = _open(folder, path)
         if table is None:
             new = root / "new.tmp"
-            shutil.rmtree(new, ignore_errors=True)
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(new)
+            remove(folder)
             new.mkdir()
-            try:
-                _write(new, path, completion_columns, encoder, max_length, policies)
-            except (pa.ArrowException, OSError) as error:
-                raise StaleArtifactError(f"{path} is damaged ({error}); {remedy}") from None
+            rows = _read(path, ("id", "group", "prompt", *completion_columns), remedy)
+            _write(new, rows, completion_columns, encoder, max_length, policies)
             new.replace(folder)
             table = _open(folder, path)
             assert table is not None
@@ -122,15 +119,15 @@ def _open(folder: Path, path: Path) -> TokenTable | None:
     """What came of a table before; None where it is not there, or not whole."""
     try:
         others = json.loads((folder / _OTHERS).read_text(encoding="utf-8"))
-        groups = TokenStore(folder)
-    except (OSError, ValueError):
+        rejects = [{"file": path.as_posix(), **one} for one in others["rejects"]]
+        return TokenTable(TokenStore(folder), rejects, dict(others["found"]), path)
+    except (OSError, ValueError, TypeError, KeyError):
         return None
-    return TokenTable(groups, [{"file": path.as_posix(), **one} for one in others["rejects"]], others["found"], path)
 
 
 def _write(
     folder: Path,
-    path: Path,
+    rows: Iterable[dict[str, Any]],
     columns: Sequence[str],
     encoder: ChatEncoder,
     max_length: int,
@@ -140,7 +137,7 @@ def _write(
     kept: dict[str, list[int]] = {}
     writer = TokenWriter(folder)
     try:
-        for index, row in enumerate(_rows(path, ("id", "group", "prompt", *columns))):
+        for index, row in enumerate(rows):
             try:
                 group, found = tokenise_row(row, columns, encoder, max_length, policies)
             except RowProblem as problem:
@@ -167,6 +164,14 @@ def _rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
         names = [name for name in (*columns, TOOLS) if name in table.schema_arrow.names]
         for batch in table.iter_batches(_ROWS_AT_ONCE, columns=names):
             yield from map(from_table, batch.to_pylist())
+
+
+def _read(path: Path, columns: Sequence[str], remedy: str) -> Iterator[dict[str, Any]]:
+    """The rows of a table that may be damaged; what goes wrong with the reader's own files is no matter of it."""
+    try:
+        yield from _rows(path, columns)
+    except (pa.ArrowException, OSError) as error:
+        raise StaleArtifactError(f"{path} is damaged ({error}); {remedy}") from None
 
 
 def _group_of(row: Mapping[str, Any]) -> str:

@@ -152,13 +152,16 @@ class TokenStore(LazyGroups):
     """
 
     def __init__(self, folder: Path) -> None:
-        self._ends, self._firsts, self._ids, self._keys = (
-            np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray)
-            for name in ("ends", "firsts", "ids", "keys")
-        )
-        num_tokens = int(self._ends[-1]) if len(self._ends) else 0
+        self._ends, self._firsts = (_mapped(folder, name, "i8", None) for name in ("ends", "firsts"))
+        self._ids, self._keys = _mapped(folder, "ids", "S", 2), _mapped(folder, "keys", "u1", 16)
+        num_groups, num_sequences = len(self._ids), len(self._ends)
+        num_tokens = int(self._ends[-1]) if num_sequences else 0
         size = (folder / _TOKENS).stat().st_size
-        if (size, len(self._ends), len(self._firsts)) != (4 * num_tokens, self._firsts[-1], len(self._ids) + 1):
+        if (
+            (size, len(self._keys)) != (4 * num_tokens, num_sequences - num_groups)
+            or len(self._firsts) != num_groups + 1
+            or self._firsts[-1] != num_sequences
+        ):
             raise ValueError("its arrays do not belong together")
         self._tokens = np.memmap(folder / _TOKENS, np.int32, "r").view(np.ndarray) if size else np.empty(0, np.int32)
 
@@ -179,6 +182,20 @@ class TokenStore(LazyGroups):
             return tuple(self._tokens[cuts[0] : cuts[1]].tolist())
         tokens = self._tokens[cuts[1] : cuts[-1]].tolist()
         return tuple(tuple(tokens[a - cuts[1] : b - cuts[1]]) for a, b in pairwise(cuts[1:]))
+
+
+def _mapped(folder: Path, name: str, kind: str, width: int | None) -> np.ndarray:
+    """An array of a store, of this type, with so many columns."""
+    try:
+        found = np.load(folder / f"{name}.npy", mmap_mode="r")
+    except EOFError as error:
+        raise ValueError(f"{name}.npy: {error}") from None
+    row = () if width is None else (width,)
+    if not (isinstance(found, np.ndarray) and found.ndim == 1 + len(row) and found.shape[1:] == row):
+        raise ValueError(f"{name}.npy has another shape")
+    if not found.dtype.str[1:].startswith(kind):
+        raise ValueError(f"{name}.npy has another type")
+    return found.view(np.ndarray)
 
 
 class TokenWriter:

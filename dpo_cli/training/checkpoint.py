@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from dpo_cli.core.artifacts import atomic_path, write_text
+from dpo_cli.core.artifacts import atomic_path, remove, write_text
+from dpo_cli.core.errors import StaleArtifactError, is_out_of_memory
 
 History = Sequence[Mapping[str, Any]]
 """The log of a training, one entry a logged event."""
@@ -59,41 +62,70 @@ def save_checkpoint(
         rest: What else the run needs to go on.
     """
     place = folder / f"checkpoint-{step}"
-    shutil.rmtree(place, ignore_errors=True)
+    remove(place)
     place.mkdir(parents=True)
     _save_weights(place / _WEIGHTS, trained)
     torch.save(dict(rest), place / _REST)
     write_text(place / _STATE, json.dumps({"version": _VERSION, "history": list(history)}))  # last: it is whole
     kept = dict([pair for pair in _checkpoints(folder) if step_of(pair[0]) <= step][:_KEPT])
     for path in {*folder.glob("checkpoint-*")} - kept.keys():
-        shutil.rmtree(path)
+        remove(path)
     best = {best_step(history) for history in kept.values()}
     for path in {*folder.glob("best-*.safetensors")} - {_best_file(folder, step) for step in best if step is not None}:
         path.unlink()
 
 
 def load_checkpoint(checkpoint: Path, trained: Mapping[str, torch.nn.Parameter]) -> tuple[History, dict[str, Any]]:
-    """Give the parameters the values of a whole checkpoint; returns its log, and what else was saved."""
+    """Give the parameters the values of a whole checkpoint; returns its log, and what else was saved.
+
+    Raises:
+        StaleArtifactError: It is damaged.
+    """
     _load_weights(checkpoint / _WEIGHTS, trained)
     history = _read_history(checkpoint)
     assert history is not None
-    return history, torch.load(checkpoint / _REST, map_location="cpu", weights_only=True)
+    with _damage_said(checkpoint):
+        rest = torch.load(checkpoint / _REST, map_location="cpu", weights_only=True)
+        if not isinstance(rest, dict):
+            raise TypeError(f"{_REST} holds no state")
+    return history, rest
+
+
+@contextmanager
+def _damage_said(path: Path) -> Iterator[None]:
+    """Whatever a file that is read here says of itself becomes the user's error."""
+    try:
+        yield
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, LookupError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise StaleArtifactError(f"{path} is damaged ({error}); delete it, then run it again") from None
 
 
 def _checkpoints(folder: Path) -> Iterator[tuple[Path, History]]:
     """All whole checkpoints with their logs, the newest first."""
     for path in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
         history = _read_history(path)
-        if history is not None:
+        if history is not None and _opens(path / _WEIGHTS) and is_zipfile(path / _REST):
             yield path, history
 
 
 def _read_history(checkpoint: Path) -> History | None:
     try:
         state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
-        return state["history"] if state["version"] == _VERSION else None
-    except (OSError, ValueError, KeyError):
+        history = state["history"] if state["version"] == _VERSION else None
+        return history if isinstance(history, list) else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _opens(weights: Path) -> bool:
+    """Whether a file of weights is there and as long as its header says."""
+    try:
+        with safe_open(weights, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 # --- the best step ------------------------------------------------------------------------
@@ -125,13 +157,7 @@ def restore_best(folder: Path, step: int, trained: Mapping[str, torch.nn.Paramet
 
 def _has_best(folder: Path, history: History) -> bool:
     step = best_step(history)
-    if step is None:
-        return False
-    try:
-        with safe_open(_best_file(folder, step), framework="pt"):
-            return True
-    except (OSError, SafetensorError):
-        return False
+    return step is not None and _opens(_best_file(folder, step))
 
 
 def _best_file(folder: Path, step: int) -> Path:
@@ -146,5 +172,9 @@ def _save_weights(path: Path, trained: Mapping[str, torch.Tensor]) -> None:
 
 @torch.no_grad()
 def _load_weights(path: Path, trained: Mapping[str, torch.nn.Parameter]) -> None:
-    for name, value in load_file(path).items():
-        trained[name].copy_(value)
+    with _damage_said(path):
+        values = load_file(path)
+        if values.keys() != trained.keys():
+            raise LookupError("it holds other parameters")
+        for name, value in values.items():
+            trained[name].copy_(value)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +95,15 @@ def test_a_file_that_is_no_result_is_put_aside(
     assert "was no result of this check" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("part", [{"answers": None}, {"answers": ["a"]}, {"answers": [{}]}, {"status": "failed"}])
+def test_parts_of_another_form_are_no_result(part: dict[str, Any], tmp_path: Path) -> None:
+    machine = describe() | {"models": "tiny"}
+    out = tmp_path / "found.json"
+    out.write_text(json.dumps({"machine": machine, "parts": {"trl": {"status": "done"} | part}}), encoding="utf-8")
+    assert check.recall(out, machine) == {}
+    assert not out.exists(), "it is put aside"
+
+
 def test_a_place_that_cannot_be_written_to_is_refused_before_anything_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,6 +136,24 @@ def test_a_part_ends_with_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(KeyboardInterrupt):
         check.run_part("trl", [], tmp_path, 1.0)
     assert ended == [17]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_is_said_and_keeps_what_ended(
+    signum: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_part(name: str, *_: Any) -> dict[str, Any]:
+        if name == "trl":
+            os.kill(os.getpid(), signum)
+        return {"status": "done", "answers": [], "figures": {}}
+
+    monkeypatch.setattr(check, "look", describe)
+    monkeypatch.setattr(check, "run_part", run_part)
+    out = tmp_path / "found.json"
+    monkeypatch.setattr("sys.argv", ["gpu_check", "--out", str(out), "--parts", "waits,trl"])
+    assert check.main_until_stopped() == 130
+    assert "stopped: the parts that ended are kept" in capsys.readouterr().err
+    assert [*json.loads(out.read_text(encoding="utf-8"))["parts"]] == ["waits"]
 
 
 @pytest.mark.parametrize(("verdict", "code"), [("ok", 0), ("noted", 0), ("not possible here", 0), ("differs", 1)])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dpo_cli.core.artifacts import remove
 from dpo_cli.core.errors import DataError, StaleArtifactError
 from dpo_cli.core.params import PairTokenChecks
 from dpo_cli.data.chat import ChatEncoder
@@ -22,7 +26,7 @@ from dpo_cli.data.schema import (
     user,
 )
 from dpo_cli.data.tokenise import TokenTable, explain_found, explain_rejects, tokenise_table
-from dpo_cli.data.tokens import TokenGroup
+from dpo_cli.data.tokens import TokenGroup, TokenWriter
 
 REMEDY = "run: dpo-cli convert-sft"
 POLICIES = PairTokenChecks().model_dump()
@@ -194,15 +198,85 @@ def test_whatever_decides_tokens_makes_a_store_of_its_own(tmp_path: Path, tokeni
         assert len(stores()) == number
 
 
-@pytest.mark.parametrize("name", ["tokens.i32", "ends.npy", "keys.npy", "others.json"])
-def test_a_damaged_store_is_written_anew(tmp_path: Path, encoder: ChatEncoder, name: str) -> None:
+def cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def of_floats(file: Path) -> None:
+    np.save(file, np.load(file).astype("f4"))
+
+
+def without_rows(file: Path) -> None:
+    np.save(file, np.load(file)[:0])
+
+
+def without_shape(file: Path) -> None:
+    np.save(file, np.int64(3))
+
+
+def of_several_arrays(file: Path) -> None:
+    with file.open("wb") as opened:
+        np.savez(opened, a=np.arange(3))
+
+
+def a_list(file: Path) -> None:
+    file.write_text("[]", encoding="utf-8")
+
+
+def of_nothing(file: Path) -> None:
+    file.write_text('{"rejects": null, "found": {}}', encoding="utf-8")
+
+
+ARRAYS = ("ends.npy", "firsts.npy", "ids.npy", "keys.npy")
+DAMAGES = [
+    *((name, harm) for name in ("tokens.i32", *ARRAYS, "others.json") for harm in (cut_off, empty)),
+    *((name, harm) for name in ARRAYS for harm in (without_rows, without_shape, of_several_arrays)),
+    *((name, of_floats) for name in ("ends.npy", "firsts.npy", "keys.npy")),
+    *(("others.json", harm) for harm in (a_list, of_nothing)),
+]
+
+
+@pytest.mark.parametrize(("name", "harm"), DAMAGES)
+def test_a_damaged_store_is_written_anew(
+    tmp_path: Path, encoder: ChatEncoder, name: str, harm: Callable[[Path], None]
+) -> None:
     path = write(tmp_path / "a.parquet", [pair("one"), pair("two")], PREFERENCE_SCHEMA)
     first = list(tokenise_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY).groups)
     contents = [(group.id, group.group, group.prompt, group.completions) for group in first]
     (store,) = stores()
-    (store / name).write_bytes((store / name).read_bytes()[:-7])
+    harm(store / name)
     again = tokenise_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY).groups
     assert [(group.id, group.group, group.prompt, group.completions) for group in again] == contents
+
+
+def test_a_file_in_place_of_a_store_gives_way(tmp_path: Path, encoder: ChatEncoder) -> None:
+    path = write(tmp_path / "a.parquet", [pair("one")], PREFERENCE_SCHEMA)
+    tokenise_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY)
+    (store,) = stores()
+    remove(store)
+    store.touch()
+    assert len(tokenise_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY).groups) == 1
+
+
+def test_a_full_disk_is_no_damage_of_the_table(
+    tmp_path: Path, encoder: ChatEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.parquet", [pair("one")], PREFERENCE_SCHEMA)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(TokenWriter, "add", full)
+    with pytest.raises(OSError, match="No space left"):
+        tokenise_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY)
+    assert [store.name for store in stores()] == ["new.tmp"]
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert len(tokenise_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY).groups) == 1
 
 
 def test_old_stores_are_forgotten(tmp_path: Path, encoder: ChatEncoder) -> None:

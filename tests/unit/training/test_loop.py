@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.utils.data import RandomSampler
 
+from dpo_cli.core.artifacts import remove
+from dpo_cli.core.errors import StaleArtifactError
 from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
@@ -18,6 +21,7 @@ from dpo_cli.models.load import load_model
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.scorer import Scorer, Scores, Statistics
 from dpo_cli.training.accumulation import Limits
+from dpo_cli.training.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
 from dpo_cli.training.fit import Shuffled
 from dpo_cli.training.job import Job
 from dpo_cli.training.loop import Course, Data, Loop
@@ -169,3 +173,65 @@ def test_killed_within_a_round_it_goes_on_with_the_same_answers(
     assert all(math.isfinite(entry["loss"]) for entry in resumed.history)
     trained = dict(expected.named_parameters())
     assert all(torch.equal(value, trained[name]) for name, value in found.named_parameters())
+
+
+# --- what a machine that lost its power leaves --------------------------------------------
+
+
+def saved_twice(folder: Path) -> dict[str, torch.nn.Parameter]:
+    """The values of step 2, with checkpoints of steps 1 and 2 in the folder."""
+    trained = {"a": torch.nn.Parameter(torch.zeros(3)), "b": torch.nn.Parameter(torch.zeros(2))}
+    for step in (1, 2):
+        with torch.no_grad():
+            trained["a"].fill_(step)
+        save_checkpoint(folder, trained, step, [{"step": step}], {"source": {}})
+    return trained
+
+
+@pytest.mark.parametrize("name", ["state.json", "weights.safetensors", "rest.pt"])
+@pytest.mark.parametrize("keep", [0, -1])
+def test_a_checkpoint_that_is_cut_off_gives_way_to_the_one_before(tmp_path: Path, name: str, keep: int) -> None:
+    trained = saved_twice(tmp_path)
+    file = tmp_path / "checkpoint-2" / name
+    file.write_bytes(file.read_bytes()[:keep])
+    found = last_checkpoint(tmp_path)
+    assert found == tmp_path / "checkpoint-1"
+    assert load_checkpoint(found, trained) == ([{"step": 1}], {"source": {}})
+    assert trained["a"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("text", ["[]", '"a"', '{"version": 2, "history": null}'])
+def test_a_log_of_another_form_is_no_checkpoint(tmp_path: Path, text: str) -> None:
+    saved_twice(tmp_path)
+    (tmp_path / "checkpoint-2" / "state.json").write_text(text, encoding="utf-8")
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_file_in_place_of_a_checkpoint_goes_when_the_next_one_is_saved(tmp_path: Path, step: int) -> None:
+    trained = saved_twice(tmp_path)
+    remove(place := tmp_path / "checkpoint-2")
+    place.touch()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    save_checkpoint(tmp_path, trained, step, [], {})
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", f"checkpoint-{step}"}
+
+
+@pytest.mark.parametrize(
+    "values", [{"a": torch.ones(3)}, {"a": torch.ones(4), "b": torch.ones(2)}, {"a": torch.ones(3), "c": torch.ones(2)}]
+)
+def test_a_checkpoint_of_other_weights_is_refused_with_its_remedy(
+    tmp_path: Path, values: dict[str, torch.Tensor]
+) -> None:
+    trained = saved_twice(tmp_path)
+    save_file(values, tmp_path / "checkpoint-2" / "weights.safetensors")
+    with pytest.raises(StaleArtifactError, match=r"weights.safetensors is damaged .*; delete .*, then run it again$"):
+        load_checkpoint(tmp_path / "checkpoint-2", trained)
+
+
+@pytest.mark.parametrize("rest", [[1], LoraParams()])
+def test_a_checkpoint_of_another_state_is_refused_with_its_remedy(tmp_path: Path, rest: Any) -> None:
+    trained = saved_twice(tmp_path)
+    torch.save(rest, tmp_path / "checkpoint-2" / "rest.pt")
+    with pytest.raises(StaleArtifactError, match=r"checkpoint-2 is damaged"):
+        load_checkpoint(tmp_path / "checkpoint-2", trained)
