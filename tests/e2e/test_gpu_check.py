@@ -47,7 +47,7 @@ def test_all_parts_run_small_and_only_what_is_missing_runs_again(
 
     ran.clear()
     del found["parts"]["kernels"]
-    found["parts"]["waits"]["status"] = "failed"
+    found["parts"]["waits"] |= {"status": "failed", "reason": "exit code 1"}
     out.write_text(json.dumps(found), encoding="utf-8")
     assert check.main(["--out", str(out)]) == 0
     assert ran == ["waits", "kernels"]
