@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.core import paths
-from dpo_cli.core.artifacts import read_json, write_json, write_json_lines
-from dpo_cli.core.errors import MachineError, StaleArtifactError
+from dpo_cli.core.artifacts import write_json, write_json_lines
+from dpo_cli.core.errors import MachineError
+from dpo_cli.core.manifest import DPO as DPO_MODEL
 from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
@@ -87,11 +88,7 @@ def measure_capability(
     quiet_libraries()
     tasks = load_tasks(folder, names)
     graph = open_graph(params.model, params.reference, params.runtime)
-    provenance = read_json(paths.DPO_MODEL / "provenance.json", "run: dpo-cli train")
-    if provenance["graph"] != graph.identity:
-        raise StaleArtifactError(
-            f"{paths.DPO_MODEL}: trained on another graph than models/sft is now; run: dpo-cli train"
-        )
+    DPO_MODEL.check({"graph": graph.identity})
     context = context_length(graph.base)
     requests = {task.name: measure_requests(task, graph.tokenizer, context, limit) for task in tasks}
     for name, asked in requests.items():

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_files, digest_json
 from dpo_cli.core.errors import DataError, MachineError, StaleArtifactError
+from dpo_cli.core.manifest import DPO as DPO_MODEL
 from dpo_cli.core.params import RuntimeParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.text import in_one_line
@@ -280,10 +281,12 @@ def open_models(
     """The models of an evaluation of a folder: an adapter for the project's SFT model, or a whole model.
 
     Raises:
-        StaleArtifactError: There is nothing in the folder.
+        StaleArtifactError: There is nothing in the folder, or models/dpo is damaged or of another graph.
         MachineError: A whole model cannot be loaded, or the adapter is for another model.
         DataError: A whole model's tokenizer makes other tokens.
     """
+    if folder == paths.DPO_MODEL:
+        DPO_MODEL.check({"graph": graph.identity})
     if all((folder / name).is_file() for name in ADAPTER_FILES):
         return AdapterModels(graph, folder, runtime, reporter, command)
     if (folder / "config.json").is_file():

@@ -13,6 +13,7 @@ from typing import Any
 
 from dpo_cli.core.artifacts import digest_json
 from dpo_cli.core.errors import MachineError
+from dpo_cli.core.manifest import library_versions
 from dpo_cli.core.params import RuntimeParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.chat import ChatEncoder
@@ -23,7 +24,7 @@ from dpo_cli.judging.judge import INVALID, Judgment, Question
 from dpo_cli.judging.templates import Template
 from dpo_cli.models.device import Machine, token_budget
 from dpo_cli.models.folder import check_model_folder
-from dpo_cli.models.identity import library_versions, lock_model
+from dpo_cli.models.identity import lock_model
 from dpo_cli.models.load import context_length, load_model, load_tokenizer
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
 from dpo_cli.scoring.probe import open_scorer

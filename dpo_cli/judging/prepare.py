@@ -26,7 +26,7 @@ from dpo_cli.judging.templates import TEMPLATES, Template, open_template, transc
 from dpo_cli.judging.votes import read_votes
 from dpo_cli.models.folder import check_model_folder
 from dpo_cli.models.reward import check_reward_model
-from dpo_cli.reference.graph import Graph, table_digests
+from dpo_cli.reference.graph import Graph
 
 API_KEY = "DPO_JUDGE_API_KEY"
 JUDGE_PATH = "DPO_JUDGE_PATH"
@@ -112,7 +112,7 @@ def prepare_judge(
         rater = settings.rule or settings.judge
         return lambda _: ReadyJudge(exact, exact.name, rater, reward=exact.reward)
     if settings.judge == "reward-model":
-        check_reward_model(paths.REWARD_MODEL, graph.identity, table_digests(paths.PREFERENCE_DATA))
+        check_reward_model(paths.REWARD_MODEL, graph.made_of())
         return lambda judged: _learned_rewards(graph, judged, runtime, reporter, command)
     if settings.judge == "votes":
         votes = read_votes(_votes_file(settings.votes.file))

@@ -17,6 +17,7 @@ import polars as pl
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import sha256_file
 from dpo_cli.core.errors import DataError
+from dpo_cli.core.manifest import library_versions
 from dpo_cli.core.params import EMBEDDED, ModelParams, ReferenceParams, RuntimeParams
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_rejects, tokenise_table
@@ -24,7 +25,7 @@ from dpo_cli.losses.ranking import MAX_TIED, Ties
 from dpo_cli.models.adapters import SftResult, read_sft_result
 from dpo_cli.models.device import Machine, prepare_machine
 from dpo_cli.models.folder import base_folder
-from dpo_cli.models.identity import base_digest, library_versions, read_base_lock, refuse_beyond_context, verify_model
+from dpo_cli.models.identity import base_digest, read_base_lock, refuse_beyond_context, verify_model
 from dpo_cli.models.load import context_length, load_tokenizer, open_encoder
 from dpo_cli.scoring.scorer import engine_version
 
@@ -56,6 +57,10 @@ class Graph:
     tokenizer: Any
     encoder: ChatEncoder
     identity: dict[str, Any]
+
+    def made_of(self) -> dict[str, Any]:
+        """What a model that was trained on preferences must have been made of, as its manifest has it."""
+        return {"graph": self.identity, "data/preference": table_digests(paths.PREFERENCE_DATA)}
 
     def tokenise_pairs(self, split: str) -> TokenTable:
         """The preference pairs of a split as token groups (chosen, rejected)."""

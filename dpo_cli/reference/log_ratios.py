@@ -17,6 +17,7 @@ import polars as pl
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_files, digest_json
 from dpo_cli.core.errors import StaleArtifactError
+from dpo_cli.core.manifest import REFERENCE
 from dpo_cli.core.params import RuntimeParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.row_store import RowStore, forget_other_stores
@@ -24,7 +25,7 @@ from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models.adapters import ADAPTER_FILES, ModelPair, load_pair
 from dpo_cli.models.device import token_budget
-from dpo_cli.reference.cache import MANIFEST, SCHEMA, group_keys, read_cache_rows, rows_of
+from dpo_cli.reference.cache import SCHEMA, group_keys, read_cache_rows, rows_of
 from dpo_cli.reference.graph import Graph
 from dpo_cli.reference.scoring import missing_groups, score_into_store
 from dpo_cli.scoring.budget import TokenBudget
@@ -99,7 +100,7 @@ def policy_digest(graph: Graph, adapter: Path) -> str:
 
 def _reference_rows(graph: Graph, wanted: set[str], reporter: Reporter, command: str) -> pl.DataFrame | None:
     """What data/reference knows; a cache of another graph, or a damaged one, is left alone."""
-    if not (paths.REFERENCE / MANIFEST).is_file():
+    if not (paths.REFERENCE / REFERENCE.name).is_file():
         return None
     try:
         return read_cache_rows(paths.REFERENCE, graph.identity, wanted)

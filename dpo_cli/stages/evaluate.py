@@ -15,7 +15,9 @@ import numpy as np
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import read_json, write_json, write_json_array, write_text
-from dpo_cli.core.errors import DataError, ParamsError, StaleArtifactError
+from dpo_cli.core.errors import DataError, ParamsError
+from dpo_cli.core.manifest import DPO as DPO_MODEL
+from dpo_cli.core.manifest import SFT as SFT_MODEL
 from dpo_cli.core.params import Params, TrainParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
@@ -48,8 +50,6 @@ from dpo_cli.reference.graph import Graph, open_graph, read_columns, table_diges
 from dpo_cli.statistics.bootstrap import Sampling
 from dpo_cli.statistics.calibration import reliability_table
 
-_TRAIN_REMEDY = "run: dpo-cli train"
-
 
 def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     """Write reports/evaluate.
@@ -61,18 +61,11 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     """
     quiet_libraries()
     graph = open_graph(params.model, params.reference, params.runtime)
-    provenance = read_json(paths.DPO_MODEL / "provenance.json", _TRAIN_REMEDY)
-    if provenance["graph"] != graph.identity:
-        raise StaleArtifactError(f"{paths.DPO_MODEL}: trained on another graph than models/sft is now; {_TRAIN_REMEDY}")
-    if graph.sft.data is not None and graph.sft.data != table_digests(paths.SFT_DATA):
-        raise StaleArtifactError(f"{paths.SFT_MODEL}: trained on other data than data/sft is now; run: dpo-cli sft")
-    if provenance["data"] != table_digests(paths.PREFERENCE_DATA):
-        raise StaleArtifactError(
-            f"{paths.DPO_MODEL}: trained on other data than data/preference is now; {_TRAIN_REMEDY}"
-        )
-    train = TrainParams.model_validate(provenance["params"]["train"])
-    trained = provenance.get("trained", {})
-    evaluated = Evaluated(paths.DPO_MODEL, DPO, train, paths.report_dir("evaluate"), trained=trained)
+    if graph.sft.data is not None:
+        SFT_MODEL.refuse_other(SFT_MODEL.read(), {"data/sft": table_digests(paths.SFT_DATA)}, paths.SFT_MODEL)
+    manifest = DPO_MODEL.check(graph.made_of())
+    train = TrainParams.model_validate(manifest.settings["train"])
+    evaluated = Evaluated(paths.DPO_MODEL, DPO, train, paths.report_dir("evaluate"), trained=manifest.facts)
     metrics = _evaluate(params, graph, evaluated, reporter)
     report_verdict(metrics, reporter, of="evaluate")
     return metrics

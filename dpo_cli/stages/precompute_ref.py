@@ -62,7 +62,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         elapsed_s = time.monotonic() - begun
         rows = rows_of(store.load(), wanted)
         built = scratch.build_folder()
-        write_cache(built, rows, graph.identity)
+        write_cache(built, rows, graph.identity, {"reference": params.reference.model_dump()})
         publish_folder(built, paths.REFERENCE)
         forget_other_stores(scratch.folder.parent, scratch.folder, _OTHER_STORES_KEPT)
     num_computed = sum(len(group.completions) for group in missing)

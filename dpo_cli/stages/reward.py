@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import version
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_json, publish_folder, write_json, write_json_lines, write_text
 from dpo_cli.core.environment import importing
 from dpo_cli.core.errors import DataError
+from dpo_cli.core.manifest import REWARD, Manifest, all_files
 from dpo_cli.core.params import LoraParams, Params, RewardParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import Scratch, stage_scratch
@@ -19,7 +20,7 @@ from dpo_cli.evaluation.reward_figures import RewardedPair, RewardFigures, summa
 from dpo_cli.models.card import card_head, usage
 from dpo_cli.models.device import memory_in_words, memory_metrics, token_budget
 from dpo_cli.models.identity import read_lock
-from dpo_cli.models.reward import REWARD_MANIFEST, load_reward_model_at_start, reward_head, write_reward_manifest
+from dpo_cli.models.reward import load_reward_model_at_start, reward_head
 from dpo_cli.statistics.bootstrap import Estimate
 from dpo_cli.training.history import merge_log, write_tsv
 
@@ -89,8 +90,8 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
         reporter.warn(f"reward: {warning}")
     if warning := explain_found([train, held_out]):
         reporter.warn(f"reward: {warning}")
-    provenance = _provenance(params, graph)
-    with stage_scratch("reward", digest_json(provenance)) as scratch:
+    manifest = _manifest(params, graph)
+    with stage_scratch("reward", digest_json(asdict(manifest))) as scratch:
         model = load_reward_model_at_start(
             graph.base, graph.sft, graph.machine, graph.quantization, knobs.lora or LoraParams(), knobs.seed
         )
@@ -117,7 +118,7 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
         save_adapter(model, built, params.model.name)
         save_tokenizer(graph.tokenizer, graph.encoder, built, graph.base)
         write_text(built / "README.md", _model_card(params, graph, metrics))
-        write_reward_manifest(built, knobs.loss, provenance)
+        REWARD.write(built, manifest, all_files(built))
         publish_folder(built, paths.REWARD_MODEL)
         rows = merge_log(result.history, _COLUMNS)
         write_tsv(paths.report_dir("reward") / "steps.tsv", rows, ("step", *_COLUMNS))
@@ -131,7 +132,7 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
 def _publish_none(scratch: Scratch, reporter: Reporter) -> dict[str, Any]:
     """There is no reward model: only a marker is written."""
     built = scratch.build_folder()
-    write_reward_manifest(built, "none", {})
+    REWARD.write(built, Manifest(settings={"reward": {"loss": "none"}}))
     publish_folder(built, paths.REWARD_MODEL)
     metrics: dict[str, Any] = {"method": "none"}
     write_tsv(paths.report_dir("reward") / "steps.tsv", [], ("step", *_COLUMNS))
@@ -151,21 +152,10 @@ def _objective(knobs: RewardParams, groups: Sequence[TokenGroup]) -> RewardObjec
     return RewardObjective(read_ranks(groups, knobs.ties, "reward"), knobs.ties)
 
 
-def _provenance(params: Params, graph: Graph) -> dict[str, Any]:
+def _manifest(params: Params, graph: Graph) -> Manifest:
     """Everything the reward model depends on; no time and no path, so equal runs give equal bytes."""
-    from dpo_cli.reference.graph import table_digests
-
-    return {
-        "dpo_cli": version("dpo-cli"),
-        "params": {
-            "model": params.model.model_dump(),
-            "reference": params.reference.model_dump(),
-            "reward": params.reward.model_dump(),
-        },
-        "base": read_lock(),
-        "graph": graph.identity,
-        "data": table_digests(paths.PREFERENCE_DATA),
-    }
+    sections = {name: getattr(params, name).model_dump() for name in ("model", "reference", "reward")}
+    return Manifest({"base": read_lock(), **graph.made_of()}, settings=sections)
 
 
 def _figures(model: RewardModel, pairs: TokenTable, seed: int) -> RewardFigures:
@@ -241,7 +231,7 @@ def _model_card(params: Params, graph: Graph, metrics: dict[str, Any]) -> str:
     belongs = (
         "the whole model that stage sft made of it (models/sft of the same run)"
         if whole
-        else f"the very base model whose digests `{REWARD_MANIFEST}` lists"
+        else f"the very base model whose digests `{REWARD.name}` lists"
     )
     directory = "SFT_DIRECTORY" if whole else "BASE_DIRECTORY"
     held = "in 4-bit nf4" if graph.quantization == "nf4" else "as they are"

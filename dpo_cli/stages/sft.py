@@ -10,6 +10,7 @@ from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_json, publish_folder, write_json, write_json_lines
 from dpo_cli.core.environment import importing, is_first_process
 from dpo_cli.core.errors import DataError, StaleArtifactError
+from dpo_cli.core.manifest import SFT, Manifest, library_versions
 from dpo_cli.core.params import EMBEDDED, Params, SftParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import Scratch, stage_scratch
@@ -20,14 +21,12 @@ from dpo_cli.models.adapters import (
     add_adapter,
     save_adapter,
     size_in_words,
-    write_sft_manifest,
 )
 from dpo_cli.models.device import Machine, memory_in_words, memory_metrics, prepare_machine
 from dpo_cli.models.folder import adapter_folder, base_folder
 from dpo_cli.models.identity import (
     base_digest,
     changed_files,
-    library_versions,
     lock_files,
     model_files,
     read_base_lock,
@@ -153,7 +152,7 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
             save_adapter(model, built, params.model.name)
         save_tokenizer(tokenizer, encoder, built, base)
         files = model_files(built) if whole else list[str](ADAPTER_FILES)
-        write_sft_manifest(built, sft.method, files, digest, data)
+        _write_manifest(params, built, files, {"base": digest, "data/sft": data})
         publish_folder(built, paths.SFT_MODEL)
         metrics = _metrics(sft, train, held_out, result, layout, machine) | adapter_size(model)
         rows = merge_log(result.history, _COLUMNS)
@@ -194,7 +193,7 @@ def _publish_untrained(params: Params, base: Path, scratch: Scratch, reporter: R
         metrics |= copy_adapter(source, base, built, params.model.name)
         files = [*ADAPTER_FILES]
         rows = [("method", f"adapter: {source} is taken as it is"), ("adapter", size_in_words(metrics))]
-    write_sft_manifest(built, method, files, base_digest())
+    _write_manifest(params, built, files, {"base": base_digest()})
     publish_folder(built, paths.SFT_MODEL)
     scratch.clear()
     write_tsv(paths.report_dir("sft") / "steps.tsv", [], ("step", *_COLUMNS))
@@ -202,6 +201,11 @@ def _publish_untrained(params: Params, base: Path, scratch: Scratch, reporter: R
     write_json(paths.metrics_file("sft"), {"sft": metrics})
     reporter.table("sft", rows)
     return metrics
+
+
+def _write_manifest(params: Params, built: Path, files: list[str], made_of: dict[str, Any]) -> None:
+    settings = {"model": params.model.model_dump(), "sft": params.sft.model_dump()}
+    SFT.write(built, Manifest(made_of, settings=settings), files)
 
 
 def _refuse_empty(train: TokenTable, held_out: TokenTable, max_length: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from importlib.metadata import version
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from dpo_cli.core.artifacts import (
     write_text,
 )
 from dpo_cli.core.errors import DataError, ParamsError
+from dpo_cli.core.manifest import DPO, Manifest, all_files
 from dpo_cli.core.params import EMBEDDED, LoraParams, Params, TrainParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.text import markdown
@@ -37,7 +38,6 @@ from dpo_cli.reference.graph import (
     read_columns,
     read_ranks,
     refuse_empty,
-    table_digests,
 )
 from dpo_cli.scoring.probe import Verdict, open_scorer
 from dpo_cli.training.gate import StepZero, check_step_zero
@@ -45,8 +45,6 @@ from dpo_cli.training.history import merge_log, write_tsv
 from dpo_cli.training.objective import PreferenceObjective, preference_objective
 from dpo_cli.training.replicas import Replicas, join_replicas, shared_scratch
 from dpo_cli.training.run import Fit, fit
-
-PROVENANCE = "provenance.json"
 
 
 def run(params: Params, reporter: Reporter) -> dict[str, Any]:
@@ -79,8 +77,8 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
             f"params.yaml: train.loss {_named(knobs)} compares all pairs of a step and runs as one process;"
             f" {replicas.size} were started"
         )
-    provenance = _provenance(params, graph)
-    with shared_scratch("train", digest_json(provenance), replicas) as scratch:
+    manifest = _manifest(params, graph)
+    with shared_scratch("train", digest_json(asdict(manifest)), replicas) as scratch:
         policy = load_policy_at_start(
             graph.base, graph.sft, graph.machine, graph.quantization, knobs.lora or LoraParams(), knobs.seed
         )
@@ -115,7 +113,7 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
         save_tokenizer(graph.tokenizer, graph.encoder, built, graph.base)
         write_text(built / "README.md", _model_card(params, graph, metrics))
         trained = {"num_steps": result.num_steps, "kept_step": result.kept_step}
-        write_json(built / PROVENANCE, provenance | {"trained": trained})
+        DPO.write(built, replace(manifest, facts=trained), all_files(built))
         publish_folder(built, paths.DPO_MODEL)
         columns = _columns(objective.metric_names)
         rows = merge_log(result.history, columns)
@@ -168,19 +166,10 @@ def _score_gaps(knobs: TrainParams, groups: Sequence[TokenGroup]) -> dict[str, f
     return {id: chosen - rejected for id, (chosen, rejected) in rows.items() if None not in (chosen, rejected)}
 
 
-def _provenance(params: Params, graph: Graph) -> dict[str, Any]:
+def _manifest(params: Params, graph: Graph) -> Manifest:
     """Everything the adapter depends on; no time and no path, so equal runs give equal bytes."""
-    return {
-        "dpo_cli": version("dpo-cli"),
-        "params": {
-            "model": params.model.model_dump(),
-            "reference": params.reference.model_dump(),
-            "train": params.train.model_dump(),
-        },
-        "base": read_lock(),
-        "graph": graph.identity,
-        "data": table_digests(paths.PREFERENCE_DATA),
-    }
+    sections = {name: getattr(params, name).model_dump() for name in ("model", "reference", "train")}
+    return Manifest({"base": read_lock(), **graph.made_of()}, settings=sections)
 
 
 def _metrics(
@@ -218,7 +207,7 @@ def _model_card(params: Params, graph: Graph, metrics: dict[str, Any]) -> str:
     belongs = (
         "the whole model that stage sft made of it (models/sft of the same run)"
         if whole
-        else f"the very base model whose digests `{PROVENANCE}` lists"
+        else f"the very base model whose digests `{DPO.name}` lists"
     )
     directory = "SFT_DIRECTORY" if whole else "BASE_DIRECTORY"
     frozen = paths.SFT_MODEL if whole else graph.base

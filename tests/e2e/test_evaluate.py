@@ -292,7 +292,7 @@ def test_a_model_of_unknown_training_is_judged_with_a_warning(here: Path, tiny_f
     content = json.loads(provenance.read_text(encoding="utf-8"))
     margins = []
     for change, words in (
-        (content | {"data": {}}, "trained on another graph or other data"),
+        (content | {"made_of": {}}, "trained on another graph or other data"),
         ({"params": {"x": 1}}, "is not one of this version"),
         (None, "does not say what it was trained on"),
     ):
@@ -301,7 +301,7 @@ def test_a_model_of_unknown_training_is_judged_with_a_warning(here: Path, tiny_f
             provenance.unlink()
         else:
             provenance.write_text(json.dumps(change), encoding="utf-8")
-        beta = [] if change and "graph" in change else ["--set", "train.beta=0.2"]
+        beta = [] if change and "made_of" in change else ["--set", "train.beta=0.2"]
         result = invoke(tiny_folder, "evaluate", "--model", "mine", *beta)
         assert result.exit_code == 0, result.output
         assert words in " ".join(result.output.split())
@@ -350,7 +350,7 @@ def test_a_folder_that_holds_no_such_model_is_refused(
     Path("pickled/adapter_model.safetensors").rename("pickled/adapter_model.bin")
     with pytest.raises(MachineError, match="pickled adapters are not loaded"):
         refused("pickled")
-    shutil.copytree(paths.DPO_MODEL, "other")
+    shutil.copytree(paths.DPO_MODEL, "other", ignore=shutil.ignore_patterns("provenance.json"))
     from safetensors.torch import load_file, save_file
 
     weights = load_file("other/adapter_model.safetensors")
@@ -363,6 +363,28 @@ def test_a_folder_that_holds_no_such_model_is_refused(
     result = invoke(tiny_folder, "evaluate", "--out", "somewhere")
     assert result.exit_code == ParamsError.exit_code
     assert "--out has no effect without --model" in result.output
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "command"),
+    [
+        (paths.DPO_MODEL, "adapter_model.safetensors", "train"),
+        (paths.DPO_MODEL, "adapter_config.json", "train"),
+        (paths.DPO_MODEL, "tokenizer.json", "train"),
+        (paths.SFT_MODEL, "adapter_model.safetensors", "sft"),
+        (paths.REFERENCE, "part-00000.parquet", "precompute-ref"),
+        (paths.REWARD_MODEL, "adapter_model.safetensors", "reward"),
+    ],
+)
+def test_a_flipped_bit_is_refused(here: Path, tiny_folder: Path, folder: Path, name: str, command: str) -> None:
+    path = folder / name
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    judge = ("--set", "evaluate.judge=reward-model") if command == "reward" else ()
+    result = invoke(tiny_folder, "evaluate", *judge)
+    assert result.exit_code == StaleArtifactError.exit_code, result.output
+    assert f"{path} has changed since it was made; run: dpo-cli {command}" in " ".join(result.output.split())
 
 
 # --- steps that are kept ------------------------------------------------------------------

@@ -91,7 +91,7 @@ def test_an_adapter_of_ones_own_is_start_and_reference(
     shutil.rmtree("models/sft")
     params = params_of(project, folder, {"method": "adapter"}, {"adapter_path": str(mine)})
     run_through(params, reporter)
-    assert json.loads(Path("models/sft/sft.json").read_text(encoding="utf-8"))["method"] == "adapter"
+    assert json.loads(Path("models/sft/sft.json").read_text(encoding="utf-8"))["settings"]["sft"]["method"] == "adapter"
     assert_the_card_loads_it(params, folder)
     before = read_base_lock()
     config = mine / "adapter_config.json"

@@ -329,4 +329,4 @@ def test_an_adapter_of_another_graph_is_refused(project: Path) -> None:
     path.write_text(path.read_text(encoding="utf-8").replace('"float32"', '"bfloat16"'), encoding="utf-8")
     result = invoke(write("new.jsonl", *NEW_PAIRS))
     assert result.exit_code == 5
-    assert "trained on another graph" in result.stderr
+    assert "made of another graph: compute_dtype is" in result.stderr
