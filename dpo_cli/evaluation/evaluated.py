@@ -12,7 +12,7 @@ from dpo_cli.core.manifest import DPO
 from dpo_cli.core.params import TrainParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.tokenise import TokenTable, prompt_ids
-from dpo_cli.reference.graph import Graph
+from dpo_cli.models.project import Project
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Evaluated:
 
 
 def training_of(
-    folder: Path, default: TrainParams, graph: Graph, reporter: Reporter
+    folder: Path, default: TrainParams, project: Project, reporter: Reporter
 ) -> tuple[TrainParams, Mapping[str, int] | None, bool]:
     """How a model was trained, how long (None: not known), and whether on this project's graph and data.
 
@@ -58,7 +58,7 @@ def training_of(
         reporter.warn(f"evaluate: {path} is not one of this version, and is not read; beta is train.beta's")
         return default, None, False
     DPO.refuse_changed(manifest, folder)
-    is_ours = all(manifest.made_of.get(name) == now for name, now in graph.made_of().items())
+    is_ours = all(manifest.made_of.get(name) == now for name, now in project.made_of().items())
     if not is_ours:
         reporter.warn(
             f"evaluate: {folder} was trained on another graph or other data than the project's: it may have read the"

@@ -76,13 +76,9 @@ class _InverseCdf(LogitsProcessor):
 def sample_answers(
     model: Any,
     prompts: Sequence[PromptTokens],
+    sampling: Sampling,
     *,
-    stop_ids: Sequence[int],
-    temperature: float,
-    max_new_tokens: int,
     budget: TokenBudget,
-    seed: int,
-    stream: str,
     autocast_dtype: torch.dtype,
     meter: Meter,
     keep: Callable[[Mapping[str, Answer]], None] | None = None,
@@ -92,12 +88,8 @@ def sample_answers(
     Args:
         model: A causal LM in eval mode.
         prompts: What to answer.
-        stop_ids: Tokens that end an answer.
-        temperature: 0 takes the likeliest token.
-        max_new_tokens: Limit of an answer, tokens.
+        sampling: How.
         budget: Tokens of a micro-batch; prompts and answers together may have :data:`CACHE_FACTOR` times as many.
-        seed: With the prompt's id and ``stream`` it fixes the random stream.
-        stream: Name of the model that answers, so that two models get different streams.
         autocast_dtype: Compute dtype.
         meter: Called with every answer.
         keep: Gets each batch's answers by prompt id as they are made; what it raises ends the sampling.
@@ -105,6 +97,7 @@ def sample_answers(
     Returns:
         The answers by prompt id.
     """
+    temperature, max_new_tokens, stop_ids = sampling.temperature, sampling.max_new_tokens, sampling.stop_ids
     restore_attention(model)
     model.generation_config = GenerationConfig()
     config = GenerationConfig(
@@ -112,7 +105,6 @@ def sample_answers(
     )
     answers: dict[str, Answer] = {}
     device = model.get_input_embeddings().weight.device
-    sampling = Sampling(temperature, max_new_tokens, tuple(stop_ids))
     decoder = StaticDecoder(model, sampling, autocast_dtype) if is_gpu(device) else None
 
     def sample(batch: list[PromptTokens]) -> list[list[int]]:
@@ -124,7 +116,7 @@ def sample_answers(
             mask[row, length - len(prompt.tokens) :] = 1
         tokens, mask, uniforms = tokens.to(device), mask.to(device), None
         if temperature > 0:
-            rows = np.stack([_uniforms(seed, stream, prompt.id, max_new_tokens) for prompt in batch])
+            rows = np.stack([_uniforms(sampling, prompt.id) for prompt in batch])
             uniforms = torch.from_numpy(rows).to(device)
         dtype = autocast_dtype if autocast_dtype != torch.float32 else None
         # a cast that is kept for the next step has no place in a recorded one
@@ -170,10 +162,10 @@ def _batches(prompts: Sequence[PromptTokens], max_new_tokens: int, max_tokens: i
     return batches
 
 
-def _uniforms(seed: int, stream: str, prompt_id: str, count: int) -> np.ndarray:
-    """float64 [count] in [0, 1), from a counter-based generator keyed by what fixes the stream."""
-    key = int(digest_json([seed, stream, prompt_id]), 16)
-    return np.random.Generator(np.random.Philox(key=key)).random(count)
+def _uniforms(sampling: Sampling, prompt_id: str) -> np.ndarray:
+    """float64 [max_new_tokens] in [0, 1), from a counter-based generator keyed by what fixes the stream."""
+    key = int(digest_json([sampling.seed, sampling.stream, prompt_id]), 16)
+    return np.random.Generator(np.random.Philox(key=key)).random(sampling.max_new_tokens)
 
 
 def _cut(tokens: Sequence[int], stop_ids: Sequence[int]) -> Answer:

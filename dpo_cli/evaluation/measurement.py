@@ -13,6 +13,7 @@ from dpo_cli.core.errors import DataError
 from dpo_cli.core.evaluate_params import EvaluateParams
 from dpo_cli.data.pieces import pieces_of
 from dpo_cli.data.schema import text_of
+from dpo_cli.data.tables import read_columns
 from dpo_cli.data.tokenise import TokenGroup, TokenTable
 from dpo_cli.evaluation.generation import Answer, PromptTokens
 from dpo_cli.evaluation.held_out import HeldOutPair
@@ -22,8 +23,8 @@ from dpo_cli.evaluation.models import EvaluatedModel, EvaluatedModels
 from dpo_cli.evaluation.steps import Steps, logp_sums
 from dpo_cli.judging.comparisons import Answers
 from dpo_cli.judging.prepare import JudgedAnswer
+from dpo_cli.models.project import Project
 from dpo_cli.reference.cache import completion_key, group_keys, reference_logps
-from dpo_cli.reference.graph import Graph, check_context, read_columns
 
 Scaled = Mapping[float, tuple[dict[str, Answer], dict[str, SequenceKl]]]
 """Answers at temperature 1 and their divergences, by how many times what training changed."""
@@ -33,7 +34,7 @@ class Measurement:
     """The models of an evaluation and the held-out pairs, with what is asked of the ones about the others.
 
     Args:
-        graph: The graph that the models share.
+        project: Whose models they are.
         table: The held-out pairs.
         evaluate: How many prompts are answered, and how.
         models: Policy and reference.
@@ -44,9 +45,9 @@ class Measurement:
     """
 
     def __init__(
-        self, graph: Graph, table: TokenTable, evaluate: EvaluateParams, models: EvaluatedModels, steps: Steps
+        self, project: Project, table: TokenTable, evaluate: EvaluateParams, models: EvaluatedModels, steps: Steps
     ) -> None:
-        self.graph = graph
+        self.project = project
         self.table = table
         self.evaluate = evaluate
         self.models = models
@@ -55,7 +56,7 @@ class Measurement:
         self._answers: dict[tuple[str, float], dict[str, Answer]] = {}
         self._texts = _texts_of_pairs()
         longest = max(len(prompt.tokens) for prompt in self.prompts)
-        check_context(graph.base, longest + evaluate.max_new_tokens, "evaluate.max_new_tokens + the longest prompt")
+        project.check_context(longest + evaluate.max_new_tokens, "evaluate.max_new_tokens + the longest prompt")
 
     def held_out(self, cache: Mapping[str, float]) -> dict[str, HeldOutPair]:
         """The held-out pairs under the policy, beside the cached reference."""
@@ -77,7 +78,7 @@ class Measurement:
 
     def perplexities(self) -> dict[str, float]:
         """Perplexity of held-out instruction data under each model, where there is any."""
-        table = self.graph.tokenise_instructions("eval")
+        table = self.project.tokenise_instructions("eval")
         if not table.groups:
             return {}
         found = {}
@@ -115,7 +116,7 @@ class Measurement:
             key = completion_key(group.prompt, group.completions[0])
             ratios = [a - b for a, b in zip(ours[key], theirs[key], strict=True)]
             row, place = [], 0
-            for piece in pieces_of(self.graph.tokenizer, group.completions[0]):
+            for piece in pieces_of(self.project.tokenizer, group.completions[0]):
                 end = place + len(piece.ids)
                 row.append((piece.text, round(sum(ratios[place:end]), 3)))
                 place = end
@@ -171,7 +172,7 @@ class Measurement:
 
     def judged(self, answers: Mapping[str, Answer]) -> Answers:
         """Answers as a judge reads them."""
-        decode = self.graph.encoder.decode
+        decode = self.project.encoder.decode
         return {
             prompt.id: self._judged_answer(
                 prompt.id, decode(list(answers[prompt.id].tokens)), answers[prompt.id].tokens

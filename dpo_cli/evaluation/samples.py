@@ -61,7 +61,7 @@ def sample_rows(
         for name in (SFT, DPO):
             answer = answers[name][prompt.id]
             row[name] = {
-                "text": measurement.graph.encoder.decode(list(answer.tokens)),
+                "text": measurement.project.encoder.decode(list(answer.tokens)),
                 "num_tokens": len(answer.tokens),
                 "finished": answer.finished,
             }

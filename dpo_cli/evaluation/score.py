@@ -14,6 +14,7 @@ from dpo_cli.core.data_params import Source
 from dpo_cli.core.manifest import DPO, Manifest
 from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
+from dpo_cli.data.tables import table_digests
 from dpo_cli.data.tokenise import prompt_ids
 from dpo_cli.evaluation.implicit_reward import (
     Agreement,
@@ -25,8 +26,8 @@ from dpo_cli.evaluation.implicit_reward import (
 from dpo_cli.evaluation.score_rows import InputRow, InputRows, read_rows
 from dpo_cli.losses.catalogue import learns_log_ratio
 from dpo_cli.models.load import quiet_libraries
+from dpo_cli.models.project import Project, open_project
 from dpo_cli.reference.cache import group_keys
-from dpo_cli.reference.graph import Graph, open_graph, table_digests
 from dpo_cli.reference.log_ratios import Answers, score_both
 
 
@@ -115,16 +116,16 @@ def score_sources(
         Interrupted: The user asked to stop; what was scored is kept.
     """
     quiet_libraries()
-    graph = open_graph(params.model, params.reference, params.runtime)
-    manifest = DPO.check({"graph": graph.identity}, model)
+    project = open_project(params, reporter, "score")
+    manifest = DPO.check({"graph": project.identity}, model)
     beta = float(manifest.settings["train"]["beta"]) if beta is None else beta
-    given = read_rows(sources, max_rows, params, graph, reporter)
-    policy, reference = score_both(graph, model, [row.tokens for row in given.rows], params.runtime, reporter, "score")
-    rows = _scored(given.rows, policy, reference, beta, _trained_prompts(given.rows, graph))
+    given = read_rows(sources, max_rows, params, project, reporter)
+    policy, reference = score_both(project, model, [row.tokens for row in given.rows])
+    rows = _scored(given.rows, policy, reference, beta, _trained_prompts(given.rows, project))
     settings = params.evaluate
     summaries = _summaries(rows, draws=settings.bootstrap_draws, confidence=settings.confidence, seed=settings.seed)
-    found = Scored(model, beta, settings.confidence, given, rows, policy, reference, summaries, graph.tokenizer)
-    return found, _warnings(rows, manifest, graph, model)
+    found = Scored(model, beta, settings.confidence, given, rows, policy, reference, summaries, project.tokenizer)
+    return found, _warnings(rows, manifest, project, model)
 
 
 def _scored(
@@ -171,7 +172,7 @@ def _summaries(rows: Sequence[ScoredRow], **bootstrap: Any) -> dict[str, RewardS
 # --- what was trained on ------------------------------------------------------------------
 
 
-def _trained_prompts(rows: Sequence[InputRow], graph: Graph) -> set[str]:
+def _trained_prompts(rows: Sequence[InputRow], project: Project) -> set[str]:
     """Those of the rows' prompts that are in the training data as it lies there now."""
     wanted = {row.tokens.group for row in rows}
     found: set[str] = set()
@@ -179,12 +180,12 @@ def _trained_prompts(rows: Sequence[InputRow], graph: Graph) -> set[str]:
         if path.is_file():
             found |= wanted & set(pl.read_parquet(path, columns=["group"], glob=False)["group"].to_list())
     path = paths.SFT_DATA / "train.parquet"
-    if graph.sft.data is not None and path.is_file():
+    if project.sft.data is not None and path.is_file():
         found |= wanted & prompt_ids(path)
     return found
 
 
-def _warnings(rows: Sequence[ScoredRow], manifest: Manifest, graph: Graph, model: Path) -> list[str]:
+def _warnings(rows: Sequence[ScoredRow], manifest: Manifest, project: Project, model: Path) -> list[str]:
     found = []
     num_trained = sum(row.in_training for row in rows)
     if num_trained:
@@ -196,7 +197,7 @@ def _warnings(rows: Sequence[ScoredRow], manifest: Manifest, graph: Graph, model
         folder.as_posix()
         for folder, digests in (
             (paths.PREFERENCE_DATA, manifest.made_of.get("data/preference")),
-            (paths.SFT_DATA, graph.sft.data),
+            (paths.SFT_DATA, project.sft.data),
         )
         if digests is not None and digests != table_digests(folder)
     ]

@@ -20,19 +20,18 @@ import torch
 from dpo_cli.core.artifacts import digest_bytes, digest_json
 from dpo_cli.core.errors import Interrupted
 from dpo_cli.core.interrupts import graceful_stop
-from dpo_cli.core.params import EvaluateParams, RuntimeParams
-from dpo_cli.core.progress import Reporter
+from dpo_cli.core.params import EvaluateParams
 from dpo_cli.core.row_store import RowStore, forget_other_stores
 from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.evaluation.decoding import Sampling
 from dpo_cli.evaluation.generation import GENERATION_VERSION, Answer, PromptTokens, sample_answers
 from dpo_cli.evaluation.kl import SequenceKl, sequence_kl
 from dpo_cli.evaluation.models import EvaluatedModel
-from dpo_cli.models.device import token_budget
+from dpo_cli.models.project import Project
 from dpo_cli.reference.cache import SCHEMA as LOGP_SCHEMA
 from dpo_cli.reference.cache import completion_key, group_keys, rows_of
-from dpo_cli.reference.graph import Graph
 from dpo_cli.reference.scoring import missing_groups, score_into_store
-from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
+from dpo_cli.scoring.budget import in_micro_batches
 
 _ANSWERS = {"key": pl.String, "tokens": pl.List(pl.Int32), "finished": pl.Boolean}
 _DIVERGENCES = {
@@ -47,29 +46,21 @@ class Steps:
     """What models say to prompts, remembered.
 
     Args:
-        graph: The graph that the models share.
+        project: Whose models they are.
         settings: How answers are sampled.
-        runtime: This machine.
-        reporter: Shows progress.
-        command: Who asks, for messages.
         folder: Where rows are kept, in the scratch area.
     """
 
     def __init__(
         self,
-        graph: Graph,
+        project: Project,
         settings: EvaluateParams,
-        runtime: RuntimeParams,
-        reporter: Reporter,
-        command: str,
         folder: Path,
     ) -> None:
-        self._graph = graph
+        self._project = project
         self._settings = settings
-        self._runtime = runtime
-        self._reporter = reporter
-        self._command = command
         self._folder = folder
+        self._command = project.command
 
     def token_logps(self, model: EvaluatedModel, groups: Sequence[TokenGroup], what: str) -> dict[str, list[float]]:
         """The log-probability of every token of the groups' completions by completion key, nats.
@@ -80,20 +71,11 @@ class Steps:
         wanted = {key for group in groups for key in group_keys(group)}
         store = self._store(model, "logps", LOGP_SCHEMA)
         known = rows_of(store.load(), wanted)
-        budget = self._budget()
+        budget = self._project.budget()
         missing = missing_groups(groups, set(known["key"].to_list()), budget.max_tokens)
         if missing:
             with model.use() as loaded, loaded.scorer as scorer:
-                score_into_store(
-                    scorer,
-                    missing,
-                    store,
-                    budget,
-                    checkpoint_minutes=self._runtime.checkpoint_minutes,
-                    command=self._command,
-                    what=what,
-                    reporter=self._reporter,
-                )
+                score_into_store(scorer, missing, store, budget, self._project, what)
             known = rows_of(store.load(), wanted)
         return dict(zip(known["key"].to_list(), known["token_logps"].to_list(), strict=True))
 
@@ -103,16 +85,10 @@ class Steps:
         Raises:
             Interrupted: The user asked to stop; what was sampled is kept.
         """
-        settings, stop_ids = self._settings, self._graph.encoder.stop_ids
+        settings, stop_ids = self._settings, tuple(self._project.encoder.stop_ids)
+        sampling = Sampling(temperature, settings.max_new_tokens, stop_ids, settings.seed, model.name)
         how = digest_json(
-            {
-                "version": GENERATION_VERSION,
-                "temperature": temperature,
-                "max_new_tokens": settings.max_new_tokens,
-                "stop_ids": stop_ids,
-                "seed": settings.seed if temperature else 0,
-                "stream": model.name,
-            }
+            {"version": GENERATION_VERSION, **vars(sampling), "seed": settings.seed if temperature else 0}
         )
         keys = {prompt.id: _prompt_key(how, prompt) for prompt in prompts}
         store = self._store(model, "answers", _ANSWERS)
@@ -125,7 +101,7 @@ class Steps:
             with (
                 self._keeping(store) as keep,
                 model.use() as loaded,
-                self._reporter.meter(label, len(missing), "prompts") as meter,
+                self._project.reporter.meter(label, len(missing), "prompts") as meter,
             ):
 
                 def kept(new: Mapping[str, Answer]) -> None:
@@ -134,13 +110,9 @@ class Steps:
                 found = sample_answers(
                     loaded.model,
                     missing,
-                    stop_ids=stop_ids,
-                    temperature=temperature,
-                    max_new_tokens=settings.max_new_tokens,
-                    budget=self._budget(),
-                    seed=settings.seed,
-                    stream=model.name,
-                    autocast_dtype=self._graph.machine.compute_dtype,
+                    sampling,
+                    budget=self._project.budget(),
+                    autocast_dtype=self._project.machine.compute_dtype,
                     meter=meter,
                     keep=kept,
                 )
@@ -201,15 +173,12 @@ class Steps:
                     parts[part.place].append(sequence_kl(ours, theirs, part.tokens))
             return [SequenceKl.add_up(found) for found in parts]
 
-        budget = self._budget()
+        budget = self._project.budget()
         label = f"{self._command}: KL along the answers of {policy}"
-        with self._reporter.meter(label, len(groups), "prompts") as meter:
+        with self._project.reporter.meter(label, len(groups), "prompts") as meter:
             for batch, found in in_micro_batches(groups, budget, scorer.split, work):
                 meter.advance(len(batch))
                 yield batch, found
-
-    def _budget(self) -> TokenBudget:
-        return TokenBudget(token_budget(self._runtime, self._graph.machine.device), self._command, self._reporter)
 
     def _store(self, model: EvaluatedModel, name: str, schema: Mapping[str, Any]) -> RowStore:
         folder = self._folder / model.digest
@@ -227,7 +196,7 @@ class Steps:
             def keep(rows: list[dict[str, Any]]) -> None:
                 nonlocal saved_at
                 pending.extend(rows)
-                if time.monotonic() - saved_at >= self._runtime.checkpoint_minutes * 60:
+                if time.monotonic() - saved_at >= self._project.runtime.checkpoint_minutes * 60:
                     store.add(pending)
                     pending.clear()
                     saved_at = time.monotonic()

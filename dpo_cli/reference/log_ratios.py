@@ -18,18 +18,13 @@ from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_files, digest_json
 from dpo_cli.core.errors import StaleArtifactError
 from dpo_cli.core.manifest import REFERENCE
-from dpo_cli.core.params import RuntimeParams
-from dpo_cli.core.progress import Reporter
 from dpo_cli.core.row_store import RowStore, forget_other_stores
 from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.tokenise import TokenGroup
-from dpo_cli.models.adapters import ADAPTER_FILES, ModelPair, load_pair
-from dpo_cli.models.device import token_budget
+from dpo_cli.models.adapters import ADAPTER_FILES, ModelPair
+from dpo_cli.models.project import Project
 from dpo_cli.reference.cache import SCHEMA, group_keys, read_cache_rows, rows_of
-from dpo_cli.reference.graph import Graph
 from dpo_cli.reference.scoring import missing_groups, score_into_store
-from dpo_cli.scoring.budget import TokenBudget
-from dpo_cli.scoring.probe import open_scorer
 from dpo_cli.scoring.scorer import Scorer
 
 _OTHER_STORES_KEPT = 3
@@ -52,18 +47,13 @@ class Answers:
     num_computed: int
 
 
-def score_both(
-    graph: Graph, adapter: Path, groups: Sequence[TokenGroup], runtime: RuntimeParams, reporter: Reporter, command: str
-) -> tuple[Answers, Answers]:
+def score_both(project: Project, adapter: Path, groups: Sequence[TokenGroup]) -> tuple[Answers, Answers]:
     """All completions of some groups under policy and reference.
 
     Args:
-        graph: The graph that both share.
+        project: Whose reference it is.
         adapter: Folder of the policy's adapter.
         groups: Prompts with their completions.
-        runtime: This machine.
-        reporter: Shows progress, and of a cache that is not used.
-        command: Who asks, for messages.
 
     Returns:
         Policy and reference; models are loaded only where something is missing.
@@ -74,80 +64,65 @@ def score_both(
         MachineError: Another run of this command, or of stage precompute_ref, is at work here.
     """
     wanted = {key for group in groups for key in group_keys(group)}
-    models = _Models(graph, adapter, runtime, reporter, command)
-    with stage_scratch("precompute_ref", digest_json(graph.identity)) as scratch:
+    models = _Models(project, adapter)
+    with stage_scratch("precompute_ref", digest_json(project.identity)) as scratch:
         store = RowStore(scratch.folder / "rows", SCHEMA)
-        cached = _reference_rows(graph, wanted, reporter, command)
+        cached = _reference_rows(project, wanted)
         reference = models.complete("reference", groups, wanted, cached, store)
-    with stage_scratch("score", policy_digest(graph, adapter)) as scratch:
+    with stage_scratch("score", policy_digest(project, adapter)) as scratch:
         store = RowStore(scratch.folder / "rows", SCHEMA)
         policy = models.complete("policy", groups, wanted, None, store)
         forget_other_stores(scratch.folder.parent, scratch.folder, _OTHER_STORES_KEPT)
     return policy, reference
 
 
-def policy_digest(graph: Graph, adapter: Path) -> str:
+def policy_digest(project: Project, adapter: Path) -> str:
     """One digest of all that the policy's log-probabilities depend on.
 
     Raises:
         StaleArtifactError: There is no adapter in the folder.
     """
     try:
-        return digest_json({"graph": graph.identity, "adapter": digest_files(adapter, ADAPTER_FILES)})
+        return digest_json({"graph": project.identity, "adapter": digest_files(adapter, ADAPTER_FILES)})
     except FileNotFoundError as error:
         raise StaleArtifactError(f"{error.filename} is missing; run: dpo-cli train") from None
 
 
-def _reference_rows(graph: Graph, wanted: set[str], reporter: Reporter, command: str) -> pl.DataFrame | None:
-    """What data/reference knows; a cache of another graph, or a damaged one, is left alone."""
+def _reference_rows(project: Project, wanted: set[str]) -> pl.DataFrame | None:
+    """What data/reference knows; a cache of another project, or a damaged one, is left alone."""
     if not (paths.REFERENCE / REFERENCE.name).is_file():
         return None
     try:
-        return read_cache_rows(paths.REFERENCE, graph.identity, wanted)
+        return read_cache_rows(paths.REFERENCE, project.identity, wanted)
     except StaleArtifactError as error:
-        reporter.warn(f"{command}: {paths.REFERENCE.as_posix()} is not used: {error.problems[0]}")
+        project.reporter.warn(f"{project.command}: {paths.REFERENCE.as_posix()} is not used: {error.problems[0]}")
         return None
 
 
 class _Models:
     """Policy and reference, loaded when they are needed."""
 
-    def __init__(self, graph: Graph, adapter: Path, runtime: RuntimeParams, reporter: Reporter, command: str) -> None:
-        self._graph = graph
+    def __init__(self, project: Project, adapter: Path) -> None:
+        self._project = project
         self._adapter = adapter
-        self._runtime = runtime
-        self._reporter = reporter
-        self._command = command
 
     @cached_property
     def _loaded(self) -> tuple[ModelPair, Scorer]:
-        graph = self._graph
-        pair = load_pair(graph.base, graph.sft, graph.machine, graph.quantization, self._adapter)
-        dtype = graph.machine.compute_dtype
-        scorer, _ = open_scorer(pair.use_policy(), dtype, self._runtime, self._reporter, self._command)
-        return pair, scorer
+        pair = self._project.pair(self._adapter)
+        return pair, self._project.scorer(pair.use_policy())[0]
 
     def complete(
         self, name: str, groups: Sequence[TokenGroup], wanted: set[str], cached: pl.DataFrame | None, store: RowStore
     ) -> Answers:
         """All wanted rows of one model; what neither the cache nor the store has is computed and stored."""
         known = _known(cached, store, wanted)
-        budget = TokenBudget(token_budget(self._runtime, self._graph.machine.device), self._command, self._reporter)
+        budget = self._project.budget()
         missing = missing_groups(groups, set(known["key"].to_list()), budget.max_tokens)
         if missing:
             pair, scorer = self._loaded
             _ = pair.use_policy() if name == "policy" else pair.use_reference()
             with scorer:
-                score_into_store(
-                    scorer,
-                    missing,
-                    store,
-                    budget,
-                    checkpoint_minutes=self._runtime.checkpoint_minutes,
-                    command=self._command,
-                    what=f"answers under the {name}",
-                    reporter=self._reporter,
-                )
+                score_into_store(scorer, missing, store, budget, self._project, f"answers under the {name}")
         rows = _known(cached, store, wanted) if missing else known
         keys = rows["key"].to_list()
         return Answers(

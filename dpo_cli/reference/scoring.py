@@ -12,9 +12,9 @@ from dpo_cli.core.artifacts import digest_bytes
 from dpo_cli.core.errors import Interrupted
 from dpo_cli.core.gpu import is_gpu
 from dpo_cli.core.interrupts import graceful_stop
-from dpo_cli.core.progress import Reporter
 from dpo_cli.core.row_store import RowStore
 from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.models.workplace import Workplace
 from dpo_cli.reference.cache import completion_key
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
 from dpo_cli.scoring.scorer import Scorer
@@ -97,11 +97,8 @@ def score_into_store(
     groups: Sequence[TokenGroup],
     store: RowStore,
     budget: TokenBudget,
-    *,
-    checkpoint_minutes: float,
-    command: str,
+    work: Workplace,
     what: str,
-    reporter: Reporter,
 ) -> None:
     """Score groups and store their rows as time passes.
 
@@ -110,10 +107,8 @@ def score_into_store(
         groups: Those that are missing.
         store: Where their rows go.
         budget: Tokens that go through the model at once.
-        checkpoint_minutes: Work that a kill may cost.
-        command: Who does it, for messages.
-        what: What it does, for the meter.
-        reporter: Shows progress.
+        work: Whose command it is, how much work a kill may cost, and who hears of it.
+        what: What is done, for the meter.
 
     Raises:
         Interrupted: The user asked to stop; what was computed is stored, as it is after any error.
@@ -122,12 +117,13 @@ def score_into_store(
     pending: list[dict[str, Any]] = []
     saved_at = time.monotonic()
     total = sum(len(group.completions) for group in groups)
-    with graceful_stop() as stop, reporter.meter(f"{command}: {what}", total, "answers") as meter:
+    command, minutes = work.command, work.runtime.checkpoint_minutes
+    with graceful_stop() as stop, work.reporter.meter(f"{command}: {what}", total, "answers") as meter:
         try:
             for rows in score_groups(scorer, groups, budget):
                 pending += rows
                 meter.advance(len(rows))
-                if time.monotonic() - saved_at >= checkpoint_minutes * 60:
+                if time.monotonic() - saved_at >= minutes * 60:
                     store.add(pending)
                     pending.clear()
                     saved_at = time.monotonic()

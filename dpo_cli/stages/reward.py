@@ -11,22 +11,22 @@ from dpo_cli.core.artifacts import digest_json, publish_folder, write_json, writ
 from dpo_cli.core.environment import importing
 from dpo_cli.core.errors import DataError
 from dpo_cli.core.manifest import REWARD, Manifest, all_files
-from dpo_cli.core.params import LoraParams, Params, RewardParams
+from dpo_cli.core.params import Params, RewardParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import Scratch, stage_scratch
 from dpo_cli.core.text import markdown
 from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_found, explain_rejects
 from dpo_cli.evaluation.reward_figures import RewardedPair, RewardFigures, summarize_rewards
 from dpo_cli.models.card import card_head, usage
-from dpo_cli.models.device import memory_in_words, memory_metrics, token_budget
+from dpo_cli.models.device import memory_in_words, memory_metrics
 from dpo_cli.models.identity import read_lock
-from dpo_cli.models.reward import load_reward_model_at_start, reward_head
+from dpo_cli.models.reward import reward_head
 from dpo_cli.statistics.bootstrap import Estimate
 from dpo_cli.training.history import merge_log, write_tsv
 
 if TYPE_CHECKING:  # what computes is imported where there is something to compute
     from dpo_cli.judging.reward_model import RewardModel
-    from dpo_cli.reference.graph import Graph
+    from dpo_cli.models.project import Project
     from dpo_cli.scoring.probe import Verdict
     from dpo_cli.training.reward_objective import RewardObjective
     from dpo_cli.training.run import Fit
@@ -68,34 +68,33 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
 
 def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
     with importing():
+        from dpo_cli.data.tables import SPLITS, all_rejects, refuse_empty
         from dpo_cli.judging.reward_model import RewardModel
         from dpo_cli.models.adapters import save_adapter
         from dpo_cli.models.load import quiet_libraries, save_tokenizer
-        from dpo_cli.reference.graph import SPLITS, all_rejects, open_graph, refuse_empty
-        from dpo_cli.scoring.budget import TokenBudget
-        from dpo_cli.scoring.probe import open_scorer
+        from dpo_cli.models.project import open_project
         from dpo_cli.scoring.reward import RewardScorer
         from dpo_cli.training.run import fit
 
     quiet_libraries()
     knobs = params.reward
-    graph = open_graph(params.model, params.reference, params.runtime)
+    project = open_project(params, reporter, "reward")
     ranked = knobs.loss == "plackett_luce"
-    train, held_out = (graph.tokenise_rankings(split) if ranked else graph.tokenise_pairs(split) for split in SPLITS)
-    refuse_empty((train, held_out), graph.max_length, section="reward", ranked=ranked)
-    pairs = graph.tokenise_pairs("eval") if ranked else held_out
+    train, held_out = (
+        project.tokenise_rankings(split) if ranked else project.tokenise_pairs(split) for split in SPLITS
+    )
+    refuse_empty((train, held_out), project.max_length, section="reward", ranked=ranked)
+    pairs = project.tokenise_pairs("eval") if ranked else held_out
     if not pairs.groups:
         raise DataError(f"{paths.preference_table('eval').as_posix()}: no pair is held out to measure with")
-    if warning := explain_rejects([train, held_out], "reference.max_length", graph.max_length):
+    if warning := explain_rejects([train, held_out], "reference.max_length", project.max_length):
         reporter.warn(f"reward: {warning}")
     if warning := explain_found([train, held_out]):
         reporter.warn(f"reward: {warning}")
-    manifest = _manifest(params, graph)
+    manifest = _manifest(params, project)
     with stage_scratch("reward", digest_json(asdict(manifest))) as scratch:
-        model = load_reward_model_at_start(
-            graph.base, graph.sft, graph.machine, graph.quantization, knobs.lora or LoraParams(), knobs.seed
-        )
-        inner, layout = open_scorer(model, graph.machine.compute_dtype, params.runtime, reporter, "reward")
+        model = project.reward_model_at_start(knobs.lora, knobs.seed)
+        inner, layout = project.scorer(model)
         scorer = RewardScorer(inner, reward_head(model))
         result = fit(
             model,
@@ -106,18 +105,17 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
             section="reward",
             params=knobs,
             runtime=params.runtime,
-            machine=graph.machine,
+            machine=project.machine,
             work=scratch.folder,
             reporter=reporter,
         )
         model.eval()
-        budget = TokenBudget(token_budget(params.runtime, scorer.device), "reward", reporter)
-        figures = _figures(RewardModel(scorer, graph.encoder, budget), pairs, knobs.seed)
-        metrics = _metrics(knobs, graph, train, held_out, figures, result, layout)
+        figures = _figures(RewardModel(scorer, project.encoder, project.budget()), pairs, knobs.seed)
+        metrics = _metrics(knobs, project, train, held_out, figures, result, layout)
         built = scratch.build_folder()
         save_adapter(model, built, params.model.name)
-        save_tokenizer(graph.tokenizer, graph.encoder, built, graph.base)
-        write_text(built / "README.md", _model_card(params, graph, metrics))
+        save_tokenizer(project.tokenizer, project.encoder, built, project.base)
+        write_text(built / "README.md", _model_card(params, project, metrics))
         REWARD.write(built, manifest, all_files(built))
         publish_folder(built, paths.REWARD_MODEL)
         rows = merge_log(result.history, _COLUMNS)
@@ -144,7 +142,7 @@ def _publish_none(scratch: Scratch, reporter: Reporter) -> dict[str, Any]:
 
 
 def _objective(knobs: RewardParams, groups: Sequence[TokenGroup]) -> RewardObjective:
-    from dpo_cli.reference.graph import read_ranks
+    from dpo_cli.data.tables import read_ranks
     from dpo_cli.training.reward_objective import RewardObjective
 
     if knobs.loss == "bradley_terry":
@@ -152,10 +150,10 @@ def _objective(knobs: RewardParams, groups: Sequence[TokenGroup]) -> RewardObjec
     return RewardObjective(read_ranks(groups, knobs.ties, "reward"), knobs.ties)
 
 
-def _manifest(params: Params, graph: Graph) -> Manifest:
+def _manifest(params: Params, project: Project) -> Manifest:
     """Everything the reward model depends on; no time and no path, so equal runs give equal bytes."""
     sections = {name: getattr(params, name).model_dump() for name in ("model", "reference", "reward")}
-    return Manifest({"base": read_lock(), **graph.made_of()}, settings=sections)
+    return Manifest({"base": read_lock(), **project.made_of()}, settings=sections)
 
 
 def _figures(model: RewardModel, pairs: TokenTable, seed: int) -> RewardFigures:
@@ -171,7 +169,7 @@ def _figures(model: RewardModel, pairs: TokenTable, seed: int) -> RewardFigures:
 
 def _metrics(
     knobs: RewardParams,
-    graph: Graph,
+    project: Project,
     train: TokenTable,
     held_out: TokenTable,
     figures: RewardFigures,
@@ -214,7 +212,7 @@ def _metrics(
         "eval_loss": result.kept("eval_loss"),
         "groups_per_s": result.groups_per_s,
         "logical_tokens_per_s": result.groups_per_s * tokens,
-        **memory_metrics(graph.machine),
+        **memory_metrics(project.machine),
         "recompute": result.recompute,
         "max_tokens_per_microbatch": result.max_tokens,
         **layout.metrics(),
@@ -225,19 +223,19 @@ def _with_interval(name: str, estimate: Estimate) -> dict[str, Any]:
     return {name: estimate.value, f"{name}_ci": [estimate.low, estimate.high]}
 
 
-def _model_card(params: Params, graph: Graph, metrics: dict[str, Any]) -> str:
+def _model_card(params: Params, project: Project, metrics: dict[str, Any]) -> str:
     knobs = params.reward
-    whole = graph.sft.method == "full"
+    whole = project.sft.method == "full"
     belongs = (
         "the whole model that stage sft made of it (models/sft of the same run)"
         if whole
         else f"the very base model whose digests `{REWARD.name}` lists"
     )
     directory = "SFT_DIRECTORY" if whole else "BASE_DIRECTORY"
-    held = "in 4-bit nf4" if graph.quantization == "nf4" else "as they are"
+    held = "in 4-bit nf4" if project.quantization == "nf4" else "as they are"
     low, high = metrics["accuracy_ci"]
-    frozen = paths.SFT_MODEL if whole else graph.base
-    code = usage(frozen, graph.machine, graph.quantization, directory=directory, kind="SequenceClassification")
+    frozen = paths.SFT_MODEL if whole else project.base
+    code = usage(frozen, project.machine, project.quantization, directory=directory, kind="SequenceClassification")
     return f"""{card_head(params.model.name, ["reward-model", "lora"])}
 # A reward model on {markdown(params.model.name)}
 

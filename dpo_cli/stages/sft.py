@@ -81,8 +81,9 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
 
 def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, Any]:
     with importing():
-        from dpo_cli.reference.graph import all_rejects, check_context, open_base, table_digests
-        from dpo_cli.scoring.probe import open_scorer
+        from dpo_cli.data.tables import all_rejects, table_digests
+        from dpo_cli.models.project import check_context, open_base
+        from dpo_cli.models.workplace import Workplace
         from dpo_cli.training.objective import SftObjective
         from dpo_cli.training.replicas import shared_scratch
         from dpo_cli.training.run import fit
@@ -127,7 +128,7 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
         else:
             model = add_adapter(model, sft.lora, sft.seed)
             keep_weights_unpacked(model)
-        scorer, layout = open_scorer(model, machine.compute_dtype, params.runtime, reporter, "sft")
+        scorer, layout = Workplace("sft", reporter, params.runtime, machine).scorer(model)
         result = fit(
             model,
             scorer,

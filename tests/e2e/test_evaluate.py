@@ -464,9 +464,10 @@ def test_figures_depend_neither_on_the_batch_nor_on_the_order_of_rows(
     """With weights in float64 what a batch rounds lies far below what is kept, so that any other dependence shows."""
     import random
 
-    from dpo_cli.evaluation import models as speakers
+    from dpo_cli.models import project as project_module
     from dpo_cli.models.adapters import ModelPair, load_pair
-    from dpo_cli.reference.graph import Graph
+    from dpo_cli.models.project import Project
+    from dpo_cli.scoring.scorer import Scorer
 
     def in_float64(*arguments: Any) -> ModelPair:
         pair = load_pair(*arguments)
@@ -480,20 +481,20 @@ def test_figures_depend_neither_on_the_batch_nor_on_the_order_of_rows(
         sizes.append(max(map(len, batches)))
         return batches
 
-    split, tokenise = speakers.Scorer.split, Graph.tokenise_pairs
-    monkeypatch.setattr(speakers, "load_pair", in_float64)
-    monkeypatch.setattr(speakers.Scorer, "split", counted)
+    split, tokenise = Scorer.split, Project.tokenise_pairs
+    monkeypatch.setattr(project_module, "load_pair", in_float64)
+    monkeypatch.setattr(Scorer, "split", counted)
     knobs: dict[str, Any] = {"num_prompts": 0, "opponents": ["sft", "chosen"], "judge_pairs": -1, "scales": [0.5]}
     found = []
     for max_tokens, batch, seed in ((1, 1, None), (240, 7, None), (16000, 64, None), (240, 7, 0)):
         if seed is not None:
 
-            def shuffled(graph: Graph, name: str) -> Any:
-                table = tokenise(graph, name)
+            def shuffled(project: Project, name: str) -> Any:
+                table = tokenise(project, name)
                 random.Random(0).shuffle(table.groups)
                 return table
 
-            monkeypatch.setattr(Graph, "tokenise_pairs", shuffled)
+            monkeypatch.setattr(Project, "tokenise_pairs", shuffled)
         shutil.rmtree(".scratch/evaluate", ignore_errors=True)
         sizes.clear()
         metrics = evaluate(runtime={"max_tokens_per_microbatch": max_tokens}, **knobs)

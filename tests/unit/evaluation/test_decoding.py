@@ -11,6 +11,7 @@ import torch
 
 from dpo_cli.core import gpu
 from dpo_cli.evaluation import decoding
+from dpo_cli.evaluation.decoding import Sampling
 from dpo_cli.evaluation.generation import Answer, PromptTokens, sample_answers
 from dpo_cli.scoring.budget import TokenBudget
 from tests.parity.test_layouts_agree import EXACT, NEEDS_PADDING, VOCABULARY, WINDOWED, build
@@ -38,11 +39,14 @@ def some_prompts(count: int, longest: int = 15) -> list[PromptTokens]:
 
 
 def sample(model: Any, reporter: Any, **changes: Any) -> dict[str, Answer]:
-    settings: dict[str, Any] = {"stop_ids": [STOP], "temperature": 1.0, "max_new_tokens": 20}
-    settings |= {"seed": 0, "stream": "dpo", "autocast_dtype": torch.float32}
+    settings: dict[str, Any] = {"stop_ids": (STOP,), "temperature": 1.0, "max_new_tokens": 20}
+    settings |= {"seed": 0, "stream": "dpo"} | changes
+    dtype = settings.pop("autocast_dtype", torch.float32)
     with reporter.meter("answers", 12, "prompts") as meter:
         budget = TokenBudget(30, "test", reporter)
-        return sample_answers(model, some_prompts(12), meter=meter, budget=budget, **(settings | changes))
+        return sample_answers(
+            model, some_prompts(12), Sampling(**settings), meter=meter, budget=budget, autocast_dtype=dtype
+        )
 
 
 # --- the same answers ---------------------------------------------------------------------

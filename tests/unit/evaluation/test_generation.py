@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.evaluation.decoding import Sampling
 from dpo_cli.evaluation.generation import Answer, PromptTokens, sample_answers
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.scorer import Scorer
@@ -27,7 +28,7 @@ def model(make_llama: Callable[..., Any]) -> Any:
 def sample(model: Any, reporter: Any) -> Callable[..., dict[str, Answer]]:
     def run(prompts: Sequence[PromptTokens], **changes: Any) -> dict[str, Answer]:
         settings: dict[str, Any] = {
-            "stop_ids": [STOP],
+            "stop_ids": (STOP,),
             "temperature": 1.0,
             "max_new_tokens": 8,
             "max_tokens": 4096,
@@ -37,8 +38,11 @@ def sample(model: Any, reporter: Any) -> Callable[..., dict[str, Answer]]:
         }
         settings |= changes
         budget = TokenBudget(settings.pop("max_tokens"), "test", reporter)
+        dtype = settings.pop("autocast_dtype")
         with reporter.meter("answers", len(prompts), "prompts") as meter:
-            return sample_answers(model, prompts, meter=meter, budget=budget, **settings)
+            return sample_answers(
+                model, prompts, Sampling(**settings), meter=meter, budget=budget, autocast_dtype=dtype
+            )
 
     return run
 
@@ -172,7 +176,7 @@ def test_the_second_token_is_drawn_apart_from_the_first(model: Any, sample: Call
 
 
 def test_an_answer_ends_with_its_first_stop_token_or_at_the_limit(sample: Callable[..., dict[str, Answer]]) -> None:
-    answers = sample(some_prompts(60), stop_ids=[1, 4]).values()
+    answers = sample(some_prompts(60), stop_ids=(1, 4)).values()
     for answer in answers:
         stops = [token in (1, 4) for token in answer.tokens]
         assert not any(stops[:-1])
@@ -219,12 +223,8 @@ def test_what_the_models_own_configuration_says_of_sampling_is_not_followed(
                 sample_answers(
                     model,
                     prompts,
-                    stop_ids=[STOP],
-                    temperature=1.0,
-                    max_new_tokens=3,
+                    Sampling(1.0, 3, (STOP,), 0, "a"),
                     budget=TokenBudget(10_000, "test", reporter),
-                    seed=0,
-                    stream="a",
                     autocast_dtype=torch.float32,
                     meter=meter,
                 )
@@ -251,12 +251,8 @@ def test_where_memory_runs_out_it_goes_on_with_smaller_batches_and_the_same_answ
             found = sample_answers(
                 model,
                 some_prompts(40),
-                stop_ids=[STOP],
-                temperature=1.0,
-                max_new_tokens=8,
+                Sampling(1.0, 8, (STOP,), 0, "a"),
                 budget=TokenBudget(60, "test", reporter),
-                seed=0,
-                stream="a",
                 autocast_dtype=torch.float32,
                 meter=meter,
                 keep=kept.update,
