@@ -7,10 +7,8 @@ another temperature or another judge computes only what is new.
 
 from __future__ import annotations
 
-import time
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +16,6 @@ import polars as pl
 import torch
 
 from dpo_cli.core.artifacts import digest_bytes, digest_json
-from dpo_cli.core.errors import Interrupted
-from dpo_cli.core.interrupts import graceful_stop
 from dpo_cli.core.params import EvaluateParams
 from dpo_cli.core.row_store import RowStore, forget_other_stores
 from dpo_cli.data.tokenise import TokenGroup
@@ -29,7 +25,7 @@ from dpo_cli.evaluation.kl import SequenceKl, sequence_kl
 from dpo_cli.evaluation.models import EvaluatedModel
 from dpo_cli.models.project import Project
 from dpo_cli.reference.cache import SCHEMA as LOGP_SCHEMA
-from dpo_cli.reference.cache import completion_key, group_keys, rows_of
+from dpo_cli.reference.cache import completion_key, group_keys
 from dpo_cli.reference.scoring import missing_groups, score_into_store
 from dpo_cli.scoring.budget import in_micro_batches
 
@@ -70,14 +66,13 @@ class Steps:
         """
         wanted = {key for group in groups for key in group_keys(group)}
         store = self._store(model, "logps", LOGP_SCHEMA)
-        known = rows_of(store.load(), wanted)
         budget = self._project.budget()
-        missing = missing_groups(groups, set(known["key"].to_list()), budget.max_tokens)
+        missing = missing_groups(groups, store.keys(), budget.max_tokens)
         if missing:
             with model.use() as loaded, loaded.scorer as scorer:
                 score_into_store(scorer, missing, store, budget, self._project, what)
-            known = rows_of(store.load(), wanted)
-        return dict(zip(known["key"].to_list(), known["token_logps"].to_list(), strict=True))
+        rows = store.rows(wanted)
+        return dict(zip(rows["key"].to_list(), rows["token_logps"].to_list(), strict=True))
 
     def answers(self, model: EvaluatedModel, prompts: Sequence[PromptTokens], temperature: float) -> dict[str, Answer]:
         """One answer to each prompt by prompt id.
@@ -92,14 +87,12 @@ class Steps:
         )
         keys = {prompt.id: _prompt_key(how, prompt) for prompt in prompts}
         store = self._store(model, "answers", _ANSWERS)
-        rows = rows_of(store.load(), set(keys.values()))
-        columns = zip(*(rows[name].to_list() for name in _ANSWERS), strict=True)
-        known = {key: Answer(tuple(tokens), finished) for key, tokens, finished in columns}
+        known = store.keys()
         missing = [prompt for prompt in prompts if keys[prompt.id] not in known]
         if missing:
             label = f"{self._command}: {model} answers at T = {temperature:g}"
             with (
-                self._keeping(store) as keep,
+                self._project.keeping(store) as keep,
                 model.use() as loaded,
                 self._project.reporter.meter(label, len(missing), "prompts") as meter,
             ):
@@ -107,7 +100,7 @@ class Steps:
                 def kept(new: Mapping[str, Answer]) -> None:
                     keep([{"key": keys[id], "tokens": list(a.tokens), "finished": a.finished} for id, a in new.items()])
 
-                found = sample_answers(
+                sample_answers(
                     loaded.model,
                     missing,
                     sampling,
@@ -116,8 +109,10 @@ class Steps:
                     meter=meter,
                     keep=kept,
                 )
-            known |= {keys[id]: answer for id, answer in found.items()}
-        return {prompt.id: known[keys[prompt.id]] for prompt in prompts}
+        rows = store.rows(keys.values())
+        columns = zip(*(rows[name].to_list() for name in _ANSWERS), strict=True)
+        found = {key: Answer(tuple(tokens), finished) for key, tokens, finished in columns}
+        return {prompt.id: found[keys[prompt.id]] for prompt in prompts}
 
     def divergences(
         self,
@@ -137,16 +132,15 @@ class Steps:
         }
         keys = {id: completion_key(group.prompt, group.completions[0]) for id, group in groups.items()}
         store = self._store(policy, f"divergences-{reference.digest}", _DIVERGENCES)
-        rows = rows_of(store.load(), set(keys.values()))
-        known = {key: SequenceKl(*row) for key, *row in rows.select(list(_DIVERGENCES)).iter_rows()}
+        known = store.keys()
         missing = [group for id, group in groups.items() if keys[id] not in known]
         if missing:
-            with self._keeping(store) as keep:
+            with self._project.keeping(store) as keep:
                 for batch, found in self._both(policy, reference, missing):
-                    new = {keys[group.id]: kl for group, kl in zip(batch, found, strict=True)}
-                    known |= new
-                    keep([{"key": key, **vars(kl)} for key, kl in new.items()])
-        return {id: known[key] for id, key in keys.items()}
+                    keep([{"key": keys[group.id], **vars(kl)} for group, kl in zip(batch, found, strict=True)])
+        rows = store.rows(keys.values()).select(list(_DIVERGENCES))
+        kls = {key: SequenceKl(*row) for key, *row in rows.iter_rows()}
+        return {id: kls[key] for id, key in keys.items()}
 
     def _both(
         self, policy: EvaluatedModel, reference: EvaluatedModel, groups: Sequence[TokenGroup]
@@ -185,28 +179,6 @@ class Steps:
         store = RowStore(folder / name, schema)
         forget_other_stores(self._folder, folder, _MODELS_KEPT)
         return store
-
-    @contextmanager
-    def _keeping(self, store: RowStore) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
-        """A function that takes rows and stores them from time to time, and at the end whatever that is."""
-        pending: list[dict[str, Any]] = []
-        saved_at = time.monotonic()
-        with graceful_stop() as stop:
-
-            def keep(rows: list[dict[str, Any]]) -> None:
-                nonlocal saved_at
-                pending.extend(rows)
-                if time.monotonic() - saved_at >= self._project.runtime.checkpoint_minutes * 60:
-                    store.add(pending)
-                    pending.clear()
-                    saved_at = time.monotonic()
-                if stop.requested:
-                    raise Interrupted(f"{self._command}: stopped; what was computed is kept, run it again to go on")
-
-            try:
-                yield keep
-            finally:
-                store.add(pending)
 
 
 class _Part(NamedTuple):

@@ -86,12 +86,7 @@ def read_cache_rows(folder: Path, identity: Mapping[str, Any], wanted: Collectio
     Raises:
         StaleArtifactError: See :func:`read_cache_tokens`.
     """
-    return rows_of(_read(folder, identity, *list(SCHEMA)[1:]), wanted)
-
-
-def rows_of(rows: pl.DataFrame, wanted: Collection[str]) -> pl.DataFrame:
-    """The rows of some keys, as far as they are there."""
-    return rows.filter(pl.col("key").is_in(sorted(wanted)))
+    return _read(folder, identity, *list(SCHEMA)[1:]).filter(pl.col("key").is_in(sorted(wanted)))
 
 
 def _read(folder: Path, identity: Mapping[str, Any], *columns: str) -> pl.DataFrame:

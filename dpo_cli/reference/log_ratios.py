@@ -23,7 +23,7 @@ from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models.adapters import ADAPTER_FILES, ModelPair
 from dpo_cli.models.project import Project
-from dpo_cli.reference.cache import SCHEMA, group_keys, read_cache_rows, rows_of
+from dpo_cli.reference.cache import SCHEMA, group_keys, read_cache_rows
 from dpo_cli.reference.scoring import missing_groups, score_into_store
 from dpo_cli.scoring.scorer import Scorer
 
@@ -115,24 +115,21 @@ class _Models:
         self, name: str, groups: Sequence[TokenGroup], wanted: set[str], cached: pl.DataFrame | None, store: RowStore
     ) -> Answers:
         """All wanted rows of one model; what neither the cache nor the store has is computed and stored."""
-        known = _known(cached, store, wanted)
+        known = wanted & (store.keys() | (set() if cached is None else set(cached["key"])))
         budget = self._project.budget()
-        missing = missing_groups(groups, set(known["key"].to_list()), budget.max_tokens)
+        missing = missing_groups(groups, known, budget.max_tokens)
         if missing:
             pair, scorer = self._loaded
             _ = pair.use_policy() if name == "policy" else pair.use_reference()
             with scorer:
                 score_into_store(scorer, missing, store, budget, self._project, f"answers under the {name}")
-        rows = _known(cached, store, wanted) if missing else known
+        rows = store.rows(wanted)
+        if cached is not None:
+            rows = pl.concat([cached, rows]).unique("key", keep="first", maintain_order=True)
         keys = rows["key"].to_list()
         return Answers(
             logps=dict(zip(keys, rows["logp"].to_list(), strict=True)),
             token_logps=dict(zip(keys, rows["token_logps"].to_list(), strict=True)),
-            num_cached=known.height,
-            num_computed=len(wanted) - known.height,
+            num_cached=len(known),
+            num_computed=len(wanted) - len(known),
         )
-
-
-def _known(cached: pl.DataFrame | None, store: RowStore, wanted: set[str]) -> pl.DataFrame:
-    stored = rows_of(store.load(), wanted)
-    return stored if cached is None else pl.concat([cached, stored]).unique("key", keep="first", maintain_order=True)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from dpo_cli.core.artifacts import digest_bytes
-from dpo_cli.core.errors import Interrupted
 from dpo_cli.core.gpu import is_gpu
-from dpo_cli.core.interrupts import graceful_stop
 from dpo_cli.core.row_store import RowStore
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models.workplace import Workplace
@@ -114,20 +111,8 @@ def score_into_store(
         Interrupted: The user asked to stop; what was computed is stored, as it is after any error.
         MachineError: A single group does not fit into memory.
     """
-    pending: list[dict[str, Any]] = []
-    saved_at = time.monotonic()
     total = sum(len(group.completions) for group in groups)
-    command, minutes = work.command, work.runtime.checkpoint_minutes
-    with graceful_stop() as stop, work.reporter.meter(f"{command}: {what}", total, "answers") as meter:
-        try:
-            for rows in score_groups(scorer, groups, budget):
-                pending += rows
-                meter.advance(len(rows))
-                if time.monotonic() - saved_at >= minutes * 60:
-                    store.add(pending)
-                    pending.clear()
-                    saved_at = time.monotonic()
-                if stop.requested:
-                    raise Interrupted(f"{command}: stopped; what was scored is kept, run it again to go on")
-        finally:
-            store.add(pending)
+    with work.keeping(store) as keep, work.reporter.meter(f"{work.command}: {what}", total, "answers") as meter:
+        for rows in score_groups(scorer, groups, budget):
+            keep(rows)
+            meter.advance(len(rows))

@@ -18,7 +18,7 @@ from dpo_cli.data.tokenise import TokenGroup, explain_found, explain_rejects
 from dpo_cli.models.device import memory_in_words, memory_metrics
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.models.project import Project, open_project
-from dpo_cli.reference.cache import SCHEMA, group_keys, rows_of, write_cache
+from dpo_cli.reference.cache import SCHEMA, group_keys, write_cache
 from dpo_cli.reference.scoring import missing_groups, score_into_store
 from dpo_cli.scoring.probe import Verdict
 
@@ -54,12 +54,11 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     identity_digest = digest_json(project.identity)
     with stage_scratch("precompute_ref", identity_digest) as scratch:
         store = RowStore(scratch.folder / "rows", SCHEMA)
-        known = set(store.load()["key"].to_list())
-        missing = missing_groups(groups, known, project.budget().max_tokens)
+        missing = missing_groups(groups, store.keys(), project.budget().max_tokens)
         begun = time.monotonic()
         layout = _compute(project, missing, store) if missing else None
         elapsed_s = time.monotonic() - begun
-        rows = rows_of(store.load(), wanted)
+        rows = store.rows(wanted)
         built = scratch.build_folder()
         write_cache(built, rows, project.identity, {"reference": params.reference.model_dump()})
         publish_folder(built, paths.REFERENCE)
