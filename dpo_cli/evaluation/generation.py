@@ -9,7 +9,7 @@ digit now and then.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from dpo_cli.core.artifacts import digest_json
 from dpo_cli.core.gpu import is_gpu
 from dpo_cli.core.progress import Meter
+from dpo_cli.data.schema import Messages
 from dpo_cli.evaluation.decoding import Sampling, StaticDecoder, describe, pick
 from dpo_cli.models.lora import cast_adapters
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
@@ -39,15 +40,16 @@ capability 8.6 and 8.9); with more it unpacks every weight at every step, which 
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """A prompt to answer: its content id and its token ids."""
+    """A prompt to answer: its content id, its token ids and its messages."""
 
     id: str
     tokens: tuple[int, ...]
+    messages: Messages = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A sampled answer.
+class Sampled:
+    """The tokens of a sampled answer.
 
     Attributes:
         tokens: Token ids as sampled, the stop token included where one came.
@@ -81,8 +83,8 @@ def sample_answers(
     budget: TokenBudget,
     autocast_dtype: torch.dtype,
     meter: Meter,
-    keep: Callable[[Mapping[str, Answer]], None] | None = None,
-) -> dict[str, Answer]:
+    keep: Callable[[Mapping[str, Sampled]], None] | None = None,
+) -> dict[str, Sampled]:
     """Sample one answer to each prompt, without truncating the distribution.
 
     Args:
@@ -103,7 +105,7 @@ def sample_answers(
     config = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0]
     )
-    answers: dict[str, Answer] = {}
+    answers: dict[str, Sampled] = {}
     device = model.get_input_embeddings().weight.device
     decoder = StaticDecoder(model, sampling, autocast_dtype) if is_gpu(device) else None
 
@@ -168,8 +170,8 @@ def _uniforms(sampling: Sampling, prompt_id: str) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=key)).random(sampling.max_new_tokens)
 
 
-def _cut(tokens: Sequence[int], stop_ids: Sequence[int]) -> Answer:
+def _cut(tokens: Sequence[int], stop_ids: Sequence[int]) -> Sampled:
     for index, token in enumerate(tokens):
         if token in stop_ids:
-            return Answer(tuple(tokens[: index + 1]), finished=True)
-    return Answer(tuple(tokens), finished=False)
+            return Sampled(tuple(tokens[: index + 1]), finished=True)
+    return Sampled(tuple(tokens), finished=False)

@@ -14,8 +14,9 @@ from dpo_cli.core.progress import Reporter
 from dpo_cli.data.schema import Messages
 from dpo_cli.evaluation.comparison import Experiment
 from dpo_cli.evaluation.model_names import SFT
+from dpo_cli.judging.answers import Answer
 from dpo_cli.judging.comparisons import ComparisonResult, compare_models
-from dpo_cli.judging.prepare import JudgedAnswer, ReadyJudge, prepare_judge
+from dpo_cli.judging.prepare import ReadyJudge, prepare_judge
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.models.project import open_project
 from dpo_cli.statistics.bootstrap import Estimate, Sampling, ends
@@ -78,7 +79,7 @@ def answers_by_model(experiments: Sequence[Experiment]) -> tuple[dict[str, dict[
 
 def compare_every_two(
     models: Mapping[str, Mapping[str, str]],
-    judged_answer: Callable[[str, str], JudgedAnswer],
+    judged_answer: Callable[[str, str], Answer],
     judge: ReadyJudge,
     num_left_out: int,
     reporter: Reporter,
@@ -144,8 +145,8 @@ def judge_experiments(experiments: Sequence[Experiment], overrides: Sequence[str
     load_judge = prepare_judge(evaluate, project, ("", ""), memory)
     assert load_judge is not None
 
-    def judged_answer(id: str, text: str) -> JudgedAnswer:
-        return JudgedAnswer(id, prompts[id], text, 0)  # lengths are not looked at
+    def judged_answer(id: str, text: str) -> Answer:
+        return Answer.of_text(id, prompts[id], text)
 
     every = [judged_answer(id, text) for answers in models.values() for id, text in answers.items()]
     judge = load_judge(every)

@@ -5,7 +5,7 @@ Legend: rows of pairs go by the row's id, answers by the prompt's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from dpo_cli.core import paths
@@ -15,16 +15,16 @@ from dpo_cli.data.pieces import pieces_of
 from dpo_cli.data.schema import text_of
 from dpo_cli.data.tables import read_columns
 from dpo_cli.data.tokenise import TokenGroup, TokenTable
-from dpo_cli.evaluation.generation import Answer, PromptTokens
+from dpo_cli.evaluation.generation import PromptTokens
 from dpo_cli.evaluation.held_out import HeldOutPair
 from dpo_cli.evaluation.kl import SequenceKl
 from dpo_cli.evaluation.metrics import perplexity
 from dpo_cli.evaluation.models import EvaluatedModel, EvaluatedModels
 from dpo_cli.evaluation.steps import Steps, logp_sums
+from dpo_cli.judging.answers import Answer
 from dpo_cli.judging.comparisons import Answers
-from dpo_cli.judging.prepare import JudgedAnswer
 from dpo_cli.models.project import Project
-from dpo_cli.reference.cache import completion_key, group_keys, reference_logps
+from dpo_cli.reference.cache import group_keys, reference_logps
 
 Scaled = Mapping[float, tuple[dict[str, Answer], dict[str, SequenceKl]]]
 """Answers at temperature 1 and their divergences, by how many times what training changed."""
@@ -100,20 +100,18 @@ class Measurement:
 
     def divergences(self, model: EvaluatedModel, answers: Mapping[str, Answer]) -> dict[str, SequenceKl]:
         """KL of a model from the reference along its own answers, by prompt id, nats."""
-        return self._steps.divergences(model, self.models.reference, self.prompts, answers)
+        return self._steps.divergences(model, self.models.reference, answers)
 
     def log_ratios(self, answers: Mapping[str, Answer]) -> dict[str, list[tuple[str, float]]]:
         """Log pi / pi_ref of every piece of the policy's answers by prompt id, nats."""
-        groups = [
-            TokenGroup(prompt.id, prompt.id, prompt.tokens, (answers[prompt.id].tokens,)) for prompt in self.prompts
-        ]
+        groups = list(answers.values())
         ours, theirs = (
             self._steps.token_logps(model, groups, f"answers under {model}")
             for model in (self.models.policy, self.models.reference)
         )
         found = {}
         for group in groups:
-            key = completion_key(group.prompt, group.completions[0])
+            (key,) = group_keys(group)
             ratios = [a - b for a, b in zip(ours[key], theirs[key], strict=True)]
             row, place = [], 0
             for piece in pieces_of(self.project.tokenizer, group.completions[0]):
@@ -148,47 +146,26 @@ class Measurement:
         for group in sorted(self.table.groups, key=lambda group: group.id):
             first.setdefault(group.group, group)
         wanted = [first[prompt.id] for prompt in self.prompts]
-        chosen, rejected = (
-            {
-                group.group: self._judged_answer(group.group, self._texts[group.id][side], group.completions[side])
-                for group in wanted
-            }
-            for side in (0, 1)
-        )
+        chosen, rejected = ({group.group: self._data_answer(group, side) for group in wanted} for side in (0, 1))
         return chosen, rejected
 
     def judged_pairs(self) -> tuple[Answers, Answers]:
         """Chosen and rejected answers of the held-out pairs that the judge is tried on, by row id."""
         groups = sorted(self.table.groups, key=lambda group: group.id)
         groups = groups if self.evaluate.judge_pairs < 0 else groups[: self.evaluate.judge_pairs]
-        chosen, rejected = (
-            {
-                group.id: self._judged_answer(group.group, self._texts[group.id][side], group.completions[side])
-                for group in groups
-            }
-            for side in (0, 1)
-        )
+        chosen, rejected = ({group.id: self._data_answer(group, side) for group in groups} for side in (0, 1))
         return chosen, rejected
 
-    def judged(self, answers: Mapping[str, Answer]) -> Answers:
-        """Answers as a judge reads them."""
-        decode = self.project.encoder.decode
-        return {
-            prompt.id: self._judged_answer(
-                prompt.id, decode(list(answers[prompt.id].tokens)), answers[prompt.id].tokens
-            )
-            for prompt in self.prompts
-        }
-
-    def _judged_answer(self, group: str, text: str, tokens: Sequence[int]) -> JudgedAnswer:
-        return JudgedAnswer(group, self.table.prompts[group], text, len(tokens))
+    def _data_answer(self, group: TokenGroup, side: int) -> Answer:
+        messages, text = self.table.prompts[group.group], self._texts[group.id][side]
+        return Answer(group.id, group.group, group.prompt, (group.completions[side],), messages, text)
 
 
 def _prompts(table: TokenTable, limit: int) -> list[PromptTokens]:
     """The held-out prompts to answer, each once, in the order of their ids, which is random."""
     tokens = {group.group: group.prompt for group in table.groups}
     chosen = sorted(tokens)[: limit or None]
-    return [PromptTokens(group, tokens[group]) for group in chosen]
+    return [PromptTokens(group, tokens[group], table.prompts[group]) for group in chosen]
 
 
 def _texts_of_pairs() -> dict[str, tuple[str, str]]:

@@ -79,7 +79,7 @@ def sample_files(
     figures = {}
     for one in found:
         reward = judge.reward if judge else None
-        table = sample_table(one.prompts, answers, num_answers, project.encoder, reward)
+        table = sample_table(one.prompts, answers, num_answers, reward)
         write_samples(tables[one.path], table.rows, made_by)
         title = f"{one.path}: {asked_model} at T = {settings.temperature:g}"
         reporter.table(title, [*_lines(one, table), ("file", tables[one.path].as_posix())])

@@ -20,12 +20,13 @@ from dpo_cli.core.params import EvaluateParams
 from dpo_cli.core.row_store import RowStore, forget_other_stores
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.evaluation.decoding import Sampling
-from dpo_cli.evaluation.generation import GENERATION_VERSION, Answer, PromptTokens, sample_answers
+from dpo_cli.evaluation.generation import GENERATION_VERSION, PromptTokens, Sampled, sample_answers
 from dpo_cli.evaluation.kl import SequenceKl, sequence_kl
 from dpo_cli.evaluation.models import EvaluatedModel
+from dpo_cli.judging.answers import Answer
 from dpo_cli.models.project import Project
 from dpo_cli.reference.cache import SCHEMA as LOGP_SCHEMA
-from dpo_cli.reference.cache import completion_key, group_keys
+from dpo_cli.reference.cache import group_keys
 from dpo_cli.reference.scoring import missing_groups, score_into_store
 from dpo_cli.scoring.budget import in_micro_batches
 
@@ -97,7 +98,7 @@ class Steps:
                 self._project.reporter.meter(label, len(missing), "prompts") as meter,
             ):
 
-                def kept(new: Mapping[str, Answer]) -> None:
+                def kept(new: Mapping[str, Sampled]) -> None:
                     keep([{"key": keys[id], "tokens": list(a.tokens), "finished": a.finished} for id, a in new.items()])
 
                 sample_answers(
@@ -111,29 +112,26 @@ class Steps:
                 )
         rows = store.rows(keys.values())
         columns = zip(*(rows[name].to_list() for name in _ANSWERS), strict=True)
-        found = {key: Answer(tuple(tokens), finished) for key, tokens, finished in columns}
-        return {prompt.id: found[keys[prompt.id]] for prompt in prompts}
+        found = {key: (tuple(tokens), finished) for key, tokens, finished in columns}
+        answers = {}
+        for prompt in prompts:
+            tokens, finished = found[keys[prompt.id]]
+            text = self._project.encoder.decode(list(tokens))
+            answers[prompt.id] = Answer(prompt.id, prompt.id, prompt.tokens, (tokens,), prompt.messages, text, finished)
+        return answers
 
     def divergences(
-        self,
-        policy: EvaluatedModel,
-        reference: EvaluatedModel,
-        prompts: Sequence[PromptTokens],
-        answers: Mapping[str, Answer],
+        self, policy: EvaluatedModel, reference: EvaluatedModel, answers: Mapping[str, Answer]
     ) -> dict[str, SequenceKl]:
         """KL of the policy from the reference along the policy's own answers, by prompt id, nats.
 
         Raises:
             Interrupted: The user asked to stop; what was computed is kept.
         """
-        groups = {
-            prompt.id: TokenGroup(prompt.id, prompt.id, prompt.tokens, (answers[prompt.id].tokens,))
-            for prompt in prompts
-        }
-        keys = {id: completion_key(group.prompt, group.completions[0]) for id, group in groups.items()}
+        keys = {id: group_keys(answer)[0] for id, answer in answers.items()}
         store = self._store(policy, f"divergences-{reference.digest}", _DIVERGENCES)
         known = store.keys()
-        missing = [group for id, group in groups.items() if keys[id] not in known]
+        missing = [answer for id, answer in answers.items() if keys[id] not in known]
         if missing:
             with self._project.keeping(store) as keep:
                 for batch, found in self._both(policy, reference, missing):

@@ -59,7 +59,7 @@ def try_prompt(prompt: str, system: str | None, model: Path | None, params: Para
     before: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     messages = [*before, user(prompt)]
     try:
-        tokens = PromptTokens(content_id(messages), tuple(project.encoder.encode_prompt(messages)))
+        tokens = PromptTokens(content_id(messages), tuple(project.encoder.encode_prompt(messages)), messages)
     except RowProblem as problem:
         raise DataError(f"the prompt: {problem}") from None
     project.check_context(len(tokens.tokens) + settings.max_new_tokens, "evaluate.max_new_tokens + the prompt")
@@ -71,8 +71,7 @@ def try_prompt(prompt: str, system: str | None, model: Path | None, params: Para
         steps = Steps(project, settings, scratch.folder.parent / "models")
         for name, asked in names.items():
             answer = steps.answers(asked, [tokens], settings.temperature)[tokens.id]
-            text = project.encoder.decode(list(answer.tokens))
-            found.append(Tried(name, text, len(answer.tokens), answer.finished))
+            found.append(Tried(name, answer.text, answer.num_tokens, answer.finished))
     return found
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, MachineError, ParamsError
 from dpo_cli.core.params import EvaluateParams
 from dpo_cli.core.progress import Reporter
-from dpo_cli.data.schema import Messages, assistant
+from dpo_cli.data.schema import assistant
 from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.judging.answers import Answer
 from dpo_cli.judging.cache import CachedJudge
 from dpo_cli.judging.human import VotesJudge
 from dpo_cli.judging.judge import Judge
@@ -22,7 +22,7 @@ from dpo_cli.judging.language_model import HfJudge
 from dpo_cli.judging.openai import OpenAiJudge
 from dpo_cli.judging.reward_model import KnownRewards, RewardModel
 from dpo_cli.judging.server import Server
-from dpo_cli.judging.templates import TEMPLATES, Template, open_template, transcript
+from dpo_cli.judging.templates import TEMPLATES, Template, open_template
 from dpo_cli.judging.votes import read_votes
 from dpo_cli.models.folder import check_model_folder
 from dpo_cli.models.project import Project
@@ -30,28 +30,6 @@ from dpo_cli.models.reward import check_reward_model
 
 API_KEY = "DPO_JUDGE_API_KEY"
 JUDGE_PATH = "DPO_JUDGE_PATH"
-
-
-@dataclass(frozen=True)
-class JudgedAnswer:
-    """An answer that may be judged.
-
-    Attributes:
-        group: The prompt's id.
-        messages: The prompt.
-        text: The answer.
-        num_tokens: Tokens of the answer, as it was sampled.
-    """
-
-    group: str
-    messages: Messages
-    text: str
-    num_tokens: int
-
-    @cached_property
-    def prompt(self) -> str:
-        """The prompt as a judge reads it."""
-        return transcript(self.messages)
 
 
 @dataclass(frozen=True)
@@ -74,7 +52,7 @@ class ReadyJudge:
     reward: Callable[[str, str], float] | None = None
 
 
-LoadJudge = Callable[[Sequence[JudgedAnswer]], ReadyJudge]
+LoadJudge = Callable[[Sequence[Answer]], ReadyJudge]
 """Opens a judge that was prepared, for the answers that it will be asked about."""
 
 
@@ -118,13 +96,13 @@ def prepare_judge(
     return _prepare_hf(settings, project, memory)
 
 
-def _learned_rewards(project: Project, judged: Sequence[JudgedAnswer]) -> ReadyJudge:
+def _learned_rewards(project: Project, judged: Sequence[Answer]) -> ReadyJudge:
     """Rewards of answers as texts, as all judges see them: equal texts have equal rewards, whatever their tokens."""
     model = RewardModel.load(paths.REWARD_MODEL, project)
-    different = {(each.prompt, each.text): each for each in judged}
-    by_prompt: dict[str, list[JudgedAnswer]] = {}
+    different = {(each.asked, each.text): each for each in judged}
+    by_prompt: dict[str, list[Answer]] = {}
     for each in different.values():
-        by_prompt.setdefault(each.prompt, []).append(each)
+        by_prompt.setdefault(each.asked, []).append(each)
     groups = []
     for number, some in enumerate(by_prompt.values()):
         messages = some[0].messages
@@ -161,7 +139,7 @@ def _prepare_hf(settings: EvaluateParams, project: Project, memory: Path) -> Loa
     check_model_folder(folder)
     template = _template(settings.hf.template, "evaluate.hf.template")
 
-    def open_(_: Sequence[JudgedAnswer]) -> ReadyJudge:
+    def open_(_: Sequence[Answer]) -> ReadyJudge:
         judge = HfJudge.load(folder, template, settings.hf, project, policy=project.base)
         name = settings.hf.name or folder.name
         return ReadyJudge(CachedJudge(judge, memory), name, _rater(name, template), reads=True)

@@ -12,7 +12,7 @@ import torch
 from dpo_cli.core import gpu
 from dpo_cli.evaluation import decoding
 from dpo_cli.evaluation.decoding import Sampling
-from dpo_cli.evaluation.generation import Answer, PromptTokens, sample_answers
+from dpo_cli.evaluation.generation import PromptTokens, Sampled, sample_answers
 from dpo_cli.scoring.budget import TokenBudget
 from tests.parity.test_layouts_agree import EXACT, NEEDS_PADDING, VOCABULARY, WINDOWED, build
 
@@ -38,7 +38,7 @@ def some_prompts(count: int, longest: int = 15) -> list[PromptTokens]:
     ]
 
 
-def sample(model: Any, reporter: Any, **changes: Any) -> dict[str, Answer]:
+def sample(model: Any, reporter: Any, **changes: Any) -> dict[str, Sampled]:
     settings: dict[str, Any] = {"stop_ids": (STOP,), "temperature": 1.0, "max_new_tokens": 20}
     settings |= {"seed": 0, "stream": "dpo"} | changes
     dtype = settings.pop("autocast_dtype", torch.float32)
