@@ -7,6 +7,7 @@
 # docs    write the generated files again
 # docs-site  the documentation as a site in build/site; a broken link is an error
 # bench   benchmarks, printed as ratios;  `make bench-trl` compares with TRL, for most of an hour
+# gpu-check eight minutes on a GPU: does the code for it run, is it right, how fast is it; small where there is none
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -21,7 +22,7 @@ MODEL := $(REAL)/SmolLM2-135M-Instruct
 EXAMPLE := examples/smollm2
 export DPO_REAL := $(REAL)
 
-.PHONY: setup repro real test test-fast dry-run lint docs docs-site bench bench-trl clean
+.PHONY: setup repro real test test-fast dry-run lint docs docs-site bench bench-trl gpu-check clean
 
 setup: $(VENV)/.installed
 
@@ -66,8 +67,9 @@ lint: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-dev
 	$(BIN)/python tools/generate.py
 
+# Without --quiet, which would hide warnings from --strict, too.
 docs-site: $(VENV)/.installed-dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(VENV)/.installed-dev
 	$(THREADS) $(BIN)/python benchmarks/scoring.py
@@ -76,6 +78,10 @@ bench: $(VENV)/.installed-dev
 
 bench-trl: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/against_trl.py
+
+# ARGS="--parts stages,steps" asks for some of it.
+gpu-check: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
 
 clean:
 	rm -rf $(VENV) .scratch

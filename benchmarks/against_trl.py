@@ -1,7 +1,7 @@
 """Our training step and reference pass against TRL's DPOTrainer, on one CPU thread, as ratios within one run.
 
     python benchmarks/against_trl.py [--out FILE] [--regimes 0.42,harmless-base] [--vocabularies 1024] [--runs 3]
-    python benchmarks/against_trl.py --model DIR [--regimes harmless-base]
+    python benchmarks/against_trl.py --model DIR [--regimes harmless-base] [--device cuda]
 
 Both tools load the same saved llama (4 layers of width 256, random weights) with the same LoRA adapter, get the same
 token ids, reference log-probabilities and pairs per optimizer step in the same order, and train with AdamW in float32.
@@ -23,6 +23,9 @@ in every run; the others are spread over the runs, once each, unless ``--every-r
 Times are CPU time of the process, which with one thread is the time that passes on an idle machine. Of the optimizer
 steps all but the first are timed; the reference pass after a small batch. Peak memory is the most that was resident
 above what the process held when model and data were loaded.
+
+With ``--device cuda`` both compute in bfloat16 on the GPU. Times are those that pass until it has done its work, and
+peak memory is what PyTorch's tensors took of it.
 """
 
 from __future__ import annotations
@@ -57,7 +60,9 @@ Logps = tuple[float, float]
 """Of chosen and rejected, sums over tokens, nats."""
 
 TOLERANCE = 1e-3
-"""Nats by which the loss of a step or a reference log-probability may differ."""
+"""Nats by which the loss of a step or a reference log-probability may differ in float32."""
+BFLOAT16_TOLERANCES = {"step": 0.03, "reference": 0.3}
+"""The same in bfloat16, where rounding moves sums over tokens; a token too many or too few moves them by 10 nats."""
 BETA = 0.1
 LEARNING_RATE = 1e-4
 MAX_GRAD_NORM = 1.0
@@ -155,6 +160,7 @@ class Case:
         num_steps: Optimizer steps of a run, the first of which warms up.
         folder: Where models and pairs lie.
         model: Directory of a model to take, in nf4; None: a small random one in float32.
+        device: ``cpu``, or ``cuda``.
     """
 
     regime: str
@@ -162,6 +168,25 @@ class Case:
     num_steps: int
     folder: Path
     model: Path | None = None
+    device: str = "cpu"
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU computes."""
+        return self.device != "cpu"
+
+    def tolerance(self, what: str) -> float:
+        """Nats by which a pass of the two may differ."""
+        return BFLOAT16_TOLERANCES[what] if self.on_gpu else TOLERANCE
+
+    def now(self) -> float:
+        """CPU seconds of this process; of a GPU seconds that passed, when it has done its work."""
+        if not self.on_gpu:
+            return time.process_time()
+        import torch
+
+        torch.cuda.synchronize()
+        return time.perf_counter()
 
     @property
     def quantization(self) -> str:
@@ -217,8 +242,8 @@ def plain_logps(model: Any, prompt: list[int], answer: list[int]) -> float:
     import torch
 
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-    return logits.double().log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum().item()
+        logits = model(input_ids=torch.tensor([prompt + answer], device=model.device)).logits[0, len(prompt) - 1 : -1]
+    return logits.double().log_softmax(-1).cpu().gather(1, torch.tensor(answer)[:, None]).sum().item()
 
 
 def prepare(cases: Sequence[Case]) -> None:
@@ -232,7 +257,9 @@ def prepare(cases: Sequence[Case]) -> None:
         mine = [case for case in cases if case.vocabulary == vocabulary]
         torch.manual_seed(0)
         if mine[0].model is not None:
-            model = AutoModelForCausalLM.from_pretrained(mine[0].model, dtype=torch.float32)
+            dtype = torch.bfloat16 if mine[0].on_gpu else torch.float32
+            where = {"": mine[0].device}
+            model = AutoModelForCausalLM.from_pretrained(mine[0].model, dtype=dtype, device_map=where)
         else:
             config = LlamaConfig(
                 vocab_size=vocabulary,
@@ -304,21 +331,35 @@ def give_back_memory() -> None:
 class Meter:
     """Peak memory and CPU share of a process; made when model and data are loaded."""
 
-    def __init__(self) -> None:
+    def __init__(self, case: Case) -> None:
+        self._on_gpu = case.on_gpu
         give_back_memory()
-        self._held_mib = memory_mib("VmRSS")
+        self._held_mib = self._memory_mib("VmRSS")
         self._begun = time.perf_counter(), time.process_time()
-        self.process_mib = memory_mib("VmHWM")
+        self.process_mib = self._memory_mib("VmHWM")
+
+    def _memory_mib(self, field: str) -> float:
+        if not self._on_gpu:
+            return memory_mib(field)
+        import torch
+
+        of_gpu = torch.cuda.memory_allocated if field == "VmRSS" else torch.cuda.max_memory_allocated
+        return of_gpu() / 2**20
 
     def reset(self) -> None:
         """Forget the peak so far, but for the process's."""
         give_back_memory()
-        self.process_mib = max(self.process_mib, memory_mib("VmHWM"))
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        self.process_mib = max(self.process_mib, self._memory_mib("VmHWM"))
+        if not self._on_gpu:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+            return
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
 
     def peak_mib(self) -> float:
         """The peak since the last reset, above what model and data held."""
-        peak = memory_mib("VmHWM")
+        peak = self._memory_mib("VmHWM")
         self.process_mib = max(self.process_mib, peak)
         return peak - self._held_mib
 
@@ -333,7 +374,7 @@ class Steps:
 
     Attributes:
         losses: What each call of training_step returned.
-        ends: The CPU time after each optimizer step.
+        ends: The time after each optimizer step.
         mib: Peak memory above what model and data held.
     """
 
@@ -353,7 +394,7 @@ class Steps:
         return [sum(float(loss) for loss in self.losses[step * calls :][:calls]) for step in range(num_steps)]
 
 
-def watch(trainer: Any, meter: Meter) -> Steps:
+def watch(trainer: Any, meter: Meter, case: Case) -> Steps:
     """Have a trainer note what it goes through."""
     from transformers import TrainerCallback
 
@@ -365,7 +406,7 @@ def watch(trainer: Any, meter: Meter) -> Steps:
             meter.reset()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            steps.ends.append(time.process_time())
+            steps.ends.append(case.now())
 
         def on_train_end(self, *args: Any, **kwargs: Any) -> None:
             steps.mib = meter.peak_mib()
@@ -439,18 +480,18 @@ def run_ours(case: Case, runtime_knobs: dict[str, Any]) -> Outcome:
         for index, (prompt, chosen, rejected) in enumerate(pairs)
     ]
     os.chdir(case.workspace)
-    runtime = RuntimeParams(device="cpu", **runtime_knobs)
+    runtime = RuntimeParams.model_validate({"device": case.device, **runtime_knobs})
     machine = prepare_machine(runtime, embedded=False)
     sft = SftResult("lora", "")
     policy: Any = load_policy_at_start(case.base, sft, machine, case.quantization, LoraParams(), 0)
-    meter = Meter()
+    meter = Meter(case)
     max_tokens = token_budget(runtime, machine.device)
     with open_scorer(policy.eval(), machine.compute_dtype, runtime, ToStderr(), "train")[0] as scorer:
         our_references(scorer, groups[:2], max_tokens)
         meter.reset()
-        begun = time.process_time()
+        begun = case.now()
         logps = our_references(scorer, groups[PAIRS_A_STEP:], max_tokens)
-        reference_s = time.process_time() - begun
+        reference_s = case.now() - begun
         reference_mib = meter.peak_mib()
         steps = Steps([], [])
 
@@ -458,7 +499,7 @@ def run_ours(case: Case, runtime_knobs: dict[str, Any]) -> Outcome:
             def __init__(self, *args: Any, **kwargs: Any) -> None:
                 nonlocal steps
                 super().__init__(*args, **kwargs)
-                steps = watch(self, meter)
+                steps = watch(self, meter, case)
 
             def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
                 return torch.utils.data.SequentialSampler(groups)
@@ -543,14 +584,15 @@ def load_policy(case: Case) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     torch.set_num_threads(1)
+    dtype = torch.bfloat16 if case.on_gpu else torch.float32
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_compute_dtype=dtype,
     )
-    quantized = {} if case.quantization == "none" else {"quantization_config": nf4, "device_map": {"": "cpu"}}
-    model = AutoModelForCausalLM.from_pretrained(case.base, dtype=torch.float32, **quantized)
+    quantized = {} if case.quantization == "none" else {"quantization_config": nf4, "device_map": {"": case.device}}
+    model = AutoModelForCausalLM.from_pretrained(case.base, dtype=dtype, **quantized)
     policy = PeftModel.from_pretrained(model, str(case.workspace / "models" / "sft"), is_trainable=True)
     for module in policy.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -572,8 +614,8 @@ def trl_trainer(case: Case, side: str, policy: Any, dataset: Any, pairs_a_forwar
 
     arguments = DPOConfig(
         output_dir=folder,
-        use_cpu=True,
-        bf16=False,
+        use_cpu=not case.on_gpu,
+        bf16=case.on_gpu,
         gradient_checkpointing=False,
         per_device_train_batch_size=pairs_a_forward,
         gradient_accumulation_steps=PAIRS_A_STEP // pairs_a_forward,
@@ -599,8 +641,10 @@ def trl_trainer(case: Case, side: str, policy: Any, dataset: Any, pairs_a_forwar
     return trainer
 
 
-def trl_references(trainer: Any, dataset: Any, pairs_a_forward: int, meter: Meter) -> tuple[float, float, list[Logps]]:
-    """TRL's own reference pass: CPU seconds, peak MiB, and what it found.
+def trl_references(
+    trainer: Any, dataset: Any, pairs_a_forward: int, meter: Meter, case: Case
+) -> tuple[float, float, list[Logps]]:
+    """TRL's own reference pass: seconds, peak MiB, and what it found.
 
     The time ends with the last forward pass: that it writes the datasets cache does not count.
     """
@@ -612,16 +656,21 @@ def trl_references(trainer: Any, dataset: Any, pairs_a_forward: int, meter: Mete
     def timed(*args: Any, **kwargs: Any) -> Any:
         nonlocal end
         found = compute(*args, **kwargs)
-        end = time.process_time()
+        end = case.now()
         return found
 
-    compute(trainer.model, trainer.data_collator([dataset[0], dataset[1]]))
+    compute(trainer.model, _moved(trainer, trainer.data_collator([dataset[0], dataset[1]])))
     trainer.compute_ref_log_probs = timed
     meter.reset()
-    begun = time.process_time()
+    begun = case.now()
     found = DPOTrainer._precompute_ref_logps(trainer, dataset, "train", pairs_a_forward)
     peak_mib = meter.peak_mib()
     return end - begun, peak_mib, list(zip(found["ref_chosen_logps"], found["ref_rejected_logps"], strict=True))
+
+
+def _moved(trainer: Any, batch: Any) -> Any:
+    """A batch on the device of the trainer's model."""
+    return trainer._prepare_inputs(batch)
 
 
 def score_answers_only() -> None:
@@ -646,14 +695,14 @@ def run_trl(case: Case, side: str, pairs_a_forward: dict[str, int]) -> Outcome:
         reference_order = by_length(pairs, timed)
     policy = load_policy(case)
     dataset, reference_dataset = trl_dataset(pairs, order, references), trl_dataset(pairs, reference_order)
-    meter = Meter()
+    meter = Meter(case)
     with tempfile.TemporaryDirectory() as folder:
         trainer = trl_trainer(case, side, policy, dataset, pairs_a_forward["step"], folder)
         check_tokens(trainer, pairs, order)
         reference_s, reference_mib, found = trl_references(
-            trainer, reference_dataset, pairs_a_forward["reference"], meter
+            trainer, reference_dataset, pairs_a_forward["reference"], meter, case
         )
-        steps = watch(trainer, meter)
+        steps = watch(trainer, meter, case)
         trainer.train()
     by_index = dict(zip(reference_order, found, strict=True))
     logps = [by_index[index] for index in timed]
@@ -665,6 +714,8 @@ def run_trl(case: Case, side: str, pairs_a_forward: dict[str, int]) -> Outcome:
 
 def calibrate(case: Case) -> dict[str, int]:
     """Pairs a forward with which ``best`` is fastest on the pairs of one step; the fewest of those within 5% of it."""
+    import torch
+
     pairs, references = case.read()
     rows = trl_dataset(pairs, by_length(pairs, range(PAIRS_A_STEP, 2 * PAIRS_A_STEP)), references)
     with tempfile.TemporaryDirectory() as folder:
@@ -672,7 +723,7 @@ def calibrate(case: Case) -> dict[str, int]:
     trainer.model.train()
 
     def score(what: str, places: range) -> None:
-        batch = trainer.data_collator([rows[place] for place in places])
+        batch = _moved(trainer, trainer.data_collator([rows[place] for place in places]))
         if what == "step":
             trainer.compute_loss(trainer.model, batch).backward()
         else:
@@ -683,11 +734,14 @@ def calibrate(case: Case) -> dict[str, int]:
         times: dict[int, float] = {}
         for pairs_a_forward in CANDIDATES:
             batches = [range(begin, begin + pairs_a_forward) for begin in range(0, PAIRS_A_STEP, pairs_a_forward)]
-            score(what, batches[-1])  # warms up with the longest
-            begun = time.process_time()
-            for batch in batches:
-                score(what, batch)
-            times[pairs_a_forward] = time.process_time() - begun
+            try:
+                score(what, batches[-1])  # warms up with the longest
+                begun = case.now()
+                for batch in batches:
+                    score(what, batch)
+            except torch.OutOfMemoryError:
+                break
+            times[pairs_a_forward] = case.now() - begun
             if times[pairs_a_forward] > 1.15 * min(times.values()):
                 break
         tell(f"{what}: seconds by pairs a forward {times}")
@@ -770,7 +824,7 @@ def table_row(case: Case, config: str, what: str, meetings: Sequence[Meeting]) -
     found = [difference for meeting in meetings for difference in meeting.differences(what)]
     worst, where = max(found, key=lambda item: math.inf if math.isnan(item[0]) else item[0])
     start = f"| {case.regime} | {case.vocabulary} | {config}"
-    if not worst <= TOLERANCE:
+    if not worst <= case.tolerance(what):
         nothing = " |" * (COLUMNS.count("|") - start.count("|") - 3)
         return f"{start} | {REFUSED}: {where} differs |{nothing} {worst:.1e} |"
     trl, ours = [meeting.trl for meeting in meetings], [meeting.ours for meeting in meetings]
@@ -827,25 +881,37 @@ def processor() -> str:
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
+_ON_CPU = ("float32", "CPU time", "what was resident")
+
+
+def gpu_name() -> str:
+    """The GPU's name, as a process says it that ends at once."""
+    command = [sys.executable, "-c", "import torch; print(torch.cuda.get_device_name())"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def heading(arguments: argparse.Namespace) -> list[str]:
     """What was measured, where, and with which versions."""
+    on_gpu = arguments.device != "cpu"
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "trl", "datasets"))
     kept = " ".join(f"{name}={value}" for name, value in KEEP_MEMORY.items())
     machine = (
-        f"Command: `{shlex.join(['python', 'benchmarks/against_trl.py', *sys.argv[1:]])}`. {processor()}, one thread,"
-        f" Python {platform.python_version()}, {packages}. Memory allocator of both tools: glibc's"
-        f" {f'with {kept}' if arguments.malloc == 'keep' else 'as it comes'}."
+        f"Command: `{shlex.join(['python', 'benchmarks/against_trl.py', *sys.argv[1:]])}`."
+        f" {gpu_name() if on_gpu else processor()}, one thread, Python {platform.python_version()}, {packages}. Memory"
+        f" allocator of both tools: glibc's {f'with {kept}' if arguments.malloc == 'keep' else 'as it comes'}."
     )
     model = "Llama of 4 layers of width 256" if arguments.model is None else f"{arguments.model.name} in nf4"
+    dtype, times, held = ("bfloat16", "those that passed", "what tensors took") if on_gpu else _ON_CPU
+    limits = " and ".join(f"{limit:g}" for limit in BFLOAT16_TOLERANCES.values()) if on_gpu else f"{TOLERANCE:g}"
     method = (
-        f"{model} with LoRA (rank 16, all linear layers), float32, {PAIRS_A_STEP} pairs an"
+        f"{model} with LoRA (rank 16, all linear layers), {dtype}, {PAIRS_A_STEP} pairs an"
         f" optimizer step, {arguments.runs} runs with a process of its own for each tool. The number after a"
         " configuration of TRL's is its pairs a forward pass. A ratio above 1 means that ours is faster, or holds less:"
-        " median [min, max] of neighboring runs. Times are CPU time. Peak is what was resident above model and data,"
+        f" median [min, max] of neighboring runs. Times are {times}. Peak is {held} above model and data,"
         " process is all of it. Difference is the largest of any step's loss, or of any answer's log-probability, in"
-        f" nats; above {TOLERANCE:g} there are no figures."
+        f" nats; above {limits} there are no figures."
     )
-    title = "# Training step and reference pass against TRL, CPU"
+    title = f"# Training step and reference pass against TRL, {'GPU' if on_gpu else 'CPU'}"
     return [title, "", *textwrap.wrap(machine, 120), "", *textwrap.wrap(method, 120)]
 
 
@@ -893,6 +959,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--vocabularies", type=lambda text: [int(size) for size in text.split(",")], default=[1024, 32768]
     )
     parser.add_argument("--model", type=Path, help="a model directory to load in nf4, in place of small random models")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: with --model alone")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--pairs", type=int, help="timed pairs a run; 48, and 32 at large vocabularies")
     sides = [BEST, LARGEST, DEFAULT, COMPACT, COMPILED]
@@ -905,6 +972,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
     arguments.runtime = dict(arguments.runtime)
+    if arguments.device != "cpu" and arguments.model is None:
+        parser.error("--device cuda needs --model: the small random models show nothing of a GPU")
     if arguments.model is not None:
         config = json.loads((arguments.model / "config.json").read_text(encoding="utf-8"))
         arguments.vocabularies = [config.get("text_config", config)["vocab_size"]]
@@ -926,7 +995,10 @@ def main() -> None:
             pairs = arguments.pairs or (FEW_PAIRS if vocabulary >= LARGE_VOCABULARY else MANY_PAIRS)
             num_steps = 1 + math.ceil(pairs / PAIRS_A_STEP)
             model = arguments.model and arguments.model.resolve()
-            cases += [Case(regime, vocabulary, num_steps, Path(folder), model) for regime in arguments.regimes]
+            cases += [
+                Case(regime, vocabulary, num_steps, Path(folder), model, arguments.device)
+                for regime in arguments.regimes
+            ]
         run_side("prepare", {"cases": [asdict(case) for case in cases]}, keep_memory=True)
         compared = [compare(case, arguments) for case in cases]
     report = [*heading(arguments), *lengths_table(cases)]

@@ -84,7 +84,20 @@ def cli_md() -> str:
     text = re.sub(
         r"^# `dpo-cli`$", f"# The commands of dpo-cli\n\n{_GENERATED}", html.unescape(text), count=1, flags=re.M
     )
-    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    return _with_whole_summaries(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
+
+
+def _with_whole_summaries(text: str) -> str:
+    """Lists of commands with the first line of each command's section, which Typer cuts off at 45 characters."""
+    summaries = dict(re.findall(r"^#+ `dpo-cli ([^`]+)`\n\n(.+)$", text, flags=re.M))
+    lines, group = [], ""
+    for line in text.splitlines():
+        if heading := re.match(r"#+ `dpo-cli ([^`]+)`", line):
+            group = f"{heading[1]} "
+        item = re.match(r"\* `([\w-]+)`: ", line)
+        found = summaries.get(f"{group}{item[1]}") if item else None
+        lines.append(f"* `{item[1]}`: {found}" if item and found else line)
+    return "\n".join(lines) + "\n"
 
 
 def example_files() -> dict[str, str]:

@@ -165,6 +165,8 @@ class Counting(TorchDispatchMode):
         moved = written + sum(_num_bytes(tensor) for tensor in given if not _is_only_written(base, tensor, made))
         if base in _PICKS:
             return Work(1, 2 * written), "elementwise"
+        if base == "index_copy_":  # only what is put in
+            return Work(1, 2 * _num_bytes(args[3])), "elementwise"
         if base in ("mm", "bmm"):
             return _product(moved, args[0], args[1])
         if base == "_grouped_mm":

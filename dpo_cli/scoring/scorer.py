@@ -32,9 +32,9 @@ from dpo_cli.scoring.last_mlp import ReadRows, last_mlp
 from dpo_cli.scoring.layout import Layout, LayoutName, lay_out, num_row_tokens, split_by_tokens
 from dpo_cli.scoring.own_head import NoAnswerError, OwnHead
 
-ENGINE_VERSION = 4
+ENGINE_VERSION = 5
 FLOAT32_ENGINE_VERSION = 3
-"""The same where the model computes in float32: what made version 4 of it moved only narrower numbers."""
+"""The same where the model computes in float32: what made versions 4 and 5 moved only narrower numbers."""
 MAX_READ_SHARE = 0.7
 """Share of a row's positions that are read up to which it pays to compute the last MLP on them alone."""
 

@@ -1,4 +1,4 @@
-"""docs/evaluation.md: every metric and line of the verdict has a row, and what it quotes is what the code says."""
+"""docs/metrics.md, evaluation.md, judges.md: every metric and line of the verdict is there; quotes are the code's."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ from dpo_cli.statistics.bootstrap import Sampling
 from dpo_cli.statistics.calibration import NUM_BINS
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+PAGES_OF_EVALUATION = [ROOT / "docs" / f"{name}.md" for name in ("evaluation", "metrics", "judges")]
+PAGE = "\n".join(page.read_text(encoding="utf-8") for page in PAGES_OF_EVALUATION)
 TEXT = re.sub(r"\s+", " ", PAGE)
 SECTIONS = {part.split("\n", 1)[0]: part for part in re.split(r"^#+ ", PAGE, flags=re.MULTILINE)[1:]}
 SAMPLING = Sampling(draws=100, confidence=0.95, seed=0)
@@ -154,7 +155,7 @@ def test_every_row_is_a_metric() -> None:
 
 
 def test_every_line_of_the_verdict_has_a_row_in_its_order() -> None:
-    rows = rows_of("In one minute")
+    rows = rows_of("The lines of the verdict")
     names = [finding.name for finding in verdict(ALL)]
     assert [name for name in rows if name in names] == names
 
@@ -181,11 +182,11 @@ def test_every_line_of_the_verdict_has_a_row_in_its_order() -> None:
 )
 def test_thresholds_are_those_of_the_code(row: str, quoted: list[str]) -> None:
     assert LESS_DISTINCT == LESS_ENTROPY  # the page says them in one breath
-    assert [words for words in quoted if words not in rows_of("In one minute")[row]] == []
+    assert [words for words in quoted if words not in rows_of("The lines of the verdict")[row]] == []
 
 
 def test_a_judge_is_doubted_below_the_consistency_that_the_page_names() -> None:
-    [limit] = re.findall(r"consistency below ([\d.]+)", rows_of("In one minute")["the judge"])
+    [limit] = re.findall(r"consistency below ([\d.]+)", rows_of("The lines of the verdict")["the judge"])
     for consistency, status in ((float(limit) - 0.01, "warn"), (float(limit), "plain")):
         finding = judge_quality({**ALL, "judge_agreement_ci": [0.6, 0.8], "judge_consistency": consistency})
         assert finding is not None
@@ -193,7 +194,7 @@ def test_a_judge_is_doubted_below_the_consistency_that_the_page_names() -> None:
 
 
 def test_a_smaller_scale_is_cheaper_up_to_the_kl_that_the_page_names() -> None:
-    [limit] = re.findall(r"KL is at most ([\d.]+) times", rows_of("In one minute")["over-optimization"])
+    [limit] = re.findall(r"KL is at most ([\d.]+) times", rows_of("The lines of the verdict")["over-optimization"])
     for kl, is_cheaper in ((float(limit), True), (float(limit) + 0.01, False)):
         found = cheaper_step([(1.0, 1.0, result()), (0.5, kl, result())], SAMPLING)
         assert ("cheaper_scale" in found) is is_cheaper
@@ -233,7 +234,7 @@ def metrics_with(**changes: Any) -> dict[str, Any]:
     ],
 )
 def test_headlines_are_those_of_the_code(changes: dict[str, Any], row: int, color: str) -> None:
-    table = SECTIONS["In one minute"].split("| | headline | |\n|---|---|---|\n")[1].split("\n\n")[0].splitlines()
+    table = SECTIONS["The headline"].split("| | headline | |\n|---|---|---|\n")[1].split("\n\n")[0].splitlines()
     assert len(table) == 10
     text, status = headline(metrics_with(**changes))
     assert {"good": "green", "warn": "amber", "bad": "red"}[status] == color
@@ -275,7 +276,12 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
-PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "examples/smollm2/README.md",
+    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+]
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -1,4 +1,4 @@
-"""Public files convert as docs/data.md says, with the quirks that were counted in them by other means.
+"""Public files convert as docs/public-files.md says, with the quirks that were counted in them by other means.
 
 The files lie beside the checkout and are no part of the repository; without them these tests are skipped.
 """
@@ -33,8 +33,8 @@ _ROW = re.compile(r"^\| ([\w-]+/[^|]+) \|(.*)\|$", re.MULTILINE)
 
 
 def documented() -> Iterator[Any]:
-    """The rows of docs/data.md's table."""
-    for match in _ROW.finditer((ROOT / "docs" / "data.md").read_text(encoding="utf-8")):
+    """The rows of docs/public-files.md's table."""
+    for match in _ROW.finditer((ROOT / "docs" / "public-files.md").read_text(encoding="utf-8")):
         cells = [cell.strip() for cell in match[2].split("|")]
         yield pytest.param(match[1], cells, id=match[1])
 

@@ -28,10 +28,11 @@ from dpo_cli.models.shapes import SHAPES
 from dpo_cli.reference.scoring import score_groups
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.layout import Layout, lay_out
-from dpo_cli.scoring.recompute import KeptBytes, measure_kept, set_recompute
+from dpo_cli.scoring.recompute import KeptBytes, set_recompute
 from dpo_cli.scoring.regimes import random_pairs
 from dpo_cli.scoring.reward import RewardScorer
 from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.training.memory import kept_bytes
 from dpo_cli.training.objective import PairObjective, SftObjective, preference_objective
 from dpo_cli.training.reward_objective import RewardObjective
 from tests.cuda_dry_run.cases import FAMILIES, PASSES, Case
@@ -114,7 +115,7 @@ def _run(case: Case, counting: Counting, outcome: Outcome) -> None:
     with _FAULTS.get(case.fault, nullcontext)():
         if case.model in SHAPES:
             tokens = lay_out(groups, scorer.layout).num_tokens
-            outcome.estimated_bytes = _estimate(model, scorer, groups).of(case.grade, tokens)  # type: ignore[arg-type]
+            outcome.estimated_bytes = kept_bytes(model, scorer, groups).of(case.grade, tokens)  # type: ignore[arg-type]
         set_recompute(model, case.grade)  # type: ignore[arg-type]
         trainer = _trainer(case, model, scorer, groups)
         counting.restart()
@@ -147,20 +148,6 @@ def _trainer(case: Case, model: Any, scorer: Scorer, groups: Sequence[TokenGroup
 
 def _first(groups: Sequence[TokenGroup]) -> list[TokenGroup]:
     return [replace(group, completions=group.completions[:1]) for group in groups]
-
-
-def _estimate(model: Any, scorer: Scorer, groups: Sequence[TokenGroup]) -> KeptBytes:
-    """As ``choose_memory`` measures it."""
-    set_recompute(model, "none")
-    model.train()
-    tokens = [token for group in groups for token in (*group.prompt, *group.completions[0])]
-
-    def forward(size: int) -> int:
-        text = tuple(tokens[:size])
-        scorer.score([TokenGroup("measured", "measured", text[: size // 2], (text[size // 2 :],))])
-        return size - 1
-
-    return measure_kept(model, forward, scorer.config.num_hidden_layers, scorer.head_bytes)
 
 
 def _wrong_gradients(model: torch.nn.Module) -> Iterator[str]:

@@ -41,7 +41,7 @@ def test_a_pass_without_gradients_runs(work: str, outcomes: Outcomes) -> None:
 def test_answers_are_asked_for_now_and_then_and_not_at_every_token(outcomes: Outcomes) -> None:
     """While a model is tried, as the prompts go through, and twice until 24 tokens are there."""
     found = outcomes("steps")[str(Case(grade="none", work="generation"))]
-    assert 2 < sum(found["reads"].values()) < 16
+    assert 2 < sum(found["reads"].values()) < 20
 
 
 # --- planted faults -----------------------------------------------------------------------

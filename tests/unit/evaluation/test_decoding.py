@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -38,14 +39,16 @@ def some_prompts(count: int, longest: int = 15) -> list[PromptTokens]:
     ]
 
 
-def sample(model: Any, reporter: Any, **changes: Any) -> dict[str, Sampled]:
+def sample(
+    model: Any, reporter: Any, prompts: Sequence[PromptTokens] = (), max_tokens: int = 30, **changes: Any
+) -> dict[str, Sampled]:
     settings: dict[str, Any] = {"stop_ids": (STOP,), "temperature": 1.0, "max_new_tokens": 20}
     settings |= {"seed": 0, "stream": "dpo"} | changes
     dtype = settings.pop("autocast_dtype", torch.float32)
     with reporter.meter("answers", 12, "prompts") as meter:
-        budget = TokenBudget(30, "test", reporter)
+        budget = TokenBudget(max_tokens, "test", reporter)
         return sample_answers(
-            model, some_prompts(12), Sampling(**settings), meter=meter, budget=budget, autocast_dtype=dtype
+            model, prompts or some_prompts(12), Sampling(**settings), meter=meter, budget=budget, autocast_dtype=dtype
         )
 
 
@@ -190,3 +193,19 @@ def test_memory_that_runs_out_is_for_the_budget_to_see(
     assert sample(model, reporter) == expected
     assert max(sizes) > 3 >= sizes[-1]
     assert any("out of memory" in line for line in reporter.warned)
+
+
+def test_packed_weights_get_no_more_rows_than_are_multiplied_without_unpacking(
+    on_gpu: None, reporter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    begin = decoding._Run.begin
+    monkeypatch.setattr(decoding._Run, "begin", lambda run: (sizes.append(len(run.token_R1)), begin(run))[1])
+    prompts = [PromptTokens(f"{number}", (5, 7, 3)) for number in range(150)]
+    for is_packed, expected in ((False, [150]), (True, [64, 64, 22])):
+        model = build("llama")
+        if is_packed:
+            model.model.layers[0].mlp.up_proj.weight.quant_state = object()
+        sample(model, reporter, prompts, 4096, max_new_tokens=2)
+        assert sizes[1:] == expected, "the first is the model's trial"
+        sizes.clear()

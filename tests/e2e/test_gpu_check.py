@@ -1,0 +1,101 @@
+"""The check of a GPU runs small on the CPU: all parts, what is missing again, and what failed is said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu_check import __main__ as check
+from benchmarks.gpu_check.bench import Bench
+from benchmarks.gpu_check.parts import PARTS, describe, perform
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The parts that were carried out, which they are in this process."""
+    names: list[str] = []
+
+    def run_part(name: str, extra: Sequence[str], folder: Path, limit_s: float) -> dict[str, Any]:
+        assert extra == ["--small"]
+        names.append(name)
+        perform(name, True, folder, into := folder / "part.json")
+        return {"status": "done", **json.loads(into.read_text(encoding="utf-8"))}
+
+    monkeypatch.setattr(check, "run_part", run_part)
+    monkeypatch.setattr(check, "look", describe)
+    return names
+
+
+def test_all_parts_run_small_and_only_what_is_missing_runs_again(
+    ran: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "found.json"
+    assert check.main(["--out", str(out)]) == 0
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert ran == [*found["parts"]] == [*PARTS]
+    answers = [each for part in found["parts"].values() for each in part["answers"]]
+    assert {each["verdict"] for each in answers} == {"needs a GPU"}, "nothing on a CPU is right or wrong of a GPU"
+    assert all(part["answers"] for part in found["parts"].values())
+    assert out.with_suffix(".md").read_text(encoding="utf-8").count("| needs a GPU |") == len(answers)
+
+    ran.clear()
+    del found["parts"]["kernels"]
+    found["parts"]["waits"]["status"] = "failed"
+    out.write_text(json.dumps(found), encoding="utf-8")
+    assert check.main(["--out", str(out)]) == 0
+    assert ran == ["waits", "kernels"]
+
+    ran.clear()
+    monkeypatch.setattr(check, "look", lambda: describe() | {"code": "changed since"})
+    assert check.main(["--out", str(out), "--parts", "trl"]) == 0
+    assert ran == ["trl"], "results of other code do not count"
+    assert "it is" in capsys.readouterr().err
+    assert out.with_suffix(".before.json").is_file()
+
+
+def test_a_part_whose_process_ends_is_reported_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check, "look", describe)
+    out = tmp_path / "found.json"
+    assert check.main(["--out", str(out), "--parts", "kernels,trl", "--plant", "kernels"]) == 1
+    parts = json.loads(out.read_text(encoding="utf-8"))["parts"]
+    assert parts["kernels"]["status"] == "failed"
+    assert parts["kernels"]["reason"].startswith("exit code 1")
+    assert len(parts["kernels"]["answers"]) == 1, "what was known before it ended is kept"
+    assert parts["trl"]["status"] == "done"
+    assert "| kernels | does it come to its end? | yes | exit code 1" in capsys.readouterr().out
+
+
+def test_a_part_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(check.PARTS, "stages", replace(PARTS["stages"], limit_s=0.5))
+    monkeypatch.setattr(check, "look", describe)
+    out = tmp_path / "found.json"
+    assert check.main(["--out", str(out), "--parts", "stages"]) == 1
+    part = json.loads(out.read_text(encoding="utf-8"))["parts"]["stages"]
+    assert (part["status"], part["reason"]) == ("out of time", "ended after 0.5 s")
+
+
+@pytest.mark.parametrize(("verdict", "code"), [("ok", 0), ("noted", 0), ("not possible here", 0), ("differs", 1)])
+def test_what_differs_is_an_exit_code(verdict: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = {"question": "?", "expected": "a", "seen": "b", "verdict": verdict}
+    monkeypatch.setattr(check, "look", lambda: describe() | {"has_gpu": True, "memory_gib": 24, "driver": "1"})
+    monkeypatch.setattr(check, "run_part", lambda *_: {"status": "done", "answers": [answer], "figures": {}})
+    assert check.main(["--out", str(tmp_path / "found.json"), "--parts", "trl"]) == code
+
+
+def test_what_is_seen_on_a_gpu_is_held_against_what_was_expected(tmp_path: Path) -> None:
+    bench = Bench(False, tmp_path, into := tmp_path / "answers.json")
+    bench.on_gpu = True
+    bench.check("?", "a", "a", True)
+    bench.check("?", "a", "b", False)
+    bench.check("?", "open", "b", None)
+    bench.check("?", "a", "b", False, refused="no memory")
+    answers = json.loads(into.read_text(encoding="utf-8"))["answers"]
+    assert [each["verdict"] for each in answers] == ["ok", "differs", "noted", "not possible here"]
+    assert answers[-1]["seen"] == "no memory"
