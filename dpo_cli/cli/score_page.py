@@ -11,9 +11,9 @@ from dpo_cli.core.progress import Reporter
 from dpo_cli.core.text import visible, visible_token
 from dpo_cli.data.pieces import pieces_of
 from dpo_cli.evaluation.implicit_reward import RewardSummary
+from dpo_cli.evaluation.log_ratios import ScoredAnswers
 from dpo_cli.evaluation.score import Scored, ScoredRow
 from dpo_cli.evaluation.score_rows import InputRow
-from dpo_cli.reference.log_ratios import Answers
 from dpo_cli.report.token_page import AnswerTokens, RowTokens, TokenPiece, choose_rows, write_token_page
 
 _NAMED = 5
@@ -132,7 +132,7 @@ def _named(entries: Sequence[Mapping[str, Any]], *, with_file: bool) -> str:
     return f"{place(entries[0])}: {entries[0]['detail']}{rest}{more}{remedy}"
 
 
-def _cached_text(answers: Answers) -> str:
+def _cached_text(answers: ScoredAnswers) -> str:
     return f"{answers.num_cached} answers taken from the cache, {answers.num_computed} computed"
 
 

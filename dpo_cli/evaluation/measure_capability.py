@@ -81,7 +81,6 @@ def measure_capability(
     """
     refuse_without_harness()
     from dpo_cli.evaluation.harness import answer_items, load_tasks, measure_requests
-    from dpo_cli.models.device import token_budget
     from dpo_cli.models.load import context_length, quiet_libraries
     from dpo_cli.models.project import open_project
 
@@ -105,13 +104,9 @@ def measure_capability(
                 model,
                 task,
                 requests[task.name],
+                project,
                 label=f"{_COMMAND}: {NAMES[name]} on {task.name}",
-                tokenizer=project.tokenizer,
-                machine=project.machine,
-                context=context,
-                max_tokens=token_budget(params.runtime, project.machine.device),
                 limit=limit,
-                reporter=reporter,
             )
 
     with stage_scratch(_COMMAND, "run"):

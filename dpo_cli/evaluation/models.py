@@ -23,7 +23,6 @@ from dpo_cli.models.folder import check_model_folder, words_of
 from dpo_cli.models.identity import model_files
 from dpo_cli.models.load import load_tokenizer
 from dpo_cli.models.project import Project
-from dpo_cli.reference.log_ratios import policy_digest
 from dpo_cli.scoring.scorer import Scorer
 
 
@@ -102,7 +101,7 @@ class AdapterModels:
     def __init__(self, project: Project, adapter: Path) -> None:
         self._project = project
         self._adapter = adapter
-        self._digest = policy_digest(project, adapter)
+        self._digest = _policy_digest(project, adapter)
         self._reference_digest = digest_json(project.identity)
         self._loaded: tuple[ModelPair, Scorer] | None = None
 
@@ -184,6 +183,18 @@ def _misfit(error: Exception) -> str:
         return words_of(error)
     more = f" ({len(misfits)} misfits in all)" if len(misfits) > 1 else ""
     return f"{in_one_line(misfits[0].rstrip('.'))}{more}"
+
+
+def _policy_digest(project: Project, adapter: Path) -> str:
+    """One digest of all that the policy's log-probabilities depend on.
+
+    Raises:
+        StaleArtifactError: There is no adapter in the folder.
+    """
+    try:
+        return digest_json({"graph": project.identity, "adapter": digest_files(adapter, ADAPTER_FILES)})
+    except FileNotFoundError as error:
+        raise StaleArtifactError(f"{error.filename} is missing; run: dpo-cli train") from None
 
 
 class WholeModels:

@@ -23,12 +23,12 @@ from dpo_cli.evaluation.implicit_reward import (
     agreements,
     summarize_rewards,
 )
+from dpo_cli.evaluation.log_ratios import ScoredAnswers, score_both
 from dpo_cli.evaluation.score_rows import InputRow, InputRows, read_rows
 from dpo_cli.losses.catalogue import learns_log_ratio
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.models.project import Project, open_project
 from dpo_cli.reference.cache import group_keys
-from dpo_cli.reference.log_ratios import Answers, score_both
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class Scored:
     confidence: float
     given: InputRows
     rows: list[ScoredRow]
-    policy: Answers
-    reference: Answers
+    policy: ScoredAnswers
+    reference: ScoredAnswers
     summaries: dict[str, RewardSummary]
     tokenizer: Any
 
@@ -129,7 +129,7 @@ def score_sources(
 
 
 def _scored(
-    rows: Sequence[InputRow], policy: Answers, reference: Answers, beta: float, trained: set[str]
+    rows: Sequence[InputRow], policy: ScoredAnswers, reference: ScoredAnswers, beta: float, trained: set[str]
 ) -> list[ScoredRow]:
     keys = [group_keys(row.tokens) for row in rows]
     ranked = [

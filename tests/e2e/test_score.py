@@ -195,7 +195,7 @@ def test_stopped_it_keeps_what_it_scored(project: Path, make_reporter: Any) -> N
     class Stopping(make_reporter):  # type: ignore[misc]
         @contextlib.contextmanager
         def meter(self, label: str, total: int, unit: str) -> Any:
-            self._on_advance = stop if "under the reference" in label else None
+            self._on_advance = stop if "under sft" in label else None
             with super().meter(label, total, unit) as meter:
                 yield meter
 

@@ -9,29 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import polars as pl
 
 from dpo_cli.core import paths
-from dpo_cli.core.artifacts import digest_files, digest_json
+from dpo_cli.core.artifacts import digest_json
 from dpo_cli.core.errors import StaleArtifactError
 from dpo_cli.core.manifest import REFERENCE
 from dpo_cli.core.row_store import RowStore, forget_other_stores
 from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.tokenise import TokenGroup
-from dpo_cli.models.adapters import ADAPTER_FILES, ModelPair
+from dpo_cli.evaluation.models import AdapterModels, EvaluatedModel
 from dpo_cli.models.project import Project
 from dpo_cli.reference.cache import SCHEMA, group_keys, read_cache_rows
 from dpo_cli.reference.scoring import missing_groups, score_into_store
-from dpo_cli.scoring.scorer import Scorer
 
 _OTHER_STORES_KEPT = 3
 
 
 @dataclass(frozen=True)
-class Answers:
+class ScoredAnswers:
     """What one model says of some answers.
 
     Attributes:
@@ -47,7 +45,7 @@ class Answers:
     num_computed: int
 
 
-def score_both(project: Project, adapter: Path, groups: Sequence[TokenGroup]) -> tuple[Answers, Answers]:
+def score_both(project: Project, adapter: Path, groups: Sequence[TokenGroup]) -> tuple[ScoredAnswers, ScoredAnswers]:
     """All completions of some groups under policy and reference.
 
     Args:
@@ -64,32 +62,20 @@ def score_both(project: Project, adapter: Path, groups: Sequence[TokenGroup]) ->
         MachineError: Another run of this command, or of stage precompute_ref, is at work here.
     """
     wanted = {key for group in groups for key in group_keys(group)}
-    models = _Models(project, adapter)
+    models = AdapterModels(project, adapter)
     with stage_scratch("precompute_ref", digest_json(project.identity)) as scratch:
         store = RowStore(scratch.folder / "rows", SCHEMA)
         cached = _reference_rows(project, wanted)
-        reference = models.complete("reference", groups, wanted, cached, store)
-    with stage_scratch("score", policy_digest(project, adapter)) as scratch:
+        reference = _complete(project, models.reference, groups, cached, store)
+    with stage_scratch("score", models.policy.digest) as scratch:
         store = RowStore(scratch.folder / "rows", SCHEMA)
-        policy = models.complete("policy", groups, wanted, None, store)
+        policy = _complete(project, models.policy, groups, None, store)
         forget_other_stores(scratch.folder.parent, scratch.folder, _OTHER_STORES_KEPT)
     return policy, reference
 
 
-def policy_digest(project: Project, adapter: Path) -> str:
-    """One digest of all that the policy's log-probabilities depend on.
-
-    Raises:
-        StaleArtifactError: There is no adapter in the folder.
-    """
-    try:
-        return digest_json({"graph": project.identity, "adapter": digest_files(adapter, ADAPTER_FILES)})
-    except FileNotFoundError as error:
-        raise StaleArtifactError(f"{error.filename} is missing; run: dpo-cli train") from None
-
-
 def _reference_rows(project: Project, wanted: set[str]) -> pl.DataFrame | None:
-    """What data/reference knows; a cache of another project, or a damaged one, is left alone."""
+    """What data/reference knows; a cache of another graph, or a damaged one, is left alone."""
     if not (paths.REFERENCE / REFERENCE.name).is_file():
         return None
     try:
@@ -99,37 +85,24 @@ def _reference_rows(project: Project, wanted: set[str]) -> pl.DataFrame | None:
         return None
 
 
-class _Models:
-    """Policy and reference, loaded when they are needed."""
-
-    def __init__(self, project: Project, adapter: Path) -> None:
-        self._project = project
-        self._adapter = adapter
-
-    @cached_property
-    def _loaded(self) -> tuple[ModelPair, Scorer]:
-        pair = self._project.pair(self._adapter)
-        return pair, self._project.scorer(pair.use_policy())[0]
-
-    def complete(
-        self, name: str, groups: Sequence[TokenGroup], wanted: set[str], cached: pl.DataFrame | None, store: RowStore
-    ) -> Answers:
-        """All wanted rows of one model; what neither the cache nor the store has is computed and stored."""
-        known = wanted & (store.keys() | (set() if cached is None else set(cached["key"])))
-        budget = self._project.budget()
-        missing = missing_groups(groups, known, budget.max_tokens)
-        if missing:
-            pair, scorer = self._loaded
-            _ = pair.use_policy() if name == "policy" else pair.use_reference()
-            with scorer:
-                score_into_store(scorer, missing, store, budget, self._project, f"answers under the {name}")
-        rows = store.rows(wanted)
-        if cached is not None:
-            rows = pl.concat([cached, rows]).unique("key", keep="first", maintain_order=True)
-        keys = rows["key"].to_list()
-        return Answers(
-            logps=dict(zip(keys, rows["logp"].to_list(), strict=True)),
-            token_logps=dict(zip(keys, rows["token_logps"].to_list(), strict=True)),
-            num_cached=len(known),
-            num_computed=len(wanted) - len(known),
-        )
+def _complete(
+    project: Project, model: EvaluatedModel, groups: Sequence[TokenGroup], cached: pl.DataFrame | None, store: RowStore
+) -> ScoredAnswers:
+    """All rows of one model; what neither the cache nor the store has is computed and stored."""
+    wanted = {key for group in groups for key in group_keys(group)}
+    known = wanted & (store.keys() | (set() if cached is None else set(cached["key"])))
+    budget = project.budget()
+    missing = missing_groups(groups, known, budget.max_tokens)
+    if missing:
+        with model.use() as loaded, loaded.scorer as scorer:
+            score_into_store(scorer, missing, store, budget, project, f"answers under {model}")
+    rows = store.rows(wanted)
+    if cached is not None:
+        rows = pl.concat([cached, rows]).unique("key", keep="first", maintain_order=True)
+    keys = rows["key"].to_list()
+    return ScoredAnswers(
+        logps=dict(zip(keys, rows["logp"].to_list(), strict=True)),
+        token_logps=dict(zip(keys, rows["token_logps"].to_list(), strict=True)),
+        num_cached=len(known),
+        num_computed=len(wanted) - len(known),
+    )
