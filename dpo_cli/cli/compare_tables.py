@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_cli.cli.console import open_console
-from dpo_cli.evaluation.comparison import Difference, Scalar
+from dpo_cli.evaluation.differences import Difference, Scalar
 from dpo_cli.evaluation.findings import percent, percent_interval
 from dpo_cli.statistics.bootstrap import Estimate, ends
 

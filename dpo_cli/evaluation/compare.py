@@ -12,7 +12,7 @@ from typing import Any
 
 from dpo_cli.core.artifacts import write_text
 from dpo_cli.core.errors import ParamsError, StaleArtifactError
-from dpo_cli.evaluation.comparison import (
+from dpo_cli.evaluation.differences import (
     MIN_DRAWS,
     OF_ANSWERS,
     OF_PAIRS,

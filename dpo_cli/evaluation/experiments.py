@@ -23,7 +23,7 @@ from typing import Any
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, MachineError, ParamsError, StaleArtifactError
 from dpo_cli.core.pipeline import STAGES
-from dpo_cli.evaluation.comparison import (
+from dpo_cli.evaluation.differences import (
     OF_ANSWERS,
     OF_PAIRS,
     Experiment,

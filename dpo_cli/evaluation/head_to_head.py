@@ -12,7 +12,7 @@ from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.core.load_params import load_params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.schema import Messages
-from dpo_cli.evaluation.comparison import Experiment
+from dpo_cli.evaluation.differences import Experiment
 from dpo_cli.evaluation.model_names import SFT
 from dpo_cli.judging.answers import Answer
 from dpo_cli.judging.comparisons import ComparisonResult, compare_models

@@ -7,7 +7,7 @@ from pathlib import Path
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import read_json, write_text
 from dpo_cli.core.errors import DataError, ParamsError
-from dpo_cli.evaluation.comparison import rows_of_answers
+from dpo_cli.evaluation.differences import rows_of_answers
 from dpo_cli.evaluation.model_names import DPO, SFT
 from dpo_cli.evaluation.tables import csv_text
 from dpo_cli.judging.human import rating_sheet

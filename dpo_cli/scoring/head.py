@@ -330,31 +330,6 @@ def _autograd_logps(
     )
 
 
-def own_logps(
-    hidden_ND: torch.Tensor,
-    targets_N: torch.Tensor,
-    own_head: Callable[[torch.Tensor], torch.Tensor],
-    vocabulary: int,
-    head_bytes: int,
-    statistics: TokenStatistics | None = None,
-) -> torch.Tensor:
-    """Log-probability of each target under the softmax of a model's own logits, by autograd.
-
-    Args:
-        hidden_ND: [N, D], the hidden states that predict the targets.
-        targets_N: int64 [N].
-        own_head: Gives logits float32 [C, V] of hidden states [C, D].
-        vocabulary: V.
-        head_bytes: Bytes of logits that may be held at once.
-        statistics: Is filled in, where it is given.
-
-    Returns:
-        float32 [N], nats.
-    """
-    rows = max_logit_rows(vocabulary, head_bytes, _CAPPED_BYTES)
-    return _checkpointed_logps(hidden_ND, targets_N, own_head, rows, statistics)
-
-
 def _checkpointed_logps(
     hidden_ND: torch.Tensor,
     targets_N: torch.Tensor,

@@ -50,7 +50,6 @@ _READ = "what is read"
 _ALL = "all positions"
 _HEADS: dict[HeadName, str] = {
     "linear": "",
-    "own": "; logits from the model's own code, in chunks",
     "whole": "; logits from the model's whole forward: runtime.head_mib cannot bound them",
 }
 """What the user is told of a head."""

@@ -25,12 +25,10 @@ from dpo_cli.scoring.head import (
     linear_logits,
     logps_of_logits,
     max_logit_rows,
-    own_logps,
     token_logps,
 )
 from dpo_cli.scoring.last_mlp import ReadRows, last_mlp
 from dpo_cli.scoring.layout import Layout, LayoutName, lay_out, num_row_tokens, split_by_tokens
-from dpo_cli.scoring.own_head import NoAnswerError, OwnHead
 
 ENGINE_VERSION = 5
 FLOAT32_ENGINE_VERSION = 3
@@ -38,10 +36,9 @@ FLOAT32_ENGINE_VERSION = 3
 MAX_READ_SHARE = 0.7
 """Share of a row's positions that are read up to which it pays to compute the last MLP on them alone."""
 
-HeadName = Literal["linear", "own", "whole"]
+HeadName = Literal["linear", "whole"]
 """Where logits come from: ``linear``, the output embedding and what the configuration says is done to its output;
-``own``, what the model's forward does behind its backbone, in chunks; ``whole``, the model's forward as it is, with
-all of a micro-batch's logits at once.
+``whole``, the model's forward as it is, with all of a micro-batch's logits at once.
 """
 
 Statistics = Literal["none", "plain", "squares"]
@@ -91,7 +88,7 @@ class Scorer:
         head_bytes: Bytes of logits that are held at once; None takes what suits the device.
 
     Gradients flow where they are enabled. At construction eight tokens are scored both here and
-    by the model's own forward; where they differ, logits come from the model's own code from then on.
+    by the model's own forward; where they differ, logits come from the model's whole forward from then on.
 
     Attributes:
         layout: How groups go through the model.
@@ -130,7 +127,6 @@ class Scorer:
         mlp = last_mlp(self._backbone)
         self._read_rows = None if mlp is None else ReadRows(mlp)
         self._transform = LogitTransform()
-        self._own_head = None if self._backbone is None else OwnHead(causal, self._backbone)
         with torch.no_grad(), evaluating(causal):
             self.head: HeadName = self._find_head()
 
@@ -283,22 +279,17 @@ class Scorer:
 
     def _logits_of(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """float32 [N, V]."""
-        if self.head == "own" and self._own_head is not None:
-            return self._own_head(hidden_ND)
         return self._transform(linear_logits(hidden_ND, self._linear))
 
     def _token_logps(self, layout: Layout, statistics: TokenStatistics | None) -> torch.Tensor:
         if self.head == "whole":
             return logps_of_logits(self._whole_logits(layout), layout.targets_N, statistics)
         hidden = self._hidden(layout)
-        if self.head == "own":
-            vocabulary = self._linear.weight.shape[0]
-            return own_logps(hidden, layout.targets_N, self._logits_of, vocabulary, self.head_bytes, statistics)
         return token_logps(hidden, layout.targets_N, self._linear, self._transform, self.head_bytes, statistics)
 
     def _find_head(self) -> HeadName:
-        """The first way to the model's own logits on eight tokens that gives them."""
-        if self._own_head is None:
+        """``linear`` where it gives the model's own logits on eight tokens."""
+        if self._backbone is None:
             return "whole"
         probe = TokenGroup("probe", "probe", (1,), (tuple(range(2, 9)),))
         layout = lay_out([probe], "padded").to(self.device)
@@ -309,10 +300,7 @@ class Scorer:
                 if self._agree(transform(self._linear(hidden)), expected):
                     self._transform = transform
                     return "linear"
-            try:
-                return "own" if self._agree(self._own_head(hidden), expected) else "whole"
-            except NoAnswerError:
-                return "whole"
+        return "whole"
 
     def _agree(self, ours: torch.Tensor, theirs: torch.Tensor) -> bool:
         if ours.shape != theirs.shape:

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from dpo_cli.cli.app import app
 from dpo_cli.core.pipeline import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,6 +73,26 @@ def test_help_imports_neither_torch_nor_its_like() -> None:
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "precompute-ref" in result.stdout
+
+
+def test_a_command_is_loaded_when_it_is_named() -> None:
+    code = (
+        "import sys; sys.argv = ['dpo-cli', 'try', '--help']\n"
+        "from dpo_cli.cli.app import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "others = {'dpo_cli.cli.score', 'dpo_cli.cli.init', 'dpo_cli.cli.data'} & set(sys.modules)\n"
+        "assert not others, others\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(("arguments", "meant"), [(["scor"], "score"), (["data", "chek"], "check")])
+def test_a_command_that_there_is_not_names_one_like_it(arguments: list[str], meant: str) -> None:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert f"Did you mean '{meant}'?" in result.output
 
 
 @pytest.mark.parametrize(

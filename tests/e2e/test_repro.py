@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from dpo_cli.data import world
-from dpo_cli.evaluation.comparison import flatten
+from dpo_cli.evaluation.differences import flatten
 
 pytestmark = pytest.mark.slow
 

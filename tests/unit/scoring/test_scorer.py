@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dpo_cli.core.params import LoraParams
@@ -432,7 +430,7 @@ def test_a_model_that_does_not_do_what_its_configuration_says_is_taken_at_its_wo
     groups = make_groups(6)
     expected = naive_logps(model, groups)
     scorer = Scorer(model, torch.float32, layout)
-    assert scorer.head == "own"
+    assert scorer.head == "whole"
     weights = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
     scores = scorer.score(groups)
     assert (scores.logps_BK - expected).abs().max() <= 1e-4
@@ -450,13 +448,13 @@ HEADS: dict[str, tuple[str, dict[str, Any], str]] = {
         _COMMON | {"logits_soft_cap": 2.0, "lru_width": 64, "num_hidden_layers": 3},
         "linear",
     ),
-    "modernbert-decoder": ("ModernBertDecoderConfig", _COMMON | {"bos_token_id": 1}, "own"),
-    "bert": ("BertConfig", _COMMON | {"is_decoder": True}, "own"),
-    "electra": ("ElectraConfig", _COMMON | {"is_decoder": True}, "own"),
+    "modernbert-decoder": ("ModernBertDecoderConfig", _COMMON | {"bos_token_id": 1}, "whole"),
+    "bert": ("BertConfig", _COMMON | {"is_decoder": True}, "whole"),
+    "electra": ("ElectraConfig", _COMMON | {"is_decoder": True}, "whole"),
     "inkling": (
         "InklingTextConfig",
         _COMMON | {"unpadded_vocab_size": VOCABULARY - 5, "logits_mup_width_multiplier": 2.0},
-        "own",
+        "whole",
     ),
 }
 """Families whose logits are more than the output embedding of the hidden states, and where they come from: another
@@ -486,57 +484,6 @@ def test_whatever_a_model_does_behind_its_backbone_is_done(
     for logps, ours in results:
         assert (logps - expected).abs().max() <= 1e-4
         assert relative(ours, gradients) <= 1e-5
-
-
-def is_logits(tensor: torch.Tensor) -> bool:
-    """Whether a tensor of the tiny llama is [..., V], the head's own weight turned around aside."""
-    return tensor.ndim > 0 and tensor.shape[-1] == VOCABULARY and tensor.shape != (64, VOCABULARY)
-
-
-class Largest(TorchDispatchMode):
-    """The most logits that an operation gave, forward or backward."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and is_logits(tensor):
-                self.numbers = max(self.numbers, tensor.numel())
-        return result
-
-
-@pytest.mark.parametrize("grade", GRADES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_logits_of_a_models_own_code_are_bounded_in_both_passes(
-    layout: LayoutName, grade: Recompute, make_tuned: Callable[..., Any], make_groups: Callable[..., list[TokenGroup]]
-) -> None:
-    """Neither made nor kept for the backward pass at once; and whatever the model does then, the numbers are right."""
-    groups = make_groups(12, completion_lengths=(5, 9))
-    model = make_tuned()
-    (naive_logps(model, groups)[:, 0].sum()).backward()
-    expected = all_gradients(model)
-    model.get_base_model().config.logit_scale = 2.0  # which it does not read
-    set_recompute(model, grade)
-    rows = 6
-    scorer = Scorer(model, torch.float32, layout, head_bytes=rows * 28 * VOCABULARY)
-    assert scorer.head == "own"
-    kept: list[int] = []
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        if is_logits(tensor):
-            kept.append(tensor.numel())
-        return tensor
-
-    with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        scored = scorer.score(groups)
-    assert kept == []
-    scorer.score(groups[:2])  # another layout in between
-    with largest:
-        scored.logps_BK[:, 0].sum().backward()
-    assert largest.numbers == rows * VOCABULARY
-    assert relative(all_gradients(model), expected) <= 1e-5
-    assert not model.get_base_model().model._forward_hooks
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_cli.evaluation.comparison import (
+from dpo_cli.evaluation.differences import (
     MAIN_METRICS,
     OF_ANSWERS,
     OF_PAIRS,
