@@ -10,6 +10,7 @@ from typing import Any
 import polars as pl
 import pytest
 
+from dpo_cli.core import paths
 from dpo_cli.core.errors import StaleArtifactError
 from dpo_cli.core.manifest import REFERENCE
 from dpo_cli.data.tokenise import TokenGroup
@@ -40,10 +41,10 @@ def groups(make_groups: Callable[..., list[TokenGroup]]) -> list[TokenGroup]:
 
 
 @pytest.fixture
-def written(tmp_path: Path, groups: list[TokenGroup]) -> tuple[Path, dict[str, float]]:
+def written(project: Path, groups: list[TokenGroup]) -> tuple[Path, dict[str, float]]:
     """A cache of all groups: its folder and its sums by key."""
-    folder = tmp_path / "reference"
-    folder.mkdir()
+    folder = paths.REFERENCE
+    folder.mkdir(parents=True)
     rows = [row(key, -0.5 * number, -1.25) for number, group in enumerate(groups) for key in group_keys(group)]
     write_cache(folder, frame(rows).unique("key"), IDENTITY, {})
     return folder, {entry["key"]: entry["logp"] for entry in rows}
@@ -131,9 +132,9 @@ def test_every_field_that_differs_is_named(written: tuple[Path, dict[str, float]
     ]
 
 
-def test_a_missing_cache_says_which_stage_to_run(tmp_path: Path) -> None:
+def test_a_missing_cache_says_which_stage_to_run(project: Path) -> None:
     with pytest.raises(StaleArtifactError, match=r"manifest.json is missing; run: dpo-cli precompute-ref"):
-        read_cache(tmp_path, IDENTITY)
+        read_cache(paths.REFERENCE, IDENTITY)
 
 
 def test_a_missing_part_is_refused(written: tuple[Path, dict[str, float]]) -> None:
