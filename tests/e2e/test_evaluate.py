@@ -376,15 +376,13 @@ def test_a_folder_that_holds_no_such_model_is_refused(
         (paths.REWARD_MODEL, "adapter_model.safetensors", "reward"),
     ],
 )
-def test_a_flipped_bit_is_refused(here: Path, tiny_folder: Path, folder: Path, name: str, command: str) -> None:
+def test_a_flipped_bit_is_refused(evaluate: Evaluate, folder: Path, name: str, command: str) -> None:
     path = folder / name
     content = bytearray(path.read_bytes())
     content[-2] ^= 1
     path.write_bytes(content)
-    judge = ("--set", "evaluate.judge=reward-model") if command == "reward" else ()
-    result = invoke(tiny_folder, "evaluate", *judge)
-    assert result.exit_code == StaleArtifactError.exit_code, result.output
-    assert f"{path} has changed since it was made; run: dpo-cli {command}" in " ".join(result.output.split())
+    with pytest.raises(StaleArtifactError, match=f"{path} has changed since it was made; run: dpo-cli {command}"):
+        evaluate(judge="reward-model" if command == "reward" else "world")
 
 
 # --- steps that are kept ------------------------------------------------------------------
