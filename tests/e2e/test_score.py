@@ -199,7 +199,7 @@ def test_stopped_it_keeps_what_it_scored(project: Path, make_reporter: Any) -> N
             with super().meter(label, total, unit) as meter:
                 yield meter
 
-    with pytest.raises(Interrupted, match="what was scored is kept"):
+    with pytest.raises(Interrupted, match="what was computed is kept"):
         score_files(sources_of([new], "preferences", []), ScoreOptions(), params, Stopping())
     again = score(new)
     assert again["reference"]["num_cached"] > 0
