@@ -47,8 +47,8 @@ import tempfile
 import textwrap
 import time
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -370,10 +370,10 @@ class Meter:
 
 @dataclass
 class Steps:
-    """What a trainer went through.
+    """What a training went through.
 
     Attributes:
-        losses: What each call of training_step returned.
+        losses: What each call of training_step returned, or the loss of each step.
         ends: The time after each optimizer step.
         mib: Peak memory above what model and data held.
     """
@@ -449,6 +449,27 @@ class ToStderr:
         """Nothing."""
 
 
+class Watching(ToStderr):
+    """Notes when each optimizer step ends, and what memory all of them take."""
+
+    def __init__(self, meter: Meter, case: Case) -> None:
+        self._meter = meter
+        self._now = case.now
+        self.steps = Steps([], [])
+
+    @contextmanager
+    def meter(self, label: str, total: int, unit: str) -> Iterator[Watching]:  # type: ignore[override]
+        """The training."""
+        self._meter.reset()
+        yield self
+        self.steps.mib = self._meter.peak_mib()
+
+    def advance(self, amount: int) -> None:
+        """A step is done, or the steps of an earlier run are counted: none here."""
+        if amount:
+            self.steps.ends.append(self._now())
+
+
 def our_references(scorer: Any, groups: Sequence[Any], max_tokens: int) -> list[Logps]:
     """Log-probabilities of pairs, found as the stage precompute_ref finds them."""
     from dpo_cli.reference.cache import group_keys
@@ -463,16 +484,15 @@ def our_references(scorer: Any, groups: Sequence[Any], max_tokens: int) -> list[
 
 def run_ours(case: Case, runtime_knobs: dict[str, Any]) -> Outcome:
     """Our engine, driven as the stages precompute_ref and train drive it."""
-    import torch
-
-    import dpo_cli.training.run
+    import dpo_cli.training.fit
     from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
     from dpo_cli.data.tokenise import TokenGroup
     from dpo_cli.models.adapters import SftResult, load_policy_at_start
     from dpo_cli.models.device import prepare_machine, token_budget
     from dpo_cli.scoring.probe import open_scorer
+    from dpo_cli.training.job import Job
     from dpo_cli.training.objective import PairObjective
-    from dpo_cli.training.trainer import GroupTrainer
+    from dpo_cli.training.protocols import BatchSource, Learner
 
     pairs, references = case.read()
     groups = [
@@ -493,18 +513,17 @@ def run_ours(case: Case, runtime_knobs: dict[str, Any]) -> Outcome:
         logps = our_references(scorer, groups[PAIRS_A_STEP:], max_tokens)
         reference_s = case.now() - begun
         reference_mib = meter.peak_mib()
-        steps = Steps([], [])
 
-        class InOrder(GroupTrainer):
-            def __init__(self, *args: Any, **kwargs: Any) -> None:
-                nonlocal steps
-                super().__init__(*args, **kwargs)
-                steps = watch(self, meter, case)
+        class InOrder(BatchSource[TokenGroup]):
+            def __init__(self, items: Sequence[TokenGroup], batch_size: int, seed: int) -> None:
+                self._items = items
 
-            def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
-                return torch.utils.data.SequentialSampler(groups)
+            def batch(self, step: int) -> Sequence[TokenGroup]:
+                start = step * PAIRS_A_STEP % len(self._items)
+                return self._items[start : start + PAIRS_A_STEP]
 
-        dpo_cli.training.run.GroupTrainer = InOrder
+        dpo_cli.training.fit.Shuffled = InOrder  # type: ignore[misc]
+        reporter = Watching(meter, case)
         params = TrainParams(
             learning_rate=LEARNING_RATE,
             batch_size=PAIRS_A_STEP,
@@ -516,19 +535,11 @@ def run_ours(case: Case, runtime_knobs: dict[str, Any]) -> Outcome:
         )
         by_id = {group.id: row for group, row in zip(groups, references, strict=True)}
         with tempfile.TemporaryDirectory() as work:
-            dpo_cli.training.run.fit(
-                policy,
-                scorer,
-                PairObjective(TrainParams(beta=BETA), by_id),
-                groups,
-                groups[:1],
-                section="train",
-                params=params,
-                runtime=runtime,
-                machine=machine,
-                work=Path(work),
-                reporter=ToStderr(),
-            )
+            learner = Learner(policy, scorer, PairObjective(TrainParams(beta=BETA), by_id))
+            job = Job("train", Path(work), machine, runtime, reporter)
+            fitted = dpo_cli.training.fit.fit(learner, groups, groups[:1], params, job)
+    steps = reporter.steps
+    steps.losses = [entry["loss"] for entry in fitted.history if "loss" in entry]
     losses = steps.step_losses(case.num_steps)
     return Outcome(
         reference_s, reference_mib, logps, steps.seconds, steps.mib, losses, meter.process_mib, meter.cpu_share()

@@ -52,6 +52,7 @@ def run_ours(source: Path, folder: Path, workers: int) -> tuple[float, float]:
     """Convert with dpo-cli; seconds, and MiB of an idle interpreter."""
     from dpo_cli.core.data_params import DataChecks, PreferenceSource
     from dpo_cli.data.convert import convert
+    from dpo_cli.data.plan import Treatment
 
     idle = psutil.Process().memory_info().rss / MIB
     (folder / "out").mkdir()
@@ -59,8 +60,7 @@ def run_ours(source: Path, folder: Path, workers: int) -> tuple[float, float]:
     begun = time.perf_counter()
     convert(
         [PreferenceSource(path=str(source))],
-        DataChecks().model_dump(),
-        0.1,
+        Treatment(DataChecks().model_dump(), 0.1),
         folder / "work",
         folder / "out",
         folder / "rejects.jsonl",

@@ -26,9 +26,11 @@ from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine
 from dpo_cli.models.load import keep_weights_unpacked, load_model, quiet_libraries
 from dpo_cli.scoring.scorer import Scorer, Scores
+from dpo_cli.training.fit import fit
+from dpo_cli.training.job import Job
 from dpo_cli.training.objective import PairObjective, SftObjective
-from dpo_cli.training.replicas import Replicas, join_replicas, shared_scratch
-from dpo_cli.training.run import fit
+from dpo_cli.training.parallel import Replicas, join_replicas, shared_scratch
+from dpo_cli.training.protocols import Learner
 
 KNOBS = TrainParams(learning_rate=5e-3, batch_size=8, epochs=3.0, eval_steps=4)
 """Nine steps of 20 pairs; the last batch of each epoch is a short one."""
@@ -192,20 +194,9 @@ class Worker:
         outcome: dict[str, Any] = {"error": None, "history": []}
         with _counted() as sizes:
             try:
-                outcome["history"] = fit(
-                    model,
-                    scorer,
-                    objective,
-                    train,
-                    evaluated,
-                    section="train",
-                    params=knobs,
-                    runtime=runtime,
-                    machine=CPU,
-                    work=work,
-                    reporter=Watcher(on_advance),
-                    replicas=self._replicas,
-                ).history
+                job = Job("train", work, CPU, runtime, Watcher(on_advance), self._replicas)
+                learner = Learner[Any](model, scorer, objective)
+                outcome["history"] = fit(learner, train, evaluated, knobs, job).history
             except DpoCliError as error:
                 outcome["error"] = f"{type(error).__name__}: {error}"
         outcome["sizes"] = sizes

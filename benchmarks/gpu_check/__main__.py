@@ -13,6 +13,7 @@ It ends with 0 if nothing failed and nothing differs from what was expected, els
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -52,6 +53,7 @@ def main(words: Sequence[str] | None = None) -> int:
     small = arguments.small or not machine["has_gpu"]
     machine["models"] = "tiny" if small else "real shapes"
     out = arguments.out or _place_of(machine, small)
+    _refuse_place(out)
     found = {} if arguments.again else _recall(out, machine)
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
         for name in arguments.parts:
@@ -70,6 +72,18 @@ def main(words: Sequence[str] | None = None) -> int:
     print(table(machine, found))
     print(f"{out} and {out.with_suffix('.md')}", file=sys.stderr)
     return int(any(is_wrong(found[name]) for name in arguments.parts))
+
+
+def _refuse_place(out: Path) -> None:
+    """Refuse a place for results that cannot be written to, before minutes have gone by."""
+    reason = "it is a folder" if out.is_dir() else None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        reason = error.strerror
+    if reason is not None:
+        raise SystemExit(f"{out}: {reason}; name a file that can be written: --out FILE.json")
 
 
 def is_wrong(part: Mapping[str, Any]) -> bool:
@@ -100,6 +114,9 @@ def run_part(name: str, extra: Sequence[str], folder: Path, limit_s: float) -> d
             code = None
             _end(process.pid)
             process.wait()
+        except KeyboardInterrupt:
+            _end(process.pid)
+            raise
     part: dict[str, Any] = {"status": "done", "answers": [], "figures": {}}
     if into.is_file():
         part |= json.loads(into.read_text(encoding="utf-8"))
@@ -122,22 +139,28 @@ def _environment() -> dict[str, str]:
 
 def _end(pid: int) -> None:
     """End a process and what it has started."""
-    parent = psutil.Process(pid)
-    for process in [*parent.children(recursive=True), parent]:
-        process.kill()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(pid)
+        for process in [*parent.children(recursive=True), parent]:
+            process.kill()
 
 
 def _recall(out: Path, machine: Mapping[str, Any]) -> dict[str, Any]:
     """The parts of a result file that are of the same hardware, versions and code; another file is put aside."""
     if not out.is_file():
         return {}
-    before = json.loads(out.read_text(encoding="utf-8"))
     same = ("device", "driver", "cuda", "python", "versions", "code", "models")
-    if all(before["machine"].get(name) == machine.get(name) for name in same):
-        return before["parts"]
+    try:
+        before = json.loads(out.read_text(encoding="utf-8"))
+        parts = {name: {"answers": [], **part} for name, part in before["parts"].items() if part["status"]}
+        what = "of another machine, other versions or other code"
+        if all(before["machine"].get(name) == machine.get(name) for name in same):
+            return parts
+    except (ValueError, KeyError, TypeError, AttributeError):
+        what = "no result of this check"
     aside = out.with_suffix(".before.json")
     out.replace(aside)
-    print(f"{out} was of another machine, other versions or other code: it is {aside} now", file=sys.stderr)
+    print(f"{out} was {what}: it is {aside} now", file=sys.stderr)
     return {}
 
 
@@ -186,13 +209,18 @@ def _parse(words: Sequence[str] | None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not one of {', '.join(PARTS)}")
         return chosen
 
+    def result(text: str) -> Path:
+        if (path := Path(text)).suffix != ".json":
+            raise argparse.ArgumentTypeError(f"{text}: must end with .json; the table beside it ends with .md")
+        return path
+
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--parts", type=names, default=[*PARTS], help=f"of {', '.join(PARTS)}")
     parser.add_argument("--again", action="store_true", help="repeat what is done, too")
     parser.add_argument("--small", action="store_true", help="tiny models on a GPU, too")
-    parser.add_argument("--out", type=Path, help="result file, JSON; the table is written beside it")
+    parser.add_argument("--out", type=result, help="result file, JSON; the table is written beside it")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all parts together; {SECONDS}")
     parser.add_argument("--plant", choices=PARTS, metavar="PART", help="end its process after its first answer: a test")
     parser.add_argument("--describe", action="store_true", help=argparse.SUPPRESS)
@@ -203,4 +231,8 @@ def _parse(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("stopped: the parts that ended are kept; started again it does the others", file=sys.stderr)
+        sys.exit(130)

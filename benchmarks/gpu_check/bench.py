@@ -24,7 +24,9 @@ from dpo_cli.models.shapes import random_model
 from dpo_cli.scoring.probe import open_scorer
 from dpo_cli.scoring.regimes import random_pairs
 from dpo_cli.scoring.scorer import Scorer
-from dpo_cli.training.run import Fit, fit
+from dpo_cli.training.fit import Fit, fit
+from dpo_cli.training.job import Job
+from dpo_cli.training.protocols import Learner
 
 GIB = 2**30
 
@@ -43,10 +45,14 @@ class Answer:
 
 
 class Heard(SilentReporter):
-    """A reporter that keeps the lines it is told; ``on_advance`` hears how far work with a meter has come."""
+    """A reporter that keeps the lines, and notes beside a meter, that it is told.
+
+    ``on_advance`` hears how far work with a meter has come.
+    """
 
     def __init__(self, on_advance: Callable[[int], None] | None = None) -> None:
         self.lines: list[str] = []
+        self.notes: list[str] = []
         self.on_advance = on_advance or (lambda done: None)
 
     def say(self, text: str) -> None:
@@ -58,7 +64,7 @@ class Heard(SilentReporter):
 
     def meter(self, label: str, total: int, unit: str) -> AbstractContextManager[Meter]:
         """Work under way."""
-        return _counting(self.on_advance)
+        return _counting(self)
 
     def last(self, words: str) -> str:
         """The last line with these words in it; empty where there is none."""
@@ -66,20 +72,20 @@ class Heard(SilentReporter):
 
 
 class _Count:
-    def __init__(self, on_advance: Callable[[int], None]) -> None:
-        self._done, self._on_advance = 0, on_advance
+    def __init__(self, heard: Heard) -> None:
+        self._done, self._heard = 0, heard
 
     def advance(self, amount: int) -> None:
         self._done += amount
-        self._on_advance(self._done)
+        self._heard.on_advance(self._done)
 
     def note(self, text: str) -> None:
-        pass
+        self._heard.notes.append(text)
 
 
 @contextmanager
-def _counting(on_advance: Callable[[int], None]) -> Iterator[Meter]:
-    yield _Count(on_advance)
+def _counting(heard: Heard) -> Iterator[Meter]:
+    yield _Count(heard)
 
 
 @dataclass(frozen=True)
@@ -195,19 +201,9 @@ def train(
     """Train as the stage does; goes on from a checkpoint in ``work``."""
     work.mkdir(parents=True, exist_ok=True)
     settings = {"batch_size": 8, "schedule": "constant", "warmup_ratio": 0.0, **knobs}
-    return fit(
-        policy.model,
-        policy.scorer,
-        objective,
-        groups,
-        groups[:2],
-        section="train",
-        params=TrainParams(**settings),
-        runtime=runtime,
-        machine=policy.machine,
-        work=work,
-        reporter=policy.reporter,
-    )
+    job = Job("train", work, policy.machine, runtime, policy.reporter)
+    learner = Learner(policy.model, policy.scorer, objective)
+    return fit(learner, groups, groups[:2], TrainParams(**settings), job)
 
 
 def adapter_of(model: torch.nn.Module) -> torch.Tensor:

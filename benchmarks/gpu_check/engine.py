@@ -16,7 +16,7 @@ from benchmarks.gpu_check.bench import Bench, Policy
 from dpo_cli.core.errors import StaleArtifactError
 from dpo_cli.core.params import TrainParams
 from dpo_cli.data.tokenise import TokenGroup
-from dpo_cli.dry_run.step import DryTrainer
+from dpo_cli.dry_run.step import DryAccumulator
 from dpo_cli.kernels import fused
 from dpo_cli.kernels.products import wide_product
 from dpo_cli.models.device import release_memory
@@ -28,8 +28,8 @@ from dpo_cli.scoring.recompute import GRADES, set_recompute
 from dpo_cli.scoring.reward import RewardScorer
 from dpo_cli.scoring.varlen import VARLEN_KERNELS, reason_against
 from dpo_cli.training.gate import check_step_zero
-from dpo_cli.training.objective import PairObjective, SftObjective
-from dpo_cli.training.reward_objective import RewardObjective
+from dpo_cli.training.objective import PairObjective, RewardObjective, SftObjective
+from dpo_cli.training.protocols import Learner
 
 NARROW = (torch.bfloat16, torch.float16)
 HEAD_SIZES = (32, 64, 96, 128, 256)
@@ -53,10 +53,11 @@ def waits(bench: Bench) -> None:
     }
     for (name, (scorer, objective, batch)), grade in product(work.items(), GRADES):
         set_recompute(policy.model, grade)
-        trainer = DryTrainer(policy.model, scorer, objective, 4096)
+        policy.model.train()
+        accumulator = DryAccumulator(Learner(policy.model, scorer, objective), 4096)
 
-        def step(trainer: DryTrainer = trainer, batch: list[TokenGroup] = batch) -> None:
-            trainer.training_step(policy.model, {"groups": batch})
+        def step(accumulator: DryAccumulator = accumulator, batch: list[TokenGroup] = batch) -> None:
+            accumulator.gradient(batch, 0)
 
         step()
         found = _watched(bench, step)
@@ -132,12 +133,20 @@ def _check_fused(bench: Bench, device: torch.device, dtype: torch.dtype) -> None
     tokens, width = (32, 64) if bench.small else (4096, 14336)
     one, other = (torch.randn(tokens, width, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
     weight = torch.ones(width, device=device, dtype=dtype)
+    size = min(128, width)
+    heads, sine = one.view(1, tokens, -1, size).transpose(1, 2), other.detach()[None, :, :size]
+    cosine = sine.flip(-1)
 
     def eager_norm() -> torch.Tensor:
         wide = one.float()
         return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(dtype)
 
+    def eager_rotation() -> torch.Tensor:
+        first, second = heads.chunk(2, -1)
+        return heads * cosine[:, None] + torch.cat([-second, first], -1) * sine[:, None]
+
     pairs = {
+        fused.ROTATION: (eager_rotation, lambda: fused.rotate(heads, cosine[:, None], sine[:, None])),
         fused.NORM: (eager_norm, lambda: fused.rms_norm(one, weight, 1e-6)),
         fused.SWIGLU: (lambda: silu(one) * other, lambda: fused.swiglu(one, other)),
     }

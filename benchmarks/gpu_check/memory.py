@@ -22,7 +22,7 @@ from benchmarks.gpu_check import ROOT
 from benchmarks.gpu_check.bench import GIB, Bench, Policy, train
 from dpo_cli.core.errors import MachineError
 from dpo_cli.core.params import TrainParams
-from dpo_cli.dry_run.step import DryTrainer
+from dpo_cli.dry_run.step import DryAccumulator
 from dpo_cli.evaluation.decoding import Sampling
 from dpo_cli.evaluation.generation import PromptTokens, sample_answers
 from dpo_cli.models.device import (
@@ -39,6 +39,7 @@ from dpo_cli.scoring.layout import lay_out
 from dpo_cli.scoring.recompute import GRADES
 from dpo_cli.training.memory import choose_memory, kept_bytes
 from dpo_cli.training.objective import PairObjective
+from dpo_cli.training.protocols import Learner
 
 NUM_PAIRS = 18
 """As long as those of HH harmless they make about 3,900 tokens, nearly all that goes through at once."""
@@ -67,8 +68,7 @@ def steps(bench: Bench) -> None:
             continue
         if bench.on_gpu:
             counts[grade] = _count_dry(bench.shape("llama-3.1-8b"), len(groups), plan.max_tokens, grade)
-        trainer = DryTrainer(model, scorer, objective, plan.max_tokens)
-        step = _step(trainer, model, groups)
+        step = _step(Learner(model, scorer, objective), plan.max_tokens, groups)
         step()
         base = torch.cuda.memory_allocated() if bench.on_gpu else 0
         forget_peak_memory(scorer.device)
@@ -88,13 +88,16 @@ def steps(bench: Bench) -> None:
             refused=None if counted else f"no dry run here: {(said.strip().splitlines() or ['it says nothing'])[-1]}",
         )
     chosen = choose_memory(model, scorer, groups, len(groups), bench.runtime(), policy.reporter, "gpu-check")
-    _profile(bench, _step(DryTrainer(model, scorer, objective, chosen.max_tokens), model, groups), chosen.grade)
+    _profile(bench, _step(Learner(model, scorer, objective), chosen.max_tokens, groups), chosen.grade)
 
 
-def _step(trainer: DryTrainer, model: Any, groups: Sequence[Any]) -> Callable[[], None]:
+def _step(learner: Learner[Any], max_tokens: int, groups: Sequence[Any]) -> Callable[[], None]:
+    learner.model.train()
+    accumulator = DryAccumulator(learner, max_tokens)
+
     def step() -> None:
-        trainer.training_step(model, {"groups": groups})
-        model.zero_grad(set_to_none=True)
+        accumulator.gradient(groups, 0)
+        learner.model.zero_grad(set_to_none=True)
 
     return step
 
@@ -226,6 +229,13 @@ def generation(bench: Bench) -> None:
         "open",
         f"{made / seconds:.0f} tokens/s, {num_tokens / seconds:.1f} steps/s if in one batch; peak {peak:.2f} GiB",
         None,
+    )
+    note = next(iter(policy.reporter.notes), None)
+    bench.check(
+        "How are answers decoded?",
+        "from a step that CUDA recorded",
+        note or "from a step that CUDA recorded",
+        None if bench.small else note is None,
     )
     gc.disable()
     policy = None

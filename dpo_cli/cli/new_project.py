@@ -26,8 +26,8 @@ from dpo_cli.core.params_text import EMBEDDED_PRESET, params_yaml
 from dpo_cli.core.pipeline import STAGES, dvc_yaml
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data import world
-from dpo_cli.data.convert import plan_of
 from dpo_cli.data.formats.detect import UnknownFormatError
+from dpo_cli.data.plan import Treatment, plan_of
 from dpo_cli.data.reading.base import missing
 
 DVC_CONFIG = """\
@@ -169,7 +169,7 @@ def _look_at(files: ProjectFiles, data: DataParams, reporter: Reporter) -> None:
         if path is None:
             continue
         try:
-            read = [plan_of(source, path, {}, 0.5)[1] for source in sources]
+            read = [plan_of(source, path, Treatment({}, 0.5))[1] for source in sources]
         except DataError as error:
             section = option if files.sft and files.preferences else ""
             hint = _mistaken(path, files) if path == files.preferences and isinstance(error, UnknownFormatError) else ""
@@ -190,7 +190,7 @@ def _mistaken(path: Path, files: ProjectFiles) -> str:
 
     def reads(source: Source, path: Path) -> bool:
         try:
-            plan_of(source, path, {}, 0.5)
+            plan_of(source, path, Treatment({}, 0.5))
         except DataError:
             return False
         return True

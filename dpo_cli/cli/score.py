@@ -181,7 +181,7 @@ def refuse_options(options: ScoreOptions, sources: Sequence[Source]) -> None:
     Raises:
         ParamsError: With every problem.
     """
-    from dpo_cli.data.convert import find_files
+    from dpo_cli.data.plan import find_files
 
     problems = []
     if options.beta is not None and not 0 < options.beta <= _MAX_BETA:

@@ -15,8 +15,8 @@ from dpo_cli.core.data_params import DataParams, PreferenceSource, SftSource, So
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.core.load_params import explain, load_params
 from dpo_cli.core.params import Params
-from dpo_cli.data.convert import find_files, plan_of
 from dpo_cli.data.formats.detect import UnknownFormatError
+from dpo_cli.data.plan import Treatment, find_files, plan_of
 
 _ADVICE = re.compile(r"\b((?:say|with|or) )?(columns|labels|format|records|unwrap): (\{[^{}]*\}|[\w.-]+)")
 """Settings of a source in a message; one without braces is told from other words by what stands before it."""
@@ -93,7 +93,8 @@ def _source_of(file: str, kind: str | None, given: dict[str, Any], data: DataPar
         source = _made(KINDS[name], {"path": file, **mine})
         try:
             for path in find_files(source)[:1]:
-                plan_of(source, path, {}, 0.5, before_broken=True)  # who reads on says which lines are broken
+                # who reads on says which lines are broken
+                plan_of(source, path, Treatment({}, 0.5), before_broken=True)
         except UnknownFormatError as error:  # as the next kind, perhaps
             problem = problem or error
         except ParamsError as error:  # columns of the other kind

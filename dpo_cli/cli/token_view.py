@@ -9,8 +9,9 @@ from dpo_cli.cli.sources import project_params
 from dpo_cli.core.data_params import SftSource, Source
 from dpo_cli.core.errors import MachineError, ParamsError
 from dpo_cli.core.params import EMBEDDED, ModelParams, ReferenceParams, SftParams
-from dpo_cli.data.chat import NAMED_TEMPLATES, ChatEncoder
+from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.inspect import TokenView
+from dpo_cli.data.templates import NAMED_TEMPLATES
 from dpo_cli.models.folder import holds_weights
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")

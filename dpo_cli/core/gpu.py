@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from pathlib import Path
 from typing import Protocol
 
 GPU_TYPES = ("cuda",)
 """Types of torch devices that are computed on as GPUs are; ROCm's call themselves cuda, too."""
-_ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""The variable that PyTorch's allocator reads, and what it was called before."""
+_ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""The variable that PyTorch's allocator reads, and what it was called before, on ROCm, too."""
+_WSL_GPU = Path("/dev/dxg")
+"""Where WSL2 has its GPU, whatever the kernel is called."""
 
 
 class HasType(Protocol):
@@ -34,6 +37,6 @@ def let_segments_grow() -> None:
     Not under WSL, where some drivers fail at it, and not on Windows, which has no such segments. It is read when
     torch is imported.
     """
-    is_native_linux = sys.platform == "linux" and "microsoft" not in platform.uname().release.lower()
-    if is_native_linux and not any(name in os.environ for name in _ALLOCATORS):
+    is_wsl = "microsoft" in platform.uname().release.lower() or _WSL_GPU.exists()
+    if sys.platform == "linux" and not is_wsl and not any(name in os.environ for name in _ALLOCATORS):
         os.environ[_ALLOCATORS[0]] = "expandable_segments:True"

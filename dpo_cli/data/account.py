@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dpo_cli.core.data_params import Source
-from dpo_cli.data.blocks import SAMPLED_OUT
+from dpo_cli.data.blocks import SAMPLED_OUT, RowCounts
 from dpo_cli.data.problem import shown_name
 
 SPLITS = ("train", "eval")
@@ -27,7 +26,7 @@ MANY_MARKED = 0.5
 
 
 @dataclass
-class FileAccount:
+class FileAccount(RowCounts):
     """A file that was read.
 
     Attributes:
@@ -36,11 +35,7 @@ class FileAccount:
         why: The format of its rows, and why that one.
         num_rows: Rows read.
         num_used: Rows of which something was written.
-        formats: How many of them had which format.
-        unread: How many of these have something in a column that nobody read, by column.
-        unwrapped: How many rows held a conversation as a chat template renders it, which was taken apart.
-        rendered: How many rows hold one that ``unwrap`` would take apart, by template.
-        more_unread: Rows with further such columns, where these are too many to count.
+        more_unread: Whether there are further unread columns, too many to count.
         stopped: Whether max_rows ended the reading.
         first: The number of its first row among the rows of all files.
     """
@@ -50,17 +45,16 @@ class FileAccount:
     why: str
     num_rows: int = 0
     num_used: int = 0
-    formats: Counter[str] = field(default_factory=Counter)
-    unread: Counter[str] = field(default_factory=Counter)
     more_unread: bool = False
-    unwrapped: Counter[str] = field(default_factory=Counter)
-    rendered: Counter[str] = field(default_factory=Counter)
     stopped: bool = False
     first: int = 0
 
-    def count_unread(self, columns: Mapping[str, int]) -> None:
-        """Add the unread columns of some rows. Rows whose keys are data have too many to remember all."""
-        for column, count in columns.items():
+    def add(self, counts: RowCounts) -> None:
+        """Add the counts of some rows. Rows whose keys are data have too many unread columns to remember all."""
+        self.formats.update(counts.formats)
+        self.unwrapped.update(counts.unwrapped)
+        self.rendered.update(counts.rendered)
+        for column, count in counts.unread.items():
             if column in self.unread or len(self.unread) < _COLUMNS_KEPT:
                 self.unread[column] += count
             else:

@@ -9,13 +9,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
+from dpo_cli.data.block_files import (
+    COLUMNS,
+    RANKING_BLOCK_SCHEMA,
+    examples_file,
+    rankings_file,
+    table_of_columns,
+    write_arrow,
+)
 from dpo_cli.data.checks import (
     DESCRIPTIONS,
     FORMAT_CHECK,
@@ -26,26 +32,18 @@ from dpo_cli.data.checks import (
     is_empty,
     reason_to_drop,
 )
-from dpo_cli.data.formats import PREFERENCE_FORMATS, SFT_FORMATS
-from dpo_cli.data.formats.base import Column, Reading
 from dpo_cli.data.formats.detect import RowReader
+from dpo_cli.data.plan import BlockPlan
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.reading.base import Block, Lines
-from dpo_cli.data.reading.json_text import parse_lines
+from dpo_cli.data.reading.json_lines import parse_lines
 from dpo_cli.data.schema import (
-    FULL_MESSAGES,
-    MESSAGES,
-    PREFERENCE_SCHEMA,
-    RANKING_SCHEMA,
-    SFT_SCHEMA,
-    TOOLS,
+    Example,
     Messages,
     PreferenceExample,
     RankingExample,
     SftExample,
     content_id,
-    full_schema,
-    is_plain,
     joint_id,
     part_id,
     table_of,
@@ -70,52 +68,6 @@ DIGESTS = np.dtype(
 )
 """What is remembered of an example to compare it with all others."""
 
-_WHERE_TO = [pa.field("held_out", pa.bool_()), pa.field("copies", pa.int32())]
-_WHERE_FROM = [
-    pa.field("row", pa.int64()),
-    pa.field("line", pa.int64()),
-    pa.field("part", pa.string()),
-    pa.field("ranking", pa.int32()),
-]
-RANKING_BLOCK_SCHEMA = pa.schema([*RANKING_SCHEMA, *_WHERE_TO])
-"""Columns of a block's file of rankings."""
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """All that decides what becomes of the blocks of one file; it travels to other processes.
-
-    Attributes:
-        path: The file.
-        kind: ``sft`` or ``preference``.
-        format: A format's name, or ``auto``.
-        fallback: The format of rows that fit none.
-        columns: Where fields lie, as the user says.
-        reading: What the source says beside.
-        policies: What to do with what each check finds.
-        eval_fraction: Share of prompts held out; 0 or 1 sends all of it to one split.
-        weight: How often a train row is taken.
-        split_by: What of a prompt decides its split: its ``opening``, or the whole ``prompt``.
-    """
-
-    path: Path
-    kind: str
-    format: str
-    fallback: str
-    columns: Mapping[str, Column]
-    reading: Reading
-    policies: Mapping[str, str]
-    eval_fraction: float
-    weight: float
-    split_by: str = "opening"
-
-    def reader(self) -> RowReader:
-        """The reader of its rows."""
-        formats = SFT_FORMATS if self.kind == "sft" else PREFERENCE_FORMATS
-        reader = RowReader(formats, self.format, self.columns, self.reading)
-        reader.use_fallback(self.fallback)
-        return reader
-
 
 @dataclass
 class Reject:
@@ -138,8 +90,25 @@ class Reject:
     detail: str
 
 
+@dataclass(kw_only=True)
+class RowCounts:
+    """How many rows, by name.
+
+    Attributes:
+        formats: Of which format.
+        unread: With something in a column that nobody read.
+        unwrapped: With a conversation as a chat template renders it, which was taken apart.
+        rendered: With one that ``unwrap`` would take apart.
+    """
+
+    formats: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)
+    unwrapped: Counter[str] = field(default_factory=Counter)
+    rendered: Counter[str] = field(default_factory=Counter)
+
+
 @dataclass
-class BlockResult:
+class BlockResult(RowCounts):
     """What became of a block.
 
     Attributes:
@@ -147,40 +116,16 @@ class BlockResult:
         num_examples: Rows in its Arrow file.
         rejects: What is left out so far.
         found: For each check, the rows of the block that fail it and are kept.
-        formats: How many rows had which format.
-        unread: How many rows have something in a column that nobody read, by column.
-        unwrapped: How many rows held a conversation as a chat template renders it, which was taken apart.
-        rendered: How many rows hold one that ``unwrap`` would take apart, by template.
         digests: Of its examples (:data:`DIGESTS`).
         num_ties: Pairs of ranked answers that are tied.
     """
 
-    num_rows: int
+    num_rows: int = 0
     num_examples: int = 0
     rejects: list[Reject] = field(default_factory=list)
     found: dict[str, list[int]] = field(default_factory=dict)
-    formats: Counter[str] = field(default_factory=Counter)
-    unread: Counter[str] = field(default_factory=Counter)
-    unwrapped: Counter[str] = field(default_factory=Counter)
-    rendered: Counter[str] = field(default_factory=Counter)
     digests: np.ndarray = field(default_factory=lambda: np.empty(0, DIGESTS))
     num_ties: int = 0
-
-
-def block_schema(kind: str) -> pa.Schema:
-    """Columns of a block's Arrow file."""
-    canonical = SFT_SCHEMA if kind == "sft" else PREFERENCE_SCHEMA
-    return pa.schema([*canonical, *_WHERE_TO, *_WHERE_FROM])
-
-
-def examples_file(folder: Path, index: int) -> Path:
-    """The rows of a block."""
-    return folder / f"{index:08d}.arrow"
-
-
-def rankings_file(folder: Path, index: int) -> Path:
-    """The rankings of a block, where it has any."""
-    return folder / f"{index:08d}.rankings.arrow"
 
 
 def convert_block(
@@ -202,12 +147,12 @@ def convert_block(
     records = parse_lines(plan.path, block) if isinstance(block, Lines) else block
     first_row = records[0].row if records else 0
     rows = _Rows(plan)
-    rendered: Counter[str] = Counter()
+    result = rows.result
     for record in records:
         rows.place(record.row - first_row, record.line)
         try:
             fmt, found = reader.read(record.value)
-            rows.formats[fmt.name] += 1
+            result.formats[fmt.name] += 1
             if isinstance(found, Iterator):
                 for part, example in found:
                     rows.add_part(example, part)
@@ -218,10 +163,10 @@ def convert_block(
         if rows.is_marked and not plan.reading.unwrap:
             template, bare = reader.unwrapped(record.value)
             if template and not any(map(_is_marked, bare)):
-                rendered[template] += 1
-    result = rows.write(folder, index, len(records))
+                result.rendered[template] += 1
+    rows.write(folder, index)
+    result.num_rows = len(records)
     result.unread, result.unwrapped = reader.take_unread(), reader.take_unwrapped()
-    result.rendered = rendered
     return result
 
 
@@ -231,13 +176,10 @@ class _Rows:
     def __init__(self, plan: BlockPlan) -> None:
         self._plan = plan
         self._check: Any = check_sft if plan.kind == "sft" else check_preference
-        self.formats: Counter[str] = Counter()
+        self.result = BlockResult()
         self.is_marked = False  # whether the row at hand holds marks of chat templates
-        self._rejects: list[Reject] = []
-        self._found: dict[str, list[int]] = {}
-        self._rows: list[tuple[Any, ...]] = []  # as _COLUMNS, then the example's own
+        self._rows: list[tuple[Any, ...]] = []  # as COLUMNS, then the example's own
         self._rankings: list[dict[str, Any]] = []
-        self._num_ties = 0
         self._row: int = 0
         self._line: int | None = None
         self._prompt: Messages | None = None
@@ -250,7 +192,10 @@ class _Rows:
     def refuse(self, problem: RowProblem, part: str) -> None:
         """Leave out what does not fit its format."""
         check = problem.reason if problem.reason in ROW_REASONS else FORMAT_CHECK
-        self._rejects.append(Reject(self._row, self._line, part, check, problem.reason, problem.detail))
+        self._reject(part, problem.reason, problem.detail, check)
+
+    def _reject(self, part: str, reason: str, detail: str, check: str = "") -> None:
+        self.result.rejects.append(Reject(self._row, self._line, part, check or reason, reason, detail))
 
     def add_part(self, example: Any, part: str) -> None:
         """Add one of several things that a row holds."""
@@ -270,11 +215,10 @@ class _Rows:
             self._add_example(example, part, -1)
 
     def _add_ranking(self, found: RankingExample, part: str) -> None:
-        places, unfit = fit_answers(found, self._plan.policies)
+        places, unfit = fit_answers(found, self._plan.treatment.policies)
         before = f"{part}, " if part else ""
         for place, check, detail in unfit:
-            name = f"{before}answer {place + 1}"
-            self._rejects.append(Reject(self._row, self._line, name, check, check, detail))
+            self._reject(f"{before}answer {place + 1}", check, detail)
         if len(places) < 2:
             return
         example = found.only(places)
@@ -282,7 +226,7 @@ class _Rows:
         if not pairs:
             raise RowProblem("tie", f"is a tie: no two of its {len(places)} answers differ in rank")
         _, _, held_out, copies = self._facts_of(example.prompt)
-        self._num_ties += len(places) * (len(places) - 1) // 2 - len(example.pairs("all"))
+        self.result.num_ties += len(places) * (len(places) - 1) // 2 - len(example.pairs("all"))
         self._rankings.append({**_row_of(example, self._plan.path.name), "held_out": held_out, "copies": copies})
         ranking = len(self._rankings) - 1
         for better, worse in pairs:
@@ -293,18 +237,16 @@ class _Rows:
         found = self._check(example)
         if found:
             self.is_marked = self.is_marked or "chat_markers" in found
-            reason = reason_to_drop(found, self._plan.policies)
+            reason = reason_to_drop(found, self._plan.treatment.policies)
             if reason is not None:
-                self._rejects.append(Reject(self._row, self._line, part, reason, reason, DESCRIPTIONS[reason]))
+                self._reject(part, reason, DESCRIPTIONS[reason])
                 return
             for name in found:
-                rows = self._found.setdefault(name, [])
-                rows.append(self._row)
+                self.result.found.setdefault(name, []).append(self._row)
         try:
             group, opening, held_out, copies = self._facts_of(example.prompt)
             if not copies:
-                detail = "left out by the weight of its source"
-                self._rejects.append(Reject(self._row, self._line, part, SAMPLED_OUT, SAMPLED_OUT, detail))
+                self._reject(part, SAMPLED_OUT, "left out by the weight of its source")
                 return
             place = (group, opening, held_out, copies, self._row, self._line, part, ranking)
             if isinstance(example, SftExample):
@@ -336,44 +278,30 @@ class _Rows:
             return self._prompt_facts
         plan = self._plan
         group = content_id(prompt)
-        opening = deciding_part(prompt, plan.split_by)
+        opening = deciding_part(prompt, plan.treatment.split_by)
         opening_id = group if opening is prompt else content_id(opening)
-        held_out = position_of(opening_id) < plan.eval_fraction
-        copies = 1 if held_out or plan.weight == 1 else int(plan.weight) + (position_of(group[16:]) < plan.weight % 1)
+        held_out = position_of(opening_id) < plan.treatment.eval_fraction
+        weight = 1 if held_out else plan.source.weight
+        copies = 1 if weight == 1 else int(weight) + (position_of(group[16:]) < weight % 1)
         self._prompt, self._prompt_facts = prompt, (group, opening_id, held_out, copies)
         return self._prompt_facts
 
-    def write(self, folder: Path, index: int, num_rows: int) -> BlockResult:
-        """Write the files, and say what became of the block."""
-        digests = np.empty(0, DIGESTS)
+    def write(self, folder: Path, index: int) -> None:
+        """Write the files."""
         if self._rows:
-            columns = dict(zip(_COLUMNS[self._plan.kind], zip(*self._rows, strict=True), strict=True))
-            write_arrow(examples_file(folder, index), _table_of(columns, self._plan))
-            digests = _digests_of(columns)
+            kind = self._plan.kind
+            columns = dict(zip(COLUMNS[kind], zip(*self._rows, strict=True), strict=True))
+            write_arrow(examples_file(folder, index), table_of_columns(kind, self._plan.path.name, columns))
+            self.result.num_examples, self.result.digests = len(self._rows), _digests_of(columns)
         if self._rankings:
             write_arrow(rankings_file(folder, index), table_of(self._rankings, RANKING_BLOCK_SCHEMA))
-        return BlockResult(
-            num_rows,
-            len(self._rows),
-            self._rejects,
-            self._found,
-            self.formats,
-            digests=digests,
-            num_ties=self._num_ties,
-        )
 
 
 def _is_marked(example: Any) -> bool:
     """Whether a text of an example holds marks of a chat template; a problem in its place does, too."""
-    if isinstance(example, SftExample):
-        lists = [example.prompt, example.completion]
-    elif isinstance(example, PreferenceExample):
-        lists = [example.prompt, example.chosen, example.rejected]
-    elif isinstance(example, RankingExample):
-        lists = [example.prompt, *example.completions]
-    else:
+    if not isinstance(example, Example):
         return True
-    return any(has_chat_markers(text_of(messages)) for messages in lists)
+    return any(has_chat_markers(text_of(messages)) for messages in (example.prompt, *example.answers))
 
 
 def fit_answers(example: RankingExample, policies: Mapping[str, str]) -> tuple[list[int], list[tuple[int, str, str]]]:
@@ -397,34 +325,6 @@ def fit_answers(example: RankingExample, policies: Mapping[str, str]) -> tuple[l
     return places, unfit
 
 
-_FACTS = (
-    "id", "sides", "flipped", "group", "opening", "held_out", "copies", "row", "line", "part", "ranking", "prompt",
-)  # fmt: skip
-_COLUMNS = {
-    "sft": (*_FACTS, "completion"),
-    "preference": (*_FACTS, "chosen", "rejected", "chosen_score", "rejected_score"),
-}
-"""What is known of an example, in the order in which it is collected."""
-
-
-def _table_of(columns: Mapping[str, Sequence[Any]], plan: BlockPlan) -> pa.Table:
-    """A block's rows, as :func:`block_schema` has them; in full, where a message has more than role and content."""
-    schema = block_schema(plan.kind)
-    if not all(is_plain(*columns[column.name]) for column in schema if column.type == MESSAGES):
-        schema = full_schema(schema)
-    arrays = []
-    for column in schema:
-        if column.name == "source":
-            arrays.append(pa.repeat(pa.scalar(plan.path.name), len(columns["id"])))
-        elif column.type in (MESSAGES, FULL_MESSAGES):
-            arrays.append(_messages_array(columns[column.name], column.type))
-        elif column.name == TOOLS:
-            arrays.append(pa.array([prompt[0].get(TOOLS) for prompt in columns["prompt"]], column.type))
-        else:
-            arrays.append(pa.array(columns[column.name], column.type))
-    return pa.table(arrays, schema=schema)
-
-
 def _digests_of(columns: Mapping[str, Sequence[Any]]) -> np.ndarray:
     """What is remembered of a block's rows (:data:`DIGESTS`)."""
 
@@ -440,48 +340,8 @@ def _digests_of(columns: Mapping[str, Sequence[Any]]) -> np.ndarray:
     return digests
 
 
-def write_arrow(path: Path, table: pa.Table) -> None:
-    """Write rows or rankings of a block."""
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table)
-
-
 def _row_of(example: RankingExample, source: str) -> dict[str, Any]:
     try:
         return example.row(source)
     except UnicodeEncodeError:
         raise RowProblem("bad_unicode", "has half of a surrogate pair, which is no text") from None
-
-
-def is_full(path: Path) -> bool:
-    """Whether a block's file has a place for tools, calls and reasoning."""
-    with pa.OSFile(str(path)) as file:
-        return TOOLS in pa.ipc.open_file(file).schema.names
-
-
-def widen(path: Path) -> None:
-    """Give a block's file that place, as a file beside it has it."""
-    with pa.OSFile(str(path)) as file:
-        table = pa.ipc.open_file(file).read_all()
-    write_arrow(path, table_of(table.to_pylist(), full_schema(table.schema)))
-
-
-def _messages_array(rows: Sequence[Messages], kind: pa.DataType) -> pa.Array:
-    """Message lists as an array of list<struct> of a kind, built from flat columns."""
-    if all(len(messages) == 1 for messages in rows):
-        flat = [messages[0] for messages in rows]
-        offsets = np.arange(len(rows) + 1, dtype=np.int32)
-    else:
-        flat = list(chain.from_iterable(rows))
-        offsets = np.fromiter(accumulate(map(len, rows), initial=0), np.int32, len(rows) + 1)
-    names = [field.name for field in kind.value_type]
-    struct = pa.StructArray.from_arrays(
-        [
-            pa.array([message[name] for message in flat], pa.string())
-            if name in ("role", "content")
-            else pa.array([message.get(name) for message in flat], pa.string())
-            for name in names
-        ],
-        names,
-    )
-    return pa.ListArray.from_arrays(pa.array(offsets), struct)

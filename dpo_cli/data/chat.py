@@ -11,60 +11,31 @@ import os.path
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
+from importlib.metadata import version
 from itertools import pairwise
 from typing import Any, Protocol
+from uuid import uuid4
 
 import orjson
 from jinja2 import TemplateError
 
-from dpo_cli.core.errors import MachineError, ParamsError
+from dpo_cli.core.errors import MachineError
 from dpo_cli.data.problem import RowProblem
-from dpo_cli.data.schema import TOOLS, Message, Messages, assistant, is_plain, text_of, user, with_tools
-
-NAMED_TEMPLATES = {
-    "plain": (
-        "{{ bos_token or '' }}"
-        "{% for m in messages %}"
-        "{% if m.role == 'assistant' %}{{ 'Assistant: ' + m.content + eos_token + '\\n\\n' }}"
-        "{% elif m.role == 'user' %}{{ 'User: ' + m.content + '\\n\\n' }}"
-        "{% else %}{{ m.content + '\\n\\n' }}{% endif %}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-    ),
-    "chatml": (
-        "{{ bos_token or '' }}"
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-    ),
-    "alpaca": (
-        "{{ bos_token or '' }}"
-        "{% for m in messages %}"
-        "{% if m.role == 'assistant' %}{{ '### Response:\\n' + m.content + eos_token + '\\n\\n' }}"
-        "{% elif m.role == 'user' %}{{ '### Instruction:\\n' + m.content + '\\n\\n' }}"
-        "{% else %}{{ m.content + '\\n\\n' }}{% endif %}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
-    ),
-}
-"""Chat templates for models that bring none, by their name in model.chat_template."""
-
-
-_TODAY = date(2024, 7, 26)
-"""The day that templates are told which print the date: token ids must not change overnight."""
-_FIXED_CLOCK = (
-    "{%- macro strftime_now(form) -%}{{ form"
-    + "".join(f" | replace('%{code}', '{_TODAY.strftime(f'%{code}')}')" for code in "aAbBdHIjmMpSyY")
-    + " }}{%- endmacro -%}"
+from dpo_cli.data.schema import TOOLS, Messages, assistant, is_plain, user
+from dpo_cli.data.templates import (
+    NAMED_TEMPLATES,
+    as_openai,
+    before_block,
+    behind,
+    fold_system,
+    today,
+    with_fixed_clock,
+    with_options,
 )
-"""Put before a template that asks for the time, it answers in place of the clock."""
 
 _STAND_INS = ("alpha", "omega")
 """Two answers without a common beginning: what a template writes for both before them, it writes before any."""
-_TAG_AT_END = re.compile(r"(<[^<>\s]{1,40}>)\s*$")
 _MARK = re.compile(r"<[^<>\s]{1,40}>")
-_OPENED_AT_END = re.compile(r"([<\[])([^<>\[\]\s]{1,40})([>\]])\s*$")
-_CUT_MARK_AT_END = re.compile(r"[<\[][^<>\[\]\s]{0,40}$")
 _RARE_LETTERS = "\U00012000 \U00013000 \U00016800"
 """Of Sumer, Egypt and Bamum: a tokenizer that knows letters alone, and no bytes, lacks one of them."""
 
@@ -135,6 +106,9 @@ class ChatEncoder:
             generation prompt does not; mostly nothing.
         warnings: What is odd about template and tokenizer, in whole sentences.
         num_rows: Rows of the model's embedding, where that is known: an id must be below it.
+        tokenizer: The model's tokenizer.
+        end_texts: The tokens at which generation stops, as texts.
+        unknown_id: The token that it writes in place of text that it does not know, where it does so.
 
     Raises:
         MachineError: The tokenizer has no EOS token, no template where ``auto`` asks for it, or not
@@ -159,11 +133,11 @@ class ChatEncoder:
             raise MachineError(
                 "the model has no chat template; set model.chat_template to one of " + ", ".join(NAMED_TEMPLATES)
             )
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self.num_rows: int | None = None
         self._folds = system == "fold"
-        self._today = {} if "date_string" in (options or {}) else {"date_string": _TODAY.strftime("%d %b %Y")}
-        self._use(_with_options(NAMED_TEMPLATES.get(template) or str(own), options or {}))
+        self._today = today(options or {})
+        self._use(with_options(NAMED_TEMPLATES.get(template) or str(own), options or {}))
         self.opener = ""
         self.warnings: list[str] = []
         if template == "chatml":
@@ -176,24 +150,47 @@ class ChatEncoder:
         self._stop_ids: frozenset[int] = frozenset()
         unknown = getattr(tokenizer, "unk_token_id", None)
         # a tokenizer of bytes never writes its unknown token in place of text, though it may end turns with it
-        self._unknown: int | None = unknown if unknown in self._tokenise(_RARE_LETTERS) else None
+        self.unknown_id: int | None = unknown if unknown in self.tokenise(_RARE_LETTERS) else None
         self.end_id = self._probe()
         self._stop_ids = frozenset({self.end_id, int(tokenizer.eos_token_id), *end_ids})
-        self._end_texts = tuple(filter(None, (tokenizer.decode([token_id]).strip() for token_id in self.stop_ids)))
+        self.end_texts = tuple(filter(None, (tokenizer.decode([token_id]).strip() for token_id in self.stop_ids)))
 
     @property
     def stop_ids(self) -> list[int]:
         """Tokens at which generation stops: the template's, the tokenizer's and those that the model names."""
         return sorted(self._stop_ids)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that decides the token ids of messages and what the checks find in them.
+
+        A tokenizer that cannot be written as text has another one each time.
+        """
+        tokenizer = self.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        return {
+            "tokenizer": str(uuid4()) if backend is None else backend.to_str(),
+            "class": type(tokenizer).__name__,
+            "special_tokens": {name: str(text) for name, text in getattr(tokenizer, "special_tokens_map", {}).items()},
+            "template": self._rendered,
+            "opener": self.opener,
+            "fold_system": self._folds,
+            **self._today,
+            "special_ids": sorted(self._special_ids),
+            "stop_ids": self.stop_ids,
+            "end_id": self.end_id,
+            "num_rows": self.num_rows,
+            "versions": {name: version(name) for name in ("jinja2", "tokenizers", "transformers")},
+        }
+
     # --- what the template is like ------------------------------------------------------------
 
     def _use(self, template: str) -> None:
         self.template = template
-        self._rendered = f"{_FIXED_CLOCK}{template}" if "strftime_now" in template else template
+        self._rendered = with_fixed_clock(template)
 
     def _refuse_letters(self) -> None:
-        marks = [mark for mark in ("<|im_start|>", "<|im_end|>") if len(self._tokenise(mark)) != 1]
+        marks = [mark for mark in ("<|im_start|>", "<|im_end|>") if len(self.tokenise(mark)) != 1]
         if marks:
             raise MachineError(
                 f"model.chat_template chatml writes {' and '.join(marks)}, which the model's tokenizer does not have as"
@@ -205,7 +202,7 @@ class ChatEncoder:
         question, answer = [user("question")], [assistant("answer")]
         remedy = f"set model.chat_template to one of {', '.join(NAMED_TEMPLATES)}"
         try:
-            text = self._render(question + answer)
+            text = self.render(question + answer)
             if "question" not in text or "answer" not in text:
                 raise MachineError(f"the model's chat template leaves out what a plain message says; {remedy}")
             self._learn_opener(question)
@@ -215,10 +212,10 @@ class ChatEncoder:
 
     def _learn_opener(self, question: Messages) -> None:
         head, closing = self._around_answer(question)
-        before = self._render(question, add_generation_prompt=True)
+        before = self.render(question, add_generation_prompt=True)
         # a space before an answer belongs to its first word's token
         opener = head[len(before) :].rstrip(" ") if head.startswith(before) else ""
-        if opener.strip() and before == self._render(question):
+        if opener.strip() and before == self.render(question):
             self._use(f"{self.template}{{% if add_generation_prompt %}}{{{{ {opener!r} }}}}{{% endif %}}")
             self.warnings.append(
                 f"the model's chat template has no generation prompt; {opener!r}, which it writes before every answer,"
@@ -237,7 +234,7 @@ class ChatEncoder:
                 " answers do not begin: answers that do are trained as they are generated, others begin before it"
             )
         for mark in dict.fromkeys(_MARK.findall(closing)):
-            if len(self._tokenise(mark)) != 1:
+            if len(self.tokenise(mark)) != 1:
                 self.warnings.append(
                     f"the model's chat template ends a turn with {mark}, which its tokenizer does not have as a token:"
                     " it is read letter by letter"
@@ -245,7 +242,7 @@ class ChatEncoder:
 
     def _around_answer(self, prompt: Messages) -> tuple[str, str]:
         """What the template writes before and behind any answer to a prompt."""
-        one, other = (self._render([*prompt, assistant(text)]) for text in _STAND_INS)
+        one, other = (self.render([*prompt, assistant(text)]) for text in _STAND_INS)
         head = os.path.commonprefix([one, other])  # noqa: RUF071 (texts, not paths)
         return head, one[len(head) :].removeprefix(_STAND_INS[0])
 
@@ -257,7 +254,7 @@ class ChatEncoder:
         Raises:
             RowProblem: The template refuses these messages, or makes nothing of them.
         """
-        return self._prompt_ids(self._render(prompt, add_generation_prompt=True) + self.opener)
+        return self._prompt_ids(self.render(prompt, add_generation_prompt=True) + self.opener)
 
     def encode_completion(self, prompt: Messages, completion: Messages) -> list[int]:
         """Token ids of a single completion of this prompt, as :meth:`encode` has them.
@@ -276,8 +273,8 @@ class ChatEncoder:
         Raises:
             RowProblem: The template refuses these messages, or makes nothing of the prompt.
         """
-        before = self._render(prompt, add_generation_prompt=True)
-        wholes = [self._render(prompt + completion) for completion in completions]
+        before = self.render(prompt, add_generation_prompt=True)
+        wholes = [self.render(prompt + completion) for completion in completions]
         start = before + self.opener
         if self.opener and not all(whole.startswith(start) for whole in wholes):
             start = before
@@ -298,14 +295,14 @@ class ChatEncoder:
         surplus = before[len(head) :] if before.startswith(head) else ""
         if not all(whole.startswith(head) for whole in wholes):
             # the template closes a thought before answers that have none, and one of these has
-            shared = _before_block(os.path.commonprefix([head, *wholes]), head)  # noqa: RUF071
+            shared = before_block(os.path.commonprefix([head, *wholes]), head)  # noqa: RUF071
             start = shared if before.startswith(shared) else before.removesuffix(head[len(shared) :])
             return start, [whole[len(shared) :] for whole in wholes]
         if surplus.strip():
             # the generation prompt opens what answers begin with, such as <think>, and the template writes no opener
             contents = [completion[-1]["content"].lstrip() for completion in completions]
             if is_plain(*completions) and all(content.startswith(surplus.strip()) for content in contents):
-                return before, [_behind(content, surplus) + closing for content in contents]
+                return before, [behind(content, surplus) + closing for content in contents]
             start = head
         else:
             # the prompt itself is written otherwise once an answer follows
@@ -313,14 +310,14 @@ class ChatEncoder:
         return start, [whole[len(head) :] for whole in wholes]
 
     def _prompt_ids(self, text: str) -> list[int]:
-        ids = self._tokenise(text)
+        ids = self.tokenise(text)
         if not ids:
             raise RowProblem("empty_prompt", "has a prompt of which the model's chat template makes no token")
         return ids
 
     def _completion_ids(self, prompt_ids: Sequence[int], prompt: str, text: str) -> list[int]:
-        ids = self._tokenise(prompt + text)
-        ids = ids[len(prompt_ids) :] if ids[: len(prompt_ids)] == prompt_ids else self._tokenise(text)
+        ids = self.tokenise(prompt + text)
+        ids = ids[len(prompt_ids) :] if ids[: len(prompt_ids)] == prompt_ids else self.tokenise(text)
         end = len(ids)  # of the text: behind it stand only special tokens and white space
         while end and self._says_nothing(ids[end - 1]):
             end -= 1
@@ -331,103 +328,23 @@ class ChatEncoder:
         return ids[: closing + 1] if closing is not None else [*ids, self.end_id]
 
     def _says_nothing(self, token_id: int) -> bool:
-        if token_id == self._unknown and token_id not in self._stop_ids:
+        if token_id == self.unknown_id and token_id not in self._stop_ids:
             return False  # it stands for text
         return token_id in self._special_ids or not self.decode([token_id]).strip()
-
-    # --- checks -------------------------------------------------------------------------------
-
-    def check_tokens(self, prompt: Messages, completions: Sequence[Messages], encoding: Encoding) -> list[str]:
-        """Names of the checks (:class:`dpo_cli.core.params.TokenChecks`) that a row's tokens fail, but for the length.
-
-        Args:
-            prompt: The prompt.
-            completions: Its answers.
-            encoding: What :meth:`encode` makes of them.
-        """
-        found = self._hidden(prompt, completions, encoding) if not is_plain(prompt, *completions) else []
-        tag = _TAG_AT_END.search(encoding.prompt_text[-80:])
-        if tag is not None and any(text.lstrip().startswith(tag[1]) for text in encoding.texts):
-            found.append("doubled_opener")
-        ids = encoding.completions
-        if (
-            any(map(self._lacks_a_token, completions, ids))
-            or self._loses_an_answer(completions, encoding)
-            or self._loses_a_turn(prompt, encoding.prompt_text)
-        ):
-            found.append("lost_text")
-        if any(not each or each[-1] not in self._stop_ids for each in ids):
-            found.append("lost_eos")
-        if any(one == other for place, one in enumerate(ids) for other in ids[:place]):
-            found.append("equal_sides")
-        bos = self._tokenizer.bos_token_id
-        if bos is not None and encoding.prompt[:2] == [bos, bos]:
-            found.append("double_bos")
-        if any(answer[-1]["content"].rstrip().endswith(self._end_texts) for answer in completions if answer):
-            found.append("double_eos")
-        return found
-
-    def _lacks_a_token(self, completion: Messages, ids: Sequence[int]) -> bool:
-        """Whether the tokenizer has no token for a part of an answer."""
-        if self._unknown is None or self._unknown not in ids:
-            return False
-        said, written = text_of(completion), self._tokenizer.decode([self._unknown])
-        return self._tokenise(said).count(self._unknown) > said.count(written)
-
-    def _loses_an_answer(self, completions: Sequence[Messages], encoding: Encoding) -> bool:
-        """Whether the template leaves out text of an answer; what it writes at the end of the prompt is not lost."""
-        opened = _TAG_AT_END.search(encoding.prompt_text[-80:])
-        return any(
-            not _holds(f"{opened[1] if opened else ''}{text}", message["content"])
-            for answer, text in zip(completions, encoding.texts, strict=True)
-            for message in answer
-        )
-
-    def _loses_a_turn(self, prompt: Messages, text: str) -> bool:
-        """Whether the template leaves out a turn of the prompt; of earlier answers it may leave out the reasoning."""
-        for place, message in enumerate(prompt):
-            if message["role"] != "assistant" and not _holds(text, message["content"]):
-                other = [*prompt[:place], {**message, "content": "?"}, *prompt[place + 1 :]]
-                if self._looks_alike(other, prompt, add_generation_prompt=True):
-                    return True
-        return False
-
-    def _hidden(self, prompt: Messages, completions: Sequence[Messages], encoding: Encoding) -> list[str]:
-        """Which of tools, calls and reasoning the template does not show: without them it writes the same."""
-        found = []
-        bare = _without(prompt, TOOLS)
-        lists = [(prompt, True), *((prompt + completion, False) for completion in completions)]
-        if (bare != prompt and self._looks_alike(bare, prompt, add_generation_prompt=True)) or any(
-            self._looks_alike(_without(messages, "tool_calls", place), messages, add_generation_prompt=opens)
-            for messages, opens in lists
-            for place, message in enumerate(messages)
-            if "tool_calls" in message
-        ):
-            found.append("tools_not_shown")
-        if any(
-            not _holds(text, message.get("reasoning_content", ""))
-            for completion, text in zip(completions, encoding.texts, strict=True)
-            for message in completion
-        ):
-            found.append("reasoning_not_shown")
-        return found
-
-    def _looks_alike(self, one: Messages, other: Messages, *, add_generation_prompt: bool) -> bool:
-        try:
-            return self._render(one, add_generation_prompt=add_generation_prompt) == self._render(
-                other, add_generation_prompt=add_generation_prompt
-            )
-        except RowProblem:
-            return False
 
     # --- text ---------------------------------------------------------------------------------
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of token ids, special tokens left out."""
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
-    def _render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
-        told = _fold_system(messages) if self._folds else messages
+    def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
+        """The text that the template makes of messages.
+
+        Raises:
+            RowProblem: It refuses them.
+        """
+        told = fold_system(messages) if self._folds else messages
         try:
             return self._apply(told, add_generation_prompt)
         except (TemplateError, TypeError, ValueError) as error:
@@ -440,8 +357,8 @@ class ChatEncoder:
         if not is_plain(messages):
             if TOOLS in messages[0]:
                 tools[TOOLS] = orjson.loads(messages[0][TOOLS])
-            messages = [_as_openai(message) for message in messages]
-        return self._tokenizer.apply_chat_template(
+            messages = [as_openai(message) for message in messages]
+        return self.tokenizer.apply_chat_template(
             messages,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
@@ -455,7 +372,7 @@ class ChatEncoder:
         roles = [message["role"] for message in messages]
         if "system" in roles:
             try:
-                self._apply(_fold_system(messages), add_generation_prompt=False)
+                self._apply(fold_system(messages), add_generation_prompt=False)
             except (TemplateError, TypeError, ValueError):
                 pass
             else:
@@ -463,79 +380,16 @@ class ChatEncoder:
         twice = next((role for role, after in pairwise(roles) if role == after), None)
         return f"; two turns of the {twice} follow each other, which can be joined in the file" if twice else ""
 
-    def _tokenise(self, text: str) -> list[int]:
-        ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+    def tokenise(self, text: str) -> list[int]:
+        """Token ids of a text.
+
+        Raises:
+            RowProblem: One is beyond the model's embedding.
+        """
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         if self.num_rows is not None and ids and max(ids) >= self.num_rows:
-            token = self._tokenizer.decode([max(ids)])
+            token = self.tokenizer.decode([max(ids)])
             raise RowProblem(
                 "unknown_token", f"holds {token!r}, token {max(ids)}: the model's embedding has {self.num_rows} rows"
             )
         return ids
-
-
-def _with_options(template: str, options: Mapping[str, Any]) -> str:
-    """A template that takes these values where it is told nothing else."""
-    for name in options:
-        if not re.search(rf"\b{re.escape(name)}\b", template):
-            raise ParamsError(
-                f"params.yaml: model.template_options.{name} has no effect: the model's chat template does not read it"
-            )
-    defaults = "".join(
-        f"{{%- if {name} is not defined -%}}{{%- set {name} = {value!r} -%}}{{%- endif -%}}"
-        for name, value in options.items()
-    )
-    return defaults + template
-
-
-def _fold_system(messages: Messages) -> Messages:
-    """Messages without system turns: their texts stand before the next user turn, with a blank line between."""
-    folded: Messages = []
-    waiting: list[Message] = []
-    for message in messages:
-        if message["role"] == "system":
-            waiting.append(message)
-        elif message["role"] == "user" and waiting:
-            said = "\n\n".join(each["content"] for each in [*waiting, message])
-            folded.append({**message, "content": said})
-            waiting = []
-        else:
-            folded.append(message)
-    folded += [user(message["content"]) for message in waiting]
-    return with_tools(folded, messages[0][TOOLS]) if messages and TOOLS in messages[0] else folded
-
-
-def _as_openai(message: Message) -> dict[str, Any]:
-    told: dict[str, Any] = {name: text for name, text in message.items() if name != TOOLS}
-    return {**told, "tool_calls": orjson.loads(message["tool_calls"])} if "tool_calls" in message else told
-
-
-def _without(messages: Messages, field: str, place: int = 0) -> Messages:
-    """Messages of which one lacks a field."""
-    if not messages or field not in messages[place]:
-        return messages
-    bare = {name: text for name, text in messages[place].items() if name != field}
-    return [*messages[:place], bare, *messages[place + 1 :]]
-
-
-def _before_block(shared: str, head: str) -> str:
-    """The part of a common beginning that stands before the block, such as ``<think>``, in which it stops.
-
-    Args:
-        shared: What a template's beginning of bare answers has in common with other answers.
-        head: All of that beginning, in which the block is closed.
-    """
-    outside = _CUT_MARK_AT_END.sub("", shared)
-    opened = _OPENED_AT_END.search(shared)
-    if opened and f"{opened[1]}/{opened[2]}{opened[3]}" in head[len(shared) :]:
-        return shared[: opened.start()]
-    return outside
-
-
-def _behind(content: str, opener: str) -> str:
-    """What an answer says behind an opener that stands before it already."""
-    return content.removeprefix(opener) if content.startswith(opener) else content.removeprefix(opener.strip())
-
-
-def _holds(text: str, part: str) -> bool:
-    """Whether a text holds another, whatever the white space in both."""
-    return part.strip() in text or "".join(part.split()) in "".join(text.split())

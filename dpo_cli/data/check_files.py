@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from dpo_cli.core.errors import ParamsError
 from dpo_cli.core.params import TokenChecks
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.account import Conversion, Finding, account_rows, checks_of, metrics_of, unread_of, warnings_of
+from dpo_cli.data.block_files import read_arrow
 from dpo_cli.data.blocks import SAMPLED_OUT
-from dpo_cli.data.convert import convert, find_files, read_arrow
+from dpo_cli.data.convert import convert
 from dpo_cli.data.inspect import TokenView
+from dpo_cli.data.plan import Treatment, num_bytes
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.tokenise import tokenise_row
 
@@ -64,7 +66,7 @@ def check_sources(
         mine = [source for source in sources if isinstance(source, SftSource) == (kind == "sft")]
         if not mine:
             continue
-        size = sum(path.stat().st_size for source in mine for path in find_files(source) if path.is_file())
+        size = num_bytes(mine)
         with tempfile.TemporaryDirectory(prefix="dpo-cli-") as folder:
             work = Path(folder) / "work"
             work.mkdir()
@@ -72,15 +74,16 @@ def check_sources(
             with reporter.meter(f"checking {kind}", size, "bytes") as meter:
                 report = convert(
                     mine,
-                    {name: "drop" if policy == "error" else policy for name, policy in policies.items()},
-                    data.eval_fraction,
+                    replace(
+                        Treatment.of(data),
+                        policies={name: "drop" if policy == "error" else policy for name, policy in policies.items()},
+                        rows_listed=_ROWS_NAMED,
+                        listed=options.listed,
+                    ),
                     work,
                     None,
                     rejects,
-                    split_by=data.split_by,
                     workers=options.workers or usable_cores(),
-                    rows_listed=_ROWS_NAMED,
-                    listed=options.listed,
                     on_bytes=meter.advance,
                 )
             for name, policy in policies.items():

@@ -8,7 +8,6 @@ content. Memory does not grow with the files.
 
 from __future__ import annotations
 
-import glob
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -19,32 +18,19 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from dpo_cli.core.data_params import PreferenceSource, SftSource, Source
+from dpo_cli.core.data_params import SftSource, Source
 from dpo_cli.core.errors import DataError
 from dpo_cli.data.account import SPLITS, Conversion, ConvertedBlock, FileAccount, Finding
-from dpo_cli.data.blocks import (
-    DIGESTS,
-    BlockPlan,
-    BlockResult,
-    Reject,
-    examples_file,
-    is_full,
-    rankings_file,
-    widen,
-    write_arrow,
-)
+from dpo_cli.data.block_files import examples_file, is_full, rankings_file, read_arrow, widen, write_arrow
+from dpo_cli.data.blocks import DIGESTS, BlockResult, Reject
 from dpo_cli.data.checks import CHECKS_OF
-from dpo_cli.data.formats import PREFERENCE_FORMATS, SFT_FORMATS
-from dpo_cli.data.formats.base import Reading
-from dpo_cli.data.formats.detect import RowReader
-from dpo_cli.data.formats.labels import label_text
-from dpo_cli.data.reading.base import Block, BrokenLines
+from dpo_cli.data.plan import Treatment, find_files, plan_of
+from dpo_cli.data.reading.base import Block
 from dpo_cli.data.reading.files import read_blocks, read_records
 from dpo_cli.data.repeats import CHECKS, Repeats, find_repeats
 from dpo_cli.data.schema import PREFERENCE_SCHEMA, RANKING_SCHEMA, SFT_SCHEMA, full_schema
 from dpo_cli.data.workers import convert_blocks
 
-_DETECTION_ROWS = 100
 _RECORDS_A_BLOCK = 1000
 _ROWS_A_GROUP = 20_000
 _COMPRESSION = 1
@@ -59,32 +45,24 @@ _COMPARED = {
 
 def convert(
     sources: Sequence[Source],
-    policies: Mapping[str, str],
-    eval_fraction: float,
+    treatment: Treatment,
     work: Path,
     out: Path | None,
     rejects_file: Path,
     *,
-    split_by: str = "opening",
     workers: int = 1,
-    rows_listed: int = 20,
-    listed: str | None = None,
     on_bytes: Callable[[int], None] = lambda _: None,
 ) -> Conversion:
     """Convert raw files into ``out/train.parquet`` and ``out/eval.parquet``, rankings beside them.
 
     Args:
         sources: Where the data is; all of one kind, instructions or preferences.
-        policies: What to do with what each check finds (:class:`dpo_cli.core.data_params.DataChecks`).
-        eval_fraction: Share of prompts held out.
+        treatment: What is done with their rows.
         work: An empty folder for what is half done, about as large as the data.
         out: An empty folder to write to; None: only check.
         rejects_file: Where the rows left out are listed, one JSON line each.
-        split_by: What of a prompt decides its split: its ``opening``, or the whole ``prompt``.
         workers: Processes that share the work on large files of JSON lines.
-        rows_listed: Rows named for each check.
-        listed: The check of which all rows are named.
-        on_bytes: Called with every so many bytes of the files that were read.
+        on_bytes: Is told of every so many bytes of the files that were read.
 
     Raises:
         DataError: A file cannot be read, has no known format, leaves a split empty, or fails a
@@ -92,7 +70,7 @@ def convert(
         ParamsError: A source's columns name a field that there is none of.
     """
     kind = "sft" if isinstance(sources[0], SftSource) else "preference"
-    run = _Run(kind, policies, (eval_fraction, split_by), work, rows_listed, listed)
+    run = _Run(kind, treatment, work)
     for source in sources:
         left = source.max_rows
         for path in find_files(source):
@@ -110,88 +88,19 @@ def convert(
     return run.report
 
 
-def find_files(source: Source) -> list[Path]:
-    """The files of a source, in order: the one of its name, or those of a pattern with * and ?.
-
-    Raises:
-        DataError: A pattern matches none.
-    """
-    path = Path(source.path)
-    if path.exists() or not any(mark in source.path for mark in "*?"):
-        return [path]
-    pattern = source.path.replace("[", "[[]")  # brackets are part of the name
-    found = sorted(path for name in glob.glob(pattern) if (path := Path(name)).is_file())  # noqa: PTH207
-    if not found:
-        raise DataError(f"{source.path}: no file has such a name; put your data there, or name it in params.yaml")
-    return found
-
-
-def plan_of(
-    source: Source,
-    path: Path,
-    policies: Mapping[str, str],
-    eval_fraction: float,
-    split_by: str = "opening",
-    *,
-    before_broken: bool = False,
-) -> tuple[BlockPlan, str]:
-    """How the rows of a file are read, and why so: by the source's settings and the file's first rows.
-
-    With ``before_broken`` by those before the first broken line, where some are.
-
-    Raises:
-        DataError: The file cannot be read, or its rows have no known format.
-        ParamsError: The columns name a field that there is none of.
-    """
-    kind = "sft" if isinstance(source, SftSource) else "preference"
-    reading = Reading(
-        roles=source.roles,
-        labels={label_text(label): side for label, side in source.labels.items()},
-        turns=source.turns if isinstance(source, SftSource) else "last",
-        compare=source.compare if isinstance(source, PreferenceSource) else "last",
-        pairs=source.pairs if isinstance(source, PreferenceSource) else "all",
-        unwrap=source.unwrap,
-    )
-    formats = SFT_FORMATS if kind == "sft" else PREFERENCE_FORMATS
-    reader = RowReader(formats, source.format, source.columns, reading)
-    head = []
-    try:
-        for record in islice(read_records(path, within=source.records), _DETECTION_ROWS):
-            head.append(record.value)
-    except BrokenLines:
-        if not head or not before_broken:
-            raise
-    why = f"{source.format}: named by you"
-    if source.format in ("auto", "two_outputs"):  # to name two_outputs does not say what its labels mean
-        why = reader.detect(path, head)
-    fraction = {"auto": eval_fraction, "train": 0.0, "eval": 1.0}[source.split]
-    plan = BlockPlan(
-        path, kind, source.format, reader.fallback, source.columns, reading, policies, fraction, source.weight, split_by
-    )
-    return plan, why
-
-
 class _Run:
     """One conversion, step by step."""
 
-    def __init__(
-        self,
-        kind: str,
-        policies: Mapping[str, str],
-        split: tuple[float, str],
-        work: Path,
-        rows_listed: int,
-        listed: str | None,
-    ) -> None:
-        self.report = Conversion(checks={name: Finding(policies[name]) for name in policies if name in CHECKS_OF[kind]})
+    def __init__(self, kind: str, treatment: Treatment, work: Path) -> None:
         self._kind = kind
-        self._policies = policies
-        self._split = split
-        self.report.split_by = split[1]
+        self._treatment = treatment
+        self._policies = policies = treatment.policies
         self._work = work
-        self._rows_listed = rows_listed
-        self._listed = listed
         self._digests = work / "digests"
+        self.report = Conversion(
+            checks={name: Finding(policies[name]) for name in policies if name in CHECKS_OF[kind]},
+            split_by=treatment.split_by,
+        )
         self._blocks = self.report.blocks
 
     # --- reading ------------------------------------------------------------------------------
@@ -200,7 +109,7 @@ class _Run:
         self, source: Source, path: Path, workers: int, max_rows: int | None, on_bytes: Callable[[int], None]
     ) -> int:
         """Read and convert a file, block by block, or its first rows; how many there were."""
-        plan, why = plan_of(source, path, self._policies, *self._split)
+        plan, why = plan_of(source, path, self._treatment)
         account = FileAccount(path, source, why, first=self.report.num_read)
         self.report.files.append(account)
         if max_rows is None:
@@ -251,10 +160,7 @@ class _Run:
         self.report.num_read += result.num_rows
         self.report.num_ties += result.num_ties
         account.num_rows += result.num_rows
-        account.formats.update(result.formats)
-        account.count_unread(result.unread)
-        account.unwrapped.update(result.unwrapped)
-        account.rendered.update(result.rendered)
+        account.add(result)
 
     # --- comparing ----------------------------------------------------------------------------
 
@@ -281,7 +187,7 @@ class _Run:
             place = self._place_of(row)
             if finding.rows[-1:] == [place]:  # several pairs of a ranking are of one row
                 continue
-            if len(finding.rows) >= self._rows_listed and name != self._listed:
+            if len(finding.rows) >= self._treatment.rows_listed and name != self._treatment.listed:
                 finding.more = True
                 break
             finding.rows.append(place)
@@ -314,7 +220,7 @@ class _Run:
 
     def judge_splits(self, sources: Sequence[Source]) -> None:
         """Say why a split has no rows, where it should have some."""
-        report, fraction = self.report, self._split[0]
+        report, fraction = self.report, self._treatment.eval_fraction
         num = sum(report.num_written.values())
         empty = next((split for split in SPLITS if num and not report.num_written[split]), None)
         if empty is None:
@@ -462,12 +368,6 @@ class _Run:
 
 
 # --- tables -------------------------------------------------------------------------------------
-
-
-def read_arrow(path: Path) -> pa.Table:
-    """The rows or rankings of a block."""
-    with pa.OSFile(str(path)) as file:
-        return pa.ipc.open_file(file).read_all()
 
 
 def _reject_at(table: pa.Table, at: int, shift: int, reason: str, detail: str) -> Reject:

@@ -14,17 +14,18 @@ import pyarrow as pa
 
 from dpo_cli.core.data_params import DataParams, Source
 from dpo_cli.core.errors import DataError
-from dpo_cli.data.blocks import SAMPLED_OUT, BlockPlan, convert_block, examples_file, fit_answers
+from dpo_cli.data.block_files import examples_file
+from dpo_cli.data.blocks import SAMPLED_OUT, convert_block, fit_answers
 from dpo_cli.data.chat import ChatEncoder, Encoding
 from dpo_cli.data.checks import check_preference, check_sft
-from dpo_cli.data.convert import find_files, plan_of
 from dpo_cli.data.pieces import pieces_of
+from dpo_cli.data.plan import BlockPlan, Treatment, find_files, plan_of
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.reading.base import Record
 from dpo_cli.data.reading.files import read_records
 from dpo_cli.data.schema import Messages, PreferenceExample, RankingExample, SftExample, content_id
 from dpo_cli.data.splits import is_held_out
-from dpo_cli.data.tokenise import TOKEN_DETAILS
+from dpo_cli.data.token_checks import TOKEN_DETAILS, check_tokens
 
 AnyExample = SftExample | PreferenceExample | RankingExample
 
@@ -71,7 +72,7 @@ def describe_row(source: Source, row: int, view: TokenView | None, data: DataPar
     """
     path = _only_file(source)
     data = data or DataParams()
-    plan, why = plan_of(source, path, data.checks.model_dump(), data.eval_fraction, data.split_by, before_broken=True)
+    plan, why = plan_of(source, path, Treatment.of(data), before_broken=True)
     record = _record_at(path, source.records, row)
     stage = "convert-sft" if plan.kind == "sft" else "convert-preferences"
     found: dict[str, Any] = {
@@ -221,7 +222,7 @@ class _Describing:
 
     def _pairs_of(self, example: RankingExample, part: str) -> list[tuple[int, int]]:
         """The pairs of the answers that are fit, by their places; of the others it is said what they lack."""
-        places, unfit = fit_answers(example, self._plan.policies)
+        places, unfit = fit_answers(example, self._plan.treatment.policies)
         for place, check, detail in unfit:
             self._drop(f"{part}, answer {place + 1}" if part else f"answer {place + 1}", self._stage, check, detail)
         pairs = example.only(places).pairs(self._plan.reading.pairs) if len(places) > 1 else []
@@ -240,7 +241,7 @@ class _Describing:
             failed = []  # a ranking without pairs: a tie
         else:
             failed = check_sft(example) if isinstance(example, SftExample) else check_preference(example)
-        found["checks"] = {name: self._plan.policies[name] for name in failed}
+        found["checks"] = {name: self._plan.treatment.policies[name] for name in failed}
         reason, stage = self._fate.reason(part), self._stage
         if isinstance(tokens, _Tokens):
             found["token_checks"], token_reason = tokens.judge(places)
@@ -283,7 +284,7 @@ def _identity(prompt: Messages, answers: Sequence[Messages], plan: BlockPlan) ->
     try:
         return {
             "id": content_id(prompt, *answers),
-            "split": "eval" if is_held_out(prompt, plan.eval_fraction, plan.split_by) else "train",
+            "split": "eval" if is_held_out(prompt, plan.treatment.eval_fraction, plan.treatment.split_by) else "train",
         }
     except UnicodeEncodeError:  # half of a surrogate pair, for which the row is left out
         return {"id": None, "split": None}
@@ -328,7 +329,7 @@ class _Tokens:
         """The checks that some of the answers fail, with their policies, and why they are left out, if they are."""
         places = list(places)
         view, encoding = self.view, self.encoding.only(places)
-        found = view.encoder.check_tokens(self.prompt, [self.messages[place] for place in places], encoding)
+        found = check_tokens(view.encoder, self.prompt, [self.messages[place] for place in places], encoding)
         longest = len(encoding.prompt) + max(map(len, encoding.completions))
         if longest > view.max_length:
             found = ["over_long", *found]

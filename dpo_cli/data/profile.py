@@ -13,7 +13,7 @@ from dpo_cli.core.data_params import DataParams, SftSource, Source
 from dpo_cli.core.progress import Meter, Reporter
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.checks import check_preference, check_sft, reason_to_drop
-from dpo_cli.data.convert import find_files, plan_of
+from dpo_cli.data.plan import Treatment, find_files, num_bytes, plan_of
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.reading.files import read_records
 from dpo_cli.data.schema import Messages, PreferenceExample, RankingExample, SftExample
@@ -51,7 +51,7 @@ def profile_sources(
         mine = [source for source in sources if isinstance(source, SftSource) == (kind == "sft")]
         if not mine:
             continue
-        size = sum(path.stat().st_size for source in mine for path in find_files(source) if path.is_file())
+        size = num_bytes(mine)
         reading = _Reading(DataStatistics(measure, LIMITS if encoder is not None else (), language_of), data)
         with reporter.meter(f"reading {kind}", size, "bytes") as meter:
             for source in mine:
@@ -92,8 +92,7 @@ class _Reading:
     """Reads files into statistics, with an account of the rows."""
 
     def __init__(self, statistics: DataStatistics, data: DataParams) -> None:
-        self._eval_fraction = data.eval_fraction
-        self._policies = data.checks.model_dump()
+        self._treatment = Treatment.of(data)
         self._statistics = statistics
         self._sources: list[dict[str, Any]] = []
         self._formats: Counter[str] = Counter()
@@ -102,7 +101,7 @@ class _Reading:
 
     def read(self, source: Source, path: Path, meter: Meter) -> None:
         """Read a file."""
-        plan, why = plan_of(source, path, self._policies, self._eval_fraction)
+        plan, why = plan_of(source, path, self._treatment)
         reader = plan.reader()
         before = self._num_rows
         for record in islice(read_records(path, meter.advance, source.records), source.max_rows):
@@ -137,7 +136,7 @@ class _Reading:
 
     def _stays(self, example: SftExample | PreferenceExample) -> bool:
         failed = check_sft(example) if isinstance(example, SftExample) else check_preference(example)
-        reason = reason_to_drop(failed, self._policies) if failed else None
+        reason = reason_to_drop(failed, self._treatment.policies) if failed else None
         if reason is not None:
             self._left_out[reason] += 1
         return reason is None

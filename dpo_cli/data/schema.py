@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import orjson
 import pyarrow as pa
@@ -174,51 +174,56 @@ def _said(message: Message) -> str:
     return "\n".join(filter(None, said))
 
 
+@dataclass(slots=True)
 class Example:
-    """Base of what a row may hold."""
+    """Base of what a row may hold: a prompt with some answers."""
 
-    __slots__ = ()
+    schema: ClassVar[pa.Schema]
+    prompt: Messages
+
+    @property
+    def answers(self) -> list[Messages]:
+        """Its answers, the best one first."""
+        raise NotImplementedError
+
+    def row(self, source: str) -> dict[str, Any]:
+        """The canonical row, as its schema has it.
+
+        Raises:
+            UnicodeEncodeError: A text holds half of a surrogate pair.
+        """
+        group = content_id(self.prompt)
+        known = {"id": joint_id(group, *map(part_id, self.answers)), "group": group, "source": source}
+        return {name: known[name] if name in known else getattr(self, name) for name in self.schema.names}
 
 
 @dataclass(slots=True)
 class SftExample(Example):
     """An instruction and its answer."""
 
-    prompt: Messages
+    schema: ClassVar[pa.Schema] = SFT_SCHEMA
     completion: Messages
 
-    def row(self, source: str) -> dict[str, Any]:
-        """The canonical row (:data:`SFT_SCHEMA`)."""
-        return {
-            "id": content_id(self.prompt, self.completion),
-            "prompt": self.prompt,
-            "completion": self.completion,
-            "source": source,
-        }
+    @property
+    def answers(self) -> list[Messages]:
+        """The answer."""
+        return [self.completion]
 
 
 @dataclass(slots=True)
 class PreferenceExample(Example):
     """A prompt with the answer that was preferred and the one that was not."""
 
-    prompt: Messages
+    schema: ClassVar[pa.Schema] = PREFERENCE_SCHEMA
     chosen: Messages
     rejected: Messages
     chosen_score: float | None = None
     rejected_score: float | None = None
 
-    def row(self, source: str) -> dict[str, Any]:
-        """The canonical row (:data:`PREFERENCE_SCHEMA`)."""
-        return {
-            "id": content_id(self.prompt, self.chosen, self.rejected),
-            "prompt": self.prompt,
-            "chosen": self.chosen,
-            "rejected": self.rejected,
-            "chosen_score": self.chosen_score,
-            "rejected_score": self.rejected_score,
-            "source": source,
-            "group": content_id(self.prompt),
-        }
+    @property
+    def answers(self) -> list[Messages]:
+        """Both answers."""
+        return [self.chosen, self.rejected]
 
 
 @dataclass(slots=True)
@@ -226,7 +231,6 @@ class RankingExample(Example):
     """A prompt with K answers in order.
 
     Attributes:
-        prompt: The messages up to where it is the model's turn.
         completions: K answers, best first.
         ranks: Their ranks from 1, ascending; equal is tied.
         scores: What the ranks come from, where that is scores.
@@ -234,23 +238,16 @@ class RankingExample(Example):
             pairwise verdicts, which need not agree with each other.
     """
 
-    prompt: Messages
+    schema: ClassVar[pa.Schema] = RANKING_SCHEMA
     completions: list[Messages]
     ranks: list[int]
     scores: list[float] | None = None
     verdicts: list[tuple[int, int]] | None = None
 
-    def row(self, source: str) -> dict[str, Any]:
-        """The canonical row (:data:`RANKING_SCHEMA`)."""
-        return {
-            "id": content_id(self.prompt, *self.completions),
-            "prompt": self.prompt,
-            "completions": self.completions,
-            "ranks": self.ranks,
-            "scores": self.scores,
-            "source": source,
-            "group": content_id(self.prompt),
-        }
+    @property
+    def answers(self) -> list[Messages]:
+        """All of them."""
+        return self.completions
 
     def pairs(self, scheme: str) -> list[tuple[int, int]]:
         """Places (better, worse) of the pairs that a scheme makes.

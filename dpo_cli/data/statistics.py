@@ -1,22 +1,24 @@
-"""What a set of examples is like: lengths, turns, languages. Counted as they stream by, in bounded memory.
+"""What a set of examples is like: lengths, turns, languages. Counted as they stream by.
 
-Counts, means and maxima are exact. Quantiles come from a histogram of log-spaced bins: values
-below 128 are exact, larger ones at most 0.8% off. Languages and scripts are those of a sample,
+Of an example only its lengths stay, four bytes each. Languages and scripts are those of a sample,
 the examples with the smallest content hash, so neither their order nor a seed decides.
 """
 
 from __future__ import annotations
 
 import heapq
-import math
 import unicodedata
-from collections import Counter
+from array import array
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
+import numpy as np
+
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import Messages, PreferenceExample, RankingExample, SftExample, content_id, text_of
+from dpo_cli.statistics.binomial import wilson_interval
 
 SCRIPTS = ("Latin", "Han", "Kana", "Hangul", "Cyrillic", "Arabic", "Devanagari", "other")
 """The scripts that are told apart."""
@@ -30,79 +32,45 @@ NO_LETTERS = "none"
 TOO_SHORT = "too_short"
 """The language of a text that is too short, or too much of several languages, to tell it."""
 
-_EXACT_BITS = 7
-"""Values of so many bits have a bin of their own; larger ones share one in their first so many bits."""
-
 _SAMPLED_CHARACTERS = 1000
-_Z_95 = 1.959963984540054
 
 
 class Distribution:
-    """Lengths: how many there are, and how they are spread.
-
-    Attributes:
-        count: How many.
-        total: Their sum.
-        maximum: The largest.
-    """
+    """Lengths: how many there are, and how they are spread. Each takes four bytes."""
 
     def __init__(self) -> None:
-        self.count = 0
-        self.total = 0
-        self.maximum = 0
-        self._bins: Counter[int] = Counter()  # by the smallest value that belongs into it
+        self._values = array("i")
+
+    def __len__(self) -> int:
+        return len(self._values)
 
     def add(self, value: int) -> None:
         """Count a value, which is a whole number from 0."""
-        self.count += 1
-        self.total += value
-        self.maximum = max(self.maximum, value)
-        shift = max(value.bit_length() - _EXACT_BITS, 0)
-        self._bins[value >> shift << shift] += 1
+        self._values.append(value)
 
     def quantile(self, percent: int) -> int:
         """The smallest value that so many percent of the values do not exceed; 0 where there are none."""
-        rank = -(-percent * self.count // 100)
-        passed = 0
-        for low in sorted(self._bins):
-            passed += self._bins[low]
-            if passed >= rank:
-                width = 1 << max(low.bit_length() - _EXACT_BITS, 0)
-                return min(low + (width - 1) // 2, self.maximum)
-        return 0
+        return int(np.quantile(self._values, percent / 100, method="inverted_cdf")) if self._values else 0
 
     def histogram(self) -> list[tuple[int, int, int]]:
         """Bins as (smallest value, largest value, count), each twice as wide as the one before it."""
-        counts: Counter[int] = Counter()
-        for low, count in self._bins.items():
-            counts[low.bit_length()] += count
-        if not counts:
+        if not self._values:
             return []
-        return [(1 << bits >> 1, (1 << bits) - 1, counts[bits]) for bits in range(min(counts), max(counts) + 1)]
+        _, widths = np.frexp(np.array(self._values))  # in bits
+        counts = np.bincount(widths).tolist()
+        return [(1 << bits >> 1, (1 << bits) - 1, counts[bits]) for bits in range(widths.min(), len(counts))]
 
     def summary(self) -> dict[str, Any]:
         """Mean, quantiles, maximum and histogram."""
         return {
-            "count": self.count,
-            "mean": self.total / self.count if self.count else 0.0,
+            "count": len(self),
+            "mean": sum(self._values) / len(self) if self._values else 0.0,
             "median": self.quantile(50),
             "p95": self.quantile(95),
             "p99": self.quantile(99),
-            "max": self.maximum,
+            "max": max(self._values, default=0),
             "histogram": [list(line) for line in self.histogram()],
         }
-
-
-def wilson_interval(count: int, total: int) -> tuple[float, float]:
-    """The 95% interval of a share (Wilson 1927): of ``count`` in ``total`` independent draws."""
-    if not total:
-        return 0.0, 1.0
-    share, squared = count / total, _Z_95**2
-    middle = share + squared / (2 * total)
-    reach = _Z_95 * math.sqrt(share * (1 - share) / total + squared / (4 * total**2))
-    scale = 1 + squared / total
-    low, high = (middle - reach) / scale, (middle + reach) / scale
-    return (0.0 if count == 0 else low), (1.0 if count == total else high)
 
 
 class Measure(Protocol):
@@ -157,7 +125,7 @@ class DataStatistics:
         self._language_of = language_of
         self._sample_size = sample_size
         self._sample: list[tuple[int, str, str]] = []  # a heap: negative hash, prompt, answer
-        self._lengths: dict[str, Distribution] = {"prompt": Distribution()}
+        self._lengths: defaultdict[str, Distribution] = defaultdict(Distribution, prompt=Distribution())
         self._whole = Distribution()
         self._turns = Distribution()
         self._over = dict.fromkeys(limits, 0)
@@ -176,13 +144,10 @@ class DataStatistics:
         Raises:
             RowProblem: It holds what is no text, or cannot be measured; then nothing of it is counted.
         """
-        prompt = example.prompt
-        if isinstance(example, SftExample):
-            answers, sides = [example.completion], []
-        elif isinstance(example, PreferenceExample):
-            answers, sides = [example.chosen, example.rejected], [(0, 1)]
-        else:
-            answers, sides = example.completions, example.pairs("all") if pairs is None else pairs
+        prompt, answers = example.prompt, example.answers
+        sides: Sequence[tuple[int, int]] = [] if isinstance(example, SftExample) else [(0, 1)]
+        if isinstance(example, RankingExample):
+            sides = example.pairs("all") if pairs is None else pairs
         try:
             digest = content_id(prompt, *answers)
         except UnicodeEncodeError:
@@ -192,21 +157,27 @@ class DataStatistics:
 
         self._lengths["prompt"].add(prompt_length)
         if isinstance(example, SftExample):
-            self._add_length("completion", lengths[0])
+            self._lengths["completion"].add(lengths[0])
         for better, worse in sides:
-            self._add_length("chosen", lengths[better])
-            self._add_length("rejected", lengths[worse])
+            self._lengths["chosen"].add(lengths[better])
+            self._lengths["rejected"].add(lengths[worse])
             self._longer += lengths[better] > lengths[worse]
             self._equal += lengths[better] == lengths[worse]
         self._pairs += len(sides)
         self._rankings += isinstance(example, RankingExample)
-        self._add_whole(prompt_length + max(lengths))
-        self._add_turns(prompt)
+        whole = prompt_length + max(lengths)
+        self._whole.add(whole)
+        for limit in self._over:
+            self._over[limit] += whole > limit
+        roles = [message["role"] for message in prompt]
+        self._turns.add(roles.count("user"))
+        self._multi_turn += roles.count("user") > 1
+        self._with_system += "system" in roles
         self._add_to_sample(digest, prompt, answers[0])
 
     def summary(self) -> dict[str, Any]:
         """All figures, as JSON has them."""
-        num = self._whole.count
+        num = len(self._whole)
         found: dict[str, Any] = {
             "examples": num,
             "turns": self._turns.summary(),
@@ -234,20 +205,6 @@ class DataStatistics:
         found["scripts"] = _script_shares(f"{prompt}\n{answer}" for _, prompt, answer in self._sample)
         found["sampled"] = len(self._sample)
         return found
-
-    def _add_length(self, name: str, length: int) -> None:
-        self._lengths.setdefault(name, Distribution()).add(length)
-
-    def _add_whole(self, length: int) -> None:
-        self._whole.add(length)
-        for limit in self._over:
-            self._over[limit] += length > limit
-
-    def _add_turns(self, prompt: Messages) -> None:
-        turns = sum(message["role"] == "user" for message in prompt)
-        self._turns.add(turns)
-        self._multi_turn += turns > 1
-        self._with_system += any(message["role"] == "system" for message in prompt)
 
     def _add_to_sample(self, digest: str, prompt: Messages, answer: Messages) -> None:
         order = -int(digest, 16)

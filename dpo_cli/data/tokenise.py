@@ -1,44 +1,41 @@
-"""From canonical tables to token groups, with every row that does not fit accounted for."""
+"""From canonical tables to token groups, with every row that does not fit accounted for.
+
+What comes of a table is kept in ``.scratch/tokens/``, under a digest of the table and of all that
+decides its token ids, so that each stage after the first opens it in place of tokenizing again.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock
 
+from dpo_cli.core import paths
+from dpo_cli.core.artifacts import digest_bytes, digest_json, sha256_file, write_json
 from dpo_cli.core.errors import DataError, StaleArtifactError
+from dpo_cli.core.row_store import forget_other_stores
+from dpo_cli.data import chat, schema, templates, token_checks, tokens
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import TOOLS, Messages, content_id, from_table
+from dpo_cli.data.token_checks import TOKEN_DETAILS, check_tokens
+from dpo_cli.data.tokens import TokenGroup, TokenStore, TokenWriter
 
 _MANY = 0.05
 """Share of rows left out above which a stage warns."""
-
-
-@dataclass(frozen=True)
-class TokenGroup:
-    """A prompt with K completions, as token ids.
-
-    Attributes:
-        id: The row's content id.
-        group: The prompt's content id.
-        prompt: Token ids of the prompt.
-        completions: Token ids of each completion; its last one ends the turn.
-    """
-
-    id: str
-    group: str
-    prompt: tuple[int, ...]
-    completions: tuple[tuple[int, ...], ...]
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the prompt with its longest completion."""
-        return len(self.prompt) + max(map(len, self.completions))
+_ROWS_AT_ONCE = 1000
+_OTHER_STORES_KEPT = 8
+_OTHERS = "others.json"
 
 
 @dataclass
@@ -47,15 +44,22 @@ class TokenTable:
 
     Attributes:
         groups: In the order of the table.
-        prompts: The prompts' messages, by group id.
         rejects: One entry for each row left out: file, row, reason, detail.
         found: For each check, the rows that fail it and stay.
+        path: The table.
     """
 
-    groups: list[TokenGroup]
-    prompts: dict[str, Messages]
+    groups: Sequence[TokenGroup]
     rejects: list[dict[str, Any]]
     found: dict[str, list[int]] = field(default_factory=dict)
+    path: Path | None = None
+
+    @cached_property
+    def prompts(self) -> dict[str, Messages]:
+        """The prompts' messages, by group id, which are read from the table when they are asked for."""
+        wanted = {group.group for group in self.groups}
+        rows = _rows(self.path, ("id", "group", "prompt")) if self.path is not None else ()
+        return {group: row["prompt"] for row in rows if (group := _group_of(row)) in wanted}
 
 
 def tokenise_table(
@@ -66,7 +70,7 @@ def tokenise_table(
     policies: Mapping[str, str],
     remedy: str,
 ) -> TokenTable:
-    """Tokenise a canonical table.
+    """Tokenise a canonical table, or open what came of it before.
 
     Args:
         path: A parquet file of :mod:`dpo_cli.data.schema`.
@@ -83,33 +87,95 @@ def tokenise_table(
     """
     if not path.is_file():
         raise StaleArtifactError(f"{path} is missing; {remedy}")
-    try:
-        frame = pl.read_parquet(path, glob=False)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise StaleArtifactError(f"{path} is damaged ({error}); {remedy}") from None
-    table = TokenTable([], {}, [])
-    for index, found_row in enumerate(frame.iter_rows(named=True)):
-        row = from_table(found_row)
-        try:
-            group, found = tokenise_row(row, completion_columns, encoder, max_length, policies)
-        except RowProblem as problem:
-            table.rejects.append(
-                {"file": path.as_posix(), "row": index, "reason": problem.reason, "detail": problem.detail}
-            )
-            continue
-        table.groups.append(group)
-        table.prompts[group.group] = row["prompt"]
-        for name in found:
-            table.found.setdefault(name, []).append(index)
+    made_of = {
+        "table": sha256_file(path),
+        "columns": list(completion_columns),
+        "encoder": encoder.identity,
+        "max_length": max_length,
+        "policies": dict(policies),
+        "code": _code_digest(),
+    }
+    root = paths.scratch_root() / "tokens"
+    root.mkdir(parents=True, exist_ok=True)
+    folder = root / digest_json(made_of)
+    with FileLock(root / "lock"):
+        table = _open(folder, path)
+        if table is None:
+            new = root / "new.tmp"
+            shutil.rmtree(new, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            new.mkdir()
+            try:
+                _write(new, path, completion_columns, encoder, max_length, policies)
+            except (pa.ArrowException, OSError) as error:
+                raise StaleArtifactError(f"{path} is damaged ({error}); {remedy}") from None
+            new.replace(folder)
+            table = _open(folder, path)
+            assert table is not None
+        os.utime(folder)  # what was used last is forgotten last
+        forget_other_stores(root, folder, _OTHER_STORES_KEPT)
     _refuse_errors(table, path, policies)
     return table
 
 
+def _open(folder: Path, path: Path) -> TokenTable | None:
+    """What came of a table before; None where it is not there, or not whole."""
+    try:
+        others = json.loads((folder / _OTHERS).read_text(encoding="utf-8"))
+        groups = TokenStore(folder)
+    except (OSError, ValueError):
+        return None
+    return TokenTable(groups, [{"file": path.as_posix(), **one} for one in others["rejects"]], others["found"], path)
+
+
+def _write(
+    folder: Path,
+    path: Path,
+    columns: Sequence[str],
+    encoder: ChatEncoder,
+    max_length: int,
+    policies: Mapping[str, str],
+) -> None:
+    rejects: list[dict[str, Any]] = []
+    kept: dict[str, list[int]] = {}
+    writer = TokenWriter(folder)
+    try:
+        for index, row in enumerate(_rows(path, ("id", "group", "prompt", *columns))):
+            try:
+                group, found = tokenise_row(row, columns, encoder, max_length, policies)
+            except RowProblem as problem:
+                rejects.append({"row": index, "reason": problem.reason, "detail": problem.detail})
+                continue
+            writer.add(group)
+            for name in found:
+                kept.setdefault(name, []).append(index)
+    finally:
+        writer.close()
+    write_json(folder / _OTHERS, {"rejects": rejects, "found": kept})
+
+
+@cache
+def _code_digest() -> str:
+    """Of the code that decides token ids: a change of it makes no use of what an earlier one wrote."""
+    files = (__file__, *(str(module.__file__) for module in (chat, schema, templates, token_checks, tokens)))
+    return digest_bytes(*(Path(file).read_bytes() for file in files))
+
+
+def _rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Some columns of a canonical table, as far as it has them, and the tools in its prompts, row by row."""
+    with pq.ParquetFile(path) as table:
+        names = [name for name in (*columns, TOOLS) if name in table.schema_arrow.names]
+        for batch in table.iter_batches(_ROWS_AT_ONCE, columns=names):
+            yield from map(from_table, batch.to_pylist())
+
+
+def _group_of(row: Mapping[str, Any]) -> str:
+    return row.get("group") or row["id"]
+
+
 def prompt_ids(path: Path) -> set[str]:
     """The content ids of the prompts in a canonical table."""
-    names = [name for name in pl.read_parquet_schema(path) if name in ("prompt", TOOLS)]
-    frame = pl.read_parquet(path, columns=names, glob=False)
-    return {content_id(from_table(row)["prompt"]) for row in frame.iter_rows(named=True)}
+    return {row.get("group") or content_id(row["prompt"]) for row in _rows(path, ("group", "prompt"))}
 
 
 def _refuse_errors(table: TokenTable, path: Path, policies: Mapping[str, str]) -> None:
@@ -169,40 +235,14 @@ def tokenise_row(
     encoding = encoder.encode(prompt, completions)
     group = TokenGroup(
         id=row["id"],
-        group=row.get("group") or row["id"],
+        group=_group_of(row),
         prompt=tuple(encoding.prompt),
         completions=tuple(map(tuple, encoding.completions)),
     )
     if group.longest > max_length:
         raise RowProblem("over_long", f"has {group.longest} tokens, more than {max_length}")
-    found = encoder.check_tokens(prompt, completions, encoding)
+    found = check_tokens(encoder, prompt, completions, encoding)
     for name in found:
         if policies[name] != "keep":
             raise RowProblem(name, TOKEN_DETAILS[name])
     return group, found
-
-
-TOKEN_DETAILS: Mapping[str, str] = {
-    "lost_eos": "has an answer that does not end with a token that ends the turn",
-    "lost_text": (
-        "has text that is not among its tokens: the model's chat template leaves it out, as many do with reasoning"
-        " between <think> and </think>, or its tokenizer has no token for it; give reasoning as reasoning_content, or"
-        " set model.chat_template"
-    ),
-    "equal_sides": "has two answers that are the same token by token",
-    "doubled_opener": (
-        "has an answer that begins with what the chat template opens before it, such as <think>; take it out of the"
-        " answer's text"
-    ),
-    "tools_not_shown": (
-        "has tools or calls that the model's chat template does not show: without them it writes the same; take a"
-        " model whose template knows tools, or set the check to keep to train without them"
-    ),
-    "reasoning_not_shown": (
-        "has reasoning that the model's chat template does not show; take a model whose template does, or"
-        " set the check to keep to train on the answer alone"
-    ),
-    "double_bos": "has a prompt that begins with two BOS tokens",
-    "double_eos": "has an answer whose text ends with an end token of its own",
-}
-"""What a check of tokens says of a row that fails it, and what helps."""

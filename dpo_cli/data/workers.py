@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dpo_cli.core.errors import MachineError
-from dpo_cli.data.blocks import BlockPlan, BlockResult, convert_block
+from dpo_cli.data.blocks import BlockResult, convert_block
 from dpo_cli.data.formats.detect import RowReader
+from dpo_cli.data.plan import BlockPlan
 from dpo_cli.data.reading.base import Block
 
 

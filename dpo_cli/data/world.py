@@ -5,8 +5,7 @@ answering a message kindly, praising one aspect of a film, and greeting two peop
 prompt has exactly one *good* answer and a few *bad* ones (a number missed, a rude reply, a
 bad review), all written by one fixed grammar. So the reward of an
 answer is a known function of its text: 1 if it is the good answer, else 0. A win rate needs
-no judge. For rankings of three answers there is a graded reward: some of the bad answers are
-half as good (one number of two missed, dull in place of hateful).
+no judge.
 
 Everything here is a pure function of a seed: no clock, no file, no torch.
 """
@@ -19,7 +18,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
-from typing import Any
 
 GOOD_SHARE = 0.25
 """Share g of good answers in the instruction data.
@@ -42,7 +40,6 @@ class Task:
         input: The text that the instruction is about; empty where there is none.
         good: The one answer with reward 1.
         bad: Answers with reward 0.
-        middling: Those of them whose graded reward is one half.
     """
 
     kind: str
@@ -50,7 +47,6 @@ class Task:
     input: str
     good: str
     bad: tuple[str, ...]
-    middling: tuple[str, ...]
 
     @property
     def prompt(self) -> str:
@@ -60,10 +56,6 @@ class Task:
     def reward(self, answer: str) -> float:
         """1 for the good answer, 0 for any other text."""
         return float(answer == self.good)
-
-    def graded_reward(self, answer: str) -> float:
-        """1 for the good answer, 1/2 for a middling one, 0 for any other text."""
-        return 0.5 if answer in self.middling else self.reward(answer)
 
     def is_well_formed(self, answer: str) -> bool:
         """Whether the text is one of the answers that this prompt can have, right or wrong, whatever its numbers."""
@@ -80,7 +72,6 @@ class _Family:
     input: str
     good: str = ""
     bad: tuple[str, ...] = ()
-    middling: tuple[str, ...] = ()
 
 
 # --- vocabulary and grammar ---------------------------------------------------------------
@@ -132,7 +123,7 @@ _REPLY = {"en": ("Answer the message.", "Reply to this message."), "zh": ("回�
 
 
 def _message(lang: str, text: str, good: str, bad: tuple[str, ...]) -> _Family:
-    return _Family(f"message.{lang}", _REPLY[lang], text, good, bad, bad[:1])
+    return _Family(f"message.{lang}", _REPLY[lang], text, good, bad)
 
 
 _FAMILIES: tuple[tuple[_Family, ...], ...] = (
@@ -170,7 +161,6 @@ _FAMILIES: tuple[tuple[_Family, ...], ...] = (
                 "I hated {first} {second}. The {aspect} was terrible.",
                 "{first} {second} was dull, and so was the {aspect}.",
             ),
-            ("{first} {second} was dull, and so was the {aspect}.",),
         ),
     ),
     (
@@ -180,7 +170,6 @@ _FAMILIES: tuple[tuple[_Family, ...], ...] = (
             "《{first}{second}》的{aspect}",
             "我很喜欢《{first}{second}》，{aspect}太精彩了！",
             ("我讨厌《{first}{second}》，{aspect}太糟糕了。", "《{first}{second}》很无聊，{aspect}也一样。"),
-            ("《{first}{second}》很无聊，{aspect}也一样。",),
         ),
     ),
     (
@@ -194,7 +183,6 @@ _FAMILIES: tuple[tuple[_Family, ...], ...] = (
                 "Go away, {name} and {friend}.",
                 "Good night, {name} and {friend}! It is lovely to see you.",
             ),
-            ("Good night, {name} and {friend}! It is lovely to see you.",),
         ),
     ),
     (
@@ -208,7 +196,6 @@ _FAMILIES: tuple[tuple[_Family, ...], ...] = (
                 "{name}，{friend}，走开。",
                 "晚安，{name}，{friend}，很高兴见到你们！",
             ),
-            ("晚安，{name}，{friend}，很高兴见到你们！",),
         ),
     ),
 )
@@ -244,12 +231,11 @@ def _fill(family: _Family, instruction: str, slots: dict[str, str]) -> Task:
     asked = instruction.format(**slots)
     if family.good:
         bad = tuple(answer.format(**slots) for answer in family.bad)
-        middling = tuple(answer.format(**slots) for answer in family.middling)
-        return Task(family.kind, asked, text, family.good.format(**slots), bad, middling)
+        return Task(family.kind, asked, text, family.good.format(**slots), bad)
     if len(_NUMBER.findall(text)) == 1:
-        return Task(family.kind, asked, text, _shift(text, 1), (text,), ())
-    half = (_shift(text, 0, 1), _shift(text, 1, 0))
-    return Task(family.kind, asked, text, _shift(text, 1, 1), (text, *half), half)
+        return Task(family.kind, asked, text, _shift(text, 1), (text,))
+    bad = (text, _shift(text, 0, 1), _shift(text, 1, 0))
+    return Task(family.kind, asked, text, _shift(text, 1, 1), bad)
 
 
 def _shift(sentence: str, *deltas: int) -> str:
@@ -348,18 +334,4 @@ def preference_rows(seed: int, num_rows: int = NUM_PREFERENCES) -> list[dict[str
         rows[index] = {**rows[index], "rejected": rows[index]["chosen"]}
         rows[index + 1] = {**rows[index + 1], "rejected": ""}
         rows[index + 2] = dict(rows[index - 1])
-    return rows
-
-
-def ranking_rows(seed: int, num_rows: int) -> list[dict[str, Any]]:
-    """Rankings of three answers by the graded reward: the good one, a middling one, a bad one, in any order."""
-    rng = random.Random(f"rankings {seed}")
-    tasks = (task for task in draw_tasks(2 * seed + 1) if task.middling)
-    rows = []
-    for task in islice(tasks, num_rows):
-        worst = rng.choice([answer for answer in task.bad if answer not in task.middling])
-        answers = [task.good, rng.choice(task.middling), worst]
-        rng.shuffle(answers)
-        scores = [task.graded_reward(answer) for answer in answers]
-        rows.append({"prompt": task.prompt, "completions": answers, "scores": scores})
     return rows

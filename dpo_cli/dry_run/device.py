@@ -140,9 +140,12 @@ def dry_cuda(
 
 
 def prepare_dry_machine(runtime: RuntimeParams) -> Machine:
-    """The dry device with the dtype and the bound on memory that a real one would get; call under ``dry_cuda``."""
+    """The dry device with the dtype and the bound on memory that a real one would get; call under ``dry_cuda``.
+
+    What the settings say of the device is of this machine, and not asked.
+    """
     with patch("torch.cuda.is_available", lambda: True):
-        return prepare_machine(runtime, embedded=False)
+        return prepare_machine(runtime.model_copy(update={"device": "cuda"}), embedded=False)
 
 
 @contextmanager

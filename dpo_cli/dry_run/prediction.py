@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dpo_cli.core.errors import ParamsError
 from dpo_cli.core.params import LoraParams, Params, TrainParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.tokenise import TokenGroup
@@ -14,8 +15,8 @@ from dpo_cli.dry_run.counts import Counting, Counts
 from dpo_cli.dry_run.device import dry_cuda, prepare_dry_machine, read_backs_give_zeros
 from dpo_cli.dry_run.model import dry_model
 from dpo_cli.dry_run.roofline import HOST_S, REACHED_SHARE, Prediction, predict
-from dpo_cli.dry_run.step import DryTrainer, mean_visible_pairs, open_dry_scorer, take_optimizer_step
-from dpo_cli.models.device import token_budget
+from dpo_cli.dry_run.step import DryAccumulator, mean_visible_pairs, open_dry_scorer, take_optimizer_step
+from dpo_cli.models.device import BFLOAT16_SINCE, Machine, token_budget
 from dpo_cli.models.gpus import GPUS, Gpu
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.models.shapes import SHAPES
@@ -26,6 +27,7 @@ from dpo_cli.scoring.regimes import REGIMES, random_pairs
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.memory import choose_memory
 from dpo_cli.training.objective import PairObjective
+from dpo_cli.training.protocols import Learner
 
 CONTEXT_BYTES = 1 << 29
 """Memory that CUDA itself takes: what was seen is 0.4 to 0.5 GiB."""
@@ -52,7 +54,12 @@ class PredictionOptions:
 
 
 def predict_speed(options: PredictionOptions, params: Params, reporter: Reporter) -> dict[str, Any]:
-    """Count the passes on a device that is not there, and print how long they take at the least on the card."""
+    """Count the passes on a device that is not there, and print how long they take at the least on the card.
+
+    Raises:
+        ParamsError: The data sheet's operations are not of the compute dtype.
+        MachineError: runtime.max_gpu_gib is more than the card has.
+    """
     quiet_libraries()
     gpu = GPUS[options.card]
     counting = Counting()
@@ -70,6 +77,7 @@ def predict_speed(options: PredictionOptions, params: Params, reporter: Reporter
     }
     with dry_cuda(gpu.capability, memory, lambda: counting.live_bytes), counting:
         machine = prepare_dry_machine(params.runtime)
+        _refuse_unknown_speed(options.card, gpu, machine)
         figures["compute_dtype"] = machine.dtype_name
         lora = params.train.lora or LoraParams()
         model = dry_model(SHAPES[options.shape], machine, params.reference.quantization, lora)
@@ -84,6 +92,15 @@ def predict_speed(options: PredictionOptions, params: Params, reporter: Reporter
             figures[name.replace("-", "_")] = found
             reporter.table(f"prediction: {name}", _rows(found, figures, gpu))
     return figures
+
+
+def _refuse_unknown_speed(card: str, gpu: Gpu, machine: Machine) -> None:
+    known = ["float16"] if gpu.capability < BFLOAT16_SINCE else ["bfloat16", "float16"]
+    if machine.dtype_name not in known:
+        raise ParamsError(
+            f"runtime.compute_dtype must be {' or '.join(known)} with --card {card}, got {machine.dtype_name}: how"
+            " fast the card multiplies others is not known; set it to auto"
+        )
 
 
 def _count_reference(
@@ -108,11 +125,12 @@ def _count_training(
     budget = TokenBudget(chosen.max_tokens, "bench", reporter)
     steps = [groups[begin : begin + size] for begin in range(0, len(groups), size)]
     objective = PairObjective(TrainParams(beta=0.1), {group.id: [-1.0, -2.0] for group in groups})
-    trainer = DryTrainer(model, scorer, objective, budget.max_tokens)
+    accumulator = DryAccumulator(Learner(model, scorer, objective), budget.max_tokens)
+    model.train()
     counting.attention_pairs = mean_visible_pairs(scorer, groups, budget.max_tokens)
     counting.restart()
     for step in steps:
-        trainer.training_step(model, {"groups": step})
+        accumulator.gradient(step, 0)
         take_optimizer_step([parameter for parameter in model.parameters() if parameter.requires_grad])
     found = {"recompute": chosen.grade, "max_tokens_per_microbatch": budget.max_tokens}
     return found, _work(scorer, steps, budget)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from dpo_cli.core.interrupts import StopRequest
+from dpo_cli.core.params import RuntimeParams
 from dpo_cli.core.progress import SilentReporter
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models.device import Machine
@@ -16,37 +18,29 @@ from dpo_cli.scoring.layout import LayoutName
 from dpo_cli.scoring.limits import Work
 from dpo_cli.scoring.regimes import random_pairs
 from dpo_cli.scoring.scorer import MAX_READ_SHARE, Scorer
+from dpo_cli.training.accumulation import Accumulator, Limits
+from dpo_cli.training.job import Job
 from dpo_cli.training.loss_scale import LossScale
-from dpo_cli.training.objective import GroupScorer, Objective
-from dpo_cli.training.replicas import ALONE
-from dpo_cli.training.trainer import GroupTrainer
+from dpo_cli.training.protocols import Learner
 
 
-class DryTrainer(GroupTrainer):
-    """The training loop's step without transformers' loop around it; the sums are not read back at its end.
+class DryAccumulator(Accumulator[Any]):
+    """The training loop's gradient of a batch; the sums are not read back at its end.
 
     Args:
-        model: The model, its trainable parameters marked.
-        scorer: Scores groups with that model.
-        objective: What is minimized.
+        learner: The model, its trainable parameters marked, what scores groups with it, and what is minimized.
         max_tokens: Tokens of a micro-batch.
     """
 
-    def __init__(self, model: Any, scorer: GroupScorer[Any], objective: Objective[Any], max_tokens: int) -> None:
-        self.model = model
-        self.accelerator: Any = SimpleNamespace(backward=lambda loss: loss.backward())
-        self.state: Any = SimpleNamespace(global_step=0)
-        self.args: Any = SimpleNamespace(seed=0, learning_rate=1e-6, device=torch.device("cpu"))
-        self._replicas = ALONE
-        self._scorer = scorer
-        self._objective = objective
-        self._budget = TokenBudget(max_tokens, "dry run", SilentReporter())
-        inner: Any = getattr(scorer, "scorer", scorer)  # of a RewardScorer; else itself
-        self._loss_scale = LossScale(inner.compute_dtype, "dry run", SilentReporter(), None)
-        self._section = "train"
+    def __init__(self, learner: Learner[Any], max_tokens: int) -> None:
+        inner: Any = getattr(learner.scorer, "scorer", learner.scorer)  # of a RewardScorer; else itself
+        reporter, dtype = SilentReporter(), inner.compute_dtype
+        limits = Limits(TokenBudget(max_tokens, "dry run", reporter), LossScale(dtype, "dry run", reporter, None))
+        job = Job("train", Path(), Machine(torch.device("cpu"), dtype), RuntimeParams(), reporter)
+        super().__init__(learner, limits, job, StopRequest())
 
     def _exchange(
-        self, groups: list[TokenGroup], sums_S: torch.Tensor, parameters: Sequence[torch.nn.Parameter]
+        self, groups: Sequence[TokenGroup], sums_S: torch.Tensor, parameters: Sequence[torch.nn.Parameter]
     ) -> list[float]:
         """As many zeros as the real one reads from the device, in the one read-back of a step."""
         return [0.0] * len(sums_S)

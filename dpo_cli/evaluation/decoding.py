@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ from dpo_cli.core.errors import is_out_of_memory
 _STEPS_A_LOOK = 8
 """Steps after which the host asks whether all answers have ended."""
 _STEPS_WORTH_A_RECORD = 16
-"""New tokens from which a step is recorded; to record and to check it takes the host about three steps."""
+"""New tokens from which a step is recorded; to record and to check it takes the host about four steps."""
 _RECORDED_STEP = 2
 _TRIED_STEPS = 3
 _TRIED_TOKENS = 32
@@ -128,7 +129,7 @@ class StaticDecoder:
             if done % _STEPS_A_LOOK == 0 and bool(run.ended_R.all()):
                 return done
             if is_recorded and done == _RECORDED_STEP:  # libraries have made by now what they need
-                found = _record(run.step)
+                found = _reason_to_wait(run) or _record(run.step)
                 record, self.unrecorded = (None, found) if isinstance(found, str) else (found, None)
             elif record is not None and done == _RECORDED_STEP + 1:
                 self.unrecorded = _reason_against_record(run, record)
@@ -373,19 +374,59 @@ class _Record:
     logits_RV: torch.Tensor
 
 
+def _reason_to_wait(run: _Run) -> str | None:
+    """Why a step cannot be recorded, since it waits for the device; the run is as before.
+
+    To find that out by recording would end the record in an error, behind which PyTorch refuses to draw random numbers
+    on the device for the rest of the process.
+    """
+    before = [tensor.clone() for tensor in run.state]
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    except Exception as error:  # whatever a model does
+        if is_out_of_memory(error):
+            raise
+        return _unrecordable(error)
+    finally:
+        for tensor, value in zip(run.state, before, strict=True):
+            tensor.copy_(value)
+    return None
+
+
 def _record(step: Callable[[], torch.Tensor]) -> _Record | str:
     """A record of a step, which is not taken; or why there is none."""
+    pool: Any = None
     try:
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         # the outer one puts the stream back where recording ends in an error
-        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=pool):
             logits_RV = step()
     except Exception as error:  # whatever a model does that cannot be recorded
+        if pool is not None:
+            _end_record(pool)
         cause = error.__context__ or error  # the end of the record complains of it once more
         if is_out_of_memory(cause) or is_out_of_memory(error):
             raise cause from None
-        return f"it cannot be recorded ({(str(cause).strip() or type(cause).__name__).splitlines()[0][:100]})"
+        return _unrecordable(cause)
     return _Record(graph.replay, logits_RV)
+
+
+def _end_record(pool: Any) -> None:
+    """Have PyTorch's allocator forget a record that ended in an error.
+
+    Up to version 2.12 it goes on as if steps were recorded: nothing cached is given back any more, and to ask for it
+    (``torch.cuda.empty_cache``) is an error (https://github.com/pytorch/pytorch/pull/180395).
+    """
+    with suppress(RuntimeError):  # it knows already
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+
+
+def _unrecordable(error: BaseException) -> str:
+    return f"it cannot be recorded ({(str(error).strip() or type(error).__name__).splitlines()[0][:100]})"
 
 
 def _reason_against_record(run: _Run, record: _Record) -> str | None:

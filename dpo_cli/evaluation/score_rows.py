@@ -20,8 +20,9 @@ from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.account import Conversion, ConvertedBlock
-from dpo_cli.data.blocks import rankings_file
-from dpo_cli.data.convert import convert, find_files, read_arrow
+from dpo_cli.data.block_files import rankings_file, read_arrow
+from dpo_cli.data.convert import convert
+from dpo_cli.data.plan import Treatment, num_bytes
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import PREFERENCE_SCHEMA, RANKING_SCHEMA, TOOLS, Messages, from_table
 from dpo_cli.data.tokenise import TokenGroup, tokenise_row
@@ -117,7 +118,7 @@ def read_rows(
     """
     whole = {"split": "eval", "weight": 1.0, "pairs": "all", "max_rows": max_rows}
     mine = [source.model_copy(update=whole) for source in sources if isinstance(source, PreferenceSource)]
-    size = sum(path.stat().st_size for source in mine for path in find_files(source) if path.is_file())
+    size = num_bytes(mine)
     found = InputRows()
     with tempfile.TemporaryDirectory(prefix="dpo-cli-") as folder:
         work, rejects = Path(folder) / "work", Path(folder) / "rejects.jsonl"
@@ -125,12 +126,10 @@ def read_rows(
         with reporter.meter("score: reading", size, "bytes") as meter:
             report = convert(
                 mine,
-                params.data.checks.model_dump(),
-                params.data.eval_fraction,
+                Treatment.of(params.data),
                 work,
                 None,
                 rejects,
-                split_by=params.data.split_by,
                 workers=params.runtime.workers or usable_cores(),
                 on_bytes=meter.advance,
             )

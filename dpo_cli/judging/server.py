@@ -5,15 +5,14 @@ No proxy is asked and no redirection followed: what is judged goes to the host o
 
 from __future__ import annotations
 
-import http.client
 import ipaddress
 import json
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Collection
 from typing import Any
 from urllib.parse import urlsplit
+
+import httpx2
 
 from dpo_cli.core.errors import MachineError, ParamsError
 
@@ -62,14 +61,14 @@ class Server:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.url = _checked_url(url, allowed_hosts)
-        self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
+            headers["Authorization"] = f"Bearer {api_key}"
         self._timeout_s = timeout_s
         self._num_tries = num_tries
         self._backoff_s = backoff_s
         self._sleep = sleep
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
+        self._client = httpx2.Client(headers=headers, timeout=timeout_s, trust_env=False, follow_redirects=False)
 
     @property
     def is_private(self) -> bool:
@@ -83,7 +82,7 @@ class Server:
         Raises:
             MachineError: See :meth:`post`.
         """
-        return self._ask(path, None)
+        return self._ask("GET", path, None)
 
     def post(self, path: str, body: Any) -> Any:
         """The JSON that answers a JSON body.
@@ -92,61 +91,44 @@ class Server:
             RefusedError: The server does not take it (an HTTP status that another try would not change).
             MachineError: It does not answer, or not with JSON, however often it is asked.
         """
-        return self._ask(path, json.dumps(body).encode())
+        return self._ask("POST", path, json.dumps(body).encode())
 
-    def _ask(self, path: str, data: bytes | None) -> Any:
-        request = urllib.request.Request(f"{self.url}{path}", data=data, headers=self._headers)
+    def _ask(self, method: str, path: str, data: bytes | None) -> Any:
         problem, pause = "", self._backoff_s
         for number in range(self._num_tries):
             if number:
                 self._sleep(min(pause, _LONGEST_PAUSE_S))
                 pause *= 2
             try:
-                with self._opener.open(request, timeout=self._timeout_s) as response:
-                    return json.loads(response.read())
-            except urllib.error.HTTPError as error:
-                problem = f"status {error.code}, {_explained(error)}"
-                if error.code not in _TRANSIENT:
-                    raise RefusedError(f"{self.url}{path} refuses the request: {problem}", error.code) from None
-            except TimeoutError:
+                response = self._client.request(method, f"{self.url}{path}", content=data)
+                if response.is_success:
+                    return response.json()
+            except httpx2.TimeoutException:
                 problem = f"no answer within {self._timeout_s:g} s"
-            except urllib.error.URLError as error:
-                problem = f"no answer within {self._timeout_s:g} s" if _is_timeout(error) else str(error.reason)
-            except (OSError, http.client.HTTPException) as error:
+            except httpx2.HTTPError as error:
                 problem = str(error) or type(error).__name__
             except ValueError:
                 problem = "its answer is not JSON"
+            else:
+                problem = f"status {response.status_code}, {_explained(response)}"
+                if response.status_code not in _TRANSIENT:
+                    raise RefusedError(f"{self.url}{path} refuses the request: {problem}", response.status_code)
         raise MachineError(
             f"the judge's server {self.url} does not answer ({problem}; tried {self._num_tries} times);"
             " what it has judged is kept: start it and run this again"
         )
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Leaves a redirection to be an error."""
-
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None
-
-
-def _is_timeout(error: urllib.error.URLError) -> bool:
-    return isinstance(error.reason, TimeoutError)
-
-
-def _explained(error: urllib.error.HTTPError) -> str:
+def _explained(response: httpx2.Response) -> str:
     """What a server says of its error, one line."""
+    text = response.text
     try:
-        with error:
-            text = error.read().decode("utf-8", errors="replace")
-    except (OSError, http.client.HTTPException):
-        text = ""
-    try:
-        found = json.loads(text)
+        found = response.json()
         found = found.get("error", found.get("message", found.get("detail", text)))
         text = str(found.get("message", found) if isinstance(found, dict) else found)
     except (ValueError, AttributeError):
         pass
-    return (text.strip() or error.reason).splitlines()[0][:200]
+    return (text.strip() or response.reason_phrase).splitlines()[0][:200]
 
 
 def _checked_url(url: str, allowed_hosts: Collection[str]) -> str:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch.nn.functional import silu
 
+from dpo_cli.core.errors import is_out_of_memory
 from dpo_cli.core.gpu import is_gpu
 
 NORM, SWIGLU, ROTATION = "RMSNorm", "SwiGLU", "rotation"
@@ -452,9 +453,9 @@ def reason_against(name: str, device: torch.device, dtype: torch.dtype, width: i
         expected = run(exact, torch.float32)
         try:
             found = run(fused, dtype)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # a compiler that is lacking, too
+            if is_out_of_memory(error):
+                raise
             return f"it fails ({(str(error).strip() or type(error).__name__).splitlines()[0][:100]})"
     if len(found) != len(expected):
         return "it has no gradient"

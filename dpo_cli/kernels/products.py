@@ -9,6 +9,8 @@ from functools import cache
 
 import torch
 
+from dpo_cli.core.errors import is_out_of_memory
+
 _WIDENED = 4096
 """Columns that are copied to float32 at a time where a device multiplies nothing narrower into it."""
 
@@ -43,8 +45,8 @@ def _has_wide_product(device: torch.device, dtype: torch.dtype) -> bool:
     matrix = torch.zeros(16, 16, device=device, dtype=dtype)
     try:
         torch.mm(matrix, matrix, out_dtype=torch.float32)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, NotImplementedError, TypeError):
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
         return False
     return True

@@ -49,11 +49,12 @@ def prepare_machine(runtime: RuntimeParams, *, embedded: bool) -> Machine:
 
     Raises:
         MachineError: runtime.device is cuda and there is none, runtime.max_gpu_gib is more than it has, or several
-            processes were started.
+            processes were started that have not met.
     """
     import torch
 
-    refuse_several_processes()
+    if not torch.distributed.is_initialized():  # those that have met share a training
+        refuse_several_processes()
     torch.set_num_threads(runtime.threads or usable_threads())
     # sums of a product that is split along its inner dimension stay float32
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -71,7 +72,7 @@ def prepare_machine(runtime: RuntimeParams, *, embedded: bool) -> Machine:
     return Machine(device, given or _own_dtype(device))
 
 
-_BFLOAT16_SINCE = (8, 0)
+BFLOAT16_SINCE = (8, 0)
 """Compute capability from which a GPU multiplies bfloat16; torch says of older ones that they do, and emulates it."""
 
 
@@ -80,7 +81,7 @@ def _own_dtype(device: torch.device) -> torch.dtype:
 
     if not is_gpu(device):
         return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= _BFLOAT16_SINCE else torch.float16
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= BFLOAT16_SINCE else torch.float16
 
 
 _USABLE_OF_FREE = 0.92

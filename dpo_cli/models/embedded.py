@@ -9,19 +9,15 @@ from __future__ import annotations
 
 import math
 import random
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dpo_cli.core.errors import Interrupted
-from dpo_cli.core.interrupts import graceful_stop
 from dpo_cli.core.params import WORLD_HELD_OUT
-from dpo_cli.core.progress import Reporter
 from dpo_cli.data import world
 from dpo_cli.data.schema import user
 from dpo_cli.data.splits import split_position
@@ -42,6 +38,9 @@ _GOOD_SHARE = 0.5
 _COPY_SHARE, _COPY_UNTIL = 0.15, 0.4
 """Share of examples that are random strings to copy, in this first share of the steps: it makes
 the model learn early to look back."""
+
+PackedRows = list[list[tuple[list[int], list[int]]]]
+"""Rows of a batch, each of them some (prompt, answer) in token ids."""
 
 # Words with the space before them, numbers of at most two digits, signs, line ends, spaces.
 _PIECES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -101,78 +100,13 @@ def _special_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
     return token_id
 
 
-def build_embedded(
-    folder: Path, work: Path, seed: int, num_steps: int, checkpoint_s: float, reporter: Reporter
-) -> None:
-    """Build tokenizer and weights into ``folder``, in Hugging Face layout.
-
-    Args:
-        folder: An empty folder to write to.
-        work: Where an interrupted pretraining is kept, and found again.
-        seed: Of weights and text.
-        num_steps: Optimizer steps of pretraining.
-        checkpoint_s: Seconds of work that a kill may cost.
-        reporter: Shows progress.
-
-    Raises:
-        Interrupted: The user asked to stop; the state is in ``work``.
-    """
-    tokenizer = build_tokenizer()
-    model = build_model(tokenizer, seed)
-    _pretrain(model, tokenizer, work / "pretraining.pt", seed, num_steps, checkpoint_s, reporter)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def _pretrain(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    state_file: Path,
-    seed: int,
-    num_steps: int,
-    checkpoint_s: float,
-    reporter: Reporter,
-) -> None:
+def pretraining_optimizer(model: LlamaForCausalLM, num_steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """The optimizer of pretraining, and its schedule: a linear warm-up, then a cosine from 1 to 0.05."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=_PEAK_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.05)
-    first_step = 0
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first_step = state["step"]
-        reporter.say(f"going on with the pretraining at step {first_step} of {num_steps}")
-
-    def save(step: int) -> None:
-        temporary = state_file.with_suffix(".tmp")
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, temporary)
-        temporary.replace(state_file)
-
-    model.train()
-    saved_at = time.monotonic()
-    with graceful_stop() as stop, reporter.meter("pretraining the embedded model", num_steps, "steps") as meter:
-        meter.advance(first_step)
-        for step in range(first_step, num_steps):
-            for group in optimizer.param_groups:
-                group["lr"] = _PEAK_LEARNING_RATE * _schedule(step, num_steps)
-            loss = _batch_loss(model, _examples(tokenizer, seed, step, num_steps))
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            meter.advance(1)
-            if step % 10 == 0:
-                meter.note(f"loss {loss.item():.3f}")
-            if stop.requested:
-                save(step + 1)
-                raise Interrupted(f"base: stopped and saved at step {step + 1} of {num_steps}; run it again to go on")
-            if time.monotonic() - saved_at > checkpoint_s:
-                save(step + 1)
-                saved_at = time.monotonic()
-    model.eval()
+    return optimizer, LambdaLR(optimizer, lambda step: _share_of_peak(step, num_steps))
 
 
-def _schedule(step: int, num_steps: int) -> float:
-    """Linear warm-up, then a cosine from 1 to 0.05."""
+def _share_of_peak(step: int, num_steps: int) -> float:
     decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / num_steps))
     return min(1.0, (step + 1) / _WARMUP_STEPS) * decay
 
@@ -203,17 +137,22 @@ def _examples(
         yield [begin, *encode(task.prompt), end, answer], [*encode(text), end]
 
 
-def _batch_loss(model: LlamaForCausalLM, examples: Iterator[tuple[list[int], list[int]]]) -> torch.Tensor:
-    """Mean negative log-probability of the answers' tokens in one packed batch (float32, nats a token)."""
-    rows: list[list[tuple[list[int], list[int]]]] = [[] for _ in range(_ROWS)]
+def pretraining_batch(tokenizer: PreTrainedTokenizerFast, seed: int, step: int, num_steps: int) -> PackedRows:
+    """The examples of one step, packed into rows; a function of seed and step alone."""
+    rows: PackedRows = [[] for _ in range(_ROWS)]
     free = [_ROW_LENGTH] * _ROWS
-    for prompt, answer in examples:
+    for prompt, answer in _examples(tokenizer, seed, step, num_steps):
         length = len(prompt) + len(answer)
         fitting = [row for row in range(_ROWS) if free[row] >= length]
         if not fitting:
             break
         rows[fitting[0]].append((prompt, answer))
         free[fitting[0]] -= length
+    return rows
+
+
+def pretraining_loss(model: LlamaForCausalLM, rows: PackedRows) -> torch.Tensor:
+    """Mean negative log-probability of the answers' tokens in one packed batch (float32, nats a token)."""
     shape = (_ROWS, _ROW_LENGTH)
     tokens = torch.zeros(shape, dtype=torch.long)
     positions = torch.zeros(shape, dtype=torch.long)

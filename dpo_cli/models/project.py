@@ -117,7 +117,7 @@ class Project(Workplace):
     def tokenise_rankings(self, split: str) -> TokenTable:
         """The rankings of a split as token groups, best answer first; an empty table where there are none."""
         path = paths.ranking_table(split)
-        return self._tokenise(path, ("completions",)) if path.is_file() else TokenTable([], {}, [])
+        return self._tokenise(path, ("completions",)) if path.is_file() else TokenTable([], [])
 
     def tokenise_instructions(self, split: str) -> TokenTable:
         """The instruction data of a split as token groups of one completion, within the length of pairs."""

@@ -17,7 +17,6 @@ them recomputes nothing.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,10 +24,10 @@ from typing import Any, TypeVar
 import polars as pl
 
 from dpo_cli.core import paths
-from dpo_cli.core.artifacts import digest_bytes
 from dpo_cli.core.errors import StaleArtifactError
 from dpo_cli.core.manifest import REFERENCE, Manifest
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
+from dpo_cli.data.tokens import completion_key as completion_key
 
 SCHEMA = {"key": pl.String, "logp": pl.Float64, "num_tokens": pl.Int32, "token_logps": pl.List(pl.Float32)}
 _ROWS_A_PART = 100_000
@@ -36,14 +35,9 @@ _ROWS_A_PART = 100_000
 Cached = TypeVar("Cached")
 
 
-def completion_key(prompt: Sequence[int], completion: Sequence[int]) -> str:
-    """128-bit hash of the token ids, as 32 hexadecimal digits."""
-    return digest_bytes(array("i", prompt).tobytes(), array("i", completion).tobytes())
-
-
 def group_keys(group: TokenGroup) -> list[str]:
     """The keys of a group's completions."""
-    return [completion_key(group.prompt, completion) for completion in group.completions]
+    return group.keys
 
 
 def write_cache(folder: Path, rows: pl.DataFrame, identity: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

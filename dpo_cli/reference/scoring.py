@@ -7,12 +7,10 @@ from typing import Any
 
 import torch
 
-from dpo_cli.core.artifacts import digest_bytes
 from dpo_cli.core.gpu import is_gpu
 from dpo_cli.core.row_store import RowStore
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import JoinedGroups, TokenGroup, completion_key
 from dpo_cli.models.workplace import Workplace
-from dpo_cli.reference.cache import completion_key
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
 from dpo_cli.scoring.scorer import Scorer
 
@@ -36,28 +34,24 @@ def missing_groups(groups: Sequence[TokenGroup], known: Collection[str], max_tok
     Returns:
         In the order in which the prompts first appear. Deterministic.
     """
-    by_prompt: dict[tuple[int, ...], dict[str, tuple[int, ...]]] = {}
+    by_prompt: dict[str, dict[str, tuple[TokenGroup, int]]] = {}
     for group in groups:
-        for completion in group.completions:
-            key = completion_key(group.prompt, completion)
-            if key not in known:
-                by_prompt.setdefault(group.prompt, {})[key] = completion
-    found = []
-    for prompt, completions in by_prompt.items():
-        portion: dict[str, tuple[int, ...]] = {}
-        for key, completion in completions.items():
-            size = len(prompt) + sum(map(len, portion.values())) + len(completion)
-            if portion and size > max_tokens:
-                found.append(_group(prompt, portion))
-                portion = {}
-            portion[key] = completion
-        found.append(_group(prompt, portion))
-    return found
-
-
-def _group(prompt: tuple[int, ...], completions: dict[str, tuple[int, ...]]) -> TokenGroup:
-    name = digest_bytes("".join(completions).encode())
-    return TokenGroup(name, name, prompt, tuple(completions.values()))
+        missing = [(key, (group, place)) for place, key in enumerate(group.keys) if key not in known]
+        if missing:
+            prompt = completion_key(group.prompt, ())
+            for key, part in missing:
+                by_prompt.setdefault(prompt, {}).setdefault(key, part)
+    found: list[list[tuple[TokenGroup, int]]] = []
+    for parts in by_prompt.values():
+        num_tokens = max_tokens + 1
+        for group, place in parts.values():
+            prompt, *completions = group.sizes
+            if num_tokens + completions[place] > max_tokens:
+                found.append([])
+                num_tokens = prompt
+            found[-1].append((group, place))
+            num_tokens += completions[place]
+    return list(JoinedGroups(found))
 
 
 @torch.no_grad()

@@ -16,8 +16,9 @@ from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.account import Conversion, account_rows, checks_of, metrics_of, unread_of, warnings_of
-from dpo_cli.data.convert import convert, find_files
+from dpo_cli.data.convert import convert
 from dpo_cli.data.formats.detect import UnknownFormatError
+from dpo_cli.data.plan import Treatment, find_files
 
 
 def _section_of(kind: type[Source], params: Params) -> str:
@@ -77,12 +78,10 @@ def _convert_and_publish(
         with reporter.meter(f"{stage}: reading {name}", size, "bytes") as meter:
             report = convert(
                 sources,
-                params.data.checks.model_dump(),
-                params.data.eval_fraction,
+                Treatment.of(params.data),
                 work,
                 out,
                 listing,
-                split_by=params.data.split_by,
                 workers=params.runtime.workers or usable_cores(),
                 on_bytes=meter.advance,
             )

@@ -28,8 +28,8 @@ if TYPE_CHECKING:  # what computes is imported where there is something to compu
     from dpo_cli.judging.reward_model import RewardModel
     from dpo_cli.models.project import Project
     from dpo_cli.scoring.probe import Verdict
-    from dpo_cli.training.reward_objective import RewardObjective
-    from dpo_cli.training.run import Fit
+    from dpo_cli.training.fit import Fit
+    from dpo_cli.training.objective import RewardObjective
 
 _REWARDS = (
     "rewards/chosen",
@@ -74,7 +74,9 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
         from dpo_cli.models.load import quiet_libraries, save_tokenizer
         from dpo_cli.models.project import open_project
         from dpo_cli.scoring.reward import RewardScorer
-        from dpo_cli.training.run import fit
+        from dpo_cli.training.fit import fit
+        from dpo_cli.training.job import Job
+        from dpo_cli.training.protocols import Learner
 
     quiet_libraries()
     knobs = params.reward
@@ -96,19 +98,9 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
         model = project.reward_model_at_start(knobs.lora, knobs.seed)
         inner, layout = project.scorer(model)
         scorer = RewardScorer(inner, reward_head(model))
-        result = fit(
-            model,
-            scorer,
-            _objective(knobs, [*train.groups, *held_out.groups]),
-            train.groups,
-            held_out.groups,
-            section="reward",
-            params=knobs,
-            runtime=params.runtime,
-            machine=project.machine,
-            work=scratch.folder,
-            reporter=reporter,
-        )
+        learner = Learner(model, scorer, _objective(knobs, [*train.groups, *held_out.groups]))
+        job = Job("reward", scratch.folder, project.machine, params.runtime, reporter)
+        result = fit(learner, train.groups, held_out.groups, knobs, job)
         model.eval()
         figures = _figures(RewardModel(scorer, project.encoder, project.budget()), pairs, knobs.seed)
         metrics = _metrics(knobs, project, train, held_out, figures, result, layout)
@@ -143,7 +135,7 @@ def _publish_none(scratch: Scratch, reporter: Reporter) -> dict[str, Any]:
 
 def _objective(knobs: RewardParams, groups: Sequence[TokenGroup]) -> RewardObjective:
     from dpo_cli.data.tables import read_ranks
-    from dpo_cli.training.reward_objective import RewardObjective
+    from dpo_cli.training.objective import RewardObjective
 
     if knobs.loss == "bradley_terry":
         return RewardObjective()
@@ -176,9 +168,7 @@ def _metrics(
     result: Fit,
     layout: Verdict,
 ) -> dict[str, Any]:
-    tokens = sum(
-        len(group.completions) * len(group.prompt) + sum(map(len, group.completions)) for group in train.groups
-    ) / len(train.groups)
+    tokens = sum(group.num_logical_tokens for group in train.groups) / len(train.groups)
     metrics: dict[str, Any] = {"method": knobs.loss}
     for name in ("accuracy", "log_loss", "ece", "margin", "longer_accuracy"):
         metrics |= _with_interval(name, getattr(figures, name))

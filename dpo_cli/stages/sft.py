@@ -38,8 +38,8 @@ from dpo_cli.training.history import TOKEN_METRICS, merge_log, write_tsv
 
 if TYPE_CHECKING:  # what computes is imported where there is something to compute
     from dpo_cli.scoring.probe import Verdict
-    from dpo_cli.training.replicas import Replicas
-    from dpo_cli.training.run import Fit
+    from dpo_cli.training.fit import Fit
+    from dpo_cli.training.parallel import Replicas
 
 _COLUMNS = (
     "loss",
@@ -72,7 +72,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         with stage_scratch("sft", method) as scratch:
             return _publish_untrained(params, base, scratch, reporter)
     with importing():
-        from dpo_cli.training.replicas import join_replicas
+        from dpo_cli.training.parallel import join_replicas
 
     quiet_libraries()
     with join_replicas(params.runtime, embedded=params.model.name == EMBEDDED) as replicas:
@@ -84,9 +84,11 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
         from dpo_cli.data.tables import all_rejects, table_digests
         from dpo_cli.models.project import check_context, open_base
         from dpo_cli.models.workplace import Workplace
+        from dpo_cli.training.fit import fit
+        from dpo_cli.training.job import Job
         from dpo_cli.training.objective import SftObjective
-        from dpo_cli.training.replicas import shared_scratch
-        from dpo_cli.training.run import fit
+        from dpo_cli.training.parallel import shared_scratch
+        from dpo_cli.training.protocols import Learner
 
     sft = params.sft
     base, encoder, tokenizer = open_base(params.model, params.runtime)
@@ -129,20 +131,8 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
             model = add_adapter(model, sft.lora, sft.seed)
             keep_weights_unpacked(model)
         scorer, layout = Workplace("sft", reporter, params.runtime, machine).scorer(model)
-        result = fit(
-            model,
-            scorer,
-            SftObjective(),
-            train.groups,
-            held_out.groups,
-            section="sft",
-            params=sft,
-            runtime=params.runtime,
-            machine=machine,
-            work=scratch.folder,
-            reporter=reporter,
-            replicas=replicas,
-        )
+        job = Job("sft", scratch.folder, machine, params.runtime, reporter, replicas)
+        result = fit(Learner(model, scorer, SftObjective()), train.groups, held_out.groups, sft, job)
         scorer.close()
         if not replicas.is_first:
             return {}
@@ -220,7 +210,7 @@ def _refuse_empty(train: TokenTable, held_out: TokenTable, max_length: int) -> N
 def _metrics(
     sft: SftParams, train: TokenTable, held_out: TokenTable, result: Fit, layout: Verdict, machine: Machine
 ) -> dict[str, Any]:
-    tokens = sum(len(group.prompt) + len(group.completions[0]) for group in train.groups) / len(train.groups)
+    tokens = sum(group.num_logical_tokens for group in train.groups) / len(train.groups)
     eval_loss = result.kept("eval_loss")
     return {
         "method": sft.method,

@@ -33,11 +33,13 @@ from dpo_cli.models.load import quiet_libraries, save_tokenizer
 from dpo_cli.models.project import Project, open_project
 from dpo_cli.reference.cache import read_cache, read_cache_tokens, reference_logps
 from dpo_cli.scoring.probe import Verdict
+from dpo_cli.training.fit import Fit, fit
 from dpo_cli.training.gate import StepZero, check_step_zero
 from dpo_cli.training.history import merge_log, write_tsv
+from dpo_cli.training.job import Job
 from dpo_cli.training.objective import PreferenceObjective, preference_objective
-from dpo_cli.training.replicas import Replicas, join_replicas, shared_scratch
-from dpo_cli.training.run import Fit, fit
+from dpo_cli.training.parallel import Replicas, join_replicas, shared_scratch
+from dpo_cli.training.protocols import Learner
 
 
 def run(params: Params, reporter: Reporter) -> dict[str, Any]:
@@ -81,20 +83,8 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
         )
         if step_zero.doubt is not None:
             reporter.warn(f"train: {step_zero.doubt}")
-        result = fit(
-            policy,
-            scorer,
-            objective,
-            train.groups,
-            held_out.groups,
-            section="train",
-            params=knobs,
-            runtime=params.runtime,
-            machine=project.machine,
-            work=scratch.folder,
-            reporter=reporter,
-            replicas=replicas,
-        )
+        job = Job("train", scratch.folder, project.machine, params.runtime, reporter, replicas)
+        result = fit(Learner(policy, scorer, objective), train.groups, held_out.groups, knobs, job)
         scorer.close()
         if not replicas.is_first:
             return {}
@@ -168,9 +158,7 @@ def _manifest(params: Params, project: Project) -> Manifest:
 def _metrics(
     project: Project, train: TokenTable, held_out: TokenTable, step_zero: StepZero, result: Fit, layout: Verdict
 ) -> dict[str, Any]:
-    tokens = sum(
-        len(group.completions) * len(group.prompt) + sum(map(len, group.completions)) for group in train.groups
-    ) / len(train.groups)
+    tokens = sum(group.num_logical_tokens for group in train.groups) / len(train.groups)
     return {
         "num_pairs": len(train.groups),
         "num_eval": len(held_out.groups),

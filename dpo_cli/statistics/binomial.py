@@ -48,3 +48,18 @@ def _rate_at(probability: Callable[[float], float], level: float) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if probability(middle) < level else (low, middle)
     return (low + high) / 2
+
+
+_Z_95 = 1.959963984540054
+
+
+def wilson_interval(count: int, total: int) -> tuple[float, float]:
+    """The 95% interval of a share (Wilson 1927): of ``count`` in ``total`` independent draws."""
+    if not total:
+        return 0.0, 1.0
+    share, squared = count / total, _Z_95**2
+    middle = share + squared / (2 * total)
+    reach = _Z_95 * math.sqrt(share * (1 - share) / total + squared / (4 * total**2))
+    scale = 1 + squared / total
+    low, high = (middle - reach) / scale, (middle + reach) / scale
+    return (0.0 if count == 0 else low), (1.0 if count == total else high)

@@ -19,6 +19,7 @@ from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine, forget_peak_memory, peak_memory_bytes, prepare_machine, token_budget
 from dpo_cli.models.gpus import gpu_called
 from dpo_cli.models.load import keep_weights_unpacked, quiet_libraries
+from dpo_cli.models.lora import cast_adapters
 from dpo_cli.models.project import open_project
 from dpo_cli.models.shapes import SHAPES, random_model
 from dpo_cli.reference.scoring import NO_GRADIENT_FACTOR, missing_groups, score_groups
@@ -166,7 +167,7 @@ def _subject(
         project = open_project(params, reporter, "bench")
         model = project.policy(params.train.lora, params.train.seed)
         what = params.model.name
-        groups = [] if options.regime else project.tokenise_pairs("train").groups[: options.num_pairs]
+        groups = [] if options.regime else list(project.tokenise_pairs("train").groups[: options.num_pairs])
         if not groups and not options.regime:
             raise DataError(
                 f"data/preference/train.parquet: no pair within reference.max_length {params.reference.max_length}"
@@ -232,10 +233,12 @@ def _training(case: _Case) -> dict[str, Any]:
 
     def turn() -> None:
         for step in steps:
-            for indices in scorer.split(step, budget.max_tokens):
-                batch = [step[index] for index in indices]
-                losses = objective.losses(batch, scorer.score(batch, statistics=objective.statistics), batch).losses_B
-                (losses.sum() / objective.weight(step)).backward()
+            with cast_adapters(model, case.machine.compute_dtype):
+                for indices in scorer.split(step, budget.max_tokens):
+                    batch = [step[index] for index in indices]
+                    scores = scorer.score(batch, statistics=objective.statistics)
+                    losses = objective.losses(batch, scores, batch).losses_B
+                    (losses.sum() / objective.weight(step)).backward()
             torch.nn.utils.clip_grad_norm_(trainable, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

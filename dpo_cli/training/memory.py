@@ -24,7 +24,7 @@ from dpo_cli.scoring.recompute import (
     plan_memory,
     set_recompute,
 )
-from dpo_cli.training.objective import GroupScorer
+from dpo_cli.training.protocols import GroupScorer
 
 _BYTES_A_TRAINED_NUMBER = 12
 """Its gradient and the optimizer's two moments, float32; made after the first forward pass."""
@@ -128,7 +128,7 @@ def kept_bytes(model: Any, scorer: GroupScorer[Any], groups: Sequence[TokenGroup
 
 def _shape_of(scorer: GroupScorer[Any], groups: Sequence[TokenGroup], groups_a_step: int) -> StepShape:
     def size(group: TokenGroup) -> int:
-        return len(group.prompt) + sum(map(len, group.completions))
+        return sum(group.sizes)
 
     longest = [scorer.num_tokens(group) for group in heapq.nlargest(groups_a_step, groups, key=size)]
     sampled = groups[:: max(1, len(groups) // _NUM_SAMPLED)]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from dataclasses import replace
+from typing import Protocol
 
 import torch
 
@@ -13,9 +13,11 @@ from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.losses.catalogue import LOSSES
 from dpo_cli.losses.changes import divergence_of, shared_length_logps, under_divergence, with_offset, wpo_weights
 from dpo_cli.losses.pairwise import Pairs, log_ratios
-from dpo_cli.losses.ranking import kendall_tau, plackett_luce
+from dpo_cli.losses.ranking import Ties, kendall_tau, plackett_luce, plackett_luce_nll
+from dpo_cli.scoring.reward import Rewards
 from dpo_cli.scoring.scorer import Scores, Statistics
 from dpo_cli.training.history import TOKEN_METRICS
+from dpo_cli.training.protocols import GroupLosses, Objective
 
 REWARD_METRICS = (
     "rewards/chosen",
@@ -32,84 +34,6 @@ PAIR_METRICS = (
     *TOKEN_METRICS,
 )
 TAU = "rewards/kendall_tau"
-
-Gives = TypeVar("Gives", covariant=True)
-Takes = TypeVar("Takes", contravariant=True)
-
-
-class GroupScorer(Protocol[Gives]):
-    """What the training loop needs to know of a forward pass: a Scorer gives log-probabilities, another one rewards."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        ...
-
-    @property
-    def config(self) -> Any:
-        """The text model's configuration."""
-        ...
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """The dtype of matrix products."""
-        ...
-
-    @property
-    def head_bytes(self) -> int:
-        """Bytes of logits that are held at once."""
-        ...
-
-    def num_tokens(self, group: TokenGroup) -> int:
-        """Tokens of a group that go through the model."""
-        ...
-
-    def split(self, groups: Sequence[TokenGroup], max_tokens: int) -> list[list[int]]:
-        """Micro-batches of at most ``max_tokens`` tokens, as indices of groups."""
-        ...
-
-    def score(self, groups: Sequence[TokenGroup], *, statistics: Statistics = "none") -> Gives:
-        """What the objective reads of some groups with one number of completions, with gradients."""
-        ...
-
-
-@dataclass(frozen=True)
-class GroupLosses:
-    """Losses of some groups, and what else is worth a mean over them.
-
-    Attributes:
-        losses_B: float64 [B], with gradient.
-        metrics: Detached float64 [B] each, by the names TRL uses.
-    """
-
-    losses_B: torch.Tensor
-    metrics: Mapping[str, torch.Tensor]
-
-
-class Objective(Protocol[Takes]):
-    """What the training loop needs to know of an objective of log-probabilities, or of rewards.
-
-    Attributes:
-        is_coupled: Whether the loss of one group depends on all others of its optimizer step; for
-            log-probabilities alone.
-        statistics: What it reads of the tokens' distributions.
-    """
-
-    is_coupled: bool
-    statistics: Statistics
-
-    @property
-    def metric_names(self) -> Sequence[str]:
-        """Names of the metrics that come with the losses; known before anything is scored."""
-        ...
-
-    def weight(self, groups: Sequence[TokenGroup]) -> float:
-        """What the sum of the groups' losses is divided by."""
-        ...
-
-    def losses(self, groups: Sequence[TokenGroup], scores: Takes, step: Sequence[TokenGroup]) -> GroupLosses:
-        """The losses of groups that were scored, some or all of those of an optimizer step."""
-        ...
 
 
 class PreferenceObjective(Objective[Scores], Protocol):
@@ -324,6 +248,42 @@ class RankingObjective:
         rewards = self._train.beta * (policy.detach() - reference)
         metrics = {**_metrics(rewards, policy.detach()), **_statistics(scores, step)}
         return GroupLosses(losses, metrics | ranking_metrics(rewards, ranks))
+
+
+class RewardObjective:
+    """-log P of the ranking under the rewards themselves, a mean over groups.
+
+    With two answers it is Bradley-Terry's -log sigma(r_w - r_l) (Rafailov et al. 2023, eq. 2), with more
+    Plackett-Luce's (eq. 18). Rewards are fixed up to a constant a prompt; they are logged less their mean over the
+    group.
+
+    Args:
+        ranks: Ranks of each group's answers by row id, ascending; left out: two answers, the better one first.
+        ties: What tied answers are (:func:`~dpo_cli.losses.ranking.plackett_luce_nll`).
+    """
+
+    is_coupled = False
+    statistics: Statistics = "none"
+
+    def __init__(self, ranks: Mapping[str, Sequence[int]] | None = None, ties: Ties = "average") -> None:
+        self._ranks = ranks
+        self._ties: Ties = ties
+        self.metric_names: Sequence[str] = REWARD_METRICS if ranks is None else (*REWARD_METRICS, TAU)
+
+    def weight(self, groups: Sequence[TokenGroup]) -> float:
+        """The number of groups."""
+        return float(len(groups))
+
+    def losses(self, groups: Sequence[TokenGroup], scores: Rewards, step: Sequence[TokenGroup]) -> GroupLosses:
+        """Losses and metrics by DPO's names; with rankings, as there, the accuracy is over all their pairs."""
+        rewards = scores.rewards_BK
+        ranks = torch.tensor([[1, 2] if self._ranks is None else list(self._ranks[group.id]) for group in groups])
+        losses = plackett_luce_nll(rewards, ranks, self._ties)
+        detached = rewards.detach()
+        metrics = reward_metrics(detached - detached.mean(1, keepdim=True))
+        if self._ranks is not None:
+            metrics |= ranking_metrics(detached, ranks)
+        return GroupLosses(losses, metrics)
 
 
 def _statistics(scores: Scores, step: Sequence[TokenGroup]) -> dict[str, torch.Tensor]:

@@ -263,9 +263,9 @@ def test_the_recipe_of_a_loss_is_one_function_and_its_test() -> None:
         exec(loss, vars(pairwise) | {"Tensor": torch.Tensor})
         names = {"torch": torch, "LOSSES": catalogue.LOSSES, "TrainParams": TrainParams, "Pairs": pairwise.Pairs}
         exec(its_test, names)
-        names["test_squared_is_zero_at_its_target"]()
+        names["test_squared_hinge_is_the_square_of_what_lacks_to_1"]()
     finally:
-        catalogue.LOSSES.pop("squared", None)
+        catalogue.LOSSES.pop("squared_hinge", None)
 
 
 def test_readme_shows_the_verdict_of_the_committed_run(

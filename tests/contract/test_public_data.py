@@ -21,6 +21,7 @@ from dpo_cli.core.data_params import DataChecks, PreferenceSource, SftSource, So
 from dpo_cli.core.errors import DataError
 from dpo_cli.data.account import SPLITS, Conversion
 from dpo_cli.data.convert import convert
+from dpo_cli.data.plan import Treatment
 from dpo_cli.data.splits import split_position
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,12 +54,10 @@ class Converted:
         (folder / "work").mkdir()
         self.report: Conversion = convert(
             [source_of(name, settings)],
-            POLICIES,
-            0.5,
+            Treatment(POLICIES, 0.5, rows_listed=10_000),
             folder / "work",
             folder / "out",
             folder / "rejects.jsonl",
-            rows_listed=10_000,
         )
         self.tables = {split: pl.read_parquet(folder / "out" / f"{split}.parquet") for split in SPLITS}
         self.rows = [row for table in self.tables.values() for row in table.to_dicts()]
@@ -98,7 +97,7 @@ def test_a_public_file_converts_as_documented(name: str, cells: list[str], tmp_p
     num_rows, settings, formats, used, left_out, notes, unread = cells
     (tmp_path / "work").mkdir()
     source = source_of(name, settings)
-    run = lambda: convert([source], POLICIES, 0.1, tmp_path / "work", None, tmp_path / "rejects")  # noqa: E731
+    run = lambda: convert([source], Treatment(POLICIES, 0.1), tmp_path / "work", None, tmp_path / "rejects")  # noqa: E731
     if formats == "refused":
         with pytest.raises(DataError, match="unpaired, as KTO takes them"):
             run()
@@ -312,9 +311,9 @@ def test_numbers_in_a_csv_stay_text(converted: Callable[..., Converted], tmp_pat
     source = SftSource(path=str(DATA / "peer_fixtures" / "msswift_alpaca.csv"))
     (tmp_path / "work").mkdir()
     (tmp_path / "out").mkdir()
-    arguments = (POLICIES, 0.5, tmp_path / "work", tmp_path / "out", tmp_path / "rejects")
-    convert([source.model_copy(update={"split": "train"}), source.model_copy(update={"split": "eval"})],
-            arguments[0] | {"shared_prompt": "keep", "duplicate": "keep"}, *arguments[1:])  # fmt: skip
+    twice = [source.model_copy(update={"split": "train"}), source.model_copy(update={"split": "eval"})]
+    kept = Treatment(POLICIES | {"shared_prompt": "keep", "duplicate": "keep"}, 0.5)
+    convert(twice, kept, tmp_path / "work", tmp_path / "out", tmp_path / "rejects")
     first = pl.read_parquet(tmp_path / "out" / "train.parquet").to_dicts()[0]
     assert first["prompt"] == [{"role": "system", "content": "00000"}, {"role": "user", "content": "11111\n22222"}]
     assert first["completion"] == [{"role": "assistant", "content": "3.3"}]
@@ -348,7 +347,13 @@ def test_adding_rows_moves_none_across(name: str, tmp_path: Path) -> None:
         path.write_text("\n".join(map(json.dumps, rows[: int(share * len(rows))])), encoding="utf-8")
         (folder / "work").mkdir()
         (folder / "out").mkdir()
-        convert([PreferenceSource(path=str(path))], POLICIES, 0.3, folder / "work", folder / "out", folder / "rejects")
+        convert(
+            [PreferenceSource(path=str(path))],
+            Treatment(POLICIES, 0.3),
+            folder / "work",
+            folder / "out",
+            folder / "rejects",
+        )
         sides.append(
             {
                 group: split
@@ -383,5 +388,5 @@ def test_a_broken_file_is_refused_with_cause_and_place(name: str, words: str, tm
     (tmp_path / "out").mkdir()
     source = PreferenceSource(path=str(DATA / "broken" / name))
     with pytest.raises(DataError, match=f"{name}.*{words}"):
-        convert([source], POLICIES, 0.1, tmp_path / "work", tmp_path / "out", tmp_path / "rejects")
+        convert([source], Treatment(POLICIES, 0.1), tmp_path / "work", tmp_path / "out", tmp_path / "rejects")
     assert not list((tmp_path / "out").iterdir())

@@ -19,7 +19,7 @@ from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.dry_run.counts import Counting, Counts
 from dpo_cli.dry_run.device import CUDA, dry_cuda, read_backs_give_zeros
 from dpo_cli.dry_run.model import dry_model
-from dpo_cli.dry_run.step import DryTrainer, mean_visible_pairs, open_dry_scorer
+from dpo_cli.dry_run.step import DryAccumulator, mean_visible_pairs, open_dry_scorer
 from dpo_cli.evaluation.decoding import Sampling
 from dpo_cli.evaluation.generation import PromptTokens, sample_answers
 from dpo_cli.evaluation.kl import sequence_kl
@@ -33,8 +33,8 @@ from dpo_cli.scoring.regimes import random_pairs
 from dpo_cli.scoring.reward import RewardScorer
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.memory import kept_bytes
-from dpo_cli.training.objective import PairObjective, SftObjective, preference_objective
-from dpo_cli.training.reward_objective import RewardObjective
+from dpo_cli.training.objective import PairObjective, RewardObjective, SftObjective, preference_objective
+from dpo_cli.training.protocols import Learner
 from tests.cuda_dry_run.cases import FAMILIES, PASSES, Case
 
 
@@ -117,24 +117,25 @@ def _run(case: Case, counting: Counting, outcome: Outcome) -> None:
             tokens = lay_out(groups, scorer.layout).num_tokens
             outcome.estimated_bytes = kept_bytes(model, scorer, groups).of(case.grade, tokens)  # type: ignore[arg-type]
         set_recompute(model, case.grade)  # type: ignore[arg-type]
-        trainer = _trainer(case, model, scorer, groups)
+        accumulator = _accumulator(case, model, scorer, groups)
+        model.train()
         counting.restart()
-        trainer.training_step(model, {"groups": _first(groups) if case.work == "stage/sft" else groups})
+        accumulator.gradient(_first(groups) if case.work == "stage/sft" else groups, 0)
         outcome.wrong_gradients = list(_wrong_gradients(model))
 
 
 # --- training -----------------------------------------------------------------------------
 
 
-def _trainer(case: Case, model: Any, scorer: Scorer, groups: Sequence[TokenGroup]) -> DryTrainer:
+def _accumulator(case: Case, model: Any, scorer: Scorer, groups: Sequence[TokenGroup]) -> DryAccumulator:
     kind, _, loss = case.work.rpartition("/")
     ranks = {group.id: [1, 2] for group in groups}
     if kind == "reward":
         head = torch.nn.Linear(scorer.config.hidden_size, 1, bias=False, device=CUDA)
         objective = RewardObjective(ranks if loss == "plackett_luce" else None)
-        return DryTrainer(model, RewardScorer(scorer, head), objective, case.max_tokens)
+        return DryAccumulator(Learner(model, RewardScorer(scorer, head), objective), case.max_tokens)
     if kind == "stage":
-        return DryTrainer(model, scorer, SftObjective(), case.max_tokens)
+        return DryAccumulator(Learner(model, scorer, SftObjective()), case.max_tokens)
     reference = {group.id: [-1.0, -2.0] for group in groups}
     objective = preference_objective(
         TrainParams(loss=loss, **dict(case.settings)),  # type: ignore[arg-type]
@@ -143,7 +144,7 @@ def _trainer(case: Case, model: Any, scorer: Scorer, groups: Sequence[TokenGroup
         score_gaps={group.id: 1.0 for group in groups},
         ranks=ranks,
     )
-    return DryTrainer(model, scorer, objective, case.max_tokens)
+    return DryAccumulator(Learner(model, scorer, objective), case.max_tokens)
 
 
 def _first(groups: Sequence[TokenGroup]) -> list[TokenGroup]:
@@ -232,15 +233,14 @@ def _left_on_host() -> Iterator[None]:
 
 @contextmanager
 def _narrow() -> Iterator[None]:
-    step = DryTrainer.training_step
+    gradient = DryAccumulator.gradient
 
-    def narrow(trainer: DryTrainer, model: Any, *args: Any) -> Any:
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.bfloat16()
-        return step(trainer, model, *args)
+    def narrow(accumulator: DryAccumulator, *args: Any) -> Any:
+        for parameter in accumulator._trained:
+            parameter.data = parameter.data.bfloat16()
+        return gradient(accumulator, *args)
 
-    with patch.object(DryTrainer, "training_step", narrow):
+    with patch.object(DryAccumulator, "gradient", narrow):
         yield
 
 

@@ -44,6 +44,20 @@ def test_the_table_says_that_it_is_a_prediction(tmp_path: Path) -> None:
     assert "float16" in done.stdout
 
 
+def test_the_device_of_the_settings_is_of_this_machine(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("runtime: {device: cpu}\n", encoding="utf-8")
+    done = bench(tmp_path, "--card", "rtx-4090", "--shape", "tiny", "--pairs", "4", "--pass", "train", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.strip().splitlines()[-1])["compute_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(("card", "dtype"), [("rtx-4090", "float32"), ("t4", "bfloat16")])
+def test_what_no_data_sheet_tells_is_not_predicted(card: str, dtype: str, tmp_path: Path) -> None:
+    done = bench(tmp_path, "--card", card, "--shape", "tiny", "--set", f"runtime.compute_dtype={dtype}")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert f"with --card {card}, got {dtype}" in done.stderr
+
+
 def test_without_a_compiler_it_says_what_is_missing(tmp_path: Path) -> None:
     done = bench(tmp_path, "--card", "t4", "--shape", "tiny", environment={"CXX": "no-such-compiler"})
     assert (done.returncode, "needs a C++ compiler" in done.stderr) == (6, True)

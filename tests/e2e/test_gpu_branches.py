@@ -37,8 +37,6 @@ CARD = {
     "set_per_process_memory_fraction": None,
     "reset_peak_memory_stats": None,
     "get_device_name": "a GPU",
-    "get_rng_state": torch.zeros(16, dtype=torch.uint8),
-    "set_rng_state": None,
 }
 """What torch.cuda says of a card that is not there."""
 
@@ -119,7 +117,7 @@ def test_all_stages_and_a_second_evaluation(
 
             with pytest.raises(Interrupted, match="stopped and saved at step 3 of 6"):
                 run("train", params, make_reporter(stop))
-            kept = {path.parent.name for path in Path(".scratch/train").glob("*/checkpoint-*/trainer_state.json")}
+            kept = {path.parent.name for path in Path(".scratch/train").glob("*/checkpoint-*/state.json")}
             assert kept == {"checkpoint-1", "checkpoint-3"}
         reporter = make_reporter()
         trained = run("train", params, reporter)

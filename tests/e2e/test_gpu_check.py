@@ -81,6 +81,52 @@ def test_a_part_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest
     assert (part["status"], part["reason"]) == ("out of time", "ended after 0.5 s")
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"parts": {"trl": "done"}, "machine": {}}', '{"machine": {}}'])
+def test_a_file_that_is_no_result_is_put_aside(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check, "look", describe)
+    monkeypatch.setattr(check, "run_part", lambda *_: {"status": "done", "answers": [], "figures": {}})
+    (out := tmp_path / "found.json").write_text(text, encoding="utf-8")
+    assert check.main(["--out", str(out), "--parts", "trl"]) == 0
+    assert out.with_suffix(".before.json").read_text(encoding="utf-8") == text
+    assert "was no result of this check" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check, "look", describe)
+    monkeypatch.setattr(check, "run_part", None)
+    (file := tmp_path / "file").touch()
+    (folder := tmp_path / "folder.json").mkdir()
+    for out in (file / "found.json", folder):
+        with pytest.raises(SystemExit, match=r"name a file that can be written: --out FILE\.json"):
+            check.main(["--out", str(out), "--parts", "trl"])
+    with pytest.raises(SystemExit, match="2"):
+        check.main(["--out", str(tmp_path / "found.md")])
+    assert "found.md: must end with .json" in capsys.readouterr().err, "the table would be written over it"
+
+
+def test_a_part_ends_with_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C reaches a process group, kill -INT the check alone."""
+    ended: list[int] = []
+
+    class Process:
+        pid = 17
+
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def wait(self, _: float) -> int:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(check.subprocess, "Popen", Process)
+    monkeypatch.setattr(check, "_end", ended.append)
+    with pytest.raises(KeyboardInterrupt):
+        check.run_part("trl", [], tmp_path, 1.0)
+    assert ended == [17]
+
+
 @pytest.mark.parametrize(("verdict", "code"), [("ok", 0), ("noted", 0), ("not possible here", 0), ("differs", 1)])
 def test_what_differs_is_an_exit_code(verdict: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answer = {"question": "?", "expected": "a", "seen": "b", "verdict": verdict}

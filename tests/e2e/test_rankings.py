@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import random
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,36 @@ pytestmark = pytest.mark.slow
 
 PUBLIC = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "kwise" / "oaast_rm_zh.rows0-387.json.gz"
 NUM_RANKINGS = 700
+
+
+_MIDDLING = {
+    "add_one": slice(1, None),  # one number of two is right
+    "message": slice(1),
+    "review": slice(1, None),  # dull in place of hateful
+    "greeting": slice(2, None),
+}
+"""Which of a task's bad answers are half as good as the good one."""
+
+
+def middling(task: world.Task) -> tuple[str, ...]:
+    return task.bad[_MIDDLING[task.kind.partition(".")[0]]]
+
+
+def graded_reward(task: world.Task, answer: str) -> float:
+    return 0.5 if answer in middling(task) else task.reward(answer)
+
+
+def ranking_rows(seed: int, num_rows: int) -> list[dict[str, Any]]:
+    """Rankings of three answers by the graded reward: the good one, a middling one, a bad one, in any order."""
+    rng = random.Random(f"rankings {seed}")
+    rows = []
+    for task in islice(filter(middling, world.draw_tasks(2 * seed + 1)), num_rows):
+        worst = rng.choice([answer for answer in task.bad if answer not in middling(task)])
+        answers = [task.good, rng.choice(middling(task)), worst]
+        rng.shuffle(answers)
+        scores = [graded_reward(task, answer) for answer in answers]
+        rows.append({"prompt": task.prompt, "completions": answers, "scores": scores})
+    return rows
 
 
 def params_of(
@@ -51,7 +83,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, make_reporter: Callable[[]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         paths.RAW.mkdir(parents=True)
-        rows = world.ranking_rows(0, NUM_RANKINGS)
+        rows = ranking_rows(0, NUM_RANKINGS)
         (paths.RAW / "rankings.json").write_text(json.dumps(rows), encoding="utf-8")
         params = params_of("rankings.json")
         base.run(params, make_reporter())
@@ -87,7 +119,7 @@ def held_out_tau(params: Params) -> float:
             for group in groups:
                 task = world.task_of(table.prompts[group.group][0]["content"])
                 assert task is not None
-                known.append([task.graded_reward(project.encoder.decode(list(ids))) for ids in group.completions])
+                known.append([graded_reward(task, project.encoder.decode(list(ids))) for ids in group.completions])
             assert all(sorted(row, reverse=True) == row for row in known), "the table is best first"
             taus.append(kendall_tau(rewards, torch.tensor([[1, 2, 3]]).expand(len(groups), 3)))
     return torch.cat(taus).mean().item()

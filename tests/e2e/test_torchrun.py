@@ -131,7 +131,7 @@ def test_stopped_they_save_once_and_go_on(copy: Path) -> None:
     line, options = command(copy, "sft", "--set", "sft.max_steps=100", "--set", "runtime.checkpoint_minutes=0")
     process = subprocess.Popen(line, **options)
     try:
-        while not any(copy.glob(".scratch/sft/*/checkpoint-*/trainer_state.json")):
+        while not any(copy.glob(".scratch/sft/*/checkpoint-*/state.json")):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=0.1)
                 pytest.fail(f"it ended before it saved: {process.communicate()[1]}")

@@ -15,6 +15,7 @@ import pytest
 from dpo_cli.core.data_params import DataChecks, PreferenceSource, SftSource, Source
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.convert import convert
+from dpo_cli.data.plan import Treatment
 
 NUM_ROWS = 24
 
@@ -45,7 +46,8 @@ def tables(source: Source, folder: Path) -> Any:
 
     (folder / "work").mkdir()
     (folder / "out").mkdir()
-    convert([source], DataChecks().model_dump(), 0.2, folder / "work", folder / "out", folder / "rejects.jsonl")
+    treatment = Treatment(DataChecks().model_dump(), 0.2)
+    convert([source], treatment, folder / "work", folder / "out", folder / "rejects.jsonl")
     return datasets.load_dataset(
         "parquet", data_files=str(folder / "out" / "train.parquet"), split="train", cache_dir=str(folder / "cache")
     )

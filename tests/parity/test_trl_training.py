@@ -23,16 +23,20 @@ import pytest
 import torch
 from torch.utils.data import SequentialSampler
 
-from dpo_cli.core.params import LoraParams, TrainParams
+from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models.adapters import add_adapter, save_adapter
 from dpo_cli.models.lora import use_short_layers
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.layout import LAYOUTS, LayoutName
 from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.training.accumulation import Limits
+from dpo_cli.training.job import Job
+from dpo_cli.training.loop import Course, Data, Loop
 from dpo_cli.training.loss_scale import LossScale
 from dpo_cli.training.objective import PairObjective
-from dpo_cli.training.trainer import GroupTrainer, Plan, training_arguments
+from dpo_cli.training.optimizer import make_descent
+from dpo_cli.training.protocols import BatchSource, Learner
 
 TOLERANCE = 1e-4
 BETA = 0.1
@@ -192,11 +196,15 @@ def trl_trainer(setting: Setting, tokenizer: Any, tmp_path: Path) -> Any:
 # --- ours ---------------------------------------------------------------------------------
 
 
-class InOrder(GroupTrainer):
-    """Takes the pairs as they come."""
+class InOrder(BatchSource[TokenGroup]):
+    """Takes the pairs as they come, and from the first again."""
 
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+    def __init__(self, pairs: Sequence[TokenGroup]) -> None:
+        self._pairs = pairs
+
+    def batch(self, step: int) -> Sequence[TokenGroup]:
+        start = step * BATCH_SIZE % len(self._pairs)
+        return self._pairs[start : start + BATCH_SIZE]
 
 
 def score_all(scorer: Scorer, pairs: Sequence[TokenGroup]) -> torch.Tensor:
@@ -216,24 +224,15 @@ def our_curve(
 ) -> list[Any]:
     """The logged values of every step."""
     model = load_policy(setting, ours=True)
-    plan = Plan.of(KNOBS, len(setting.pairs))
-    arguments = training_arguments(KNOBS, plan, cpu, folder, "train", evaluate_at_start=False)
+    descent = make_descent(model, KNOBS, NUM_STEPS, cpu.device, "train")
+    limits = Limits(TokenBudget(max_tokens, "train", reporter), LossScale(torch.float32, "train", reporter, None))
+    job = Job("train", folder, cpu, RuntimeParams(), reporter)
     with Scorer(model, torch.float32, layout) as scorer:
         assert len(scorer.split(setting.pairs[:BATCH_SIZE], max_tokens)) > 1, "a step should take several micro-batches"
-        trainer = InOrder(
-            model,
-            scorer,
-            objective_of(scorer, setting.pairs),
-            setting.pairs,
-            setting.pairs[:1],
-            TokenBudget(max_tokens, "train", reporter),
-            LossScale(torch.float32, "train", reporter, None),
-            arguments,
-            [],
-            "train",
-        )
-        trainer.train()
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+        learner = Learner(model, scorer, objective_of(scorer, setting.pairs))
+        loop = Loop(learner, Data(InOrder(setting.pairs)), descent, Course(NUM_STEPS), limits, job)
+        loop.run()
+    return [entry for entry in loop.history if "loss" in entry]
 
 
 # --- log-probabilities and losses ---------------------------------------------------------

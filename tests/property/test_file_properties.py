@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 from dpo_cli.core.errors import DataError
 from dpo_cli.data.reading import json_text
 from dpo_cli.data.reading.files import read_records
-from dpo_cli.data.reading.parquet_footer import read_struct
 
 in_a_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 damaging = settings(in_a_folder, max_examples=300)
@@ -363,6 +362,38 @@ def test_arrow_gives_its_rows(
     assert read(tmp_path / "rows", as_arrow(rows, group, new, **options)) == rows
 
 
+def page_header(data: io.BytesIO) -> dict[int, Any]:
+    """The header of a page, a struct in Thrift's compact protocol: values by the number of their field."""
+    fields: dict[int, Any] = {}
+    number = 0
+    while head := data.read(1)[0]:
+        number = number + (head >> 4) if head >> 4 else _signed(data)
+        kind = head & 15
+        if kind in (1, 2):
+            fields[number] = kind == 1
+        elif kind in (4, 5, 6):
+            fields[number] = _signed(data)
+        elif kind == 8:
+            fields[number] = data.read(_unsigned(data))
+        else:
+            assert kind == 12
+            fields[number] = page_header(data)
+    return fields
+
+
+def _unsigned(data: io.BytesIO) -> int:
+    value = shift = 0
+    while (byte := data.read(1)[0]) & 128:
+        value |= (byte & 127) << shift
+        shift += 7
+    return value | byte << shift
+
+
+def _signed(data: io.BytesIO) -> int:
+    value = _unsigned(data)
+    return value >> 1 ^ -(value & 1)
+
+
 def page_data(data: bytes) -> Iterator[range]:
     """Where the data of each page of a parquet file lies, which is what its checksum covers."""
     footer = pq.ParquetFile(io.BytesIO(data)).metadata
@@ -371,9 +402,11 @@ def page_data(data: bytes) -> Iterator[range]:
             place = chunk.dictionary_page_offset or chunk.data_page_offset
             end = place + chunk.total_compressed_size
             while place < end:
-                header, size = read_struct(data[place:end])
-                yield range(place + size, place + size + header[3])
-                place += size + header[3]
+                rest = io.BytesIO(data[place:end])
+                size = page_header(rest)[3]
+                place += rest.tell()
+                yield range(place, place + size)
+                place += size
 
 
 @damaging

@@ -6,20 +6,52 @@ the only list of them. A new format is one new file and one new line.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from dpo_cli.data.formats.alpaca import ALPACA
-from dpo_cli.data.formats.base import Format
+from dpo_cli.data.formats.base import Format, Reading
 from dpo_cli.data.formats.hh import HH
 from dpo_cli.data.formats.implicit import IMPLICIT
 from dpo_cli.data.formats.kwise import KWISE
 from dpo_cli.data.formats.messages import MESSAGES
 from dpo_cli.data.formats.oasst import OASST, OASST_SFT
 from dpo_cli.data.formats.pairs import PAIRS
-from dpo_cli.data.formats.preferred import preferred_of
 from dpo_cli.data.formats.prompt_completion import PROMPT_COMPLETION
 from dpo_cli.data.formats.sharegpt import SHAREGPT
 from dpo_cli.data.formats.two_outputs import TWO_OUTPUTS
+from dpo_cli.data.problem import RowProblem
+from dpo_cli.data.schema import PreferenceExample, RankingExample, RawRow, SftExample
+
+
+def preferred_of(source: Format[Any]) -> Format[Any]:
+    """A format of preferences as one of instructions: the prompt with the answer that was preferred.
+
+    Where no instructions are at hand, the paper fine-tunes on the preferred completions (Rafailov
+    et al. 2023, section 4), so that the reference model is near what the preferences are about.
+    """
+
+    def read(row: RawRow, reading: Reading) -> SftExample:
+        example = source.read(row, reading)
+        if isinstance(example, PreferenceExample):
+            return SftExample(example.prompt, example.chosen)
+        assert isinstance(example, RankingExample)
+        if example.ranks[0] == example.ranks[-1]:
+            raise RowProblem("tie", f"is a tie: none of its {len(example.ranks)} answers is preferred")
+        return SftExample(example.prompt, example.completions[0])
+
+    def note(row: RawRow, reading: Reading) -> str:
+        own = source.note(row, reading)
+        return "preference data: the preferred answer is the completion" + (f"; {own}" if own else "")
+
+    def matches(row: RawRow) -> bool:
+        # a field of that name that holds no answer, such as a truth value, makes no preference of a row
+        return (
+            "rejected" not in source.names or isinstance(row.get("rejected"), str | list | dict)
+        ) and source.matches(row)
+
+    return replace(source, read=read, note=note, matches=matches)
+
 
 PREFERENCE_FORMATS: tuple[Format[Any], ...] = (SHAREGPT, PAIRS, HH, IMPLICIT, TWO_OUTPUTS, KWISE, OASST)
 SFT_FORMATS: tuple[Format[Any], ...] = (

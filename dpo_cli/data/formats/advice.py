@@ -9,7 +9,9 @@ from typing import Any
 
 from dpo_cli.data.formats.base import Column, Columns, Format, Reading
 from dpo_cli.data.formats.columns import Plan, plan_of
+from dpo_cli.data.formats.content import is_turn, json_in
 from dpo_cli.data.formats.labels import TIES, WORDS, label_text, side_of
+from dpo_cli.data.problem import kind_of
 from dpo_cli.data.schema import RawRow
 
 _PLAIN = re.compile(r"\w(?:[\w .-]*\w)?")
@@ -143,3 +145,29 @@ def _quoted(column: Column) -> str:
     if not isinstance(column, str):
         return f"[{', '.join(map(_quoted, column))}]"
     return column if column == "..." or _PLAIN.fullmatch(column) else "'" + column.replace("'", "''") + "'"
+
+
+def not_objects(first: Any) -> str:
+    """What to do where rows are no objects."""
+    inner = json_in(first) if isinstance(first, str) else None
+    hint = "; they are such objects as text, so decode them once more (json.loads)" if isinstance(inner, dict) else ""
+    return f"its rows must be JSON objects, got {kind_of(first)}{hint}"
+
+
+def turned_table(only: Mapping[str, Any]) -> str:
+    """What to do where a file's only row is a table by columns, or an object of rows by their names."""
+    values = list(only.values())
+    remedy = "write one object a row (pandas: to_json(path, orient='records', lines=True))"
+    if only.keys() >= {"columns", "data"} and isinstance(only["data"], list) and isinstance(only["columns"], list):
+        return f"it is one object with a table in it, columns and data; {remedy}"
+    if len(values) < 2 or not all(
+        isinstance(value, list | dict) and len(value) == len(values[0]) > 0 for value in values
+    ):
+        return ""
+    if all(isinstance(value, list) and not any(isinstance(inner, dict | list) for inner in value) for value in values):
+        return f"it is one object with a list for each column; {remedy}" if len(values[0]) > 1 else ""
+    if not all(isinstance(value, dict) and value.keys() == values[0].keys() for value in values):
+        return ""
+    if all(key.isdecimal() for key in values[0]):
+        return f"it is one object with an object for each column; {remedy}"
+    return "" if any(map(is_turn, values)) else "it is one object with a row under each name; write them as a list"

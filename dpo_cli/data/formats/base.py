@@ -51,6 +51,11 @@ Suggestion = tuple[Columns, dict[str, str]]
 """Columns, and meanings of labels."""
 
 
+def paths_of(column: Column) -> list[str]:
+    """The keys of a column."""
+    return [column] if isinstance(column, str) else column
+
+
 def always(row: RawRow) -> bool:
     """Any row."""
     return True

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dpo_cli.data.formats.base import Column, Columns, Format, Reading, says_something
+from dpo_cli.data.formats.base import Column, Columns, Format, Reading, paths_of, says_something
 from dpo_cli.data.formats.content import is_turn, unread_beside, unread_of_turns
 from dpo_cli.data.formats.prompts import roles_of
 from dpo_cli.data.problem import RowProblem
@@ -68,7 +68,7 @@ class Plan:
             if type(column) is str and column in row:
                 renamed[name] = row[column]
                 continue
-            values = [look_up(row, path) for path in ([column] if isinstance(column, str) else column)]
+            values = [look_up(row, path) for path in paths_of(column)]
             if all(value is MISSING for value in values):
                 renamed.pop(name, None)
                 if name in self.needed:
@@ -81,7 +81,7 @@ class Plan:
     def without_sources(self, renamed: RawRow) -> RawRow:
         """A renamed row without the keys from which its fields come."""
         columns = self.columns.values()
-        paths = {path for column in columns for path in ([column] if isinstance(column, str) else column)}
+        paths = {path for column in columns for path in paths_of(column)}
         sources = {path if path in renamed else path.partition(".")[0] for path in paths} - self.format.names.keys()
         return {key: value for key, value in renamed.items() if key not in sources} if sources else renamed
 
@@ -113,7 +113,7 @@ class Plan:
         for name, spare in self.alternatives:
             if says_something(renamed.get(name)) and says_something(renamed.get(spare)):
                 column = self.columns.get(spare, spare)
-                found += [column] if isinstance(column, str) else column
+                found += paths_of(column)
         return tuple(dict.fromkeys(found))
 
     def _unread_of_turns(self, name: str, value: Any, renamed: RawRow) -> list[str]:
@@ -175,12 +175,7 @@ def plan_of(fmt: Format[Any], keys: Collection[str], named: Mapping[str, Column]
     anywhere = {name for need in fmt.needs for name in need}
     found.take([name for name in fmt.names if name not in anywhere])
     taken = found.taken()
-    paths = [
-        path
-        for name, column in columns.items()
-        if name in fmt.names
-        for path in ([column] if isinstance(column, str) else column)
-    ]
+    paths = [path for name, column in columns.items() if name in fmt.names for path in paths_of(column)]
     own = {name for name in fmt.names if name not in columns and found.has(name)}
     read = own | {path for path in paths if path in keys}
     entered: dict[str, set[str]] = {}
@@ -214,12 +209,7 @@ class _Fields:
 
     def taken(self) -> set[str]:
         """Keys that stand for fields of other names."""
-        return {
-            path
-            for name, column in self._columns.items()
-            for path in ([column] if isinstance(column, str) else column)
-            if path != name
-        }
+        return {path for name, column in self._columns.items() for path in paths_of(column) if path != name}
 
     def has(self, name: str) -> bool:
         """Whether the field is there by its own name, or was found."""

@@ -9,10 +9,18 @@ from dataclasses import replace
 from typing import Any
 
 from dpo_cli.core.errors import DataError, ParamsError
-from dpo_cli.data.formats.advice import columns_to_fill_in, columns_to_say
-from dpo_cli.data.formats.base import Column, Columns, Format, Reading, always, never
+from dpo_cli.data.formats.advice import columns_to_fill_in, columns_to_say, not_objects, turned_table
+from dpo_cli.data.formats.base import (
+    Column,
+    Columns,
+    Format,
+    Reading,
+    always,
+    never,
+    paths_of,
+)
 from dpo_cli.data.formats.columns import MISSING, Plan, look_up, plan_of, shown
-from dpo_cli.data.formats.content import is_turn, json_in, media_keys, refuse_media
+from dpo_cli.data.formats.content import is_turn, media_keys, refuse_media
 from dpo_cli.data.formats.prompts import CONVERSATION_NAMES, tools_of
 from dpo_cli.data.formats.rendered import unwrap, unwrap_row
 from dpo_cli.data.formats.tools import read_tools
@@ -160,9 +168,7 @@ class RowReader:
 
     def _media_in(self, keys: tuple[str, ...]) -> tuple[str, ...]:
         """Fields that hold pictures and the like, but for those that the user names as text."""
-        named = {
-            path for column in self._columns.values() for path in ([column] if isinstance(column, str) else column)
-        }
+        named = {path for column in self._columns.values() for path in paths_of(column)}
         return tuple(key for key in media_keys(keys) if key not in named)
 
     def _fallback_of(self, keys: tuple[str, ...]) -> Plan:
@@ -189,7 +195,7 @@ class RowReader:
             UnknownFormatError: No row fits any format, or reading them as one would be a guess.
         """
         objects = [row for row in rows if isinstance(row, dict)]
-        if len(rows) == 1 and objects and (turned := _turned(objects[0])):
+        if len(rows) == 1 and objects and (turned := turned_table(objects[0])):
             raise UnknownFormatError(f"{file}: {turned}")
         self._refuse_unknown_paths(file, objects)
         self._main = None
@@ -239,7 +245,7 @@ class RowReader:
 
     def _refuse_unknown_paths(self, file: Any, objects: Sequence[Mapping[str, Any]]) -> None:
         for field, column in self._columns.items():
-            for path in filter(None, [column] if isinstance(column, str) else column):
+            for path in filter(None, paths_of(column)):
                 if objects and all(look_up(row, path) is MISSING for row in objects):
                     close = difflib.get_close_matches(path, list(_paths(objects[0])), n=1)
                     hint = f"; did you mean {close[0]}?" if close else ""
@@ -249,7 +255,7 @@ class RowReader:
 
     def _why_none(self, rows: Sequence[Any], objects: Sequence[dict[str, Any]]) -> str:
         if not objects:
-            return _not_objects(rows[0]) if rows else "it has no rows"
+            return not_objects(rows[0]) if rows else "it has no rows"
         first = objects[0]
         label = unpaired_label(objects)
         if label and any(name in first for name in (*ANSWER_NAMES, *CONVERSATION_NAMES)):
@@ -348,31 +354,6 @@ def _by_reading(read: Sequence[tuple[Plan, RawRow]]) -> list[tuple[Plan, list[Ra
             groups.append((plan, rows := []))
         rows.append(row)
     return groups
-
-
-def _not_objects(first: Any) -> str:
-    inner = json_in(first) if isinstance(first, str) else None
-    hint = "; they are such objects as text, so decode them once more (json.loads)" if isinstance(inner, dict) else ""
-    return f"its rows must be JSON objects, got {kind_of(first)}{hint}"
-
-
-def _turned(only: Mapping[str, Any]) -> str:
-    """What to do where a file's only row is a table by columns, or an object of rows by their names."""
-    values = list(only.values())
-    remedy = "write one object a row (pandas: to_json(path, orient='records', lines=True))"
-    if only.keys() >= {"columns", "data"} and isinstance(only["data"], list) and isinstance(only["columns"], list):
-        return f"it is one object with a table in it, columns and data; {remedy}"
-    if len(values) < 2 or not all(
-        isinstance(value, list | dict) and len(value) == len(values[0]) > 0 for value in values
-    ):
-        return ""
-    if all(isinstance(value, list) and not any(isinstance(inner, dict | list) for inner in value) for value in values):
-        return f"it is one object with a list for each column; {remedy}" if len(values[0]) > 1 else ""
-    if not all(isinstance(value, dict) and value.keys() == values[0].keys() for value in values):
-        return ""
-    if all(key.isdecimal() for key in values[0]):
-        return f"it is one object with an object for each column; {remedy}"
-    return "" if any(map(is_turn, values)) else "it is one object with a row under each name; write them as a list"
 
 
 def _is_row(value: Any) -> bool:

@@ -29,7 +29,7 @@ _JUDGED = frozenset(
     acceptable accept accepted accurate appropriate approve approved bad best biased bug chosen clean coherent complete
     compliant confirmed correct desirable discard dislike disliked downvote downvoted drop error errors exclude excluded
     factual fail failed fails faithful false feedback fine flagged good great grounded hallucinated hallucination harm
-    harmful harmless helpful honest inaccurate inappropriate include included incorrect invalid irrelevant judgment
+    harmful harmless helpful honest inaccurate inappropriate include included incorrect invalid irrelevant judgement
     judgment keep kto label labels like liked lost offensive ok okay pass passed passes polite poor positive prefer
     preferred refusal refused reject rejected relevant review reviewed right safe safety satisfied satisfactory selected
     solved success successful thumb thumbs toxic toxicity true truthful undesirable unhelpful unsafe upvote upvoted

@@ -14,6 +14,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,7 +23,6 @@ import pyarrow.parquet as pq
 
 from dpo_cli.core.errors import DataError
 from dpo_cli.data.reading.base import Record
-from dpo_cli.data.reading.parquet_footer import check_footer
 
 _ROWS_A_BATCH = 1000
 _BYTES_A_BATCH = 1 << 22
@@ -67,14 +67,41 @@ def read_columnar(path: Path, file: IO[bytes], head: bytes) -> Iterator[Record]:
 
 
 def _parquet(file: IO[bytes]) -> Iterator[pa.RecordBatch]:
-    bytes_a_row = check_footer(file)
     parquet = pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False, buffer_size=1 << 20)
+    _check_footer(parquet.metadata, file.seek(0, 2))
+    groups = map(parquet.metadata.row_group, range(parquet.num_row_groups))
+    bytes_a_row = max((group.total_byte_size // (group.num_rows or 1) for group in groups), default=0)
     num_rows = 0
     for batch in parquet.iter_batches(_rows_a_batch(bytes_a_row), use_threads=False):
         num_rows += batch.num_rows
         yield batch
     if num_rows != parquet.metadata.num_rows:
         raise ValueError(f"{num_rows} rows where the footer says {parquet.metadata.num_rows}")
+
+
+def _check_footer(footer: pq.FileMetaData, size: int) -> None:
+    """Refuse a footer that does not agree with itself: no checksum covers it, but it says many things twice."""
+    columns = [footer.schema.column(at) for at in range(footer.num_columns)]
+    places, num_rows = [(0, 4)], 0
+    for group in map(footer.row_group, range(footer.num_row_groups)):
+        num_rows += group.num_rows
+        chunks = [group.column(at) for at in range(group.num_columns)]
+        if [(chunk.path_in_schema, chunk.physical_type) for chunk in chunks] != [
+            (column.path, column.physical_type) for column in columns
+        ]:
+            raise ValueError("its footer has two lists of columns that do not agree")
+        for chunk, column in zip(chunks, columns, strict=True):
+            more = chunk.num_values - group.num_rows
+            if more < 0 or (more and not column.max_repetition_level):
+                raise ValueError(f"a column has {chunk.num_values} values for {group.num_rows} rows")
+            if chunk.num_values:
+                begin = min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset)
+                places.append((begin, begin + chunk.total_compressed_size))
+    if num_rows != footer.num_rows:
+        raise ValueError(f"its row groups have {num_rows} rows where the footer says {footer.num_rows}")
+    places = [*sorted(places), (size - 8 - footer.serialized_size,) * 2]
+    if any(behind < end for (_, end), (behind, _) in pairwise(places)):
+        raise ValueError("its columns overlap")
 
 
 # --- Arrow --------------------------------------------------------------------------------

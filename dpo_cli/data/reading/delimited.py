@@ -1,13 +1,12 @@
 """CSV and TSV: a header line, then one record a line, with quoting; every value is text.
 
-Quotes are held to the letter of RFC 4180. So the file has an even number of quotes, and each row
-has as many values as the header. One byte that is
-changed, lost or added below the header is then an error, or changes the texts of one row (one
-without a visible character may become a blank line, which is skipped); it never moves a text to
-another row or column. A file that is cut off gives whole rows, then an error or, where it was cut
-between two rows or in the last value of one, nothing. What cannot be seen: a change within a text,
-lost rows at the end, the lost end of the last text, and a change in the header that makes another
-name or, between two columns, another delimiter.
+Quotes are held to the letter of RFC 4180, as csv.reader(strict=True) does not: it reads ``5" pipe,PVC``. So the file
+has an even number of quotes, and each row has as many values as the header. One byte that is changed, lost or added
+below the header is then an error, or changes the texts of one row (one without a visible character may become a blank
+line, which is skipped); it never moves a text to another row or column. A file that is cut off gives whole rows, then
+an error or, where it was cut between two rows or in the last value of one, nothing. What cannot be seen: a change
+within a text, lost rows at the end, the lost end of the last text, and a change in the header that makes another name
+or, between two columns, another delimiter.
 """
 
 from __future__ import annotations

@@ -7,9 +7,11 @@ import os
 import platform
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
+from dpo_cli.core import gpu
 from dpo_cli.core.environment import claim_gpu, importing, is_first_process, prepare_environment
 
 
@@ -74,12 +76,22 @@ def test_importing_puts_what_is_imported_out_of_the_collectors_sight(monkeypatch
         ("win32", "10", {}, {}),
         ("linux", "6.8.0", {"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": "backend:native"}),
         ("linux", "6.8.0", {"PYTORCH_CUDA_ALLOC_CONF": ""}, {"PYTORCH_CUDA_ALLOC_CONF": ""}),
+        ("linux", "6.8.0", {"PYTORCH_HIP_ALLOC_CONF": "x:1"}, {"PYTORCH_HIP_ALLOC_CONF": "x:1"}),
+        ("linux", "6.8.0 with WSL's GPU", {}, {}),
     ],
 )
 def test_segments_of_gpu_memory_grow_where_that_is_safe(
-    system: str, release: str, given: dict[str, str], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    system: str,
+    release: str,
+    given: dict[str, str],
+    expected: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    monkeypatch.setattr(gpu, "_WSL_GPU", tmp_path / "dxg")
+    if "WSL's" in release:
+        (tmp_path / "dxg").touch()
     for name in names:
         monkeypatch.setenv(name, given.get(name, ""))
         if name not in given:

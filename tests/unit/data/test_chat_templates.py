@@ -28,6 +28,7 @@ from dpo_cli.data.schema import (
     user,
     with_tools,
 )
+from dpo_cli.data.token_checks import check_tokens
 from dpo_cli.data.tokenise import TokenTable, tokenise_table
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -115,12 +116,12 @@ def encoder(tokenizer: Any) -> Callable[..., ChatEncoder]:
 def seen(encoder: ChatEncoder, prompt: Messages, *answers: Messages) -> tuple[str, ...]:
     """Prompt and answers as the model sees them."""
     found = encoder.encode(prompt, answers)
-    return tuple(encoder._tokenizer.decode(ids) for ids in (found.prompt, *found.completions))
+    return tuple(encoder.tokenizer.decode(ids) for ids in (found.prompt, *found.completions))
 
 
 def checked(encoder: ChatEncoder, prompt: Messages, *answers: Messages) -> list[str]:
     """The checks that a row fails."""
-    return encoder.check_tokens(prompt, answers, encoder.encode(prompt, answers))
+    return check_tokens(encoder, prompt, answers, encoder.encode(prompt, answers))
 
 
 def thought(reasoning: str, text: str) -> Messages:
@@ -150,7 +151,7 @@ Q, A, B = [user("q")], [assistant("5")], [assistant("6")]
 def test_what_stands_before_every_answer_is_prompt(template: str, prompt: str, answer: str, encoder: Any) -> None:
     made = encoder(template)
     assert seen(made, Q, A, B) == (prompt, answer, answer.replace("5", "6"))
-    assert made._tokenizer.decode(made.encode_prompt(Q)).startswith(prompt)
+    assert made.tokenizer.decode(made.encode_prompt(Q)).startswith(prompt)
     assert checked(made, Q, A, B) == []
 
 
@@ -172,7 +173,7 @@ def test_thinking_that_is_switched_off_is_off_in_the_template_that_is_saved(enco
     assert made.opener == ""
     prompt = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     assert seen(made, Q, A) == (prompt, "5<|im_end|>")
-    served = copy.deepcopy(made._tokenizer)
+    served = copy.deepcopy(made.tokenizer)
     served.chat_template = made.template
     told = {"tokenize": False, "add_generation_prompt": True}
     assert served.apply_chat_template(Q, **told) == prompt
@@ -201,7 +202,7 @@ def test_a_thought_is_scored_from_its_beginning_where_the_generation_prompt_clos
     assert checked(made, Q, one, other) == []
     for rows in ([one, B], [B, one]):
         found = made.encode(Q, rows)
-        wholes = [made._render(Q + answer).removesuffix("\n") for answer in rows]
+        wholes = [made.render(Q + answer).removesuffix("\n") for answer in rows]
         assert [f"{found.prompt_text}{text}".removesuffix("\n") for text in found.texts] == wholes
         assert found.prompt_text == header
     assert seen(made, Q, A, B)[1:] == ("5<|im_end|>", "6<|im_end|>")
@@ -243,7 +244,7 @@ def test_a_template_without_a_generation_prompt_gets_one(encoder: Any) -> None:
     with_one = encoder(CHATML)
     assert with_one.warnings == encoder(MISTRAL).warnings == []
     assert seen(made, Q, A, B) == seen(with_one, Q, A, B)
-    served = copy.deepcopy(made._tokenizer)
+    served = copy.deepcopy(made.tokenizer)
     served.chat_template = made.template
     asked = served.apply_chat_template(Q, tokenize=False, add_generation_prompt=True)
     assert asked.endswith("q<|im_end|>\n<|im_start|>assistant\n")
@@ -286,7 +287,7 @@ def test_what_the_model_would_not_see_is_found(
 def test_an_end_of_turn_that_is_the_unknown_token_too_is_no_lost_text(encoder: Any) -> None:
     """As GPT-2, OPT and Pythia have it."""
     made = encoder(CHATML)
-    own = made._tokenizer
+    own = made.tokenizer
     own.unk_token = "<|im_end|>"
     for tokenizer, template in ((own, "auto"), (own, "plain")):
         made = ChatEncoder(tokenizer, template)
@@ -352,7 +353,7 @@ def test_calls_reach_the_template_as_objects(encoder: Any) -> None:
 
 
 def test_generation_stops_at_the_end_tokens_of_template_tokenizer_and_model(encoder: Any) -> None:
-    tokenizer = encoder(LLAMA3)._tokenizer
+    tokenizer = encoder(LLAMA3).tokenizer
     other = tokenizer.convert_tokens_to_ids("<|/call|>")
     made = encoder(LLAMA3, end_ids=[other])
     assert tokenizer.convert_ids_to_tokens(made.end_id) == "<|eot|>"

@@ -24,6 +24,7 @@ from dpo_cli.data import workers as workers_module
 from dpo_cli.data.account import SPLITS, Conversion, account_rows, metrics_of, unread_of, warnings_of
 from dpo_cli.data.convert import convert
 from dpo_cli.data.formats import PREFERENCE_FORMATS
+from dpo_cli.data.plan import Treatment
 from dpo_cli.data.reading import files, json_text
 from dpo_cli.data.schema import PREFERENCE_SCHEMA, RANKING_SCHEMA, assistant, from_table, is_plain, user
 from dpo_cli.data.splits import is_held_out, split_position
@@ -75,8 +76,7 @@ def run(tmp_path: Path) -> Callable[..., Converted]:
             sources = [PreferenceSource(path=str(path), **settings)]
         report = convert(
             sources,
-            POLICIES | (policies or {}),
-            fraction,
+            Treatment(POLICIES | (policies or {}), fraction),
             folder / "work",
             folder / "out",
             folder / "rejects.jsonl",
@@ -784,11 +784,12 @@ def test_processes_end_with_the_one_that_began_them(tmp_path: Path) -> None:
     path = lines_file(tmp_path / "rows.jsonl", [pair(number, chosen="yes " * 500) for number in range(20_000)])
     code = (
         "import sys; from pathlib import Path; from dpo_cli.data import convert as c\n"
-        "from dpo_cli.core.params import *\n"
+        "from dpo_cli.data.plan import Treatment\n"
+        "from dpo_cli.core.data_params import *\n"
         "if __name__ == '__main__':\n"
         "    work = Path(sys.argv[2]); work.mkdir()\n"
-        "    c.convert([PreferenceSource(path=sys.argv[1])], DataChecks().model_dump(), 0.1, work, None, work / 'r',"
-        " workers=2, on_bytes=lambda n: print(n, flush=True))\n"
+        "    c.convert([PreferenceSource(path=sys.argv[1])], Treatment(DataChecks().model_dump(), 0.1), work, None,"
+        " work / 'r', workers=2, on_bytes=lambda n: print(n, flush=True))\n"
     )
     script = tmp_path / "script.py"
     script.write_text(code)

@@ -18,6 +18,7 @@ import pytest
 from dpo_cli.core.data_params import DataChecks, PreferenceSource, SftSource
 from dpo_cli.data.account import SPLITS
 from dpo_cli.data.convert import convert
+from dpo_cli.data.plan import Treatment
 from dpo_cli.data.schema import assistant, user
 
 TEXTS = [(f"q{number}: äö\n“中文” 😀", f'yes {number}, "so"', f"no; {number}\tx") for number in range(12)]
@@ -210,7 +211,7 @@ def test_the_pairs_of_a_file_are_all_read_and_its_other_columns_named(shape: str
         (tmp_path / name).mkdir()
     source = PreferenceSource(path=str(path), **settings)
     policies = DataChecks().model_dump()
-    report = convert([source], policies, 0.5, tmp_path / "work", tmp_path / "out", tmp_path / "rejects")
+    report = convert([source], Treatment(policies, 0.5), tmp_path / "work", tmp_path / "out", tmp_path / "rejects")
     assert report.num_read == report.num_used == 12
     assert dict(report.files[0].unread) == unread
     rows = [row for split in SPLITS for row in pl.read_parquet(tmp_path / "out" / f"{split}.parquet").to_dicts()]
@@ -244,7 +245,7 @@ def test_tools_calls_and_turns_are_the_same_in_json_and_in_arrow(tmp_path: Path,
         path.write_bytes(data)
         work.mkdir()
         out.mkdir()
-        convert([SftSource(path=str(path))], DataChecks().model_dump(), 0.5, work, out, tmp_path / "rejects")
+        convert([SftSource(path=str(path))], Treatment(DataChecks().model_dump(), 0.5), work, out, tmp_path / "rejects")
         rows = [row for split in SPLITS for row in pl.read_parquet(out / f"{split}.parquet").to_dicts()]
         found.append({row["id"]: (row["prompt"], row["completion"], row["tools"]) for row in rows})
     assert found[0] == found[1]

@@ -17,6 +17,7 @@ from dpo_cli.core.data_params import DataChecks, PreferenceSource, SftSource
 from dpo_cli.data.account import SPLITS
 from dpo_cli.data.convert import convert
 from dpo_cli.data.formats.detect import UnknownFormatError
+from dpo_cli.data.plan import Treatment
 
 NUM = 40
 
@@ -239,7 +240,8 @@ def convert_rows(folder: Path, kind: str, rows: list[Any], settings: dict[str, A
     (folder / "work").mkdir()
     (folder / "out").mkdir()
     source = (SftSource if kind == "sft" else PreferenceSource).model_validate({"path": str(file), **settings})
-    return convert([source], DataChecks().model_dump(), 0.5, folder / "work", folder / "out", folder / "rejects.jsonl")
+    treatment = Treatment(DataChecks().model_dump(), 0.5)
+    return convert([source], treatment, folder / "work", folder / "out", folder / "rejects.jsonl")
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

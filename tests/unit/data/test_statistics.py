@@ -8,7 +8,7 @@ import pytest
 
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import Messages, PreferenceExample, RankingExample, SftExample, assistant, user
-from dpo_cli.data.statistics import TOO_SHORT, DataStatistics, Distribution, script_of, wilson_interval
+from dpo_cli.data.statistics import TOO_SHORT, DataStatistics, Distribution, script_of
 
 
 def distribution_of(*values: int) -> Distribution:
@@ -31,7 +31,7 @@ def instruction(prompt: str, completion: str) -> SftExample:
 
 def test_quantiles_of_small_values_are_exact() -> None:
     found = distribution_of(*range(1, 101))
-    assert (found.count, found.total, found.maximum) == (100, 5050, 100)
+    assert [found.summary()[name] for name in ("count", "mean", "max")] == [100, 50.5, 100]
     assert [found.quantile(percent) for percent in (1, 50, 95, 99, 100)] == [1, 50, 95, 99, 100]
 
 
@@ -39,23 +39,12 @@ def test_the_median_of_two_is_the_smaller_one() -> None:
     assert distribution_of(3, 90).quantile(50) == 3
 
 
-def test_quantiles_of_large_values_are_off_by_less_than_one_percent() -> None:
+def test_quantiles_of_large_values_are_exact() -> None:
     rng = random.Random("lengths")
     values = sorted(int(10 ** rng.uniform(0, 7)) for _ in range(5000))
     found = distribution_of(*values)
-    assert found.maximum == values[-1]
-    assert found.total == sum(values)
     for percent in (10, 50, 95, 99):
-        exact = values[percent * 50 - 1]
-        assert abs(found.quantile(percent) - exact) <= exact / 128
-
-
-def test_memory_does_not_grow_with_the_values() -> None:
-    assert len(distribution_of(*range(200_000))._bins) < 1000
-
-
-def test_no_quantile_is_above_the_maximum() -> None:
-    assert distribution_of(1000).quantile(99) <= 1000
+        assert found.quantile(percent) == values[percent * 50 - 1]
 
 
 def test_bins_double_and_hold_every_value_once() -> None:
@@ -69,28 +58,6 @@ def test_bins_double_and_hold_every_value_once() -> None:
 def test_nothing_has_no_figures() -> None:
     found = Distribution().summary()
     assert found == {"count": 0, "mean": 0.0, "median": 0, "p95": 0, "p99": 0, "max": 0, "histogram": []}
-
-
-# --- intervals ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("count", "total", "low", "high"),
-    [
-        (5, 10, 0.23659, 0.76341),  # (0.5 +- sqrt(0.025 + z^2/400) z + z^2/20) / (1 + z^2/10)
-        (81, 263, 0.25529, 0.36620),  # Newcombe 1998, table I
-        (15, 148, 0.06240, 0.16050),
-        (0, 20, 0.0, 0.16113),
-        (1, 29, 0.00611, 0.17177),
-        (20, 20, 0.83887, 1.0),
-    ],
-)
-def test_wilson(count: int, total: int, low: float, high: float) -> None:
-    assert wilson_interval(count, total) == pytest.approx((low, high), abs=1e-4)
-
-
-def test_wilson_of_nothing_says_nothing() -> None:
-    assert wilson_interval(0, 0) == (0.0, 1.0)
 
 
 # --- examples -----------------------------------------------------------------------------

@@ -27,6 +27,11 @@ REMEDY = "run: dpo-cli convert-sft"
 POLICIES = PairTokenChecks().model_dump()
 
 
+@pytest.fixture(autouse=True)
+def in_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def encoder(tokenizer: Any) -> ChatEncoder:
     return ChatEncoder(tokenizer)
@@ -130,7 +135,7 @@ def test_a_damaged_table_says_which_stage_to_run(tmp_path: Path, encoder: ChatEn
 def test_many_rows_left_out_are_worth_a_warning(num_long: int, said: bool) -> None:
     group = TokenGroup("a", "a", (1,), ((2,),))
     rejects = [{"reason": "over_long"}] * num_long
-    warning = explain_rejects([TokenTable([group] * 30, {}, rejects)], "sft.max_length", 16)
+    warning = explain_rejects([TokenTable([group] * 30, rejects)], "sft.max_length", 16)
     assert (warning is not None) == said
     if warning:
         assert warning == (
@@ -140,8 +145,70 @@ def test_many_rows_left_out_are_worth_a_warning(num_long: int, said: bool) -> No
 
 def test_what_is_left_out_for_another_reason_is_said_of_the_first_row() -> None:
     rejects = [{"reason": "template_refused", "row": row, "detail": f"is refused: words {row}"} for row in (3, 5)]
-    warning = explain_rejects([TokenTable([], {}, rejects)], "sft.max_length", 16)
+    warning = explain_rejects([TokenTable([], rejects)], "sft.max_length", 16)
     assert warning == "2 of 2 rows (100%) are left out: 2 template refused; row 3 is refused: words 3"
+
+
+# --- what is kept on disk -----------------------------------------------------------------
+
+
+def stores() -> list[Path]:
+    return sorted(path for path in Path(".scratch/tokens").iterdir() if path.is_dir())
+
+
+def test_a_table_is_tokenized_once(tmp_path: Path, encoder: ChatEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = [pair(f"q {number}", chosen="cats " * number) for number in range(1, 40)]
+    path = write(tmp_path / "a.parquet", examples, PREFERENCE_SCHEMA)
+    policies = POLICIES | {"double_eos": "keep"}
+    first = tokenise_table(path, ("chosen", "rejected"), encoder, 30, policies, REMEDY)
+    monkeypatch.setattr(ChatEncoder, "encode", None)
+    again = tokenise_table(path, ("chosen", "rejected"), encoder, 30, policies, REMEDY)
+    assert list(again.groups) == list(first.groups)
+    assert (again.rejects, again.found, again.prompts) == (first.rejects, first.found, first.prompts)
+    assert len(first.rejects) > 0
+    moved = path.rename(tmp_path / "b.parquet")
+    assert tokenise_table(moved, ("chosen", "rejected"), encoder, 30, policies, REMEDY).rejects[0]["file"] == str(moved)
+
+
+def test_whatever_decides_tokens_makes_a_store_of_its_own(tmp_path: Path, tokenizer: Any) -> None:
+    path = write(tmp_path / "a.parquet", [pair("one"), pair("two")], PREFERENCE_SCHEMA)
+    other = write(tmp_path / "b.parquet", [pair("one"), pair("three")], PREFERENCE_SCHEMA)
+    plain, folded = ChatEncoder(tokenizer), ChatEncoder(tokenizer, system="fold")
+    alpaca, more_ends = ChatEncoder(tokenizer, "alpaca"), ChatEncoder(tokenizer, end_ids=[5])
+    narrow = ChatEncoder(tokenizer)
+    narrow.num_rows = 10_000
+    changes: list[tuple[Path, tuple[str, ...], ChatEncoder, int, dict[str, str]]] = [
+        (path, ("chosen", "rejected"), plain, 30, POLICIES),
+        (other, ("chosen", "rejected"), plain, 30, POLICIES),
+        (path, ("chosen",), plain, 30, POLICIES),
+        (path, ("chosen", "rejected"), folded, 30, POLICIES),
+        (path, ("chosen", "rejected"), alpaca, 60, POLICIES),
+        (path, ("chosen", "rejected"), more_ends, 30, POLICIES),
+        (path, ("chosen", "rejected"), narrow, 30, POLICIES),
+        (path, ("chosen", "rejected"), plain, 31, POLICIES),
+        (path, ("chosen", "rejected"), plain, 30, POLICIES | {"double_bos": "drop"}),
+    ]
+    for number, change in enumerate(changes, start=1):
+        tokenise_table(*change, REMEDY)
+        assert len(stores()) == number
+
+
+@pytest.mark.parametrize("name", ["tokens.i32", "ends.npy", "keys.npy", "others.json"])
+def test_a_damaged_store_is_written_anew(tmp_path: Path, encoder: ChatEncoder, name: str) -> None:
+    path = write(tmp_path / "a.parquet", [pair("one"), pair("two")], PREFERENCE_SCHEMA)
+    first = list(tokenise_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY).groups)
+    contents = [(group.id, group.group, group.prompt, group.completions) for group in first]
+    (store,) = stores()
+    (store / name).write_bytes((store / name).read_bytes()[:-7])
+    again = tokenise_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY).groups
+    assert [(group.id, group.group, group.prompt, group.completions) for group in again] == contents
+
+
+def test_old_stores_are_forgotten(tmp_path: Path, encoder: ChatEncoder) -> None:
+    path = write(tmp_path / "a.parquet", [pair("one")], PREFERENCE_SCHEMA)
+    for length in range(30, 45):
+        tokenise_table(path, ("chosen", "rejected"), encoder, length, POLICIES, REMEDY)
+    assert len(stores()) == 9
 
 
 # --- checks of tokens ---------------------------------------------------------------------
@@ -176,13 +243,13 @@ def test_a_prompt_with_two_bos_tokens_is_counted_or_left_out(tmp_path: Path, tok
 
 
 def test_an_answer_that_writes_its_own_end_is_counted_and_ends_once(tmp_path: Path, encoder: ChatEncoder) -> None:
-    end = encoder._tokenizer.decode([encoder.end_id])
+    end = encoder.tokenizer.decode([encoder.end_id])
     path = write(tmp_path / "a.parquet", [pair("one"), pair("two", chosen=f"6 cats{end}")], PREFERENCE_SCHEMA)
     table = tokenise_table(path, ("chosen", "rejected"), encoder, 99, POLICIES, REMEDY)
     assert table.found == {"double_eos": [1]}
     assert table.groups[0].completions[0] == table.groups[1].completions[0]
     assert explain_found([table, table]) == "kept, though their tokens are odd: 2 rows with double eos"
-    assert explain_found([TokenTable([], {}, [])]) is None
+    assert explain_found([TokenTable([], [])]) is None
 
 
 def test_no_answer_is_ever_cut_so_each_ends_with_an_end_token(tmp_path: Path, encoder: ChatEncoder) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -159,6 +160,7 @@ def test_a_record_is_used_only_if_it_does_what_the_step_does(
     monkeypatch.setattr(gpu, "GPU_TYPES", ("cuda", "cpu"))
     record = FakeRecord(fault)
     monkeypatch.setattr(decoding, "_record", record)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
     assert sample(model, reporter, temperature=temperature) == grown
     notes, reason = reporter.meters[-1].notes, REASONS[fault]
     if reason is None:
@@ -167,6 +169,64 @@ def test_a_record_is_used_only_if_it_does_what_the_step_does(
     else:
         assert all(note.startswith(f"step by step, since {reason}") for note in notes)
         assert record.replayed == (fault != "no record"), "it is tried once for a model"
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_step_that_waits_for_the_device_is_not_recorded(
+    waits: bool, reporter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found before a record is begun, and the step that was cut short is taken again."""
+    model = build("llama")
+    grown = sample(model, reporter)
+    monkeypatch.setattr(gpu, "GPU_TYPES", ("cuda", "cpu"))
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    records: list[Any] = []
+    monkeypatch.setattr(decoding, "_record", lambda step: records.append(step) or "it cannot be recorded (no)")
+    take = decoding._Run._take
+
+    def spoiled(run: Any, logits_RV: torch.Tensor) -> None:
+        if waits and modes[-1:] == ["error"]:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        take(run, logits_RV)
+
+    monkeypatch.setattr(decoding._Run, "_take", spoiled)
+    assert sample(model, reporter) == grown
+    assert modes == ["error", "default"]
+    assert len(records) == (not waits)
+    why = "called a synchronizing CUDA operation" if waits else "no"
+    assert reporter.meters[-1].notes[0] == f"step by step, since it cannot be recorded ({why})"
+
+
+@pytest.mark.parametrize("is_ended", [False, True])
+def test_a_record_that_failed_is_over_for_the_allocator(is_ended: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch up to 2.12 leaves it open, and empty_cache is an error from then on; later ones have ended it."""
+    ended: list[Any] = []
+
+    def end(device: int, pool: Any) -> None:
+        ended.append((device, pool))
+        if is_ended:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
+    @contextmanager
+    def recording(graph: Any, pool: Any) -> Iterator[None]:
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+
+    def fail(error: Exception) -> Any:
+        raise error
+
+    assert decoding._record(lambda: fail(ValueError("no"))) == "it cannot be recorded (no)"
+    with pytest.raises(torch.OutOfMemoryError):
+        decoding._record(lambda: fail(torch.OutOfMemoryError()))
+    assert ended == [(1, (0, 7))] * 2
 
 
 def test_few_new_tokens_are_not_worth_a_record(on_gpu: None, reporter: Any, monkeypatch: pytest.MonkeyPatch) -> None:

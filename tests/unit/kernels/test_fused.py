@@ -16,7 +16,7 @@ from torch.nn.functional import silu
 
 from dpo_cli.core import gpu
 from dpo_cli.data.tokenise import TokenGroup
-from dpo_cli.kernels import fused
+from dpo_cli.kernels import fused, products
 from dpo_cli.kernels.fused import (
     NORM,
     ROTATION,
@@ -251,6 +251,24 @@ def test_kernels_are_used_on_a_gpu_for_narrow_numbers_and_only_if_they_are_right
     use_fused(model, CPU, BFLOAT16)
     assert replaced(model) == {"LlamaRMSNorm", "LlamaMLP", "LlamaAttention"}
     assert describe_fused(model, CPU, BFLOAT16) == "; RMSNorm, SwiGLU and rotation in one kernel"
+
+
+def test_a_card_that_is_full_says_nothing_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is found is remembered, so it must not be taken for a kernel that fails, or a product that is not there."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA driver error: out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "swiglu", full)
+        reason_against.cache_clear()
+        with pytest.raises(RuntimeError, match="out of memory"):
+            reason_against(SWIGLU, CPU, BFLOAT16)
+    assert reason_against(SWIGLU, CPU, BFLOAT16) is None
+    monkeypatch.setattr(torch, "mm", full)
+    products._has_wide_product.cache_clear()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        products._has_wide_product(CPU, BFLOAT16)
 
 
 def test_a_backward_kernel_that_takes_gradients_as_they_lie_in_memory_is_refused(

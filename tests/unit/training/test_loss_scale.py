@@ -16,9 +16,11 @@ from dpo_cli.models.device import Machine
 from dpo_cli.models.load import load_model
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training import loss_scale
+from dpo_cli.training.fit import fit
+from dpo_cli.training.job import Job
 from dpo_cli.training.loss_scale import LossScale
 from dpo_cli.training.objective import PairObjective
-from dpo_cli.training.run import fit
+from dpo_cli.training.protocols import Learner
 
 CPU = torch.device("cpu")
 KNOBS = TrainParams(learning_rate=1e-3, batch_size=8, max_steps=2, eval_steps=0)
@@ -54,19 +56,9 @@ def train(
         folder.mkdir(exist_ok=True)
         with monkeypatch.context() as patch:
             patch.setattr(LossScale, "unscale", noted)
-            fit(
-                model,
-                scorer,
-                PairObjective(TrainParams(beta=2e-5), reference),
-                train,
-                held_out,
-                section="train",
-                params=KNOBS,
-                runtime=RuntimeParams(recompute="none", checkpoint_minutes=60.0),
-                machine=machine,
-                work=folder,
-                reporter=reporter,
-            )
+            learner = Learner(model, scorer, PairObjective(TrainParams(beta=2e-5), reference))
+            runtime = RuntimeParams(recompute="none", checkpoint_minutes=60.0)
+            fit(learner, train, held_out, KNOBS, Job("train", folder, machine, runtime, reporter))
         assert {gradient.dtype for gradient in seen} == {torch.float32}
         assert len(seen) == KNOBS.max_steps
         return seen

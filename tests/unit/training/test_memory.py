@@ -25,9 +25,11 @@ from dpo_cli.scoring.layout import LAYOUTS, LayoutName, lay_out
 from dpo_cli.scoring.recompute import MemoryPlan
 from dpo_cli.scoring.scorer import Scorer, Scores
 from dpo_cli.training import memory
+from dpo_cli.training.accumulation import Accumulator
+from dpo_cli.training.fit import Fit, fit
+from dpo_cli.training.job import Job
 from dpo_cli.training.objective import PairObjective
-from dpo_cli.training.run import Fit, fit
-from dpo_cli.training.trainer import GroupTrainer
+from dpo_cli.training.protocols import Learner
 from tests.live_memory import LiveMemory
 
 KNOBS = TrainParams(learning_rate=5e-3, batch_size=8, max_steps=12, eval_steps=4)
@@ -89,19 +91,9 @@ def train(
     objective = PairObjective(TrainParams(beta=0.1), by_id)
     runtime = RuntimeParams(max_tokens_per_microbatch=max_tokens, recompute=recompute)
     with watch or nullcontext():
-        return fit(
-            model,
-            scorer,
-            objective,
-            pairs,
-            sorted(pairs, key=lambda pair: pair.longest)[:2],
-            section="train",
-            params=knobs,
-            runtime=runtime,
-            machine=cpu,
-            work=folder,
-            reporter=reporter,
-        )
+        shortest = sorted(pairs, key=lambda pair: pair.longest)[:2]
+        job = Job("train", folder, cpu, runtime, reporter)
+        return fit(Learner(model, scorer, objective), pairs, shortest, knobs, job)
 
 
 def curve(fitted: Fit, *names: str) -> list[float]:
@@ -251,12 +243,15 @@ def test_held_out_pairs_that_do_not_fit_halve_it_too(
     knobs = KNOBS.model_copy(update={"max_steps": 2})
     held_out = make_reporter(), make_reporter()
     fits = []
-    for max_tokens, reporter in zip((80, 160), held_out, strict=True):
+    for is_halved, reporter in zip((False, True), held_out, strict=True):
         model = policy()
         with open_in(model, "shared") as scorer, monkeypatch.context() as patch:
-            if max_tokens == 160:
-                run_out_above(scorer, 100, patch, training=False)
-            fits.append(train(scorer, model, pairs, max_tokens, work(str(max_tokens)), cpu, reporter, knobs=knobs))
+            shortest = sorted(pairs, key=lambda pair: pair.longest)[:2]
+            half = (sizes(scorer, shortest, 1000)[0] + 1) // 2
+            if is_halved:
+                run_out_above(scorer, max(sizes(scorer, shortest, half)), patch, training=False)
+            budget, folder = half * (1 + is_halved), work(str(is_halved))
+            fits.append(train(scorer, model, pairs, budget, folder, cpu, reporter, knobs=knobs))
     assert [len(reporter.warned) for reporter in held_out] == [0, 1]
     assert curve(fits[1], "eval_loss", "loss") == curve(fits[0], "eval_loss", "loss")
 
@@ -302,17 +297,23 @@ def test_a_step_that_is_done_again_is_bit_by_bit_an_undisturbed_one(
     assert adapter_bytes(model) == adapter_bytes(undisturbed)
 
 
-def test_without_the_old_random_state_it_would_be_another_step(
+def test_without_the_old_random_numbers_it_would_be_another_step(
     policy: Callable[..., Any], pairs: Any, work: Any, cpu: Any, reporter: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     knobs = KNOBS.model_copy(update={"max_steps": 2})
-    curves = []
+    curves, known, seed = [], set[int](), torch.manual_seed
+
+    def seed_once(number: int) -> None:
+        if number not in known:
+            known.add(number)
+            seed(number)
+
     for name in ("restored", "not restored"):
         model = policy(dropout=0.1)
         with open_in(model, "shared") as scorer, monkeypatch.context() as patch:
             run_out_once(scorer, model, 2, "forward", patch)
             if name == "not restored":
-                patch.setattr(torch, "set_rng_state", lambda state: None)
+                patch.setattr(torch, "manual_seed", seed_once)
             curves.append(curve(train(scorer, model, pairs, 400, work(name), cpu, reporter, knobs=knobs)))
     assert curves[0] != pytest.approx(curves[1], rel=1e-6)
 
@@ -413,21 +414,21 @@ def test_numbers_are_read_back_once_a_step_however_many_micro_batches(
 ) -> None:
     found: list[tuple[int, int]] = []
     lists: list[torch.Tensor] = []
-    training_step, tolist = GroupTrainer.training_step, torch.Tensor.tolist
+    gradient, tolist = Accumulator.gradient, torch.Tensor.tolist
 
     def noted(tensor: torch.Tensor) -> Any:
         lists.append(tensor)
         return tolist(tensor)
 
-    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def counted(*args: Any) -> Any:
         lists.clear()
         with _Readings() as readings:
-            loss = training_step(*args, **kwargs)
+            means = gradient(*args)
         found.append((len(lists), readings.num))
-        return loss
+        return means
 
     monkeypatch.setattr(torch.Tensor, "tolist", noted)
-    monkeypatch.setattr(GroupTrainer, "training_step", counted)
+    monkeypatch.setattr(Accumulator, "gradient", counted)
     knobs = KNOBS.model_copy(update={"max_steps": 3})
     model = policy()
     with open_in(model, layout) as scorer:

@@ -21,9 +21,11 @@ from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.load import keep_weights_unpacked, load_model
 from dpo_cli.scoring.head import TokenStatistics
 from dpo_cli.scoring.scorer import Scorer, Scores
+from dpo_cli.training.fit import Fit, fit
 from dpo_cli.training.gate import check_step_zero
+from dpo_cli.training.job import Job
 from dpo_cli.training.objective import PairObjective, PreferenceObjective, preference_objective
-from dpo_cli.training.run import Fit, fit
+from dpo_cli.training.protocols import Learner
 from tests.waiting import NoWaiting
 
 SETTINGS = {"label_smoothing": 0.1, "gamma": 0.5, "weighting": "none"}
@@ -86,18 +88,8 @@ def train(
     objective = objective_of(knobs, reference_tokens(scorer, [*groups[0], *groups[1]]), ranks)
     folder.mkdir()
     with scorer:
-        return fit(
-            model,
-            scorer,
-            objective,
-            *groups,
-            section="train",
-            params=knobs,
-            runtime=RuntimeParams(max_tokens_per_microbatch=max_tokens, recompute="none"),
-            machine=cpu,
-            work=folder,
-            reporter=reporter,
-        )
+        runtime = RuntimeParams(max_tokens_per_microbatch=max_tokens, recompute="none")
+        return fit(Learner(model, scorer, objective), *groups, knobs, Job("train", folder, cpu, runtime, reporter))
 
 
 def curve(fitted: Fit) -> list[float]:
@@ -235,19 +227,8 @@ def test_a_coupled_loss_has_the_gradient_of_the_whole_batch(
     norm = math.sqrt(sum(gradient.square().sum().item() for gradient in whole))
     folder = tmp_path / "steps"
     folder.mkdir()
-    fitted = fit(
-        model,
-        scorer,
-        objective,
-        groups,
-        groups,
-        section="train",
-        params=knobs,
-        runtime=RuntimeParams(max_tokens_per_microbatch=1),
-        machine=cpu,
-        work=folder,
-        reporter=reporter,
-    )
+    job = Job("train", folder, cpu, RuntimeParams(max_tokens_per_microbatch=1), reporter)
+    fitted = fit(Learner(model, scorer, objective), groups, groups, knobs, job)
     assert fitted.first("grad_norm") == pytest.approx(norm, rel=1e-5)
     assert fitted.first("loss") == pytest.approx(fitted.first("eval_loss"), rel=1e-6), "the same pairs, the same loss"
 

@@ -17,7 +17,7 @@ from dpo_cli.core.errors import MachineError
 from dpo_cli.core.params import RuntimeParams
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.training.objective import PAIR_METRICS
-from dpo_cli.training.replicas import ALONE, Replicas, join_replicas
+from dpo_cli.training.parallel import ALONE, Replicas, join_replicas
 from tests.replica_worker import Worker
 
 ROOT = Path(__file__).parents[3]
@@ -78,11 +78,6 @@ def curve(outcome: dict[str, Any], name: str) -> list[float]:
     return [entry[name] for entry in outcome["history"] if name in entry]
 
 
-def history(outcome: dict[str, Any]) -> list[dict[str, Any]]:
-    """All that was logged but how long it took."""
-    return [entry for entry in outcome["history"] if "train_runtime" not in entry]
-
-
 def same_bytes(first: dict[str, Any], second: dict[str, Any]) -> bool:
     return all(torch.equal(value, second["adapter"][name]) for name, value in first["adapter"].items())
 
@@ -108,7 +103,7 @@ def test_two_processes_end_where_one_does(name: str, alone: dict[str, Any], both
         difference = (first["adapter"][key] - value).norm() / value.norm()
         assert difference <= 1e-5, key
     assert same_bytes(first, second)
-    assert history(first) == history(second)
+    assert first["history"] == second["history"]
 
 
 def test_memory_that_runs_out_in_one_process_is_its_own_affair(
@@ -152,7 +147,7 @@ def test_stopped_and_run_again_they_make_the_same_bytes(both: dict[str, list[Any
     """With dropout: each process draws the numbers that it would have drawn."""
     whole, resumed = both["dropped"][0], both["resumed"]
     for outcome in resumed:
-        assert history(outcome) == history(whole)
+        assert outcome["history"] == whole["history"]
         assert same_bytes(outcome, whole)
         assert len(outcome["sizes"]) < len(both["dropped"][0]["sizes"])
 
@@ -207,12 +202,21 @@ def test_every_group_is_in_one_share_and_shares_are_even(
 def test_alone_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
     with join_replicas(RuntimeParams(), embedded=False) as replicas:
         assert replicas is ALONE
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    with join_replicas(RuntimeParams(), embedded=False) as replicas:
-        assert replicas is ALONE
-        assert "LOCAL_RANK" not in os.environ, "accelerate would start a process group"
-    assert os.environ["LOCAL_RANK"] == "0"
+    assert not torch.distributed.is_initialized()
+
+
+def test_torchrun_of_one_process_meets_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate takes torchrun's variables for several processes; the group that it looks for is there."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with join_replicas(RuntimeParams(device="cpu"), embedded=False) as replicas:
+        assert replicas == ALONE
+        assert torch.distributed.is_initialized()
     assert not torch.distributed.is_initialized()
 
 

@@ -20,8 +20,10 @@ from dpo_cli.models.reward import load_reward_model_at_start, reward_head
 from dpo_cli.scoring.layout import LayoutName
 from dpo_cli.scoring.reward import Rewards, RewardScorer
 from dpo_cli.scoring.scorer import Scorer
-from dpo_cli.training.reward_objective import RewardObjective
-from dpo_cli.training.run import Fit, fit
+from dpo_cli.training.fit import Fit, fit
+from dpo_cli.training.job import Job
+from dpo_cli.training.objective import RewardObjective
+from dpo_cli.training.protocols import Learner
 from tests.waiting import NoWaiting
 
 KNOBS = RewardParams(loss="bradley_terry", learning_rate=5e-3, batch_size=8, epochs=2.0, eval_steps=3)
@@ -117,18 +119,9 @@ def train(
     objective: RewardObjective | None = None,
 ) -> Fit:
     work.mkdir(parents=True, exist_ok=True)
-    return fit(
-        model,
-        RewardScorer(Scorer(model, torch.float32, layout), reward_head(model)),
-        objective or RewardObjective(),
-        *pairs,
-        section="reward",
-        params=KNOBS,
-        runtime=runtime or RuntimeParams(),
-        machine=cpu,
-        work=work,
-        reporter=reporter,
-    )
+    scorer = RewardScorer(Scorer(model, torch.float32, layout), reward_head(model))
+    job = Job("reward", work, cpu, runtime or RuntimeParams(), reporter)
+    return fit(Learner(model, scorer, objective or RewardObjective()), *pairs, KNOBS, job)
 
 
 def trained(model: Any) -> dict[str, torch.Tensor]:

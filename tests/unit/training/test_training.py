@@ -20,10 +20,12 @@ from dpo_cli.models.load import keep_weights_unpacked, load_model
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training import gate
 from dpo_cli.training.checkpoint import best_step, last_checkpoint, out_of_patience
+from dpo_cli.training.fit import Fit, count_steps, fit
 from dpo_cli.training.gate import check_step_zero
-from dpo_cli.training.objective import Objective, PairObjective, SftObjective
-from dpo_cli.training.run import Fit, fit
-from dpo_cli.training.trainer import Plan, training_arguments
+from dpo_cli.training.job import Job
+from dpo_cli.training.objective import PairObjective, SftObjective
+from dpo_cli.training.optimizer import make_descent, num_warmup_steps
+from dpo_cli.training.protocols import Learner, Objective
 
 KNOBS = TrainParams(learning_rate=5e-3, batch_size=8, epochs=2.0, eval_steps=3)
 
@@ -79,18 +81,8 @@ def run(
     knobs: TrainingParams = KNOBS,
 ) -> Fit:
     work.mkdir(parents=True, exist_ok=True)
-    return fit(
-        model,
-        scorer,
-        objective,
-        *pairs,
-        section="train",
-        params=knobs,
-        runtime=runtime or RuntimeParams(),
-        machine=cpu,
-        work=work,
-        reporter=reporter,
-    )
+    job = Job("train", work, cpu, runtime or RuntimeParams(), reporter)
+    return fit(Learner(model, scorer, objective), *pairs, knobs, job)
 
 
 def adapter(model: Any) -> dict[str, torch.Tensor]:
@@ -410,7 +402,8 @@ def test_without_the_package_event_files_are_refused(
     ],
 )
 def test_the_plan_counts_steps(changes: dict[str, Any], steps: int, warmup: int) -> None:
-    assert Plan.of(KNOBS.model_copy(update=changes), 20) == Plan(steps, warmup)
+    knobs = KNOBS.model_copy(update=changes)
+    assert (count_steps(knobs, 20), num_warmup_steps(knobs, steps)) == (steps, warmup)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -427,10 +420,10 @@ def test_every_schedule_and_optimizer_trains(
     assert losses(fitted)[-1] < losses(fitted)[0]
 
 
-def test_an_optimizer_of_cuda_is_refused_on_the_cpu(tmp_path: Path, cpu: Any) -> None:
+def test_an_optimizer_of_cuda_is_refused_on_the_cpu() -> None:
     knobs = KNOBS.model_copy(update={"optimizer": "paged_adamw_8bit"})
     with pytest.raises(MachineError, match=r"train\.optimizer paged_adamw_8bit needs CUDA"):
-        training_arguments(knobs, Plan.of(knobs, 8), cpu, tmp_path, "train", evaluate_at_start=True)
+        make_descent(torch.nn.Linear(1, 1), knobs, 8, torch.device("cpu"), "train")
 
 
 def test_on_a_gpu_kernels_are_loaded_before_memory_is_full_which_moves_nothing(
@@ -459,8 +452,6 @@ def test_on_a_gpu_kernels_are_loaded_before_memory_is_full_which_moves_nothing(
 
     expected, without = train("cpu")
     monkeypatch.setattr(gpu, "GPU_TYPES", ("cuda", "cpu"))
-    monkeypatch.setattr(torch.cuda, "get_rng_state", torch.get_rng_state)
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda _: None)
     found, seen = train("gpu")
     assert seen == [(sorted(group.longest for group in pairs[0])[1], True), *without]
     assert all(torch.equal(value, found[name]) for name, value in expected.items())

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_cli.data.formats.boundaries import is_boundary, shared_tokens
+from dpo_cli.data.formats.boundaries import shared_tokens
 
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
 WAVE, DARK, LIGHT = "\U0001f44b", "\U0001f3ff", "\U0001f3fb"
@@ -99,6 +99,10 @@ SIGNS = st.sampled_from(
     [*"ab9 .,'-\n你ก", "\u0301", "\u200d", "\U0001f44b", "\U0001f3ff", "\U0001f1eb", "\U0001f1f7", "\u3099", "\ufe0f"]
 )
 TEXTS = st.lists(SIGNS, max_size=12).map("".join)
+
+
+def is_boundary(text: str, place: int) -> bool:
+    return shared_tokens(text, text[:place]) == place
 
 
 @given(TEXTS, TEXTS, TEXTS)

@@ -10,8 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_cli.data.reading.parquet_footer import check_footer, read_struct
-
 Message = Callable[..., str]
 
 NUMBERS = list(range(1000, 1060))
@@ -32,27 +30,6 @@ def footer_of(data: bytes) -> tuple[pq.FileMetaData, int]:
 
 def flipped(data: bytes, place: int) -> bytes:
     return data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :]
-
-
-def test_it_is_read_as_pyarrow_reads_it() -> None:
-    data = as_parquet(NESTED)
-    footer, begin = footer_of(data)
-    struct, size = read_struct(data[begin:])
-    assert size == footer.serialized_size
-    assert struct[3] == footer.num_rows == 60
-    assert struct[6].decode() == footer.created_by
-    assert len(struct[4]) == footer.num_row_groups == 4
-    for i, group in enumerate(struct[4]):
-        for j, column in enumerate(group[1]):
-            expected = footer.row_group(i).column(j)
-            assert b".".join(column[3][3]).decode() == expected.path_in_schema
-            assert column[3][9] == expected.data_page_offset
-            assert column[3][7] == expected.total_compressed_size
-
-
-def test_a_footer_that_agrees_says_how_large_rows_are() -> None:
-    assert 1000 < check_footer(io.BytesIO(as_parquet(NESTED))) < 1200
-    assert check_footer(io.BytesIO(as_parquet(NESTED.slice(0, 0)))) == 0
 
 
 @pytest.mark.parametrize("options", [{}, {"store_schema": False}])

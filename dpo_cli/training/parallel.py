@@ -3,9 +3,6 @@
 Each holds the whole model, all data in the same order and the same optimizer state. It scores its
 share of the batch; then one flat tensor is summed over all processes, with gradients, loss, metrics
 and the wish to stop, and each takes the same optimizer step, its gradients clipped by the first one's norm.
-
-transformers and accelerate know nothing of it: while the processes are together torchrun's variables
-are out of the environment, so nothing is wrapped and no data is sharded behind our back.
 """
 
 from __future__ import annotations
@@ -20,6 +17,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_bytes
@@ -30,7 +29,6 @@ from dpo_cli.core.scratch import Scratch, stage_scratch
 from dpo_cli.data.tokenise import TokenGroup
 from dpo_cli.models.device import prepare_machine
 
-_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 _PATIENCE = timedelta(hours=1)
 
 
@@ -38,15 +36,15 @@ _PATIENCE = timedelta(hours=1)
 class Replicas:
     """This process among those that train together; without torchrun the only one.
 
+    Whatever waits for another process raises MachineError where that is gone.
+
     Attributes:
         rank: Its number, from 0. Number 0 is the first: it alone writes and reports.
         size: How many there are.
-        group: What sums tensors of the device; None: the default group.
     """
 
     rank: int = 0
     size: int = 1
-    group: Any = None
 
     @property
     def is_first(self) -> bool:
@@ -85,9 +83,6 @@ class Replicas:
 
         Returns:
             The sums [S], read back: the device is waited for once.
-
-        Raises:
-            MachineError: Another process is gone.
         """
         if self.size == 1:
             return sums_S.tolist()
@@ -111,7 +106,7 @@ class Replicas:
         """Go on only if all processes have the same value.
 
         Raises:
-            MachineError: They have not, or one of them is gone.
+            MachineError: They have not.
         """
         if self.size == 1:
             return
@@ -129,17 +124,13 @@ class Replicas:
         """Go on only if all processes hold the same parameters, to the bit.
 
         Raises:
-            MachineError: They do not, or one of them is gone.
+            MachineError: They do not.
         """
         if self.size > 1:
             self.agree(f"the parameters {when}", digest_bytes(*map(_bytes, parameters)))
 
     def from_first(self, value: Any) -> Any:
-        """The first process's value, for all.
-
-        Raises:
-            MachineError: One of them is gone.
-        """
+        """The first process's value, for all."""
         if self.size == 1:
             return value
         values = [value]
@@ -148,28 +139,20 @@ class Replicas:
         return values[0]
 
     def take_from_first(self, tensor: torch.Tensor) -> None:
-        """Write the first process's numbers into a tensor of the device, in place.
-
-        Raises:
-            MachineError: One of them is gone.
-        """
+        """Write the first process's numbers into a tensor of the device, in place."""
         if self.size > 1:
             with _gone_is_an_error():
-                dist.broadcast(tensor, src=0, group=self.group)
+                dist.broadcast(tensor, src=0)
 
     def wait(self) -> None:
-        """Go on when all have come so far.
-
-        Raises:
-            MachineError: One of them is gone.
-        """
+        """Go on when all have come so far."""
         if self.size > 1:
             with _gone_is_an_error():
                 dist.barrier()
 
     def _all_reduce(self, tensor: torch.Tensor) -> None:
         with _gone_is_an_error():
-            dist.all_reduce(tensor, group=self.group)
+            dist.all_reduce(tensor)
 
 
 ALONE = Replicas()
@@ -189,26 +172,37 @@ def join_replicas(runtime: RuntimeParams, *, embedded: bool) -> Iterator[Replica
         MachineError: They are on several machines, do not all have a device of the same kind, or do not meet.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size > 1 and "DVC_STAGE" in os.environ:
+    if "DVC_STAGE" in os.environ or not (size > 1 or dist.is_torchelastic_launched()):
         yield ALONE
         return
     if int(os.environ.get("LOCAL_WORLD_SIZE", size)) != size:
         raise MachineError(f"{size} processes were started on several machines; a stage runs on one")
-    with ExitStack() as stack:
-        if size > 1:
-            _stay_on_loopback()
-            with _gone_is_an_error():
-                dist.init_process_group("gloo", timeout=_PATIENCE)
-            stack.callback(dist.destroy_process_group)
-        stack.enter_context(_hidden(_VARIABLES))
-        if size == 1:
-            yield ALONE
-            return
+    _stay_on_loopback()
+    has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    with _gone_is_an_error():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo", timeout=_PATIENCE)
+    try:
         replicas = Replicas(dist.get_rank(), size)
         kind = prepare_machine(runtime, embedded=embedded).device.type
         replicas.agree("runtime.device; start no more processes than there are GPUs", kind)
-        group = dist.new_group(backend="nccl", timeout=_PATIENCE) if kind == "cuda" else None
-        yield Replicas(replicas.rank, size, group)
+        yield replicas
+    finally:
+        dist.destroy_process_group()
+
+
+def open_accelerator(device: torch.device) -> Accelerator:
+    """What prepares an optimizer for this device and for the processes that have met.
+
+    It is told of no mixed precision: a scorer computes in the machine's dtype by itself.
+
+    Raises:
+        MachineError: The GPUs' driver cannot have them work together.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)  # a training before this one may have had another device
+    try:
+        return Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+    except NotImplementedError as error:
+        raise MachineError(str(error)) from None
 
 
 @contextmanager
@@ -240,16 +234,6 @@ def _stay_on_loopback() -> None:
     if names:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
         os.environ.setdefault("NCCL_SOCKET_IFNAME", names[0])
-
-
-@contextmanager
-def _hidden(names: Sequence[str]) -> Iterator[None]:
-    """Without some variables of the environment."""
-    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
 
 
 @contextmanager

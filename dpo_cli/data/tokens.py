@@ -1,0 +1,223 @@
+"""Prompts with their completions as token ids: in hand, or in memory-mapped arrays on disk.
+
+A store is a folder for one table and one way to tokenize it::
+
+    tokens.i32      int32 [T], each group's prompt and completions one after another
+    ends.npy        int64 [S], where each of these sequences ends among the tokens
+    firsts.npy      int64 [G + 1], the sequence with which each group begins, then S
+    ids.npy         bytes [G, 2], the ids of each row and of its prompt
+    keys.npy        uint8 [S - G, 16], the key of each completion
+    others.json     what became of the table's other rows (:mod:`dpo_cli.data.tokenise`); written last
+
+Legend: G groups, S sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from dpo_cli.core.artifacts import digest_bytes
+
+_TOKENS = "tokens.i32"
+_WRITTEN_AT_ONCE = 1 << 20
+
+
+@dataclass(frozen=True)
+class TokenGroup:
+    """A prompt with K completions, as token ids.
+
+    Attributes:
+        id: The row's content id.
+        group: The prompt's content id.
+        prompt: Token ids of the prompt.
+        completions: Token ids of each completion; its last one ends the turn.
+    """
+
+    id: str
+    group: str
+    prompt: tuple[int, ...]
+    completions: tuple[tuple[int, ...], ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Tokens of the prompt, then of each completion."""
+        return len(self.prompt), *map(len, self.completions)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt with its longest completion."""
+        prompt, *completions = self.sizes
+        return prompt + max(completions)
+
+    @property
+    def num_logical_tokens(self) -> int:
+        """Tokens of all texts, the prompt counted once for each completion."""
+        prompt, *completions = self.sizes
+        return prompt * len(completions) + sum(completions)
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of the completions (:func:`completion_key`)."""
+        return [completion_key(self.prompt, completion) for completion in self.completions]
+
+
+def completion_key(prompt: Sequence[int], completion: Sequence[int]) -> str:
+    """128-bit hash of the token ids of prompt and completion, as 32 hexadecimal digits."""
+    return digest_bytes(array("i", prompt).tobytes(), array("i", completion).tobytes())
+
+
+class LazyGroups(Sequence[TokenGroup]):
+    """Groups that are read when they are asked for; a million of them in a list take 64 MB, whatever their length."""
+
+    @abstractmethod
+    def read(self, place: int, name: str) -> Any:
+        """A field or property of the group at a place, by its name in :class:`TokenGroup`."""
+
+    @overload
+    def __getitem__(self, index: int) -> TokenGroup: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenGroup]: ...
+    def __getitem__(self, index: int | slice) -> TokenGroup | list[TokenGroup]:
+        """A group, or a list of them."""
+        places = range(len(self))[index]
+        return _LazyGroup(self, places) if isinstance(places, int) else [_LazyGroup(self, place) for place in places]
+
+
+class _LazyGroup(TokenGroup):
+    """One of them, equal to a group with the same fields; ``dataclasses.replace`` makes such a group of it."""
+
+    __slots__ = ("_groups", "_place")
+
+    def __init__(self, groups: LazyGroups, place: int) -> None:
+        self._groups, self._place = groups, place
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in TokenGroup.__dataclass_fields__:
+            raise AttributeError(name)
+        return self._groups.read(self._place, name)
+
+    @property
+    def __class__(self) -> type[TokenGroup]:  # pyright: ignore[reportIncompatibleMethodOverride] (is read alone)
+        return TokenGroup
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return self._groups.read(self._place, "sizes")
+
+    @property
+    def keys(self) -> list[str]:
+        return self._groups.read(self._place, "keys")
+
+
+class JoinedGroups(LazyGroups):
+    """Groups of completions that other groups with the same prompt have.
+
+    Args:
+        parts: For each group, others with the place of one of their completions. Its ids are a hash of the keys.
+    """
+
+    def __init__(self, parts: Sequence[Sequence[tuple[TokenGroup, int]]]) -> None:
+        self._parts = parts
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def read(self, place: int, name: str) -> Any:
+        """A field or property of a group."""
+        parts = self._parts[place]
+        if name == "prompt":
+            return parts[0][0].prompt
+        if name == "completions":
+            return tuple(group.completions[at] for group, at in parts)
+        if name == "sizes":
+            return parts[0][0].sizes[0], *(group.sizes[1 + at] for group, at in parts)
+        keys = [group.keys[at] for group, at in parts]
+        return keys if name == "keys" else digest_bytes("".join(keys).encode())
+
+
+class TokenStore(LazyGroups):
+    """The groups of a store on disk, whose arrays are mapped into memory.
+
+    Raises:
+        OSError: It is not there.
+        ValueError: It is not whole.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._ends, self._firsts, self._ids, self._keys = (
+            np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray)
+            for name in ("ends", "firsts", "ids", "keys")
+        )
+        num_tokens = int(self._ends[-1]) if len(self._ends) else 0
+        size = (folder / _TOKENS).stat().st_size
+        if (size, len(self._ends), len(self._firsts)) != (4 * num_tokens, self._firsts[-1], len(self._ids) + 1):
+            raise ValueError("its arrays do not belong together")
+        self._tokens = np.memmap(folder / _TOKENS, np.int32, "r").view(np.ndarray) if size else np.empty(0, np.int32)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def read(self, place: int, name: str) -> Any:
+        """A field or property of a group."""
+        if name in ("id", "group"):
+            return self._ids[place, int(name == "group")].decode()
+        first, end = self._firsts[place : place + 2].tolist()
+        if name == "keys":
+            return [key.tobytes().hex() for key in self._keys[first - place : end - place - 1]]
+        cuts = [int(self._ends[first - 1]) if first else 0, *self._ends[first:end].tolist()]
+        if name == "sizes":
+            return tuple(after - before for before, after in pairwise(cuts))
+        if name == "prompt":
+            return tuple(self._tokens[cuts[0] : cuts[1]].tolist())
+        tokens = self._tokens[cuts[1] : cuts[-1]].tolist()
+        return tuple(tuple(tokens[a - cuts[1] : b - cuts[1]]) for a, b in pairwise(cuts[1:]))
+
+
+class TokenWriter:
+    """Writes a store into an empty folder, group by group."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file = (folder / _TOKENS).open("wb")  # closed by close()
+        self._tokens = array("i")
+        self._num_written = 0
+        self._ends, self._firsts = array("q"), array("q", [0])
+        self._ids: list[tuple[bytes, bytes]] = []
+        self._keys = bytearray()
+
+    def add(self, group: TokenGroup) -> None:
+        """Add a group."""
+        for sequence in (group.prompt, *group.completions):
+            self._tokens.extend(sequence)
+            self._ends.append(self._num_written + len(self._tokens))
+        self._firsts.append(len(self._ends))
+        self._ids.append((group.id.encode(), group.group.encode()))
+        self._keys += bytes.fromhex("".join(group.keys))
+        if len(self._tokens) >= _WRITTEN_AT_ONCE:
+            self._flush()
+
+    def close(self) -> None:
+        """Write what is left, and the arrays beside the tokens."""
+        self._flush()
+        self._file.close()
+        arrays = {
+            "ends": np.frombuffer(self._ends, np.int64) if self._ends else np.empty(0, np.int64),
+            "firsts": np.frombuffer(self._firsts, np.int64),
+            "ids": np.array(self._ids, "S").reshape(-1, 2),
+            "keys": np.frombuffer(bytes(self._keys), np.uint8).reshape(-1, 16),
+        }
+        for name, values in arrays.items():
+            np.save(self._folder / f"{name}.npy", values)
+
+    def _flush(self) -> None:
+        self._tokens.tofile(self._file)
+        self._num_written += len(self._tokens)
+        del self._tokens[:]

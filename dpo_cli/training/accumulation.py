@@ -1,0 +1,206 @@
+"""Loss and gradient of an optimizer batch, in micro-batches.
+
+The batch alone decides the mathematics. Its groups are split by a token budget, gradients are summed over the pieces
+and divided once by the weight of the whole batch, so a memory setting never changes a result beyond rounding. Nothing
+is read back from the device before the last of them. Where memory runs out, the budget is halved and all of it done
+again, with the same groups and random numbers.
+
+Where several processes train together, each takes its share of the batch in this way, and its sums and gradients are
+added up over all of them once a step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from dpo_cli.core.artifacts import digest_bytes
+from dpo_cli.core.errors import MachineError, is_out_of_memory
+from dpo_cli.core.interrupts import StopRequest
+from dpo_cli.models.lora import cast_adapters
+from dpo_cli.scoring.budget import TokenBudget
+from dpo_cli.scoring.scorer import Scores
+from dpo_cli.training.job import Job
+from dpo_cli.training.loss_scale import LossScale
+from dpo_cli.training.protocols import Learner
+
+Scored = TypeVar("Scored")
+_Backward = Callable[[torch.Tensor], None]
+_LOSS = ""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What gives way where a step does not fit: tokens at once into the memory, gradients into float16."""
+
+    budget: TokenBudget
+    loss_scale: LossScale
+
+
+@dataclass(frozen=True)
+class Means:
+    """What came of a batch.
+
+    Attributes:
+        loss: Divided by the objective's weight.
+        metrics: Divided by the number of groups.
+        num_infinite: Trained parameters whose gradient is no finite number.
+    """
+
+    loss: float
+    metrics: dict[str, float]
+    num_infinite: float = 0.0
+
+
+class Accumulator(Generic[Scored]):
+    """Adds up loss, metrics and gradients of a batch.
+
+    Args:
+        learner: The model, with what scores it and what is minimised.
+        limits: How much goes through at once.
+        job: Where it works.
+        stop: Whether this process was asked to stop.
+
+    Attributes:
+        anyone_asked_to_stop: Whether one of several processes was, as of the last exchange: the same in all.
+    """
+
+    def __init__(self, learner: Learner[Scored], limits: Limits, job: Job, stop: StopRequest) -> None:
+        self._model: Any = learner.model
+        self._scorer = learner.scorer
+        self._objective = learner.objective
+        self._trained = [*learner.trained.values()]
+        self._budget, self._loss_scale = limits.budget, limits.loss_scale
+        self._section, self._replicas = job.section, job.replicas
+        self._stop = stop
+        self.anyone_asked_to_stop = False
+
+    def gradient(self, groups: Sequence[Any], seed: int) -> Means:
+        """Add the gradient of a batch's mean loss to the parameters'; ``seed`` is that of dropout."""
+        weight = self._objective.weight(groups)
+
+        def backward(loss: torch.Tensor) -> None:
+            (loss / (weight / self._loss_scale.value)).backward()
+
+        while True:
+            sums_S = torch.cat([self._sums(groups, seed, backward), _count_infinite(self._trained)])
+            means = self._means(groups, self._exchange(groups, sums_S, self._trained))
+            if not (means.num_infinite and math.isfinite(means.loss) and self._loss_scale.halve()):
+                break
+            self._model.zero_grad(set_to_none=True)
+        self._loss_scale.unscale(self._trained)
+        return means
+
+    @torch.no_grad()
+    def measure(self, groups: Sequence[Any]) -> Means:
+        """Loss and metrics alone."""
+        return self._means(groups, self._exchange(groups, self._sums(groups), ()))
+
+    # --- this process's share -------------------------------------------------------------
+
+    def _sums(self, groups: Sequence[Any], seed: int = 0, backward: _Backward | None = None) -> torch.Tensor:
+        """Loss and metrics summed over this process's share, float64 [S]; where that does not fit, in smaller ones."""
+        share = self._replicas.share(groups)
+        with cast_adapters(self._model, self._scorer.compute_dtype):
+            while True:
+                pieces = self._scorer.split(share, self._budget.max_tokens) if share else []
+                batches = [[share[index] for index in piece] for piece in pieces]
+                if backward is not None:
+                    torch.manual_seed(seed)
+                try:
+                    if self._objective.is_coupled:
+                        return self._add_up_together(batches, seed, backward)
+                    return self._add_up(batches, groups, backward)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                # out of the except block: the error's traceback holds on to what filled the memory
+                self._model.zero_grad(set_to_none=True)
+                self._budget.halve(batches)
+
+    def _add_up(
+        self, batches: Sequence[Sequence[Any]], step: Sequence[Any], backward: _Backward | None
+    ) -> torch.Tensor:
+        """Sums over micro-batches, some or all of those of a ``step``; ``backward`` gets the summed loss of each."""
+        sums: dict[str, torch.Tensor] = {}
+        for batch in batches:
+            result = self._objective.losses(
+                batch, self._scorer.score(batch, statistics=self._objective.statistics), step
+            )
+            loss = result.losses_B.sum()
+            if backward is not None:
+                backward(loss)
+            for name, values in {_LOSS: loss.detach(), **result.metrics}.items():
+                sums[name] = sums.get(name, 0.0) + values.sum()
+        return self._stack(sums)
+
+    def _add_up_together(self, batches: Sequence[Sequence[Any]], seed: int, backward: _Backward | None) -> torch.Tensor:
+        """The same where a loss is of all groups of the step together.
+
+        The log-probabilities are taken twice: without gradients to see what each of them weighs, then with. So the
+        memory is that of a micro-batch.
+        """
+        found: list[Any] = []
+        with torch.no_grad():
+            for number, batch in enumerate(batches):
+                torch.manual_seed(seed + number)
+                found.append(self._scorer.score(batch, statistics=self._objective.statistics))
+        scores: Any = Scores.join(found)
+        in_order = [group for batch in batches for group in batch]
+        with torch.enable_grad():
+            read = (scores.logps_BK.requires_grad_(), scores.token_logps_M.requires_grad_())
+            result = self._objective.losses(in_order, scores, in_order)
+            loss = result.losses_B.sum()
+        if backward is not None:
+            sums_BK, tokens_M = torch.autograd.grad(loss, read, allow_unused=True, materialize_grads=True)
+            of_sums = sums_BK.split([*map(len, batches)])
+            of_tokens = tokens_M.split([len(one.token_logps_M) for one in found])
+            for number, (batch, of_sum, of_token) in enumerate(zip(batches, of_sums, of_tokens, strict=True)):
+                torch.manual_seed(seed + number)
+                again: Any = self._scorer.score(batch)
+                backward((again.logps_BK * of_sum).sum() + (again.token_logps_M * of_token).sum())
+        return self._stack({_LOSS: loss.detach(), **{name: value.sum() for name, value in result.metrics.items()}})
+
+    def _stack(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
+        names = (_LOSS, *self._objective.metric_names)
+        if not sums:
+            return torch.zeros(len(names), dtype=torch.float64, device=self._scorer.device)
+        return torch.stack([sums[name] for name in names])
+
+    # --- all processes --------------------------------------------------------------------
+
+    def _exchange(
+        self, groups: Sequence[Any], sums_S: torch.Tensor, parameters: Sequence[torch.nn.Parameter]
+    ) -> list[float]:
+        """The sums [S] over all processes; the one time in a step that they, and the device, are waited for.
+
+        Beside them goes whether anyone was asked to stop, and that all of them hold the same batch.
+        """
+        if self._replicas.size == 1:
+            return sums_S.tolist()
+        mark = int(digest_bytes(*(group.id.encode() for group in groups))[:4], 16)  # float32 sums 16 bits exactly
+        beside = torch.tensor([self._stop.requested, mark], dtype=sums_S.dtype, device=sums_S.device)
+        *values, asked, marks = self._replicas.add_up(torch.cat([sums_S, beside]), parameters)
+        if marks != mark * self._replicas.size:
+            raise MachineError(f"{self._section}: the processes do not hold the same batch; this is a bug")
+        self.anyone_asked_to_stop = self.anyone_asked_to_stop or asked > 0
+        return values
+
+    def _means(self, groups: Sequence[Any], sums: Sequence[float]) -> Means:
+        loss, *others = sums
+        names = self._objective.metric_names
+        metrics = {name: value / len(groups) for name, value in zip(names, others, strict=False)}
+        return Means(loss / self._objective.weight(groups), metrics, sum(others[len(names) :]))
+
+
+def _count_infinite(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+    """How many parameters have a gradient that is no finite number, float64 [1], on their device."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros(1, dtype=torch.float64, device=parameters[0].device)
+    norms = torch.stack(torch._foreach_norm(gradients))  # type: ignore[attr-defined]
+    return (~norms.isfinite()).sum(dtype=torch.float64)[None]

@@ -1,0 +1,180 @@
+"""A training on fixed data as a stage's settings describe it: memory is planned, the loop runs, and what came of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from dpo_cli.core.errors import ParamsError
+from dpo_cli.core.gpu import is_gpu
+from dpo_cli.core.params import TrainingParams
+from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.scoring.budget import TokenBudget
+from dpo_cli.scoring.recompute import Recompute
+from dpo_cli.training.accumulation import Limits
+from dpo_cli.training.job import Job
+from dpo_cli.training.loop import Course, Data, Loop, diverged
+from dpo_cli.training.loss_scale import LossScale
+from dpo_cli.training.memory import choose_memory
+from dpo_cli.training.optimizer import make_descent
+from dpo_cli.training.protocols import BatchSource, Learner
+
+Item = TypeVar("Item")
+Scored = TypeVar("Scored")
+
+_BUDGET = "token_budget.json"
+_LOSS_SCALE = "loss_scale.json"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A finished training.
+
+    Attributes:
+        num_steps: Optimizer steps that were taken, in all runs together.
+        num_planned: Optimizer steps that there would have been without an early stop.
+        kept_step: The step whose weights the model has now; 0 is before the first.
+        history: The log, one entry a logged event.
+        groups_per_s: Groups trained a second of this run's steps, by all processes, held-out passes included.
+        recompute: What the backward pass computed again.
+        max_tokens: Tokens of a micro-batch, as it was at the end.
+    """
+
+    num_steps: int
+    num_planned: int
+    kept_step: int
+    history: list[dict[str, Any]]
+    groups_per_s: float
+    recompute: Recompute
+    max_tokens: int
+
+    def last(self, name: str) -> float:
+        """The last logged value of a metric."""
+        return next(entry[name] for entry in reversed(self.history) if name in entry)
+
+    def first(self, name: str) -> float:
+        """The first logged value of a metric."""
+        return next(entry[name] for entry in self.history if name in entry)
+
+    def kept(self, name: str) -> float:
+        """The value of a held-out metric at the step that is kept."""
+        return next(
+            entry[name] for entry in reversed(self.history) if name in entry and entry["step"] == self.kept_step
+        )
+
+    @property
+    def steps_in_words(self) -> str:
+        """How many steps there were, and whose weights are kept."""
+        words = str(self.num_steps)
+        if self.num_steps < self.num_planned:
+            words += f" of {self.num_planned} (patience ended)"
+        return words if self.kept_step == self.num_steps else f"{words}; kept: step {self.kept_step}"
+
+
+class Shuffled(BatchSource[Item]):
+    """Fixed data in epochs, each in an order of its own; the last batch of an epoch may be a short one.
+
+    Args:
+        items: All there is.
+        batch_size: Items of a step.
+        seed: The order of epoch ``e`` is the permutation that torch draws with ``seed + e``.
+    """
+
+    def __init__(self, items: Sequence[Item], batch_size: int, seed: int) -> None:
+        self._items = items
+        self._batch_size = batch_size
+        self._seed = seed
+        self._epoch = -1
+        self._order: list[int] = []
+
+    def batch(self, step: int) -> Sequence[Item]:
+        """The items of a step."""
+        epoch, place = divmod(step, -(-len(self._items) // self._batch_size))
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self._seed + epoch)
+            self._epoch, self._order = epoch, torch.randperm(len(self._items), generator=generator).tolist()
+        start = place * self._batch_size
+        return [self._items[index] for index in self._order[start : start + self._batch_size]]
+
+
+def count_steps(params: TrainingParams, num_groups: int) -> int:
+    """Optimizer steps that so many groups take."""
+    return params.max_steps or math.ceil(params.epochs * math.ceil(num_groups / params.batch_size))
+
+
+def fit(
+    learner: Learner[Scored],
+    train: Sequence[TokenGroup],
+    held_out: Sequence[TokenGroup],
+    params: TrainingParams,
+    job: Job,
+) -> Fit:
+    """Train the marked parameters of a model in place, from the last checkpoint in the job's folder if there is one.
+
+    Args:
+        learner: The model, what scores groups with it, and what is minimized.
+        train: Training data.
+        held_out: Groups for the held-out loss, taken before the first step and along the way.
+        params: Settings of the training.
+        job: Where it works.
+
+    Raises:
+        Interrupted: The user asked to stop, any of the processes; a checkpoint is in the job's folder.
+        MachineError: Another process is gone, or has other parameters.
+        ParamsError: The loss is no number any more, or keep best has nothing to choose from.
+    """
+    section, reporter, replicas = job.section, job.reporter, job.replicas
+    num_steps = count_steps(params, len(train))
+    keeps_best = params.keep == "best"
+    if keeps_best and params.eval_steps >= num_steps:
+        raise ParamsError(
+            f"params.yaml: {section}.keep best has nothing to choose from: of {num_steps} steps none but the last"
+            f" is measured with {section}.eval_steps {params.eval_steps}; set that below {num_steps}"
+        )
+    descent = make_descent(learner.model, params, num_steps, job.machine.device, section)
+    groups_a_step = math.ceil(params.batch_size / replicas.size)
+    chosen = choose_memory(learner.model, learner.scorer, train, groups_a_step, job.runtime, reporter, section)
+    memory = job.folder / (_BUDGET if replicas.is_first else f"{replicas.rank}_{_BUDGET}")
+    budget = TokenBudget(chosen.max_tokens, section, reporter, memory)
+    loss_scale = LossScale(job.machine.compute_dtype, section, reporter, job.folder / _LOSS_SCALE)
+    loss_scale.value = replicas.from_first(loss_scale.value)
+    if is_gpu(job.machine.device):
+        _warm_up(learner, train)
+    data = Data(Shuffled(train, params.batch_size, params.seed), held_out)
+    course = Course(num_steps, params.seed, params.eval_steps, keeps_best, params.patience)
+    loop = Loop(learner, data, descent, course, Limits(budget, loss_scale), job)
+    loop.run()
+    fitted = Fit(
+        loop.step,
+        num_steps,
+        loop.kept_step,
+        loop.history,
+        groups_per_s=loop.num_groups / max(loop.elapsed_s, 1e-9),
+        recompute=chosen.grade,
+        max_tokens=budget.max_tokens,
+    )
+    if not math.isfinite(fitted.kept("eval_loss")):
+        raise diverged(section, "held-out loss", fitted.kept("eval_loss"), loop.kept_step, params.learning_rate)
+    if keeps_best and loop.kept_step == 0:
+        reporter.warn(
+            f"{section}: no step brought the held-out loss below that of the start, so the start is kept; lower"
+            f" {section}.learning_rate, now {params.learning_rate:g}"
+        )
+    return fitted
+
+
+def _warm_up(learner: Learner[Scored], groups: Sequence[TokenGroup]) -> None:
+    """Score two short groups, forward and backward, and forget it.
+
+    CUDA loads a kernel when it is first used, and libraries make their handles: that takes memory which is not
+    PyTorch's, and where it is lacking then, bitsandbytes ends the process.
+    """
+    model, scorer, objective = learner.model, learner.scorer, learner.objective
+    model.train()
+    short = sorted(groups, key=lambda group: (group.longest, group.id))[:2]
+    objective.losses(short, scorer.score(short, statistics=objective.statistics), short).losses_B.sum().backward()
+    model.zero_grad(set_to_none=True)
