@@ -1,7 +1,8 @@
 # setup   a virtual environment with pinned versions
 # repro   the whole pipeline; runs only what changed
 # real    the whole pipeline on a real language model (examples/smollm2); 89 MB are fetched
-# test    all tests but the dry run;  `make test-fast` leaves out the slow ones
+# test    all tests but the dry run and those of real models;  `make test-unit`, -model, -parity, -e2e, -real run one tier
+# test-all   all tests, as CI runs them
 # dry-run the code for CUDA on a device that is not there: no GPU, but a C++ compiler is needed
 # lint    ruff, pyright, import-linter, generated files
 # docs    write the generated files again
@@ -11,9 +12,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 THREADS := OMP_NUM_THREADS=1
-# Two processes of one thread each; a file's tests stay together, since they share what is dear to make.
-PYTEST := $(THREADS) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+# Two processes of one thread each; a file's tests stay together, since they share what is dear to make, and the slow
+# tiers come first.
+PYTEST := $(THREADS) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Where the real model is kept, outside the clone: the wheel that it comes in, and the model's folder.
 REAL ?= $(HOME)/.cache/dpo-cli/real
@@ -22,7 +25,7 @@ MODEL := $(REAL)/SmolLM2-135M-Instruct
 EXAMPLE := examples/smollm2
 export DPO_REAL := $(REAL)
 
-.PHONY: setup repro real test test-fast dry-run lint docs docs-site bench bench-trl gpu-check clean
+.PHONY: setup repro real test test-all dry-run lint docs docs-site bench bench-trl gpu-check clean
 
 setup: $(VENV)/.installed
 
@@ -49,13 +52,16 @@ $(MODEL)/config.json: $(WHEEL) | $(VENV)/.installed-gguf
 	rm -rf $(REAL)/unpacked
 
 test: $(VENV)/.installed-dev
-	$(PYTEST) --ignore tests/cuda_dry_run
+	$(PYTEST) -m "not dry_run and not real"
 
-test-fast: $(VENV)/.installed-dev
-	$(PYTEST) -m "not slow"
+test-all: $(VENV)/.installed-dev
+	$(PYTEST) -rs
+
+test-%: $(VENV)/.installed-dev
+	$(PYTEST) -m $*
 
 dry-run: $(VENV)/.installed-dev
-	$(PYTEST) -rsx tests/cuda_dry_run
+	$(PYTEST) -m dry_run -rsx
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -86,18 +92,20 @@ gpu-check: $(VENV)/.installed-dev
 clean:
 	rm -rf $(VENV) .scratch
 
-# The environment is made anew when the pins change, and never half made: the stamp comes last.
-$(VENV)/.installed: pyproject.toml constraints.txt
+# What is installed is brought up to the pins when they change, and never half done: the stamp comes last.
+$(BIN)/pip:
 	@$(PYTHON) -c "import sys; v = sys.version_info; sys.exit(v < (3, 11) and f'Python 3.11 or newer is needed, {v[0]}.{v[1]} was found; try: make PYTHON=python3.11')"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/pip
+	$(PIP) --editable .
 	@touch $@
 
 $(VENV)/.installed-gguf: $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[gguf]'
+	$(PIP) --editable '.[gguf]'
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,lint,docs,parity,lm-eval,real]'
-	@touch $@
+# One installation with all extras; of its many modules only those that are imported are compiled, when they are.
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/pip
+	$(PIP) --no-compile --editable '.[test,lint,docs,parity,lm-eval,real]'
+	@touch $(VENV)/.installed $@

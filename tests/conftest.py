@@ -23,10 +23,41 @@ from dpo_cli.data.tokenise import TokenGroup
 prepare_environment()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-settings.register_profile("dpo_cli", deadline=None, derandomize=True, database=None, max_examples=100)
-settings.load_profile("dpo_cli")
+for _profile, _examples in (("here", 25), ("ci", 100)):
+    settings.register_profile(_profile, deadline=None, derandomize=True, database=None, max_examples=_examples)
+settings.load_profile("ci" if os.environ.get("CI") else "here")
 
-_FOREIGN = ("DVC_ROOT", "DVC_STAGE", "DPO_MODEL_PATH", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK")
+_ROOT = Path(__file__).parent
+_TIERS = {
+    "real": "real",
+    "cuda_dry_run": "dry_run",
+    "e2e": "e2e",
+    "parity": "parity",
+    "theory": "model",
+    "unit/models": "model",
+    "unit/scoring": "model",
+    "unit/training": "model",
+    "unit": "unit",
+    "contract": "unit",
+    "property": "unit",
+}
+"""The tier of the tests in each folder, the slowest tier first; of two folders the inner one counts."""
+_SLOWEST_FIRST = list(dict.fromkeys(_TIERS.values()))
+
+
+def _tier(path: Path) -> str:
+    folder = path.relative_to(_ROOT).parent
+    return next(_TIERS[name] for name in map(Path.as_posix, (folder, *folder.parents)) if name in _TIERS)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with the tier of its folder, and put the slow tiers first, so that no process waits at the end."""
+    for item in items:
+        item.add_marker(_tier(item.path))
+    items.sort(key=lambda item: _SLOWEST_FIRST.index(_tier(item.path)))
+
+
+_FOREIGN = ("CI", "DVC_ROOT", "DVC_STAGE", "DPO_MODEL_PATH", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK")
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,12 @@
 """Public files convert as docs/public-files.md says, with the quirks that were counted in them by other means.
 
-The files lie beside the checkout and are no part of the repository; without them these tests are skipped.
+Without these files, which are no part of the repository, the tests are skipped.
 """
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import re
 from collections import Counter
@@ -23,12 +24,12 @@ from dpo_cli.data.account import SPLITS, Conversion
 from dpo_cli.data.convert import convert
 from dpo_cli.data.plan import Treatment
 from dpo_cli.data.splits import split_position
+from tests.public_files import PUBLIC_DATA, digests, needs_public_data
 
 ROOT = Path(__file__).resolve().parents[2]
-DATA = ROOT.parent / "shared" / "data"
 POLICIES = DataChecks().model_dump()
 
-pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="the public files are not here")
+pytestmark = needs_public_data
 
 _ROW = re.compile(r"^\| ([\w-]+/[^|]+) \|(.*)\|$", re.MULTILINE)
 
@@ -43,7 +44,7 @@ def documented() -> Iterator[Any]:
 def source_of(name: str, settings: str) -> Source:
     given = YAML(typ="safe").load("{" + settings.strip("`") + "}")
     instructions = name.startswith("sft/") or re.search(r"msswift|_sft_|_completion\.", name)
-    return (SftSource if instructions else PreferenceSource)(path=str(DATA / name), **given)
+    return (SftSource if instructions else PreferenceSource)(path=str(PUBLIC_DATA / name), **given)
 
 
 class Converted:
@@ -75,7 +76,7 @@ def converted(tmp_path: Path) -> Callable[..., Converted]:
 
 def raw(name: str) -> list[Any]:
     """The file's rows, read in the plainest way."""
-    data = (DATA / name).read_bytes()
+    data = (PUBLIC_DATA / name).read_bytes()
     text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
     return (
         json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.split("\n") if line]
@@ -85,11 +86,12 @@ def raw(name: str) -> list[Any]:
 # --- the table ----------------------------------------------------------------------------
 
 
-def test_every_public_file_is_in_the_table() -> None:
-    folders = ("sft", "pairs", "kwise", "peer_fixtures")
-    files = {path.relative_to(DATA).as_posix() for folder in folders for path in (DATA / folder).iterdir()}
-    assert {name for (name,) in (parameters.values[:1] for parameters in documented())} == files
-    assert len(files) > 40
+def test_every_public_file_is_what_its_list_says_and_in_the_table() -> None:
+    listed = digests()
+    assert {name: hashlib.sha256((PUBLIC_DATA / name).read_bytes()).hexdigest() for name in listed} == listed
+    whole = {name for name in listed if not name.startswith("broken/")}
+    assert {name for (name,) in (parameters.values[:1] for parameters in documented())} == whole
+    assert len(whole) > 40
 
 
 @pytest.mark.parametrize(("name", "cells"), documented())
@@ -308,7 +310,7 @@ def test_ranked_nodes_of_a_tree_are_rankings(converted: Callable[..., Converted]
 
 
 def test_numbers_in_a_csv_stay_text(converted: Callable[..., Converted], tmp_path: Path) -> None:
-    source = SftSource(path=str(DATA / "peer_fixtures" / "msswift_alpaca.csv"))
+    source = SftSource(path=str(PUBLIC_DATA / "peer_fixtures" / "msswift_alpaca.csv"))
     (tmp_path / "work").mkdir()
     (tmp_path / "out").mkdir()
     twice = [source.model_copy(update={"split": "train"}), source.model_copy(update={"split": "eval"})]
@@ -386,7 +388,7 @@ def test_the_share_held_out_is_near_what_was_asked_for(converted: Callable[..., 
 def test_a_broken_file_is_refused_with_cause_and_place(name: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     (tmp_path / "out").mkdir()
-    source = PreferenceSource(path=str(DATA / "broken" / name))
+    source = PreferenceSource(path=str(PUBLIC_DATA / "broken" / name))
     with pytest.raises(DataError, match=f"{name}.*{words}"):
         convert([source], Treatment(POLICIES, 0.1), tmp_path / "work", tmp_path / "out", tmp_path / "rejects")
     assert not list((tmp_path / "out").iterdir())

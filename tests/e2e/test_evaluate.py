@@ -482,7 +482,7 @@ def test_figures_depend_neither_on_the_batch_nor_on_the_order_of_rows(
     split, tokenise = Scorer.split, Project.tokenise_pairs
     monkeypatch.setattr(project_module, "load_pair", in_float64)
     monkeypatch.setattr(Scorer, "split", counted)
-    knobs: dict[str, Any] = {"num_prompts": 0, "opponents": ["sft", "chosen"], "judge_pairs": -1, "scales": [0.5]}
+    knobs: dict[str, Any] = {"num_prompts": 24, "opponents": ["sft", "chosen"], "judge_pairs": -1, "scales": [0.5]}
     found = []
     for max_tokens, batch, seed in ((1, 1, None), (240, 7, None), (16000, 64, None), (240, 7, 0)):
         if seed is not None:

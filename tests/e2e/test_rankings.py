@@ -21,10 +21,9 @@ from dpo_cli.core.params import Params
 from dpo_cli.core.progress import SilentReporter
 from dpo_cli.data import world
 from dpo_cli.stages import base, convert_preferences, precompute_ref, sft, train
+from tests.public_files import PUBLIC_DATA, needs_public_data
 
-pytestmark = pytest.mark.slow
-
-PUBLIC = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "kwise" / "oaast_rm_zh.rows0-387.json.gz"
+PUBLIC = PUBLIC_DATA / "kwise" / "oaast_rm_zh.rows0-387.json.gz"
 NUM_RANKINGS = 700
 
 
@@ -165,7 +164,7 @@ def test_a_cache_without_rankings_says_so() -> None:
         parse_params({"reference": {"rankings": False}, "train": {"loss": "plackett_luce"}})
 
 
-@pytest.mark.skipif(not PUBLIC.is_file(), reason="the public files are not here")
+@needs_public_data
 @pytest.mark.parametrize("ties", ["average", "groups"])
 def test_public_rankings_train_end_to_end(here: Path, make_reporter: Callable[[], Any], ties: str) -> None:
     rows = json.loads(gzip.decompress(PUBLIC.read_bytes()))

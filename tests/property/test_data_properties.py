@@ -414,7 +414,7 @@ def test_any_object_is_read_or_refused_with_a_reason(fmt: Format[Any], data: st.
             assert str(problem)
 
 
-@settings(max_examples=300)
+@settings(max_examples=3 * settings().max_examples)
 @given(st.lists(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=6) | JSON, min_size=1, max_size=4))
 def test_any_rows_are_read_by_auto_or_refused_with_a_reason(rows: list[Any]) -> None:
     for formats in (SFT_FORMATS, PREFERENCE_FORMATS):

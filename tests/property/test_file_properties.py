@@ -24,7 +24,7 @@ from dpo_cli.data.reading import json_text
 from dpo_cli.data.reading.files import read_records
 
 in_a_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-damaging = settings(in_a_folder, max_examples=300)
+damaging = settings(in_a_folder, max_examples=3 * settings().max_examples)
 
 MARKS = "\",;\t\n\r\\{}[]:'ae1 中😀\u2028\x85\x0b\x0c\x00\x7f\ufeff"
 TEXT = st.text(st.sampled_from(MARKS) | st.characters(exclude_categories=("Cs",)), max_size=12)

@@ -58,7 +58,7 @@ ONE_TOKEN_FIRST = name_groups([((0,), [(2,), (*range(9), 1, 1), (*range(9), 3, 3
 """A completion that puts no token in, before a branch that others share."""
 
 
-@settings(max_examples=300)
+@settings(max_examples=3 * settings().max_examples)
 @example(ONE_TOKEN_FIRST, "shared")
 @given(GROUPS, NAME)
 def test_every_completion_token_is_scored_once_by_what_stands_before_it(

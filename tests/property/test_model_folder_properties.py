@@ -40,7 +40,7 @@ def _spots(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path, *(spot for key, one in inner[:12] for spot in _spots(one, (*path, key)))]
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_garbage_is_one_line(data: st.DataObject, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     from dpo_cli.models.load import quiet_libraries

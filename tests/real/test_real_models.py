@@ -38,8 +38,6 @@ from tests import gguf_files
 from tests.live_memory import LiveMemory
 from tests.real.fetch import MODELS, RealModel, fetch, imported
 
-pytestmark = [pytest.mark.real, pytest.mark.slow]
-
 TOLERANCE = 1e-3
 """Nats, on sums of log-probabilities over an answer: what float32 leaves open between two ways to compute them."""
 _CAPITALS = "France Paris Italy Rome Spain Madrid Japan Tokyo Egypt Cairo Peru Lima".split()

@@ -102,7 +102,7 @@ def test_the_host_looks_at_every_eighth_step_whether_all_answers_have_ended(
     model = build("llama")
     steps = []
     monkeypatch.setattr(decoding._Run, "step", lambda run: (steps.append(run), TAKE_STEP(run))[1])
-    answers = sample(model, reporter, stop_ids=list(range(VOCABULARY)), max_new_tokens=40)
+    answers = sample(model, reporter, stop_ids=tuple(range(VOCABULARY)), max_new_tokens=40)
     assert all(len(answer.tokens) == 1 for answer in answers.values())
     runs = {id(run): steps.count(run) for run in steps if run.answers_RS.shape[1] == 40}
     assert set(runs.values()) == {7}, "the prompts give the first of eight tokens"

@@ -453,7 +453,9 @@ HEADS: dict[str, tuple[str, dict[str, Any], str]] = {
     "electra": ("ElectraConfig", _COMMON | {"is_decoder": True}, "whole"),
     "inkling": (
         "InklingTextConfig",
-        _COMMON | {"unpadded_vocab_size": VOCABULARY - 5, "logits_mup_width_multiplier": 2.0},
+        _COMMON
+        | {"unpadded_vocab_size": VOCABULARY - 5, "logits_mup_width_multiplier": 2.0}
+        | {"n_routed_experts": 8, "moe_intermediate_size": 32},
         "whole",
     ),
 }

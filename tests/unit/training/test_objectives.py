@@ -85,7 +85,8 @@ def train(
 ) -> Fit:
     scorer = Scorer(model, torch.float32, "shared")
     model.eval()
-    objective = objective_of(knobs, reference_tokens(scorer, [*groups[0], *groups[1]]), ranks)
+    distinct = {group.id: group for part in groups for group in part}
+    objective = objective_of(knobs, reference_tokens(scorer, list(distinct.values())), ranks)
     folder.mkdir()
     with scorer:
         runtime = RuntimeParams(max_tokens_per_microbatch=max_tokens, recompute="none")
