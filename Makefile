@@ -105,7 +105,7 @@ $(VENV)/.installed-gguf: $(VENV)/.installed
 	$(PIP) --editable '.[gguf]'
 	@touch $@
 
-# One installation with all extras; of its many modules only those that are imported are compiled, when they are.
+# One installation with all extras.
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/pip
-	$(PIP) --no-compile --editable '.[test,lint,docs,parity,lm-eval,real]'
+	$(PIP) --editable '.[test,lint,docs,parity,lm-eval,real]'
 	@touch $(VENV)/.installed $@

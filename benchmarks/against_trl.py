@@ -482,11 +482,11 @@ def our_references(scorer: Any, groups: Sequence[Any], max_tokens: int) -> list[
     return [(found[chosen], found[rejected]) for chosen, rejected in map(group_keys, groups)]
 
 
-def run_ours(case: Case, runtime_knobs: dict[str, Any]) -> Outcome:
+def run_ours(case: Case, runtime_settings: dict[str, Any]) -> Outcome:
     """Our engine, driven as the stages precompute_ref and train drive it."""
     import dpo_cli.training.fit
     from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
-    from dpo_cli.data.tokenise import TokenGroup
+    from dpo_cli.data.tokens import TokenGroup
     from dpo_cli.models.adapters import SftResult, load_policy_at_start
     from dpo_cli.models.device import prepare_machine, token_budget
     from dpo_cli.scoring.probe import open_scorer
@@ -500,7 +500,7 @@ def run_ours(case: Case, runtime_knobs: dict[str, Any]) -> Outcome:
         for index, (prompt, chosen, rejected) in enumerate(pairs)
     ]
     os.chdir(case.workspace)
-    runtime = RuntimeParams.model_validate({"device": case.device, **runtime_knobs})
+    runtime = RuntimeParams.model_validate({"device": case.device, **runtime_settings})
     machine = prepare_machine(runtime, embedded=False)
     sft = SftResult("lora", "")
     policy: Any = load_policy_at_start(case.base, sft, machine, case.quantization, LoraParams(), 0)
@@ -959,7 +959,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
         return parse_names
 
-    def knob(text: str) -> tuple[str, Any]:
+    def setting(text: str) -> tuple[str, Any]:
         name, _, value = text.partition("=")
         return name, int(value) if value.isdigit() else value
 
@@ -977,7 +977,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sides", type=some_of(sides), default=sides[:4], help=f"TRL's: of {', '.join(sides)}")
     parser.add_argument("--every-run", action="store_true", help="run every side in every run")
     parser.add_argument("--malloc", choices=["keep", "glibc"], default="keep", help="keep freed memory, in both tools")
-    parser.add_argument("--runtime", type=knob, action="append", default=[], help="our runtime knob, as name=value")
+    parser.add_argument(
+        "--runtime", type=setting, action="append", default=[], help="our runtime setting, as name=value"
+    )
     parser.add_argument("--out", type=Path, help="write the tables to a file, too")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)

@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from dpo_cli.core.params import LoraParams
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine
 from dpo_cli.models.shapes import SHAPES, random_model

@@ -18,12 +18,12 @@ from hypothesis import settings
 
 from dpo_cli.core.environment import prepare_environment
 from dpo_cli.core.progress import Status
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 
 prepare_environment()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-for _profile, _examples in (("here", 25), ("ci", 100)):
+for _profile, _examples in (("here", 25), ("ci", 50)):
     settings.register_profile(_profile, deadline=None, derandomize=True, database=None, max_examples=_examples)
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 

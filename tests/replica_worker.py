@@ -21,7 +21,7 @@ from dpo_cli.core.environment import prepare_environment
 from dpo_cli.core.errors import DpoCliError, MachineError
 from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
 from dpo_cli.core.progress import SilentReporter
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine
 from dpo_cli.models.load import keep_weights_unpacked, load_model, quiet_libraries
@@ -32,7 +32,7 @@ from dpo_cli.training.objective import PairObjective, SftObjective
 from dpo_cli.training.parallel import Replicas, join_replicas, shared_scratch
 from dpo_cli.training.protocols import Learner
 
-KNOBS = TrainParams(learning_rate=5e-3, batch_size=8, epochs=3.0, eval_steps=4)
+SETTINGS = TrainParams(learning_rate=5e-3, batch_size=8, epochs=3.0, eval_steps=4)
 """Nine steps of 20 pairs; the last batch of each epoch is a short one."""
 CPU = Machine(torch.device("cpu"), torch.float32)
 
@@ -84,8 +84,8 @@ class Worker:
 
     def tiny_batches(self) -> dict[str, Any]:
         """A pair a step: all but one process have nothing to do, and there is one held-out pair."""
-        knobs = KNOBS.model_copy(update={"batch_size": 1, "max_steps": 7})
-        return self._train("tiny_batches", knobs, held_out=1)
+        settings = SETTINGS.model_copy(update={"batch_size": 1, "max_steps": 7})
+        return self._train("tiny_batches", settings, held_out=1)
 
     def instructions(self) -> dict[str, Any]:
         """Losses that are weighted by tokens."""
@@ -106,7 +106,7 @@ class Worker:
 
         torch.nn.utils.get_total_norm = off
         try:
-            return self._train("unlike_gpus", KNOBS.model_copy(update={"max_grad_norm": 1e-3}))
+            return self._train("unlike_gpus", SETTINGS.model_copy(update={"max_grad_norm": 1e-3}))
         finally:
             torch.nn.utils.get_total_norm = total_norm
 
@@ -163,7 +163,7 @@ class Worker:
     def _train(
         self,
         name: str,
-        knobs: TrainParams = KNOBS,
+        settings: TrainParams = SETTINGS,
         *,
         held_out: int = 5,
         sft: bool = False,
@@ -196,7 +196,7 @@ class Worker:
             try:
                 job = Job("train", work, CPU, runtime, Watcher(on_advance), self._replicas)
                 learner = Learner[Any](model, scorer, objective)
-                outcome["history"] = fit(learner, train, evaluated, knobs, job).history
+                outcome["history"] = fit(learner, train, evaluated, settings, job).history
             except DpoCliError as error:
                 outcome["error"] = f"{type(error).__name__}: {error}"
         outcome["sizes"] = sizes

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import shutil
+import time
 from pathlib import Path
 
 from selenium import webdriver
@@ -34,8 +35,16 @@ def main() -> None:
             browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
             size = {"width": WIDTH, "height": height, "deviceScaleFactor": 1, "mobile": False}
             browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-            browser.get(f"{PAGE}#{section}" if section else PAGE)
+            browser.get("about:blank")
+            browser.get(PAGE)
             browser.execute_script(action)
+            time.sleep(1)  # what is drawn late moves what stands below it
+            browser.execute_script(
+                "document.documentElement.style.scrollBehavior = 'auto';"
+                " document.getElementById(arguments[0])?.scrollIntoView()",
+                section,
+            )
+            time.sleep(0.5)
             picture = browser.execute_cdp_cmd("Page.captureScreenshot", {})["data"]
             path = ROOT / "docs" / "images" / f"{name}.png"
             path.write_bytes(base64.b64decode(picture))

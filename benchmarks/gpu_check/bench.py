@@ -16,7 +16,7 @@ import torch
 from dpo_cli.core.artifacts import write_json
 from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
 from dpo_cli.core.progress import Meter, SilentReporter
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine, prepare_machine
 from dpo_cli.models.load import keep_weights_unpacked
@@ -44,10 +44,10 @@ class Answer:
     verdict: Verdict
 
 
-class Heard(SilentReporter):
+class RecordingReporter(SilentReporter):
     """A reporter that keeps the lines, and notes beside a meter, that it is told.
 
-    ``on_advance`` hears how far work with a meter has come.
+    ``on_advance`` is told how far work with a meter has come.
     """
 
     def __init__(self, on_advance: Callable[[int], None] | None = None) -> None:
@@ -72,20 +72,20 @@ class Heard(SilentReporter):
 
 
 class _Count:
-    def __init__(self, heard: Heard) -> None:
-        self._done, self._heard = 0, heard
+    def __init__(self, reporter: RecordingReporter) -> None:
+        self._done, self._reporter = 0, reporter
 
     def advance(self, amount: int) -> None:
         self._done += amount
-        self._heard.on_advance(self._done)
+        self._reporter.on_advance(self._done)
 
     def note(self, text: str) -> None:
-        self._heard.notes.append(text)
+        self._reporter.notes.append(text)
 
 
 @contextmanager
-def _counting(heard: Heard) -> Iterator[Meter]:
-    yield _Count(heard)
+def _counting(reporter: RecordingReporter) -> Iterator[Meter]:
+    yield _Count(reporter)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Policy:
     model: Any
     scorer: Scorer
     machine: Machine
-    reporter: Heard
+    reporter: RecordingReporter
 
 
 class Bench:
@@ -155,13 +155,13 @@ class Bench:
         is_large = wanted == "llama-3.1-8b"
         return "llama-3.2-3b" if is_large and torch.cuda.mem_get_info()[1] < 10 * GIB else wanted
 
-    def runtime(self, **knobs: Any) -> RuntimeParams:
+    def runtime(self, **settings: Any) -> RuntimeParams:
         """Settings of this machine."""
-        return RuntimeParams(device="cuda" if self.on_gpu else "cpu", **knobs)
+        return RuntimeParams(device="cuda" if self.on_gpu else "cpu", **settings)
 
-    def policy(self, wanted: str, *, quantization: str = "nf4", **knobs: Any) -> Policy:
+    def policy(self, wanted: str, *, quantization: str = "nf4", **settings: Any) -> Policy:
         """A model of a shape, opened as the stages open one."""
-        runtime, reporter = self.runtime(**knobs), Heard()
+        runtime, reporter = self.runtime(**settings), RecordingReporter()
         machine = prepare_machine(runtime, embedded=False)
         model = add_adapter(random_model(self.shape(wanted), machine, quantization), LoraParams(), 0)
         keep_weights_unpacked(model)
@@ -196,11 +196,11 @@ def train(
     groups: Sequence[TokenGroup],
     work: Path,
     runtime: RuntimeParams,
-    **knobs: Any,
+    **settings: Any,
 ) -> Fit:
     """Train as the stage does; goes on from a checkpoint in ``work``."""
     work.mkdir(parents=True, exist_ok=True)
-    settings = {"batch_size": 8, "schedule": "constant", "warmup_ratio": 0.0, **knobs}
+    settings = {"batch_size": 8, "schedule": "constant", "warmup_ratio": 0.0, **settings}
     job = Job("train", work, policy.machine, runtime, policy.reporter)
     learner = Learner(policy.model, policy.scorer, objective)
     return fit(learner, groups, groups[:2], TrainParams(**settings), job)

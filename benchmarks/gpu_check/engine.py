@@ -15,12 +15,11 @@ from torch.nn.functional import silu
 from benchmarks.gpu_check.bench import Bench, Policy
 from dpo_cli.core.errors import StaleArtifactError
 from dpo_cli.core.params import TrainParams
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup, completion_key
 from dpo_cli.dry_run.step import DryAccumulator
 from dpo_cli.kernels import fused
 from dpo_cli.kernels.products import wide_product
 from dpo_cli.models.device import release_memory
-from dpo_cli.reference.cache import completion_key
 from dpo_cli.reference.scoring import missing_groups, score_groups
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.probe import probe_layouts

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.gpu_check import ROOT
-from benchmarks.gpu_check.bench import Bench, Heard, Policy, adapter_of, train
+from benchmarks.gpu_check.bench import Bench, Policy, RecordingReporter, adapter_of, train
 from dpo_cli.core import paths
 from dpo_cli.core.errors import Interrupted
 from dpo_cli.core.load_params import parse_params
@@ -35,7 +35,7 @@ SAME_TRAINING = 0.1
 
 def stages(bench: Bench) -> None:
     """A tiny model goes through all stages, is evaluated twice, and its training is killed and goes on."""
-    params, reporter = _prepare_project(bench, "auto"), Heard()
+    params, reporter = _prepare_project(bench, "auto"), RecordingReporter()
     for stage in BEFORE_TRAINING:
         _run(stage, params, reporter)
     shutil.copytree(".", killed := bench.folder / "killed")
@@ -43,7 +43,11 @@ def stages(bench: Bench) -> None:
     whole = _adapter(paths.DPO_MODEL)
     with contextlib.chdir(killed):
         with contextlib.suppress(Interrupted):
-            _run("train", params, Heard(lambda done: signal.raise_signal(signal.SIGINT) if done == 3 else None))
+            _run(
+                "train",
+                params,
+                RecordingReporter(lambda done: signal.raise_signal(signal.SIGINT) if done == 3 else None),
+            )
         _run("train", params, reporter)
         off = ((_adapter(paths.DPO_MODEL) - whole).norm() / (whole - _adapter(paths.SFT_MODEL)).norm()).item()
         _run("reward", params, reporter)
@@ -72,7 +76,7 @@ def _adapter(folder: Path) -> torch.Tensor:
 
 def float16(bench: Bench) -> None:
     """The stages up to train in float16, as on GPUs without bfloat16."""
-    params, reporter = _prepare_project(bench, "float16"), Heard()
+    params, reporter = _prepare_project(bench, "float16"), RecordingReporter()
     for stage in BEFORE_TRAINING:
         _run(stage, params, reporter)
     metrics = _run("train", params, reporter)
@@ -126,7 +130,7 @@ def _prepare_project(bench: Bench, dtype: str) -> Params:
 
 def _params(bench: Bench, dtype: str, **evaluate: Any) -> Params:
     training = {"learning_rate": 1e-3, "batch_size": 8, "max_steps": 6}
-    knobs = {"judge": "reward-model", "num_prompts": 6, "max_new_tokens": 8, "temperatures": [], "scales": [0.5]}
+    settings = {"judge": "reward-model", "num_prompts": 6, "max_new_tokens": 8, "temperatures": [], "scales": [0.5]}
     runtime = bench.runtime(model_path=str(bench.folder / "tiny"), compute_dtype=dtype)
     return parse_params(
         {
@@ -136,13 +140,13 @@ def _params(bench: Bench, dtype: str, **evaluate: Any) -> Params:
             "reference": {"max_length": 256},
             "train": training,
             "reward": {**training, "loss": "bradley_terry"},
-            "evaluate": {**knobs, **evaluate},
+            "evaluate": {**settings, **evaluate},
             "runtime": runtime.model_dump(),
         }
     )
 
 
-def _run(stage: str, params: Params, reporter: Heard) -> dict[str, Any]:
+def _run(stage: str, params: Params, reporter: RecordingReporter) -> dict[str, Any]:
     return importlib.import_module(f"dpo_cli.stages.{stage}").run(params, reporter)
 
 
@@ -180,10 +184,12 @@ def _five_steps(bench: Bench, name: str) -> tuple[torch.Tensor, float]:
     return adapter_of(policy.model), groups / fitted.groups_per_s
 
 
-def _fit(bench: Bench, policy: Policy, work: str, *, max_steps: int, num_pairs: int, **knobs: Any) -> tuple[Any, int]:
+def _fit(
+    bench: Bench, policy: Policy, work: str, *, max_steps: int, num_pairs: int, **settings: Any
+) -> tuple[Any, int]:
     groups = bench.pairs(policy, num_pairs)
     objective = PairObjective(TrainParams(), {group.id: [-50.0, -60.0] for group in groups})
-    fitted = train(policy, objective, groups, Path(work), bench.runtime(), max_steps=max_steps, **knobs)
+    fitted = train(policy, objective, groups, Path(work), bench.runtime(), max_steps=max_steps, **settings)
     return fitted, max_steps * min(8, len(groups))
 
 

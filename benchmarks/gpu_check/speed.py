@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_check import ROOT
-from benchmarks.gpu_check.bench import Bench, Heard
+from benchmarks.gpu_check.bench import Bench, RecordingReporter
 from benchmarks.gpu_check.memory import saved_model
 from dpo_cli.core.errors import MachineError
 from dpo_cli.core.load_params import parse_overrides
@@ -40,7 +40,7 @@ def speed(bench: Bench) -> None:
         params = parse_overrides([f"runtime.device={'cuda' if bench.on_gpu else 'cpu'}", *settings])
         options = BenchOptions(PASSES, "harmless", shape, 4 if bench.small else 64, 1 if bench.small else 3)
         try:
-            figures = measure(options, params, Heard())
+            figures = measure(options, params, RecordingReporter())
         except MachineError as error:
             bench.check(f"Both passes of {case}?", "they run", str(error), False)
             continue

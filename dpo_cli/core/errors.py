@@ -68,6 +68,11 @@ class Interrupted(DpoCliError):
     exit_code = 130
 
 
+def first_line(error: BaseException, most: int | None = 100) -> str:
+    """The first line of what an error says, or its kind where it says nothing; at most so many characters."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
+
+
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",

@@ -77,7 +77,7 @@ class LoraParams(Section):
 
 
 class TrainingParams(Section):
-    """Knobs that SFT, DPO and the reward model share."""
+    """Settings that SFT, DPO and the reward model share."""
 
     learning_rate: float = param(2e-4, "Peak learning rate.", gt=0, le=1)
     batch_size: int = param(

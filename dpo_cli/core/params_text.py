@@ -1,4 +1,4 @@
-"""params.yaml as text: every knob with its meaning, unit and range beside it."""
+"""params.yaml as text: every setting with its meaning, unit and range beside it."""
 
 from __future__ import annotations
 

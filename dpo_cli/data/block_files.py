@@ -98,8 +98,7 @@ def is_full(path: Path) -> bool:
 
 def widen(path: Path) -> None:
     """Give a block's file that place, as a file beside it has it."""
-    with pa.OSFile(str(path)) as file:
-        table = pa.ipc.open_file(file).read_all()
+    table = read_arrow(path)
     write_arrow(path, table_of(table.to_pylist(), full_schema(table.schema)))
 
 

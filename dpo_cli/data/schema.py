@@ -9,6 +9,7 @@ at any row, on any machine.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -22,8 +23,6 @@ from dpo_cli.core.artifacts import digest_json
 
 Message = dict[str, str]
 Messages = list[Message]
-
-ROLES = ("system", "user", "assistant", "tool")
 
 RawRow = Mapping[str, Any]
 """One record of an input file, as the file has it."""
@@ -175,16 +174,16 @@ def _said(message: Message) -> str:
 
 
 @dataclass(slots=True)
-class Example:
+class Example(ABC):
     """Base of what a row may hold: a prompt with some answers."""
 
     schema: ClassVar[pa.Schema]
     prompt: Messages
 
     @property
+    @abstractmethod
     def answers(self) -> list[Messages]:
         """Its answers, the best one first."""
-        raise NotImplementedError
 
     def row(self, source: str) -> dict[str, Any]:
         """The canonical row, as its schema has it.

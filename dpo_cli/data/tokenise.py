@@ -70,7 +70,7 @@ def tokenise_table(
     policies: Mapping[str, str],
     remedy: str,
 ) -> TokenTable:
-    """Tokenise a canonical table, or open what came of it before.
+    """Tokenize a canonical table, or open what came of it before.
 
     Args:
         path: A parquet file of :mod:`dpo_cli.data.schema`.

@@ -10,7 +10,7 @@ import torch
 from dpo_cli.core.errors import ParamsError
 from dpo_cli.core.params import LoraParams, Params, TrainParams
 from dpo_cli.core.progress import Reporter
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.dry_run.counts import Counting, Counts
 from dpo_cli.dry_run.device import dry_cuda, prepare_dry_machine, read_backs_give_zeros
 from dpo_cli.dry_run.model import dry_model
@@ -20,11 +20,12 @@ from dpo_cli.models.device import BFLOAT16_SINCE, Machine, token_budget
 from dpo_cli.models.gpus import GPUS, Gpu
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.models.shapes import SHAPES
-from dpo_cli.reference.scoring import missing_groups, score_groups
+from dpo_cli.reference.scoring import missing_groups, score_groups, tokens_at_once
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.limits import Sizes, Work, least_operations
 from dpo_cli.scoring.regimes import REGIMES, random_pairs
 from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.training.bench import work_of
 from dpo_cli.training.memory import choose_memory
 from dpo_cli.training.objective import PairObjective
 from dpo_cli.training.protocols import Learner
@@ -109,12 +110,14 @@ def _count_reference(
     budget = TokenBudget(token_budget(params.runtime, scorer.device), "bench", reporter)
     model.eval()
     by_prompt = missing_groups(groups, (), budget.max_tokens)
-    counting.attention_pairs = mean_visible_pairs(scorer, by_prompt, budget.max_tokens)
+    at_once = tokens_at_once(budget.max_tokens, scorer.device)
+    counting.attention_pairs = mean_visible_pairs(scorer, by_prompt, at_once)
     counting.restart()
     with read_backs_give_zeros(lambda _: None):
         for _ in score_groups(scorer, by_prompt, budget):
             pass
-    return {"recompute": "none", "max_tokens_per_microbatch": budget.max_tokens}, _work(scorer, [by_prompt], budget)
+    found = {"recompute": "none", "max_tokens_per_microbatch": budget.max_tokens}
+    return found, work_of(scorer, [by_prompt], at_once)
 
 
 def _count_training(
@@ -133,14 +136,7 @@ def _count_training(
         accumulator.gradient(step, 0)
         take_optimizer_step([parameter for parameter in model.parameters() if parameter.requires_grad])
     found = {"recompute": chosen.grade, "max_tokens_per_microbatch": budget.max_tokens}
-    return found, _work(scorer, steps, budget)
-
-
-def _work(scorer: Scorer, steps: list[list[TokenGroup]], budget: TokenBudget) -> Work:
-    batches = [
-        [step[index] for index in indices] for step in steps for indices in scorer.split(step, budget.max_tokens)
-    ]
-    return Work.of(batches, scorer.layout)
+    return found, work_of(scorer, steps, budget.max_tokens)
 
 
 def _figures(

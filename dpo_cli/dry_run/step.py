@@ -11,7 +11,7 @@ import torch
 from dpo_cli.core.interrupts import StopRequest
 from dpo_cli.core.params import RuntimeParams
 from dpo_cli.core.progress import SilentReporter
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.device import Machine
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.layout import LayoutName
@@ -33,8 +33,7 @@ class DryAccumulator(Accumulator[Any]):
     """
 
     def __init__(self, learner: Learner[Any], max_tokens: int) -> None:
-        inner: Any = getattr(learner.scorer, "scorer", learner.scorer)  # of a RewardScorer; else itself
-        reporter, dtype = SilentReporter(), inner.compute_dtype
+        reporter, dtype = SilentReporter(), learner.scorer.compute_dtype
         limits = Limits(TokenBudget(max_tokens, "dry run", reporter), LossScale(dtype, "dry run", reporter, None))
         job = Job("train", Path(), Machine(torch.device("cpu"), dtype), RuntimeParams(), reporter)
         super().__init__(learner, limits, job, StopRequest())

@@ -24,7 +24,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
 
-from dpo_cli.core.errors import is_out_of_memory
+from dpo_cli.core.errors import first_line, is_out_of_memory
 
 _STEPS_A_LOOK = 8
 """Steps after which the host asks whether all answers have ended."""
@@ -167,7 +167,7 @@ class StaticDecoder:
         except Exception as error:  # whatever a family that keeps no keys and values makes of it
             if is_out_of_memory(error):
                 raise
-            self.refused = f"it fails ({(str(error).strip() or type(error).__name__).splitlines()[0][:100]})"
+            self.refused = f"it fails ({first_line(error)})"
         return self.refused is None
 
     def _reason_against(self, num_tokens: int, device: torch.device) -> str | None:
@@ -426,7 +426,7 @@ def _end_record(pool: Any) -> None:
 
 
 def _unrecordable(error: BaseException) -> str:
-    return f"it cannot be recorded ({(str(error).strip() or type(error).__name__).splitlines()[0][:100]})"
+    return f"it cannot be recorded ({first_line(error)})"
 
 
 def _reason_against_record(run: _Run, record: _Record) -> str | None:

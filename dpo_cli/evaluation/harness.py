@@ -29,7 +29,7 @@ from lm_eval.tasks import TaskManager
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from dpo_cli.core.errors import DataError, ParamsError
+from dpo_cli.core.errors import DataError, ParamsError, first_line
 from dpo_cli.core.progress import Meter
 from dpo_cli.models.device import Machine
 from dpo_cli.models.load import context_length
@@ -164,11 +164,11 @@ def _load(manager: Any, folder: Path, name: str) -> dict[str, Any]:
             raise DataError(
                 f"{folder}: task {name} wants data that is not on this machine, and nothing is downloaded; save it as"
                 " JSON lines beside the task, and name it: dataset_path: json, dataset_kwargs: {data_files: {test:"
-                f" FILE}}}} ({_first_line(error)})"
+                f" FILE}}}} ({first_line(error, None)})"
             ) from error
         raise DataError(
             f"{folder}: task {name} cannot be loaded; paths are relative to that folder:"
-            f" {type(error).__name__}: {_first_line(error)}"
+            f" {type(error).__name__}: {first_line(error, None)}"
         ) from error
 
 
@@ -178,10 +178,6 @@ def _wants_the_net(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # --- answers ------------------------------------------------------------------------------
@@ -252,7 +248,7 @@ def measure_requests(task: HarnessTask, tokenizer: Any, context: int | None, lim
         lengths = [_length(request, tokenizer) for request in task.task.instances]
     except Exception as error:
         raise DataError(
-            f"task {task.name}: its items do not fit it: {type(error).__name__}: {_first_line(error)}"
+            f"task {task.name}: its items do not fit it: {type(error).__name__}: {first_line(error, None)}"
         ) from error
     room = max(answer for _, answer in lengths)
     if context is not None and room >= context:

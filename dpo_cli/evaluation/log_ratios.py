@@ -19,7 +19,7 @@ from dpo_cli.core.errors import StaleArtifactError
 from dpo_cli.core.manifest import REFERENCE
 from dpo_cli.core.row_store import RowStore, forget_other_stores
 from dpo_cli.core.scratch import stage_scratch
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.evaluation.models import AdapterModels, EvaluatedModel
 from dpo_cli.models.project import Project
 from dpo_cli.reference.cache import SCHEMA, group_keys, read_cache_rows

@@ -25,7 +25,8 @@ from dpo_cli.data.convert import convert
 from dpo_cli.data.plan import Treatment, num_bytes
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import PREFERENCE_SCHEMA, RANKING_SCHEMA, TOOLS, Messages, from_table
-from dpo_cli.data.tokenise import TokenGroup, tokenise_row
+from dpo_cli.data.tokenise import tokenise_row
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.project import Project
 
 _PAIR_PART = "answers "

@@ -18,7 +18,7 @@ import torch
 from dpo_cli.core.artifacts import digest_bytes, digest_json
 from dpo_cli.core.params import EvaluateParams
 from dpo_cli.core.row_store import RowStore, forget_other_stores
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.evaluation.decoding import Sampling
 from dpo_cli.evaluation.generation import GENERATION_VERSION, PromptTokens, Sampled, sample_answers
 from dpo_cli.evaluation.kl import SequenceKl, sequence_kl

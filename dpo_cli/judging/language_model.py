@@ -18,7 +18,7 @@ from dpo_cli.core.manifest import library_versions
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import Messages, assistant, user
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.judging.judge import INVALID, Judgment, Question
 from dpo_cli.judging.templates import Template
 from dpo_cli.models.folder import check_model_folder

@@ -12,7 +12,7 @@ from dpo_cli.core.errors import DataError, MachineError, ParamsError
 from dpo_cli.core.params import EvaluateParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.schema import assistant
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.judging.answers import Answer
 from dpo_cli.judging.cache import CachedJudge
 from dpo_cli.judging.human import VotesJudge

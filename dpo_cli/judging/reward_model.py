@@ -10,7 +10,7 @@ import torch
 
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.schema import Messages, assistant
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.judging.judge import Judgment, Question, one_by_one
 from dpo_cli.models.project import Project
 from dpo_cli.models.reward import reward_head

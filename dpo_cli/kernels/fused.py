@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch.nn.functional import silu
 
-from dpo_cli.core.errors import is_out_of_memory
+from dpo_cli.core.errors import first_line, is_out_of_memory
 from dpo_cli.core.gpu import is_gpu
 
 NORM, SWIGLU, ROTATION = "RMSNorm", "SwiGLU", "rotation"
@@ -456,7 +456,7 @@ def reason_against(name: str, device: torch.device, dtype: torch.dtype, width: i
         except Exception as error:  # a compiler that is lacking, too
             if is_out_of_memory(error):
                 raise
-            return f"it fails ({(str(error).strip() or type(error).__name__).splitlines()[0][:100]})"
+            return f"it fails ({first_line(error)})"
     if len(found) != len(expected):
         return "it has no gradient"
     for what, ours, theirs in zip(("output", "first gradient", "second gradient"), expected, found, strict=False):

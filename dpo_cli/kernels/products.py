@@ -18,7 +18,8 @@ _WIDENED = 4096
 def wide_product(left_NK: torch.Tensor, right_KM: torch.Tensor, out_NM: torch.Tensor | None = None) -> torch.Tensor:
     """The product of two matrices in float32, whatever they are: what it adds up is not rounded to their dtype.
 
-    Without a gradient. On a device that has no such product the sums are rounded after all.
+    Without a gradient. On a device that has no such product the sums are rounded after all, and
+    :func:`describe_products` says so.
 
     Args:
         left_NK: [N, K].
@@ -38,6 +39,14 @@ def wide_product(left_NK: torch.Tensor, right_KM: torch.Tensor, out_NM: torch.Te
         return torch.mm(left_NK, right_KM, out_dtype=torch.float32, out=out_NM)
     rounded = torch.mm(left_NK, right_KM)
     return rounded.float() if out_NM is None else out_NM.copy_(rounded)
+
+
+def describe_products(device: torch.device, dtype: torch.dtype) -> str:
+    """What is said of a GPU whose products round their sums, as a part of a sentence; empty elsewhere."""
+    if device.type == "cpu" or dtype == torch.float32 or _has_wide_product(device, dtype):
+        return ""
+    name = str(dtype).removeprefix("torch.")
+    return f"; logits are rounded to {name}, for there is no product of it in float32 on this device"
 
 
 @cache

@@ -27,7 +27,6 @@ from dpo_cli.core import paths
 from dpo_cli.core.errors import StaleArtifactError
 from dpo_cli.core.manifest import REFERENCE, Manifest
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.data.tokens import completion_key as completion_key
 
 SCHEMA = {"key": pl.String, "logp": pl.Float64, "num_tokens": pl.Int32, "token_logps": pl.List(pl.Float32)}
 _ROWS_A_PART = 100_000

@@ -14,11 +14,16 @@ from dpo_cli.models.workplace import Workplace
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
 from dpo_cli.scoring.scorer import Scorer
 
-NO_GRADIENT_FACTOR = 4
-"""A pass without gradients keeps no activations, so on a GPU that many times the tokens go through at once.
+_NO_GRADIENT_FACTOR = 4
 
-On the CPU it does not pay: what goes through at once should fit into the processor's caches.
-"""
+
+def tokens_at_once(max_tokens: int, device: torch.device) -> int:
+    """Tokens that go through the model at once without gradients, where a training step lets so many through.
+
+    A pass without gradients keeps no activations, so on a GPU it is four times as many. On the CPU that does not pay:
+    what goes through at once should fit into the processor's caches.
+    """
+    return max_tokens * (_NO_GRADIENT_FACTOR if is_gpu(device) else 1)
 
 
 def missing_groups(groups: Sequence[TokenGroup], known: Collection[str], max_tokens: int) -> list[TokenGroup]:
@@ -64,10 +69,9 @@ def score_groups(scorer: Scorer, groups: Sequence[TokenGroup], budget: TokenBudg
     Raises:
         MachineError: A single group does not fit into memory.
     """
-    factor = NO_GRADIENT_FACTOR if is_gpu(scorer.device) else 1
 
     def split(left: Sequence[TokenGroup], max_tokens: int) -> list[list[int]]:
-        return scorer.split(left, factor * max_tokens)
+        return scorer.split(left, tokens_at_once(max_tokens, scorer.device))
 
     for batch, scores in in_micro_batches(groups, budget, split, scorer.score):
         completions = [(group.prompt, completion) for group in batch for completion in group.completions]

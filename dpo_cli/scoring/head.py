@@ -14,7 +14,7 @@ chunk are there, and only it is kept, [N, D]; the backward pass scales its rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -322,25 +322,12 @@ def _autograd_logps(
     head_bytes: int,
     statistics: TokenStatistics | None,
 ) -> torch.Tensor:
-    """The same through the head's own forward and autograd."""
+    """The same through the head's own forward and autograd; logits are computed again in the backward pass."""
     bytes_each = _PLAIN_BYTES if transform.softcap is None else _CAPPED_BYTES
     rows = max_logit_rows(head.weight.shape[0], head_bytes, bytes_each)  # type: ignore[index]
-    return _checkpointed_logps(
-        hidden_ND, targets_N, lambda hidden: transform(linear_logits(hidden, head)), rows, statistics
-    )
-
-
-def _checkpointed_logps(
-    hidden_ND: torch.Tensor,
-    targets_N: torch.Tensor,
-    logits_of: Callable[[torch.Tensor], torch.Tensor],
-    rows: int,
-    statistics: TokenStatistics | None,
-) -> torch.Tensor:
-    """float32 [N], so many rows at a time; their logits are computed again in the backward pass."""
 
     def logps(begin: int, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return logps_of_logits(logits_of(hidden), targets, statistics, begin)
+        return logps_of_logits(transform(linear_logits(hidden, head)), targets, statistics, begin)
 
     if hidden_ND.shape[0] <= rows:
         return logps(0, hidden_ND, targets_N)

@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 
 LayoutName = Literal["shared", "padded"]
 LAYOUTS: tuple[LayoutName, ...] = ("shared", "padded")

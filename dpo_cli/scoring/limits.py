@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.scoring.layout import LayoutName, lay_out
 
 _WORTH_SAYING = 0.05

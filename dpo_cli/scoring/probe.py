@@ -23,12 +23,13 @@ import torch
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import write_json
-from dpo_cli.core.errors import MachineError, is_out_of_memory
+from dpo_cli.core.errors import MachineError, first_line, is_out_of_memory
 from dpo_cli.core.gpu import is_gpu
 from dpo_cli.core.params import RuntimeParams
 from dpo_cli.core.progress import Reporter
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.kernels.fused import describe_fused
+from dpo_cli.kernels.products import describe_products
 from dpo_cli.scoring.attention import Attending, UnsupportedAttentionError
 from dpo_cli.scoring.last_mlp import CannotSelectError
 from dpo_cli.scoring.layout import LAYOUTS, MIN_SHARED_TOKENS, LayoutName
@@ -37,6 +38,8 @@ from dpo_cli.scoring.scorer import MAX_READ_SHARE, HeadName, Scorer, engine_vers
 
 TOLERANCE = 1e-4
 """Nats by which a completion's log-probability may differ in float32."""
+RELATIVE_TOLERANCE = 2e-6
+"""The same as a share of the largest one that is compared, where that is more: float32 has seven digits."""
 BFLOAT16_TOLERANCE = 0.05
 """The least that is allowed in bfloat16, where another kernel alone moves a sum by this much."""
 MAX_TOLERANCE = 0.5
@@ -141,8 +144,8 @@ def open_scorer(
         with scorer, torch.no_grad(), evaluating(model):
             scorer.score(probe_groups(scorer.config.vocab_size, 8)[:1])
         verdict = replace(verdict, **_attention_of(scorer, verdict.layout))
-    fused = describe_fused(model, scorer.device, compute_dtype)
-    reporter.say(f"{stage}: {verdict.describe()}{fused}")
+    kernels = describe_fused(model, scorer.device, compute_dtype) + describe_products(scorer.device, compute_dtype)
+    reporter.say(f"{stage}: {verdict.describe()}{kernels}")
     names, num_bytes = left_unquantized(model)
     if names:
         reporter.warn(
@@ -166,7 +169,7 @@ def probe_layouts(scorer: Scorer, model: Any, forced: LayoutName | None = None) 
         raise MachineError(f"the model gives NaN as log-probabilities{_spoiled(model)}")
     padded = scorer.score(groups, "padded").logps_BK.cpu()
     noise = (padded - alone).abs().max().item()
-    asked = tolerance = TOLERANCE
+    asked = tolerance = max(TOLERANCE, RELATIVE_TOLERANCE * alone.abs().max().item())
     if scorer.compute_dtype != torch.float32:
         asked = max(BFLOAT16_TOLERANCE, NOISE_FACTOR * noise)
         tolerance = allowed_difference(noise, _longest_completion(groups), scorer.compute_dtype)
@@ -257,7 +260,7 @@ def _reason_against(
     except (UnsupportedAttentionError, CannotSelectError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         if is_out_of_memory(error):
             raise
-        return f"it fails ({_first_line(error)})", float("inf")
+        return f"it fails ({first_line(error)})", float("inf")
     difference = (found - alone).abs().nan_to_num(nan=float("inf")).max().item()
     if not difference <= tolerance:
         return f"off by {difference:.2g} nats", difference
@@ -275,10 +278,6 @@ def _missing_window(attended: Attending | None, config: Any) -> str | None:
     if slides and attended.windows == {None}:
         return "its layers do not say which window they slide"
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:100]
 
 
 def _longest_prompt(config: Any) -> int:

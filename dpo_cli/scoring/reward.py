@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.scoring.layout import LayoutName
 from dpo_cli.scoring.scorer import Scorer, Statistics
 

@@ -15,7 +15,7 @@ import torch
 
 from dpo_cli.core.errors import MachineError
 from dpo_cli.core.gpu import is_gpu
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.scoring.attention import IMPLEMENTATION, Attending, attend
 from dpo_cli.scoring.head import (
     DEFAULT_HEAD_BYTES,
@@ -31,6 +31,7 @@ from dpo_cli.scoring.last_mlp import ReadRows, last_mlp
 from dpo_cli.scoring.layout import Layout, LayoutName, lay_out, num_row_tokens, split_by_tokens
 
 ENGINE_VERSION = 5
+"""See :func:`engine_version`."""
 FLOAT32_ENGINE_VERSION = 3
 """The same where the model computes in float32: what made versions 4 and 5 moved only narrower numbers."""
 MAX_READ_SHARE = 0.7

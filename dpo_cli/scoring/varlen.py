@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from dpo_cli.core.errors import is_out_of_memory
+from dpo_cli.core.errors import first_line, is_out_of_memory
 from dpo_cli.scoring.blocks import additive, block_mask, pieces_of, plain_attention
 from dpo_cli.scoring.layout import Block, Run
 
@@ -286,7 +286,7 @@ def reason_against(
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
             if is_out_of_memory(error):
                 raise
-            return f"it fails{asked} ({(str(error).strip() or type(error).__name__).splitlines()[0][:100]})"
+            return f"it fails{asked} ({first_line(error)})"
     for what, tolerance, ours, theirs in zip(_PARTS, _TOLERANCES, exact, found, strict=True):
         # a kernel rounds to bfloat16, whose last digit is worth more where numbers are larger
         off = ((theirs - ours).abs() / ours.abs().clamp(min=1.0)).nan_to_num(nan=math.inf).max().item()

@@ -18,7 +18,7 @@ from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.account import Conversion, account_rows, checks_of, metrics_of, unread_of, warnings_of
 from dpo_cli.data.convert import convert
 from dpo_cli.data.formats.detect import UnknownFormatError
-from dpo_cli.data.plan import Treatment, find_files
+from dpo_cli.data.plan import Treatment, find_files, num_bytes
 
 
 def _section_of(kind: type[Source], params: Params) -> str:
@@ -68,14 +68,13 @@ def _convert_and_publish(
     stage: str, sources: Sequence[Source], params: Params, place: Path, built: Path, reporter: Reporter
 ) -> Conversion:
     files = [path for source in sources for path in find_files(source)]
-    size = sum(path.stat().st_size for path in files if path.is_file())
     name = files[0].name if len(files) == 1 else f"{len(files)} files"
     rejects_file = paths.rejects_file(stage)
     out, work, listing = built / "out", built / "work", built / rejects_file.name
     out.mkdir()
     work.mkdir()
     try:
-        with reporter.meter(f"{stage}: reading {name}", size, "bytes") as meter:
+        with reporter.meter(f"{stage}: reading {name}", num_bytes(sources), "bytes") as meter:
             report = convert(
                 sources,
                 Treatment.of(params.data),

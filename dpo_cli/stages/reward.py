@@ -15,7 +15,8 @@ from dpo_cli.core.params import Params, RewardParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import Scratch, stage_scratch
 from dpo_cli.core.text import markdown
-from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_found, explain_rejects
+from dpo_cli.data.tokenise import TokenTable, explain_found, explain_rejects
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.evaluation.reward_figures import RewardedPair, RewardFigures, summarize_rewards
 from dpo_cli.models.card import card_head, usage
 from dpo_cli.models.device import memory_in_words, memory_metrics
@@ -79,9 +80,9 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
         from dpo_cli.training.protocols import Learner
 
     quiet_libraries()
-    knobs = params.reward
+    settings = params.reward
     project = open_project(params, reporter, "reward")
-    ranked = knobs.loss == "plackett_luce"
+    ranked = settings.loss == "plackett_luce"
     train, held_out = (
         project.tokenise_rankings(split) if ranked else project.tokenise_pairs(split) for split in SPLITS
     )
@@ -95,15 +96,15 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
         reporter.warn(f"reward: {warning}")
     manifest = _manifest(params, project)
     with stage_scratch("reward", digest_json(asdict(manifest))) as scratch:
-        model = project.reward_model_at_start(knobs.lora, knobs.seed)
+        model = project.reward_model_at_start(settings.lora, settings.seed)
         inner, layout = project.scorer(model)
         scorer = RewardScorer(inner, reward_head(model))
-        learner = Learner(model, scorer, _objective(knobs, [*train.groups, *held_out.groups]))
+        learner = Learner(model, scorer, _objective(settings, [*train.groups, *held_out.groups]))
         job = Job("reward", scratch.folder, project.machine, params.runtime, reporter)
-        result = fit(learner, train.groups, held_out.groups, knobs, job)
+        result = fit(learner, train.groups, held_out.groups, settings, job)
         model.eval()
-        figures = _figures(RewardModel(scorer, project.encoder, project.budget()), pairs, knobs.seed)
-        metrics = _metrics(knobs, project, train, held_out, figures, result, layout)
+        figures = _figures(RewardModel(scorer, project.encoder, project.budget()), pairs, settings.seed)
+        metrics = _metrics(settings, project, train, held_out, figures, result, layout)
         built = scratch.build_folder()
         save_adapter(model, built, params.model.name)
         save_tokenizer(project.tokenizer, project.encoder, built, project.base)
@@ -115,7 +116,7 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
         write_json_lines(paths.rejects_file("reward"), all_rejects([train, held_out]))
         write_json(paths.metrics_file("reward"), {"reward": metrics})
         scratch.clear()
-    _print_summary(knobs, metrics, result.steps_in_words, reporter)
+    _print_summary(settings, metrics, result.steps_in_words, reporter)
     return metrics
 
 
@@ -133,13 +134,13 @@ def _publish_none(scratch: Scratch, reporter: Reporter) -> dict[str, Any]:
     return metrics
 
 
-def _objective(knobs: RewardParams, groups: Sequence[TokenGroup]) -> RewardObjective:
+def _objective(settings: RewardParams, groups: Sequence[TokenGroup]) -> RewardObjective:
     from dpo_cli.data.tables import read_ranks
     from dpo_cli.training.objective import RewardObjective
 
-    if knobs.loss == "bradley_terry":
+    if settings.loss == "bradley_terry":
         return RewardObjective()
-    return RewardObjective(read_ranks(groups, knobs.ties, "reward"), knobs.ties)
+    return RewardObjective(read_ranks(groups, settings.ties, "reward"), settings.ties)
 
 
 def _manifest(params: Params, project: Project) -> Manifest:
@@ -160,7 +161,7 @@ def _figures(model: RewardModel, pairs: TokenTable, seed: int) -> RewardFigures:
 
 
 def _metrics(
-    knobs: RewardParams,
+    settings: RewardParams,
     project: Project,
     train: TokenTable,
     held_out: TokenTable,
@@ -169,7 +170,7 @@ def _metrics(
     layout: Verdict,
 ) -> dict[str, Any]:
     tokens = sum(group.num_logical_tokens for group in train.groups) / len(train.groups)
-    metrics: dict[str, Any] = {"method": knobs.loss}
+    metrics: dict[str, Any] = {"method": settings.loss}
     for name in ("accuracy", "log_loss", "ece", "margin", "longer_accuracy"):
         metrics |= _with_interval(name, getattr(figures, name))
     for name, (count, estimate) in figures.by_length.items():
@@ -186,7 +187,7 @@ def _metrics(
         }
         for cell in figures.reliability
     ]
-    if knobs.loss == "plackett_luce":
+    if settings.loss == "plackett_luce":
         metrics["eval_kendall_tau"] = result.kept("eval_rewards/kendall_tau")
     return metrics | {
         "num_ties": figures.num_ties,
@@ -214,7 +215,7 @@ def _with_interval(name: str, estimate: Estimate) -> dict[str, Any]:
 
 
 def _model_card(params: Params, project: Project, metrics: dict[str, Any]) -> str:
-    knobs = params.reward
+    settings = params.reward
     whole = project.sft.method == "full"
     belongs = (
         "the whole model that stage sft made of it (models/sft of the same run)"
@@ -235,9 +236,9 @@ of two answers to one prompt means anything, and σ(r_a - r_b) is the probabilit
 
 | | |
 |---|---|
-| loss | {knobs.loss} |
-| {_unit(knobs)} | {metrics["num_groups"]} for training, {metrics["num_eval"]} held out |
-| steps | {metrics["kept_step"]} of {knobs.batch_size} {_unit(knobs)} |
+| loss | {settings.loss} |
+| {_unit(settings)} | {metrics["num_groups"]} for training, {metrics["num_eval"]} held out |
+| steps | {metrics["kept_step"]} of {settings.batch_size} {_unit(settings)} |
 | held-out accuracy | {metrics["accuracy"]:.3f}, 95% interval {low:.3f} to {high:.3f} |
 | the longer answer instead | {metrics["longer_accuracy"]:.3f} |
 | held-out log-loss | {metrics["log_loss"]:.4f} nats a pair |
@@ -252,16 +253,16 @@ Batches need a padding token that is not the one that ends the turn.
 """
 
 
-def _unit(knobs: RewardParams) -> str:
-    return "rankings" if knobs.loss == "plackett_luce" else "pairs"
+def _unit(settings: RewardParams) -> str:
+    return "rankings" if settings.loss == "plackett_luce" else "pairs"
 
 
-def _print_summary(knobs: RewardParams, metrics: dict[str, Any], steps: str, reporter: Reporter) -> None:
-    unit = _unit(knobs)
+def _print_summary(settings: RewardParams, metrics: dict[str, Any], steps: str, reporter: Reporter) -> None:
+    unit = _unit(settings)
     reporter.table(
         "reward",
         [
-            ("loss", knobs.loss),
+            ("loss", settings.loss),
             (unit, f"{metrics['num_groups']} train, {metrics['num_eval']} held out"),
             (f"{unit} left out", f"{metrics['num_rejected']} (listed in {paths.rejects_file('reward').as_posix()})"),
             ("steps", steps),

@@ -23,7 +23,8 @@ from dpo_cli.core.params import EMBEDDED, Params, TrainParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.text import markdown
 from dpo_cli.data.tables import SPLITS, all_rejects, read_columns, read_ranks, refuse_empty
-from dpo_cli.data.tokenise import TokenGroup, TokenTable
+from dpo_cli.data.tokenise import TokenTable
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.losses.changes import shared_length_logps
 from dpo_cli.models.adapters import adapter_size, save_adapter, size_in_words
 from dpo_cli.models.card import card_head, usage
@@ -61,22 +62,22 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
 
 
 def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, Any]:
-    knobs = params.train
+    settings = params.train
     project = open_project(params, reporter, "train")
-    ranked = "plackett_luce" in knobs.losses
+    ranked = "plackett_luce" in settings.losses
     train, held_out = (
         project.tokenise_rankings(split) if ranked else project.tokenise_pairs(split) for split in SPLITS
     )
     refuse_empty((train, held_out), project.max_length, section="train", ranked=ranked)
-    objective = _objective(knobs, project, [*train.groups, *held_out.groups])
+    objective = _objective(settings, project, [*train.groups, *held_out.groups])
     if objective.is_coupled and replicas.size > 1:
         raise ParamsError(
-            f"params.yaml: train.loss {_named(knobs)} compares all pairs of a step and runs as one process;"
+            f"params.yaml: train.loss {_named(settings)} compares all pairs of a step and runs as one process;"
             f" {replicas.size} were started"
         )
     manifest = _manifest(params, project)
     with shared_scratch("train", digest_json(asdict(manifest)), replicas) as scratch:
-        policy = project.policy(knobs.lora, knobs.seed)
+        policy = project.policy(settings.lora, settings.seed)
         scorer, layout = project.scorer(policy)
         step_zero = check_step_zero(
             policy, scorer, objective, train.groups, token_budget(params.runtime, scorer.device)
@@ -84,7 +85,7 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
         if step_zero.doubt is not None:
             reporter.warn(f"train: {step_zero.doubt}")
         job = Job("train", scratch.folder, project.machine, params.runtime, reporter, replicas)
-        result = fit(Learner(policy, scorer, objective), train.groups, held_out.groups, knobs, job)
+        result = fit(Learner(policy, scorer, objective), train.groups, held_out.groups, settings, job)
         scorer.close()
         if not replicas.is_first:
             return {}
@@ -104,21 +105,21 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
         write_json_lines(paths.rejects_file("train"), all_rejects([train, held_out]))
         write_json(paths.metrics_file("train"), {"train": metrics})
         scratch.clear()
-    _print_summary(knobs, metrics, result.steps_in_words, reporter)
+    _print_summary(settings, metrics, result.steps_in_words, reporter)
     return metrics
 
 
-def _objective(knobs: TrainParams, project: Project, groups: Sequence[TokenGroup]) -> PreferenceObjective:
+def _objective(settings: TrainParams, project: Project, groups: Sequence[TokenGroup]) -> PreferenceObjective:
     """What is minimized, with the reference's log-probabilities and what else it reads of the data."""
     reference = reference_logps(read_cache(paths.REFERENCE, project.identity), groups)
     shared_length = None
-    if knobs.ld_alpha is not None:
+    if settings.ld_alpha is not None:
         tokens = reference_logps(read_cache_tokens(paths.REFERENCE, project.identity), groups)
-        shared_length = {id: _shared_length(sides, knobs.ld_alpha) for id, sides in tokens.items()}
-    if "plackett_luce" in knobs.losses:
-        return preference_objective(knobs, reference, ranks=read_ranks(groups, knobs.ties, "train"))
-    gaps = _score_gaps(knobs, groups)
-    return preference_objective(knobs, reference, shared_length=shared_length, score_gaps=gaps)
+        shared_length = {id: _shared_length(sides, settings.ld_alpha) for id, sides in tokens.items()}
+    if "plackett_luce" in settings.losses:
+        return preference_objective(settings, reference, ranks=read_ranks(groups, settings.ties, "train"))
+    gaps = _score_gaps(settings, groups)
+    return preference_objective(settings, reference, shared_length=shared_length, score_gaps=gaps)
 
 
 def _shared_length(sides: Sequence[Sequence[float]], weight: float) -> list[float]:
@@ -127,13 +128,13 @@ def _shared_length(sides: Sequence[Sequence[float]], weight: float) -> list[floa
     return shared_length_logps(logps, lengths, weight)[0].tolist()
 
 
-def _score_gaps(knobs: TrainParams, groups: Sequence[TokenGroup]) -> dict[str, float] | None:
+def _score_gaps(settings: TrainParams, groups: Sequence[TokenGroup]) -> dict[str, float] | None:
     """Chosen minus rejected score by row id, where the objective reads it.
 
     Raises:
         DataError: A pair has no scores.
     """
-    if not knobs.margin_scale:
+    if not settings.margin_scale:
         return None
     rows = {
         id: row
@@ -183,7 +184,7 @@ def _metrics(
 
 
 def _model_card(params: Params, project: Project, metrics: dict[str, Any]) -> str:
-    knobs = params.train
+    settings = params.train
     whole = project.sft.method == "full"
     belongs = (
         "the whole model that stage sft made of it (models/sft of the same run)"
@@ -200,9 +201,9 @@ A LoRA adapter trained with Direct Preference Optimization (Rafailov et al. 2023
 
 | | |
 |---|---|
-| loss | {_named(knobs)}, beta {knobs.beta:g} |
-| {_unit(knobs)} | {metrics["num_pairs"]} for training, {metrics["num_eval"]} held out |
-| steps | {metrics["kept_step"]} of {knobs.batch_size} {_unit(knobs)} |
+| loss | {_named(settings)}, beta {settings.beta:g} |
+| {_unit(settings)} | {metrics["num_pairs"]} for training, {metrics["num_eval"]} held out |
+| steps | {metrics["kept_step"]} of {settings.batch_size} {_unit(settings)} |
 | held-out loss | {metrics["eval_loss_start"]:.4f} before, {metrics["eval_loss"]:.4f} after |
 | held-out accuracy | {metrics["eval_accuracy"]:.3f} |
 | trained | {size_in_words(metrics)} |
@@ -217,13 +218,13 @@ def _has_gap(chosen: float | None, rejected: float | None) -> bool:
     return chosen is not None and rejected is not None and math.isfinite(chosen - rejected)
 
 
-def _named(knobs: TrainParams) -> str:
+def _named(settings: TrainParams) -> str:
     """The objective in words: its name, or names with their weights."""
-    return ", ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in knobs.losses.items())
+    return ", ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in settings.losses.items())
 
 
-def _unit(knobs: TrainParams) -> str:
-    return "rankings" if "plackett_luce" in knobs.losses else "pairs"
+def _unit(settings: TrainParams) -> str:
+    return "rankings" if "plackett_luce" in settings.losses else "pairs"
 
 
 def _columns(metrics: Sequence[str]) -> tuple[str, ...]:
@@ -231,13 +232,13 @@ def _columns(metrics: Sequence[str]) -> tuple[str, ...]:
     return ("loss", *metrics, "grad_norm", "learning_rate", "eval_loss", *(f"eval_{name}" for name in metrics))
 
 
-def _print_summary(knobs: TrainParams, metrics: dict[str, Any], steps: str, reporter: Reporter) -> None:
-    expected = f" (ln 2 = {math.log(2):.6f})" if list(knobs.losses) == ["sigmoid"] else ""
-    unit = _unit(knobs)
+def _print_summary(settings: TrainParams, metrics: dict[str, Any], steps: str, reporter: Reporter) -> None:
+    expected = f" (ln 2 = {math.log(2):.6f})" if list(settings.losses) == ["sigmoid"] else ""
+    unit = _unit(settings)
     reporter.table(
         "train",
         [
-            ("loss", f"{_named(knobs)}, beta {knobs.beta:g}"),
+            ("loss", f"{_named(settings)}, beta {settings.beta:g}"),
             ("trained", size_in_words(metrics)),
             (unit, f"{metrics['num_pairs']} train, {metrics['num_eval']} held out"),
             (f"{unit} left out", f"{metrics['num_rejected']} (listed in {paths.rejects_file('train').as_posix()})"),

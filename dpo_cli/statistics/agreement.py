@@ -17,7 +17,6 @@ Source: Rafailov et al. 2023, section 6.4 and Table 2.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -72,11 +71,6 @@ class Coefficient:
 
     name: CoefficientName
     estimate: Estimate
-
-    @property
-    def is_defined(self) -> bool:
-        """Whether there are two different votes."""
-        return not math.isnan(self.estimate.value)
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class Accumulator(Generic[Scored]):
     """Adds up loss, metrics and gradients of a batch.
 
     Args:
-        learner: The model, with what scores it and what is minimised.
+        learner: The model, with what scores it and what is minimized.
         limits: How much goes through at once.
         job: Where it works.
         stop: Whether this process was asked to stop.

@@ -14,7 +14,7 @@ from dpo_cli.core.errors import DataError, MachineError, ParamsError, is_out_of_
 from dpo_cli.core.gpu import is_gpu
 from dpo_cli.core.params import EMBEDDED, LoraParams, Params, TrainParams
 from dpo_cli.core.progress import Reporter
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine, forget_peak_memory, peak_memory_bytes, prepare_machine, token_budget
 from dpo_cli.models.gpus import gpu_called
@@ -22,7 +22,7 @@ from dpo_cli.models.load import keep_weights_unpacked, quiet_libraries
 from dpo_cli.models.lora import cast_adapters
 from dpo_cli.models.project import open_project
 from dpo_cli.models.shapes import SHAPES, random_model
-from dpo_cli.reference.scoring import NO_GRADIENT_FACTOR, missing_groups, score_groups
+from dpo_cli.reference.scoring import missing_groups, score_groups, tokens_at_once
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.limits import Sizes, Work, least_bytes, least_operations
 from dpo_cli.scoring.probe import open_scorer
@@ -208,8 +208,7 @@ def _reference_pass(case: _Case) -> dict[str, Any]:
             pass
 
     times, peak = _time(turn, case.machine, case.num_turns)
-    factor = NO_GRADIENT_FACTOR if is_gpu(machine.device) else 1
-    work = _work(scorer, [by_prompt], factor * budget.max_tokens)
+    work = work_of(scorer, [by_prompt], tokens_at_once(budget.max_tokens, case.machine.device))
     return _figures(case, times, peak, work, budget, train=False, recompute="none")
 
 
@@ -244,7 +243,7 @@ def _training(case: _Case) -> dict[str, Any]:
             optimizer.zero_grad(set_to_none=True)
 
     times, peak = _time(turn, case.machine, case.num_turns)
-    work = _work(scorer, steps, budget.max_tokens)
+    work = work_of(scorer, steps, budget.max_tokens)
     return _figures(case, times, peak, work, budget, train=True, recompute=chosen.grade)
 
 
@@ -279,7 +278,8 @@ def _time(turn: Callable[[], None], machine: Machine, num_turns: int) -> tuple[l
     return times, peak_memory_bytes(machine.device)
 
 
-def _work(scorer: Scorer, steps: Sequence[Sequence[TokenGroup]], max_tokens: int) -> Work:
+def work_of(scorer: Scorer, steps: Sequence[Sequence[TokenGroup]], max_tokens: int) -> Work:
+    """What goes through the model where each step is split into micro-batches of so many tokens."""
     batches = [[step[index] for index in indices] for step in steps for indices in scorer.split(step, max_tokens)]
     return Work.of(batches, scorer.layout)
 

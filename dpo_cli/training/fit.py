@@ -12,7 +12,7 @@ import torch
 from dpo_cli.core.errors import ParamsError
 from dpo_cli.core.gpu import is_gpu
 from dpo_cli.core.params import TrainingParams
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.recompute import Recompute
 from dpo_cli.training.accumulation import Limits

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dpo_cli.core.errors import StaleArtifactError
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.scoring.probe import BFLOAT16_TOLERANCE, NOISE_FACTOR, allowed_difference
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.objective import PreferenceObjective

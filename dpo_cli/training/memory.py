@@ -11,7 +11,7 @@ from dpo_cli.core.errors import MachineError
 from dpo_cli.core.gpu import is_gpu
 from dpo_cli.core.params import RuntimeParams
 from dpo_cli.core.progress import Reporter
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.device import free_memory_bytes, token_budget
 from dpo_cli.scoring.limits import num_product_weights
 from dpo_cli.scoring.recompute import (

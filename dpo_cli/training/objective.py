@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from dpo_cli.core.params import TrainParams
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.losses.catalogue import LOSSES
 from dpo_cli.losses.changes import divergence_of, shared_length_logps, under_divergence, with_offset, wpo_weights
 from dpo_cli.losses.pairwise import Pairs, log_ratios

@@ -26,7 +26,7 @@ from dpo_cli.core.errors import MachineError, is_out_of_memory
 from dpo_cli.core.params import RuntimeParams
 from dpo_cli.core.progress import Reporter, SilentReporter
 from dpo_cli.core.scratch import Scratch, stage_scratch
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.device import prepare_machine
 
 _PATIENCE = timedelta(hours=1)
@@ -62,7 +62,7 @@ class Replicas:
         """
         if self.size == 1:
             return list(groups)
-        sizes = [len(group.prompt) + sum(map(len, group.completions)) for group in groups]
+        sizes = [sum(group.sizes) for group in groups]
         loads = [0] * self.size
         mine = []
         for index in sorted(range(len(groups)), key=lambda index: (-sizes[index], index)):

@@ -8,7 +8,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.scoring.scorer import Statistics
 
 Scored = TypeVar("Scored")

@@ -15,7 +15,7 @@ import torch
 
 from dpo_cli.core.params import LoraParams, TrainParams
 from dpo_cli.core.progress import SilentReporter
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.dry_run.counts import Counting, Counts
 from dpo_cli.dry_run.device import CUDA, dry_cuda, read_backs_give_zeros
 from dpo_cli.dry_run.model import dry_model

@@ -24,7 +24,7 @@ from dpo_cli.judging.prepare import JUDGE_PATH
 Evaluate = Callable[..., dict[str, Any]]
 
 NUM_PROMPTS = 12
-KNOBS: dict[str, Any] = {"judge": "world", "num_prompts": NUM_PROMPTS, "temperature": 0.7, "max_new_tokens": 10}
+SETTINGS: dict[str, Any] = {"judge": "world", "num_prompts": NUM_PROMPTS, "temperature": 0.7, "max_new_tokens": 10}
 
 
 def make_params(tiny_folder: Path, runtime: dict[str, Any] | None = None, **evaluate: Any) -> Params:
@@ -36,7 +36,7 @@ def make_params(tiny_folder: Path, runtime: dict[str, Any] | None = None, **eval
         "reference": {"max_length": 256},
         "train": training,
         "reward": {**training, "loss": "bradley_terry"},
-        "evaluate": {**KNOBS, **evaluate},
+        "evaluate": {**SETTINGS, **evaluate},
         "runtime": {"model_path": str(tiny_folder), "device": "cpu", **(runtime or {})},
     }
     return parse_params(sections)
@@ -75,9 +75,9 @@ def evaluate(here: Path, tiny_folder: Path, make_reporter: Callable[..., Any]) -
     """``evaluate(judge="hf", ...)``: run the stage with these settings; its reporter is ``evaluate.reporter``."""
     from dpo_cli.stages.evaluate import run
 
-    def go(reporter: Any = None, **knobs: Any) -> dict[str, Any]:
+    def go(reporter: Any = None, **settings: Any) -> dict[str, Any]:
         go.reporter = reporter or make_reporter()  # type: ignore[attr-defined]
-        return run(make_params(tiny_folder, **knobs), go.reporter)  # type: ignore[attr-defined]
+        return run(make_params(tiny_folder, **settings), go.reporter)  # type: ignore[attr-defined]
 
     return go
 
@@ -229,8 +229,8 @@ def test_people_as_judges_by_a_sheet(evaluate: Evaluate) -> None:
 
 
 def invoke(tiny_folder: Path, *arguments: str) -> Any:
-    read = KNOBS.keys() - ({"temperature"} if arguments[0] == "try" else set())
-    settings = {f"evaluate.{name}": KNOBS[name] for name in KNOBS if name in read}
+    read = SETTINGS.keys() - ({"temperature"} if arguments[0] == "try" else set())
+    settings = {f"evaluate.{name}": SETTINGS[name] for name in SETTINGS if name in read}
     settings |= {
         "model.name": "tiny",
         "reference.max_length": 256,
@@ -268,7 +268,7 @@ def test_a_prompt_is_tried_on_both_models(evaluate: Evaluate, tiny_folder: Path)
     evaluate()
     sample = samples()[0]
     (asked,) = sample["prompt"]
-    result = invoke(tiny_folder, "try", asked["content"], "--temperature", str(KNOBS["temperature"]), "--json")
+    result = invoke(tiny_folder, "try", asked["content"], "--temperature", str(SETTINGS["temperature"]), "--json")
     assert result.exit_code == 0, result.output
     answers = json.loads(result.stdout)["answers"]
     assert [(each["model"], each["text"]) for each in answers] == [
@@ -413,8 +413,8 @@ def without_memory(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_run_that_was_stopped_goes_on_where_it_was(evaluate: Evaluate, make_reporter: Callable[..., Any]) -> None:
-    knobs = {"temperatures": [0.0], "scales": [0.5]}
-    whole, answers = evaluate(**knobs), samples()
+    settings = {"temperatures": [0.0], "scales": [0.5]}
+    whole, answers = evaluate(**settings), samples()
     total = sum(work_of(evaluate.reporter).values())  # type: ignore[attr-defined]
     shutil.rmtree(".scratch/evaluate")
     shutil.rmtree(paths.report_dir("evaluate"))
@@ -429,12 +429,12 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(evaluate: Evaluate, make_re
                 raise _StopError
 
         with pytest.raises(_StopError):
-            evaluate(reporter=make_reporter(count), **knobs)
+            evaluate(reporter=make_reporter(count), **settings)
         assert not (paths.report_dir("evaluate") / "metrics.json").exists(), "nothing half-written"
         now = len(list(Path(".scratch/evaluate").rglob("shard-*.parquet")))
         assert now > done, "it got further than before"
         done = now
-    found = evaluate(**knobs)
+    found = evaluate(**settings)
     assert sum(work_of(evaluate.reporter).values()) < 0.7 * total  # type: ignore[attr-defined]
     assert_close(without_memory(found), without_memory(whole), 1e-6)
     assert_close(samples(), answers, 2e-3)  # heats are rounded to 0.001
@@ -482,7 +482,7 @@ def test_figures_depend_neither_on_the_batch_nor_on_the_order_of_rows(
     split, tokenise = Scorer.split, Project.tokenise_pairs
     monkeypatch.setattr(project_module, "load_pair", in_float64)
     monkeypatch.setattr(Scorer, "split", counted)
-    knobs: dict[str, Any] = {"num_prompts": 24, "opponents": ["sft", "chosen"], "judge_pairs": -1, "scales": [0.5]}
+    settings: dict[str, Any] = {"num_prompts": 24, "opponents": ["sft", "chosen"], "judge_pairs": -1, "scales": [0.5]}
     found = []
     for max_tokens, batch, seed in ((1, 1, None), (240, 7, None), (16000, 64, None), (240, 7, 0)):
         if seed is not None:
@@ -495,7 +495,7 @@ def test_figures_depend_neither_on_the_batch_nor_on_the_order_of_rows(
             monkeypatch.setattr(Project, "tokenise_pairs", shuffled)
         shutil.rmtree(".scratch/evaluate", ignore_errors=True)
         sizes.clear()
-        metrics = evaluate(runtime={"max_tokens_per_microbatch": max_tokens}, **knobs)
+        metrics = evaluate(runtime={"max_tokens_per_microbatch": max_tokens}, **settings)
         assert max(sizes) >= batch if batch > 1 else max(sizes) == 1
         rows = {name: table(name) for name in ("pairs.csv", "frontier.csv", "reliability.csv", "length.csv")}
         found.append((without_memory(metrics), rows, samples()))

@@ -57,7 +57,7 @@ def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
 
 def make_params(tiny_folder: Path, **evaluate: Any) -> Params:
     training = {"learning_rate": 1e-3, "batch_size": 8, "max_steps": 6}
-    knobs = {"judge": "reward-model", "num_prompts": 6, "max_new_tokens": 8, "temperatures": [], "scales": [0.5]}
+    settings = {"judge": "reward-model", "num_prompts": 6, "max_new_tokens": 8, "temperatures": [], "scales": [0.5]}
     return parse_params(
         {
             "data": {"eval_fraction": 0.2},
@@ -66,7 +66,7 @@ def make_params(tiny_folder: Path, **evaluate: Any) -> Params:
             "reference": {"max_length": 256},
             "train": training,
             "reward": {**training, "loss": "bradley_terry"},
-            "evaluate": {**knobs, **evaluate},
+            "evaluate": {**settings, **evaluate},
             "runtime": {"model_path": str(tiny_folder), "device": "cpu"},
         }
     )

@@ -60,7 +60,7 @@ def ranking_rows(seed: int, num_rows: int) -> list[dict[str, Any]]:
 def params_of(
     file: str, pairs: str = "all", max_length: int = 256, format: str = "auto", **train_section: Any
 ) -> Params:
-    knobs = {"learning_rate": 1e-3, "batch_size": 8, "beta": 2.0, "eval_steps": 0, **train_section}
+    settings = {"learning_rate": 1e-3, "batch_size": 8, "beta": 2.0, "eval_steps": 0, **train_section}
     return parse_params(
         {
             "data": {
@@ -70,7 +70,7 @@ def params_of(
             "model": {"pretrain_steps": 150},
             "sft": {"method": "none"},
             "reference": {"max_length": max_length},
-            "train": knobs,
+            "train": settings,
         }
     )
 

@@ -19,7 +19,7 @@ from dpo_cli.core.params import Params
 from dpo_cli.core.params_text import EMBEDDED_PRESET
 from dpo_cli.data import world
 from dpo_cli.data.schema import user
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.evaluation.decoding import Sampling
 from dpo_cli.evaluation.generation import PromptTokens, sample_answers
 from dpo_cli.judging.known_reward import ExactJudge, world_reward, world_task

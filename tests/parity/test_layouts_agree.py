@@ -25,7 +25,7 @@ import torch
 import transformers
 
 from dpo_cli.core.params import LoraParams, RuntimeParams
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.load import keep_weights_unpacked, load_model
 from dpo_cli.scoring.attention import IMPLEMENTATION, block_attention

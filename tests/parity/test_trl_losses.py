@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dpo_cli.core.params import TrainParams
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.losses.catalogue import LOSSES
 from dpo_cli.losses.changes import shared_length_logps
 from dpo_cli.losses.pairwise import Pairs, cpo, orpo, simpo
@@ -122,7 +122,7 @@ def shared_length_of(batch: Batch, values: torch.Tensor, weight: float) -> torch
     return shared_length_logps(flat_tokens(batch, values), in_pairs(batch.lengths), weight)
 
 
-def our_loss(batch: Batch, knobs: TrainParams) -> torch.Tensor:
+def our_loss(batch: Batch, settings: TrainParams) -> torch.Tensor:
     """The loss that our objective makes of it."""
     lengths = in_pairs(batch.lengths)
     groups = [
@@ -130,14 +130,14 @@ def our_loss(batch: Batch, knobs: TrainParams) -> torch.Tensor:
         for index, row in enumerate(lengths)
     ]
     reference = in_pairs(batch.sums(batch.reference))
-    shared = shared_length_of(batch, batch.reference, knobs.ld_alpha or 0.0)
+    shared = shared_length_of(batch, batch.reference, settings.ld_alpha or 0.0)
     by_id, shared_by_id = (
         {group.id: row for group, row in zip(groups, values.tolist(), strict=True)} for values in (reference, shared)
     )
     tokens, squares = flat_tokens(batch, batch.policy), flat_tokens(batch, batch.log_sum_sq)
     statistics = TokenStatistics(torch.zeros_like(squares), torch.zeros_like(squares), squares)
     scores = Scores(in_pairs(batch.sums(batch.policy)).double(), lengths, tokens, statistics)
-    objective = PairObjective(knobs, by_id, shared_by_id)
+    objective = PairObjective(settings, by_id, shared_by_id)
     return objective.losses(groups, scores, groups).losses_B.sum() / objective.weight(groups)
 
 
@@ -201,8 +201,8 @@ def test_a_divergence_is_trls(name: Any, divergence: Any) -> None:
         f_alpha_divergence_coef=0.3,
     )
     changes = {"divergence_alpha": 0.3} if divergence == "alpha" else {}
-    knobs = TrainParams(loss=name, label_smoothing=smoothing, divergence=divergence, **changes)
-    assert_equal(our_loss(batch, knobs), trls, batch.policy)
+    settings = TrainParams(loss=name, label_smoothing=smoothing, divergence=divergence, **changes)
+    assert_equal(our_loss(batch, settings), trls, batch.policy)
 
 
 @pytest.mark.parametrize("name", [name for name in PLAIN if "ld_alpha" in LOSSES[name].reads])

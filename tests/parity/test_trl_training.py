@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import SequentialSampler
 
 from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter, save_adapter
 from dpo_cli.models.lora import use_short_layers
 from dpo_cli.scoring.budget import TokenBudget
@@ -43,7 +43,7 @@ BETA = 0.1
 BATCH_SIZE = 8
 NUM_STEPS = 20
 VOCABULARY = 128
-KNOBS = TrainParams(
+SETTINGS = TrainParams(
     learning_rate=1e-3,
     batch_size=BATCH_SIZE,
     max_steps=NUM_STEPS,
@@ -133,12 +133,12 @@ def make_trl_trainer(setting: Setting, tokenizer: Any, folder: Path, **changes: 
         output_dir=str(folder),
         per_device_train_batch_size=BATCH_SIZE,
         max_steps=NUM_STEPS,
-        learning_rate=KNOBS.learning_rate,
+        learning_rate=SETTINGS.learning_rate,
         lr_scheduler_type="constant",
         warmup_steps=0,
         optim="adamw_torch",
         weight_decay=0.0,
-        max_grad_norm=KNOBS.max_grad_norm,
+        max_grad_norm=SETTINGS.max_grad_norm,
         beta=BETA,
         use_cpu=True,
         bf16=False,
@@ -224,7 +224,7 @@ def our_curve(
 ) -> list[Any]:
     """The logged values of every step."""
     model = load_policy(setting, ours=True)
-    descent = make_descent(model, KNOBS, NUM_STEPS, cpu.device, "train")
+    descent = make_descent(model, SETTINGS, NUM_STEPS, cpu.device, "train")
     limits = Limits(TokenBudget(max_tokens, "train", reporter), LossScale(torch.float32, "train", reporter, None))
     job = Job("train", folder, cpu, RuntimeParams(), reporter)
     with Scorer(model, torch.float32, layout) as scorer:
@@ -306,7 +306,7 @@ def test_the_curve_of_20_steps_is_that_of_trl(
     for step, (our_entry, their_entry) in enumerate(zip(ours, trl_curve, strict=True)):
         for name in METRICS:
             assert our_entry[name] == pytest.approx(their_entry[name], abs=TOLERANCE), (step, name)
-        assert our_entry["learning_rate"] == their_entry["learning_rate"] == KNOBS.learning_rate
+        assert our_entry["learning_rate"] == their_entry["learning_rate"] == SETTINGS.learning_rate
         assert our_entry["grad_norm"] == pytest.approx(their_entry["grad_norm"], rel=1e-3)
         if step > 0:
             assert our_entry["rewards/accuracies"] == pytest.approx(their_entry["rewards/accuracies"], abs=1e-6)

@@ -9,7 +9,7 @@ from unittest import mock
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.scoring import layout as layout_module
 from dpo_cli.scoring.layout import LAYOUTS, Layout, LayoutName, lay_out, num_row_tokens, split_by_tokens
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_cli.core.params import TrainParams
+from dpo_cli.data.tokens import completion_key
 from dpo_cli.losses.catalogue import LOSSES
 from dpo_cli.losses.pairwise import Pairs
-from dpo_cli.reference.cache import completion_key
 
 LOGP = st.floats(-500, 0)
 PAIR = st.tuples(LOGP, LOGP)

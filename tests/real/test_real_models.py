@@ -25,7 +25,7 @@ from dpo_cli.core.load_params import parse_params
 from dpo_cli.core.params import Params, RuntimeParams
 from dpo_cli.core.progress import SilentReporter
 from dpo_cli.data.schema import user
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import load_pair
 from dpo_cli.models.load import keep_weights_unpacked, load_config, load_model, load_tokenizer
 from dpo_cli.models.project import Project, open_project

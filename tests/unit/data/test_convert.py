@@ -631,7 +631,7 @@ def test_a_file_without_a_usable_row_is_refused_with_the_reasons(
 
 
 @pytest.mark.parametrize(("fraction", "split"), [(1e-9, "eval"), (1 - 1e-9, "train")])
-def test_an_empty_split_is_refused_with_the_knob(run: Callable[..., Converted], fraction: float, split: str) -> None:
+def test_an_empty_split_is_refused_with_the_setting(run: Callable[..., Converted], fraction: float, split: str) -> None:
     with pytest.raises(DataError, match=rf"no row fell into the {split} split .*change data.eval_fraction, now"):
         run([pair(number) for number in range(5)], fraction=fraction)
 

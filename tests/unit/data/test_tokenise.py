@@ -21,7 +21,8 @@ from dpo_cli.data.schema import (
     table_of,
     user,
 )
-from dpo_cli.data.tokenise import TokenGroup, TokenTable, explain_found, explain_rejects, tokenise_table
+from dpo_cli.data.tokenise import TokenTable, explain_found, explain_rejects, tokenise_table
+from dpo_cli.data.tokens import TokenGroup
 
 REMEDY = "run: dpo-cli convert-sft"
 POLICIES = PairTokenChecks().model_dump()

@@ -20,12 +20,12 @@ from dpo_cli.evaluation.capability import (
     summarize_task,
 )
 
-KNOBS = {"draws": 2000, "confidence": 0.95, "seed": 0}
+SETTINGS = {"draws": 2000, "confidence": 0.95, "seed": 0}
 
 
 def result_of(base: list[float], sft: list[float], dpo: list[float], *, higher_is_better: bool = True) -> TaskResult:
     found = {name: dict(enumerate(values)) for name, values in ((BASE, base), (SFT, sft), (DPO, dpo))}
-    return summarize_task(pair_items("sums", "acc", higher_is_better, found), **KNOBS)
+    return summarize_task(pair_items("sums", "acc", higher_is_better, found), **SETTINGS)
 
 
 def test_items_are_paired_by_their_number_and_not_by_their_order() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.evaluation.decoding import Sampling
 from dpo_cli.evaluation.generation import PromptTokens, Sampled, sample_answers
 from dpo_cli.scoring.budget import TokenBudget

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.evaluation import kl
 from dpo_cli.evaluation.kl import SequenceKl, estimates_disagree, sequence_kl
 from dpo_cli.scoring.scorer import Scorer

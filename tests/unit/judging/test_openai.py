@@ -160,9 +160,9 @@ def url(fake: FakeServer) -> Iterator[str]:
 
 @pytest.fixture
 def connect(url: str, reporter: Any) -> Callable[..., OpenAiJudge]:
-    def make(template: Template = TEMPLATE, model: str | None = None, **knobs: Any) -> OpenAiJudge:
+    def make(template: Template = TEMPLATE, model: str | None = None, **settings: Any) -> OpenAiJudge:
         server = Server(url, num_tries=2, sleep=lambda _: None, timeout_s=10)
-        return OpenAiJudge.connect(server, model, template, reporter, **knobs)
+        return OpenAiJudge.connect(server, model, template, reporter, **settings)
 
     return make
 
@@ -381,13 +381,13 @@ def test_a_server_that_is_not_there_or_silent_is_one_line(reporter: Any) -> None
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         port = silent.getsockname()[1]
-        knobs: dict[str, Any] = {"num_tries": 2, "sleep": lambda _: None, "timeout_s": 0.1}
+        settings: dict[str, Any] = {"num_tries": 2, "sleep": lambda _: None, "timeout_s": 0.1}
         with pytest.raises(MachineError, match=rf"http://127.0.0.1:{port}/v1 does not answer \(.*refused") as caught:
-            OpenAiJudge.connect(Server(f"http://127.0.0.1:{port}", **knobs), None, TEMPLATE, reporter)
+            OpenAiJudge.connect(Server(f"http://127.0.0.1:{port}", **settings), None, TEMPLATE, reporter)
         assert len(str(caught.value).splitlines()) == 1
         silent.listen()
         with pytest.raises(MachineError, match=r"no answer within 0.1 s; tried 2 times"):
-            OpenAiJudge.connect(Server(f"http://127.0.0.1:{port}", **knobs), None, TEMPLATE, reporter)
+            OpenAiJudge.connect(Server(f"http://127.0.0.1:{port}", **settings), None, TEMPLATE, reporter)
 
 
 def test_a_model_that_the_server_does_not_have_is_refused(connect: Callable[..., OpenAiJudge]) -> None:

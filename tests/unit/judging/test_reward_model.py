@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dpo_cli.data.chat import ChatEncoder
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.judging.reward_model import KnownRewards, RewardModel, preference
 from dpo_cli.judging.win_rate import compare
 from dpo_cli.scoring.budget import TokenBudget

@@ -15,7 +15,7 @@ import transformers
 from torch.nn.functional import silu
 
 from dpo_cli.core import gpu
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.kernels import fused, products
 from dpo_cli.kernels.fused import (
     NORM,
@@ -311,3 +311,13 @@ def test_a_norm_is_tried_at_the_widths_of_the_model(
     use_fused(model, CPU, BFLOAT16)
     reason_against.cache_clear()
     assert replaced(model) == {"LlamaMLP", "LlamaAttention"}
+
+
+def test_logits_that_are_rounded_after_all_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("meta")
+    monkeypatch.setattr(products, "_has_wide_product", lambda device, dtype: False)
+    said = "; logits are rounded to bfloat16, for there is no product of it in float32 on this device"
+    assert products.describe_products(gpu, BFLOAT16) == said
+    assert products.describe_products(gpu, torch.float32) == products.describe_products(CPU, BFLOAT16) == ""
+    monkeypatch.setattr(products, "_has_wide_product", lambda device, dtype: True)
+    assert products.describe_products(gpu, BFLOAT16) == ""

@@ -17,7 +17,7 @@ from dpo_cli.core import paths
 from dpo_cli.core.errors import ParamsError, StaleArtifactError
 from dpo_cli.core.manifest import SFT, Manifest
 from dpo_cli.core.params import LoraParams
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import (
     ADAPTER_FILES,
     SftResult,

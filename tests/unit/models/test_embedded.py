@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import signal
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from dpo_cli.core.errors import Interrupted
 from dpo_cli.core.params import WORLD_HELD_OUT
 from dpo_cli.data import world
 from dpo_cli.data.schema import user
 from dpo_cli.data.splits import split_position
 from dpo_cli.models import embedded
-from dpo_cli.models.embedded import build_embedded, build_model, build_tokenizer
+from dpo_cli.models.embedded import build_model, build_tokenizer, pretraining_loss
 
 STEPS = 5
 
@@ -134,7 +130,7 @@ def test_packed_rows_do_not_see_each_other(tokenizer: Any) -> None:
     model = build_model(tokenizer, seed=0).eval()
     pairs = examples(tokenizer, 99, 12)
     with torch.no_grad():
-        packed = embedded._batch_loss(model, iter([*pairs, ([1] * 200, [2])]))
+        packed = pretraining_loss(model, [pairs[row :: embedded._ROWS] for row in range(embedded._ROWS)])
         total, count = 0.0, 0
         for prompt, answer in pairs:
             logps = model(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
@@ -142,78 +138,3 @@ def test_packed_rows_do_not_see_each_other(tokenizer: Any) -> None:
             total -= sum(logps[begin + i, token].item() for i, token in enumerate(answer))
             count += len(answer)
     assert packed.item() == pytest.approx(total / count, rel=1e-5)
-
-
-# --- building -----------------------------------------------------------------------------
-
-
-def build(folder: Path, reporter: Any, checkpoint_s: float = 1e9, seed: int = 0) -> dict[str, torch.Tensor]:
-    (folder / "out").mkdir(parents=True, exist_ok=True)
-    build_embedded(folder / "out", folder, seed, STEPS, checkpoint_s, reporter)
-    return load_file(folder / "out" / "model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    from contextlib import nullcontext
-    from unittest.mock import MagicMock
-
-    reporter = MagicMock()
-    reporter.meter.return_value = nullcontext(MagicMock())
-    folder = tmp_path_factory.mktemp("embedded")
-    build(folder, reporter)
-    return folder / "out"
-
-
-def test_the_same_seed_builds_the_same_bytes(built: Path, tmp_path: Path, reporter: Any) -> None:
-    build(tmp_path, reporter)
-    names = sorted(path.name for path in built.iterdir())
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(names)
-    assert names == sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert [name for name in names if (built / name).read_bytes() != (tmp_path / "out" / name).read_bytes()] == []
-    (meter,) = reporter.meters
-    assert meter.done == meter.total == STEPS
-
-
-def test_another_seed_builds_another_model(built: Path, tmp_path: Path, reporter: Any) -> None:
-    other = build(tmp_path, reporter, seed=1)
-    assert not torch.equal(other["model.norm.weight"], load_file(built / "model.safetensors")["model.norm.weight"])
-
-
-@pytest.mark.parametrize("stop_at", [1, 3])
-def test_stopped_and_run_again_it_builds_the_same_weights(
-    built: Path, tmp_path: Path, reporter: Any, make_reporter: Any, stop_at: int
-) -> None:
-    def stop(done: int) -> None:
-        if done == stop_at:
-            signal.raise_signal(signal.SIGTERM)
-
-    with pytest.raises(Interrupted, match=rf"stopped and saved at step {stop_at} of {STEPS}"):
-        build(tmp_path, make_reporter(stop))
-    build(tmp_path, reporter)
-    assert reporter.said == [f"going on with the pretraining at step {stop_at} of {STEPS}"]
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (built / "model.safetensors").read_bytes()
-
-
-def test_killed_and_run_again_it_builds_the_same_weights(
-    built: Path, tmp_path: Path, reporter: Any, make_reporter: Any
-) -> None:
-    def kill(done: int) -> None:
-        if done == 4:
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        build(tmp_path, make_reporter(kill), checkpoint_s=0)
-    build(tmp_path, reporter)
-    assert reporter.said == [f"going on with the pretraining at step 3 of {STEPS}"]
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (built / "model.safetensors").read_bytes()
-
-
-def test_what_is_built_can_be_loaded(built: Path, cpu: Any) -> None:
-    from dpo_cli.data.chat import ChatEncoder
-    from dpo_cli.models.load import context_length, load_model, load_tokenizer
-
-    encoder = ChatEncoder(load_tokenizer(built))
-    assert encoder.stop_ids == [1]
-    assert context_length(built) == 8192
-    assert load_model(built, cpu, quantization="nf4").config.vocab_size > 1000

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from dpo_cli.core import paths
 from dpo_cli.core.errors import MachineError, ParamsError
 from dpo_cli.core.params import LoraParams, ModelParams, RuntimeParams
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models import load
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.folder import base_folder, check_model_folder

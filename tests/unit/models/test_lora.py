@@ -19,7 +19,7 @@ from peft.tuners.lora import bnb as lora_bnb
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_cli.core.params import LoraParams
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter, save_adapter
 from dpo_cli.models.lora import ShortLinear, ShortLinear4bit, cast_adapters, merging_pays, use_short_layers
 from dpo_cli.scoring.scorer import Scorer

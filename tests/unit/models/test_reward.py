@@ -15,7 +15,7 @@ from dpo_cli.core import paths
 from dpo_cli.core.errors import StaleArtifactError
 from dpo_cli.core.manifest import REWARD, SFT, Manifest
 from dpo_cli.core.params import LoraParams
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import (
     ADAPTER_FILES,
     SftResult,

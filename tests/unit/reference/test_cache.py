@@ -13,11 +13,10 @@ import pytest
 from dpo_cli.core import paths
 from dpo_cli.core.errors import StaleArtifactError
 from dpo_cli.core.manifest import REFERENCE
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup, completion_key
 from dpo_cli.reference import cache as cache_module
 from dpo_cli.reference.cache import (
     SCHEMA,
-    completion_key,
     group_keys,
     read_cache,
     reference_logps,

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dpo_cli.core.errors import MachineError
-from dpo_cli.data.tokenise import TokenGroup
-from dpo_cli.reference.cache import completion_key, group_keys
+from dpo_cli.data.tokens import TokenGroup, completion_key
+from dpo_cli.reference.cache import group_keys
 from dpo_cli.reference.scoring import missing_groups, score_groups
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.layout import LAYOUTS, LayoutName

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.scoring import attention, varlen
 from dpo_cli.scoring.attention import (
     IMPLEMENTATION,

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dpo_cli.core.errors import MachineError, is_out_of_memory
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
 from dpo_cli.scoring.layout import split_by_tokens
 

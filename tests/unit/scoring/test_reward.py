@@ -10,7 +10,7 @@ import torch
 
 from dpo_cli.core.errors import MachineError
 from dpo_cli.core.params import LoraParams
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.scoring.layout import LAYOUTS, LayoutName, lay_out
 from dpo_cli.scoring.reward import RewardScorer

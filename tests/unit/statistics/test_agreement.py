@@ -150,7 +150,7 @@ def test_where_all_votes_are_the_same_kappa_is_undefined() -> None:
     pair = found.pair("a", "b")
     assert pair is not None
     assert pair.agreement.value == 1
-    assert not pair.coefficient.is_defined
+    assert math.isnan(pair.coefficient.estimate.value)
     assert math.isnan(pair.coefficient.estimate.low)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import RandomSampler
 
 from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.load import load_model
 from dpo_cli.scoring.budget import TokenBudget
@@ -25,7 +25,7 @@ from dpo_cli.training.loss_scale import LossScale
 from dpo_cli.training.optimizer import make_descent
 from dpo_cli.training.protocols import BatchSource, GroupLosses, Learner
 
-KNOBS = TrainParams(learning_rate=1e-2, schedule="constant", warmup_ratio=0.0)
+SETTINGS = TrainParams(learning_rate=1e-2, schedule="constant", warmup_ratio=0.0)
 
 
 class Killed(BaseException):
@@ -131,7 +131,7 @@ def reinforce(tiny_folder: Path, cpu: Any) -> Callable[..., tuple[Loop[Scores], 
         rollouts = Rollouts(model, scorer)
         limits = Limits(TokenBudget(256, "rlhf", reporter), LossScale(torch.float32, "rlhf", reporter, None))
         job = Job("rlhf", folder, cpu, RuntimeParams(checkpoint_minutes=0.0), reporter)
-        descent = make_descent(model, KNOBS, num_steps, cpu.device, "rlhf")
+        descent = make_descent(model, SETTINGS, num_steps, cpu.device, "rlhf")
         learner = Learner(model, scorer, Clipped(rollouts))
         return Loop(learner, Data(rollouts), descent, Course(num_steps), limits, job), rollouts, model
 

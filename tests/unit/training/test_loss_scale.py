@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine
 from dpo_cli.models.load import load_model
@@ -23,7 +23,7 @@ from dpo_cli.training.objective import PairObjective
 from dpo_cli.training.protocols import Learner
 
 CPU = torch.device("cpu")
-KNOBS = TrainParams(learning_rate=1e-3, batch_size=8, max_steps=2, eval_steps=0)
+SETTINGS = TrainParams(learning_rate=1e-3, batch_size=8, max_steps=2, eval_steps=0)
 
 
 @pytest.fixture
@@ -58,9 +58,9 @@ def train(
             patch.setattr(LossScale, "unscale", noted)
             learner = Learner(model, scorer, PairObjective(TrainParams(beta=2e-5), reference))
             runtime = RuntimeParams(recompute="none", checkpoint_minutes=60.0)
-            fit(learner, train, held_out, KNOBS, Job("train", folder, machine, runtime, reporter))
+            fit(learner, train, held_out, SETTINGS, Job("train", folder, machine, runtime, reporter))
         assert {gradient.dtype for gradient in seen} == {torch.float32}
-        assert len(seen) == KNOBS.max_steps
+        assert len(seen) == SETTINGS.max_steps
         return seen
 
     return go

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dpo_cli.core import gpu
 from dpo_cli.core.errors import Interrupted, MachineError, is_out_of_memory
 from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.load import keep_weights_unpacked, load_model
 from dpo_cli.scoring.layout import LAYOUTS, LayoutName, lay_out
@@ -32,7 +32,7 @@ from dpo_cli.training.objective import PairObjective
 from dpo_cli.training.protocols import Learner
 from tests.live_memory import LiveMemory
 
-KNOBS = TrainParams(learning_rate=5e-3, batch_size=8, max_steps=12, eval_steps=4)
+SETTINGS = TrainParams(learning_rate=5e-3, batch_size=8, max_steps=12, eval_steps=4)
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def train(
     reporter: Any,
     *,
     recompute: Any = "none",
-    knobs: TrainParams = KNOBS,
+    settings: TrainParams = SETTINGS,
     watch: AbstractContextManager[Any] | None = None,
 ) -> Fit:
     """DPO of a model from its own references, watched; the two shortest pairs are the held-out ones too."""
@@ -93,7 +93,7 @@ def train(
     with watch or nullcontext():
         shortest = sorted(pairs, key=lambda pair: pair.longest)[:2]
         job = Job("train", folder, cpu, runtime, reporter)
-        return fit(Learner(model, scorer, objective), pairs, shortest, knobs, job)
+        return fit(Learner(model, scorer, objective), pairs, shortest, settings, job)
 
 
 def curve(fitted: Fit, *names: str) -> list[float]:
@@ -140,12 +140,12 @@ def test_what_is_computed_again_changes_nothing(
     layout: LayoutName, dropout: float, policy: Callable[..., Any], pairs: Any, work: Any, cpu: Any, reporter: Any
 ) -> None:
     """With dropout too: what is computed again drops what was dropped the first time, and ``auto`` draws nothing."""
-    knobs = KNOBS.model_copy(update={"max_steps": 4})
+    settings = SETTINGS.model_copy(update={"max_steps": 4})
     found = {}
     for grade in ("none", "elementwise", "layers", "auto"):
         model = policy(dropout)
         with open_in(model, layout) as scorer:
-            fitted = train(scorer, model, pairs, 300, work(grade), cpu, reporter, recompute=grade, knobs=knobs)
+            fitted = train(scorer, model, pairs, 300, work(grade), cpu, reporter, recompute=grade, settings=settings)
         assert grade in ("auto", fitted.recompute)
         found[grade] = curve(fitted), adapter_bytes(model)
     for losses, adapter in found.values():
@@ -240,7 +240,7 @@ def test_where_memory_runs_out_the_budget_is_halved_and_the_losses_stay(
 def test_held_out_pairs_that_do_not_fit_halve_it_too(
     policy: Callable[..., Any], pairs: Any, work: Any, cpu: Any, make_reporter: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    knobs = KNOBS.model_copy(update={"max_steps": 2})
+    settings = SETTINGS.model_copy(update={"max_steps": 2})
     held_out = make_reporter(), make_reporter()
     fits = []
     for is_halved, reporter in zip((False, True), held_out, strict=True):
@@ -251,7 +251,7 @@ def test_held_out_pairs_that_do_not_fit_halve_it_too(
             if is_halved:
                 run_out_above(scorer, max(sizes(scorer, shortest, half)), patch, training=False)
             budget, folder = half * (1 + is_halved), work(str(is_halved))
-            fits.append(train(scorer, model, pairs, budget, folder, cpu, reporter, knobs=knobs))
+            fits.append(train(scorer, model, pairs, budget, folder, cpu, reporter, settings=settings))
     assert [len(reporter.warned) for reporter in held_out] == [0, 1]
     assert curve(fits[1], "eval_loss", "loss") == curve(fits[0], "eval_loss", "loss")
 
@@ -276,11 +276,11 @@ def test_a_step_that_is_done_again_is_bit_by_bit_an_undisturbed_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With dropout: when memory runs out, one micro-batch has left gradients, and two have drawn random numbers."""
-    knobs = KNOBS.model_copy(update={"max_steps": 3})
+    settings = SETTINGS.model_copy(update={"max_steps": 3})
 
     def run(model: Any, scorer: Scorer, max_tokens: int, reporter: Any) -> Fit:
         folder = work(str(max_tokens))
-        return train(scorer, model, pairs, max_tokens, folder, cpu, reporter, recompute=recompute, knobs=knobs)
+        return train(scorer, model, pairs, max_tokens, folder, cpu, reporter, recompute=recompute, settings=settings)
 
     undisturbed = policy(dropout=0.1)
     with open_in(undisturbed, layout) as scorer:
@@ -300,7 +300,7 @@ def test_a_step_that_is_done_again_is_bit_by_bit_an_undisturbed_one(
 def test_without_the_old_random_numbers_it_would_be_another_step(
     policy: Callable[..., Any], pairs: Any, work: Any, cpu: Any, reporter: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    knobs = KNOBS.model_copy(update={"max_steps": 2})
+    settings = SETTINGS.model_copy(update={"max_steps": 2})
     curves, known, seed = [], set[int](), torch.manual_seed
 
     def seed_once(number: int) -> None:
@@ -314,7 +314,7 @@ def test_without_the_old_random_numbers_it_would_be_another_step(
             run_out_once(scorer, model, 2, "forward", patch)
             if name == "not restored":
                 patch.setattr(torch, "manual_seed", seed_once)
-            curves.append(curve(train(scorer, model, pairs, 400, work(name), cpu, reporter, knobs=knobs)))
+            curves.append(curve(train(scorer, model, pairs, 400, work(name), cpu, reporter, settings=settings)))
     assert curves[0] != pytest.approx(curves[1], rel=1e-6)
 
 
@@ -429,11 +429,11 @@ def test_numbers_are_read_back_once_a_step_however_many_micro_batches(
 
     monkeypatch.setattr(torch.Tensor, "tolist", noted)
     monkeypatch.setattr(Accumulator, "gradient", counted)
-    knobs = KNOBS.model_copy(update={"max_steps": 3})
+    settings = SETTINGS.model_copy(update={"max_steps": 3})
     model = policy()
     with open_in(model, layout) as scorer:
         assert len(scorer.split(pairs[:8], 128)) > 3
-        train(scorer, model, pairs, 128, work("a"), cpu, reporter, knobs=knobs)
+        train(scorer, model, pairs, 128, work("a"), cpu, reporter, settings=settings)
     assert [lists_read for lists_read, _ in found] == [1, 1, 1]
     numbers = {num for _, num in found}
     if layout == "padded":
@@ -459,11 +459,22 @@ def peak_bytes(
     num_steps: int = 1,
 ) -> int:
     """Peak of the bytes that steps of all groups hold beyond the weights, their optimizer included."""
-    knobs = KNOBS.model_copy(update={"max_steps": num_steps, "batch_size": len(groups), "eval_steps": 0})
+    settings = SETTINGS.model_copy(update={"max_steps": num_steps, "batch_size": len(groups), "eval_steps": 0})
     model = add_adapter(model.requires_grad_(False), LoraParams(r=4, alpha=8.0), seed=0)
     memory = LiveMemory()
     with Scorer(model, torch.float32, layout, head_bytes) as scorer:
-        train(scorer, model, groups, max_tokens, folder, cpu, reporter, recompute=recompute, knobs=knobs, watch=memory)
+        train(
+            scorer,
+            model,
+            groups,
+            max_tokens,
+            folder,
+            cpu,
+            reporter,
+            recompute=recompute,
+            settings=settings,
+            watch=memory,
+        )
     return memory.peak
 
 

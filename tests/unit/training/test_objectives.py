@@ -14,7 +14,7 @@ import torch
 from dpo_cli.core.errors import ParamsError
 from dpo_cli.core.load_params import parse_params
 from dpo_cli.core.params import LoraParams, Params, RuntimeParams, TrainParams
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.losses.catalogue import LOSSES
 from dpo_cli.losses.changes import shared_length_logps
 from dpo_cli.models.adapters import add_adapter
@@ -35,8 +35,8 @@ def section(loss: Any, **changes: Any) -> TrainParams:
     """Section train with a loss and what it needs, as params.yaml would be read."""
     names = list(loss) if isinstance(loss, dict) else [loss]
     needed = {name: SETTINGS[name] for loss_name in names for name in LOSSES[loss_name].needs}
-    knobs = {"learning_rate": 1e-3, "batch_size": 8, "epochs": 1.0, "eval_steps": 0, **needed, **changes}
-    params: Params = parse_params({"train": {"loss": loss, **knobs}})
+    settings = {"learning_rate": 1e-3, "batch_size": 8, "epochs": 1.0, "eval_steps": 0, **needed, **changes}
+    params: Params = parse_params({"train": {"loss": loss, **settings}})
     return params.train
 
 
@@ -62,20 +62,20 @@ def reference_tokens(scorer: Scorer, groups: Sequence[TokenGroup]) -> dict[str, 
 
 
 def objective_of(
-    knobs: TrainParams, tokens: dict[str, list[torch.Tensor]], ranks: Mapping[str, Sequence[int]] | None = None
+    settings: TrainParams, tokens: dict[str, list[torch.Tensor]], ranks: Mapping[str, Sequence[int]] | None = None
 ) -> PreferenceObjective:
     reference = {name: [side.double().sum().item() for side in sides] for name, sides in tokens.items()}
     shared = {}
-    for name, sides in tokens.items() if knobs.ld_alpha is not None else ():
+    for name, sides in tokens.items() if settings.ld_alpha is not None else ():
         lengths = torch.tensor([[len(side) for side in sides]])
-        shared[name] = shared_length_logps(torch.cat(sides), lengths, knobs.ld_alpha or 0.0)[0].tolist()
+        shared[name] = shared_length_logps(torch.cat(sides), lengths, settings.ld_alpha or 0.0)[0].tolist()
     gaps = {name: 0.5 * index for index, name in enumerate(tokens)}
-    return preference_objective(knobs, reference, shared_length=shared, score_gaps=gaps, ranks=ranks)
+    return preference_objective(settings, reference, shared_length=shared, score_gaps=gaps, ranks=ranks)
 
 
 def train(
     model: Any,
-    knobs: TrainParams,
+    settings: TrainParams,
     groups: tuple[list[TokenGroup], list[TokenGroup]],
     max_tokens: int,
     folder: Path,
@@ -86,11 +86,11 @@ def train(
     scorer = Scorer(model, torch.float32, "shared")
     model.eval()
     distinct = {group.id: group for part in groups for group in part}
-    objective = objective_of(knobs, reference_tokens(scorer, list(distinct.values())), ranks)
+    objective = objective_of(settings, reference_tokens(scorer, list(distinct.values())), ranks)
     folder.mkdir()
     with scorer:
         runtime = RuntimeParams(max_tokens_per_microbatch=max_tokens, recompute="none")
-        return fit(Learner(model, scorer, objective), *groups, knobs, Job("train", folder, cpu, runtime, reporter))
+        return fit(Learner(model, scorer, objective), *groups, settings, Job("train", folder, cpu, runtime, reporter))
 
 
 def curve(fitted: Fit) -> list[float]:
@@ -134,9 +134,9 @@ def test_the_token_budget_changes_no_curve(
     loss: Any, changes: Any, policy: Callable[..., Any], pairs: Any, tmp_path: Path, cpu: Any, reporter: Any
 ) -> None:
     """Also of losses that compare all pairs of a step, and of those that divide by its tokens."""
-    knobs = section(loss, beta=0.5, **changes)
+    settings = section(loss, beta=0.5, **changes)
     found = {
-        tokens: train(policy(), knobs, pairs, tokens, tmp_path / str(tokens), cpu, reporter) for tokens in (60, 8192)
+        tokens: train(policy(), settings, pairs, tokens, tmp_path / str(tokens), cpu, reporter) for tokens in (60, 8192)
     }
     assert curve(found[60]) == pytest.approx(curve(found[8192]), rel=1e-4, abs=2e-5)
     held_out = [entry["eval_loss"] for entry in found[8192].history if "eval_loss" in entry]
@@ -161,9 +161,9 @@ def test_what_an_objective_reads_passes_the_gate_and_changes_its_losses(
         tokens = reference_tokens(scorer, groups)
         shifted = {name: [side + 0.1 * place for place, side in enumerate(sides)] for name, sides in tokens.items()}
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        for knobs in (section(loss, beta=0.5), section(loss, beta=0.5, **changes)):
-            check_step_zero(model, scorer, objective_of(knobs, tokens), groups, 200)
-            objective = objective_of(knobs, shifted)
+        for settings in (section(loss, beta=0.5), section(loss, beta=0.5, **changes)):
+            check_step_zero(model, scorer, objective_of(settings, tokens), groups, 200)
+            objective = objective_of(settings, shifted)
             scores = scorer.score(groups, statistics=objective.statistics)
             losses = objective.losses(groups, scores, groups).losses_B
             gradients = torch.autograd.grad(losses.sum(), trained)
@@ -212,7 +212,7 @@ def test_a_coupled_loss_has_the_gradient_of_the_whole_batch(
     loss: Any, policy: Callable[..., Any], pairs: Any, tmp_path: Path, cpu: Any, reporter: Any
 ) -> None:
     """What two passes over micro-batches of single pairs give is what autograd gives through all at once."""
-    knobs = section(loss, beta=0.5, max_grad_norm=1e6, epochs=1.0, max_steps=None, batch_size=16)
+    settings = section(loss, beta=0.5, max_grad_norm=1e6, epochs=1.0, max_steps=None, batch_size=16)
     model = policy()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -222,14 +222,14 @@ def test_a_coupled_loss_has_the_gradient_of_the_whole_batch(
     scorer = Scorer(model, torch.float32, "shared")
     groups = pairs[0]
     tokens = reference_tokens(Scorer(policy(), torch.float32), groups)
-    objective = objective_of(knobs, tokens)
+    objective = objective_of(settings, tokens)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     whole = torch.autograd.grad(objective.losses(groups, scorer.score(groups), groups).losses_B.mean(), trained)
     norm = math.sqrt(sum(gradient.square().sum().item() for gradient in whole))
     folder = tmp_path / "steps"
     folder.mkdir()
     job = Job("train", folder, cpu, RuntimeParams(max_tokens_per_microbatch=1), reporter)
-    fitted = fit(Learner(model, scorer, objective), groups, groups, knobs, job)
+    fitted = fit(Learner(model, scorer, objective), groups, groups, settings, job)
     assert fitted.first("grad_norm") == pytest.approx(norm, rel=1e-5)
     assert fitted.first("loss") == pytest.approx(fitted.first("eval_loss"), rel=1e-6), "the same pairs, the same loss"
 
@@ -248,8 +248,8 @@ def test_a_coupled_loss_drops_the_same_in_both_passes(
         return scores
 
     monkeypatch.setattr(Scorer, "score", watched)
-    knobs = section("aot", beta=5.0, batch_size=16, epochs=1.0)
-    train(policy(dropout=0.5), knobs, pairs, 1, tmp_path / "one", cpu, reporter)
+    settings = section("aot", beta=5.0, batch_size=16, epochs=1.0)
+    train(policy(dropout=0.5), settings, pairs, 1, tmp_path / "one", cpu, reporter)
     assert len(seen[False]) == len(pairs[0])
     assert torch.equal(torch.cat(seen[False]), torch.cat(seen[True])), "dropout drew other numbers"
     assert len({row.item() for row in torch.cat(seen[True])[:, 0]}) == len(pairs[0])
@@ -276,9 +276,9 @@ def test_rankings_of_any_length_train_together(
         for index, group in enumerate(groups)
     }
     changes = {} if ties == "average" else {"ties": ties}
-    knobs = section("plackett_luce", beta=0.5, **changes)
+    settings = section("plackett_luce", beta=0.5, **changes)
     found = {
-        tokens: train(policy(), knobs, (groups, groups[::3]), tokens, tmp_path / str(tokens), cpu, reporter, ranks)
+        tokens: train(policy(), settings, (groups, groups[::3]), tokens, tmp_path / str(tokens), cpu, reporter, ranks)
         for tokens in (60, 8192)
     }
     assert curve(found[60]) == pytest.approx(curve(found[8192]), rel=1e-4, abs=2e-5)

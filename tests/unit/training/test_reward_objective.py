@@ -14,7 +14,7 @@ import torch
 
 from dpo_cli.core.errors import Interrupted
 from dpo_cli.core.params import LoraParams, RewardParams, RuntimeParams
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import SftResult
 from dpo_cli.models.reward import load_reward_model_at_start, reward_head
 from dpo_cli.scoring.layout import LayoutName
@@ -26,7 +26,7 @@ from dpo_cli.training.objective import RewardObjective
 from dpo_cli.training.protocols import Learner
 from tests.waiting import NoWaiting
 
-KNOBS = RewardParams(loss="bradley_terry", learning_rate=5e-3, batch_size=8, epochs=2.0, eval_steps=3)
+SETTINGS = RewardParams(loss="bradley_terry", learning_rate=5e-3, batch_size=8, epochs=2.0, eval_steps=3)
 SHAPES = ((2.0, 1.0), (1.0, 1.0), (0.0, 3.0))
 
 
@@ -121,7 +121,7 @@ def train(
     work.mkdir(parents=True, exist_ok=True)
     scorer = RewardScorer(Scorer(model, torch.float32, layout), reward_head(model))
     job = Job("reward", work, cpu, runtime or RuntimeParams(), reporter)
-    return fit(Learner(model, scorer, objective or RewardObjective()), *pairs, KNOBS, job)
+    return fit(Learner(model, scorer, objective or RewardObjective()), *pairs, SETTINGS, job)
 
 
 def trained(model: Any) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ import torch
 from dpo_cli.core import gpu
 from dpo_cli.core.errors import Interrupted, MachineError, ParamsError, StaleArtifactError
 from dpo_cli.core.params import LoraParams, RuntimeParams, TrainingParams, TrainParams
-from dpo_cli.data.tokenise import TokenGroup
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.load import keep_weights_unpacked, load_model
 from dpo_cli.scoring.scorer import Scorer
@@ -27,7 +27,7 @@ from dpo_cli.training.objective import PairObjective, SftObjective
 from dpo_cli.training.optimizer import make_descent, num_warmup_steps
 from dpo_cli.training.protocols import Learner, Objective
 
-KNOBS = TrainParams(learning_rate=5e-3, batch_size=8, epochs=2.0, eval_steps=3)
+SETTINGS = TrainParams(learning_rate=5e-3, batch_size=8, epochs=2.0, eval_steps=3)
 
 
 @pytest.fixture
@@ -61,12 +61,12 @@ def run_dpo(
     cpu: Any,
     reporter: Any,
     runtime: RuntimeParams | None = None,
-    knobs: TrainingParams = KNOBS,
+    settings: TrainingParams = SETTINGS,
 ) -> Fit:
     scorer = Scorer(model, torch.float32)
     train, held_out = pairs
     objective = PairObjective(TrainParams(beta=0.1), reference(scorer, [*train, *held_out]))
-    return run(model, scorer, objective, pairs, work, cpu, reporter, runtime, knobs)
+    return run(model, scorer, objective, pairs, work, cpu, reporter, runtime, settings)
 
 
 def run(
@@ -78,11 +78,11 @@ def run(
     cpu: Any,
     reporter: Any,
     runtime: RuntimeParams | None = None,
-    knobs: TrainingParams = KNOBS,
+    settings: TrainingParams = SETTINGS,
 ) -> Fit:
     work.mkdir(parents=True, exist_ok=True)
     job = Job("train", work, cpu, runtime or RuntimeParams(), reporter)
-    return fit(Learner(model, scorer, objective), *pairs, knobs, job)
+    return fit(Learner(model, scorer, objective), *pairs, settings, job)
 
 
 def adapter(model: Any) -> dict[str, torch.Tensor]:
@@ -127,9 +127,9 @@ def test_a_step_takes_the_mean_over_the_pairs_of_its_batch(
 ) -> None:
     """One step of RMSprop-free arithmetic: the logged gradient norm is that of the mean loss over the batch."""
     train, held_out = pairs[0][:8], pairs[1]
-    knobs = KNOBS.model_copy(update={"max_steps": 1, "warmup_ratio": 0.0, "max_grad_norm": 1e9})
+    settings = SETTINGS.model_copy(update={"max_steps": 1, "warmup_ratio": 0.0, "max_grad_norm": 1e9})
     fitted = run_dpo(
-        policy(), (train, held_out), tmp_path, cpu, reporter, RuntimeParams(max_tokens_per_microbatch=40), knobs
+        policy(), (train, held_out), tmp_path, cpu, reporter, RuntimeParams(max_tokens_per_microbatch=40), settings
     )
     model = policy()
     scorer = Scorer(model, torch.float32)
@@ -252,7 +252,7 @@ def test_two_runs_make_the_same_bytes(
 # --- the best step ------------------------------------------------------------------------
 
 # the rate is too high: the held-out loss falls at first, and then rises
-OVERSHOOTS = KNOBS.model_copy(
+OVERSHOOTS = SETTINGS.model_copy(
     update={
         "learning_rate": 0.02,
         "schedule": "constant",
@@ -272,22 +272,22 @@ def test_the_weights_of_the_lowest_held_out_loss_are_kept(
     policy: Callable[[], Any], pairs: Any, tmp_path: Path, cpu: Any, make_reporter: Any
 ) -> None:
     best = policy()
-    fitted = run_dpo(best, pairs, tmp_path / "best", cpu, make_reporter(), knobs=OVERSHOOTS)
+    fitted = run_dpo(best, pairs, tmp_path / "best", cpu, make_reporter(), settings=OVERSHOOTS)
     losses = held_out_losses(fitted)
     assert 0 < fitted.kept_step < fitted.num_steps == fitted.num_planned
     assert losses[fitted.kept_step] == min(losses.values()) == fitted.kept("eval_loss")
     upto = OVERSHOOTS.model_copy(update={"keep": "last", "epochs": 1.0, "max_steps": fitted.kept_step})
     there = policy()
-    run_dpo(there, pairs, tmp_path / "there", cpu, make_reporter(), knobs=upto)
+    run_dpo(there, pairs, tmp_path / "there", cpu, make_reporter(), settings=upto)
     assert all(torch.equal(adapter(best)[name], value) for name, value in adapter(there).items())
 
 
 def test_patience_ends_training(
     policy: Callable[[], Any], pairs: Any, tmp_path: Path, cpu: Any, make_reporter: Any
 ) -> None:
-    whole = run_dpo(policy(), pairs, tmp_path / "whole", cpu, make_reporter(), knobs=OVERSHOOTS)
+    whole = run_dpo(policy(), pairs, tmp_path / "whole", cpu, make_reporter(), settings=OVERSHOOTS)
     patient = OVERSHOOTS.model_copy(update={"patience": 2})
-    fitted = run_dpo(policy(), pairs, tmp_path / "patient", cpu, make_reporter(), knobs=patient)
+    fitted = run_dpo(policy(), pairs, tmp_path / "patient", cpu, make_reporter(), settings=patient)
     assert fitted.num_steps == fitted.kept_step + 4 < fitted.num_planned
     assert held_out_losses(fitted).items() <= held_out_losses(whole).items()
     assert fitted.steps_in_words == f"{fitted.num_steps} of 24 (patience ended); kept: step {fitted.kept_step}"
@@ -298,9 +298,9 @@ def test_killed_at_any_step_the_same_best_weights_are_kept(
     killed_before_saving: bool, policy: Callable[[], Any], pairs: Any, tmp_path: Path, cpu: Any, make_reporter: Any
 ) -> None:
     """Killed at every step in turn, each run goes on from the last one's checkpoint."""
-    knobs = OVERSHOOTS.model_copy(update={"patience": 2})
+    settings = OVERSHOOTS.model_copy(update={"patience": 2})
     whole = policy()
-    uninterrupted = run_dpo(whole, pairs, tmp_path / "whole", cpu, make_reporter(), knobs=knobs)
+    uninterrupted = run_dpo(whole, pairs, tmp_path / "whole", cpu, make_reporter(), settings=settings)
 
     class Killed(BaseException):
         pass
@@ -314,11 +314,11 @@ def test_killed_at_any_step_the_same_best_weights_are_kept(
                 raise Killed
 
         try:
-            run_dpo(policy(), pairs, work, cpu, make_reporter(kill), every_step, knobs)
+            run_dpo(policy(), pairs, work, cpu, make_reporter(kill), every_step, settings)
         except Killed:
             kills += 1
     resumed = policy()
-    fitted = run_dpo(resumed, pairs, work, cpu, make_reporter(), every_step, knobs)
+    fitted = run_dpo(resumed, pairs, work, cpu, make_reporter(), every_step, settings)
     assert kills >= uninterrupted.num_steps - 1
     assert held_out_losses(fitted) == held_out_losses(uninterrupted)
     assert (fitted.kept_step, fitted.num_steps) == (uninterrupted.kept_step, uninterrupted.num_steps)
@@ -346,11 +346,11 @@ def test_of_equal_losses_the_earlier_is_best_and_no_number_never() -> None:
 def test_keep_best_needs_a_step_to_choose(
     policy: Callable[[], Any], pairs: Any, tmp_path: Path, cpu: Any, reporter: Any
 ) -> None:
-    knobs = OVERSHOOTS.model_copy(update={"eval_steps": 24})
+    settings = OVERSHOOTS.model_copy(update={"eval_steps": 24})
     with pytest.raises(
         ParamsError, match=r"train\.keep best has nothing to choose from: of 24 steps none but the last"
     ):
-        run_dpo(policy(), pairs, tmp_path, cpu, reporter, knobs=knobs)
+        run_dpo(policy(), pairs, tmp_path, cpu, reporter, settings=settings)
 
 
 # --- TensorBoard --------------------------------------------------------------------------
@@ -402,8 +402,8 @@ def test_without_the_package_event_files_are_refused(
     ],
 )
 def test_the_plan_counts_steps(changes: dict[str, Any], steps: int, warmup: int) -> None:
-    knobs = KNOBS.model_copy(update=changes)
-    assert (count_steps(knobs, 20), num_warmup_steps(knobs, steps)) == (steps, warmup)
+    settings = SETTINGS.model_copy(update=changes)
+    assert (count_steps(settings, 20), num_warmup_steps(settings, steps)) == (steps, warmup)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -412,7 +412,7 @@ def test_every_schedule_and_optimizer_trains(
     schedule: str, optimizer: str, policy: Callable[[], Any], pairs: Any, tmp_path: Path, cpu: Any, reporter: Any
 ) -> None:
     changes = {"schedule": schedule, "optimizer": optimizer, "warmup_ratio": 0.34}
-    fitted = run_dpo(policy(), pairs, tmp_path, cpu, reporter, knobs=KNOBS.model_copy(update=changes))
+    fitted = run_dpo(policy(), pairs, tmp_path, cpu, reporter, settings=SETTINGS.model_copy(update=changes))
     rates = losses(fitted, "learning_rate")
     assert rates[0] == 0  # the rate rises from 0
     assert max(rates) == pytest.approx(5e-3)
@@ -421,9 +421,9 @@ def test_every_schedule_and_optimizer_trains(
 
 
 def test_an_optimizer_of_cuda_is_refused_on_the_cpu() -> None:
-    knobs = KNOBS.model_copy(update={"optimizer": "paged_adamw_8bit"})
+    settings = SETTINGS.model_copy(update={"optimizer": "paged_adamw_8bit"})
     with pytest.raises(MachineError, match=r"train\.optimizer paged_adamw_8bit needs CUDA"):
-        make_descent(torch.nn.Linear(1, 1), knobs, 8, torch.device("cpu"), "train")
+        make_descent(torch.nn.Linear(1, 1), settings, 8, torch.device("cpu"), "train")
 
 
 def test_on_a_gpu_kernels_are_loaded_before_memory_is_full_which_moves_nothing(
@@ -566,12 +566,12 @@ def test_a_noisy_model_does_not_deafen_the_gate(narrow: Callable[..., Any], monk
 def test_killed_after_the_last_step_it_trains_no_step_more(
     policy: Callable[[], Any], pairs: Any, tmp_path: Path, cpu: Any, make_reporter: Any
 ) -> None:
-    knobs = KNOBS.model_copy(update={"max_steps": 4, "epochs": 1.0})  # ends in the middle of an epoch
+    settings = SETTINGS.model_copy(update={"max_steps": 4, "epochs": 1.0})  # ends in the middle of an epoch
     every_step = RuntimeParams(checkpoint_minutes=0.0)
     first = policy()
-    fitted = run_dpo(first, pairs, tmp_path, cpu, make_reporter(), every_step, knobs)
+    fitted = run_dpo(first, pairs, tmp_path, cpu, make_reporter(), every_step, settings)
     again = policy()
-    refitted = run_dpo(again, pairs, tmp_path, cpu, make_reporter(), every_step, knobs)
+    refitted = run_dpo(again, pairs, tmp_path, cpu, make_reporter(), every_step, settings)
     assert losses(refitted) == losses(fitted)
     assert losses(refitted, "eval_loss") == losses(fitted, "eval_loss")
     for name, value in adapter(first).items():
