@@ -56,7 +56,7 @@ def write(folder: Path, num_pairs: int) -> None:
     token_logps = pl.Series(logps).reshape((len(keys), TOKENS)).cast(pl.List(pl.Float32))
     sums = logps.reshape(-1, TOKENS).sum(1, dtype=np.float64)
     columns = {"key": keys, "logp": sums, "num_tokens": [TOKENS] * len(keys), "token_logps": token_logps}
-    write_cache(folder / "reference", pl.DataFrame(columns, schema_overrides=SCHEMA), IDENTITY)
+    write_cache(folder / "reference", pl.DataFrame(columns, schema_overrides=SCHEMA), IDENTITY, {})
 
 
 def measure(folder: Path) -> dict[str, Any]:

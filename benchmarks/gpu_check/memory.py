@@ -23,6 +23,7 @@ from benchmarks.gpu_check.bench import GIB, Bench, Policy, train
 from dpo_cli.core.errors import MachineError
 from dpo_cli.core.params import TrainParams
 from dpo_cli.dry_run.step import DryAccumulator
+from dpo_cli.evaluation.decoding import Sampling
 from dpo_cli.evaluation.generation import PromptTokens, sample_answers
 from dpo_cli.models.device import (
     forget_peak_memory,
@@ -215,12 +216,8 @@ def generation(bench: Bench) -> None:
         answers = sample_answers(
             policy.model.eval(),
             prompts,
-            stop_ids=[1],
-            temperature=1.0,
-            max_new_tokens=num_tokens,
+            Sampling(1.0, num_tokens, (1,), 0, "policy"),
             budget=TokenBudget(4096, "gpu-check", policy.reporter),
-            seed=0,
-            stream="policy",
             autocast_dtype=policy.machine.compute_dtype,
             meter=meter,
         )

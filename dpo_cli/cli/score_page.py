@@ -11,9 +11,9 @@ from dpo_cli.core.progress import Reporter
 from dpo_cli.core.text import visible, visible_token
 from dpo_cli.data.pieces import pieces_of
 from dpo_cli.evaluation.implicit_reward import RewardSummary
+from dpo_cli.evaluation.log_ratios import ScoredAnswers
 from dpo_cli.evaluation.score import Scored, ScoredRow
 from dpo_cli.evaluation.score_rows import InputRow
-from dpo_cli.reference.log_ratios import ScoredAnswers
 from dpo_cli.report.token_page import AnswerTokens, RowTokens, TokenPiece, choose_rows, write_token_page
 
 _NAMED = 5

@@ -50,11 +50,15 @@ class Sampling:
         temperature: 0 takes the likeliest token.
         max_new_tokens: S.
         stop_ids: Tokens that end an answer.
+        seed: With the prompt's id and ``stream`` it fixes the random stream.
+        stream: Name of the model that answers, so that two models get different streams.
     """
 
     temperature: float
     max_new_tokens: int
     stop_ids: tuple[int, ...]
+    seed: int = 0
+    stream: str = ""
 
 
 def pick(logits_RV: torch.Tensor, uniforms_R: torch.Tensor, temperature: float) -> torch.Tensor:

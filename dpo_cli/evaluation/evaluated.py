@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_cli.core import paths
-from dpo_cli.core.artifacts import read_json
 from dpo_cli.core.errors import StaleArtifactError
+from dpo_cli.core.manifest import DPO
 from dpo_cli.core.params import TrainParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.tokenise import TokenTable, prompt_ids
-from dpo_cli.reference.graph import Graph, table_digests
+from dpo_cli.models.project import Project
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,14 @@ class Evaluated:
 
 
 def training_of(
-    folder: Path, default: TrainParams, graph: Graph, reporter: Reporter
+    folder: Path, default: TrainParams, project: Project, reporter: Reporter
 ) -> tuple[TrainParams, Mapping[str, int] | None, bool]:
-    """How a model was trained, how long (None: not known), and whether on this project's graph and data."""
-    path = folder / "provenance.json"
+    """How a model was trained, how long (None: not known), and whether on this project's graph and data.
+
+    Raises:
+        StaleArtifactError: It is not as its training left it.
+    """
+    path = folder / DPO.name
     if not path.is_file():
         reporter.warn(
             f"evaluate: {folder} does not say what it was trained on; its held-out figures mean nothing if it has read"
@@ -48,18 +52,19 @@ def training_of(
         )
         return default, None, False
     try:
-        provenance = read_json(path, "")
-        train = TrainParams.model_validate(provenance["params"]["train"])
-        is_ours = provenance["graph"] == graph.identity and provenance["data"] == table_digests(paths.PREFERENCE_DATA)
-    except (StaleArtifactError, ValueError, KeyError, TypeError):
+        manifest = DPO.read(folder)
+        train = TrainParams.model_validate(manifest.settings["train"])
+    except (StaleArtifactError, ValueError, KeyError):
         reporter.warn(f"evaluate: {path} is not one of this version, and is not read; beta is train.beta's")
         return default, None, False
+    DPO.refuse_changed(manifest, folder)
+    is_ours = all(manifest.made_of.get(name) == now for name, now in project.made_of().items())
     if not is_ours:
         reporter.warn(
             f"evaluate: {folder} was trained on another graph or other data than the project's: it may have read the"
             " held-out prompts"
         )
-    return train, provenance.get("trained", {}), is_ours
+    return train, manifest.facts, is_ours
 
 
 def count_leaked_prompts(held_out: TokenTable) -> int:

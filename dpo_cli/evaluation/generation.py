@@ -9,7 +9,7 @@ digit now and then.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from dpo_cli.core.artifacts import digest_json
 from dpo_cli.core.gpu import is_gpu
 from dpo_cli.core.progress import Meter
+from dpo_cli.data.schema import Messages
 from dpo_cli.evaluation.decoding import Sampling, StaticDecoder, describe, pick
 from dpo_cli.models.lora import cast_adapters
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
@@ -39,15 +40,16 @@ capability 8.6 and 8.9); with more it unpacks every weight at every step, which 
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """A prompt to answer: its content id and its token ids."""
+    """A prompt to answer: its content id, its token ids and its messages."""
 
     id: str
     tokens: tuple[int, ...]
+    messages: Messages = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A sampled answer.
+class Sampled:
+    """The tokens of a sampled answer.
 
     Attributes:
         tokens: Token ids as sampled, the stop token included where one came.
@@ -76,28 +78,20 @@ class _InverseCdf(LogitsProcessor):
 def sample_answers(
     model: Any,
     prompts: Sequence[PromptTokens],
+    sampling: Sampling,
     *,
-    stop_ids: Sequence[int],
-    temperature: float,
-    max_new_tokens: int,
     budget: TokenBudget,
-    seed: int,
-    stream: str,
     autocast_dtype: torch.dtype,
     meter: Meter,
-    keep: Callable[[Mapping[str, Answer]], None] | None = None,
-) -> dict[str, Answer]:
+    keep: Callable[[Mapping[str, Sampled]], None] | None = None,
+) -> dict[str, Sampled]:
     """Sample one answer to each prompt, without truncating the distribution.
 
     Args:
         model: A causal LM in eval mode.
         prompts: What to answer.
-        stop_ids: Tokens that end an answer.
-        temperature: 0 takes the likeliest token.
-        max_new_tokens: Limit of an answer, tokens.
+        sampling: How.
         budget: Tokens of a micro-batch; prompts and answers together may have :data:`CACHE_FACTOR` times as many.
-        seed: With the prompt's id and ``stream`` it fixes the random stream.
-        stream: Name of the model that answers, so that two models get different streams.
         autocast_dtype: Compute dtype.
         meter: Called with every answer.
         keep: Gets each batch's answers by prompt id as they are made; what it raises ends the sampling.
@@ -105,14 +99,14 @@ def sample_answers(
     Returns:
         The answers by prompt id.
     """
+    temperature, max_new_tokens, stop_ids = sampling.temperature, sampling.max_new_tokens, sampling.stop_ids
     restore_attention(model)
     model.generation_config = GenerationConfig()
     config = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0]
     )
-    answers: dict[str, Answer] = {}
+    answers: dict[str, Sampled] = {}
     device = model.get_input_embeddings().weight.device
-    sampling = Sampling(temperature, max_new_tokens, tuple(stop_ids))
     decoder = StaticDecoder(model, sampling, autocast_dtype) if is_gpu(device) else None
 
     def sample(batch: list[PromptTokens]) -> list[list[int]]:
@@ -124,7 +118,7 @@ def sample_answers(
             mask[row, length - len(prompt.tokens) :] = 1
         tokens, mask, uniforms = tokens.to(device), mask.to(device), None
         if temperature > 0:
-            rows = np.stack([_uniforms(seed, stream, prompt.id, max_new_tokens) for prompt in batch])
+            rows = np.stack([_uniforms(sampling, prompt.id) for prompt in batch])
             uniforms = torch.from_numpy(rows).to(device)
         dtype = autocast_dtype if autocast_dtype != torch.float32 else None
         # a cast that is kept for the next step has no place in a recorded one
@@ -170,14 +164,14 @@ def _batches(prompts: Sequence[PromptTokens], max_new_tokens: int, max_tokens: i
     return batches
 
 
-def _uniforms(seed: int, stream: str, prompt_id: str, count: int) -> np.ndarray:
-    """float64 [count] in [0, 1), from a counter-based generator keyed by what fixes the stream."""
-    key = int(digest_json([seed, stream, prompt_id]), 16)
-    return np.random.Generator(np.random.Philox(key=key)).random(count)
+def _uniforms(sampling: Sampling, prompt_id: str) -> np.ndarray:
+    """float64 [max_new_tokens] in [0, 1), from a counter-based generator keyed by what fixes the stream."""
+    key = int(digest_json([sampling.seed, sampling.stream, prompt_id]), 16)
+    return np.random.Generator(np.random.Philox(key=key)).random(sampling.max_new_tokens)
 
 
-def _cut(tokens: Sequence[int], stop_ids: Sequence[int]) -> Answer:
+def _cut(tokens: Sequence[int], stop_ids: Sequence[int]) -> Sampled:
     for index, token in enumerate(tokens):
         if token in stop_ids:
-            return Answer(tuple(tokens[: index + 1]), finished=True)
-    return Answer(tuple(tokens), finished=False)
+            return Sampled(tuple(tokens[: index + 1]), finished=True)
+    return Sampled(tuple(tokens), finished=False)

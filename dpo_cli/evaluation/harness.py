@@ -30,8 +30,10 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from dpo_cli.core.errors import DataError, ParamsError, first_line
-from dpo_cli.core.progress import Meter, Reporter
+from dpo_cli.core.progress import Meter
 from dpo_cli.models.device import Machine
+from dpo_cli.models.load import context_length
+from dpo_cli.models.project import Project
 
 _DEFAULT_ANSWER_TOKENS = 256
 # their decorators hide their types
@@ -268,17 +270,7 @@ def _length(request: Any, tokenizer: Any) -> tuple[int, int]:
 
 
 def answer_items(
-    model: Any,
-    task: HarnessTask,
-    requests: Requests,
-    *,
-    label: str,
-    tokenizer: Any,
-    machine: Machine,
-    context: int | None,
-    max_tokens: int,
-    limit: int | None,
-    reporter: Reporter,
+    model: Any, task: HarnessTask, requests: Requests, project: Project, *, label: str, limit: int | None
 ) -> dict[int, float]:
     """The score of each item of a task, by the item's number.
 
@@ -286,19 +278,16 @@ def answer_items(
         model: A causal LM in eval mode.
         task: The task.
         requests: What it asks.
+        project: Whose tokenizer, machine and token budget it has.
         label: What is said while it works.
-        tokenizer: The model's tokenizer.
-        machine: Device and compute dtype.
-        context: Tokens the model knows positions for, where that is known.
-        max_tokens: Token budget of a batch.
         limit: The first so many items; None: all.
-        reporter: Shows progress.
 
     Raises:
         DataError: The metric of some item is no number, or an item cannot be scored.
     """
-    lm = _LoadedModel(model, tokenizer, machine, context, max(1, max_tokens // requests.longest))
-    with reporter.meter(label, requests.count, "requests") as meter, _no_bars():
+    batch_size = max(1, project.budget().max_tokens // requests.longest)
+    lm = _LoadedModel(model, project.tokenizer, project.machine, context_length(project.base), batch_size)
+    with project.reporter.meter(label, requests.count, "requests") as meter, _no_bars():
         lm.set_cache_hook(_ToMeter(meter))
         found = _simple_evaluate(
             lm,

@@ -14,10 +14,11 @@ from dpo_cli.core.progress import Reporter
 from dpo_cli.data.schema import Messages
 from dpo_cli.evaluation.differences import Experiment
 from dpo_cli.evaluation.model_names import SFT
+from dpo_cli.judging.answers import Answer
 from dpo_cli.judging.comparisons import ComparisonResult, compare_models
-from dpo_cli.judging.prepare import JudgedAnswer, ReadyJudge, prepare_judge
+from dpo_cli.judging.prepare import ReadyJudge, prepare_judge
 from dpo_cli.models.load import quiet_libraries
-from dpo_cli.reference.graph import open_graph
+from dpo_cli.models.project import open_project
 from dpo_cli.statistics.bootstrap import Estimate, Sampling, ends
 from dpo_cli.statistics.bradley_terry import Outcome, Strengths, fit_strengths
 
@@ -78,7 +79,7 @@ def answers_by_model(experiments: Sequence[Experiment]) -> tuple[dict[str, dict[
 
 def compare_every_two(
     models: Mapping[str, Mapping[str, str]],
-    judged_answer: Callable[[str, str], JudgedAnswer],
+    judged_answer: Callable[[str, str], Answer],
     judge: ReadyJudge,
     num_left_out: int,
     reporter: Reporter,
@@ -139,13 +140,13 @@ def judge_experiments(experiments: Sequence[Experiment], overrides: Sequence[str
     if not prompts:
         raise DataError("the experiments share no prompt; evaluate them on the same data")
     num_all = len({id for experiment in experiments for id in experiment.answers})
-    graph = open_graph(params.model, params.reference, params.runtime)
+    project = open_project(params, reporter, "compare")
     memory = paths.scratch_root() / "evaluate" / "judgments"
-    load_judge = prepare_judge(evaluate, graph, ("", ""), params.runtime, reporter, "compare", memory)
+    load_judge = prepare_judge(evaluate, project, ("", ""), memory)
     assert load_judge is not None
 
-    def judged_answer(id: str, text: str) -> JudgedAnswer:
-        return JudgedAnswer(id, prompts[id], text, 0)  # lengths are not looked at
+    def judged_answer(id: str, text: str) -> Answer:
+        return Answer.of_text(id, prompts[id], text)
 
     every = [judged_answer(id, text) for answers in models.values() for id, text in answers.items()]
     judge = load_judge(every)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.core import paths
-from dpo_cli.core.artifacts import read_json, write_json, write_json_lines
-from dpo_cli.core.errors import MachineError, StaleArtifactError
+from dpo_cli.core.artifacts import write_json, write_json_lines
+from dpo_cli.core.errors import MachineError
+from dpo_cli.core.manifest import DPO as DPO_MODEL
 from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
@@ -27,7 +28,7 @@ from dpo_cli.evaluation.capability import (
 )
 
 if TYPE_CHECKING:
-    from dpo_cli.reference.graph import Graph
+    from dpo_cli.models.project import Project
 
 _COMMAND = "capability"
 
@@ -80,20 +81,15 @@ def measure_capability(
     """
     refuse_without_harness()
     from dpo_cli.evaluation.harness import answer_items, load_tasks, measure_requests
-    from dpo_cli.models.device import token_budget
     from dpo_cli.models.load import context_length, quiet_libraries
-    from dpo_cli.reference.graph import open_graph
+    from dpo_cli.models.project import open_project
 
     quiet_libraries()
     tasks = load_tasks(folder, names)
-    graph = open_graph(params.model, params.reference, params.runtime)
-    provenance = read_json(paths.DPO_MODEL / "provenance.json", "run: dpo-cli train")
-    if provenance["graph"] != graph.identity:
-        raise StaleArtifactError(
-            f"{paths.DPO_MODEL}: trained on another graph than models/sft is now; run: dpo-cli train"
-        )
-    context = context_length(graph.base)
-    requests = {task.name: measure_requests(task, graph.tokenizer, context, limit) for task in tasks}
+    project = open_project(params, reporter, "capability")
+    DPO_MODEL.check({"graph": project.identity})
+    context = context_length(project.base)
+    requests = {task.name: measure_requests(task, project.tokenizer, context, limit) for task in tasks}
     for name, asked in requests.items():
         if asked.num_too_long:
             reporter.warn(
@@ -108,17 +104,13 @@ def measure_capability(
                 model,
                 task,
                 requests[task.name],
+                project,
                 label=f"{_COMMAND}: {NAMES[name]} on {task.name}",
-                tokenizer=graph.tokenizer,
-                machine=graph.machine,
-                context=context,
-                max_tokens=token_budget(params.runtime, graph.machine.device),
                 limit=limit,
-                reporter=reporter,
             )
 
     with stage_scratch(_COMMAND, "run"):
-        _ask_all(graph, ask)
+        _ask_all(project, ask)
         settings = params.evaluate
         paired = [pair_items(task.name, task.metric, task.higher_is_better, scores[task.name]) for task in tasks]
         results = [
@@ -131,21 +123,19 @@ def measure_capability(
     return found
 
 
-def _ask_all(graph: Graph, ask: Callable[[str, Any], None]) -> None:
+def _ask_all(project: Project, ask: Callable[[str, Any], None]) -> None:
     """Base, SFT and DPO in turn, on one set of weights; base has its own where SFT trained all of them."""
-    from dpo_cli.models.adapters import load_pair
     from dpo_cli.models.device import release_memory
-    from dpo_cli.models.load import load_model
 
-    pair = load_pair(graph.base, graph.sft, graph.machine, graph.quantization)
+    pair = project.pair()
     ask(SFT, pair.use_reference())
     ask(DPO, pair.use_policy())
-    if graph.sft.method != "full":
+    if project.sft.method != "full":
         ask(BASE, pair.use_frozen())
         return
     del pair
     release_memory()
-    ask(BASE, load_model(graph.base, graph.machine, quantization=graph.quantization))
+    ask(BASE, project.whole_model(project.base))
 
 
 def as_json(found: Capability) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Legend: rows of pairs go by the row's id, answers by the prompt's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from dpo_cli.core import paths
@@ -13,18 +13,19 @@ from dpo_cli.core.errors import DataError
 from dpo_cli.core.evaluate_params import EvaluateParams
 from dpo_cli.data.pieces import pieces_of
 from dpo_cli.data.schema import text_of
+from dpo_cli.data.tables import read_columns
 from dpo_cli.data.tokenise import TokenTable
-from dpo_cli.data.tokens import TokenGroup, completion_key
-from dpo_cli.evaluation.generation import Answer, PromptTokens
+from dpo_cli.data.tokens import TokenGroup
+from dpo_cli.evaluation.generation import PromptTokens
 from dpo_cli.evaluation.held_out import HeldOutPair
 from dpo_cli.evaluation.kl import SequenceKl
 from dpo_cli.evaluation.metrics import perplexity
 from dpo_cli.evaluation.models import EvaluatedModel, EvaluatedModels
 from dpo_cli.evaluation.steps import Steps, logp_sums
+from dpo_cli.judging.answers import Answer
 from dpo_cli.judging.comparisons import Answers
-from dpo_cli.judging.prepare import JudgedAnswer
+from dpo_cli.models.project import Project
 from dpo_cli.reference.cache import group_keys, reference_logps
-from dpo_cli.reference.graph import Graph, check_context, read_columns
 
 Scaled = Mapping[float, tuple[dict[str, Answer], dict[str, SequenceKl]]]
 """Answers at temperature 1 and their divergences, by how many times what training changed."""
@@ -34,7 +35,7 @@ class Measurement:
     """The models of an evaluation and the held-out pairs, with what is asked of the ones about the others.
 
     Args:
-        graph: The graph that the models share.
+        project: Whose models they are.
         table: The held-out pairs.
         evaluate: How many prompts are answered, and how.
         models: Policy and reference.
@@ -45,9 +46,9 @@ class Measurement:
     """
 
     def __init__(
-        self, graph: Graph, table: TokenTable, evaluate: EvaluateParams, models: EvaluatedModels, steps: Steps
+        self, project: Project, table: TokenTable, evaluate: EvaluateParams, models: EvaluatedModels, steps: Steps
     ) -> None:
-        self.graph = graph
+        self.project = project
         self.table = table
         self.evaluate = evaluate
         self.models = models
@@ -56,7 +57,7 @@ class Measurement:
         self._answers: dict[tuple[str, float], dict[str, Answer]] = {}
         self._texts = _texts_of_pairs()
         longest = max(len(prompt.tokens) for prompt in self.prompts)
-        check_context(graph.base, longest + evaluate.max_new_tokens, "evaluate.max_new_tokens + the longest prompt")
+        project.check_context(longest + evaluate.max_new_tokens, "evaluate.max_new_tokens + the longest prompt")
 
     def held_out(self, cache: Mapping[str, float]) -> dict[str, HeldOutPair]:
         """The held-out pairs under the policy, beside the cached reference."""
@@ -78,7 +79,7 @@ class Measurement:
 
     def perplexities(self) -> dict[str, float]:
         """Perplexity of held-out instruction data under each model, where there is any."""
-        table = self.graph.tokenise_instructions("eval")
+        table = self.project.tokenise_instructions("eval")
         if not table.groups:
             return {}
         found = {}
@@ -100,23 +101,21 @@ class Measurement:
 
     def divergences(self, model: EvaluatedModel, answers: Mapping[str, Answer]) -> dict[str, SequenceKl]:
         """KL of a model from the reference along its own answers, by prompt id, nats."""
-        return self._steps.divergences(model, self.models.reference, self.prompts, answers)
+        return self._steps.divergences(model, self.models.reference, answers)
 
     def log_ratios(self, answers: Mapping[str, Answer]) -> dict[str, list[tuple[str, float]]]:
         """Log pi / pi_ref of every piece of the policy's answers by prompt id, nats."""
-        groups = [
-            TokenGroup(prompt.id, prompt.id, prompt.tokens, (answers[prompt.id].tokens,)) for prompt in self.prompts
-        ]
+        groups = list(answers.values())
         ours, theirs = (
             self._steps.token_logps(model, groups, f"answers under {model}")
             for model in (self.models.policy, self.models.reference)
         )
         found = {}
         for group in groups:
-            key = completion_key(group.prompt, group.completions[0])
+            (key,) = group_keys(group)
             ratios = [a - b for a, b in zip(ours[key], theirs[key], strict=True)]
             row, place = [], 0
-            for piece in pieces_of(self.graph.tokenizer, group.completions[0]):
+            for piece in pieces_of(self.project.tokenizer, group.completions[0]):
                 end = place + len(piece.ids)
                 row.append((piece.text, round(sum(ratios[place:end]), 3)))
                 place = end
@@ -148,47 +147,26 @@ class Measurement:
         for group in sorted(self.table.groups, key=lambda group: group.id):
             first.setdefault(group.group, group)
         wanted = [first[prompt.id] for prompt in self.prompts]
-        chosen, rejected = (
-            {
-                group.group: self._judged_answer(group.group, self._texts[group.id][side], group.completions[side])
-                for group in wanted
-            }
-            for side in (0, 1)
-        )
+        chosen, rejected = ({group.group: self._data_answer(group, side) for group in wanted} for side in (0, 1))
         return chosen, rejected
 
     def judged_pairs(self) -> tuple[Answers, Answers]:
         """Chosen and rejected answers of the held-out pairs that the judge is tried on, by row id."""
         groups = sorted(self.table.groups, key=lambda group: group.id)
         groups = groups if self.evaluate.judge_pairs < 0 else groups[: self.evaluate.judge_pairs]
-        chosen, rejected = (
-            {
-                group.id: self._judged_answer(group.group, self._texts[group.id][side], group.completions[side])
-                for group in groups
-            }
-            for side in (0, 1)
-        )
+        chosen, rejected = ({group.id: self._data_answer(group, side) for group in groups} for side in (0, 1))
         return chosen, rejected
 
-    def judged(self, answers: Mapping[str, Answer]) -> Answers:
-        """Answers as a judge reads them."""
-        decode = self.graph.encoder.decode
-        return {
-            prompt.id: self._judged_answer(
-                prompt.id, decode(list(answers[prompt.id].tokens)), answers[prompt.id].tokens
-            )
-            for prompt in self.prompts
-        }
-
-    def _judged_answer(self, group: str, text: str, tokens: Sequence[int]) -> JudgedAnswer:
-        return JudgedAnswer(group, self.table.prompts[group], text, len(tokens))
+    def _data_answer(self, group: TokenGroup, side: int) -> Answer:
+        messages, text = self.table.prompts[group.group], self._texts[group.id][side]
+        return Answer(group.id, group.group, group.prompt, (group.completions[side],), messages, text)
 
 
 def _prompts(table: TokenTable, limit: int) -> list[PromptTokens]:
     """The held-out prompts to answer, each once, in the order of their ids, which is random."""
     tokens = {group.group: group.prompt for group in table.groups}
     chosen = sorted(tokens)[: limit or None]
-    return [PromptTokens(group, tokens[group]) for group in chosen]
+    return [PromptTokens(group, tokens[group], table.prompts[group]) for group in chosen]
 
 
 def _texts_of_pairs() -> dict[str, tuple[str, str]]:

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from dpo_cli.evaluation.generation import Answer
 from dpo_cli.evaluation.held_out import HeldOut
 from dpo_cli.evaluation.kl import SequenceKl, estimates_disagree
 from dpo_cli.evaluation.text_quality import distinct, repetition
-from dpo_cli.judging.comparisons import ComparisonResult, paired_difference
+from dpo_cli.judging.comparisons import Answers, ComparisonResult, paired_difference
 from dpo_cli.statistics.binomial import exact_interval
 from dpo_cli.statistics.bootstrap import Sampling, ends
 from dpo_cli.statistics.calibration import calibration_error, fit_temperature
@@ -87,7 +86,7 @@ def divergence_metrics(kls: Mapping[str, SequenceKl], sampling: Sampling) -> dic
     }
 
 
-def answer_metrics(answers: Mapping[str, Mapping[str, Answer]]) -> dict[str, Any]:
+def answer_metrics(answers: Mapping[str, Answers]) -> dict[str, Any]:
     """What the sampled answers look like, by the model's name and prompt: sft and dpo."""
     metrics: dict[str, Any] = {}
     for name, by_prompt in answers.items():

@@ -14,18 +14,15 @@ from typing import Any, Protocol
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_files, digest_json
 from dpo_cli.core.errors import DataError, MachineError, StaleArtifactError
-from dpo_cli.core.params import RuntimeParams
-from dpo_cli.core.progress import Reporter
+from dpo_cli.core.manifest import DPO as DPO_MODEL
 from dpo_cli.core.text import in_one_line
 from dpo_cli.evaluation.model_names import BASE, DPO, SFT
-from dpo_cli.models.adapters import ADAPTER_FILES, ModelPair, is_dora, load_pair, load_reference
+from dpo_cli.models.adapters import ADAPTER_FILES, ModelPair, is_dora
 from dpo_cli.models.device import release_memory
 from dpo_cli.models.folder import check_model_folder, words_of
 from dpo_cli.models.identity import model_files
-from dpo_cli.models.load import load_model, load_tokenizer
-from dpo_cli.reference.graph import Graph
-from dpo_cli.reference.log_ratios import policy_digest
-from dpo_cli.scoring.probe import open_scorer
+from dpo_cli.models.load import load_tokenizer
+from dpo_cli.models.project import Project
 from dpo_cli.scoring.scorer import Scorer
 
 
@@ -94,24 +91,18 @@ class AdapterModels:
     """A trained adapter on the frozen weights of its reference.
 
     Args:
-        graph: The graph that both share.
+        project: Has the models.
         adapter: Folder of the adapter.
-        runtime: This machine.
-        reporter: Says how the models are computed.
-        command: Who asks, for messages.
 
     Raises:
         StaleArtifactError: There is no adapter in the folder.
     """
 
-    def __init__(self, graph: Graph, adapter: Path, runtime: RuntimeParams, reporter: Reporter, command: str) -> None:
-        self._graph = graph
+    def __init__(self, project: Project, adapter: Path) -> None:
+        self._project = project
         self._adapter = adapter
-        self._runtime = runtime
-        self._reporter = reporter
-        self._command = command
-        self._digest = policy_digest(graph, adapter)
-        self._reference_digest = digest_json(graph.identity)
+        self._digest = _policy_digest(project, adapter)
+        self._reference_digest = digest_json(project.identity)
         self._loaded: tuple[ModelPair, Scorer] | None = None
 
     @property
@@ -127,9 +118,9 @@ class AdapterModels:
     @property
     def base(self) -> EvaluatedModel | None:
         """The base without any adapter, where SFT made one."""
-        if not self._graph.sft.has_adapter:
+        if not self._project.sft.has_adapter:
             return None
-        return EvaluatedModel(BASE, digest_json(["base", self._graph.identity]), self._use_base)
+        return EvaluatedModel(BASE, digest_json(["base", self._project.identity]), self._use_base)
 
     def scaled(self, scale: float) -> EvaluatedModel:
         """The base with so many times what training changed of the reference.
@@ -137,7 +128,7 @@ class AdapterModels:
         Raises:
             DataError: An adapter is DoRA.
         """
-        for folder in (self._adapter, *([paths.SFT_MODEL] if self._graph.sft.has_adapter else [])):
+        for folder in (self._adapter, *([paths.SFT_MODEL] if self._project.sft.has_adapter else [])):
             if is_dora(folder):
                 raise DataError(
                     f"evaluate.scales cannot go with {folder}: a multiple of what DoRA changed is no such adapter; set"
@@ -153,17 +144,14 @@ class AdapterModels:
 
     def _load(self) -> tuple[ModelPair, Scorer]:
         if self._loaded is None:
-            graph = self._graph
             try:
-                pair = load_pair(graph.base, graph.sft, graph.machine, graph.quantization, self._adapter)
+                pair = self._project.pair(self._adapter)
             except (RuntimeError, ValueError, KeyError, TypeError) as error:
                 raise MachineError(
                     f"{self._adapter}: no adapter for the project's model: {_misfit(error)}; give one that was trained"
                     " on it"
                 ) from error
-            dtype = graph.machine.compute_dtype
-            scorer, _ = open_scorer(pair.use_policy(), dtype, self._runtime, self._reporter, self._command)
-            self._loaded = pair, scorer
+            self._loaded = pair, self._project.scorer(pair.use_policy())[0]
         return self._loaded
 
     @contextmanager
@@ -197,15 +185,24 @@ def _misfit(error: Exception) -> str:
     return f"{in_one_line(misfits[0].rstrip('.'))}{more}"
 
 
+def _policy_digest(project: Project, adapter: Path) -> str:
+    """One digest of all that the policy's log-probabilities depend on.
+
+    Raises:
+        StaleArtifactError: There is no adapter in the folder.
+    """
+    try:
+        return digest_json({"graph": project.identity, "adapter": digest_files(adapter, ADAPTER_FILES)})
+    except FileNotFoundError as error:
+        raise StaleArtifactError(f"{error.filename} is missing; run: dpo-cli train") from None
+
+
 class WholeModels:
     """A whole model of one's own beside the reference: two sets of weights in memory.
 
     Args:
-        graph: The graph of the reference.
+        project: Has the reference.
         folder: Directory of the model, in Hugging Face layout.
-        runtime: This machine.
-        reporter: Says how the models are computed.
-        command: Who asks, for messages.
 
     Raises:
         MachineError: It cannot be loaded.
@@ -214,19 +211,16 @@ class WholeModels:
 
     base: EvaluatedModel | None = None
 
-    def __init__(self, graph: Graph, folder: Path, runtime: RuntimeParams, reporter: Reporter, command: str) -> None:
+    def __init__(self, project: Project, folder: Path) -> None:
         check_model_folder(folder)
-        if load_tokenizer(folder).get_vocab() != graph.tokenizer.get_vocab():
+        if load_tokenizer(folder).get_vocab() != project.tokenizer.get_vocab():
             raise DataError(
                 f"{folder} has another vocabulary than the project's model, so their probabilities cannot be compared;"
                 " make a project of its own for it: dpo-cli init DIR --model"
             )
-        self._graph = graph
+        self._project = project
         self._folder = folder
-        self._runtime = runtime
-        self._reporter = reporter
-        self._command = command
-        self._digest = digest_json({"graph": graph.identity, "model": digest_files(folder, model_files(folder))})
+        self._digest = digest_json({"graph": project.identity, "model": digest_files(folder, model_files(folder))})
         self._loaded: dict[str, LoadedModel] = {}
 
     @property
@@ -237,7 +231,7 @@ class WholeModels:
     @property
     def reference(self) -> EvaluatedModel:
         """The base with what SFT made of it."""
-        return EvaluatedModel(SFT, digest_json(self._graph.identity), lambda: nullcontext(self._load(SFT)))
+        return EvaluatedModel(SFT, digest_json(self._project.identity), lambda: nullcontext(self._load(SFT)))
 
     def scaled(self, scale: float) -> None:
         """Nothing: which of its weights training changed is not known."""
@@ -249,45 +243,39 @@ class WholeModels:
 
     def _load(self, name: str) -> LoadedModel:
         if name not in self._loaded:
-            graph = self._graph
-            if name == SFT:
-                model = load_reference(graph.base, graph.sft, graph.machine, graph.quantization)
-            else:
-                model = load_model(self._folder, graph.machine, quantization=graph.quantization)
-            dtype = graph.machine.compute_dtype
-            scorer, _ = open_scorer(model, dtype, self._runtime, self._reporter, self._command)
-            self._loaded[name] = LoadedModel(model, scorer)
+            project = self._project
+            model = project.reference() if name == SFT else project.whole_model(self._folder)
+            self._loaded[name] = LoadedModel(model, project.scorer(model)[0])
         return self._loaded[name]
 
 
-def reference_model(graph: Graph, runtime: RuntimeParams, reporter: Reporter, command: str) -> EvaluatedModel:
+def reference_model(project: Project) -> EvaluatedModel:
     """The SFT model alone, where nothing is compared with it."""
     loaded: list[LoadedModel] = []
 
     def use() -> AbstractContextManager[LoadedModel]:
         if not loaded:
-            model = load_reference(graph.base, graph.sft, graph.machine, graph.quantization)
-            scorer, _ = open_scorer(model, graph.machine.compute_dtype, runtime, reporter, command)
-            loaded.append(LoadedModel(model, scorer))
+            model = project.reference()
+            loaded.append(LoadedModel(model, project.scorer(model)[0]))
         return nullcontext(loaded[0])
 
-    return EvaluatedModel(SFT, digest_json(graph.identity), use)
+    return EvaluatedModel(SFT, digest_json(project.identity), use)
 
 
-def open_models(
-    graph: Graph, folder: Path, runtime: RuntimeParams, reporter: Reporter, command: str
-) -> EvaluatedModels:
+def open_models(project: Project, folder: Path) -> EvaluatedModels:
     """The models of an evaluation of a folder: an adapter for the project's SFT model, or a whole model.
 
     Raises:
-        StaleArtifactError: There is nothing in the folder.
+        StaleArtifactError: There is nothing in the folder, or models/dpo is damaged or of another graph.
         MachineError: A whole model cannot be loaded, or the adapter is for another model.
         DataError: A whole model's tokenizer makes other tokens.
     """
+    if folder == paths.DPO_MODEL:
+        DPO_MODEL.check({"graph": project.identity})
     if all((folder / name).is_file() for name in ADAPTER_FILES):
-        return AdapterModels(graph, folder, runtime, reporter, command)
+        return AdapterModels(project, folder)
     if (folder / "config.json").is_file():
-        return WholeModels(graph, folder, runtime, reporter, command)
+        return WholeModels(project, folder)
     if not folder.is_dir():
         raise StaleArtifactError(
             f"{folder} is missing; run: dpo-cli train, or name a folder with an adapter or a model"

@@ -12,7 +12,6 @@ from dpo_cli.evaluation.kl import SequenceKl
 from dpo_cli.evaluation.measurement import Measurement, Scaled
 from dpo_cli.evaluation.metrics import against_chosen_metrics, judge_metrics, win_metrics
 from dpo_cli.evaluation.model_names import SFT
-from dpo_cli.evaluation.models import EvaluatedModel
 from dpo_cli.judging.comparisons import Answers, ComparisonResult, compare_models
 from dpo_cli.judging.prepare import LoadJudge, ReadyJudge
 from dpo_cli.statistics.bootstrap import Estimate, Sampling
@@ -35,9 +34,7 @@ def make_pairings(measurement: Measurement, chosen: Answers, scaled: Scaled) -> 
     if evaluate.judge == "none":
         return {}
 
-    def answers(model: EvaluatedModel, temperature: float) -> Answers:
-        return measurement.judged(measurement.answers(model, temperature))
-
+    answers = measurement.answers
     policy, reference = measurement.models.policy, measurement.models.reference
     found: dict[Key, tuple[Answers, Answers]] = {}
     kinds = [("main", evaluate.temperature), *(("temperature", each) for each in evaluate.temperatures)]
@@ -50,7 +47,7 @@ def make_pairings(measurement: Measurement, chosen: Answers, scaled: Scaled) -> 
         theirs = answers(reference, 1.0)
         found["scale", 1.0, SFT] = answers(policy, 1.0), theirs
         for scale, (sampled, _) in scaled.items():
-            found["scale", scale, SFT] = measurement.judged(sampled), theirs
+            found["scale", scale, SFT] = sampled, theirs
     if evaluate.judge_pairs:
         found["data", 0.0, "rejected"] = measurement.judged_pairs()
     return found
@@ -105,7 +102,7 @@ def frontier(
         gain = None
         if reward is not None:
             ours, theirs = (
-                float(np.mean([reward(each.prompt, each.text) for each in answers.values()]))
+                float(np.mean([reward(each.asked, each.text) for each in answers.values()]))
                 for answers in (result.ours, result.theirs)
             )
             gain = ours - theirs

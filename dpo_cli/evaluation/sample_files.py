@@ -23,7 +23,7 @@ from dpo_cli.evaluation.sampling import (
 from dpo_cli.evaluation.steps import Steps
 from dpo_cli.judging.known_reward import known_reward
 from dpo_cli.models.load import quiet_libraries
-from dpo_cli.reference.graph import check_context, open_graph
+from dpo_cli.models.project import open_project
 
 
 def sample_files(
@@ -59,16 +59,13 @@ def sample_files(
     for table in tables.values():
         refuse_foreign(table)
     found = [read_prompts(path) for path in files]
-    graph = open_graph(params.model, params.reference, params.runtime)
-    asked = repeated(found, num_answers, graph.encoder)
+    project = open_project(params, reporter, "sample")
+    asked = repeated(found, num_answers, project.encoder)
     longest = max(len(each.tokens) for each in asked)
-    check_context(graph.base, longest + settings.max_new_tokens, "evaluate.max_new_tokens + the longest prompt")
-    if model is None:
-        asked_model = reference_model(graph, params.runtime, reporter, "sample")
-    else:
-        asked_model = open_models(graph, model, params.runtime, reporter, "sample").policy
+    project.check_context(longest + settings.max_new_tokens, "evaluate.max_new_tokens + the longest prompt")
+    asked_model = reference_model(project) if model is None else open_models(project, model).policy
     with stage_scratch("sample", "run") as scratch:
-        steps = Steps(graph, settings, params.runtime, reporter, "sample", scratch.folder.parent / "models")
+        steps = Steps(project, settings, scratch.folder.parent / "models")
         answers = steps.answers(asked_model, asked, settings.temperature)
     judge = known_reward(settings)
     made_by = {
@@ -82,7 +79,7 @@ def sample_files(
     figures = {}
     for one in found:
         reward = judge.reward if judge else None
-        table = sample_table(one.prompts, answers, num_answers, graph.encoder, reward)
+        table = sample_table(one.prompts, answers, num_answers, reward)
         write_samples(tables[one.path], table.rows, made_by)
         title = f"{one.path}: {asked_model} at T = {settings.temperature:g}"
         reporter.table(title, [*_lines(one, table), ("file", tables[one.path].as_posix())])

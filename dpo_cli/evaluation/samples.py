@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from dpo_cli.data.schema import Messages
-from dpo_cli.evaluation.generation import Answer
 from dpo_cli.evaluation.kl import SequenceKl
 from dpo_cli.evaluation.measurement import Measurement
 from dpo_cli.evaluation.model_names import DPO, SFT
@@ -37,7 +36,7 @@ class Judged:
 
 def sample_rows(
     measurement: Measurement,
-    answers: Mapping[str, Mapping[str, Answer]],
+    answers: Mapping[str, Answers],
     data: tuple[Answers, Answers],
     kls: Mapping[str, SequenceKl],
     log_ratios: Mapping[str, Sequence[tuple[str, float]]],
@@ -56,13 +55,13 @@ def sample_rows(
     chosen, rejected = data
     rows = []
     for prompt in measurement.prompts:
-        messages = measurement.table.prompts[prompt.id]
+        messages = prompt.messages
         row: dict[str, Any] = {"id": prompt.id, "prompt": messages}
         for name in (SFT, DPO):
             answer = answers[name][prompt.id]
             row[name] = {
-                "text": measurement.graph.encoder.decode(list(answer.tokens)),
-                "num_tokens": len(answer.tokens),
+                "text": answer.text,
+                "num_tokens": answer.num_tokens,
                 "finished": answer.finished,
             }
         row[DPO]["heat"] = [list(piece) for piece in log_ratios[prompt.id]]
@@ -81,7 +80,7 @@ def _add_judgment(
 ) -> None:
     """Who wins; rewards of one's own kind are given less their mean, since they are fixed up to a constant a prompt."""
     if judge.reward is not None:
-        ours, theirs = (judge.reward(each.prompt, each.text) for each in (main.ours[id], main.theirs[id]))
+        ours, theirs = (judge.reward(each.asked, each.text) for each in (main.ours[id], main.theirs[id]))
         middle = 0.0 if isinstance(judge.judge, ExactJudge) else (ours + theirs) / 2
         row[SFT]["reward"], row[DPO]["reward"] = theirs - middle, ours - middle
     for name, result in (("win", main), ("win_chosen", against)):
@@ -121,5 +120,5 @@ def vote_rows(judged: Judged, method: str) -> list[tuple[Any, ...]]:
             continue
         ours, theirs = main.ours[id], main.theirs[id]
         vote = "tie" if win == 0.5 else "A" if win > 0.5 else "B"
-        rows.append((item_id(ours.prompt, ours.text, theirs.text), id, method, SFT, rater, vote, method))
+        rows.append((item_id(ours.asked, ours.text, theirs.text), id, method, SFT, rater, vote, method))
     return rows

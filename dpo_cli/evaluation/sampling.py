@@ -24,8 +24,8 @@ from dpo_cli.data.formats.tools import read_tools
 from dpo_cli.data.problem import RowProblem, kind_of
 from dpo_cli.data.reading.files import read_records
 from dpo_cli.data.schema import MESSAGES, Messages, assistant, content_id, table_of, with_tools
-from dpo_cli.evaluation.generation import Answer, PromptTokens
-from dpo_cli.judging.templates import transcript
+from dpo_cli.evaluation.generation import PromptTokens
+from dpo_cli.judging.answers import Answer
 
 SCHEMA = pa.schema(
     [
@@ -105,7 +105,10 @@ def repeated(files: Sequence[PromptFile], num_answers: int, encoder: ChatEncoder
                 problems.append(_problem_in(file.path, file.rows[id], problem))
     if problems:
         raise DataError(_first_of(problems))
-    return [PromptTokens(_answer_id(id, number), tokens[id]) for id in tokens for number in range(num_answers)]
+    messages = {id: prompt for file in files for id, prompt in file.prompts.items()}
+    return [
+        PromptTokens(_answer_id(id, number), tokens[id], messages[id]) for id in tokens for number in range(num_answers)
+    ]
 
 
 def _problem_in(path: Path, row: int, problem: RowProblem) -> str:
@@ -153,7 +156,6 @@ def sample_table(
     prompts: Mapping[str, Messages],
     answers: Mapping[str, Answer],
     num_answers: int,
-    encoder: ChatEncoder,
     reward: Callable[[str, str], float] | None,
 ) -> SampleTable:
     """Put the answers to some prompts together: those with the same text once, those that were cut off left out.
@@ -162,20 +164,18 @@ def sample_table(
         prompts: By content id.
         answers: By the ids of :func:`repeated`.
         num_answers: Answers to each prompt.
-        encoder: Token ids to text.
         reward: From prompt and answer to a known reward.
     """
     table = SampleTable([], len(prompts) * num_answers, 0, 0, 0, 0, None)
     rewards: list[float] = []
     for id, messages in prompts.items():
-        asked = transcript(messages)
         by_text: dict[str, Answer] = {}
         counts: dict[str, int] = {}
         for number in range(num_answers):
             answer = answers[_answer_id(id, number)]
-            text = encoder.decode(list(answer.tokens))
+            text = answer.text
             if reward is not None:
-                rewards.append(reward(asked, text))
+                rewards.append(reward(answer.asked, text))
             if not answer.finished:
                 table.num_cut_off += 1
                 continue
@@ -185,7 +185,7 @@ def sample_table(
         if not by_text:
             table.num_without += 1
             continue
-        scores = None if reward is None else [reward(asked, text) for text in by_text]
+        scores = None if reward is None else [reward(answer.asked, text) for text, answer in by_text.items()]
         table.num_tied += scores is not None and len(set(scores)) == 1
         table.rows.append(
             {

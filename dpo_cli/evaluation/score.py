@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,11 @@ from typing import Any
 import polars as pl
 
 from dpo_cli.core import paths
-from dpo_cli.core.artifacts import read_json
 from dpo_cli.core.data_params import Source
-from dpo_cli.core.errors import StaleArtifactError
+from dpo_cli.core.manifest import DPO, Manifest
 from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
+from dpo_cli.data.tables import table_digests
 from dpo_cli.data.tokenise import prompt_ids
 from dpo_cli.evaluation.implicit_reward import (
     Agreement,
@@ -23,12 +23,12 @@ from dpo_cli.evaluation.implicit_reward import (
     agreements,
     summarize_rewards,
 )
+from dpo_cli.evaluation.log_ratios import ScoredAnswers, score_both
 from dpo_cli.evaluation.score_rows import InputRow, InputRows, read_rows
 from dpo_cli.losses.catalogue import learns_log_ratio
 from dpo_cli.models.load import quiet_libraries
+from dpo_cli.models.project import Project, open_project
 from dpo_cli.reference.cache import group_keys
-from dpo_cli.reference.graph import Graph, open_graph, table_digests
-from dpo_cli.reference.log_ratios import ScoredAnswers, score_both
 
 
 @dataclass(frozen=True)
@@ -116,36 +116,16 @@ def score_sources(
         Interrupted: The user asked to stop; what was scored is kept.
     """
     quiet_libraries()
-    provenance = _read_provenance(model)
-    beta = float(provenance["params"]["train"]["beta"]) if beta is None else beta
-    graph = open_graph(params.model, params.reference, params.runtime)
-    if provenance["graph"] != graph.identity:
-        raise StaleArtifactError(
-            f"{model.as_posix()}: trained on another graph than models/sft is now; run: dpo-cli train"
-        )
-    given = read_rows(sources, max_rows, params, graph, reporter)
-    policy, reference = score_both(graph, model, [row.tokens for row in given.rows], params.runtime, reporter, "score")
-    rows = _scored(given.rows, policy, reference, beta, _trained_prompts(given.rows, graph))
+    project = open_project(params, reporter, "score")
+    manifest = DPO.check({"graph": project.identity}, model)
+    beta = float(manifest.settings["train"]["beta"]) if beta is None else beta
+    given = read_rows(sources, max_rows, params, project, reporter)
+    policy, reference = score_both(project, model, [row.tokens for row in given.rows])
+    rows = _scored(given.rows, policy, reference, beta, _trained_prompts(given.rows, project))
     settings = params.evaluate
     summaries = _summaries(rows, draws=settings.bootstrap_draws, confidence=settings.confidence, seed=settings.seed)
-    found = Scored(model, beta, settings.confidence, given, rows, policy, reference, summaries, graph.tokenizer)
-    return found, _warnings(rows, provenance, graph, model)
-
-
-def _read_provenance(model: Path) -> Mapping[str, Any]:
-    remedy = (
-        "run: dpo-cli train"
-        if model == paths.DPO_MODEL
-        else "name a folder that dpo-cli train made, such as models/dpo"
-    )
-    path = model / "provenance.json"
-    provenance = read_json(path, remedy)
-    try:
-        float(provenance["params"]["train"]["beta"])
-        dict(provenance["graph"])
-    except (KeyError, TypeError, ValueError):
-        raise StaleArtifactError(f"{path.as_posix()} is damaged: it has no beta or no graph; {remedy}") from None
-    return provenance
+    found = Scored(model, beta, settings.confidence, given, rows, policy, reference, summaries, project.tokenizer)
+    return found, _warnings(rows, manifest, project, model)
 
 
 def _scored(
@@ -192,7 +172,7 @@ def _summaries(rows: Sequence[ScoredRow], **bootstrap: Any) -> dict[str, RewardS
 # --- what was trained on ------------------------------------------------------------------
 
 
-def _trained_prompts(rows: Sequence[InputRow], graph: Graph) -> set[str]:
+def _trained_prompts(rows: Sequence[InputRow], project: Project) -> set[str]:
     """Those of the rows' prompts that are in the training data as it lies there now."""
     wanted = {row.tokens.group for row in rows}
     found: set[str] = set()
@@ -200,12 +180,12 @@ def _trained_prompts(rows: Sequence[InputRow], graph: Graph) -> set[str]:
         if path.is_file():
             found |= wanted & set(pl.read_parquet(path, columns=["group"], glob=False)["group"].to_list())
     path = paths.SFT_DATA / "train.parquet"
-    if graph.sft.data is not None and path.is_file():
+    if project.sft.data is not None and path.is_file():
         found |= wanted & prompt_ids(path)
     return found
 
 
-def _warnings(rows: Sequence[ScoredRow], provenance: Mapping[str, Any], graph: Graph, model: Path) -> list[str]:
+def _warnings(rows: Sequence[ScoredRow], manifest: Manifest, project: Project, model: Path) -> list[str]:
     found = []
     num_trained = sum(row.in_training for row in rows)
     if num_trained:
@@ -215,14 +195,17 @@ def _warnings(rows: Sequence[ScoredRow], provenance: Mapping[str, Any], graph: G
         )
     changed = [
         folder.as_posix()
-        for folder, digests in ((paths.PREFERENCE_DATA, provenance.get("data")), (paths.SFT_DATA, graph.sft.data))
+        for folder, digests in (
+            (paths.PREFERENCE_DATA, manifest.made_of.get("data/preference")),
+            (paths.SFT_DATA, project.sft.data),
+        )
         if digests is not None and digests != table_digests(folder)
     ]
     if changed:
         found.append(
             f"{' and '.join(changed)} differ from what {model.as_posix()} was trained on, so more of the prompts may be"
         )
-    trained = provenance["params"]["train"]
+    trained = manifest.settings["train"]
     loss = trained.get("loss", "sigmoid")
     names = list(loss) if isinstance(loss, dict) else [loss]
     if not learns_log_ratio(names, trained.get("divergence", "reverse_kl"), trained.get("ld_alpha")):

@@ -27,7 +27,7 @@ from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import PREFERENCE_SCHEMA, RANKING_SCHEMA, TOOLS, Messages, from_table
 from dpo_cli.data.tokenise import tokenise_row
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.reference.graph import Graph
+from dpo_cli.models.project import Project
 
 _PAIR_PART = "answers "
 _IDLE = {
@@ -102,7 +102,7 @@ def refuse_idle_settings(settings: Sequence[str]) -> None:
 
 
 def read_rows(
-    sources: Sequence[Source], max_rows: int | None, params: Params, graph: Graph, reporter: Reporter
+    sources: Sequence[Source], max_rows: int | None, params: Params, project: Project, reporter: Reporter
 ) -> InputRows:
     """Convert files in a folder that does not last, and tokenise what stays.
 
@@ -110,7 +110,7 @@ def read_rows(
         sources: The files, all of preferences.
         max_rows: Rows to read of each; None: all.
         params: All settings.
-        graph: Whose tokens rows are made of.
+        project: Whose tokens rows are made of.
         reporter: Shows progress.
 
     Raises:
@@ -139,11 +139,11 @@ def read_rows(
         found.stopped = [account.path.as_posix() for account in report.files if account.stopped]
         with reporter.meter("score: tokenising", sum(block.num for block in report.blocks), "examples") as meter:
             for place, row in _canonical_rows(report, work):
-                _tokenise(place, row, graph, found)
+                _tokenise(place, row, project, found)
                 meter.advance(1)
         ranked = {(row.file, row.row, row.part) for row in found.rows if not row.is_pair}
         found.left_out[:0] = _rejects(rejects, ranked)
-    _refuse_errors(found, graph.policies)
+    _refuse_errors(found, project.policies)
     if not found.rows:
         _refuse_nothing(found, report)
     return found
@@ -196,14 +196,14 @@ def _sources_in(path: Path) -> list[str] | None:
     return [path.name if value is None else str(value) for value in values]
 
 
-def _tokenise(place: tuple[str, int, str], row: dict[str, Any], graph: Graph, found: InputRows) -> None:
+def _tokenise(place: tuple[str, int, str], row: dict[str, Any], project: Project, found: InputRows) -> None:
     file, number, part = place
     row = from_table(row)
     is_pair = "chosen" in row
     columns = ("chosen", "rejected") if is_pair else ("completions",)
-    policies = {name: "drop" if policy == "error" else policy for name, policy in graph.policies.items()}
+    policies = {name: "drop" if policy == "error" else policy for name, policy in project.policies.items()}
     try:
-        tokens, _ = tokenise_row(row, columns, graph.encoder, graph.max_length, policies)
+        tokens, _ = tokenise_row(row, columns, project.encoder, project.max_length, policies)
     except RowProblem as problem:
         found.left_out.append(
             {

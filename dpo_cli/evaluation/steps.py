@@ -7,10 +7,8 @@ another temperature or another judge computes only what is new.
 
 from __future__ import annotations
 
-import time
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,21 +16,19 @@ import polars as pl
 import torch
 
 from dpo_cli.core.artifacts import digest_bytes, digest_json
-from dpo_cli.core.errors import Interrupted
-from dpo_cli.core.interrupts import graceful_stop
-from dpo_cli.core.params import EvaluateParams, RuntimeParams
-from dpo_cli.core.progress import Reporter
+from dpo_cli.core.params import EvaluateParams
 from dpo_cli.core.row_store import RowStore, forget_other_stores
-from dpo_cli.data.tokens import TokenGroup, completion_key
-from dpo_cli.evaluation.generation import GENERATION_VERSION, Answer, PromptTokens, sample_answers
+from dpo_cli.data.tokens import TokenGroup
+from dpo_cli.evaluation.decoding import Sampling
+from dpo_cli.evaluation.generation import GENERATION_VERSION, PromptTokens, Sampled, sample_answers
 from dpo_cli.evaluation.kl import SequenceKl, sequence_kl
 from dpo_cli.evaluation.models import EvaluatedModel
-from dpo_cli.models.device import token_budget
+from dpo_cli.judging.answers import Answer
+from dpo_cli.models.project import Project
 from dpo_cli.reference.cache import SCHEMA as LOGP_SCHEMA
-from dpo_cli.reference.cache import group_keys, rows_of
-from dpo_cli.reference.graph import Graph
+from dpo_cli.reference.cache import group_keys
 from dpo_cli.reference.scoring import missing_groups, score_into_store
-from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
+from dpo_cli.scoring.budget import in_micro_batches
 
 _ANSWERS = {"key": pl.String, "tokens": pl.List(pl.Int32), "finished": pl.Boolean}
 _DIVERGENCES = {
@@ -47,29 +43,21 @@ class Steps:
     """What models say to prompts, remembered.
 
     Args:
-        graph: The graph that the models share.
+        project: Whose models they are.
         settings: How answers are sampled.
-        runtime: This machine.
-        reporter: Shows progress.
-        command: Who asks, for messages.
         folder: Where rows are kept, in the scratch area.
     """
 
     def __init__(
         self,
-        graph: Graph,
+        project: Project,
         settings: EvaluateParams,
-        runtime: RuntimeParams,
-        reporter: Reporter,
-        command: str,
         folder: Path,
     ) -> None:
-        self._graph = graph
+        self._project = project
         self._settings = settings
-        self._runtime = runtime
-        self._reporter = reporter
-        self._command = command
         self._folder = folder
+        self._command = project.command
 
     def token_logps(self, model: EvaluatedModel, groups: Sequence[TokenGroup], what: str) -> dict[str, list[float]]:
         """The log-probability of every token of the groups' completions by completion key, nats.
@@ -79,23 +67,13 @@ class Steps:
         """
         wanted = {key for group in groups for key in group_keys(group)}
         store = self._store(model, "logps", LOGP_SCHEMA)
-        known = rows_of(store.load(), wanted)
-        budget = self._budget()
-        missing = missing_groups(groups, set(known["key"].to_list()), budget.max_tokens)
+        budget = self._project.budget()
+        missing = missing_groups(groups, store.keys(), budget.max_tokens)
         if missing:
             with model.use() as loaded, loaded.scorer as scorer:
-                score_into_store(
-                    scorer,
-                    missing,
-                    store,
-                    budget,
-                    checkpoint_minutes=self._runtime.checkpoint_minutes,
-                    command=self._command,
-                    what=what,
-                    reporter=self._reporter,
-                )
-            known = rows_of(store.load(), wanted)
-        return dict(zip(known["key"].to_list(), known["token_logps"].to_list(), strict=True))
+                score_into_store(scorer, missing, store, budget, self._project, what)
+        rows = store.rows(wanted)
+        return dict(zip(rows["key"].to_list(), rows["token_logps"].to_list(), strict=True))
 
     def answers(self, model: EvaluatedModel, prompts: Sequence[PromptTokens], temperature: float) -> dict[str, Answer]:
         """One answer to each prompt by prompt id.
@@ -103,78 +81,64 @@ class Steps:
         Raises:
             Interrupted: The user asked to stop; what was sampled is kept.
         """
-        settings, stop_ids = self._settings, self._graph.encoder.stop_ids
+        settings, stop_ids = self._settings, tuple(self._project.encoder.stop_ids)
+        sampling = Sampling(temperature, settings.max_new_tokens, stop_ids, settings.seed, model.name)
         how = digest_json(
-            {
-                "version": GENERATION_VERSION,
-                "temperature": temperature,
-                "max_new_tokens": settings.max_new_tokens,
-                "stop_ids": stop_ids,
-                "seed": settings.seed if temperature else 0,
-                "stream": model.name,
-            }
+            {"version": GENERATION_VERSION, **vars(sampling), "seed": settings.seed if temperature else 0}
         )
         keys = {prompt.id: _prompt_key(how, prompt) for prompt in prompts}
         store = self._store(model, "answers", _ANSWERS)
-        rows = rows_of(store.load(), set(keys.values()))
-        columns = zip(*(rows[name].to_list() for name in _ANSWERS), strict=True)
-        known = {key: Answer(tuple(tokens), finished) for key, tokens, finished in columns}
+        known = store.keys()
         missing = [prompt for prompt in prompts if keys[prompt.id] not in known]
         if missing:
             label = f"{self._command}: {model} answers at T = {temperature:g}"
             with (
-                self._keeping(store) as keep,
+                self._project.keeping(store) as keep,
                 model.use() as loaded,
-                self._reporter.meter(label, len(missing), "prompts") as meter,
+                self._project.reporter.meter(label, len(missing), "prompts") as meter,
             ):
 
-                def kept(new: Mapping[str, Answer]) -> None:
+                def kept(new: Mapping[str, Sampled]) -> None:
                     keep([{"key": keys[id], "tokens": list(a.tokens), "finished": a.finished} for id, a in new.items()])
 
-                found = sample_answers(
+                sample_answers(
                     loaded.model,
                     missing,
-                    stop_ids=stop_ids,
-                    temperature=temperature,
-                    max_new_tokens=settings.max_new_tokens,
-                    budget=self._budget(),
-                    seed=settings.seed,
-                    stream=model.name,
-                    autocast_dtype=self._graph.machine.compute_dtype,
+                    sampling,
+                    budget=self._project.budget(),
+                    autocast_dtype=self._project.machine.compute_dtype,
                     meter=meter,
                     keep=kept,
                 )
-            known |= {keys[id]: answer for id, answer in found.items()}
-        return {prompt.id: known[keys[prompt.id]] for prompt in prompts}
+        rows = store.rows(keys.values())
+        columns = zip(*(rows[name].to_list() for name in _ANSWERS), strict=True)
+        found = {key: (tuple(tokens), finished) for key, tokens, finished in columns}
+        answers = {}
+        for prompt in prompts:
+            tokens, finished = found[keys[prompt.id]]
+            text = self._project.encoder.decode(list(tokens))
+            answers[prompt.id] = Answer(prompt.id, prompt.id, prompt.tokens, (tokens,), prompt.messages, text, finished)
+        return answers
 
     def divergences(
-        self,
-        policy: EvaluatedModel,
-        reference: EvaluatedModel,
-        prompts: Sequence[PromptTokens],
-        answers: Mapping[str, Answer],
+        self, policy: EvaluatedModel, reference: EvaluatedModel, answers: Mapping[str, Answer]
     ) -> dict[str, SequenceKl]:
         """KL of the policy from the reference along the policy's own answers, by prompt id, nats.
 
         Raises:
             Interrupted: The user asked to stop; what was computed is kept.
         """
-        groups = {
-            prompt.id: TokenGroup(prompt.id, prompt.id, prompt.tokens, (answers[prompt.id].tokens,))
-            for prompt in prompts
-        }
-        keys = {id: completion_key(group.prompt, group.completions[0]) for id, group in groups.items()}
+        keys = {id: group_keys(answer)[0] for id, answer in answers.items()}
         store = self._store(policy, f"divergences-{reference.digest}", _DIVERGENCES)
-        rows = rows_of(store.load(), set(keys.values()))
-        known = {key: SequenceKl(*row) for key, *row in rows.select(list(_DIVERGENCES)).iter_rows()}
-        missing = [group for id, group in groups.items() if keys[id] not in known]
+        known = store.keys()
+        missing = [answer for id, answer in answers.items() if keys[id] not in known]
         if missing:
-            with self._keeping(store) as keep:
+            with self._project.keeping(store) as keep:
                 for batch, found in self._both(policy, reference, missing):
-                    new = {keys[group.id]: kl for group, kl in zip(batch, found, strict=True)}
-                    known |= new
-                    keep([{"key": key, **vars(kl)} for key, kl in new.items()])
-        return {id: known[key] for id, key in keys.items()}
+                    keep([{"key": keys[group.id], **vars(kl)} for group, kl in zip(batch, found, strict=True)])
+        rows = store.rows(keys.values()).select(list(_DIVERGENCES))
+        kls = {key: SequenceKl(*row) for key, *row in rows.iter_rows()}
+        return {id: kls[key] for id, key in keys.items()}
 
     def _both(
         self, policy: EvaluatedModel, reference: EvaluatedModel, groups: Sequence[TokenGroup]
@@ -201,43 +165,18 @@ class Steps:
                     parts[part.place].append(sequence_kl(ours, theirs, part.tokens))
             return [SequenceKl.add_up(found) for found in parts]
 
-        budget = self._budget()
+        budget = self._project.budget()
         label = f"{self._command}: KL along the answers of {policy}"
-        with self._reporter.meter(label, len(groups), "prompts") as meter:
+        with self._project.reporter.meter(label, len(groups), "prompts") as meter:
             for batch, found in in_micro_batches(groups, budget, scorer.split, work):
                 meter.advance(len(batch))
                 yield batch, found
-
-    def _budget(self) -> TokenBudget:
-        return TokenBudget(token_budget(self._runtime, self._graph.machine.device), self._command, self._reporter)
 
     def _store(self, model: EvaluatedModel, name: str, schema: Mapping[str, Any]) -> RowStore:
         folder = self._folder / model.digest
         store = RowStore(folder / name, schema)
         forget_other_stores(self._folder, folder, _MODELS_KEPT)
         return store
-
-    @contextmanager
-    def _keeping(self, store: RowStore) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
-        """A function that takes rows and stores them from time to time, and at the end whatever that is."""
-        pending: list[dict[str, Any]] = []
-        saved_at = time.monotonic()
-        with graceful_stop() as stop:
-
-            def keep(rows: list[dict[str, Any]]) -> None:
-                nonlocal saved_at
-                pending.extend(rows)
-                if time.monotonic() - saved_at >= self._runtime.checkpoint_minutes * 60:
-                    store.add(pending)
-                    pending.clear()
-                    saved_at = time.monotonic()
-                if stop.requested:
-                    raise Interrupted(f"{self._command}: stopped; what was computed is kept, run it again to go on")
-
-            try:
-                yield keep
-            finally:
-                store.add(pending)
 
 
 class _Part(NamedTuple):

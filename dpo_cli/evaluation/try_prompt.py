@@ -18,7 +18,7 @@ from dpo_cli.evaluation.model_names import DPO, SFT
 from dpo_cli.evaluation.models import open_models
 from dpo_cli.evaluation.steps import Steps
 from dpo_cli.models.load import quiet_libraries
-from dpo_cli.reference.graph import check_context, open_graph
+from dpo_cli.models.project import open_project
 
 
 @dataclass(frozen=True)
@@ -55,24 +55,23 @@ def try_prompt(prompt: str, system: str | None, model: Path | None, params: Para
     """
     quiet_libraries()
     settings = params.evaluate
-    graph = open_graph(params.model, params.reference, params.runtime)
+    project = open_project(params, reporter, "try")
     before: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     messages = [*before, user(prompt)]
     try:
-        tokens = PromptTokens(content_id(messages), tuple(graph.encoder.encode_prompt(messages)))
+        tokens = PromptTokens(content_id(messages), tuple(project.encoder.encode_prompt(messages)), messages)
     except RowProblem as problem:
         raise DataError(f"the prompt: {problem}") from None
-    check_context(graph.base, len(tokens.tokens) + settings.max_new_tokens, "evaluate.max_new_tokens + the prompt")
+    project.check_context(len(tokens.tokens) + settings.max_new_tokens, "evaluate.max_new_tokens + the prompt")
     folder = model or paths.DPO_MODEL
-    models = open_models(graph, folder, params.runtime, reporter, "try")
+    models = open_models(project, folder)
     names = {SFT: models.reference, folder.resolve().name if model else DPO: models.policy}
     found = []
     with stage_scratch("try", "run") as scratch:
-        steps = Steps(graph, settings, params.runtime, reporter, "try", scratch.folder.parent / "models")
+        steps = Steps(project, settings, scratch.folder.parent / "models")
         for name, asked in names.items():
             answer = steps.answers(asked, [tokens], settings.temperature)[tokens.id]
-            text = graph.encoder.decode(list(answer.tokens))
-            found.append(Tried(name, text, len(answer.tokens), answer.finished))
+            found.append(Tried(name, answer.text, answer.num_tokens, answer.finished))
     return found
 
 

@@ -7,7 +7,6 @@ asked again: that may have been the server's fault.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -47,32 +46,25 @@ class CachedJudge:
 
     def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Judgment]]:
         """First what is remembered, then what is asked; equal questions are asked once."""
-        known = self._known()
+        asked = [self._key(question) for question in questions]
+        rows = self._store.rows(asked).select(list(SCHEMA)).iter_rows()
+        known = {key: Judgment(p_a, verdict) for key, p_a, verdict in rows}
         waiting: dict[str, list[int]] = {}
-        for index, question in enumerate(questions):
-            key = self._key(question)
+        for index, key in enumerate(asked):
             if key in known:
                 yield index, known[key]
             else:
                 waiting.setdefault(key, []).append(index)
+        if not waiting:
+            return
         keys = list(waiting)
-        new: list[dict[str, str | float]] = []
-        written = time.monotonic()
-        try:
-            for number, judgment in self._judge.judge([questions[waiting[key][0]] for key in keys]) if keys else ():
+        with self._store.keeping(self._seconds_a_shard / 60) as keep:
+            for number, judgment in self._judge.judge([questions[waiting[key][0]] for key in keys]):
                 self.num_asked += 1
                 if judgment.verdict != "invalid":
-                    new.append({"key": keys[number], "p_a": judgment.p_a, "verdict": judgment.verdict})
-                if time.monotonic() - written >= self._seconds_a_shard:
-                    self._store.add(new)
-                    new, written = [], time.monotonic()
+                    keep([{"key": keys[number], "p_a": judgment.p_a, "verdict": judgment.verdict}])
                 for index in waiting[keys[number]]:
                     yield index, judgment
-        finally:
-            self._store.add(new)
-
-    def _known(self) -> dict[str, Judgment]:
-        return {key: Judgment(p_a, verdict) for key, p_a, verdict in self._store.load().select(list(SCHEMA)).rows()}
 
     def _key(self, question: Question) -> str:
         return digest_bytes(self._identity, question.prompt.encode(), question.a.encode(), question.b.encode())

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dpo_cli.core.progress import Reporter
+from dpo_cli.judging.answers import Answer
 from dpo_cli.judging.judge import Judge
-from dpo_cli.judging.prepare import JudgedAnswer
 from dpo_cli.judging.win_rate import Comparison, Pair, WinRateSummary, compare_all, num_questions, summarize
 from dpo_cli.statistics.bootstrap import Estimate, Sampling
 
-Answers = Mapping[str, JudgedAnswer]
+Answers = Mapping[str, Answer]
 """One model's answers by prompt id, or the data's by row id."""
 
 
@@ -66,7 +66,7 @@ def compare_models(
     """
     ids = [[id for id in ours if id in theirs] for ours, theirs in pairings]
     pairs = [
-        [Pair(ours[id].prompt, ours[id].text, theirs[id].text) for id in shared]
+        [Pair(ours[id].asked, ours[id].text, theirs[id].text) for id in shared]
         for shared, (ours, theirs) in zip(ids, pairings, strict=True)
     ]
     different = list(dict.fromkeys(pair for some in pairs for pair in some))

@@ -13,20 +13,19 @@ from typing import Any
 
 from dpo_cli.core.artifacts import digest_json
 from dpo_cli.core.errors import MachineError
-from dpo_cli.core.params import RuntimeParams
-from dpo_cli.core.progress import Reporter
+from dpo_cli.core.evaluate_params import HfJudgeParams
+from dpo_cli.core.manifest import library_versions
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import Messages, assistant, user
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.judging.judge import INVALID, Judgment, Question
 from dpo_cli.judging.templates import Template
-from dpo_cli.models.device import Machine, token_budget
 from dpo_cli.models.folder import check_model_folder
-from dpo_cli.models.identity import library_versions, lock_model
+from dpo_cli.models.identity import lock_model
 from dpo_cli.models.load import context_length, load_model, load_tokenizer
+from dpo_cli.models.workplace import Workplace
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
-from dpo_cli.scoring.probe import open_scorer
 from dpo_cli.scoring.scorer import Scorer, engine_version
 
 _STAND_IN = Question("prompt", "one", "other")
@@ -68,29 +67,17 @@ class HfJudge:
 
     @classmethod
     def load(
-        cls,
-        folder: Path,
-        template: Template,
-        machine: Machine,
-        quantization: str,
-        chat_template: str,
-        runtime: RuntimeParams,
-        reporter: Reporter,
-        stage: str,
-        policy: Path | None = None,
+        cls, folder: Path, template: Template, settings: HfJudgeParams, work: Workplace, policy: Path | None = None
     ) -> HfJudge:
         """Load a judge from a directory, as all models are loaded: offline, safetensors only, no code from it.
 
         Args:
             folder: The judge's directory.
             template: What it is asked.
-            machine: Device and compute dtype.
-            quantization: ``nf4`` or ``none``.
-            chat_template: ``auto`` for its own, or a name in :data:`dpo_cli.data.templates.NAMED_TEMPLATES`.
-            runtime: Layout and token budget.
-            reporter: Says them, and warns where judge and policy are kin.
-            stage: Name of the stage, for messages.
-            policy: Directory of the base model of the policy that is judged.
+            settings: How its weights are held, and its chat template.
+            work: Where it computes.
+            policy: Directory of the base model of the policy that is judged, for a warning where judge and policy are
+                kin.
 
         Raises:
             MachineError: It cannot be loaded, or its tokenizer does not tell the options apart.
@@ -99,23 +86,22 @@ class HfJudge:
             raise MachineError(f"the judge's model directory {folder} is missing")
         check_model_folder(folder)
         if policy is not None and (kinship := kinship_of(folder, policy)):
-            reporter.warn(f"{stage}: {kinship}: a judge favors answers like its own; take one of another family")
-        encoder = ChatEncoder(load_tokenizer(folder), chat_template)
-        scorer, _ = open_scorer(
-            load_model(folder, machine, quantization=quantization), machine.compute_dtype, runtime, reporter, stage
-        )
+            work.reporter.warn(
+                f"{work.command}: {kinship}: a judge favors answers like its own; take one of another family"
+            )
+        encoder = ChatEncoder(load_tokenizer(folder), settings.chat_template)
+        scorer, _ = work.scorer(load_model(folder, work.machine, quantization=settings.quantization))
         identity = {
             "judge": "hf",
             "model": _digest_of(folder),
-            "quantization": quantization,
-            "compute_dtype": machine.dtype_name,
+            "quantization": settings.quantization,
+            "compute_dtype": work.machine.dtype_name,
             "chat_template": encoder.template,
             "template": template.digest,
-            "engine": engine_version(machine.compute_dtype),
+            "engine": engine_version(work.machine.compute_dtype),
             **library_versions(),
         }
-        budget = TokenBudget(token_budget(runtime, scorer.device), stage, reporter)
-        return cls(scorer, encoder, template, budget, identity, context_length(folder))
+        return cls(scorer, encoder, template, work.budget(), identity, context_length(folder))
 
     def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Judgment]]:
         """Judge questions in micro-batches; those beyond the model's context are invalid."""

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from typing import Any
 
 from dpo_cli.core.errors import DpoCliError, MachineError
@@ -39,6 +40,21 @@ _VOLATILE = ("created", "permission")
 _LETTER = re.compile(r"[\W_]*([A-Za-z])(?![A-Za-z])")
 
 
+@dataclass(frozen=True)
+class Abilities:
+    """What a server can do.
+
+    Attributes:
+        constraint: How answers are constrained: a name in _CONSTRAINTS or ``none``.
+        top_logprobs: Most probable tokens that it lists; 0: it gives no log-probabilities.
+        about: What it says of the model.
+    """
+
+    constraint: str
+    top_logprobs: int
+    about: Mapping[str, Any]
+
+
 class OpenAiJudge:
     """Asks a server; :meth:`connect` finds out how.
 
@@ -46,9 +62,7 @@ class OpenAiJudge:
         server: Where it is.
         model: Name of the model.
         template: What it is asked.
-        constraint: How answers are constrained: a name in _CONSTRAINTS or ``none``.
-        top_logprobs: Most probable tokens that the server lists; 0: it gives no log-probabilities.
-        about: What the server says of the model.
+        found: What the server can do, and says of the model.
         parallel: Requests under way at once.
         extra: Fields that every request has besides, such as ``{"chat_template_kwargs": {"enable_thinking": false}}``.
     """
@@ -63,15 +77,13 @@ class OpenAiJudge:
         server: Server,
         model: str,
         template: Template,
+        found: Abilities,
         *,
-        constraint: str = "none",
-        top_logprobs: int = 0,
-        about: Mapping[str, Any] | None = None,
         parallel: int = 4,
         extra: Mapping[str, Any] | None = None,
     ) -> None:
-        self.constraint = constraint
-        self.top_logprobs = top_logprobs
+        self.constraint = found.constraint
+        self.top_logprobs = found.top_logprobs
         self._server = server
         self._model = model
         self._template = template
@@ -81,9 +93,9 @@ class OpenAiJudge:
             "judge": "openai",
             "url": server.url,
             "model": model,
-            "about": {name: value for name, value in (about or {}).items() if name not in _VOLATILE},
-            "constraint": constraint,
-            "top_logprobs": top_logprobs,
+            "about": {name: value for name, value in found.about.items() if name not in _VOLATILE},
+            "constraint": found.constraint,
+            "top_logprobs": found.top_logprobs,
             "template": template.digest,
             "extra": self._extra,
         }
@@ -119,16 +131,7 @@ class OpenAiJudge:
         read = f"log-probabilities of the {top_logprobs} most probable tokens" if top_logprobs else "its letter"
         how = f"constrained by {constraint}" if constraint != "none" else "not constrained"
         reporter.say(f"judge {name} at {server.url}: answers {how}, read by {read}")
-        return cls(
-            server,
-            name,
-            template,
-            constraint=constraint,
-            top_logprobs=top_logprobs,
-            about=about,
-            parallel=parallel,
-            extra=extra,
-        )
+        return cls(server, name, template, Abilities(constraint, top_logprobs, about), parallel=parallel, extra=extra)
 
     def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Judgment]]:
         """Judge questions, several at once, and yield each as it is answered.

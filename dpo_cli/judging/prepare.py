@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, MachineError, ParamsError
-from dpo_cli.core.params import EvaluateParams, RuntimeParams
+from dpo_cli.core.params import EvaluateParams
 from dpo_cli.core.progress import Reporter
-from dpo_cli.data.schema import Messages, assistant
+from dpo_cli.data.schema import assistant
 from dpo_cli.data.tokens import TokenGroup
+from dpo_cli.judging.answers import Answer
 from dpo_cli.judging.cache import CachedJudge
 from dpo_cli.judging.human import VotesJudge
 from dpo_cli.judging.judge import Judge
@@ -22,36 +22,14 @@ from dpo_cli.judging.language_model import HfJudge
 from dpo_cli.judging.openai import OpenAiJudge
 from dpo_cli.judging.reward_model import KnownRewards, RewardModel
 from dpo_cli.judging.server import Server
-from dpo_cli.judging.templates import TEMPLATES, Template, open_template, transcript
+from dpo_cli.judging.templates import TEMPLATES, Template, open_template
 from dpo_cli.judging.votes import read_votes
 from dpo_cli.models.folder import check_model_folder
+from dpo_cli.models.project import Project
 from dpo_cli.models.reward import check_reward_model
-from dpo_cli.reference.graph import Graph, table_digests
 
 API_KEY = "DPO_JUDGE_API_KEY"
 JUDGE_PATH = "DPO_JUDGE_PATH"
-
-
-@dataclass(frozen=True)
-class JudgedAnswer:
-    """An answer that may be judged.
-
-    Attributes:
-        group: The prompt's id.
-        messages: The prompt.
-        text: The answer.
-        num_tokens: Tokens of the answer, as it was sampled.
-    """
-
-    group: str
-    messages: Messages
-    text: str
-    num_tokens: int
-
-    @cached_property
-    def prompt(self) -> str:
-        """The prompt as a judge reads it."""
-        return transcript(self.messages)
 
 
 @dataclass(frozen=True)
@@ -74,17 +52,14 @@ class ReadyJudge:
     reward: Callable[[str, str], float] | None = None
 
 
-LoadJudge = Callable[[Sequence[JudgedAnswer]], ReadyJudge]
+LoadJudge = Callable[[Sequence[Answer]], ReadyJudge]
 """Opens a judge that was prepared, for the answers that it will be asked about."""
 
 
 def prepare_judge(
     settings: EvaluateParams,
-    graph: Graph,
+    project: Project,
     names: tuple[str, str],
-    runtime: RuntimeParams,
-    reporter: Reporter,
-    command: str,
     memory: Path,
 ) -> LoadJudge | None:
     """Find out whether the judge that is asked for can be had, before any long work; None where there is none.
@@ -93,11 +68,8 @@ def prepare_judge(
 
     Args:
         settings: Section evaluate.
-        graph: The graph of the policy that is judged.
+        project: Of the policy that is judged.
         names: Policy and opponent, as a votes file calls them.
-        runtime: This machine.
-        reporter: Says what the judge is like.
-        command: Who asks, for messages.
         memory: Folder of judgments that were made before, in the scratch area.
 
     Raises:
@@ -112,31 +84,29 @@ def prepare_judge(
         rater = settings.rule or settings.judge
         return lambda _: ReadyJudge(exact, exact.name, rater, reward=exact.reward)
     if settings.judge == "reward-model":
-        check_reward_model(paths.REWARD_MODEL, graph.identity, table_digests(paths.PREFERENCE_DATA))
-        return lambda judged: _learned_rewards(graph, judged, runtime, reporter, command)
+        check_reward_model(paths.REWARD_MODEL, project.made_of())
+        return lambda judged: _learned_rewards(project, judged)
     if settings.judge == "votes":
         votes = read_votes(_votes_file(settings.votes.file))
         voters = VotesJudge(votes, settings.votes.rule, *names, settings.votes.kind)
         return lambda _: ReadyJudge(voters, f"votes in {settings.votes.file}", settings.judge)
     if settings.judge == "openai":
-        asked = _open_openai(settings, reporter, memory)
+        asked = _open_openai(settings, project.reporter, memory)
         return lambda _: asked
-    return _prepare_hf(settings, graph, runtime, reporter, command, memory)
+    return _prepare_hf(settings, project, memory)
 
 
-def _learned_rewards(
-    graph: Graph, judged: Sequence[JudgedAnswer], runtime: RuntimeParams, reporter: Reporter, command: str
-) -> ReadyJudge:
+def _learned_rewards(project: Project, judged: Sequence[Answer]) -> ReadyJudge:
     """Rewards of answers as texts, as all judges see them: equal texts have equal rewards, whatever their tokens."""
-    model = RewardModel.load(paths.REWARD_MODEL, graph, runtime, reporter, command)
-    different = {(each.prompt, each.text): each for each in judged}
-    by_prompt: dict[str, list[JudgedAnswer]] = {}
+    model = RewardModel.load(paths.REWARD_MODEL, project)
+    different = {(each.asked, each.text): each for each in judged}
+    by_prompt: dict[str, list[Answer]] = {}
     for each in different.values():
-        by_prompt.setdefault(each.prompt, []).append(each)
+        by_prompt.setdefault(each.asked, []).append(each)
     groups = []
     for number, some in enumerate(by_prompt.values()):
         messages = some[0].messages
-        encoding = graph.encoder.encode(messages, [[assistant(each.text)] for each in some])
+        encoding = project.encoder.encode(messages, [[assistant(each.text)] for each in some])
         answers = tuple(map(tuple, encoding.completions))
         groups.append(TokenGroup(str(number), str(number), tuple(encoding.prompt), answers))
     found = zip(by_prompt.items(), model.rewards(groups), strict=True)
@@ -159,10 +129,8 @@ def _votes_file(name: str) -> Path:
     return path
 
 
-def _prepare_hf(
-    settings: EvaluateParams, graph: Graph, runtime: RuntimeParams, reporter: Reporter, command: str, memory: Path
-) -> LoadJudge:
-    given = os.environ.get(JUDGE_PATH) or runtime.judge_path
+def _prepare_hf(settings: EvaluateParams, project: Project, memory: Path) -> LoadJudge:
+    given = os.environ.get(JUDGE_PATH) or project.runtime.judge_path
     if not given:
         raise ParamsError(f"evaluate.judge hf needs its model: set runtime.judge_path (or {JUDGE_PATH}) to a directory")
     folder = paths.from_root(given)
@@ -171,18 +139,8 @@ def _prepare_hf(
     check_model_folder(folder)
     template = _template(settings.hf.template, "evaluate.hf.template")
 
-    def open_(_: Sequence[JudgedAnswer]) -> ReadyJudge:
-        judge = HfJudge.load(
-            folder,
-            template,
-            graph.machine,
-            settings.hf.quantization,
-            settings.hf.chat_template,
-            runtime,
-            reporter,
-            command,
-            policy=graph.base,
-        )
+    def open_(_: Sequence[Answer]) -> ReadyJudge:
+        judge = HfJudge.load(folder, template, settings.hf, project, policy=project.base)
         name = settings.hf.name or folder.name
         return ReadyJudge(CachedJudge(judge, memory), name, _rater(name, template), reads=True)
 

@@ -8,17 +8,13 @@ from pathlib import Path
 
 import torch
 
-from dpo_cli.core.params import RuntimeParams
-from dpo_cli.core.progress import Reporter
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.schema import Messages, assistant
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.judging.judge import Judgment, Question, one_by_one
-from dpo_cli.models.device import token_budget
-from dpo_cli.models.reward import load_reward_model, reward_head
-from dpo_cli.reference.graph import Graph
+from dpo_cli.models.project import Project
+from dpo_cli.models.reward import reward_head
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
-from dpo_cli.scoring.probe import open_scorer
 from dpo_cli.scoring.reward import RewardScorer
 
 
@@ -37,27 +33,15 @@ class RewardModel:
         self._budget = budget
 
     @classmethod
-    def load(
-        cls,
-        folder: Path,
-        graph: Graph,
-        runtime: RuntimeParams,
-        reporter: Reporter,
-        stage: str,
-    ) -> RewardModel:
+    def load(cls, folder: Path, project: Project) -> RewardModel:
         """The reward model of a folder, on the frozen weights that it was trained on.
 
         Args:
             folder: What stage reward made; :func:`dpo_cli.models.reward.check_reward_model` says whether it fits.
-            graph: What it was trained on: base, SFT's result, quantization, machine and encoder.
-            runtime: Layout and token budget.
-            reporter: Says them.
-            stage: Name of the stage, for messages.
+            project: What it was trained on.
         """
-        model = load_reward_model(folder, graph.base, graph.sft, graph.machine, graph.quantization)
-        scorer, _ = open_scorer(model, graph.machine.compute_dtype, runtime, reporter, stage)
-        budget = TokenBudget(token_budget(runtime, scorer.device), stage, reporter)
-        return cls(RewardScorer(scorer, reward_head(model)), graph.encoder, budget)
+        model = project.reward_model(folder)
+        return cls(RewardScorer(project.scorer(model)[0], reward_head(model)), project.encoder, project.budget())
 
     @torch.no_grad()
     def rewards(self, groups: Sequence[TokenGroup]) -> list[list[float]]:

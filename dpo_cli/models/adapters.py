@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.core import paths
-from dpo_cli.core.artifacts import digest_files, digest_json, read_json, write_json
+from dpo_cli.core.artifacts import digest_json, write_json
 from dpo_cli.core.errors import MachineError, ParamsError, StaleArtifactError
+from dpo_cli.core.manifest import SFT
 from dpo_cli.core.params import LoraParams
 from dpo_cli.core.text import shown
 from dpo_cli.models.device import Machine
@@ -28,8 +29,6 @@ from dpo_cli.models.load import keep_weights_unpacked, load_model
 if TYPE_CHECKING:  # peft takes seconds to import: functions do it that use it
     from peft import PeftModel
 
-SFT_MANIFEST = "sft.json"
-_SFT_REMEDY = "run: dpo-cli sft"
 POLICY, REFERENCE = "default", "reference"
 
 
@@ -168,38 +167,16 @@ class SftResult:
         return self.method in ("adapter", "lora", "qlora")
 
 
-def write_sft_manifest(
-    folder: Path, method: str, files: list[str], base_digest: str, data: dict[str, str] | None = None
-) -> None:
-    """Write the manifest of models/sft; its last file, so that its presence means complete."""
-    digest = digest_json({"method": method, "base": base_digest, "files": digest_files(folder, files)})
-    manifest = {"method": method, "base": base_digest, "files": files, "digest": digest, "data": data}
-    write_json(folder / SFT_MANIFEST, manifest)
-
-
-def read_sft_result(base_digest: str) -> SftResult:
-    """Check models/sft and say what it is.
+def read_sft_result(base: str) -> SftResult:
+    """Check models/sft against the base model's digest and say what it is.
 
     Raises:
-        StaleArtifactError: It is missing, damaged, or made for another base model.
+        StaleArtifactError: It is missing, damaged, or made of another base model.
     """
-    path = paths.SFT_MODEL / SFT_MANIFEST
-    manifest = read_json(path, _SFT_REMEDY)
-    if manifest["base"] != base_digest:
-        raise StaleArtifactError(f"{path}: made for another base model than models/base is now; {_SFT_REMEDY}")
-    try:
-        digest = digest_json(
-            {
-                "method": manifest["method"],
-                "base": base_digest,
-                "files": digest_files(paths.SFT_MODEL, manifest["files"]),
-            }
-        )
-    except FileNotFoundError as error:
-        raise StaleArtifactError(f"{error.filename} is missing; {_SFT_REMEDY}") from None
-    if digest != manifest["digest"]:
-        raise StaleArtifactError(f"{paths.SFT_MODEL} has changed since it was made; {_SFT_REMEDY}")
-    return SftResult(manifest["method"], digest, manifest["data"])
+    manifest = SFT.check({"base": base})
+    method = manifest.settings["sft"]["method"]
+    digest = digest_json({"method": method, "base": base, "files": digest_json(manifest.files)})
+    return SftResult(method, digest, manifest.made_of.get("data/sft"))
 
 
 def load_reference(base: Path, sft: SftResult, machine: Machine, quantization: str) -> Any:

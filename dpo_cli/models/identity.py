@@ -9,44 +9,31 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from dpo_cli.core import paths
-from dpo_cli.core.artifacts import digest_json, read_json, sha256_file, write_json
+from dpo_cli.core.artifacts import digest_json, sha256_file, write_json
 from dpo_cli.core.errors import MachineError, ParamsError, StaleArtifactError
+from dpo_cli.core.manifest import BASE, Manifest
 
-LOCK_NAME = "model.lock.json"
-_IDENTITY = ("name", "revision", "files")
 _PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
-_BASE_REMEDY = "run: dpo-cli base"
-_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries that a log-probability depends on."""
-    return {name: version(name) for name in _LIBRARIES}
 
 
 def model_files(folder: Path) -> list[str]:
     """Names of the files that make a model: weights, configuration and tokenizer."""
     found = {path.name for pattern in _PATTERNS for path in folder.glob(pattern) if path.is_file()}
-    return sorted(found - {LOCK_NAME})
+    return sorted(found - {BASE.name})
 
 
 def lock_model(folder: Path, name: str, revision: str, on_bytes: Callable[[int], None]) -> dict[str, Any]:
-    """The identity of a model directory, as model.lock.json has it."""
+    """The identity of a model directory: its name, its revision, and SHA-256 of each file."""
     return {"name": name, "revision": revision, "files": lock_files(folder, model_files(folder), on_bytes)}
 
 
-def lock_files(
-    folder: Path, names: Iterable[str], on_bytes: Callable[[int], None] = lambda _: None
-) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of files of a folder, by name."""
-    return {
-        name: {"size": (folder / name).stat().st_size, "sha256": _digest(folder / name, on_bytes)} for name in names
-    }
+def lock_files(folder: Path, names: Iterable[str], on_bytes: Callable[[int], None] = lambda _: None) -> dict[str, str]:
+    """SHA-256 of files of a folder, by name."""
+    return {name: _digest(folder / name, on_bytes) for name in names}
 
 
 def changed_files(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -76,10 +63,10 @@ class BaseLock:
     """What models/base/model.lock.json holds.
 
     Attributes:
-        identity: Name, revision, and size and SHA-256 of each file: all that a result depends on.
+        identity: Name, revision, and SHA-256 of each file: all that a result depends on.
         settings: Section model of params.yaml as the model was verified with.
         facts: What verification found and stages ask for.
-        adapter: Size and SHA-256 of each file of the adapter that stands in for SFT; empty where there is none.
+        adapter: SHA-256 of each file of the adapter that stands in for SFT; empty where there is none.
     """
 
     identity: dict[str, Any]
@@ -98,14 +85,15 @@ class BaseLock:
         return self.identity["revision"]
 
     @property
-    def files(self) -> dict[str, Any]:
-        """Size and SHA-256 of each file, by name."""
+    def files(self) -> dict[str, str]:
+        """SHA-256 of each file, by name."""
         return self.identity["files"]
 
     def write(self, folder: Path) -> None:
         """Write it into a folder."""
-        rest = {"settings": self.settings, "facts": asdict(self.facts), "adapter": self.adapter}
-        write_json(folder / LOCK_NAME, self.identity | rest)
+        settings = self.settings | {"name": self.name, "revision": self.revision}
+        made_of = {"adapter": self.adapter} if self.adapter else {}
+        BASE.write(folder, Manifest(made_of, self.files, {"model": settings}, facts=asdict(self.facts)))
 
 
 def read_base_lock() -> BaseLock:
@@ -114,21 +102,16 @@ def read_base_lock() -> BaseLock:
     Raises:
         StaleArtifactError: Stage base has not run, or what it wrote is damaged.
     """
-    path = paths.BASE / LOCK_NAME
-    found = read_json(path, _BASE_REMEDY)
+    manifest = BASE.read()
     try:
-        facts = ModelFacts(**found["facts"])
-        identity = {name: found[name] for name in _IDENTITY}
-        lock = BaseLock(identity, dict(found["settings"]), facts, dict(found["adapter"]))
-        for name, entry in (*lock.files.items(), *lock.adapter.items()):
-            if Path(name).name != name or not isinstance(entry["size"], int) or not isinstance(entry["sha256"], str):
-                raise ValueError(name)
+        settings, facts = dict(manifest.settings["model"]), ModelFacts(**manifest.facts)
+        identity = {"name": settings["name"], "revision": settings["revision"], "files": manifest.files}
         is_sound = isinstance(facts.num_rows, int) and isinstance(facts.context_length, int | None)
         if not is_sound or not all(isinstance(name, str) for name in (*facts.layers, *facts.tied_layers)):
             raise ValueError("facts")
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise StaleArtifactError(f"{path} is damaged, or of another version of dpo-cli; {_BASE_REMEDY}") from None
-    return lock
+        return BaseLock(identity, settings, facts, dict(manifest.made_of.get("adapter", {})))
+    except (KeyError, TypeError, ValueError):
+        raise StaleArtifactError(f"{paths.BASE / BASE.name} is damaged; {BASE.remedy(paths.BASE)}") from None
 
 
 def read_lock() -> dict[str, Any]:
@@ -161,16 +144,14 @@ def verify_model(folder: Path, lock: dict[str, Any]) -> None:
     Raises:
         StaleArtifactError: A file is missing, new, or has another content.
     """
-    lock_path = (paths.BASE / LOCK_NAME).as_posix()
-    remedy = f"put the locked model back, or lock this one with: dpo-cli base ({lock_path})"
+    remedy = f"put the locked model back, or lock this one with: dpo-cli base ({(paths.BASE / BASE.name).as_posix()})"
     now, locked = set(model_files(folder)), set(lock["files"])
     for name in sorted(now ^ locked):
         state = "is missing" if name in locked else "is new"
         raise StaleArtifactError(f"{folder / name} {state}: not the model that was locked; {remedy}")
     for name, expected in lock["files"].items():
-        path = folder / name
-        if path.stat().st_size != expected["size"] or _digest(path) != expected["sha256"]:
-            raise StaleArtifactError(f"{path} has changed since the model was locked; {remedy}")
+        if _digest(folder / name) != expected:
+            raise StaleArtifactError(f"{folder / name} has changed since the model was locked; {remedy}")
 
 
 def _digest(path: Path, on_bytes: Callable[[int], None] = lambda _: None) -> str:

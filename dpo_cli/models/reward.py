@@ -7,22 +7,21 @@ that ``AutoModelForSequenceClassification`` (``num_labels=1``) with PEFT gives t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.core import paths
-from dpo_cli.core.artifacts import digest_files, read_json, write_json
 from dpo_cli.core.errors import StaleArtifactError
+from dpo_cli.core.manifest import REWARD
 from dpo_cli.core.params import LoraParams
-from dpo_cli.models.adapters import ADAPTER_FILES, SftResult, add_adapter, load_adapter, load_backbone
+from dpo_cli.models.adapters import SftResult, add_adapter, load_adapter, load_backbone
 from dpo_cli.models.device import Machine
 from dpo_cli.models.load import keep_weights_unpacked
 
 if TYPE_CHECKING:  # peft takes seconds to import: functions do it that use it
     from peft import PeftModel
 
-REWARD_MANIFEST = "reward.json"
-_REMEDY = "run: dpo-cli reward"
 _HEAD = "score"
 """The head's name in transformers' sequence classifiers."""
 
@@ -78,34 +77,14 @@ def reward_head(model: PeftModel) -> Any:
     return getattr(model.get_base_model(), _HEAD)
 
 
-def write_reward_manifest(folder: Path, loss: str, provenance: dict[str, Any]) -> None:
-    """Write the manifest of models/reward; its last file, so that its presence means complete.
-
-    Args:
-        folder: The folder that is being built.
-        loss: ``none`` where there is no reward model.
-        provenance: Everything that the reward model depends on.
-    """
-    digest = digest_files(folder, ADAPTER_FILES) if loss != "none" else None
-    write_json(folder / REWARD_MANIFEST, {"loss": loss, "digest": digest, **provenance})
-
-
-def check_reward_model(folder: Path, graph: dict[str, Any], data: dict[str, str]) -> None:
+def check_reward_model(folder: Path, made_of: Mapping[str, Any]) -> None:
     """Refuse a reward model that is not there, or was made of something else than what is there now.
 
     Raises:
         StaleArtifactError: It is missing or damaged, stage reward was off, or the graph or the data is another.
     """
-    manifest = read_json(folder / REWARD_MANIFEST, _REMEDY)
-    if manifest["loss"] == "none":
-        raise StaleArtifactError(f"{folder} holds no reward model: set reward.loss in params.yaml, then {_REMEDY}")
-    if manifest["graph"] != graph:
-        raise StaleArtifactError(f"{folder}: trained on another graph than models/sft is now; {_REMEDY}")
-    if manifest["data"] != data:
-        raise StaleArtifactError(f"{folder}: trained on other data than data/preference is now; {_REMEDY}")
-    try:
-        digest = digest_files(folder, ADAPTER_FILES)
-    except FileNotFoundError as error:
-        raise StaleArtifactError(f"{error.filename} is missing; {_REMEDY}") from None
-    if digest != manifest["digest"]:
-        raise StaleArtifactError(f"{folder} has changed since it was made; {_REMEDY}")
+    if REWARD.read(folder).settings["reward"]["loss"] == "none":
+        raise StaleArtifactError(
+            f"{folder} holds no reward model: set reward.loss in params.yaml, then {REWARD.remedy(folder)}"
+        )
+    REWARD.check(made_of, folder)

@@ -23,13 +23,12 @@ from typing import Any, TypeVar
 
 import polars as pl
 
-from dpo_cli.core.artifacts import read_json, sha256_file, write_json
+from dpo_cli.core import paths
 from dpo_cli.core.errors import StaleArtifactError
+from dpo_cli.core.manifest import REFERENCE, Manifest
 from dpo_cli.data.tokens import TokenGroup
 
-MANIFEST = "manifest.json"
 SCHEMA = {"key": pl.String, "logp": pl.Float64, "num_tokens": pl.Int32, "token_logps": pl.List(pl.Float32)}
-_REMEDY = "run: dpo-cli precompute-ref"
 _ROWS_A_PART = 100_000
 
 Cached = TypeVar("Cached")
@@ -40,15 +39,17 @@ def group_keys(group: TokenGroup) -> list[str]:
     return group.keys
 
 
-def write_cache(folder: Path, rows: pl.DataFrame, identity: Mapping[str, Any]) -> None:
+def write_cache(folder: Path, rows: pl.DataFrame, identity: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Write a cache into an empty folder: parts in the order of their keys, then the manifest."""
     rows = rows.select(list(SCHEMA)).sort("key")
-    parts = {}
+    parts = []
     for number, begin in enumerate(range(0, max(rows.height, 1), _ROWS_A_PART)):
         name = f"part-{number:05d}.parquet"
         rows.slice(begin, _ROWS_A_PART).write_parquet(folder / name)
-        parts[name] = sha256_file(folder / name)
-    write_json(folder / MANIFEST, {"identity": dict(identity), "num_rows": rows.height, "parts": parts})
+        parts.append(name)
+    REFERENCE.write(
+        folder, Manifest({"graph": dict(identity)}, settings=dict(settings), facts={"num_rows": rows.height}), parts
+    )
 
 
 def read_cache(folder: Path, identity: Mapping[str, Any]) -> dict[str, float]:
@@ -78,44 +79,12 @@ def read_cache_rows(folder: Path, identity: Mapping[str, Any], wanted: Collectio
     Raises:
         StaleArtifactError: See :func:`read_cache_tokens`.
     """
-    return rows_of(_read(folder, identity, *list(SCHEMA)[1:]), wanted)
-
-
-def rows_of(rows: pl.DataFrame, wanted: Collection[str]) -> pl.DataFrame:
-    """The rows of some keys, as far as they are there."""
-    return rows.filter(pl.col("key").is_in(sorted(wanted)))
+    return _read(folder, identity, *list(SCHEMA)[1:]).filter(pl.col("key").is_in(sorted(wanted)))
 
 
 def _read(folder: Path, identity: Mapping[str, Any], *columns: str) -> pl.DataFrame:
-    manifest = read_json(folder / MANIFEST, _REMEDY)
-    if not (isinstance(manifest, dict) and all(isinstance(manifest.get(key), dict) for key in ("identity", "parts"))):
-        raise StaleArtifactError(f"{folder / MANIFEST} is damaged: it has no identity and parts; {_REMEDY}")
-    refuse_other_graph(folder / MANIFEST, manifest["identity"], identity)
-    frames = []
-    for name, digest in manifest["parts"].items():
-        part = folder / name
-        if not part.is_file():
-            raise StaleArtifactError(f"{part} is missing; {_REMEDY}")
-        if sha256_file(part) != digest:
-            raise StaleArtifactError(f"{part} is damaged: its content is not what was written; {_REMEDY}")
-        frames.append(pl.read_parquet(part, columns=["key", *columns], glob=False))
-    return pl.concat(frames)
-
-
-def refuse_other_graph(where: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Compare two identities.
-
-    Raises:
-        StaleArtifactError: With every field that differs.
-    """
-    fields = sorted(set(found) | set(expected))
-    different = [
-        f"{where}: made for another graph: {field} is {expected.get(field)!r} now, was {found.get(field)!r}; {_REMEDY}"
-        for field in fields
-        if found.get(field) != expected.get(field)
-    ]
-    if different:
-        raise StaleArtifactError(different)
+    parts = REFERENCE.check({"graph": identity}, folder).files
+    return pl.concat([pl.read_parquet(folder / name, columns=["key", *columns], glob=False) for name in parts])
 
 
 def reference_logps(cache: Mapping[str, Cached], groups: Sequence[TokenGroup]) -> dict[str, list[Cached]]:
@@ -130,7 +99,7 @@ def reference_logps(cache: Mapping[str, Cached], groups: Sequence[TokenGroup]) -
         if any(key not in cache for key in keys):
             raise StaleArtifactError(
                 f"data/reference has no row for {group.id} of data/preference: the data"
-                f" or the chat template has changed; {_REMEDY}"
+                f" or the chat template has changed; {REFERENCE.remedy(paths.REFERENCE)}"
             )
         found[group.id] = [cache[key] for key in keys]
     return found

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from dpo_cli.core.errors import Interrupted
 from dpo_cli.core.gpu import is_gpu
-from dpo_cli.core.interrupts import graceful_stop
-from dpo_cli.core.progress import Reporter
 from dpo_cli.core.row_store import RowStore
 from dpo_cli.data.tokens import JoinedGroups, TokenGroup, completion_key
+from dpo_cli.models.workplace import Workplace
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
 from dpo_cli.scoring.scorer import Scorer
 
@@ -95,11 +92,8 @@ def score_into_store(
     groups: Sequence[TokenGroup],
     store: RowStore,
     budget: TokenBudget,
-    *,
-    checkpoint_minutes: float,
-    command: str,
+    work: Workplace,
     what: str,
-    reporter: Reporter,
 ) -> None:
     """Score groups and store their rows as time passes.
 
@@ -108,28 +102,15 @@ def score_into_store(
         groups: Those that are missing.
         store: Where their rows go.
         budget: Tokens that go through the model at once.
-        checkpoint_minutes: Work that a kill may cost.
-        command: Who does it, for messages.
-        what: What it does, for the meter.
-        reporter: Shows progress.
+        work: Whose command it is, how much work a kill may cost, and who hears of it.
+        what: What is done, for the meter.
 
     Raises:
         Interrupted: The user asked to stop; what was computed is stored, as it is after any error.
         MachineError: A single group does not fit into memory.
     """
-    pending: list[dict[str, Any]] = []
-    saved_at = time.monotonic()
     total = sum(len(group.completions) for group in groups)
-    with graceful_stop() as stop, reporter.meter(f"{command}: {what}", total, "answers") as meter:
-        try:
-            for rows in score_groups(scorer, groups, budget):
-                pending += rows
-                meter.advance(len(rows))
-                if time.monotonic() - saved_at >= checkpoint_minutes * 60:
-                    store.add(pending)
-                    pending.clear()
-                    saved_at = time.monotonic()
-                if stop.requested:
-                    raise Interrupted(f"{command}: stopped; what was scored is kept, run it again to go on")
-        finally:
-            store.add(pending)
+    with work.keeping(store) as keep, work.reporter.meter(f"{work.command}: {what}", total, "answers") as meter:
+        for rows in score_groups(scorer, groups, budget):
+            keep(rows)
+            meter.advance(len(rows))

@@ -105,7 +105,6 @@ def draw_curves(inputs: Inputs) -> list[Chart]:
             "Fine-tuning before DPO should flatten out, with the held-out loss not yet rising.",
             inputs.sft_steps,
             _train_and_held_out("loss"),
-            stage="sft",
         ),
     ]
     return [curve for curve in curves if curve is not None]
@@ -148,7 +147,6 @@ def _curve(
     *,
     level: float | None = None,
     shaded: Sequence[tuple[float, float]] = (),
-    stage: str = "train",
 ) -> Chart | None:
     """Columns of a table against the step, with a dashed line at ``level``; None where there is no point."""
     lines = [(line, points) for line in series if (points := _points(table, line.column))]
@@ -169,6 +167,7 @@ def _curve(
     keys = [Key(line.label, f"{line.role} {line.pace}", _last(line, points)) for line, points in lines if line.label]
     if shaded:
         keys.append(Key("displacement", "b wash"))
+    stage = "sft" if slug == "sft" else "train"
     return Chart(slug, title, caption, (paths.report_dir(stage) / "steps.tsv").as_posix(), keys, draw(slug, paint))
 
 

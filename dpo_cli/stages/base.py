@@ -14,17 +14,16 @@ from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_json, publish_folder
 from dpo_cli.core.environment import refuse_several_processes
 from dpo_cli.core.errors import StaleArtifactError
+from dpo_cli.core.manifest import BASE, library_versions
 from dpo_cli.core.params import EMBEDDED, ModelParams, Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import Scratch, stage_scratch
 from dpo_cli.models.adapters import refuse_targets, without_numbers
 from dpo_cli.models.folder import ADAPTER_FILES, adapter_folder, base_folder, weight_files
 from dpo_cli.models.identity import (
-    LOCK_NAME,
     BaseLock,
     ModelFacts,
     changed_files,
-    library_versions,
     lock_files,
     lock_model,
     model_files,
@@ -60,7 +59,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     _refuse_misfits(params, lock.facts)
     metrics = {
         "num_files": len(lock.files),
-        "size_gib": sum(entry["size"] for entry in lock.files.values()) / 2**30,
+        "size_gib": sum((folder / name).stat().st_size for name in lock.files) / 2**30,
     }
     reporter.table(
         "base",
@@ -68,7 +67,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
             ("model", model.name),
             ("files", str(metrics["num_files"])),
             ("size", f"{metrics['size_gib']:.3f} GiB"),
-            ("identity", (paths.BASE / LOCK_NAME).as_posix()),
+            ("identity", (paths.BASE / BASE.name).as_posix()),
         ],
     )
     return metrics

@@ -15,10 +15,13 @@ import numpy as np
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import read_json, write_json, write_json_array, write_text
-from dpo_cli.core.errors import DataError, ParamsError, StaleArtifactError
+from dpo_cli.core.errors import DataError, ParamsError
+from dpo_cli.core.manifest import DPO as DPO_MODEL
+from dpo_cli.core.manifest import SFT as SFT_MODEL
 from dpo_cli.core.params import Params, TrainParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
+from dpo_cli.data.tables import read_columns, table_digests
 from dpo_cli.data.tokenise import explain_rejects
 from dpo_cli.evaluation import tables
 from dpo_cli.evaluation.evaluated import Evaluated, count_leaked_prompts, training_of
@@ -43,12 +46,10 @@ from dpo_cli.judging.prepare import LoadJudge, prepare_judge
 from dpo_cli.judging.votes import COLUMNS as VOTE_COLUMNS
 from dpo_cli.models.device import memory_metrics
 from dpo_cli.models.load import quiet_libraries
+from dpo_cli.models.project import Project, open_project
 from dpo_cli.reference.cache import read_cache
-from dpo_cli.reference.graph import Graph, open_graph, read_columns, table_digests
 from dpo_cli.statistics.bootstrap import Sampling
 from dpo_cli.statistics.calibration import reliability_table
-
-_TRAIN_REMEDY = "run: dpo-cli train"
 
 
 def run(params: Params, reporter: Reporter) -> dict[str, Any]:
@@ -60,20 +61,13 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         Interrupted: The user asked to stop; what was computed is kept.
     """
     quiet_libraries()
-    graph = open_graph(params.model, params.reference, params.runtime)
-    provenance = read_json(paths.DPO_MODEL / "provenance.json", _TRAIN_REMEDY)
-    if provenance["graph"] != graph.identity:
-        raise StaleArtifactError(f"{paths.DPO_MODEL}: trained on another graph than models/sft is now; {_TRAIN_REMEDY}")
-    if graph.sft.data is not None and graph.sft.data != table_digests(paths.SFT_DATA):
-        raise StaleArtifactError(f"{paths.SFT_MODEL}: trained on other data than data/sft is now; run: dpo-cli sft")
-    if provenance["data"] != table_digests(paths.PREFERENCE_DATA):
-        raise StaleArtifactError(
-            f"{paths.DPO_MODEL}: trained on other data than data/preference is now; {_TRAIN_REMEDY}"
-        )
-    train = TrainParams.model_validate(provenance["params"]["train"])
-    trained = provenance.get("trained", {})
-    evaluated = Evaluated(paths.DPO_MODEL, DPO, train, paths.report_dir("evaluate"), trained=trained)
-    metrics = _evaluate(params, graph, evaluated, reporter)
+    project = open_project(params, reporter, "evaluate")
+    if project.sft.data is not None:
+        SFT_MODEL.refuse_other(SFT_MODEL.read(), {"data/sft": table_digests(paths.SFT_DATA)}, paths.SFT_MODEL)
+    manifest = DPO_MODEL.check(project.made_of())
+    train = TrainParams.model_validate(manifest.settings["train"])
+    evaluated = Evaluated(paths.DPO_MODEL, DPO, train, paths.report_dir("evaluate"), trained=manifest.facts)
+    metrics = _evaluate(params, project, evaluated, reporter)
     report_verdict(metrics, reporter, of="evaluate")
     return metrics
 
@@ -104,50 +98,48 @@ def evaluate_model(
         raise ParamsError(f"--out {out} is where stages report to; name a folder outside {paths.REPORTS}")
     if out.is_dir() and any(out.iterdir()) and not (out / paths.MODEL_SETTINGS).is_file():
         raise ParamsError(f"{out} holds other files, and no evaluation of a model; name a folder of its own: --out")
-    graph = open_graph(params.model, params.reference, params.runtime)
-    models = open_models(graph, folder, params.runtime, reporter, "evaluate")
+    project = open_project(params, reporter, "evaluate")
+    models = open_models(project, folder)
     known = read_json(out / paths.MODEL_SETTINGS, "") if (out / paths.MODEL_SETTINGS).is_file() else {}
     if known and known.get("policy") != models.policy.digest:
         raise ParamsError(f"{out} holds the evaluation of another model; name another folder: --out")
     settings: dict[str, Any] = {name: getattr(params, name).model_dump() for name in ("model", "reference", "evaluate")}
     settings |= {"name": folder.resolve().name, "policy": models.policy.digest}
-    train, trained, is_ours = training_of(folder, params.train, graph, reporter)
+    train, trained, is_ours = training_of(folder, params.train, project, reporter)
     if trained is not None:
         if beta_given:
             raise ParamsError(f"--set train.* has no effect on {folder}: its provenance.json says how it was trained")
         settings["train"] = train.model_dump()
     evaluated = Evaluated(folder, settings["name"], train, out, is_ours, trained)
-    metrics = _evaluate(params, graph, evaluated, reporter)
+    metrics = _evaluate(params, project, evaluated, reporter)
     write_json(out / paths.MODEL_SETTINGS, settings)
     report_verdict(metrics, reporter, of=str(folder), also=[("files", out.as_posix())])
     return metrics
 
 
-def _evaluate(params: Params, graph: Graph, evaluated: Evaluated, reporter: Reporter) -> dict[str, Any]:
+def _evaluate(params: Params, project: Project, evaluated: Evaluated, reporter: Reporter) -> dict[str, Any]:
     """All steps of one model, and the files that they make."""
     evaluate = params.evaluate
-    table = graph.tokenise_pairs("eval")
+    table = project.tokenise_pairs("eval")
     if not table.groups:
         raise DataError(
-            f"data/preference/eval.parquet: {explain_rejects([table], 'reference.max_length', graph.max_length)}"
+            f"data/preference/eval.parquet: {explain_rejects([table], 'reference.max_length', project.max_length)}"
         )
     num_leaked = count_leaked_prompts(table)
     if num_leaked:
         raise DataError(
             f"{num_leaked} held-out prompts are in the training data; run: dpo-cli convert-sft, convert-preferences"
         )
-    cache = read_cache(paths.REFERENCE, graph.identity)
+    cache = read_cache(paths.REFERENCE, project.identity)
     with stage_scratch("evaluate", "run") as scratch:
         root = scratch.folder.parent
-        steps = Steps(graph, evaluate, params.runtime, reporter, "evaluate", root / "models")
-        models = open_models(graph, evaluated.folder, params.runtime, reporter, "evaluate")
-        load_judge = prepare_judge(
-            evaluate, graph, (evaluated.name, SFT), params.runtime, reporter, "evaluate", root / "judgments"
-        )
-        measurement = Measurement(graph, table, evaluate, models, steps)
+        steps = Steps(project, evaluate, root / "models")
+        models = open_models(project, evaluated.folder)
+        load_judge = prepare_judge(evaluate, project, (evaluated.name, SFT), root / "judgments")
+        measurement = Measurement(project, table, evaluate, models, steps)
         metrics = _measure(measurement, cache, evaluated, load_judge, reporter)
         metrics["num_leaked_prompts"] = num_leaked if evaluated.is_of_this_data else None
-        metrics |= memory_metrics(graph.machine)
+        metrics |= memory_metrics(project.machine)
         metrics["learns_log_ratio"] = evaluated.train.learns_log_ratio
         if evaluated.trained is not None:
             settings = evaluated.train.model_dump(include={"learning_rate", "beta", "epochs", "max_steps"})

@@ -13,16 +13,15 @@ from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.row_store import RowStore, forget_other_stores
 from dpo_cli.core.scratch import stage_scratch
+from dpo_cli.data.tables import SPLITS, all_rejects
 from dpo_cli.data.tokenise import explain_found, explain_rejects
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.models.adapters import load_reference
-from dpo_cli.models.device import memory_in_words, memory_metrics, token_budget
+from dpo_cli.models.device import memory_in_words, memory_metrics
 from dpo_cli.models.load import quiet_libraries
-from dpo_cli.reference.cache import SCHEMA, group_keys, rows_of, write_cache
-from dpo_cli.reference.graph import SPLITS, Graph, all_rejects, open_graph
+from dpo_cli.models.project import Project, open_project
+from dpo_cli.reference.cache import SCHEMA, group_keys, write_cache
 from dpo_cli.reference.scoring import missing_groups, score_into_store
-from dpo_cli.scoring.budget import TokenBudget
-from dpo_cli.scoring.probe import Verdict, open_scorer
+from dpo_cli.scoring.probe import Verdict
 
 _OTHER_STORES_KEPT = 3
 
@@ -38,32 +37,31 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         Interrupted: The user asked to stop; what was computed is kept.
     """
     quiet_libraries()
-    graph = open_graph(params.model, params.reference, params.runtime)
-    tables = [graph.tokenise_pairs(split) for split in SPLITS]
+    project = open_project(params, reporter, "precompute-ref")
+    tables = [project.tokenise_pairs(split) for split in SPLITS]
     if params.reference.rankings:
-        tables += [graph.tokenise_rankings(split) for split in SPLITS]
+        tables += [project.tokenise_rankings(split) for split in SPLITS]
     rejects = all_rejects(tables)
     groups = [group for table in tables for group in table.groups]
     wanted = {key for group in groups for key in group_keys(group)}
     if not wanted:
         raise DataError(
-            f"data/preference: {explain_rejects(tables, 'reference.max_length', graph.max_length) or 'has no pairs'}"
+            f"data/preference: {explain_rejects(tables, 'reference.max_length', project.max_length) or 'has no pairs'}"
         )
-    if warning := explain_rejects(tables, "reference.max_length", graph.max_length):
+    if warning := explain_rejects(tables, "reference.max_length", project.max_length):
         reporter.warn(f"precompute-ref: {warning}")
     if warning := explain_found(tables):
         reporter.warn(f"precompute-ref: {warning}")
-    identity_digest = digest_json(graph.identity)
+    identity_digest = digest_json(project.identity)
     with stage_scratch("precompute_ref", identity_digest) as scratch:
         store = RowStore(scratch.folder / "rows", SCHEMA)
-        known = set(store.load()["key"].to_list())
-        missing = missing_groups(groups, known, token_budget(params.runtime, graph.machine.device))
+        missing = missing_groups(groups, store.keys(), project.budget().max_tokens)
         begun = time.monotonic()
-        layout = _compute(graph, missing, store, params, reporter) if missing else None
+        layout = _compute(project, missing, store) if missing else None
         elapsed_s = time.monotonic() - begun
-        rows = rows_of(store.load(), wanted)
+        rows = store.rows(wanted)
         built = scratch.build_folder()
-        write_cache(built, rows, graph.identity)
+        write_cache(built, rows, project.identity, {"reference": params.reference.model_dump()})
         publish_folder(built, paths.REFERENCE)
         forget_other_stores(scratch.folder.parent, scratch.folder, _OTHER_STORES_KEPT)
     num_computed = sum(len(group.completions) for group in missing)
@@ -75,7 +73,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         "num_rejected": len(rejects),
         "completions_per_s": num_computed / max(elapsed_s, 1e-9) if missing else None,
         "completion_tokens_per_s": num_tokens / max(elapsed_s, 1e-9) if missing else None,
-        **memory_metrics(graph.machine),
+        **memory_metrics(project.machine),
         **(layout.metrics() if layout else {}),
     }
     write_json_lines(paths.rejects_file("precompute_ref"), rejects)
@@ -87,7 +85,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
             ("computed", str(metrics["num_computed"])),
             ("taken over", str(metrics["num_reused"])),
             ("rows left out", f"{len(rejects)} (listed in {paths.rejects_file('precompute_ref').as_posix()})"),
-            ("graph", f"{graph.quantization}, {graph.machine.dtype_name}, sft {graph.sft.method}"),
+            ("graph", f"{project.quantization}, {project.machine.dtype_name}, sft {project.sft.method}"),
             *([("speed", f"{metrics['completions_per_s']:.1f} completions/s")] if missing else []),
             ("peak memory", memory_in_words(metrics)),
         ],
@@ -95,22 +93,8 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     return metrics
 
 
-def _compute(
-    graph: Graph, missing: Sequence[TokenGroup], store: RowStore, params: Params, reporter: Reporter
-) -> Verdict:
+def _compute(project: Project, missing: Sequence[TokenGroup], store: RowStore) -> Verdict:
     """Score groups and store their rows as time passes."""
-    runtime = params.runtime
-    model = load_reference(graph.base, graph.sft, graph.machine, graph.quantization)
-    scorer, verdict = open_scorer(model, graph.machine.compute_dtype, runtime, reporter, "precompute-ref")
-    budget = TokenBudget(token_budget(runtime, scorer.device), "precompute-ref", reporter)
-    score_into_store(
-        scorer,
-        missing,
-        store,
-        budget,
-        checkpoint_minutes=runtime.checkpoint_minutes,
-        command="precompute-ref",
-        what="scoring answers",
-        reporter=reporter,
-    )
+    scorer, verdict = project.scorer(project.reference())
+    score_into_store(scorer, missing, store, project.budget(), project, "scoring answers")
     return verdict

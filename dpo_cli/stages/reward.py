@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import version
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_json, publish_folder, write_json, write_json_lines, write_text
 from dpo_cli.core.environment import importing
 from dpo_cli.core.errors import DataError
-from dpo_cli.core.params import LoraParams, Params, RewardParams
+from dpo_cli.core.manifest import REWARD, Manifest, all_files
+from dpo_cli.core.params import Params, RewardParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import Scratch, stage_scratch
 from dpo_cli.core.text import markdown
@@ -18,15 +19,15 @@ from dpo_cli.data.tokenise import TokenTable, explain_found, explain_rejects
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.evaluation.reward_figures import RewardedPair, RewardFigures, summarize_rewards
 from dpo_cli.models.card import card_head, usage
-from dpo_cli.models.device import memory_in_words, memory_metrics, token_budget
+from dpo_cli.models.device import memory_in_words, memory_metrics
 from dpo_cli.models.identity import read_lock
-from dpo_cli.models.reward import REWARD_MANIFEST, load_reward_model_at_start, reward_head, write_reward_manifest
+from dpo_cli.models.reward import reward_head
 from dpo_cli.statistics.bootstrap import Estimate
 from dpo_cli.training.history import merge_log, write_tsv
 
 if TYPE_CHECKING:  # what computes is imported where there is something to compute
     from dpo_cli.judging.reward_model import RewardModel
-    from dpo_cli.reference.graph import Graph
+    from dpo_cli.models.project import Project
     from dpo_cli.scoring.probe import Verdict
     from dpo_cli.training.fit import Fit
     from dpo_cli.training.objective import RewardObjective
@@ -68,12 +69,11 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
 
 def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
     with importing():
+        from dpo_cli.data.tables import SPLITS, all_rejects, refuse_empty
         from dpo_cli.judging.reward_model import RewardModel
         from dpo_cli.models.adapters import save_adapter
         from dpo_cli.models.load import quiet_libraries, save_tokenizer
-        from dpo_cli.reference.graph import SPLITS, all_rejects, open_graph, refuse_empty
-        from dpo_cli.scoring.budget import TokenBudget
-        from dpo_cli.scoring.probe import open_scorer
+        from dpo_cli.models.project import open_project
         from dpo_cli.scoring.reward import RewardScorer
         from dpo_cli.training.fit import fit
         from dpo_cli.training.job import Job
@@ -81,36 +81,35 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
 
     quiet_libraries()
     settings = params.reward
-    graph = open_graph(params.model, params.reference, params.runtime)
+    project = open_project(params, reporter, "reward")
     ranked = settings.loss == "plackett_luce"
-    train, held_out = (graph.tokenise_rankings(split) if ranked else graph.tokenise_pairs(split) for split in SPLITS)
-    refuse_empty((train, held_out), graph.max_length, section="reward", ranked=ranked)
-    pairs = graph.tokenise_pairs("eval") if ranked else held_out
+    train, held_out = (
+        project.tokenise_rankings(split) if ranked else project.tokenise_pairs(split) for split in SPLITS
+    )
+    refuse_empty((train, held_out), project.max_length, section="reward", ranked=ranked)
+    pairs = project.tokenise_pairs("eval") if ranked else held_out
     if not pairs.groups:
         raise DataError(f"{paths.preference_table('eval').as_posix()}: no pair is held out to measure with")
-    if warning := explain_rejects([train, held_out], "reference.max_length", graph.max_length):
+    if warning := explain_rejects([train, held_out], "reference.max_length", project.max_length):
         reporter.warn(f"reward: {warning}")
     if warning := explain_found([train, held_out]):
         reporter.warn(f"reward: {warning}")
-    provenance = _provenance(params, graph)
-    with stage_scratch("reward", digest_json(provenance)) as scratch:
-        model = load_reward_model_at_start(
-            graph.base, graph.sft, graph.machine, graph.quantization, settings.lora or LoraParams(), settings.seed
-        )
-        inner, layout = open_scorer(model, graph.machine.compute_dtype, params.runtime, reporter, "reward")
+    manifest = _manifest(params, project)
+    with stage_scratch("reward", digest_json(asdict(manifest))) as scratch:
+        model = project.reward_model_at_start(settings.lora, settings.seed)
+        inner, layout = project.scorer(model)
         scorer = RewardScorer(inner, reward_head(model))
         learner = Learner(model, scorer, _objective(settings, [*train.groups, *held_out.groups]))
-        job = Job("reward", scratch.folder, graph.machine, params.runtime, reporter)
+        job = Job("reward", scratch.folder, project.machine, params.runtime, reporter)
         result = fit(learner, train.groups, held_out.groups, settings, job)
         model.eval()
-        budget = TokenBudget(token_budget(params.runtime, scorer.device), "reward", reporter)
-        figures = _figures(RewardModel(scorer, graph.encoder, budget), pairs, settings.seed)
-        metrics = _metrics(settings, graph, train, held_out, figures, result, layout)
+        figures = _figures(RewardModel(scorer, project.encoder, project.budget()), pairs, settings.seed)
+        metrics = _metrics(settings, project, train, held_out, figures, result, layout)
         built = scratch.build_folder()
         save_adapter(model, built, params.model.name)
-        save_tokenizer(graph.tokenizer, graph.encoder, built, graph.base)
-        write_text(built / "README.md", _model_card(params, graph, metrics))
-        write_reward_manifest(built, settings.loss, provenance)
+        save_tokenizer(project.tokenizer, project.encoder, built, project.base)
+        write_text(built / "README.md", _model_card(params, project, metrics))
+        REWARD.write(built, manifest, all_files(built))
         publish_folder(built, paths.REWARD_MODEL)
         rows = merge_log(result.history, _COLUMNS)
         write_tsv(paths.report_dir("reward") / "steps.tsv", rows, ("step", *_COLUMNS))
@@ -124,7 +123,7 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
 def _publish_none(scratch: Scratch, reporter: Reporter) -> dict[str, Any]:
     """There is no reward model: only a marker is written."""
     built = scratch.build_folder()
-    write_reward_manifest(built, "none", {})
+    REWARD.write(built, Manifest(settings={"reward": {"loss": "none"}}))
     publish_folder(built, paths.REWARD_MODEL)
     metrics: dict[str, Any] = {"method": "none"}
     write_tsv(paths.report_dir("reward") / "steps.tsv", [], ("step", *_COLUMNS))
@@ -136,7 +135,7 @@ def _publish_none(scratch: Scratch, reporter: Reporter) -> dict[str, Any]:
 
 
 def _objective(settings: RewardParams, groups: Sequence[TokenGroup]) -> RewardObjective:
-    from dpo_cli.reference.graph import read_ranks
+    from dpo_cli.data.tables import read_ranks
     from dpo_cli.training.objective import RewardObjective
 
     if settings.loss == "bradley_terry":
@@ -144,21 +143,10 @@ def _objective(settings: RewardParams, groups: Sequence[TokenGroup]) -> RewardOb
     return RewardObjective(read_ranks(groups, settings.ties, "reward"), settings.ties)
 
 
-def _provenance(params: Params, graph: Graph) -> dict[str, Any]:
+def _manifest(params: Params, project: Project) -> Manifest:
     """Everything the reward model depends on; no time and no path, so equal runs give equal bytes."""
-    from dpo_cli.reference.graph import table_digests
-
-    return {
-        "dpo_cli": version("dpo-cli"),
-        "params": {
-            "model": params.model.model_dump(),
-            "reference": params.reference.model_dump(),
-            "reward": params.reward.model_dump(),
-        },
-        "base": read_lock(),
-        "graph": graph.identity,
-        "data": table_digests(paths.PREFERENCE_DATA),
-    }
+    sections = {name: getattr(params, name).model_dump() for name in ("model", "reference", "reward")}
+    return Manifest({"base": read_lock(), **project.made_of()}, settings=sections)
 
 
 def _figures(model: RewardModel, pairs: TokenTable, seed: int) -> RewardFigures:
@@ -174,7 +162,7 @@ def _figures(model: RewardModel, pairs: TokenTable, seed: int) -> RewardFigures:
 
 def _metrics(
     settings: RewardParams,
-    graph: Graph,
+    project: Project,
     train: TokenTable,
     held_out: TokenTable,
     figures: RewardFigures,
@@ -215,7 +203,7 @@ def _metrics(
         "eval_loss": result.kept("eval_loss"),
         "groups_per_s": result.groups_per_s,
         "logical_tokens_per_s": result.groups_per_s * tokens,
-        **memory_metrics(graph.machine),
+        **memory_metrics(project.machine),
         "recompute": result.recompute,
         "max_tokens_per_microbatch": result.max_tokens,
         **layout.metrics(),
@@ -226,19 +214,19 @@ def _with_interval(name: str, estimate: Estimate) -> dict[str, Any]:
     return {name: estimate.value, f"{name}_ci": [estimate.low, estimate.high]}
 
 
-def _model_card(params: Params, graph: Graph, metrics: dict[str, Any]) -> str:
+def _model_card(params: Params, project: Project, metrics: dict[str, Any]) -> str:
     settings = params.reward
-    whole = graph.sft.method == "full"
+    whole = project.sft.method == "full"
     belongs = (
         "the whole model that stage sft made of it (models/sft of the same run)"
         if whole
-        else f"the very base model whose digests `{REWARD_MANIFEST}` lists"
+        else f"the very base model whose digests `{REWARD.name}` lists"
     )
     directory = "SFT_DIRECTORY" if whole else "BASE_DIRECTORY"
-    held = "in 4-bit nf4" if graph.quantization == "nf4" else "as they are"
+    held = "in 4-bit nf4" if project.quantization == "nf4" else "as they are"
     low, high = metrics["accuracy_ci"]
-    frozen = paths.SFT_MODEL if whole else graph.base
-    code = usage(frozen, graph.machine, graph.quantization, directory=directory, kind="SequenceClassification")
+    frozen = paths.SFT_MODEL if whole else project.base
+    code = usage(frozen, project.machine, project.quantization, directory=directory, kind="SequenceClassification")
     return f"""{card_head(params.model.name, ["reward-model", "lora"])}
 # A reward model on {markdown(params.model.name)}
 

@@ -10,6 +10,7 @@ from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_json, publish_folder, write_json, write_json_lines
 from dpo_cli.core.environment import importing, is_first_process
 from dpo_cli.core.errors import DataError, StaleArtifactError
+from dpo_cli.core.manifest import SFT, Manifest, library_versions
 from dpo_cli.core.params import EMBEDDED, Params, SftParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import Scratch, stage_scratch
@@ -20,14 +21,12 @@ from dpo_cli.models.adapters import (
     add_adapter,
     save_adapter,
     size_in_words,
-    write_sft_manifest,
 )
 from dpo_cli.models.device import Machine, memory_in_words, memory_metrics, prepare_machine
 from dpo_cli.models.folder import adapter_folder, base_folder
 from dpo_cli.models.identity import (
     base_digest,
     changed_files,
-    library_versions,
     lock_files,
     model_files,
     read_base_lock,
@@ -82,8 +81,9 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
 
 def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, Any]:
     with importing():
-        from dpo_cli.reference.graph import all_rejects, check_context, open_base, table_digests
-        from dpo_cli.scoring.probe import open_scorer
+        from dpo_cli.data.tables import all_rejects, table_digests
+        from dpo_cli.models.project import check_context, open_base
+        from dpo_cli.models.workplace import Workplace
         from dpo_cli.training.fit import fit
         from dpo_cli.training.job import Job
         from dpo_cli.training.objective import SftObjective
@@ -130,7 +130,7 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
         else:
             model = add_adapter(model, sft.lora, sft.seed)
             keep_weights_unpacked(model)
-        scorer, layout = open_scorer(model, machine.compute_dtype, params.runtime, reporter, "sft")
+        scorer, layout = Workplace("sft", reporter, params.runtime, machine).scorer(model)
         job = Job("sft", scratch.folder, machine, params.runtime, reporter, replicas)
         result = fit(Learner(model, scorer, SftObjective()), train.groups, held_out.groups, sft, job)
         scorer.close()
@@ -143,7 +143,7 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
             save_adapter(model, built, params.model.name)
         save_tokenizer(tokenizer, encoder, built, base)
         files = model_files(built) if whole else list[str](ADAPTER_FILES)
-        write_sft_manifest(built, sft.method, files, digest, data)
+        _write_manifest(params, built, files, {"base": digest, "data/sft": data})
         publish_folder(built, paths.SFT_MODEL)
         metrics = _metrics(sft, train, held_out, result, layout, machine) | adapter_size(model)
         rows = merge_log(result.history, _COLUMNS)
@@ -184,7 +184,7 @@ def _publish_untrained(params: Params, base: Path, scratch: Scratch, reporter: R
         metrics |= copy_adapter(source, base, built, params.model.name)
         files = [*ADAPTER_FILES]
         rows = [("method", f"adapter: {source} is taken as it is"), ("adapter", size_in_words(metrics))]
-    write_sft_manifest(built, method, files, base_digest())
+    _write_manifest(params, built, files, {"base": base_digest()})
     publish_folder(built, paths.SFT_MODEL)
     scratch.clear()
     write_tsv(paths.report_dir("sft") / "steps.tsv", [], ("step", *_COLUMNS))
@@ -192,6 +192,11 @@ def _publish_untrained(params: Params, base: Path, scratch: Scratch, reporter: R
     write_json(paths.metrics_file("sft"), {"sft": metrics})
     reporter.table("sft", rows)
     return metrics
+
+
+def _write_manifest(params: Params, built: Path, files: list[str], made_of: dict[str, Any]) -> None:
+    settings = {"model": params.model.model_dump(), "sft": params.sft.model_dump()}
+    SFT.write(built, Manifest(made_of, settings=settings), files)
 
 
 def _refuse_empty(train: TokenTable, held_out: TokenTable, max_length: int) -> None:

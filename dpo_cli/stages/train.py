@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from importlib.metadata import version
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -18,29 +18,22 @@ from dpo_cli.core.artifacts import (
     write_text,
 )
 from dpo_cli.core.errors import DataError, ParamsError
-from dpo_cli.core.params import EMBEDDED, LoraParams, Params, TrainParams
+from dpo_cli.core.manifest import DPO, Manifest, all_files
+from dpo_cli.core.params import EMBEDDED, Params, TrainParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.text import markdown
+from dpo_cli.data.tables import SPLITS, all_rejects, read_columns, read_ranks, refuse_empty
 from dpo_cli.data.tokenise import TokenTable
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.losses.changes import shared_length_logps
-from dpo_cli.models.adapters import adapter_size, load_policy_at_start, save_adapter, size_in_words
+from dpo_cli.models.adapters import adapter_size, save_adapter, size_in_words
 from dpo_cli.models.card import card_head, usage
 from dpo_cli.models.device import memory_in_words, memory_metrics, token_budget
 from dpo_cli.models.identity import read_lock
 from dpo_cli.models.load import quiet_libraries, save_tokenizer
+from dpo_cli.models.project import Project, open_project
 from dpo_cli.reference.cache import read_cache, read_cache_tokens, reference_logps
-from dpo_cli.reference.graph import (
-    SPLITS,
-    Graph,
-    all_rejects,
-    open_graph,
-    read_columns,
-    read_ranks,
-    refuse_empty,
-    table_digests,
-)
-from dpo_cli.scoring.probe import Verdict, open_scorer
+from dpo_cli.scoring.probe import Verdict
 from dpo_cli.training.fit import Fit, fit
 from dpo_cli.training.gate import StepZero, check_step_zero
 from dpo_cli.training.history import merge_log, write_tsv
@@ -48,8 +41,6 @@ from dpo_cli.training.job import Job
 from dpo_cli.training.objective import PreferenceObjective, preference_objective
 from dpo_cli.training.parallel import Replicas, join_replicas, shared_scratch
 from dpo_cli.training.protocols import Learner
-
-PROVENANCE = "provenance.json"
 
 
 def run(params: Params, reporter: Reporter) -> dict[str, Any]:
@@ -72,41 +63,41 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
 
 def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, Any]:
     settings = params.train
-    graph = open_graph(params.model, params.reference, params.runtime)
+    project = open_project(params, reporter, "train")
     ranked = "plackett_luce" in settings.losses
-    train, held_out = (graph.tokenise_rankings(split) if ranked else graph.tokenise_pairs(split) for split in SPLITS)
-    refuse_empty((train, held_out), graph.max_length, section="train", ranked=ranked)
-    objective = _objective(settings, graph, [*train.groups, *held_out.groups])
+    train, held_out = (
+        project.tokenise_rankings(split) if ranked else project.tokenise_pairs(split) for split in SPLITS
+    )
+    refuse_empty((train, held_out), project.max_length, section="train", ranked=ranked)
+    objective = _objective(settings, project, [*train.groups, *held_out.groups])
     if objective.is_coupled and replicas.size > 1:
         raise ParamsError(
             f"params.yaml: train.loss {_named(settings)} compares all pairs of a step and runs as one process;"
             f" {replicas.size} were started"
         )
-    provenance = _provenance(params, graph)
-    with shared_scratch("train", digest_json(provenance), replicas) as scratch:
-        policy = load_policy_at_start(
-            graph.base, graph.sft, graph.machine, graph.quantization, settings.lora or LoraParams(), settings.seed
-        )
-        scorer, layout = open_scorer(policy, graph.machine.compute_dtype, params.runtime, reporter, "train")
+    manifest = _manifest(params, project)
+    with shared_scratch("train", digest_json(asdict(manifest)), replicas) as scratch:
+        policy = project.policy(settings.lora, settings.seed)
+        scorer, layout = project.scorer(policy)
         step_zero = check_step_zero(
             policy, scorer, objective, train.groups, token_budget(params.runtime, scorer.device)
         )
         if step_zero.doubt is not None:
             reporter.warn(f"train: {step_zero.doubt}")
-        job = Job("train", scratch.folder, graph.machine, params.runtime, reporter, replicas)
+        job = Job("train", scratch.folder, project.machine, params.runtime, reporter, replicas)
         result = fit(Learner(policy, scorer, objective), train.groups, held_out.groups, settings, job)
         scorer.close()
         if not replicas.is_first:
             return {}
-        metrics = _metrics(graph, train, held_out, step_zero, result, layout) | adapter_size(policy)
+        metrics = _metrics(project, train, held_out, step_zero, result, layout) | adapter_size(policy)
         if ranked:
             metrics["eval_kendall_tau"] = result.kept("eval_rewards/kendall_tau")
         built = scratch.build_folder()
         save_adapter(policy, built, params.model.name)
-        save_tokenizer(graph.tokenizer, graph.encoder, built, graph.base)
-        write_text(built / "README.md", _model_card(params, graph, metrics))
+        save_tokenizer(project.tokenizer, project.encoder, built, project.base)
+        write_text(built / "README.md", _model_card(params, project, metrics))
         trained = {"num_steps": result.num_steps, "kept_step": result.kept_step}
-        write_json(built / PROVENANCE, provenance | {"trained": trained})
+        DPO.write(built, replace(manifest, facts=trained), all_files(built))
         publish_folder(built, paths.DPO_MODEL)
         columns = _columns(objective.metric_names)
         rows = merge_log(result.history, columns)
@@ -118,12 +109,12 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
     return metrics
 
 
-def _objective(settings: TrainParams, graph: Graph, groups: Sequence[TokenGroup]) -> PreferenceObjective:
+def _objective(settings: TrainParams, project: Project, groups: Sequence[TokenGroup]) -> PreferenceObjective:
     """What is minimized, with the reference's log-probabilities and what else it reads of the data."""
-    reference = reference_logps(read_cache(paths.REFERENCE, graph.identity), groups)
+    reference = reference_logps(read_cache(paths.REFERENCE, project.identity), groups)
     shared_length = None
     if settings.ld_alpha is not None:
-        tokens = reference_logps(read_cache_tokens(paths.REFERENCE, graph.identity), groups)
+        tokens = reference_logps(read_cache_tokens(paths.REFERENCE, project.identity), groups)
         shared_length = {id: _shared_length(sides, settings.ld_alpha) for id, sides in tokens.items()}
     if "plackett_luce" in settings.losses:
         return preference_objective(settings, reference, ranks=read_ranks(groups, settings.ties, "train"))
@@ -159,23 +150,14 @@ def _score_gaps(settings: TrainParams, groups: Sequence[TokenGroup]) -> dict[str
     return {id: chosen - rejected for id, (chosen, rejected) in rows.items() if None not in (chosen, rejected)}
 
 
-def _provenance(params: Params, graph: Graph) -> dict[str, Any]:
+def _manifest(params: Params, project: Project) -> Manifest:
     """Everything the adapter depends on; no time and no path, so equal runs give equal bytes."""
-    return {
-        "dpo_cli": version("dpo-cli"),
-        "params": {
-            "model": params.model.model_dump(),
-            "reference": params.reference.model_dump(),
-            "train": params.train.model_dump(),
-        },
-        "base": read_lock(),
-        "graph": graph.identity,
-        "data": table_digests(paths.PREFERENCE_DATA),
-    }
+    sections = {name: getattr(params, name).model_dump() for name in ("model", "reference", "train")}
+    return Manifest({"base": read_lock(), **project.made_of()}, settings=sections)
 
 
 def _metrics(
-    graph: Graph, train: TokenTable, held_out: TokenTable, step_zero: StepZero, result: Fit, layout: Verdict
+    project: Project, train: TokenTable, held_out: TokenTable, step_zero: StepZero, result: Fit, layout: Verdict
 ) -> dict[str, Any]:
     tokens = sum(group.num_logical_tokens for group in train.groups) / len(train.groups)
     return {
@@ -194,24 +176,24 @@ def _metrics(
         "eval_margin": result.kept("eval_rewards/margins"),
         "pairs_per_s": result.groups_per_s,
         "logical_tokens_per_s": result.groups_per_s * tokens,
-        **memory_metrics(graph.machine),
+        **memory_metrics(project.machine),
         "recompute": result.recompute,
         "max_tokens_per_microbatch": result.max_tokens,
         **layout.metrics(),
     }
 
 
-def _model_card(params: Params, graph: Graph, metrics: dict[str, Any]) -> str:
+def _model_card(params: Params, project: Project, metrics: dict[str, Any]) -> str:
     settings = params.train
-    whole = graph.sft.method == "full"
+    whole = project.sft.method == "full"
     belongs = (
         "the whole model that stage sft made of it (models/sft of the same run)"
         if whole
-        else f"the very base model whose digests `{PROVENANCE}` lists"
+        else f"the very base model whose digests `{DPO.name}` lists"
     )
     directory = "SFT_DIRECTORY" if whole else "BASE_DIRECTORY"
-    frozen = paths.SFT_MODEL if whole else graph.base
-    held = "4-bit nf4 with double quantization" if graph.quantization == "nf4" else "plain"
+    frozen = paths.SFT_MODEL if whole else project.base
+    held = "4-bit nf4 with double quantization" if project.quantization == "nf4" else "plain"
     return f"""{card_head(params.model.name, ["dpo", "lora"])}
 # {markdown(params.model.name)}, tuned with DPO
 
@@ -225,11 +207,11 @@ A LoRA adapter trained with Direct Preference Optimization (Rafailov et al. 2023
 | held-out loss | {metrics["eval_loss_start"]:.4f} before, {metrics["eval_loss"]:.4f} after |
 | held-out accuracy | {metrics["eval_accuracy"]:.3f} |
 | trained | {size_in_words(metrics)} |
-| frozen weights | {held}, computed in {graph.machine.dtype_name} |
+| frozen weights | {held}, computed in {project.machine.dtype_name} |
 
 It belongs to {belongs}. To use it as it was trained:
 
-{usage(frozen, graph.machine, graph.quantization, directory=directory)}"""
+{usage(frozen, project.machine, project.quantization, directory=directory)}"""
 
 
 def _has_gap(chosen: float | None, rejected: float | None) -> bool:

@@ -15,13 +15,13 @@ from dpo_cli.core.gpu import is_gpu
 from dpo_cli.core.params import EMBEDDED, LoraParams, Params, TrainParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.models.adapters import add_adapter, load_policy_at_start
+from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine, forget_peak_memory, peak_memory_bytes, prepare_machine, token_budget
 from dpo_cli.models.gpus import gpu_called
 from dpo_cli.models.load import keep_weights_unpacked, quiet_libraries
 from dpo_cli.models.lora import cast_adapters
+from dpo_cli.models.project import open_project
 from dpo_cli.models.shapes import SHAPES, random_model
-from dpo_cli.reference.graph import open_graph
 from dpo_cli.reference.scoring import missing_groups, score_groups, tokens_at_once
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.limits import Sizes, Work, least_bytes, least_operations
@@ -124,7 +124,7 @@ def measure(options: BenchOptions, params: Params, reporter: Reporter) -> dict[s
     """
     quiet_libraries()
     machine = prepare_machine(params.runtime, embedded=options.shape is None and params.model.name == EMBEDDED)
-    model, groups, what, regime = _subject(options, params, machine)
+    model, groups, what, regime = _subject(options, params, machine, reporter)
     peak = _product_flops(machine)
     sheet = _datasheet_flops(machine)
     figures: dict[str, Any] = {
@@ -141,18 +141,20 @@ def measure(options: BenchOptions, params: Params, reporter: Reporter) -> dict[s
     }
     scorer, verdict = open_scorer(model, machine.compute_dtype, params.runtime, reporter, "bench")
     figures |= verdict.metrics()
-    sizes = Sizes.of(model, machine.compute_dtype)
+    case = _Case(model, scorer, groups, params, machine, options.num_turns, reporter)
     attention = verdict.describe_attention()
     for name in options.which:
         bench = _reference_pass if name == "precompute-ref" else _training
-        found = bench(model, scorer, groups, params, machine, options.num_turns, sizes, reporter)
+        found = bench(case)
         found |= _utilization(found, peak, sheet)
         figures[name.replace("-", "_")] = found
         reporter.table(f"bench: {name}", _rows(found, figures, attention))
     return figures
 
 
-def _subject(options: BenchOptions, params: Params, machine: Machine) -> tuple[Any, list[TokenGroup], str, str]:
+def _subject(
+    options: BenchOptions, params: Params, machine: Machine, reporter: Reporter
+) -> tuple[Any, list[TokenGroup], str, str]:
     """The model with a trainable adapter, the pairs, and what both are."""
     if options.shape:
         lora = params.train.lora or LoraParams()
@@ -162,12 +164,10 @@ def _subject(options: BenchOptions, params: Params, machine: Machine) -> tuple[A
         keep_weights_unpacked(model)
         what, groups = f"{options.shape} with random weights", []
     else:
-        graph = open_graph(params.model, params.reference, params.runtime)
-        model = load_policy_at_start(
-            graph.base, graph.sft, machine, graph.quantization, params.train.lora or LoraParams(), params.train.seed
-        )
+        project = open_project(params, reporter, "bench")
+        model = project.policy(params.train.lora, params.train.seed)
         what = params.model.name
-        groups = [] if options.regime else list(graph.tokenise_pairs("train").groups[: options.num_pairs])
+        groups = [] if options.regime else list(project.tokenise_pairs("train").groups[: options.num_pairs])
         if not groups and not options.regime:
             raise DataError(
                 f"data/preference/train.parquet: no pair within reference.max_length {params.reference.max_length}"
@@ -180,48 +180,44 @@ def _subject(options: BenchOptions, params: Params, machine: Machine) -> tuple[A
     return model, groups, what, f"{regime}: {REGIMES[regime].meaning}" if regime else "the project's pairs"
 
 
+@dataclass(frozen=True)
+class _Case:
+    """What is measured."""
+
+    model: Any
+    scorer: Scorer
+    groups: Sequence[TokenGroup]
+    params: Params
+    machine: Machine
+    num_turns: int
+    reporter: Reporter
+
+
 # --- the passes ---------------------------------------------------------------------------
 
 
-def _reference_pass(
-    model: Any,
-    scorer: Scorer,
-    groups: Sequence[TokenGroup],
-    params: Params,
-    machine: Machine,
-    num_turns: int,
-    sizes: Sizes,
-    reporter: Reporter,
-) -> dict[str, Any]:
+def _reference_pass(case: _Case) -> dict[str, Any]:
     """What precompute-ref does, but for its files."""
-    model.eval()
-    budget = TokenBudget(token_budget(params.runtime, machine.device), "bench", reporter)
-    by_prompt = missing_groups(groups, (), budget.max_tokens)
+    case.model.eval()
+    scorer, machine = case.scorer, case.machine
+    budget = TokenBudget(token_budget(case.params.runtime, machine.device), "bench", case.reporter)
+    by_prompt = missing_groups(case.groups, (), budget.max_tokens)
 
     def turn() -> None:
         for _ in score_groups(scorer, by_prompt, budget):
             pass
 
-    times, peak = _time(turn, machine, num_turns)
-    work = work_of(scorer, [by_prompt], tokens_at_once(budget.max_tokens, machine.device))
-    return _figures(times, peak, work, sizes, scorer.head_bytes, len(groups), budget, train=False, recompute="none")
+    times, peak = _time(turn, case.machine, case.num_turns)
+    work = work_of(scorer, [by_prompt], tokens_at_once(budget.max_tokens, case.machine.device))
+    return _figures(case, times, peak, work, budget, train=False, recompute="none")
 
 
-def _training(
-    model: Any,
-    scorer: Scorer,
-    groups: Sequence[TokenGroup],
-    params: Params,
-    machine: Machine,
-    num_turns: int,
-    sizes: Sizes,
-    reporter: Reporter,
-) -> dict[str, Any]:
+def _training(case: _Case) -> dict[str, Any]:
     """Optimizer steps as train does them, against the model's own log-probabilities."""
-    runtime = params.runtime
-    size = params.train.batch_size
-    chosen = choose_memory(model, scorer, groups, size, runtime, reporter, "bench")
-    budget = TokenBudget(chosen.max_tokens, "bench", reporter)
+    model, scorer, groups = case.model, case.scorer, case.groups
+    size = case.params.train.batch_size
+    chosen = choose_memory(model, scorer, groups, size, case.params.runtime, case.reporter, "bench")
+    budget = TokenBudget(chosen.max_tokens, "bench", case.reporter)
     model.eval()
     reference = {
         group.id: logps
@@ -236,7 +232,7 @@ def _training(
 
     def turn() -> None:
         for step in steps:
-            with cast_adapters(model, machine.compute_dtype):
+            with cast_adapters(model, case.machine.compute_dtype):
                 for indices in scorer.split(step, budget.max_tokens):
                     batch = [step[index] for index in indices]
                     scores = scorer.score(batch, statistics=objective.statistics)
@@ -246,11 +242,9 @@ def _training(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    times, peak = _time(turn, machine, num_turns)
+    times, peak = _time(turn, case.machine, case.num_turns)
     work = work_of(scorer, steps, budget.max_tokens)
-    return _figures(
-        times, peak, work, sizes, scorer.head_bytes, len(groups), budget, train=True, recompute=chosen.grade
-    )
+    return _figures(case, times, peak, work, budget, train=True, recompute=chosen.grade)
 
 
 @torch.no_grad()
@@ -294,23 +288,21 @@ def work_of(scorer: Scorer, steps: Sequence[Sequence[TokenGroup]], max_tokens: i
 
 
 def _figures(
+    case: _Case,
     times: Sequence[float],
     peak: int,
     work: Work,
-    sizes: Sizes,
-    head_bytes: int,
-    num_pairs: int,
     budget: TokenBudget,
     *,
     train: bool,
     recompute: Recompute,
 ) -> dict[str, Any]:
-    seconds = statistics.median(times)
+    seconds, sizes = statistics.median(times), Sizes.of(case.model, case.machine.compute_dtype)
     return {
         "seconds": seconds,
         "seconds_min": min(times),
         "seconds_max": max(times),
-        "pairs_per_s": num_pairs / seconds,
+        "pairs_per_s": len(case.groups) / seconds,
         "logical_tokens_per_s": work.logical_tokens / seconds,
         "packed_tokens_per_s": work.tokens / seconds,
         "padding_share": work.padding / work.tokens,
@@ -319,7 +311,7 @@ def _figures(
         "recompute": recompute,
         "least_operations": least_operations(sizes, work, train=train),
         "peak_bytes": peak,
-        "least_bytes": least_bytes(sizes, work, head_bytes, train=train),
+        "least_bytes": least_bytes(sizes, work, case.scorer.head_bytes, train=train),
     }
 
 

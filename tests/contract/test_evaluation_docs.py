@@ -14,6 +14,7 @@ import pytest
 
 from dpo_cli.core.evaluate_params import EvaluateParams, JudgeName
 from dpo_cli.data.rules import MAX_SENTENCE_CHARACTERS, RULES
+from dpo_cli.data.schema import Messages
 from dpo_cli.evaluation.flags import (
     LESS_DISTINCT,
     LESS_ENTROPY,
@@ -23,7 +24,6 @@ from dpo_cli.evaluation.flags import (
     RISING_WITH_LENGTH,
     judge_quality,
 )
-from dpo_cli.evaluation.generation import Answer
 from dpo_cli.evaluation.held_out import HeldOutPair, summarize_held_out
 from dpo_cli.evaluation.kl import ALARM_STANDARD_ERRORS, SequenceKl
 from dpo_cli.evaluation.metrics import (
@@ -48,9 +48,10 @@ from dpo_cli.evaluation.verdict import (
     headline,
     verdict,
 )
+from dpo_cli.judging.answers import Answer
 from dpo_cli.judging.comparisons import ComparisonResult
 from dpo_cli.judging.judge import Judgment
-from dpo_cli.judging.prepare import API_KEY, JUDGE_PATH, JudgedAnswer
+from dpo_cli.judging.prepare import API_KEY, JUDGE_PATH
 from dpo_cli.judging.templates import TEMPLATES
 from dpo_cli.judging.win_rate import MAX_INVALID_RATE, Comparison, summarize
 from dpo_cli.statistics.bootstrap import Sampling
@@ -76,14 +77,17 @@ def documented_metrics() -> set[str]:
     return {name for cell in first_cells for name in re.findall(r"`([a-z0-9_]+)`", cell)} | {"length_ratio"}
 
 
-QUESTION = [{"role": "user", "content": "question"}]
+QUESTION: Messages = [{"role": "user", "content": "question"}]
+
+
+def answer(id: str, num_tokens: int, text: str = "") -> Answer:
+    return Answer(id, id, (5,), (tuple(range(num_tokens)),), QUESTION, text)
 
 
 def result(num_wins: int = 3) -> ComparisonResult:
     """Four prompts, of which ours wins some, by a judge that is asked."""
     ours, theirs = (
-        {str(n): JudgedAnswer(str(n), QUESTION, text, n + size) for n in range(4)}
-        for text, size in (("good", 2), ("bad", 1))
+        {str(n): answer(str(n), n + size, text) for n in range(4)} for text, size in (("good", 2), ("bad", 1))
     )
     comparisons = {
         id: Comparison(Judgment.of(float(int(id) < num_wins)), Judgment.of(float(int(id) >= num_wins))) for id in ours
@@ -100,7 +104,7 @@ def all_metrics() -> dict[str, Any]:
     pairs = [pair, replace(pair, id="b", group="b", policy=(-2.0, -1.0))]
     held_out = summarize_held_out(pairs, 0.1, **SAMPLING.keywords)
     kls = {"a": SequenceKl(1.0, 1.1, 1.0, 2.0, 2.5, 0.3, 3), "b": SequenceKl(0.5, 0.4, 0.6, 1.0, 1.5, 0.2, 2)}
-    answers = {name: {"a": Answer((1, 2, 3), True), "b": Answer((1, 2), False)} for name in (SFT, DPO)}
+    answers = {name: {id: answer(id, size) for id, size in (("a", 3), ("b", 2))} for name in (SFT, DPO)}
     points = [(1.0, 2.0, result()), (0.5, 1.0, result())]
     by_stage = {
         **{f"perplexity_{name}": 2.0 for name in (BASE, SFT, DPO)},

@@ -7,7 +7,6 @@ import importlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -293,7 +292,7 @@ def test_a_model_of_unknown_training_is_judged_with_a_warning(here: Path, tiny_f
     content = json.loads(provenance.read_text(encoding="utf-8"))
     margins = []
     for change, words in (
-        (content | {"data": {}}, "trained on another graph or other data"),
+        (content | {"made_of": {}}, "trained on another graph or other data"),
         ({"params": {"x": 1}}, "is not one of this version"),
         (None, "does not say what it was trained on"),
     ):
@@ -302,7 +301,7 @@ def test_a_model_of_unknown_training_is_judged_with_a_warning(here: Path, tiny_f
             provenance.unlink()
         else:
             provenance.write_text(json.dumps(change), encoding="utf-8")
-        beta = [] if change and "graph" in change else ["--set", "train.beta=0.2"]
+        beta = [] if change and "made_of" in change else ["--set", "train.beta=0.2"]
         result = invoke(tiny_folder, "evaluate", "--model", "mine", *beta)
         assert result.exit_code == 0, result.output
         assert words in " ".join(result.output.split())
@@ -351,7 +350,7 @@ def test_a_folder_that_holds_no_such_model_is_refused(
     Path("pickled/adapter_model.safetensors").rename("pickled/adapter_model.bin")
     with pytest.raises(MachineError, match="pickled adapters are not loaded"):
         refused("pickled")
-    shutil.copytree(paths.DPO_MODEL, "other")
+    shutil.copytree(paths.DPO_MODEL, "other", ignore=shutil.ignore_patterns("provenance.json"))
     from safetensors.torch import load_file, save_file
 
     weights = load_file("other/adapter_model.safetensors")
@@ -364,6 +363,26 @@ def test_a_folder_that_holds_no_such_model_is_refused(
     result = invoke(tiny_folder, "evaluate", "--out", "somewhere")
     assert result.exit_code == ParamsError.exit_code
     assert "--out has no effect without --model" in result.output
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "command"),
+    [
+        (paths.DPO_MODEL, "adapter_model.safetensors", "train"),
+        (paths.DPO_MODEL, "adapter_config.json", "train"),
+        (paths.DPO_MODEL, "tokenizer.json", "train"),
+        (paths.SFT_MODEL, "adapter_model.safetensors", "sft"),
+        (paths.REFERENCE, "part-00000.parquet", "precompute-ref"),
+        (paths.REWARD_MODEL, "adapter_model.safetensors", "reward"),
+    ],
+)
+def test_a_flipped_bit_is_refused(evaluate: Evaluate, folder: Path, name: str, command: str) -> None:
+    path = folder / name
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StaleArtifactError, match=f"{path} has changed since it was made; run: dpo-cli {command}"):
+        evaluate(judge="reward-model" if command == "reward" else "world")
 
 
 # --- steps that are kept ------------------------------------------------------------------
@@ -443,9 +462,10 @@ def test_figures_depend_neither_on_the_batch_nor_on_the_order_of_rows(
     """With weights in float64 what a batch rounds lies far below what is kept, so that any other dependence shows."""
     import random
 
-    from dpo_cli.evaluation import models as speakers
+    from dpo_cli.models import project as project_module
     from dpo_cli.models.adapters import ModelPair, load_pair
-    from dpo_cli.reference.graph import Graph
+    from dpo_cli.models.project import Project
+    from dpo_cli.scoring.scorer import Scorer
 
     def in_float64(*arguments: Any) -> ModelPair:
         pair = load_pair(*arguments)
@@ -459,21 +479,20 @@ def test_figures_depend_neither_on_the_batch_nor_on_the_order_of_rows(
         sizes.append(max(map(len, batches)))
         return batches
 
-    split, tokenise = speakers.Scorer.split, Graph.tokenise_pairs
-    monkeypatch.setattr(speakers, "load_pair", in_float64)
-    monkeypatch.setattr(speakers.Scorer, "split", counted)
+    split, tokenise = Scorer.split, Project.tokenise_pairs
+    monkeypatch.setattr(project_module, "load_pair", in_float64)
+    monkeypatch.setattr(Scorer, "split", counted)
     settings: dict[str, Any] = {"num_prompts": 24, "opponents": ["sft", "chosen"], "judge_pairs": -1, "scales": [0.5]}
     found = []
     for max_tokens, batch, seed in ((1, 1, None), (240, 7, None), (16000, 64, None), (240, 7, 0)):
         if seed is not None:
 
-            def shuffled(graph: Graph, name: str) -> Any:
-                table = tokenise(graph, name)
-                groups = list(table.groups)
-                random.Random(0).shuffle(groups)
-                return replace(table, groups=groups)
+            def shuffled(project: Project, name: str) -> Any:
+                table = tokenise(project, name)
+                random.Random(0).shuffle(table.groups)
+                return table
 
-            monkeypatch.setattr(Graph, "tokenise_pairs", shuffled)
+            monkeypatch.setattr(Project, "tokenise_pairs", shuffled)
         shutil.rmtree(".scratch/evaluate", ignore_errors=True)
         sizes.clear()
         metrics = evaluate(runtime={"max_tokens_per_microbatch": max_tokens}, **settings)

@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 
 from dpo_cli.core.errors import MachineError
+from dpo_cli.core.evaluate_params import HfJudgeParams
 from dpo_cli.judging.judge import Question
 from dpo_cli.judging.openai import OpenAiJudge
 from dpo_cli.judging.server import Server
 from dpo_cli.judging.templates import Template
+from dpo_cli.models.workplace import Workplace
 
 TEMPLATE = Template("short", "<{prompt}|{a}|{b}> A or B?")
 QUESTIONS = [Question(f"prompt {n}", "x" * n, "x" * 5) for n in range(12)]
@@ -99,7 +101,7 @@ def test_a_server_with_neither_constraints_nor_log_probabilities_is_read_by_its_
     served = OpenAiJudge.connect(server, str(lettered), TEMPLATE, reporter)
     assert (served.constraint, served.top_logprobs) == ("none", 0)
     assert reporter.said[-1].endswith("answers not constrained, read by its letter")
-    local = HfJudge.load(lettered, TEMPLATE, cpu, "none", "auto", RuntimeParams(), reporter, "evaluate")
+    local = HfJudge.load(lettered, TEMPLATE, HfJudgeParams(), Workplace("evaluate", reporter, RuntimeParams(), cpu))
     ours, theirs = dict(local.judge(QUESTIONS)), dict(served.judge(QUESTIONS))
     assert {each.verdict for each in ours.values()} == {"A", "B"}
     assert all(abs(each.p_a - 0.5) > 1e-3 for each in ours.values()), "rounding decides no verdict"

@@ -15,6 +15,7 @@ import pytest
 from dpo_cli.core.errors import StaleArtifactError
 from dpo_cli.core.load_params import parse_params
 from dpo_cli.core.params import Params
+from dpo_cli.core.progress import SilentReporter
 from dpo_cli.data import world
 
 _SHAPE = {
@@ -91,7 +92,7 @@ def test_an_adapter_of_ones_own_is_start_and_reference(
     shutil.rmtree("models/sft")
     params = params_of(project, folder, {"method": "adapter"}, {"adapter_path": str(mine)})
     run_through(params, reporter)
-    assert json.loads(Path("models/sft/sft.json").read_text(encoding="utf-8"))["method"] == "adapter"
+    assert json.loads(Path("models/sft/sft.json").read_text(encoding="utf-8"))["settings"]["sft"]["method"] == "adapter"
     assert_the_card_loads_it(params, folder)
     before = read_base_lock()
     config = mine / "adapter_config.json"
@@ -122,15 +123,14 @@ def run_through(params: Params, reporter: Any) -> None:
 
 def assert_the_card_loads_it(params: Params, folder: Path) -> None:
     """The code on the model card gives our log-probabilities of the held-out answers."""
-    from dpo_cli.models.adapters import load_pair
-    from dpo_cli.reference.graph import open_graph
+    from dpo_cli.models.project import open_project
 
     card = Path("models/dpo/README.md").read_text(encoding="utf-8")
     names: dict[str, Any] = {"BASE_DIRECTORY": str(folder), "THIS_DIRECTORY": "models/dpo"}
     exec(card.split("```python\n")[1].split("```")[0], names)
-    graph = open_graph(params.model, params.reference, params.runtime)
-    ours = load_pair(graph.base, graph.sft, graph.machine, graph.quantization).use_policy()
-    for group in graph.tokenise_pairs("eval").groups[:4]:
+    project = open_project(params, SilentReporter(), "test")
+    ours = project.pair().use_policy()
+    for group in project.tokenise_pairs("eval").groups[:4]:
         for answer in group.completions:
             assert logp(names["model"], group.prompt, answer) == pytest.approx(
                 logp(ours, group.prompt, answer), abs=1e-3

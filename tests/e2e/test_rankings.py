@@ -18,6 +18,7 @@ from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.core.load_params import parse_params
 from dpo_cli.core.params import Params
+from dpo_cli.core.progress import SilentReporter
 from dpo_cli.data import world
 from dpo_cli.stages import base, convert_preferences, precompute_ref, sft, train
 from tests.public_files import PUBLIC_DATA, needs_public_data
@@ -98,17 +99,16 @@ def here(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def held_out_tau(params: Params) -> float:
     """Kendall's tau of the trained implicit reward with the known one, over the held-out rankings of three answers."""
     from dpo_cli.losses.ranking import kendall_tau
-    from dpo_cli.models.adapters import load_pair
+    from dpo_cli.models.project import open_project
     from dpo_cli.reference.cache import read_cache, reference_logps
-    from dpo_cli.reference.graph import open_graph
     from dpo_cli.scoring.scorer import Scorer
 
-    graph = open_graph(params.model, params.reference, params.runtime)
-    table = graph.tokenise_rankings("eval")
-    reference = reference_logps(read_cache(paths.REFERENCE, graph.identity), table.groups)
-    pair = load_pair(graph.base, graph.sft, graph.machine, graph.quantization)
+    project = open_project(params, SilentReporter(), "test")
+    table = project.tokenise_rankings("eval")
+    reference = reference_logps(read_cache(paths.REFERENCE, project.identity), table.groups)
+    pair = project.pair()
     taus = []
-    with torch.no_grad(), Scorer(pair.use_policy(), graph.machine.compute_dtype, "shared") as scorer:
+    with torch.no_grad(), Scorer(pair.use_policy(), project.machine.compute_dtype, "shared") as scorer:
         for indices in scorer.split(table.groups, 1024):
             groups = [table.groups[index] for index in indices]
             rewards = scorer.score(groups).logps_BK - torch.tensor(
@@ -118,7 +118,7 @@ def held_out_tau(params: Params) -> float:
             for group in groups:
                 task = world.task_of(table.prompts[group.group][0]["content"])
                 assert task is not None
-                known.append([graded_reward(task, graph.encoder.decode(list(ids))) for ids in group.completions])
+                known.append([graded_reward(task, project.encoder.decode(list(ids))) for ids in group.completions])
             assert all(sorted(row, reverse=True) == row for row in known), "the table is best first"
             taus.append(kendall_tau(rewards, torch.tensor([[1, 2, 3]]).expand(len(groups), 3)))
     return torch.cat(taus).mean().item()

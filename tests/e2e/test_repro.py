@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -110,8 +111,8 @@ def test_a_stage_run_by_hand_is_not_run_again_and_the_cache_knows_what_it_holds(
 def test_a_cache_of_another_adapter_is_refused_and_nothing_is_touched(copy: Path) -> None:
     manifest = copy / "data/reference/manifest.json"
     content = json.loads(manifest.read_text(encoding="utf-8"))
-    assert content["identity"]["sft"]
-    content["identity"]["sft"] = "0" * 32
+    assert content["made_of"]["graph"]["sft"]
+    content["made_of"]["graph"]["sft"] = "0" * 32
     manifest.chmod(0o644)
     manifest.write_text(json.dumps(content), encoding="utf-8")
     before = (copy / "models/dpo/adapter_model.safetensors").read_bytes()
@@ -204,4 +205,4 @@ def test_evaluation_refuses_a_model_that_was_trained_on_another_split(copy: Path
     table.write_bytes((copy / f"data/{folder}/eval.parquet").read_bytes())
     refused = invoke("evaluate")
     assert refused.exit_code == 5, refused.stderr
-    assert f"trained on other data than data/{folder} is now; run: dpo-cli {stage}" in refused.stderr
+    assert re.search(f"made of another data/{folder}: train is .*; run: dpo-cli {stage}", refused.stderr)

@@ -20,12 +20,12 @@ from dpo_cli.core.params_text import EMBEDDED_PRESET
 from dpo_cli.data import world
 from dpo_cli.data.schema import user
 from dpo_cli.data.tokens import TokenGroup
+from dpo_cli.evaluation.decoding import Sampling
 from dpo_cli.evaluation.generation import PromptTokens, sample_answers
 from dpo_cli.judging.known_reward import ExactJudge, world_reward, world_task
 from dpo_cli.judging.reward_model import RewardModel
 from dpo_cli.judging.win_rate import compare
-from dpo_cli.models.adapters import load_reference
-from dpo_cli.reference.graph import Graph, open_graph
+from dpo_cli.models.project import Project, open_project
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.statistics.bootstrap import Estimate, cluster_bootstrap
 
@@ -77,14 +77,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory, make_reporter: Callable[[
 
 
 @pytest.fixture(scope="module")
-def graph(finished: dict[str, Any]) -> Graph:
-    params = make_params()
-    return open_graph(params.model, params.reference, params.runtime)
+def project(finished: dict[str, Any], make_reporter: Callable[[], Any]) -> Project:
+    return open_project(make_params(), make_reporter(), "test")
 
 
 @pytest.fixture(scope="module")
-def reward_model(graph: Graph, make_reporter: Callable[[], Any]) -> RewardModel:
-    return RewardModel.load(paths.REWARD_MODEL, graph, make_params().runtime, make_reporter(), "test")
+def reward_model(project: Project) -> RewardModel:
+    return RewardModel.load(paths.REWARD_MODEL, project)
 
 
 def test_it_learns_the_known_reward(finished: dict[str, Any]) -> None:
@@ -107,16 +106,16 @@ def test_it_learns_the_known_reward(finished: dict[str, Any]) -> None:
 
 
 def test_the_loaded_model_gives_the_figures_that_were_written(
-    finished: dict[str, Any], graph: Graph, reward_model: RewardModel
+    finished: dict[str, Any], project: Project, reward_model: RewardModel
 ) -> None:
-    groups = graph.tokenise_pairs("eval").groups
+    groups = project.tokenise_pairs("eval").groups
     rewards = reward_model.rewards(groups)
     right = [(chosen > rejected) + 0.5 * (chosen == rejected) for chosen, rejected in rewards]
     assert sum(right) / len(right) == pytest.approx(finished["accuracy"], abs=0.005)
 
 
 def test_it_agrees_with_the_known_judge_on_what_the_model_says_itself(
-    graph: Graph, reward_model: RewardModel, answers: dict[str, list[str]], texts: dict[str, str]
+    project: Project, reward_model: RewardModel, answers: dict[str, list[str]], texts: dict[str, str]
 ) -> None:
     """On answers of the SFT model, which no preference was ever asked for."""
     known = ExactJudge("world", world_reward)
@@ -133,30 +132,26 @@ def test_it_agrees_with_the_known_judge_on_what_the_model_says_itself(
 
 
 @pytest.fixture(scope="module")
-def texts(graph: Graph) -> dict[str, str]:
+def texts(project: Project) -> dict[str, str]:
     """Unseen prompts as texts, by id."""
-    table = graph.tokenise_pairs("eval")
+    table = project.tokenise_pairs("eval")
     return {group: table.prompts[group][-1]["content"] for group in sorted(table.prompts)[:NUM_PROMPTS]}
 
 
 @pytest.fixture(scope="module")
-def sampled(graph: Graph, texts: dict[str, str], make_reporter: Callable[[], Any]) -> dict[str, list[Any]]:
+def sampled(project: Project, texts: dict[str, str], make_reporter: Callable[[], Any]) -> dict[str, list[Any]]:
     """N answers of the SFT model to each unseen prompt."""
-    tokens = {group.group: group.prompt for group in graph.tokenise_pairs("eval").groups}
+    tokens = {group.group: group.prompt for group in project.tokenise_pairs("eval").groups}
     prompts = [PromptTokens(prompt, tokens[prompt]) for prompt in texts]
-    model = load_reference(graph.base, graph.sft, graph.machine, graph.quantization)
+    model = project.reference()
     found: dict[str, list[Any]] = {prompt: [] for prompt in texts}
     with make_reporter().meter("", 1, "") as meter:
         for number in range(N):
             for prompt, answer in sample_answers(
                 model,
                 prompts,
-                stop_ids=graph.encoder.stop_ids,
-                temperature=1.0,
-                max_new_tokens=48,
+                Sampling(1.0, 48, tuple(project.encoder.stop_ids), 0, f"best-of-n {number}"),
                 budget=TokenBudget(1024, "test", make_reporter()),
-                seed=0,
-                stream=f"best-of-n {number}",
                 autocast_dtype=torch.float32,
                 meter=meter,
             ).items():
@@ -165,8 +160,8 @@ def sampled(graph: Graph, texts: dict[str, str], make_reporter: Callable[[], Any
 
 
 @pytest.fixture(scope="module")
-def answers(graph: Graph, sampled: dict[str, list[Any]]) -> dict[str, list[str]]:
-    return {prompt: [graph.encoder.decode(list(tokens)) for tokens in found] for prompt, found in sampled.items()}
+def answers(project: Project, sampled: dict[str, list[Any]]) -> dict[str, list[str]]:
+    return {prompt: [project.encoder.decode(list(tokens)) for tokens in found] for prompt, found in sampled.items()}
 
 
 def interval(values: list[float], clusters: list[str]) -> Estimate:
@@ -178,9 +173,9 @@ def test_the_best_of_n_by_its_reward_is_better_by_the_known_one(
     texts: dict[str, str],
     sampled: dict[str, list[Any]],
     answers: dict[str, list[str]],
-    graph: Graph,
+    project: Project,
 ) -> None:
-    tokens = {group.group: group.prompt for group in graph.tokenise_pairs("eval").groups}
+    tokens = {group.group: group.prompt for group in project.tokenise_pairs("eval").groups}
     groups = [TokenGroup(prompt, prompt, tokens[prompt], tuple(found)) for prompt, found in sampled.items()]
     rewards = dict(zip(sampled, reward_model.rewards(groups), strict=True))
     known = {prompt: [world_task(texts[prompt]).reward(text) for text in answers[prompt]] for prompt in answers}

@@ -13,6 +13,7 @@ import pytest
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, StaleArtifactError
 from dpo_cli.core.load_params import parse_params
+from dpo_cli.core.manifest import REWARD
 from dpo_cli.data import world
 
 Settings = dict[str, dict[str, Any]]
@@ -58,7 +59,7 @@ def test_off_it_leaves_a_marker_at_once(steps: Callable[..., dict[str, Any]]) ->
     """It reads nothing, not even the base model."""
     assert steps("reward", reward={"loss": "none"}) == {"method": "none"}
     assert list(files()) == ["reward.json"]
-    assert json.loads((paths.REWARD_MODEL / "reward.json").read_text(encoding="utf-8"))["loss"] == "none"
+    assert REWARD.read().settings == {"reward": {"loss": "none"}}
     assert json.loads(paths.metrics_file("reward").read_text(encoding="utf-8")) == {"reward": {"method": "none"}}
     assert paths.rejects_file("reward").read_bytes() == b"\n"
     assert (paths.report_dir("reward") / "steps.tsv").read_text(encoding="utf-8").startswith("step\tloss\t")

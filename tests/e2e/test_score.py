@@ -195,11 +195,11 @@ def test_stopped_it_keeps_what_it_scored(project: Path, make_reporter: Any) -> N
     class Stopping(make_reporter):  # type: ignore[misc]
         @contextlib.contextmanager
         def meter(self, label: str, total: int, unit: str) -> Any:
-            self._on_advance = stop if "under the reference" in label else None
+            self._on_advance = stop if "under sft" in label else None
             with super().meter(label, total, unit) as meter:
                 yield meter
 
-    with pytest.raises(Interrupted, match="what was scored is kept"):
+    with pytest.raises(Interrupted, match="what was computed is kept"):
         score_files(sources_of([new], "preferences", []), ScoreOptions(), params, Stopping())
     again = score(new)
     assert again["reference"]["num_cached"] > 0
@@ -329,4 +329,4 @@ def test_an_adapter_of_another_graph_is_refused(project: Path) -> None:
     path.write_text(path.read_text(encoding="utf-8").replace('"float32"', '"bfloat16"'), encoding="utf-8")
     result = invoke(write("new.jsonl", *NEW_PAIRS))
     assert result.exit_code == 5
-    assert "trained on another graph" in result.stderr
+    assert "made of another graph: compute_dtype is" in result.stderr

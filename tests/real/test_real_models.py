@@ -20,6 +20,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from dpo_cli.core.evaluate_params import HfJudgeParams
 from dpo_cli.core.load_params import parse_params
 from dpo_cli.core.params import Params, RuntimeParams
 from dpo_cli.core.progress import SilentReporter
@@ -27,8 +28,9 @@ from dpo_cli.data.schema import user
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import load_pair
 from dpo_cli.models.load import keep_weights_unpacked, load_config, load_model, load_tokenizer
+from dpo_cli.models.project import Project, open_project
+from dpo_cli.models.workplace import Workplace
 from dpo_cli.reference.cache import group_keys, read_cache
-from dpo_cli.reference.graph import Graph, open_graph
 from dpo_cli.scoring.layout import LAYOUTS
 from dpo_cli.scoring.probe import open_scorer
 from dpo_cli.scoring.scorer import Scorer
@@ -109,20 +111,20 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="module")
-def graph(run: Run) -> Graph:
-    return open_graph(run.params.model, run.params.reference, run.params.runtime)
+def project(run: Run) -> Project:
+    return open_project(run.params, SilentReporter(), "test")
 
 
 @pytest.fixture(scope="module")
-def groups(graph: Graph) -> list[TokenGroup]:
-    found = [*graph.tokenise_pairs("train").groups, *graph.tokenise_pairs("eval").groups]
+def groups(project: Project) -> list[TokenGroup]:
+    found = [*project.tokenise_pairs("train").groups, *project.tokenise_pairs("eval").groups]
     return sorted(found, key=lambda group: len(group.prompt), reverse=True)[:2]  # the long one and another
 
 
 @pytest.fixture(scope="module")
-def policy(run: Run, graph: Graph) -> Any:
+def policy(run: Run, project: Project) -> Any:
     """What was trained, as `evaluate` loads it."""
-    return load_pair(run.folder, graph.sft, graph.machine, "nf4").use_policy()
+    return load_pair(run.folder, project.sft, project.machine, "nf4").use_policy()
 
 
 @pytest.fixture(scope="module")
@@ -175,8 +177,8 @@ def our_logps(scorer: Scorer, groups: Sequence[TokenGroup]) -> torch.Tensor:
         return scorer.score(list(groups)).logps_BK.double()
 
 
-def test_the_reference_cache_is_plain_transformers(run: Run, graph: Graph, groups: Any, plain: Any) -> None:
-    cache = read_cache(Path("data/reference"), graph.identity)
+def test_the_reference_cache_is_plain_transformers(run: Run, project: Project, groups: Any, plain: Any) -> None:
+    cache = read_cache(Path("data/reference"), project.identity)
     cached = torch.tensor([[cache[key] for key in group_keys(group)] for group in groups], dtype=torch.float64)
     window = getattr(load_config(run.folder), "sliding_window", None) or 0
     assert max(len(group.prompt) for group in groups) > window
@@ -200,7 +202,7 @@ def test_all_layouts_give_the_same(run: Run, policy: Any, groups: Any, ours: tor
 
 
 def test_the_adapter_as_its_model_card_says_gives_the_policys_log_probabilities(
-    run: Run, graph: Graph, groups: Any, ours: torch.Tensor, tmp_path: Path
+    run: Run, project: Project, groups: Any, ours: torch.Tensor, tmp_path: Path
 ) -> None:
     """The code of the card is run: the adapter by plain PEFT, then merged into the weights that it was trained on."""
     from peft import PeftModel
@@ -215,7 +217,7 @@ def test_the_adapter_as_its_model_card_says_gives_the_policys_log_probabilities(
     assert run.note("policy, against plain PEFT as the model card says", ours, theirs) < TOLERANCE
     names["MERGED_DIRECTORY"] = str(tmp_path / "merged")
     exec(merging, names)
-    merged = load_model(tmp_path / "merged", graph.machine, quantization="none")
+    merged = load_model(tmp_path / "merged", project.machine, quantization="none")
     theirs = plain_logps(merged, groups)
     assert run.note("merged as the model card says and loaded again, against the policy", theirs, ours) < TOLERANCE
     base = AutoModelForCausalLM.from_pretrained(run.folder, dtype=torch.float32)
@@ -223,19 +225,19 @@ def test_the_adapter_as_its_model_card_says_gives_the_policys_log_probabilities(
     run.note("merged into the unquantized weights, against the policy", plain_logps(unquantized, groups), ours)
 
 
-def test_generation_is_transformers_greedy(run: Run, graph: Graph, make_reporter: Any) -> None:
+def test_generation_is_transformers_greedy(run: Run, project: Project, make_reporter: Any) -> None:
+    from dpo_cli.evaluation.decoding import Sampling
     from dpo_cli.evaluation.generation import PromptTokens, sample_answers
     from dpo_cli.scoring.budget import TokenBudget
 
-    model = load_model(run.folder, graph.machine, quantization="none")
+    model = load_model(run.folder, project.machine, quantization="none")
     questions = ["What is the capital of France?", "Name three colors.", "Write one sentence about the sea."]
-    prompts = [PromptTokens(str(n), tuple(graph.encoder.encode_prompt([user(q)]))) for n, q in enumerate(questions)]
-    stops = graph.encoder.stop_ids
+    prompts = [PromptTokens(str(n), tuple(project.encoder.encode_prompt([user(q)]))) for n, q in enumerate(questions)]
+    stops = project.encoder.stop_ids
     with make_reporter().meter("answers", len(prompts), "answers") as meter:
         answers = sample_answers(
-            model, prompts, stop_ids=stops, temperature=0.0, max_new_tokens=16,
-            budget=TokenBudget(1024, "test", make_reporter()), seed=0, stream="dpo", autocast_dtype=torch.float32,
-            meter=meter,
+            model, prompts, Sampling(0.0, 16, tuple(stops)), budget=TokenBudget(1024, "test", make_reporter()),
+            autocast_dtype=torch.float32, meter=meter,
         )  # fmt: skip
     for prompt in prompts:
         with torch.inference_mode():
@@ -246,9 +248,9 @@ def test_generation_is_transformers_greedy(run: Run, graph: Graph, make_reporter
         assert list(answers[prompt.id].tokens) == alone[0, len(prompt.tokens) :].tolist()
 
 
-def test_memory_does_not_grow_with_the_vocabulary(run: Run, graph: Graph) -> None:
+def test_memory_does_not_grow_with_the_vocabulary(run: Run, project: Project) -> None:
     """512 more tokens to predict cost their hidden states, and no row of logits each: that alone were 4 V bytes."""
-    model = load_model(run.folder, graph.machine, quantization="none")
+    model = load_model(run.folder, project.machine, quantization="none")
     vocabulary = model.get_input_embeddings().weight.shape[0]
     peaks = []
     with Scorer(model, torch.float32, "padded", 64 << 20) as scorer, torch.inference_mode():
@@ -299,13 +301,13 @@ def post(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callabl
         yield post
 
 
-def test_token_ids_and_log_probabilities_are_llama_cpps(run: Run, graph: Graph, post: Any) -> None:
+def test_token_ids_and_log_probabilities_are_llama_cpps(run: Run, project: Project, post: Any) -> None:
     """It quantizes activations to 8 bits, so its distribution is near to ours, not equal: by total variation."""
     tokenizer = load_tokenizer(run.folder)
     for text in TEXTS:
         theirs = post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
         assert tokenizer(text)["input_ids"] == theirs, text
-    model = load_model(run.folder, graph.machine, quantization="none")
+    model = load_model(run.folder, project.machine, quantization="none")
     ids = tokenizer("The capital of France is Paris, and the capital of Italy is")["input_ids"]
     with torch.inference_mode():
         logps_V = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
@@ -315,7 +317,7 @@ def test_token_ids_and_log_probabilities_are_llama_cpps(run: Run, graph: Graph, 
 
 @pytest.mark.parametrize("run", ["smollm2"], indirect=True, scope="module")  # the other is a base model, no judge
 def test_the_judge_behind_llama_cpps_server_agrees_with_the_same_model_here(
-    run: Run, graph: Graph, post: Any, make_reporter: Any, cpu: Any
+    run: Run, project: Project, post: Any, make_reporter: Any, cpu: Any
 ) -> None:
     from dpo_cli.judging.judge import Question
     from dpo_cli.judging.language_model import HfJudge
@@ -329,6 +331,6 @@ def test_the_judge_behind_llama_cpps_server_agrees_with_the_same_model_here(
     server = OpenAiJudge.connect(Server(post.url), None, template, reporter)
     assert server.constraint == "grammar"
     assert server.top_logprobs > 0
-    local = HfJudge.load(run.folder, template, cpu, "none", "auto", RuntimeParams(), reporter, "evaluate")
+    local = HfJudge.load(run.folder, template, HfJudgeParams(), Workplace("evaluate", reporter, RuntimeParams(), cpu))
     ours, theirs = dict(local.judge(questions)), dict(server.judge(questions))
     assert [ours[n].p_a for n in range(4)] == pytest.approx([theirs[n].p_a for n in range(4)], abs=0.1)

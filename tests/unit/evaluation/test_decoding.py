@@ -13,7 +13,8 @@ import torch
 
 from dpo_cli.core import gpu
 from dpo_cli.evaluation import decoding
-from dpo_cli.evaluation.generation import Answer, PromptTokens, sample_answers
+from dpo_cli.evaluation.decoding import Sampling
+from dpo_cli.evaluation.generation import PromptTokens, Sampled, sample_answers
 from dpo_cli.scoring.budget import TokenBudget
 from tests.parity.test_layouts_agree import EXACT, NEEDS_PADDING, VOCABULARY, WINDOWED, build
 
@@ -41,12 +42,15 @@ def some_prompts(count: int, longest: int = 15) -> list[PromptTokens]:
 
 def sample(
     model: Any, reporter: Any, prompts: Sequence[PromptTokens] = (), max_tokens: int = 30, **changes: Any
-) -> dict[str, Answer]:
-    settings: dict[str, Any] = {"stop_ids": [STOP], "temperature": 1.0, "max_new_tokens": 20}
-    settings |= {"seed": 0, "stream": "dpo", "autocast_dtype": torch.float32}
+) -> dict[str, Sampled]:
+    settings: dict[str, Any] = {"stop_ids": (STOP,), "temperature": 1.0, "max_new_tokens": 20}
+    settings |= {"seed": 0, "stream": "dpo"} | changes
+    dtype = settings.pop("autocast_dtype", torch.float32)
     with reporter.meter("answers", 12, "prompts") as meter:
         budget = TokenBudget(max_tokens, "test", reporter)
-        return sample_answers(model, prompts or some_prompts(12), meter=meter, budget=budget, **(settings | changes))
+        return sample_answers(
+            model, prompts or some_prompts(12), Sampling(**settings), meter=meter, budget=budget, autocast_dtype=dtype
+        )
 
 
 # --- the same answers ---------------------------------------------------------------------
@@ -98,7 +102,7 @@ def test_the_host_looks_at_every_eighth_step_whether_all_answers_have_ended(
     model = build("llama")
     steps = []
     monkeypatch.setattr(decoding._Run, "step", lambda run: (steps.append(run), TAKE_STEP(run))[1])
-    answers = sample(model, reporter, stop_ids=list(range(VOCABULARY)), max_new_tokens=40)
+    answers = sample(model, reporter, stop_ids=tuple(range(VOCABULARY)), max_new_tokens=40)
     assert all(len(answer.tokens) == 1 for answer in answers.values())
     runs = {id(run): steps.count(run) for run in steps if run.answers_RS.shape[1] == 40}
     assert set(runs.values()) == {7}, "the prompts give the first of eight tokens"

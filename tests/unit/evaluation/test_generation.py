@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.evaluation.generation import Answer, PromptTokens, sample_answers
+from dpo_cli.evaluation.decoding import Sampling
+from dpo_cli.evaluation.generation import PromptTokens, Sampled, sample_answers
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.scorer import Scorer
 
@@ -24,10 +25,10 @@ def model(make_llama: Callable[..., Any]) -> Any:
 
 
 @pytest.fixture
-def sample(model: Any, reporter: Any) -> Callable[..., dict[str, Answer]]:
-    def run(prompts: Sequence[PromptTokens], **changes: Any) -> dict[str, Answer]:
+def sample(model: Any, reporter: Any) -> Callable[..., dict[str, Sampled]]:
+    def run(prompts: Sequence[PromptTokens], **changes: Any) -> dict[str, Sampled]:
         settings: dict[str, Any] = {
-            "stop_ids": [STOP],
+            "stop_ids": (STOP,),
             "temperature": 1.0,
             "max_new_tokens": 8,
             "max_tokens": 4096,
@@ -37,8 +38,11 @@ def sample(model: Any, reporter: Any) -> Callable[..., dict[str, Answer]]:
         }
         settings |= changes
         budget = TokenBudget(settings.pop("max_tokens"), "test", reporter)
+        dtype = settings.pop("autocast_dtype")
         with reporter.meter("answers", len(prompts), "prompts") as meter:
-            return sample_answers(model, prompts, meter=meter, budget=budget, **settings)
+            return sample_answers(
+                model, prompts, Sampling(**settings), meter=meter, budget=budget, autocast_dtype=dtype
+            )
 
     return run
 
@@ -57,7 +61,7 @@ def distribution(model: Any, tokens: Sequence[int], temperature: float = 1.0) ->
 
 
 def test_a_scorer_that_is_still_open_changes_no_answer(
-    model: Any, sample: Callable[..., dict[str, Answer]], make_groups: Callable[..., list[TokenGroup]]
+    model: Any, sample: Callable[..., dict[str, Sampled]], make_groups: Callable[..., list[TokenGroup]]
 ) -> None:
     prompts = some_prompts(6)
     before = sample(prompts)
@@ -74,7 +78,7 @@ def test_a_scorer_that_is_still_open_changes_no_answer(
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("max_tokens", [1, 20, 4096])
 def test_an_answer_does_not_depend_on_what_shares_its_batch(
-    sample: Callable[..., dict[str, Answer]], temperature: float, max_tokens: int
+    sample: Callable[..., dict[str, Sampled]], temperature: float, max_tokens: int
 ) -> None:
     prompts = some_prompts(24)
     together = sample(prompts, temperature=temperature, max_tokens=100_000)
@@ -83,7 +87,7 @@ def test_an_answer_does_not_depend_on_what_shares_its_batch(
     assert sample(prompts[5:9], temperature=temperature) == {p.id: together[p.id] for p in prompts[5:9]}
 
 
-def test_seed_stream_and_prompt_fix_the_random_stream(sample: Callable[..., dict[str, Answer]]) -> None:
+def test_seed_stream_and_prompt_fix_the_random_stream(sample: Callable[..., dict[str, Sampled]]) -> None:
     prompts = some_prompts(24)
     first = sample(prompts)
     assert sample(prompts) == first
@@ -93,13 +97,13 @@ def test_seed_stream_and_prompt_fix_the_random_stream(sample: Callable[..., dict
     assert [renamed[f"other-{prompt.id}"] for prompt in prompts] != [first[prompt.id] for prompt in prompts]
 
 
-def test_a_longer_limit_goes_on_with_the_same_answer(sample: Callable[..., dict[str, Answer]]) -> None:
+def test_a_longer_limit_goes_on_with_the_same_answer(sample: Callable[..., dict[str, Sampled]]) -> None:
     prompts = some_prompts(24)
     short, long = sample(prompts, max_new_tokens=4), sample(prompts, max_new_tokens=9)
     assert all(long[prompt.id].tokens[:4] == short[prompt.id].tokens for prompt in prompts)
 
 
-def test_torchs_random_state_is_neither_read_nor_moved(sample: Callable[..., dict[str, Answer]]) -> None:
+def test_torchs_random_state_is_neither_read_nor_moved(sample: Callable[..., dict[str, Sampled]]) -> None:
     prompts = some_prompts(6)
     torch.manual_seed(1)
     first, state = sample(prompts), torch.get_rng_state()
@@ -112,7 +116,7 @@ def test_torchs_random_state_is_neither_read_nor_moved(sample: Callable[..., dic
 # --- the distribution ---------------------------------------------------------------------
 
 
-def test_temperature_0_takes_the_likeliest_token(model: Any, sample: Callable[..., dict[str, Answer]]) -> None:
+def test_temperature_0_takes_the_likeliest_token(model: Any, sample: Callable[..., dict[str, Sampled]]) -> None:
     prompts = some_prompts(10)
     answers = sample(prompts, temperature=0.0)
     for prompt in prompts:
@@ -125,14 +129,14 @@ def test_temperature_0_takes_the_likeliest_token(model: Any, sample: Callable[..
     assert len({answer.tokens for answer in answers.values()}) > 3
 
 
-def test_a_cold_sample_is_greedy(sample: Callable[..., dict[str, Answer]]) -> None:
+def test_a_cold_sample_is_greedy(sample: Callable[..., dict[str, Sampled]]) -> None:
     prompts = some_prompts(10)
     assert sample(prompts, temperature=1e-4) == sample(prompts, temperature=0.0)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_the_first_token_follows_the_models_distribution(
-    model: Any, sample: Callable[..., dict[str, Answer]], temperature: float
+    model: Any, sample: Callable[..., dict[str, Sampled]], temperature: float
 ) -> None:
     """Chi-square with 11 degrees of freedom: above 31.3 by chance once in a thousand seeds."""
     count = 3000
@@ -148,7 +152,7 @@ def test_the_first_token_follows_the_models_distribution(
     assert uniform > 100, "the test could not tell the model from a uniform one"
 
 
-def test_the_second_token_is_drawn_apart_from_the_first(model: Any, sample: Callable[..., dict[str, Answer]]) -> None:
+def test_the_second_token_is_drawn_apart_from_the_first(model: Any, sample: Callable[..., dict[str, Sampled]]) -> None:
     """Pairs of tokens follow the joint distribution; pooled below 5 expected, about 60 degrees of freedom."""
     count, prompt = 3000, (5, 7, 3)
     answers = sample([PromptTokens(f"{number}", prompt) for number in range(count)], max_new_tokens=2)
@@ -171,8 +175,8 @@ def test_the_second_token_is_drawn_apart_from_the_first(model: Any, sample: Call
 # --- where answers end --------------------------------------------------------------------
 
 
-def test_an_answer_ends_with_its_first_stop_token_or_at_the_limit(sample: Callable[..., dict[str, Answer]]) -> None:
-    answers = sample(some_prompts(60), stop_ids=[1, 4]).values()
+def test_an_answer_ends_with_its_first_stop_token_or_at_the_limit(sample: Callable[..., dict[str, Sampled]]) -> None:
+    answers = sample(some_prompts(60), stop_ids=(1, 4)).values()
     for answer in answers:
         stops = [token in (1, 4) for token in answer.tokens]
         assert not any(stops[:-1])
@@ -182,13 +186,13 @@ def test_an_answer_ends_with_its_first_stop_token_or_at_the_limit(sample: Callab
     assert {answer.finished for answer in answers} == {True, False}
 
 
-def test_every_answer_is_reported(sample: Callable[..., dict[str, Answer]], reporter: Any) -> None:
+def test_every_answer_is_reported(sample: Callable[..., dict[str, Sampled]], reporter: Any) -> None:
     answers = sample(some_prompts(13), max_tokens=8)
     assert set(answers) == {prompt.id for prompt in some_prompts(13)}
     assert reporter.meters[-1].done == 13
 
 
-def test_batches_keep_the_budget(model: Any, sample: Callable[..., dict[str, Answer]], monkeypatch: Any) -> None:
+def test_batches_keep_the_budget(model: Any, sample: Callable[..., dict[str, Sampled]], monkeypatch: Any) -> None:
     shapes: list[tuple[int, int]] = []
     generate = model.generate
 
@@ -219,12 +223,8 @@ def test_what_the_models_own_configuration_says_of_sampling_is_not_followed(
                 sample_answers(
                     model,
                     prompts,
-                    stop_ids=[STOP],
-                    temperature=1.0,
-                    max_new_tokens=3,
+                    Sampling(1.0, 3, (STOP,), 0, "a"),
                     budget=TokenBudget(10_000, "test", reporter),
-                    seed=0,
-                    stream="a",
                     autocast_dtype=torch.float32,
                     meter=meter,
                 )
@@ -245,18 +245,14 @@ def test_where_memory_runs_out_it_goes_on_with_smaller_batches_and_the_same_answ
             raise torch.OutOfMemoryError
         return generate(input_ids=input_ids, **settings)
 
-    def run() -> dict[str, Answer]:
-        kept: dict[str, Answer] = {}
+    def run() -> dict[str, Sampled]:
+        kept: dict[str, Sampled] = {}
         with reporter.meter("", 1, "") as meter:
             found = sample_answers(
                 model,
                 some_prompts(40),
-                stop_ids=[STOP],
-                temperature=1.0,
-                max_new_tokens=8,
+                Sampling(1.0, 8, (STOP,), 0, "a"),
                 budget=TokenBudget(60, "test", reporter),
-                seed=0,
-                stream="a",
                 autocast_dtype=torch.float32,
                 meter=meter,
                 keep=kept.update,

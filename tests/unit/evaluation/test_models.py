@@ -6,16 +6,17 @@ import gc
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from bitsandbytes.nn import Linear4bit
 
 from dpo_cli.core.params import LoraParams, RuntimeParams
+from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.evaluation.models import open_models
 from dpo_cli.models.adapters import SftResult, add_adapter, save_adapter
 from dpo_cli.models.load import load_model
+from dpo_cli.models.project import Project
 
 
 @pytest.mark.parametrize("kind", ["adapter", "whole"])
@@ -35,15 +36,21 @@ def test_closed_models_leave_no_weight_in_memory(
         save_adapter(adapted, folder, "tiny")
     else:
         folder = tiny_folder
-    graph: Any = SimpleNamespace(
+    opened = Project(
+        command="evaluate",
+        reporter=reporter,
+        runtime=RuntimeParams(),
+        machine=cpu,
         base=tiny_folder,
         sft=SftResult("none", "digest"),
-        machine=cpu,
         quantization="nf4",
-        identity={},
+        max_length=256,
+        policies={},
         tokenizer=tokenizer,
+        encoder=ChatEncoder(tokenizer),
+        identity={},
     )
-    models = open_models(graph, folder, RuntimeParams(), reporter, "evaluate")
+    models = open_models(opened, folder)
     held = []
     for model in (models.policy, models.reference):
         with model.use() as loaded:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dpo_cli.core.errors import MachineError
+from dpo_cli.core.evaluate_params import HfJudgeParams
 from dpo_cli.core.params import RuntimeParams
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.schema import user
@@ -20,6 +21,7 @@ from dpo_cli.judging.language_model import HfJudge, kinship_of
 from dpo_cli.judging.templates import Template
 from dpo_cli.judging.win_rate import Pair, compare_all, summarize
 from dpo_cli.models.load import load_model, load_tokenizer
+from dpo_cli.models.workplace import Workplace
 from dpo_cli.scoring.scorer import Scorer
 
 TEMPLATE = Template("short", "{prompt} A: {a} B: {b} A or B?")
@@ -29,7 +31,7 @@ QUESTIONS = [Question("2 and 2?", "4", "five " * n) for n in range(1, 9)]
 
 def load(folder: Path, cpu: Any, reporter: Any, template: Template = TEMPLATE, policy: Path | None = None) -> HfJudge:
     runtime = RuntimeParams(max_tokens_per_microbatch=120)
-    return HfJudge.load(folder, template, cpu, "none", "auto", runtime, reporter, "evaluate", policy)
+    return HfJudge.load(folder, template, HfJudgeParams(), Workplace("evaluate", reporter, runtime, cpu), policy)
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, WITH_TIE])
@@ -54,7 +56,7 @@ def test_many_questions_go_through_the_model_at_once_whatever_logits_may_be_held
     project: Path, tiny_folder: Path, cpu: Any, reporter: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runtime = RuntimeParams(max_tokens_per_microbatch=4096)
-    judge = HfJudge.load(tiny_folder, TEMPLATE, cpu, "none", "auto", runtime, reporter, "evaluate")
+    judge = HfJudge.load(tiny_folder, TEMPLATE, HfJudgeParams(), Workplace("evaluate", reporter, runtime, cpu))
     expected = dict(judge.judge(QUESTIONS))
     passes, rows = [], []
     predict, read = Scorer.predict, Scorer.next_token_logps

@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 
 from dpo_cli.core.errors import MachineError, ParamsError
+from dpo_cli.core.evaluate_params import HfJudgeParams
 from dpo_cli.judging.cache import CachedJudge
 from dpo_cli.judging.judge import INVALID, Judgment, Question
 from dpo_cli.judging.openai import OpenAiJudge, read_answer
 from dpo_cli.judging.server import RefusedError, Server
 from dpo_cli.judging.templates import Template
 from dpo_cli.judging.win_rate import Pair, compare_all, summarize
+from dpo_cli.models.workplace import Workplace
 
 _PROBES = 3
 """Chat completions with which connect finds out what the fake server can do."""
@@ -317,7 +319,7 @@ def test_a_model_behind_a_server_judges_as_it_does_in_memory(
     monkeypatch.setattr(fake, "complete", complete)
     served = connect()
     assert (served.constraint, served.top_logprobs) == ("structured_outputs", 20)
-    local = HfJudge.load(tiny_folder, TEMPLATE, cpu, "none", "auto", RuntimeParams(), reporter, "evaluate")
+    local = HfJudge.load(tiny_folder, TEMPLATE, HfJudgeParams(), Workplace("evaluate", reporter, RuntimeParams(), cpu))
     ours, theirs = dict(local.judge(QUESTIONS)), dict(served.judge(QUESTIONS))
     for index in range(len(QUESTIONS)):
         assert theirs[index].p_a == pytest.approx(ours[index].p_a, abs=1e-5)

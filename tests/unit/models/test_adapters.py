@@ -15,11 +15,11 @@ from peft.tuners.lora import LoraLayer
 
 from dpo_cli.core import paths
 from dpo_cli.core.errors import ParamsError, StaleArtifactError
+from dpo_cli.core.manifest import SFT, Manifest
 from dpo_cli.core.params import LoraParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import (
     ADAPTER_FILES,
-    SFT_MANIFEST,
     SftResult,
     adapter_size,
     add_adapter,
@@ -30,7 +30,6 @@ from dpo_cli.models.adapters import (
     read_sft_result,
     save_adapter,
     size_in_words,
-    write_sft_manifest,
 )
 from dpo_cli.models.load import load_model
 from dpo_cli.scoring.scorer import Scorer
@@ -60,11 +59,15 @@ def tuned(tiny_folder: Path, cpu: Any) -> Callable[..., Any]:
     return make
 
 
+def write_manifest(method: str, base: str) -> None:
+    SFT.write(paths.SFT_MODEL, Manifest({"base": base}, settings={"sft": {"method": method}}), ADAPTER_FILES)
+
+
 @pytest.fixture
 def sft(project: Path, tuned: Callable[..., Any]) -> Path:
     """models/sft with an adapter in it."""
     save_adapter(tuned(1), paths.SFT_MODEL, "embedded")
-    write_sft_manifest(paths.SFT_MODEL, "qlora", list(ADAPTER_FILES), "base-digest")
+    write_manifest("qlora", "base-digest")
     return paths.SFT_MODEL
 
 
@@ -215,8 +218,9 @@ def test_a_saved_adapter_names_its_base_model_and_no_path(
 def test_what_sft_left_is_described(sft: Path) -> None:
     result = read_sft_result("base-digest")
     assert (result.method, result.has_adapter) == ("qlora", True)
-    manifest = json.loads((sft / SFT_MANIFEST).read_text())
-    assert manifest["digest"] == result.digest
+    manifest = json.loads((sft / SFT.name).read_text())
+    assert manifest["kind"] == "sft"
+    assert sorted(manifest["files"]) == sorted(ADAPTER_FILES)
 
 
 @pytest.mark.parametrize(("method", "has"), [("none", False), ("full", False), ("lora", True), ("qlora", True)])
@@ -226,18 +230,20 @@ def test_lora_and_qlora_leave_an_adapter(method: str, has: bool) -> None:
 
 def test_the_digest_is_of_method_base_and_files(project: Path, sft: Path) -> None:
     digests = {read_sft_result("base-digest").digest}
-    write_sft_manifest(sft, "lora", list(ADAPTER_FILES), "base-digest")
+    write_manifest("lora", "base-digest")
     digests.add(read_sft_result("base-digest").digest)
-    write_sft_manifest(sft, "lora", list(ADAPTER_FILES), "other")
+    write_manifest("lora", "other")
     digests.add(read_sft_result("other").digest)
     (sft / ADAPTER_FILES[0]).write_text("{}")
-    write_sft_manifest(sft, "lora", list(ADAPTER_FILES), "other")
+    write_manifest("lora", "other")
     digests.add(read_sft_result("other").digest)
     assert len(digests) == 4
 
 
 def test_another_base_model_is_refused(sft: Path) -> None:
-    with pytest.raises(StaleArtifactError, match=r"made for another base model .*run: dpo-cli sft"):
+    with pytest.raises(
+        StaleArtifactError, match=r"made of another base: it is 'another' now, was 'base-digest'; run: dpo-cli sft"
+    ):
         read_sft_result("another")
 
 

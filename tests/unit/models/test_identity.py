@@ -14,12 +14,11 @@ import pytest
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import sha256_file, write_text
 from dpo_cli.core.errors import StaleArtifactError
+from dpo_cli.core.manifest import BASE, library_versions
 from dpo_cli.models.identity import (
-    LOCK_NAME,
     BaseLock,
     ModelFacts,
     base_digest,
-    library_versions,
     lock_model,
     model_files,
     read_base_lock,
@@ -34,7 +33,7 @@ FILES = {
     "chat_template.jinja": "{{ x }}",
     "merges.txt": "a b",
 }
-OTHERS = {"README.md": "# model", "pytorch_model.bin": "pickle", "notes.txt": "", LOCK_NAME: "{}"}
+OTHERS = {"README.md": "# model", "pytorch_model.bin": "pickle", "notes.txt": "", BASE.name: "{}"}
 
 
 @pytest.fixture
@@ -56,12 +55,10 @@ def test_weights_configuration_and_tokenizer_make_a_model(folder: Path) -> None:
     assert model_files(folder) == sorted(FILES)
 
 
-def test_a_lock_holds_sizes_and_digests_and_no_path(folder: Path) -> None:
+def test_a_lock_holds_digests_and_no_path(folder: Path) -> None:
     found = lock(folder)
     assert (found["name"], found["revision"]) == ("mine", "v1")
-    assert found["files"] == {
-        name: {"size": len(text), "sha256": sha256_file(folder / name)} for name, text in sorted(FILES.items())
-    }
+    assert found["files"] == {name: sha256_file(folder / name) for name in sorted(FILES)}
     assert str(folder) not in json.dumps(found)
 
 
@@ -147,13 +144,13 @@ def test_the_base_digest_is_of_the_lock_alone(project: Path, folder: Path) -> No
     ["[]", "{half", "null", '{"name": "x", "revision": "", "files": {}}', '{"name": 1, "files": [], "facts": 3}'],
 )
 def test_a_lock_of_garbage_is_refused_with_the_remedy(project: Path, content: str) -> None:
-    write_text(paths.BASE / LOCK_NAME, content)
+    write_text(paths.BASE / BASE.name, content)
     with pytest.raises(StaleArtifactError, match=r"model.lock.json is damaged.*; run: dpo-cli base"):
         read_base_lock()
 
 
 def test_a_lock_that_names_files_elsewhere_is_refused(project: Path, folder: Path) -> None:
-    files = {"../config.json": {"size": 2, "sha256": "0" * 64}}
+    files = {"../config.json": "0" * 64}
     BaseLock(lock(folder) | {"files": files}, {}, ModelFacts(None, 7, [], [])).write(paths.BASE)
     with pytest.raises(StaleArtifactError, match="is damaged"):
         read_base_lock()

@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from dpo_cli.core import paths
 from dpo_cli.core.errors import StaleArtifactError
+from dpo_cli.core.manifest import REWARD, SFT, Manifest
 from dpo_cli.core.params import LoraParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import (
@@ -21,7 +22,6 @@ from dpo_cli.models.adapters import (
     add_adapter,
     load_reference,
     save_adapter,
-    write_sft_manifest,
 )
 from dpo_cli.models.load import load_model
 from dpo_cli.models.reward import (
@@ -29,7 +29,6 @@ from dpo_cli.models.reward import (
     load_reward_model,
     load_reward_model_at_start,
     reward_head,
-    write_reward_manifest,
 )
 from dpo_cli.scoring.reward import RewardScorer
 from dpo_cli.scoring.scorer import Scorer
@@ -51,7 +50,7 @@ def sft(project: Path, tiny_folder: Path, cpu: Any) -> None:
     """models/sft with an adapter that does something."""
     model = randomise(add_adapter(load_model(tiny_folder, cpu, quantization="none"), LORA, 1), 1)
     save_adapter(model, paths.SFT_MODEL, "embedded")
-    write_sft_manifest(paths.SFT_MODEL, "qlora", list(ADAPTER_FILES), "base-digest")
+    SFT.write(paths.SFT_MODEL, Manifest({"base": "b"}, settings={"sft": {"method": "qlora"}}), ADAPTER_FILES)
 
 
 def start(tiny_folder: Path, cpu: Any, quantization: str = "none", method: str = "qlora") -> Any:
@@ -133,24 +132,24 @@ def test_transformers_and_peft_alone_give_the_same_rewards(
 
 
 def test_a_reward_model_of_something_else_is_refused(sft: None, tiny_folder: Path, cpu: Any, project: Path) -> None:
-    folder, graph, data = paths.REWARD_MODEL, {"sft": "a"}, {"train": "1"}
+    folder, made_of = paths.REWARD_MODEL, {"graph": {"sft": "a"}, "data/preference": {"train": "1"}}
     with pytest.raises(StaleArtifactError, match=r"reward\.json is missing; run: dpo-cli reward"):
-        check_reward_model(folder, graph, data)
+        check_reward_model(folder, made_of)
     save_adapter(start(tiny_folder, cpu), folder, "embedded")
-    write_reward_manifest(folder, "bradley_terry", {"graph": graph, "data": data})
-    check_reward_model(folder, graph, data)
-    with pytest.raises(StaleArtifactError, match="trained on another graph than models/sft is now"):
-        check_reward_model(folder, {"sft": "b"}, data)
-    with pytest.raises(StaleArtifactError, match="trained on other data than data/preference is now"):
-        check_reward_model(folder, graph, {"train": "2"})
+    REWARD.write(folder, Manifest(made_of, settings={"reward": {"loss": "bradley_terry"}}), ADAPTER_FILES)
+    check_reward_model(folder, made_of)
+    with pytest.raises(StaleArtifactError, match="made of another graph: sft is 'b' now, was 'a'; run: dpo-cli reward"):
+        check_reward_model(folder, made_of | {"graph": {"sft": "b"}})
+    with pytest.raises(StaleArtifactError, match="made of another data/preference: train is"):
+        check_reward_model(folder, made_of | {"data/preference": {"train": "2"}})
     weights = folder / ADAPTER_FILES[1]
     kept = weights.read_bytes()
     weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
     with pytest.raises(StaleArtifactError, match="has changed since it was made"):
-        check_reward_model(folder, graph, data)
+        check_reward_model(folder, made_of)
     weights.unlink()
     with pytest.raises(StaleArtifactError, match="is missing; run: dpo-cli reward"):
-        check_reward_model(folder, graph, data)
-    write_reward_manifest(folder, "none", {})
+        check_reward_model(folder, made_of)
+    REWARD.write(folder, Manifest(settings={"reward": {"loss": "none"}}))
     with pytest.raises(StaleArtifactError, match=r"holds no reward model: set reward\.loss in params\.yaml"):
-        check_reward_model(folder, graph, data)
+        check_reward_model(folder, made_of)

@@ -10,10 +10,18 @@ from typing import Any
 import polars as pl
 import pytest
 
+from dpo_cli.core import paths
 from dpo_cli.core.errors import StaleArtifactError
+from dpo_cli.core.manifest import REFERENCE
 from dpo_cli.data.tokens import TokenGroup, completion_key
 from dpo_cli.reference import cache as cache_module
-from dpo_cli.reference.cache import MANIFEST, SCHEMA, group_keys, read_cache, reference_logps, write_cache
+from dpo_cli.reference.cache import (
+    SCHEMA,
+    group_keys,
+    read_cache,
+    reference_logps,
+    write_cache,
+)
 
 IDENTITY = {"base": "b1", "sft": "s1", "quantization": "nf4", "compute_dtype": "float32", "engine": 1, "torch": "2.13"}
 
@@ -32,12 +40,12 @@ def groups(make_groups: Callable[..., list[TokenGroup]]) -> list[TokenGroup]:
 
 
 @pytest.fixture
-def written(tmp_path: Path, groups: list[TokenGroup]) -> tuple[Path, dict[str, float]]:
+def written(project: Path, groups: list[TokenGroup]) -> tuple[Path, dict[str, float]]:
     """A cache of all groups: its folder and its sums by key."""
-    folder = tmp_path / "reference"
-    folder.mkdir()
+    folder = paths.REFERENCE
+    folder.mkdir(parents=True)
     rows = [row(key, -0.5 * number, -1.25) for number, group in enumerate(groups) for key in group_keys(group)]
-    write_cache(folder, frame(rows).unique("key"), IDENTITY)
+    write_cache(folder, frame(rows).unique("key"), IDENTITY, {})
     return folder, {entry["key"]: entry["logp"] for entry in rows}
 
 
@@ -76,7 +84,7 @@ def test_the_same_rows_in_any_order_give_the_same_bytes(tmp_path: Path) -> None:
     contents = []
     for name, shuffled in (("one", rows), ("two", rows.sample(fraction=1, shuffle=True, seed=0))):
         (tmp_path / name).mkdir()
-        write_cache(tmp_path / name, shuffled, IDENTITY)
+        write_cache(tmp_path / name, shuffled, IDENTITY, {})
         contents.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
     assert contents[0] == contents[1]
 
@@ -84,11 +92,11 @@ def test_the_same_rows_in_any_order_give_the_same_bytes(tmp_path: Path) -> None:
 def test_many_rows_make_several_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_module, "_ROWS_A_PART", 7)
     rows = frame([row(f"{number:032x}", -float(number)) for number in range(20)])
-    write_cache(tmp_path, rows, IDENTITY)
+    write_cache(tmp_path, rows, IDENTITY, {})
     assert len(list(tmp_path.glob("part-*.parquet"))) == 3
     assert read_cache(tmp_path, IDENTITY) == dict(zip(rows["key"], rows["logp"], strict=True))
-    manifest = json.loads((tmp_path / MANIFEST).read_text())
-    assert (manifest["num_rows"], manifest["identity"]) == (20, IDENTITY)
+    manifest = json.loads((tmp_path / REFERENCE.name).read_text())
+    assert (manifest["facts"], manifest["made_of"]) == ({"num_rows": 20}, {"graph": IDENTITY})
 
 
 def test_other_tools_can_read_the_parts(written: tuple[Path, dict[str, float]]) -> None:
@@ -123,9 +131,9 @@ def test_every_field_that_differs_is_named(written: tuple[Path, dict[str, float]
     ]
 
 
-def test_a_missing_cache_says_which_stage_to_run(tmp_path: Path) -> None:
+def test_a_missing_cache_says_which_stage_to_run(project: Path) -> None:
     with pytest.raises(StaleArtifactError, match=r"manifest.json is missing; run: dpo-cli precompute-ref"):
-        read_cache(tmp_path, IDENTITY)
+        read_cache(paths.REFERENCE, IDENTITY)
 
 
 def test_a_missing_part_is_refused(written: tuple[Path, dict[str, float]]) -> None:
@@ -139,23 +147,25 @@ def test_a_damaged_part_is_refused_whichever_byte_it_is(written: tuple[Path, dic
     whole = part.read_bytes()
     for position in range(0, len(whole), 97):
         part.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
-        with pytest.raises(StaleArtifactError, match="is damaged"):
+        with pytest.raises(StaleArtifactError, match=r"part-00000.parquet has changed since it was made"):
             read_cache(written[0], IDENTITY)
     part.write_bytes(whole[:-1])
-    with pytest.raises(StaleArtifactError, match="is damaged"):
+    with pytest.raises(StaleArtifactError, match=r"part-00000.parquet has changed since it was made"):
         read_cache(written[0], IDENTITY)
 
 
 def test_a_manifest_that_is_cut_off_is_refused(written: tuple[Path, dict[str, float]]) -> None:
-    manifest = written[0] / MANIFEST
+    manifest = written[0] / REFERENCE.name
     manifest.write_bytes(manifest.read_bytes()[:-20])
     with pytest.raises(StaleArtifactError, match="manifest.json is damaged"):
         read_cache(written[0], IDENTITY)
 
 
-@pytest.mark.parametrize("manifest", [[], "text", None, {"identity": IDENTITY}, {"identity": [], "parts": {}}])
+@pytest.mark.parametrize(
+    "manifest", [[], "text", None, {"made_of": {"graph": IDENTITY}}, {"kind": "reference", "files": []}]
+)
 def test_a_manifest_of_another_shape_is_refused(written: tuple[Path, dict[str, float]], manifest: Any) -> None:
-    (written[0] / MANIFEST).write_text(json.dumps(manifest))
+    (written[0] / REFERENCE.name).write_text(json.dumps(manifest))
     with pytest.raises(StaleArtifactError):
         read_cache(written[0], IDENTITY)
 

@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from dpo_cli.core import paths
 from dpo_cli.core.errors import MachineError, ParamsError
 from dpo_cli.core.load_params import parse_params
+from dpo_cli.core.manifest import BASE
 from dpo_cli.core.params import Params
-from dpo_cli.models.identity import LOCK_NAME, base_digest, read_base_lock
+from dpo_cli.models.identity import base_digest, read_base_lock
 from dpo_cli.stages import base
 
-LOCK = paths.BASE / LOCK_NAME
+LOCK = paths.BASE / BASE.name
 
 
 @pytest.fixture
