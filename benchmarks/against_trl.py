@@ -579,7 +579,7 @@ def check_tokens(trainer: Any, pairs: Sequence[Pair], order: Sequence[int]) -> N
 
 
 def tiny_tokenizer() -> Any:
-    """A tokenizer, since TRL wants one; it has no text to tokenise."""
+    """A tokenizer, since TRL wants one; it has no text to tokenize."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast

@@ -53,7 +53,7 @@ class Tokenizer(Protocol):
         ...
 
     def __call__(self, text: str, **kwargs: Any) -> Any:
-        """Tokenise a text."""
+        """Tokenize a text."""
         ...
 
     def decode(self, token_ids: Any, **kwargs: Any) -> Any:
@@ -150,7 +150,7 @@ class ChatEncoder:
         self._stop_ids: frozenset[int] = frozenset()
         unknown = getattr(tokenizer, "unk_token_id", None)
         # a tokenizer of bytes never writes its unknown token in place of text, though it may end turns with it
-        self.unknown_id: int | None = unknown if unknown in self.tokenise(_RARE_LETTERS) else None
+        self.unknown_id: int | None = unknown if unknown in self.tokenize(_RARE_LETTERS) else None
         self.end_id = self._probe()
         self._stop_ids = frozenset({self.end_id, int(tokenizer.eos_token_id), *end_ids})
         self.end_texts = tuple(filter(None, (tokenizer.decode([token_id]).strip() for token_id in self.stop_ids)))
@@ -190,7 +190,7 @@ class ChatEncoder:
         self._rendered = with_fixed_clock(template)
 
     def _refuse_letters(self) -> None:
-        marks = [mark for mark in ("<|im_start|>", "<|im_end|>") if len(self.tokenise(mark)) != 1]
+        marks = [mark for mark in ("<|im_start|>", "<|im_end|>") if len(self.tokenize(mark)) != 1]
         if marks:
             raise MachineError(
                 f"model.chat_template chatml writes {' and '.join(marks)}, which the model's tokenizer does not have as"
@@ -234,7 +234,7 @@ class ChatEncoder:
                 " answers do not begin: answers that do are trained as they are generated, others begin before it"
             )
         for mark in dict.fromkeys(_MARK.findall(closing)):
-            if len(self.tokenise(mark)) != 1:
+            if len(self.tokenize(mark)) != 1:
                 self.warnings.append(
                     f"the model's chat template ends a turn with {mark}, which its tokenizer does not have as a token:"
                     " it is read letter by letter"
@@ -268,7 +268,7 @@ class ChatEncoder:
         """Token ids of a prompt and of some completions of it, which share all of the prompt.
 
         Where the ids of a completion together with the prompt begin with the prompt's, the rest of
-        them is the completion; else it is tokenised apart.
+        them is the completion; else it is tokenized apart.
 
         Raises:
             RowProblem: The template refuses these messages, or makes nothing of the prompt.
@@ -310,14 +310,14 @@ class ChatEncoder:
         return start, [whole[len(head) :] for whole in wholes]
 
     def _prompt_ids(self, text: str) -> list[int]:
-        ids = self.tokenise(text)
+        ids = self.tokenize(text)
         if not ids:
             raise RowProblem("empty_prompt", "has a prompt of which the model's chat template makes no token")
         return ids
 
     def _completion_ids(self, prompt_ids: Sequence[int], prompt: str, text: str) -> list[int]:
-        ids = self.tokenise(prompt + text)
-        ids = ids[len(prompt_ids) :] if ids[: len(prompt_ids)] == prompt_ids else self.tokenise(text)
+        ids = self.tokenize(prompt + text)
+        ids = ids[len(prompt_ids) :] if ids[: len(prompt_ids)] == prompt_ids else self.tokenize(text)
         end = len(ids)  # of the text: behind it stand only special tokens and white space
         while end and self._says_nothing(ids[end - 1]):
             end -= 1
@@ -380,7 +380,7 @@ class ChatEncoder:
         twice = next((role for role, after in pairwise(roles) if role == after), None)
         return f"; two turns of the {twice} follow each other, which can be joined in the file" if twice else ""
 
-    def tokenise(self, text: str) -> list[int]:
+    def tokenize(self, text: str) -> list[int]:
         """Token ids of a text.
 
         Raises:

@@ -21,7 +21,7 @@ from dpo_cli.data.convert import convert
 from dpo_cli.data.inspect import TokenView
 from dpo_cli.data.plan import Treatment, num_bytes
 from dpo_cli.data.problem import RowProblem
-from dpo_cli.data.tokenise import tokenise_row
+from dpo_cli.data.tokenize import tokenize_row
 
 _ROWS_NAMED = 5
 
@@ -113,12 +113,12 @@ def _check_tokens(
     findings = {name: Finding(policy) for name, policy in policies.items()}
     findings["template_refused"] = Finding("drop")
     total = sum(block.num for block in report.blocks)
-    with reporter.meter("tokenising", total, "examples") as meter:
+    with reporter.meter("tokenizing", total, "examples") as meter:
         for block in report.blocks:
             rows = read_arrow(block.examples).to_pylist() if block.examples.exists() else []
             for row in rows:
                 try:
-                    _, found = tokenise_row(row, columns, view.encoder, view.max_length, policies)
+                    _, found = tokenize_row(row, columns, view.encoder, view.max_length, policies)
                 except RowProblem as problem:
                     found = [problem.reason]
                 for name in found:

@@ -12,7 +12,7 @@ import polars as pl
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import sha256_file
 from dpo_cli.core.errors import DataError
-from dpo_cli.data.tokenise import TokenTable, explain_rejects
+from dpo_cli.data.tokenize import TokenTable, explain_rejects
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.losses.ranking import MAX_TIED, Ties
 

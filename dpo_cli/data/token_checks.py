@@ -76,7 +76,7 @@ def _lacks_a_token(encoder: ChatEncoder, completion: Messages, ids: Sequence[int
     if encoder.unknown_id is None or encoder.unknown_id not in ids:
         return False
     said, written = text_of(completion), encoder.tokenizer.decode([encoder.unknown_id])
-    return encoder.tokenise(said).count(encoder.unknown_id) > said.count(written)
+    return encoder.tokenize(said).count(encoder.unknown_id) > said.count(written)
 
 
 def _loses_an_answer(completions: Sequence[Messages], encoding: Encoding) -> bool:

@@ -7,7 +7,7 @@ A store is a folder for one table and one way to tokenize it::
     firsts.npy      int64 [G + 1], the sequence with which each group begins, then S
     ids.npy         bytes [G, 2], the ids of each row and of its prompt
     keys.npy        uint8 [S - G, 16], the key of each completion
-    others.json     what became of the table's other rows (:mod:`dpo_cli.data.tokenise`); written last
+    others.json     what became of the table's other rows (:mod:`dpo_cli.data.tokenize`); written last
 
 Legend: G groups, S sequences, T tokens.
 """

@@ -11,7 +11,7 @@ from dpo_cli.core.errors import StaleArtifactError
 from dpo_cli.core.manifest import DPO
 from dpo_cli.core.params import TrainParams
 from dpo_cli.core.progress import Reporter
-from dpo_cli.data.tokenise import TokenTable, prompt_ids
+from dpo_cli.data.tokenize import TokenTable, prompt_ids
 from dpo_cli.models.project import Project
 
 

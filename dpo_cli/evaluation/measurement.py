@@ -14,7 +14,7 @@ from dpo_cli.core.evaluate_params import EvaluateParams
 from dpo_cli.data.pieces import pieces_of
 from dpo_cli.data.schema import text_of
 from dpo_cli.data.tables import read_columns
-from dpo_cli.data.tokenise import TokenTable
+from dpo_cli.data.tokenize import TokenTable
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.evaluation.generation import PromptTokens
 from dpo_cli.evaluation.held_out import HeldOutPair
@@ -79,7 +79,7 @@ class Measurement:
 
     def perplexities(self) -> dict[str, float]:
         """Perplexity of held-out instruction data under each model, where there is any."""
-        table = self.project.tokenise_instructions("eval")
+        table = self.project.tokenize_instructions("eval")
         if not table.groups:
             return {}
         found = {}

@@ -1,4 +1,4 @@
-"""Rows of any preference files: read and checked as the conversion does it, then tokenised."""
+"""Rows of any preference files: read and checked as the conversion does it, then tokenized."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dpo_cli.data.convert import convert
 from dpo_cli.data.plan import Treatment, num_bytes
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import PREFERENCE_SCHEMA, RANKING_SCHEMA, TOOLS, Messages, from_table
-from dpo_cli.data.tokenise import tokenise_row
+from dpo_cli.data.tokenize import tokenize_row
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.project import Project
 
@@ -104,7 +104,7 @@ def refuse_idle_settings(settings: Sequence[str]) -> None:
 def read_rows(
     sources: Sequence[Source], max_rows: int | None, params: Params, project: Project, reporter: Reporter
 ) -> InputRows:
-    """Convert files in a folder that does not last, and tokenise what stays.
+    """Convert files in a folder that does not last, and tokenize what stays.
 
     Args:
         sources: The files, all of preferences.
@@ -137,9 +137,9 @@ def read_rows(
         found.num_read = report.num_read
         found.formats = {account.path.as_posix(): account.why for account in report.files}
         found.stopped = [account.path.as_posix() for account in report.files if account.stopped]
-        with reporter.meter("score: tokenising", sum(block.num for block in report.blocks), "examples") as meter:
+        with reporter.meter("score: tokenizing", sum(block.num for block in report.blocks), "examples") as meter:
             for place, row in _canonical_rows(report, work):
-                _tokenise(place, row, project, found)
+                _tokenize(place, row, project, found)
                 meter.advance(1)
         ranked = {(row.file, row.row, row.part) for row in found.rows if not row.is_pair}
         found.left_out[:0] = _rejects(rejects, ranked)
@@ -196,14 +196,14 @@ def _sources_in(path: Path) -> list[str] | None:
     return [path.name if value is None else str(value) for value in values]
 
 
-def _tokenise(place: tuple[str, int, str], row: dict[str, Any], project: Project, found: InputRows) -> None:
+def _tokenize(place: tuple[str, int, str], row: dict[str, Any], project: Project, found: InputRows) -> None:
     file, number, part = place
     row = from_table(row)
     is_pair = "chosen" in row
     columns = ("chosen", "rejected") if is_pair else ("completions",)
     policies = {name: "drop" if policy == "error" else policy for name, policy in project.policies.items()}
     try:
-        tokens, _ = tokenise_row(row, columns, project.encoder, project.max_length, policies)
+        tokens, _ = tokenize_row(row, columns, project.encoder, project.max_length, policies)
     except RowProblem as problem:
         found.left_out.append(
             {

@@ -17,7 +17,7 @@ from dpo_cli.core.params import EMBEDDED, LoraParams, ModelParams, Params, Runti
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.tables import table_digests
-from dpo_cli.data.tokenise import TokenTable, tokenise_table
+from dpo_cli.data.tokenize import TokenTable, tokenize_table
 from dpo_cli.models.adapters import (
     ModelPair,
     SftResult,
@@ -110,23 +110,23 @@ class Project(Workplace):
         """What a model that was trained on preferences must have been made of, as its manifest has it."""
         return {"graph": self.identity, "data/preference": table_digests(paths.PREFERENCE_DATA)}
 
-    def tokenise_pairs(self, split: str) -> TokenTable:
+    def tokenize_pairs(self, split: str) -> TokenTable:
         """The preference pairs of a split as token groups (chosen, rejected)."""
-        return self._tokenise(paths.preference_table(split), ("chosen", "rejected"))
+        return self._tokenize(paths.preference_table(split), ("chosen", "rejected"))
 
-    def tokenise_rankings(self, split: str) -> TokenTable:
+    def tokenize_rankings(self, split: str) -> TokenTable:
         """The rankings of a split as token groups, best answer first; an empty table where there are none."""
         path = paths.ranking_table(split)
-        return self._tokenise(path, ("completions",)) if path.is_file() else TokenTable([], [])
+        return self._tokenize(path, ("completions",)) if path.is_file() else TokenTable([], [])
 
-    def tokenise_instructions(self, split: str) -> TokenTable:
+    def tokenize_instructions(self, split: str) -> TokenTable:
         """The instruction data of a split as token groups of one completion, within the length of pairs."""
-        return self._tokenise(paths.SFT_DATA / f"{split}.parquet", ("completion",), "run: dpo-cli convert-sft")
+        return self._tokenize(paths.SFT_DATA / f"{split}.parquet", ("completion",), "run: dpo-cli convert-sft")
 
-    def _tokenise(
+    def _tokenize(
         self, path: Path, columns: Sequence[str], remedy: str = "run: dpo-cli convert-preferences"
     ) -> TokenTable:
-        return tokenise_table(path, columns, self.encoder, self.max_length, self.policies, remedy)
+        return tokenize_table(path, columns, self.encoder, self.max_length, self.policies, remedy)
 
 
 def open_project(params: Params, reporter: Reporter, command: str) -> Project:

@@ -14,7 +14,7 @@ from dpo_cli.core.progress import Reporter
 from dpo_cli.core.row_store import Keep, RowStore
 from dpo_cli.models.device import Machine, token_budget
 from dpo_cli.scoring.budget import TokenBudget
-from dpo_cli.scoring.probe import Verdict, open_scorer
+from dpo_cli.scoring.probe import LayoutChoice, open_scorer
 from dpo_cli.scoring.scorer import Scorer
 
 
@@ -24,7 +24,7 @@ class Workplace:
 
     Attributes:
         command: Who works, for messages.
-        reporter: Hears of the work.
+        reporter: Told of the work.
         runtime: Layout, token budget, minutes of work that a kill may cost.
         machine: Device and compute dtype.
     """
@@ -34,7 +34,7 @@ class Workplace:
     runtime: RuntimeParams
     machine: Machine
 
-    def scorer(self, model: Any) -> tuple[Scorer, Verdict]:
+    def scorer(self, model: Any) -> tuple[Scorer, LayoutChoice]:
         """A model's log-probabilities, in the cheapest layout that is right for it.
 
         Raises:

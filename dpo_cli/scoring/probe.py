@@ -59,7 +59,7 @@ _HEADS: dict[HeadName, str] = {
 
 
 @dataclass(frozen=True)
-class Verdict:
+class LayoutChoice:
     """Which layout a model goes through, and why.
 
     Attributes:
@@ -117,10 +117,10 @@ def _reasons(refused: dict[str, str]) -> str:
 
 def open_scorer(
     model: torch.nn.Module, compute_dtype: torch.dtype, runtime: RuntimeParams, reporter: Reporter, stage: str
-) -> tuple[Scorer, Verdict]:
+) -> tuple[Scorer, LayoutChoice]:
     """A scorer in the cheapest layout that is right for the model, or in the one that runtime.layout forces.
 
-    The verdict is remembered in the scratch area, by the model's configuration and what else it
+    The choice is remembered in the scratch area, by the model's configuration and what else it
     depends on.
 
     Raises:
@@ -131,32 +131,32 @@ def open_scorer(
     forced = None if runtime.layout == "auto" else runtime.layout
     memory = paths.scratch_root() / _MEMORY
     key = _key(model, compute_dtype, scorer, forced)
-    verdict = _recall(memory, key)
-    if verdict is None:
+    choice = _recall(memory, key)
+    if choice is None:
         with scorer, evaluating(model):
-            verdict = probe_layouts(scorer, model, forced)
-        _remember(memory, key, verdict)
-    scorer.layout = verdict.layout
-    scorer.max_read_share = MAX_READ_SHARE if verdict.last_mlp == _READ else 0.0
-    verdict = replace(verdict, head=scorer.head)
+            choice = probe_layouts(scorer, model, forced)
+        _remember(memory, key, choice)
+    scorer.layout = choice.layout
+    scorer.max_read_share = MAX_READ_SHARE if choice.last_mlp == _READ else 0.0
+    choice = replace(choice, head=scorer.head)
     if is_gpu(scorer.device):
         # kernels are tried out now, and not within a checkpointed layer
         with scorer, torch.no_grad(), evaluating(model):
             scorer.score(probe_groups(scorer.config.vocab_size, 8)[:1])
-        verdict = replace(verdict, **_attention_of(scorer, verdict.layout))
+        choice = replace(choice, **_attention_of(scorer, choice.layout))
     kernels = describe_fused(model, scorer.device, compute_dtype) + describe_products(scorer.device, compute_dtype)
-    reporter.say(f"{stage}: {verdict.describe()}{kernels}")
+    reporter.say(f"{stage}: {choice.describe()}{kernels}")
     names, num_bytes = left_unquantized(model)
     if names:
         reporter.warn(
             f"{stage}: quantization nf4 is of linear layers alone and leaves {num_bytes / 2**30:.2f} GiB of weights as"
             f" they are: {', '.join(names[:3])}"
         )
-    return scorer, verdict
+    return scorer, choice
 
 
 @torch.no_grad()
-def probe_layouts(scorer: Scorer, model: Any, forced: LayoutName | None = None) -> Verdict:
+def probe_layouts(scorer: Scorer, model: Any, forced: LayoutName | None = None) -> LayoutChoice:
     """Score random groups in each layout until one agrees with one completion at a time.
 
     Raises:
@@ -187,7 +187,9 @@ def probe_layouts(scorer: Scorer, model: Any, forced: LayoutName | None = None) 
         if reason is None:
             kernels = _attention_of(scorer, name)
             head, is_forced = scorer.head, forced is not None
-            return Verdict(name, difference, tolerance, asked, refused, is_forced, head, **kernels, last_mlp=last_mlp)
+            return LayoutChoice(
+                name, difference, tolerance, asked, refused, is_forced, head, **kernels, last_mlp=last_mlp
+            )
         refused[name] = reason
     if forced:
         raise MachineError(
@@ -227,7 +229,7 @@ def _spoiled(model: Any) -> str:
 
 
 def _attention_of(scorer: Scorer, layout: LayoutName) -> dict[str, Any]:
-    """What computed the attention of the last forward, as a verdict has it."""
+    """What computed the attention of the last forward, as a choice has it."""
     attended = scorer.last_attended
     if layout == "padded" or attended is None:
         return {"attention": f"the model's own {scorer.own_attention}", "attention_refused": {}}
@@ -307,7 +309,7 @@ def probe_groups(vocabulary: int, longest_prompt: int) -> list[TokenGroup]:
 
 
 def _key(model: Any, compute_dtype: torch.dtype, scorer: Scorer, forced: str | None) -> str:
-    """A digest of everything that a verdict depends on."""
+    """A digest of everything that a choice depends on."""
     config = {name: value for name, value in scorer.config.to_dict().items() if not name.startswith("_")}
     parts = {
         "config": config,
@@ -338,18 +340,18 @@ def _load(memory: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _recall(memory: Path, key: str) -> Verdict | None:
+def _recall(memory: Path, key: str) -> LayoutChoice | None:
     entry = _load(memory).get(key)
     try:
-        verdict = Verdict(**entry) if entry else None
+        choice = LayoutChoice(**entry) if entry else None
     except TypeError:
         return None
-    return verdict if verdict and verdict.layout in LAYOUTS else None
+    return choice if choice and choice.layout in LAYOUTS else None
 
 
-def _remember(memory: Path, key: str, verdict: Verdict) -> None:
-    """Keep a verdict; a scratch area that cannot be written only costs the next probe."""
+def _remember(memory: Path, key: str, choice: LayoutChoice) -> None:
+    """Keep a choice; a scratch area that cannot be written only costs the next probe."""
     try:
-        write_json(memory, {**_load(memory), key: asdict(verdict)})
+        write_json(memory, {**_load(memory), key: asdict(choice)})
     except OSError:
         return

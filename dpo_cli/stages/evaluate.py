@@ -22,7 +22,7 @@ from dpo_cli.core.params import Params, TrainParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.tables import read_columns, table_digests
-from dpo_cli.data.tokenise import explain_rejects
+from dpo_cli.data.tokenize import explain_rejects
 from dpo_cli.evaluation import tables
 from dpo_cli.evaluation.evaluated import Evaluated, count_leaked_prompts, training_of
 from dpo_cli.evaluation.held_out import summarize_held_out
@@ -120,7 +120,7 @@ def evaluate_model(
 def _evaluate(params: Params, project: Project, evaluated: Evaluated, reporter: Reporter) -> dict[str, Any]:
     """All steps of one model, and the files that they make."""
     evaluate = params.evaluate
-    table = project.tokenise_pairs("eval")
+    table = project.tokenize_pairs("eval")
     if not table.groups:
         raise DataError(
             f"data/preference/eval.parquet: {explain_rejects([table], 'reference.max_length', project.max_length)}"

@@ -14,14 +14,14 @@ from dpo_cli.core.progress import Reporter
 from dpo_cli.core.row_store import RowStore, forget_other_stores
 from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.tables import SPLITS, all_rejects
-from dpo_cli.data.tokenise import explain_found, explain_rejects
+from dpo_cli.data.tokenize import explain_found, explain_rejects
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.device import memory_in_words, memory_metrics
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.models.project import Project, open_project
 from dpo_cli.reference.cache import SCHEMA, group_keys, write_cache
 from dpo_cli.reference.scoring import missing_groups, score_into_store
-from dpo_cli.scoring.probe import Verdict
+from dpo_cli.scoring.probe import LayoutChoice
 
 _OTHER_STORES_KEPT = 3
 
@@ -38,9 +38,9 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     """
     quiet_libraries()
     project = open_project(params, reporter, "precompute-ref")
-    tables = [project.tokenise_pairs(split) for split in SPLITS]
+    tables = [project.tokenize_pairs(split) for split in SPLITS]
     if params.reference.rankings:
-        tables += [project.tokenise_rankings(split) for split in SPLITS]
+        tables += [project.tokenize_rankings(split) for split in SPLITS]
     rejects = all_rejects(tables)
     groups = [group for table in tables for group in table.groups]
     wanted = {key for group in groups for key in group_keys(group)}
@@ -93,7 +93,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     return metrics
 
 
-def _compute(project: Project, missing: Sequence[TokenGroup], store: RowStore) -> Verdict:
+def _compute(project: Project, missing: Sequence[TokenGroup], store: RowStore) -> LayoutChoice:
     """Score groups and store their rows as time passes."""
     scorer, verdict = project.scorer(project.reference())
     score_into_store(scorer, missing, store, project.budget(), project, "scoring answers")

@@ -15,7 +15,7 @@ from dpo_cli.core.params import Params, RewardParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import Scratch, stage_scratch
 from dpo_cli.core.text import markdown
-from dpo_cli.data.tokenise import TokenTable, explain_found, explain_rejects
+from dpo_cli.data.tokenize import TokenTable, explain_found, explain_rejects
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.evaluation.reward_figures import RewardedPair, RewardFigures, summarize_rewards
 from dpo_cli.models.card import card_head, usage
@@ -28,7 +28,7 @@ from dpo_cli.training.history import merge_log, write_tsv
 if TYPE_CHECKING:  # what computes is imported where there is something to compute
     from dpo_cli.judging.reward_model import RewardModel
     from dpo_cli.models.project import Project
-    from dpo_cli.scoring.probe import Verdict
+    from dpo_cli.scoring.probe import LayoutChoice
     from dpo_cli.training.fit import Fit
     from dpo_cli.training.objective import RewardObjective
 
@@ -84,10 +84,10 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
     project = open_project(params, reporter, "reward")
     ranked = settings.loss == "plackett_luce"
     train, held_out = (
-        project.tokenise_rankings(split) if ranked else project.tokenise_pairs(split) for split in SPLITS
+        project.tokenize_rankings(split) if ranked else project.tokenize_pairs(split) for split in SPLITS
     )
     refuse_empty((train, held_out), project.max_length, section="reward", ranked=ranked)
-    pairs = project.tokenise_pairs("eval") if ranked else held_out
+    pairs = project.tokenize_pairs("eval") if ranked else held_out
     if not pairs.groups:
         raise DataError(f"{paths.preference_table('eval').as_posix()}: no pair is held out to measure with")
     if warning := explain_rejects([train, held_out], "reference.max_length", project.max_length):
@@ -167,7 +167,7 @@ def _metrics(
     held_out: TokenTable,
     figures: RewardFigures,
     result: Fit,
-    layout: Verdict,
+    layout: LayoutChoice,
 ) -> dict[str, Any]:
     tokens = sum(group.num_logical_tokens for group in train.groups) / len(train.groups)
     metrics: dict[str, Any] = {"method": settings.loss}

@@ -14,7 +14,7 @@ from dpo_cli.core.manifest import SFT, Manifest, library_versions
 from dpo_cli.core.params import EMBEDDED, Params, SftParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import Scratch, stage_scratch
-from dpo_cli.data.tokenise import TokenTable, explain_found, explain_rejects, tokenise_table
+from dpo_cli.data.tokenize import TokenTable, explain_found, explain_rejects, tokenize_table
 from dpo_cli.models.adapters import (
     ADAPTER_FILES,
     adapter_size,
@@ -37,7 +37,7 @@ from dpo_cli.models.load import keep_weights_unpacked, load_model, quiet_librari
 from dpo_cli.training.history import TOKEN_METRICS, merge_log, write_tsv
 
 if TYPE_CHECKING:  # what computes is imported where there is something to compute
-    from dpo_cli.scoring.probe import Verdict
+    from dpo_cli.scoring.probe import LayoutChoice
     from dpo_cli.training.fit import Fit
     from dpo_cli.training.parallel import Replicas
 
@@ -96,7 +96,7 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
     check_context(base, sft.max_length, "sft.max_length")
     machine = prepare_machine(params.runtime, embedded=params.model.name == EMBEDDED)
     train, held_out = (
-        tokenise_table(
+        tokenize_table(
             paths.SFT_DATA / f"{split}.parquet",
             ("completion",),
             encoder,
@@ -208,7 +208,7 @@ def _refuse_empty(train: TokenTable, held_out: TokenTable, max_length: int) -> N
 
 
 def _metrics(
-    sft: SftParams, train: TokenTable, held_out: TokenTable, result: Fit, layout: Verdict, machine: Machine
+    sft: SftParams, train: TokenTable, held_out: TokenTable, result: Fit, layout: LayoutChoice, machine: Machine
 ) -> dict[str, Any]:
     tokens = sum(group.num_logical_tokens for group in train.groups) / len(train.groups)
     eval_loss = result.kept("eval_loss")

@@ -23,7 +23,7 @@ from dpo_cli.core.params import EMBEDDED, Params, TrainParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.text import markdown
 from dpo_cli.data.tables import SPLITS, all_rejects, read_columns, read_ranks, refuse_empty
-from dpo_cli.data.tokenise import TokenTable
+from dpo_cli.data.tokenize import TokenTable
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.losses.changes import shared_length_logps
 from dpo_cli.models.adapters import adapter_size, save_adapter, size_in_words
@@ -33,7 +33,7 @@ from dpo_cli.models.identity import read_lock
 from dpo_cli.models.load import quiet_libraries, save_tokenizer
 from dpo_cli.models.project import Project, open_project
 from dpo_cli.reference.cache import read_cache, read_cache_tokens, reference_logps
-from dpo_cli.scoring.probe import Verdict
+from dpo_cli.scoring.probe import LayoutChoice
 from dpo_cli.training.fit import Fit, fit
 from dpo_cli.training.gate import StepZero, check_step_zero
 from dpo_cli.training.history import merge_log, write_tsv
@@ -66,7 +66,7 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
     project = open_project(params, reporter, "train")
     ranked = "plackett_luce" in settings.losses
     train, held_out = (
-        project.tokenise_rankings(split) if ranked else project.tokenise_pairs(split) for split in SPLITS
+        project.tokenize_rankings(split) if ranked else project.tokenize_pairs(split) for split in SPLITS
     )
     refuse_empty((train, held_out), project.max_length, section="train", ranked=ranked)
     objective = _objective(settings, project, [*train.groups, *held_out.groups])
@@ -157,7 +157,7 @@ def _manifest(params: Params, project: Project) -> Manifest:
 
 
 def _metrics(
-    project: Project, train: TokenTable, held_out: TokenTable, step_zero: StepZero, result: Fit, layout: Verdict
+    project: Project, train: TokenTable, held_out: TokenTable, step_zero: StepZero, result: Fit, layout: LayoutChoice
 ) -> dict[str, Any]:
     tokens = sum(group.num_logical_tokens for group in train.groups) / len(train.groups)
     return {

@@ -167,7 +167,7 @@ def _subject(
         project = open_project(params, reporter, "bench")
         model = project.policy(params.train.lora, params.train.seed)
         what = params.model.name
-        groups = [] if options.regime else list(project.tokenise_pairs("train").groups[: options.num_pairs])
+        groups = [] if options.regime else list(project.tokenize_pairs("train").groups[: options.num_pairs])
         if not groups and not options.regime:
             raise DataError(
                 f"data/preference/train.parquet: no pair within reference.max_length {params.reference.max_length}"

@@ -20,7 +20,7 @@ class Job:
         folder: Where checkpoints are kept, and found again.
         machine: Where it computes.
         runtime: Token budget, time between checkpoints, event files.
-        reporter: Hears of the progress.
+        reporter: Told of the progress.
         replicas: The processes that share each batch; the first one saves, and all end with the same parameters.
     """
 

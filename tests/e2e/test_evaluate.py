@@ -479,7 +479,7 @@ def test_figures_depend_neither_on_the_batch_nor_on_the_order_of_rows(
         sizes.append(max(map(len, batches)))
         return batches
 
-    split, tokenise = Scorer.split, Project.tokenise_pairs
+    split, tokenize = Scorer.split, Project.tokenize_pairs
     monkeypatch.setattr(project_module, "load_pair", in_float64)
     monkeypatch.setattr(Scorer, "split", counted)
     settings: dict[str, Any] = {"num_prompts": 24, "opponents": ["sft", "chosen"], "judge_pairs": -1, "scales": [0.5]}
@@ -488,11 +488,11 @@ def test_figures_depend_neither_on_the_batch_nor_on_the_order_of_rows(
         if seed is not None:
 
             def shuffled(project: Project, name: str) -> Any:
-                table = tokenise(project, name)
+                table = tokenize(project, name)
                 random.Random(0).shuffle(table.groups)
                 return table
 
-            monkeypatch.setattr(Project, "tokenise_pairs", shuffled)
+            monkeypatch.setattr(Project, "tokenize_pairs", shuffled)
         shutil.rmtree(".scratch/evaluate", ignore_errors=True)
         sizes.clear()
         metrics = evaluate(runtime={"max_tokens_per_microbatch": max_tokens}, **settings)

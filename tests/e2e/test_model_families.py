@@ -130,7 +130,7 @@ def assert_the_card_loads_it(params: Params, folder: Path) -> None:
     exec(card.split("```python\n")[1].split("```")[0], names)
     project = open_project(params, SilentReporter(), "test")
     ours = project.pair().use_policy()
-    for group in project.tokenise_pairs("eval").groups[:4]:
+    for group in project.tokenize_pairs("eval").groups[:4]:
         for answer in group.completions:
             assert logp(names["model"], group.prompt, answer) == pytest.approx(
                 logp(ours, group.prompt, answer), abs=1e-3

@@ -104,7 +104,7 @@ def held_out_tau(params: Params) -> float:
     from dpo_cli.scoring.scorer import Scorer
 
     project = open_project(params, SilentReporter(), "test")
-    table = project.tokenise_rankings("eval")
+    table = project.tokenize_rankings("eval")
     reference = reference_logps(read_cache(paths.REFERENCE, project.identity), table.groups)
     pair = project.pair()
     taus = []

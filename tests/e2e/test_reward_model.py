@@ -108,7 +108,7 @@ def test_it_learns_the_known_reward(finished: dict[str, Any]) -> None:
 def test_the_loaded_model_gives_the_figures_that_were_written(
     finished: dict[str, Any], project: Project, reward_model: RewardModel
 ) -> None:
-    groups = project.tokenise_pairs("eval").groups
+    groups = project.tokenize_pairs("eval").groups
     rewards = reward_model.rewards(groups)
     right = [(chosen > rejected) + 0.5 * (chosen == rejected) for chosen, rejected in rewards]
     assert sum(right) / len(right) == pytest.approx(finished["accuracy"], abs=0.005)
@@ -134,14 +134,14 @@ def test_it_agrees_with_the_known_judge_on_what_the_model_says_itself(
 @pytest.fixture(scope="module")
 def texts(project: Project) -> dict[str, str]:
     """Unseen prompts as texts, by id."""
-    table = project.tokenise_pairs("eval")
+    table = project.tokenize_pairs("eval")
     return {group: table.prompts[group][-1]["content"] for group in sorted(table.prompts)[:NUM_PROMPTS]}
 
 
 @pytest.fixture(scope="module")
 def sampled(project: Project, texts: dict[str, str], make_reporter: Callable[[], Any]) -> dict[str, list[Any]]:
     """N answers of the SFT model to each unseen prompt."""
-    tokens = {group.group: group.prompt for group in project.tokenise_pairs("eval").groups}
+    tokens = {group.group: group.prompt for group in project.tokenize_pairs("eval").groups}
     prompts = [PromptTokens(prompt, tokens[prompt]) for prompt in texts]
     model = project.reference()
     found: dict[str, list[Any]] = {prompt: [] for prompt in texts}
@@ -175,7 +175,7 @@ def test_the_best_of_n_by_its_reward_is_better_by_the_known_one(
     answers: dict[str, list[str]],
     project: Project,
 ) -> None:
-    tokens = {group.group: group.prompt for group in project.tokenise_pairs("eval").groups}
+    tokens = {group.group: group.prompt for group in project.tokenize_pairs("eval").groups}
     groups = [TokenGroup(prompt, prompt, tokens[prompt], tuple(found)) for prompt, found in sampled.items()]
     rewards = dict(zip(sampled, reward_model.rewards(groups), strict=True))
     known = {prompt: [world_task(texts[prompt]).reward(text) for text in answers[prompt]] for prompt in answers}

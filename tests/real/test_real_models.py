@@ -117,7 +117,7 @@ def project(run: Run) -> Project:
 
 @pytest.fixture(scope="module")
 def groups(project: Project) -> list[TokenGroup]:
-    found = [*project.tokenise_pairs("train").groups, *project.tokenise_pairs("eval").groups]
+    found = [*project.tokenize_pairs("train").groups, *project.tokenize_pairs("eval").groups]
     return sorted(found, key=lambda group: len(group.prompt), reverse=True)[:2]  # the long one and another
 
 

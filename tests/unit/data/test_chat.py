@@ -80,7 +80,7 @@ def test_a_completion_ends_its_turn_exactly_once_and_keeps_its_text(tokenizer: A
         assert shown == (f" {text}" if name == "plain" else text)
 
 
-def test_prompt_and_completion_are_tokenised_apart(tokenizer: Any) -> None:
+def test_prompt_and_completion_are_tokenized_apart(tokenizer: Any) -> None:
     """Joined text would merge tokens across the boundary and move it."""
     encoder = ChatEncoder(tokenizer, "plain")
     ids = encoder.encode_prompt([user("x")])

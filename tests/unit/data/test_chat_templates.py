@@ -29,7 +29,7 @@ from dpo_cli.data.schema import (
     with_tools,
 )
 from dpo_cli.data.token_checks import check_tokens
-from dpo_cli.data.tokenise import TokenTable, tokenise_table
+from dpo_cli.data.tokenize import TokenTable, tokenize_table
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 TOOLS = '[{"type":"function","function":{"name":"add"}}]'
@@ -327,7 +327,7 @@ def test_such_rows_are_left_out_by_name_with_what_helps(tmp_path: Path, encoder:
     pq.write_table(table_of(rows, full_schema(PREFERENCE_SCHEMA)), path)
 
     def table(template: str, **policies: str) -> TokenTable:
-        return tokenise_table(
+        return tokenize_table(
             path, ("chosen", "rejected"), encoder(template), 99, PairTokenChecks().model_dump() | policies, "run: x"
         )
 

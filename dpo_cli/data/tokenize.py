@@ -61,7 +61,7 @@ class TokenTable:
         return {group: row["prompt"] for row in rows if (group := _group_of(row)) in wanted}
 
 
-def tokenise_table(
+def tokenize_table(
     path: Path,
     completion_columns: Sequence[str],
     encoder: ChatEncoder,
@@ -139,7 +139,7 @@ def _write(
     try:
         for index, row in enumerate(rows):
             try:
-                group, found = tokenise_row(row, columns, encoder, max_length, policies)
+                group, found = tokenize_row(row, columns, encoder, max_length, policies)
             except RowProblem as problem:
                 rejects.append({"row": index, "reason": problem.reason, "detail": problem.detail})
                 continue
@@ -222,7 +222,7 @@ def explain_rejects(tables: Sequence[TokenTable], setting: str, max_length: int)
     return f"{len(rejects)} of {num_rows} rows ({len(rejects) / num_rows:.0%}) are left out: {named}{remedy}{said}"
 
 
-def tokenise_row(
+def tokenize_row(
     row: dict[str, Any],
     columns: Sequence[str],
     encoder: ChatEncoder,

@@ -25,7 +25,7 @@ from dpo_cli.data.schema import (
     table_of,
     user,
 )
-from dpo_cli.data.tokenise import TokenTable, explain_found, explain_rejects, tokenise_table
+from dpo_cli.data.tokenize import TokenTable, explain_found, explain_rejects, tokenize_table
 from dpo_cli.data.tokens import TokenGroup, TokenWriter
 
 REMEDY = "run: dpo-cli convert-sft"
@@ -54,7 +54,7 @@ def pair(prompt: str, chosen: str = "6 cats", rejected: str = "5") -> Preference
 def test_a_pair_becomes_a_group_of_two_completions(tmp_path: Path, encoder: ChatEncoder) -> None:
     example = pair("5 cats")
     path = write(tmp_path / "a.parquet", [example], PREFERENCE_SCHEMA)
-    table = tokenise_table(path, ("chosen", "rejected"), encoder, 99, POLICIES, REMEDY)
+    table = tokenize_table(path, ("chosen", "rejected"), encoder, 99, POLICIES, REMEDY)
     (group,) = table.groups
     row = example.row("")
     assert (group.id, group.group) == (row["id"], row["group"])
@@ -71,7 +71,7 @@ def test_an_instruction_becomes_a_group_of_one_completion_under_its_own_id(
 ) -> None:
     example = SftExample([user("q")], [assistant("a")])
     path = write(tmp_path / "a.parquet", [example], SFT_SCHEMA)
-    (group,) = tokenise_table(path, ("completion",), encoder, 99, POLICIES, REMEDY).groups
+    (group,) = tokenize_table(path, ("completion",), encoder, 99, POLICIES, REMEDY).groups
     assert group.id == group.group == example.row("")["id"]
     assert len(group.completions) == 1
 
@@ -86,7 +86,7 @@ def test_an_over_long_row_is_left_out_and_listed_with_its_length(
 ) -> None:
     long = pair("q", **{longer: "cats " * 40})
     path = write(tmp_path / "a.parquet", [pair("one"), long, pair("two")], PREFERENCE_SCHEMA)
-    table = tokenise_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY)
+    table = tokenize_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY)
     assert [group.id for group in table.groups] == [pair("one").row("")["id"], pair("two").row("")["id"]]
     length = len(encoder.encode_prompt(long.prompt)) + len(
         encoder.encode_completion(long.prompt, getattr(long, longer))
@@ -105,9 +105,9 @@ def test_an_over_long_row_is_left_out_and_listed_with_its_length(
 def test_a_row_of_exactly_the_longest_length_is_kept(tmp_path: Path, encoder: ChatEncoder) -> None:
     path = write(tmp_path / "a.parquet", [pair("one")], PREFERENCE_SCHEMA)
     columns = ("chosen", "rejected")
-    longest = tokenise_table(path, columns, encoder, 99, POLICIES, REMEDY).groups[0].longest
-    assert len(tokenise_table(path, columns, encoder, longest, POLICIES, REMEDY).groups) == 1
-    assert len(tokenise_table(path, columns, encoder, longest - 1, POLICIES, REMEDY).rejects) == 1
+    longest = tokenize_table(path, columns, encoder, 99, POLICIES, REMEDY).groups[0].longest
+    assert len(tokenize_table(path, columns, encoder, longest, POLICIES, REMEDY).groups) == 1
+    assert len(tokenize_table(path, columns, encoder, longest - 1, POLICIES, REMEDY).rejects) == 1
 
 
 def test_a_row_that_the_template_refuses_is_listed(tmp_path: Path, tokenizer: Any) -> None:
@@ -118,14 +118,14 @@ def test_a_row_that_the_template_refuses_is_listed(tmp_path: Path, tokenizer: An
         "{% if 'bad' in messages[0].content %}{{ raise_exception('no') }}{% endif %}" + own.chat_template
     )
     path = write(tmp_path / "a.parquet", [pair("one"), pair("bad")], PREFERENCE_SCHEMA)
-    table = tokenise_table(path, ("chosen", "rejected"), ChatEncoder(own), 99, POLICIES, REMEDY)
+    table = tokenize_table(path, ("chosen", "rejected"), ChatEncoder(own), 99, POLICIES, REMEDY)
     assert len(table.groups) == 1
     assert [(reject["row"], reject["reason"]) for reject in table.rejects] == [(1, "template_refused")]
 
 
 def test_a_missing_table_says_which_stage_to_run(tmp_path: Path, encoder: ChatEncoder) -> None:
     with pytest.raises(StaleArtifactError, match=rf"a.parquet is missing; {REMEDY}$"):
-        tokenise_table(tmp_path / "a.parquet", ("completion",), encoder, 9, POLICIES, REMEDY)
+        tokenize_table(tmp_path / "a.parquet", ("completion",), encoder, 9, POLICIES, REMEDY)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
@@ -133,7 +133,7 @@ def test_a_damaged_table_says_which_stage_to_run(tmp_path: Path, encoder: ChatEn
     path = write(tmp_path / "a.parquet", [pair("one")], PREFERENCE_SCHEMA)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(StaleArtifactError, match=rf"(?s)a.parquet is damaged .*{REMEDY}$"):
-        tokenise_table(path, ("chosen", "rejected"), encoder, 9, POLICIES, REMEDY)
+        tokenize_table(path, ("chosen", "rejected"), encoder, 9, POLICIES, REMEDY)
 
 
 @pytest.mark.parametrize(("num_long", "said"), [(0, False), (1, False), (3, True)])
@@ -165,14 +165,14 @@ def test_a_table_is_tokenized_once(tmp_path: Path, encoder: ChatEncoder, monkeyp
     examples = [pair(f"q {number}", chosen="cats " * number) for number in range(1, 40)]
     path = write(tmp_path / "a.parquet", examples, PREFERENCE_SCHEMA)
     policies = POLICIES | {"double_eos": "keep"}
-    first = tokenise_table(path, ("chosen", "rejected"), encoder, 30, policies, REMEDY)
+    first = tokenize_table(path, ("chosen", "rejected"), encoder, 30, policies, REMEDY)
     monkeypatch.setattr(ChatEncoder, "encode", None)
-    again = tokenise_table(path, ("chosen", "rejected"), encoder, 30, policies, REMEDY)
+    again = tokenize_table(path, ("chosen", "rejected"), encoder, 30, policies, REMEDY)
     assert list(again.groups) == list(first.groups)
     assert (again.rejects, again.found, again.prompts) == (first.rejects, first.found, first.prompts)
     assert len(first.rejects) > 0
     moved = path.rename(tmp_path / "b.parquet")
-    assert tokenise_table(moved, ("chosen", "rejected"), encoder, 30, policies, REMEDY).rejects[0]["file"] == str(moved)
+    assert tokenize_table(moved, ("chosen", "rejected"), encoder, 30, policies, REMEDY).rejects[0]["file"] == str(moved)
 
 
 def test_whatever_decides_tokens_makes_a_store_of_its_own(tmp_path: Path, tokenizer: Any) -> None:
@@ -194,7 +194,7 @@ def test_whatever_decides_tokens_makes_a_store_of_its_own(tmp_path: Path, tokeni
         (path, ("chosen", "rejected"), plain, 30, POLICIES | {"double_bos": "drop"}),
     ]
     for number, change in enumerate(changes, start=1):
-        tokenise_table(*change, REMEDY)
+        tokenize_table(*change, REMEDY)
         assert len(stores()) == number
 
 
@@ -245,21 +245,21 @@ def test_a_damaged_store_is_written_anew(
     tmp_path: Path, encoder: ChatEncoder, name: str, harm: Callable[[Path], None]
 ) -> None:
     path = write(tmp_path / "a.parquet", [pair("one"), pair("two")], PREFERENCE_SCHEMA)
-    first = list(tokenise_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY).groups)
+    first = list(tokenize_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY).groups)
     contents = [(group.id, group.group, group.prompt, group.completions) for group in first]
     (store,) = stores()
     harm(store / name)
-    again = tokenise_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY).groups
+    again = tokenize_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY).groups
     assert [(group.id, group.group, group.prompt, group.completions) for group in again] == contents
 
 
 def test_a_file_in_place_of_a_store_gives_way(tmp_path: Path, encoder: ChatEncoder) -> None:
     path = write(tmp_path / "a.parquet", [pair("one")], PREFERENCE_SCHEMA)
-    tokenise_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY)
+    tokenize_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY)
     (store,) = stores()
     remove(store)
     store.touch()
-    assert len(tokenise_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY).groups) == 1
+    assert len(tokenize_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY).groups) == 1
 
 
 def test_a_full_disk_is_no_damage_of_the_table(
@@ -272,17 +272,17 @@ def test_a_full_disk_is_no_damage_of_the_table(
 
     monkeypatch.setattr(TokenWriter, "add", full)
     with pytest.raises(OSError, match="No space left"):
-        tokenise_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY)
+        tokenize_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY)
     assert [store.name for store in stores()] == ["new.tmp"]
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    assert len(tokenise_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY).groups) == 1
+    assert len(tokenize_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY).groups) == 1
 
 
 def test_old_stores_are_forgotten(tmp_path: Path, encoder: ChatEncoder) -> None:
     path = write(tmp_path / "a.parquet", [pair("one")], PREFERENCE_SCHEMA)
     for length in range(30, 45):
-        tokenise_table(path, ("chosen", "rejected"), encoder, length, POLICIES, REMEDY)
+        tokenize_table(path, ("chosen", "rejected"), encoder, length, POLICIES, REMEDY)
     assert len(stores()) == 9
 
 
@@ -309,18 +309,18 @@ def test_a_prompt_with_two_bos_tokens_is_counted_or_left_out(tmp_path: Path, tok
     encoder = odd_encoder(tokenizer, template)
     path = write(tmp_path / "a.parquet", [pair("one"), pair(tokenizer.eos_token + "two")], PREFERENCE_SCHEMA)
     columns = ("chosen", "rejected")
-    kept = tokenise_table(path, columns, encoder, 99, POLICIES, REMEDY)
+    kept = tokenize_table(path, columns, encoder, 99, POLICIES, REMEDY)
     assert (len(kept.groups), kept.found) == (2, {"double_bos": [1]})
-    left = tokenise_table(path, columns, encoder, 99, POLICIES | {"double_bos": "drop"}, REMEDY)
+    left = tokenize_table(path, columns, encoder, 99, POLICIES | {"double_bos": "drop"}, REMEDY)
     assert [(reject["row"], reject["reason"]) for reject in left.rejects] == [(1, "double_bos")]
     with pytest.raises(DataError, match=r"1 rows fail the check double_bos \(rows 1\)"):
-        tokenise_table(path, columns, encoder, 99, POLICIES | {"double_bos": "error"}, REMEDY)
+        tokenize_table(path, columns, encoder, 99, POLICIES | {"double_bos": "error"}, REMEDY)
 
 
 def test_an_answer_that_writes_its_own_end_is_counted_and_ends_once(tmp_path: Path, encoder: ChatEncoder) -> None:
     end = encoder.tokenizer.decode([encoder.end_id])
     path = write(tmp_path / "a.parquet", [pair("one"), pair("two", chosen=f"6 cats{end}")], PREFERENCE_SCHEMA)
-    table = tokenise_table(path, ("chosen", "rejected"), encoder, 99, POLICIES, REMEDY)
+    table = tokenize_table(path, ("chosen", "rejected"), encoder, 99, POLICIES, REMEDY)
     assert table.found == {"double_eos": [1]}
     assert table.groups[0].completions[0] == table.groups[1].completions[0]
     assert explain_found([table, table]) == "kept, though their tokens are odd: 2 rows with double eos"
@@ -330,7 +330,7 @@ def test_an_answer_that_writes_its_own_end_is_counted_and_ends_once(tmp_path: Pa
 def test_no_answer_is_ever_cut_so_each_ends_with_an_end_token(tmp_path: Path, encoder: ChatEncoder) -> None:
     examples = [pair(f"q {number}", chosen="cats " * number) for number in range(1, 40)]
     path = write(tmp_path / "a.parquet", examples, PREFERENCE_SCHEMA)
-    table = tokenise_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY)
+    table = tokenize_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY)
     assert 0 < len(table.groups) < len(examples)
     assert {reject["reason"] for reject in table.rejects} == {"over_long"}
     assert all(ids[-1] in encoder.stop_ids for group in table.groups for ids in group.completions)
@@ -339,4 +339,4 @@ def test_no_answer_is_ever_cut_so_each_ends_with_an_end_token(tmp_path: Path, en
 def test_over_long_rows_can_stop_the_stage(tmp_path: Path, encoder: ChatEncoder) -> None:
     path = write(tmp_path / "a.parquet", [pair("one"), pair("two", chosen="cats " * 40)], PREFERENCE_SCHEMA)
     with pytest.raises(DataError, match=r"1 rows fail the check over_long \(rows 1\)"):
-        tokenise_table(path, ("chosen", "rejected"), encoder, 30, POLICIES | {"over_long": "error"}, REMEDY)
+        tokenize_table(path, ("chosen", "rejected"), encoder, 30, POLICIES | {"over_long": "error"}, REMEDY)
