@@ -59,12 +59,14 @@ class Scores:
         num_tokens_BK: int64 [B, K], tokens of each completion, end of turn included.
         token_logps_M: float32 [M], all completion tokens, completion after completion.
         statistics: Of the same tokens, where they were asked for.
+        values_M: float32 [M], what a value head makes of the state before each of these tokens, where there is one.
     """
 
     logps_BK: torch.Tensor
     num_tokens_BK: torch.Tensor
     token_logps_M: torch.Tensor
     statistics: TokenStatistics | None = None
+    values_M: torch.Tensor | None = None
 
     @classmethod
     def join(cls, scores: Sequence[Scores]) -> Scores:
@@ -101,6 +103,8 @@ class Scorer:
         max_read_share: Share of a row's positions that predict something up to which the last layer's MLP is
             computed on those alone; 0 computes it on all, which is right for every model.
         last_attended: What the last forward of one row attended to.
+        value_head: Gives a value of each hidden state that predicts a token, beside its log-probabilities; None: no
+            values. [..., D] to [..., 1], float32 whatever the model computes in.
 
     For layouts of one row the model's attention is switched to this package's, and stays so for
     the backward pass and the next batch, until :meth:`close` or the end of a ``with`` block.
@@ -125,6 +129,7 @@ class Scorer:
         self.layout: LayoutName = layout
         self.max_read_share = 0.0
         self.last_attended: Attending | None = None
+        self.value_head: torch.nn.Module | None = None
         mlp = last_mlp(self._backbone)
         self._read_rows = None if mlp is None else ReadRows(mlp)
         self._transform = LogitTransform()
@@ -179,14 +184,16 @@ class Scorer:
             found = None
             if statistics != "none":
                 found = TokenStatistics.empty(len(laid_out.targets_N), self.device, squares=statistics == "squares")
-            token_logps_M = self._token_logps(laid_out, found)[laid_out.scored_M]
+            token_logps_N, values_N = self._token_logps(laid_out, found)
+            token_logps_M = token_logps_N[laid_out.scored_M]
         shape = (laid_out.num_groups, laid_out.num_completions)
         sums = torch.zeros(shape, dtype=torch.float64, device=self.device).view(-1)
         sums = sums.index_add(0, laid_out.owners_M, token_logps_M.double())
         lengths = [len(completion) for group in groups for completion in group.completions]
         counts = torch.tensor(lengths).to(self.device, non_blocking=True)
         of_tokens = None if found is None else found.of(laid_out.scored_M)
-        return Scores(sums.view(shape), counts.view(shape), token_logps_M, of_tokens)
+        values_M = None if values_N is None else values_N[laid_out.scored_M]
+        return Scores(sums.view(shape), counts.view(shape), token_logps_M, of_tokens, values_M)
 
     def last_hidden(self, groups: Sequence[TokenGroup], layout: LayoutName | None = None) -> torch.Tensor:
         """What the backbone makes of each completion as a whole: the hidden state at its last token, with gradients.
@@ -282,11 +289,23 @@ class Scorer:
         """float32 [N, V]."""
         return self._transform(linear_logits(hidden_ND, self._linear))
 
-    def _token_logps(self, layout: Layout, statistics: TokenStatistics | None) -> torch.Tensor:
+    def _token_logps(
+        self, layout: Layout, statistics: TokenStatistics | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """float32 [N], log-probabilities; float32 [N], values, where there is a value head."""
         if self.head == "whole":
-            return logps_of_logits(self._whole_logits(layout), layout.targets_N, statistics)
+            if self.value_head is not None:
+                raise MachineError(
+                    f"{type(self._causal).__name__} has no hidden states of its own, as a value head needs"
+                )
+            return logps_of_logits(self._whole_logits(layout), layout.targets_N, statistics), None
         hidden = self._hidden(layout)
-        return token_logps(hidden, layout.targets_N, self._linear, self._transform, self.head_bytes, statistics)
+        values = None
+        if self.value_head is not None:
+            with torch.autocast(self.device.type, enabled=False):
+                values = self.value_head(hidden.float()).squeeze(-1)
+        logps = token_logps(hidden, layout.targets_N, self._linear, self._transform, self.head_bytes, statistics)
+        return logps, values
 
     def _find_head(self) -> HeadName:
         """``linear`` where it gives the model's own logits on eight tokens."""

@@ -28,6 +28,9 @@ class BatchSource(Protocol[Gives]):
         """The groups of an optimizer step, counted from 0; the same in every process and in a run that went on."""
         ...
 
+    def hear(self, metrics: Mapping[str, float]) -> None:
+        """Take notice of the means of a step that was taken."""
+
     def state(self) -> Mapping[str, Any]:
         """What it needs to go on after the last step: numbers, texts, tensors, and lists and mappings of them."""
         return {}

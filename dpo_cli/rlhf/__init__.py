@@ -1,0 +1,1 @@
+"""Reinforcement learning from a reward: the pipeline that DPO replaces."""

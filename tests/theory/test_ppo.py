@@ -1,0 +1,159 @@
+"""PPO and REINFORCE leave-one-out on a policy that can be enumerated: they end at the optimum that theory names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dpo_cli.core.params import RuntimeParams, TrainParams
+from dpo_cli.data.tokens import TokenGroup
+from dpo_cli.losses.reinforcement import KlController
+from dpo_cli.rlhf.objective import PolicyGradient
+from dpo_cli.rlhf.rollouts import Course, Rollouts, Scored
+from dpo_cli.scoring.budget import TokenBudget
+from dpo_cli.scoring.scorer import Scores, Statistics
+from dpo_cli.training import loop as loop_module
+from dpo_cli.training.accumulation import Limits
+from dpo_cli.training.job import Job
+from dpo_cli.training.loop import Data, Loop
+from dpo_cli.training.loss_scale import LossScale
+from dpo_cli.training.optimizer import make_descent
+from dpo_cli.training.protocols import Learner
+
+NUM_PROMPTS, NUM_FIRST, NUM_SECOND = 2, 4, 3
+"""An answer is one of 4 tokens, then one of 3: 12 answers to each of 2 prompts."""
+
+
+class Table(torch.nn.Module):
+    """log pi of every token as a parameter, and values beside them."""
+
+    config: Any = None
+    compute_dtype = torch.float32
+    head_bytes = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.first = torch.nn.Parameter(torch.randn(NUM_PROMPTS, NUM_FIRST, generator=generator))
+        self.second = torch.nn.Parameter(torch.randn(NUM_PROMPTS, NUM_FIRST, NUM_SECOND, generator=generator))
+        self.values = torch.nn.Parameter(torch.zeros(NUM_PROMPTS, 1 + NUM_FIRST))
+
+    @property
+    def device(self) -> torch.device:
+        return self.first.device
+
+    def num_tokens(self, group: TokenGroup) -> int:
+        return 2 * len(group.completions)
+
+    def split(self, groups: Sequence[TokenGroup], max_tokens: int) -> list[list[int]]:
+        half = max(1, len(groups) // 2)
+        return [list(range(half)), list(range(half, len(groups)))] if len(groups) > 1 else [[0]]
+
+    def score(self, groups: Sequence[TokenGroup], *, statistics: Statistics = "none") -> Scores:
+        rows = [(group.prompt[0], *answer) for group in groups for answer in group.completions]
+        x, a, b = torch.tensor(rows).T
+        tokens = torch.stack([self.first.log_softmax(-1)[x, a], self.second.log_softmax(-1)[x, a, b]], 1)
+        values = torch.stack([self.values[x, 0], self.values[x, 1 + a]], 1)
+        shape = (len(groups), len(groups[0].completions))
+        counts = torch.full(shape, 2)
+        return Scores(tokens.sum(1).double().view(shape), counts, tokens.flatten(), None, values.flatten())
+
+    def answers(self) -> torch.Tensor:
+        """log pi of all answers, [prompts, 4, 3]."""
+        return (self.first.log_softmax(-1)[:, :, None] + self.second.log_softmax(-1)).detach().double()
+
+
+class TableActor:
+    """Answers from the table."""
+
+    def __init__(self, table: Table, num_answers: int) -> None:
+        self._table, self._num_answers = table, num_answers
+        self._reference = Table()
+
+    def answer(self, number: int, places: Sequence[int]) -> Sequence[TokenGroup]:
+        generator = torch.Generator().manual_seed(number)
+        flat = self._table.answers().flatten(1).exp().float()
+        groups = []
+        for count, place in enumerate(places):
+            drawn = torch.multinomial(
+                flat[place % NUM_PROMPTS], self._num_answers, replacement=True, generator=generator
+            )
+            answers = tuple(divmod(index, NUM_SECOND) for index in drawn.tolist())
+            groups.append(TokenGroup(f"{number} {count}", "g", (place % NUM_PROMPTS,), answers))
+        return groups
+
+    def score(self, groups: Sequence[TokenGroup]) -> Scored:
+        found, reference = self._table.score(groups), self._reference.score(groups)
+        values = found.values_M
+        assert values is not None
+        tokens = found.token_logps_M.double()
+        return Scored(tokens, reference.token_logps_M.double(), values.double(), torch.zeros_like(tokens))
+
+
+REWARDS = torch.randn(
+    NUM_PROMPTS, NUM_FIRST, NUM_SECOND, generator=torch.Generator().manual_seed(5), dtype=torch.float64
+)
+
+
+def rewards(groups: Sequence[TokenGroup]) -> list[list[float]]:
+    return [[REWARDS[group.prompt[0], a, b].item() for a, b in group.completions] for group in groups]
+
+
+def train(
+    folder: Path, cpu: Any, reporter: Any, beta: float, estimator: str, num_rounds: int
+) -> tuple[Table, Loop[Any]]:
+    folder.mkdir(exist_ok=True)
+    course = Course(64, 64, 16, epochs=2, estimator=estimator, seed=3)
+    table = Table()
+    source = Rollouts(TableActor(table, 8), rewards, KlController(beta), course)
+    num_steps = num_rounds * course.steps_a_round
+    settings = TrainParams(learning_rate=0.03, schedule="linear", warmup_ratio=0.0)
+    job = Job("ppo", folder, cpu, RuntimeParams(checkpoint_minutes=0.0), reporter)
+    descent = make_descent(table, settings, num_steps, cpu.device, "ppo")
+    learner = Learner(table, table, PolicyGradient(source, value_clip=10.0, value_coefficient=0.5))  # type: ignore[arg-type]
+    limits = Limits(TokenBudget(256, "ppo", reporter), LossScale(torch.float32, "ppo", reporter, None))
+    loop = Loop(learner, Data(source), descent, loop_module.Course(num_steps), limits, job)
+    loop.run()
+    return table, loop
+
+
+@pytest.mark.parametrize("estimator", ["gae", "rloo"])
+@pytest.mark.parametrize("beta", [0.3, 1.0, 3.0])
+def test_the_policy_becomes_the_optimal_one(
+    tmp_path: Path, cpu: Any, reporter: Any, beta: float, estimator: str
+) -> None:
+    """argmax E[r] - beta KL(pi || pi_ref) = pi_ref exp(r / beta) / Z (Rafailov et al. 2023, eq. 4)."""
+    table, loop = train(tmp_path / "a", cpu, reporter, beta, estimator, num_rounds=60)
+    reference = Table().answers()
+    optimal = (reference + REWARDS / beta).flatten(1).softmax(-1)
+    distance = (table.answers().flatten(1).exp() - optimal).abs().sum(-1) / 2
+    before = (reference.flatten(1).exp() - optimal).abs().sum(-1) / 2
+    assert distance.max() < 0.02
+    assert loop.history[0]["val/ratio"] == 1.0
+    assert loop.history[0]["policy/approxkl"] == 0.0
+    assert loop.history[0]["objective/kl"] == 0.0
+
+
+def test_killed_within_a_round_it_ends_in_the_same_bytes(
+    tmp_path: Path, cpu: Any, reporter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = train(tmp_path / "a", cpu, reporter, 1.0, "gae", num_rounds=3)
+    save, saved = loop_module.save_checkpoint, [0]
+
+    def die_after_eleven(*arguments: Any) -> None:
+        save(*arguments)
+        saved[0] += 1
+        if saved[0] == 11:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop_module, "save_checkpoint", die_after_eleven)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "b", cpu, reporter, 1.0, "gae", num_rounds=3)
+    monkeypatch.setattr(loop_module, "save_checkpoint", save)
+    again, loop = train(tmp_path / "b", cpu, reporter, 1.0, "gae", num_rounds=3)
+    assert loop.first_step == 11
+    assert all(torch.equal(one, two) for one, two in zip(whole.parameters(), again.parameters(), strict=True))
