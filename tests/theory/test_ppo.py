@@ -131,7 +131,6 @@ def test_the_policy_becomes_the_optimal_one(
     reference = Table().answers()
     optimal = (reference + REWARDS / beta).flatten(1).softmax(-1)
     distance = (table.answers().flatten(1).exp() - optimal).abs().sum(-1) / 2
-    before = (reference.flatten(1).exp() - optimal).abs().sum(-1) / 2
     assert distance.max() < 0.02
     assert loop.history[0]["val/ratio"] == 1.0
     assert loop.history[0]["policy/approxkl"] == 0.0
