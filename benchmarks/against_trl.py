@@ -489,9 +489,10 @@ def run_ours(case: Case, runtime_settings: dict[str, Any]) -> Outcome:
     from dpo_cli.data.tokens import TokenGroup
     from dpo_cli.models.adapters import SftResult, load_policy_at_start
     from dpo_cli.models.device import prepare_machine, token_budget
+    from dpo_cli.models.workplace import Workplace
     from dpo_cli.scoring.probe import open_scorer
-    from dpo_cli.training.job import Job
     from dpo_cli.training.objective import PairObjective
+    from dpo_cli.training.parallel import Job
     from dpo_cli.training.protocols import BatchSource, Learner
 
     pairs, references = case.read()
@@ -536,7 +537,7 @@ def run_ours(case: Case, runtime_settings: dict[str, Any]) -> Outcome:
         by_id = {group.id: row for group, row in zip(groups, references, strict=True)}
         with tempfile.TemporaryDirectory() as work:
             learner = Learner(policy, scorer, PairObjective(TrainParams(beta=BETA), by_id))
-            job = Job("train", Path(work), machine, runtime, reporter)
+            job = Job(Workplace("train", reporter, runtime, machine), Path(work))
             fitted = dpo_cli.training.fit.fit(learner, groups, groups[:1], params, job)
     steps = reporter.steps
     steps.losses = [entry["loss"] for entry in fitted.history if "loss" in entry]

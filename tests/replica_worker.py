@@ -25,11 +25,11 @@ from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine
 from dpo_cli.models.load import keep_weights_unpacked, load_model, quiet_libraries
+from dpo_cli.models.workplace import Workplace
 from dpo_cli.scoring.scorer import Scorer, Scores
 from dpo_cli.training.fit import fit
-from dpo_cli.training.job import Job
 from dpo_cli.training.objective import PairObjective, SftObjective
-from dpo_cli.training.parallel import Replicas, join_replicas, shared_scratch
+from dpo_cli.training.parallel import Job, Replicas, join_replicas, shared_scratch
 from dpo_cli.training.protocols import Learner
 
 SETTINGS = TrainParams(learning_rate=5e-3, batch_size=8, epochs=3.0, eval_steps=4)
@@ -194,7 +194,7 @@ class Worker:
         outcome: dict[str, Any] = {"error": None, "history": []}
         with _counted() as sizes:
             try:
-                job = Job("train", work, CPU, runtime, Watcher(on_advance), self._replicas)
+                job = Job(Workplace("train", Watcher(on_advance), runtime, CPU), work, self._replicas)
                 learner = Learner[Any](model, scorer, objective)
                 outcome["history"] = fit(learner, train, evaluated, settings, job).history
             except DpoCliError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, TypeVar
 
 import torch
@@ -12,15 +13,17 @@ import torch
 from dpo_cli.core.errors import ParamsError
 from dpo_cli.core.gpu import is_gpu
 from dpo_cli.core.params import TrainingParams
+from dpo_cli.data.tokenize import TokenTable
 from dpo_cli.data.tokens import TokenGroup
+from dpo_cli.models.device import Machine, memory_metrics
 from dpo_cli.scoring.budget import TokenBudget
+from dpo_cli.scoring.probe import LayoutChoice
 from dpo_cli.scoring.recompute import Recompute
-from dpo_cli.training.accumulation import Limits
-from dpo_cli.training.job import Job
+from dpo_cli.training.accumulation import Limits, LossScale
 from dpo_cli.training.loop import Course, Data, Loop, diverged
-from dpo_cli.training.loss_scale import LossScale
 from dpo_cli.training.memory import choose_memory
 from dpo_cli.training.optimizer import make_descent
+from dpo_cli.training.parallel import Job
 from dpo_cli.training.protocols import BatchSource, Learner
 
 Item = TypeVar("Item")
@@ -51,6 +54,36 @@ class Fit:
     groups_per_s: float
     recompute: Recompute
     max_tokens: int
+
+    def metrics(
+        self, unit: str, tables: Sequence[TokenTable], machine: Machine, layout: LayoutChoice
+    ) -> dict[str, Any]:
+        """What every training reports.
+
+        Args:
+            unit: What is trained on: rows, pairs or groups.
+            tables: What was trained on, and what was held out.
+            machine: Where.
+            layout: How it went through the model.
+        """
+        train, held_out = tables
+        tokens = fmean(group.num_logical_tokens for group in train.groups)
+        return {
+            f"num_{unit}": len(train.groups),
+            "num_eval": len(held_out.groups),
+            "num_rejected": len(train.rejects) + len(held_out.rejects),
+            "num_steps": self.num_steps,
+            "kept_step": self.kept_step,
+            "loss": self.last("loss"),
+            "eval_loss_start": self.first("eval_loss"),
+            "eval_loss": self.kept("eval_loss"),
+            f"{unit}_per_s": self.groups_per_s,
+            "logical_tokens_per_s": self.groups_per_s * tokens,
+            **memory_metrics(machine),
+            "recompute": self.recompute,
+            "max_tokens_per_microbatch": self.max_tokens,
+            **layout.metrics(),
+        }
 
     def last(self, name: str) -> float:
         """The last logged value of a metric."""
@@ -127,7 +160,8 @@ def fit(
         MachineError: Another process is gone, or has other parameters.
         ParamsError: The loss is no number any more, or keep best has nothing to choose from.
     """
-    section, reporter, replicas = job.section, job.reporter, job.replicas
+    work, replicas = job.work, job.replicas
+    section, reporter, device = work.command, work.reporter, work.machine.device
     num_steps = count_steps(params, len(train))
     keeps_best = params.keep == "best"
     if keeps_best and params.eval_steps >= num_steps:
@@ -135,14 +169,14 @@ def fit(
             f"params.yaml: {section}.keep best has nothing to choose from: of {num_steps} steps none but the last"
             f" is measured with {section}.eval_steps {params.eval_steps}; set that below {num_steps}"
         )
-    descent = make_descent(learner.model, params, num_steps, job.machine.device, section)
+    descent = make_descent(learner.model, params, num_steps, device, section)
     groups_a_step = math.ceil(params.batch_size / replicas.size)
-    chosen = choose_memory(learner.model, learner.scorer, train, groups_a_step, job.runtime, reporter, section)
+    chosen = choose_memory(learner.model, learner.scorer, train, groups_a_step, work)
     memory = job.folder / (_BUDGET if replicas.is_first else f"{replicas.rank}_{_BUDGET}")
     budget = TokenBudget(chosen.max_tokens, section, reporter, memory)
-    loss_scale = LossScale(job.machine.compute_dtype, section, reporter, job.folder / _LOSS_SCALE)
+    loss_scale = LossScale(work.machine.compute_dtype, section, reporter, job.folder / _LOSS_SCALE)
     loss_scale.value = replicas.from_first(loss_scale.value)
-    if is_gpu(job.machine.device):
+    if is_gpu(device):
         _warm_up(learner, train)
     data = Data(Shuffled(train, params.batch_size, params.seed), held_out)
     course = Course(num_steps, params.seed, params.eval_steps, keeps_best, params.patience)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from dpo_cli.core.errors import Interrupted
 from dpo_cli.core.params import RuntimeParams
 from dpo_cli.models.device import Machine
-from dpo_cli.training.job import Job
+from dpo_cli.models.workplace import Workplace
+from dpo_cli.training.parallel import Job
 from dpo_cli.training.pretraining import build_embedded
 
 STEPS = 5
@@ -23,7 +24,7 @@ def build(folder: Path, reporter: Any, checkpoint_minutes: float = 60, seed: int
     (folder / "out").mkdir(parents=True, exist_ok=True)
     runtime = RuntimeParams(device="cpu", checkpoint_minutes=checkpoint_minutes)
     machine = Machine(torch.device("cpu"), torch.float32)
-    build_embedded(folder / "out", seed, STEPS, Job("base", folder, machine, runtime, reporter))
+    build_embedded(folder / "out", seed, STEPS, Job(Workplace("base", reporter, runtime, machine), folder))
     return load_file(folder / "out" / "model.safetensors")
 
 

@@ -17,12 +17,13 @@ from dpo_cli.core.params import LoraParams, RewardParams, RuntimeParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import SftResult
 from dpo_cli.models.reward import load_reward_model_at_start, reward_head
+from dpo_cli.models.workplace import Workplace
 from dpo_cli.scoring.layout import LayoutName
 from dpo_cli.scoring.reward import Rewards, RewardScorer
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.fit import Fit, fit
-from dpo_cli.training.job import Job
 from dpo_cli.training.objective import RewardObjective
+from dpo_cli.training.parallel import Job
 from dpo_cli.training.protocols import Learner
 from tests.waiting import NoWaiting
 
@@ -120,7 +121,7 @@ def train(
 ) -> Fit:
     work.mkdir(parents=True, exist_ok=True)
     scorer = RewardScorer(Scorer(model, torch.float32, layout), reward_head(model))
-    job = Job("reward", work, cpu, runtime or RuntimeParams(), reporter)
+    job = Job(Workplace("reward", reporter, runtime or RuntimeParams(), cpu), work)
     return fit(Learner(model, scorer, objective or RewardObjective()), *pairs, SETTINGS, job)
 
 
