@@ -258,6 +258,9 @@ _PLOTS: tuple[tuple[str, Options], ...] = (
 )
 
 
+_HELD_BY = {"model": paths.BASE, "reference": paths.REFERENCE}
+
+
 def dvc_yaml() -> dict[str, Any]:
     """The content of dvc.yaml, for this repository as for any project.
 
@@ -275,8 +278,9 @@ def _stage_entry(stage: Stage) -> dict[str, Any]:
         entry["always_changed"] = True
     if deps := [path.as_posix() for path in stage.inputs]:
         entry["deps"] = deps
-    if stage.params:
-        entry["params"] = list(stage.params)
+    # a section that is in the manifest of an input is not named again: DVC sees it change there
+    if params := [name for name in stage.params if _HELD_BY.get(name) not in stage.inputs]:
+        entry["params"] = params
     kept = [path.as_posix() for path in stage.kept_by_dvc]
     outs: list[Any] = [{path: {"persist": True}} for path in kept] if stage.is_always_run else kept
     outs += [{path.as_posix(): {"cache": False}} for path in stage.pages]
