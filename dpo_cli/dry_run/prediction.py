@@ -135,8 +135,8 @@ def _count_training(
     counting.attention_pairs = mean_visible_pairs(scorer, groups, budget.max_tokens)
     counting.restart()
     for step in steps:
-        accumulator.gradient(step, 0)
-        take_optimizer_step([parameter for parameter in model.parameters() if parameter.requires_grad])
+        _, norm = accumulator.gradient(step, 0)
+        take_optimizer_step([parameter for parameter in model.parameters() if parameter.requires_grad], norm)
     found = {"recompute": chosen.grade, "max_tokens_per_microbatch": budget.max_tokens}
     return found, work_of(scorer, steps, budget.max_tokens)
 

@@ -56,9 +56,9 @@ def mean_visible_pairs(scorer: Scorer, groups: Sequence[TokenGroup], max_tokens:
     return Work.of(batches, scorer.layout).visible // len(batches)
 
 
-def take_optimizer_step(trainable: Sequence[torch.nn.Parameter]) -> None:
-    """Clip the gradients and take a step of AdamW, as training does; they are gone after it."""
-    torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+def take_optimizer_step(trainable: Sequence[torch.nn.Parameter], norm: torch.Tensor) -> None:
+    """Clip the gradients, which have this norm, and take a step of AdamW, as training does; they are gone after it."""
+    torch.nn.utils.clip_grads_with_norm_(trainable, 1.0, norm)
     # fused: the other forms read on the CPU how many steps were done, which has no number here
     torch.optim.AdamW(trainable, lr=1e-6, fused=True).step()
     for parameter in trainable:

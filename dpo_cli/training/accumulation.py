@@ -111,7 +111,7 @@ class Means:
     Attributes:
         loss: Divided by the objective's weight.
         metrics: Divided by the number of groups.
-        num_infinite: Trained parameters whose gradient is no finite number.
+        num_infinite: Processes whose gradient is no finite number.
     """
 
     loss: float
@@ -141,21 +141,36 @@ class Accumulator(Generic[Scored]):
         self._stop, self._replicas = stop, replicas
         self.anyone_asked_to_stop = False
 
-    def gradient(self, groups: Sequence[Any], seed: int) -> Means:
-        """Add the gradient of a batch's mean loss to the parameters'; ``seed`` is that of dropout."""
+    def gradient(self, groups: Sequence[Any], seed: int) -> tuple[Means, torch.Tensor]:
+        """Add the gradient of a batch's mean loss to the parameters'; ``seed`` is that of dropout.
+
+        Returns:
+            What came of the batch, and the L2 norm of the gradient as the first process has it. On GPUs of different
+            kinds the norm of the same gradient may differ in its last digit; clipped by their own, parameters would
+            differ, too, from step to step more.
+        """
         weight = self._objective.weight(groups)
 
         def backward(loss: torch.Tensor) -> None:
             (loss / (weight / self._loss_scale.value)).backward()
 
         while True:
-            sums_S = torch.cat([self._sums(groups, seed, backward), _count_infinite(self._trained)])
-            means = self._means(groups, self._exchange(groups, sums_S, self._trained))
+            sums_S, norm = self._sums(groups, seed, backward), self._norm()
+            is_infinite = (~norm.isfinite()).to(sums_S)[None]
+            means = self._means(groups, self._exchange(groups, torch.cat([sums_S, is_infinite]), self._trained))
             if not (means.num_infinite and math.isfinite(means.loss) and self._loss_scale.halve()):
                 break
             self._model.zero_grad(set_to_none=True)
         self._loss_scale.unscale(self._trained)
-        return means
+        if self._replicas.size == 1:
+            return means, norm / self._loss_scale.value
+        norm = self._norm()
+        self._replicas.take_from_first(norm)
+        return means, norm
+
+    def _norm(self) -> torch.Tensor:
+        gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients).to(self._trained[0].device)
 
     @torch.no_grad()
     def measure(self, groups: Sequence[Any]) -> Means:
@@ -257,12 +272,3 @@ class Accumulator(Generic[Scored]):
         names = self._objective.metric_names
         metrics = {name: value / len(groups) for name, value in zip(names, others, strict=False)}
         return Means(loss / self._objective.weight(groups), metrics, sum(others[len(names) :]))
-
-
-def _count_infinite(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
-    """How many parameters have a gradient that is no finite number, float64 [1], on their device."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not gradients:
-        return torch.zeros(1, dtype=torch.float64, device=parameters[0].device)
-    norms = torch.stack(torch._foreach_norm(gradients))  # type: ignore[attr-defined]
-    return (~norms.isfinite()).sum(dtype=torch.float64)[None]

@@ -233,8 +233,8 @@ def _training(case: _Case) -> dict[str, Any]:
 
     def turn() -> None:
         for step in steps:
-            accumulator.gradient(step, seed=0)
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            _, norm = accumulator.gradient(step, seed=0)
+            torch.nn.utils.clip_grads_with_norm_(trained, 1.0, norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 

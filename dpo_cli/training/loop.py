@@ -168,12 +168,12 @@ class Loop(Generic[Scored]):
         batch = self._data.source.batch(self.step)
         numbers = digest_json([self._course.seed, self.step, self._job.replicas.rank])
         self._model.train()
-        means = accumulator.gradient(batch, int(numbers[:15], 16))
+        means, norm = accumulator.gradient(batch, int(numbers[:15], 16))
         rate = float(self._schedule.get_last_lr()[0])
         for what, value in (("loss", means.loss), ("gradient", math.inf if means.num_infinite else 0.0)):
             if not math.isfinite(value):
                 raise diverged(self._job.work.command, what, value, self.step + 1, float(self._schedule.base_lrs[0]))
-        norm = self._clip()
+        torch.nn.utils.clip_grads_with_norm_(self._trained.values(), self._max_grad_norm, norm)
         self._optimizer.step()
         self._schedule.step()
         self._model.zero_grad(set_to_none=True)
@@ -184,18 +184,6 @@ class Loop(Generic[Scored]):
         loss = f"loss {means.loss:.4f}"
         meter.note(loss)
         return loss
-
-    def _clip(self) -> torch.Tensor:
-        """Clip gradients by their norm as the first process has it; returns the norm before that.
-
-        On GPUs of different kinds the norm of the same gradients may differ in its last digit, and parameters then,
-        too, from step to step more.
-        """
-        with_gradient = [value for value in self._trained.values() if value.grad is not None]
-        norm = torch.nn.utils.get_total_norm([value.grad for value in with_gradient if value.grad is not None])
-        self._job.replicas.take_from_first(norm)
-        torch.nn.utils.clip_grads_with_norm_(with_gradient, self._max_grad_norm, norm)
-        return norm
 
     # --- between two steps ----------------------------------------------------------------
 
