@@ -1,13 +1,15 @@
-"""Offline, quiet and modest: set before any library that might open a socket or print is imported."""
+"""Offline, quiet and modest: set before any library that might open a socket or print is imported; cores to use."""
 
 from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from dpo_cli.core.errors import MachineError
 from dpo_cli.core.gpu import let_segments_grow
@@ -21,6 +23,7 @@ _SWITCHES = {
     "DVC_NO_ANALYTICS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def is_first_process() -> bool:
@@ -84,3 +87,38 @@ def importing() -> Iterator[None]:
             gc.freeze()
         if was_on:
             gc.enable()
+
+
+# --- cores ----------------------------------------------------------------------------------
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may use: by its affinity and its cgroup's quota."""
+    import psutil  # here: what starts a command imports this file
+
+    logical = psutil.cpu_count() or 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else logical
+    physical = psutil.cpu_count(logical=False) or logical
+    return max(1, int(min(allowed, physical, _quota(_CGROUP))))
+
+
+def usable_threads() -> int:
+    """Threads for one process's products: OMP_NUM_THREADS, or else one a core."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else usable_cores()
+
+
+def _quota(cgroup: Path) -> float:
+    """Cores' worth of time that a cgroup, version 2 or 1, allows; infinity where it sets no limit."""
+    try:
+        quota, period = (cgroup / "cpu.max").read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        try:
+            quota, period = (
+                (cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text(encoding="ascii").strip()
+                for name in ("quota", "period")
+            )
+        except OSError:
+            return math.inf
+    unlimited = quota in ("max", "-1") or not quota.isdecimal() or not period.isdecimal()
+    return math.inf if unlimited else int(quota) / int(period)

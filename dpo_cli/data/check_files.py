@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.core.cores import usable_cores
 from dpo_cli.core.data_params import DataParams, SftSource, Source
+from dpo_cli.core.environment import usable_cores
 from dpo_cli.core.errors import ParamsError
 from dpo_cli.core.params import TokenChecks
 from dpo_cli.core.progress import Reporter

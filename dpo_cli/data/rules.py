@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from dpo_cli.core.evaluate_params import RuleName
+from dpo_cli.core.params import RuleName
 
 MAX_SENTENCE_CHARACTERS = 160
 """What a short sentence may have."""
