@@ -27,12 +27,9 @@ from dpo_cli.training.loop import Course, Data, Loop
 from dpo_cli.training.optimizer import make_descent
 from dpo_cli.training.parallel import Job
 from dpo_cli.training.protocols import BatchSource, GroupLosses, Learner
+from tests.small_training import Killed, kill_at
 
 SETTINGS = TrainParams(learning_rate=1e-2, schedule="constant", warmup_ratio=0.0)
-
-
-class Killed(BaseException):
-    pass
 
 
 def test_every_epoch_has_each_item_once_in_an_order_of_its_own() -> None:
@@ -158,12 +155,8 @@ def test_killed_within_a_round_it_goes_on_with_the_same_answers(
     whole, _, expected = reinforce(tmp_path / "whole", make_reporter(), 3 * ROUND)
     whole.run()
 
-    def kill(done: int) -> None:
-        if done == ROUND + 3:
-            raise Killed
-
     with pytest.raises(Killed):
-        reinforce(tmp_path / "killed", make_reporter(kill), 3 * ROUND)[0].run()
+        reinforce(tmp_path / "killed", make_reporter(kill_at(ROUND + 3)), 3 * ROUND)[0].run()
     resumed, rollouts, found = reinforce(tmp_path / "killed", make_reporter(), 3 * ROUND)
     resumed.run()
     assert resumed.first_step == ROUND + 2
