@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from dpo_cli.core.data_params import Source
+from dpo_cli.data.block_files import read_arrow
 from dpo_cli.data.blocks import SAMPLED_OUT, RowCounts
 from dpo_cli.data.problem import shown_name
+from dpo_cli.data.schema import from_table
 
 SPLITS = ("train", "eval")
 MANY_CONFLICTS = 0.5
@@ -96,6 +98,15 @@ class Finding:
     rows: list[tuple[str, int]] = field(default_factory=list)
     more: bool = False
 
+    def name(self, place: tuple[str, int], most: int | None) -> bool:
+        """Name a row, once; False where that would be one more than the most."""
+        if self.rows[-1:] == [place]:  # several pairs of a ranking are of one row
+            return True
+        self.more = most is not None and len(self.rows) >= most
+        if not self.more:
+            self.rows.append(place)
+        return not self.more
+
     def places(self) -> str:
         """The rows it names, by file where there are several."""
         by_file: dict[str, list[str]] = {}
@@ -132,6 +143,10 @@ class ConvertedBlock:
     num_by_split: dict[str, int]
     is_weighted: bool
     refuted: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Its rows that stay, as the canonical table has them, with where they come from."""
+        return list(map(from_table, read_arrow(self.examples).to_pylist())) if self.examples.exists() else []
 
 
 @dataclass

@@ -25,10 +25,10 @@ from dpo_cli.data.schema import (
     SftExample,
     assistant,
     content_id,
+    split_position,
     text_of,
     user,
 )
-from dpo_cli.data.splits import is_held_out, split_position
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=40)
 VISIBLE = TEXT.filter(lambda text: bool(text.strip()))
@@ -443,8 +443,9 @@ def test_equal_content_has_equal_identity_and_other_content_another(first: Messa
     assert (content_id(first) == content_id(second)) == (first == second)
 
 
-@given(conversations(), st.floats(0.01, 0.99), st.floats(0.01, 0.99))
-def test_a_larger_held_out_share_takes_nothing_back(prompt: Messages, one: float, other: float) -> None:
-    small, large = sorted((one, other))
+@given(conversations(), conversations())
+def test_a_conversation_falls_where_its_opening_falls(prompt: Messages, other: Messages) -> None:
+    opening = prompt[: 1 + [message["role"] for message in prompt].index("user")]
+    longer = [*opening, assistant("and?"), *(turn for turn in other if turn["role"] != "system")]
+    assert split_position(longer) == split_position(prompt) == split_position(opening)
     assert 0 <= split_position(prompt) < 1
-    assert is_held_out(prompt, small) <= is_held_out(prompt, large)

@@ -13,22 +13,22 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
-from dpo_cli.cli.row_page import print_row
+from dpo_cli.cli.data_pages import print_row
 from dpo_cli.core.data_params import PreferenceSource, SftSource, Source
 from dpo_cli.core.errors import DataError
 from dpo_cli.core.params import PairTokenChecks
 from dpo_cli.core.text import visible, visible_token
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.inspect import TokenView, describe_row
-from dpo_cli.data.pieces import pieces_of
 from dpo_cli.data.schema import assistant, content_id, user
+from dpo_cli.data.tokens import pieces_of
 
 PAIR = {"prompt": "2 + 2 =", "chosen": "4", "rejected": "5"}
 
 
 @pytest.fixture
 def view(tokenizer: Any) -> TokenView:
-    return TokenView("embedded", tokenizer, ChatEncoder(tokenizer), 64, PairTokenChecks().model_dump())
+    return TokenView("embedded", ChatEncoder(tokenizer), 64, PairTokenChecks().model_dump())
 
 
 def write(folder: Path, *rows: Any, name: str = "rows.jsonl") -> Path:

@@ -26,8 +26,15 @@ from dpo_cli.data.convert import convert
 from dpo_cli.data.formats import PREFERENCE_FORMATS
 from dpo_cli.data.plan import Treatment
 from dpo_cli.data.reading import files, json_text
-from dpo_cli.data.schema import PREFERENCE_SCHEMA, RANKING_SCHEMA, assistant, from_table, is_plain, user
-from dpo_cli.data.splits import is_held_out, split_position
+from dpo_cli.data.schema import (
+    PREFERENCE_SCHEMA,
+    RANKING_SCHEMA,
+    assistant,
+    from_table,
+    is_plain,
+    split_position,
+    user,
+)
 
 FRACTION = 0.3
 POLICIES = DataChecks().model_dump()
@@ -109,7 +116,7 @@ def test_rows_are_written_to_the_side_of_their_prompt(run: Callable[..., Convert
     for split, table in done.tables.items():
         assert table.columns == PREFERENCE_SCHEMA.names
         assert table.height == done.report.num_written[split] > 0
-        assert {is_held_out(prompt, FRACTION) for prompt in table["prompt"].to_list()} == {split == "eval"}
+        assert {split_position(prompt) < FRACTION for prompt in table["prompt"].to_list()} == {split == "eval"}
     assert sorted(done.texts()) == sorted(f"question {number}" for number in range(50))
 
 

@@ -33,9 +33,7 @@ def find(tmp_path: Path) -> Any:
         file = tmp_path / "digests"
         np.array(examples, DIGESTS).tofile(file)
         found = find_repeats(file, len(examples), policies)
-        return {
-            name: list(zip(found.indices[name].tolist(), found.others[name].tolist(), strict=True)) for name in CHECKS
-        }
+        return {name: list(zip(*(column.tolist() for column in found[name]), strict=True)) for name in CHECKS}
 
     return find_in
 
