@@ -194,7 +194,6 @@ class _Run:
         result.digests["row"] += first
         result.digests.tofile(digests)
         self.report.num_checked += result.num_examples
-        self.report.num_read += result.num_rows
         self.report.num_ties += result.num_ties
         account.num_rows += result.num_rows
         account.add(result)
@@ -207,8 +206,8 @@ class _Run:
         for name in CHECKS:
             if self._policies[name] == "keep" and name in self.report.checks:
                 indices, _ = repeats[name]
-                digests = np.memmap(self._digests, DIGESTS, "r") if len(indices) else ()
-                self._note(name, len(indices), (int(digests[index]["row"]) for index in indices.tolist()))
+                rows = np.memmap(self._digests, DIGESTS, "r")["row"] if len(indices) else indices
+                self._note(name, len(indices), (int(rows[index]) for index in indices.tolist()))
         return repeats
 
     def _note(self, name: str, count: int, rows: Iterable[int]) -> None:
@@ -221,7 +220,7 @@ class _Run:
 
     def _place_of(self, row: int) -> tuple[str, int]:
         """A row among all rows, as its file and its number there."""
-        account = self._account_of(row)
+        account = next(account for account in reversed(self.report.files) if account.first <= row)
         return account.path.as_posix(), row - account.first
 
     # --- writing ------------------------------------------------------------------------------
@@ -279,9 +278,6 @@ class _Run:
             few = f" and has {prompts} distinct prompts" if prompts < num else ""
             report.empty_split = f"{told}{few}; add rows, or change data.eval_fraction, now {fraction:g}"
 
-    def _account_of(self, row: int) -> FileAccount:
-        return next(account for account in reversed(self.report.files) if account.first <= row)
-
     def _thin_out(self, block: ConvertedBlock, repeats: Repeats, ranges: Mapping[str, np.ndarray]) -> list[Reject]:
         """Write a block anew without the rows that later checks drop, and with as many copies as its weight says."""
         account, file = block.file, block.examples
@@ -313,7 +309,6 @@ class _Run:
         return rejects
 
     def _count(self, index: int, block: ConvertedBlock) -> None:
-        self.report.num_used += block.num_used
         block.file.num_used += block.num_used
         self.report.num_items += block.num
         self.report.num_written.update(block.num_by_split)

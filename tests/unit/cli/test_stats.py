@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from dpo_cli.cli.app import app
 from dpo_cli.cli.data_pages import print_profile
 from dpo_cli.cli.sources import encoder_of, project_params, sources_of
-from dpo_cli.data.statistics import language_of, profile_sources
+from dpo_cli.data.statistics import profile_sources
 
 PAIR = {"prompt": "2 + 2 =", "chosen": "4", "rejected": "55"}
 
@@ -85,11 +85,6 @@ def test_parts_of_conversations_are_examples_and_turns_are_counted(project: Path
     assert every["turns"]["mean"] == 1.5
 
 
-def test_max_rows_ends_the_reading(project: Path, reporter: Any) -> None:
-    file = write(project, *({**PAIR, "prompt": str(number)} for number in range(10)))
-    assert stats_of(reporter, file, settings=["max_rows=4"])["preferences"]["rows"] == 4
-
-
 def test_both_kinds_have_figures_of_their_own(project: Path, reporter: Any) -> None:
     pairs = write(project, PAIR, name="pairs.jsonl")
     instructions = write(project, {"instruction": "a", "output": "bcd"}, name="sft.jsonl")
@@ -127,10 +122,6 @@ def test_languages_are_told_apart(project: Path, reporter: Any) -> None:
     assert found["languages"]["answers"] == {"en": 1, "zh": 1}
     assert found["languages"]["answer_in_another"]["count"] == 0
     assert found["scripts"]["Han"] > 0.2
-
-
-def test_a_language_is_guessed_the_same_every_time() -> None:
-    assert [language_of("Как испечь хлеб дома, если нет духовки?") for _ in range(3)] == ["ru"] * 3
 
 
 def test_a_language_is_not_guessed_of_a_few_words(project: Path, reporter: Any) -> None:

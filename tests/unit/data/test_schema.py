@@ -45,10 +45,6 @@ def test_every_part_of_a_row_moves_its_id() -> None:
     assert len({PAIR.row("a")["id"], *(other.row("a")["id"] for other in others)}) == 6
 
 
-def test_the_order_of_a_messages_keys_does_not_count() -> None:
-    assert content_id([{"role": "user", "content": "q"}]) == content_id([{"content": "q", "role": "user"}])
-
-
 def test_the_group_is_the_prompts_id() -> None:
     other = PreferenceExample([user("q")], [assistant("x")], [assistant("y")])
     assert PAIR.row("a")["group"] == other.row("a")["group"] == content_id([user("q")])
