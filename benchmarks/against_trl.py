@@ -64,9 +64,10 @@ from benchmarks.comparison.cases import (
     REGIMES,
     TOLERANCE,
     Case,
+    Outcome,
     prepare,
+    tell,
 )
-from benchmarks.comparison.measuring import Outcome, tell
 from benchmarks.comparison.ours import run_ours
 from benchmarks.comparison.theirs import (
     BEST,

@@ -10,8 +10,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.comparison.cases import BETA, LEARNING_RATE, MAX_GRAD_NORM, PAIRS_A_STEP, Case, Logps
-from benchmarks.comparison.measuring import Meter, Outcome, Steps
+from benchmarks.comparison.cases import (
+    BETA,
+    LEARNING_RATE,
+    MAX_GRAD_NORM,
+    PAIRS_A_STEP,
+    Case,
+    Logps,
+    Meter,
+    Outcome,
+    Steps,
+)
 from dpo_cli.core.progress import SilentReporter
 
 

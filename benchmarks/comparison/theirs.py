@@ -14,10 +14,13 @@ from benchmarks.comparison.cases import (
     PASSES,
     Case,
     Logps,
+    Meter,
+    Outcome,
     Pair,
+    Steps,
     length,
+    tell,
 )
-from benchmarks.comparison.measuring import Meter, Outcome, Steps, tell
 
 BEST, LARGEST, DEFAULT, COMPACT, COMPILED = "best", "largest", "default", "compact", "compiled"
 CANDIDATES = (1, 2, 4, 8, 16)

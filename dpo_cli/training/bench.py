@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import torch
 
+from dpo_cli.core.environment import is_gpu
 from dpo_cli.core.errors import DataError, MachineError, ParamsError, is_out_of_memory
-from dpo_cli.core.gpu import is_gpu
 from dpo_cli.core.interrupts import StopRequest
 from dpo_cli.core.params import EMBEDDED, LoraParams, Params, TrainParams
 from dpo_cli.core.progress import Reporter

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 
 from dpo_cli.core.artifacts import digest_json
+from dpo_cli.core.environment import is_gpu
 from dpo_cli.core.errors import Interrupted, ParamsError
-from dpo_cli.core.gpu import is_gpu
 from dpo_cli.core.interrupts import StopRequest, graceful_stop
 from dpo_cli.core.progress import Meter
 from dpo_cli.training.accumulation import Accumulator, Limits
@@ -34,7 +35,6 @@ from dpo_cli.training.checkpoint import (
     step_of,
 )
 from dpo_cli.training.history import EventFiles
-from dpo_cli.training.optimizer import Descent
 from dpo_cli.training.parallel import Job, open_accelerator
 from dpo_cli.training.protocols import BatchSource, Learner
 
@@ -69,6 +69,21 @@ class Course:
     keeps_best: bool = False
     patience: int | None = None
     what: str = "training"
+
+
+@dataclass(frozen=True)
+class Descent:
+    """How gradients become steps.
+
+    Attributes:
+        optimizer: Holds the trained parameters.
+        schedule: Its learning rates.
+        max_grad_norm: L2 norm to which gradients are clipped.
+    """
+
+    optimizer: torch.optim.Optimizer
+    schedule: LRScheduler
+    max_grad_norm: float
 
 
 class Loop(Generic[Scored]):

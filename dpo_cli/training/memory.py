@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+from dpo_cli.core.environment import is_gpu
 from dpo_cli.core.errors import MachineError
-from dpo_cli.core.gpu import is_gpu
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.device import free_memory_bytes, token_budget
 from dpo_cli.models.workplace import Workplace

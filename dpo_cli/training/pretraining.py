@@ -21,8 +21,7 @@ from dpo_cli.models.embedded import (
 )
 from dpo_cli.scoring.scorer import Statistics
 from dpo_cli.training.accumulation import Limits
-from dpo_cli.training.loop import Course, Data, Loop
-from dpo_cli.training.optimizer import Descent
+from dpo_cli.training.loop import Course, Data, Descent, Loop
 from dpo_cli.training.parallel import Job
 from dpo_cli.training.protocols import BatchSource, GroupLosses, Learner
 

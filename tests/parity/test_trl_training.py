@@ -31,9 +31,9 @@ from dpo_cli.models.workplace import Workplace
 from dpo_cli.scoring.layout import LAYOUTS, LayoutName
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.accumulation import Limits
+from dpo_cli.training.fit import make_descent
 from dpo_cli.training.loop import Course, Data, Loop
 from dpo_cli.training.objective import PairObjective
-from dpo_cli.training.optimizer import make_descent
 from dpo_cli.training.parallel import Job
 from dpo_cli.training.protocols import BatchSource, Learner
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dpo_cli.core import environment, gpu
+from dpo_cli.core import environment
 from dpo_cli.core.environment import claim_gpu, importing, is_first_process, prepare_environment
 
 
@@ -90,7 +90,7 @@ def test_segments_of_gpu_memory_grow_where_that_is_safe(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-    monkeypatch.setattr(gpu, "_WSL_GPU", tmp_path / "dxg")
+    monkeypatch.setattr(environment, "_WSL_GPU", tmp_path / "dxg")
     if "WSL's" in release:
         (tmp_path / "dxg").touch()
     for name in names:

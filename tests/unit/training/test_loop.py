@@ -22,9 +22,8 @@ from dpo_cli.models.workplace import Workplace
 from dpo_cli.scoring.scorer import Scorer, Scores, Statistics
 from dpo_cli.training.accumulation import Limits
 from dpo_cli.training.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
-from dpo_cli.training.fit import Shuffled
+from dpo_cli.training.fit import Shuffled, make_descent
 from dpo_cli.training.loop import Course, Data, Loop
-from dpo_cli.training.optimizer import make_descent
 from dpo_cli.training.parallel import Job
 from dpo_cli.training.protocols import BatchSource, GroupLosses, Learner
 from tests.small_training import Killed, kill_at

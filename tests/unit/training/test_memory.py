@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_cli.core import gpu
+from dpo_cli.core import environment
 from dpo_cli.core.errors import Interrupted, MachineError, is_out_of_memory
 from dpo_cli.core.interrupts import StopRequest
 from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
@@ -467,7 +467,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """``on_gpu(free)``: the device counts as a GPU with so many bytes free."""
 
     def pretend(free: int) -> None:
-        monkeypatch.setattr(gpu, "GPU_TYPES", ("cuda", "cpu"))
+        monkeypatch.setattr(environment, "GPU_TYPES", ("cuda", "cpu"))
         monkeypatch.setattr(memory, "free_memory_bytes", lambda device: free)
 
     return pretend

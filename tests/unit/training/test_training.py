@@ -11,15 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_cli.core import gpu
+from dpo_cli.core import environment
 from dpo_cli.core.errors import Interrupted, MachineError, ParamsError
 from dpo_cli.core.params import TrainingParams, TrainParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.scoring.scorer import Scorer, Scores
 from dpo_cli.training.checkpoint import best_step, last_checkpoint, out_of_patience
-from dpo_cli.training.fit import Fit, count_steps
+from dpo_cli.training.fit import Fit, count_steps, make_descent, num_warmup_steps
 from dpo_cli.training.objective import PairObjective, SftObjective
-from dpo_cli.training.optimizer import make_descent, num_warmup_steps
 from dpo_cli.training.protocols import Learner
 from tests.small_training import Groups, Killed, adapter, kill_at, logged, reference, same_bytes, stop_at, train
 
@@ -324,7 +323,7 @@ def test_on_a_gpu_kernels_are_loaded_before_memory_is_full_which_moves_nothing(
         return adapter(model), seen
 
     expected, without = go("cpu")
-    monkeypatch.setattr(gpu, "GPU_TYPES", ("cuda", "cpu"))
+    monkeypatch.setattr(environment, "GPU_TYPES", ("cuda", "cpu"))
     found, seen = go("gpu")
     assert seen == [(sorted(group.longest for group in pairs[0])[1], True), *without]
     assert same_bytes(found, expected)
