@@ -170,6 +170,7 @@ SFT = Artifact("sft", paths.SFT_MODEL, "sft.json", "sft")
 REFERENCE = Artifact("reference", paths.REFERENCE, "manifest.json", "precompute-ref")
 DPO = Artifact("dpo", paths.DPO_MODEL, "provenance.json", "train")
 REWARD = Artifact("reward", paths.REWARD_MODEL, "reward.json", "reward")
+PPO = Artifact("ppo", paths.PPO_MODEL, "ppo.json", "ppo")
 
 
 def all_files(folder: Path) -> list[str]:

@@ -73,10 +73,23 @@ class LoraParams(Section):
     )
 
 
-class TrainingParams(Section):
-    """Settings that SFT, DPO and the reward model share."""
+class DescentParams(Section):
+    """Settings of every training's steps."""
 
     learning_rate: float = param(2e-4, "Peak learning rate.", gt=0, le=1)
+    schedule: Literal["cosine", "linear", "constant"] = param("cosine", "Learning rate after the warm-up.")
+    warmup_ratio: float = param(0.1, "Share of the steps in which the learning rate rises from 0.", ge=0, lt=1)
+    optimizer: Literal["adamw", "rmsprop", "paged_adamw_8bit"] = param(
+        "adamw", "paged_adamw_8bit is bitsandbytes' and needs CUDA; rmsprop is the DPO paper's."
+    )
+    weight_decay: float = param(0.0, "Decoupled weight decay; rmsprop takes none.", ge=0, le=10)
+    max_grad_norm: float = param(1.0, "Gradients are clipped to this L2 norm.", gt=0, le=1e9)
+    seed: int = param(0, "Seeds the adapter's start, the order of rows and dropout.", ge=0, le=2**32 - 1)
+
+
+class TrainingParams(DescentParams):
+    """Settings that SFT, DPO and the reward model share."""
+
     batch_size: int = param(
         16,
         "Examples (sft), preference pairs or rankings (train, reward) an optimizer step. It alone decides the"
@@ -86,13 +99,6 @@ class TrainingParams(Section):
     )
     epochs: float = param(1.0, "Passes over the training data.", unit="epochs", gt=0, le=10**4)
     max_steps: int | None = param(None, "Steps to train, in place of epochs.", unit="optimizer steps", ge=1, le=10**8)
-    schedule: Literal["cosine", "linear", "constant"] = param("cosine", "Learning rate after the warm-up.")
-    warmup_ratio: float = param(0.1, "Share of the steps in which the learning rate rises from 0.", ge=0, lt=1)
-    optimizer: Literal["adamw", "rmsprop", "paged_adamw_8bit"] = param(
-        "adamw", "paged_adamw_8bit is bitsandbytes' and needs CUDA; rmsprop is the DPO paper's."
-    )
-    weight_decay: float = param(0.0, "Decoupled weight decay; rmsprop takes none.", ge=0, le=10)
-    max_grad_norm: float = param(1.0, "Gradients are clipped to this L2 norm.", gt=0, le=1e9)
     eval_steps: int = param(
         50,
         "Held-out loss after every so many steps, besides that before the first and after the last; 0: only those.",
@@ -112,7 +118,6 @@ class TrainingParams(Section):
         ge=1,
         le=10**8,
     )
-    seed: int = param(0, "Seeds the adapter's start, the order of rows and dropout.", ge=0, le=2**32 - 1)
 
 
 class TokenChecks(Section):
@@ -340,6 +345,57 @@ class EvaluateParams(Section):
     seed: int = param(0, "Seeds sampling and bootstrap.", ge=0, le=2**32 - 1)
 
 
+class PpoParams(DescentParams):
+    """Reinforcement learning from a reward, which DPO replaces: PPO, or REINFORCE leave-one-out. Read by ppo."""
+
+    reward: Literal["none", "reward-model", "world", "rule"] = param(
+        "none",
+        "What answers earn. none: there is no such training, and the other settings of this section are not read;"
+        " reward-model: what stage reward made; world: the embedded world's known reward; rule: 1 where ppo.rule holds,"
+        " else 0.",
+    )
+    rule: RuleName | None = param(None, "What reward rule checks, as evaluate.rule does.")
+    estimator: Literal["gae", "rloo"] = param(
+        "gae",
+        "Advantages: gae, generalized advantages with a value head (PPO); rloo, an answer's return less the mean of the"
+        " prompt's other answers (REINFORCE leave-one-out).",
+    )
+    learning_rate: float = param(1e-4, "Peak learning rate.", gt=0, le=1)
+    rounds: int = param(50, "Rounds: prompts are answered, then trained on.", ge=1, le=10**6)
+    prompts_a_round: int = param(64, "Prompts that are answered in a round.", ge=1, le=10**6)
+    answers: int = param(4, "Answers to each; rloo needs two.", ge=1, le=1024)
+    batch_size: int = param(16, "Prompts, with all their answers, an optimizer step.", ge=1, le=10**6)
+    epochs: int = param(2, "Passes over a round.", ge=1, le=1000)
+    max_new_tokens: int = param(128, "Longest answer.", unit="tokens", ge=1, le=10**6)
+    kl_coefficient: float = param(
+        0.05, "What a nat from the reference costs, in units of the reward: beta of the objective.", ge=0, le=1000
+    )
+    target_kl: float | None = param(
+        None,
+        "KL from the reference that the coefficient is raised or lowered to reach; null: it stays.",
+        unit="nats",
+        gt=0,
+        le=1e4,
+    )
+    max_step_kl: float | None = param(
+        None,
+        "A round ends early where the policy is so far from the one that answered; null: never.",
+        unit="nats a token",
+        gt=0,
+        le=100,
+    )
+    clip: float = param(0.2, "How far a token's probability ratio may leave 1 before it no longer pays.", gt=0, lt=1)
+    value_clip: float = param(0.2, "How far a value may move in a round, in units of the reward.", gt=0, le=1e6)
+    value_coefficient: float = param(0.1, "Weight of the value loss (gae).", ge=0, le=1000)
+    gamma: float = param(1.0, "Discount of later rewards (gae).", ge=0, le=1)
+    lam: float = param(0.95, "Lambda of gae: 0 trusts the values, 1 the rewards.", ge=0, le=1)
+    whiten: bool = param(True, "Bring the advantages of a round to mean 0 and deviation 1.")
+    missing_eos_penalty: float = param(
+        0.0, "Taken from the reward of an answer that did not end within max_new_tokens.", ge=0, le=1e6
+    )
+    lora: LoraParams | None = _LORA
+
+
 class RuntimeParams(Section):
     """This machine. No stage lists it: it never changes a result beyond rounding."""
 
@@ -433,6 +489,7 @@ class Params(Section):
     reference: ReferenceParams = Field(default_factory=ReferenceParams)
     train: TrainParams = Field(default_factory=TrainParams)
     reward: RewardParams = Field(default_factory=RewardParams)
+    ppo: PpoParams = Field(default_factory=PpoParams)
     evaluate: EvaluateParams = Field(default_factory=EvaluateParams)
     runtime: RuntimeParams = Field(default_factory=RuntimeParams)
 

@@ -21,6 +21,7 @@ _IDLE: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("sft.lora", "sft.method", ("full",), ""),
     ("train.lora", "sft.method", _BY_SFT, ": train goes on with the adapter of sft"),
     ("reward.lora", "sft.method", _BY_SFT, ": reward goes on with the adapter of sft"),
+    ("ppo.lora", "sft.method", _BY_SFT, ": ppo goes on with the adapter of sft"),
     ("reward.ties", "reward.loss", ("bradley_terry",), "; plackett_luce reads it"),
 )
 """Settings that have no effect where another one has one of these values, and what is said of it."""
@@ -30,6 +31,11 @@ _READ: tuple[tuple[str, str, str, str], ...] = (
     ("runtime.adapter_path", "sft.method", "adapter", "; adapter reads it"),
     ("runtime.judge_path", "evaluate.judge", "hf", "; judge hf reads it"),
     ("evaluate.rule", "evaluate.judge", "rule", "; judge rule reads it"),
+    ("ppo.rule", "ppo.reward", "rule", "; reward rule reads it"),
+    ("ppo.value_clip", "ppo.estimator", "gae", "; gae reads it"),
+    ("ppo.value_coefficient", "ppo.estimator", "gae", "; gae reads it"),
+    ("ppo.gamma", "ppo.estimator", "gae", "; gae reads it"),
+    ("ppo.lam", "ppo.estimator", "gae", "; gae reads it"),
     ("train.divergence_alpha", "train.divergence", "alpha", "; alpha reads it"),
 )
 """Settings that have an effect only where another one has this value."""

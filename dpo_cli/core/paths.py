@@ -21,6 +21,7 @@ BASE = Path("models/base")
 SFT_MODEL = Path("models/sft")
 DPO_MODEL = Path("models/dpo")
 REWARD_MODEL = Path("models/reward")
+PPO_MODEL = Path("models/ppo")
 
 REPORTS = Path("reports")
 REPORT_HTML = REPORTS / "report.html"

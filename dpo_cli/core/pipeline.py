@@ -151,6 +151,15 @@ _BEFORE_REPORT = (
         lists=(paths.rejects_file("reward"),),
     ),
     Stage(
+        name="ppo",
+        summary="Reinforcement learning from a reward, the way that DPO replaces: PPO or RLOO; off by default.",
+        example="dpo-cli ppo --set ppo.reward=reward-model --set ppo.target_kl=6",
+        params=("ppo",),
+        inputs=(paths.BASE, paths.SFT_MODEL, paths.PREFERENCE_DATA, paths.REWARD_MODEL),
+        output=paths.PPO_MODEL,
+        lists=(),
+    ),
+    Stage(
         name="evaluate",
         summary="Is it better than SFT, by how much, how surely: win rates, held-out accuracy, KL, flags.",
         example="dpo-cli evaluate --set evaluate.num_prompts=500",

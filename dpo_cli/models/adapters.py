@@ -202,6 +202,16 @@ def load_policy_at_start(
     return policy
 
 
+def load_pair_at_start(
+    base: Path, sft: SftResult, machine: Machine, quantization: str, lora: LoraParams, seed: int
+) -> ModelPair:
+    """The policy before its first step, with its reference beside it on the same frozen weights."""
+    policy = load_policy_at_start(base, sft, machine, quantization, lora, seed)
+    if sft.has_adapter:
+        policy.load_adapter(str(paths.SFT_MODEL), adapter_name=REFERENCE)
+    return ModelPair(policy, REFERENCE if sft.has_adapter else None)
+
+
 @dataclass(frozen=True)
 class ModelPair:
     """Policy and reference as one model in memory; only the adapter changes."""

@@ -21,6 +21,7 @@ from dpo_cli.models.adapters import (
     ModelPair,
     SftResult,
     load_pair,
+    load_pair_at_start,
     load_policy_at_start,
     load_reference,
     read_sft_result,
@@ -73,6 +74,10 @@ class Project(Workplace):
     def policy(self, lora: LoraParams | None, seed: int) -> PeftModel:
         """The policy before its first step: equal to the reference, its adapter trainable."""
         return load_policy_at_start(self.base, self.sft, self.machine, self.quantization, lora or LoraParams(), seed)
+
+    def pair_at_start(self, lora: LoraParams | None, seed: int) -> ModelPair:
+        """The policy before its first step, and its reference, on one set of frozen weights."""
+        return load_pair_at_start(self.base, self.sft, self.machine, self.quantization, lora or LoraParams(), seed)
 
     def pair(self, adapter: Path = paths.DPO_MODEL) -> ModelPair:
         """A trained policy and its reference, on one set of frozen weights.

@@ -22,6 +22,7 @@ from dpo_cli.models.load import keep_weights_unpacked
 if TYPE_CHECKING:  # peft takes seconds to import: functions do it that use it
     from peft import PeftModel
 
+REWARD_ADAPTER = "reward"
 _HEAD = "score"
 """The head's name in transformers' sequence classifiers."""
 
@@ -44,6 +45,36 @@ def load_reward_model(folder: Path, base: Path, sft: SftResult, machine: Machine
     model = load_adapter(model, folder, trainable=False)
     keep_weights_unpacked(model)
     return model.eval()
+
+
+def add_value_head(model: PeftModel) -> Any:
+    """Put a head of zeros, trainable, on a policy: it gives every state the value 0 at first."""
+    causal = _with_head(model.get_base_model())
+    return getattr(causal, _HEAD)
+
+
+def add_reward_adapter(model: PeftModel, folder: Path) -> Any:
+    """Put the adapter of a reward model beside those of a policy, frozen, under the name :data:`REWARD_ADAPTER`.
+
+    Returns:
+        The reward model's head, float32.
+    """
+    import torch
+    from peft import LoraConfig, TaskType, load_peft_weights, set_peft_model_state_dict
+
+    from dpo_cli.models.lora import use_short_layers
+
+    config = use_short_layers(LoraConfig.from_pretrained(str(folder)))  # type: ignore[arg-type]
+    config.task_type, config.inference_mode, config.modules_to_save = TaskType.CAUSAL_LM, True, None
+    weights = load_peft_weights(str(folder), device="cpu")
+    (name,) = [name for name in weights if name.endswith(f".{_HEAD}.weight")]
+    weight = weights.pop(name)
+    head = torch.nn.Linear(weight.shape[1], 1, bias=False, device=model.get_input_embeddings().weight.device)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+    model.add_adapter(REWARD_ADAPTER, config)
+    set_peft_model_state_dict(model, weights, adapter_name=REWARD_ADAPTER)
+    return head.requires_grad_(False)
 
 
 def _with_head(causal: Any) -> Any:

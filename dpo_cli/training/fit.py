@@ -14,7 +14,7 @@ from transformers import get_scheduler
 
 from dpo_cli.core.environment import is_gpu
 from dpo_cli.core.errors import MachineError, ParamsError
-from dpo_cli.core.params import TrainingParams
+from dpo_cli.core.params import DescentParams, TrainingParams
 from dpo_cli.data.tokenize import TokenTable
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.device import Machine, memory_metrics
@@ -223,7 +223,7 @@ _ADAM: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
 
 
 def make_descent(
-    model: torch.nn.Module, params: TrainingParams, num_steps: int, device: torch.device, section: str
+    model: torch.nn.Module, params: DescentParams, num_steps: int, device: torch.device, section: str
 ) -> Descent:
     """The optimizer that the settings name, over all trainable parameters, and its schedule.
 
@@ -245,12 +245,12 @@ def make_descent(
     return Descent(optimizer, schedule, params.max_grad_norm)
 
 
-def num_warmup_steps(params: TrainingParams, num_steps: int) -> int:
+def num_warmup_steps(params: DescentParams, num_steps: int) -> int:
     """Steps, of so many in all, with a rising learning rate."""
     return round(params.warmup_ratio * num_steps)
 
 
-def _optimizer(model: torch.nn.Module, params: TrainingParams) -> torch.optim.Optimizer:
+def _optimizer(model: torch.nn.Module, params: DescentParams) -> torch.optim.Optimizer:
     layer_norms = {id(own) for module in model.modules() if isinstance(module, torch.nn.LayerNorm)
                    for own in module.parameters()}  # fmt: skip
     groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in (params.weight_decay, 0.0)]

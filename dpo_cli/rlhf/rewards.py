@@ -1,0 +1,83 @@
+"""What an answer earns: a reward model's verdict, or a reward that is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from dpo_cli.core import paths
+from dpo_cli.core.params import PpoParams
+from dpo_cli.data.schema import Messages
+from dpo_cli.data.tokens import TokenGroup
+from dpo_cli.judging.known_reward import RULES, world_reward
+from dpo_cli.judging.reward_model import RewardModel
+from dpo_cli.judging.templates import transcript
+from dpo_cli.models.adapters import ModelPair
+from dpo_cli.models.project import Project
+from dpo_cli.models.reward import REWARD_ADAPTER, add_reward_adapter, check_reward_model
+from dpo_cli.rlhf.rollouts import Rewarder
+from dpo_cli.scoring.reward import RewardScorer
+
+
+def open_rewarder(project: Project, pair: ModelPair, settings: PpoParams, messages: Mapping[str, Messages]) -> Rewarder:
+    """The reward that section ppo asks for.
+
+    Args:
+        project: Whose models they are.
+        pair: The policy, beside which a reward model's adapter is put.
+        settings: Section ppo.
+        messages: The prompts by their ids.
+
+    Raises:
+        StaleArtifactError: models/reward is missing, damaged, or of another graph or other data.
+        DataError: The reward is not known of a prompt.
+    """
+    stop_ids = set(project.encoder.stop_ids)
+    inner = _learned(project, pair) if settings.reward == "reward-model" else _known(project, settings, messages)
+
+    def rewards(groups: Sequence[TokenGroup]) -> list[list[float]]:
+        return [
+            [
+                reward - (0.0 if answer[-1] in stop_ids else settings.missing_eos_penalty)
+                for reward, answer in zip(found, group.completions, strict=True)
+            ]
+            for group, found in zip(groups, inner(groups), strict=True)
+        ]
+
+    return rewards
+
+
+def _learned(project: Project, pair: ModelPair) -> Rewarder:
+    """The reward model's, whose adapter shares the policy's frozen weights."""
+    check_reward_model(paths.REWARD_MODEL, project.made_of())
+    head = add_reward_adapter(pair.model, paths.REWARD_MODEL)
+    pair.model.set_adapter(REWARD_ADAPTER)
+    scorer = project.scorer(pair.model.eval())[0]
+    model = RewardModel(RewardScorer(scorer, head), project.encoder, project.budget())
+    pair.use_policy()
+
+    def rewards(groups: Sequence[TokenGroup]) -> list[list[float]]:
+        pair.model.enable_adapter_layers()  # type: ignore[operator]
+        pair.model.set_adapter(REWARD_ADAPTER)
+        try:
+            return model.rewards(groups)
+        finally:
+            pair.use_policy()
+
+    return rewards
+
+
+def _known(project: Project, settings: PpoParams, messages: Mapping[str, Messages]) -> Rewarder:
+    """A function of prompt and answer as texts."""
+    reward: Callable[[str, str], float] = world_reward
+    if settings.reward == "rule":
+        assert settings.rule is not None
+        reward = RULES[settings.rule].reward
+    asked = {id: transcript(prompt) for id, prompt in messages.items()}
+    for prompt in asked.values():
+        reward(prompt, "")  # of every prompt or of none, before anything is computed
+    decode = project.encoder.decode
+
+    def rewards(groups: Sequence[TokenGroup]) -> list[list[float]]:
+        return [[reward(asked[group.group], decode(list(answer))) for answer in group.completions] for group in groups]
+
+    return rewards

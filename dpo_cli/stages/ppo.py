@@ -1,0 +1,164 @@
+"""Stage ppo: reinforcement learning of the same policy from a reward, the way that DPO replaces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from dpo_cli.core import paths
+from dpo_cli.core.artifacts import digest_json, publish_folder
+from dpo_cli.core.environment import importing
+from dpo_cli.core.errors import DataError
+from dpo_cli.core.manifest import PPO, REWARD, Manifest
+from dpo_cli.core.params import Params, PpoParams
+from dpo_cli.core.progress import Reporter
+from dpo_cli.core.scratch import Scratch, stage_scratch
+from dpo_cli.core.text import markdown
+from dpo_cli.models.card import Card, publish_adapter
+from dpo_cli.models.device import memory_in_words, memory_metrics
+from dpo_cli.training.history import write_reports
+
+if TYPE_CHECKING:  # what computes is imported where there is something to compute
+    from dpo_cli.training.loop import Loop
+
+
+def run(params: Params, reporter: Reporter) -> dict[str, Any]:
+    """Write models/ppo: the tuned adapter, its tokenizer, a model card and its manifest; a marker with ppo.reward none.
+
+    Raises:
+        StaleArtifactError: models/base, models/sft, data/preference or models/reward is missing or stale.
+        DataError: There are fewer prompts than a round takes.
+        Interrupted: The user asked to stop; a checkpoint is kept.
+    """
+    if params.ppo.reward == "none":
+        with stage_scratch("ppo", "none") as scratch:
+            return _publish_none(scratch, reporter)
+    return _train(params, reporter)
+
+
+def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
+    with importing():
+        from dpo_cli.evaluation.generation import PromptTokens
+        from dpo_cli.losses.reinforcement import KlController
+        from dpo_cli.models.load import quiet_libraries
+        from dpo_cli.models.project import open_project
+        from dpo_cli.models.reward import add_value_head
+        from dpo_cli.rlhf.actor import PolicyActor
+        from dpo_cli.rlhf.objective import METRICS, PolicyGradient
+        from dpo_cli.rlhf.rewards import open_rewarder
+        from dpo_cli.rlhf.rollouts import Course, Rollouts
+        from dpo_cli.training.accumulation import Limits, LossScale
+        from dpo_cli.training.fit import make_descent
+        from dpo_cli.training.loop import Course as LoopCourse
+        from dpo_cli.training.loop import Data, Loop
+        from dpo_cli.training.parallel import Job
+        from dpo_cli.training.protocols import Learner
+
+    quiet_libraries()
+    settings = params.ppo
+    project = open_project(params, reporter, "ppo")
+    table = project.tokenize_pairs("train")
+    first = {group.group: group.prompt for group in table.groups}
+    prompts = [PromptTokens(id, first[id], table.prompts[id]) for id in sorted(first)]
+    if len(prompts) < settings.prompts_a_round:
+        raise DataError(
+            f"{paths.preference_table('train').as_posix()} has {len(prompts)} prompts; set ppo.prompts_a_round, now"
+            f" {settings.prompts_a_round}, to no more"
+        )
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    project.check_context(longest + settings.max_new_tokens, "ppo.max_new_tokens + the longest prompt")
+    manifest = project.manifest(params, "ppo")
+    if settings.reward == "reward-model":
+        manifest = replace(manifest, made_of={**manifest.made_of, "models/reward": REWARD.read().files})
+    with stage_scratch("ppo", digest_json(asdict(manifest))) as scratch:
+        pair = project.pair_at_start(settings.lora, settings.seed)
+        model = pair.use_policy()
+        reward = open_rewarder(project, pair, settings, {prompt.id: prompt.messages for prompt in prompts})
+        scorer, layout = project.scorer(pair.use_policy())
+        if settings.estimator == "gae":
+            scorer.value_head = add_value_head(model)
+        job, budget = Job(project, scratch.folder), project.budget()
+        actor = PolicyActor(project, pair, scorer, prompts, settings, budget)
+        course = Course(
+            len(prompts),
+            settings.prompts_a_round,
+            settings.batch_size,
+            settings.epochs,
+            settings.estimator,
+            settings.gamma,
+            settings.lam,
+            settings.whiten,
+            settings.max_step_kl,
+            settings.seed,
+        )
+        source = Rollouts(actor, reward, KlController(settings.kl_coefficient, settings.target_kl), course)
+        value_coefficient = settings.value_coefficient if settings.estimator == "gae" else 0.0
+        objective = PolicyGradient(source, settings.clip, settings.value_clip, value_coefficient)
+        num_steps = settings.rounds * course.steps_a_round
+        descent = make_descent(model, settings, num_steps, project.machine.device, "ppo")
+        limits = Limits(
+            budget, LossScale(project.machine.compute_dtype, "ppo", reporter, scratch.folder / "scale.json")
+        )
+        loop = Loop(
+            Learner(model, scorer, objective), Data(source), descent, LoopCourse(num_steps, settings.seed), limits, job
+        )
+        loop.run()
+        scorer.close()
+        metrics = {"method": settings.estimator, "reward": settings.reward, "num_prompts": len(prompts)}
+        metrics |= {"num_steps": loop.step, **_ends(loop), **memory_metrics(project.machine), **layout.metrics()}
+        publish_adapter(PPO, manifest, _card(params, metrics), project, model, scratch.build_folder())
+        write_reports("ppo", metrics, ("loss", *METRICS, "grad_norm", "learning_rate"), loop.history)
+        scratch.clear()
+    _print_summary(settings, metrics, reporter)
+    return metrics
+
+
+def _ends(loop: Loop[Any]) -> dict[str, float]:
+    """Reward, KL and entropy of the first steps' answers and of the last ones'."""
+    steps = [entry for entry in loop.history if "objective/scores" in entry]
+    names = {"score": "objective/scores", "kl": "objective/kl", "entropy": "objective/entropy"}
+    found = {f"{name}_start": steps[0][key] for name, key in names.items()}
+    return found | {name: steps[-1][key] for name, key in names.items()}
+
+
+def _publish_none(scratch: Scratch, reporter: Reporter) -> dict[str, Any]:
+    """There is no such training: only a marker is written."""
+    built = scratch.build_folder()
+    PPO.write(built, Manifest(settings={"ppo": {"reward": "none"}}))
+    publish_folder(built, paths.PPO_MODEL)
+    metrics: dict[str, Any] = {"method": "none"}
+    write_reports("ppo", metrics, ())
+    scratch.clear()
+    reporter.table("ppo", [("reward", "none: no model is trained by reinforcement (ppo.reward)")])
+    return metrics
+
+
+def _card(params: Params, metrics: dict[str, Any]) -> Card:
+    settings = params.ppo
+    return Card(
+        tags=("ppo", "lora"),
+        text=f"""# {markdown(params.model.name)}, tuned by reinforcement
+
+A LoRA adapter, trained by dpo-cli on its own answers and what they earned. It goes on with the adapter of SFT.""",
+        rows=(
+            ("reward", settings.reward),
+            ("estimator", settings.estimator),
+            ("steps", str(metrics["num_steps"])),
+            ("reward of its answers", f"{metrics['score_start']:.3f} -> {metrics['score']:.3f}"),
+            ("KL from the SFT model", f"{metrics['kl']:.2f} nats a sequence"),
+        ),
+    )
+
+
+def _print_summary(settings: PpoParams, metrics: dict[str, Any], reporter: Reporter) -> None:
+    rows: Sequence[tuple[str, str]] = (
+        ("reward", settings.reward),
+        ("estimator", settings.estimator),
+        ("prompts", f"{metrics['num_prompts']}, {settings.prompts_a_round} a round, {settings.answers} answers each"),
+        ("steps", str(metrics["num_steps"])),
+        ("reward of its answers", f"{metrics['score_start']:.4f} -> {metrics['score']:.4f}"),
+        ("KL from the reference", f"{metrics['kl']:.3f} nats a sequence"),
+        ("peak memory", memory_in_words(metrics)),
+    )
+    reporter.table("ppo", list(rows))
