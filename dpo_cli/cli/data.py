@@ -86,15 +86,17 @@ def data_check_command(
     with errors_as_exit_codes(as_json=as_json):
         # here, so that --help does not wait for them
         from dpo_cli.cli.sources import project_params, sources_of, token_view
-        from dpo_cli.data.check_files import CheckOptions, check_sources, refuse_unknown_check
+        from dpo_cli.data.check_files import check_sources, refuse_unknown_check
 
         _refuse_without_model(model, {"--template": template, "--max-length": max_length})
         params = project_params()
         refuse_unknown_check(listed, model, params.data)
         view_of = None if model is None else partial(token_view, model, template, max_length)
         sources = sources_of(files or [], kind, settings or [])
-        options = CheckOptions(listed, view_of, params.runtime.workers)
-        figures, accepted = check_sources(sources, params.data, options, ConsoleReporter(show_tables=not as_json))
+        reporter, workers = ConsoleReporter(show_tables=not as_json), params.runtime.workers
+        figures, accepted = check_sources(
+            sources, params.data, reporter, listed=listed, view_of=view_of, workers=workers
+        )
     if as_json:
         typer.echo(json.dumps(figures, ensure_ascii=False))
     if not accepted:

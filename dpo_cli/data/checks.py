@@ -167,17 +167,36 @@ TOKEN_DETAILS: Mapping[str, str] = {
 _TAG_AT_END = re.compile(r"(<[^<>\s]{1,40}>)\s*$")
 
 
-def check_tokens(
-    encoder: ChatEncoder, prompt: Messages, completions: Sequence[Messages], encoding: Encoding
-) -> list[str]:
-    """Names of the checks that a row's tokens fail, but for the length.
+def judge_tokens(
+    encoder: ChatEncoder,
+    prompt: Messages,
+    completions: Sequence[Messages],
+    encoding: Encoding,
+    max_length: int,
+    policies: Mapping[str, str],
+) -> tuple[list[str], RowProblem | None]:
+    """Names of the checks that a row's tokens fail, and why it is left out, if it is.
 
     Args:
         encoder: The model's chat encoder.
         prompt: The prompt.
         completions: Its answers.
         encoding: What the encoder makes of them.
+        max_length: Tokens the prompt with one answer may have.
+        policies: What to do with what each check finds (:class:`dpo_cli.core.params.TokenChecks`).
     """
+    found = check_tokens(encoder, prompt, completions, encoding)
+    longest = len(encoding.prompt) + max(map(len, encoding.completions))
+    if longest > max_length:
+        return ["over_long", *found], RowProblem("over_long", f"has {longest} tokens, more than {max_length}")
+    dropped = next((name for name in found if policies[name] != "keep"), None)
+    return found, None if dropped is None else RowProblem(dropped, TOKEN_DETAILS[dropped])
+
+
+def check_tokens(
+    encoder: ChatEncoder, prompt: Messages, completions: Sequence[Messages], encoding: Encoding
+) -> list[str]:
+    """Names of the checks that a row's tokens fail, but for the length; see :func:`judge_tokens`."""
     found = _hidden(encoder, prompt, completions, encoding) if not is_plain(prompt, *completions) else []
     tag = _TAG_AT_END.search(encoding.prompt_text[-80:])
     if tag is not None and any(text.lstrip().startswith(tag[1]) for text in encoding.texts):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -95,6 +95,13 @@ def find_files(source: Source) -> list[Path]:
     if not found:
         raise DataError(f"{source.path}: no file has such a name; put your data there, or name it in params.yaml")
     return found
+
+
+def by_kind(sources: Sequence[Source]) -> Iterator[tuple[str, list[Source]]]:
+    """The sources of instructions, then those of preferences, where there are some."""
+    for kind in ("sft", "preferences"):
+        if mine := [source for source in sources if isinstance(source, SftSource) == (kind == "sft")]:
+            yield kind, mine
 
 
 def num_bytes(sources: Sequence[Source]) -> int:

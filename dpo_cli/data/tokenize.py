@@ -26,7 +26,7 @@ from dpo_cli.core.errors import DataError, StaleArtifactError
 from dpo_cli.core.row_store import forget_other_stores
 from dpo_cli.data import chat, checks, schema, templates, tokens
 from dpo_cli.data.chat import ChatEncoder
-from dpo_cli.data.checks import TOKEN_DETAILS, check_tokens
+from dpo_cli.data.checks import judge_tokens
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import TOOLS, Messages, content_id, from_table
 from dpo_cli.data.tokens import TokenGroup, TokenWriter, stored_groups
@@ -242,18 +242,10 @@ def tokenize_row(
     prompt = row["prompt"]
     completions = row["completions"] if "completions" in columns else [row[column] for column in columns]
     encoding = encoder.encode(prompt, completions)
-    group = TokenGroup(
-        id=row["id"],
-        group=_group_of(row),
-        prompt=tuple(encoding.prompt),
-        completions=tuple(map(tuple, encoding.completions)),
-    )
-    if group.longest > max_length:
-        raise RowProblem("over_long", f"has {group.longest} tokens, more than {max_length}")
-    found = check_tokens(encoder, prompt, completions, encoding)
-    for name in found:
-        if policies[name] != "keep":
-            raise RowProblem(name, TOKEN_DETAILS[name])
+    found, problem = judge_tokens(encoder, prompt, completions, encoding, max_length, policies)
+    if problem is not None:
+        raise problem
+    group = TokenGroup(row["id"], _group_of(row), tuple(encoding.prompt), tuple(map(tuple, encoding.completions)))
     return group, found
 
 

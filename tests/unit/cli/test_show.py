@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 from dpo_cli.cli.app import app
 from dpo_cli.cli.data_pages import print_row
 from dpo_cli.core.data_params import PreferenceSource, SftSource, Source
-from dpo_cli.core.errors import DataError
 from dpo_cli.core.params import PairTokenChecks
 from dpo_cli.core.text import visible, visible_token
 from dpo_cli.data.chat import ChatEncoder
@@ -75,14 +74,6 @@ def test_a_split_character_is_one_piece(tokenizer: Any) -> None:
     assert [(piece.text, piece.ids) for piece in pieces_of(tokenizer, ids)] == [("😀", tuple(ids))]
 
 
-def test_half_a_character_behind_which_nothing_follows_is_not_hidden(tokenizer: Any) -> None:
-    ids = tokenizer("😀", add_special_tokens=False)["input_ids"][:2]
-    pieces = pieces_of(tokenizer, [*ids, tokenizer.eos_token_id])
-    assert pieces[0].ids == tuple(ids)
-    assert "\ufffd" in pieces[0].text
-    assert pieces[1].special
-
-
 def test_special_tokens_keep_their_names(tokenizer: Any) -> None:
     ids = tokenizer("<|user|>a<|end|>", add_special_tokens=False)["input_ids"]
     assert [(piece.text, piece.special) for piece in pieces_of(tokenizer, ids)] == [
@@ -97,17 +88,7 @@ def sentencepiece_like() -> Any:
     from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 
-    words = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        *(f"<0x{byte:02X}>" for byte in range(256)),
-        "\u2581",
-        "a",
-        "b",
-        "\u2581a",
-        "\u2581b",
-    ]
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"\u2581 a b \u2581a \u2581b".split()]
     core = Tokenizer(
         models.BPE(
             {word: index for index, word in enumerate(words)},
@@ -149,7 +130,8 @@ def test_nothing_is_hidden_and_nothing_steers_the_terminal() -> None:
 
 
 def test_a_pair_has_its_facts_prompt_and_answers(project: Path) -> None:
-    found = describe_row(source_of(project, PAIR, {**PAIR, "prompt": "1 + 1 =", "chosen": "2!"}), 1, None)
+    row = {**PAIR, "prompt": "1 + 1 =", "chosen": "2!", "id": 7, "note": None, "lang": "en"}
+    found = describe_row(source_of(project, PAIR, row), 1, None)
     [part] = found["parts"]
     assert (found["row"], found["line"], found["format"], found["left_out"]) == (1, 2, "pairs", [])
     assert part["id"] == content_id([user("1 + 1 =")], [assistant("2!")], [assistant("5")])
@@ -159,13 +141,8 @@ def test_a_pair_has_its_facts_prompt_and_answers(project: Path) -> None:
     order = ["── user ", "1 + 1 =", "━━ the prompt ends here", "── chosen ", "2!", "── rejected ", "\n5\n"]
     assert [text.index(word) for word in order] == sorted(text.index(word) for word in order)
     assert "longer_chosen (keep)" in text
+    assert "not read id, lang" in text
     assert "pairs: 2 of the first 2 rows have prompt" in text
-
-
-def test_columns_that_nobody_reads_are_named(project: Path) -> None:
-    found = describe_row(source_of(project, {**PAIR, "id": 7, "note": None, "lang": "en"}), 0, None)
-    assert found["unread"] == ["id", "lang"]
-    assert "not read id, lang" in printed(found)
 
 
 def test_a_ranking_shows_its_answers_best_first_with_rank_and_score(project: Path) -> None:
@@ -220,9 +197,7 @@ def test_a_malformed_row_is_shown_raw_and_shortened(project: Path) -> None:
 def test_a_long_prompt_is_shown_by_its_ends(project: Path, view: TokenView) -> None:
     prompt = "begin " + "word " * 2000 + "end"
     found = describe_row(source_of(project, {**PAIR, "prompt": prompt}), 0, view)
-    file = io.StringIO()
-    print_row(found, Console(file=file, width=80, highlight=False))
-    text = file.getvalue()
+    text = printed(found)
     assert f"… {len(prompt) - 2400} characters are left out here; --whole shows them …" in text
     assert f"… {found['parts'][0]['tokens']['prompt']['count'] - 300} tokens are left out here" in text
     assert "begin word" in text
@@ -266,11 +241,6 @@ def test_half_a_surrogate_pair_is_no_traceback(project: Path, view: TokenView) -
     found = describe_row(source_of(project, {**PAIR, "chosen": "half \ud83d"}), 0, view)
     assert [dropped["reason"] for dropped in found["left_out"]] == ["bad_unicode"]
     assert "half \\ud83d" in printed(found)
-
-
-def test_a_row_beyond_the_end(project: Path) -> None:
-    with pytest.raises(DataError, match="--row 2 is beyond its 2 rows, which are counted from 0 to 1"):
-        describe_row(source_of(project, PAIR, PAIR), 2, None)
 
 
 # --- with a model -------------------------------------------------------------------------
@@ -352,24 +322,19 @@ def test_a_template_that_refuses_the_messages(project: Path, view: TokenView) ->
 # --- the command --------------------------------------------------------------------------
 
 
-def test_exit_code_0_where_the_row_is_taken(project: Path) -> None:
-    result = run(str(write(project, PAIR)))
-    assert result.exit_code == 0, result.output
-    assert "── chosen " in result.stdout
-
-
-def test_exit_code_4_where_the_row_is_left_out(project: Path) -> None:
-    path = write(project, PAIR, {**PAIR, "chosen": ""}, {"prompt": "q"})
-    for row, reason in (("1", "empty_chosen"), ("2", "missing_field")):
-        result = run(str(path), "--row", row)
-        assert result.exit_code == 4
-        assert reason in result.stdout.splitlines()[0]
-
-
-def test_exit_code_4_and_one_line_where_there_is_no_such_row(project: Path) -> None:
-    result = run(str(write(project, PAIR)), "--row", "7")
-    assert result.exit_code == 4
-    assert result.stderr.strip().endswith("rows.jsonl: --row 7 is beyond its 1 rows, which are counted from 0 to 0")
+@pytest.mark.parametrize(
+    ("row", "code", "words"),
+    [
+        (0, 0, "── chosen "),
+        (1, 4, "row 1 is left out by convert-preferences: empty_chosen"),
+        (2, 4, "row 2 is left out by convert-preferences: missing_field"),
+        (7, 4, "rows.jsonl: --row 7 is beyond its 3 rows, which are counted from 0 to 2"),
+    ],
+)
+def test_the_exit_code_says_whether_the_row_is_taken(project: Path, row: int, code: int, words: str) -> None:
+    result = run(str(write(project, PAIR, {**PAIR, "chosen": ""}, {"prompt": "q"})), "--row", str(row))
+    assert result.exit_code == code, result.output
+    assert words in result.output
 
 
 def test_json_is_one_object_with_the_tokens(project: Path) -> None:

@@ -156,12 +156,6 @@ def test_json_is_one_object_and_no_tables(project: Path) -> None:
     assert json.loads(result.stdout)["preferences"]["rows"] == 1
 
 
-def test_a_file_that_no_row_fits_is_an_error(project: Path) -> None:
-    result = run(write(project, {"a": 1}))
-    assert result.exit_code == 4
-    assert "unknown format" in result.stderr
-
-
 def test_a_file_of_which_nothing_stays_has_no_lengths(project: Path) -> None:
     result = run(write(project, {**PAIR, "chosen": ""}))
     assert result.exit_code == 0, result.output
