@@ -200,8 +200,9 @@ def unwrap_row(row: RawRow, names: Collection[str]) -> tuple[RawRow, str]:
         elif type(value) in (list, dict) and (turns := _spliced(value)):
             spliced[name], template = turns
             made_by = made_by or template
-    completions = row.get("completions") if "completions" in names else None
-    listed = [unwrap(text) if type(text) is str else None for text in completions] if type(completions) is list else []
+    value = row.get("completions") if "completions" in names else None
+    completions = value if type(value) is list else []
+    listed = [unwrap(text) if type(text) is str else None for text in completions]
     made_by = made_by or next((conversation.template for conversation in filter(None, listed)), "")
     if not made_by:
         return row, ""
