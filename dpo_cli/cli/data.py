@@ -93,10 +93,7 @@ def data_check_command(
         refuse_unknown_check(listed, model, params.data)
         view_of = None if model is None else partial(token_view, model, template, max_length)
         sources = sources_of(files or [], kind, settings or [])
-        reporter, workers = ConsoleReporter(show_tables=not as_json), params.runtime.workers
-        figures, accepted = check_sources(
-            sources, params.data, reporter, listed=listed, view_of=view_of, workers=workers
-        )
+        figures, accepted = check_sources(sources, params, ConsoleReporter(show_tables=not as_json), listed, view_of)
     if as_json:
         typer.echo(json.dumps(figures, ensure_ascii=False))
     if not accepted:
@@ -176,7 +173,7 @@ def data_stats_command(
         sources, params = sources_of(files or [], kind, settings or []), project_params()
         encoder = None if model is None else encoder_of(model, template)
         figures = {}
-        for name, found in profile_sources(sources, params.data, encoder, reporter, params.runtime.workers):
+        for name, found in profile_sources(sources, params, encoder, reporter):
             figures[name] = found
             print_profile(name, found, reporter)
     if as_json:

@@ -16,8 +16,8 @@ from dpo_cli.core.errors import DataError, MachineError, ParamsError
 from dpo_cli.core.load_params import explain, load_params, set_value
 from dpo_cli.core.params import EMBEDDED, ModelParams, Params
 from dpo_cli.data.chat import ChatEncoder
+from dpo_cli.data.checks import TokenView
 from dpo_cli.data.formats.detect import UnknownFormatError
-from dpo_cli.data.inspect import TokenView
 from dpo_cli.data.plan import Treatment, find_files, plan_of
 from dpo_cli.data.templates import NAMED_TEMPLATES
 from dpo_cli.models.folder import holds_weights
@@ -204,4 +204,4 @@ def token_view(model: str, template: str | None, max_length: int | None, source:
     params = project_params()
     section = params.sft if isinstance(source, SftSource) else params.reference
     encoder = encoder_of(model, template)
-    return TokenView(model, encoder, max_length or section.max_length, section.checks.model_dump())
+    return TokenView(encoder, max_length or section.max_length, section.checks.model_dump(), model)

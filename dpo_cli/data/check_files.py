@@ -10,12 +10,12 @@ from typing import Any
 
 from dpo_cli.core.data_params import DataParams, SftSource, Source
 from dpo_cli.core.errors import ParamsError
-from dpo_cli.core.params import TokenChecks
+from dpo_cli.core.params import Params, TokenChecks
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.account import Conversion, Finding, account_rows, checks_of, metrics_of, unread_of, warnings_of
 from dpo_cli.data.blocks import SAMPLED_OUT
+from dpo_cli.data.checks import TokenView
 from dpo_cli.data.convert import convert_aside
-from dpo_cli.data.inspect import TokenView
 from dpo_cli.data.plan import Treatment, by_kind
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.tokenize import tokenize_row
@@ -25,22 +25,19 @@ _ROWS_NAMED = 5
 
 def check_sources(
     sources: Sequence[Source],
-    data: DataParams,
+    params: Params,
     reporter: Reporter,
-    *,
     listed: str | None = None,
     view_of: Callable[[Source], TokenView] | None = None,
-    workers: int | None = None,
 ) -> tuple[dict[str, Any], bool]:
     """Convert sources without writing anything, and print what was found.
 
     Args:
         sources: Where the data is; sources of one kind are compared with each other.
-        data: Section data of the project.
+        params: The settings of the project.
         reporter: Gets the tables.
         listed: The check whose rows are all to be named; None: the first ones of each.
         view_of: How a model sees a source, by whose tokens rows are checked, too.
-        workers: Processes that read; None: one a core.
 
     Returns:
         The figures by kind, and whether all rows are accepted.
@@ -49,12 +46,12 @@ def check_sources(
         DataError: A file cannot be read or has no known format.
         MachineError: The model's tokenizer cannot be used.
     """
-    asked = Treatment.of(data)
+    asked = Treatment.of(params.data)
     treatment = replace(asked.without_stops(), rows_listed=_ROWS_NAMED, listed=listed)
     figures: dict[str, Any] = {}
     accepted = True
     for kind, mine in by_kind(sources):
-        with convert_aside(mine, treatment, reporter, f"checking {kind}", workers) as (report, rejects):
+        with convert_aside(mine, treatment, reporter, f"checking {kind}", params.runtime.workers) as (report, rejects):
             for name, finding in report.checks.items():
                 finding.policy = asked.policies[name]
             examples = _first_of_each_reason(rejects)
@@ -80,16 +77,16 @@ def _check_tokens(
     report: Conversion, source: Source, view: TokenView, listed: str | None, reporter: Reporter
 ) -> dict[str, Finding]:
     """What the checks of tokens find in the rows that a conversion leaves."""
-    policies = {name: "drop" if policy == "error" else policy for name, policy in view.policies.items()}
+    view = view.without_stops()
     columns = ("completion",) if isinstance(source, SftSource) else ("chosen", "rejected")
-    findings = {name: Finding(policy) for name, policy in policies.items()}
+    findings = {name: Finding(policy) for name, policy in view.policies.items()}
     findings["template_refused"] = Finding("drop")
     with reporter.meter("tokenizing", report.num_checked, "examples") as meter:
         for block in report.blocks:
             before = block.first - block.file.first
             for row in block.rows():
                 try:
-                    _, found = tokenize_row(row, columns, view.encoder, view.max_length, policies)
+                    _, found = tokenize_row(row, columns, view)
                 except RowProblem as problem:
                     found = [problem.reason]
                 for name in found:

@@ -97,15 +97,7 @@ def convert_aside(
 ) -> Iterator[tuple[Conversion, Path]]:
     """Convert in a folder that does not last, and write no tables; what became of the rows, and the list of rejects.
 
-    Args:
-        sources: Where the data is; all of one kind.
-        treatment: What is done with their rows.
-        reporter: Shows progress.
-        doing: What is done, for its meter.
-        workers: Processes that share the work; None: one a core.
-
-    Raises:
-        DataError: See :func:`convert`.
+    The meter says what is ``doing``; ``workers`` as in section runtime. Raises as :func:`convert` does.
     """
     with tempfile.TemporaryDirectory(prefix="dpo-cli-") as folder:
         work, rejects = Path(folder) / "work", Path(folder) / "rejects.jsonl"

@@ -6,7 +6,6 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from dpo_cli.core.data_params import DataParams, Source
 from dpo_cli.core.errors import DataError
 from dpo_cli.data.block_files import examples_file, read_arrow
 from dpo_cli.data.blocks import convert_block, fit_answers
-from dpo_cli.data.chat import ChatEncoder, Encoding
-from dpo_cli.data.checks import check_example, judge_tokens
+from dpo_cli.data.chat import Encoding
+from dpo_cli.data.checks import TokenView, check_example
 from dpo_cli.data.plan import BlockPlan, Treatment, find_files, plan_of
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.reading.base import Record
@@ -26,23 +25,6 @@ from dpo_cli.data.tokens import pieces_of
 AnyExample = SftExample | PreferenceExample | RankingExample
 
 
-@dataclass(frozen=True)
-class TokenView:
-    """How a model sees text.
-
-    Attributes:
-        model: The model's folder, or ``embedded``.
-        encoder: Its tokenizer with the chat template.
-        max_length: Tokens a prompt with one answer may have; longer rows are left out.
-        policies: What is done with what each check of tokens finds.
-    """
-
-    model: str
-    encoder: ChatEncoder
-    max_length: int
-    policies: Mapping[str, str]
-
-
 def describe_row(source: Source, row: int, view: TokenView | None, data: DataParams | None = None) -> dict[str, Any]:
     """All that is known of one row, as JSON has it.
 
@@ -51,7 +33,7 @@ def describe_row(source: Source, row: int, view: TokenView | None, data: DataPar
 
     Args:
         source: The file, with how it is read.
-        row: The number of the row, from 0.
+        row: Its number, from 0.
         view: How the model sees it, where that is wanted.
         data: Section data of the project; None: the defaults.
 
@@ -185,9 +167,7 @@ class _Describing:
         reason, stage = self._rejects.get(part), self._stage
         problem, view = tokens if isinstance(tokens, RowProblem) else None, self._view
         if view is not None and isinstance(tokens, Encoding):
-            failed, problem = judge_tokens(
-                view.encoder, example.prompt, example.answers, tokens, view.max_length, view.policies
-            )
+            failed, problem = view.judge(example.prompt, example.answers, tokens)
             found["token_checks"] = {name: view.policies[name] for name in failed}
         if reason is None and problem is not None:
             reason, stage = (problem.reason, problem.detail), "sft" if self._plan.kind == "sft" else "precompute-ref"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dpo_cli.core.data_params import DataParams, PreferenceSource, SftSource, Source
 from dpo_cli.core.errors import DataError
+from dpo_cli.data.checks import without_stops
 from dpo_cli.data.formats import PREFERENCE_FORMATS, SFT_FORMATS
 from dpo_cli.data.formats.base import Reading
 from dpo_cli.data.formats.detect import RowReader
@@ -45,8 +46,7 @@ class Treatment:
 
     def without_stops(self) -> Treatment:
         """The same for a look at the data: what would stop the conversion is left out."""
-        policies = {name: "drop" if policy == "error" else policy for name, policy in self.policies.items()}
-        return replace(self, policies=policies)
+        return replace(self, policies=without_stops(self.policies))
 
 
 @dataclass(frozen=True)

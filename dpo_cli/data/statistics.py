@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import regex
 
-from dpo_cli.core.data_params import DataParams, Source
+from dpo_cli.core.data_params import Source
+from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.convert import convert_aside
@@ -46,36 +47,22 @@ _SURE = 0.6
 
 
 def profile_sources(
-    sources: Sequence[Source],
-    data: DataParams,
-    encoder: ChatEncoder | None,
-    reporter: Reporter,
-    workers: int | None = None,
+    sources: Sequence[Source], params: Params, encoder: ChatEncoder | None, reporter: Reporter
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Read sources, and say what is in them.
+    """Each kind of data with its figures, as soon as it is read; lengths in the encoder's tokens, or in characters.
 
     Rows are read and checked as the conversion does it, but for comparing them with each other: those that repeat are
     counted, and so are those that the weight of their source would leave out.
 
-    Args:
-        sources: Where the data is.
-        data: Section data of the project.
-        encoder: Whose tokens are counted; None: characters are.
-        reporter: Shows progress.
-        workers: Processes that read; None: one a core.
-
-    Yields:
-        A kind of data and its figures, as soon as it is read.
-
     Raises:
         DataError: A file cannot be read or has no known format.
     """
-    treatment = Treatment.of(data).without_stops()
+    treatment = Treatment.of(params.data).without_stops()
     treatment = replace(treatment, policies={**treatment.policies, **dict.fromkeys(CHECKS, "keep")})
     for kind, mine in by_kind(sources):
         mine = [source.model_copy(update={"weight": 1.0}) for source in mine]
         statistics = DataStatistics(encoder, LIMITS if encoder is not None else (), language_of)
-        with convert_aside(mine, treatment, reporter, f"reading {kind}", workers) as (report, _):
+        with convert_aside(mine, treatment, reporter, f"reading {kind}", params.runtime.workers) as (report, _):
             left_out = report.rejected.copy()
             with reporter.meter(f"measuring {kind}", report.num_checked, "examples") as meter:
                 for block in report.blocks:

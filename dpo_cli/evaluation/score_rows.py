@@ -19,6 +19,7 @@ from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.account import Conversion, ConvertedBlock
 from dpo_cli.data.block_files import rankings_file, read_arrow
+from dpo_cli.data.checks import TokenView
 from dpo_cli.data.convert import convert_aside
 from dpo_cli.data.plan import Treatment
 from dpo_cli.data.problem import RowProblem
@@ -186,9 +187,9 @@ def _tokenize(place: tuple[str, int, str], row: dict[str, Any], project: Project
     row = from_table(row)
     is_pair = "chosen" in row
     columns = ("chosen", "rejected") if is_pair else ("completions",)
-    policies = {name: "drop" if policy == "error" else policy for name, policy in project.policies.items()}
+    view = TokenView(project.encoder, project.max_length, project.policies).without_stops()
     try:
-        tokens, _ = tokenize_row(row, columns, project.encoder, project.max_length, policies)
+        tokens, _ = tokenize_row(row, columns, view)
     except RowProblem as problem:
         found.left_out.append(
             {

@@ -30,7 +30,7 @@ def run(*arguments: str) -> Any:
 def stats_of(reporter: Any, *files: str, settings: list[str] | None = None, model: str | None = None) -> dict[str, Any]:
     sources = sources_of(files, None, settings or [])
     encoder = encoder_of(model, None) if model else None
-    found = dict(profile_sources(sources, project_params().data, encoder, reporter))
+    found = dict(profile_sources(sources, project_params(), encoder, reporter))
     for kind, figures in found.items():
         print_profile(kind, figures, reporter)
     return found

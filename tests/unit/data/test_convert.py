@@ -487,7 +487,25 @@ def test_answers_of_a_conversation_may_all_be_examples(run: Run) -> None:
         assert openings[0] == openings[1]
 
 
-# --- formats ------------------------------------------------------------------------------
+def test_rows_that_a_weight_leaves_out_repeat_and_contradict_nothing(run: Run) -> None:
+    rows = pairs(200)
+    one, two = lines_file("one.jsonl", rows), lines_file("two.jsonl", rows)
+    done = run(sources=[PreferenceSource(path=one, weight=0.5), PreferenceSource(path=two)])
+    assert {row["prompt"][0]["content"] for row in done.rows} == {row["prompt"] for row in rows}
+    other = [pair(number, chosen="no", rejected="yes") for number in range(200)]
+    turned = lines_file("turned.jsonl", other)
+    done = run(sources=[PreferenceSource(path=one), PreferenceSource(path=turned, split="train", weight=1e-9)])
+    train = {row["id"] for row in done.tables["train"].to_dicts()}
+    assert len(train) == run(sources=[PreferenceSource(path=one)]).tables["train"].height
+
+
+def test_max_rows_is_of_the_source_not_of_each_file(run: Run) -> None:
+    for number in range(3):
+        lines_file(f"part-{number}.jsonl", [pair(number * 20 + at) for at in range(20)])
+    report = run(sources=[PreferenceSource(path="part-*.jsonl", max_rows=30)]).report
+    assert [account.num_rows for account in report.files] == [20, 10]
+    assert (report.num_read, [account.num_used for account in report.files]) == (30, [20, 10])
+    assert [account.stopped for account in report.files] == [False, True]
 
 
 # --- nothing to write ---------------------------------------------------------------------
@@ -546,30 +564,6 @@ def test_memory_does_not_grow_with_the_file(run: Run, monkeypatch: pytest.Monkey
     report = run(pairs(1000)).report
     assert report.num_read == 1000
     assert most <= 4
-
-
-# --- sources beside each other --------------------------------------------------------------
-
-
-def test_rows_that_a_weight_leaves_out_repeat_and_contradict_nothing(run: Run) -> None:
-    rows = pairs(200)
-    one, two = lines_file("one.jsonl", rows), lines_file("two.jsonl", rows)
-    done = run(sources=[PreferenceSource(path=one, weight=0.5), PreferenceSource(path=two)])
-    assert {row["prompt"][0]["content"] for row in done.rows} == {row["prompt"] for row in rows}
-    other = [pair(number, chosen="no", rejected="yes") for number in range(200)]
-    turned = lines_file("turned.jsonl", other)
-    done = run(sources=[PreferenceSource(path=one), PreferenceSource(path=turned, split="train", weight=1e-9)])
-    train = {row["id"] for row in done.tables["train"].to_dicts()}
-    assert len(train) == run(sources=[PreferenceSource(path=one)]).tables["train"].height
-
-
-def test_max_rows_is_of_the_source_not_of_each_file(run: Run) -> None:
-    for number in range(3):
-        lines_file(f"part-{number}.jsonl", [pair(number * 20 + at) for at in range(20)])
-    report = run(sources=[PreferenceSource(path="part-*.jsonl", max_rows=30)]).report
-    assert [account.num_rows for account in report.files] == [20, 10]
-    assert (report.num_read, [account.num_used for account in report.files]) == (30, [20, 10])
-    assert [account.stopped for account in report.files] == [False, True]
 
 
 # --- rankings and checks --------------------------------------------------------------------

@@ -15,6 +15,7 @@ from dpo_cli.core.artifacts import remove
 from dpo_cli.core.errors import DataError, StaleArtifactError
 from dpo_cli.core.params import PairTokenChecks
 from dpo_cli.data.chat import ChatEncoder
+from dpo_cli.data.checks import TokenView
 from dpo_cli.data.schema import (
     PreferenceExample,
     SftExample,
@@ -46,7 +47,10 @@ def write(examples: list[Any], name: str = "a.parquet") -> Path:
 
 def tokenized(path: Path, encoder: ChatEncoder, max_length: int = 99, *columns: str, **policies: str) -> TokenTable:
     return tokenize_table(
-        path, columns or ("chosen", "rejected"), encoder, max_length, POLICIES | policies, "run: dpo-cli convert-sft"
+        path,
+        columns or ("chosen", "rejected"),
+        TokenView(encoder, max_length, POLICIES | policies),
+        "run: dpo-cli convert-sft",
     )
 
 
