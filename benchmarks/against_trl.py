@@ -472,14 +472,13 @@ class Watching(ToStderr):
 
 def our_references(scorer: Any, groups: Sequence[Any], max_tokens: int) -> list[Logps]:
     """Log-probabilities of pairs, found as the stage precompute_ref finds them."""
-    from dpo_cli.reference.cache import group_keys
-    from dpo_cli.reference.scoring import missing_groups, score_groups
     from dpo_cli.scoring.budget import TokenBudget
+    from dpo_cli.scoring.reference import missing_groups, score_groups
 
     budget = TokenBudget(max_tokens, "precompute_ref", ToStderr())
     batches = score_groups(scorer, missing_groups(groups, set(), max_tokens), budget)
     found = {row["key"]: row["logp"] for rows in batches for row in rows}
-    return [(found[chosen], found[rejected]) for chosen, rejected in map(group_keys, groups)]
+    return [(found[chosen], found[rejected]) for chosen, rejected in (group.keys for group in groups)]
 
 
 def run_ours(case: Case, runtime_settings: dict[str, Any]) -> Outcome:

@@ -23,9 +23,8 @@ from dpo_cli.core.params import LoraParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine
-from dpo_cli.models.shapes import SHAPES, random_model
+from dpo_cli.models.shapes import REGIMES, SHAPES, random_model, random_pairs
 from dpo_cli.scoring.layout import LAYOUTS, LayoutName
-from dpo_cli.scoring.regimes import REGIMES, random_pairs
 from dpo_cli.scoring.scorer import MAX_READ_SHARE, Scorer
 
 TURNS = 3

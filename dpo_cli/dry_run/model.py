@@ -1,8 +1,9 @@
-"""Models without numbers on the dry device, as loading would leave them there."""
+"""Models without numbers on the dry device, as loading would leave them there, and steps of the real training loop."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +13,23 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-from dpo_cli.core.params import LoraParams
+from dpo_cli.core.interrupts import StopRequest
+from dpo_cli.core.params import LoraParams, RuntimeParams
+from dpo_cli.core.progress import SilentReporter
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.dry_run.device import CUDA
-from dpo_cli.kernels.fused import NORM, ROTATION, SWIGLU, install
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine
+from dpo_cli.models.shapes import random_pairs
+from dpo_cli.scoring.budget import TokenBudget
+from dpo_cli.scoring.fused import NORM, ROTATION, SWIGLU, install
+from dpo_cli.scoring.layout import LayoutName
+from dpo_cli.scoring.limits import Work
+from dpo_cli.scoring.scorer import MAX_READ_SHARE, Scorer
+from dpo_cli.training.accumulation import Accumulator, Limits
+from dpo_cli.training.job import Job
+from dpo_cli.training.loss_scale import LossScale
+from dpo_cli.training.protocols import Learner
 
 _BLOCK, _BLOCKS = 64, 256
 """Weights that share a scale in nf4, and scales that share one under double quantization."""
@@ -111,3 +124,51 @@ def _packed(layer: Any, dtype: torch.dtype) -> torch.nn.Parameter:
     )
     layer.quant_state = weight.quant_state
     return weight
+
+
+# --- a step ---------------------------------------------------------------------------------
+
+
+class DryAccumulator(Accumulator[Any]):
+    """The training loop's gradient of a batch; the sums are not read back at its end.
+
+    Args:
+        learner: The model, its trainable parameters marked, what scores groups with it, and what is minimized.
+        max_tokens: Tokens of a micro-batch.
+    """
+
+    def __init__(self, learner: Learner[Any], max_tokens: int) -> None:
+        reporter, dtype = SilentReporter(), learner.scorer.compute_dtype
+        limits = Limits(TokenBudget(max_tokens, "dry run", reporter), LossScale(dtype, "dry run", reporter, None))
+        job = Job("train", Path(), Machine(torch.device("cpu"), dtype), RuntimeParams(), reporter)
+        super().__init__(learner, limits, job, StopRequest())
+
+    def _exchange(
+        self, groups: Sequence[TokenGroup], sums_S: torch.Tensor, parameters: Sequence[torch.nn.Parameter]
+    ) -> list[float]:
+        """As many zeros as the real one reads from the device, in the one read-back of a step."""
+        return [0.0] * len(sums_S)
+
+
+def open_dry_scorer(model: Any, machine: Machine, layout: LayoutName) -> Scorer:
+    """What ``open_scorer`` makes of a model whose probe passes; kernels are tried out as there."""
+    scorer = Scorer(model, machine.compute_dtype, layout)
+    scorer.max_read_share = MAX_READ_SHARE if scorer.can_read_rows else 0.0
+    with scorer, torch.no_grad():
+        scorer.score(random_pairs("equal", 1, scorer.config.vocab_size))
+    return scorer
+
+
+def mean_visible_pairs(scorer: Scorer, groups: Sequence[TokenGroup], max_tokens: int) -> int:
+    """(query, key) pairs that see each other in a micro-batch, a mean over those of a step."""
+    batches = [[groups[index] for index in indices] for indices in scorer.split(groups, max_tokens)]
+    return Work.of(batches, scorer.layout).visible // len(batches)
+
+
+def take_optimizer_step(trainable: Sequence[torch.nn.Parameter]) -> None:
+    """Clip the gradients and take a step of AdamW, as training does; they are gone after it."""
+    torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+    # fused: the other forms read on the CPU how many steps were done, which has no number here
+    torch.optim.AdamW(trainable, lr=1e-6, fused=True).step()
+    for parameter in trainable:
+        parameter.grad = None

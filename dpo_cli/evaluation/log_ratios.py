@@ -22,8 +22,7 @@ from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.evaluation.models import AdapterModels, EvaluatedModel
 from dpo_cli.models.project import Project
-from dpo_cli.reference.cache import SCHEMA, group_keys, read_cache_rows
-from dpo_cli.reference.scoring import missing_groups, score_into_store
+from dpo_cli.scoring.reference import SCHEMA, missing_groups, read_cache_rows
 
 _OTHER_STORES_KEPT = 3
 
@@ -61,7 +60,7 @@ def score_both(project: Project, adapter: Path, groups: Sequence[TokenGroup]) ->
         Interrupted: The user asked to stop; what was computed is kept.
         MachineError: Another run of this command, or of stage precompute_ref, is at work here.
     """
-    wanted = {key for group in groups for key in group_keys(group)}
+    wanted = {key for group in groups for key in group.keys}
     models = AdapterModels(project, adapter)
     with stage_scratch("precompute_ref", digest_json(project.identity)) as scratch:
         store = RowStore(scratch.folder / "rows", SCHEMA)
@@ -89,13 +88,12 @@ def _complete(
     project: Project, model: EvaluatedModel, groups: Sequence[TokenGroup], cached: pl.DataFrame | None, store: RowStore
 ) -> ScoredAnswers:
     """All rows of one model; what neither the cache nor the store has is computed and stored."""
-    wanted = {key for group in groups for key in group_keys(group)}
+    wanted = {key for group in groups for key in group.keys}
     known = wanted & (store.keys() | (set() if cached is None else set(cached["key"])))
-    budget = project.budget()
-    missing = missing_groups(groups, known, budget.max_tokens)
+    missing = missing_groups(groups, known, project.budget().max_tokens)
     if missing:
         with model.use() as loaded, loaded.scorer as scorer:
-            score_into_store(scorer, missing, store, budget, project, f"answers under {model}")
+            project.score_into(store, scorer, missing, f"answers under {model}")
     rows = store.rows(wanted)
     if cached is not None:
         rows = pl.concat([cached, rows]).unique("key", keep="first", maintain_order=True)

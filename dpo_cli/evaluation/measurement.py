@@ -25,7 +25,7 @@ from dpo_cli.evaluation.steps import Steps, logp_sums
 from dpo_cli.judging.answers import Answer
 from dpo_cli.judging.comparisons import Answers
 from dpo_cli.models.project import Project
-from dpo_cli.reference.cache import group_keys, reference_logps
+from dpo_cli.scoring.reference import reference_logps
 
 Scaled = Mapping[float, tuple[dict[str, Answer], dict[str, SequenceKl]]]
 """Answers at temperature 1 and their divergences, by how many times what training changed."""
@@ -67,7 +67,7 @@ class Measurement:
         sums = logp_sums(scored)
         pairs = {}
         for group in groups:
-            chosen, rejected = group_keys(group)
+            chosen, rejected = group.keys
             pairs[group.id] = HeldOutPair(
                 id=group.id,
                 group=group.group,
@@ -87,7 +87,7 @@ class Measurement:
             if model is None:
                 continue
             scored = self._steps.token_logps(model, table.groups, f"held-out SFT text under {model}")
-            keys = [key for group in table.groups for key in group_keys(group)]
+            keys = [key for group in table.groups for key in group.keys]
             logps = [logp for key in keys for logp in scored[key]]
             found[f"perplexity_{model.name}"] = perplexity(logps, len(logps))
         return found
@@ -112,7 +112,7 @@ class Measurement:
         )
         found = {}
         for group in groups:
-            (key,) = group_keys(group)
+            (key,) = group.keys
             ratios = [a - b for a, b in zip(ours[key], theirs[key], strict=True)]
             row, place = [], 0
             for piece in pieces_of(self.project.tokenizer, group.completions[0]):

@@ -28,7 +28,6 @@ from dpo_cli.evaluation.score_rows import InputRow, InputRows, read_rows
 from dpo_cli.losses.catalogue import learns_log_ratio
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.models.project import Project, open_project
-from dpo_cli.reference.cache import group_keys
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def score_sources(
 def _scored(
     rows: Sequence[InputRow], policy: ScoredAnswers, reference: ScoredAnswers, beta: float, trained: set[str]
 ) -> list[ScoredRow]:
-    keys = [group_keys(row.tokens) for row in rows]
+    keys = [row.tokens.keys for row in rows]
     ranked = [
         RankedAnswers(
             group=row.tokens.group,

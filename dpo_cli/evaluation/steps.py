@@ -25,10 +25,9 @@ from dpo_cli.evaluation.kl import SequenceKl, sequence_kl
 from dpo_cli.evaluation.models import EvaluatedModel
 from dpo_cli.judging.answers import Answer
 from dpo_cli.models.project import Project
-from dpo_cli.reference.cache import SCHEMA as LOGP_SCHEMA
-from dpo_cli.reference.cache import group_keys
-from dpo_cli.reference.scoring import missing_groups, score_into_store
 from dpo_cli.scoring.budget import in_micro_batches
+from dpo_cli.scoring.reference import SCHEMA as LOGP_SCHEMA
+from dpo_cli.scoring.reference import missing_groups
 
 _ANSWERS = {"key": pl.String, "tokens": pl.List(pl.Int32), "finished": pl.Boolean}
 _DIVERGENCES = {
@@ -65,13 +64,12 @@ class Steps:
         Raises:
             Interrupted: The user asked to stop; what was scored is kept.
         """
-        wanted = {key for group in groups for key in group_keys(group)}
+        wanted = {key for group in groups for key in group.keys}
         store = self._store(model, "logps", LOGP_SCHEMA)
-        budget = self._project.budget()
-        missing = missing_groups(groups, store.keys(), budget.max_tokens)
+        missing = missing_groups(groups, store.keys(), self._project.budget().max_tokens)
         if missing:
             with model.use() as loaded, loaded.scorer as scorer:
-                score_into_store(scorer, missing, store, budget, self._project, what)
+                self._project.score_into(store, scorer, missing, what)
         rows = store.rows(wanted)
         return dict(zip(rows["key"].to_list(), rows["token_logps"].to_list(), strict=True))
 
@@ -128,7 +126,7 @@ class Steps:
         Raises:
             Interrupted: The user asked to stop; what was computed is kept.
         """
-        keys = {id: group_keys(answer)[0] for id, answer in answers.items()}
+        keys = {id: answer.keys[0] for id, answer in answers.items()}
         store = self._store(policy, f"divergences-{reference.digest}", _DIVERGENCES)
         known = store.keys()
         missing = [answer for id, answer in answers.items() if keys[id] not in known]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_json, write_json
 from dpo_cli.core.errors import MachineError, ParamsError, StaleArtifactError
-from dpo_cli.core.manifest import SFT
+from dpo_cli.core.manifest import REWARD, SFT
 from dpo_cli.core.params import LoraParams
 from dpo_cli.core.text import shown
 from dpo_cli.models.device import Machine
@@ -298,3 +298,76 @@ def load_backbone(base: Path, sft: SftResult, machine: Machine, quantization: st
     """The frozen weights under the adapter: the base, or what SFT made of all of it."""
     folder = paths.SFT_MODEL if sft.method == "full" else base
     return load_model(folder, machine, quantization=quantization)
+
+
+# --- reward models --------------------------------------------------------------------------
+# The graph of policy and reference, with a scalar head beside its adapter. It starts as the SFT model does, with a head
+# of zeros: every reward is 0 at first. Adapter and head are one PEFT adapter of task SEQ_CLS, so that
+# AutoModelForSequenceClassification (num_labels=1) with PEFT gives the same rewards.
+
+_HEAD = "score"
+"""The head's name in transformers' sequence classifiers."""
+
+
+def load_reward_model_at_start(
+    base: Path, sft: SftResult, machine: Machine, quantization: str, lora: LoraParams, seed: int
+) -> PeftModel:
+    """The reward model before its first step; adapter and head are trainable."""
+    model = _with_head(load_backbone(base, sft, machine, quantization))
+    model = (
+        _go_on(model, paths.SFT_MODEL) if sft.has_adapter else add_adapter(model, lora, seed, "SEQ_CLS", "reward.lora")
+    )
+    keep_weights_unpacked(model)
+    return model
+
+
+def load_reward_model(folder: Path, base: Path, sft: SftResult, machine: Machine, quantization: str) -> PeftModel:
+    """The trained reward model of a folder, frozen and in eval mode."""
+    model = _with_head(load_backbone(base, sft, machine, quantization))
+    model = load_adapter(model, folder, trainable=False)
+    keep_weights_unpacked(model)
+    return model.eval()
+
+
+def _with_head(causal: Any) -> Any:
+    """A causal language model with a head of zeros beside its own, where PEFT looks for one to train."""
+    import torch
+
+    embedding = causal.get_input_embeddings().weight
+    head = torch.nn.Linear(causal.config.get_text_config().hidden_size, 1, bias=False, device=embedding.device)
+    torch.nn.init.zeros_(head.weight)
+    setattr(causal, _HEAD, head)
+    return causal
+
+
+def _go_on(model: Any, folder: Path) -> PeftModel:
+    """A saved adapter of a causal language model on one with a head, both trainable."""
+    from peft import LoraConfig, TaskType, get_peft_model, load_peft_weights, set_peft_model_state_dict
+
+    from dpo_cli.models.lora import use_short_layers
+
+    config = use_short_layers(LoraConfig.from_pretrained(str(folder)))  # type: ignore[arg-type]
+    config.task_type, config.inference_mode, config.base_model_name_or_path = TaskType.SEQ_CLS, False, None
+    adapted: PeftModel = get_peft_model(model, config)  # type: ignore[assignment]
+    weights = load_peft_weights(str(folder), device="cpu")
+    weights[f"base_model.model.{_HEAD}.weight"] = reward_head(adapted).weight.detach().cpu()  # the file has none
+    set_peft_model_state_dict(adapted, weights)
+    return adapted
+
+
+def reward_head(model: PeftModel) -> Any:
+    """The head of a reward model, float32."""
+    return getattr(model.get_base_model(), _HEAD)
+
+
+def check_reward_model(folder: Path, made_of: Mapping[str, Any]) -> None:
+    """Refuse a reward model that is not there, or was made of something else than what is there now.
+
+    Raises:
+        StaleArtifactError: It is missing or damaged, stage reward was off, or the graph or the data is another.
+    """
+    if REWARD.read(folder).settings["reward"]["loss"] == "none":
+        raise StaleArtifactError(
+            f"{folder} holds no reward model: set reward.loss in params.yaml, then {REWARD.remedy(folder)}"
+        )
+    REWARD.check(made_of, folder)

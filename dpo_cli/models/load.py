@@ -187,7 +187,7 @@ def load_model(folder: Path, machine: Machine, *, quantization: str, trainable: 
         import torch
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-        from dpo_cli.kernels.fused import use_fused
+        from dpo_cli.scoring.fused import use_fused
 
     check_model_folder(folder)
     config = load_config(folder)

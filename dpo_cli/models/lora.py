@@ -33,7 +33,7 @@ from peft.tuners import lora
 from peft.tuners.lora import bnb as lora_bnb
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-from dpo_cli.kernels.products import wide_product
+from dpo_cli.scoring.kernels import wide_product
 
 
 def use_short_layers(config: LoraConfig) -> LoraConfig:

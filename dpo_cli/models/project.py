@@ -1,4 +1,4 @@
-"""This project's models and their identity: which weights, held how, computed in what.
+"""Where a command computes, and this project's models: which weights, held how, computed in what.
 
 Opening it checks every artifact that policy and reference are made of; its identity is what a reference cache is kept
 under.
@@ -6,36 +6,108 @@ under.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.core import paths
+from dpo_cli.core.errors import Interrupted
+from dpo_cli.core.interrupts import graceful_stop
 from dpo_cli.core.manifest import library_versions
 from dpo_cli.core.params import EMBEDDED, LoraParams, ModelParams, Params, RuntimeParams
 from dpo_cli.core.progress import Reporter
+from dpo_cli.core.row_store import Keep, RowStore
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.tables import table_digests
 from dpo_cli.data.tokenize import TokenTable, tokenize_table
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import (
     ModelPair,
     SftResult,
     load_pair,
     load_policy_at_start,
     load_reference,
+    load_reward_model,
+    load_reward_model_at_start,
     read_sft_result,
 )
-from dpo_cli.models.device import prepare_machine
+from dpo_cli.models.device import Machine, prepare_machine, token_budget
 from dpo_cli.models.folder import base_folder
 from dpo_cli.models.identity import base_digest, read_base_lock, refuse_beyond_context, verify_model
 from dpo_cli.models.load import context_length, load_model, load_tokenizer, open_encoder
-from dpo_cli.models.reward import load_reward_model, load_reward_model_at_start
-from dpo_cli.models.workplace import Workplace
-from dpo_cli.scoring.scorer import engine_version
+from dpo_cli.scoring.budget import TokenBudget
+from dpo_cli.scoring.probe import LayoutChoice, open_scorer
+from dpo_cli.scoring.reference import score_groups
+from dpo_cli.scoring.scorer import Scorer, engine_version
 
 if TYPE_CHECKING:  # peft takes seconds to import
     from peft import PeftModel
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where a command computes.
+
+    Attributes:
+        command: Who works, for messages.
+        reporter: Told of the work.
+        runtime: Layout, token budget, minutes of work that a kill may cost.
+        machine: Device and compute dtype.
+    """
+
+    command: str
+    reporter: Reporter
+    runtime: RuntimeParams
+    machine: Machine
+
+    def scorer(self, model: Any) -> tuple[Scorer, LayoutChoice]:
+        """A model's log-probabilities, in the cheapest layout that is right for it.
+
+        Raises:
+            MachineError: The layout that is forced, or every layout, gives other numbers than the plain computation.
+        """
+        return open_scorer(model, self.machine.compute_dtype, self.runtime, self.reporter, self.command)
+
+    def budget(self) -> TokenBudget:
+        """Tokens that go through a model at once."""
+        return TokenBudget(token_budget(self.runtime, self.machine.device), self.command, self.reporter)
+
+    @contextmanager
+    def keeping(self, store: RowStore) -> Iterator[Keep]:
+        """A function that takes rows and stores them every few minutes; it ends the work where the user asks for it.
+
+        Raises:
+            Interrupted: The user asked to stop; what was computed is kept, as it is after any error.
+        """
+        with graceful_stop() as stop, store.keeping(self.runtime.checkpoint_minutes) as keep:
+
+            def kept(rows: Sequence[Mapping[str, Any]]) -> None:
+                keep(rows)
+                if stop.requested:
+                    raise Interrupted(f"{self.command}: stopped; what was computed is kept, run it again to go on")
+
+            yield kept
+
+    def score_into(self, store: RowStore, scorer: Scorer, groups: Sequence[TokenGroup], what: str) -> None:
+        """Score groups and store the rows of a reference cache as time passes.
+
+        Args:
+            store: Where they go.
+            scorer: Scores the groups.
+            groups: Those that are missing.
+            what: What is done, for the meter.
+
+        Raises:
+            Interrupted: The user asked to stop; what was computed is stored, as it is after any error.
+            MachineError: A single group does not fit into memory.
+        """
+        total = sum(len(group.completions) for group in groups)
+        with self.keeping(store) as keep, self.reporter.meter(f"{self.command}: {what}", total, "answers") as meter:
+            for rows in score_groups(scorer, groups, self.budget()):
+                keep(rows)
+                meter.advance(len(rows))
 
 
 @dataclass(frozen=True)

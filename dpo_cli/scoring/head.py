@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from dpo_cli.kernels.products import wide_product
+from dpo_cli.scoring.kernels import wide_product
 
 DEFAULT_HEAD_BYTES = 32 << 20
 """Bytes of logits that are held at once on the CPU: about what its caches hold."""

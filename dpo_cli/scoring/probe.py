@@ -28,10 +28,9 @@ from dpo_cli.core.gpu import is_gpu
 from dpo_cli.core.params import RuntimeParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.kernels.fused import describe_fused
-from dpo_cli.kernels.products import describe_products
-from dpo_cli.scoring.attention import Attending, UnsupportedAttentionError
-from dpo_cli.scoring.last_mlp import CannotSelectError
+from dpo_cli.scoring.attention import Attending, UnsupportedLayerError
+from dpo_cli.scoring.fused import describe_fused
+from dpo_cli.scoring.kernels import describe_products
 from dpo_cli.scoring.layout import LAYOUTS, MIN_SHARED_TOKENS, LayoutName
 from dpo_cli.scoring.limits import left_unquantized
 from dpo_cli.scoring.scorer import MAX_READ_SHARE, HeadName, Scorer, engine_version, evaluating
@@ -259,7 +258,7 @@ def _reason_against(
             return "its attention is in chunks", float("inf")
     try:
         found = scorer.score(groups, name).logps_BK.cpu()
-    except (UnsupportedAttentionError, CannotSelectError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+    except (UnsupportedLayerError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         if is_out_of_memory(error):
             raise
         return f"it fails ({first_line(error)})", float("inf")

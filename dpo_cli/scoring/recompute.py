@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from dpo_cli.scoring.attention import Attending, attend, attending
+from dpo_cli.scoring.limits import causal_of
 
 Recompute = Literal["none", "elementwise", "layers"]
 GRADES: tuple[Recompute, ...] = ("none", "elementwise", "layers")
@@ -66,7 +67,7 @@ def set_recompute(model: torch.nn.Module, grade: Recompute) -> None:
     Raises:
         CannotRecomputeError: The model has no activation checkpointing, and the grade needs it.
     """
-    causal: Any = getattr(model, "get_base_model", lambda: model)()  # of a PeftModel; else itself
+    causal = causal_of(model)
     if grade == "none":
         if causal.supports_gradient_checkpointing:
             causal.gradient_checkpointing_disable()
@@ -184,7 +185,7 @@ class _Counted:
 
 
 def _count_kept(model: torch.nn.Module, own: set[int], forward: Callable[[int], int], size: int) -> _Counted:
-    causal: Any = getattr(model, "get_base_model", lambda: model)()  # of a PeftModel; else itself
+    causal = causal_of(model)
     num_tokens, kept = _kept_by(own, forward, size)
     counter = _ProductCounter()
     if not causal.supports_gradient_checkpointing:

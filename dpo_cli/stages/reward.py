@@ -18,10 +18,10 @@ from dpo_cli.core.text import markdown
 from dpo_cli.data.tokenize import TokenTable, explain_found, explain_rejects
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.evaluation.reward_figures import RewardedPair, RewardFigures, summarize_rewards
+from dpo_cli.models.adapters import reward_head
 from dpo_cli.models.card import card_head, usage
 from dpo_cli.models.device import memory_in_words, memory_metrics
 from dpo_cli.models.identity import read_lock
-from dpo_cli.models.reward import reward_head
 from dpo_cli.statistics.bootstrap import Estimate
 from dpo_cli.training.history import merge_log, write_tsv
 
@@ -74,7 +74,7 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
         from dpo_cli.models.adapters import save_adapter
         from dpo_cli.models.load import quiet_libraries, save_tokenizer
         from dpo_cli.models.project import open_project
-        from dpo_cli.scoring.reward import RewardScorer
+        from dpo_cli.scoring.scorer import RewardScorer
         from dpo_cli.training.fit import fit
         from dpo_cli.training.job import Job
         from dpo_cli.training.protocols import Learner

@@ -82,8 +82,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
 def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, Any]:
     with importing():
         from dpo_cli.data.tables import all_rejects, table_digests
-        from dpo_cli.models.project import check_context, open_base
-        from dpo_cli.models.workplace import Workplace
+        from dpo_cli.models.project import Workplace, check_context, open_base
         from dpo_cli.training.fit import fit
         from dpo_cli.training.job import Job
         from dpo_cli.training.objective import SftObjective
@@ -175,7 +174,7 @@ def _publish_untrained(params: Params, base: Path, scratch: Scratch, reporter: R
     files: list[str] = []
     if method == "adapter":
         with importing():
-            from dpo_cli.models.own_adapter import copy_adapter
+            from dpo_cli.models.verify import copy_adapter
 
         quiet_libraries()
         source = adapter_folder(params.runtime)

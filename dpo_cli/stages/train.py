@@ -32,8 +32,8 @@ from dpo_cli.models.device import memory_in_words, memory_metrics, token_budget
 from dpo_cli.models.identity import read_lock
 from dpo_cli.models.load import quiet_libraries, save_tokenizer
 from dpo_cli.models.project import Project, open_project
-from dpo_cli.reference.cache import read_cache, read_cache_tokens, reference_logps
 from dpo_cli.scoring.probe import LayoutChoice
+from dpo_cli.scoring.reference import read_cache, read_cache_tokens, reference_logps
 from dpo_cli.training.fit import Fit, fit
 from dpo_cli.training.gate import StepZero, check_step_zero
 from dpo_cli.training.history import merge_log, write_tsv

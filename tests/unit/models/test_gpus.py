@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dpo_cli.models.gpus import GPUS, gpu_called
+from dpo_cli.models.device import GPUS, gpu_called
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from dpo_cli.core.params import RuntimeParams
 from dpo_cli.models.adapters import ADAPTER_FILES, load_adapter
 from dpo_cli.models.folder import adapter_folder
 from dpo_cli.models.load import load_model
-from dpo_cli.models.own_adapter import copy_adapter
+from dpo_cli.models.verify import copy_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file")
 

@@ -20,18 +20,15 @@ from dpo_cli.models.adapters import (
     ADAPTER_FILES,
     SftResult,
     add_adapter,
-    load_reference,
-    save_adapter,
-)
-from dpo_cli.models.load import load_model
-from dpo_cli.models.reward import (
     check_reward_model,
+    load_reference,
     load_reward_model,
     load_reward_model_at_start,
     reward_head,
+    save_adapter,
 )
-from dpo_cli.scoring.reward import RewardScorer
-from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.models.load import load_model
+from dpo_cli.scoring.scorer import RewardScorer, Scorer
 
 LORA = LoraParams(r=4, alpha=8.0)
 RESULTS = {method: SftResult(method, "digest") for method in ("none", "qlora", "full")}

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_cli.kernels.products import wide_product
 from dpo_cli.scoring.head import (
     LogitTransform,
     TokenStatistics,
@@ -22,6 +21,7 @@ from dpo_cli.scoring.head import (
     max_logit_rows,
     token_logps,
 )
+from dpo_cli.scoring.kernels import wide_product
 from tests.live_memory import LiveMemory
 
 N, V, D = 23, 50, 16

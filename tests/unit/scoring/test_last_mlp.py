@@ -13,7 +13,7 @@ from dpo_cli.core.params import LoraParams, RuntimeParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.load import keep_weights_unpacked, load_model
-from dpo_cli.scoring import last_mlp
+from dpo_cli.scoring import attention
 from dpo_cli.scoring.layout import LAYOUTS, lay_out
 from dpo_cli.scoring.probe import open_scorer
 from dpo_cli.scoring.recompute import GRADES, Recompute, set_recompute
@@ -138,12 +138,12 @@ def test_rows_in_the_wrong_place_are_noticed_and_all_are_computed(
     reporter: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    put_back = last_mlp._put_back
+    put_back = attention._put_back
 
     def rolled(mlp: Any, args: Any, output: Any) -> Any:
         return put_back(mlp, args, output.roll(1, 1))
 
-    monkeypatch.setattr(last_mlp, "_put_back", rolled)
+    monkeypatch.setattr(attention, "_put_back", rolled)
     model = make_llama(100)
     scorer, verdict = open_(model, reporter)
     assert (scorer.layout, scorer.max_read_share, verdict.refused) == ("shared", 0.0, {})

@@ -13,8 +13,7 @@ from dpo_cli.core.params import LoraParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.scoring.layout import LAYOUTS, LayoutName, lay_out
-from dpo_cli.scoring.reward import RewardScorer
-from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.scoring.scorer import RewardScorer, Scorer
 
 VOCABULARY = 100
 TOLERANCE = 1e-5

@@ -15,11 +15,9 @@ import torch
 from dpo_cli.core.errors import Interrupted
 from dpo_cli.core.params import LoraParams, RewardParams, RuntimeParams
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.models.adapters import SftResult
-from dpo_cli.models.reward import load_reward_model_at_start, reward_head
+from dpo_cli.models.adapters import SftResult, load_reward_model_at_start, reward_head
 from dpo_cli.scoring.layout import LayoutName
-from dpo_cli.scoring.reward import Rewards, RewardScorer
-from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.scoring.scorer import Rewards, RewardScorer, Scorer
 from dpo_cli.training.fit import Fit, fit
 from dpo_cli.training.job import Job
 from dpo_cli.training.objective import RewardObjective

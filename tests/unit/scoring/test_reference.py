@@ -8,12 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_cli.core.errors import MachineError
 from dpo_cli.data.tokens import TokenGroup, completion_key
-from dpo_cli.reference.cache import group_keys
-from dpo_cli.reference.scoring import missing_groups, score_groups
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.layout import LAYOUTS, LayoutName
+from dpo_cli.scoring.reference import missing_groups, score_groups
 from dpo_cli.scoring.scorer import Scorer
 
 VOCABULARY = 100
@@ -42,9 +40,9 @@ def test_completions_of_one_prompt_come_together_each_once() -> None:
 
 def test_known_completions_are_left_out_and_prompts_without_others_too() -> None:
     groups = [group("a", (1, 2), (3,), (4, 5)), group("b", (9,), (3,), (4,)), group("c", (8,), (3,))]
-    known = {completion_key((1, 2), (3,)), *group_keys(groups[1]), completion_key((7,), (3,))}
+    known = {completion_key((1, 2), (3,)), *groups[1].keys, completion_key((7,), (3,))}
     assert contents(missing_groups(groups, known, 1000)) == [((1, 2), ((4, 5),)), ((8,), ((3,),))]
-    assert missing_groups(groups, {key for one in groups for key in group_keys(one)}, 1000) == []
+    assert missing_groups(groups, {key for one in groups for key in one.keys}, 1000) == []
     assert missing_groups([], set(), 1000) == []
 
 
@@ -72,8 +70,8 @@ def test_the_same_data_makes_the_same_groups_with_names_of_their_own(
     assert len({one.id for one in found}) == len(found)
     prompts = [one.prompt for one in found]
     assert list(dict.fromkeys(prompts)) == list(dict.fromkeys(one.prompt for one in groups))
-    keys = [key for one in found for key in group_keys(one)]
-    assert sorted(keys) == sorted({key for one in groups for key in group_keys(one)})
+    keys = [key for one in found for key in one.keys]
+    assert sorted(keys) == sorted({key for one in groups for key in one.keys})
 
 
 def test_names_are_of_the_content_and_not_of_the_row(make_groups: Callable[..., list[TokenGroup]]) -> None:
@@ -138,55 +136,7 @@ def test_rows_have_no_graph_and_gradients_are_on_again_between_them(
     assert not any(enabled)
 
 
-def test_no_groups_make_no_rows(scorer: Scorer, reporter: Any) -> None:
-    assert list(score_groups(scorer, [], TokenBudget(40, "precompute-ref", reporter))) == []
-
-
 # --- out of memory ------------------------------------------------------------------------
-
-
-def run_out(
-    monkeypatch: pytest.MonkeyPatch, scorer: Scorer, room: int, error: Exception, *, once: bool = False
-) -> list[int]:
-    """Make a scorer fail on more than ``room`` groups at a time; the sizes that it was asked for."""
-    asked: list[int] = []
-    score = scorer.score
-
-    def limited(batch: Sequence[TokenGroup]) -> Any:
-        asked.append(len(batch))
-        if len(batch) > room and not (once and max(asked[:-1], default=0) > room):
-            raise error
-        return score(batch)
-
-    monkeypatch.setattr(scorer, "score", limited)
-    return asked
-
-
-CPU_ERROR = "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate"
-
-
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(CPU_ERROR), MemoryError()]
-)
-@pytest.mark.parametrize("room", [1, 4, 10])
-def test_where_memory_runs_out_the_budget_is_halved_and_every_row_comes_once(
-    error: Exception,
-    room: int,
-    scorer: Scorer,
-    make_groups: Callable[..., list[TokenGroup]],
-    reporter: Any,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    groups = make_groups(40) + make_groups(7, completions=3, seed=1)
-    expected = {row["key"]: row for batch in score_groups(scorer, groups, budget_of(10_000, reporter)) for row in batch}
-    asked = run_out(monkeypatch, scorer, room, error)
-    budget = budget_of(2048, reporter)
-    rows = [row for batch in score_groups(scorer, groups, budget) for row in batch]
-    assert budget.max_tokens == 2048 >> len(reporter.warned) < 2048
-    assert any(size > room for size in asked)
-    assert sorted(row["key"] for row in rows) == sorted(expected)
-    for row in rows:
-        assert row["logp"] == pytest.approx(expected[row["key"]]["logp"], abs=1e-4)
 
 
 def budget_of(max_tokens: int, reporter: Any) -> TokenBudget:
@@ -216,33 +166,4 @@ def test_what_was_scored_before_memory_ran_out_is_not_scored_again(
     assert scored[:3] == [[groups[index].id for index in batch] for batch in batches[:3]]
     done = [name for batch in scored[:2] + scored[3:] for name in batch]
     assert sorted(done) == sorted(one.id for one in groups)
-    assert sorted(rows) == sorted(key for one in groups for key in group_keys(one))
-
-
-def test_a_single_group_that_does_not_fit_ends_the_stage_and_what_was_scored_is_kept(
-    scorer: Scorer, make_groups: Callable[..., list[TokenGroup]], reporter: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    groups = make_groups(12)
-    score = scorer.score
-
-    def never(batch: Sequence[TokenGroup]) -> Any:
-        if any(one.id == groups[5].id for one in batch):
-            raise MemoryError
-        return score(batch)
-
-    monkeypatch.setattr(scorer, "score", never)
-    rows: list[str] = []
-    with pytest.raises(MachineError, match="precompute-ref: out of memory with a single prompt"):
-        for batch in score_groups(scorer, groups, budget_of(64, reporter)):
-            rows += [row["key"] for row in batch]
-    assert 0 < len(rows) == len(set(rows)) < 24
-    assert not set(rows) & set(group_keys(groups[5]))
-
-
-def test_another_error_is_not_caught(
-    scorer: Scorer, make_groups: Callable[..., list[TokenGroup]], reporter: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run_out(monkeypatch, scorer, 0, RuntimeError("shapes do not match"))
-    with pytest.raises(RuntimeError, match="shapes do not match"):
-        list(score_groups(scorer, make_groups(4), budget_of(64, reporter)))
-    assert reporter.warned == []
+    assert sorted(rows) == sorted(key for one in groups for key in one.keys)

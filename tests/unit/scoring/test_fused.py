@@ -16,8 +16,8 @@ from torch.nn.functional import silu
 
 from dpo_cli.core import gpu
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.kernels import fused, products
-from dpo_cli.kernels.fused import (
+from dpo_cli.scoring import fused, kernels
+from dpo_cli.scoring.fused import (
     NORM,
     ROTATION,
     SWIGLU,
@@ -122,9 +122,8 @@ extern "C" float run({", ".join(f"float {each}" for each in parameters)}) {{
     monkeypatch.setattr(fused, "_jitted", jitted)
     x = random(2, 5, 3, 8, seed=1, dtype=torch.float32).transpose(1, 2)
     cosine, sine = random(2, 2, 1, 5, 8, seed=2, dtype=torch.float32)
-    on_cuda = fused._rotate_back_on_cuda if is_back else fused._rotate_on_cuda
     expected = (fused._rotate_back if is_back else rotate)(x, cosine, sine)
-    assert torch.allclose(on_cuda(x, cosine, sine), expected, atol=1e-5)
+    assert torch.allclose(fused._rotate_on_cuda(x, cosine, sine, is_back=is_back), expected, atol=1e-5)
 
 
 def test_the_class_and_its_module_keep_their_own_rotation(make_llama: Callable[..., Any]) -> None:
@@ -266,9 +265,9 @@ def test_a_card_that_is_full_says_nothing_of_a_kernel(monkeypatch: pytest.Monkey
             reason_against(SWIGLU, CPU, BFLOAT16)
     assert reason_against(SWIGLU, CPU, BFLOAT16) is None
     monkeypatch.setattr(torch, "mm", full)
-    products._has_wide_product.cache_clear()
+    kernels._has_wide_product.cache_clear()
     with pytest.raises(RuntimeError, match="out of memory"):
-        products._has_wide_product(CPU, BFLOAT16)
+        kernels._has_wide_product(CPU, BFLOAT16)
 
 
 def test_a_backward_kernel_that_takes_gradients_as_they_lie_in_memory_is_refused(
@@ -315,9 +314,9 @@ def test_a_norm_is_tried_at_the_widths_of_the_model(
 
 def test_logits_that_are_rounded_after_all_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("meta")
-    monkeypatch.setattr(products, "_has_wide_product", lambda device, dtype: False)
+    monkeypatch.setattr(kernels, "_has_wide_product", lambda device, dtype: False)
     said = "; logits are rounded to bfloat16, for there is no product of it in float32 on this device"
-    assert products.describe_products(gpu, BFLOAT16) == said
-    assert products.describe_products(gpu, torch.float32) == products.describe_products(CPU, BFLOAT16) == ""
-    monkeypatch.setattr(products, "_has_wide_product", lambda device, dtype: True)
-    assert products.describe_products(gpu, BFLOAT16) == ""
+    assert kernels.describe_products(gpu, BFLOAT16) == said
+    assert kernels.describe_products(gpu, torch.float32) == kernels.describe_products(CPU, BFLOAT16) == ""
+    monkeypatch.setattr(kernels, "_has_wide_product", lambda device, dtype: True)
+    assert kernels.describe_products(gpu, BFLOAT16) == ""
