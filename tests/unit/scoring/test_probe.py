@@ -20,7 +20,7 @@ from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.load import load_model
 from dpo_cli.scoring import attention, probe, varlen
 from dpo_cli.scoring.attention import IMPLEMENTATION, attending, block_attention
-from dpo_cli.scoring.layout import LAYOUTS, MIN_SHARED_TOKENS, lay_out
+from dpo_cli.scoring.layout import MIN_SHARED_TOKENS, lay_out
 from dpo_cli.scoring.probe import (
     BFLOAT16_TOLERANCE,
     TOLERANCE,
@@ -261,16 +261,9 @@ def test_a_window_that_no_layer_asks_for_is_refused_however_long_it_is(
     scorer, verdict = open_(model)
     assert scorer.layout == "padded"
     assert set(verdict.refused.values()) == {"its layers do not say which window they slide"}
-
-
-def test_chunks_are_refused_by_the_configuration_alone(
-    open_: Callable[..., Any], make_llama: Callable[..., Any]
-) -> None:
-    model = make_llama(100)
-    model.config.attention_chunk_size = 8192
-    scorer, verdict = open_(model)
-    assert scorer.layout == "padded"
-    assert set(verdict.refused.values()) == {"its attention is in chunks"}
+    chunked = make_llama(100)
+    chunked.config.attention_chunk_size = 8192
+    assert set(open_(chunked)[1].refused.values()) == {"its attention is in chunks"}
 
 
 def test_a_model_that_is_not_causal_cannot_be_scored() -> None:
@@ -409,25 +402,7 @@ def test_what_nf4_leaves_in_plain_numbers_is_named_with_its_bytes(
     assert len(reporter.warned) == 1, "a plain model leaves nothing"
 
 
-def test_padded_rows_have_the_models_own_attention(
-    open_: Callable[..., Any], make_llama: Callable[..., Any], reporter: Any
-) -> None:
-    _, verdict = open_(make_llama(100), "padded")
-    assert (verdict.attention, verdict.attention_refused) == ("the model's own sdpa", {})
-    assert reporter.said[0].endswith("; attention by the model's own sdpa")
-    assert verdict.last_mlp == "all positions"
-
-
 # --- forced -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_can_be_forced(
-    layout: Any, open_: Callable[..., Any], make_llama: Callable[..., Any], reporter: Any
-) -> None:
-    scorer, verdict = open_(make_llama(100), layout)
-    assert (scorer.layout, verdict.layout, verdict.refused, verdict.forced) == (layout, layout, {}, True)
-    assert reporter.said[0].startswith(f"train: layout {layout} (forced); attention by ")
 
 
 @pytest.mark.parametrize("family", ["bloom", "lfm2"])
@@ -458,17 +433,6 @@ def test_a_verdict_is_remembered_by_the_configuration(
     assert scored == []
     assert (second, scorer.layout) == (first, "shared")
     assert memory.is_file()
-
-
-def test_a_leaky_models_verdict_is_remembered_with_its_reasons(
-    open_: Callable[..., Any], scored: list[str], reporter: Any
-) -> None:
-    name, values, _ = LEAKY["bloom"]
-    _, first = open_(build(name, values))
-    scored.clear()
-    scorer, second = open_(build(name, values))
-    assert (scored, scorer.layout, second) == ([], "padded", first)
-    assert reporter.said[1] == reporter.said[0]
 
 
 def test_another_configuration_dtype_class_or_force_is_probed_anew(
@@ -506,7 +470,7 @@ def test_another_engine_or_library_is_probed_anew(
         assert scored
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'"text"'])
+@pytest.mark.parametrize("damage", [b"{", b"[]", b"\xff\xfe"])
 def test_a_damaged_memory_is_survived_and_mended(
     damage: bytes, open_: Callable[..., Any], make_llama: Callable[..., Any], scored: list[str], memory: Path
 ) -> None:
@@ -519,7 +483,7 @@ def test_a_damaged_memory_is_survived_and_mended(
     assert scored == []
 
 
-@pytest.mark.parametrize("entry", [5, "text", [], None, {}, {"layout": "shared"}, {"unknown": 1}])
+@pytest.mark.parametrize("entry", [5, None, {"layout": "shared"}, {"unknown": 1}])
 def test_a_damaged_verdict_is_made_anew(
     entry: Any, open_: Callable[..., Any], make_llama: Callable[..., Any], scored: list[str], memory: Path
 ) -> None:
@@ -560,8 +524,8 @@ def test_the_probes_groups_have_branches_and_go_beyond_a_small_window() -> None:
         ) - len(group.prompt)
 
 
-@pytest.mark.parametrize("limit", [32, 48, 60, 100, 4096])
-@pytest.mark.parametrize("window", [None, 8, 300, 4096])
+@pytest.mark.parametrize("limit", [32, 60, 4096])
+@pytest.mark.parametrize("window", [None, 8, 300])
 def test_the_probe_stays_within_the_positions_that_a_model_knows(
     limit: int, window: int | None, make_llama: Callable[..., Any]
 ) -> None:

@@ -137,18 +137,6 @@ def test_four_bit_weights_give_the_same_gradients_too(tiny_folder: Path, cpu: An
             assert (other[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
 
 
-def test_all_weights_of_a_model_may_be_trained(make_llama: Callable[..., Any], groups: list[TokenGroup]) -> None:
-    results = []
-    for grade in GRADES:
-        model = make_llama(VOCABULARY).train()
-        set_recompute(model, grade)
-        Scorer(model, torch.float32, "shared").score(groups).logps_BK.sum().backward()
-        results.append(gradients(model))
-    for other in results[1:]:
-        for name, gradient in results[0].items():
-            assert (other[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
-
-
 def test_a_grade_can_be_taken_back(make_tuned: Callable[..., Any], groups: list[TokenGroup]) -> None:
     model = make_tuned()
     expected = count_products(model, "none", groups, "shared")
@@ -257,9 +245,8 @@ def test_no_grade_keeps_more_than_the_one_before(size: int, make_tuned: Callable
     assert found[0] >= found[1] >= found[2] > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("grade", GRADES)
-@pytest.mark.parametrize("size", [200, 400])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 400), (torch.bfloat16, 200)])
 def test_the_estimate_is_of_the_most_that_lives(
     grade: Recompute, dtype: torch.dtype, size: int, make_tuned: Callable[..., Any]
 ) -> None:
@@ -286,12 +273,6 @@ def test_measuring_leaves_no_gradients_and_no_memory(make_tuned: Callable[..., A
         gc.collect()
         assert memory.live <= 64 << 10
     assert gradients(model) == {}
-
-
-def test_kept_bytes_are_a_line() -> None:
-    kept = KeptBytes(1000.0, {"none": 100.0, "elementwise": 40.0, "layers": 10.0})
-    assert kept.of("none", 50) == 6000
-    assert kept.of("layers", 50) == 1500
 
 
 KEPT = KeptBytes(0.0, {"none": 100.0, "elementwise": 60.0, "layers": 10.0})
@@ -341,8 +322,3 @@ def test_a_small_model_takes_all_of_a_step_at_once() -> None:
     tight = plan(500_000, step, budgets=budgets, **small)
     assert tight.grade != "elementwise", "it would fit at 8192"
     assert plan(1e9, step, budgets=budgets, **small).grade == "none"
-
-
-def test_equal_steps_take_the_least_memory() -> None:
-    step = StepShape(mean_tokens=900.0, most_tokens=1000, longest_group=300)
-    assert plan(1e9, step).max_tokens == 1024
