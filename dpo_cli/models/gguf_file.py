@@ -15,19 +15,19 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from dpo_cli.core.errors import MachineError
 from dpo_cli.core.progress import Reporter
+from dpo_cli.models.folder import copy_bytes, total_size
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _ALIGNMENT = "general.alignment"
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _PART = re.compile(r"(?P<stem>.+\.gguf[._-](?:part|split)?[._-]?)(?P<number>\d+)(?P<rest>of\d+)?")
-_CHUNK = 1 << 22
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
@@ -153,11 +153,13 @@ def read_pieces(pieces: Sequence[Path], joined: Path, reporter: Reporter) -> Ggu
     if len(pieces) == 1:
         return read_header(pieces[0])
     if not all(is_gguf(piece) for piece in pieces[1:]):
-        size = sum(piece.stat().st_size for piece in pieces)
-        with joined.open("wb") as target, reporter.meter("import: joining the pieces", size, "bytes") as meter:
+        with (
+            joined.open("wb") as target,
+            reporter.meter("import: joining the pieces", total_size(pieces), "bytes") as meter,
+        ):
             for piece in pieces:
                 with piece.open("rb") as source:
-                    _copy(source, target, piece.stat().st_size, meter.advance)
+                    copy_bytes(source, target, piece.stat().st_size, meter.advance)
         return read_header(joined, named=pieces[0])
     files = [read_header(piece) for piece in pieces]
     first, tensors = files[0], [tensor for file in files for tensor in file.tensors]
@@ -342,15 +344,5 @@ def write_gguf(file: GgufFile, target: Path, without: Collection[str], on_bytes:
         for tensor in file.tensors:
             with tensor.file.open("rb") as source:
                 source.seek(tensor.offset)
-                _copy(source, out, tensor.num_bytes, on_bytes)
+                copy_bytes(source, out, tensor.num_bytes, on_bytes)
             out.write(bytes(-tensor.num_bytes % alignment))
-
-
-def _copy(source: BinaryIO, target: BinaryIO, num_bytes: int, on_bytes: Callable[[int], None]) -> None:
-    while num_bytes:
-        chunk = source.read(min(num_bytes, _CHUNK))
-        if not chunk:
-            raise MachineError(f"{source.name} became shorter while it was read")
-        target.write(chunk)
-        num_bytes -= len(chunk)
-        on_bytes(len(chunk))

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -31,7 +32,6 @@ from dpo_cli.models.folder import (
     check_model_folder,
     read_object,
     read_tensors,
-    refuse_not_finite,
     weight_files,
 )
 from dpo_cli.models.identity import ModelFacts
@@ -149,19 +149,33 @@ def verify_weights(folder: Path) -> Weights:
     )
 
 
-def verify_numbers(folder: Path, skip: Collection[str], on_bytes: Callable[[int], None]) -> None:
-    """Check that no tensor of the model holds NaN or infinity; reads all its weights.
+_NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def verify_numbers(files: Iterable[Path], on_bytes: Callable[[int], None] = lambda _: None) -> None:
+    """Check that no tensor of safetensors files holds NaN or infinity; reads all numbers.
 
     Args:
-        folder: A directory that :func:`verify_weights` has passed.
-        skip: Names of files whose numbers are known to be finite.
+        files: Files whose headers were read without an error.
         on_bytes: Called with the number of bytes that were read.
 
     Raises:
-        MachineError: With the file and the tensor.
+        MachineError: With the first such tensor and their number.
     """
-    files = [path for path in weight_files(folder) if path.name not in skip]
-    refuse_not_finite(files, read_tensors(files), on_bytes)
+    found: list[str] = []
+    for path in files:
+        left = path.stat().st_size
+        with safe_open(path, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (it is no mapping)
+                tensor = opened.get_tensor(name)
+                if tensor.dtype in _NUMBERS and tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
+                    found.append(f"{path}: {name}")
+                on_bytes(tensor.nbytes)
+                left -= tensor.nbytes
+        on_bytes(left)
+    if found:
+        more = f", and {len(found) - 1} more tensors" if len(found) > 1 else ""
+        raise MachineError(f"{found[0]} holds NaN or infinity{more}; fetch the model again")
 
 
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -341,7 +355,7 @@ def copy_adapter(source: Path, base: Path, built: Path, base_name: str) -> dict[
         MachineError: It is no plain LoRA adapter, does not fit the model, or holds NaN.
     """
     raw = read_object(source / _CONFIG)
-    _refuse_other_kinds(source, raw)
+    _refuse_other_adapters(source, raw)
     tensors = read_tensors([source / _WEIGHTS])
     expected, size = _expected(source, base)
     for name in sorted({*expected, *tensors}):
@@ -353,14 +367,14 @@ def copy_adapter(source: Path, base: Path, built: Path, base_name: str) -> dict[
                 f"{source / _WEIGHTS}: {name}: the adapter {has}, and the base model with {_CONFIG} {asks}; it is of"
                 " another model or damaged"
             )
-    refuse_not_finite([source / _WEIGHTS], tensors, lambda _: None)
+    verify_numbers([source / _WEIGHTS])
     built.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source / _WEIGHTS, built / _WEIGHTS)
     write_json(built / _CONFIG, raw | {"base_model_name_or_path": base_name, "inference_mode": True})
     return size
 
 
-def _refuse_other_kinds(source: Path, raw: dict[str, Any]) -> None:
+def _refuse_other_adapters(source: Path, raw: dict[str, Any]) -> None:
     path = source / _CONFIG
     if raw.get("peft_type") != "LORA":
         raise MachineError(f"{path}: peft_type is {shown(raw.get('peft_type'))}; only LORA can be gone on with")

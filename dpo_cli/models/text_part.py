@@ -1,0 +1,151 @@
+"""The language model within a model of images or sound, as a model of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    GenerationConfig,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+)
+
+from dpo_cli.core.errors import MachineError
+from dpo_cli.core.progress import Reporter
+from dpo_cli.models.device import Machine
+from dpo_cli.models.folder import read_object
+from dpo_cli.models.load import in_words, load_model, load_tokenizer
+
+_PLAIN_TEXT = {
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen2_5_omni_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_moe",
+}
+"""Text parts that have no model of their own in transformers, and the family that computes the same of a text."""
+_MAX_DIFFERENCE = 1e-3
+"""How far the text part's log-probabilities may be from the whole model's on a text, nats, in float32."""
+TRIAL = "The quick brown fox jumps over the lazy dog, 1234 times."
+
+
+def build_text_part(weights: Path, config: Any, built: Path, reporter: Reporter) -> None:
+    """Save the language model within a model of images or sound, and check that it says the same of a text.
+
+    Raises:
+        MachineError: It has no language model of a known family, or one that computes something else by itself.
+    """
+    text_config = _text_config(weights, config)
+    auto: Any = next(
+        (
+            auto
+            for auto, mapping in (
+                (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+                (AutoModelForMultimodalLM, MODEL_FOR_MULTIMODAL_LM_MAPPING),
+                (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+            )
+            if type(config) in mapping
+        ),
+        None,
+    )
+    if auto is None:
+        raise MachineError(f"{weights}: {config.model_type} is no model that makes text")
+    tokenizer = load_tokenizer(weights)
+    own = weights / "chat_template.json"
+    if not tokenizer.chat_template and own.is_file():
+        tokenizer.chat_template = read_object(own).get("chat_template")
+    ids = torch.tensor([list(tokenizer(TRIAL)["input_ids"])])
+    reporter.say(f"import: loading {config.model_type} as a whole, to take its language model out of it")
+    with in_words(f"{weights}: the model cannot be loaded"), torch.inference_mode():
+        loaded: Any = auto.from_pretrained(
+            weights,
+            config=config,
+            dtype="auto",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        whole, loading = loaded
+        if missing := sorted(loading["missing_keys"]):
+            raise MachineError(f"{weights}: the weights lack {missing[0]} ({len(missing)} missing in all)")
+        whole.eval()
+        expected = whole(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float().log_softmax(-1)
+        decoder, head = whole.get_decoder(), whole.get_output_embeddings()
+        text_config.tie_word_embeddings = head.weight.data_ptr() == decoder.get_input_embeddings().weight.data_ptr()
+        text_config.dtype = whole.dtype
+    with in_words(f"{weights}: its language model is not that of {text_config.model_type}"):
+        with torch.device("meta"):
+            alone: Any = AutoModelForCausalLM.from_config(text_config, dtype=whole.dtype)
+        alone.base_model.load_state_dict(decoder.state_dict(), assign=True)
+        if text_config.tie_word_embeddings:
+            alone.tie_weights()
+        else:
+            alone.get_output_embeddings().load_state_dict(head.state_dict(), assign=True)
+        if (weights / "generation_config.json").is_file():
+            alone.generation_config = GenerationConfig.from_pretrained(weights, local_files_only=True)
+    alone.save_pretrained(built)
+    dtype = whole.dtype
+    del whole, decoder, head, alone
+    save_checked_tokenizer(tokenizer, built, text_config)
+    again = load_model(built, Machine(torch.device("cpu"), dtype), quantization="none")
+    with in_words(f"{weights}: its language model cannot be run by itself"), torch.inference_mode():
+        found = again(input_ids=ids).logits.float().log_softmax(-1)
+    difference = float((found - expected).abs().amax())
+    allowed = _MAX_DIFFERENCE if dtype == torch.float32 else 100 * _MAX_DIFFERENCE
+    if not difference <= allowed:
+        raise MachineError(
+            f"{weights}: the language model of {config.model_type}, taken out, gives log-probabilities {difference:.3g}"
+            " nats from those of the whole model on the same text: it cannot be used by itself"
+        )
+    reporter.say(f"import: the language model by itself is within {difference:.2g} nats of the whole model on a text")
+
+
+def _text_config(weights: Path, config: Any) -> Any:
+    """The configuration of the language model within, with the whole's special tokens."""
+    text = config.get_text_config()
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        family = _PLAIN_TEXT.get(text.model_type)
+        if family is None:
+            raise MachineError(
+                f"{weights}: the language model of {config.model_type} ({text.model_type}) is of no family that can be"
+                " used by itself"
+            )
+        values = text.to_dict()
+        values.pop("model_type")
+        for part in ("rope_parameters", "rope_scaling"):
+            if isinstance(rope := values.get(part), dict):  # of a text all three axes are equal
+                values[part] = {key: value for key, value in rope.items() if not key.startswith("mrope")}
+        text = CONFIG_MAPPING[family].from_dict(values)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(text, name, None) is None:
+            setattr(text, name, getattr(config, name, None))
+    return text
+
+
+def save_checked_tokenizer(tokenizer: Any, built: Path, config: Any) -> None:
+    """Save a tokenizer that makes the same ids after it was loaded again.
+
+    Raises:
+        MachineError: It does not.
+    """
+    for name in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(name, None)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(limit, int):
+        tokenizer.model_max_length = limit
+    tokenizer.save_pretrained(built)
+    texts = (TRIAL, "  Straße, 北京 and 👍🏽\n\n\tdef f(x): return x**2  ", "<|im_start|><bos></s>[INST]")
+    again = load_tokenizer(built)
+    for text in texts:
+        if list(tokenizer(text)["input_ids"]) != list(again(text)["input_ids"]):
+            raise MachineError(f"{built}: the tokenizer makes other tokens of {text!r} once it was saved")
