@@ -486,7 +486,7 @@ def run_ours(case: Case, runtime_settings: dict[str, Any]) -> Outcome:
     import dpo_cli.training.fit
     from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
     from dpo_cli.data.tokens import TokenGroup
-    from dpo_cli.models.adapters import SftResult, load_policy_at_start
+    from dpo_cli.models.adapters import FrozenBase, SftResult
     from dpo_cli.models.device import prepare_machine, token_budget
     from dpo_cli.scoring.probe import open_scorer
     from dpo_cli.training.job import Job
@@ -502,7 +502,7 @@ def run_ours(case: Case, runtime_settings: dict[str, Any]) -> Outcome:
     runtime = RuntimeParams.model_validate({"device": case.device, **runtime_settings})
     machine = prepare_machine(runtime, embedded=False)
     sft = SftResult("lora", "")
-    policy: Any = load_policy_at_start(case.base, sft, machine, case.quantization, LoraParams(), 0)
+    policy: Any = FrozenBase(case.base, sft, machine, case.quantization).policy(LoraParams(), 0)
     meter = Meter(case)
     max_tokens = token_budget(runtime, machine.device)
     with open_scorer(policy.eval(), machine.compute_dtype, runtime, ToStderr(), "train")[0] as scorer:

@@ -179,29 +179,6 @@ def read_sft_result(base: str) -> SftResult:
     return SftResult(method, digest, manifest.made_of.get("data/sft"))
 
 
-def load_reference(base: Path, sft: SftResult, machine: Machine, quantization: str) -> Any:
-    """The reference model, frozen and in eval mode."""
-    model = load_backbone(base, sft, machine, quantization)
-    if sft.has_adapter:
-        model = load_adapter(model, paths.SFT_MODEL, trainable=False)
-        keep_weights_unpacked(model)
-    return model.eval()
-
-
-def load_policy_at_start(
-    base: Path, sft: SftResult, machine: Machine, quantization: str, lora: LoraParams, seed: int
-) -> PeftModel:
-    """The policy before its first step: equal to the reference, its adapter trainable."""
-    model = load_backbone(base, sft, machine, quantization)
-    policy = (
-        load_adapter(model, paths.SFT_MODEL, trainable=True)
-        if sft.has_adapter
-        else add_adapter(model, lora, seed, setting="train.lora")
-    )
-    keep_weights_unpacked(policy)
-    return policy
-
-
 @dataclass(frozen=True)
 class ModelPair:
     """Policy and reference as one model in memory; only the adapter changes."""
@@ -253,32 +230,6 @@ class ModelPair:
         return self.model.eval()
 
 
-def load_pair(
-    base: Path, sft: SftResult, machine: Machine, quantization: str, adapter: Path = paths.DPO_MODEL
-) -> ModelPair:
-    """A trained policy and its reference, on one set of frozen weights.
-
-    Args:
-        base: Directory of the base model.
-        sft: What stage sft made of it.
-        machine: Device and compute dtype.
-        quantization: ``nf4`` or ``none``.
-        adapter: The policy's folder.
-
-    Raises:
-        StaleArtifactError: There is no adapter in it.
-    """
-    for name in ADAPTER_FILES:
-        if not (adapter / name).is_file():
-            raise StaleArtifactError(f"{adapter / name} is missing; run: dpo-cli train")
-    model = load_backbone(base, sft, machine, quantization)
-    pair = load_adapter(model, adapter, trainable=False)
-    if sft.has_adapter:
-        pair.load_adapter(str(paths.SFT_MODEL), adapter_name=REFERENCE)
-    keep_weights_unpacked(pair)
-    return ModelPair(pair, REFERENCE if sft.has_adapter else None)
-
-
 def load_adapter(model: Any, folder: Path, *, trainable: bool) -> PeftModel:
     """Put a saved adapter on a model, as its policy."""
     from peft import LoraConfig, PeftModel
@@ -294,10 +245,84 @@ def is_dora(folder: Path) -> bool:
     return bool(json.loads((folder / ADAPTER_FILES[0]).read_text(encoding="utf-8")).get("use_dora"))
 
 
-def load_backbone(base: Path, sft: SftResult, machine: Machine, quantization: str) -> Any:
-    """The frozen weights under the adapter: the base, or what SFT made of all of it."""
-    folder = paths.SFT_MODEL if sft.method == "full" else base
-    return load_model(folder, machine, quantization=quantization)
+# --- policy, reference and reward model -----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FrozenBase:
+    """The frozen weights that policy, reference and reward model stand on; whatever is loaded is new in memory.
+
+    Attributes:
+        base: Directory of the base model.
+        sft: What stage sft made of it.
+        machine: Device and compute dtype.
+        quantization: ``nf4`` or ``none``.
+    """
+
+    base: Path
+    sft: SftResult
+    machine: Machine
+    quantization: str
+
+    def backbone(self) -> Any:
+        """The weights under the adapter: the base, or what SFT made of all of it."""
+        folder = paths.SFT_MODEL if self.sft.method == "full" else self.base
+        return load_model(folder, self.machine, quantization=self.quantization)
+
+    def reference(self) -> Any:
+        """The reference model, frozen and in eval mode."""
+        model = self.backbone()
+        if self.sft.has_adapter:
+            model = load_adapter(model, paths.SFT_MODEL, trainable=False)
+            keep_weights_unpacked(model)
+        return model.eval()
+
+    def policy(self, lora: LoraParams | None, seed: int) -> PeftModel:
+        """The policy before its first step: equal to the reference, its adapter trainable."""
+        model = self.backbone()
+        policy = (
+            load_adapter(model, paths.SFT_MODEL, trainable=True)
+            if self.sft.has_adapter
+            else add_adapter(model, lora or LoraParams(), seed, setting="train.lora")
+        )
+        keep_weights_unpacked(policy)
+        return policy
+
+    def pair(self, adapter: Path = paths.DPO_MODEL) -> ModelPair:
+        """A trained policy, of a folder, and its reference, on one set of weights.
+
+        Raises:
+            StaleArtifactError: There is no adapter in the folder.
+        """
+        for name in ADAPTER_FILES:
+            if not (adapter / name).is_file():
+                raise StaleArtifactError(f"{adapter / name} is missing; run: dpo-cli train")
+        pair = load_adapter(self.backbone(), adapter, trainable=False)
+        if self.sft.has_adapter:
+            pair.load_adapter(str(paths.SFT_MODEL), adapter_name=REFERENCE)
+        keep_weights_unpacked(pair)
+        return ModelPair(pair, REFERENCE if self.sft.has_adapter else None)
+
+    def reward_model(self, folder: Path = paths.REWARD_MODEL) -> PeftModel:
+        """The trained reward model of a folder, frozen and in eval mode."""
+        model = load_adapter(_with_head(self.backbone()), folder, trainable=False)
+        keep_weights_unpacked(model)
+        return model.eval()
+
+    def reward_model_at_start(self, lora: LoraParams | None, seed: int) -> PeftModel:
+        """The reward model before its first step; adapter and head are trainable."""
+        model = _with_head(self.backbone())
+        model = (
+            _go_on(model, paths.SFT_MODEL)
+            if self.sft.has_adapter
+            else add_adapter(model, lora or LoraParams(), seed, "SEQ_CLS", "reward.lora")
+        )
+        keep_weights_unpacked(model)
+        return model
+
+    def whole_model(self, folder: Path) -> Any:
+        """Any model of a folder, held and computed as these."""
+        return load_model(folder, self.machine, quantization=self.quantization)
 
 
 # --- reward models --------------------------------------------------------------------------
@@ -307,26 +332,6 @@ def load_backbone(base: Path, sft: SftResult, machine: Machine, quantization: st
 
 _HEAD = "score"
 """The head's name in transformers' sequence classifiers."""
-
-
-def load_reward_model_at_start(
-    base: Path, sft: SftResult, machine: Machine, quantization: str, lora: LoraParams, seed: int
-) -> PeftModel:
-    """The reward model before its first step; adapter and head are trainable."""
-    model = _with_head(load_backbone(base, sft, machine, quantization))
-    model = (
-        _go_on(model, paths.SFT_MODEL) if sft.has_adapter else add_adapter(model, lora, seed, "SEQ_CLS", "reward.lora")
-    )
-    keep_weights_unpacked(model)
-    return model
-
-
-def load_reward_model(folder: Path, base: Path, sft: SftResult, machine: Machine, quantization: str) -> PeftModel:
-    """The trained reward model of a folder, frozen and in eval mode."""
-    model = _with_head(load_backbone(base, sft, machine, quantization))
-    model = load_adapter(model, folder, trainable=False)
-    keep_weights_unpacked(model)
-    return model.eval()
 
 
 def _with_head(causal: Any) -> Any:

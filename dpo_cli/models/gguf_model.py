@@ -14,7 +14,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,25 +32,7 @@ _NEED_VOCABULARY = ("qwen35", "qwen35moe", "lfm2")
 """Architectures whose reader in transformers asks for the vocabulary's length; it reads it fast."""
 
 
-@dataclass(frozen=True)
-class GgufModel:
-    """What was made of a file.
-
-    Attributes:
-        model: The model, as if it had been loaded from an ordinary folder.
-        notes: What the file says and nobody reads, one sentence each.
-    """
-
-    model: Any
-    notes: tuple[str, ...]
-
-
-def model_of_gguf(
-    file: GgufFile,
-    folder: Path,
-    dtype: torch.dtype,
-    reporter: Reporter,
-) -> GgufModel:
+def model_of_gguf(file: GgufFile, folder: Path, dtype: torch.dtype, reporter: Reporter) -> tuple[Any, tuple[str, ...]]:
     """Dequantize a model.
 
     Args:
@@ -59,6 +40,10 @@ def model_of_gguf(
         folder: A folder for a copy of the file without its vocabulary.
         dtype: Of the weights.
         reporter: Shows progress.
+
+    Returns:
+        The model, as if it had been loaded from an ordinary folder, and what the file says and nobody reads, one
+        sentence each.
 
     Raises:
         MachineError: Its architecture is not known, or the file is not what its metadata says.
@@ -98,7 +83,7 @@ def model_of_gguf(
     # another model with the same tensors: this one carries a quantizer, and with it cannot be saved
     empty.load_state_dict(model.state_dict(), assign=True)
     empty.tie_weights()
-    return GgufModel(empty.eval(), tuple(notes))
+    return empty.eval(), tuple(notes)
 
 
 @contextmanager

@@ -224,13 +224,13 @@ def _build_from_gguf(
         _refuse_other_tokenizer(file, tokenizer, options.tokenizer)
     config_files = work / "weights"
     config_files.mkdir()
-    made = model_of_gguf(file, config_files, DTYPES[dtype], reporter)
+    made, notes = model_of_gguf(file, config_files, DTYPES[dtype], reporter)
     joined.unlink(missing_ok=True)
-    made.model.generation_config = _generation_config(made.model.config, tokenizer, file)
-    made.model.save_pretrained(built)
-    save_checked_tokenizer(tokenizer, built, made.model.config)
+    made.generation_config = _generation_config(made.config, tokenizer, file)
+    made.save_pretrained(built)
+    save_checked_tokenizer(tokenizer, built, made.config)
     _keep_license_of_gguf(source, file, built, dtype)
-    return made.notes
+    return notes
 
 
 def _generation_config(config: Any, tokenizer: Any, file: GgufFile) -> GenerationConfig:

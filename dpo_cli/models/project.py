@@ -16,34 +16,25 @@ from dpo_cli.core import paths
 from dpo_cli.core.errors import Interrupted
 from dpo_cli.core.interrupts import graceful_stop
 from dpo_cli.core.manifest import library_versions
-from dpo_cli.core.params import EMBEDDED, LoraParams, ModelParams, Params, RuntimeParams
+from dpo_cli.core.params import EMBEDDED, ModelParams, Params, RuntimeParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.row_store import Keep, RowStore
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.tables import table_digests
 from dpo_cli.data.tokenize import TokenTable, tokenize_table
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.models.adapters import (
-    ModelPair,
-    SftResult,
-    load_pair,
-    load_policy_at_start,
-    load_reference,
-    load_reward_model,
-    load_reward_model_at_start,
-    read_sft_result,
-)
+from dpo_cli.models.adapters import FrozenBase, read_sft_result
 from dpo_cli.models.device import Machine, prepare_machine, token_budget
 from dpo_cli.models.folder import base_folder
 from dpo_cli.models.identity import base_digest, read_base_lock, refuse_beyond_context, verify_model
-from dpo_cli.models.load import context_length, load_model, load_tokenizer, open_encoder
+from dpo_cli.models.load import context_length, load_tokenizer, open_encoder
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.probe import LayoutChoice, open_scorer
 from dpo_cli.scoring.reference import score_groups
 from dpo_cli.scoring.scorer import Scorer, engine_version
 
 if TYPE_CHECKING:  # peft takes seconds to import
-    from peft import PeftModel
+    pass
 
 
 @dataclass(frozen=True)
@@ -111,16 +102,12 @@ class Workplace:
 
 
 @dataclass(frozen=True)
-class Project(Workplace):
+class Project(Workplace, FrozenBase):
     """This project's models, and everything that a log-probability of the reference depends on, checked.
 
-    Policy and reference share one graph: the same frozen weights, held and computed in one way. Whatever is loaded is
-    a new object in memory.
+    Policy and reference share one graph: the same frozen weights, held and computed in one way.
 
     Attributes:
-        base: Directory of the base model.
-        sft: What stage sft made of it.
-        quantization: ``nf4`` or ``none``.
         max_length: Tokens a prompt with one answer may have.
         policies: What becomes of pairs that fail a check of their tokens.
         tokenizer: The model's tokenizer.
@@ -128,45 +115,11 @@ class Project(Workplace):
         identity: The graph's identity, as a cache's manifest holds it.
     """
 
-    base: Path
-    sft: SftResult
-    quantization: str
     max_length: int
     policies: Mapping[str, str]
     tokenizer: Any
     encoder: ChatEncoder
     identity: dict[str, Any]
-
-    # --- models -----------------------------------------------------------------------------
-
-    def reference(self) -> Any:
-        """The reference model, frozen and in eval mode."""
-        return load_reference(self.base, self.sft, self.machine, self.quantization)
-
-    def policy(self, lora: LoraParams | None, seed: int) -> PeftModel:
-        """The policy before its first step: equal to the reference, its adapter trainable."""
-        return load_policy_at_start(self.base, self.sft, self.machine, self.quantization, lora or LoraParams(), seed)
-
-    def pair(self, adapter: Path = paths.DPO_MODEL) -> ModelPair:
-        """A trained policy and its reference, on one set of frozen weights.
-
-        Raises:
-            StaleArtifactError: There is no adapter in the folder.
-        """
-        return load_pair(self.base, self.sft, self.machine, self.quantization, adapter)
-
-    def reward_model(self, folder: Path = paths.REWARD_MODEL) -> PeftModel:
-        """The trained reward model of a folder, frozen and in eval mode."""
-        return load_reward_model(folder, self.base, self.sft, self.machine, self.quantization)
-
-    def reward_model_at_start(self, lora: LoraParams | None, seed: int) -> PeftModel:
-        """The reward model before its first step; adapter and head are trainable."""
-        lora = lora or LoraParams()
-        return load_reward_model_at_start(self.base, self.sft, self.machine, self.quantization, lora, seed)
-
-    def whole_model(self, folder: Path) -> Any:
-        """Any model of a folder, held and computed as the project's."""
-        return load_model(folder, self.machine, quantization=self.quantization)
 
     def check_context(self, max_length: int, name: str) -> None:
         """Refuse a length for which the model knows no positions.

@@ -70,13 +70,11 @@ class VerifiedModel:
 
     Attributes:
         weights: What is known of its weights.
-        tokenizer: Its tokenizer.
         encoder: Messages to token ids.
         notes: What is odd but no error, one sentence each.
     """
 
     weights: Weights
-    tokenizer: Any
     encoder: ChatEncoder
     notes: tuple[str, ...]
 
@@ -99,7 +97,7 @@ def verify_model_folder(folder: Path, model: ModelParams | None = None) -> Verif
     if weights.unused:
         names = f"{weights.unused[0]}{f' and {len(weights.unused) - 1} more' if len(weights.unused) > 1 else ''}"
         notes.append(f"{folder}: the weights hold tensors that are no part of the model and are not used: {names}")
-    return VerifiedModel(weights, tokenizer, encoder, tuple(notes))
+    return VerifiedModel(weights, encoder, tuple(notes))
 
 
 # --- configuration and tensors ------------------------------------------------------------

@@ -19,9 +19,9 @@ from dpo_cli.data.tokenize import TokenTable, explain_found, explain_rejects
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.evaluation.reward_figures import RewardedPair, RewardFigures, summarize_rewards
 from dpo_cli.models.adapters import reward_head
-from dpo_cli.models.card import card_head, usage
 from dpo_cli.models.device import memory_in_words, memory_metrics
 from dpo_cli.models.identity import read_lock
+from dpo_cli.models.load import card_head, usage
 from dpo_cli.statistics.bootstrap import Estimate
 from dpo_cli.training.history import merge_log, write_tsv
 

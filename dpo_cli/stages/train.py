@@ -27,10 +27,9 @@ from dpo_cli.data.tokenize import TokenTable
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.losses.changes import shared_length_logps
 from dpo_cli.models.adapters import adapter_size, save_adapter, size_in_words
-from dpo_cli.models.card import card_head, usage
 from dpo_cli.models.device import memory_in_words, memory_metrics, token_budget
 from dpo_cli.models.identity import read_lock
-from dpo_cli.models.load import quiet_libraries, save_tokenizer
+from dpo_cli.models.load import card_head, quiet_libraries, save_tokenizer, usage
 from dpo_cli.models.project import Project, open_project
 from dpo_cli.scoring.probe import LayoutChoice
 from dpo_cli.scoring.reference import read_cache, read_cache_tokens, reference_logps

@@ -26,7 +26,7 @@ from dpo_cli.core.params import Params, RuntimeParams
 from dpo_cli.core.progress import SilentReporter
 from dpo_cli.data.schema import user
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.models.adapters import load_pair
+from dpo_cli.models.adapters import FrozenBase
 from dpo_cli.models.load import keep_weights_unpacked, load_config, load_model, load_tokenizer
 from dpo_cli.models.project import Project, Workplace, open_project
 from dpo_cli.scoring.layout import LAYOUTS
@@ -123,7 +123,7 @@ def groups(project: Project) -> list[TokenGroup]:
 @pytest.fixture(scope="module")
 def policy(run: Run, project: Project) -> Any:
     """What was trained, as `evaluate` loads it."""
-    return load_pair(run.folder, project.sft, project.machine, "nf4").use_policy()
+    return FrozenBase(run.folder, project.sft, project.machine, "nf4").pair().use_policy()
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,7 @@ from ruamel.yaml import YAML
 
 from dpo_cli.core.params import LoraParams
 from dpo_cli.models.adapters import add_adapter, load_adapter, save_adapter
-from dpo_cli.models.card import card_head, usage
-from dpo_cli.models.load import load_model
+from dpo_cli.models.load import card_head, load_model, usage
 
 TOKENS = torch.tensor([[7, 300, 41, 99, 512, 23, 1000, 8]])
 

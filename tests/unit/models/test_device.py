@@ -162,13 +162,6 @@ def test_of_a_gpu_both_peaks_are_reported(card: Card) -> None:
     assert memory_in_words(found) == "5.00 GiB in tensors, 6.00 GiB taken for them"
 
 
-def test_peak_memory_on_the_cpu_is_that_of_this_process() -> None:
-    found = memory_metrics(Machine(CPU, torch.float32))
-    assert list(found) == ["peak_mem_gib"]
-    assert 0.05 < found["peak_mem_gib"] < 64
-    assert memory_in_words({"peak_mem_gib": 0.5}) == "0.50 GiB"
-
-
 def test_native_windows_has_no_module_resource(monkeypatch: pytest.MonkeyPatch) -> None:
     real: Callable[..., Any] = builtins.__import__
 

@@ -113,8 +113,7 @@ def goes_short(layer: Any, x: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(FEW,), (MANY,), (1, FEW), (2, MANY), (3, 2, FEW)])
+@pytest.mark.parametrize(("bias", "shape"), [(True, (FEW,)), (False, (MANY,)), (True, (2, MANY)), (False, (3, 2, FEW))])
 def test_values_and_gradients_are_those_of_peft(kind: str, bias: bool, shape: tuple[int, ...]) -> None:
     ours, theirs = both(kind, bias=bias)
     assert type(ours) is (ShortLinear if kind == "plain" else ShortLinear4bit)
@@ -154,14 +153,6 @@ def test_an_input_that_wants_no_gradient_gets_none(kind: str, num_tokens: int) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_inputs_of_any_strides_are_taken(kind: str) -> None:
-    ours, theirs = both(kind)
-    x = torch.randn(INPUTS, 2, MANY, generator=torch.Generator().manual_seed(2)).permute(2, 1, 0)
-    assert not x.is_contiguous()
-    assert_same(ours, theirs, x.requires_grad_())
-
-
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_tokens", [FEW, MANY])
 def test_without_gradients_the_values_are_the_same_and_the_base_is_not_changed(kind: str, num_tokens: int) -> None:
     ours, theirs = both(kind)
@@ -174,7 +165,7 @@ def test_without_gradients_the_values_are_the_same_and_the_base_is_not_changed(k
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("settings", [{"use_rslora": True}, {"r": 1}, {"r": 100}, {"lora_alpha": 0.5}])
+@pytest.mark.parametrize("settings", [{"use_rslora": True}, {"r": 1, "lora_alpha": 0.5}, {"r": 100}])
 def test_any_rank_and_scale_will_do(kind: str, settings: dict[str, Any]) -> None:
     ours, theirs = both(kind, **settings)
     for num_tokens in (FEW, MANY):
@@ -205,30 +196,14 @@ def two_adapters(kind: str) -> tuple[Any, Any]:
     return models[0], models[1]
 
 
-class Elementwise(TorchDispatchMode):
-    """Names of all operations that are neither products nor views."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__.strip("_")
-        if name not in ("mm", "addmm", "t", "transpose", "permute", "view", "unsafe_view", "alias", "detach"):
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("num_tokens", [FEW, MANY])
-def test_the_forward_pass_is_products_and_nothing_else(num_tokens: int) -> None:
+def test_in_float32_the_forward_pass_is_products_and_nothing_else() -> None:
     ours, theirs = both("plain")
-    x = inputs(num_tokens)
-    with Elementwise() as short:
-        ours(x)
-    with Elementwise() as long:
-        theirs(x)
-    assert set(short.names) <= {"empty_like"}
-    assert {"mul", "add"} <= set(long.names)
+    x = torch.randn(INPUTS, 2, MANY, generator=torch.Generator().manual_seed(2)).permute(2, 1, 0)  # of any strides
+    assert_same(ours, theirs, x.requires_grad_())
+    for num_tokens in (FEW, MANY):
+        with Kernels() as short:
+            ours(inputs(num_tokens))
+        assert set(short.names) <= {"mm", "addmm"}
 
 
 def test_merging_pays_from_as_many_tokens_as_make_it_cheaper() -> None:
@@ -490,13 +465,6 @@ def test_a_saved_adapter_is_loaded_by_plain_peft_with_the_same_outputs(
         bare = Scorer(make_llama(100), torch.float32, "shared").score(groups).logps_BK
     assert (logps[0] - logps[1]).abs().max() <= 1e-4
     assert (logps[0] - bare).abs().max() > 0.1
-
-
-def test_the_configuration_of_short_layers_is_saved_as_any_other(tmp_path: Path) -> None:
-    for name, short in (("ours", True), ("theirs", False)):
-        wrap(base_layer("plain"), short).save_pretrained(str(tmp_path / name))
-    contents = [(tmp_path / name / "adapter_config.json").read_text() for name in ("ours", "theirs")]
-    assert contents[0] == contents[1]
 
 
 def test_a_whole_model_trains_as_with_peft(

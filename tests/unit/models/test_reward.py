@@ -18,12 +18,10 @@ from dpo_cli.core.params import LoraParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import (
     ADAPTER_FILES,
+    FrozenBase,
     SftResult,
     add_adapter,
     check_reward_model,
-    load_reference,
-    load_reward_model,
-    load_reward_model_at_start,
     reward_head,
     save_adapter,
 )
@@ -51,7 +49,7 @@ def sft(project: Path, tiny_folder: Path, cpu: Any) -> None:
 
 
 def start(tiny_folder: Path, cpu: Any, quantization: str = "none", method: str = "qlora") -> Any:
-    return load_reward_model_at_start(tiny_folder, RESULTS[method], cpu, quantization, LORA, 0)
+    return FrozenBase(tiny_folder, RESULTS[method], cpu, quantization).reward_model_at_start(LORA, 0)
 
 
 def rewards(model: Any, groups: list[TokenGroup]) -> torch.Tensor:
@@ -72,7 +70,9 @@ def test_it_starts_as_the_sft_model_with_a_head_of_zeros(
     groups = make_groups(4)
     model = start(tiny_folder, cpu, quantization, method)
     with torch.no_grad():
-        theirs = Scorer(load_reference(tiny_folder, RESULTS[method], cpu, quantization), torch.float32).score(groups)
+        theirs = Scorer(FrozenBase(tiny_folder, RESULTS[method], cpu, quantization).reference(), torch.float32).score(
+            groups
+        )
         ours = Scorer(model, torch.float32).score(groups)
     assert (ours.logps_BK - theirs.logps_BK).abs().max() <= 1e-4
     assert not rewards(model, groups).any()
@@ -98,7 +98,7 @@ def test_saved_and_loaded_it_gives_the_same_rewards(
         save_adapter(model, tmp_path / folder, "embedded")
     for name in ADAPTER_FILES:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    again = load_reward_model(tmp_path / "a", tiny_folder, RESULTS["qlora"], cpu, quantization)
+    again = FrozenBase(tiny_folder, RESULTS["qlora"], cpu, quantization).reward_model(tmp_path / "a")
     assert not [name for name, value in again.named_parameters() if value.requires_grad]
     found = rewards(again, groups)
     assert torch.equal(found, rewards(model.eval(), groups))

@@ -15,7 +15,7 @@ import torch
 from dpo_cli.core.errors import Interrupted
 from dpo_cli.core.params import LoraParams, RewardParams, RuntimeParams
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.models.adapters import SftResult, load_reward_model_at_start, reward_head
+from dpo_cli.models.adapters import FrozenBase, SftResult, reward_head
 from dpo_cli.scoring.layout import LayoutName
 from dpo_cli.scoring.scorer import Rewards, RewardScorer, Scorer
 from dpo_cli.training.fit import Fit, fit
@@ -96,7 +96,7 @@ def model(tiny_folder: Path, cpu: Any) -> Callable[[], Any]:
 
     def make() -> Any:
         none = SftResult("none", "digest")
-        return load_reward_model_at_start(tiny_folder, none, cpu, "nf4", LoraParams(r=4, alpha=8.0), 0)
+        return FrozenBase(tiny_folder, none, cpu, "nf4").reward_model_at_start(LoraParams(r=4, alpha=8.0), 0)
 
     return make
 
