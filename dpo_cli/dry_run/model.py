@@ -35,14 +35,10 @@ _BLOCK, _BLOCKS = 64, 256
 """Weights that share a scale in nf4, and scales that share one under double quantization."""
 
 
-def dry_model(shape: Mapping[str, Any], machine: Machine, quantization: str, lora: LoraParams | None) -> Any:
-    """A frozen model with a trainable adapter, or without one where ``lora`` is None; call under ``dry_cuda``.
+def dry_model(shape: Mapping[str, Any], machine: Machine, quantization: str, lora: LoraParams) -> Any:
+    """A frozen model with a trainable adapter; call under ``dry_cuda``.
 
-    Args:
-        shape: ``model_type``, and what its configuration says.
-        machine: The dry device and the compute dtype.
-        quantization: ``nf4`` or ``none``.
-        lora: The adapter's shape.
+    Its shape is ``model_type``, and what its configuration says; quantization is ``nf4`` or ``none``.
     """
     settings = dict(shape)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
@@ -54,8 +50,7 @@ def dry_model(shape: Mapping[str, Any], machine: Machine, quantization: str, lor
         model.requires_grad_(False)
         model.eval()
         install(model, [NORM, SWIGLU, ROTATION])
-        if lora is not None:
-            model = add_adapter(model, lora, 0)
+        model = add_adapter(model, lora, 0)
     _put_on_device(model, machine.compute_dtype)
     return model
 
@@ -130,12 +125,7 @@ def _packed(layer: Any, dtype: torch.dtype) -> torch.nn.Parameter:
 
 
 class DryAccumulator(Accumulator[Any]):
-    """The training loop's gradient of a batch; the sums are not read back at its end.
-
-    Args:
-        learner: The model, its trainable parameters marked, what scores groups with it, and what is minimized.
-        max_tokens: Tokens of a micro-batch.
-    """
+    """The training loop's gradient of a batch; the sums are not read back at its end."""
 
     def __init__(self, learner: Learner[Any], max_tokens: int) -> None:
         reporter, dtype = SilentReporter(), learner.scorer.compute_dtype

@@ -46,15 +46,7 @@ without a GPU, divided by its kernels. By what is computed again, since PyTorch 
 
 @dataclass(frozen=True)
 class PredictionOptions:
-    """What to predict.
-
-    Attributes:
-        which: The passes.
-        card: A GPU, of :data:`~dpo_cli.models.device.GPUS`.
-        shape: A shape of a model.
-        regime: A regime of random pairs.
-        num_pairs: Pairs.
-    """
+    """What to predict: passes, on a card of GPUS, of a model of SHAPES and so many pairs of REGIMES."""
 
     which: tuple[str, ...]
     card: str
@@ -227,13 +219,7 @@ class Prediction:
 
 
 def predict(launches: Iterable[tuple[str, int, int]], gpu: Gpu, recompute: Recompute = "none") -> Prediction:
-    """Each kernel takes as long as its operations or its bytes do.
-
-    Args:
-        launches: Kind, bytes and operations of each kernel.
-        gpu: Where they run.
-        recompute: What the backward pass computes again.
-    """
+    """Each kernel, of a kind, bytes and operations, takes as long as its operations or its bytes do."""
     operations_a_second = REACHED_SHARE * gpu.tflops * 1e12
     bytes_a_second = REACHED_SHARE * gpu.bandwidth * 1e9
     by_kind: dict[str, float] = defaultdict(float)

@@ -37,12 +37,8 @@ def add_adapter(
 ) -> PeftModel:
     """Put a fresh LoRA adapter with a zero update on a model (Hu et al. 2021, section 4.1).
 
-    Args:
-        model: What it is put on.
-        lora: Its shape.
-        seed: Of its start.
-        task: PEFT's name for what it is for; with SEQ_CLS the head named ``score`` is trained and saved with it.
-        setting: Where its shape stands in params.yaml, for messages.
+    ``task`` is PEFT's name for what it is for: with SEQ_CLS the head named ``score`` is trained and saved with it.
+    ``setting`` is where its shape stands in params.yaml, for messages.
 
     Raises:
         ParamsError: The model has no layer of a given name, or one that another layer shares its weights with.

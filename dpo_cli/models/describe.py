@@ -54,11 +54,6 @@ def license_files(folder: Path) -> list[Path]:
 def describe_model(folder: Path, reporter: Reporter, label: str) -> ModelDescription:
     """Check a model directory, load it, and let it answer greedily; nothing is written.
 
-    Args:
-        folder: The directory.
-        reporter: Shows progress.
-        label: What the progress is said to be of.
-
     Raises:
         MachineError: It is no causal language model that can be used, damaged, or gives no finite numbers.
     """

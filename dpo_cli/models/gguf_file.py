@@ -232,11 +232,7 @@ class _Cursor:
 
 
 def read_header(path: Path, named: Path | None = None) -> GgufFile:
-    """The header of one file.
-
-    Args:
-        path: The file.
-        named: The file that errors name in its place.
+    """The header of one file; errors name another one in its place where that is given.
 
     Raises:
         MachineError: It is no GGUF file, of a version or byte order that is not read, damaged or cut off.
@@ -321,14 +317,7 @@ def _block_sizes() -> dict[int, tuple[int, int]]:
 
 
 def write_gguf(file: GgufFile, target: Path, without: Collection[str], on_bytes: Callable[[int], None]) -> None:
-    """Write one file of all tensors and the metadata, but for some entries.
-
-    Args:
-        file: What was read.
-        target: The file to write.
-        without: Keys of the metadata to leave out.
-        on_bytes: Called with the number of bytes of tensors that were written.
-    """
+    """Write one file of all tensors and the metadata, but for the entries of some keys."""
     kept = [entry for key, entry in file.entries.items() if key not in without and not key.startswith("split.")]
     alignment = file.metadata.get(_ALIGNMENT, 32)
     infos, offset = [], 0

@@ -35,11 +35,7 @@ _NEED_VOCABULARY = ("qwen35", "qwen35moe", "lfm2")
 def model_of_gguf(file: GgufFile, folder: Path, dtype: torch.dtype, reporter: Reporter) -> tuple[Any, tuple[str, ...]]:
     """Dequantize a model.
 
-    Args:
-        file: The header.
-        folder: A folder for a copy of the file without its vocabulary.
-        dtype: Of the weights.
-        reporter: Shows progress.
+    ``folder`` takes a copy of the file without its vocabulary.
 
     Returns:
         The model, as if it had been loaded from an ordinary folder, and what the file says and nobody reads, one
@@ -292,11 +288,7 @@ _WHOLE_WORDS = {
 
 
 def tokenizer_of_gguf(file: GgufFile, full: Path) -> Any:
-    """The tokenizer that a file describes.
-
-    Args:
-        file: The header.
-        full: A file with the whole metadata, its vocabulary too.
+    """The tokenizer that a file describes; ``full`` is a file with the whole metadata, its vocabulary too.
 
     Raises:
         MachineError: There is none, or its rules are not known.

@@ -88,11 +88,7 @@ def import_model(
 ) -> tuple[Source, ModelDescription]:
     """Make an ordinary model folder, whole or not at all.
 
-    Args:
-        given: A file or folder, or the pieces of a GGUF file in their order.
-        out: The folder to make.
-        options: For GGUF files.
-        reporter: Shows progress.
+    ``given`` is a file or folder, or the pieces of a GGUF file in their order.
 
     Raises:
         MachineError: The source is no model that can be imported, damaged, or another model than it says.

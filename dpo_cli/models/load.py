@@ -53,10 +53,7 @@ def load_tokenizer(folder: Path) -> Any:
 def open_encoder(folder: Path, tokenizer: Any, model: ModelParams | None = None) -> ChatEncoder:
     """The chat encoder of a model directory, which stops where the model's own settings say, too.
 
-    Args:
-        folder: The directory.
-        tokenizer: Its tokenizer.
-        model: What is set of template and system turns; None: the template is the model's own.
+    ``model`` holds what is set of template and system turns; None: the template is the model's own.
 
     Raises:
         MachineError: Tokenizer and chat template cannot be used together.
@@ -90,13 +87,7 @@ def save_tokenizer(tokenizer: Any, encoder: ChatEncoder, folder: Path, base: Pat
     """Save what whoever serves the model needs to write prompts as in training, and to stop where an answer ends.
 
     That is the tokenizer with the chat template that was used, its EOS token the one that ends a
-    turn, and the settings for generation with all end tokens.
-
-    Args:
-        tokenizer: The base model's.
-        encoder: Made of it.
-        folder: Where it goes.
-        base: Directory of the base model, whose other settings for generation stay.
+    turn, and the settings for generation with all end tokens; the base model's other settings stay.
     """
     served = copy.deepcopy(tokenizer)
     served.chat_template = encoder.template
@@ -176,7 +167,7 @@ def load_model(folder: Path, machine: Machine, *, quantization: str, trainable: 
     """Load a causal LM.
 
     Args:
-        folder: Model directory.
+        folder: Its directory.
         machine: Device and compute dtype.
         quantization: ``nf4`` for 4-bit weights with double quantization, ``none`` for plain ones.
         trainable: Hold plain weights in float32, for training all of them.

@@ -76,12 +76,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def random_model(name: str, machine: Machine, quantization: str) -> Any:
-    """A frozen model of a known shape in eval mode, the same for the same name.
-
-    Args:
-        name: One of :data:`SHAPES`.
-        machine: Device and compute dtype.
-        quantization: ``nf4`` or ``none``.
+    """A frozen model of one of :data:`SHAPES` in eval mode, the same for the same name; in nf4 or plain.
 
     Raises:
         MachineError: It does not fit into memory.

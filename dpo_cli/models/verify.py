@@ -82,9 +82,7 @@ class VerifiedModel:
 def verify_model_folder(folder: Path, model: ModelParams | None = None) -> VerifiedModel:
     """Check a model directory: configuration, tensors, tokenizer and chat template; no number is read.
 
-    Args:
-        folder: The directory.
-        model: What is set of template and system turns; None: the template is the model's own.
+    ``model`` holds what is set of template and system turns; None: the template is the model's own.
 
     Raises:
         MachineError: It cannot be tuned; the message names file, tensor or token.
@@ -340,11 +338,7 @@ _CHANGING_STARTS = ("pissa", "olora", "corda", "loftq")
 def copy_adapter(source: Path, base: Path, built: Path, base_name: str) -> dict[str, Any]:
     """Copy an adapter in PEFT's layout, if it is LoRA and of the base model's shape.
 
-    Args:
-        source: Its folder.
-        base: Directory of the base model.
-        built: Folder to copy it to.
-        base_name: The base model's name, which stands in the copy in place of a path.
+    The base model's name stands in the copy in place of a path.
 
     Returns:
         How much it trains, as metrics.

@@ -147,18 +147,9 @@ def block_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer, as transformers calls it.
 
-    Args:
-        module: The layer.
-        query: [1, H, T, D].
-        key: [1, G, T, D].
-        value: [1, G, T, D].
-        attention_mask: None, or the layer has a mask of its own and is refused.
-        scaling: Factor on the scores; 1 / sqrt(D) where None.
-        dropout: Refused unless 0: the positions of a shared prompt would be dropped for all alike.
-        sliding_window: How many tokens a token sees, itself included; None for all.
-        softcap: ``softcap * tanh(scores / softcap)`` where set (Gemma 2).
-        s_aux: [H], a score a head of nothing (gpt-oss).
-        position_bias: Refused.
+    Query is [1, H, T, D], key and value are [1, G, T, D]. Scaling is 1 / sqrt(D) where None; the sliding window, the
+    soft cap and the sinks s_aux are those of :class:`AttentionSettings`. A mask or a bias of a layer is refused,
+    and so is dropout: the positions of a shared prompt would be dropped for all alike.
 
     Returns:
         [1, T, H, D] and no weights.

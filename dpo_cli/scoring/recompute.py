@@ -315,7 +315,7 @@ def plan_memory(
     Args:
         kept: What activations take.
         step: What goes through the model.
-        free_bytes: What they may take.
+        free_bytes: What activations may take.
         grades: To choose from.
         budgets: To choose from, tokens.
         layer_weights: Weights of a layer's products.

@@ -56,8 +56,8 @@ class Scores:
 
     Attributes:
         logps_BK: float64 [B, K], sum over the completion's tokens, nats.
-        num_tokens_BK: int64 [B, K], tokens of each completion, end of turn included.
-        token_logps_M: float32 [M], all completion tokens, completion after completion.
+        num_tokens_BK: int64 [B, K], end of turn included.
+        token_logps_M: float32 [M], completion after completion.
         statistics: Of the same tokens, where they were asked for.
     """
 
@@ -163,12 +163,9 @@ class Scorer:
     def score(
         self, groups: Sequence[TokenGroup], layout: LayoutName | None = None, *, statistics: Statistics = "none"
     ) -> Scores:
-        """Score all completions of some groups in one forward pass.
+        """Score all completions of some groups, of which all have as many, in one forward pass.
 
-        Args:
-            groups: Groups with one number of completions.
-            layout: Another layout than the scorer's.
-            statistics: Whether to look at the distributions, too; ``squares`` gives all of them.
+        Statistics are of the whole distributions: ``plain`` ones, or ``squares``, too.
 
         Returns:
             Sums in float64 over float32 token log-probabilities.
@@ -192,10 +189,6 @@ class Scorer:
 
         The last token does not go through the model as long as nothing comes behind it; so one more is laid out
         behind each completion. Which one makes no difference: it does not go through the model itself.
-
-        Args:
-            groups: Groups with one number of completions.
-            layout: Another layout than the scorer's.
 
         Returns:
             [B, K, D], in the dtype that the backbone gives.
@@ -328,34 +321,14 @@ class RewardScorer:
     Args:
         scorer: Runs the model that the head stands on.
         head: [..., D] to [..., 1], float32 whatever the model computes in.
-
-    Attributes:
-        scorer: The same.
     """
 
     def __init__(self, scorer: Scorer, head: torch.nn.Module) -> None:
         self.scorer = scorer
         self._head = head
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return self.scorer.device
-
-    @property
-    def config(self) -> Any:
-        """The text model's configuration."""
-        return self.scorer.config
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """The dtype of matrix products."""
-        return self.scorer.compute_dtype
-
-    @property
-    def head_bytes(self) -> int:
-        """0: there are no logits."""
-        return 0
+        self.device, self.config, self.compute_dtype = scorer.device, scorer.config, scorer.compute_dtype
+        self.head_bytes = 0
+        """There are no logits."""
 
     def num_tokens(self, group: TokenGroup) -> int:
         """Tokens of a group that go through the model, the last ones of the completions counted."""
@@ -368,13 +341,7 @@ class RewardScorer:
     def score(
         self, groups: Sequence[TokenGroup], layout: LayoutName | None = None, *, statistics: Statistics = "none"
     ) -> Rewards:
-        """The rewards of all completions of some groups in one forward pass, with gradients.
-
-        Args:
-            groups: Groups with one number of completions.
-            layout: Another layout than the scorer's.
-            statistics: ``none``: without logits there are no distributions to look at.
-        """
+        """The rewards of all completions of some groups in one forward pass, with gradients; no statistics."""
         hidden_BKD = self.scorer.last_hidden(groups, layout).float()
         with torch.autocast(hidden_BKD.device.type, enabled=False):
             return Rewards(self._head(hidden_BKD).squeeze(-1).double())

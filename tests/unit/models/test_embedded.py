@@ -15,7 +15,6 @@ from dpo_cli.data.splits import split_position
 from dpo_cli.models import embedded
 from dpo_cli.models.embedded import build_model, build_tokenizer, pretraining_loss
 
-
 # --- tokenizer ----------------------------------------------------------------------------
 
 
