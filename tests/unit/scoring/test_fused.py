@@ -92,21 +92,33 @@ def test_the_rotation_is_closer_to_its_definition_than_what_models_do() -> None:
     assert_closer(ours, with_gradients(lambda x: by_definition(x, cosine, sine), x), exact)
 
 
-@pytest.mark.parametrize("code", [fused.ROTATION_CODE, fused.ROTATION_BACKWARD_CODE])
-def test_what_a_gpu_compiles_rotates_the_same(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The source of the kernels compiled for the CPU, on what CUDA's kernels are given, number by number."""
+@pytest.fixture
+def compile_for_cpu(tmp_path: Path) -> Callable[[str], Any]:
+    """``compile_for_cpu(source)``: the function ``run`` of C++ code."""
     if (compiler := shutil.which("g++")) is None:
         pytest.skip("no C++ compiler")
+
+    def compiled(source: str) -> Any:
+        (tmp_path / "kernel.cpp").write_text(source)
+        library = tmp_path / "kernel.so"
+        subprocess.run([compiler, "-shared", "-fPIC", "-o", library, tmp_path / "kernel.cpp"], check=True)
+        return ctypes.CDLL(str(library)).run
+
+    return compiled
+
+
+@pytest.mark.parametrize("code", [fused.ROTATION_CODE, fused.ROTATION_BACKWARD_CODE])
+def test_what_a_gpu_compiles_rotates_the_same(
+    code: str, compile_for_cpu: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source of the kernels compiled for the CPU, on what CUDA's kernels are given, number by number."""
     is_back = code is fused.ROTATION_BACKWARD_CODE
     name, number = ("rotate_back", 6) if is_back else ("rotate", 5)
     parameters = [f"x{index}" for index in range(number)]
-    (tmp_path / "kernel.cpp").write_text(f"""{code}
+    run = compile_for_cpu(f"""{code}
 extern "C" float run({", ".join(f"float {each}" for each in parameters)}) {{
   return {name}<float>({", ".join(parameters)});
 }}""")
-    library = tmp_path / "kernel.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, tmp_path / "kernel.cpp"], check=True)
-    run = ctypes.CDLL(str(library)).run
     run.argtypes, run.restype = [ctypes.c_float] * number, ctypes.c_float
 
     def jitted(source: str, num_outputs: int) -> Callable[..., torch.Tensor]:
@@ -126,31 +138,17 @@ extern "C" float run({", ".join(f"float {each}" for each in parameters)}) {{
     assert torch.allclose(fused._rotate_on_cuda(x, cosine, sine, is_back=is_back), expected, atol=1e-5)
 
 
-def test_the_class_and_its_module_keep_their_own_rotation(make_llama: Callable[..., Any]) -> None:
-    from transformers.models.llama import modeling_llama
-
-    before = modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaAttention.forward
-    install(make_llama(100), [ROTATION])
-    assert (modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaAttention.forward) == before
-
-
 @pytest.mark.parametrize("code", [fused.SWIGLU_CODE, fused.SWIGLU_BACKWARD_CODE])
-def test_what_a_gpu_compiles_computes_the_same(code: str, tmp_path: Path) -> None:
+def test_what_a_gpu_compiles_computes_the_same(code: str, compile_for_cpu: Callable[[str], Any]) -> None:
     """The source of the kernels, compiled for the CPU, number by number."""
-    if (compiler := shutil.which("g++")) is None:
-        pytest.skip("no C++ compiler")
     call = (
         "*first = swiglu<float>(gate, up);"
         if code is fused.SWIGLU_CODE
         else "swiglu_backward<float>(grad, gate, up, *first, *second);"
     )
-    source = f"""#include <cmath>
+    run = compile_for_cpu(f"""#include <cmath>
 {code}
-extern "C" void run(float grad, float gate, float up, float* first, float* second) {{ {call} }}"""
-    (tmp_path / "kernel.cpp").write_text(source)
-    library = tmp_path / "kernel.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, tmp_path / "kernel.cpp"], check=True)
-    run = ctypes.CDLL(str(library)).run
+extern "C" void run(float grad, float gate, float up, float* first, float* second) {{ {call} }}""")
     run.argtypes = [ctypes.c_float] * 3 + [ctypes.POINTER(ctypes.c_float)] * 2
     for grad, gate, up in random(50, 3, dtype=torch.float64).tolist():
         first, second = ctypes.c_float(), ctypes.c_float()
@@ -190,8 +188,10 @@ def replaced(model: Any) -> set[str]:
 )
 def test_layers_are_recognized_by_what_they_compute(family: str, expected: set[str]) -> None:
     model = build(family)
+    forwards = {type(module): type(module).forward for module in model.modules()}
     install(model, [NORM, SWIGLU, ROTATION])
     assert replaced(model) == expected
+    assert forwards == {kind: kind.forward for kind in forwards}, "classes stay as they are"
 
 
 def test_a_class_of_the_name_that_computes_something_else_is_left_alone(make_llama: Callable[..., Any]) -> None:

@@ -45,23 +45,9 @@ _COMMON = {
     "bos_token_id": None,
     "eos_token_id": 1,
 }
-_SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 RIGHT: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", _COMMON),
     "mistral": ("MistralConfig", _COMMON | {"sliding_window": 8}),
-    "qwen3": ("Qwen3Config", _COMMON | {"head_dim": 16}),
-    "gemma3": ("Gemma3TextConfig", _COMMON | _SLIDING | {"head_dim": 16}),
-    "gpt_oss": (
-        "GptOssConfig",
-        _COMMON
-        | _SLIDING
-        | {
-            "head_dim": 16,
-            "num_local_experts": 2,
-            "num_experts_per_tok": 1,
-            "rope_parameters": {"rope_type": "default"},
-        },
-    ),
 }
 LEAKY: dict[str, tuple[str, dict[str, Any], str]] = {
     "bloom": (
@@ -69,34 +55,13 @@ LEAKY: dict[str, tuple[str, dict[str, Any], str]] = {
         {"vocab_size": 100, "hidden_size": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.1},
         "off by",
     ),
-    "gptj": (
-        "GPTJConfig",
-        {
-            "vocab_size": 100,
-            "n_embd": 64,
-            "n_layer": 2,
-            "n_head": 4,
-            "rotary_dim": 8,
-            "initializer_range": 0.1,
-            "bos_token_id": None,
-            "eos_token_id": 1,
-        },
-        "off by",
-    ),
     "lfm2": (
         "Lfm2Config",
         _COMMON | {"layer_types": ["conv", "full_attention"]},
         "its configuration has layers of conv",
     ),
-    "llama4": (
-        "Llama4TextConfig",
-        _COMMON | {"attention_chunk_size": 16, "num_local_experts": 2, "intermediate_size_mlp": 96, "head_dim": 16},
-        "its configuration has layers of chunked_attention",
-    ),
 }
-"""Configuration, and why shared will not do: distances along the row, attention of its own,
-convolutions, chunks.
-"""
+"""Configuration, and why shared will not do: distances along the row, convolutions. The parity tests have more."""
 F32 = torch.float32
 
 
@@ -104,18 +69,6 @@ def build(name: str, values: dict[str, Any]) -> Any:
     """A tiny random model, float32, in eval mode."""
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**values)).eval()
-
-
-def naive_logps(model: Any, groups: Sequence[TokenGroup]) -> torch.Tensor:
-    """float64 [B, K], every completion in a forward pass of its own."""
-    rows = []
-    for group in groups:
-        for completion in group.completions:
-            tokens = torch.tensor([[*group.prompt, *completion]])
-            logps = model(input_ids=tokens, use_cache=False).logits[0].double().log_softmax(-1)
-            begin = len(group.prompt) - 1
-            rows.append(sum(logps[begin + i, token] for i, token in enumerate(completion)))
-    return torch.stack(rows).view(len(groups), -1)
 
 
 @pytest.fixture
@@ -154,21 +107,6 @@ def open_(reporter: Any) -> Callable[..., Any]:
 # --- which layout -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", RIGHT)
-def test_models_whose_attention_can_be_set_share_prompts(
-    family: str, open_: Callable[..., Any], make_groups: Callable[..., list[TokenGroup]]
-) -> None:
-    model = build(*RIGHT[family])
-    groups = make_groups(4)
-    with torch.no_grad():
-        expected = naive_logps(model, groups)
-        scorer, verdict = open_(model)
-        found = scorer.score(groups).logps_BK
-    assert (scorer.layout, verdict.layout, verdict.refused, verdict.forced) == ("shared", "shared", {}, False)
-    assert verdict.difference <= verdict.tolerance <= 5e-4
-    assert (found - expected).abs().max() <= 1e-4
-
-
 def test_sums_of_hundreds_of_nats_may_differ_in_their_seventh_digit(open_: Callable[..., Any]) -> None:
     """As those of random tokens do in a model that was trained: 20 nats a token."""
     model: Any = build(*RIGHT["llama"])
@@ -180,19 +118,13 @@ def test_sums_of_hundreds_of_nats_may_differ_in_their_seventh_digit(open_: Calla
 
 
 @pytest.mark.parametrize("family", LEAKY)
-def test_a_model_whose_texts_would_leak_into_each_other_is_padded_and_right(
-    family: str, open_: Callable[..., Any], make_groups: Callable[..., list[TokenGroup]], reporter: Any
+def test_a_model_whose_texts_would_leak_into_each_other_is_padded_with_the_reason(
+    family: str, open_: Callable[..., Any], reporter: Any
 ) -> None:
     name, values, not_shared = LEAKY[family]
-    model = build(name, values)
-    groups = make_groups(4)
-    with torch.no_grad():
-        expected = naive_logps(model, groups)
-        scorer, verdict = open_(model)
-        found = scorer.score(groups).logps_BK
+    scorer, verdict = open_(build(name, values))
     assert (scorer.layout, verdict.layout) == ("padded", "padded")
     assert verdict.refused["shared"].startswith(not_shared)
-    assert (found - expected).abs().max() <= 1e-4
     (line,) = reporter.said
     assert line.startswith(f"train: layout padded; not shared: {not_shared}")
     assert f"; not shared: {not_shared}" in line
