@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from dpo_cli.core.artifacts import publish_folder, sha256_file
@@ -27,10 +25,8 @@ from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.models.describe import ModelDescription, describe_model, license_files
 from dpo_cli.models.folder import (
     INDEX,
-    PICKLES,
     check_model_folder,
     copy_bytes,
-    read_object,
     refuse_pointer,
     total_size,
     weight_files,
@@ -39,11 +35,10 @@ from dpo_cli.models.gguf_file import GgufFile, find_pieces, is_gguf, read_pieces
 from dpo_cli.models.gguf_model import model_of_gguf, tokenizer_of_gguf
 from dpo_cli.models.identity import model_files
 from dpo_cli.models.load import in_words, load_config, load_tokenizer
-from dpo_cli.models.text_part import build_text_part, save_checked_tokenizer
+from dpo_cli.models.rebuild import TOKENIZER_FILES, build_text_part, pickles_of, save_checked_tokenizer, unpickle
 from dpo_cli.models.verify import verify_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_NO_PICKLES = {"training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state.pth"}
 _FOREIGN = {
     "params.json": "Meta's or Mistral's own",
     "model.ckpt.index": "TensorFlow's",
@@ -58,9 +53,8 @@ class Source:
     Attributes:
         name: What it is called in messages and in the table.
         kind: What it was found to be, in words.
-        pieces: Its GGUF files, if it is of that kind.
-        folder: Its folder, where it is another.
-        revision: The revision, where the Hub's cache names one.
+        pieces: Its GGUF files, if it is of that kind; else its ``folder`` is given.
+        revision: Where the Hub's cache names one.
     """
 
     name: Path
@@ -279,9 +273,9 @@ def _build_from_folder(source: Source, built: Path, work: Path, reporter: Report
     assert folder is not None
     notes: list[str] = []
     weights = folder
-    if not any(folder.glob("*.safetensors")) and (pickles := _pickles(folder)):
+    if not any(folder.glob("*.safetensors")) and (pickles := pickles_of(folder)):
         weights = work / "unpickled"
-        _unpickle(folder, pickles, weights, reporter)
+        unpickle(folder, pickles, weights, reporter)
     config = load_config(folder)
     with in_words(f"{folder}: config.json cannot be used"):
         is_nested = config.get_text_config() is not config
@@ -315,12 +309,6 @@ def _copy(files: Sequence[Path], built: Path, reporter: Reporter) -> None:
                 copy_bytes(source, target, path.stat().st_size, meter.advance)
 
 
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
-)  # fmt: skip
-
-
 def _build_from_pickles(weights: Path, built: Path, reporter: Reporter) -> list[str]:
     """Load what was unpickled as a model of text and save it."""
     verified = verify_weights(weights)
@@ -329,80 +317,6 @@ def _build_from_pickles(weights: Path, built: Path, reporter: Reporter) -> list[
             weights, dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
     loaded.save_pretrained(built)
-    _copy([path for name in _TOKENIZER_FILES if (path := weights / name).is_file()], built, reporter)
+    _copy([path for name in TOKENIZER_FILES if (path := weights / name).is_file()], built, reporter)
     unused = list(verified.unused)
     return [f"{len(unused)} tensors that are no part of the model were left out: {unused[0]}"] if unused else []
-
-
-# --- pickled weights ----------------------------------------------------------------------
-
-
-def _pickles(folder: Path) -> list[Path]:
-    """The files with a model's pickled weights, by the index where there is one.
-
-    Raises:
-        MachineError: The index names a file that is missing or elsewhere.
-    """
-    index = folder / "pytorch_model.bin.index.json"
-    if index.is_file():
-        entries = read_object(index).get("weight_map")
-        names = sorted({str(name) for name in entries.values()}) if isinstance(entries, dict) else []
-        for name in names:
-            if Path(name).name != name or not (folder / name).is_file():
-                raise MachineError(f"{index} names {name!r}, which is not in {folder}; fetch the whole model")
-        if names:
-            return [folder / name for name in names]
-    if (folder / "pytorch_model.bin").is_file():
-        return [folder / "pytorch_model.bin"]
-    found = {path for pattern in PICKLES for path in folder.glob(pattern) if path.name not in _NO_PICKLES}
-    return sorted(found)
-
-
-def _unpickle(folder: Path, pickles: Sequence[Path], weights: Path, reporter: Reporter) -> None:
-    """Write pickled weights as safetensors, each file for itself, with the other files of the model beside them.
-
-    Raises:
-        MachineError: A file would run code, is damaged, or holds no weights.
-    """
-    weights.mkdir()
-    places: dict[str, str] = {}
-    with reporter.meter("import: reading pickled weights", total_size(pickles), "bytes") as meter:
-        for number, path in enumerate(pickles, 1):
-            name = f"model-{number:05}-of-{len(pickles):05}.safetensors"
-            tensors = _tensors_of_pickle(path)
-            if twice := sorted(tensors.keys() & places.keys()):
-                raise MachineError(f"{path} holds {twice[0]}, and so does another file; which is the model's?")
-            save_file(tensors, weights / name, metadata={"format": "pt"})
-            places |= dict.fromkeys(tensors, name)
-            meter.advance(path.stat().st_size)
-    (weights / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}), encoding="utf-8")
-    for name in ("config.json", *_TOKENIZER_FILES):
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, weights / name)
-
-
-def _tensors_of_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of one file, each with memory of its own."""
-    try:
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a pickle of garbage may raise anything
-        if called := re.search(r"\bGLOBAL ([\w.]+)|Unsupported (?:class|operand) ([\w.]+)", str(error)):
-            raise MachineError(
-                f"{path} is refused: it would run code when it is loaded ({called[1] or called[2]}); plain weights"
-                " would not"
-            ) from None
-        first = " ".join(str(error).split())[:160] or type(error).__name__
-        raise MachineError(f"{path} is damaged or no file of weights ({first}); fetch it again") from None
-    for key in ("state_dict", "model_state_dict", "model", "module"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict):
-        raise MachineError(f"{path} holds {type(found).__name__}, no tensors by name")
-    tensors = {str(name): each for name, each in found.items() if isinstance(each, torch.Tensor)}
-    if not tensors:
-        raise MachineError(f"{path} holds no tensors by name")
-    if any(each.layout != torch.strided or each.is_quantized or each.is_meta for each in tensors.values()):
-        raise MachineError(f"{path} holds tensors that are sparse or quantized; plain ones are needed")
-    if all(name.startswith("module.") for name in tensors):  # as torch's DistributedDataParallel saves them
-        tensors = {name.removeprefix("module."): each for name, each in tensors.items()}
-    return {name: each.detach().clone(memory_format=torch.contiguous_format) for name, each in tensors.items()}

@@ -51,13 +51,7 @@ _OBJECTS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json",
 
 @dataclass(frozen=True)
 class Weights:
-    """What configuration and tensors say of a model.
-
-    Attributes:
-        model_type: The family, as config.json names it.
-        facts: What stages ask of it.
-        unused: Tensors in the files that are no part of the model.
-    """
+    """What configuration and tensors say of a model; ``unused`` are tensors that are no part of it."""
 
     model_type: str
     facts: ModelFacts
@@ -66,13 +60,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class VerifiedModel:
-    """A model directory that passed every check.
-
-    Attributes:
-        weights: What is known of its weights.
-        encoder: Messages to token ids.
-        notes: What is odd but no error, one sentence each.
-    """
+    """A model directory that passed every check; notes say what is odd but no error, one sentence each."""
 
     weights: Weights
     encoder: ChatEncoder

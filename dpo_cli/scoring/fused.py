@@ -242,8 +242,9 @@ def describe_fused(model: torch.nn.Module, device: torch.device, dtype: torch.dt
     """What a model computes in one kernel, and what not and why, as a part of a sentence; empty where none could be."""
     if not is_gpu(device) or dtype == torch.float32:
         return ""
+    known = {_norm_forward: NORM, _gated_forward: SWIGLU}
     replaced = {vars(module)["forward"].__func__ for module in model.modules() if "forward" in vars(module)}
-    names = [name for name in _NAMES if any(_name_of(forward) == name for forward in replaced)]
+    names = [name for name in _NAMES if name in {known.get(forward, ROTATION) for forward in replaced}]
     refused = {name: reason for name in _NAMES if (reason := _reason_in(model, name, device, dtype)) is not None}
     *first, last = names or [""]
     said = [f"{', '.join(first)}{' and ' if first else ''}{last} in one kernel"] if names else []
@@ -254,7 +255,8 @@ def _norm_forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     weight = self.weight
     if hidden_states.dtype != weight.dtype or weight.dtype == torch.float32 or weight.requires_grad:
         return type(self).forward(self, hidden_states)
-    return rms_norm(hidden_states, weight, _epsilon(self))
+    epsilon = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps
+    return rms_norm(hidden_states, weight, epsilon)
 
 
 def _gated_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
@@ -262,10 +264,6 @@ def _gated_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     if gate.dtype != up.dtype or gate.dtype == torch.float32:
         return self.down_proj(self.act_fn(gate) * up)
     return self.down_proj(swiglu(gate, up))
-
-
-def _name_of(forward: Operation) -> str:
-    return {_norm_forward: NORM, _gated_forward: SWIGLU}.get(forward, ROTATION)
 
 
 _ROTATES = "apply_rotary_pos_emb"
@@ -310,10 +308,6 @@ def _is_rotation(function: Operation) -> bool:
     cosine, sine = torch.randn(2, 2, 5, 8, generator=generator)
     expected = torch.cat([rotate(tensor, cosine[:, None], sine[:, None]) for tensor in (query, key)], 1)
     return _gives(lambda: torch.cat(function(query, key, cosine, sine), 1), expected)
-
-
-def _epsilon(module: Any) -> float:
-    return module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
 
 
 @cache

@@ -222,13 +222,13 @@ def test_the_text_part_of_a_multimodal_model_computes_the_same_of_a_text(
 def test_a_model_whose_text_part_is_another_model_by_itself_is_refused(
     make_multimodal: Callable[..., Path], tmp_path: Path, reporter: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dpo_cli.models import text_part
+    from dpo_cli.models import rebuild
 
     whole = make_multimodal("Qwen2VL")
-    monkeypatch.setattr(text_part, "_PLAIN_TEXT", {"qwen2_vl_text": "llama"})  # which has no bias
+    monkeypatch.setattr(rebuild, "_PLAIN_TEXT", {"qwen2_vl_text": "llama"})  # which has no bias
     with pytest.raises(MachineError, match="its language model is not that of llama"):
         _import(whole, tmp_path / "out", reporter)
-    monkeypatch.setattr(text_part, "_PLAIN_TEXT", {})
+    monkeypatch.setattr(rebuild, "_PLAIN_TEXT", {})
     with pytest.raises(MachineError, match=r"qwen2_vl \(qwen2_vl_text\) is of no family that can be used by itself"):
         _import(whole, tmp_path / "out", reporter)
     assert not (tmp_path / "out").exists()

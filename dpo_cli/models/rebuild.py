@@ -1,11 +1,16 @@
-"""The language model within a model of images or sound, as a model of its own."""
+"""Weights of another form, written anew: out of pickles, and the language model within a model of images or sound."""
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -22,8 +27,88 @@ from transformers.models.auto.modeling_auto import (
 from dpo_cli.core.errors import MachineError
 from dpo_cli.core.progress import Reporter
 from dpo_cli.models.device import Machine
-from dpo_cli.models.folder import read_object
+from dpo_cli.models.folder import INDEX, PICKLES, read_object, total_size
 from dpo_cli.models.load import in_words, load_model, load_tokenizer
+
+_NO_PICKLES = {"training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state.pth"}
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
+
+
+def pickles_of(folder: Path) -> list[Path]:
+    """The files with a model's pickled weights, by the index where there is one.
+
+    Raises:
+        MachineError: The index names a file that is missing or elsewhere.
+    """
+    index = folder / "pytorch_model.bin.index.json"
+    if index.is_file():
+        entries = read_object(index).get("weight_map")
+        names = sorted({str(name) for name in entries.values()}) if isinstance(entries, dict) else []
+        for name in names:
+            if Path(name).name != name or not (folder / name).is_file():
+                raise MachineError(f"{index} names {name!r}, which is not in {folder}; fetch the whole model")
+        if names:
+            return [folder / name for name in names]
+    if (folder / "pytorch_model.bin").is_file():
+        return [folder / "pytorch_model.bin"]
+    found = {path for pattern in PICKLES for path in folder.glob(pattern) if path.name not in _NO_PICKLES}
+    return sorted(found)
+
+
+def unpickle(folder: Path, pickles: Sequence[Path], weights: Path, reporter: Reporter) -> None:
+    """Write pickled weights as safetensors, each file for itself, with the other files of the model beside them.
+
+    Raises:
+        MachineError: A file would run code, is damaged, or holds no weights.
+    """
+    weights.mkdir()
+    places: dict[str, str] = {}
+    with reporter.meter("import: reading pickled weights", total_size(pickles), "bytes") as meter:
+        for number, path in enumerate(pickles, 1):
+            name = f"model-{number:05}-of-{len(pickles):05}.safetensors"
+            tensors = _tensors_of_pickle(path)
+            if twice := sorted(tensors.keys() & places.keys()):
+                raise MachineError(f"{path} holds {twice[0]}, and so does another file; which is the model's?")
+            save_file(tensors, weights / name, metadata={"format": "pt"})
+            places |= dict.fromkeys(tensors, name)
+            meter.advance(path.stat().st_size)
+    (weights / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}), encoding="utf-8")
+    for name in ("config.json", *TOKENIZER_FILES):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, weights / name)
+
+
+def _tensors_of_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one file, each with memory of its own."""
+    try:
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a pickle of garbage may raise anything
+        if called := re.search(r"\bGLOBAL ([\w.]+)|Unsupported (?:class|operand) ([\w.]+)", str(error)):
+            raise MachineError(
+                f"{path} is refused: it would run code when it is loaded ({called[1] or called[2]}); plain weights"
+                " would not"
+            ) from None
+        first = " ".join(str(error).split())[:160] or type(error).__name__
+        raise MachineError(f"{path} is damaged or no file of weights ({first}); fetch it again") from None
+    for key in ("state_dict", "model_state_dict", "model", "module"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict):
+        raise MachineError(f"{path} holds {type(found).__name__}, no tensors by name")
+    tensors = {str(name): each for name, each in found.items() if isinstance(each, torch.Tensor)}
+    if not tensors:
+        raise MachineError(f"{path} holds no tensors by name")
+    if any(each.layout != torch.strided or each.is_quantized or each.is_meta for each in tensors.values()):
+        raise MachineError(f"{path} holds tensors that are sparse or quantized; plain ones are needed")
+    if all(name.startswith("module.") for name in tensors):  # as torch's DistributedDataParallel saves them
+        tensors = {name.removeprefix("module."): each for name, each in tensors.items()}
+    return {name: each.detach().clone(memory_format=torch.contiguous_format) for name, each in tensors.items()}
+
+
+# --- the text part of a multimodal model --------------------------------------------------
 
 _PLAIN_TEXT = {
     "qwen2_vl_text": "qwen2",
