@@ -31,7 +31,7 @@ from dpo_cli.models.folder import INDEX, PICKLES, read_object, total_size
 from dpo_cli.models.load import in_words, load_model, load_tokenizer
 
 _NO_PICKLES = {"training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state.pth"}
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
