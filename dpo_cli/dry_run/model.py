@@ -10,7 +10,7 @@ import torch
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn.modules import Linear4bit
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from dpo_cli.core.interrupts import StopRequest
@@ -20,6 +20,7 @@ from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.dry_run.device import CUDA
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine
+from dpo_cli.models.load import nf4
 from dpo_cli.models.shapes import random_pairs
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.fused import NORM, ROTATION, SWIGLU, install
@@ -59,13 +60,7 @@ def _to_four_bits(model: Any, dtype: torch.dtype) -> None:
     """As transformers does it: 4-bit layers in place of all linear ones but the head."""
     head = model.get_output_embeddings()
     kept = [name for name, module in model.named_modules() if module is head]
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=settings)
+    replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=nf4(dtype))
     model.is_loaded_in_4bit = True
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from dpo_cli.core.artifacts import publish_folder, sha256_file
 from dpo_cli.core.errors import MachineError, ParamsError
@@ -34,7 +34,7 @@ from dpo_cli.models.folder import (
 from dpo_cli.models.gguf_file import GgufFile, find_pieces, is_gguf, read_pieces
 from dpo_cli.models.gguf_model import model_of_gguf, tokenizer_of_gguf
 from dpo_cli.models.identity import model_files
-from dpo_cli.models.load import in_words, load_config, load_tokenizer
+from dpo_cli.models.load import in_words, load_as_it_is, load_config, load_tokenizer
 from dpo_cli.models.rebuild import TOKENIZER_FILES, build_text_part, pickles_of, save_checked_tokenizer, unpickle
 from dpo_cli.models.verify import verify_weights
 
@@ -313,10 +313,7 @@ def _build_from_pickles(weights: Path, built: Path, reporter: Reporter) -> list[
     """Load what was unpickled as a model of text and save it."""
     verified = verify_weights(weights)
     with in_words(f"{weights}: the model cannot be loaded"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            weights, dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
-        )
-    loaded.save_pretrained(built)
+        load_as_it_is(weights, dtype="auto").save_pretrained(built)
     _copy([path for name in TOKENIZER_FILES if (path := weights / name).is_file()], built, reporter)
     unused = list(verified.unused)
     return [f"{len(unused)} tensors that are no part of the model were left out: {unused[0]}"] if unused else []

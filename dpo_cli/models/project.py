@@ -127,7 +127,7 @@ class Project(Workplace, FrozenBase):
         Raises:
             ParamsError: With both figures.
         """
-        check_context(self.base, max_length, name)
+        refuse_beyond_context(context_length(self.base), max_length, name)
 
     # --- data -------------------------------------------------------------------------------
 
@@ -164,7 +164,7 @@ def open_project(params: Params, reporter: Reporter, command: str) -> Project:
     """
     reference = params.reference
     base, encoder, tokenizer = open_base(params.model, params.runtime)
-    check_context(base, reference.max_length, "reference.max_length")
+    refuse_beyond_context(context_length(base), reference.max_length, "reference.max_length")
     machine = prepare_machine(params.runtime, embedded=params.model.name == EMBEDDED)
     digest = base_digest()
     sft = read_sft_result(digest)
@@ -201,12 +201,3 @@ def open_base(model: ModelParams, runtime: RuntimeParams) -> tuple[Path, ChatEnc
     encoder = open_encoder(folder, tokenizer, model)
     encoder.num_rows = lock.facts.num_rows
     return folder, encoder, tokenizer
-
-
-def check_context(base: Path, max_length: int, name: str) -> None:
-    """Refuse a length for which the model knows no positions.
-
-    Raises:
-        ParamsError: With both figures.
-    """
-    refuse_beyond_context(context_length(base), max_length, name)

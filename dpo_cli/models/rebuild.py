@@ -28,7 +28,7 @@ from dpo_cli.core.errors import MachineError
 from dpo_cli.core.progress import Reporter
 from dpo_cli.models.device import Machine
 from dpo_cli.models.folder import INDEX, PICKLES, read_object, total_size
-from dpo_cli.models.load import in_words, load_model, load_tokenizer
+from dpo_cli.models.load import in_words, load_as_it_is, load_model, load_tokenizer
 
 _NO_PICKLES = {"training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state.pth"}
 TOKENIZER_FILES = (
@@ -151,19 +151,7 @@ def build_text_part(weights: Path, config: Any, built: Path, reporter: Reporter)
     ids = torch.tensor([list(tokenizer(TRIAL)["input_ids"])])
     reporter.say(f"import: loading {config.model_type} as a whole, to take its language model out of it")
     with in_words(f"{weights}: the model cannot be loaded"), torch.inference_mode():
-        loaded: Any = auto.from_pretrained(
-            weights,
-            config=config,
-            dtype="auto",
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-        whole, loading = loaded
-        if missing := sorted(loading["missing_keys"]):
-            raise MachineError(f"{weights}: the weights lack {missing[0]} ({len(missing)} missing in all)")
-        whole.eval()
+        whole = load_as_it_is(weights, auto, config=config, dtype="auto").eval()
         expected = whole(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float().log_softmax(-1)
         decoder, head = whole.get_decoder(), whole.get_output_embeddings()
         text_config.tie_word_embeddings = head.weight.data_ptr() == decoder.get_input_embeddings().weight.data_ptr()

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -69,22 +70,18 @@ class Attending:
         self.windows: set[int | None] = set()
         self.kernels: set[str] = set()
         self.refused: dict[str, str] = {}
-        self._pieces: list[Piece] | None = None
-        self._sequences: Sequences | None = None
         self._masks: dict[tuple[int, int, int | None, torch.dtype], torch.Tensor] = {}
         self._batches: dict[tuple[int | None, torch.dtype], PieceBatches] = {}
 
+    @cached_property
     def pieces(self) -> list[Piece]:
         """All pieces of the row."""
-        if self._pieces is None:
-            self._pieces = [piece for block in self.layout.blocks for piece in pieces_of(block)]
-        return self._pieces
+        return [piece for block in self.layout.blocks for piece in pieces_of(block)]
 
+    @cached_property
     def sequences(self) -> Sequences:
         """The row as variable-length sequences."""
-        if self._sequences is None:
-            self._sequences = sequences_of(self.pieces(), self.layout.tokens_RT.device)
-        return self._sequences
+        return sequences_of(self.pieces, self.layout.tokens_RT.device)
 
     def mask(self, piece: Piece, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
         """The mask to add to a piece's scores; None where causality says it all."""
@@ -103,7 +100,7 @@ class Attending:
         """All pieces of the row, those of like length together."""
         key = window, dtype
         if key not in self._batches:
-            self._batches[key] = batches_of(self.pieces(), window, dtype, self.layout.tokens_RT.device)
+            self._batches[key] = batches_of(self.pieces, window, dtype, self.layout.tokens_RT.device)
         return self._batches[key]
 
 
@@ -177,7 +174,7 @@ def block_attention(
         state.refused |= choice.refused
         if choice.name is not None and choice.kernel is not None:
             state.kernels.add(choice.name)
-            return attend_varlen(choice.kernel, state.sequences(), query, key, value, settings)[None], None
+            return attend_varlen(choice.kernel, state.sequences, query, key, value, settings)[None], None
     if (repeats := query.shape[1] // key.shape[1]) > 1:
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     return _attend_rest(state, query, key, value, settings), None
@@ -194,7 +191,7 @@ def _attend_rest(
     if settings.is_plain and has_cpu_kernel(query, value):
         state.kernels.add("PyTorch's flash kernel for the CPU")
         return CpuAttention.apply(  # type: ignore[return-value]
-            query, key, value, state.pieces(), lambda piece: state.mask(piece, window, dtype), settings.scale
+            query, key, value, state.pieces, lambda piece: state.mask(piece, window, dtype), settings.scale
         )
     state.kernels.add("scaled_dot_product_attention" if settings.is_plain else "matrix products")
 

@@ -313,7 +313,6 @@ def test_what_layers_ask_for_is_kept() -> None:
         for window in (None, 4, 4, 7):
             block_attention(LAYER, *random_inputs(layout.num_tokens), None, sliding_window=window)
     assert state.windows == {None, 4, 7}
-    assert state.sequences() is state.sequences()
 
 
 def test_what_is_attended_is_known_inside_and_restored_outside() -> None:
