@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from dpo_cli.core import paths
 from dpo_cli.core.errors import MachineError, ParamsError
 from dpo_cli.core.params import LoraParams, ModelParams, RuntimeParams
-from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models import load
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.folder import base_folder, check_model_folder
 from dpo_cli.models.load import context_length, load_model, load_tokenizer, open_encoder, save_tokenizer
 from dpo_cli.scoring.scorer import Scorer
+
+Make = Callable[..., Any]
 
 
 @pytest.fixture
@@ -214,9 +215,7 @@ def test_a_4_bit_model_on_the_cpu_keeps_no_hold_of_the_files_it_came_from(folder
     )
 
 
-def test_nf4_holds_the_linear_layers_in_4_bits_and_stays_near(
-    tiny_folder: Path, cpu: Any, make_groups: Callable[..., list[TokenGroup]]
-) -> None:
+def test_nf4_holds_the_linear_layers_in_4_bits_and_stays_near(tiny_folder: Path, cpu: Any, make_groups: Make) -> None:
     plain = load_model(tiny_folder, cpu, quantization="none")
     quantized = load_model(tiny_folder, cpu, quantization="nf4")
     layers = [module for module in quantized.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
@@ -258,9 +257,7 @@ class Trap:
 
 
 @pytest.fixture
-def spring(
-    tiny_folder: Path, cpu: Any, make_groups: Callable[..., list[TokenGroup]], monkeypatch: pytest.MonkeyPatch
-) -> Callable[[bool], Trap]:
+def spring(tiny_folder: Path, cpu: Any, make_groups: Make, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], Trap]:
     groups = make_groups(6)
 
     def observe(model: Any, scorer: Scorer) -> Observed:

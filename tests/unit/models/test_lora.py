@@ -19,10 +19,11 @@ from peft.tuners.lora import bnb as lora_bnb
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_cli.core.params import LoraParams
-from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter, save_adapter
 from dpo_cli.models.lora import ShortLinear, ShortLinear4bit, cast_adapters, merging_pays, use_short_layers
 from dpo_cli.scoring.scorer import Scorer
+
+Make = Callable[..., Any]
 
 INPUTS, OUTPUTS, RANK = 64, 128, 4
 FEW, MANY = 5, 400
@@ -449,7 +450,7 @@ def test_several_adapters_in_one_batch_are_left_to_peft(kind: str) -> None:
 
 
 def test_a_saved_adapter_is_loaded_by_plain_peft_with_the_same_outputs(
-    make_llama: Callable[..., Any], make_groups: Callable[..., list[TokenGroup]], tmp_path: Path
+    make_llama: Make, make_groups: Make, tmp_path: Path
 ) -> None:
     model = add_adapter(make_llama(100).requires_grad_(False), LoraParams(r=RANK), seed=0)
     randomise(model)
@@ -467,9 +468,7 @@ def test_a_saved_adapter_is_loaded_by_plain_peft_with_the_same_outputs(
     assert (logps[0] - bare).abs().max() > 0.1
 
 
-def test_a_whole_model_trains_as_with_peft(
-    make_llama: Callable[..., Any], make_groups: Callable[..., list[TokenGroup]]
-) -> None:
+def test_a_whole_model_trains_as_with_peft(make_llama: Make, make_groups: Make) -> None:
     """Three steps of SGD, with few and with many tokens at a time."""
     groups = make_groups(16)
     weights = torch.tensor([[1.0, -1.0]], dtype=torch.float64)

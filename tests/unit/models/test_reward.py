@@ -28,6 +28,8 @@ from dpo_cli.models.adapters import (
 from dpo_cli.models.load import load_model
 from dpo_cli.scoring.scorer import RewardScorer, Scorer
 
+Make = Callable[..., Any]
+
 LORA = LoraParams(r=4, alpha=8.0)
 RESULTS = {method: SftResult(method, "digest") for method in ("none", "qlora", "full")}
 
@@ -60,12 +62,7 @@ def rewards(model: Any, groups: list[TokenGroup]) -> torch.Tensor:
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 @pytest.mark.parametrize("method", ["qlora", "none"])
 def test_it_starts_as_the_sft_model_with_a_head_of_zeros(
-    method: str,
-    quantization: str,
-    sft: None,
-    tiny_folder: Path,
-    cpu: Any,
-    make_groups: Callable[..., list[TokenGroup]],
+    method: str, quantization: str, sft: None, tiny_folder: Path, cpu: Any, make_groups: Make
 ) -> None:
     groups = make_groups(4)
     model = start(tiny_folder, cpu, quantization, method)
@@ -85,12 +82,7 @@ def test_it_starts_as_the_sft_model_with_a_head_of_zeros(
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_saved_and_loaded_it_gives_the_same_rewards(
-    quantization: str,
-    sft: None,
-    tiny_folder: Path,
-    cpu: Any,
-    tmp_path: Path,
-    make_groups: Callable[..., list[TokenGroup]],
+    quantization: str, sft: None, tiny_folder: Path, cpu: Any, tmp_path: Path, make_groups: Make
 ) -> None:
     groups = make_groups(6)
     model = randomise(start(tiny_folder, cpu, quantization), 2)
@@ -107,12 +99,7 @@ def test_saved_and_loaded_it_gives_the_same_rewards(
 
 @pytest.mark.parametrize("method", ["qlora", "none"])
 def test_transformers_and_peft_alone_give_the_same_rewards(
-    method: str,
-    sft: None,
-    tiny_folder: Path,
-    cpu: Any,
-    tmp_path: Path,
-    make_groups: Callable[..., list[TokenGroup]],
+    method: str, sft: None, tiny_folder: Path, cpu: Any, tmp_path: Path, make_groups: Make
 ) -> None:
     """As the model card says: a sequence classifier of one label, and the adapter on it."""
     groups = make_groups(6)

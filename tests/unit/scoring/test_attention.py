@@ -486,9 +486,7 @@ def test_a_kernel_without_windows_serves_layers_that_slide_none(kernels: dict[st
     assert found.refused == {"old": "it fails with a window (no window in this version)"}
 
 
-def test_the_first_right_kernel_that_is_there_is_used_and_checked_once(
-    kernels: dict[str, Callable[[], Any]],
-) -> None:
+def test_the_first_right_kernel_that_is_there_is_used_and_checked_once(kernels: dict[str, Callable[[], Any]]) -> None:
     made: list[str] = []
 
     def offer(name: str, kernel: Any) -> Callable[[], Any]:

@@ -16,6 +16,8 @@ from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
 from dpo_cli.scoring.layout import split_by_tokens
 
+Make = Callable[..., Any]
+
 SEVERAL = [[0, 1], [2]]
 
 
@@ -145,9 +147,7 @@ def ids(groups: Sequence[TokenGroup]) -> list[str]:
     return [group.id for group in groups]
 
 
-def test_every_group_is_worked_on_once_and_comes_with_what_came_of_it(
-    reporter: Any, make_groups: Callable[..., list[TokenGroup]]
-) -> None:
+def test_every_group_is_worked_on_once_and_comes_with_what_came_of_it(reporter: Any, make_groups: Make) -> None:
     groups = make_groups(30)
     found = list(in_micro_batches(groups, TokenBudget(100, "train", reporter), split, ids))
     assert [ids(batch) for batch, _ in found] == [
@@ -158,9 +158,7 @@ def test_every_group_is_worked_on_once_and_comes_with_what_came_of_it(
 
 
 @pytest.mark.parametrize("room", [1, 2, 5])
-def test_where_memory_runs_out_every_group_is_still_worked_on_once(
-    room: int, reporter: Any, make_groups: Callable[..., list[TokenGroup]]
-) -> None:
+def test_where_memory_runs_out_every_group_is_still_worked_on_once(room: int, reporter: Any, make_groups: Make) -> None:
     groups = make_groups(30) + make_groups(5, completions=4, seed=1)
     budget = TokenBudget(400, "train", reporter)
 
@@ -176,7 +174,7 @@ def test_where_memory_runs_out_every_group_is_still_worked_on_once(
 
 
 def test_what_filled_the_memory_is_gone_before_the_budget_is_halved(
-    reporter: Any, make_groups: Callable[..., list[TokenGroup]], monkeypatch: pytest.MonkeyPatch
+    reporter: Any, make_groups: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An error's traceback holds the frames it came through, and they hold the tensors."""
     filled: list[weakref.ref[torch.Tensor]] = []
@@ -202,9 +200,7 @@ def test_what_filled_the_memory_is_gone_before_the_budget_is_halved(
     assert not any(left)
 
 
-def test_a_group_that_does_not_fit_ends_the_work_where_it_is(
-    reporter: Any, make_groups: Callable[..., list[TokenGroup]]
-) -> None:
+def test_a_group_that_does_not_fit_ends_the_work_where_it_is(reporter: Any, make_groups: Make) -> None:
     groups = make_groups(10)
     done: list[str] = []
 

@@ -15,7 +15,6 @@ import transformers
 from torch.nn.functional import silu
 
 from dpo_cli.core import gpu
-from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.scoring import fused, kernels
 from dpo_cli.scoring.fused import (
     NORM,
@@ -30,6 +29,8 @@ from dpo_cli.scoring.fused import (
     use_fused,
 )
 from dpo_cli.scoring.scorer import Scorer
+
+Make = Callable[..., Any]
 
 BFLOAT16, CPU = torch.bfloat16, torch.device("cpu")
 
@@ -65,7 +66,7 @@ def test_swiglu_is_closer_to_its_definition_than_what_models_do() -> None:
     assert_closer(with_gradients(swiglu, gate, up), with_gradients(lambda g, u: silu(g) * u, gate, up), exact)
 
 
-def test_the_norm_is_closer_to_its_definition_than_what_models_do(make_llama: Callable[..., Any]) -> None:
+def test_the_norm_is_closer_to_its_definition_than_what_models_do(make_llama: Make) -> None:
     x, weight = random(50, 64, seed=1), random(64, seed=2)
 
     def eager(x: torch.Tensor) -> torch.Tensor:
@@ -194,7 +195,7 @@ def test_layers_are_recognized_by_what_they_compute(family: str, expected: set[s
     assert forwards == {kind: kind.forward for kind in forwards}, "classes stay as they are"
 
 
-def test_a_class_of_the_name_that_computes_something_else_is_left_alone(make_llama: Callable[..., Any]) -> None:
+def test_a_class_of_the_name_that_computes_something_else_is_left_alone(make_llama: Make) -> None:
     class ScaledRMSNorm(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -208,9 +209,7 @@ def test_a_class_of_the_name_that_computes_something_else_is_left_alone(make_lla
     assert replaced(model) == set()
 
 
-def test_a_models_log_probabilities_are_as_close_as_they_were(
-    make_llama: Callable[..., Any], make_groups: Callable[..., list[TokenGroup]]
-) -> None:
+def test_a_models_log_probabilities_are_as_close_as_they_were(make_llama: Make, make_groups: Make) -> None:
     """In bfloat16 against float32, with and without; in float32 not a bit changes."""
     groups = make_groups(20)
 
@@ -230,7 +229,7 @@ def test_a_models_log_probabilities_are_as_close_as_they_were(
 
 
 def test_kernels_are_used_on_a_gpu_for_narrow_numbers_and_only_if_they_are_right(
-    make_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    make_llama: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_llama(100)
     use_fused(model, CPU, BFLOAT16)
@@ -296,9 +295,7 @@ def test_a_backward_kernel_that_takes_gradients_as_they_lie_in_memory_is_refused
     assert reason.startswith("its first gradient is off by")
 
 
-def test_a_norm_is_tried_at_the_widths_of_the_model(
-    make_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_norm_is_tried_at_the_widths_of_the_model(make_llama: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which kernel CUDA starts depends on the width."""
     model = make_llama(100)
     monkeypatch.setattr(gpu, "GPU_TYPES", ("cpu",))

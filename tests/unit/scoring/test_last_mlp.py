@@ -18,9 +18,11 @@ from dpo_cli.scoring.probe import open_scorer
 from dpo_cli.scoring.recompute import GRADES, Recompute, set_recompute
 from dpo_cli.scoring.scorer import MAX_READ_SHARE, Scorer
 
+Make = Callable[..., Any]
+
 
 @pytest.fixture
-def make_tuned(make_llama: Callable[..., Any], tmp_path: Any, cpu: Any) -> Callable[[], Any]:
+def make_tuned(make_llama: Make, tmp_path: Any, cpu: Any) -> Callable[[], Any]:
     """``make_tuned()``: the same tiny llama each time, with an adapter on all its products, in train mode."""
     make_llama(100).save_pretrained(tmp_path)
 
@@ -37,7 +39,7 @@ def make_tuned(make_llama: Callable[..., Any], tmp_path: Any, cpu: Any) -> Calla
 
 
 @pytest.fixture
-def groups(make_groups: Callable[..., list[TokenGroup]]) -> list[TokenGroup]:
+def groups(make_groups: Make) -> list[TokenGroup]:
     """Pairs whose prompts are longer than their answers."""
     return make_groups(5, prompt_lengths=(15, 20))
 
@@ -52,7 +54,7 @@ def rows_of(model: Any) -> list[int]:
 
 @pytest.mark.parametrize("grade", GRADES)
 def test_values_and_gradients_stay_the_same_on_fewer_rows(
-    grade: Recompute, make_tuned: Callable[[], Any], groups: list[TokenGroup]
+    grade: Recompute, make_tuned: Make, groups: list[TokenGroup]
 ) -> None:
     results = []
     laid_out = lay_out(groups, "shared")
@@ -75,7 +77,7 @@ def test_values_and_gradients_stay_the_same_on_fewer_rows(
 
 
 def test_hooks_do_nothing_to_the_models_own_forward_and_are_gone_in_the_end(
-    make_llama: Callable[..., Any], groups: list[TokenGroup]
+    make_llama: Make, groups: list[TokenGroup]
 ) -> None:
     model = make_llama(100)
     mlp = model.model.layers[-1].mlp
@@ -107,7 +109,7 @@ def open_(model: Any, reporter: Any) -> Any:
     return open_scorer(model, torch.float32, RuntimeParams(), reporter, "train")
 
 
-def test_the_probe_lets_a_llama_select(project: Any, make_llama: Callable[..., Any], reporter: Any) -> None:
+def test_the_probe_lets_a_llama_select(project: Any, make_llama: Make, reporter: Any) -> None:
     for _ in range(2):
         scorer, verdict = open_(make_llama(100), reporter)
         assert (scorer.layout, scorer.max_read_share) == ("shared", MAX_READ_SHARE)
@@ -115,11 +117,7 @@ def test_the_probe_lets_a_llama_select(project: Any, make_llama: Callable[..., A
 
 
 def test_rows_in_the_wrong_place_are_noticed_and_all_are_computed(
-    project: Any,
-    make_llama: Callable[..., Any],
-    groups: list[TokenGroup],
-    reporter: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    project: Any, make_llama: Make, groups: list[TokenGroup], reporter: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_back = attention._put_back
 

@@ -23,6 +23,8 @@ from dpo_cli.scoring.layout import (
     split_by_tokens,
 )
 
+Make = Callable[..., list[TokenGroup]]
+
 TWO = TokenGroup("a", "a", (11, 12, 13), ((21, 22), (31,)))
 MORE = TokenGroup("b", "b", (14,), ((41, 42, 43, 44, 45), (51, 52)))
 BRANCH = tuple(range(60, 60 + MIN_SHARED_TOKENS))
@@ -177,7 +179,7 @@ def test_a_layout_moves_to_a_device_whole(name: LayoutName) -> None:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_budget_for_all_makes_one_micro_batch(name: LayoutName, make_groups: Callable[..., list[TokenGroup]]) -> None:
+def test_a_budget_for_all_makes_one_micro_batch(name: LayoutName, make_groups: Make) -> None:
     groups = make_groups(40)
     num_tokens = lay_out(groups, name).num_tokens
     assert len(split_by_tokens(groups, num_tokens, name)) == 1
@@ -185,7 +187,7 @@ def test_a_budget_for_all_makes_one_micro_batch(name: LayoutName, make_groups: C
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_group_beyond_the_budget_goes_alone(name: LayoutName, make_groups: Callable[..., list[TokenGroup]]) -> None:
+def test_a_group_beyond_the_budget_goes_alone(name: LayoutName, make_groups: Make) -> None:
     groups = make_groups(10)
     groups.insert(4, TokenGroup("large", "large", tuple(range(3, 90)), ((5, 6), (7,))))
     batches = split_by_tokens(groups, 80, name)
@@ -195,7 +197,7 @@ def test_a_group_beyond_the_budget_goes_alone(name: LayoutName, make_groups: Cal
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_groups_with_different_numbers_of_completions_never_share_a_micro_batch(
-    name: LayoutName, make_groups: Callable[..., list[TokenGroup]]
+    name: LayoutName, make_groups: Make
 ) -> None:
     groups = [group for k in (3, 1, 2) for group in make_groups(9, completions=k, seed=k)]
     random.Random(0).shuffle(groups)
@@ -204,14 +206,14 @@ def test_groups_with_different_numbers_of_completions_never_share_a_micro_batch(
     assert sorted(index for batch in batches for index in batch) == list(range(27))
 
 
-def test_padded_groups_of_like_length_go_together(make_groups: Callable[..., list[TokenGroup]]) -> None:
+def test_padded_groups_of_like_length_go_together(make_groups: Make) -> None:
     groups = make_groups(40)
     lengths = [[groups[index].longest for index in batch] for batch in split_by_tokens(groups, 64, "padded")]
     assert len(lengths) > 5
     assert all(max(batch) <= min(following) for batch, following in zip(lengths, lengths[1:], strict=False))
 
 
-def test_micro_batches_without_padding_are_about_equal(make_groups: Callable[..., list[TokenGroup]]) -> None:
+def test_micro_batches_without_padding_are_about_equal(make_groups: Make) -> None:
     groups = make_groups(300, prompt_lengths=(5, 40), completion_lengths=(5, 40))
     sizes = [num_row_tokens(group, "shared") for group in groups]
     loads = [sum(sizes[index] for index in batch) for batch in split_by_tokens(groups, 2000, "shared")]
@@ -221,7 +223,7 @@ def test_micro_batches_without_padding_are_about_equal(make_groups: Callable[...
 
 @pytest.mark.parametrize(("budget", "excess"), [(256, 0.05), (1024, 0.02), (4096, 0.0)])
 def test_there_are_hardly_more_micro_batches_than_the_tokens_need(
-    budget: int, excess: float, make_groups: Callable[..., list[TokenGroup]]
+    budget: int, excess: float, make_groups: Make
 ) -> None:
     """No split has fewer than the sum of tokens over the budget, rounded up; a budget of 5, 20 or 80 groups."""
     groups = make_groups(1000, prompt_lengths=(2, 30), completion_lengths=(1, 20))
@@ -240,9 +242,7 @@ def test_groups_that_fill_a_micro_batch_badly_still_make_as_few_as_they_can(size
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_twenty_thousand_groups_are_split_in_seconds(
-    name: LayoutName, make_groups: Callable[..., list[TokenGroup]]
-) -> None:
+def test_twenty_thousand_groups_are_split_in_seconds(name: LayoutName, make_groups: Make) -> None:
     groups = make_groups(20_000, prompt_lengths=(2, 6), completion_lengths=(1, 4))
     begin = time.process_time()
     batches = split_by_tokens(groups, 4096, name)

@@ -32,6 +32,8 @@ from dpo_cli.scoring.probe import (
 from dpo_cli.scoring.scorer import Scorer
 from tests.slow_kernel import slow_kernel
 
+Make = Callable[..., Any]
+
 _COMMON = {
     "vocab_size": 100,
     "hidden_size": 64,
@@ -107,7 +109,7 @@ def open_(reporter: Any) -> Callable[..., Any]:
 # --- which layout -------------------------------------------------------------------------
 
 
-def test_sums_of_hundreds_of_nats_may_differ_in_their_seventh_digit(open_: Callable[..., Any]) -> None:
+def test_sums_of_hundreds_of_nats_may_differ_in_their_seventh_digit(open_: Make) -> None:
     """As those of random tokens do in a model that was trained: 20 nats a token."""
     model: Any = build(*RIGHT["llama"])
     with torch.no_grad():
@@ -119,7 +121,7 @@ def test_sums_of_hundreds_of_nats_may_differ_in_their_seventh_digit(open_: Calla
 
 @pytest.mark.parametrize("family", LEAKY)
 def test_a_model_whose_texts_would_leak_into_each_other_is_padded_with_the_reason(
-    family: str, open_: Callable[..., Any], reporter: Any
+    family: str, open_: Make, reporter: Any
 ) -> None:
     name, values, not_shared = LEAKY[family]
     scorer, verdict = open_(build(name, values))
@@ -133,7 +135,7 @@ def test_a_model_whose_texts_would_leak_into_each_other_is_padded_with_the_reaso
 
 
 def test_a_layer_that_fails_is_a_reason_of_one_line(
-    open_: Callable[..., Any], make_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    open_: Make, make_llama: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no such kernel\nand a long story")
@@ -144,7 +146,7 @@ def test_a_layer_that_fails_is_a_reason_of_one_line(
     assert verdict.refused == {"shared": "it fails (no such kernel)"}
 
 
-def test_a_model_that_drops_positions_is_padded(open_: Callable[..., Any], make_llama: Callable[..., Any]) -> None:
+def test_a_model_that_drops_positions_is_padded(open_: Make, make_llama: Make) -> None:
     """A completion's positions go on from the prompt's: a model that counts along the row must be noticed."""
     model = make_llama(100)
     forward = model.model.forward
@@ -174,18 +176,14 @@ def _window_off_by_one(*args: Any, **kwargs: Any) -> Any:
 
 
 @pytest.mark.parametrize("function", [_seeing_the_whole_row, _blind_to_the_window, _window_off_by_one])
-def test_wrong_attention_is_noticed(
-    function: Callable[..., Any], open_: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_attention_is_noticed(function: Callable[..., Any], open_: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     _replace_attention(monkeypatch, function)
     scorer, verdict = open_(build(*RIGHT["mistral"]))
     assert scorer.layout == "padded"
     assert all(reason.startswith("off by") for reason in verdict.refused.values())
 
 
-def test_a_window_that_no_layer_asks_for_is_refused_however_long_it_is(
-    open_: Callable[..., Any], make_llama: Callable[..., Any]
-) -> None:
+def test_a_window_that_no_layer_asks_for_is_refused_however_long_it_is(open_: Make, make_llama: Make) -> None:
     """Llama says no window: a configuration that claims one is not done justice, beyond what the probe can see."""
     model = make_llama(100)
     model.config.layer_types = ["sliding_attention", "full_attention"]
@@ -206,7 +204,7 @@ def test_a_model_that_is_not_causal_cannot_be_scored() -> None:
 
 
 def test_bfloat16_is_allowed_its_noise_and_no_more(
-    open_: Callable[..., Any], make_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    open_: Make, make_llama: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_llama(100)
     scorer, verdict = open_(model, dtype=torch.bfloat16)
@@ -229,7 +227,7 @@ def test_what_is_allowed_in_bfloat16_has_a_limit_that_grows_with_the_length() ->
     assert allowed_difference(0.3, 900, bfloat16) == pytest.approx(1.2)
 
 
-def test_a_noisy_model_is_not_allowed_all_its_noise(make_llama: Callable[..., Any]) -> None:
+def test_a_noisy_model_is_not_allowed_all_its_noise(make_llama: Make) -> None:
     """Large logits: bfloat16 alone would ask for more than half a nat, and so much may be a wrong layout."""
     model = make_llama(100)
     model.lm_head.weight.data *= 60
@@ -241,7 +239,7 @@ def test_a_noisy_model_is_not_allowed_all_its_noise(make_llama: Callable[..., An
 
 
 def test_a_tuned_model_is_probed_with_its_adapter_and_left_in_its_mode(
-    open_: Callable[..., Any], make_llama: Callable[..., Any], scored: list[str]
+    open_: Make, make_llama: Make, scored: list[str]
 ) -> None:
     model = add_adapter(make_llama(100), LoraParams(r=4, dropout=0.3), seed=0)
     for name, parameter in model.named_parameters():
@@ -256,9 +254,7 @@ def test_a_tuned_model_is_probed_with_its_adapter_and_left_in_its_mode(
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_head_that_the_configuration_does_not_describe_is_named(
-    open_: Callable[..., Any], make_llama: Callable[..., Any], reporter: Any
-) -> None:
+def test_a_head_that_the_configuration_does_not_describe_is_named(open_: Make, make_llama: Make, reporter: Any) -> None:
     _, verdict = open_(make_llama(100))
     assert verdict.metrics()["head"] == "linear"
     assert "logits" not in reporter.said[0]
@@ -274,7 +270,7 @@ def test_a_head_that_the_configuration_does_not_describe_is_named(
 
 @pytest.mark.parametrize(("family", "slides"), [("llama", False), ("mistral", True)])
 def test_the_kernel_of_the_attention_is_named_and_why_others_are_not(
-    family: str, slides: bool, open_: Callable[..., Any], reporter: Any, monkeypatch: pytest.MonkeyPatch
+    family: str, slides: bool, open_: Make, reporter: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kernel that has no windows is refused where the model slides some, and nowhere else."""
 
@@ -305,7 +301,7 @@ def test_the_kernel_of_the_attention_is_named_and_why_others_are_not(
 
 
 def test_a_model_generates_after_kernels_were_tried_out_on_a_gpu(
-    open_: Callable[..., Any], make_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    open_: Make, make_llama: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu, "GPU_TYPES", ("cuda", "cpu"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
@@ -319,7 +315,7 @@ def test_a_model_generates_after_kernels_were_tried_out_on_a_gpu(
 
 
 def test_what_nf4_leaves_in_plain_numbers_is_named_with_its_bytes(
-    open_: Callable[..., Any], cpu: Any, tmp_path: Path, reporter: Any
+    open_: Make, cpu: Any, tmp_path: Path, reporter: Any
 ) -> None:
     """transformers holds experts as one tensor of three dimensions, and bitsandbytes replaces linear layers."""
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16}
@@ -338,9 +334,7 @@ def test_what_nf4_leaves_in_plain_numbers_is_named_with_its_bytes(
 
 
 @pytest.mark.parametrize("family", ["bloom", "lfm2"])
-def test_a_forced_layout_that_is_wrong_is_refused_by_the_name_of_the_setting(
-    family: str, open_: Callable[..., Any]
-) -> None:
+def test_a_forced_layout_that_is_wrong_is_refused_by_the_name_of_the_setting(family: str, open_: Make) -> None:
     name, values, reason = LEAKY[family]
     for _ in range(2):
         with pytest.raises(MachineError, match=rf"params.yaml: runtime.layout shared is wrong .*: {reason}.*to auto"):
@@ -356,7 +350,7 @@ def memory(project: Path) -> Path:
 
 
 def test_a_verdict_is_remembered_by_the_configuration(
-    open_: Callable[..., Any], make_llama: Callable[..., Any], scored: list[str], memory: Path
+    open_: Make, make_llama: Make, scored: list[str], memory: Path
 ) -> None:
     _, first = open_(make_llama(100))
     assert scored
@@ -368,7 +362,7 @@ def test_a_verdict_is_remembered_by_the_configuration(
 
 
 def test_another_configuration_dtype_class_or_force_is_probed_anew(
-    open_: Callable[..., Any], make_llama: Callable[..., Any], scored: list[str]
+    open_: Make, make_llama: Make, scored: list[str]
 ) -> None:
     base = make_llama(100)
     kinds = [
@@ -391,7 +385,7 @@ def test_another_configuration_dtype_class_or_force_is_probed_anew(
 
 
 def test_another_engine_or_library_is_probed_anew(
-    open_: Callable[..., Any], make_llama: Callable[..., Any], scored: list[str], monkeypatch: pytest.MonkeyPatch
+    open_: Make, make_llama: Make, scored: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in (("engine_version", lambda dtype: -1), ("version", lambda name: "0")):
         open_(make_llama(100))
@@ -404,7 +398,7 @@ def test_another_engine_or_library_is_probed_anew(
 
 @pytest.mark.parametrize("damage", [b"{", b"[]", b"\xff\xfe"])
 def test_a_damaged_memory_is_survived_and_mended(
-    damage: bytes, open_: Callable[..., Any], make_llama: Callable[..., Any], scored: list[str], memory: Path
+    damage: bytes, open_: Make, make_llama: Make, scored: list[str], memory: Path
 ) -> None:
     memory.parent.mkdir()
     memory.write_bytes(damage)
@@ -417,7 +411,7 @@ def test_a_damaged_memory_is_survived_and_mended(
 
 @pytest.mark.parametrize("entry", [5, None, {"layout": "shared"}, {"unknown": 1}])
 def test_a_damaged_verdict_is_made_anew(
-    entry: Any, open_: Callable[..., Any], make_llama: Callable[..., Any], scored: list[str], memory: Path
+    entry: Any, open_: Make, make_llama: Make, scored: list[str], memory: Path
 ) -> None:
     _, first = open_(make_llama(100))
     kept = json.loads(memory.read_text())
@@ -430,7 +424,7 @@ def test_a_damaged_verdict_is_made_anew(
 
 
 def test_a_scratch_area_that_cannot_be_written_only_costs_the_next_probe(
-    open_: Callable[..., Any], make_llama: Callable[..., Any], scored: list[str]
+    open_: Make, make_llama: Make, scored: list[str]
 ) -> None:
     paths.scratch_root().write_text("a file where a folder should be")
     for _ in range(2):
@@ -459,7 +453,7 @@ def test_the_probes_groups_have_branches_and_go_beyond_a_small_window() -> None:
 @pytest.mark.parametrize("limit", [32, 60, 4096])
 @pytest.mark.parametrize("window", [None, 8, 300])
 def test_the_probe_stays_within_the_positions_that_a_model_knows(
-    limit: int, window: int | None, make_llama: Callable[..., Any]
+    limit: int, window: int | None, make_llama: Make
 ) -> None:
     model = make_llama(100, max_position_embeddings=limit, sliding_window=window)
     longest = probe._longest_prompt(model.config)
@@ -469,7 +463,7 @@ def test_the_probe_stays_within_the_positions_that_a_model_knows(
         assert longest > window
 
 
-def test_a_model_that_gives_nan_is_refused_with_the_tensor(make_llama: Callable[..., Any]) -> None:
+def test_a_model_that_gives_nan_is_refused_with_the_tensor(make_llama: Make) -> None:
     model = make_llama(100)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan

@@ -14,6 +14,8 @@ from dpo_cli.scoring.layout import LAYOUTS, LayoutName
 from dpo_cli.scoring.reference import missing_groups, score_groups
 from dpo_cli.scoring.scorer import Scorer
 
+Make = Callable[..., Any]
+
 VOCABULARY = 100
 
 
@@ -61,9 +63,7 @@ def test_a_prompt_makes_as_many_groups_as_the_budget_needs(max_tokens: int, port
         assert num_tokens <= max_tokens or len(one.completions) == 1
 
 
-def test_the_same_data_makes_the_same_groups_with_names_of_their_own(
-    make_groups: Callable[..., list[TokenGroup]],
-) -> None:
+def test_the_same_data_makes_the_same_groups_with_names_of_their_own(make_groups: Make) -> None:
     groups = make_groups(30, vocabulary=6, prompt_lengths=(1, 2))
     found = missing_groups(groups, set(), 20)
     assert found == missing_groups(groups, set(), 20)
@@ -74,7 +74,7 @@ def test_the_same_data_makes_the_same_groups_with_names_of_their_own(
     assert sorted(keys) == sorted({key for one in groups for key in one.keys})
 
 
-def test_names_are_of_the_content_and_not_of_the_row(make_groups: Callable[..., list[TokenGroup]]) -> None:
+def test_names_are_of_the_content_and_not_of_the_row(make_groups: Make) -> None:
     groups = make_groups(5)
     renamed = [TokenGroup(f"x{one.id}", "x", one.prompt, one.completions) for one in groups]
     assert missing_groups(groups, set(), 1000) == missing_groups(renamed, set(), 1000)
@@ -84,7 +84,7 @@ def test_names_are_of_the_content_and_not_of_the_row(make_groups: Callable[..., 
 
 
 @pytest.fixture
-def scorer(make_llama: Callable[..., Any]) -> Scorer:
+def scorer(make_llama: Make) -> Scorer:
     return Scorer(make_llama(VOCABULARY), torch.float32, "shared")
 
 
@@ -97,11 +97,7 @@ def naive_row(model: Any, prompt: tuple[int, ...], completion: tuple[int, ...]) 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("max_tokens", [30, 10_000])
 def test_rows_are_those_of_one_completion_at_a_time(
-    layout: LayoutName,
-    max_tokens: int,
-    make_llama: Callable[..., Any],
-    make_groups: Callable[..., list[TokenGroup]],
-    reporter: Any,
+    layout: LayoutName, max_tokens: int, make_llama: Make, make_groups: Make, reporter: Any
 ) -> None:
     model = make_llama(VOCABULARY)
     groups = make_groups(6, completions=3) + make_groups(4, completions=1, seed=1)
@@ -124,7 +120,7 @@ def test_rows_are_those_of_one_completion_at_a_time(
 
 
 def test_rows_have_no_graph_and_gradients_are_on_again_between_them(
-    scorer: Scorer, make_groups: Callable[..., list[TokenGroup]], reporter: Any, monkeypatch: pytest.MonkeyPatch
+    scorer: Scorer, make_groups: Make, reporter: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     enabled: list[bool] = []
     score = scorer.score
@@ -144,7 +140,7 @@ def budget_of(max_tokens: int, reporter: Any) -> TokenBudget:
 
 
 def test_what_was_scored_before_memory_ran_out_is_not_scored_again(
-    scorer: Scorer, make_groups: Callable[..., list[TokenGroup]], reporter: Any, monkeypatch: pytest.MonkeyPatch
+    scorer: Scorer, make_groups: Make, reporter: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The third micro-batch fails once: the two before it stay, the rest goes on at half the budget."""
     groups = make_groups(30)

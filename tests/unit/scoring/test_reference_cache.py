@@ -21,6 +21,8 @@ from dpo_cli.scoring.reference import (
     write_cache,
 )
 
+Make = Callable[..., Any]
+
 IDENTITY = {"base": "b1", "sft": "s1", "quantization": "nf4", "compute_dtype": "float32", "engine": 1, "torch": "2.13"}
 
 
@@ -33,7 +35,7 @@ def frame(rows: Sequence[dict[str, Any]]) -> pl.DataFrame:
 
 
 @pytest.fixture
-def groups(make_groups: Callable[..., list[TokenGroup]]) -> list[TokenGroup]:
+def groups(make_groups: Make) -> list[TokenGroup]:
     return make_groups(20)
 
 

@@ -19,6 +19,8 @@ from dpo_cli.scoring.layout import LAYOUTS, LayoutName, lay_out
 from dpo_cli.scoring.recompute import GRADES, Recompute, set_recompute
 from dpo_cli.scoring.scorer import Scorer
 
+Make = Callable[..., Any]
+
 VOCABULARY = 100
 
 _COMMON = {
@@ -79,7 +81,7 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
-def branching_groups(make_groups: Callable[..., list[TokenGroup]], count: int = 6) -> list[TokenGroup]:
+def branching_groups(make_groups: Make, count: int = 6) -> list[TokenGroup]:
     """Groups of four completions: two that begin alike for ten tokens, one of another kind, and one of one token."""
     groups = []
     for group in make_groups(count, completions=5, vocabulary=VOCABULARY, completion_lengths=(2, 9)):
@@ -89,27 +91,13 @@ def branching_groups(make_groups: Callable[..., list[TokenGroup]], count: int = 
     return groups
 
 
-@pytest.fixture
-def make_tuned(make_llama: Callable[..., Any]) -> Callable[[], Any]:
-    """``make_tuned()``: the same tiny llama each time, frozen, with an adapter that does something, in train mode."""
-
-    def make(lora: LoraParams | None = None) -> Any:
-        model = add_adapter(make_llama(VOCABULARY).requires_grad_(False), lora or LoraParams(r=4), seed=0)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.data.normal_(std=0.1)
-        return model.train()
-
-    return make
-
-
 # --- equal to the naive forward -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_next_token_distributions_are_those_of_the_models_own_forward(
-    family: str, layout: LayoutName, make_groups: Callable[..., list[TokenGroup]]
+    family: str, layout: LayoutName, make_groups: Make
 ) -> None:
     model = build(family)
     groups = make_groups(3, vocabulary=VOCABULARY, completions=1)
@@ -126,9 +114,7 @@ def test_next_token_distributions_are_those_of_the_models_own_forward(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_token_log_probabilities_add_up_to_the_sums(
-    layout: LayoutName, make_groups: Callable[..., list[TokenGroup]]
-) -> None:
+def test_token_log_probabilities_add_up_to_the_sums(layout: LayoutName, make_groups: Make) -> None:
     groups = branching_groups(make_groups)
     with torch.no_grad():
         scores = Scorer(build("llama"), torch.float32, layout).score(groups)
@@ -141,7 +127,7 @@ def test_token_log_probabilities_add_up_to_the_sums(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_log_probabilities_and_gradients_do_not_depend_on_the_micro_batch_budget(
-    layout: LayoutName, make_groups: Callable[..., list[TokenGroup]]
+    layout: LayoutName, make_groups: Make
 ) -> None:
     model = build("llama")
     groups = make_groups(24, prompt_lengths=(2, 40), completion_lengths=(1, 30))
@@ -167,9 +153,7 @@ def test_log_probabilities_and_gradients_do_not_depend_on_the_micro_batch_budget
 # --- attention is lent --------------------------------------------------------------------
 
 
-def test_a_model_has_its_own_attention_back_when_a_scorer_is_closed(
-    make_groups: Callable[..., list[TokenGroup]],
-) -> None:
+def test_a_model_has_its_own_attention_back_when_a_scorer_is_closed(make_groups: Make) -> None:
     model = build("llama")
     groups = make_groups(3)
     with torch.no_grad():
@@ -187,9 +171,7 @@ def test_a_model_has_its_own_attention_back_when_a_scorer_is_closed(
         assert model.config._attn_implementation == "eager"
 
 
-def test_a_second_scorer_knows_the_own_attention_while_the_first_has_its_own_attached(
-    make_groups: Callable[..., list[TokenGroup]],
-) -> None:
+def test_a_second_scorer_knows_the_own_attention_while_the_first_has_its_own_attached(make_groups: Make) -> None:
     model = build("llama")
     groups = make_groups(3)
     with torch.no_grad():
@@ -206,7 +188,7 @@ def test_a_second_scorer_knows_the_own_attention_while_the_first_has_its_own_att
         assert model.config._attn_implementation == "eager"
 
 
-def test_padded_rows_never_touch_the_attention(make_groups: Callable[..., list[TokenGroup]]) -> None:
+def test_padded_rows_never_touch_the_attention(make_groups: Make) -> None:
     model = build("llama")
     calls: list[str] = []
     model.set_attn_implementation = calls.append
@@ -220,7 +202,7 @@ def test_padded_rows_never_touch_the_attention(make_groups: Callable[..., list[T
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("grade", GRADES)
 def test_gradients_of_an_earlier_batch_are_right_after_a_later_one_was_scored(
-    grade: Recompute, layout: LayoutName, make_tuned: Callable[..., Any], make_groups: Callable[..., list[TokenGroup]]
+    grade: Recompute, layout: LayoutName, make_tuned: Make, make_groups: Make
 ) -> None:
     first, second = branching_groups(make_groups)[:3], make_groups(3, completions=4, seed=1)
     plain = make_tuned()
@@ -237,7 +219,7 @@ def test_gradients_of_an_earlier_batch_are_right_after_a_later_one_was_scored(
     assert relative(all_gradients(model), all_gradients(plain)) <= 1e-5
 
 
-def test_scores_that_are_gone_hold_no_memory(make_tuned: Callable[..., Any], make_groups: Any) -> None:
+def test_scores_that_are_gone_hold_no_memory(make_tuned: Make, make_groups: Any) -> None:
     """The last forward's layout is kept, its activations are not."""
     scorer = Scorer(make_tuned(), torch.float32, "shared")
 
@@ -257,9 +239,7 @@ def test_scores_that_are_gone_hold_no_memory(make_tuned: Callable[..., Any], mak
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_only_scored_positions_go_through_the_head(
-    layout: LayoutName, make_groups: Callable[..., list[TokenGroup]]
-) -> None:
+def test_only_scored_positions_go_through_the_head(layout: LayoutName, make_groups: Make) -> None:
     model = build("llama")
     scorer = Scorer(model, torch.float32, layout)
     rows: list[int] = []
@@ -276,7 +256,7 @@ def test_only_scored_positions_go_through_the_head(
     [("logit_scale", "shared"), ("logits_scaling", "padded"), ("final_logit_softcapping", "shared")],
 )
 def test_a_model_that_does_not_do_what_its_configuration_says_is_taken_at_its_word(
-    field: str, layout: LayoutName, make_groups: Callable[..., list[TokenGroup]]
+    field: str, layout: LayoutName, make_groups: Make
 ) -> None:
     model = build("llama")
     setattr(model.config, field, 2.0)
@@ -318,9 +298,7 @@ scale, a cap of another name, further layers, a hidden state of another width, f
 
 
 @pytest.mark.parametrize("family", HEADS)
-def test_whatever_a_model_does_behind_its_backbone_is_done(
-    family: str, make_groups: Callable[..., list[TokenGroup]]
-) -> None:
+def test_whatever_a_model_does_behind_its_backbone_is_done(family: str, make_groups: Make) -> None:
     name, values, head_name = HEADS[family]
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**values)).eval()
@@ -342,9 +320,7 @@ def test_whatever_a_model_does_behind_its_backbone_is_done(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_model_without_a_backbone_of_its_own_gives_its_logits(
-    layout: LayoutName, make_groups: Callable[..., list[TokenGroup]]
-) -> None:
+def test_a_model_without_a_backbone_of_its_own_gives_its_logits(layout: LayoutName, make_groups: Make) -> None:
     class Whole(transformers.LlamaForCausalLM):
         base_model_prefix = "nothing"
 
@@ -362,9 +338,7 @@ def test_a_model_without_a_backbone_of_its_own_gives_its_logits(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_model_that_goes_around_its_backbone_gives_its_logits(
-    layout: LayoutName, make_groups: Callable[..., list[TokenGroup]]
-) -> None:
+def test_a_model_that_goes_around_its_backbone_gives_its_logits(layout: LayoutName, make_groups: Make) -> None:
     """Its logits cannot be had from hidden states."""
 
     class Around(transformers.LlamaForCausalLM):
@@ -383,7 +357,7 @@ def test_a_model_that_goes_around_its_backbone_gives_its_logits(
 
 
 @pytest.mark.parametrize("vocabulary", [VOCABULARY, 8192])
-def test_room_for_distributions_is_what_logits_may_take(vocabulary: int, make_llama: Callable[..., Any]) -> None:
+def test_room_for_distributions_is_what_logits_may_take(vocabulary: int, make_llama: Make) -> None:
     model = make_llama(vocabulary)
     assert Scorer(model, torch.float32, "padded", 1 << 20).max_distribution_rows == (1 << 20) // (16 * vocabulary)
     assert Scorer(model, torch.float32, "padded", 1).max_distribution_rows == 1
@@ -393,9 +367,7 @@ def test_room_for_distributions_is_what_logits_may_take(vocabulary: int, make_ll
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_peft_model_is_scored_with_its_adapter(
-    layout: LayoutName, make_llama: Callable[..., Any], make_groups: Callable[..., list[TokenGroup]]
-) -> None:
+def test_a_peft_model_is_scored_with_its_adapter(layout: LayoutName, make_llama: Make, make_groups: Make) -> None:
     model = make_llama(VOCABULARY)
     groups = make_groups(6)
     with torch.no_grad():
@@ -412,7 +384,7 @@ def test_a_peft_model_is_scored_with_its_adapter(
         assert (moved - naive_logps(tuned, groups)).abs().max() <= 1e-4
 
 
-def test_dropout_of_a_model_in_train_mode_is_not_taken_for_another_head(make_tuned: Callable[..., Any]) -> None:
+def test_dropout_of_a_model_in_train_mode_is_not_taken_for_another_head(make_tuned: Make) -> None:
     """Two forward passes with dropout differ, whatever the head does; the mode is left as it was."""
     model = make_tuned(LoraParams(r=4, dropout=0.5))
     before = [module.training for module in model.modules()]
