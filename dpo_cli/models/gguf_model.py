@@ -11,9 +11,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +55,8 @@ def model_of_gguf(file: GgufFile, folder: Path, dtype: torch.dtype, reporter: Re
         with torch.device("meta"):
             empty: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     _refuse_unplaced(file, empty)
-    with (
-        in_words(known),
-        reporter.meter("import: dequantizing", len(file.tensors), "tensors") as meter,
-        _hearing_of_tensors(meter.advance),
-    ):
+    reporter.say(f"import: dequantizing {len(file.tensors)} tensors, which may take minutes")
+    with in_words(known):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -80,28 +74,6 @@ def model_of_gguf(file: GgufFile, folder: Path, dtype: torch.dtype, reporter: Re
     empty.load_state_dict(model.state_dict(), assign=True)
     empty.tie_weights()
     return empty.eval(), tuple(notes)
-
-
-@contextmanager
-def _hearing_of_tensors(on_tensor: Callable[[int], None]) -> Iterator[None]:
-    """Hear of each tensor through the bar that transformers draws, where it draws one."""
-    module: Any = sys.modules.get("transformers.modeling_gguf_pytorch_utils")
-    if module is None:
-        from transformers import modeling_gguf_pytorch_utils as module
-    drawn = getattr(module, "tqdm", None)
-
-    def heard(tensors: Any, **_: Any) -> Iterator[Any]:
-        for tensor in tensors:
-            yield tensor
-            on_tensor(1)
-
-    if drawn is not None:
-        module.tqdm = heard
-    try:
-        yield
-    finally:
-        if drawn is not None:
-            module.tqdm = drawn
 
 
 # --- the file against itself --------------------------------------------------------------

@@ -274,7 +274,7 @@ def test_a_gguf_file_brings_template_end_tokens_and_license(gguf_file: Path, tmp
     os.umask(umask)
     assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()} == {0o666 & ~umask}
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text(encoding="utf-8"))
-    assert {meter.label for meter in reporter.meters} >= {"import: reading the file", "import: dequantizing"}
+    assert "import: reading the file" in {meter.label for meter in reporter.meters}
     assert all(meter.done == meter.total for meter in reporter.meters)
 
 
