@@ -150,19 +150,6 @@ def test_a_missing_tokenizer_is_named(folder: Path) -> None:
 # --- what is loaded -----------------------------------------------------------------------
 
 
-def test_a_model_is_loaded_frozen_and_in_eval_mode(tiny_folder: Path, cpu: Any) -> None:
-    model = load_model(tiny_folder, cpu, quantization="none")
-    assert not model.training
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-
-
-def test_the_weights_are_those_of_the_file(tiny_folder: Path, cpu: Any) -> None:
-    loaded = load_model(tiny_folder, cpu, quantization="none").state_dict()
-    for name, tensor in load_file(tiny_folder / "model.safetensors").items():
-        assert torch.equal(loaded[name], tensor), name
-
-
 def test_plain_weights_follow_the_machine_unless_they_are_trained(tiny_folder: Path) -> None:
     machine = load.Machine(torch.device("cpu"), torch.bfloat16)
     frozen = load_model(tiny_folder, machine, quantization="none")
@@ -316,15 +303,6 @@ def test_without_the_remedy_evaluating_a_4_bit_model_breaks_it(spring: Callable[
     true, found = trap.before.gradients[lowest], trap.after.gradients[lowest]
     cosine = torch.nn.functional.cosine_similarity(true.flatten(), found.flatten(), dim=0)
     assert cosine < 0.9
-
-
-def test_no_layer_is_left_to_the_trap_on_any_cpu(tiny_folder: Path, cpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
-    assert bitsandbytes.nn.Linear4bit(64, 64).support_avx512bf16_for_cpu
-    model = load_model(tiny_folder, cpu, quantization="nf4")
-    layers = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
-    assert layers
-    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
 
 
 # --- what is saved for whoever serves the model ---------------------------------------------

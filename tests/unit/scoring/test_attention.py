@@ -245,17 +245,6 @@ def test_bfloat16_goes_in_and_comes_out_and_is_as_close_as_it_can_be() -> None:
         assert (ours.double() - expected_of(blocks, *inputs, **options)).abs().max() <= 0.02
 
 
-def test_a_change_in_one_completion_is_not_seen_by_its_siblings_or_by_other_groups() -> None:
-    layout = lay_out(GROUPS, "shared")
-    query, key, value = random_inputs(layout.num_tokens)
-    before = in_layout(layout.blocks, query, key, value)
-    changed = [tensor.clone() for tensor in (query, key, value)]
-    for tensor in changed:
-        tensor[:, :, 3:7] += 10
-    moved = (in_layout(layout.blocks, *changed) - before).abs().amax((0, 2, 3)) > 0
-    assert moved.nonzero().flatten().tolist() == [3, 4, 5, 6]
-
-
 # --- as transformers calls it -------------------------------------------------------------
 
 
@@ -273,46 +262,22 @@ def test_the_name_is_registered_and_no_mask_is_built_for_it() -> None:
         (LAYER, {"position_bias": torch.zeros(1, 4, 14, 14)}, "has a mask or a bias of its own"),
         (SimpleNamespace(is_causal=False), {}, "has a mask or a bias of its own"),
         (LAYER, {"dropout": 0.1}, "has attention dropout"),
+        (LAYER, {}, "attends to more than the row"),
     ],
 )
 def test_what_blocks_cannot_have_is_refused(layer: Any, options: dict[str, Any], message: str) -> None:
     layout = lay_out(GROUPS, "shared")
+    if message == "attends to more than the row":
+        layout = lay_out(APART, "shared")
     arguments = {"attention_mask": None} | options
     with attend(Attending(layout)), pytest.raises(UnsupportedLayerError, match=f"SimpleNamespace {message}"):
-        block_attention(layer, *random_inputs(layout.num_tokens), **arguments)
-
-
-@pytest.mark.parametrize("lengths", [(13, 13, 13), (15, 20, 20)])
-def test_more_or_less_than_the_row_is_refused(lengths: tuple[int, int, int]) -> None:
-    layout = lay_out(APART[:3], "shared")
-    assert layout.num_tokens == 15
-    query, key, value = (random_inputs(length)[index] for index, length in enumerate(lengths))
-    with attend(Attending(layout)), pytest.raises(UnsupportedLayerError, match="attends to more than the row"):
-        block_attention(LAYER, query, key, value, None)
+        block_attention(layer, *random_inputs(lay_out(GROUPS, "shared").num_tokens), **arguments)
 
 
 @pytest.mark.parametrize("state", [None, Attending(lay_out(GROUPS, "padded"))])
 def test_attention_without_blocks_is_an_error_and_not_a_guess(state: Attending | None) -> None:
     with attend(state), pytest.raises(RuntimeError, match="without a layout of blocks"):
         block_attention(LAYER, *random_inputs(5), None)
-
-
-def test_unknown_arguments_and_a_layer_without_a_direction_are_taken() -> None:
-    layout = lay_out(GROUPS, "shared")
-    inputs = random_inputs(layout.num_tokens)
-    with attend(Attending(layout)):
-        out, weights = block_attention(SimpleNamespace(), *inputs, None, use_cache=False, output_attentions=True)  # type: ignore[arg-type]
-    assert weights is None
-    assert torch.equal(out, in_layout(layout.blocks, *inputs))
-
-
-def test_what_layers_ask_for_is_kept() -> None:
-    layout = lay_out(GROUPS, "shared")
-    state = Attending(layout)
-    with attend(state):
-        for window in (None, 4, 4, 7):
-            block_attention(LAYER, *random_inputs(layout.num_tokens), None, sliding_window=window)
-    assert state.windows == {None, 4, 7}
 
 
 def test_what_is_attended_is_known_inside_and_restored_outside() -> None:
@@ -354,13 +319,6 @@ def test_sequences_of_a_shared_row_worked_out_by_hand() -> None:
     assert found.key_starts.tolist() == [0, 4, 9, 11]
     assert (found.max_queries, found.max_keys) == (5, 5)
     assert found.query_starts.dtype == found.key_starts.dtype == torch.int32
-
-
-def test_sequences_of_single_texts_are_these_and_gather_nothing() -> None:
-    found = sequences(Block(0, (Run(4, -1),)), Block(4, (Run(3, -1),)))
-    assert found.key_index is None
-    assert found.query_starts.tolist() == found.key_starts.tolist() == [0, 4, 7]
-    assert (found.max_queries, found.max_keys) == (4, 4)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -469,23 +427,6 @@ def test_a_kernel_that_ignores_the_soft_cap_of_a_model_is_not_used_for_it(
     assert choose_kernel(query, query, AttentionSettings(ROOT, softcap=50.0)).name is None
 
 
-def test_a_kernel_without_windows_serves_layers_that_slide_none(kernels: dict[str, Callable[[], Any]]) -> None:
-    """As PyTorch's own does in the versions before its windows."""
-
-    def no_window(*args: Any) -> torch.Tensor:
-        if args[4].window is not None:
-            raise NotImplementedError("no window in this version")
-        return slow_kernel(*args)
-
-    kernels["old"] = lambda: no_window
-    query = torch.zeros(1, HEADS, 1, 16, dtype=torch.bfloat16)
-    found = choose_kernel(query, query, AttentionSettings(ROOT))
-    assert (found.name, found.kernel, found.refused) == ("old", no_window, {})
-    found = choose_kernel(query, query, AttentionSettings(ROOT, 4096))
-    assert (found.name, found.kernel) == (None, None)
-    assert found.refused == {"old": "it fails with a window (no window in this version)"}
-
-
 def test_the_first_right_kernel_that_is_there_is_used_and_checked_once(kernels: dict[str, Callable[[], Any]]) -> None:
     made: list[str] = []
 
@@ -555,15 +496,6 @@ def test_what_computes_a_layers_attention_is_noted_and_what_does_not(
         )
     else:
         assert (state.kernels, state.refused) == ({"fake"}, {"missing": "not installed"})
-
-
-def test_on_the_cpu_pytorchs_kernel_is_named() -> None:
-    layout = lay_out(GROUPS, "shared")
-    for softcap, name in ((None, "PyTorch's flash kernel for the CPU"), (2.0, "matrix products")):
-        state = Attending(layout)
-        with attend(state):
-            block_attention(LAYER, *random_inputs(layout.num_tokens), None, softcap=softcap)
-        assert (state.kernels, state.refused) == ({name}, {})
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (1, None), (4, 1.5), (100, None)])

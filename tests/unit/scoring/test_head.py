@@ -227,15 +227,6 @@ def test_a_trained_head_gets_its_gradient(name: str, head_bytes: int) -> None:
         assert relative(one, other) <= 2e-6
 
 
-def test_a_trained_bias_alone_gets_its_gradient() -> None:
-    hidden, targets = inputs()
-    head = linear(True)
-    head.bias.requires_grad_(True)
-    (ours,) = torch.autograd.grad(weighted(token_logps(hidden, targets, head, LogitTransform())), head.bias)
-    (theirs,) = torch.autograd.grad(weighted(by_definition(hidden, targets, head, LogitTransform())), head.bias)
-    assert relative(ours, theirs) <= 2e-6
-
-
 def hooked(rows: list[int]) -> Any:
     head = linear()
     head.register_forward_hook(lambda module, args, output: rows.append(len(output)) or output * 2)

@@ -20,9 +20,7 @@ from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.load import load_model
 from dpo_cli.scoring import attention, probe, varlen
 from dpo_cli.scoring.attention import IMPLEMENTATION, attending, block_attention
-from dpo_cli.scoring.layout import MIN_SHARED_TOKENS, lay_out
 from dpo_cli.scoring.probe import (
-    BFLOAT16_TOLERANCE,
     TOLERANCE,
     allowed_difference,
     open_scorer,
@@ -203,19 +201,6 @@ def test_a_model_that_is_not_causal_cannot_be_scored() -> None:
         probe_layouts(Scorer(model, F32), model)
 
 
-def test_bfloat16_is_allowed_its_noise_and_no_more(
-    open_: Make, make_llama: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = make_llama(100)
-    scorer, verdict = open_(model, dtype=torch.bfloat16)
-    assert scorer.layout == "shared"
-    assert verdict.tolerance >= BFLOAT16_TOLERANCE
-    assert TOLERANCE < verdict.difference <= verdict.tolerance
-    _replace_attention(monkeypatch, _seeing_the_whole_row)
-    refused = probe_layouts(Scorer(model, torch.bfloat16), model).refused
-    assert set(refused) == {"shared"}
-
-
 def test_what_is_allowed_in_bfloat16_has_a_limit_that_grows_with_the_length() -> None:
     bfloat16 = torch.bfloat16
     assert allowed_difference(1e-6, 20, F32) == pytest.approx(1e-4)
@@ -384,18 +369,6 @@ def test_another_configuration_dtype_class_or_force_is_probed_anew(
         assert scored == []
 
 
-def test_another_engine_or_library_is_probed_anew(
-    open_: Make, make_llama: Make, scored: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in (("engine_version", lambda dtype: -1), ("version", lambda name: "0")):
-        open_(make_llama(100))
-        scored.clear()
-        with monkeypatch.context() as patch:
-            patch.setattr(probe, name, value)
-            open_(make_llama(100))
-        assert scored
-
-
 @pytest.mark.parametrize("damage", [b"{", b"[]", b"\xff\xfe"])
 def test_a_damaged_memory_is_survived_and_mended(
     damage: bytes, open_: Make, make_llama: Make, scored: list[str], memory: Path
@@ -435,19 +408,6 @@ def test_a_scratch_area_that_cannot_be_written_only_costs_the_next_probe(
 
 
 # --- what is asked ------------------------------------------------------------------------
-
-
-def test_the_probes_groups_have_branches_and_go_beyond_a_small_window() -> None:
-    groups = probe_groups(100, 47)
-    assert [len(group.prompt) for group in groups] == [47, 1, 6]
-    assert {len(group.completions) for group in groups} == {3}
-    assert groups == probe_groups(100, 47)
-    for group in groups:
-        one, _, other = group.completions
-        assert one[:MIN_SHARED_TOKENS] == other[:MIN_SHARED_TOKENS]
-        assert lay_out([group], "shared").num_tokens < sum(
-            len(group.prompt) + len(answer) - 1 for answer in group.completions
-        ) - len(group.prompt)
 
 
 @pytest.mark.parametrize("limit", [32, 60, 4096])

@@ -319,35 +319,28 @@ def test_whatever_a_model_does_behind_its_backbone_is_done(family: str, make_gro
         assert relative(ours, gradients) <= 1e-5
 
 
+class Whole(transformers.LlamaForCausalLM):
+    """Has no backbone of its own."""
+
+    base_model_prefix = "nothing"
+
+    def get_decoder(self) -> Any:
+        return self
+
+
+class Around(transformers.LlamaForCausalLM):
+    """Goes around its backbone: its logits cannot be had from hidden states."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.model.forward(*args, **kwargs)
+        return CausalLMOutputWithPast(logits=2 * self.lm_head(output.last_hidden_state))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_model_without_a_backbone_of_its_own_gives_its_logits(layout: LayoutName, make_groups: Make) -> None:
-    class Whole(transformers.LlamaForCausalLM):
-        base_model_prefix = "nothing"
-
-        def get_decoder(self) -> Any:
-            return self
-
+@pytest.mark.parametrize("kind", [Whole, Around])
+def test_a_model_whose_backbone_does_not_tell_gives_logits(kind: Any, layout: LayoutName, make_groups: Make) -> None:
     torch.manual_seed(0)
-    model = Whole(transformers.LlamaConfig(**_COMMON)).eval()
-    groups = branching_groups(make_groups)
-    with torch.no_grad():
-        expected = naive_logps(model, groups)
-        scorer = Scorer(model, torch.float32, layout)
-        assert scorer.head == "whole"
-        assert (scorer.score(groups).logps_BK - expected).abs().max() <= 1e-4
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_model_that_goes_around_its_backbone_gives_its_logits(layout: LayoutName, make_groups: Make) -> None:
-    """Its logits cannot be had from hidden states."""
-
-    class Around(transformers.LlamaForCausalLM):
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            output = self.model.forward(*args, **kwargs)
-            return CausalLMOutputWithPast(logits=2 * self.lm_head(output.last_hidden_state))
-
-    torch.manual_seed(0)
-    model = Around(transformers.LlamaConfig(**_COMMON)).eval()
+    model = kind(transformers.LlamaConfig(**_COMMON)).eval()
     groups = branching_groups(make_groups)
     with torch.no_grad():
         expected = naive_logps(model, groups)
