@@ -210,14 +210,6 @@ def test_a_saved_adapter_names_its_base_model_and_no_path(tuned: Make, tmp_path:
 # --- what SFT left ------------------------------------------------------------------------
 
 
-def test_what_sft_left_is_described(sft: Path) -> None:
-    result = read_sft_result("base-digest")
-    assert (result.method, result.has_adapter) == ("qlora", True)
-    manifest = json.loads((sft / SFT.name).read_text())
-    assert manifest["kind"] == "sft"
-    assert sorted(manifest["files"]) == sorted(ADAPTER_FILES)
-
-
 def test_the_digest_is_of_method_base_and_files(project: Path, sft: Path) -> None:
     digests = {read_sft_result("base-digest").digest}
     write_manifest("lora", "base-digest")
