@@ -17,7 +17,7 @@ needs nothing but what comes with PyTorch. Autograd and selective checkpointing 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
@@ -205,7 +205,7 @@ def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.T
     return torch.cat([a * cos_a - b * sin_a, b * cos_b + a * sin_b], -1).to(x.dtype)
 
 
-@_operation("rotate_back", cuda=partial(_rotate_on_cuda, is_back=True), fake=_like)
+@_operation("rotate_back", cuda=lambda *tensors: _rotate_on_cuda(*tensors, is_back=True), fake=_like)
 def _rotate_back(grad: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
     (a, b), (cos_a, cos_b), (sin_a, sin_b) = (tensor.float().chunk(2, -1) for tensor in (grad, cosine, sine))
     return torch.cat([a * cos_a + b * sin_b, b * cos_b - a * sin_a], -1).to(grad.dtype)
