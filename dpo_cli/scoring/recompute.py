@@ -144,11 +144,10 @@ def measure_kept(model: torch.nn.Module, forward: Callable[[int], int], num_laye
     """
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     short, long = (_count_kept(model, own, forward, size) for size in (64, 192))
-    tokens = long.num_tokens - short.num_tokens
-    kept = max(0.0, (long.kept - short.kept) / tokens)
-    inputs = min(kept, max(0.0, (long.inputs - short.inputs) / tokens))
-    products = max(0.0, (long.products - short.products) / tokens)
-    widest = max(0.0, (long.widest - short.widest) / tokens)
+    num_short, num_long = short[0], long[0]
+    slopes = [max(0.0, (more - less) / (num_long - num_short)) for less, more in zip(short[1:], long[1:], strict=True)]
+    kept, inputs, products, widest = slopes
+    inputs = min(kept, inputs)
     a_layer, gradients = (kept - inputs) / num_layers, _GRADIENTS_AT_ONCE * widest
     made_again = max(0.0, a_layer - products / num_layers)
     none = kept + gradients
@@ -157,7 +156,7 @@ def measure_kept(model: torch.nn.Module, forward: Callable[[int], int], num_laye
         "elementwise": min(none, inputs + products + made_again + gradients),
         "layers": min(none, inputs + a_layer + gradients),
     }
-    fixed = max(0.0, short.kept - kept * short.num_tokens) + max(head_bytes, _largest_weight(model))
+    fixed = max(0.0, short[1] - kept * num_short) + max(head_bytes, _largest_weight(model))
     return KeptBytes(fixed, per_token)
 
 
@@ -165,39 +164,26 @@ _GRADIENTS_AT_ONCE = 1.5
 """Tensors as wide as a layer's widest product that live at once in the backward pass, beside those that were kept."""
 
 
-@dataclass
-class _Counted:
-    """What a forward pass leaves behind.
+def _count_kept(
+    model: torch.nn.Module, own: set[int], forward: Callable[[int], int], size: int
+) -> tuple[int, int, int, int, int]:
+    """Tokens of a forward pass, and bytes.
 
-    Attributes:
-        num_tokens: Tokens of it.
-        kept: Bytes that autograd keeps where nothing is computed again.
-        inputs: The same where layers are.
-        products: Bytes that the layers' products give.
-        widest: The most that one of them gives.
+    Those that autograd keeps where nothing is computed again, and where layers are; those that the layers' products
+    give, and the most that one of them gives.
     """
-
-    num_tokens: int
-    kept: int
-    inputs: int
-    products: int
-    widest: int
-
-
-def _count_kept(model: torch.nn.Module, own: set[int], forward: Callable[[int], int], size: int) -> _Counted:
     causal = causal_of(model)
     num_tokens, kept = _kept_by(own, forward, size)
     counter = _ProductCounter()
     if not causal.supports_gradient_checkpointing:
-        return _Counted(num_tokens, kept, kept, 0, 0)
+        return num_tokens, kept, kept, 0, 0
     _checkpoint(causal, lambda: (counter, nullcontext()))
     try:
         _, inputs = _kept_by(own, forward, size)
     finally:
         set_recompute(model, "none")
-    return _Counted(
-        num_tokens, kept, inputs, sum(counter.num_bytes.values()), max(counter.num_bytes.values(), default=0)
-    )
+    products = counter.num_bytes.values()
+    return num_tokens, kept, inputs, sum(products), max(products, default=0)
 
 
 def _kept_by(own: set[int], forward: Callable[[int], int], size: int) -> tuple[int, int]:
