@@ -184,9 +184,9 @@ def test_in_float32_the_forward_pass_is_products_and_nothing_else() -> None:
     ours, theirs = both("plain")
     x = torch.randn(INPUTS, 2, MANY, generator=torch.Generator().manual_seed(2)).permute(2, 1, 0)  # of any strides
     assert_same(ours, theirs, x.requires_grad_())
-    for num_tokens in (FEW, MANY):
+    for few_or_many in (inputs(FEW), inputs(MANY)):
         with Kernels() as short:
-            ours(inputs(num_tokens))
+            ours(few_or_many)
         assert set(short.names) <= {"mm", "addmm"}
 
 
