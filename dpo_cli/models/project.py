@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dpo_cli.core import paths
 from dpo_cli.core.errors import Interrupted
@@ -20,8 +20,7 @@ from dpo_cli.core.params import EMBEDDED, ModelParams, Params, RuntimeParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.row_store import Keep, RowStore
 from dpo_cli.data.chat import ChatEncoder
-from dpo_cli.data.tables import table_digests
-from dpo_cli.data.tokenize import TokenTable, tokenize_table
+from dpo_cli.data.tokenize import TokenTable, table_digests, tokenize_table
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import FrozenBase, read_sft_result
 from dpo_cli.models.device import Machine, prepare_machine, token_budget
@@ -32,9 +31,6 @@ from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.probe import LayoutChoice, open_scorer
 from dpo_cli.scoring.reference import score_groups
 from dpo_cli.scoring.scorer import Scorer, engine_version
-
-if TYPE_CHECKING:  # peft takes seconds to import
-    pass
 
 
 @dataclass(frozen=True)

@@ -312,7 +312,7 @@ class Rewards:
 
 
 def _longer(group: TokenGroup) -> TokenGroup:
-    return replace(group, completions=tuple((*completion, 0) for completion in group.completions))
+    return TokenGroup(group.id, group.group, group.prompt, tuple((*tokens, 0) for tokens in group.completions))
 
 
 class RewardScorer:
