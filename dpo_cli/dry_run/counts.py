@@ -53,7 +53,7 @@ class Counts:
     """What was counted.
 
     Attributes:
-        by_kind: Kernels by kind of kernel.
+        by_kind: By kind of kernel.
         by_operation: The same by PyTorch's name of the operation.
         launches: Each kernel in its order: kind, bytes and operations.
         peak_bytes: Most bytes of tensors at one time.

@@ -32,13 +32,7 @@ _LICENSE_NAMES = re.compile(r"(licen[sc]e|notice|copying|use_policy|.*terms)[^/]
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """A model directory, looked at.
-
-    Attributes:
-        table: What a reader wants to know, one quantity and its value a row.
-        figures: The same for a program, with the digest of every file.
-        notes: What is odd but no error, one sentence each.
-    """
+    """A model directory, looked at: a table for a reader, figures for a program, what is odd but no error as notes."""
 
     table: list[tuple[str, str]]
     figures: dict[str, Any]

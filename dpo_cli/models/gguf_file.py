@@ -39,11 +39,9 @@ class GgufTensor:
 
     Attributes:
         name: llama.cpp's name, such as ``blk.0.attn_q.weight``.
-        shape: Its shape, the largest stride first, as torch has it.
+        shape: The largest stride first, as torch has it.
         kind: The number of its ggml type.
-        file: Where its bytes lie.
-        offset: Of its first byte in that file.
-        num_bytes: How many there are.
+        file: Where its bytes lie, ``num_bytes`` from ``offset`` on.
     """
 
     name: str
@@ -66,9 +64,8 @@ class GgufFile:
     Attributes:
         path: The file, or the first of them.
         version: The format's.
-        metadata: What the file says of its model, by key.
-        entries: The bytes of each entry of the metadata, by key.
-        tensors: Its tensors, in the file's order.
+        metadata: What the file says of its model, by key; ``entries`` are the bytes of that.
+        tensors: In the file's order.
     """
 
     path: Path

@@ -171,7 +171,8 @@ def probe_layouts(scorer: Scorer, model: Any, forced: LayoutName | None = None) 
     asked = tolerance = max(TOLERANCE, RELATIVE_TOLERANCE * alone.abs().max().item())
     if scorer.compute_dtype != torch.float32:
         asked = max(BFLOAT16_TOLERANCE, NOISE_FACTOR * noise)
-        tolerance = allowed_difference(noise, _longest_completion(groups), scorer.compute_dtype)
+        longest = max(len(completion) for group in groups for completion in group.completions)
+        tolerance = allowed_difference(noise, longest, scorer.compute_dtype)
     refused: dict[str, str] = {}
     for name in (forced,) if forced else LAYOUTS:
         if name == "padded" and scorer.compute_dtype != torch.float32:
@@ -184,11 +185,8 @@ def probe_layouts(scorer: Scorer, model: Any, forced: LayoutName | None = None) 
             reason, difference = _reason_against(name, scorer, config, groups, alone, tolerance)
         scorer.max_read_share = 0.0
         if reason is None:
-            kernels = _attention_of(scorer, name)
-            head, is_forced = scorer.head, forced is not None
-            return LayoutChoice(
-                name, difference, tolerance, asked, refused, is_forced, head, **kernels, last_mlp=last_mlp
-            )
+            said = {"forced": forced is not None, "head": scorer.head, "last_mlp": last_mlp}
+            return LayoutChoice(name, difference, tolerance, asked, refused, **said, **_attention_of(scorer, name))
         refused[name] = reason
     if forced:
         raise MachineError(
@@ -198,10 +196,6 @@ def probe_layouts(scorer: Scorer, model: Any, forced: LayoutName | None = None) 
         "this model's log-probabilities depend on what else is in a batch"
         f" (padded: {refused['padded']}); it cannot be scored"
     )
-
-
-def _longest_completion(groups: Sequence[TokenGroup]) -> int:
-    return max(len(completion) for group in groups for completion in group.completions)
 
 
 def allowed_difference(noise: float, num_tokens: int, compute_dtype: torch.dtype) -> float:

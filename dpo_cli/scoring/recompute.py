@@ -271,14 +271,7 @@ class StepShape:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a step goes through the memory.
-
-    Attributes:
-        grade: What is computed again.
-        max_tokens: Tokens of a micro-batch.
-        num_bytes: The most that its activations are expected to take.
-        fits: Whether that is as much as there is, or less.
-    """
+    """How a step goes through the memory: tokens of a micro-batch, the most bytes its activations may take."""
 
     grade: Recompute
     max_tokens: int
