@@ -185,7 +185,7 @@ def probe_layouts(scorer: Scorer, model: Any, forced: LayoutName | None = None) 
             reason, difference = _reason_against(name, scorer, config, groups, alone, tolerance)
         scorer.max_read_share = 0.0
         if reason is None:
-            said = {"forced": forced is not None, "head": scorer.head, "last_mlp": last_mlp}
+            said: dict[str, Any] = {"forced": forced is not None, "head": scorer.head, "last_mlp": last_mlp}
             return LayoutChoice(name, difference, tolerance, asked, refused, **said, **_attention_of(scorer, name))
         refused[name] = reason
     if forced:
