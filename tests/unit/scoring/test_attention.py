@@ -27,7 +27,7 @@ from dpo_cli.scoring.attention import (
     block_attention,
 )
 from dpo_cli.scoring.layout import Block, Layout, Run, lay_out
-from dpo_cli.scoring.pieces import AttentionSettings, Piece, batches_of, pieces_of
+from dpo_cli.scoring.pieces import AttentionSettings, batches_of, pieces_of
 from dpo_cli.scoring.varlen import attend_varlen, choose_kernel, reason_against, sequences_of
 from tests.slow_kernel import slow_kernel
 from tests.waiting import NoWaiting
@@ -294,16 +294,6 @@ def test_what_is_attended_is_known_inside_and_restored_outside() -> None:
 
 
 # --- pieces and sequences -----------------------------------------------------------------
-
-
-def test_the_pieces_of_a_block_worked_out_by_hand() -> None:
-    """A prompt at 10-11, a branch of three from it with the ends 15 and 16, and 17 from the prompt again."""
-    block = Block(10, (Run(2, -1), Run(3, 0), Run(1, 1), Run(1, 1), Run(1, 0)))
-    assert pieces_of(block) == [
-        Piece(slice(10, 16), (slice(10, 16),)),
-        Piece(slice(16, 17), (slice(10, 15), slice(16, 17))),
-        Piece(slice(17, 18), (slice(10, 12), slice(17, 18))),
-    ]
 
 
 def test_sequences_of_a_shared_row_worked_out_by_hand() -> None:

@@ -186,26 +186,6 @@ def test_a_budget_for_all_makes_one_micro_batch(name: LayoutName, make_groups: M
     assert len(split_by_tokens(groups, num_tokens - 1, name)) == 2
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_a_group_beyond_the_budget_goes_alone(name: LayoutName, make_groups: Make) -> None:
-    groups = make_groups(10)
-    groups.insert(4, TokenGroup("large", "large", tuple(range(3, 90)), ((5, 6), (7,))))
-    batches = split_by_tokens(groups, 80, name)
-    assert [4] in batches
-    assert 1 < len(batches) < 11
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_groups_with_different_numbers_of_completions_never_share_a_micro_batch(
-    name: LayoutName, make_groups: Make
-) -> None:
-    groups = [group for k in (3, 1, 2) for group in make_groups(9, completions=k, seed=k)]
-    random.Random(0).shuffle(groups)
-    batches = split_by_tokens(groups, 10_000, name)
-    assert [{len(groups[index].completions) for index in batch} for batch in batches] == [{1}, {2}, {3}]
-    assert sorted(index for batch in batches for index in batch) == list(range(27))
-
-
 def test_padded_groups_of_like_length_go_together(make_groups: Make) -> None:
     groups = make_groups(40)
     lengths = [[groups[index].longest for index in batch] for batch in split_by_tokens(groups, 64, "padded")]
@@ -219,16 +199,6 @@ def test_micro_batches_without_padding_are_about_equal(make_groups: Make) -> Non
     loads = [sum(sizes[index] for index in batch) for batch in split_by_tokens(groups, 2000, "shared")]
     assert len(loads) > 5
     assert max(loads) - min(loads) <= max(sizes)
-
-
-@pytest.mark.parametrize(("budget", "excess"), [(256, 0.05), (1024, 0.02), (4096, 0.0)])
-def test_there_are_hardly_more_micro_batches_than_the_tokens_need(
-    budget: int, excess: float, make_groups: Make
-) -> None:
-    """No split has fewer than the sum of tokens over the budget, rounded up; a budget of 5, 20 or 80 groups."""
-    groups = make_groups(1000, prompt_lengths=(2, 30), completion_lengths=(1, 20))
-    least = math.ceil(sum(num_row_tokens(group, "shared") for group in groups) / budget)
-    assert least <= len(split_by_tokens(groups, budget, "shared")) <= math.ceil(least * (1 + excess))
 
 
 @pytest.mark.parametrize(("sizes", "each"), [((51, 60), 1), ((34, 38), 2), ((26, 28), 3)])
