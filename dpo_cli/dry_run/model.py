@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,15 +20,13 @@ from dpo_cli.dry_run.device import CUDA
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine
 from dpo_cli.models.load import nf4
+from dpo_cli.models.project import Workplace
 from dpo_cli.models.shapes import random_pairs
-from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.fused import NORM, ROTATION, SWIGLU, install
 from dpo_cli.scoring.layout import LayoutName
 from dpo_cli.scoring.limits import Work
 from dpo_cli.scoring.scorer import MAX_READ_SHARE, Scorer
 from dpo_cli.training.accumulation import Accumulator, Limits
-from dpo_cli.training.job import Job
-from dpo_cli.training.loss_scale import LossScale
 from dpo_cli.training.protocols import Learner
 
 _BLOCK, _BLOCKS = 64, 256
@@ -123,10 +120,9 @@ class DryAccumulator(Accumulator[Any]):
     """The training loop's gradient of a batch; the sums are not read back at its end."""
 
     def __init__(self, learner: Learner[Any], max_tokens: int) -> None:
-        reporter, dtype = SilentReporter(), learner.scorer.compute_dtype
-        limits = Limits(TokenBudget(max_tokens, "dry run", reporter), LossScale(dtype, "dry run", reporter, None))
-        job = Job("train", Path(), Machine(torch.device("cpu"), dtype), RuntimeParams(), reporter)
-        super().__init__(learner, limits, job, StopRequest())
+        machine = Machine(torch.device("cpu"), learner.scorer.compute_dtype)
+        work = Workplace("dry run", SilentReporter(), RuntimeParams(), machine)
+        super().__init__(learner, Limits.of(work, max_tokens), StopRequest())
 
     def _exchange(
         self, groups: Sequence[TokenGroup], sums_S: torch.Tensor, parameters: Sequence[torch.nn.Parameter]
@@ -150,9 +146,9 @@ def mean_visible_pairs(scorer: Scorer, groups: Sequence[TokenGroup], max_tokens:
     return Work.of(batches, scorer.layout).visible // len(batches)
 
 
-def take_optimizer_step(trainable: Sequence[torch.nn.Parameter]) -> None:
-    """Clip the gradients and take a step of AdamW, as training does; they are gone after it."""
-    torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+def take_optimizer_step(trainable: Sequence[torch.nn.Parameter], norm: torch.Tensor) -> None:
+    """Clip the gradients, which have this norm, and take a step of AdamW, as training does; they are gone after it."""
+    torch.nn.utils.clip_grads_with_norm_(trainable, 1.0, norm)
     # fused: the other forms read on the CPU how many steps were done, which has no number here
     torch.optim.AdamW(trainable, lr=1e-6, fused=True).step()
     for parameter in trainable:

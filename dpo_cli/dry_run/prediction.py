@@ -18,6 +18,7 @@ from dpo_cli.dry_run.device import dry_cuda, prepare_dry_machine, read_backs_giv
 from dpo_cli.dry_run.model import DryAccumulator, dry_model, mean_visible_pairs, open_dry_scorer, take_optimizer_step
 from dpo_cli.models.device import BFLOAT16_SINCE, GPUS, Gpu, Machine, token_budget
 from dpo_cli.models.load import quiet_libraries
+from dpo_cli.models.project import Workplace
 from dpo_cli.models.shapes import REGIMES, SHAPES, random_pairs
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.limits import Sizes, Work, least_operations
@@ -125,7 +126,8 @@ def _count_training(
     model: Any, scorer: Scorer, groups: list[TokenGroup], params: Params, counting: Counting, reporter: Reporter
 ) -> tuple[dict[str, Any], Work]:
     size = params.train.batch_size
-    chosen = choose_memory(model, scorer, groups, size, params.runtime, reporter, "bench")
+    work = Workplace("bench", reporter, params.runtime, Machine(scorer.device, scorer.compute_dtype))
+    chosen = choose_memory(model, scorer, groups, size, work)
     budget = TokenBudget(chosen.max_tokens, "bench", reporter)
     steps = [groups[begin : begin + size] for begin in range(0, len(groups), size)]
     objective = PairObjective(TrainParams(beta=0.1), {group.id: [-1.0, -2.0] for group in groups})
@@ -134,8 +136,8 @@ def _count_training(
     counting.attention_pairs = mean_visible_pairs(scorer, groups, budget.max_tokens)
     counting.restart()
     for step in steps:
-        accumulator.gradient(step, 0)
-        take_optimizer_step([parameter for parameter in model.parameters() if parameter.requires_grad])
+        _, norm = accumulator.gradient(step, 0)
+        take_optimizer_step([parameter for parameter in model.parameters() if parameter.requires_grad], norm)
     found = {"recompute": chosen.grade, "max_tokens_per_microbatch": budget.max_tokens}
     return found, work_of(scorer, steps, budget.max_tokens)
 

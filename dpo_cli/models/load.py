@@ -1,15 +1,11 @@
-"""Loading causal language models from a directory: safetensors only, no code from it, no network.
-
-And what is saved beside what was made of one: the tokenizer, and how to load it, as a part of a model card.
-"""
+"""Loading causal language models from a directory: safetensors only, no code from it, no network."""
 
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +14,6 @@ from dpo_cli.core.artifacts import write_json
 from dpo_cli.core.environment import importing
 from dpo_cli.core.errors import MachineError, ParamsError, is_out_of_memory, says_out_of_memory
 from dpo_cli.core.params import ModelParams
-from dpo_cli.core.text import in_one_line
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.schema import assistant, user
 from dpo_cli.models.device import Machine
@@ -292,79 +287,3 @@ def keep_weights_unpacked(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-
-
-# --- model cards ----------------------------------------------------------------------------
-
-
-def card_head(base_name: str, tags: Sequence[str]) -> str:
-    """The YAML at the top of a card. JSON is YAML, whatever the name holds."""
-    name = json.dumps(in_one_line(base_name), ensure_ascii=False)
-    return f"---\nlibrary_name: peft\nbase_model: {name}\ntags: [{', '.join(tags)}]\n---\n"
-
-
-def usage(base: Path, machine: Machine, quantization: str, *, directory: str, kind: str = "CausalLM") -> str:
-    """Code that puts the adapter on the frozen weights as they were held while it was trained; what else costs.
-
-    Args:
-        base: Directory of the frozen weights, for what their configuration asks for.
-        machine: Where it was trained.
-        quantization: ``nf4`` or ``none``.
-        directory: What stands in the code for that directory.
-        kind: What transformers loads: CausalLM or SequenceClassification.
-    """
-    is_4bit, dtype = quantization == "nf4", f"torch.{machine.dtype_name}"
-    arguments = [directory, f"dtype={dtype}"]
-    if kind == "SequenceClassification":
-        arguments.append("num_labels=1")
-    if attention := own_attention(load_config(base)):
-        arguments.append(f'attn_implementation="{attention}"')
-    if is_4bit:
-        held = ["load_in_4bit=True", 'bnb_4bit_quant_type="nf4"', "bnb_4bit_use_double_quant=True"]
-        held.append(f"bnb_4bit_compute_dtype={dtype}")
-        if kind == "SequenceClassification":
-            held.append('llm_int8_skip_modules=["score"]')
-        inner = "".join(f"        {line},\n" for line in held)
-        arguments.append(f"quantization_config=BitsAndBytesConfig(\n{inner}    )")
-    names = ", ".join(sorted([f"AutoModelFor{kind}", "AutoTokenizer", *(["BitsAndBytesConfig"] if is_4bit else [])]))
-    code = "\n".join(
-        [
-            "import torch",
-            "from peft import PeftModel",
-            f"from transformers import {names}",
-            "",
-            f"base = AutoModelFor{kind}.from_pretrained(",
-            *(f"    {argument}," for argument in arguments),
-            ")",
-            *(_EXACT_ON_CPU if is_4bit and machine.device.type == "cpu" else []),
-            "model = PeftModel.from_pretrained(base, THIS_DIRECTORY).eval()",
-            "tokenizer = AutoTokenizer.from_pretrained(THIS_DIRECTORY)",
-        ]
-    )
-    further = [_NOT_BY_NAME, *([_MERGING] if is_4bit else [])] if kind == "CausalLM" else []
-    return f"```python\n{code}\n```\n{''.join(further)}"
-
-
-_NOT_BY_NAME = """
-`AutoPeftModelForCausalLM.from_pretrained(THIS_DIRECTORY)` does not find the base: adapter_config.json holds its name
-and no path, so that the adapter is the same on every machine, and peft would look for that name on a hub.
-"""
-_EXACT_ON_CPU = [
-    "for layer in base.modules():  # or bitsandbytes rounds them once more, on CPUs with AVX512-BF16",
-    '    if hasattr(layer, "support_avx512bf16_for_cpu"):',
-    "        layer.support_avx512bf16_for_cpu = False",
-]
-_MERGING = """
-The adapter was trained on weights rounded to 4-bit nf4 and belongs to those. On the plain weights, or merged into
-them, it is another model, without the rounding that it learned with: the log-probability of a whole answer can move by
-several nats, enough to turn a preference round. How far it moves here was not measured; `dpo-cli evaluate --model
-MERGED_DIRECTORY` judges a merged model like any other. To merge without that difference, hold the rounded weights
-plainly first; the result is the model that was trained, as large as the plain one:
-
-```python
-base = model.unload().dequantize()
-merged = PeftModel.from_pretrained(base, THIS_DIRECTORY).merge_and_unload()
-merged.save_pretrained(MERGED_DIRECTORY)
-tokenizer.save_pretrained(MERGED_DIRECTORY)
-```
-"""

@@ -15,7 +15,7 @@ from typing import Any
 from dpo_cli.core import paths
 from dpo_cli.core.errors import Interrupted
 from dpo_cli.core.interrupts import graceful_stop
-from dpo_cli.core.manifest import library_versions
+from dpo_cli.core.manifest import Manifest, library_versions
 from dpo_cli.core.params import EMBEDDED, ModelParams, Params, RuntimeParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.row_store import Keep, RowStore
@@ -25,7 +25,7 @@ from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import FrozenBase, read_sft_result
 from dpo_cli.models.device import Machine, prepare_machine, token_budget
 from dpo_cli.models.folder import base_folder
-from dpo_cli.models.identity import base_digest, read_base_lock, refuse_beyond_context, verify_model
+from dpo_cli.models.identity import base_digest, read_base_lock, read_lock, refuse_beyond_context, verify_model
 from dpo_cli.models.load import context_length, load_tokenizer, open_encoder
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.probe import LayoutChoice, open_scorer
@@ -130,6 +130,14 @@ class Project(Workplace, FrozenBase):
     def made_of(self) -> dict[str, Any]:
         """What a model that was trained on preferences must have been made of, as its manifest has it."""
         return {"graph": self.identity, "data/preference": table_digests(paths.PREFERENCE_DATA)}
+
+    def manifest(self, params: Params, section: str) -> Manifest:
+        """All that an adapter depends on which a section trains on preferences.
+
+        No time and no path is in it, so equal runs give equal bytes.
+        """
+        settings = {name: getattr(params, name).model_dump() for name in ("model", "reference", section)}
+        return Manifest({"base": read_lock(), **self.made_of()}, settings=settings)
 
     def tokenize_pairs(self, split: str) -> TokenTable:
         """The preference pairs of a split as token groups (chosen, rejected)."""

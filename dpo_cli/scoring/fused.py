@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.nn.functional import silu
 
-from dpo_cli.core.gpu import is_gpu
+from dpo_cli.core.environment import is_gpu
 from dpo_cli.scoring.kernels import reason_against_kernel
 
 NORM, SWIGLU, ROTATION = "RMSNorm", "SwiGLU", "rotation"

@@ -25,8 +25,8 @@ import polars as pl
 import torch
 
 from dpo_cli.core import paths
+from dpo_cli.core.environment import is_gpu
 from dpo_cli.core.errors import StaleArtifactError
-from dpo_cli.core.gpu import is_gpu
 from dpo_cli.core.manifest import REFERENCE, Manifest
 from dpo_cli.data.tokens import TokenGroup, completion_key, joined_group
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
