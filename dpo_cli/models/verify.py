@@ -133,7 +133,8 @@ def verify_weights(folder: Path) -> Weights:
     )
 
 
-_NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_NUMBERS = ("F64", "F32", "F16", "BF16")
+"""Dtypes, as safetensors names them, that have NaN and infinity; others are passed over."""
 
 
 def verify_numbers(files: Iterable[Path], on_bytes: Callable[[int], None] = lambda _: None) -> None:
@@ -151,8 +152,10 @@ def verify_numbers(files: Iterable[Path], on_bytes: Callable[[int], None] = lamb
         left = path.stat().st_size
         with safe_open(path, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (it is no mapping)
+                if str(opened.get_slice(name).get_dtype()) not in _NUMBERS:
+                    continue
                 tensor = opened.get_tensor(name)
-                if tensor.dtype in _NUMBERS and tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
+                if tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
                     found.append(f"{path}: {name}")
                 on_bytes(tensor.nbytes)
                 left -= tensor.nbytes
