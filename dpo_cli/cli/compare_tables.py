@@ -13,7 +13,7 @@ from rich.text import Text
 
 from dpo_cli.cli.console import open_console
 from dpo_cli.evaluation.differences import Difference, Scalar
-from dpo_cli.evaluation.findings import percent, percent_interval
+from dpo_cli.evaluation.flags import percent, percent_interval
 from dpo_cli.statistics.bootstrap import Estimate, ends
 
 if TYPE_CHECKING:
@@ -59,14 +59,15 @@ def print_comparison(found: ExperimentComparison, console: Console | None = None
             table.add_row(Text(name[0]), *(_cell(column.cells[row]) for column in block))
         console.print()
         console.print(table)
-    percent = f"{100 * found.confidence:g}%"
+    confidence = found.sampling.confidence
     baseline = found.experiments[0].name
     console.print()
     if any(each.low is not None for differences in found.differences.values() for each in differences):
         console.print(
             Text(
-                f"In brackets the difference from {baseline} and its paired {percent} interval ({found.draws} draws of"
-                f" prompts). * leaves out 0; by chance one in {round(1 / (1 - found.confidence))} does."
+                f"In brackets the difference from {baseline} and its paired {100 * confidence:g}% interval"
+                f" ({found.sampling.draws} draws of prompts). * leaves out 0; by chance one in"
+                f" {round(1 / (1 - confidence))} does."
             )
         )
     else:
@@ -152,7 +153,7 @@ def print_head_to_head(found: HeadToHead, console: Console | None = None) -> Non
             for rate in ([found.win_rate(first, second)] if first != second else [_SAME])
         ]
         if found.strengths is not None:
-            strength = found.strengths.strengths[first]
+            strength = found.strengths[first]
             anchor = first == found.models[0]
             interval = "" if anchor or ends(strength) is None else f"\n[{strength.low:+.2f}, {strength.high:+.2f}]"
             cells.append("0" if anchor else f"{strength.value:+.2f}{interval}")

@@ -140,8 +140,7 @@ def score_files(sources: Sequence[Source], options: ScoreOptions, params: Params
         Interrupted: The user asked to stop; what was scored is kept.
     """
     from dpo_cli.cli.score_page import print_figures, write_page
-    from dpo_cli.evaluation.score import score_sources
-    from dpo_cli.evaluation.score_table import write_rows
+    from dpo_cli.evaluation.score import score_sources, write_rows
 
     found, warnings = score_sources(sources, options.model, options.beta, options.max_rows, params, reporter)
     if options.out is not None:

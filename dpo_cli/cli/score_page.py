@@ -10,10 +10,10 @@ from typing import Any
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.text import visible, visible_token
 from dpo_cli.data.pieces import pieces_of
-from dpo_cli.evaluation.implicit_reward import RewardSummary
-from dpo_cli.evaluation.log_ratios import ScoredAnswers
+from dpo_cli.evaluation.rewards import RewardSummary
 from dpo_cli.evaluation.score import Scored, ScoredRow
 from dpo_cli.evaluation.score_rows import InputRow
+from dpo_cli.evaluation.steps import ScoredAnswers
 from dpo_cli.report.token_page import AnswerTokens, RowTokens, TokenPiece, choose_rows, write_token_page
 
 _NAMED = 5
@@ -50,7 +50,7 @@ def _row_tokens(row: ScoredRow, tokenizer: Any) -> RowTokens:
             AnswerTokens(
                 name,
                 answers.rewards[place],
-                row.logps[place],
+                answers.policy[place],
                 answers.reference[place],
                 answers.num_tokens[place],
                 _token_pieces(tokenizer, given.tokens.completions[place], row.ratios[place]),

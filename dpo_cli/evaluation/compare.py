@@ -25,6 +25,7 @@ from dpo_cli.evaluation.differences import (
     source_of,
 )
 from dpo_cli.evaluation.experiments import WORKSPACE, experiment_refs, head, is_here, read_experiment, revisions_of
+from dpo_cli.statistics.bootstrap import Sampling
 
 _NAMED = 6
 _ROWS = {OF_ANSWERS: "answers", OF_PAIRS: "held-out pairs"}
@@ -39,8 +40,7 @@ class ExperimentComparison:
         params: Settings that differ.
         metrics: The metrics that are shown.
         differences: By metric, one for each experiment but the baseline.
-        draws: Bootstrap draws behind each interval.
-        confidence: Coverage of the intervals.
+        sampling: How the intervals were drawn.
         notes: What to know of the figures.
     """
 
@@ -48,8 +48,7 @@ class ExperimentComparison:
     params: list[str]
     metrics: list[str]
     differences: dict[str, list[Difference]]
-    draws: int
-    confidence: float
+    sampling: Sampling
     notes: list[str]
 
 
@@ -91,19 +90,16 @@ def compare(names: Sequence[str], baseline: str | None, metrics: Sequence[str], 
         raise StaleArtifactError("no experiment but the baseline has reports; run: dvc exp run")
     shown = _metrics_of(experiments, metrics, every=every)
     settings = experiments[0].params
-    draws = max(MIN_DRAWS, int(settings.get("evaluate.bootstrap_draws") or 0))
-    confidence = float(settings.get("evaluate.confidence") or 0.95)
-    seed = int(settings.get("evaluate.seed") or 0)
-    differences = {
-        name: [
-            difference(experiments[0], other, name, draws=draws, confidence=confidence, seed=seed)
-            for other in experiments[1:]
-        ]
-        for name in shown
-    }
+    sampling = Sampling(
+        max(MIN_DRAWS, int(settings.get("evaluate.bootstrap_draws") or 0)),
+        float(settings.get("evaluate.confidence") or 0.95),
+        int(settings.get("evaluate.seed") or 0),
+    )
+    baseline_run, *others = experiments
+    differences = {name: [difference(baseline_run, other, name, sampling) for other in others] for name in shown}
     params = differing_settings(experiments)
     notes += [*caveats(experiments, shown), *_without_intervals(differences), *_prompts(experiments, differences)]
-    return ExperimentComparison(experiments, params, shown, differences, draws, confidence, notes)
+    return ExperimentComparison(experiments, params, shown, differences, sampling, notes)
 
 
 def _too_few(wanted: Sequence[str], named: bool, any_refs: bool) -> str:
@@ -183,8 +179,8 @@ def as_json(found: ExperimentComparison) -> dict[str, Any]:
     """The comparison as one JSON value."""
     return {
         "baseline": found.experiments[0].name,
-        "confidence": found.confidence,
-        "draws": found.draws,
+        "confidence": found.sampling.confidence,
+        "draws": found.sampling.draws,
         "experiments": [
             {
                 "name": experiment.name,

@@ -16,7 +16,8 @@ from typing import Any
 
 from dpo_cli.core import paths
 from dpo_cli.data.schema import Messages
-from dpo_cli.statistics.bootstrap import cluster_bootstrap
+from dpo_cli.evaluation import DPO, SFT
+from dpo_cli.statistics.bootstrap import Sampling
 
 MIN_DRAWS = 2000
 """Bootstrap draws behind each interval, at the least."""
@@ -24,30 +25,20 @@ MIN_DRAWS = 2000
 MAIN_METRICS = tuple(
     f"evaluate.{name}"
     for name in (
-        "win_rate",
-        "reward_dpo",
-        "reward_accuracy",
-        "margin",
-        "loss",
-        "kl",
-        "well_formed_dpo",
-        "finished_dpo",
-        "answer_tokens_dpo",
+        "win_rate", "reward_dpo", "reward_accuracy", "margin", "loss", "kl",
+        "well_formed_dpo", "finished_dpo", "answer_tokens_dpo",
     )
-)
+)  # fmt: skip
 """The metrics that a comparison begins with, in the order in which a user wants to know them."""
 
 OF_ANSWERS = paths.SAMPLES
 OF_PAIRS = "pairs.csv"
 """Files of reports/evaluate with a value a prompt, and a value a held-out pair."""
 
-_MODELS = ("sft", "dpo")
 _ANSWER_FIGURES = {
-    "reward": "reward",
-    "well_formed": "well_formed",
-    "finished": "finished",
-    "num_tokens": "answer_tokens",
-}
+    "reward": "reward", "well_formed": "well_formed", "finished": "finished", "num_tokens": "answer_tokens"
+}  # fmt: skip
+_OF_PROMPTS = ("win_rate", "tie_rate", "kl")
 _PAIR_FIGURES = ("loss", "margin", "chosen_reward", "rejected_reward")
 _SCALED = ("evaluate.loss", "evaluate.margin", "evaluate.chosen_reward", "evaluate.rejected_reward")
 _SCALES = ("train.beta", "train.loss", "train.divergence", "train.divergence_alpha", "train.ld_alpha")
@@ -128,28 +119,17 @@ class Difference:
 # --- what a run left behind -----------------------------------------------------------------
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
-    """A tree as values by dotted path; a list is one value, as text."""
+def flatten(tree: Mapping[str, Any], prefix: str = "", *, lists: bool = True) -> dict[str, Scalar]:
+    """A tree as values by dotted path; a list, or a mapping that is empty, is one value, as text, or left out."""
     flat: dict[str, Scalar] = {}
     for key, value in tree.items():
         path = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{path}.")
-        elif isinstance(value, list | Mapping):
-            flat[path] = json.dumps(value, ensure_ascii=False)
-        else:
+            flat |= flatten(value, f"{path}.", lists=lists)
+        elif not isinstance(value, list | Mapping):
             flat[path] = value
-    return flat
-
-
-def flatten_metrics(metrics: Mapping[str, Any]) -> dict[str, Scalar]:
-    """Metrics by dotted path, without lists: they are the intervals of a single run."""
-    flat: dict[str, Scalar] = {}
-    for key, value in metrics.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{key}.{path}": each for path, each in flatten_metrics(value).items()}
-        elif not isinstance(value, list):
-            flat[key] = value
+        elif lists:
+            flat[path] = json.dumps(value, ensure_ascii=False)
     return flat
 
 
@@ -180,7 +160,7 @@ def rows_of_answers(text: str) -> tuple[dict[str, Rows], dict[str, Texts]]:
 
 
 def _answer_figures(row: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
-    for name in _MODELS:
+    for name in (SFT, DPO):
         for key, metric in _ANSWER_FIGURES.items():
             if key in row[name]:
                 yield f"{metric}_{name}", row[name][key]
@@ -234,20 +214,10 @@ def main_metrics(experiments: Sequence[Experiment]) -> list[str]:
     return [name for name in there if name in changed] or there
 
 
-def difference(
-    baseline: Experiment, other: Experiment, metric: str, *, draws: int, confidence: float, seed: int
-) -> Difference:
-    """A metric of an experiment less the baseline's, with its paired interval where rows allow it.
+def difference(baseline: Experiment, other: Experiment, metric: str, sampling: Sampling) -> Difference:
+    """A metric, by its dotted path, of an experiment less the baseline's, with its paired interval where rows allow it.
 
     Rows are matched by their ids. The interval is a percentile bootstrap over the prompts that both have.
-
-    Args:
-        baseline: What is subtracted.
-        other: What it is subtracted from.
-        metric: Dotted path, the stage first.
-        draws: Bootstrap draws.
-        confidence: Coverage of the interval.
-        seed: Of the draws.
     """
     for experiment in (baseline, other):
         if metric not in experiment.metrics:
@@ -266,9 +236,7 @@ def difference(
     num_all = len({prompt for rows in (ours, theirs) for prompt, _ in rows.values()})
     if num_prompts < 2:
         return Difference(apart, why=f"it shares {num_prompts} of {num_all} prompts with {baseline.name}")
-    estimate = cluster_bootstrap(
-        [ours[row][1] - theirs[row][1] for row in shared], prompts, draws=draws, confidence=confidence, seed=seed
-    )
+    estimate = sampling.interval([ours[row][1] - theirs[row][1] for row in shared], prompts)
     return Difference(estimate.value, estimate.low, estimate.high, num_prompts, num_all - num_prompts)
 
 
@@ -279,8 +247,8 @@ def source_of(metric: str) -> str | None:
         return None
     if name in (*_PAIR_FIGURES, "reward_accuracy"):
         return OF_PAIRS
-    of_answers = {f"{metric}_{model}" for metric in _ANSWER_FIGURES.values() for model in _MODELS}
-    return OF_ANSWERS if name in of_answers | {"win_rate", "tie_rate", "kl"} else None
+    of_answers = {f"{metric}_{model}" for metric in _ANSWER_FIGURES.values() for model in (SFT, DPO)}
+    return OF_ANSWERS if name in of_answers.union(_OF_PROMPTS) else None
 
 
 def _no_rows(experiment: Experiment, metric: str) -> str:

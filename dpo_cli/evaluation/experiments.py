@@ -30,7 +30,6 @@ from dpo_cli.evaluation.differences import (
     Rows,
     Texts,
     flatten,
-    flatten_metrics,
     rows_of_answers,
     rows_of_pairs,
 )
@@ -178,7 +177,7 @@ def read_experiment(name: str, revision: str) -> tuple[Experiment, list[str]]:
         except ValueError as error:
             raise DataError(f"{name}: {path} is damaged ({error}); evaluate it again") from None
     settings = {key: value for key, value in params.items() if key not in _NOT_SETTINGS}
-    experiment = Experiment(name, revision, flatten(settings), flatten_metrics(metrics), rows, missing, answers)
+    experiment = Experiment(name, revision, flatten(settings), flatten(metrics, lists=False), rows, missing, answers)
     return experiment, [] if folder is not None else _oddities(name, params, read)
 
 

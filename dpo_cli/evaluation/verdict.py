@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpo_cli.core.progress import Reporter, Status
-from dpo_cli.evaluation.findings import FEWEST, Finding, percent, percent_interval
-from dpo_cli.evaluation.flags import flags, judge_quality
+from dpo_cli.evaluation.flags import FEWEST, Finding, flags, judge_quality, percent, percent_interval
 
 HIGH_KL = 10.0
 HARDLY_MOVED = 0.01

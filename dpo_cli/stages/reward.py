@@ -17,12 +17,12 @@ from dpo_cli.core.scratch import Scratch, stage_scratch
 from dpo_cli.core.text import markdown
 from dpo_cli.data.tokenize import TokenTable, explain_found, explain_rejects
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.evaluation.reward_figures import RewardedPair, RewardFigures, summarize_rewards
+from dpo_cli.evaluation.rewards import ScoredGroup, reward_metrics
 from dpo_cli.models.card import card_head, usage
 from dpo_cli.models.device import memory_in_words, memory_metrics
 from dpo_cli.models.identity import read_lock
 from dpo_cli.models.reward import reward_head
-from dpo_cli.statistics.bootstrap import Estimate
+from dpo_cli.statistics.bootstrap import Sampling
 from dpo_cli.training.history import merge_log, write_tsv
 
 if TYPE_CHECKING:  # what computes is imported where there is something to compute
@@ -49,8 +49,7 @@ _COLUMNS = (
     "eval_loss",
     *(f"eval_{name}" for name in _REWARDS),
 )
-_DRAWS = 2000
-_CONFIDENCE = 0.95
+_DRAWS, _CONFIDENCE = 2000, 0.95
 
 
 def run(params: Params, reporter: Reporter) -> dict[str, Any]:
@@ -149,15 +148,13 @@ def _manifest(params: Params, project: Project) -> Manifest:
     return Manifest({"base": read_lock(), **project.made_of()}, settings=sections)
 
 
-def _figures(model: RewardModel, pairs: TokenTable, seed: int) -> RewardFigures:
+def _figures(model: RewardModel, pairs: TokenTable, seed: int) -> dict[str, Any]:
     rewards = model.rewards(pairs.groups)
     rows = [
-        RewardedPair(
-            group.id, group.group, (found[0], found[1]), (len(group.completions[0]), len(group.completions[1]))
-        )
+        ScoredGroup(group.id, group.group, (found[0], found[1]), group.sizes[1:])
         for group, found in zip(pairs.groups, rewards, strict=True)
     ]
-    return summarize_rewards(rows, draws=_DRAWS, confidence=_CONFIDENCE, seed=seed)
+    return reward_metrics(rows, Sampling(_DRAWS, _CONFIDENCE, seed))
 
 
 def _metrics(
@@ -165,34 +162,15 @@ def _metrics(
     project: Project,
     train: TokenTable,
     held_out: TokenTable,
-    figures: RewardFigures,
+    figures: dict[str, Any],
     result: Fit,
     layout: LayoutChoice,
 ) -> dict[str, Any]:
     tokens = sum(group.num_logical_tokens for group in train.groups) / len(train.groups)
-    metrics: dict[str, Any] = {"method": settings.loss}
-    for name in ("accuracy", "log_loss", "ece", "margin", "longer_accuracy"):
-        metrics |= _with_interval(name, getattr(figures, name))
-    for name, (count, estimate) in figures.by_length.items():
-        metrics[f"num_chosen_{name}"] = count
-        if estimate is not None:
-            metrics |= _with_interval(f"accuracy_chosen_{name}", estimate)
-    metrics["reliability"] = [
-        {
-            "probability_from": cell.low,
-            "probability_to": cell.high,
-            "num_pairs": cell.num_pairs,
-            "probability": cell.probability,
-            **_with_interval("accuracy", cell.accuracy),
-        }
-        for cell in figures.reliability
-    ]
+    metrics = {"method": settings.loss} | figures
     if settings.loss == "plackett_luce":
         metrics["eval_kendall_tau"] = result.kept("eval_rewards/kendall_tau")
     return metrics | {
-        "num_ties": figures.num_ties,
-        "num_eval_pairs": figures.num_pairs,
-        "num_eval_prompts": figures.num_prompts,
         "num_groups": len(train.groups),
         "num_eval": len(held_out.groups),
         "num_rejected": len(train.rejects) + len(held_out.rejects),
@@ -208,10 +186,6 @@ def _metrics(
         "max_tokens_per_microbatch": result.max_tokens,
         **layout.metrics(),
     }
-
-
-def _with_interval(name: str, estimate: Estimate) -> dict[str, Any]:
-    return {name: estimate.value, f"{name}_ci": [estimate.low, estimate.high]}
 
 
 def _model_card(params: Params, project: Project, metrics: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from typing import Literal
 
 import numpy as np
 
-from dpo_cli.statistics.bootstrap import Estimate, cluster_bootstrap_of, rate_interval
+from dpo_cli.statistics.bootstrap import Estimate, Sampling
 
 WIN, TIE, LOSS = 0, 1, 2
 """Results of a vote for the method."""
@@ -136,61 +136,38 @@ class MethodAgreement:
         return next((each for each in self.pairs if (each.first, each.second) == (first, second)), None)
 
 
-def summarize_votes(votes: Sequence[Vote], *, draws: int, confidence: float, seed: int) -> list[MethodAgreement]:
-    """Figures for each method and baseline, in the order of their first votes.
-
-    Args:
-        votes: One a rater and item.
-        draws: Bootstrap draws behind each interval.
-        confidence: Coverage of the intervals.
-        seed: Of the draws. The figures do not depend on the order of the votes.
-    """
+def summarize_votes(votes: Sequence[Vote], sampling: Sampling) -> list[MethodAgreement]:
+    """Figures for each method and baseline, in the order of their first votes, one a rater and item."""
     kinds = list(dict.fromkeys(vote.kind for vote in votes))
     groups: dict[tuple[str, str], list[Vote]] = {}
     for vote in votes:
         groups.setdefault((vote.method, vote.baseline), []).append(vote)
-    return [_summarize(mine, kinds, _Bootstrap(draws, confidence, seed)) for mine in groups.values()]
+    return [_summarize(mine, kinds, sampling) for mine in groups.values()]
 
 
-@dataclass(frozen=True)
-class _Bootstrap:
-    draws: int
-    confidence: float
-    seed: int
-
-    def rate(self, values: Sequence[float], prompts: Sequence[str]) -> Estimate:
-        return rate_interval(values, prompts, draws=self.draws, confidence=self.confidence, seed=self.seed)
-
-    def coefficient(self, name: CoefficientName, columns: np.ndarray, prompts: Sequence[str]) -> Coefficient:
-        estimate = cluster_bootstrap_of(
-            _OF_SUMS[name], columns, prompts, draws=self.draws, confidence=self.confidence, seed=self.seed
-        )
-        return Coefficient(name, estimate)
-
-
-def _summarize(votes: Sequence[Vote], kinds: Sequence[str], bootstrap: _Bootstrap) -> MethodAgreement:
+def _summarize(votes: Sequence[Vote], kinds: Sequence[str], sampling: Sampling) -> MethodAgreement:
     items: dict[str, list[Vote]] = {}
     for vote in votes:
         items.setdefault(vote.item, []).append(vote)
     win_rates = {}
     for kind in kinds:
         if mine := [vote for vote in votes if vote.kind == kind]:
-            estimate = bootstrap.rate([1 - vote.result / 2 for vote in mine], [vote.prompt for vote in mine])
+            estimate = sampling.rate([1 - vote.result / 2 for vote in mine], [vote.prompt for vote in mine])
             win_rates[kind] = WinRate(estimate, len(mine), sum(vote.result == TIE for vote in mine))
-    across = [_between(items, first, second, bootstrap) for first, second in itertools.combinations(kinds, 2)]
-    within = [_within(items, kind, bootstrap) for kind in kinds]
+    across = [_between(items, first, second, sampling) for first, second in itertools.combinations(kinds, 2)]
+    within = [_within(items, kind, sampling) for kind in kinds]
     return MethodAgreement(
         method=votes[0].method,
         baseline=votes[0].baseline,
         win_rates=win_rates,
         pairs=[each for each in (*across, *within) if each is not None],
-        overall=_of_many(list(items.values()), bootstrap),
+        overall=_of_many(list(items.values()), sampling),
         num_items=len(items),
         num_prompts=len({vote.prompt for vote in votes}),
     )
 
 
-def _between(items: dict[str, list[Vote]], first: str, second: str, bootstrap: _Bootstrap) -> PairAgreement | None:
+def _between(items: dict[str, list[Vote]], first: str, second: str, sampling: Sampling) -> PairAgreement | None:
     pairs = [
         (one, other)
         for votes in items.values()
@@ -203,26 +180,26 @@ def _between(items: dict[str, list[Vote]], first: str, second: str, bootstrap: _
         return None
     cells = [NUM_RESULTS * one.result + other.result for one, other in pairs]
     prompts = [one.prompt for one, _ in pairs]
-    coefficient = bootstrap.coefficient("cohen_kappa", np.eye(NUM_RESULTS**2)[cells], prompts)
-    return _pair_agreement(first, second, pairs, coefficient, bootstrap)
+    coefficient = _coefficient(sampling, "cohen_kappa", np.eye(NUM_RESULTS**2)[cells], prompts)
+    return _pair_agreement(first, second, pairs, coefficient, sampling)
 
 
-def _within(items: dict[str, list[Vote]], kind: str, bootstrap: _Bootstrap) -> PairAgreement | None:
+def _within(items: dict[str, list[Vote]], kind: str, sampling: Sampling) -> PairAgreement | None:
     mine = [[vote for vote in votes if vote.kind == kind] for votes in items.values()]
     pairs = [pair for votes in mine for pair in itertools.combinations(votes, 2)]
-    coefficient = _of_many([votes for votes in mine if votes], bootstrap)
-    return _pair_agreement(kind, kind, pairs, coefficient, bootstrap) if coefficient else None
+    coefficient = _of_many([votes for votes in mine if votes], sampling)
+    return _pair_agreement(kind, kind, pairs, coefficient, sampling) if coefficient else None
 
 
 def _pair_agreement(
-    first: str, second: str, pairs: Sequence[tuple[Vote, Vote]], coefficient: Coefficient, bootstrap: _Bootstrap
+    first: str, second: str, pairs: Sequence[tuple[Vote, Vote]], coefficient: Coefficient, sampling: Sampling
 ) -> PairAgreement:
     agreement = [1 - abs(one.result - other.result) / 2 for one, other in pairs]
-    estimate = bootstrap.rate(agreement, [one.prompt for one, _ in pairs])
+    estimate = sampling.rate(agreement, [one.prompt for one, _ in pairs])
     return PairAgreement(first, second, estimate, coefficient, len({one.item for one, _ in pairs}), len(pairs))
 
 
-def _of_many(items: Sequence[Sequence[Vote]], bootstrap: _Bootstrap) -> Coefficient | None:
+def _of_many(items: Sequence[Sequence[Vote]], sampling: Sampling) -> Coefficient | None:
     """Fleiss' kappa where each item has the same number of votes, else Krippendorff's alpha; None without a pair."""
     counts = np.array([np.bincount([vote.result for vote in votes], minlength=NUM_RESULTS) for votes in items])
     prompts = [votes[0].prompt for votes in items]
@@ -230,8 +207,12 @@ def _of_many(items: Sequence[Sequence[Vote]], bootstrap: _Bootstrap) -> Coeffici
     if not (num_votes > 1).any():
         return None
     if (num_votes == num_votes[0]).all():
-        return bootstrap.coefficient("fleiss_kappa", _fleiss_columns(counts), prompts)
-    return bootstrap.coefficient("krippendorff_alpha", _krippendorff_columns(counts), prompts)
+        return _coefficient(sampling, "fleiss_kappa", _fleiss_columns(counts), prompts)
+    return _coefficient(sampling, "krippendorff_alpha", _krippendorff_columns(counts), prompts)
+
+
+def _coefficient(sampling: Sampling, name: CoefficientName, columns: np.ndarray, prompts: Sequence[str]) -> Coefficient:
+    return Coefficient(name, sampling.of_sums(_OF_SUMS[name], columns, prompts))
 
 
 # --- coefficients ---------------------------------------------------------------------------

@@ -39,9 +39,14 @@ def ends(estimate: Estimate) -> list[float] | None:
     return None if math.isnan(estimate.low) else [estimate.low, estimate.high]
 
 
+def with_interval(name: str, estimate: Estimate) -> dict[str, Any]:
+    """An estimate as metrics have it: ``name`` and ``name_ci``, None where it has no interval."""
+    return {name: estimate.value, f"{name}_ci": ends(estimate)}
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How the intervals of an evaluation are drawn: keyword arguments of the functions below.
+    """How intervals are drawn. Nothing depends on the order of the rows.
 
     Attributes:
         draws: Bootstrap draws.
@@ -53,125 +58,83 @@ class Sampling:
     confidence: float
     seed: int
 
-    @property
-    def keywords(self) -> dict[str, Any]:
-        """For ``**``."""
-        return dict(vars(self))
-
     def interval(self, values: Sequence[float], clusters: Sequence[str]) -> Estimate:
-        """A mean with its interval."""
-        return cluster_bootstrap(values, clusters, **self.keywords)
+        """The mean of values, one a row, and its percentile interval; clusters are drawn with replacement.
+
+        Returns:
+            An interval without width where there is one cluster, since that says nothing of others, or where all are
+            equal.
+
+        Source: Cameron, Gelbach and Miller 2008, the pairs cluster bootstrap.
+        """
+        columns = np.asarray(values, dtype=np.float64)[:, None]
+        return self.of_sums(lambda sums, counts: sums[:, 0] / counts, columns, clusters)
 
     def rate(self, values: Sequence[float], clusters: Sequence[str]) -> Estimate:
-        """A rate with its interval."""
-        return rate_interval(values, clusters, **self.keywords)
+        """The mean of values in [0, 1] and its interval: by bootstrap, or exact where that knows too little.
 
+        That is with fewer than :data:`FEW_PROMPTS` clusters, or where all or none were won. Then each cluster counts as
+        one trial.
+        """
+        estimate = self.interval(values, clusters)
+        number = len(set(clusters))
+        if number >= FEW_PROMPTS and 0 < estimate.value < 1:
+            return estimate
+        return Estimate(estimate.value, *exact_interval(number * estimate.value, number, self.confidence))
 
-def cluster_bootstrap(
-    values: Sequence[float], clusters: Sequence[str], *, draws: int, confidence: float, seed: int
-) -> Estimate:
-    """The mean of values and its percentile interval, clusters drawn with replacement.
+    def of_sums(
+        self,
+        statistic: Callable[[np.ndarray, np.ndarray], np.ndarray],
+        columns: np.ndarray,
+        clusters: Sequence[str],
+    ) -> Estimate:
+        """A statistic of sums over rows, and its percentile interval, clusters drawn with replacement.
 
-    Args:
-        values: One value a row.
-        clusters: The row's cluster: its prompt.
-        draws: Bootstrap draws.
-        confidence: Coverage of the interval.
-        seed: Of the draws. The result does not depend on the order of the rows.
+        Args:
+            statistic: From sums [draws, columns] and numbers of rows [draws] to the statistic [draws]; NaN where it is
+                undefined.
+            columns: float64 [rows, columns], what is summed.
+            clusters: The row's cluster: its prompt.
+        """
+        names, owners = np.unique(np.asarray(clusters), return_inverse=True)
+        order = np.lexsort((*columns.T[::-1], owners))
+        owners = owners[order]
+        sums = np.stack(
+            [np.bincount(owners, weights=column, minlength=len(names)) for column in columns[order].T], axis=-1
+        )
+        counts = np.bincount(owners, minlength=len(names)).astype(np.float64)
+        found = []
+        for chosen in self._draw(len(names)):
+            drawn = np.stack([column[chosen].sum(1) for column in sums.T], axis=-1)
+            found.append(statistic(drawn, counts[chosen].sum(1)))
+        (value,) = statistic(sums.sum(0, keepdims=True), counts.sum(keepdims=True))
+        return self.of_draws(float(value), np.concatenate(found))
 
-    Returns:
-        An interval without width where there is one cluster, since that says nothing of others, or where all are equal.
+    def weights(self, num_clusters: int) -> Iterator[np.ndarray]:
+        """How often each cluster is drawn, for statistics that are no function of sums: the same draws.
 
-    Source: Cameron, Gelbach and Miller 2008, the pairs cluster bootstrap.
-    """
-    columns = np.asarray(values, dtype=np.float64)[:, None]
-    return cluster_bootstrap_of(
-        lambda sums, counts: sums[:, 0] / counts, columns, clusters, draws=draws, confidence=confidence, seed=seed
-    )
+        Yields:
+            int64 [some draws, clusters]; each row sums to num_clusters.
+        """
+        for chosen in self._draw(num_clusters):
+            cells = chosen + num_clusters * np.arange(len(chosen))[:, None]
+            yield np.bincount(cells.ravel(), minlength=chosen.size).reshape(chosen.shape)
 
+    def of_draws(self, value: float, found: np.ndarray) -> Estimate:
+        """A statistic with the percentile interval of its draws [draws]; undefined ones (NaN) are left out.
 
-def rate_interval(
-    values: Sequence[float], clusters: Sequence[str], *, draws: int, confidence: float, seed: int
-) -> Estimate:
-    """The mean of values in [0, 1] and its interval: by bootstrap, or exact where that knows too little.
+        With more than :data:`MAX_UNDEFINED` of them undefined both ends are NaN: what is left would be a selection.
+        """
+        defined = found[~np.isnan(found)]
+        if len(defined) < (1 - MAX_UNDEFINED) * len(found):
+            return Estimate(value, math.nan, math.nan)
+        tail = (1 - self.confidence) / 2
+        low, high = np.quantile(defined, [tail, 1 - tail])
+        return Estimate(value, float(low), float(high))
 
-    That is with fewer than :data:`FEW_PROMPTS` clusters, or where all or none were won. Then each cluster counts as one
-    trial; arguments as those of :func:`cluster_bootstrap`.
-    """
-    estimate = cluster_bootstrap(values, clusters, draws=draws, confidence=confidence, seed=seed)
-    number = len(set(clusters))
-    if number >= FEW_PROMPTS and 0 < estimate.value < 1:
-        return estimate
-    return Estimate(estimate.value, *exact_interval(number * estimate.value, number, confidence))
-
-
-def cluster_bootstrap_of(
-    statistic: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    columns: np.ndarray,
-    clusters: Sequence[str],
-    *,
-    draws: int,
-    confidence: float,
-    seed: int,
-) -> Estimate:
-    """A statistic of sums over rows, and its percentile interval, clusters drawn with replacement.
-
-    Args:
-        statistic: From sums [draws, columns] and numbers of rows [draws] to the statistic [draws]; NaN where it is
-            undefined.
-        columns: float64 [rows, columns], what is summed.
-        clusters: The row's cluster: its prompt.
-        draws: Bootstrap draws.
-        confidence: Coverage of the interval.
-        seed: Of the draws. The result does not depend on the order of the rows.
-    """
-    names, owners = np.unique(np.asarray(clusters), return_inverse=True)
-    order = np.lexsort((*columns.T[::-1], owners))
-    owners = owners[order]
-    sums = np.stack([np.bincount(owners, weights=column, minlength=len(names)) for column in columns[order].T], axis=-1)
-    counts = np.bincount(owners, minlength=len(names)).astype(np.float64)
-    found = []
-    for chosen in _draw(len(names), draws, seed):
-        drawn = np.stack([column[chosen].sum(1) for column in sums.T], axis=-1)
-        found.append(statistic(drawn, counts[chosen].sum(1)))
-    low, high = percentile_interval(np.concatenate(found), confidence)
-    (value,) = statistic(sums.sum(0, keepdims=True), counts.sum(keepdims=True))
-    return Estimate(float(value), low, high)
-
-
-def cluster_weights(num_clusters: int, *, draws: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each cluster is drawn, for statistics that are no function of sums.
-
-    Args:
-        num_clusters: At least one.
-        draws: Bootstrap draws.
-        seed: Of the draws: the same ones as in :func:`cluster_bootstrap_of`.
-
-    Yields:
-        int64 [some draws, clusters]; each row sums to num_clusters.
-    """
-    for chosen in _draw(num_clusters, draws, seed):
-        cells = chosen + num_clusters * np.arange(len(chosen))[:, None]
-        yield np.bincount(cells.ravel(), minlength=chosen.size).reshape(chosen.shape)
-
-
-def percentile_interval(found: np.ndarray, confidence: float) -> tuple[float, float]:
-    """The interval of a statistic's draws [draws]; undefined ones (NaN) are left out.
-
-    With more than :data:`MAX_UNDEFINED` of them undefined both ends are NaN: what is left would be
-    a selection.
-    """
-    defined = found[~np.isnan(found)]
-    if len(defined) < (1 - MAX_UNDEFINED) * len(found):
-        return math.nan, math.nan
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(defined, [tail, 1 - tail])
-    return float(low), float(high)
-
-
-def _draw(num_clusters: int, draws: int, seed: int) -> Iterator[np.ndarray]:
-    """Drawn clusters, int64 [some draws, clusters]: as many draws at a time as memory is meant for."""
-    rng = np.random.default_rng(seed)
-    step = max(1, _MAX_CELLS // num_clusters)
-    for begin in range(0, draws, step):
-        yield rng.integers(num_clusters, size=(min(step, draws - begin), num_clusters))
+    def _draw(self, num_clusters: int) -> Iterator[np.ndarray]:
+        """Drawn clusters, int64 [some draws, clusters]: as many draws at a time as memory is meant for."""
+        rng = np.random.default_rng(self.seed)
+        step = max(1, _MAX_CELLS // num_clusters)
+        for begin in range(0, self.draws, step):
+            yield rng.integers(num_clusters, size=(min(step, self.draws - begin), num_clusters))

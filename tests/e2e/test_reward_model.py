@@ -20,14 +20,14 @@ from dpo_cli.core.params_text import EMBEDDED_PRESET
 from dpo_cli.data import world
 from dpo_cli.data.schema import user
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.evaluation.decoding import Sampling
+from dpo_cli.evaluation.decoding import Decoding
 from dpo_cli.evaluation.generation import PromptTokens, sample_answers
 from dpo_cli.judging.known_reward import ExactJudge, world_reward, world_task
 from dpo_cli.judging.reward_model import RewardModel
 from dpo_cli.judging.win_rate import compare
 from dpo_cli.models.project import Project, open_project
 from dpo_cli.scoring.budget import TokenBudget
-from dpo_cli.statistics.bootstrap import Estimate, cluster_bootstrap
+from dpo_cli.statistics.bootstrap import Estimate, Sampling
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -150,7 +150,7 @@ def sampled(project: Project, texts: dict[str, str], make_reporter: Callable[[],
             for prompt, answer in sample_answers(
                 model,
                 prompts,
-                Sampling(1.0, 48, tuple(project.encoder.stop_ids), 0, f"best-of-n {number}"),
+                Decoding(1.0, 48, tuple(project.encoder.stop_ids), 0, f"best-of-n {number}"),
                 budget=TokenBudget(1024, "test", make_reporter()),
                 autocast_dtype=torch.float32,
                 meter=meter,
@@ -165,7 +165,7 @@ def answers(project: Project, sampled: dict[str, list[Any]]) -> dict[str, list[s
 
 
 def interval(values: list[float], clusters: list[str]) -> Estimate:
-    return cluster_bootstrap(values, clusters, draws=2000, confidence=0.95, seed=0)
+    return Sampling(2000, 0.95, 0).interval(values, clusters)
 
 
 def test_the_best_of_n_by_its_reward_is_better_by_the_known_one(

@@ -22,7 +22,7 @@ from dpo_cli.core.errors import Interrupted
 from dpo_cli.core.load_params import load_params
 from dpo_cli.core.params_text import params_yaml
 from dpo_cli.data import world
-from dpo_cli.evaluation.score_table import SCHEMA
+from dpo_cli.evaluation.score import SCHEMA
 
 BETA = 0.5
 ATTACK = "</script><script>alert(1)</script>"

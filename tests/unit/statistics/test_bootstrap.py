@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from dpo_cli.statistics import bootstrap
 from dpo_cli.statistics.binomial import exact_interval
-from dpo_cli.statistics.bootstrap import FEW_PROMPTS, cluster_bootstrap, rate_interval
+from dpo_cli.statistics.bootstrap import FEW_PROMPTS, Sampling
+
+SAMPLING = Sampling(draws=2000, confidence=0.95, seed=0)
 
 
 def interval(values: list[float], clusters: list[str], **changes: float) -> bootstrap.Estimate:
-    settings = {"draws": 2000, "confidence": 0.95, "seed": 0} | changes
-    return cluster_bootstrap(values, clusters, **settings)  # type: ignore[arg-type]
+    return replace(SAMPLING, **changes).interval(values, clusters)  # type: ignore[arg-type]
 
 
 def test_the_value_is_the_mean_over_rows() -> None:
@@ -25,20 +27,7 @@ def test_the_value_is_the_mean_over_rows() -> None:
 
 def test_equal_values_have_no_interval() -> None:
     assert interval([0.25] * 6, list("aabbcd")) == bootstrap.Estimate(0.25, 0.25, 0.25)
-
-
-def test_the_interval_of_one_prompt_has_no_width() -> None:
-    estimate = interval([0, 1, 1, 1], ["a"] * 4)
-    assert estimate == bootstrap.Estimate(0.75, 0.75, 0.75)
-
-
-def test_with_a_row_a_prompt_the_interval_is_the_normal_one() -> None:
-    rng = np.random.default_rng(1)
-    values = rng.normal(size=400)
-    estimate = interval(values.tolist(), [f"{i}" for i in range(400)], draws=4000)
-    error = values.std() / 20
-    assert estimate.low == pytest.approx(values.mean() - 1.96 * error, abs=0.15 * error)
-    assert estimate.high == pytest.approx(values.mean() + 1.96 * error, abs=0.15 * error)
+    assert interval([0, 1, 1, 1], ["a"] * 4) == bootstrap.Estimate(0.75, 0.75, 0.75), "nor has one prompt"
 
 
 def test_ten_equal_rows_a_prompt_count_as_one() -> None:
@@ -49,18 +38,6 @@ def test_ten_equal_rows_a_prompt_count_as_one() -> None:
     assert (repeated.low, repeated.high) == pytest.approx((single.low, single.high))
     as_if_independent = interval(np.repeat(values, 10).tolist(), [f"{i:04d}" for i in range(1000)])
     assert repeated.high - repeated.low > 2.5 * (as_if_independent.high - as_if_independent.low)
-
-
-def test_nominal_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
-    """Rows of a prompt share its effect: clustered intervals of 90% must cover 0 in about 90 of 100 data sets."""
-    rng = np.random.default_rng(0)
-    clusters = [f"{i // 4}" for i in range(240)]
-    hits = 0
-    for seed in range(200):
-        effects = rng.normal(size=60).repeat(4) + 0.3 * rng.normal(size=240)
-        estimate = interval(effects.tolist(), clusters, draws=400, confidence=0.9, seed=seed)
-        hits += estimate.low <= 0 <= estimate.high
-    assert 0.83 <= hits / 200 <= 0.96
 
 
 def test_more_confidence_is_a_wider_interval() -> None:
@@ -127,7 +104,7 @@ def test_the_papers_table_1_has_wilsons_intervals(method: str, temperature: floa
 def test_weights_are_the_draws_of_the_bootstrap() -> None:
     values, clusters = [float(i % 7) for i in range(60)], [f"{i // 2:02d}" for i in range(60)]
     sums = np.array(values).reshape(30, 2).sum(1)
-    weights = np.concatenate(list(bootstrap.cluster_weights(30, draws=500, seed=4)))
+    weights = np.concatenate(list(Sampling(500, 0.95, 4).weights(30)))
     assert (weights.sum(1) == 30).all()
     low, high = np.quantile(weights @ sums / 60, [0.025, 0.975])
     estimate = interval(values, clusters, draws=500, seed=4)
@@ -137,16 +114,14 @@ def test_weights_are_the_draws_of_the_bootstrap() -> None:
 def test_undefined_draws_are_left_out_where_they_are_few() -> None:
     found = np.arange(100.0)
     found[:5] = np.nan
-    assert bootstrap.percentile_interval(found, 0.9) == pytest.approx(tuple(np.quantile(found[5:], [0.05, 0.95])))
+    sampling = Sampling(100, 0.9, 0)
+    estimate = sampling.of_draws(0.5, found)
+    assert (estimate.low, estimate.high) == pytest.approx(tuple(np.quantile(found[5:], [0.05, 0.95])))
     found[:6] = np.nan
-    assert np.isnan(bootstrap.percentile_interval(found, 0.9)).all()
+    assert math.isnan(sampling.of_draws(0.5, found).low)
 
 
 # --- rates --------------------------------------------------------------------------------
-
-
-def rate(values: list[float], clusters: list[str]) -> bootstrap.Estimate:
-    return rate_interval(values, clusters, draws=2000, confidence=0.95, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -171,9 +146,11 @@ def test_half_a_win_is_taken_both_ways() -> None:
 
 
 def test_a_rate_of_few_prompts_or_of_none_lost_has_the_exact_interval() -> None:
-    assert rate([1, 1], ["a", "b"]) == bootstrap.Estimate(1.0, *exact_interval(2, 2, 0.95))
-    assert rate([1, 1, 1, 0], ["a", "a", "a", "b"]) == bootstrap.Estimate(0.75, *exact_interval(1.5, 2, 0.95))
+    assert SAMPLING.rate([1, 1], ["a", "b"]) == bootstrap.Estimate(1.0, *exact_interval(2, 2, 0.95))
+    assert SAMPLING.rate([1, 1, 1, 0], ["a", "a", "a", "b"]) == bootstrap.Estimate(0.75, *exact_interval(1.5, 2, 0.95))
     many = [f"{i}" for i in range(FEW_PROMPTS)]
-    assert rate([1.0] * FEW_PROMPTS, many) == bootstrap.Estimate(1.0, *exact_interval(FEW_PROMPTS, FEW_PROMPTS, 0.95))
+    assert SAMPLING.rate([1.0] * FEW_PROMPTS, many) == bootstrap.Estimate(
+        1.0, *exact_interval(FEW_PROMPTS, FEW_PROMPTS, 0.95)
+    )
     mixed = [1.0, 0.0, 1.0] * (FEW_PROMPTS // 3)
-    assert rate(mixed, many) == interval(mixed, many)
+    assert SAMPLING.rate(mixed, many) == interval(mixed, many)
