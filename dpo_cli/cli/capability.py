@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from dpo_cli.cli.command import command_app, examples
-from dpo_cli.cli.console import ConsoleReporter, open_console
+from dpo_cli.cli.console import ConsoleReporter, open_console, plain_table
 from dpo_cli.cli.exits import errors_as_exit_codes
 from dpo_cli.core import paths
 from dpo_cli.core.errors import ParamsError
@@ -82,7 +81,7 @@ def print_table(results: Sequence[TaskResult], console: Console | None = None) -
     from dpo_cli.evaluation.capability import MODELS, NAMES, STEPS, in_words  # here, so that --help does not wait
 
     console = console or open_console()
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
+    table = plain_table()
     for title in ("task", "metric", "items", *(NAMES[model] for model in MODELS)):
         table.add_column(Text(title), overflow="fold")
     for ours, theirs in STEPS:

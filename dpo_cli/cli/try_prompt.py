@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from dpo_cli.cli.command import SetOption, command_app, examples, refuse_unread
-from dpo_cli.cli.console import ConsoleReporter, open_console
+from dpo_cli.cli.console import ConsoleReporter, open_console, plain_table
 from dpo_cli.cli.exits import errors_as_exit_codes
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, ParamsError
@@ -82,7 +81,7 @@ def try_command(
 def print_tried(found: dict[str, Answer], temperature: float, console: Console | None = None) -> None:
     """Print answers beside each other, or below each other where there is no room."""
     console = console or open_console()
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False, expand=True)
+    table = plain_table(expand=True)
     if console.width < _NARROW:
         table.add_column(Text(f"at T = {temperature:g}"), overflow="fold")
         for name, each in found.items():

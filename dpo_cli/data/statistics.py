@@ -18,7 +18,7 @@ import numpy as np
 
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import Messages, PreferenceExample, RankingExample, SftExample, content_id, text_of
-from dpo_cli.statistics.binomial import wilson_interval
+from dpo_cli.statistics.intervals import wilson_interval
 
 SCRIPTS = ("Latin", "Han", "Kana", "Hangul", "Cyrillic", "Arabic", "Devanagari", "other")
 """The scripts that are told apart."""

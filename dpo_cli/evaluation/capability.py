@@ -15,9 +15,8 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import write_json, write_json_lines
@@ -27,7 +26,7 @@ from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.evaluation import BASE, DPO, SFT
-from dpo_cli.statistics.bootstrap import Estimate, Sampling, with_interval
+from dpo_cli.statistics.intervals import Estimate, Sampling, with_interval
 
 if TYPE_CHECKING:
     from dpo_cli.models.project import Project
@@ -41,14 +40,11 @@ STEPS = ((DPO, SFT), (SFT, BASE))
 Change = Literal["worse", "better", "not told apart"]
 
 
-@dataclass(frozen=True)
-class TaskScores:
+class TaskScores(NamedTuple):
     """What each model got on each item of a task.
 
     Attributes:
-        task: Its name.
         metric: What is counted, such as ``acc``.
-        higher_is_better: Whether more of it is better.
         items: Numbers of the items in the task's file, from 0, ascending.
         scores: By model, one an item.
     """
@@ -60,31 +56,16 @@ class TaskScores:
     scores: dict[str, list[float]]
 
 
-@dataclass(frozen=True)
-class Difference:
-    """One model less another on the same items.
-
-    Attributes:
-        estimate: Mean difference and its paired interval.
-        num_differing: Items on which they differ.
-        change: What it says of the first one.
-    """
+class Difference(NamedTuple):
+    """One model less another on the same items: the mean with its paired interval, and what it says of the first."""
 
     estimate: Estimate
     num_differing: int
     change: Change
 
 
-@dataclass(frozen=True)
-class TaskResult:
-    """Figures of a task.
-
-    Attributes:
-        scores: What they are of.
-        means: By model.
-        differences: By the two models of a step.
-        sampling: How their intervals were drawn.
-    """
+class TaskResult(NamedTuple):
+    """Means of a task by model, and differences by the two models of a step."""
 
     scores: TaskScores
     means: dict[str, float]
@@ -93,13 +74,7 @@ class TaskResult:
 
 
 def pair_items(task: str, metric: str, higher_is_better: bool, found: Mapping[str, Mapping[int, float]]) -> TaskScores:
-    """Put the models' scores on the same items side by side.
-
-    Args:
-        task: Its name.
-        metric: What is counted.
-        higher_is_better: Whether more of it is better.
-        found: By model, the score of each item.
+    """Put the models' scores of each item, found by model, side by side.
 
     Raises:
         DataError: The models have scores of different items, or of none.
@@ -228,7 +203,7 @@ def measure_capability(
     for name, asked in requests.items():
         if asked.num_too_long:
             reporter.warn(
-                f"{_COMMAND}: {asked.num_too_long} of {asked.count} requests of task {name} are longer than {context}"
+                f"{_COMMAND}: {asked.num_too_long} of {asked.num} requests of task {name} are longer than {context}"
                 " tokens, the model's context, and lose their beginning"
             )
     scores: dict[str, dict[str, dict[int, float]]] = {task.name: {} for task in tasks}

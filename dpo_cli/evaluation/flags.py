@@ -57,6 +57,11 @@ def percent_interval(ci: tuple[float, float] | list[float] | None) -> str:
     return "" if ci is None else f"[{percent(ci[0])}, {percent(ci[1])}]"
 
 
+def rate_text(metrics: Mapping[str, Any], name: str) -> str:
+    """A share among the metrics with its interval, as text."""
+    return f"{percent(metrics[name])} {percent_interval(metrics[f'{name}_ci'])}"
+
+
 def flags(metrics: Mapping[str, Any]) -> list[Finding]:
     """All flags that the metrics can tell, raised or not."""
     found = [_displacement(metrics), _length_exploitation(metrics)]
@@ -190,7 +195,7 @@ def judge_quality(metrics: Mapping[str, Any]) -> Finding | None:
     parts, doubts = [], []
     if agreement is not None:
         ci = metrics["judge_agreement_ci"]
-        parts.append(f"{percent(agreement)} {percent_interval(ci)} agreement with the data")
+        parts.append(f"{rate_text(metrics, 'judge_agreement')} agreement with the data")
         if ci is not None and ci[0] <= 0.5:
             doubts.append("it does not surely prefer the data's chosen answers")
     if consistency is not None:

@@ -13,13 +13,13 @@ from dpo_cli.core.load_params import load_params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.schema import Messages
 from dpo_cli.evaluation import SFT
-from dpo_cli.evaluation.differences import Experiment
+from dpo_cli.evaluation.experiments import Experiment
 from dpo_cli.judging.answers import Answer
 from dpo_cli.judging.comparisons import ComparisonResult, compare_models
 from dpo_cli.judging.prepare import prepare_judge
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.models.project import open_project
-from dpo_cli.statistics.bootstrap import Estimate, Sampling, ends
+from dpo_cli.statistics.intervals import Estimate, Sampling, ends
 from dpo_cli.statistics.logistic import Outcome, fit_strengths
 
 _READ = (
@@ -33,8 +33,7 @@ class HeadToHead:
     """What a judge says of several models.
 
     Attributes:
-        judge: Its name.
-        reads: Whether it reads two texts in an order.
+        reads: Whether the judge reads two texts in an order.
         models: Their names, the baseline first and the SFT model last.
         results: By two of them, the later one's answers as ours.
         strengths: Bradley-Terry's by model, logits, the baseline being 0; None where they are infinite.

@@ -32,7 +32,7 @@ from dpo_cli.judging.comparisons import Answers, ComparisonResult, compare_model
 from dpo_cli.judging.prepare import LoadJudge, ReadyJudge
 from dpo_cli.models.project import Project
 from dpo_cli.reference.cache import reference_logps
-from dpo_cli.statistics.bootstrap import Estimate, Sampling
+from dpo_cli.statistics.intervals import Estimate, Sampling
 
 Scaled = Mapping[float, tuple[dict[str, Answer], dict[str, SequenceKl]]]
 """Answers at temperature 1 and their divergences, by how many times what training changed."""

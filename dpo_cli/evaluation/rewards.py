@@ -21,8 +21,8 @@ import torch
 
 from dpo_cli.losses.pairwise import Pairs, sigmoid
 from dpo_cli.losses.ranking import kendall_tau
-from dpo_cli.statistics.bootstrap import Estimate, Sampling, with_interval
 from dpo_cli.statistics.calibration import calibration_error, half_ties, reliability_table
+from dpo_cli.statistics.intervals import Estimate, Sampling, with_interval
 
 _ROWS_AT_ONCE = 4096
 

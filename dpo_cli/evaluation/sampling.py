@@ -54,14 +54,7 @@ _MOST_PROBLEMS = 5
 
 @dataclass
 class PromptFile:
-    """The prompts of a file.
-
-    Attributes:
-        path: The file.
-        prompts: Each once, in the order of the file, by content id.
-        rows: The row of each, from 0, by content id.
-        num_read: Rows of the file.
-    """
+    """The prompts of a file, each once, in its order, by content id; the row of each, from 0; and rows in all."""
 
     path: Path
     prompts: dict[str, Messages] = field(default_factory=dict)
@@ -287,18 +280,17 @@ def sample_files(
 
 def _lines(file: PromptFile, table: SampleTable) -> list[tuple[str, str]]:
     num_same = file.num_read - len(file.prompts)
-    lines = [("prompts", f"{len(file.prompts)}" + (f" ({num_same} more rows repeat one)" if num_same else ""))]
-    lines.append(("answers", str(table.num_answers)))
-    if table.num_cut_off:
-        lines.append(("left out", f"{table.num_cut_off} did not end within evaluate.max_new_tokens"))
-    if table.num_repeated:
-        lines.append(("the same as another", f"{table.num_repeated}, merged and counted"))
-    if table.num_without:
-        lines.append(("prompts without an answer", str(table.num_without)))
+    lines = [
+        ("prompts", f"{len(file.prompts)}" + (f" ({num_same} more rows repeat one)" if num_same else "")),
+        ("answers", str(table.num_answers)),
+        ("left out", f"{table.num_cut_off} did not end within evaluate.max_new_tokens" if table.num_cut_off else ""),
+        ("the same as another", f"{table.num_repeated}, merged and counted" if table.num_repeated else ""),
+        ("prompts without an answer", str(table.num_without or "")),
+    ]
     if table.reward is not None:
         lines.append(("mean reward", f"{table.reward:.3f} of all answers, those that did not end among them"))
         lines.append(("no pair", f"{table.num_tied} prompts, whose answers all have one reward"))
-    return lines
+    return [(name, value) for name, value in lines if value]
 
 
 # --- one prompt -----------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from dpo_cli.models.load import quiet_libraries
 from dpo_cli.models.project import Project, open_project
 from dpo_cli.reference.cache import SCHEMA as LOGP_SCHEMA
 from dpo_cli.reference.cache import read_cache_rows
-from dpo_cli.statistics.bootstrap import Sampling
+from dpo_cli.statistics.intervals import Sampling
 
 _OTHER_STORES_KEPT = 3
 
@@ -48,9 +48,7 @@ class ScoredRow:
     """A scored row.
 
     Attributes:
-        input: The row.
-        answers: Its answers' figures.
-        agreement: How their rewards agree with their ranks.
+        agreement: How the answers' rewards agree with their ranks.
         ratios: log(pi / pi_ref) of each token of each answer, nats.
         in_training: Whether its prompt was trained on.
     """
@@ -68,14 +66,9 @@ class Scored:
 
     Attributes:
         model: Folder of the adapter.
-        beta: Of the rewards.
-        confidence: Of the intervals.
         given: What was read, and what is left out.
         rows: The rows that were scored.
-        policy: The answers under the policy.
-        reference: The same under the reference.
         summaries: Figures of ``all`` rows, then of each source.
-        tokenizer: Of both models.
     """
 
     model: Path

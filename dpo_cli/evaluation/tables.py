@@ -5,24 +5,22 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import read_json, write_text
 from dpo_cli.core.errors import DataError, ParamsError
-from dpo_cli.data.schema import Messages
 from dpo_cli.evaluation import DPO, SFT
-from dpo_cli.evaluation.differences import rows_of_answers
+from dpo_cli.evaluation.experiments import rows_of_answers
 from dpo_cli.judging.comparisons import Answers, ComparisonResult
 from dpo_cli.judging.human import item_id, rating_sheet
 from dpo_cli.judging.known_reward import ExactJudge, world_task
 from dpo_cli.judging.templates import transcript
-from dpo_cli.statistics.bootstrap import Estimate, Sampling
 from dpo_cli.statistics.calibration import Bin, half_ties
+from dpo_cli.statistics.intervals import Estimate, Sampling
 
 if TYPE_CHECKING:  # what computes is imported where there is something to compute
     from dpo_cli.evaluation.kl import SequenceKl
@@ -149,15 +147,8 @@ def length_rows(result: ComparisonResult, sampling: Sampling) -> list[tuple[Any,
 # --- answers --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Judged:
-    """What a judge says of the answers.
-
-    Attributes:
-        judge: Who decides; None where nobody does.
-        main: The policy's answers against SFT's.
-        against: The policy's answers against the chosen ones.
-    """
+class Judged(NamedTuple):
+    """What a judge, where there is one, says of the policy's answers against SFT's and against the chosen ones."""
 
     judge: ReadyJudge | None
     main: ComparisonResult | None
@@ -185,8 +176,7 @@ def sample_rows(
     chosen, rejected = data
     rows = []
     for prompt in measurement.prompts:
-        messages = prompt.messages
-        row: dict[str, Any] = {"id": prompt.id, "prompt": messages}
+        row: dict[str, Any] = {"id": prompt.id, "prompt": prompt.messages}
         for name in (SFT, DPO):
             answer = answers[name][prompt.id]
             row[name] = {"text": answer.text, "num_tokens": answer.num_tokens, "finished": answer.finished}
@@ -195,7 +185,9 @@ def sample_rows(
         if judged.judge is not None and judged.main is not None:
             _add_judgment(row, judged.judge, judged.main, judged.against, prompt.id)
         if measurement.evaluate.judge == "world":
-            _add_form(row, messages)
+            task = world_task(transcript(prompt.messages))
+            for name in (SFT, DPO):
+                row[name]["well_formed"] = row[name]["finished"] and task.is_well_formed(row[name]["text"])
         row["kl"] = kls[prompt.id].exact
         rows.append(row)
     return rows
@@ -214,12 +206,6 @@ def _add_judgment(
             row[name] = win
     if judge.reads and main.comparisons[id].ours_first is not None:
         row["consistent"] = main.comparisons[id].is_consistent
-
-
-def _add_form(row: dict[str, Any], messages: Messages) -> None:
-    task = world_task(transcript(messages))
-    for name in (SFT, DPO):
-        row[name]["well_formed"] = row[name]["finished"] and task.is_well_formed(row[name]["text"])
 
 
 def sample_means(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from dpo_cli.core.artifacts import write_json, write_text
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.judging.votes import read_votes
 from dpo_cli.statistics.agreement import MethodAgreement, summarize_votes
-from dpo_cli.statistics.bootstrap import Estimate, Sampling
+from dpo_cli.statistics.intervals import Estimate, Sampling
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from dpo_cli.models.card import card_head, usage
 from dpo_cli.models.device import memory_in_words, memory_metrics
 from dpo_cli.models.identity import read_lock
 from dpo_cli.models.reward import reward_head
-from dpo_cli.statistics.bootstrap import Sampling
+from dpo_cli.statistics.intervals import Sampling
 from dpo_cli.training.history import merge_log, write_tsv
 
 if TYPE_CHECKING:  # what computes is imported where there is something to compute

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo_cli.statistics.bootstrap import Estimate, Sampling
+from dpo_cli.statistics.intervals import Estimate, Sampling
 
 NUM_BINS = 10
 """Bins of the preferred answer's probability, equal parts of [1/2, 1]."""

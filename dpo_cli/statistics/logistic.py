@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo_cli.statistics.bootstrap import Estimate, Sampling
+from dpo_cli.statistics.intervals import Estimate, Sampling
 
 _MAX_STEPS = 100
 _TOLERANCE = 1e-10

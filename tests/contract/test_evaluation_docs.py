@@ -53,8 +53,8 @@ from dpo_cli.judging.judge import Judgment
 from dpo_cli.judging.prepare import API_KEY, JUDGE_PATH
 from dpo_cli.judging.templates import TEMPLATES
 from dpo_cli.judging.win_rate import MAX_INVALID_RATE, Comparison, summarize
-from dpo_cli.statistics.bootstrap import Sampling
 from dpo_cli.statistics.calibration import NUM_BINS
+from dpo_cli.statistics.intervals import Sampling
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES_OF_EVALUATION = [ROOT / "docs" / f"{name}.md" for name in ("evaluation", "metrics", "judges")]

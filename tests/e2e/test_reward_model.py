@@ -27,7 +27,7 @@ from dpo_cli.judging.reward_model import RewardModel
 from dpo_cli.judging.win_rate import compare
 from dpo_cli.models.project import Project, open_project
 from dpo_cli.scoring.budget import TokenBudget
-from dpo_cli.statistics.bootstrap import Estimate, Sampling
+from dpo_cli.statistics.intervals import Estimate, Sampling
 
 pytestmark = pytest.mark.timeout(1800)
 

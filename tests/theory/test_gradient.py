@@ -14,7 +14,7 @@ from dpo_cli.evaluation.metrics import held_out_metrics
 from dpo_cli.evaluation.rewards import ScoredGroup, pair_losses
 from dpo_cli.losses.pairwise import Pairs, sigmoid
 from dpo_cli.losses.ranking import plackett_luce
-from dpo_cli.statistics.bootstrap import Sampling
+from dpo_cli.statistics.intervals import Sampling
 from tests.theory.worlds import BETAS, float64, make_world
 
 PROMPTS, ANSWERS, PAIRS = 3, 5, 40

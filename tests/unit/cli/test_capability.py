@@ -16,7 +16,7 @@ from dpo_cli.cli.capability import print_table
 from dpo_cli.core.artifacts import write_text
 from dpo_cli.core.params_text import params_yaml
 from dpo_cli.evaluation.capability import MODELS, TaskResult, metrics_of, pair_items, summarize_task
-from dpo_cli.statistics.bootstrap import Sampling
+from dpo_cli.statistics.intervals import Sampling
 
 
 def result_of(task: str, *scores: list[float], higher_is_better: bool = True) -> TaskResult:

@@ -16,7 +16,7 @@ from dpo_cli.evaluation.capability import (
     rows_of,
     summarize_task,
 )
-from dpo_cli.statistics.bootstrap import Sampling
+from dpo_cli.statistics.intervals import Sampling
 
 SAMPLING = Sampling(draws=2000, confidence=0.95, seed=0)
 

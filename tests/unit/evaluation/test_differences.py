@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from dpo_cli.evaluation.differences import (
     MAIN_METRICS,
     OF_ANSWERS,
@@ -26,7 +25,8 @@ from dpo_cli.evaluation.differences import (
     rows_of_pairs,
     source_of,
 )
-from dpo_cli.statistics.bootstrap import Sampling
+
+from dpo_cli.statistics.intervals import Sampling
 
 SAMPLING = Sampling(draws=2000, confidence=0.95, seed=0)
 METRIC = "evaluate.win_rate"

@@ -17,7 +17,7 @@ from dpo_cli.evaluation.rewards import (
     reward_metrics,
     summarize_agreements,
 )
-from dpo_cli.statistics.bootstrap import Sampling
+from dpo_cli.statistics.intervals import Sampling
 
 SAMPLING = Sampling(draws=300, confidence=0.95, seed=0)
 

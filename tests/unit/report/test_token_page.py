@@ -18,7 +18,7 @@ from dpo_cli.report.token_page import (
     choose_rows,
     write_token_page,
 )
-from dpo_cli.statistics.bootstrap import Sampling
+from dpo_cli.statistics.intervals import Sampling
 
 ATTACK = "</script><script>alert(1)</script><img src=https://evil.example/x onerror=alert(1)>\"'&amp;"
 

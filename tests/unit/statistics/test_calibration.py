@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from dpo_cli.statistics.bootstrap import Sampling
 from dpo_cli.statistics.calibration import calibration_error, fit_temperature, reliability_table
+from dpo_cli.statistics.intervals import Sampling
 
 SAMPLING = Sampling(draws=100, confidence=0.95, seed=0)
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from dpo_cli.statistics.bootstrap import Estimate, Sampling
+from dpo_cli.statistics.intervals import Estimate, Sampling
 from dpo_cli.statistics.logistic import (
     ALL_AS_LONG,
     SAME_DIFFERENCE,
