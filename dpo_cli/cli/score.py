@@ -181,7 +181,7 @@ def _write_page(path: Path, found: Scored) -> None:
 
 
 def _row_tokens(row: ScoredRow, tokenizer: Any) -> RowTokens:
-    from dpo_cli.data.pieces import pieces_of
+    from dpo_cli.data.tokens import pieces_of
     from dpo_cli.report.token_page import AnswerTokens, RowTokens, TokenPiece
 
     given, answers = row.input, row.answers

@@ -15,11 +15,9 @@ from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError
 from dpo_cli.core.evaluate_params import EvaluateParams
 from dpo_cli.core.progress import Reporter
-from dpo_cli.data.pieces import pieces_of
 from dpo_cli.data.schema import text_of
-from dpo_cli.data.tables import read_columns
-from dpo_cli.data.tokenize import TokenTable
-from dpo_cli.data.tokens import TokenGroup
+from dpo_cli.data.tokenize import TokenTable, read_columns
+from dpo_cli.data.tokens import TokenGroup, pieces_of
 from dpo_cli.evaluation import SFT
 from dpo_cli.evaluation.generation import PromptTokens
 from dpo_cli.evaluation.kl import SequenceKl

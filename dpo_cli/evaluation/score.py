@@ -26,8 +26,7 @@ from dpo_cli.core.progress import Reporter
 from dpo_cli.core.row_store import RowStore, forget_other_stores
 from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.schema import MESSAGES, table_of
-from dpo_cli.data.tables import table_digests
-from dpo_cli.data.tokenize import prompt_ids
+from dpo_cli.data.tokenize import prompt_ids, table_digests
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.evaluation.models import adapter_models
 from dpo_cli.evaluation.rewards import Agreement, RewardSummary, ScoredGroup, agreements, summarize_agreements

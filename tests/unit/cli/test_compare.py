@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dpo_cli.cli.compare_tables import print_comparison
 from rich.console import Console
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
+from dpo_cli.cli.compare import print_comparison
 from dpo_cli.core.errors import ParamsError, StaleArtifactError
 from dpo_cli.evaluation import compare as command
 from dpo_cli.evaluation import experiments

@@ -9,23 +9,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dpo_cli.evaluation.differences import (
+
+from dpo_cli.evaluation.compare import (
     MAIN_METRICS,
-    OF_ANSWERS,
-    OF_PAIRS,
     Difference,
-    Experiment,
-    Texts,
     caveats,
     difference,
     differing,
-    flatten,
     main_metrics,
-    rows_of_answers,
-    rows_of_pairs,
     source_of,
 )
-
+from dpo_cli.evaluation.experiments import (
+    OF_ANSWERS,
+    OF_PAIRS,
+    Experiment,
+    Texts,
+    flatten,
+    rows_of_answers,
+    rows_of_pairs,
+)
 from dpo_cli.statistics.intervals import Sampling
 
 SAMPLING = Sampling(draws=2000, confidence=0.95, seed=0)
