@@ -69,7 +69,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
 
 def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
     with importing():
-        from dpo_cli.data.tables import SPLITS, all_rejects, refuse_empty
+        from dpo_cli.data.tokenize import SPLITS, all_rejects, refuse_empty
         from dpo_cli.judging.reward_model import RewardModel
         from dpo_cli.models.adapters import save_adapter
         from dpo_cli.models.load import quiet_libraries, save_tokenizer
@@ -135,7 +135,7 @@ def _publish_none(scratch: Scratch, reporter: Reporter) -> dict[str, Any]:
 
 
 def _objective(settings: RewardParams, groups: Sequence[TokenGroup]) -> RewardObjective:
-    from dpo_cli.data.tables import read_ranks
+    from dpo_cli.data.tokenize import read_ranks
     from dpo_cli.training.objective import RewardObjective
 
     if settings.loss == "bradley_terry":

@@ -23,7 +23,7 @@ from dpo_cli.core.errors import DataError
 from dpo_cli.data.account import SPLITS, Conversion
 from dpo_cli.data.convert import convert
 from dpo_cli.data.plan import Treatment
-from dpo_cli.data.splits import split_position
+from dpo_cli.data.schema import split_position
 from tests.public_files import PUBLIC_DATA, digests, needs_public_data
 
 ROOT = Path(__file__).resolve().parents[2]
