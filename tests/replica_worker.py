@@ -20,7 +20,6 @@ import torch.distributed as dist
 from dpo_cli.core.environment import prepare_environment
 from dpo_cli.core.errors import DpoCliError, MachineError
 from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
-from dpo_cli.core.progress import SilentReporter
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine
@@ -31,29 +30,11 @@ from dpo_cli.training.job import Job
 from dpo_cli.training.objective import PairObjective, SftObjective
 from dpo_cli.training.parallel import Replicas, join_replicas, shared_scratch
 from dpo_cli.training.protocols import Learner
+from tests.conftest import RecordingReporter
 
 SETTINGS = TrainParams(learning_rate=5e-3, batch_size=8, epochs=3.0, eval_steps=4)
 """Nine steps of 20 pairs; the last batch of each epoch is a short one."""
 CPU = Machine(torch.device("cpu"), torch.float32)
-
-
-class Watcher(SilentReporter):
-    """Says nothing, and calls ``on_advance`` with the steps done so far."""
-
-    def __init__(self, on_advance: Callable[[int], None]) -> None:
-        self._on_advance = on_advance
-        self._done = 0
-
-    @contextmanager
-    def meter(self, label: str, total: int, unit: str) -> Iterator[Any]:  # type: ignore[override]
-        yield self
-
-    def advance(self, amount: int) -> None:
-        self._done += amount
-        self._on_advance(self._done)
-
-    def note(self, text: str) -> None:
-        pass
 
 
 def make_pairs(count: int, seed: int) -> list[TokenGroup]:
@@ -172,7 +153,7 @@ class Worker:
         turn: int = 0,
         nan_row: int | None = None,
         limit: int | None = None,
-        on_advance: Callable[[int], None] = lambda done: None,
+        on_advance: Callable[[int], None] | None = None,
     ) -> dict[str, Any]:
         model: Any = load_model(self._base, CPU, quantization="nf4")
         model = add_adapter(model, LoraParams(r=4, alpha=8.0, dropout=dropout), seed=seed)
@@ -194,7 +175,7 @@ class Worker:
         outcome: dict[str, Any] = {"error": None, "history": []}
         with _counted() as sizes:
             try:
-                job = Job("train", work, CPU, runtime, Watcher(on_advance), self._replicas)
+                job = Job("train", work, CPU, runtime, RecordingReporter(on_advance), self._replicas)
                 learner = Learner[Any](model, scorer, objective)
                 outcome["history"] = fit(learner, train, evaluated, settings, job).history
             except DpoCliError as error:

@@ -60,8 +60,8 @@ def prepare_environment() -> None:
     """Turn off downloads and telemetry for this process and its children, and notes at import.
 
     Threads of torch that wait sleep instead of spinning: on cores that are shared, two that spin take twice as long as
-    one alone. Nothing is compiled by torch: bitsandbytes asks for it as it is imported, which alone takes a sixth of the
-    start of a stage.
+    one alone. Torch compiles nothing: bitsandbytes asks for it as it is imported, and loads the compiler, which takes a
+    sixth of a stage's start.
     """
     os.environ.update(_SWITCHES)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
