@@ -24,7 +24,7 @@ from tests.public_files import PUBLIC_DATA, needs_public_data
 from tests.tiny_project import run_stages
 
 PUBLIC = PUBLIC_DATA / "kwise" / "oaast_rm_zh.rows0-387.json.gz"
-NUM_RANKINGS = 500
+NUM_RANKINGS = 700
 
 
 _MIDDLING = {
@@ -67,7 +67,7 @@ def params_of(
                 "preferences": {"path": f"data/raw/{file}", "format": format, "pairs": pairs},
                 "eval_fraction": 0.2,
             },
-            "model": {"pretrain_steps": 60},
+            "model": {"pretrain_steps": 150},
             "sft": {"method": "none"},
             "reference": {"max_length": max_length},
             "train": settings,

@@ -30,10 +30,10 @@ from tests.tiny_project import CONVERTED, run_stages, write_raw
 
 N = 8
 NUM_PROMPTS = 120
-NUM_INSTRUCTIONS, NUM_PREFERENCES = 1500, 2000
+NUM_INSTRUCTIONS, NUM_PREFERENCES = 1600, 3600
 SHORTER = {
-    "model.pretrain_steps": 300,
-    "sft.epochs": 1.0,
+    "model.pretrain_steps": 1000,
+    "sft.epochs": 2.0,
     "reward.loss": "bradley_terry",
     "reward.epochs": 1.0,
     "train.max_steps": 30,
