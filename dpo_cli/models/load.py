@@ -219,7 +219,7 @@ def load_as_it_is(folder: Path, auto: Any = None, **options: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    model, loading = (auto or AutoModelForCausalLM).from_pretrained(
+    loaded: Any = (auto or AutoModelForCausalLM).from_pretrained(
         folder,
         local_files_only=True,
         trust_remote_code=False,
@@ -227,6 +227,7 @@ def load_as_it_is(folder: Path, auto: Any = None, **options: Any) -> Any:
         output_loading_info=True,
         **options,
     )
+    model, loading = loaded
     if missing := sorted(loading["missing_keys"]):
         raise MachineError(
             f"{folder}: the weights lack {missing[0]} ({len(missing)} missing in all); fetch the model again"
