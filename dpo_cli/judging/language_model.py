@@ -13,8 +13,8 @@ from typing import Any
 
 from dpo_cli.core.artifacts import digest_json
 from dpo_cli.core.errors import MachineError
-from dpo_cli.core.evaluate_params import HfJudgeParams
 from dpo_cli.core.manifest import library_versions
+from dpo_cli.core.params import HfJudgeParams
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import Messages, assistant, user
@@ -24,7 +24,7 @@ from dpo_cli.judging.templates import Template
 from dpo_cli.models.folder import check_model_folder
 from dpo_cli.models.identity import lock_model
 from dpo_cli.models.load import context_length, load_model, load_tokenizer
-from dpo_cli.models.workplace import Workplace
+from dpo_cli.models.project import Workplace
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
 from dpo_cli.scoring.scorer import Scorer, engine_version
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from dpo_cli.core.errors import MachineError
-from dpo_cli.core.evaluate_params import HfJudgeParams
-from dpo_cli.core.params import RuntimeParams
+from dpo_cli.core.params import HfJudgeParams, RuntimeParams
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.schema import user
 from dpo_cli.judging.cache import CachedJudge
@@ -21,7 +20,7 @@ from dpo_cli.judging.language_model import HfJudge, kinship_of
 from dpo_cli.judging.templates import Template
 from dpo_cli.judging.win_rate import Pair, compare_all, summarize
 from dpo_cli.models.load import load_model, load_tokenizer
-from dpo_cli.models.workplace import Workplace
+from dpo_cli.models.project import Workplace
 from dpo_cli.scoring.scorer import Scorer
 
 TEMPLATE = Template("short", "{prompt} A: {a} B: {b} A or B?")
