@@ -13,8 +13,7 @@ from pathlib import Path
 from dpo_cli.core.artifacts import write_text
 from dpo_cli.data.schema import Messages
 from dpo_cli.evaluation.implicit_reward import RewardSummary
-from dpo_cli.report.environment import page_environment
-from dpo_cli.report.shades import SHADES, scale_of, shade_of, shades_of, signed
+from dpo_cli.report.style import page_environment, scale_of, shade_of, shades_of
 
 ROWS_SHOWN, _TOKENS_SHOWN = 200, 150_000
 _OUTCOMES = {"wrong": "wrong", "tie": "ties", "right": "right"}
@@ -140,8 +139,6 @@ def write_token_page(
             scale=scale,
             shades=shades_of(scale),
             shade=lambda ratio: shade_of(ratio, scale),
-            signed=signed,
-            num_shades=SHADES,
         )
     )
     write_text(path, page)

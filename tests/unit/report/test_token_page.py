@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dpo_cli.evaluation.implicit_reward import RankedAnswers, agreements, summarize_rewards
-from dpo_cli.report.shades import scale_of, shade_of
+from dpo_cli.report.style import scale_of, shade_of
 from dpo_cli.report.token_page import (
     ROWS_SHOWN,
     AnswerTokens,
