@@ -23,7 +23,7 @@ from dpo_cli.evaluation.metrics import perplexity
 from dpo_cli.evaluation.models import EvaluatedModel, EvaluatedModels
 from dpo_cli.evaluation.steps import Steps, logp_sums
 from dpo_cli.judging.answers import Answer
-from dpo_cli.judging.comparisons import Answers
+from dpo_cli.judging.win_rate import Answers
 from dpo_cli.models.project import Project
 from dpo_cli.reference.cache import group_keys, reference_logps
 

@@ -11,7 +11,7 @@ import numpy as np
 from dpo_cli.evaluation.held_out import HeldOut
 from dpo_cli.evaluation.kl import SequenceKl, estimates_disagree
 from dpo_cli.evaluation.text_quality import distinct, repetition
-from dpo_cli.judging.comparisons import Answers, ComparisonResult, paired_difference
+from dpo_cli.judging.win_rate import Answers, ComparisonResult, paired_difference
 from dpo_cli.statistics.binomial import exact_interval
 from dpo_cli.statistics.bootstrap import Sampling, ends
 from dpo_cli.statistics.calibration import calibration_error, fit_temperature

@@ -12,8 +12,8 @@ from dpo_cli.evaluation.kl import SequenceKl
 from dpo_cli.evaluation.measurement import Measurement, Scaled
 from dpo_cli.evaluation.metrics import against_chosen_metrics, judge_metrics, win_metrics
 from dpo_cli.evaluation.model_names import SFT
-from dpo_cli.judging.comparisons import Answers, ComparisonResult, compare_models
 from dpo_cli.judging.prepare import LoadJudge, ReadyJudge
+from dpo_cli.judging.win_rate import Answers, ComparisonResult, compare_models
 from dpo_cli.statistics.bootstrap import Estimate, Sampling
 
 Key = tuple[str, float, str]

@@ -10,8 +10,8 @@ from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.evaluation.differences import rows_of_answers
 from dpo_cli.evaluation.model_names import DPO, SFT
 from dpo_cli.evaluation.tables import csv_text
-from dpo_cli.judging.human import rating_sheet
 from dpo_cli.judging.templates import transcript
+from dpo_cli.judging.votes import rating_sheet
 
 
 def write_rating_sheet(model: Path | None, sheet: Path, rater: str) -> tuple[int, int]:

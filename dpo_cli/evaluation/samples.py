@@ -12,11 +12,11 @@ from dpo_cli.data.schema import Messages
 from dpo_cli.evaluation.kl import SequenceKl
 from dpo_cli.evaluation.measurement import Measurement
 from dpo_cli.evaluation.model_names import DPO, SFT
-from dpo_cli.judging.comparisons import Answers, ComparisonResult
-from dpo_cli.judging.human import item_id
-from dpo_cli.judging.known_reward import ExactJudge, world_task
 from dpo_cli.judging.prepare import ReadyJudge
+from dpo_cli.judging.rewards import world_task
 from dpo_cli.judging.templates import transcript
+from dpo_cli.judging.votes import item_id
+from dpo_cli.judging.win_rate import Answers, ComparisonResult
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _add_judgment(
     """Who wins; rewards of one's own kind are given less their mean, since they are fixed up to a constant a prompt."""
     if judge.reward is not None:
         ours, theirs = (judge.reward(each.asked, each.text) for each in (main.ours[id], main.theirs[id]))
-        middle = 0.0 if isinstance(judge.judge, ExactJudge) else (ours + theirs) / 2
+        middle = 0.0 if judge.is_exact else (ours + theirs) / 2
         row[SFT]["reward"], row[DPO]["reward"] = theirs - middle, ours - middle
     for name, result in (("win", main), ("win_chosen", against)):
         if result is not None and (win := result.comparisons[id].win) is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dpo_cli.evaluation.held_out import HeldOutPair, PairFigures
-from dpo_cli.judging.comparisons import ComparisonResult
+from dpo_cli.judging.win_rate import ComparisonResult
 from dpo_cli.statistics.bootstrap import Estimate, Sampling
 from dpo_cli.statistics.calibration import Bin, half_ties
 

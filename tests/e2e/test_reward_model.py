@@ -22,9 +22,7 @@ from dpo_cli.data.schema import user
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.evaluation.decoding import Sampling
 from dpo_cli.evaluation.generation import PromptTokens, sample_answers
-from dpo_cli.judging.known_reward import ExactJudge, world_reward, world_task
-from dpo_cli.judging.reward_model import RewardModel
-from dpo_cli.judging.win_rate import compare
+from dpo_cli.judging.rewards import RewardModel, world_reward, world_task
 from dpo_cli.models.project import Project, open_project
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.statistics.bootstrap import Estimate, cluster_bootstrap
@@ -118,14 +116,13 @@ def test_it_agrees_with_the_known_judge_on_what_the_model_says_itself(
     project: Project, reward_model: RewardModel, answers: dict[str, list[str]], texts: dict[str, str]
 ) -> None:
     """On answers of the SFT model, which no preference was ever asked for."""
-    known = ExactJudge("world", world_reward)
     right, clusters = [], []
     for prompt, samples in answers.items():
         first, second = samples[0], samples[1]
-        truth = compare(known, texts[prompt], first, second)
-        if truth != 0.5:
+        truth = world_reward(texts[prompt], first) - world_reward(texts[prompt], second)
+        if truth:
             rewards = reward_model.rewards_of_texts([user(texts[prompt])], [first, second])
-            right.append(float((rewards[0] > rewards[1]) == (truth > 0.5)))
+            right.append(float((rewards[0] > rewards[1]) == (truth > 0)))
             clusters.append(prompt)
     assert len(right) >= 20
     assert interval(right, clusters).low > 0.5
