@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 import typer
@@ -15,7 +15,7 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting of params.yaml; may be repeated."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the metrics as one JSON object, and no tables.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object, and no tables.")]
 
 Load = Callable[[], typer.Typer]
 
@@ -57,14 +57,26 @@ def lazy_group(loaders: Mapping[str, Load], base: type[LazyGroup] = LazyGroup) -
     return type("Group", (base,), {"loaders": loaders})
 
 
-def refuse_unread(command: str, read: tuple[str, ...], overrides: list[str]) -> None:
-    """Refuse ``--set`` of sections that a command does not read.
+def refuse_unread(command: str, read: Sequence[str], overrides: Sequence[str]) -> None:
+    """Refuse ``--set`` of what a command does not read.
+
+    Args:
+        command: Its name.
+        read: The sections and settings that it reads.
+        overrides: What ``--set`` said.
 
     Raises:
-        ParamsError: With those that it reads.
+        ParamsError: With what it reads.
     """
-    unread = [override for override in overrides if override.partition(".")[0].strip() not in read]
-    if unread:
-        raise ParamsError(
-            [f"--set {override} has no effect on {command}, which reads {', '.join(read)}" for override in unread]
-        )
+
+    def is_read(override: str) -> bool:
+        key = f"{override.partition('=')[0].strip()}."
+        return any(key.startswith(f"{name}.") for name in read)
+
+    problems = [
+        f"--set {override} has no effect on {command}, which reads {', '.join(read)}"
+        for override in overrides
+        if not is_read(override)
+    ]
+    if problems:
+        raise ParamsError(problems)

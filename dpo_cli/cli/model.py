@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dpo_cli.cli.command import examples
+from dpo_cli.cli.command import JsonOption, examples
 from dpo_cli.cli.console import ConsoleReporter
 from dpo_cli.cli.exits import errors_as_exit_codes
 
@@ -27,9 +27,6 @@ app = typer.Typer(
 @app.callback(rich_help_panel="Projects")
 def _group() -> None:
     pass
-
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the table as one JSON object.")]
 
 
 @app.command(

@@ -12,8 +12,7 @@ import typer
 from dpo_cli.cli.command import command_app, examples
 from dpo_cli.cli.console import ConsoleReporter
 from dpo_cli.cli.exits import errors_as_exit_codes
-from dpo_cli.cli.record import HandRun
-from dpo_cli.cli.stage import PANEL
+from dpo_cli.cli.stage import PANEL, HandRun
 from dpo_cli.core import paths
 from dpo_cli.core.pipeline import STAGES
 from dpo_cli.core.progress import Reporter

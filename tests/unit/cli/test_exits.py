@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_cli.cli.machine import machine_problem, refuse_unwritable
+from dpo_cli.cli.exits import machine_problem
+from dpo_cli.cli.stage import refuse_unwritable
 from dpo_cli.core.errors import MachineError
 
 FULL = "the disk is full; free room, then run it again to go on"
