@@ -7,6 +7,7 @@ import importlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -489,8 +490,9 @@ def test_figures_depend_neither_on_the_batch_nor_on_the_order_of_rows(
 
             def shuffled(project: Project, name: str) -> Any:
                 table = tokenize(project, name)
-                random.Random(0).shuffle(table.groups)
-                return table
+                groups = list(table.groups)
+                random.Random(0).shuffle(groups)
+                return replace(table, groups=groups)
 
             monkeypatch.setattr(Project, "tokenize_pairs", shuffled)
         shutil.rmtree(".scratch/evaluate", ignore_errors=True)
