@@ -33,22 +33,13 @@ def _stage(stage: Stage) -> Load:
     return load
 
 
+_FILES = (
+    "evaluate", "report", "bench", "compare", "agreement", "capability", "rating-sheet", "score", "sample", "try",
+    "init", "repro", "data", "model",
+)  # fmt: skip
 COMMANDS: dict[str, Load] = {
     **{stage.command: _stage(stage) for stage in STAGES},
-    "evaluate": in_file("evaluate"),
-    "report": in_file("report"),
-    "bench": in_file("bench"),
-    "compare": in_file("compare"),
-    "agreement": in_file("agreement"),
-    "capability": in_file("capability"),
-    "rating-sheet": in_file("rating_sheet"),
-    "score": in_file("score"),
-    "sample": in_file("sample"),
-    "try": in_file("try_prompt"),
-    "init": in_file("init"),
-    "repro": in_file("repro"),
-    "data": in_file("data"),
-    "model": in_file("model"),
+    **{name: in_file("try_prompt" if name == "try" else name.replace("-", "_")) for name in _FILES},
 }
 """In the order of the help."""
 

@@ -114,10 +114,7 @@ def bench_command(
 
 
 def refuse_unknown(options: Mapping[str, tuple[str | None, Collection[str]]]) -> None:
-    """Refuse values that there are not.
-
-    Args:
-        options: What was given, None where nothing was, and what there is, by option.
+    """Refuse values that there are not: by option what was given, None where nothing was, and what there is.
 
     Raises:
         ParamsError: With those that there are.

@@ -60,13 +60,8 @@ def lazy_group(loaders: Mapping[str, Load], base: type[LazyGroup] = LazyGroup) -
 def refuse_unread(command: str, read: Sequence[str], overrides: Sequence[str]) -> None:
     """Refuse ``--set`` of what a command does not read.
 
-    Args:
-        command: Its name.
-        read: The sections and settings that it reads.
-        overrides: What ``--set`` said.
-
     Raises:
-        ParamsError: With what it reads.
+        ParamsError: With the sections and settings that it reads.
     """
 
     def is_read(override: str) -> bool:

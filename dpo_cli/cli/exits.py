@@ -79,11 +79,7 @@ def stage_file(code_file: Path) -> Path:
 
 
 def machine_problem(error: BaseException) -> str | None:
-    """What the machine lacks: memory, room on the disk, a right; or a path that none can have; None for a bug.
-
-    Args:
-        error: What was raised, with what it came from.
-    """
+    """What the machine lacks: memory, room on the disk, a right; or a path that none can have; None for a bug."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)

@@ -67,13 +67,7 @@ _GIVEN_OTHERWISE = ("path", "data.sft.path", "data.preferences.path", "model.nam
 
 @dataclass(frozen=True)
 class ProjectFiles:
-    """What the user brings; None stands for the embedded default.
-
-    Attributes:
-        sft: File of instruction data.
-        preferences: File of preference data.
-        model: Directory of the base model.
-    """
+    """Files of data and the folder of a base model that the user brings; None stands for the embedded default."""
 
     sft: Path | None = None
     preferences: Path | None = None
@@ -83,11 +77,7 @@ class ProjectFiles:
 def create_project(folder: Path, files: ProjectFiles, reporter: Reporter, settings: Sequence[str] = ()) -> None:
     """Make a project folder, or nothing.
 
-    Args:
-        folder: Where.
-        files: What the user brings.
-        reporter: Says how it is read.
-        settings: Settings of params.yaml as ``section.key=value``; ``key=value`` is meant of the file that is given.
+    Settings of params.yaml are given as ``section.key=value``; ``key=value`` is meant of the one file that is given.
 
     Raises:
         ParamsError: A setting is wrong, or has no effect.

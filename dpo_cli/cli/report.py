@@ -43,11 +43,7 @@ def report_command(
 
 
 def make_report(*, is_opened: bool, reporter: Reporter) -> None:
-    """Make the page, say where it is, and open it.
-
-    Args:
-        is_opened: Whether to open the page in the default browser, where there is a screen for one.
-        reporter: Says where the page is.
+    """Make the page, say where it is, and open it in the default browser, where there is a screen for one.
 
     Raises:
         StaleArtifactError: A stage's report is missing or damaged.

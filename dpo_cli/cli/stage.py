@@ -78,13 +78,10 @@ def run_stage(stage: Stage, overrides: list[str], *, as_json: bool) -> None:
 
 
 def refuse_unwritable(places: Iterable[Path]) -> None:
-    """Refuse to begin what could not be published: hours later, nobody would be glad to hear of it.
-
-    Args:
-        places: Files and folders that will be written or replaced; those above them may be missing, too.
+    """Refuse to begin what could not be published hours later; folders above the places may be missing.
 
     Raises:
-        MachineError: One of them cannot be.
+        MachineError: One of the places cannot be written or replaced.
     """
     for place in places:
         there = next((parent for parent in place.absolute().parents if parent.exists()), Path("/"))

@@ -37,10 +37,6 @@ class HfJudge:
     """Asks a causal language model that is in memory.
 
     Attributes:
-        scorer: Its forward pass.
-        encoder: Messages to token ids.
-        template: What it is asked.
-        budget: Tokens of a micro-batch.
         identity: What its judgments depend on besides the question.
         max_length: Tokens of its context; None: without a limit.
         lead_in: Tokens that every answer begins with.
@@ -63,13 +59,7 @@ class HfJudge:
     ) -> HfJudge:
         """Load a judge from a directory, as all models are loaded: offline, safetensors only, no code from it.
 
-        Args:
-            folder: The judge's directory.
-            template: What it is asked.
-            settings: How its weights are held, and its chat template.
-            work: Where it computes.
-            policy: Directory of the base model of the policy that is judged, for a warning where judge and policy are
-                kin.
+        It warns where the judge is kin to the base model in ``policy``, of which the judged policy was made.
 
         Raises:
             MachineError: It cannot be loaded, or its tokenizer does not tell the options apart.
@@ -160,12 +150,7 @@ def _option_tokens(encoder: ChatEncoder, template: Template) -> tuple[list[int],
 
 
 def kinship_of(judge: Path, policy: Path) -> str | None:
-    """How a judge is related to the policy's base model, as the beginning of a warning; None where it is not.
-
-    Args:
-        judge: The judge's directory.
-        policy: The directory of the base model.
-    """
+    """How a judge in a folder is related to the base model in another; None where it is not."""
     ours, theirs = _config(judge), _config(policy)
     if not ours or not theirs:
         return None

@@ -79,15 +79,7 @@ class OpenAiJudge:
         parallel: int = 4,
         extra: Mapping[str, Any] | None = None,
     ) -> OpenAiJudge:
-        """Find out which model a server has and what it can do, in a few short requests.
-
-        Args:
-            server: See the class.
-            model: Name of the model; None: the only one that there is.
-            template: See the class.
-            reporter: Says how it is asked.
-            parallel: See the class.
-            extra: See the class.
+        """Find out in a few short requests what a server can do, and its only model where none is named.
 
         Raises:
             MachineError: It does not answer, has no such model, or does not take a plain request.

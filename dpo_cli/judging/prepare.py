@@ -73,7 +73,7 @@ def prepare_judge(
         settings: Section evaluate.
         project: Of the policy that is judged.
         names: Policy and opponent, as a votes file calls them.
-        memory: Folder of judgments that were made before, in the scratch area.
+        memory: Folder of judgments that were made before.
 
     Raises:
         ParamsError: A setting is wrong: there is no such template, or the server's host is not allowed.

@@ -97,28 +97,17 @@ def world_task(prompt: str) -> Task:
     return task
 
 
+@dataclass(frozen=True)
 class RewardModel:
-    """Rewards of answers. Only differences between answers to one prompt mean anything.
+    """Rewards of answers, by a model in eval mode. Only differences between answers to one prompt mean anything."""
 
-    Args:
-        scorer: The reward model's forward pass, its model in eval mode.
-        encoder: Messages to token ids.
-        budget: Tokens of a micro-batch.
-    """
-
-    def __init__(self, scorer: RewardScorer, encoder: ChatEncoder, budget: TokenBudget) -> None:
-        self._scorer = scorer
-        self._encoder = encoder
-        self._budget = budget
+    scorer: RewardScorer
+    encoder: ChatEncoder
+    budget: TokenBudget
 
     @classmethod
     def load(cls, folder: Path, project: Project) -> RewardModel:
-        """The reward model of a folder, on the frozen weights that it was trained on.
-
-        Args:
-            folder: What stage reward made; :func:`dpo_cli.models.reward.check_reward_model` says whether it fits.
-            project: What it was trained on.
-        """
+        """The reward model that stage reward made in a folder, on the frozen weights that it was trained on."""
         model = project.reward_model(folder)
         return cls(RewardScorer(project.scorer(model)[0], reward_head(model)), project.encoder, project.budget())
 
@@ -126,8 +115,8 @@ class RewardModel:
     def rewards(self, groups: Sequence[TokenGroup]) -> list[list[float]]:
         """The rewards of each group's answers, as token ids; groups may have any number of them, and differ in ids."""
         found: dict[str, list[float]] = {}
-        with self._scorer.scorer:
-            for batch, scores in in_micro_batches(groups, self._budget, self._scorer.split, self._scorer.score):
+        with self.scorer.scorer:
+            for batch, scores in in_micro_batches(groups, self.budget, self.scorer.split, self.scorer.score):
                 found.update(zip((group.id for group in batch), scores.rewards_BK.tolist(), strict=True))
         return [found[group.id] for group in groups]
 
@@ -135,7 +124,7 @@ class RewardModel:
         """The rewards of some answers to a prompt, as texts."""
         if not texts:
             return []
-        return self.rewards([text_group(self._encoder, "one", prompt, texts)])[0]
+        return self.rewards([text_group(self.encoder, "one", prompt, texts)])[0]
 
 
 def text_group(encoder: ChatEncoder, name: str, prompt: Messages, texts: Sequence[str]) -> TokenGroup:

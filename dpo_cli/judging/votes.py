@@ -42,14 +42,7 @@ def read_votes(*paths: Path) -> list[Vote]:
 
 
 def parse_votes(files: Mapping[str, Iterable[Record]]) -> list[Vote]:
-    """Records as votes.
-
-    Args:
-        files: Objects with :data:`COLUMNS` (others are passed over) by the name of their file, for messages.
-
-    Raises:
-        DataError: See :func:`read_votes`.
-    """
+    """Records with :data:`COLUMNS`, by the name of their file, as votes; see :func:`read_votes`."""
     named = ", ".join(files)
     votes: list[Vote] = []
     problems: list[str] = []

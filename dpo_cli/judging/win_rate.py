@@ -98,10 +98,7 @@ class WinRateSummary:
 def compare_all(judge: Judge, pairs: Sequence[Pair], meter: Meter | None = None) -> list[Comparison]:
     """Compare many answers, each in both orders; identical ones are ties without asking.
 
-    Args:
-        judge: Who decides.
-        pairs: What is compared.
-        meter: Called with every judgment; :func:`num_questions` says how many there will be.
+    A meter is advanced by every judgment; :func:`num_questions` says how many there will be.
     """
     asked = [index for index, pair in enumerate(pairs) if pair.ours != pair.theirs]
     questions = []
@@ -124,11 +121,7 @@ def num_questions(pairs: Iterable[Pair]) -> int:
 
 
 def summarize(comparisons: Sequence[Comparison], remedy: str) -> WinRateSummary:
-    """Sum up comparisons.
-
-    Args:
-        comparisons: At least one.
-        remedy: The judge's, for the error.
+    """Sum up one comparison or more.
 
     Raises:
         DataError: More than :data:`MAX_INVALID_RATE` of those that were asked, or all, have no verdict.
@@ -165,15 +158,7 @@ Answers = Mapping[str, Answer]
 
 @dataclass(frozen=True)
 class ComparisonResult:
-    """Two sets of answers to the same prompts, judged.
-
-    Attributes:
-        ours: The policy's answers.
-        theirs: The opponent's.
-        comparisons: By the id that both have.
-        summary: Comparisons summed up.
-        win_rate: With its interval, clustered by prompt.
-    """
+    """The policy's and the opponent's answers, comparisons by the id that both have, and the rate by prompt."""
 
     ours: Answers
     theirs: Answers
@@ -199,15 +184,7 @@ def compare_models(
     command: str,
     sampling: Sampling,
 ) -> list[ComparisonResult]:
-    """Judge all pairings, every different pair of answers once.
-
-    Args:
-        judge: Who decides.
-        pairings: Ours and theirs, over ids; those that only one has are left out. A row's prompt is
-            its cluster.
-        reporter: Shows progress.
-        command: Who asks, for messages.
-        sampling: How intervals are drawn.
+    """Judge all pairings of ours and theirs over the ids that both have, every different pair of answers once.
 
     Raises:
         DataError: The judge has no verdict on too many comparisons.

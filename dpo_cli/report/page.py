@@ -31,10 +31,7 @@ _SCRIPTS = ("answers.js", "browser.js")
 
 
 def write_report(path: Path) -> None:
-    """Write the report of what lies under reports/, and reports/figures.
-
-    Args:
-        path: The HTML file, written whole or not at all.
+    """Write the report of what lies under reports/, whole or not at all, and reports/figures.
 
     Raises:
         StaleArtifactError: A stage's report is missing or damaged.

@@ -38,15 +38,13 @@ class TokenPiece:
 
 @dataclass(frozen=True)
 class AnswerTokens:
-    """An answer.
+    """An answer, its name chosen, rejected or its rank; all figures in nats.
 
     Attributes:
-        name: chosen, rejected, or its rank.
-        reward: beta log(pi / pi_ref), nats.
-        logp: Under the policy, nats.
-        ref_logp: Under the reference, nats.
+        reward: beta log(pi / pi_ref).
+        logp: Under the policy.
+        ref_logp: Under the reference.
         num_tokens: Its tokens, end of turn included.
-        pieces: Its tokens.
     """
 
     name: str
@@ -65,8 +63,6 @@ class RowTokens:
         place: Where it comes from: file and row.
         outcome: right, wrong or tie.
         margin: Mean over its compared answers, nats.
-        in_training: Whether its prompt was trained on.
-        prompt: The messages.
         answers: Best first.
     """
 

@@ -43,6 +43,14 @@ def test_a_full_disk_is_one(error: Exception) -> None:
     assert FULL in problem
 
 
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), type("OutOfMemoryError", (RuntimeError,), {})(), RuntimeError("CUDA driver error: out of memory")],
+)
+def test_memory_that_ran_out_is_one(error: Exception) -> None:
+    assert "lower runtime.max_tokens_per_microbatch" in (machine_problem(error) or "")
+
+
 def test_the_cause_of_an_error_counts() -> None:
     try:
         try:
