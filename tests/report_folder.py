@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Iterable, Sequence
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,42 @@ def write_samples(samples: Iterable[dict[str, Any]]) -> None:
 def write_csv(name: str, header: str, rows: Iterable[Sequence[object]]) -> None:
     """A CSV file of stage evaluate."""
     write_text(evaluation_table(name), "\n".join([header, *(",".join(map(str, row)) for row in rows)]) + "\n")
+
+
+class Elements(HTMLParser):
+    """Every element of a page with its attributes, and the text between them; texts of scripts and styles apart."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.raw: dict[str, list[str]] = {"script": [], "style": []}
+        self._inside = ""
+        self.feed(page)
+        self.text = re.sub(r"\s+", " ", " ".join(self.texts))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._inside = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        self.raw.get(self._inside, self.texts).append(data)
+
+    def count(self, tag: str, name: str = "") -> int:
+        """Elements of this tag, and of this class where one is given."""
+        return sum(tag == found and name in (attrs.get("class") or "").split(" ") for found, attrs in self.elements)
+
+    @property
+    def ids(self) -> list[str]:
+        return [attributes["id"] or "" for _, attributes in self.elements if "id" in attributes]
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What the prompt browser reads."""
+        return json.loads(self.raw["script"][0])
 
 
 # --- samples ------------------------------------------------------------------------------

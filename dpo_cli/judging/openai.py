@@ -116,6 +116,11 @@ class OpenAiJudge:
         with ThreadPoolExecutor(self.parallel) as pool:
             futures = {pool.submit(self._judge, question): index for index, question in enumerate(questions)}
             problem: DpoCliError | None = None
+
+            def stop() -> None:
+                for future in futures:
+                    future.cancel()  # not the pool's shutdown, which would leave us waiting for them
+
             try:
                 for future in as_completed(futures):
                     if future.cancelled():
@@ -124,11 +129,11 @@ class OpenAiJudge:
                         judgment = future.result()
                     except DpoCliError as error:
                         problem = problem or error
-                        pool.shutdown(wait=False, cancel_futures=True)
+                        stop()
                     else:
                         yield futures[future], judgment
             finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+                stop()
             if problem is not None:
                 raise problem
 

@@ -131,7 +131,7 @@ def judge_rows(metrics: Metrics) -> Rows:
     kind = metrics.get("judge", "none")
     if kind == "none":
         return []
-    rows: list[tuple[str, str]] = [("judge", _JUDGES.get(kind, kind))]
+    rows = [("judge", str(_JUDGES.get(kind, kind)))]
     if kind in ("rule", "hf", "openai") and (name := metrics.get("judge_name")):
         rows.append(("name", name))
     low, high = metrics.get("judge_agreement_ci") or (None, None)

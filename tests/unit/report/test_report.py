@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
-from html.parser import HTMLParser
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from tests.report_folder import (
     ATTACK,
     METRICS,
     OPTIONAL,
+    Elements,
     make_samples,
     sample_id,
     write_csv,
@@ -40,42 +39,6 @@ FIGURES = {
     "loss", "accuracy", "margin", "rewards", "entropy", "gradient", "sft", "frontier", "reward-frontier",
     "temperatures", "margins", "reliability", "accuracy-by", "length", "agreement-1", "agreement-2",
 }  # fmt: skip
-
-
-class Elements(HTMLParser):
-    """Every element of a page with its attributes, and the text between them; texts of scripts and styles apart."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self.raw: dict[str, list[str]] = {"script": [], "style": []}
-        self._inside = ""
-        self.feed(page)
-        self.text = re.sub(r"\s+", " ", " ".join(self.texts))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        self._inside = tag
-
-    def handle_endtag(self, tag: str) -> None:
-        self._inside = ""
-
-    def handle_data(self, data: str) -> None:
-        self.raw.get(self._inside, self.texts).append(data)
-
-    def count(self, tag: str, name: str = "") -> int:
-        """Elements of this tag, and of this class where one is given."""
-        return sum(tag == found and name in (attrs.get("class") or "").split(" ") for found, attrs in self.elements)
-
-    @property
-    def ids(self) -> list[str]:
-        return [attributes["id"] or "" for _, attributes in self.elements if "id" in attributes]
-
-    @property
-    def data(self) -> dict[str, Any]:
-        """What the prompt browser reads."""
-        return json.loads(self.raw["script"][0])
 
 
 @pytest.fixture
