@@ -61,13 +61,13 @@ def write(folder: Path, num_pairs: int) -> None:
 
 def measure(folder: Path) -> dict[str, Any]:
     """Open both for training; seconds and MiB."""
-    from dpo_cli.data.tokens import TokenStore
+    from dpo_cli.data.tokens import stored_groups
     from dpo_cli.reference.cache import read_cache, reference_logps
     from dpo_cli.scoring.layout import lay_out
 
     idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     begun = time.perf_counter()
-    groups = list(TokenStore(folder / "tokens"))
+    groups = stored_groups(folder / "tokens")
     reference = reference_logps(read_cache(folder / "reference", IDENTITY), groups)
     heapq.nlargest(BATCH, groups, key=lambda group: sum(group.sizes))
     lay_out(random.Random(0).sample(groups, BATCH), "shared")

@@ -9,7 +9,7 @@ from typing import Any
 
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.text import visible, visible_token
-from dpo_cli.data.pieces import pieces_of
+from dpo_cli.data.tokens import pieces_of
 from dpo_cli.evaluation.implicit_reward import RewardSummary
 from dpo_cli.evaluation.log_ratios import ScoredAnswers
 from dpo_cli.evaluation.score import Scored, ScoredRow

@@ -1,4 +1,4 @@
-"""Data files as the user names them on the command line, or in params.yaml."""
+"""Data files and models as the user names them on the command line, or in params.yaml."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ from typing import Any
 from pydantic import ValidationError
 
 from dpo_cli.core import paths
-from dpo_cli.core.data_params import DataParams, PreferenceSource, SftSource, Source
-from dpo_cli.core.errors import DataError, ParamsError
+from dpo_cli.core.data_params import PreferenceSource, SftSource, Source
+from dpo_cli.core.errors import DataError, MachineError, ParamsError
 from dpo_cli.core.load_params import explain, load_params
-from dpo_cli.core.params import Params
+from dpo_cli.core.params import EMBEDDED, ModelParams, Params
+from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.formats.detect import UnknownFormatError
+from dpo_cli.data.inspect import TokenView
 from dpo_cli.data.plan import Treatment, find_files, plan_of
+from dpo_cli.data.templates import NAMED_TEMPLATES
+from dpo_cli.models.folder import holds_weights
 
 _ADVICE = re.compile(r"\b((?:say|with|or) )?(columns|labels|format|records|unwrap): (\{[^{}]*\}|[\w.-]+)")
 """Settings of a source in a message; one without braces is told from other words by what stands before it."""
+
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 
 _MAPPINGS = ("columns", "roles", "labels")
 """Settings of a source whose members --set may name one by one: columns.chosen=good."""
@@ -27,9 +33,9 @@ _MAPPINGS = ("columns", "roles", "labels")
 KINDS = {"sft": SftSource, "preferences": PreferenceSource}
 
 
-def project_params() -> Params | None:
-    """The settings of the project in the working directory, if it is one."""
-    return load_params(paths.PARAMS) if paths.PARAMS.is_file() else None
+def project_params() -> Params:
+    """The settings of the project in the working directory; the defaults where it is none."""
+    return load_params(paths.PARAMS) if paths.PARAMS.is_file() else Params()
 
 
 def sources_of(files: Sequence[str], kind: str | None, settings: Sequence[str]) -> list[Source]:
@@ -46,18 +52,21 @@ def sources_of(files: Sequence[str], kind: str | None, settings: Sequence[str]) 
     given = _parse(settings)
     if any(all(key not in mine.model_fields for mine in KINDS.values()) for key in given):
         _made(KINDS[kind or "preferences"], {"path": "a file", **given})  # which says what there is
-    params = project_params()
-    data = params.data if params else None
-    if not files:
-        if data is None:
-            raise ParamsError("name a file, or run this in a project folder, whose params.yaml names them")
-        known = _known(data)
-        return [_updated(source, given) for source in known if kind is None or isinstance(source, KINDS[kind])]
-    found: list[Source] = []
+    data, known = project_params().data, []
+    if paths.PARAMS.is_file():
+        known = [
+            source
+            for source in (*data.sft_sources, *data.preference_sources)
+            if kind is None or isinstance(source, KINDS[kind])
+        ]
+    elif not files:
+        raise ParamsError("name a file, or run this in a project folder, whose params.yaml names them")
+    found: list[Source] = [_updated(source, given) for source in known if not files]
     problems: list[str] = []
     for file in files:
         try:
-            found.append(_source_of(file, kind, given, data))
+            mine = next((source for source in known if _stands_for(source, Path(file))), None)
+            found.append(_told(file, kind, given) if mine is None else _updated(mine, {"path": file, **given}))
         except DataError as error:
             problems += error.problems
     if problems:
@@ -65,28 +74,15 @@ def sources_of(files: Sequence[str], kind: str | None, settings: Sequence[str]) 
     return found
 
 
-def project_data() -> DataParams:
-    """Section data of the project in the working directory; the defaults where it is none."""
-    params = project_params()
-    return params.data if params else DataParams()
-
-
-def _known(data: DataParams) -> list[Source]:
-    return [*data.sft_sources, *data.preference_sources]
-
-
-def _files_of(source: Source) -> list[Path]:
+def _stands_for(source: Source, file: Path) -> bool:
     try:
-        return find_files(source)
+        return Path(source.path) == file or file in find_files(source)
     except DataError:  # a pattern without a file; the stage says so
-        return []
+        return False
 
 
-def _source_of(file: str, kind: str | None, given: dict[str, Any], data: DataParams | None) -> Source:
-    for source in _known(data) if data else []:
-        mine = Path(source.path) == Path(file) or any(path == Path(file) for path in _files_of(source))
-        if mine and (kind is None or isinstance(source, KINDS[kind])):
-            return _updated(source, {"path": file, **given})
+def _told(file: str, kind: str | None, given: dict[str, Any]) -> Source:
+    """A file as a source of the kind that it is told to be, or the first one whose formats its rows fit."""
     problem: DataError | None = None
     for name in [kind] if kind else ["preferences", "sft"]:
         mine = {key: value for key, value in given.items() if key in KINDS[name].model_fields}
@@ -160,3 +156,67 @@ def _made(kind: type[Source], values: dict[str, Any]) -> Source:
         raise ParamsError(
             list(dict.fromkeys(f"--set {explain(problem, kind)}" for problem in error.errors()))
         ) from None
+
+
+# --- models, of which no weights are read ---------------------------------------------------
+
+
+def encoder_of(model: str, template: str | None) -> ChatEncoder:
+    """A model's tokenizer with its chat template; no weights are read.
+
+    Args:
+        model: The model's folder, or ``embedded``.
+        template: ``auto`` or a template's name; None: what the project's params.yaml says.
+
+    Raises:
+        ParamsError: There is no template of that name.
+        MachineError: The folder is missing, or its tokenizer cannot be used.
+    """
+    names = ("auto", *NAMED_TEMPLATES)
+    if template is not None and template not in names:
+        raise ParamsError(f"--template must be one of {', '.join(names)}, got {template!r}")
+    settings = ModelParams(name=model) if model == EMBEDDED else project_params().model
+    if template is not None:
+        settings = settings.model_copy(update={"chat_template": template})
+    folder = Path(model).expanduser().resolve()
+    if model != EMBEDDED and not folder.is_dir():
+        raise MachineError(
+            f"--model {model}: there is no such folder; name a model in Hugging Face layout, or embedded"
+        )
+    if model != EMBEDDED and not any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES):
+        raise MachineError(f"--model {model}: no tokenizer is there, such as tokenizer.json; fetch the whole model")
+    # here: it takes seconds, and only --model needs it
+    from dpo_cli.models.load import quiet_libraries
+    from dpo_cli.models.verify import verify_template, verify_tokenizer, verify_vocabulary, verify_weights
+
+    quiet_libraries()
+    num_rows: int | None = None
+    if model == EMBEDDED:
+        from dpo_cli.models.embedded import build_tokenizer
+
+        tokenizer: Any = build_tokenizer()
+    else:
+        if holds_weights(folder):
+            num_rows = verify_weights(folder).facts.num_rows
+        tokenizer = verify_tokenizer(folder)
+    try:
+        encoder = verify_template(folder, tokenizer, settings)
+    except MachineError as error:
+        raise MachineError([f"{problem}; here with --template" for problem in error.problems]) from None
+    if num_rows is not None:
+        verify_vocabulary(folder, tokenizer, encoder, num_rows)
+        encoder.num_rows = num_rows
+    return encoder
+
+
+def token_view(model: str, template: str | None, max_length: int | None, source: Source) -> TokenView:
+    """How a model sees the rows of a source, with the limits of the project or the defaults.
+
+    Raises:
+        ParamsError: There is no template of that name.
+        MachineError: The folder is missing, or its tokenizer cannot be used.
+    """
+    params = project_params()
+    section = params.sft if isinstance(source, SftSource) else params.reference
+    encoder = encoder_of(model, template)
+    return TokenView(model, encoder, max_length or section.max_length, section.checks.model_dump())

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from dpo_cli.core.data_params import Source
+from dpo_cli.data.block_files import read_arrow
 from dpo_cli.data.blocks import SAMPLED_OUT, RowCounts
 from dpo_cli.data.problem import shown_name
+from dpo_cli.data.schema import from_table
 
 SPLITS = ("train", "eval")
 MANY_CONFLICTS = 0.5
@@ -96,6 +98,15 @@ class Finding:
     rows: list[tuple[str, int]] = field(default_factory=list)
     more: bool = False
 
+    def name(self, place: tuple[str, int], most: int | None) -> bool:
+        """Name a row, once; False where that would be one more than the most."""
+        if self.rows[-1:] == [place]:  # several pairs of a ranking are of one row
+            return True
+        self.more = most is not None and len(self.rows) >= most
+        if not self.more:
+            self.rows.append(place)
+        return not self.more
+
     def places(self) -> str:
         """The rows it names, by file where there are several."""
         by_file: dict[str, list[str]] = {}
@@ -133,6 +144,10 @@ class ConvertedBlock:
     is_weighted: bool
     refuted: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Its rows that stay, as the canonical table has them, with where they come from."""
+        return list(map(from_table, read_arrow(self.examples).to_pylist())) if self.examples.exists() else []
+
 
 @dataclass
 class Conversion:
@@ -140,8 +155,6 @@ class Conversion:
 
     Attributes:
         files: The files, in order.
-        num_read: Rows read.
-        num_used: Rows of which something was written: ``num_read`` less the rows left out.
         num_written: Examples written, by split, copies included.
         num_rankings: Rankings written, by split.
         num_ties: Tied pairs within rankings, of which no pair is made.
@@ -157,8 +170,6 @@ class Conversion:
     """
 
     files: list[FileAccount] = field(default_factory=list)
-    num_read: int = 0
-    num_used: int = 0
     num_written: Counter[str] = field(default_factory=Counter)
     num_rankings: Counter[str] = field(default_factory=Counter)
     num_ties: int = 0
@@ -190,14 +201,14 @@ class Conversion:
         return finding.count / total if total else 0.0
 
     @property
-    def sources(self) -> list[Source]:
-        """The sources of the files."""
-        return [account.source for account in self.files]
+    def num_read(self) -> int:
+        """Rows read."""
+        return sum(account.num_rows for account in self.files)
 
     @property
-    def num_sampled_out(self) -> int:
-        """Rows and parts of rows that the weight of their source leaves out."""
-        return self.rejected[SAMPLED_OUT]
+    def num_used(self) -> int:
+        """Rows of which something was written."""
+        return sum(account.num_used for account in self.files)
 
     @property
     def num_rejected_rows(self) -> int:
@@ -287,6 +298,38 @@ def account_rows(report: Conversion, rejects_file: Path | None) -> list[tuple[st
     return rows
 
 
+def warnings_of(report: Conversion) -> list[str]:
+    """What the user should know of the data as a whole."""
+    warnings = []
+    if report.num_checked >= 100 and (share := _kept_rate(report, "longer_chosen")) > LENGTH_BIAS:
+        warnings.append(
+            f"the preferred answer is the longer one in {share:.0%} of the pairs: a model may learn length"
+            " in place of quality"
+        )
+    if (share := _kept_rate(report, "score_conflict")) >= MANY_CONFLICTS:
+        warnings.append(
+            f"the preferred answer's score is not the higher one in {share:.0%} of the pairs:"
+            " are the answers, or the scores, the wrong way round?"
+        )
+    warnings += _template_warnings(report)
+    lost = report.num_rejected_rows - report.rejected[SAMPLED_OUT]
+    if report.num_read and lost > 0.2 * report.num_read:
+        reasons = Counter({reason: n for reason, n in report.rejected.items() if reason != SAMPLED_OUT})
+        named = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in reasons.most_common(3))
+        warnings.append(f"{lost} of {report.num_read} rows ({lost / report.num_read:.0%}) are left out: {named}")
+    if any(account.source.split != "auto" for account in report.files):
+        warnings.append(
+            "a source has a split of its own: its prompts are held out here, and may be among the rows of the other"
+            " conversion's train table; evaluate says how many are (num_leaked_prompts)"
+        )
+    return warnings
+
+
+def _kept_rate(report: Conversion, check: str) -> float:
+    """The rate of what a check finds and keeps; 0 where it keeps nothing."""
+    return report.rate(check) if check in report.checks and report.checks[check].policy == "keep" else 0.0
+
+
 def _template_warnings(report: Conversion) -> list[str]:
     """Texts that a chat template made already, to which the model's own will be applied again."""
     warnings = []
@@ -299,41 +342,10 @@ def _template_warnings(report: Conversion) -> list[str]:
                 f" template ({template}) has rendered, and the model's own template will be put around them; unwrap:"
                 " true in the source's settings makes messages of them"
             )
-    marked = report.checks.get("chat_markers")
-    if not warnings and marked is not None and marked.policy == "keep" and report.rate("chat_markers") > MANY_MARKED:
+    if not warnings and _kept_rate(report, "chat_markers") > MANY_MARKED:
         warnings.append(
-            f"{marked.count} of {report.num_checked} examples hold marks of chat templates, and the model's own"
-            " template will be put around them; give bare texts or messages, or set data.checks.chat_markers to drop"
-        )
-    return warnings
-
-
-def warnings_of(report: Conversion) -> list[str]:
-    """What the user should know of the data as a whole."""
-    warnings = []
-    longer = report.checks.get("longer_chosen")
-    if longer is not None and longer.policy == "keep" and report.num_checked >= 100:
-        share = report.rate("longer_chosen")
-        if share > LENGTH_BIAS:
-            warnings.append(
-                f"the preferred answer is the longer one in {share:.0%} of the pairs: a model may learn length"
-                " in place of quality"
-            )
-    conflict = report.checks.get("score_conflict")
-    if conflict is not None and conflict.policy == "keep" and report.rate("score_conflict") >= MANY_CONFLICTS:
-        warnings.append(
-            f"the preferred answer's score is not the higher one in {report.rate('score_conflict'):.0%} of the pairs:"
-            " are the answers, or the scores, the wrong way round?"
-        )
-    warnings += _template_warnings(report)
-    lost = report.num_rejected_rows - report.num_sampled_out
-    if report.num_read and lost > 0.2 * report.num_read:
-        reasons = Counter({reason: n for reason, n in report.rejected.items() if reason != SAMPLED_OUT})
-        named = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in reasons.most_common(3))
-        warnings.append(f"{lost} of {report.num_read} rows ({lost / report.num_read:.0%}) are left out: {named}")
-    if any(source.split != "auto" for source in report.sources):
-        warnings.append(
-            "a source has a split of its own: its prompts are held out here, and may be among the rows of the other"
-            " conversion's train table; evaluate says how many are (num_leaked_prompts)"
+            f"{report.checks['chat_markers'].count} of {report.num_checked} examples hold marks of chat templates, and"
+            " the model's own template will be put around them; give bare texts or messages, or set"
+            " data.checks.chat_markers to drop"
         )
     return warnings

@@ -26,8 +26,7 @@ from dpo_cli.data.checks import (
     DESCRIPTIONS,
     FORMAT_CHECK,
     ROW_REASONS,
-    check_preference,
-    check_sft,
+    check_example,
     has_chat_markers,
     is_empty,
     reason_to_drop,
@@ -44,12 +43,13 @@ from dpo_cli.data.schema import (
     RankingExample,
     SftExample,
     content_id,
+    deciding_part,
     joint_id,
     part_id,
+    position_of,
     table_of,
     text_of,
 )
-from dpo_cli.data.splits import deciding_part, position_of
 
 SAMPLED_OUT = "sampled_out"
 """The reason for which a source's weight leaves a row out."""
@@ -175,7 +175,6 @@ class _Rows:
 
     def __init__(self, plan: BlockPlan) -> None:
         self._plan = plan
-        self._check: Any = check_sft if plan.kind == "sft" else check_preference
         self.result = BlockResult()
         self.is_marked = False  # whether the row at hand holds marks of chat templates
         self._rows: list[tuple[Any, ...]] = []  # as COLUMNS, then the example's own
@@ -234,7 +233,7 @@ class _Rows:
             self._add_example(example.pair(better, worse), name, ranking)
 
     def _add_example(self, example: SftExample | PreferenceExample, part: str, ranking: int) -> None:
-        found = self._check(example)
+        found = check_example(example)
         if found:
             self.is_marked = self.is_marked or "chat_markers" in found
             reason = reason_to_drop(found, self._plan.treatment.policies)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 from uuid import uuid4
 
 import orjson
@@ -38,27 +38,6 @@ _STAND_INS = ("alpha", "omega")
 _MARK = re.compile(r"<[^<>\s]{1,40}>")
 _RARE_LETTERS = "\U00012000 \U00013000 \U00016800"
 """Of Sumer, Egypt and Bamum: a tokenizer that knows letters alone, and no bytes, lacks one of them."""
-
-
-class Tokenizer(Protocol):
-    """What is used of a Hugging Face tokenizer."""
-
-    chat_template: Any
-    bos_token_id: Any
-    eos_token_id: Any
-    all_special_ids: Any
-
-    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
-        """Render messages as text."""
-        ...
-
-    def __call__(self, text: str, **kwargs: Any) -> Any:
-        """Tokenize a text."""
-        ...
-
-    def decode(self, token_ids: Any, **kwargs: Any) -> Any:
-        """The text of token ids."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -91,7 +70,7 @@ class ChatEncoder:
     """Encodes messages with one tokenizer and one chat template.
 
     Args:
-        tokenizer: The model's tokenizer.
+        tokenizer: The model's tokenizer, of transformers.
         template: ``auto`` for the tokenizer's own template, or a name in NAMED_TEMPLATES.
         options: What the template is told beside the messages, such as ``{"enable_thinking": False}``.
         system: ``keep``: system turns are handed to the template; ``fold``: their text goes before
@@ -118,7 +97,7 @@ class ChatEncoder:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: Any,
         template: str = "auto",
         *,
         options: Mapping[str, Any] | None = None,

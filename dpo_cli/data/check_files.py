@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.core.cores import usable_cores
 from dpo_cli.core.data_params import DataParams, SftSource, Source
 from dpo_cli.core.errors import ParamsError
 from dpo_cli.core.params import TokenChecks
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.account import Conversion, Finding, account_rows, checks_of, metrics_of, unread_of, warnings_of
-from dpo_cli.data.block_files import read_arrow
 from dpo_cli.data.blocks import SAMPLED_OUT
-from dpo_cli.data.convert import convert
+from dpo_cli.data.convert import by_kind, convert_aside
 from dpo_cli.data.inspect import TokenView
-from dpo_cli.data.plan import Treatment, num_bytes
+from dpo_cli.data.plan import Treatment
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.tokenize import tokenize_row
 
@@ -59,42 +56,29 @@ def check_sources(
         DataError: A file cannot be read or has no known format.
         MachineError: The model's tokenizer cannot be used.
     """
-    policies = data.checks.model_dump()
+    asked = Treatment.of(data)
+    treatment = replace(asked.without_stops(), rows_listed=_ROWS_NAMED, listed=options.listed)
     figures: dict[str, Any] = {}
     accepted = True
-    for kind in ("sft", "preferences"):
-        mine = [source for source in sources if isinstance(source, SftSource) == (kind == "sft")]
-        if not mine:
-            continue
-        size = num_bytes(mine)
-        with tempfile.TemporaryDirectory(prefix="dpo-cli-") as folder:
-            work = Path(folder) / "work"
-            work.mkdir()
-            rejects = Path(folder) / "rejects.jsonl"
-            with reporter.meter(f"checking {kind}", size, "bytes") as meter:
-                report = convert(
-                    mine,
-                    replace(
-                        Treatment.of(data),
-                        policies={name: "drop" if policy == "error" else policy for name, policy in policies.items()},
-                        rows_listed=_ROWS_NAMED,
-                        listed=options.listed,
-                    ),
-                    work,
-                    None,
-                    rejects,
-                    workers=options.workers or usable_cores(),
-                    on_bytes=meter.advance,
-                )
-            for name, policy in policies.items():
-                if name in report.checks:
-                    report.checks[name].policy = policy
+    for kind, mine in by_kind(sources):
+        with convert_aside(mine, treatment, reporter, f"checking {kind}", options.workers) as (report, rejects):
+            for name, finding in report.checks.items():
+                finding.policy = asked.policies[name]
             examples = _first_of_each_reason(rejects)
             view = options.view_of(mine[0]) if options.view_of else None
             tokens = _check_tokens(report, mine[0], view, options.listed, reporter) if view else None
         figures[kind] = {**metrics_of(report), "checks": checks_of(report), "unread_columns": unread_of(report)}
         accepted &= not set(report.rejected) - {SAMPLED_OUT} and not report.cannot_split
-        _print(kind, report, options, examples, reporter)
+        rows = [row for row in account_rows(report, None) if not row[0].startswith(("left out:", "kept:"))]
+        for reason, count in report.rejected.most_common():
+            rows.append(
+                (f"left out: {reason.replace('_', ' ')}", f"{count}: {examples[reason]}{', ...' if count > 1 else ''}")
+            )
+        reporter.table(f"{kind}: what goes in", rows)
+        rates = {name: report.rate(name) for name in report.checks}
+        _print_findings(f"{kind}: checks", report.checks, rates, options, reporter)
+        for warning in (*warnings_of(report), *filter(None, [report.empty_split])):
+            reporter.warn(warning)
         if tokens is not None and view is not None:
             figures[kind]["tokens"] = {name: vars(finding) for name, finding in tokens.items()}
             accepted &= all(finding.policy == "keep" or not finding.count for finding in tokens.values())
@@ -112,11 +96,10 @@ def _check_tokens(
     columns = ("completion",) if isinstance(source, SftSource) else ("chosen", "rejected")
     findings = {name: Finding(policy) for name, policy in policies.items()}
     findings["template_refused"] = Finding("drop")
-    total = sum(block.num for block in report.blocks)
-    with reporter.meter("tokenizing", total, "examples") as meter:
+    with reporter.meter("tokenizing", report.num_checked, "examples") as meter:
         for block in report.blocks:
-            rows = read_arrow(block.examples).to_pylist() if block.examples.exists() else []
-            for row in rows:
+            before = block.first - block.file.first
+            for row in block.rows():
                 try:
                     _, found = tokenize_row(row, columns, view.encoder, view.max_length, policies)
                 except RowProblem as problem:
@@ -124,11 +107,9 @@ def _check_tokens(
                 for name in found:
                     finding = findings.setdefault(name, Finding("drop"))
                     finding.count += 1
-                    if len(finding.rows) < _ROWS_NAMED or name == listed:
-                        place = (block.file.path.as_posix(), row["row"] + block.first - block.file.first)
-                        finding.rows.append(place)
-                    else:
-                        finding.more = True
+                    finding.name(
+                        (block.file.path.as_posix(), row["row"] + before), None if name == listed else _ROWS_NAMED
+                    )
             meter.advance(block.num)
     return findings
 
@@ -137,25 +118,11 @@ def _first_of_each_reason(rejects: Path) -> dict[str, str]:
     """For each reason to leave rows out, what is said of the first one."""
     found: dict[str, str] = {}
     with rejects.open(encoding="utf-8") as file:
-        for line in file:
-            entry = json.loads(line)
-            if entry["reason"] not in found:
-                line = f" (line {entry['line']})" if "line" in entry else ""
-                place = f"row {entry['row']}{line}"
-                part = f", {entry['part']}" if "part" in entry else ""
-                found[entry["reason"]] = f"{entry['file']}, {place}{part}: {entry['detail']}"
+        for entry in map(json.loads, file):
+            line = f" (line {entry['line']})" if "line" in entry else ""
+            part = f", {entry['part']}" if "part" in entry else ""
+            found.setdefault(entry["reason"], f"{entry['file']}, row {entry['row']}{line}{part}: {entry['detail']}")
     return found
-
-
-def _print(kind: str, report: Conversion, options: CheckOptions, examples: dict[str, str], reporter: Reporter) -> None:
-    rows = [row for row in account_rows(report, None) if not row[0].startswith(("left out:", "kept:"))]
-    rows += [(f"left out: {reason.replace('_', ' ')}", f"{count}: {examples[reason]}{', ...' if count > 1 else ''}")
-             for reason, count in report.rejected.most_common()]  # fmt: skip
-    reporter.table(f"{kind}: what goes in", rows)
-    rates = {name: report.rate(name) for name in report.checks}
-    _print_findings(f"{kind}: checks", report.checks, rates, options, reporter)
-    for warning in (*warnings_of(report), *filter(None, [report.empty_split])):
-        reporter.warn(warning)
 
 
 def _print_findings(

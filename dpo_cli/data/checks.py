@@ -1,17 +1,22 @@
-"""What can be wrong with an example, whatever its format; what becomes of it is up to the policy.
+"""What can be wrong with an example, by its text or by its tokens; what becomes of it is up to the policy.
 
-Each check has a setting of its name in data.checks (:class:`dpo_cli.core.data_params.DataChecks`).
-The checks of a single example are here; those that compare rows with each other (duplicate,
-contradiction, repeated and shared prompts) are in :mod:`dpo_cli.data.repeats`.
+Each check of texts has a setting of its name in data.checks (:class:`dpo_cli.core.data_params.DataChecks`), each one of
+tokens in sft.checks and reference.checks (:class:`dpo_cli.core.params.TokenChecks`). Those that compare rows with each
+other (duplicate, contradiction, repeated and shared prompts) are in :mod:`dpo_cli.data.repeats`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-from dpo_cli.data.schema import Messages, PreferenceExample, SftExample, text_of
+from dpo_cli.data.problem import RowProblem
+from dpo_cli.data.schema import TOOLS, Messages, PreferenceExample, SftExample, is_plain, text_of
+
+if TYPE_CHECKING:
+    from dpo_cli.data.chat import ChatEncoder, Encoding
 
 FORMAT_CHECK = "malformed"
 """The check that rows fail which do not fit their format, whatever the reason."""
@@ -36,6 +41,7 @@ _MARKERS = re.compile(
     r"|###\s?(?:Instruction|Response|Human|Assistant|User|System)\b"
 )
 _PLACEHOLDER = re.compile(r"\{\{\s*[\w.-]{1,60}\s*\}\}")
+_NO_INPUT = re.compile(r"\n\W{0,4}no[ _-]?input\W{0,4}\Z", re.IGNORECASE)
 
 
 def has_chat_markers(text: str) -> bool:
@@ -58,27 +64,6 @@ def has_placeholders(text: str) -> bool:
     return "{" in text and "{{" in text and _PLACEHOLDER.search(text) is not None
 
 
-def _find_in_text(text: str, found: list[str]) -> None:
-    if has_chat_markers(text):
-        found.append("chat_markers")
-    if has_placeholders(text):
-        found.append("placeholders")
-    if "\ufffd" in text:
-        found.append("replacement_characters")
-
-
-_NO_INPUT = re.compile(r"\n\W{0,4}no[ _-]?input\W{0,4}\Z", re.IGNORECASE)
-
-
-def _find_in_prompt(prompt: Messages, found: list[str]) -> None:
-    if len(prompt) > 1:
-        roles = [message["role"] for message in prompt]
-        if "system" in roles[1:] or any(one == other != "tool" for one, other in pairwise(roles)):
-            found.append("turn_order")
-    if "nput" in (content := prompt[-1]["content"])[-10:] and _NO_INPUT.search(content, max(len(content) - 20, 0)):
-        found.append("no_input")
-
-
 def is_empty(messages: Messages) -> bool:
     """Whether there is nothing but white space: no text and no call, for reasoning alone is no answer."""
     for message in messages:
@@ -88,26 +73,30 @@ def is_empty(messages: Messages) -> bool:
     return True
 
 
-def check_sft(example: SftExample) -> list[str]:
-    """Names of the checks that an instruction fails."""
+def check_example(example: SftExample | PreferenceExample) -> list[str]:
+    """Names of the checks that an instruction or a pair fails."""
+    prompt, texts = example.prompt, [text_of(answer) for answer in example.answers]
     found: list[str] = []
-    _find_in_text(f"{text_of(example.prompt)}\n{text_of(example.completion)}", found)
-    _find_in_prompt(example.prompt, found)
-    if is_empty(example.prompt):
+    text = "\n".join((text_of(prompt), *texts))
+    if has_chat_markers(text):
+        found.append("chat_markers")
+    if has_placeholders(text):
+        found.append("placeholders")
+    if "\ufffd" in text:
+        found.append("replacement_characters")
+    if len(prompt) > 1:
+        roles = [message["role"] for message in prompt]
+        if "system" in roles[1:] or any(one == other != "tool" for one, other in pairwise(roles)):
+            found.append("turn_order")
+    if "nput" in (last := prompt[-1]["content"])[-10:] and _NO_INPUT.search(last, max(len(last) - 20, 0)):
+        found.append("no_input")
+    if is_empty(prompt):
         found.append("empty_prompt")
-    if is_empty(example.completion):
-        found.append("empty_completion")
-    return found
-
-
-def check_preference(example: PreferenceExample) -> list[str]:
-    """Names of the checks that a pair fails."""
-    prompt, chosen, rejected = text_of(example.prompt), text_of(example.chosen), text_of(example.rejected)
-    found: list[str] = []
-    _find_in_text(f"{prompt}\n{chosen}\n{rejected}", found)
-    _find_in_prompt(example.prompt, found)
-    if is_empty(example.prompt):
-        found.append("empty_prompt")
+    if isinstance(example, SftExample):
+        if is_empty(example.completion):
+            found.append("empty_completion")
+        return found
+    chosen, rejected = texts
     if is_empty(example.chosen):
         found.append("empty_chosen")
     if is_empty(example.rejected):
@@ -124,19 +113,6 @@ def check_preference(example: PreferenceExample) -> list[str]:
     return found
 
 
-def reason_to_drop(found: list[str], policies: Mapping[str, str]) -> str | None:
-    """The check by which an example is left out, if one of them says so."""
-    reasons = [name for name in found if policies[name] != "keep"]
-    return min(reasons, key=_ORDER.index) if reasons else None
-
-
-_ORDER = (
-    "empty_prompt", "empty_completion", "empty_chosen", "empty_rejected", "equal_sides", "score_conflict",
-    "prefix_sides", "chat_markers", "placeholders", "replacement_characters", "turn_order", "no_input",
-    "longer_chosen",
-)  # fmt: skip
-"""The one that is named where an example fails several."""
-
 DESCRIPTIONS: Mapping[str, str] = {
     "empty_prompt": "has no prompt",
     "empty_completion": "has an empty answer",
@@ -152,4 +128,145 @@ DESCRIPTIONS: Mapping[str, str] = {
     "no_input": "ends with a word such as <noinput> in place of an input",
     "longer_chosen": "has a longer preferred answer",
 }
-"""What a check says of an example that fails it."""
+"""What a check of texts says of an example that fails it; where it fails several, the first one here is named."""
+
+
+def reason_to_drop(found: Sequence[str], policies: Mapping[str, str]) -> str | None:
+    """The check by which an example is left out, if one of them says so."""
+    reasons = [name for name in found if policies[name] != "keep"]
+    return next((name for name in DESCRIPTIONS if name in reasons), None)
+
+
+# --- by tokens -----------------------------------------------------------------------------------
+
+TOKEN_DETAILS: Mapping[str, str] = {
+    "lost_eos": "has an answer that does not end with a token that ends the turn",
+    "lost_text": (
+        "has text that is not among its tokens: the model's chat template leaves it out, as many do with reasoning"
+        " between <think> and </think>, or its tokenizer has no token for it; give reasoning as reasoning_content, or"
+        " set model.chat_template"
+    ),
+    "equal_sides": "has two answers that are the same token by token",
+    "doubled_opener": (
+        "has an answer that begins with what the chat template opens before it, such as <think>; take it out of the"
+        " answer's text"
+    ),
+    "tools_not_shown": (
+        "has tools or calls that the model's chat template does not show: without them it writes the same; take a"
+        " model whose template knows tools, or set the check to keep to train without them"
+    ),
+    "reasoning_not_shown": (
+        "has reasoning that the model's chat template does not show; take a model whose template does, or"
+        " set the check to keep to train on the answer alone"
+    ),
+    "double_bos": "has a prompt that begins with two BOS tokens",
+    "double_eos": "has an answer whose text ends with an end token of its own",
+}
+"""What a check of tokens says of a row that fails it, and what helps."""
+
+_TAG_AT_END = re.compile(r"(<[^<>\s]{1,40}>)\s*$")
+
+
+def check_tokens(
+    encoder: ChatEncoder, prompt: Messages, completions: Sequence[Messages], encoding: Encoding
+) -> list[str]:
+    """Names of the checks that a row's tokens fail, but for the length.
+
+    Args:
+        encoder: The model's chat encoder.
+        prompt: The prompt.
+        completions: Its answers.
+        encoding: What the encoder makes of them.
+    """
+    found = _hidden(encoder, prompt, completions, encoding) if not is_plain(prompt, *completions) else []
+    tag = _TAG_AT_END.search(encoding.prompt_text[-80:])
+    if tag is not None and any(text.lstrip().startswith(tag[1]) for text in encoding.texts):
+        found.append("doubled_opener")
+    ids = encoding.completions
+    if (
+        any(_lacks_a_token(encoder, *each) for each in zip(completions, ids, strict=True))
+        or _loses_an_answer(completions, encoding)
+        or _loses_a_turn(encoder, prompt, encoding.prompt_text)
+    ):
+        found.append("lost_text")
+    if any(not each or each[-1] not in encoder.stop_ids for each in ids):
+        found.append("lost_eos")
+    if any(one == other for place, one in enumerate(ids) for other in ids[:place]):
+        found.append("equal_sides")
+    bos = encoder.tokenizer.bos_token_id
+    if bos is not None and encoding.prompt[:2] == [bos, bos]:
+        found.append("double_bos")
+    if any(answer[-1]["content"].rstrip().endswith(encoder.end_texts) for answer in completions if answer):
+        found.append("double_eos")
+    return found
+
+
+def _lacks_a_token(encoder: ChatEncoder, completion: Messages, ids: Sequence[int]) -> bool:
+    """Whether the tokenizer has no token for a part of an answer."""
+    if encoder.unknown_id is None or encoder.unknown_id not in ids:
+        return False
+    said, written = text_of(completion), encoder.tokenizer.decode([encoder.unknown_id])
+    return encoder.tokenize(said).count(encoder.unknown_id) > said.count(written)
+
+
+def _loses_an_answer(completions: Sequence[Messages], encoding: Encoding) -> bool:
+    """Whether the template leaves out text of an answer; what it writes at the end of the prompt is not lost."""
+    opened = _TAG_AT_END.search(encoding.prompt_text[-80:])
+    return any(
+        not _holds(f"{opened[1] if opened else ''}{text}", message["content"])
+        for answer, text in zip(completions, encoding.texts, strict=True)
+        for message in answer
+    )
+
+
+def _loses_a_turn(encoder: ChatEncoder, prompt: Messages, text: str) -> bool:
+    """Whether the template leaves out a turn of the prompt; of earlier answers it may leave out the reasoning."""
+    for place, message in enumerate(prompt):
+        if message["role"] != "assistant" and not _holds(text, message["content"]):
+            other = [*prompt[:place], {**message, "content": "?"}, *prompt[place + 1 :]]
+            if _looks_alike(encoder, other, prompt, add_generation_prompt=True):
+                return True
+    return False
+
+
+def _hidden(encoder: ChatEncoder, prompt: Messages, completions: Sequence[Messages], encoding: Encoding) -> list[str]:
+    """Which of tools, calls and reasoning the template does not show: without them it writes the same."""
+    found = []
+    bare = _without(prompt, TOOLS)
+    lists = [(prompt, True), *((prompt + completion, False) for completion in completions)]
+    if (bare != prompt and _looks_alike(encoder, bare, prompt, add_generation_prompt=True)) or any(
+        _looks_alike(encoder, _without(messages, "tool_calls", place), messages, add_generation_prompt=opens)
+        for messages, opens in lists
+        for place, message in enumerate(messages)
+        if "tool_calls" in message
+    ):
+        found.append("tools_not_shown")
+    if any(
+        not _holds(text, message.get("reasoning_content", ""))
+        for completion, text in zip(completions, encoding.texts, strict=True)
+        for message in completion
+    ):
+        found.append("reasoning_not_shown")
+    return found
+
+
+def _looks_alike(encoder: ChatEncoder, one: Messages, other: Messages, *, add_generation_prompt: bool) -> bool:
+    try:
+        return encoder.render(one, add_generation_prompt=add_generation_prompt) == encoder.render(
+            other, add_generation_prompt=add_generation_prompt
+        )
+    except RowProblem:
+        return False
+
+
+def _without(messages: Messages, field: str, place: int = 0) -> Messages:
+    """Messages of which one lacks a field."""
+    if not messages or field not in messages[place]:
+        return messages
+    bare = {name: text for name, text in messages[place].items() if name != field}
+    return [*messages[:place], bare, *messages[place + 1 :]]
+
+
+def _holds(text: str, part: str) -> bool:
+    """Whether a text holds another, whatever the white space in both."""
+    return part.strip() in text or "".join(part.split()) in "".join(text.split())

@@ -9,7 +9,9 @@ content. Memory does not grow with the files.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,15 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from dpo_cli.core.cores import usable_cores
 from dpo_cli.core.data_params import SftSource, Source
 from dpo_cli.core.errors import DataError
+from dpo_cli.core.progress import Reporter
 from dpo_cli.data.account import SPLITS, Conversion, ConvertedBlock, FileAccount, Finding
 from dpo_cli.data.block_files import examples_file, is_full, rankings_file, read_arrow, widen, write_arrow
 from dpo_cli.data.blocks import DIGESTS, BlockResult, Reject
 from dpo_cli.data.checks import CHECKS_OF
-from dpo_cli.data.plan import Treatment, find_files, plan_of
+from dpo_cli.data.plan import Treatment, find_files, num_bytes, plan_of
 from dpo_cli.data.reading.base import Block
 from dpo_cli.data.reading.files import read_blocks, read_records
 from dpo_cli.data.repeats import CHECKS, Repeats, find_repeats
@@ -86,6 +90,39 @@ def convert(
     if out is not None and run.report.empty_split:
         raise DataError(run.report.empty_split)
     return run.report
+
+
+@contextmanager
+def convert_aside(
+    sources: Sequence[Source], treatment: Treatment, reporter: Reporter, doing: str, workers: int | None
+) -> Iterator[tuple[Conversion, Path]]:
+    """Convert in a folder that does not last, and write no tables; what became of the rows, and the list of rejects.
+
+    Args:
+        sources: Where the data is; all of one kind.
+        treatment: What is done with their rows.
+        reporter: Shows progress.
+        doing: What is done, for its meter.
+        workers: Processes that share the work; None: one a core.
+
+    Raises:
+        DataError: See :func:`convert`.
+    """
+    with tempfile.TemporaryDirectory(prefix="dpo-cli-") as folder:
+        work, rejects = Path(folder) / "work", Path(folder) / "rejects.jsonl"
+        work.mkdir()
+        with reporter.meter(doing, num_bytes(sources), "bytes") as meter:
+            report = convert(
+                sources, treatment, work, None, rejects, workers=workers or usable_cores(), on_bytes=meter.advance
+            )
+        yield report, rejects
+
+
+def by_kind(sources: Sequence[Source]) -> Iterator[tuple[str, list[Source]]]:
+    """The sources of instructions, then those of preferences, where there are some."""
+    for kind in ("sft", "preferences"):
+        if mine := [source for source in sources if isinstance(source, SftSource) == (kind == "sft")]:
+            yield kind, mine
 
 
 class _Run:
@@ -157,7 +194,6 @@ class _Run:
         result.digests["row"] += first
         result.digests.tofile(digests)
         self.report.num_checked += result.num_examples
-        self.report.num_read += result.num_rows
         self.report.num_ties += result.num_ties
         account.num_rows += result.num_rows
         account.add(result)
@@ -166,35 +202,25 @@ class _Run:
 
     def compare(self) -> Repeats:
         """Compare all examples with each other."""
-        if not self.report.num_checked:
-            return Repeats(
-                {name: np.empty(0, np.int64) for name in CHECKS}, {name: np.empty(0, np.int64) for name in CHECKS}
-            )
         repeats = find_repeats(self._digests, self.report.num_checked, self._policies)
         for name in CHECKS:
             if self._policies[name] == "keep" and name in self.report.checks:
-                self._note_indices(name, repeats.indices[name])
+                indices, _ = repeats[name]
+                rows = np.memmap(self._digests, DIGESTS, "r")["row"] if len(indices) else indices
+                self._note(name, len(indices), (int(rows[index]) for index in indices.tolist()))
         return repeats
 
-    def _note_indices(self, name: str, indices: np.ndarray) -> None:
-        digests = np.memmap(self._digests, DIGESTS, "r")
-        self._note(name, len(indices), (int(digests[int(index)]["row"]) for index in indices))
-
-    def _note(self, name: str, count: int, rows: Any) -> None:
+    def _note(self, name: str, count: int, rows: Iterable[int]) -> None:
         finding = self.report.checks[name]
         finding.count += count
+        most = None if name == self._treatment.listed else self._treatment.rows_listed
         for row in rows:
-            place = self._place_of(row)
-            if finding.rows[-1:] == [place]:  # several pairs of a ranking are of one row
-                continue
-            if len(finding.rows) >= self._treatment.rows_listed and name != self._treatment.listed:
-                finding.more = True
+            if not finding.name(self._place_of(row), most):
                 break
-            finding.rows.append(place)
 
     def _place_of(self, row: int) -> tuple[str, int]:
         """A row among all rows, as its file and its number there."""
-        account = self._account_of(row)
+        account = next(account for account in reversed(self.report.files) if account.first <= row)
         return account.path.as_posix(), row - account.first
 
     # --- writing ------------------------------------------------------------------------------
@@ -207,7 +233,7 @@ class _Run:
                 account = block.file
                 rejects = self._rejects_of(index)
                 ends = (block.start, block.start + block.num)
-                ranges = {name: np.searchsorted(repeats.indices[name], ends) for name in dropped}
+                ranges = {name: np.searchsorted(repeats[name][0], ends) for name in dropped}
                 if block.num and (block.is_weighted or any(low < high for low, high in ranges.values())):
                     rejects += self._thin_out(block, repeats, ranges)
                 self._count(index, block)
@@ -252,9 +278,6 @@ class _Run:
             few = f" and has {prompts} distinct prompts" if prompts < num else ""
             report.empty_split = f"{told}{few}; add rows, or change data.eval_fraction, now {fraction:g}"
 
-    def _account_of(self, row: int) -> FileAccount:
-        return next(account for account in reversed(self.report.files) if account.first <= row)
-
     def _thin_out(self, block: ConvertedBlock, repeats: Repeats, ranges: Mapping[str, np.ndarray]) -> list[Reject]:
         """Write a block anew without the rows that later checks drop, and with as many copies as its weight says."""
         account, file = block.file, block.examples
@@ -263,9 +286,9 @@ class _Run:
         stays = np.ones(block.num, bool)
         rejects = []
         for name, (low, high) in ranges.items():
-            hits = repeats.indices[name][low:high] - block.start
+            hits, others = repeats[name][0][low:high] - block.start, repeats[name][1][low:high]
             stays[hits] = False
-            for at, other in zip(hits, repeats.others[name][low:high], strict=True):
+            for at, other in zip(hits, others, strict=True):
                 reject = _reject_at(table, int(at), shift, name, "")
                 path, row = self._place_of(int(other))
                 where = f"row {row}" if path == account.path.as_posix() else f"row {row} of {path}"
@@ -286,7 +309,6 @@ class _Run:
         return rejects
 
     def _count(self, index: int, block: ConvertedBlock) -> None:
-        self.report.num_used += block.num_used
         block.file.num_used += block.num_used
         self.report.num_items += block.num
         self.report.num_written.update(block.num_by_split)

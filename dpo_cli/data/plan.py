@@ -43,6 +43,11 @@ class Treatment:
         """What section data says."""
         return cls(data.checks.model_dump(), data.eval_fraction, data.split_by)
 
+    def without_stops(self) -> Treatment:
+        """The same for a look at the data: what would stop the conversion is left out."""
+        policies = {name: "drop" if policy == "error" else policy for name, policy in self.policies.items()}
+        return replace(self, policies=policies)
+
 
 @dataclass(frozen=True)
 class BlockPlan:

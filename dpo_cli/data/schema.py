@@ -161,6 +161,38 @@ def joint_id(*ids: str) -> str:
     return blake2b("".join(ids).encode(), digest_size=16).hexdigest()
 
 
+# --- the split, which a prompt's content alone decides, so that it falls on the same side in every file --------------
+
+
+def deciding_part(prompt: Messages, split_by: str = "opening") -> Messages:
+    """What of a prompt decides its split: the whole ``prompt``, or its ``opening``, all up to the first user turn.
+
+    The opening is that part whatever tools there are, and the prompt itself, where nothing is left out of it. So a
+    longer conversation falls where the shorter one falls that it goes on from.
+    """
+    if split_by == "prompt":
+        return prompt
+    if prompt and TOOLS in prompt[0]:
+        prompt = [{name: text for name, text in prompt[0].items() if name != TOOLS}, *prompt[1:]]
+    if len(prompt) == 1:
+        return prompt
+    first = next((index for index, message in enumerate(prompt) if message["role"] == "user"), len(prompt) - 1)
+    return prompt if first == len(prompt) - 1 else prompt[: first + 1]
+
+
+def position_of(digest: str) -> float:
+    """A number in [0, 1) by the first 64 bits of a content id."""
+    return int(digest[:16], 16) / 2.0**64
+
+
+def split_position(prompt: Messages, split_by: str = "opening") -> float:
+    """A number in [0, 1) that is uniform over deciding parts and fixed for each; below the held-out share is eval."""
+    return position_of(content_id(deciding_part(prompt, split_by)))
+
+
+# --- examples ------------------------------------------------------------------------------------
+
+
 def text_of(messages: Messages) -> str:
     """All that a message list says as one text, reasoning and calls included."""
     return _said(messages[0]) if len(messages) == 1 else "\n".join(map(_said, messages))

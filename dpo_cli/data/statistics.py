@@ -1,4 +1,4 @@
-"""What a set of examples is like: lengths, turns, languages. Counted as they stream by.
+"""What data is like before it is used: lengths, turns, languages. Files are read as the conversion reads them.
 
 Of an example only its lengths stay, four bytes each. Languages and scripts are those of a sample,
 the examples with the smallest content hash, so neither their order nor a seed decides.
@@ -10,15 +10,26 @@ import heapq
 import unicodedata
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cache, lru_cache
+from itertools import groupby
+from typing import Any
 
 import numpy as np
 
+from dpo_cli.core.data_params import DataParams, Source
+from dpo_cli.core.progress import Reporter
+from dpo_cli.data.chat import ChatEncoder
+from dpo_cli.data.convert import by_kind, convert_aside
+from dpo_cli.data.plan import Treatment
 from dpo_cli.data.problem import RowProblem
-from dpo_cli.data.schema import Messages, PreferenceExample, RankingExample, SftExample, content_id, text_of
+from dpo_cli.data.repeats import CHECKS
+from dpo_cli.data.schema import Messages, part_id, text_of
 from dpo_cli.statistics.binomial import wilson_interval
+
+LIMITS = (512, 1024, 2048, 4096)
+"""Numbers of tokens above which examples are counted."""
 
 SCRIPTS = ("Latin", "Han", "Kana", "Hangul", "Cyrillic", "Arabic", "Devanagari", "other")
 """The scripts that are told apart."""
@@ -33,6 +44,84 @@ TOO_SHORT = "too_short"
 """The language of a text that is too short, or too much of several languages, to tell it."""
 
 _SAMPLED_CHARACTERS = 1000
+_SURE = 0.6
+"""The probability from which on a guessed language is named."""
+
+
+def profile_sources(
+    sources: Sequence[Source],
+    data: DataParams,
+    encoder: ChatEncoder | None,
+    reporter: Reporter,
+    workers: int | None = None,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read sources, and say what is in them.
+
+    Rows are read and checked as the conversion does it, but for comparing them with each other: those that repeat are
+    counted, and so are those that the weight of their source would leave out.
+
+    Args:
+        sources: Where the data is.
+        data: Section data of the project.
+        encoder: Whose tokens are counted; None: characters are.
+        reporter: Shows progress.
+        workers: Processes that read; None: one a core.
+
+    Yields:
+        A kind of data and its figures, as soon as it is read.
+
+    Raises:
+        DataError: A file cannot be read or has no known format.
+    """
+    treatment = Treatment.of(data).without_stops()
+    treatment = replace(treatment, policies={**treatment.policies, **dict.fromkeys(CHECKS, "keep")})
+    for kind, mine in by_kind(sources):
+        mine = [source.model_copy(update={"weight": 1.0}) for source in mine]
+        statistics = DataStatistics(encoder, LIMITS if encoder is not None else (), language_of)
+        with convert_aside(mine, treatment, reporter, f"reading {kind}", workers) as (report, _):
+            left_out = report.rejected.copy()
+            with reporter.meter(f"measuring {kind}", report.num_checked, "examples") as meter:
+                for block in report.blocks:
+                    for example in _examples(block.rows()):
+                        try:
+                            statistics.add(example)
+                        except RowProblem as problem:
+                            left_out[problem.reason] += 1
+                    meter.advance(block.num)
+        formats = sum((account.formats for account in report.files), Counter[str]())
+        yield (
+            kind,
+            {
+                "rows": report.num_read,
+                "left_out": dict(left_out.most_common()),
+                "sources": [
+                    {"file": account.path.as_posix(), "rows": account.num_rows, "format": account.why}
+                    for account in report.files
+                ],
+                "formats": dict(formats.most_common()),
+                **statistics.summary(),
+            },
+        )
+
+
+def _examples(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Rows of a block by example: the pairs of a ranking together, others alone."""
+    numbered = groupby(enumerate(rows), lambda row: (row[1]["ranking"], row[1]["ranking"] < 0 and row[0]))
+    for _, example in numbered:
+        yield [row for _, row in example]
+
+
+def language_of(text: str) -> str:
+    """The language of a text as two letters: a guess, or TOO_SHORT where it would be a poor one."""
+    language, probability = _identifier().classify(text)
+    return str(language) if probability >= _SURE else TOO_SHORT
+
+
+@cache
+def _identifier() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier  # here: it takes half a second
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
 class Distribution:
@@ -73,42 +162,14 @@ class Distribution:
         }
 
 
-class Measure(Protocol):
-    """What a length is counted in."""
-
-    unit: str
-
-    def prompt(self, prompt: Messages) -> int:
-        """Length of a prompt; may raise RowProblem."""
-        ...
-
-    def answer(self, prompt: Messages, answer: Messages) -> int:
-        """Length of an answer to it; may raise RowProblem."""
-        ...
-
-
-class Characters:
-    """Lengths in characters (code points)."""
-
-    unit = "characters"
-
-    def prompt(self, prompt: Messages) -> int:
-        """Characters of all messages."""
-        return len(text_of(prompt))
-
-    def answer(self, prompt: Messages, answer: Messages) -> int:
-        """Characters of the answer."""
-        return len(text_of(answer))
-
-
 class DataStatistics:
     """Statistics of examples of one kind.
 
-    A ranking of K answers is one example, whose prompt counts once; its answers count as chosen
-    and rejected once for every pair that is made of it, as training sees them.
+    A ranking is one example, whose prompt counts once; its answers count as chosen and rejected
+    once for every pair that is made of it, as training sees them.
 
     Args:
-        measure: What lengths are counted in.
+        encoder: Lengths are counted in its tokens, with all that the chat template adds; None: in characters.
         limits: Lengths of the prompt with its longest answer above which examples are counted.
         language_of: The language of a text, where languages are wanted.
         sample_size: Examples whose languages and scripts are looked at.
@@ -116,12 +177,12 @@ class DataStatistics:
 
     def __init__(
         self,
-        measure: Measure | None = None,
+        encoder: ChatEncoder | None = None,
         limits: Sequence[int] = (),
         language_of: Callable[[str], str] | None = None,
         sample_size: int = SAMPLE_SIZE,
     ) -> None:
-        self._measure = measure or Characters()
+        self._encoder = encoder
         self._language_of = language_of
         self._sample_size = sample_size
         self._sample: list[tuple[int, str, str]] = []  # a heap: negative hash, prompt, answer
@@ -132,40 +193,27 @@ class DataStatistics:
         self._multi_turn = self._with_system = 0
         self._rankings = self._pairs = self._longer = self._equal = 0
 
-    def add(
-        self, example: SftExample | PreferenceExample | RankingExample, pairs: Sequence[tuple[int, int]] | None = None
-    ) -> None:
-        """Count an example.
-
-        Args:
-            example: The example.
-            pairs: Of a ranking: the pairs (better, worse) that count; None: all that are not tied.
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Count an example: an instruction, a pair, or the pairs of a ranking, as canonical rows.
 
         Raises:
-            RowProblem: It holds what is no text, or cannot be measured; then nothing of it is counted.
+            RowProblem: It cannot be measured; then nothing of it is counted.
         """
-        prompt, answers = example.prompt, example.answers
-        sides: Sequence[tuple[int, int]] = [] if isinstance(example, SftExample) else [(0, 1)]
-        if isinstance(example, RankingExample):
-            sides = example.pairs("all") if pairs is None else pairs
-        try:
-            digest = content_id(prompt, *answers)
-        except UnicodeEncodeError:
-            raise RowProblem("bad_unicode", "has half of a surrogate pair, which is no text") from None
-        prompt_length = self._measure.prompt(prompt)
-        lengths = [self._measure.answer(prompt, answer) for answer in answers]
+        prompt = rows[0]["prompt"]
+        sides = [name for name in ("completion", "chosen", "rejected") if name in rows[0]]
+        prompt_length = len(text_of(prompt) if self._encoder is None else self._encoder.encode_prompt(prompt))
+        lengths: dict[str, int] = {}  # of each answer, which several pairs may have
+        measured = [[self._length(prompt, row[side], lengths) for side in sides] for row in rows]
 
         self._lengths["prompt"].add(prompt_length)
-        if isinstance(example, SftExample):
-            self._lengths["completion"].add(lengths[0])
-        for better, worse in sides:
-            self._lengths["chosen"].add(lengths[better])
-            self._lengths["rejected"].add(lengths[worse])
-            self._longer += lengths[better] > lengths[worse]
-            self._equal += lengths[better] == lengths[worse]
-        self._pairs += len(sides)
-        self._rankings += isinstance(example, RankingExample)
-        whole = prompt_length + max(lengths)
+        for pair in measured:
+            for side, length in zip(sides, pair, strict=True):
+                self._lengths[side].add(length)
+            self._pairs += len(pair) == 2
+            self._longer += pair[0] > pair[-1]
+            self._equal += len(pair) == 2 and pair[0] == pair[1]
+        self._rankings += rows[0]["ranking"] >= 0
+        whole = prompt_length + max(lengths.values())
         self._whole.add(whole)
         for limit in self._over:
             self._over[limit] += whole > limit
@@ -173,7 +221,14 @@ class DataStatistics:
         self._turns.add(roles.count("user"))
         self._multi_turn += roles.count("user") > 1
         self._with_system += "system" in roles
-        self._add_to_sample(digest, prompt, answers[0])
+        self._add_to_sample(rows[0]["id"], prompt, rows[0][sides[0]])
+
+    def _length(self, prompt: Messages, answer: Messages, known: dict[str, int]) -> int:
+        key = part_id(answer)
+        if key not in known:
+            encoder = self._encoder
+            known[key] = len(text_of(answer) if encoder is None else encoder.encode_completion(prompt, answer))
+        return known[key]
 
     def summary(self) -> dict[str, Any]:
         """All figures, as JSON has them."""
@@ -183,7 +238,7 @@ class DataStatistics:
             "turns": self._turns.summary(),
             "multi_turn": _share(self._multi_turn, num),
             "system_prompt": _share(self._with_system, num),
-            "unit": self._measure.unit,
+            "unit": "characters" if self._encoder is None else "tokens",
             "lengths": {
                 **{name: lengths.summary() for name, lengths in self._lengths.items()},
                 "prompt_and_longest_answer": self._whole.summary(),
@@ -228,8 +283,8 @@ class DataStatistics:
             answers[answered] += 1
             different += asked != answered and {NO_LETTERS, TOO_SHORT}.isdisjoint((asked, answered))
         return {
-            "prompts": dict(_ordered(prompts)),
-            "answers": dict(_ordered(answers)),
+            "prompts": _ordered(prompts),
+            "answers": _ordered(answers),
             "answer_in_another": _share(different, len(self._sample)),
         }
 
@@ -238,8 +293,8 @@ def _share(count: int, total: int) -> dict[str, Any]:
     return {"count": count, "share": count / total if total else 0.0}
 
 
-def _ordered(counts: Mapping[str, int]) -> list[tuple[str, int]]:
-    return sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
+def _ordered(counts: Mapping[str, int]) -> dict[str, int]:
+    return dict(sorted(counts.items(), key=lambda entry: (-entry[1], entry[0])))
 
 
 def _asked(prompt: Messages) -> str:

@@ -15,6 +15,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
@@ -23,12 +24,15 @@ from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_bytes, digest_json, remove, sha256_file, write_json
 from dpo_cli.core.errors import DataError, StaleArtifactError
 from dpo_cli.core.row_store import forget_other_stores
-from dpo_cli.data import chat, schema, templates, token_checks, tokens
+from dpo_cli.data import chat, checks, schema, templates, tokens
 from dpo_cli.data.chat import ChatEncoder
+from dpo_cli.data.checks import TOKEN_DETAILS, check_tokens
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import TOOLS, Messages, content_id, from_table
-from dpo_cli.data.token_checks import TOKEN_DETAILS, check_tokens
-from dpo_cli.data.tokens import TokenGroup, TokenStore, TokenWriter
+from dpo_cli.data.tokens import TokenGroup, TokenWriter, stored_groups
+from dpo_cli.losses.ranking import MAX_TIED, Ties
+
+SPLITS = ("train", "eval")
 
 _MANY = 0.05
 """Share of rows left out above which a stage warns."""
@@ -120,7 +124,7 @@ def _open(folder: Path, path: Path) -> TokenTable | None:
     try:
         others = json.loads((folder / _OTHERS).read_text(encoding="utf-8"))
         rejects = [{"file": path.as_posix(), **one} for one in others["rejects"]]
-        return TokenTable(TokenStore(folder), rejects, dict(others["found"]), path)
+        return TokenTable(stored_groups(folder), rejects, dict(others["found"]), path)
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
@@ -154,7 +158,7 @@ def _write(
 @cache
 def _code_digest() -> str:
     """Of the code that decides token ids: a change of it makes no use of what an earlier one wrote."""
-    files = (__file__, *(str(module.__file__) for module in (chat, schema, templates, token_checks, tokens)))
+    files = (__file__, *(str(module.__file__) for module in (chat, checks, schema, templates, tokens)))
     return digest_bytes(*(Path(file).read_bytes() for file in files))
 
 
@@ -251,3 +255,70 @@ def tokenize_row(
         if policies[name] != "keep":
             raise RowProblem(name, TOKEN_DETAILS[name])
     return group, found
+
+
+# --- what stages read of tables besides tokens ----------------------------------------------
+
+
+def refuse_empty(tables: Sequence[TokenTable], max_length: int, *, section: str, ranked: bool) -> None:
+    """Refuse preference data of which nothing is left to train on, or nothing to hold out.
+
+    Args:
+        tables: Those of :data:`SPLITS`.
+        max_length: reference.max_length, for the message.
+        section: Whose loss asks for them.
+        ranked: Whether they are rankings.
+
+    Raises:
+        DataError: A table has no group.
+    """
+    for split, table in zip(SPLITS, tables, strict=True):
+        if table.groups:
+            continue
+        path = paths.ranking_table(split) if ranked else paths.preference_table(split)
+        if not table.rejects:
+            loss = f"params.yaml: {section}.loss plackett_luce learns from rankings of several answers, and "
+            raise DataError(
+                f"{loss if ranked else ''}{path.as_posix()} {'has no rows' if path.is_file() else 'is missing'}"
+            )
+        raise DataError(f"{path.as_posix()}: {explain_rejects([table], 'reference.max_length', max_length)}")
+
+
+def read_columns(path: Path, *names: str) -> dict[str, tuple[Any, ...]]:
+    """Some columns of a canonical table by row id; nothing where the table is not there."""
+    if not path.is_file():
+        return {}
+    frame = pl.read_parquet(path, columns=["id", *names], glob=False)
+    return {row[0]: row[1:] for row in frame.select("id", *names).iter_rows()}
+
+
+def read_ranks(groups: Sequence[TokenGroup], ties: Ties, section: str) -> dict[str, list[int]]:
+    """The ranks of the rankings of both splits by row id, ascending.
+
+    Args:
+        groups: Those that are trained with.
+        ties: What tied answers are taken for.
+        section: Whose settings they are, for the message.
+
+    Raises:
+        DataError: More answers are tied than can be averaged over.
+    """
+    ranks = {id: row[0] for split in SPLITS for id, row in read_columns(paths.ranking_table(split), "ranks").items()}
+    for group in groups:
+        tied = max(Counter(ranks[group.id]).values())
+        if ties == "average" and tied > MAX_TIED:
+            raise DataError(
+                f"data/preference: the ranking {group.id} has {tied} tied answers, and {section}.ties average takes at"
+                f" most {MAX_TIED}; set it to groups"
+            )
+    return ranks
+
+
+def table_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each table in data/sft or data/preference, by its name without the suffix."""
+    return {path.name.removesuffix(".parquet"): sha256_file(path) for path in sorted(folder.glob("*.parquet"))}
+
+
+def all_rejects(tables: Sequence[TokenTable]) -> list[dict[str, Any]]:
+    """The rows that some tables left out."""
+    return [reject for table in tables for reject in table.rejects]

@@ -14,13 +14,12 @@ Legend: G groups, S sequences, T tokens.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +29,7 @@ _TOKENS = "tokens.i32"
 _WRITTEN_AT_ONCE = 1 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenGroup:
     """A prompt with K completions, as token ids.
 
@@ -45,6 +44,17 @@ class TokenGroup:
     group: str
     prompt: tuple[int, ...]
     completions: tuple[tuple[int, ...], ...]
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both hold the same, read already or not."""
+        return isinstance(other, TokenGroup) and self._content == other._content
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    @property
+    def _content(self) -> tuple[Any, ...]:
+        return self.id, self.group, self.prompt, self.completions
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -74,99 +84,83 @@ def completion_key(prompt: Sequence[int], completion: Sequence[int]) -> str:
     return digest_bytes(array("i", prompt).tobytes(), array("i", completion).tobytes())
 
 
-class LazyGroups(Sequence[TokenGroup]):
-    """Groups that are read when they are asked for; a million of them in a list take 64 MB, whatever their length."""
+class LazyGroup(TokenGroup):
+    """A group that is read when it is asked for; a million of them take 64 MB, whatever their length.
 
-    @abstractmethod
-    def read(self, place: int, name: str) -> Any:
-        """A field or property of the group at a place, by its name in :class:`TokenGroup`."""
+    Args:
+        read: Gives a field, the sizes or the keys, by the name that they have in :class:`TokenGroup`.
+        source: What it reads from.
+    """
 
-    @overload
-    def __getitem__(self, index: int) -> TokenGroup: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[TokenGroup]: ...
-    def __getitem__(self, index: int | slice) -> TokenGroup | list[TokenGroup]:
-        """A group, or a list of them."""
-        places = range(len(self))[index]
-        return _LazyGroup(self, places) if isinstance(places, int) else [_LazyGroup(self, place) for place in places]
+    __slots__ = ("_read", "_source")
 
-
-class _LazyGroup(TokenGroup):
-    """One of them, equal to a group with the same fields; ``dataclasses.replace`` makes such a group of it."""
-
-    __slots__ = ("_groups", "_place")
-
-    def __init__(self, groups: LazyGroups, place: int) -> None:
-        self._groups, self._place = groups, place
+    def __init__(self, read: Callable[[Any, str], Any], source: Any) -> None:
+        self._read, self._source = read, source
 
     def __getattr__(self, name: str) -> Any:
         if name not in TokenGroup.__dataclass_fields__:
             raise AttributeError(name)
-        return self._groups.read(self._place, name)
-
-    @property
-    def __class__(self) -> type[TokenGroup]:  # pyright: ignore[reportIncompatibleMethodOverride] (is read alone)
-        return TokenGroup
+        return self._read(self._source, name)
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        return self._groups.read(self._place, "sizes")
+        """Tokens of the prompt, then of each completion."""
+        return self._read(self._source, "sizes")
 
     @property
     def keys(self) -> list[str]:
-        return self._groups.read(self._place, "keys")
+        """The keys of the completions."""
+        return self._read(self._source, "keys")
 
 
-class JoinedGroups(LazyGroups):
-    """Groups of completions that other groups with the same prompt have.
+def joined_group(parts: Sequence[tuple[TokenGroup, int]]) -> TokenGroup:
+    """A group of completions that other groups with the same prompt have; its ids are a hash of their keys.
 
     Args:
-        parts: For each group, others with the place of one of their completions. Its ids are a hash of the keys.
+        parts: Groups, each with the place of one of its completions.
     """
-
-    def __init__(self, parts: Sequence[Sequence[tuple[TokenGroup, int]]]) -> None:
-        self._parts = parts
-
-    def __len__(self) -> int:
-        return len(self._parts)
-
-    def read(self, place: int, name: str) -> Any:
-        """A field or property of a group."""
-        parts = self._parts[place]
-        if name == "prompt":
-            return parts[0][0].prompt
-        if name == "completions":
-            return tuple(group.completions[at] for group, at in parts)
-        if name == "sizes":
-            return parts[0][0].sizes[0], *(group.sizes[1 + at] for group, at in parts)
-        keys = [group.keys[at] for group, at in parts]
-        return keys if name == "keys" else digest_bytes("".join(keys).encode())
+    return LazyGroup(_read_parts, parts)
 
 
-class TokenStore(LazyGroups):
+def _read_parts(parts: Sequence[tuple[TokenGroup, int]], name: str) -> Any:
+    if name == "prompt":
+        return parts[0][0].prompt
+    if name == "completions":
+        return tuple(group.completions[at] for group, at in parts)
+    if name == "sizes":
+        return parts[0][0].sizes[0], *(group.sizes[1 + at] for group, at in parts)
+    keys = [group.keys[at] for group, at in parts]
+    return keys if name == "keys" else digest_bytes("".join(keys).encode())
+
+
+def stored_groups(folder: Path) -> list[TokenGroup]:
     """The groups of a store on disk, whose arrays are mapped into memory.
 
     Raises:
         OSError: It is not there.
         ValueError: It is not whole.
     """
+    store = _Store(folder)
+    read = store.read
+    return [LazyGroup(read, place) for place in range(store.num_groups)]
+
+
+class _Store:
+    """The arrays of a store."""
 
     def __init__(self, folder: Path) -> None:
         self._ends, self._firsts = (_mapped(folder, name, "i8", None) for name in ("ends", "firsts"))
         self._ids, self._keys = _mapped(folder, "ids", "S", 2), _mapped(folder, "keys", "u1", 16)
-        num_groups, num_sequences = len(self._ids), len(self._ends)
+        self.num_groups, num_sequences = len(self._ids), len(self._ends)
         num_tokens = int(self._ends[-1]) if num_sequences else 0
         size = (folder / _TOKENS).stat().st_size
         if (
-            (size, len(self._keys)) != (4 * num_tokens, num_sequences - num_groups)
-            or len(self._firsts) != num_groups + 1
+            (size, len(self._keys)) != (4 * num_tokens, num_sequences - self.num_groups)
+            or len(self._firsts) != self.num_groups + 1
             or self._firsts[-1] != num_sequences
         ):
             raise ValueError("its arrays do not belong together")
         self._tokens = np.memmap(folder / _TOKENS, np.int32, "r").view(np.ndarray) if size else np.empty(0, np.int32)
-
-    def __len__(self) -> int:
-        return len(self._ids)
 
     def read(self, place: int, name: str) -> Any:
         """A field or property of a group."""
@@ -238,3 +232,64 @@ class TokenWriter:
         self._tokens.tofile(self._file)
         self._num_written += len(self._tokens)
         del self._tokens[:]
+
+
+# --- as text ------------------------------------------------------------------------------------
+
+_SPACES = " ▁Ġ"
+"""How tokenizers write a space in the names of tokens."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens that are shown together: one, or the several that a character is split over.
+
+    Attributes:
+        text: Their text, or the name of a special token; empty where a token stands for a space that is not shown.
+        ids: Their ids.
+        special: Whether it is a special token, such as the one that ends a turn.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    special: bool = False
+
+
+def pieces_of(tokenizer: Any, ids: Sequence[int]) -> list[Piece]:
+    """Token ids as texts that can be read; special tokens by their names.
+
+    A character that is split over several tokens is one piece, so that no half of it is shown.
+    """
+    special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
+    real = tuple(
+        tokenizer("\ufffd", add_special_tokens=False)["input_ids"]
+    )  # this character itself, which halves look like
+    pieces: list[Piece] = []
+    before: tuple[int, ...] = ()  # some decoders leave out the space at the very start
+    waiting: tuple[int, ...] = ()
+    for token_id in ids:
+        if token_id in special:
+            if waiting:
+                pieces.append(_piece(tokenizer, before, waiting))
+            pieces.append(Piece(str(tokenizer.convert_ids_to_tokens(token_id)), (token_id,), special=True))
+            before, waiting = (token_id,), ()
+            continue
+        waiting = (*waiting, token_id)
+        piece = _piece(tokenizer, before, waiting)
+        is_space = not piece.text and not str(tokenizer.convert_ids_to_tokens(token_id)).strip(_SPACES)
+        if is_space or (piece.text and (not piece.text.endswith("\ufffd") or waiting[-len(real) :] == real)):
+            pieces.append(piece)
+            before, waiting = waiting, ()
+    if waiting:
+        pieces.append(_piece(tokenizer, before, waiting))
+    return pieces
+
+
+def _piece(tokenizer: Any, before: tuple[int, ...], ids: tuple[int, ...]) -> Piece:
+    """Some tokens as a piece, decoded behind those that stand before them."""
+    start, whole = _decode(tokenizer, before), _decode(tokenizer, before + ids)
+    return Piece(whole[len(start) :] if whole.startswith(start) else _decode(tokenizer, ids), ids)
+
+
+def _decode(tokenizer: Any, ids: tuple[int, ...]) -> str:
+    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False) if ids else ""

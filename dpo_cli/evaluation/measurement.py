@@ -11,11 +11,9 @@ from pathlib import Path
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError
 from dpo_cli.core.evaluate_params import EvaluateParams
-from dpo_cli.data.pieces import pieces_of
 from dpo_cli.data.schema import text_of
-from dpo_cli.data.tables import read_columns
-from dpo_cli.data.tokenize import TokenTable
-from dpo_cli.data.tokens import TokenGroup
+from dpo_cli.data.tokenize import TokenTable, read_columns
+from dpo_cli.data.tokens import TokenGroup, pieces_of
 from dpo_cli.evaluation.generation import PromptTokens
 from dpo_cli.evaluation.held_out import HeldOutPair
 from dpo_cli.evaluation.kl import SequenceKl

@@ -21,7 +21,7 @@ from dpo_cli.evaluation.sampling import (
     write_samples,
 )
 from dpo_cli.evaluation.steps import Steps
-from dpo_cli.judging.rewards import known_reward
+from dpo_cli.judging.known_reward import known_reward
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.models.project import open_project
 

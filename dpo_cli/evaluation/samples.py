@@ -12,8 +12,8 @@ from dpo_cli.data.schema import Messages
 from dpo_cli.evaluation.kl import SequenceKl
 from dpo_cli.evaluation.measurement import Measurement
 from dpo_cli.evaluation.model_names import DPO, SFT
+from dpo_cli.judging.known_reward import world_task
 from dpo_cli.judging.prepare import ReadyJudge
-from dpo_cli.judging.rewards import world_task
 from dpo_cli.judging.templates import transcript
 from dpo_cli.judging.votes import item_id
 from dpo_cli.judging.win_rate import Answers, ComparisonResult

@@ -19,8 +19,8 @@ from dpo_cli.core.artifacts import atomic_path
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.formats.base import Reading
+from dpo_cli.data.formats.content import read_tools
 from dpo_cli.data.formats.prompts import read_prompt, tools_of
-from dpo_cli.data.formats.tools import read_tools
 from dpo_cli.data.problem import RowProblem, kind_of
 from dpo_cli.data.reading.files import read_records
 from dpo_cli.data.schema import MESSAGES, Messages, assistant, content_id, table_of, with_tools

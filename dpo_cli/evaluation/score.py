@@ -14,8 +14,7 @@ from dpo_cli.core.data_params import Source
 from dpo_cli.core.manifest import DPO, Manifest
 from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
-from dpo_cli.data.tables import table_digests
-from dpo_cli.data.tokenize import prompt_ids
+from dpo_cli.data.tokenize import prompt_ids, table_digests
 from dpo_cli.evaluation.implicit_reward import (
     Agreement,
     RankedAnswers,

@@ -14,9 +14,10 @@ from dpo_cli.core.progress import Reporter
 from dpo_cli.judging.answers import Answer
 from dpo_cli.judging.cache import CachedJudge
 from dpo_cli.judging.judge import Judge
+from dpo_cli.judging.known_reward import RewardJudge, known_reward
 from dpo_cli.judging.language_model import HfJudge
 from dpo_cli.judging.openai import OpenAiJudge
-from dpo_cli.judging.rewards import RewardJudge, RewardModel, known_reward, text_group
+from dpo_cli.judging.reward_model import RewardModel, text_group
 from dpo_cli.judging.server import Server
 from dpo_cli.judging.templates import TEMPLATES, Template, open_template
 from dpo_cli.judging.votes import VotesJudge, read_votes

@@ -19,8 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dpo_cli.core.params import WORLD_HELD_OUT
 from dpo_cli.data import world
-from dpo_cli.data.schema import user
-from dpo_cli.data.splits import split_position
+from dpo_cli.data.schema import split_position, user
 
 PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 CHAT_TEMPLATE = (

@@ -16,8 +16,7 @@ from dpo_cli.core.manifest import library_versions
 from dpo_cli.core.params import EMBEDDED, LoraParams, ModelParams, Params, RuntimeParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.chat import ChatEncoder
-from dpo_cli.data.tables import table_digests
-from dpo_cli.data.tokenize import TokenTable, tokenize_table
+from dpo_cli.data.tokenize import TokenTable, table_digests, tokenize_table
 from dpo_cli.models.adapters import (
     ModelPair,
     SftResult,

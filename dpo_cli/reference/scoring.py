@@ -9,7 +9,7 @@ import torch
 
 from dpo_cli.core.gpu import is_gpu
 from dpo_cli.core.row_store import RowStore
-from dpo_cli.data.tokens import JoinedGroups, TokenGroup, completion_key
+from dpo_cli.data.tokens import TokenGroup, completion_key, joined_group
 from dpo_cli.models.workplace import Workplace
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
 from dpo_cli.scoring.scorer import Scorer
@@ -56,7 +56,7 @@ def missing_groups(groups: Sequence[TokenGroup], known: Collection[str], max_tok
                 num_tokens = prompt
             found[-1].append((group, place))
             num_tokens += completions[place]
-    return list(JoinedGroups(found))
+    return list(map(joined_group, found))
 
 
 @torch.no_grad()

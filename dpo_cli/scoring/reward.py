@@ -6,7 +6,7 @@ Legend: B groups, K completions, D hidden.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -86,4 +86,4 @@ class RewardScorer:
 
 
 def _longer(group: TokenGroup) -> TokenGroup:
-    return replace(group, completions=tuple((*tokens, 0) for tokens in group.completions))
+    return TokenGroup(group.id, group.group, group.prompt, tuple((*tokens, 0) for tokens in group.completions))

@@ -207,7 +207,8 @@ class Scorer:
         if self._backbone is None:
             raise MachineError(f"{type(self._causal).__name__} has no part that gives hidden states, as a head needs")
         longer = [
-            replace(group, completions=tuple((*completion, 0) for completion in group.completions)) for group in groups
+            TokenGroup(group.id, group.group, group.prompt, tuple((*tokens, 0) for tokens in group.completions))
+            for group in groups
         ]
         laid_out = lay_out(longer, layout or self.layout)
         lengths = torch.tensor([len(completion) for group in longer for completion in group.completions])

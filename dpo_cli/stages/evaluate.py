@@ -21,8 +21,7 @@ from dpo_cli.core.manifest import SFT as SFT_MODEL
 from dpo_cli.core.params import Params, TrainParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
-from dpo_cli.data.tables import read_columns, table_digests
-from dpo_cli.data.tokenize import explain_rejects
+from dpo_cli.data.tokenize import explain_rejects, read_columns, table_digests
 from dpo_cli.evaluation import tables
 from dpo_cli.evaluation.evaluated import Evaluated, count_leaked_prompts, training_of
 from dpo_cli.evaluation.held_out import summarize_held_out

@@ -13,8 +13,7 @@ from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.row_store import RowStore, forget_other_stores
 from dpo_cli.core.scratch import stage_scratch
-from dpo_cli.data.tables import SPLITS, all_rejects
-from dpo_cli.data.tokenize import explain_found, explain_rejects
+from dpo_cli.data.tokenize import SPLITS, all_rejects, explain_found, explain_rejects
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.device import memory_in_words, memory_metrics
 from dpo_cli.models.load import quiet_libraries

@@ -26,7 +26,7 @@ from dpo_cli.statistics.bootstrap import Estimate
 from dpo_cli.training.history import merge_log, write_tsv
 
 if TYPE_CHECKING:  # what computes is imported where there is something to compute
-    from dpo_cli.judging.rewards import RewardModel
+    from dpo_cli.judging.reward_model import RewardModel
     from dpo_cli.models.project import Project
     from dpo_cli.scoring.probe import LayoutChoice
     from dpo_cli.training.fit import Fit
@@ -69,8 +69,8 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
 
 def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
     with importing():
-        from dpo_cli.data.tables import SPLITS, all_rejects, refuse_empty
-        from dpo_cli.judging.rewards import RewardModel
+        from dpo_cli.data.tokenize import SPLITS, all_rejects, refuse_empty
+        from dpo_cli.judging.reward_model import RewardModel
         from dpo_cli.models.adapters import save_adapter
         from dpo_cli.models.load import quiet_libraries, save_tokenizer
         from dpo_cli.models.project import open_project
@@ -135,7 +135,7 @@ def _publish_none(scratch: Scratch, reporter: Reporter) -> dict[str, Any]:
 
 
 def _objective(settings: RewardParams, groups: Sequence[TokenGroup]) -> RewardObjective:
-    from dpo_cli.data.tables import read_ranks
+    from dpo_cli.data.tokenize import read_ranks
     from dpo_cli.training.objective import RewardObjective
 
     if settings.loss == "bradley_terry":

@@ -81,7 +81,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
 
 def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, Any]:
     with importing():
-        from dpo_cli.data.tables import all_rejects, table_digests
+        from dpo_cli.data.tokenize import all_rejects, table_digests
         from dpo_cli.models.project import check_context, open_base
         from dpo_cli.models.workplace import Workplace
         from dpo_cli.training.fit import fit

@@ -22,8 +22,7 @@ from dpo_cli.core.manifest import DPO, Manifest, all_files
 from dpo_cli.core.params import EMBEDDED, Params, TrainParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.text import markdown
-from dpo_cli.data.tables import SPLITS, all_rejects, read_columns, read_ranks, refuse_empty
-from dpo_cli.data.tokenize import TokenTable
+from dpo_cli.data.tokenize import SPLITS, TokenTable, all_rejects, read_columns, read_ranks, refuse_empty
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.losses.changes import shared_length_logps
 from dpo_cli.models.adapters import adapter_size, save_adapter, size_in_words

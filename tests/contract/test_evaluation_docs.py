@@ -13,7 +13,6 @@ from typing import Any, get_args
 import pytest
 
 from dpo_cli.core.evaluate_params import EvaluateParams, JudgeName
-from dpo_cli.data.rules import MAX_SENTENCE_CHARACTERS, RULES
 from dpo_cli.data.schema import Messages
 from dpo_cli.evaluation.flags import (
     LESS_DISTINCT,
@@ -50,6 +49,7 @@ from dpo_cli.evaluation.verdict import (
 )
 from dpo_cli.judging.answers import Answer
 from dpo_cli.judging.judge import Judgment
+from dpo_cli.judging.known_reward import MAX_SENTENCE_CHARACTERS, RULES
 from dpo_cli.judging.prepare import API_KEY, JUDGE_PATH
 from dpo_cli.judging.templates import TEMPLATES
 from dpo_cli.judging.win_rate import MAX_INVALID_RATE, Comparison, ComparisonResult, summarize

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 from dpo_cli.core.load_params import load_params
-from dpo_cli.data.rules import RULES
+from dpo_cli.judging.known_reward import RULES
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "smollm2"
 SPLITS = ("train", "unseen")

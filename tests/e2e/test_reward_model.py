@@ -22,7 +22,8 @@ from dpo_cli.data.schema import user
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.evaluation.decoding import Sampling
 from dpo_cli.evaluation.generation import PromptTokens, sample_answers
-from dpo_cli.judging.rewards import RewardModel, world_reward, world_task
+from dpo_cli.judging.known_reward import world_reward, world_task
+from dpo_cli.judging.reward_model import RewardModel
 from dpo_cli.models.project import Project, open_project
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.statistics.bootstrap import Estimate, cluster_bootstrap

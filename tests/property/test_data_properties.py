@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import combinations
 from typing import Any
 
@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from dpo_cli.data.formats import PREFERENCE_FORMATS, SFT_FORMATS
 from dpo_cli.data.formats.base import Format, Reading
-from dpo_cli.data.formats.boundaries import shared_tokens
 from dpo_cli.data.formats.detect import RowReader, UnknownFormatError
-from dpo_cli.data.formats.implicit import IMPLICIT
-from dpo_cli.data.formats.kwise import KWISE
+from dpo_cli.data.formats.pairs import IMPLICIT
+from dpo_cli.data.formats.rankings import KWISE
+from dpo_cli.data.formats.texts import shared_tokens
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import (
     Messages,
@@ -25,10 +25,10 @@ from dpo_cli.data.schema import (
     SftExample,
     assistant,
     content_id,
+    split_position,
     text_of,
     user,
 )
-from dpo_cli.data.splits import is_held_out, split_position
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=40)
 VISIBLE = TEXT.filter(lambda text: bool(text.strip()))
@@ -77,135 +77,92 @@ def parts_of(text: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text[:middle]}, {"type": "text", "value": text[middle:]}]
 
 
-def as_alpaca(prompt: Messages, answer: str) -> dict[str, Any]:
-    return {**fields_of(prompt), "instruction": prompt[-1]["content"], "input": "", "output": answer}
+INSTRUCTIONS: dict[str, Callable[[Messages, str], dict[str, Any]]] = {
+    "alpaca": lambda prompt, answer: {
+        **fields_of(prompt),
+        "instruction": prompt[-1]["content"],
+        "input": "",
+        "output": answer,
+    },
+    "prompt and completion": lambda prompt, answer: {"prompt": prompt, "completion": [assistant(answer)]},
+    "question and answer": lambda prompt, answer: {
+        **fields_of(prompt),
+        "question": prompt[-1]["content"],
+        "answer": answer,
+    },
+    "messages": lambda prompt, answer: {"messages": [*prompt, assistant(answer)]},
+    "conversations": lambda prompt, answer: {"conversations": from_value([*prompt, assistant(answer)])},
+    "typed messages": lambda prompt, answer: {"messages": typed([*prompt, assistant(answer)])},
+    "messages in a cell": lambda prompt, answer: {"messages": json.dumps([*prompt, assistant(answer)])},
+}
 
 
-def as_prompt_completion(prompt: Messages, answer: str) -> dict[str, Any]:
-    return {"prompt": prompt, "completion": [assistant(answer)]}
-
-
-def as_question_and_answer(prompt: Messages, answer: str) -> dict[str, Any]:
-    return {**fields_of(prompt), "question": prompt[-1]["content"], "answer": answer}
-
-
-def as_messages(prompt: Messages, answer: str) -> dict[str, Any]:
-    return {"messages": [*prompt, assistant(answer)]}
-
-
-def as_conversations(prompt: Messages, answer: str) -> dict[str, Any]:
-    return {"conversations": from_value([*prompt, assistant(answer)])}
-
-
-def as_typed_messages(prompt: Messages, answer: str) -> dict[str, Any]:
-    return {"messages": typed([*prompt, assistant(answer)])}
-
-
-def as_messages_in_a_cell(prompt: Messages, answer: str) -> dict[str, Any]:
-    return {"messages": json.dumps([*prompt, assistant(answer)])}
-
-
-@pytest.mark.parametrize(
-    "write",
-    [
-        as_alpaca,
-        as_prompt_completion,
-        as_question_and_answer,
-        as_messages,
-        as_conversations,
-        as_typed_messages,
-        as_messages_in_a_cell,
-    ],
-)
+@pytest.mark.parametrize("form", INSTRUCTIONS)
 @given(prompt=conversations(), answer=VISIBLE)
-def test_instructions_read_back(write: Any, prompt: Messages, answer: str) -> None:
-    assert read_auto(SFT_FORMATS, write(prompt, answer)) == SftExample(prompt, [assistant(answer)])
+def test_instructions_read_back(form: str, prompt: Messages, answer: str) -> None:
+    assert read_auto(SFT_FORMATS, INSTRUCTIONS[form](prompt, answer)) == SftExample(prompt, [assistant(answer)])
 
 
-def as_sharegpt(prompt: Messages, chosen: str, rejected: str) -> dict[str, Any]:
-    return {
-        "conversations": from_value(prompt),
-        "chosen": {"from": "gpt", "value": chosen},
-        "rejected": {"from": "gpt", "value": rejected},
-    }
-
-
-def as_chosen_conversation(prompt: Messages, chosen: str, rejected: str) -> dict[str, Any]:
-    return {"messages": [*prompt, assistant(chosen)], "rejected_response": rejected}
-
-
-def as_pairs(prompt: Messages, chosen: str, rejected: str) -> dict[str, Any]:
-    return {"prompt": prompt, "chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}
-
-
-def as_text_pairs(prompt: Messages, chosen: str, rejected: str) -> dict[str, Any]:
-    return {**fields_of(prompt), "instruction": prompt[-1]["content"], "chosen": chosen, "rejected": rejected}
-
-
-def as_pairs_in_cells(prompt: Messages, chosen: str, rejected: str) -> dict[str, Any]:
-    return {name: json.dumps(value) for name, value in as_pairs(prompt, chosen, rejected).items()}
-
-
-def as_whole_conversations(prompt: Messages, chosen: str, rejected: str) -> dict[str, Any]:
-    return {"prompt": prompt, **as_implicit(prompt, chosen, rejected)}
-
-
-def as_conversations_with_a_text(prompt: Messages, chosen: str, rejected: str) -> dict[str, Any]:
-    return {"prompt": prompt[-1]["content"], **as_implicit(prompt, chosen, rejected)}
-
-
-def as_implicit(prompt: Messages, chosen: str, rejected: str) -> dict[str, Any]:
+def whole(prompt: Messages, chosen: str, rejected: str) -> dict[str, Any]:
+    """Both sides as conversations that begin with the prompt."""
     return {"chosen": [*prompt, assistant(chosen)], "rejected": [*prompt, assistant(rejected)]}
 
 
-def as_chosen_messages(prompt: Messages, chosen: str, rejected: str) -> dict[str, Any]:
-    return {
-        "chosen_messages": typed([*prompt, assistant(chosen)]),
-        "rejected_messages": typed([*prompt, assistant(rejected)]),
-    }
+def bare(prompt: Messages, chosen: str, rejected: str) -> dict[str, Any]:
+    return {"prompt": prompt, "chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}
 
 
-def as_label(prompt: Messages, chosen: str, rejected: str) -> dict[str, Any]:
-    return {"prompt": prompt, "output_1": rejected, "output_2": chosen, "label": "b"}
-
-
-def as_arena(prompt: Messages, chosen: str, rejected: str) -> dict[str, Any]:
-    sides = as_implicit(prompt, chosen, rejected)
-    return {"conversation_a": sides["chosen"], "conversation_b": sides["rejected"], "winner": "model_a"}
-
-
-def as_votes(prompt: Messages, chosen: str, rejected: str) -> dict[str, Any]:
-    votes = {"annotator1": 2, "annotator2": None, "annotator3": 2, "annotator4": 1}
-    return {
+PREFERENCES: dict[str, Callable[[Messages, str, str], dict[str, Any]]] = {
+    "sharegpt": lambda prompt, chosen, rejected: {
+        "conversations": from_value(prompt),
+        "chosen": {"from": "gpt", "value": chosen},
+        "rejected": {"from": "gpt", "value": rejected},
+    },
+    "a chosen conversation": lambda prompt, chosen, rejected: {
+        "messages": [*prompt, assistant(chosen)],
+        "rejected_response": rejected,
+    },
+    "pairs": bare,
+    "texts": lambda prompt, chosen, rejected: {
+        **fields_of(prompt),
+        "instruction": prompt[-1]["content"],
+        "chosen": chosen,
+        "rejected": rejected,
+    },
+    "pairs in cells": lambda *row: {name: json.dumps(value) for name, value in bare(*row).items()},
+    "whole conversations": lambda prompt, *sides: {"prompt": prompt, **whole(prompt, *sides)},
+    "conversations with a text": lambda prompt, *sides: {"prompt": prompt[-1]["content"], **whole(prompt, *sides)},
+    "implicit": whole,
+    "chosen messages": lambda *row: {f"{side}_messages": typed(turns) for side, turns in whole(*row).items()},
+    "a label": lambda prompt, chosen, rejected: {
+        "prompt": prompt,
+        "output_1": rejected,
+        "output_2": chosen,
+        "label": "b",
+    },
+    "arena": lambda *row: {
+        "conversation_a": whole(*row)["chosen"],
+        "conversation_b": whole(*row)["rejected"],
+        "winner": "model_a",
+    },
+    "votes": lambda prompt, chosen, rejected: {
         **fields_of(prompt),
         "instruction": prompt[-1]["content"],
         "response1": rejected,
         "response2": chosen,
-        **votes,
-    }
+        "annotator1": 2,
+        "annotator2": None,
+        "annotator3": 2,
+        "annotator4": 1,
+    },
+}
 
 
-@pytest.mark.parametrize(
-    "write",
-    [
-        as_sharegpt,
-        as_chosen_conversation,
-        as_pairs,
-        as_text_pairs,
-        as_pairs_in_cells,
-        as_whole_conversations,
-        as_conversations_with_a_text,
-        as_implicit,
-        as_chosen_messages,
-        as_label,
-        as_arena,
-        as_votes,
-    ],
-)
+@pytest.mark.parametrize("form", PREFERENCES)
 @given(prompt=conversations(), chosen=VISIBLE, rejected=VISIBLE)
-def test_preferences_read_back(write: Any, prompt: Messages, chosen: str, rejected: str) -> None:
+def test_preferences_read_back(form: str, prompt: Messages, chosen: str, rejected: str) -> None:
     expected = PreferenceExample(prompt, [assistant(chosen)], [assistant(rejected)])
-    assert read_auto(PREFERENCE_FORMATS, write(prompt, chosen, rejected)) == expected
+    assert read_auto(PREFERENCE_FORMATS, PREFERENCES[form](prompt, chosen, rejected)) == expected
 
 
 SCORES = st.floats(-1e6, 1e6)
@@ -386,11 +343,7 @@ def check_found(found: Any) -> None:
             assert example.reason
             assert str(example)
             continue
-        messages = [*example.prompt]
-        for field in ("completion", "chosen", "rejected"):
-            messages += getattr(example, field, [])
-        for completion in getattr(example, "completions", []):
-            messages += completion
+        messages = [*example.prompt, *(turn for answer in example.answers for turn in answer)]
         assert example.prompt
         assert {message["role"] for message in messages} <= {"system", "user", "assistant", "tool"}
         assert all(isinstance(message["content"], str) for message in messages)
@@ -443,8 +396,9 @@ def test_equal_content_has_equal_identity_and_other_content_another(first: Messa
     assert (content_id(first) == content_id(second)) == (first == second)
 
 
-@given(conversations(), st.floats(0.01, 0.99), st.floats(0.01, 0.99))
-def test_a_larger_held_out_share_takes_nothing_back(prompt: Messages, one: float, other: float) -> None:
-    small, large = sorted((one, other))
+@given(conversations(), conversations())
+def test_a_conversation_falls_where_its_opening_falls(prompt: Messages, other: Messages) -> None:
+    opening = prompt[: 1 + [message["role"] for message in prompt].index("user")]
+    longer = [*opening, assistant("and?"), *(turn for turn in other if turn["role"] != "system")]
+    assert split_position(longer) == split_position(prompt) == split_position(opening)
     assert 0 <= split_position(prompt) < 1
-    assert is_held_out(prompt, small) <= is_held_out(prompt, large)

@@ -13,9 +13,11 @@ from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
 
+Check = Callable[..., Result]
+
 
 @pytest.fixture
-def check(project: Path) -> Callable[..., Result]:
+def check(project: Path) -> Check:
     """Run the command with some arguments."""
     return lambda *arguments: CliRunner().invoke(app, ["data", "check", *arguments])
 
@@ -34,7 +36,7 @@ def figures(result: Result) -> dict[str, Any]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def test_data_that_is_all_taken_ends_with_0(check: Callable[..., Result]) -> None:
+def test_data_that_is_all_taken_ends_with_0(check: Check) -> None:
     result = check(write("pairs.jsonl", pairs()))
     assert result.exit_code == 0, result.output
     assert "rows read" in result.stdout
@@ -42,7 +44,7 @@ def test_data_that_is_all_taken_ends_with_0(check: Callable[..., Result]) -> Non
     assert [path.name for path in Path().iterdir()] == ["pairs.jsonl"]
 
 
-def test_a_row_that_is_left_out_ends_with_4_and_is_named(check: Callable[..., Result]) -> None:
+def test_a_row_that_is_left_out_ends_with_4_and_is_named(check: Check) -> None:
     result = check(write("pairs.jsonl", pairs({"prompt": "x", "chosen": "", "rejected": "no"})), "--json")
     assert result.exit_code == 4
     found = figures(result)["preferences"]
@@ -58,14 +60,14 @@ def test_a_row_that_is_left_out_ends_with_4_and_is_named(check: Callable[..., Re
     )
 
 
-def test_columns_that_nobody_reads_are_named(check: Callable[..., Result]) -> None:
+def test_columns_that_nobody_reads_are_named(check: Check) -> None:
     name = write("pairs.jsonl", pairs({"prompt": "x", "chosen": "yes", "rejected": "no", "judge": "Ann"}))
     found = figures(check(name, "--json"))["preferences"]
     assert found["unread_columns"] == [{"file": "pairs.jsonl", "columns": {"judge": 1}}]
     assert "not read           judge (1 row)" in check(name).stdout
 
 
-def test_rows_that_cannot_be_split_end_with_4_and_the_remedy(check: Callable[..., Result]) -> None:
+def test_rows_that_cannot_be_split_end_with_4_and_the_remedy(check: Check) -> None:
     rows = [{"prompt": "Review:", "chosen": f"fine {n}", "rejected": f"poor {n}"} for n in range(50)]
     result = check(write("reviews.jsonl", rows))
     assert result.exit_code == 4
@@ -75,7 +77,7 @@ def test_rows_that_cannot_be_split_end_with_4_and_the_remedy(check: Callable[...
     assert "no row fell into the eval split (3 read, 0 left out)" in " ".join(few.output.split())
 
 
-def test_a_file_that_cannot_be_read_is_one_line_and_4(check: Callable[..., Result]) -> None:
+def test_a_file_that_cannot_be_read_is_one_line_and_4(check: Check) -> None:
     Path("pairs.jsonl").write_text('{"prompt": "q", "chos')
     result = check("pairs.jsonl")
     assert result.exit_code == 4
@@ -83,7 +85,7 @@ def test_a_file_that_cannot_be_read_is_one_line_and_4(check: Callable[..., Resul
     assert check("nothing.jsonl").exit_code == 4
 
 
-def test_all_rows_of_a_check_can_be_listed(check: Callable[..., Result]) -> None:
+def test_all_rows_of_a_check_can_be_listed(check: Check) -> None:
     write("pairs.jsonl", pairs())
     result = check("pairs.jsonl", "--list", "longer_chosen", "--json")
     assert [place["row"] for place in figures(result)["preferences"]["checks"]["longer_chosen"]["first_rows"]] == [
@@ -93,7 +95,7 @@ def test_all_rows_of_a_check_can_be_listed(check: Callable[..., Result]) -> None
     assert check("pairs.jsonl", "--list", "longr").exit_code == 3
 
 
-def test_instructions_and_preferences_are_told_apart(check: Callable[..., Result]) -> None:
+def test_instructions_and_preferences_are_told_apart(check: Check) -> None:
     write("pairs.jsonl", pairs())
     write("instructions.jsonl", [{"instruction": f"q {n}", "output": "a"} for n in range(20)])
     found = figures(check("pairs.jsonl", "instructions.jsonl", "--json"))
@@ -102,7 +104,7 @@ def test_instructions_and_preferences_are_told_apart(check: Callable[..., Result
     assert check("pairs.jsonl", "--as", "stf").exit_code == 3
 
 
-def test_settings_of_the_source_can_be_given(check: Callable[..., Result]) -> None:
+def test_settings_of_the_source_can_be_given(check: Check) -> None:
     write("odd.jsonl", [{"q": f"q {n}", "good": "yes", "bad": "no"} for n in range(20)])
     assert check("odd.jsonl").exit_code == 4
     assert check("odd.jsonl", "--set", "columns={prompt: q, chosen: good, rejected: bad}").exit_code == 0
@@ -111,7 +113,7 @@ def test_settings_of_the_source_can_be_given(check: Callable[..., Result]) -> No
     assert "colums is not a setting; did you mean columns?" in result.stderr
 
 
-def test_without_a_file_the_projects_sources_are_checked_with_its_policies(check: Callable[..., Result]) -> None:
+def test_without_a_file_the_projects_sources_are_checked_with_its_policies(check: Check) -> None:
     assert check().exit_code == 3
     write("data/raw/pairs.jsonl", pairs({"prompt": "x", "chosen": "same", "rejected": "same"}))
     write("data/raw/instructions.jsonl", [{"instruction": f"q {n}", "output": "a"} for n in range(20)])
@@ -126,7 +128,7 @@ def test_without_a_file_the_projects_sources_are_checked_with_its_policies(check
     assert figures(result)["sft"]["num_read"] == 20
 
 
-def test_a_models_tokens_are_checked_where_a_model_is_named(check: Callable[..., Result]) -> None:
+def test_a_models_tokens_are_checked_where_a_model_is_named(check: Check) -> None:
     long = {"prompt": "x", "chosen": "yes " * 40, "rejected": "no"}
     write("pairs.jsonl", pairs(long))
     result = check("pairs.jsonl", "--model", "embedded", "--max-length", "30", "--json")
@@ -145,7 +147,7 @@ def test_every_command_has_help_with_examples(option: str) -> None:
     assert "Examples" in result.stdout
 
 
-def test_all_broken_lines_are_named_and_rows_before_them_are_shown(check: Callable[..., Result]) -> None:
+def test_all_broken_lines_are_named_and_rows_before_them_are_shown(check: Check) -> None:
     lines = [json.dumps(row) for row in pairs()]
     lines[9] = '{"prompt": "q" "chosen": "a", "rejected": "b"}'
     lines[15] = lines[15].replace('"rejected"', "'rejected'")

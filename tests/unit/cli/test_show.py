@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +12,22 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
-from dpo_cli.cli.row_page import print_row
+from dpo_cli.cli.data_pages import print_row
 from dpo_cli.core.data_params import PreferenceSource, SftSource, Source
 from dpo_cli.core.errors import DataError
 from dpo_cli.core.params import PairTokenChecks
 from dpo_cli.core.text import visible, visible_token
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.inspect import TokenView, describe_row
-from dpo_cli.data.pieces import pieces_of
 from dpo_cli.data.schema import assistant, content_id, user
+from dpo_cli.data.tokens import pieces_of
 
 PAIR = {"prompt": "2 + 2 =", "chosen": "4", "rejected": "5"}
 
 
 @pytest.fixture
 def view(tokenizer: Any) -> TokenView:
-    return TokenView("embedded", tokenizer, ChatEncoder(tokenizer), 64, PairTokenChecks().model_dump())
+    return TokenView("embedded", ChatEncoder(tokenizer), 64, PairTokenChecks().model_dump())
 
 
 def write(folder: Path, *rows: Any, name: str = "rows.jsonl") -> Path:
@@ -169,13 +168,6 @@ def test_columns_that_nobody_reads_are_named(project: Path) -> None:
     assert "not read id, lang" in printed(found)
 
 
-def test_a_history_comes_before_the_boundary(project: Path) -> None:
-    row = {"instruction": "and 3?", "output": "9", "history": [["2?", "4"]]}
-    text = printed(describe_row(source_of(project, row), 0, None))
-    titles = [line.split()[1] for line in text.splitlines() if line.startswith(("──", "━━"))]
-    assert titles == ["user", "assistant", "user", "the", "completion"]
-
-
 def test_a_ranking_shows_its_answers_best_first_with_rank_and_score(project: Path) -> None:
     row = {"prompt": "q", "completions": ["bad", "good", "same"], "scores": [1, 3, 3]}
     found = describe_row(source_of(project, row), 0, None)
@@ -199,12 +191,6 @@ def test_parts_of_a_row_are_shown_under_their_names(project: Path) -> None:
     assert [part["part"] for part in found["parts"]] == ["messages[1]", "messages[3]"]
     text = printed(found)
     assert text.index("part messages[1]") < text.index("part messages[3]")
-
-
-@pytest.mark.parametrize("split", ["train", "eval"])
-def test_the_split_is_what_the_conversion_would_say(split: str, project: Path) -> None:
-    found = describe_row(source_of(project, PAIR, split=split), 0, None)
-    assert found["parts"][0]["split"] == split
 
 
 def test_texts_are_no_markup(project: Path) -> None:
@@ -439,15 +425,6 @@ def test_options_that_cannot_be(arguments: list[str], code: int, words: str, pro
     result = run(str(write(project, PAIR)), *arguments)
     assert result.exit_code == code
     assert words in result.stderr
-    assert len(result.stderr.splitlines()) == 1
-
-
-def test_a_model_that_cannot_be_tuned_is_refused(project: Path, tiny_folder: Path) -> None:
-    model = shutil.copytree(tiny_folder, project / "model")
-    (model / "model.safetensors").rename(model / "pytorch_model.bin")
-    result = run(str(write(project, PAIR)), "--model", "model")
-    assert result.exit_code == 6
-    assert "has only pickled weights (pytorch_model.bin)" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 

@@ -9,7 +9,6 @@ import pytest
 
 from dpo_cli.core.errors import MachineError
 from dpo_cli.data.chat import ChatEncoder
-from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import Messages, assistant, user
 
 PROMPT: Messages = [{"role": "system", "content": "Be kind."}, user("Hi"), assistant("Hello"), user("Add 1: 5 cats")]
@@ -98,27 +97,6 @@ def test_the_bos_token_stands_once_before_the_prompt(own: Any) -> None:
     assert "<|system|>" not in own.decode(encoder.encode_completion([user("x")], [assistant("6")]))
 
 
-def test_where_an_answer_rewrites_the_prompt_its_own_text_is_taken(own: Any) -> None:
-    own.chat_template = (
-        "{% for m in messages %}{{ '<|user|>' + m.content + '<|end|>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|assistant|>think' }}{% endif %}"
-    )
-    encoder = ChatEncoder(own)
-    assert encoded(encoder, own, [user("q")], [assistant("a")]) == ("<|user|>q<|end|><|assistant|>think", "a<|end|>")
-
-
-def test_a_template_that_refuses_a_row_is_the_rows_problem(own: Any) -> None:
-    own.chat_template = (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + own.chat_template
-    )
-    encoder = ChatEncoder(own)
-    for act in (lambda: encoder.encode_prompt(PROMPT), lambda: encoder.encode_completion(PROMPT, ANSWER)):
-        with pytest.raises(RowProblem, match="no system turn") as caught:
-            act()
-        assert caught.value.reason == "template_refused"
-    assert encoder.encode_prompt([user("q")])
-
-
 def test_a_model_without_a_template_needs_a_named_one(own: Any) -> None:
     own.chat_template = None
     with pytest.raises(MachineError, match="set model.chat_template to one of plain, chatml, alpaca"):
@@ -130,11 +108,6 @@ def test_a_model_without_an_end_of_sequence_is_refused(own: Any) -> None:
     own.eos_token = None
     with pytest.raises(MachineError, match="no EOS token"):
         ChatEncoder(own)
-
-
-def test_decoding_leaves_special_tokens_out(tokenizer: Any) -> None:
-    encoder = ChatEncoder(tokenizer)
-    assert encoder.decode(encoder.encode_completion([user("q")], [assistant("6 cats，好")])) == "6 cats，好"
 
 
 def test_a_template_that_prints_the_date_prints_the_same_one_every_day(own: Any) -> None:

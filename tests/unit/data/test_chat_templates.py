@@ -17,6 +17,7 @@ import pytest
 from dpo_cli.core.errors import MachineError, ParamsError
 from dpo_cli.core.params import PairTokenChecks
 from dpo_cli.data.chat import ChatEncoder
+from dpo_cli.data.checks import check_tokens
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import (
     PREFERENCE_SCHEMA,
@@ -28,7 +29,6 @@ from dpo_cli.data.schema import (
     user,
     with_tools,
 )
-from dpo_cli.data.token_checks import check_tokens
 from dpo_cli.data.tokenize import TokenTable, tokenize_table
 
 SYSTEM = {"role": "system", "content": "Be brief."}

@@ -9,8 +9,7 @@ from dpo_cli.data.blocks import fit_answers
 from dpo_cli.data.checks import (
     CHECKS_OF,
     DESCRIPTIONS,
-    check_preference,
-    check_sft,
+    check_example,
     has_chat_markers,
     has_placeholders,
     reason_to_drop,
@@ -43,7 +42,7 @@ POLICIES = DataChecks().model_dump()
 )
 def test_a_pair(prompt: str, chosen: str, rejected: str, found: set[str]) -> None:
     pair = PreferenceExample([user(prompt)], [assistant(chosen)], [assistant(rejected)])
-    assert set(check_preference(pair)) == found
+    assert set(check_example(pair)) == found
 
 
 @pytest.mark.parametrize(
@@ -52,7 +51,7 @@ def test_a_pair(prompt: str, chosen: str, rejected: str, found: set[str]) -> Non
 )
 def test_scores_that_contradict_the_choice_are_seen(scores: tuple[float | None, float], is_found: bool) -> None:
     pair = PreferenceExample([user("q")], [assistant("a")], [assistant("b")], *scores)
-    assert ("score_conflict" in check_preference(pair)) == is_found
+    assert ("score_conflict" in check_example(pair)) == is_found
 
 
 @pytest.mark.parametrize(
@@ -66,7 +65,7 @@ def test_scores_that_contradict_the_choice_are_seen(scores: tuple[float | None, 
     ],
 )
 def test_an_instruction(prompt: str, completion: str, found: set[str]) -> None:
-    assert set(check_sft(SftExample([user(prompt)], [assistant(completion)]))) == found
+    assert set(check_example(SftExample([user(prompt)], [assistant(completion)]))) == found
 
 
 @pytest.mark.parametrize(
@@ -75,15 +74,15 @@ def test_an_instruction(prompt: str, completion: str, found: set[str]) -> None:
 )
 def test_reasoning_alone_is_no_answer_and_a_call_is_one(extra: dict[str, str], is_empty: bool) -> None:
     answer, q, a = [{**assistant(" "), **extra}], [user("q")], [assistant("a")]
-    assert ("empty_completion" in check_sft(SftExample(q, answer))) == is_empty
-    assert ("empty_chosen" in check_preference(PreferenceExample(q, answer, a))) == is_empty
-    assert ("empty_rejected" in check_preference(PreferenceExample(q, a, answer))) == is_empty
+    assert ("empty_completion" in check_example(SftExample(q, answer))) == is_empty
+    assert ("empty_chosen" in check_example(PreferenceExample(q, answer, a))) == is_empty
+    assert ("empty_rejected" in check_example(PreferenceExample(q, a, answer))) == is_empty
     places, unfit = fit_answers(RankingExample(q, [a, answer], [1, 2]), POLICIES)
     assert (places, [check for _, check, _ in unfit]) == (([0], ["empty_rejected"]) if is_empty else ([0, 1], []))
 
 
 def test_a_prompt_with_text_in_any_turn_is_not_empty() -> None:
-    assert check_sft(SftExample([user("hi"), assistant(""), user("")], [assistant("a")])) == []
+    assert check_example(SftExample([user("hi"), assistant(""), user("")], [assistant("a")])) == []
 
 
 @pytest.mark.parametrize(
@@ -133,7 +132,7 @@ def test_placeholders_are_seen(text: str, holds: bool) -> None:
     ],
 )
 def test_a_word_in_place_of_an_input_is_seen(text: str, found: bool) -> None:
-    assert ("no_input" in check_sft(SftExample([user(text)], [assistant("a")]))) == found
+    assert ("no_input" in check_example(SftExample([user(text)], [assistant("a")]))) == found
 
 
 @pytest.mark.parametrize(
@@ -151,7 +150,7 @@ def test_a_word_in_place_of_an_input_is_seen(text: str, found: bool) -> None:
 )
 def test_turns_out_of_turn_are_seen(roles: str, found: bool) -> None:
     prompt = [{"role": role, "content": str(at)} for at, role in enumerate(roles.split())]
-    assert ("turn_order" in check_preference(PreferenceExample(prompt, [assistant("a")], [assistant("b")]))) == found
+    assert ("turn_order" in check_example(PreferenceExample(prompt, [assistant("a")], [assistant("b")]))) == found
 
 
 def test_an_example_that_fails_several_checks_is_left_out_for_the_gravest() -> None:

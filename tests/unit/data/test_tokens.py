@@ -12,17 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_cli.core.artifacts import digest_bytes
-from dpo_cli.data.tokens import JoinedGroups, TokenGroup, TokenStore, TokenWriter, completion_key
+from dpo_cli.data.tokens import TokenGroup, TokenWriter, completion_key, joined_group, stored_groups
 
 IDS = st.lists(st.integers(0, 2**31 - 1), max_size=6).map(tuple)
 
 
-def stored(folder: Path, groups: list[TokenGroup]) -> TokenStore:
+def stored(folder: Path, groups: list[TokenGroup]) -> list[TokenGroup]:
     writer = TokenWriter(folder)
     for group in groups:
         writer.add(group)
     writer.close()
-    return TokenStore(folder)
+    return stored_groups(folder)
 
 
 @given(st.lists(st.tuples(IDS, st.lists(IDS, min_size=1, max_size=4)), max_size=6))
@@ -44,14 +44,6 @@ def test_the_longest_side_counts() -> None:
     assert TokenGroup("a", "a", (1, 2), ((1,), (1, 2, 3))).longest == 5
 
 
-def test_a_changed_copy_of_a_stored_group_is_a_plain_one(tmp_path: Path) -> None:
-    (group,) = stored(tmp_path, [TokenGroup("a", "b", (1, 2), ((3,), (4, 5)))])
-    longer = replace(group, completions=tuple((*completion, 0) for completion in group.completions))
-    assert longer == TokenGroup("a", "b", (1, 2), ((3, 0), (4, 5, 0)))
-    assert longer.sizes == (2, 2, 3)
-    assert longer.keys == [completion_key((1, 2), (3, 0)), completion_key((1, 2), (4, 5, 0))]
-
-
 def test_the_key_is_a_hash_of_the_ids_as_int32() -> None:
     """Written out once more: a cache of another day must be found by it."""
     prompt, completion = (np.array(ids, "<i4").tobytes() for ids in ((1, 70_000), (5,)))
@@ -71,7 +63,7 @@ def test_tokens_are_mapped_and_not_held(tmp_path: Path) -> None:
 def test_joined_groups_are_those_completions(make_groups: Callable[..., list[TokenGroup]]) -> None:
     one, other = make_groups(2, completions=3)
     other = replace(other, prompt=one.prompt)
-    (found,) = JoinedGroups([[(one, 2), (other, 0)]])
+    found = joined_group([(one, 2), (other, 0)])
     plain = TokenGroup(found.id, found.id, one.prompt, (one.completions[2], other.completions[0]))
     assert found == plain
     assert (found.sizes, found.keys) == (plain.sizes, plain.keys)

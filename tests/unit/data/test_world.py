@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from itertools import islice
 
@@ -13,7 +12,6 @@ from dpo_cli.data.world import (
     NUM_INSTRUCTIONS,
     NUM_PREFERENCES,
     Task,
-    draw_task,
     draw_tasks,
     instruction_rows,
     preference_rows,
@@ -90,10 +88,6 @@ def test_a_carry_is_added_right() -> None:
 )
 def test_a_prompt_from_elsewhere_has_no_task(prompt: str) -> None:
     assert task_of(prompt) is None
-
-
-def test_the_same_state_draws_the_same_task() -> None:
-    assert draw_task(random.Random(3)) == draw_task(random.Random(3))
 
 
 def test_a_stream_has_no_prompt_twice_and_depends_on_its_seed(tasks: list[Task]) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dpo_cli.core.errors import DataError
 from dpo_cli.data.world import task_of
 from dpo_cli.judging.judge import INVALID, Judge, Judgment, Question, one_by_one
-from dpo_cli.judging.rewards import RewardJudge, world_reward, world_task
+from dpo_cli.judging.known_reward import RewardJudge, world_reward, world_task
 from dpo_cli.judging.win_rate import Comparison, Pair, compare_all, num_questions, summarize
 
 PROMPT = "Answer the message.\nTom: My watch broke today."

@@ -10,8 +10,7 @@ import torch
 
 from dpo_cli.core.params import WORLD_HELD_OUT
 from dpo_cli.data import world
-from dpo_cli.data.schema import user
-from dpo_cli.data.splits import split_position
+from dpo_cli.data.schema import split_position, user
 from dpo_cli.models import embedded
 from dpo_cli.models.embedded import build_model, build_tokenizer, pretraining_loss
 

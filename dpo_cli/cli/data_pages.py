@@ -1,4 +1,4 @@
-"""What :mod:`dpo_cli.data.inspect` found of a row, on the terminal: messages, tokens, boundaries, facts."""
+"""What ``dpo-cli data`` prints: a row with its messages, tokens and facts, and the figures of data."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.text import Text
 
 from dpo_cli.cli.console import open_console
+from dpo_cli.core.progress import Reporter
 from dpo_cli.core.text import NO_TEXT, visible, visible_token
 from dpo_cli.data.problem import shown_name
 from dpo_cli.data.schema import TOOLS
+from dpo_cli.data.statistics import NO_LETTERS, TOO_SHORT
 
 _LONG_PROMPT, _LONG_PROMPT_PIECES = 1200, 150
 """Characters and tokens at either end of a long prompt's message that are always shown."""
@@ -23,6 +25,9 @@ _LONG_TEXT, _LONG_LIST, _LONG_ROW = 240, 8, 60
 _CONTEXT, _SCORED = "cyan", "green"
 _SEPARATOR = "│"
 _WIDTH = 80
+_BAR = 36
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+_NAMED = 8
 _SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -262,3 +267,104 @@ def _shortened(value: Any) -> Any:
         shown = {key: _shortened(inner) for key, inner in islice(value.items(), _LONG_LIST * 3)}
         return {**shown, "…": f"({len(value)} fields in all)"} if len(value) > len(shown) else shown
     return value
+
+
+# --- figures ------------------------------------------------------------------------------
+
+
+def print_profile(kind: str, found: dict[str, Any], reporter: Reporter) -> None:
+    """Print the figures of a kind of data."""
+    reporter.table(f"{kind}: what there is", _account(found))
+    if not found["examples"]:
+        return
+    unit = found["unit"]
+    rows = [("", _figures_line("mean", "median", "p95", "p99", "max"))]
+    rows += [
+        (_name(name), _figures_line(f"{it['mean']:.1f}", *(str(it[key]) for key in ("median", "p95", "p99", "max"))))
+        for name, it in found["lengths"].items()
+    ]
+    reporter.table(f"{kind}: lengths ({unit})", rows)
+    for name, lengths in found["lengths"].items():
+        reporter.table(f"{kind}: {_name(name)} ({unit})", _bars(lengths))
+    if "over" in found:
+        rows = [(f"over {limit} tokens", _share_text(share)) for limit, share in found["over"].items()]
+        reporter.table(f"{kind}: examples too long", rows)
+    if "chosen_longer" in found:
+        reporter.table(f"{kind}: is the chosen answer the longer one?", _longer_rows(found))
+    reporter.table(f"{kind}: languages, guessed", _language_rows(found))
+
+
+def _account(found: dict[str, Any]) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for source in found["sources"]:
+        rows.append(("file", f"{source['file']}: {source['rows']} rows"))
+        rows.append(("", source["format"]))
+    rows.append(("formats", ", ".join(f"{name} {count}" for name, count in found["formats"].items()) or "none"))
+    rows.append(("rows", str(found["rows"])))
+    for reason, count in found["left_out"].items():
+        rows.append((f"left out: {reason.replace('_', ' ')}", f"{count}; dpo-cli data check names them"))
+    rows.append(("examples", str(found["examples"])))
+    if found.get("rankings"):
+        rows.append(("of them rankings", f"{found['rankings']}; pairs in all: {found['pairs']}"))
+    rows.append(("multi-turn", _share_text(found["multi_turn"])))
+    turns = found["turns"]
+    rows.append(("turns of the user", f"mean {turns['mean']:.2f}, median {turns['median']}, max {turns['max']}"))
+    rows.append(("with a system prompt", _share_text(found["system_prompt"])))
+    return rows
+
+
+def _longer_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    longer = found["chosen_longer"]
+    low, high = longer["interval"]
+    interval = f"{longer['share']:.1%} [{low:.1%}, {high:.1%}] (95%, Wilson)"
+    return [
+        ("longer", f"{longer['count']} of {found['pairs']} pairs: {interval}"),
+        ("as long", str(longer["equal"])),
+    ]
+
+
+def _language_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    languages = found["languages"]
+    rows = [("sampled", f"{found['sampled']} of {found['examples']} examples")]
+    rows += [(name, _named(languages[name], found["sampled"])) for name in ("prompts", "answers")]
+    rows.append(("answer in another", _share_text(languages["answer_in_another"])))
+    scripts = {script: share for script, share in found["scripts"].items() if share}
+    rows.append(("letters", ", ".join(f"{script} {share:.1%}" for script, share in scripts.items()) or "none"))
+    return rows
+
+
+def _named(counts: dict[str, int], total: int) -> str:
+    not_told = {NO_LETTERS: "no letters", TOO_SHORT: "too short to tell"}
+    named = [(not_told.get(name, name), count) for name, count in counts.items()]
+    rest = sum(count for _, count in named[_NAMED:])
+    shown = [*named[:_NAMED], *([("others", rest)] if rest else [])]
+    return ", ".join(f"{name} {count / total:.1%}" for name, count in shown)
+
+
+def _bars(lengths: dict[str, Any]) -> list[tuple[str, str]]:
+    """A histogram as bars of at most ``_BAR`` characters."""
+    bins = lengths["histogram"]
+    most = max((count for *_, count in bins), default=1)
+    return [
+        (f"{low}-{high}" if high > low else str(low), f"{_bar(count, most)} {count} ({count / lengths['count']:.1%})")
+        for low, high, count in bins
+    ]
+
+
+def _bar(count: int, most: int) -> str:
+    """A bar in eighths of a character; what is not nothing is at least one eighth."""
+    eighths = max(round(8 * _BAR * count / most), 1 if count else 0)
+    whole, rest = divmod(eighths, 8)
+    return ("█" * whole + (_EIGHTHS[rest] if rest else "")).ljust(_BAR)
+
+
+def _figures_line(*figures: str) -> str:
+    return " ".join(f"{figure:>9}" for figure in figures)
+
+
+def _share_text(share: dict[str, Any]) -> str:
+    return f"{share['count']} ({share['share']:.1%})"
+
+
+def _name(key: str) -> str:
+    return key.replace("_", " ")

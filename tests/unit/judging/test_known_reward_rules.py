@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from dpo_cli.core.evaluate_params import RuleName
-from dpo_cli.data.rules import MAX_SENTENCE_CHARACTERS, RULES
+from dpo_cli.judging.known_reward import MAX_SENTENCE_CHARACTERS, RULES
 
 
 def test_every_name_in_the_settings_is_a_rule() -> None:

@@ -11,7 +11,8 @@ import torch
 
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.judging.rewards import RewardJudge, RewardModel, preference
+from dpo_cli.judging.known_reward import RewardJudge, preference
+from dpo_cli.judging.reward_model import RewardModel
 from dpo_cli.judging.win_rate import Pair, compare_all
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.reward import RewardScorer
