@@ -132,20 +132,18 @@ def test_files_have_the_colors_of_the_page() -> None:
         ("length", {"length"}),
     ],
 )
-@pytest.mark.parametrize("is_empty", [True, False])
-def test_a_figure_without_numbers_is_left_out(name: str, gone: set[str], is_empty: bool) -> None:
+def test_a_figure_without_numbers_is_left_out(name: str, gone: set[str]) -> None:
     path = evaluation_table(name)
     render()
-    if is_empty:
-        path.write_text(path.read_text(encoding="utf-8").split("\n")[0] + "\n", encoding="utf-8")
-    else:
-        path.unlink()
-    page = Elements(render())
+    path.write_text(path.read_text(encoding="utf-8").split("\n")[0] + "\n", encoding="utf-8")
+    pages = [Elements(render())]
+    path.unlink()
+    pages.append(Elements(render()))
     assert figures() == FIGURES - gone  # what the first report left is gone, too
-    assert page.count("svg") == len(FIGURES) - len(gone)
-    settings = {"temperatures": "evaluate.temperatures", "frontier": "evaluate.scales"}
-    for figure, setting in settings.items():
-        assert (setting in page.text) == (figure == name)
+    for page in pages:
+        assert page.count("svg") == len(FIGURES) - len(gone)
+        for figure, setting in {"temperatures": "evaluate.temperatures", "frontier": "evaluate.scales"}.items():
+            assert (setting in page.text) == (figure == name)
 
 
 @pytest.mark.usefixtures("reports")
@@ -386,7 +384,7 @@ def test_a_missing_file_names_the_stage_to_run(name: str, command: str) -> None:
 
 @pytest.mark.usefixtures("reports")
 @pytest.mark.parametrize(("name", "command"), [*NEEDED, *FURTHER])
-@pytest.mark.parametrize("content", ["", "{", "loss\tx\n1\n", "\n\n{}", "{}"], ids=repr)
+@pytest.mark.parametrize("content", ["", "{}"], ids=repr)
 def test_a_damaged_file_names_the_stage_to_run(name: str, command: str, content: str) -> None:
     (paths.REPORTS / name).write_text(content, encoding="utf-8")
     with pytest.raises(StaleArtifactError, match=rf"{name}.* run: dpo-cli {command}$"):
