@@ -28,22 +28,15 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything on the page.
+    """Everything on the page: a table is empty and what a command left is None where there is nothing of it.
 
     Attributes:
         metrics: Each stage's metrics, by the stage's name.
-        sft_steps: One row a logged step of supervised fine-tuning; no row where there was none.
+        sft_steps: One row a logged step of supervised fine-tuning.
         train_steps: One row a logged step of DPO.
-        margins: Histogram of the held-out margins: middle of the bin, share of the pairs.
         samples: One row a prompt: both answers and, where judged, who wins.
         pairs: One row a held-out pair, where there is accuracy by source to compare with.
-        reliability: Bins of the probability that the reward gives, and how often it is right.
-        accuracy_by: Accuracy by length difference and by source.
-        temperatures: Win rates by sampling temperature and opponent.
         frontier: KL and win rate of the model with a multiple of what training changed.
-        lengths: Win rate by length difference.
-        agreement: What ``dpo-cli agreement`` found; None where it left nothing.
-        capability: What ``dpo-cli capability`` found by task; None where it left nothing.
     """
 
     metrics: Mapping[str, Mapping[str, Any]]
