@@ -7,13 +7,12 @@ counts for nothing: that item is invalid, and counted as such.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from dpo_cli.core.artifacts import digest_bytes
 from dpo_cli.core.errors import DataError
-from dpo_cli.data.reading.base import Record
 from dpo_cli.data.reading.files import read_records
 from dpo_cli.judging.judge import INVALID, Judgment, Question, from_half
 from dpo_cli.statistics.agreement import LOSS, TIE, WIN, Vote
@@ -38,17 +37,12 @@ def read_votes(*paths: Path) -> list[Vote]:
             raise DataError(f"{path} is missing; name a file with the columns {', '.join(COLUMNS)}")
         if paths.count(path) > 1:
             raise DataError(f"{path} is named twice; its votes would count twice")
-    return parse_votes({path.as_posix(): read_records(path) for path in paths})
-
-
-def parse_votes(files: Mapping[str, Iterable[Record]]) -> list[Vote]:
-    """Records with :data:`COLUMNS`, by the name of their file, as votes; see :func:`read_votes`."""
-    named = ", ".join(files)
+    named = ", ".join(path.as_posix() for path in paths)
     votes: list[Vote] = []
     problems: list[str] = []
     voted: dict[tuple[str, str, str, str], str] = {}
     prompts: dict[tuple[str, str, str], tuple[str, str]] = {}
-    for file, record in ((file, record) for file, records in files.items() for record in records):
+    for file, record in ((path.as_posix(), record) for path in paths for record in read_records(path)):
         row = record.value
         here = f"row {record.row}" if record.line is None else f"line {record.line}"
         place = f"{file}, {here}"
