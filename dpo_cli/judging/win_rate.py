@@ -14,7 +14,7 @@ from dpo_cli.core.errors import DataError
 from dpo_cli.core.progress import Meter, Reporter
 from dpo_cli.judging.answers import Answer
 from dpo_cli.judging.judge import INVALID, Judge, Judgment, Question, from_half
-from dpo_cli.statistics.bootstrap import Estimate, Sampling
+from dpo_cli.statistics.intervals import Estimate, Sampling
 
 MAX_INVALID_RATE = 0.05
 """Share of comparisons without a verdict above which there is no win rate: those that are left may be of one kind."""
