@@ -80,7 +80,7 @@ def bench_command(
     with errors_as_exit_codes(as_json=as_json):
         if card is not None:
             from dpo_cli.dry_run.stub import load_stub
-            from dpo_cli.models.gpus import GPUS
+            from dpo_cli.models.device import GPUS
 
             refuse_unknown({"--card": (card, GPUS)})
             if shape is None:
@@ -92,8 +92,7 @@ def bench_command(
         # here, so that --help does not wait for them
         from dpo_cli.core.load_params import load_params, parse_overrides
         from dpo_cli.core.params import Params
-        from dpo_cli.models.shapes import SHAPES
-        from dpo_cli.scoring.regimes import REGIMES
+        from dpo_cli.models.shapes import REGIMES, SHAPES
         from dpo_cli.training.bench import PASSES, BenchOptions, measure
 
         refuse_unknown({"--regime": (regime, REGIMES), "--shape": (shape, SHAPES), "--pass": (which, PASSES)})

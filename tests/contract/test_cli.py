@@ -108,7 +108,7 @@ def test_a_command_that_there_is_not_names_one_like_it(arguments: list[str], mea
 @pytest.mark.parametrize(
     ("module", "allowed"),
     [
-        ("evaluation.measure_capability", ("polars", "pydantic")),
+        ("evaluation.capability", ("polars", "pydantic")),
         ("evaluation.compare", ()),
         ("judging.agreement", ("polars",)),
         ("stages.report", ("pydantic",)),
