@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from dpo_cli.core.data_params import DataParams, Policy, Section, StrictPolicy, param
+from dpo_cli.core.judges import JUDGES, RuleName
 from dpo_cli.losses.catalogue import LOSSES, learns_log_ratio
 
 EMBEDDED = "embedded"
@@ -24,7 +25,9 @@ WORLD_HELD_OUT = 0.3
 if TYPE_CHECKING:
     LossName = str
     PairwiseName = str
-else:  # the catalogue says which there are
+    JudgeName = str
+else:  # the catalogues say which there are
+    JudgeName = Literal[("none", *JUDGES)]
     LossName = Literal[tuple(LOSSES)]
     PairwiseName = Literal[tuple(name for name, loss in LOSSES.items() if not loss.is_ranking)]
 
@@ -256,8 +259,6 @@ class RewardParams(TrainingParams):
     lora: LoraParams | None = _LORA
 
 
-JudgeName = Literal["none", "world", "rule", "reward-model", "hf", "openai", "votes"]
-RuleName = Literal["one_sentence", "json_object"]
 Opponent = Literal["sft", "chosen"]
 
 _TEMPLATE = (

@@ -17,6 +17,7 @@ from typing import Any
 
 from dpo_cli.core.artifacts import write_text
 from dpo_cli.core.errors import ParamsError, StaleArtifactError
+from dpo_cli.core.judges import JUDGES
 from dpo_cli.evaluation import DPO, SFT
 from dpo_cli.evaluation.experiments import (
     ANSWER_FIGURES,
@@ -51,7 +52,7 @@ _SCALED = ("evaluate.loss", "evaluate.margin", "evaluate.chosen_reward", "evalua
 _SCALES = ("train.beta", "train.loss", "train.divergence", "train.divergence_alpha", "train.ld_alpha")
 """What decides which reward a training learns, and so the scale of a margin; entries of a mapping go with it."""
 _SAMPLED = ("evaluate.judge", "evaluate.temperature", "evaluate.max_new_tokens")
-_JUDGES = ("evaluate.hf.", "evaluate.openai.", "evaluate.votes.")
+_JUDGES = tuple(setting for kind in JUDGES.values() for setting in kind.settings)
 _ANOTHER_RUN = 1e-6
 
 _NAMED = 6

@@ -9,6 +9,7 @@ from typing import Any
 
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, ParamsError
+from dpo_cli.core.judges import JUDGES
 from dpo_cli.core.load_params import load_params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.schema import Messages
@@ -23,9 +24,12 @@ from dpo_cli.statistics.intervals import Estimate, Sampling, ends
 from dpo_cli.statistics.logistic import Outcome, fit_strengths
 
 _READ = (
-    "model.", "reference.", "runtime.",
-    *(f"evaluate.{name}" for name in ("judge=", "hf.", "openai.", "bootstrap_draws=", "confidence=", "seed=")),
-)  # fmt: skip
+    "model.",
+    "reference.",
+    "runtime.",
+    *(f"evaluate.{name}=" for name in ("judge", "bootstrap_draws", "confidence", "seed")),
+    *(setting for kind in JUDGES.values() if kind.judges_any for setting in kind.settings),
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def judge_experiments(experiments: Sequence[Experiment], overrides: Sequence[str
         raise ParamsError([f"--set {override} has no effect on compare --judge" for override in idle])
     params = load_params(paths.PARAMS, overrides)
     evaluate = params.evaluate
-    if evaluate.judge in ("none", "votes"):
+    if evaluate.judge == "none" or not JUDGES[evaluate.judge].judges_any:
         raise ParamsError(
             f"--judge has no effect with evaluate.judge {evaluate.judge}; set another one, as in"
             " --set evaluate.judge=hf"

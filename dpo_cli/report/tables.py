@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dpo_cli.core.judges import JUDGES
+
 Metrics = Mapping[str, Any]
 Rows = list[tuple[str, str, str]]
 """Name, value, unit."""
@@ -13,14 +15,6 @@ _NONE = "\N{EN DASH}"
 _ARROW = "\N{RIGHTWARDS ARROW}"
 _UNTRAINED = {"none": "the base model as it is", "adapter": "one of the user's own, as it is"}
 """Methods of SFT that train nothing, in words."""
-_JUDGES = {
-    "world": "the embedded world's known reward",
-    "rule": "a rule that is checked exactly",
-    "reward-model": "the reward model of stage reward",
-    "hf": "a language model on this machine",
-    "openai": "a language model behind a server",
-    "votes": "people's votes",
-}
 
 
 def data_account(metrics: Mapping[str, Metrics]) -> list[tuple[str, str, str, str]]:
@@ -131,8 +125,9 @@ def judge_rows(metrics: Metrics) -> Rows:
     kind = metrics.get("judge", "none")
     if kind == "none":
         return []
-    rows = [("judge", str(_JUDGES.get(kind, kind)))]
-    if kind in ("rule", "hf", "openai") and (name := metrics.get("judge_name")):
+    known = JUDGES.get(kind)
+    rows = [("judge", known.words if known else str(kind))]
+    if known and known.names_itself and (name := metrics.get("judge_name")):
         rows.append(("name", name))
     low, high = metrics.get("judge_agreement_ci") or (None, None)
     interval = "" if low is None or high is None else f" [{_percent(low)}, {_percent(high)}]"

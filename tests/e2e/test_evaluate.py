@@ -530,6 +530,9 @@ def test_models_are_judged_against_each_other(evaluate: Evaluate, tiny_folder: P
     assert rates["sft", "evaluations/one"] == pytest.approx(1 - metrics["win_rate"], abs=1e-12)
     assert rates["sft", "evaluations/two"] == rates["sft", "evaluations/one"]
     assert "NaN" not in result.stdout
+    rule = [*judged[2:], "--set", "evaluate.judge=rule", "--set", "evaluate.rule=one_sentence"]
+    result = CliRunner().invoke(app, [*compared, "--judge", "--json", *rule])
+    assert result.exit_code == 0, result.output
     shutil.copytree("evaluations/one", "sft")
     result = CliRunner().invoke(app, ["compare", "sft", "evaluations/two", "--judge", "--json", *judged])
     models = {each["model"] for each in json.loads(result.stdout.splitlines()[-1])["head_to_head"]["win_rates"]}
