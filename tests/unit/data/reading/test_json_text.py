@@ -17,10 +17,14 @@ from dpo_cli.data.reading.base import Lines, Record
 from dpo_cli.data.reading.files import read_blocks, read_records
 
 Read = Callable[..., list[Record]]
+
+
 Message = Callable[..., str]
+
+
 Write = Callable[[list[Any]], bytes]
 
-BOM = b"\xef\xbb\xbf"
+
 ROWS: list[dict[str, Any]] = [
     {"a": 1, "text": "two\nlines"},
     {"a": [1.5, None, True], "text": "中文 “quoted” 😀"},
@@ -40,55 +44,11 @@ def values(records: list[Record]) -> list[Any]:
     return [record.value for record in records]
 
 
-# --- what is read -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("block", [1, 2, 7, 64, 1 << 20])
-@pytest.mark.parametrize("write", [as_array, as_lines])
-@pytest.mark.parametrize("prefix", [b"", BOM, b" \n\t", BOM + b"\r\n"])
-@pytest.mark.parametrize("compress", [bytes, gzip.compress])
-def test_rows_come_as_they_were_written(
-    read: Read,
-    monkeypatch: pytest.MonkeyPatch,
-    block: int,
-    write: Write,
-    prefix: bytes,
-    compress: Callable[[bytes], bytes],
-) -> None:
-    monkeypatch.setattr(json_text, "BLOCK", block)
-    records = read(compress(prefix + write(ROWS)))
-    assert values(records) == ROWS
-    assert [record.row for record in records] == [0, 1, 2]
-
-
 @pytest.mark.parametrize("block", [1, 3, 1 << 20])
 def test_a_record_names_the_line_it_begins_at(read: Read, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     monkeypatch.setattr(json_text, "BLOCK", block)
     assert [record.line for record in read(b'[\n\n{"a": 1},\n{"a":\n2}, {"a": 3}\n,{}\n]')] == [3, 4, 5, 6]
     assert [record.line for record in read(b'{"a": 1}\n\n \n{"a": 2}\n')] == [1, 4]
-
-
-@pytest.mark.parametrize("block", [1, 2, 9, 1 << 20])
-def test_lines_may_end_in_carriage_returns_and_the_last_one_in_nothing(
-    read: Read, monkeypatch: pytest.MonkeyPatch, block: int
-) -> None:
-    monkeypatch.setattr(json_text, "BLOCK", block)
-    assert values(read(b'{"a": 1}\r\n\r\n{"a": 2}')) == [{"a": 1}, {"a": 2}]
-
-
-@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x7f", "\ufeff"])
-@pytest.mark.parametrize("write", [as_array, as_lines])
-def test_only_a_line_feed_ends_a_line(read: Read, write: Write, mark: str) -> None:
-    rows = [{"a": f"one{mark}two"}, {f"{mark}b": mark}]
-    records = read(write(rows))
-    assert values(records) == rows
-    assert records[-1].line == (2 if write is as_lines else 5)
-
-
-@pytest.mark.parametrize("write", [as_array, as_lines])
-def test_marks_that_are_written_as_escapes_cut_nothing(read: Read, write: Write) -> None:
-    rows = [{"a": "\x0b \x0c \x1c \r \n \0 \t"}, {"b": "\\n \\u2028"}]
-    assert values(read(write(rows))) == rows
 
 
 def test_half_a_surrogate_pair_is_left_to_the_caller(read: Read) -> None:
@@ -102,12 +62,6 @@ def test_an_empty_array_has_no_rows(read: Read) -> None:
 def test_values_that_are_no_objects_are_left_to_the_caller(read: Read) -> None:
     assert values(read(b'[1, "a", null, [2], -1.5e3]')) == [1, "a", None, [2], -1500.0]
     assert values(read(b'1\n"a"\nnull\n')) == [1, "a", None]
-
-
-@pytest.mark.parametrize("number", ["1.5", "1e5", "1E-5", "-0.25"])
-def test_a_number_across_two_blocks_is_one_number(read: Read, monkeypatch: pytest.MonkeyPatch, number: str) -> None:
-    monkeypatch.setattr(json_text, "BLOCK", 1)
-    assert values(read(f"[{number}, {{}}]".encode())) == [float(number), {}]
 
 
 @pytest.mark.parametrize("block", [1, 10, 1 << 20])
@@ -137,23 +91,6 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.
     finally:
         tracemalloc.stop()
     assert peak < 4e6 < path.stat().st_size / 4
-
-
-# --- a list inside an object --------------------------------------------------------------
-
-WITHIN = {"version": "1.0", "skip": {"rows": [9]}, "data": {"n": [[1], {}], "rows": ROWS, "more": None}, "end": "x"}
-
-
-@pytest.mark.parametrize("block", [1, 2, 7, 64, 1 << 20])
-@pytest.mark.parametrize("indent", [None, 1])
-@pytest.mark.parametrize("prefix", [b"", BOM, b"\n "])
-def test_the_list_inside_one_object_gives_the_rows(
-    read: Read, monkeypatch: pytest.MonkeyPatch, block: int, indent: int | None, prefix: bytes
-) -> None:
-    monkeypatch.setattr(json_text, "BLOCK", block)
-    records = read(prefix + json.dumps(WITHIN, indent=indent).encode() + b"\n", "data.rows")
-    assert values(records) == ROWS
-    assert [record.row for record in records] == [0, 1, 2]
 
 
 def test_rows_inside_an_object_name_the_line_they_begin_at(read: Read) -> None:
@@ -254,23 +191,6 @@ def test_an_object_without_the_list_or_that_is_broken_is_named(
     assert words in message(data, within)
 
 
-# --- objects one after another -------------------------------------------------------------
-
-
-@pytest.mark.parametrize("block", [1, 2, 7, 64, 1 << 20])
-@pytest.mark.parametrize("prefix", [b"", BOM, b"\n "])
-@pytest.mark.parametrize("separator", ["", " ", "\n", "\r\n\r\n"])
-def test_objects_over_several_lines_are_rows(
-    read: Read, monkeypatch: pytest.MonkeyPatch, block: int, prefix: bytes, separator: str
-) -> None:
-    monkeypatch.setattr(json_text, "BLOCK", block)
-    rows = [ROWS[0], *ROWS, {"a": {"b": [{}]}}]
-    records = read(prefix + separator.join(json.dumps(row, indent=2) for row in rows).encode())
-    assert values(records) == rows
-    assert [record.row for record in records] == list(range(5))
-    assert records[1].line == prefix.count(b"\n") + 4 + separator.count("\n")
-
-
 def test_objects_may_share_the_first_line_however_long_it_is(read: Read) -> None:
     assert values(read(b'{"a": 1} {"a": 2}{"a": 3}\n{"a":\n4}\n')) == [{"a": n} for n in (1, 2, 3, 4)]
     rows = [{"text": "x" * 50_000}] * 3
@@ -310,9 +230,6 @@ def test_broken_objects_are_named_with_line_and_column(
 ) -> None:
     monkeypatch.setattr(json_text, "BLOCK", block)
     assert message(data).startswith(words)
-
-
-# --- text that cannot be read -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("block", [64, 1 << 20])
