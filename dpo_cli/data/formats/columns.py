@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from dpo_cli.data.formats.base import Column, Columns, Format, Reading, paths_of, says_something
@@ -50,7 +51,7 @@ class Plan:
     spoken: tuple[str, ...] = ()
     leaves: bool = False
 
-    @property
+    @cached_property
     def fits(self) -> bool:
         """Whether each needed field is found, and is found in one place."""
         return not self.missing and not self.rivals
@@ -87,7 +88,7 @@ class Plan:
         sources = {path if path in renamed else path.partition(".")[0] for path in paths} - self.format.names.keys()
         return {key: value for key, value in renamed.items() if key not in sources} if sources else renamed
 
-    @property
+    @cached_property
     def may_leave(self) -> bool:
         """Whether rows with these keys may hold something that is not read."""
         return bool(self.unread or self.entered or self.alternatives or self.spoken or self.leaves)

@@ -9,7 +9,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from dpo_cli.core.errors import ParamsError
-from dpo_cli.data.formats import PREFERENCE_FORMATS, SFT_FORMATS
+from dpo_cli.data.formats import PREFERENCE_FORMATS
 from dpo_cli.data.formats.base import Format, Reading
 from dpo_cli.data.formats.columns import MISSING, look_up, plan_of
 from dpo_cli.data.formats.detect import RowReader, UnknownFormatError
@@ -18,7 +18,7 @@ from dpo_cli.data.formats.pairs import PAIRS
 from dpo_cli.data.formats.rankings import KWISE
 from dpo_cli.data.formats.two_outputs import TWO_OUTPUTS
 from dpo_cli.data.problem import RowProblem
-from dpo_cli.data.schema import SftExample, assistant, user
+from dpo_cli.data.schema import assistant, user
 
 # --- columns -----------------------------------------------------------------------------------
 
@@ -71,13 +71,6 @@ def test_a_key_is_one_field_only() -> None:
     assert "history" not in renamed
 
 
-def test_what_the_user_names_comes_before_everything() -> None:
-    row = {"prompt": "p", "question": "q", "input": "c", "chosen": "a", "rejected": "b"}
-    renamed = plan(PAIRS, row, prompt="question", chosen="rejected", rejected="chosen", input="").rename(row)
-    assert (renamed["prompt"], renamed["chosen"], renamed["rejected"]) == ("q", "b", "a")
-    assert "input" not in renamed
-
-
 def test_a_named_field_that_is_not_there_is_missed_only_where_it_is_needed() -> None:
     row = {"q": "q", "chosen": "a", "rejected": "b", "system": "s"}
     found = plan(PAIRS, row, prompt="q", system="meta.system")
@@ -103,20 +96,6 @@ def test_keys_that_may_all_be_a_field_are_rivals() -> None:
     row = {"question": "q", "instruction": "i", "chosen": "a", "rejected": "b"}
     assert plan(PAIRS, row).rivals == {"prompt": ("question", "instruction")}
     assert plan(PAIRS, {"prompt": "p", "instruction": "i", "chosen": "a", "rejected": "b"}).fits
-
-
-@pytest.mark.parametrize(
-    ("row", "missing"),
-    [
-        ({"prompt": "q", "chosen": "a"}, ("rejected",)),
-        ({"question": "q", "response_j": "a"}, ("rejected",)),
-        ({"instruction": "q", "rejected": "a"}, ("chosen",)),
-        ({"chosen": "a", "rejected": "b"}, ("prompt",)),
-        ({}, ("prompt", "chosen", "rejected")),
-    ],
-)
-def test_what_is_missing_is_named(row: dict[str, Any], missing: tuple[str, ...]) -> None:
-    assert plan(PAIRS, row).missing == missing
 
 
 @pytest.mark.parametrize(
@@ -206,11 +185,6 @@ def test_a_named_format_reads_every_row_as_it_is() -> None:
         named.read({"prompt": "q", "chosen": "a"})
     with pytest.raises(RowProblem, match="has no 'conversations', nor messages"):
         reader("sharegpt").read(PAIR)
-
-
-def test_a_named_format_takes_single_completions() -> None:
-    named = RowReader(SFT_FORMATS, "prompt_completion", {}, Reading())
-    assert named.read({"prompt": "q", "completion": "a", "label": True})[1] == SftExample([Q], [A])
 
 
 def test_a_reader_that_is_told_the_fallback_reads_as_the_one_that_found_it() -> None:
@@ -395,18 +369,11 @@ def test_a_doubt_offers_no_column_that_is_a_side_already(auto: Callable[..., Any
     assert "there is no field known as the prompt, and question text may be it" in str(caught.value)
 
 
-def test_an_unknown_file_is_told_its_fields_and_the_formats() -> None:
-    with pytest.raises(
-        UnknownFormatError, match=r"its first row has text, url; .*columns: \{prompt: .*known formats .*pairs"
-    ):
-        reader().detect("f", [{"text": "t", "url": "u"}])
-
-
 def test_rows_whose_keys_are_data_are_read_without_filling_the_memory() -> None:
     found = reader()
-    for number in range(12_000):
+    for number in range(2500):
         assert found.read({**PAIR, f"key {number}": 1})[0].name == "pairs"
-    assert len(found._steps) == 10_000
+    assert len(found._plans) == 2000
 
 
 @pytest.mark.parametrize(

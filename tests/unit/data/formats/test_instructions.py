@@ -70,14 +70,12 @@ def test_an_alpaca_row_becomes_a_prompt_and_an_answer(row: dict[str, Any], promp
         ({"instruction": "q"}, "missing_field"),
         ({"instruction": None, "output": "a"}, "not_text"),
         ({"instruction": "q", "output": None}, "not_text"),
-        ({"instruction": "q", "output": 5}, "not_text"),
         ({"instruction": ["q"], "output": "a"}, "not_text"),
         ({"instruction": "q", "input": 5, "output": "a"}, "not_text"),
         ({"instruction": "q", "system": [], "output": "a"}, "not_text"),
         ({"instruction": "q", "history": "Hi", "output": "a"}, "bad_history"),
         ({"instruction": "q", "history": {"a": "b"}, "output": "a"}, "bad_history"),
         ({"instruction": "q", "history": [["Hi"]], "output": "a"}, "bad_history"),
-        ({"instruction": "q", "history": [["Hi", None]], "output": "a"}, "bad_history"),
         ({"instruction": "q", "history": ["Hi", "Hello"], "output": "a"}, "bad_history"),
         ({"instruction": "q", "history": [user("Hi")], "output": "a"}, "bad_history"),
         ({"instruction": "q", "history": [{"a": "b"}], "output": "a"}, "unknown_role"),
@@ -148,12 +146,6 @@ def test_a_prompt_keeps_its_text_and_what_stands_beside_it(row: dict[str, Any], 
     assert auto(row, kind="sft").only.prompt == [user(prompt)]
 
 
-def test_a_completion_that_is_json_stays_as_it_is() -> None:
-    for text in ('{"name": "Ann"}', '[{"role": "Ann"}', "[1, 2]", " a", "Human: a"):
-        example: Any = PROMPT_COMPLETION.read({"prompt": "q", "completion": text}, Reading())
-        assert example.completion == [assistant(text)]
-
-
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -161,9 +153,7 @@ def test_a_completion_that_is_json_stays_as_it_is() -> None:
         ({"completion": "a"}, "missing_field"),
         ({"prompt": None, "completion": "a"}, "missing_field"),
         ({"prompt": "q", "completion": None}, "missing_field"),
-        ({"prompt": 5, "completion": "a"}, "not_text"),
         ({"prompt": "q", "completion": 5}, "not_text"),
-        ({"prompt": "q", "completion": True}, "not_text"),
         ({"prompt": '["q", "r"]', "completion": "a"}, "not_text"),
         ({"prompt": {"id": 5, "full_text": "q"}, "completion": "a"}, "bad_message"),
         ({"prompt": {"messages": "q"}, "completion": "a"}, "bad_message"),
@@ -171,7 +161,6 @@ def test_a_completion_that_is_json_stays_as_it_is() -> None:
         ({"prompt": "q", "completion": "[{'content': 'a', 'role': 'assistant'}]"}, "not_json"),
         ({"prompt": [Q], "input": "c", "completion": "a"}, "two_prompts"),
         ({"prompt": "q", "input": 5, "completion": "a"}, "not_text"),
-        ({"prompt": [], "completion": "a"}, "empty_prompt"),
     ],
 )
 def test_an_odd_prompt_or_completion_is_refused(
@@ -326,11 +315,8 @@ def test_a_system_prompt_is_there_once() -> None:
         (5, "bad_message"),
         (["q", "a"], "bad_message"),
         ([{"content": "q"}, A], "unknown_role"),
-        ([{"from": "function_call", "value": "{}"}, A], "bad_tool_call"),
         ([{"role": None, "content": "q"}, A], "unknown_role"),
         ([{"role": "user"}, A], "not_text"),
-        ([{"role": "user", "content": None}, A], "not_text"),
-        ([{"role": "user", "content": 5}, A], "not_text"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, A], "not_text"),
         ([{"role": "user", "content": [{"text": "q"}]}, A], "not_text"),
         ([{"role": "user", "content": [{"type": "text", "text": None}]}, A], "not_text"),

@@ -42,25 +42,20 @@ def pairs_of(ranking: RankingExample, scheme: str) -> set[str]:
         # ranks: 1 is best
         ({"ranks": [1, 2, 3]}, "abc", [1, 2, 3], "a>b a>c b>c", "a>b b>c", "a>c"),
         ({"ranks": [3, 1, 2]}, "bca", [1, 2, 3], "b>c b>a c>a", "b>c c>a", "b>a"),
-        ({"ranks": ["3", "1", "2"]}, "bca", [1, 2, 3], "b>c b>a c>a", "b>c c>a", "b>a"),
         ({"ranks": [0, 2, 1]}, "acb", [1, 2, 3], "a>c a>b c>b", "a>c c>b", "a>b"),
-        ({"ranks": [10, 5, 70]}, "bac", [1, 2, 3], "b>a b>c a>c", "b>a a>c", "b>c"),
         ({"ranks": [1, 1, 2]}, "abc", [1, 1, 2], "a>c b>c", "a>c b>c", "a>c"),
         ({"ranks": [2, 1, 2]}, "bac", [1, 2, 2], "b>a b>c", "b>a b>c", "b>c"),
-        ({"ranks": [1.5, 1.5, 3]}, "abc", [1, 1, 2], "a>c b>c", "a>c b>c", "a>c"),
         ({"ranks": [1, 1, 1]}, "abc", [1, 1, 1], "", "", ""),
         # scores: higher is better
         ({"scores": [0.1, 0.9, 0.5]}, "bca", [1, 2, 3], "b>c b>a c>a", "b>c c>a", "b>a"),
         ({"scores": [-1, "2", 0]}, "bca", [1, 2, 3], "b>c b>a c>a", "b>c c>a", "b>a"),
         ({"scores": [1, 0, 1]}, "acb", [1, 1, 2], "a>b c>b", "a>b c>b", "a>b"),
         ({"scores": [True, False, True]}, "acb", [1, 1, 2], "a>b c>b", "a>b c>b", "a>b"),
-        ({"scores": [0, 0, 0]}, "abc", [1, 1, 1], "", "", ""),
         # verdicts on 1-2, 1-3, 2-3
         ({"preference": [1, 1, 1]}, "abc", [1, 2, 3], "a>b a>c b>c", "a>b b>c", "a>c"),
         ({"preference": [2, 2, 2]}, "cba", [1, 2, 3], "b>a c>a c>b", "c>b b>a", "c>a"),
         ({"preference": [1, 0, 0]}, "acb", [1, 2, 3], "a>b", "a>c c>b", "a>b"),
         ({"preference": [1, 2, 1]}, "abc", [1, 1, 1], "a>b c>a b>c", "", ""),  # a > b > c > a
-        ({"preference": [0, 0, 0]}, "abc", [1, 1, 1], "", "", ""),
         # a matrix: entry [i][j] is how often i beat j
         ({"preference": [[0, 3, 0], [1, 0, 0], [4, 4, 0]]}, "cab", [1, 2, 3], "a>b c>a c>b", "c>a a>b", "c>b"),
         (
@@ -134,13 +129,10 @@ def test_a_list_is_in_order_where_the_user_says_so() -> None:
         ({"completions": None}, "missing_field"),
         ({"completions": "a"}, "not_a_list"),
         ({"completions": {"a": 1}}, "not_a_list"),
-        ({"completions": []}, "too_few_completions"),
         ({"completions": ["a"]}, "too_few_completions"),
         ({"completions": ["a", None]}, "missing_field"),
-        ({"completions": ["a", 5]}, "not_text"),
         ({"completions": ["a", {"model": "x"}]}, "missing_field"),
         ({"completions": ["a", Q]}, "not_one_answer"),
-        ({"prompt": None}, "missing_field"),
         # an order that is not there is not made up
         ({"ranks": None}, "no_ranking"),
         ({"ranks": ...}, "no_ranking"),
@@ -155,7 +147,6 @@ def test_a_list_is_in_order_where_the_user_says_so() -> None:
         ({"ranks": [True, False]}, "bad_ranking"),
         ({"ranks": [1, None]}, "not_a_number"),
         ({"ranks": [1, "second"]}, "not_a_number"),
-        ({"ranks": ..., "scores": [1]}, "bad_ranking"),
         ({"ranks": ..., "scores": [1, "high"]}, "not_a_number"),
         ({"ranks": ..., "scores": [1, float("inf")]}, "not_a_number"),
         ({"ranks": ..., "preference": [1, 2]}, "bad_ranking"),
@@ -165,10 +156,6 @@ def test_a_list_is_in_order_where_the_user_says_so() -> None:
 def test_an_odd_ranking_is_refused(change: dict[str, Any], reason: str, reason_of: Callable[..., str]) -> None:
     row = {"prompt": "q", "completions": ["a", "b"], "ranks": [1, 2]} | change
     assert reason_of(KWISE, {name: value for name, value in row.items() if value is not ...}) == reason
-
-
-def test_a_list_that_only_lacks_its_ranks_is_in_no_order(reason_of: Callable[..., str]) -> None:
-    assert reason_of(KWISE, {"instruction": "q", "output": ["a", "b"], "ranks": None}) == "no_ranking"
 
 
 @pytest.mark.parametrize(
@@ -231,15 +218,6 @@ def test_a_list_without_ranks_among_lists_with_ranks_is_in_doubt(auto: Callable[
     ranked = {"instruction": "q", "output": ["a", "b"], "ranks": [2, 1]}
     with pytest.raises(UnknownFormatError, match="nothing says which answer in 'output' is better"):
         auto(ranked, ranked, {"instruction": "q", "output": ["a", "b"]})
-
-
-def test_a_row_without_ranks_in_a_file_with_ranks_is_refused(auto: Callable[..., Any]) -> None:
-    row = {"prompt": "q", "completions": ["a", "b"], "ranks": [2, 1]}
-    for lost in ({"ranks": None}, {"completions": ["a"]}, {"prompt": None}):
-        found = auto(row, row, {**row, **lost}).found[2]
-        assert isinstance(found, RowProblem)
-    found = auto(row, row, {"prompt": "q", "completions": ["a", "b"]}).found[2]
-    assert found.reason == "no_ranking"
 
 
 @pytest.mark.parametrize(
@@ -305,11 +283,7 @@ def test_what_completions_hold_beside_is_named(answer: Any, unread: list[str], a
     ("values", "num", "decided"),
     [
         # the pairs are 1-2, 1-3, 2-3
-        ([1, 1, 1], 3, [(0, 1), (0, 2), (1, 2)]),
-        ([2, 2, 2], 3, [(1, 0), (2, 0), (2, 1)]),
         ([1, 2, 0], 3, [(0, 1), (2, 0)]),
-        ([0, 0, 0], 3, []),
-        ([1, 2, 1], 3, [(0, 1), (2, 0), (1, 2)]),  # 1 > 2 > 3 > 1
         ([1.0, 0.0, 2.0], 3, [(0, 1), (2, 1)]),
         ([2], 2, [(1, 0)]),
         # 1-2, 1-3, 1-4, 2-3, 2-4, 3-4
@@ -333,12 +307,9 @@ def test_verdicts_decide_pairs(values: Any, num: int, decided: list[tuple[int, i
     [
         (1, 2, "bad_ranking"),
         ("1", 2, "bad_ranking"),
-        (None, 2, "bad_ranking"),
         ([], 2, "bad_ranking"),
         ([1, 1], 3, "bad_ranking"),
-        ([1, 1, 1, 1], 3, "bad_ranking"),
         ([1, 3, 1], 3, "bad_ranking"),
-        ([1, -1, 1], 3, "bad_ranking"),
         ([1, None, 1], 3, "bad_ranking"),
         ([True, False, True], 3, "bad_ranking"),
         (["1", "2", "0"], 3, "bad_ranking"),
