@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError
-from dpo_cli.core.evaluate_params import EvaluateParams
+from dpo_cli.core.params import EvaluateParams
 from dpo_cli.data.schema import text_of
 from dpo_cli.data.tokenize import TokenTable, read_columns
 from dpo_cli.data.tokens import TokenGroup, pieces_of

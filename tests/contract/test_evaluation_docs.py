@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import pytest
 
-from dpo_cli.core.evaluate_params import EvaluateParams, JudgeName
+from dpo_cli.core.params import EvaluateParams, JudgeName
 from dpo_cli.data.schema import Messages
 from dpo_cli.evaluation.flags import (
     LESS_DISTINCT,
