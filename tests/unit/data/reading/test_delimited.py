@@ -110,24 +110,15 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.
         (b"a\tb\n1,2\n", "line 2: 1 values where the header has 2 ('a', 'b'); quote texts that hold a tab"),
         (b'a,b\n"x\ny",1\n1,2;3,4\n', "line 4: 3 values where the header has 2"),
         (b'a,"b\n', "line 1, column 3: broken CSV: the quote that opens this value is not closed in the rest"),
-        (
-            b'a,b\n"x\n\ny,2\n3,4\n',
-            "line 2, column 1: broken CSV: the quote that opens this value is not closed in the rest",
-        ),
+        (b'a,b\n"x\n\ny,2\n3,4\n', "line 2, column 1: broken CSV: the quote that opens this value is not closed in"),
         (b'a,b\n1,"x', "line 2, column 3: broken CSV: the quote that opens this value is not closed in the rest"),
-        (
-            b'a,b\nx"y",2\n',
-            "line 2, column 2: broken CSV: a quote in value 1 that does not enclose all of it; a text that holds",
-        ),
+        (b'a,b\nx"y",2\n', "line 2, column 2: broken CSV: a quote in value 1 that does not enclose all of it; a"),
         (b'a,b\n1,"x"y\n', "line 2, column 6: broken CSV: a quote in value 2 that does not enclose all of it"),
         (b'a,b\n1,"x" \n', "line 2, column 6: broken CSV: a quote in value 2 that does not enclose all of it"),
         (b'a,b\n"1\n2", "x"\n', "line 3, column 5: broken CSV: a quote in value 2 that does not enclose all of it"),
         (b'a,b\n1,say "hi"\n', "line 2, column 7: broken CSV: a quote in value 2 that does not enclose all of it"),
         (b'a,b"\n1,2\n"\n', "line 1, column 4: broken CSV: a quote in value 2 that does not enclose all of it"),
-        (
-            b'a,b\nName a 5" pipe,PVC.\n' + b'c,"d"\n' * 9,
-            "line 2, column 9: broken CSV: a quote in value 1 that does not",
-        ),
+        (b'a,b\nName a 5" pipe,PVC.\n' + b'c,"d"\n' * 9, "line 2, column 9: broken CSV: a quote in value 1 that"),
         (b"text\none, two\n", "line 2: 2 values where the header has 1 ('text'); quote texts that hold a comma"),
         (b"a,b\n1,2\n3", "line 3: the file ends within this line, which has 1 of 2 values; it is cut off"),
         (b'a,b\n1,"2', "line 2, column 3: broken CSV: the quote that opens this value is not closed"),
@@ -138,14 +129,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.
         (b"a,b,,\n1,2,3,4\n", "line 1: column 3 has no name in the header"),
         (b"a,b\n", "has no rows: it is read as a table, for the comma in its first line, and below this header"),
         (b"Hello, world\n\n", "has no rows: it is read as a table, for the comma in its first line"),
-        (
-            b"a;b,c\n1,2\n",
-            "line 1: no JSON, and as the header of a table it may be cut at each semicolon or each comma",
-        ),
-        (
-            b'x"prompt": 1, "chosen": 2}\n{"prompt": 1, "chosen": 2}\n',
-            "line 1, column 2: broken CSV: a quote in value 1",
-        ),
+        (b"a;b,c\n1,2\n", "line 1: no JSON, and as the header of a table it may be cut at each semicolon or each"),
+        (b'x"prompt": 1, "chosen": 2}\n{"prompt": 1, "chosen": 2}\n', "line 1, column 2: broken CSV: a quote in"),
     ],
 )
 def test_a_broken_table_is_named_with_its_line(

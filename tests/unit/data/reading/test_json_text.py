@@ -148,36 +148,16 @@ def test_what_lies_before_the_list_is_not_held(tmp_path: Path, monkeypatch: pyte
         (b'[{"rows": 5}]', "rows", "line 1: records: there is no list at 'rows'"),
         (b"[1]", "rows", "line 1: records: there is no list at 'rows'"),
         (b'"x"\n', "rows", "line 1: records: there is no list at 'rows'"),
-        (
-            b'{"rows": [{}, {}',
-            "rows",
-            "line 1, column 17: broken JSON: the array is not closed; the file seems cut off",
-        ),
-        (
-            b'{"rows": [{}],\n',
-            "rows",
-            "line 2, column 1: broken JSON: expected '\"' before a name, the file seems cut off",
-        ),
-        (
-            b'{"rows": [{}]\n',
-            "rows",
-            "line 2, column 1: broken JSON: expected ',' or '}' after the value of 'rows', the file",
-        ),
+        (b'{"rows": [{}, {}', "rows", "line 1, column 17: broken JSON: the array is not closed; the file seems cut"),
+        (b'{"rows": [{}],\n', "rows", "line 2, column 1: broken JSON: expected '\"' before a name, the file seems cut"),
+        (b'{"rows": [{}]\n', "rows", "line 2, column 1: broken JSON: expected ',' or '}' after the value of 'rows',"),
         (b'{"rows": [{}], "n', "rows", "line 1, column 16: broken JSON: Unterminated string"),
         (b'{"rows": [{}], "n": ', "rows", "the file seems cut off"),
         (b'{"a": {"rows": [{}]}', "a.rows", "the file seems cut off"),
         (b'{"rows": [{}]} x', "rows", "line 1, column 16: broken JSON: text after the end of the object"),
         (b'{"rows": [{}]} {"rows": [{}]}', "rows", "line 1, column 16: broken JSON: text after the end of the object"),
-        (
-            b'{"rows": [{}]}\n]',
-            "rows",
-            "line 2, column 1: broken JSON: expected '{' at the start of an object, got ']'",
-        ),
-        (
-            b'{"rows": [{}] "a": 1}',
-            "rows",
-            "line 1, column 15: broken JSON: expected ',' or '}' after the value of 'rows', got",
-        ),
+        (b'{"rows": [{}]}\n]', "rows", "line 2, column 1: broken JSON: expected '{' at the start of an object, got"),
+        (b'{"rows": [{}] "a": 1}', "rows", "line 1, column 15: broken JSON: expected ',' or '}' after the value of"),
         (b'{"a" 1, "rows": [{}]}', "rows", "line 1, column 6: broken JSON: expected ':' after 'a', got '1'"),
         (b'{a: 1, "rows": [{}]}', "rows", "line 1, column 2: broken JSON: expected '\"' before a name, got 'a'"),
         (b'{"rows": [{}],\n"a": tru ' + b" " * 20 + b"}", "rows", "line 2, column 6: broken JSON: Expecting value"),
@@ -201,28 +181,18 @@ def test_objects_may_share_the_first_line_however_long_it_is(read: Read) -> None
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (
-            b'{"a": 1},\n{"a": 2},\n',
-            "line 1, column 9: broken JSON: a comma between two values, as in an array: take such",
-        ),
+        (b'{"a": 1},\n{"a": 2},\n', "line 1, column 9: broken JSON: a comma between two values, as in an array:"),
         (
             b'{\n"a": 1\n}\n{\n"a": 2,\n}\n',
-            "line 6, column 1: broken JSON: Expecting property name enclosed in double"
-            " quotes; a comma stands before the closing }: take it out",
+            "line 6, column 1: broken JSON: Expecting property name enclosed in double quotes; a comma stands before",
         ),
-        (
-            b'{\n"a": 1\n}\n{\n"a": 2\n',
-            "line 6, column 1: broken JSON: Expecting ',' delimiter; the file seems cut off",
-        ),
+        (b'{\n"a": 1\n}\n{\n"a": 2\n', "line 6, column 1: broken JSON: Expecting ',' delimiter; the file seems cut"),
         (
             b"{'a': 'x'}\n{'a': 'y'}\n",
             "line 1, column 2: broken JSON: Expecting property name enclosed in double quotes;"
             " texts and names need double quotes: these look like Python's",
         ),
-        (
-            b'{"a": "\n"}\n',
-            "line 1, column 8: broken JSON: Invalid control character; its closing quote is missing, or",
-        ),
+        (b'{"a": "\n"}\n', "line 1, column 8: broken JSON: Invalid control character; its closing quote is missing,"),
     ],
 )
 def test_broken_objects_are_named_with_line_and_column(
@@ -270,33 +240,15 @@ def test_a_damaged_byte_in_chinese_text_does_not_make_it_gbk(message: Message, w
         (b'[{"a": 1}\n{"a": 2}]', "line 2, column 1: broken JSON: expected ',' or ']' after row 0, got '{'"),
         (b'[{"a": 1}]\n{"a": 2}', "line 2, column 1: broken JSON: text after the end of the array"),
         (b'[{"a": 1}]]', "line 1, column 11: broken JSON: text after the end of the array"),
-        (
-            b'[{"a": 1},\n]',
-            "line 2, column 1: broken JSON: Expecting value; a comma stands before the closing ]: take it out",
-        ),
+        (b'[{"a": 1},\n]', "line 2, column 1: broken JSON: Expecting value; a comma stands before the closing ]:"),
         (b'[{"a": 1},\n\n, {}]', "line 3, column 1: broken JSON: Expecting value; a comma too many: take it out"),
-        (
-            b'[{"a": [1,]}]',
-            "line 1, column 11: broken JSON: Expecting value; a comma stands before the closing ]: take it",
-        ),
-        (
-            b'[{"a": "q"}, {"a": "r}]',
-            "line 1, column 20: broken JSON: Unterminated string; its closing quote is missing, or",
-        ),
-        (
-            b'[\n{"a": "q"},\n{"a": "r}\n]\n',
-            "line 3, column 10: broken JSON: Invalid control character; its closing quote is",
-        ),
+        (b'[{"a": [1,]}]', "line 1, column 11: broken JSON: Expecting value; a comma stands before the closing ]:"),
+        (b'[{"a": "q"}, {"a": "r}]', "line 1, column 20: broken JSON: Unterminated string; its closing quote is"),
+        (b'[\n{"a": "q"},\n{"a": "r}\n]\n', "line 3, column 10: broken JSON: Invalid control character; its closing"),
         (b"[\n{'a': 1},\n" + b'{"a": 1}, ' * 9 + b"{}]", "line 2, column 2: broken JSON: Expecting property name"),
         (b'[{"a": 1},\n\n{"a": tru}, ' + b'{"a": 1}, ' * 9 + b"{}]", "line 3, column 7: broken JSON: Expecting value"),
-        (
-            b'[{"a": "tab\there"}, ' + b'{"a": 1}, ' * 9 + b"{}]",
-            "line 1, column 12: broken JSON: Invalid control character",
-        ),
-        (
-            b'[{"a": "zero\0"}, ' + b'{"a": 1}, ' * 9 + b"{}]",
-            "line 1, column 13: broken JSON: Invalid control character",
-        ),
+        (b'[{"a": "tab\there"}, ' + b'{"a": 1}, ' * 9 + b"{}]", "line 1, column 12: broken JSON: Invalid control"),
+        (b'[{"a": "zero\0"}, ' + b'{"a": 1}, ' * 9 + b"{}]", "line 1, column 13: broken JSON: Invalid control"),
     ],
 )
 def test_a_broken_array_is_named_with_its_line(
@@ -309,22 +261,15 @@ def test_a_broken_array_is_named_with_its_line(
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (
-            b"hello\n",
-            "line 1: neither JSON nor a table: the first line is no JSON, and holds no comma, tab or semicolon; expect",
-        ),
+        (b"hello\n", "line 1: neither JSON nor a table: the first line is no JSON, and holds no comma, tab or"),
         (b'{"a": 1}\n{"a": 1', "line 2, column 8: broken JSON: Expecting ',' delimiter"),
         (b'{"a": 1}\n{"a": 1} x\n', "line 2, column 10: broken JSON: Extra data"),
         (b'{"a": 1}\n{"a": 1}{"a": 2}\n', "line 2, column 9: broken JSON: Extra data; a line holds one value"),
         (
             b'{"a": 1}\n{"a": 1,}\n',
-            "line 2, column 9: broken JSON: Expecting property name enclosed in double quotes; a comma"
-            " stands before the closing }: take it out",
+            "property name enclosed in double quotes; a comma stands before the closing }: take",
         ),
-        (
-            b'{"a": 1}\n{"a": [1,, 2]}\n',
-            "line 2, column 10: broken JSON: Expecting value; a comma too many: take it out",
-        ),
+        (b'{"a": 1}\n{"a": [1,, 2]}\n', "line 2, column 10: broken JSON: Expecting value; a comma too many: take it"),
         (
             b'{"a": 1}\n{"a": "x, "b": 1}\n',
             "line 2, column 12: broken JSON: Expecting ',' delimiter; the text before it ends"
@@ -332,15 +277,12 @@ def test_a_broken_array_is_named_with_its_line(
         ),
         (
             b'{"a": 1}\n{"a": "x" "b": 1}\n',
-            "line 2, column 11: broken JSON: Expecting ',' delimiter; a comma is missing before",
+            "line 2, column 11: broken JSON: Expecting ',' delimiter; a comma is missing",
         ),
         (b'{"a": 1}\n{"a": "x}\n', "line 2, column 7: broken JSON: Unterminated string; its closing quote is missing"),
         (b'{"a": 1}\n{"a": "\\d"}\n', r"line 2, column 8: broken JSON: Invalid \escape; a backslash within a text is"),
         (b'{"a": 1}\n{"a": None}\n', "line 2, column 7: broken JSON: Expecting value; None is Python's; JSON has null"),
-        (
-            b'{"a": 1}\n{a: 1}\n',
-            "line 2, column 2: broken JSON: Expecting property name enclosed in double quotes; names need",
-        ),
+        (b'{"a": 1}\n{a: 1}\n', "column 2: broken JSON: Expecting property name enclosed in double quotes; names need"),
         (b'{"a": 1}\n# note\n', "line 2, column 1: broken JSON: Expecting value; JSON has no comments: take it out"),
         (b'{"a": 1}\n{"a": tru}\n', "line 2, column 7: broken JSON: Expecting value"),
         (b'{"a": 1}\n{"a": "\0"}\n', "line 2, column 8: broken JSON: Invalid control character"),
