@@ -35,7 +35,7 @@ from dpo_cli.data.formats.detect import RowReader
 from dpo_cli.data.plan import BlockPlan
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.reading.base import Block, Lines
-from dpo_cli.data.reading.json_lines import parse_lines
+from dpo_cli.data.reading.json_text import parse_lines
 from dpo_cli.data.schema import (
     Example,
     Messages,

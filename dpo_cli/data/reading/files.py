@@ -29,8 +29,7 @@ from dpo_cli.data.reading import json_text
 from dpo_cli.data.reading.base import Block, BrokenLines, Lines, OnBytes, Record, is_utf16, missing
 from dpo_cli.data.reading.columnar import ARROW_FILE, ARROW_STREAM, PARQUET, read_columnar
 from dpo_cli.data.reading.delimited import delimiter_of, read_delimited
-from dpo_cli.data.reading.json_lines import parse_lines, read_lines
-from dpo_cli.data.reading.json_text import read_array, read_array_within, read_objects
+from dpo_cli.data.reading.json_text import parse_lines, read_array, read_array_within, read_lines, read_objects
 
 _RECORDS_A_BLOCK = 1000
 _BYTES_A_BLOCK = 1 << 22

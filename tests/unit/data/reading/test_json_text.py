@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dpo_cli.data.reading import base, json_lines, json_text
+from dpo_cli.data.reading import base, json_text
 from dpo_cli.data.reading.base import Lines, Record
 from dpo_cli.data.reading.files import read_blocks, read_records
 
@@ -74,7 +74,7 @@ def test_runs_of_lines_are_whole_and_know_their_place(
     runs = [run for run in read_blocks(path) if isinstance(run, Lines)]
     assert b"".join(run.data for run in runs) == path.read_bytes()
     assert all(run.data.endswith(b"\n") for run in runs[:-1])
-    records = [record for run in runs for record in json_lines.parse_lines(path, run)]
+    records = [record for run in runs for record in json_text.parse_lines(path, run)]
     assert [(record.line, record.value["a"]) for record in records] == [(2, 1), (4, 2), (5, 3)]
     assert len(runs) == (1 if block > 100 else len(runs))
 
