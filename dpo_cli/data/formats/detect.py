@@ -103,13 +103,19 @@ class RowReader:
         Raises:
             RowProblem: It holds media, or may be read in two ways.
         """
+        made_by = ""
         plans, media = self._plans_of(tuple(row))
-        refuse_media(row, media)
+        if media:
+            refuse_media(row, media)
         for plan in plans:
-            if plan.fits:
-                found, made_by = _renamed(plan, row, unwraps=unwraps)
-                if plan.format.fits(found) and not self._is_doubtful(plan.format, found):
-                    return plan, found, made_by
+            if not plan.fits:
+                continue
+            found = plan.rename(row)
+            if unwraps:
+                found, made_by = unwrap_row(found, plan.format.names)
+            fmt = plan.format
+            if (fmt.matches is None or fmt.matches(found)) and (fmt.weak is None or not self._is_doubtful(fmt, found)):
+                return plan, found, made_by
         plan = plans[self._formats.index(self._main) if self._main else 0]
         found, made_by = _renamed(plan, row, unwraps=unwraps)
         if plan.rivals:
