@@ -76,9 +76,7 @@ _SCHEMAS = {
     "ranking": pa.schema([*RANKING_SCHEMA, *_WHERE_TO]),
 }
 """Columns of a block's files."""
-_FACTS = (
-    "id", "sides", "flipped", "group", "opening", "held_out", "copies", "row", "line", "part", "ranking", "prompt",
-)  # fmt: skip
+_FACTS = tuple("id sides flipped group opening held_out copies row line part ranking prompt".split())
 _COLUMNS = {
     "sft": (*_FACTS, "completion"),
     "preference": (*_FACTS, "chosen", "rejected", "chosen_score", "rejected_score"),
