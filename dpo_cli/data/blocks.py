@@ -213,10 +213,9 @@ class _Rows:
 
     def add_part(self, example: Any, part: str) -> None:
         """Add one of several things that a row holds."""
-        if isinstance(example, RowProblem):
-            self.refuse(example, part)
-            return
         try:
+            if isinstance(example, RowProblem):
+                raise example
             self.add(example, part)
         except RowProblem as problem:
             self.refuse(problem, part)

@@ -161,9 +161,6 @@ def test_an_odd_ranking_is_refused(change: dict[str, Any], reason: str, reason_o
 @pytest.mark.parametrize(
     ("row", "texts"),
     [
-        ({"prompt": "q", "completions": ["a", "b"], "ranks": [2, 1]}, "ba"),
-        ({"question": "q", "responses": ["a", "b"], "scores": [1, 2]}, "ba"),
-        ({"query": "q", "answers": [{"answer": "a", "rank": 2.0}, {"answer": "b", "rank": 1.0}]}, "ba"),
         ({"instruction": "q", "input": "", "output": ["a", "b"], "history": [], "scores": [1, 2]}, "ba"),
         ({"instruction": "q", "output": [{"text": "a", "rank": 2}, {"text": "b", "rank": 1}]}, "ba"),
         ({"prompt": "q", "response_1": "a", "response_2": "b", "response_3": "c", "scores": [1, 3, 2]}, "bca"),
@@ -369,22 +366,6 @@ def test_the_best_path_is_instruction_data() -> None:
             [user("1"), assistant("a"), user("3")], [assistant("only")]
         ),
     }
-
-
-@pytest.mark.parametrize(
-    ("ranks", "texts", "expected"),
-    [
-        ([0, 1, 2], "abc", [1, 2, 3]),
-        ([2, 0, 1], "bca", [1, 2, 3]),
-        ([1, 2, 3], "abc", [1, 2, 3]),
-        ([0, 5, 2], "acb", [1, 2, 3]),
-        ([0, 0, 1], "abc", [1, 1, 2]),
-        ([1.0, 0.0, 2.0], "bac", [1, 2, 3]),
-    ],
-)
-def test_ranks_may_begin_anywhere_and_have_gaps(ranks: list[Any], texts: str, expected: list[int]) -> None:
-    tree = ask("q", *(say(text, rank) for text, rank in zip("abc", ranks, strict=True)))
-    assert parts_of(OASST, tree) == {"prompt": ranking([user("q")], *texts, ranks=expected)}
 
 
 def test_answers_without_a_rank_are_left_out_by_name() -> None:
