@@ -317,11 +317,10 @@ def _margin_in(row: RawRow) -> float | None:
         return None
 
 
-def unread_margin(row: RawRow) -> list[tuple[str, str]]:
+def unread_margin(row: RawRow) -> list[str]:
     """The margin, where it says something and is no number, or a side is a list."""
-    if not says_something(row.get("margin")) or (_margin_in(row) is not None and not are_lists(row)):
-        return []
-    return [("margin", "")]
+    is_read = _margin_in(row) is not None and not are_lists(row)
+    return [""] if says_something(row.get("margin")) and not is_read else []
 
 
 # --- sides that are lists of answers ------------------------------------------------------------
