@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dpo_cli.cli.command import examples
+from dpo_cli.cli.command import command_group, examples
 from dpo_cli.cli.console import ConsoleReporter
 from dpo_cli.cli.exits import errors_as_exit_codes
 from dpo_cli.core.errors import DataError, ParamsError
@@ -42,18 +42,11 @@ MaxLengthOption = Annotated[
     typer.Option("--max-length", metavar="N", min=2, help="Tokens a row may have; left out: the project's limit."),
 ]
 
-app = typer.Typer(
-    name="data",
-    help="Look at data before it is used: what is wrong with it, how it is read, and what the model will see.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
+app = command_group(
+    "data",
+    "Look at data before it is used: what is wrong with it, how it is read, and what the model will see.",
+    "Data",
 )
-
-
-@app.callback(rich_help_panel="Data")
-def _group() -> None:
-    pass
 
 
 @app.command(
