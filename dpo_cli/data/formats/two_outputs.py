@@ -106,13 +106,9 @@ def _read(row: RawRow, reading: Reading) -> PreferenceExample:
             for name in _SIDES:
                 refuse_python(row[name], name)
             raise RowProblem("missing_field", "has no 'prompt'")
-        sides = {
-            "chosen": better,
-            "rejected": worse,
-            "chosen_score": f"{better}_score",
-            "rejected_score": f"{worse}_score",
-        }
-        return read_implicit({**row, **{name: row.get(field) for name, field in sides.items()}}, reading)
+        sides = {side: row[name] for side, name in (("chosen", better), ("rejected", worse))}
+        scores = {f"{side}_score": row.get(f"{name}_score") for side, name in (("chosen", better), ("rejected", worse))}
+        return read_implicit({**row, **sides, **scores, "margin": None}, reading)
     scores = [optional_number(row, f"{name}_score") for name in (better, worse)]
     if dialogs := _dialogs(row):
         one, other = dialogs if better == "first" else dialogs[::-1]
