@@ -79,15 +79,14 @@ def data_check_command(
     with errors_as_exit_codes(as_json=as_json):
         # here, so that --help does not wait for them
         from dpo_cli.cli.sources import project_params, sources_of, token_view
-        from dpo_cli.data.check_files import CheckOptions, check_sources, refuse_unknown_check
+        from dpo_cli.data.check_files import check_sources, refuse_unknown_check
 
         _refuse_without_model(model, {"--template": template, "--max-length": max_length})
         params = project_params()
         refuse_unknown_check(listed, model, params.data)
         view_of = None if model is None else partial(token_view, model, template, max_length)
         sources = sources_of(files or [], kind, settings or [])
-        options = CheckOptions(listed, view_of, params.runtime.workers)
-        figures, accepted = check_sources(sources, params.data, options, ConsoleReporter(show_tables=not as_json))
+        figures, accepted = check_sources(sources, params, ConsoleReporter(show_tables=not as_json), listed, view_of)
     if as_json:
         typer.echo(json.dumps(figures, ensure_ascii=False))
     if not accepted:
@@ -167,7 +166,7 @@ def data_stats_command(
         sources, params = sources_of(files or [], kind, settings or []), project_params()
         encoder = None if model is None else encoder_of(model, template)
         figures = {}
-        for name, found in profile_sources(sources, params.data, encoder, reporter, params.runtime.workers):
+        for name, found in profile_sources(sources, params, encoder, reporter):
             figures[name] = found
             print_profile(name, found, reporter)
     if as_json:
