@@ -62,7 +62,7 @@ class Plan:
         Raises:
             RowProblem: A needed field is not where it is said to be.
         """
-        if not self.columns and not self.hidden:
+        if not (self.columns or self.hidden):
             return row
         renamed = dict(row)
         for key in self.hidden:

@@ -104,7 +104,8 @@ class RowReader:
             RowProblem: It holds media, or may be read in two ways.
         """
         made_by = ""
-        plans, media = self._plans_of(tuple(row))
+        keys = tuple(row)
+        plans, media = self._plans.get(keys) or self._plans_of(keys)
         if media:
             refuse_media(row, media)
         for plan in plans:
@@ -141,13 +142,13 @@ class RowReader:
 
         Those that the user names as text are none.
         """
-        known = self._plans.get(keys)
-        if known is None:
-            named = {path for column in self._columns.values() for path in paths_of(column)}
-            plans = [plan_of(fmt, keys, self._columns, self._reading) for fmt in self._formats]
-            known = plans, tuple(key for key in media_keys(keys) if key not in named)
-            if len(self._plans) < _PLANS_KEPT:
-                self._plans[keys] = known
+        if keys in self._plans:
+            return self._plans[keys]
+        named = {path for column in self._columns.values() for path in paths_of(column)}
+        plans = [plan_of(fmt, keys, self._columns, self._reading) for fmt in self._formats]
+        known = plans, tuple(key for key in media_keys(keys) if key not in named)
+        if len(self._plans) < _PLANS_KEPT:
+            self._plans[keys] = known
         return known
 
     def _is_doubtful(self, fmt: Format[Any], row: RawRow) -> bool:

@@ -332,7 +332,7 @@ def are_lists(row: RawRow) -> bool:
 
 
 def _is_list(value: Any) -> bool:
-    if not isinstance(value, list) or not value:
+    if type(value) is not list or not value:
         return False
     return all(isinstance(answer, str) for answer in value) or all(map(is_conversation, value))
 
