@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from dpo_cli.cli.app import app
-from dpo_cli.evaluation.differences import flatten
+from dpo_cli.evaluation.experiments import flatten
 from tests.commands import module, run, stages_run, succeed
 from tests.e2e.conftest import NUM_ROWS
 

@@ -19,13 +19,13 @@ from dpo_cli.core.load_params import parse_params
 from dpo_cli.core.params import Params
 from dpo_cli.core.params_text import EMBEDDED_PRESET
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.evaluation.decoding import Sampling
+from dpo_cli.evaluation.decoding import Decoding
 from dpo_cli.evaluation.generation import PromptTokens, sample_answers
 from dpo_cli.judging.known_reward import world_task
 from dpo_cli.judging.reward_model import RewardModel
 from dpo_cli.models.project import Project, open_project
 from dpo_cli.scoring.budget import TokenBudget
-from dpo_cli.statistics.bootstrap import cluster_bootstrap
+from dpo_cli.statistics.intervals import Sampling
 from tests.tiny_project import CONVERTED, run_stages, write_raw
 
 N = 8
@@ -115,7 +115,7 @@ def test_the_best_of_n_by_its_reward_is_better_by_the_known_one(
             for prompt, answer in sample_answers(
                 model,
                 prompts,
-                Sampling(1.0, 48, tuple(project.encoder.stop_ids), 0, f"best-of-n {number}"),
+                Decoding(1.0, 48, tuple(project.encoder.stop_ids), 0, f"best-of-n {number}"),
                 budget=TokenBudget(1024, "test", reporter),
                 autocast_dtype=torch.float32,
                 meter=meter,
@@ -128,7 +128,7 @@ def test_the_best_of_n_by_its_reward_is_better_by_the_known_one(
         known = [task.reward(project.encoder.decode(list(tokens))) for tokens in group.completions]
         gains.append(known[max(range(N), key=rewards.__getitem__)] - sum(known) / N)
         rooms.append(max(known) - sum(known) / N)
-    gain = cluster_bootstrap(gains, list(answers), draws=2000, confidence=0.95, seed=0)
+    gain = Sampling(2000, 0.95, 0).interval(gains, list(answers))
     print(f"best of {N}: gain {gain.value:.3f} [{gain.low:.3f}, {gain.high:.3f}] of {sum(rooms) / len(rooms):.3f}")
     assert gain.low > 0.05, gain
     assert gain.value > 0.5 * sum(rooms) / len(rooms), "most of what there is to win"

@@ -214,7 +214,7 @@ def test_the_adapter_as_its_model_card_says_gives_the_policys_log_probabilities(
 
 
 def test_generation_is_transformers_greedy(run: Run, project: Project, make_reporter: Any) -> None:
-    from dpo_cli.evaluation.decoding import Sampling
+    from dpo_cli.evaluation.decoding import Decoding
     from dpo_cli.evaluation.generation import PromptTokens, sample_answers
     from dpo_cli.scoring.budget import TokenBudget
 
@@ -224,7 +224,7 @@ def test_generation_is_transformers_greedy(run: Run, project: Project, make_repo
     stops = project.encoder.stop_ids
     with make_reporter().meter("answers", len(prompts), "answers") as meter:
         answers = sample_answers(
-            model, prompts, Sampling(0.0, 16, tuple(stops)), budget=TokenBudget(1024, "test", make_reporter()),
+            model, prompts, Decoding(0.0, 16, tuple(stops)), budget=TokenBudget(1024, "test", make_reporter()),
             autocast_dtype=torch.float32, meter=meter,
         )  # fmt: skip
     for prompt in prompts:
