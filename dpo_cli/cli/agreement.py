@@ -10,18 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from dpo_cli.cli.command import command_app, examples
-from dpo_cli.cli.console import open_console
+from dpo_cli.cli.console import open_console, plain_table
 from dpo_cli.cli.exits import errors_as_exit_codes
 from dpo_cli.core.errors import ParamsError
 
 if TYPE_CHECKING:
     from dpo_cli.judging.agreement import AgreementTable
     from dpo_cli.statistics.agreement import Coefficient
-    from dpo_cli.statistics.bootstrap import Estimate
+    from dpo_cli.statistics.intervals import Estimate
 
 _NAMES = {"cohen_kappa": "Cohen's kappa", "fleiss_kappa": "Fleiss' kappa", "krippendorff_alpha": "Krippendorff's alpha"}
 _NONE = "-"
@@ -94,7 +93,7 @@ def print_table(found: AgreementTable, console: Console | None = None) -> None:
         console: Where; None: standard output.
     """
     console = console or open_console()
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
+    table = plain_table()
     table.add_column("")
     for each in found.methods:
         table.add_column(Text(f"{each.method}\nvs {each.baseline}"))

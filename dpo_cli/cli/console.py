@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.measure import Measurement
@@ -42,6 +43,11 @@ def open_console(*, stderr: bool = False) -> Console:
     console = Console(stderr=stderr, highlight=False)
     console.push_render_hook(_PrintableHook())
     return console
+
+
+def plain_table(**settings: Any) -> Table:
+    """A table without lines."""
+    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False, **settings)
 
 
 class _PrintableHook(RenderHook):

@@ -39,7 +39,7 @@ def rating_sheet_command(
     compares raters, and judges with them (reports/evaluate/votes.csv).
     """
     with errors_as_exit_codes(as_json=False):
-        from dpo_cli.evaluation.rating_sheet import write_rating_sheet  # here, so that --help does not wait for it
+        from dpo_cli.evaluation.tables import write_rating_sheet  # here, so that --help does not wait for it
 
         num_items, num_identical = write_rating_sheet(model, sheet, rater)
     same = f"; {num_identical} prompts with identical answers are ties and left out" if num_identical else ""

@@ -58,7 +58,7 @@ def sample_command(
 
         params = load_params(paths.PARAMS, overrides or [])
         refuse_unread("sample", ("model", "reference", "evaluate", "runtime"), overrides or [])
-        from dpo_cli.evaluation.sample_files import sample_files
+        from dpo_cli.evaluation.sampling import sample_files
 
         figures = sample_files(files, answers, model, out, params, ConsoleReporter(show_tables=not as_json))
     if as_json:

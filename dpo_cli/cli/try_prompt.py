@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from dpo_cli.cli.command import SetOption, command_app, examples, refuse_unread
-from dpo_cli.cli.console import ConsoleReporter, open_console
+from dpo_cli.cli.console import ConsoleReporter, open_console, plain_table
 from dpo_cli.cli.exits import errors_as_exit_codes
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, ParamsError
 
 if TYPE_CHECKING:
-    from dpo_cli.evaluation.try_prompt import Tried
+    from dpo_cli.judging.answers import Answer
 
 _NARROW = 60
 
@@ -68,33 +67,33 @@ def try_command(
         refuse_unread("try", ("model", "reference", "evaluate", "runtime"), overrides or [])
         if any(override.partition("=")[0].strip() == "evaluate.temperature" for override in overrides or []):
             raise ParamsError("--set evaluate.temperature has no effect on try; say --temperature")
-        from dpo_cli.evaluation import try_prompt
+        from dpo_cli.evaluation.sampling import tried_json, try_prompt
 
         evaluate = params.evaluate.model_copy(update={"temperature": temperature})
         params = params.model_copy(update={"evaluate": evaluate})
-        found = try_prompt.try_prompt(prompt, system, model, params, ConsoleReporter(show_tables=not as_json))
+        found = try_prompt(prompt, system, model, params, ConsoleReporter(show_tables=not as_json))
         if as_json:
-            typer.echo(json.dumps(try_prompt.as_json(prompt, found, temperature), ensure_ascii=False))
+            typer.echo(json.dumps(tried_json(prompt, found, temperature), ensure_ascii=False))
         else:
             print_tried(found, temperature)
 
 
-def print_tried(found: list[Tried], temperature: float, console: Console | None = None) -> None:
+def print_tried(found: dict[str, Answer], temperature: float, console: Console | None = None) -> None:
     """Print answers beside each other, or below each other where there is no room."""
     console = console or open_console()
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False, expand=True)
+    table = plain_table(expand=True)
     if console.width < _NARROW:
         table.add_column(Text(f"at T = {temperature:g}"), overflow="fold")
-        for each in found:
-            table.add_row(Text.assemble((f"{_title(each)}\n", "bold"), each.text, "\n"))
+        for name, each in found.items():
+            table.add_row(Text.assemble((f"{_title(name, each)}\n", "bold"), each.text, "\n"))
     else:
-        for each in found:
-            table.add_column(Text(_title(each)), overflow="fold", ratio=1)
-        table.add_row(*(Text(each.text) for each in found))
+        for name, each in found.items():
+            table.add_column(Text(_title(name, each)), overflow="fold", ratio=1)
+        table.add_row(*(Text(each.text) for each in found.values()))
     console.print(table)
-    if len({each.text for each in found}) == 1:
+    if len({each.text for each in found.values()}) == 1:
         console.print(Text("Both answer alike.", "dim"))
 
 
-def _title(tried: Tried) -> str:
-    return f"{tried.model} ({tried.num_tokens} tokens{'' if tried.finished else ', cut off'})"
+def _title(model: str, answer: Answer) -> str:
+    return f"{model} ({answer.num_tokens} tokens{'' if answer.finished else ', cut off'})"

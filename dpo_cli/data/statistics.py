@@ -26,7 +26,7 @@ from dpo_cli.data.plan import Treatment
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.repeats import CHECKS
 from dpo_cli.data.schema import Messages, part_id, text_of
-from dpo_cli.statistics.binomial import wilson_interval
+from dpo_cli.statistics.intervals import wilson_interval
 
 LIMITS = (512, 1024, 2048, 4096)
 """Numbers of tokens above which examples are counted."""

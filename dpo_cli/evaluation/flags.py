@@ -1,4 +1,4 @@
-"""Flags: the ways in which preference tuning goes wrong, each with what it means and what to do.
+"""Lines of the verdict, and flags: the ways in which preference tuning goes wrong, with what to do.
 
 Pure functions of metrics.json. A flag is amber (warn) where something is to be looked at, and red (bad) where it is
 surely a loss.
@@ -7,11 +7,13 @@ surely a loss.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from dpo_cli.core.progress import Status
-from dpo_cli.evaluation.findings import FEWEST, Finding, percent, percent_interval
 
+FEWEST = 6
+"""Prompts below which no rate is told from one half: five that all go one way come by chance in 6 of 100 cases."""
 LONGER = 1.3
 """Ratio of mean lengths above which the policy counts as long-winded."""
 RISING_WITH_LENGTH = 0.5
@@ -28,15 +30,47 @@ FEW_END = 0.5
 MUCH_REPETITION = 0.5
 
 
+@dataclass(frozen=True)
+class Finding:
+    """One line of the verdict.
+
+    Attributes:
+        name: The quantity.
+        value: Its value with interval and unit, as text.
+        status: good, warn, bad, or plain where no judgment is made.
+        meaning: What it says, in one sentence.
+    """
+
+    name: str
+    value: str
+    status: Status
+    meaning: str
+
+
+def percent(value: float) -> str:
+    """A share as text."""
+    return f"{100 * value:.1f}%"
+
+
+def percent_interval(ci: tuple[float, float] | list[float] | None) -> str:
+    """An interval of shares as text; empty where there is none."""
+    return "" if ci is None else f"[{percent(ci[0])}, {percent(ci[1])}]"
+
+
+def rate_text(metrics: Mapping[str, Any], name: str) -> str:
+    """A share among the metrics with its interval, as text."""
+    return f"{percent(metrics[name])} {percent_interval(metrics[f'{name}_ci'])}"
+
+
 def flags(metrics: Mapping[str, Any]) -> list[Finding]:
     """All flags that the metrics can tell, raised or not."""
-    found = [displacement(metrics), length_exploitation(metrics)]
+    found = [_displacement(metrics), _length_exploitation(metrics)]
     if metrics.get("num_smaller_steps"):
-        found.append(over_optimization(metrics))
-    return [*found, degeneration(metrics)]
+        found.append(_over_optimization(metrics))
+    return [*found, _degeneration(metrics)]
 
 
-def displacement(metrics: Mapping[str, Any]) -> Finding:
+def _displacement(metrics: Mapping[str, Any]) -> Finding:
     """Chosen answers that became less likely: amber alone, red with a falling win rate or a collapsed entropy.
 
     Source: Razin et al. 2024, Unintentional unalignment: likelihood displacement in direct preference optimization.
@@ -62,7 +96,7 @@ def displacement(metrics: Mapping[str, Any]) -> Finding:
     )
 
 
-def length_exploitation(metrics: Mapping[str, Any]) -> Finding:
+def _length_exploitation(metrics: Mapping[str, Any]) -> Finding:
     """Longer answers, and a reward that rises with length.
 
     Source: Park et al. 2024, Disentangling length from quality in direct preference optimization.
@@ -85,7 +119,7 @@ def length_exploitation(metrics: Mapping[str, Any]) -> Finding:
     return Finding("length of answers", value, status, meaning)
 
 
-def over_optimization(metrics: Mapping[str, Any]) -> Finding:
+def _over_optimization(metrics: Mapping[str, Any]) -> Finding:
     """A smaller step is as good at a lower KL: amber; red where it is surely better.
 
     Source: Gao et al. 2023, Scaling laws for reward model overoptimization; Rafailov et al. 2024, Scaling laws for
@@ -114,7 +148,7 @@ def over_optimization(metrics: Mapping[str, Any]) -> Finding:
     )
 
 
-def degeneration(metrics: Mapping[str, Any]) -> Finding:
+def _degeneration(metrics: Mapping[str, Any]) -> Finding:
     """Answers that do not end, repeat themselves or are all alike."""
     before, after = metrics["finished_sft"], metrics["finished_dpo"]
     signs = []
@@ -161,7 +195,7 @@ def judge_quality(metrics: Mapping[str, Any]) -> Finding | None:
     parts, doubts = [], []
     if agreement is not None:
         ci = metrics["judge_agreement_ci"]
-        parts.append(f"{percent(agreement)} {percent_interval(ci)} agreement with the data")
+        parts.append(f"{rate_text(metrics, 'judge_agreement')} agreement with the data")
         if ci is not None and ci[0] <= 0.5:
             doubts.append("it does not surely prefer the data's chosen answers")
     if consistency is not None:

@@ -20,7 +20,7 @@ from dpo_cli.core.artifacts import digest_json
 from dpo_cli.core.environment import is_gpu
 from dpo_cli.core.progress import Meter
 from dpo_cli.data.schema import Messages
-from dpo_cli.evaluation.decoding import Sampling, StaticDecoder, describe, pick
+from dpo_cli.evaluation.decoding import Decoding, StaticDecoder, describe, pick
 from dpo_cli.models.lora import cast_adapters
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
 from dpo_cli.scoring.scorer import restore_attention
@@ -78,7 +78,7 @@ class _InverseCdf(LogitsProcessor):
 def sample_answers(
     model: Any,
     prompts: Sequence[PromptTokens],
-    sampling: Sampling,
+    decoding: Decoding,
     *,
     budget: TokenBudget,
     autocast_dtype: torch.dtype,
@@ -90,7 +90,7 @@ def sample_answers(
     Args:
         model: A causal LM in eval mode.
         prompts: What to answer.
-        sampling: How.
+        decoding: How.
         budget: Tokens of a micro-batch; prompts and answers together may have :data:`CACHE_FACTOR` times as many.
         autocast_dtype: Compute dtype.
         meter: Called with every answer.
@@ -99,7 +99,7 @@ def sample_answers(
     Returns:
         The answers by prompt id.
     """
-    temperature, max_new_tokens, stop_ids = sampling.temperature, sampling.max_new_tokens, sampling.stop_ids
+    temperature, max_new_tokens, stop_ids = decoding.temperature, decoding.max_new_tokens, decoding.stop_ids
     restore_attention(model)
     model.generation_config = GenerationConfig()
     config = GenerationConfig(
@@ -107,7 +107,7 @@ def sample_answers(
     )
     answers: dict[str, Sampled] = {}
     device = model.get_input_embeddings().weight.device
-    decoder = StaticDecoder(model, sampling, autocast_dtype) if is_gpu(device) else None
+    decoder = StaticDecoder(model, decoding, autocast_dtype) if is_gpu(device) else None
 
     def sample(batch: list[PromptTokens]) -> list[list[int]]:
         length = max(len(prompt.tokens) for prompt in batch)
@@ -118,7 +118,7 @@ def sample_answers(
             mask[row, length - len(prompt.tokens) :] = 1
         tokens, mask, uniforms = tokens.to(device), mask.to(device), None
         if temperature > 0:
-            rows = np.stack([_uniforms(sampling, prompt.id) for prompt in batch])
+            rows = np.stack([_uniforms(decoding, prompt.id) for prompt in batch])
             uniforms = torch.from_numpy(rows).to(device)
         dtype = autocast_dtype if autocast_dtype != torch.float32 else None
         # a cast that is kept for the next step has no place in a recorded one
@@ -164,10 +164,10 @@ def _batches(prompts: Sequence[PromptTokens], max_new_tokens: int, max_tokens: i
     return batches
 
 
-def _uniforms(sampling: Sampling, prompt_id: str) -> np.ndarray:
+def _uniforms(decoding: Decoding, prompt_id: str) -> np.ndarray:
     """float64 [max_new_tokens] in [0, 1), from a counter-based generator keyed by what fixes the stream."""
-    key = int(digest_json([sampling.seed, sampling.stream, prompt_id]), 16)
-    return np.random.Generator(np.random.Philox(key=key)).random(sampling.max_new_tokens)
+    key = int(digest_json([decoding.seed, decoding.stream, prompt_id]), 16)
+    return np.random.Generator(np.random.Philox(key=key)).random(decoding.max_new_tokens)
 
 
 def _cut(tokens: Sequence[int], stop_ids: Sequence[int]) -> Sampled:

@@ -43,12 +43,9 @@ class InputRow:
     """A pair or a ranking of a file.
 
     Attributes:
-        file: The file.
-        row: Its number there, from 0.
+        row: Its number in the file, from 0.
         part: The part of the row, where it holds several; else empty.
         source: The file's name; of a canonical table what its column ``source`` says.
-        is_pair: Whether it is a pair.
-        prompt: The messages.
         completions: Best first.
         ranks: From 1, ascending; of a pair 1 and 2.
         tokens: Prompt and completions as token ids.
@@ -90,11 +87,7 @@ class InputRows:
 
 
 def refuse_idle_settings(settings: Sequence[str]) -> None:
-    """Refuse settings of a source that have no effect here.
-
-    Raises:
-        ParamsError: With the reason.
-    """
+    """Refuse settings of a source that have no effect here, with the reason."""
     keys = [setting.partition("=")[0].strip().removeprefix("data.preferences.") for setting in settings]
     problems = [f"--set {key} has no effect on score: {_IDLE[key]}" for key in keys if key in _IDLE]
     if problems:
@@ -104,14 +97,7 @@ def refuse_idle_settings(settings: Sequence[str]) -> None:
 def read_rows(
     sources: Sequence[Source], max_rows: int | None, params: Params, project: Project, reporter: Reporter
 ) -> InputRows:
-    """Convert files in a folder that does not last, and tokenize what stays.
-
-    Args:
-        sources: The files, all of preferences.
-        max_rows: Rows to read of each; None: all.
-        params: All settings.
-        project: Whose tokens rows are made of.
-        reporter: Shows progress.
+    """Convert files of preferences, or so many rows of each, in a folder that does not last, and tokenize what stays.
 
     Raises:
         DataError: A file cannot be read or has no known format, no row is left, or a check whose policy is
@@ -205,15 +191,8 @@ def _tokenize(place: tuple[str, int, str], row: dict[str, Any], project: Project
     try:
         tokens, _ = tokenize_row(row, columns, project.encoder, project.max_length, policies)
     except RowProblem as problem:
-        found.left_out.append(
-            {
-                "file": file,
-                "row": number,
-                **({"part": part} if part else {}),
-                "reason": problem.reason,
-                "detail": problem.detail,
-            }
-        )
+        place_of = {"file": file, "row": number, **({"part": part} if part else {})}
+        found.left_out.append({**place_of, "reason": problem.reason, "detail": problem.detail})
         return
     completions = [row["chosen"], row["rejected"]] if is_pair else row["completions"]
     ranks = (1, 2) if is_pair else tuple(row["ranks"])

@@ -15,7 +15,7 @@ from dpo_cli.core.artifacts import write_json, write_text
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.judging.votes import read_votes
 from dpo_cli.statistics.agreement import MethodAgreement, summarize_votes
-from dpo_cli.statistics.bootstrap import Estimate
+from dpo_cli.statistics.intervals import Estimate, Sampling
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def agreement_of_files(files: Sequence[Path], *, draws: int, confidence: float, 
     Raises:
         DataError: One is no votes file, a rater voted on an item twice, or no item has votes of two raters.
     """
-    methods = summarize_votes(read_votes(*files), draws=draws, confidence=confidence, seed=seed)
+    methods = summarize_votes(read_votes(*files), Sampling(draws, confidence, seed))
     if not any(each.pairs for each in methods):
         raise DataError(
             f"{', '.join(map(str, files))}: no item has votes of two raters, so there is no agreement; give all votes"

@@ -9,7 +9,7 @@ from dpo_cli.core.progress import Reporter
 from dpo_cli.judging.answers import Answer
 from dpo_cli.judging.judge import Judge
 from dpo_cli.judging.win_rate import Comparison, Pair, WinRateSummary, compare_all, num_questions, summarize
-from dpo_cli.statistics.bootstrap import Estimate, Sampling
+from dpo_cli.statistics.intervals import Estimate, Sampling
 
 Answers = Mapping[str, Answer]
 """One model's answers by prompt id, or the data's by row id."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_cli.evaluation.findings import Status
+from dpo_cli.core.progress import Status
 from dpo_cli.report.shades import signed
 
 _STATUS: Mapping[str, Status] = {"better": "good", "worse": "bad", "not told apart": "plain"}

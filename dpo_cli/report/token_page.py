@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dpo_cli.core.artifacts import write_text
 from dpo_cli.data.schema import Messages
-from dpo_cli.evaluation.implicit_reward import RewardSummary
+from dpo_cli.evaluation.rewards import RewardSummary
 from dpo_cli.report.environment import page_environment
 from dpo_cli.report.shades import SHADES, scale_of, shade_of, shades_of, signed
 

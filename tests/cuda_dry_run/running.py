@@ -20,7 +20,7 @@ from dpo_cli.dry_run.counts import Counting, Counts
 from dpo_cli.dry_run.device import CUDA, dry_cuda, read_backs_give_zeros
 from dpo_cli.dry_run.model import dry_model
 from dpo_cli.dry_run.step import DryAccumulator, mean_visible_pairs, open_dry_scorer
-from dpo_cli.evaluation.decoding import Sampling
+from dpo_cli.evaluation.decoding import Decoding
 from dpo_cli.evaluation.generation import PromptTokens, sample_answers
 from dpo_cli.evaluation.kl import sequence_kl
 from dpo_cli.models.device import Machine
@@ -185,7 +185,7 @@ def _generate(case: Case, model: Any, scorer: Scorer, groups: Sequence[TokenGrou
         sample_answers(
             model.eval(),
             [PromptTokens(group.id, group.prompt) for group in groups],
-            Sampling(1.0, 24, (1,), 0, "policy"),
+            Decoding(1.0, 24, (1,), 0, "policy"),
             budget=TokenBudget(case.max_tokens, "dry run", SilentReporter()),
             autocast_dtype=scorer.compute_dtype,
             meter=meter,

@@ -22,8 +22,7 @@ from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.core.load_params import parse_params
 from dpo_cli.core.params import Params
 from dpo_cli.data.chat import ChatEncoder
-from dpo_cli.evaluation.sample_files import sample_files
-from dpo_cli.evaluation.sampling import read_prompts, repeated
+from dpo_cli.evaluation.sampling import read_prompts, repeated, sample_files
 from dpo_cli.judging.known_reward import RULES
 
 K = 6

@@ -15,14 +15,14 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from dpo_cli.cli.app import app
-from dpo_cli.cli.score import ScoreOptions, score_files
 from dpo_cli.cli.sources import sources_of
+from dpo_cli.core import paths
 from dpo_cli.core.artifacts import write_text
 from dpo_cli.core.errors import Interrupted
 from dpo_cli.core.load_params import load_params
 from dpo_cli.core.params_text import params_yaml
 from dpo_cli.data import world
-from dpo_cli.evaluation.score_table import SCHEMA
+from dpo_cli.evaluation.score import SCHEMA, score_sources
 
 BETA = 0.5
 ATTACK = "</script><script>alert(1)</script>"
@@ -200,7 +200,7 @@ def test_stopped_it_keeps_what_it_scored(project: Path, make_reporter: Any) -> N
                 yield meter
 
     with pytest.raises(Interrupted, match="what was computed is kept"):
-        score_files(sources_of([new], "preferences", []), ScoreOptions(), params, Stopping())
+        score_sources(sources_of([new], "preferences", []), paths.DPO_MODEL, None, None, params, Stopping())
     again = score(new)
     assert again["reference"]["num_cached"] > 0
     assert again["reference"]["num_computed"] < 12

@@ -7,9 +7,8 @@ through transformers' own model: a log-softmax over all logits and a sum.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ from dpo_cli.scoring.scorer import Scorer
 from tests import gguf_files
 from tests.live_memory import LiveMemory
 from tests.real.fetch import MODELS, RealModel, fetch, imported
+from tests.tiny_project import run_stages, write_raw
 
 TOLERANCE = 1e-3
 """Nats, on sums of log-probabilities over an answer: what float32 leaves open between two ways to compute them."""
@@ -79,15 +79,9 @@ class Run:
 @pytest.fixture(scope="module", params=list(MODELS))
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, make_reporter: Any) -> Iterator[Run]:
     """Three steps of DPO in nf4, straight from the base model, in a project that is the working directory."""
-    from dpo_cli.stages import base, convert_preferences, precompute_ref, sft, train
-
     model = MODELS[request.param]
     folder = imported(model)
     project = tmp_path_factory.mktemp(model.name)
-    (project / "data/raw").mkdir(parents=True)
-    (project / "data/raw/preferences.json").write_text(
-        json.dumps(preference_rows(model.num_sentences)), encoding="utf-8"
-    )
     params = parse_params(
         {
             "data": {"eval_fraction": 0.25},
@@ -98,15 +92,10 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
             "runtime": {"model_path": str(folder), "device": "cpu", "threads": 1},
         }
     )
-    before = Path.cwd()
-    os.chdir(project)
-    try:
-        reporter = make_reporter()
-        for stage in (base, convert_preferences, sft, precompute_ref):
-            stage.run(params, reporter)
-        yield Run(model, folder, project, params, train.run(params, reporter))
-    finally:
-        os.chdir(before)
+    with contextlib.chdir(project):
+        write_raw(preference_rows(model.num_sentences))
+        stages = ("base", "convert_preferences", "sft", "precompute_ref", "train")
+        yield Run(model, folder, project, params, run_stages(params, make_reporter(), *stages))
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +214,7 @@ def test_the_adapter_as_its_model_card_says_gives_the_policys_log_probabilities(
 
 
 def test_generation_is_transformers_greedy(run: Run, project: Project, make_reporter: Any) -> None:
-    from dpo_cli.evaluation.decoding import Sampling
+    from dpo_cli.evaluation.decoding import Decoding
     from dpo_cli.evaluation.generation import PromptTokens, sample_answers
     from dpo_cli.scoring.budget import TokenBudget
 
@@ -235,7 +224,7 @@ def test_generation_is_transformers_greedy(run: Run, project: Project, make_repo
     stops = project.encoder.stop_ids
     with make_reporter().meter("answers", len(prompts), "answers") as meter:
         answers = sample_answers(
-            model, prompts, Sampling(0.0, 16, tuple(stops)), budget=TokenBudget(1024, "test", make_reporter()),
+            model, prompts, Decoding(0.0, 16, tuple(stops)), budget=TokenBudget(1024, "test", make_reporter()),
             autocast_dtype=torch.float32, meter=meter,
         )  # fmt: skip
     for prompt in prompts:

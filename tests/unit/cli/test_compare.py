@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
-from dpo_cli.cli.compare_tables import print_comparison
+from dpo_cli.cli.compare import print_comparison
 from dpo_cli.core.errors import ParamsError, StaleArtifactError
 from dpo_cli.evaluation import compare as command
 from dpo_cli.evaluation import experiments
@@ -222,7 +222,7 @@ def test_differences_are_paired_by_prompt() -> None:
     assert difference.value == pytest.approx(0.25)
     assert (difference.num_prompts, difference.num_left_out) == (NUM_PROMPTS, 0)
     assert difference.low == pytest.approx(0.25 - 1.96 * 0.25 / NUM_PROMPTS**0.5, abs=0.03)
-    assert found.draws == 2000
+    assert found.sampling.draws == 2000
     text = page(found)
     assert "0.5 (+0.250)" in text
     assert f"answers: {NUM_PROMPTS} prompts are shared with HEAD, none are left out" in text

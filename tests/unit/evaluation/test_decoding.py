@@ -13,7 +13,7 @@ import torch
 
 from dpo_cli.core import environment
 from dpo_cli.evaluation import decoding
-from dpo_cli.evaluation.decoding import Sampling
+from dpo_cli.evaluation.decoding import Decoding
 from dpo_cli.evaluation.generation import PromptTokens, Sampled, sample_answers
 from dpo_cli.scoring.budget import TokenBudget
 from tests.parity.test_layouts_agree import EXACT, NEEDS_PADDING, VOCABULARY, WINDOWED, build
@@ -49,7 +49,7 @@ def sample(
     with reporter.meter("answers", 12, "prompts") as meter:
         budget = TokenBudget(max_tokens, "test", reporter)
         return sample_answers(
-            model, prompts or some_prompts(12), Sampling(**settings), meter=meter, budget=budget, autocast_dtype=dtype
+            model, prompts or some_prompts(12), Decoding(**settings), meter=meter, budget=budget, autocast_dtype=dtype
         )
 
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from dpo_cli.evaluation.findings import Finding
 from dpo_cli.evaluation.flags import (
     LESS_DISTINCT,
     LESS_ENTROPY,
     LONGER,
     MORE_REPETITION,
     MORE_UNFINISHED,
+    Finding,
     flags,
     judge_quality,
 )

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.evaluation.decoding import Sampling
+from dpo_cli.evaluation.decoding import Decoding
 from dpo_cli.evaluation.generation import PromptTokens, Sampled, sample_answers
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.scorer import Scorer
@@ -41,7 +41,7 @@ def sample(model: Any, reporter: Any) -> Callable[..., dict[str, Sampled]]:
         dtype = settings.pop("autocast_dtype")
         with reporter.meter("answers", len(prompts), "prompts") as meter:
             return sample_answers(
-                model, prompts, Sampling(**settings), meter=meter, budget=budget, autocast_dtype=dtype
+                model, prompts, Decoding(**settings), meter=meter, budget=budget, autocast_dtype=dtype
             )
 
     return run
@@ -223,7 +223,7 @@ def test_what_the_models_own_configuration_says_of_sampling_is_not_followed(
                 sample_answers(
                     model,
                     prompts,
-                    Sampling(1.0, 3, (STOP,), 0, "a"),
+                    Decoding(1.0, 3, (STOP,), 0, "a"),
                     budget=TokenBudget(10_000, "test", reporter),
                     autocast_dtype=torch.float32,
                     meter=meter,
@@ -251,7 +251,7 @@ def test_where_memory_runs_out_it_goes_on_with_smaller_batches_and_the_same_answ
             found = sample_answers(
                 model,
                 some_prompts(40),
-                Sampling(1.0, 8, (STOP,), 0, "a"),
+                Decoding(1.0, 8, (STOP,), 0, "a"),
                 budget=TokenBudget(60, "test", reporter),
                 autocast_dtype=torch.float32,
                 meter=meter,

@@ -133,8 +133,8 @@ def test_requests_are_measured_in_tokens(folder: Path, tokenizer: Any) -> None:
     [task] = load_tasks(folder, [])
     lengths = [len(tokenizer.encode(item["question"])) + 8 for item in ITEMS]
     found = measure_requests(task, tokenizer, None, None)
-    assert (found.count, found.longest, found.num_too_long) == (5, max(lengths), 0)
-    assert measure_requests(task, tokenizer, None, 2).count == 2
+    assert (found.num, found.longest, found.num_too_long) == (5, max(lengths), 0)
+    assert measure_requests(task, tokenizer, None, 2).num == 2
     assert measure_requests(task, tokenizer, min(lengths) - 1, None).num_too_long == 5
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from dpo_cli.core.params import TrainParams
-from dpo_cli.evaluation.findings import Finding
+from dpo_cli.evaluation.flags import FEWEST, Finding
 from dpo_cli.evaluation.metrics import form_metrics
-from dpo_cli.evaluation.verdict import FEWEST, HARDLY_MOVED, HIGH_KL, USUAL_RATE, WELL_FORMED, headline, verdict
+from dpo_cli.evaluation.verdict import HARDLY_MOVED, HIGH_KL, USUAL_RATE, WELL_FORMED, headline, verdict
 
 METRICS: dict[str, Any] = {
     "win_rate": 0.75,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dpo_cli.evaluation.implicit_reward import RankedAnswers, agreements, summarize_rewards
+from dpo_cli.evaluation.rewards import ScoredGroup, agreements, summarize_agreements
 from dpo_cli.report.shades import scale_of, shade_of
 from dpo_cli.report.token_page import (
     ROWS_SHOWN,
@@ -18,6 +18,7 @@ from dpo_cli.report.token_page import (
     choose_rows,
     write_token_page,
 )
+from dpo_cli.statistics.intervals import Sampling
 
 ATTACK = "</script><script>alert(1)</script><img src=https://evil.example/x onerror=alert(1)>\"'&amp;"
 
@@ -42,8 +43,8 @@ def row(outcome: str, text: str = ATTACK, margin: float = 1.0) -> RowTokens:
 
 
 def page_of(folder: Path, rows: list[RowTokens], outcomes: dict[str, int], name: str = ATTACK) -> str:
-    ranked = [RankedAnswers("g", (1, 2), (1.0, 0.0), (0.0, 0.0), (1, 1))]
-    summary = summarize_rewards(ranked, agreements(ranked), draws=100, confidence=0.95, seed=0)
+    ranked = [ScoredGroup("r", "g", (1.0, 0.0), (1, 1), reference=(0.0, 0.0))]
+    summary = summarize_agreements(ranked, agreements(ranked), Sampling(100, 0.95, 0))
     path = folder / "heat.html"
     write_token_page(path, rows, outcomes, {name: summary}, beta=0.1, model=name, confidence=0.95)
     return path.read_text(encoding="utf-8")
