@@ -165,7 +165,8 @@ class Accumulator(Generic[Scored]):
 
     def _norm(self) -> torch.Tensor:
         gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients).to(self._trained[0].device)
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)  # or tensors of a subclass take a kernel each
+        return norm.to(self._trained[0].device)
 
     @torch.no_grad()
     def measure(self, groups: Sequence[Any]) -> Means:
