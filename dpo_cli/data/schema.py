@@ -242,6 +242,7 @@ class SftExample(Example):
         return [self.completion]
 
 
+@final
 @dataclass(slots=True)
 class PreferenceExample(Example):
     """A prompt with the answer that was preferred and the one that was not."""
@@ -258,6 +259,7 @@ class PreferenceExample(Example):
         return [self.chosen, self.rejected]
 
 
+@final
 @dataclass(slots=True)
 class RankingExample(Example):
     """A prompt with K answers in order.
