@@ -17,7 +17,6 @@ from dpo_cli.core.scratch import Scratch, stage_scratch
 from dpo_cli.core.text import markdown
 from dpo_cli.data.tokenize import TokenTable, explain_found, explain_rejects
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.evaluation.rewards import ScoredGroup, reward_metrics
 from dpo_cli.models.adapters import reward_head
 from dpo_cli.models.card import Card, publish_adapter
 from dpo_cli.models.device import memory_in_words
@@ -125,6 +124,8 @@ def _objective(settings: RewardParams, groups: Sequence[TokenGroup]) -> RewardOb
 
 
 def _figures(model: RewardModel, pairs: TokenTable, seed: int) -> dict[str, Any]:
+    from dpo_cli.evaluation.rewards import ScoredGroup, reward_metrics
+
     rewards = model.rewards(pairs.groups)
     rows = [
         ScoredGroup(group.id, group.group, (found[0], found[1]), group.sizes[1:])

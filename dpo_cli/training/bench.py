@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from dpo_cli.core.environment import is_gpu
-from dpo_cli.core.errors import DataError, MachineError, ParamsError, is_out_of_memory
+from dpo_cli.core.errors import DataError, MachineError, is_out_of_memory
 from dpo_cli.core.interrupts import StopRequest
 from dpo_cli.core.params import EMBEDDED, LoraParams, Params, TrainParams
 from dpo_cli.core.progress import Reporter
@@ -20,7 +20,7 @@ from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine, forget_peak_memory, gpu_called, peak_memory_bytes, prepare_machine
 from dpo_cli.models.load import keep_weights_unpacked, quiet_libraries
 from dpo_cli.models.project import Workplace, open_project
-from dpo_cli.models.shapes import REGIMES, SHAPES, random_model, random_pairs
+from dpo_cli.models.shapes import REGIMES, random_model, random_pairs
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.limits import Sizes, Work, least_bytes, least_operations
 from dpo_cli.scoring.recompute import Recompute
@@ -33,23 +33,6 @@ from dpo_cli.training.protocols import Learner
 
 Pass = Literal["precompute-ref", "train"]
 PASSES: tuple[Pass, ...] = ("precompute-ref", "train")
-
-_RUNTIME = [
-    f"runtime.{name}"
-    for name in (
-        "device",
-        "compute_dtype",
-        "max_gpu_gib",
-        "threads",
-        "max_tokens_per_microbatch",
-        "layout",
-        "head_mib",
-        "recompute",
-    )
-]
-
-
-_OF_THIS_MACHINE = ("runtime.device", "runtime.threads", "runtime.head_mib", "train.seed")
 
 
 @dataclass(frozen=True)
@@ -69,48 +52,6 @@ class BenchOptions:
     shape: str | None
     num_pairs: int
     num_turns: int
-
-
-def refuse_unknown(regime: str | None, shape: str | None) -> None:
-    """Refuse a regime or a shape that there is not.
-
-    Raises:
-        ParamsError: With those that there are.
-    """
-    problems = [
-        f"{option} must be one of {', '.join(known)}, got {given}"
-        for option, given, known in (("--regime", regime, REGIMES), ("--shape", shape, SHAPES))
-        if given is not None and given not in known
-    ]
-    if problems:
-        raise ParamsError(problems)
-
-
-def refuse_unread(overrides: Sequence[str], which: str | None, shape: str | None, card: str | None = None) -> None:
-    """Refuse ``--set`` of what a measurement, or a prediction for a card, does not read.
-
-    Raises:
-        ParamsError: With what it reads.
-    """
-    read = ["reference.quantization", "train.lora", "train.batch_size", "train.seed", *_RUNTIME]
-    if which == "precompute-ref":
-        read = [name for name in read if name not in ("train.batch_size", "runtime.recompute")]
-    if card is not None:
-        read = [name for name in read if name not in _OF_THIS_MACHINE]
-    if shape is None:
-        read += ["model", "reference", "runtime.model_path"]
-    unread = [
-        override
-        for override in overrides
-        if not any(f"{override.partition('=')[0].strip()}.".startswith(f"{name}.") for name in read)
-    ]
-    if unread:
-        raise ParamsError(
-            [
-                f"--set {override} has no effect on this measurement, which reads {', '.join(read)}"
-                for override in unread
-            ]
-        )
 
 
 def measure(options: BenchOptions, params: Params, reporter: Reporter) -> dict[str, Any]:
