@@ -26,13 +26,13 @@ def examples(*lines: str) -> str:
 
 
 def command_app() -> typer.Typer:
-    """Holds the one command of a file."""
+    """Holds one command."""
     return typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
 
-def in_file(name: str) -> Load:
+def in_file(name: str, app: str = "app") -> Load:
     """Loads the file of a command or of a group of them, ``dpo_cli/cli/<name>.py``, and gives its ``app``."""
-    return lambda: importlib.import_module(f"dpo_cli.cli.{name}").app
+    return lambda: getattr(importlib.import_module(f"dpo_cli.cli.{name}"), app)
 
 
 class LazyGroup(TyperGroup):

@@ -7,12 +7,17 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import chdir
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
 
+from dpo_cli.core.artifacts import write_text
+from dpo_cli.core.load_params import load_params
+from dpo_cli.core.params_text import params_yaml
 from dpo_cli.data import world
 from tests.commands import run, succeed
 
@@ -72,3 +77,37 @@ def finished(
             run(project, "git", "commit", "-qm", "first")
             (folder / "complete").touch()
     return folder / "project"
+
+
+@pytest.fixture(scope="session")
+def train_tiny(tiny_folder: Path, make_reporter: Any) -> Callable[..., None]:
+    """``train_tiny(folder, settings)``: a project of the tiny model after stage train, whose tests are of commands."""
+
+    def make(folder: Path, settings: dict[str, Any], more_rows: Sequence[Any] = ()) -> None:
+        from dpo_cli.stages import base, convert_preferences, convert_sft, precompute_ref, sft, train
+
+        training = {"batch_size": 8, "max_steps": 4}
+        values = {
+            "data.eval_fraction": 0.3,
+            "data.preferences.also": [],
+            "model.name": "tiny",
+            **{f"{section}.{key}": value for section in ("sft", "train") for key, value in training.items()},
+            "sft.max_length": 200,
+            "reference.max_length": 200,
+            "reference.quantization": "none",
+            "evaluate.bootstrap_draws": 200,
+            "runtime.model_path": str(tiny_folder),
+            "runtime.device": "cpu",
+        }
+        with chdir(folder):
+            write_text(Path("params.yaml"), params_yaml(values | settings))
+            rows = {"instructions": world.instruction_rows(0, 60), "preferences": world.preference_rows(0, 60)}
+            Path("data/raw").mkdir(parents=True)
+            for name, mine in rows.items():
+                extra = more_rows if name == "preferences" else ()
+                Path(f"data/raw/{name}.json").write_text(json.dumps([*mine, *extra]), encoding="utf-8")
+            params = load_params(Path("params.yaml"))
+            for stage in (base, convert_sft, convert_preferences, sft, precompute_ref, train):
+                stage.run(params, make_reporter())
+
+    return make

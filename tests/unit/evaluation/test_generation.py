@@ -75,8 +75,7 @@ def test_a_scorer_that_is_still_open_changes_no_answer(
 # --- determinism --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-@pytest.mark.parametrize("max_tokens", [1, 20, 4096])
+@pytest.mark.parametrize(("temperature", "max_tokens"), [(0.0, 20), (0.7, 1), (0.7, 20)])
 def test_an_answer_does_not_depend_on_what_shares_its_batch(
     sample: Callable[..., dict[str, Sampled]], temperature: float, max_tokens: int
 ) -> None:
@@ -105,9 +104,8 @@ def test_a_longer_limit_goes_on_with_the_same_answer(sample: Callable[..., dict[
 
 def test_torchs_random_state_is_neither_read_nor_moved(sample: Callable[..., dict[str, Sampled]]) -> None:
     prompts = some_prompts(6)
-    torch.manual_seed(1)
-    first, state = sample(prompts), torch.get_rng_state()
-    torch.manual_seed(1)
+    state = torch.manual_seed(1).get_state()
+    first = sample(prompts)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
     assert sample(prompts) == first
@@ -127,11 +125,6 @@ def test_temperature_0_takes_the_likeliest_token(model: Any, sample: Callable[..
                 break
         assert answers[prompt.id].tokens == tuple(tokens[len(prompt.tokens) :])
     assert len({answer.tokens for answer in answers.values()}) > 3
-
-
-def test_a_cold_sample_is_greedy(sample: Callable[..., dict[str, Sampled]]) -> None:
-    prompts = some_prompts(10)
-    assert sample(prompts, temperature=1e-4) == sample(prompts, temperature=0.0)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -186,13 +179,9 @@ def test_an_answer_ends_with_its_first_stop_token_or_at_the_limit(sample: Callab
     assert {answer.finished for answer in answers} == {True, False}
 
 
-def test_every_answer_is_reported(sample: Callable[..., dict[str, Sampled]], reporter: Any) -> None:
-    answers = sample(some_prompts(13), max_tokens=8)
-    assert set(answers) == {prompt.id for prompt in some_prompts(13)}
-    assert reporter.meters[-1].done == 13
-
-
-def test_batches_keep_the_budget(model: Any, sample: Callable[..., dict[str, Sampled]], monkeypatch: Any) -> None:
+def test_batches_keep_the_budget(
+    model: Any, sample: Callable[..., dict[str, Sampled]], reporter: Any, monkeypatch: Any
+) -> None:
     shapes: list[tuple[int, int]] = []
     generate = model.generate
 
@@ -202,6 +191,7 @@ def test_batches_keep_the_budget(model: Any, sample: Callable[..., dict[str, Sam
 
     monkeypatch.setattr(model, "generate", watched)
     sample(some_prompts(24), max_tokens=13)
+    assert reporter.meters[-1].done == 24
     assert sum(rows for rows, _ in shapes) == 24
     assert all(rows * (length + 8) <= 100 for rows, length in shapes)
     assert len(shapes) < 24
