@@ -162,13 +162,9 @@ def sample_table(
     num_answers: int,
     reward: Callable[[str, str], float] | None,
 ) -> SampleTable:
-    """Put the answers to some prompts together: those with the same text once, those that were cut off left out.
+    """Put the answers, by the ids of :func:`repeated`, to some prompts together.
 
-    Args:
-        prompts: By content id.
-        answers: By the ids of :func:`repeated`.
-        num_answers: Answers to each prompt.
-        reward: From prompt and answer to a known reward.
+    Those with the same text are one, and those that were cut off are left out. A known reward is of prompt and answer.
     """
     table = SampleTable([], len(prompts) * num_answers)
     rewards: list[float] = []
@@ -219,18 +215,18 @@ def refuse_foreign(path: Path) -> None:
 def sample_files(
     files: Sequence[Path], num_answers: int, model: Path | None, out: Path, params: Params, reporter: Reporter
 ) -> dict[str, Any]:
-    """Sample answers to the prompts of some files, and write a table for each file.
+    """Sample so many answers to each prompt of some files, as section evaluate says, and write a table for each file.
 
     Args:
         files: Each with prompts.
         num_answers: Answers to each prompt.
         model: An adapter for the project's SFT model, or a whole model; None: the SFT model itself.
         out: Folder of the tables, which go by the names of the files.
-        params: All settings; section evaluate says how answers are sampled.
-        reporter: Shows progress, and a table for each file.
+        params: All settings.
+        reporter: Shows progress, and what is counted of each file.
 
     Returns:
-        What is counted, by file.
+        The same, by file.
 
     Raises:
         ParamsError: Two files would make one table, a file is there that would be written over, or a setting has no
@@ -260,9 +256,7 @@ def sample_files(
     judge = known_reward(settings)
     made_by = {
         "model": asked_model.digest,
-        "temperature": settings.temperature,
-        "max_new_tokens": settings.max_new_tokens,
-        "seed": settings.seed,
+        **settings.model_dump(include={"temperature", "max_new_tokens", "seed"}),
         "num_answers": num_answers,
         "score": judge.name if judge else "",
     }

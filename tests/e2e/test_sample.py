@@ -119,6 +119,13 @@ def test_from_prompts_to_a_win_rate(tuned: Params, make_reporter: Callable[[], A
     assert metrics["win_rate_ceiling"] == 1 - sum(right["sft"]) / len(wins) / 2
     assert metrics["judge_name"] == "the rule one_sentence: one short sentence without a preamble"
     assert "well_formed_dpo" not in metrics
+    # with --model another model is asked
+    reporter = make_reporter()
+    sample_files([UNSEEN], K, paths.DPO_MODEL, paths.SAMPLED, tuned, reporter)
+    [meter] = reporter.meters
+    assert "dpo" in meter.label
+    made_by = [pq.read_schema(folder / "unseen.parquet").metadata[b"model"] for folder in (paths.RAW, paths.SAMPLED)]
+    assert made_by[0] != made_by[1]
 
 
 def test_what_was_sampled_is_not_sampled_again(tuned: Params, make_reporter: Callable[..., Any]) -> None:
@@ -147,22 +154,6 @@ def test_what_was_sampled_is_not_sampled_again(tuned: Params, make_reporter: Cal
     sample_files([TRAIN], K, None, paths.SAMPLED, small, known)
     assert known.meters == []
     assert (paths.SAMPLED / "train.parquet").read_bytes() == whole
-
-
-def test_a_tuned_model_answers_the_same_prompts(tuned: Params, make_reporter: Callable[[], Any]) -> None:
-    """With --model another model is asked; it is not the SFT model's answers that come back."""
-    sample_files([TRAIN], K, None, paths.RAW, tuned, make_reporter())
-    sample_files([UNSEEN], K, None, paths.RAW, tuned, make_reporter())
-    for stage in ("convert_preferences", "precompute_ref", "train"):
-        run(stage, tuned, make_reporter())
-    reporter = make_reporter()
-    sample_files([UNSEEN], K, paths.DPO_MODEL, paths.SAMPLED, tuned, reporter)
-    [meter] = reporter.meters
-    assert "dpo" in meter.label
-    assert (
-        pq.read_schema(paths.SAMPLED / "unseen.parquet").metadata[b"model"]
-        != (pq.read_schema(paths.RAW / "unseen.parquet").metadata[b"model"])
-    )
 
 
 @pytest.mark.parametrize(
