@@ -188,6 +188,13 @@ def test_the_reward_model_as_judge(evaluate: Evaluate) -> None:
     assert alone["reward_dpo"] == metrics["reward_dpo"]
 
 
+def write_votes(path: Path, items: list[dict[str, str]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(items[0]))
+        writer.writeheader()
+        writer.writerows(items)
+
+
 def test_people_as_judges_by_a_sheet(evaluate: Evaluate) -> None:
     world_says = evaluate()
     by_world = {row["prompt_id"]: row for row in table("votes.csv")}
@@ -208,18 +215,12 @@ def test_people_as_judges_by_a_sheet(evaluate: Evaluate) -> None:
         said = by_world[item["prompt_id"]]
         won = {"A": item["method"], "B": item["baseline"], "tie": None}[said["vote"]]
         item["vote"] = "tie" if won is None else "A" if item["a_is"] == won else "B"
-    with sheet.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(items[0]))
-        writer.writeheader()
-        writer.writerows(items)
+    write_votes(sheet, items)
     metrics = evaluate(judge="votes", votes={"file": str(sheet)})
     assert metrics["win_rate"] == world_says["win_rate"]
     assert "judge_consistency" not in metrics
     other = Path("data/raw/half.csv")
-    with other.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(items[0]))
-        writer.writeheader()
-        writer.writerows(items[: len(items) // 2])
+    write_votes(other, items[: len(items) // 2])
     with pytest.raises(DataError, match="no verdict in .*collect votes on these answers"):
         evaluate(judge="votes", votes={"file": str(other)})
     with pytest.raises(ParamsError, match="must be under data/raw, where DVC sees a change, got votes.csv"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -24,33 +25,35 @@ def model(make_llama: Callable[..., Any]) -> Any:
     return make_llama(12, initializer_range=0.15)
 
 
+def answer(
+    model: Any, reporter: Any, prompts: Sequence[PromptTokens], max_tokens: int = 4096, **changes: Any
+) -> dict[str, Sampled]:
+    """Answers of a model to prompts, and what is kept of them on the way."""
+    settings: dict[str, Any] = {"stop_ids": (STOP,), "temperature": 1.0, "max_new_tokens": 8, "stream": "dpo"} | changes
+    kept: dict[str, Sampled] = {}
+    with reporter.meter("answers", len(prompts), "prompts") as meter:
+        found = sample_answers(
+            model,
+            prompts,
+            Decoding(**settings),
+            budget=TokenBudget(max_tokens, "test", reporter),
+            autocast_dtype=torch.float32,
+            meter=meter,
+            keep=kept.update,
+        )
+    assert kept == found
+    return found
+
+
 @pytest.fixture
 def sample(model: Any, reporter: Any) -> Callable[..., dict[str, Sampled]]:
-    def run(prompts: Sequence[PromptTokens], **changes: Any) -> dict[str, Sampled]:
-        settings: dict[str, Any] = {
-            "stop_ids": (STOP,),
-            "temperature": 1.0,
-            "max_new_tokens": 8,
-            "max_tokens": 4096,
-            "seed": 0,
-            "stream": "dpo",
-            "autocast_dtype": torch.float32,
-        }
-        settings |= changes
-        budget = TokenBudget(settings.pop("max_tokens"), "test", reporter)
-        dtype = settings.pop("autocast_dtype")
-        with reporter.meter("answers", len(prompts), "prompts") as meter:
-            return sample_answers(
-                model, prompts, Decoding(**settings), meter=meter, budget=budget, autocast_dtype=dtype
-            )
-
-    return run
+    return partial(answer, model, reporter)
 
 
-def some_prompts(count: int) -> list[PromptTokens]:
+def some_prompts(count: int, vocabulary: int = 12) -> list[PromptTokens]:
     rng = random.Random(0)
     return [
-        PromptTokens(f"prompt-{number:03d}", tuple(rng.randrange(2, 12) for _ in range(rng.randint(1, 15))))
+        PromptTokens(f"prompt-{number:03d}", tuple(rng.randrange(2, vocabulary) for _ in range(rng.randint(1, 15))))
         for number in range(count)
     ]
 
@@ -208,17 +211,7 @@ def test_what_the_models_own_configuration_says_of_sampling_is_not_followed(
     for shipped in (GenerationConfig(), GenerationConfig(do_sample=True, top_k=1, min_new_tokens=5, temperature=0.1)):
         model = make_llama(12, initializer_range=0.15)
         model.generation_config = shipped
-        with reporter.meter("", 1, "") as meter:
-            found.append(
-                sample_answers(
-                    model,
-                    prompts,
-                    Decoding(1.0, 3, (STOP,), 0, "a"),
-                    budget=TokenBudget(10_000, "test", reporter),
-                    autocast_dtype=torch.float32,
-                    meter=meter,
-                )
-            )
+        found.append(answer(model, reporter, prompts, max_new_tokens=3))
     assert found[0] == found[1]
     assert len({answer.tokens for answer in found[0].values()}) > 50
 
@@ -235,22 +228,7 @@ def test_where_memory_runs_out_it_goes_on_with_smaller_batches_and_the_same_answ
             raise torch.OutOfMemoryError
         return generate(input_ids=input_ids, **settings)
 
-    def run() -> dict[str, Sampled]:
-        kept: dict[str, Sampled] = {}
-        with reporter.meter("", 1, "") as meter:
-            found = sample_answers(
-                model,
-                some_prompts(40),
-                Decoding(1.0, 8, (STOP,), 0, "a"),
-                budget=TokenBudget(60, "test", reporter),
-                autocast_dtype=torch.float32,
-                meter=meter,
-                keep=kept.update,
-            )
-        assert kept == found
-        return found
-
-    whole = run()
+    whole = answer(model, reporter, some_prompts(40), max_tokens=60)
     monkeypatch.setattr(model, "generate", small)
-    assert run() == whole
+    assert answer(model, reporter, some_prompts(40), max_tokens=60) == whole
     assert max(sizes) > 8 >= sizes[-1]
