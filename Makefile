@@ -78,7 +78,6 @@ docs-site: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(VENV)/.installed-dev
-	$(THREADS) $(BIN)/python benchmarks/scoring.py
 	$(THREADS) $(BIN)/python benchmarks/numerics.py
 	$(BIN)/python benchmarks/conversion.py
 

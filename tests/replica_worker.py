@@ -19,22 +19,19 @@ import torch.distributed as dist
 
 from dpo_cli.core.environment import prepare_environment
 from dpo_cli.core.errors import DpoCliError, MachineError
-from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
+from dpo_cli.core.params import RuntimeParams, TrainParams
 from dpo_cli.core.progress import SilentReporter
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.models.adapters import add_adapter
-from dpo_cli.models.device import Machine
-from dpo_cli.models.load import keep_weights_unpacked, load_model, quiet_libraries
+from dpo_cli.models.load import quiet_libraries
 from dpo_cli.scoring.scorer import Scorer, Scores
-from dpo_cli.training.fit import fit
-from dpo_cli.training.job import Job
 from dpo_cli.training.objective import PairObjective, SftObjective
 from dpo_cli.training.parallel import Replicas, join_replicas, shared_scratch
 from dpo_cli.training.protocols import Learner
+from tests import small_training
+from tests.small_training import adapter, make_policy, reference
 
 SETTINGS = TrainParams(learning_rate=5e-3, batch_size=8, epochs=3.0, eval_steps=4)
 """Nine steps of 20 pairs; the last batch of each epoch is a short one."""
-CPU = Machine(torch.device("cpu"), torch.float32)
 
 
 class Watcher(SilentReporter):
@@ -174,34 +171,32 @@ class Worker:
         limit: int | None = None,
         on_advance: Callable[[int], None] = lambda done: None,
     ) -> dict[str, Any]:
-        model: Any = load_model(self._base, CPU, quantization="nf4")
-        model = add_adapter(model, LoraParams(r=4, alpha=8.0, dropout=dropout), seed=seed)
-        keep_weights_unpacked(model)
+        model = make_policy(self._base, dropout, seed)
         scorer = Scorer(model, torch.float32)
         train, evaluated = self._pairs[0], self._pairs[1][:held_out]
         train = train[turn:] + train[:turn]
         model.eval()
-        with torch.no_grad():
-            logps = {pair.id: scorer.score([pair]).logps_BK[0].tolist() for pair in [*train, *evaluated]}
+        logps = reference(scorer, [*train, *evaluated])
         if nan_row is not None:
             logps[train[nan_row].id] = [float("nan")] * 2
         objective = SftObjective() if sft else PairObjective(TrainParams(beta=0.1), logps)
         if limit is not None:
             _run_out_above(scorer, limit)
         work = self._folder / name
-        work.mkdir(exist_ok=True)
-        runtime = RuntimeParams(max_tokens_per_microbatch=200, checkpoint_minutes=60.0)
+        runtime = {"max_tokens_per_microbatch": 200, "checkpoint_minutes": 60.0}
         outcome: dict[str, Any] = {"error": None, "history": []}
         with _counted() as sizes:
             try:
-                job = Job("train", work, CPU, runtime, Watcher(on_advance), self._replicas)
-                learner = Learner[Any](model, scorer, objective)
-                outcome["history"] = fit(learner, train, evaluated, settings, job).history
+                learner, groups = Learner[Any](model, scorer, objective), (train, evaluated)
+                fitted = small_training.train(
+                    learner, groups, work, Watcher(on_advance), settings, self._replicas, **runtime
+                )
+                outcome["history"] = fitted.history
             except DpoCliError as error:
                 outcome["error"] = f"{type(error).__name__}: {error}"
         outcome["sizes"] = sizes
         outcome["files"] = sorted(path.name for path in work.iterdir())
-        outcome["adapter"] = {key: value.detach() for key, value in model.named_parameters() if value.requires_grad}
+        outcome["adapter"] = adapter(model)
         return outcome
 
 

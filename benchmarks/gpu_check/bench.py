@@ -21,11 +21,12 @@ from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine, prepare_machine
 from dpo_cli.models.load import keep_weights_unpacked
 from dpo_cli.models.shapes import random_model
+from dpo_cli.models.workplace import Workplace
 from dpo_cli.scoring.probe import open_scorer
 from dpo_cli.scoring.regimes import random_pairs
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.fit import Fit, fit
-from dpo_cli.training.job import Job
+from dpo_cli.training.parallel import Job
 from dpo_cli.training.protocols import Learner
 
 GIB = 2**30
@@ -96,6 +97,10 @@ class Policy:
     scorer: Scorer
     machine: Machine
     reporter: RecordingReporter
+
+    def work(self, runtime: RuntimeParams) -> Workplace:
+        """Where it is trained and measured."""
+        return Workplace("gpu-check", self.reporter, runtime, self.machine)
 
 
 class Bench:
@@ -201,9 +206,8 @@ def train(
     """Train as the stage does; goes on from a checkpoint in ``work``."""
     work.mkdir(parents=True, exist_ok=True)
     settings = {"batch_size": 8, "schedule": "constant", "warmup_ratio": 0.0, **settings}
-    job = Job("train", work, policy.machine, runtime, policy.reporter)
     learner = Learner(policy.model, policy.scorer, objective)
-    return fit(learner, groups, groups[:2], TrainParams(**settings), job)
+    return fit(learner, groups, groups[:2], TrainParams(**settings), Job(policy.work(runtime), work))
 
 
 def adapter_of(model: torch.nn.Module) -> torch.Tensor:

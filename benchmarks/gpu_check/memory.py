@@ -56,7 +56,7 @@ def steps(bench: Bench) -> None:
     measured: dict[str, int] = {}
     for grade in GRADES:
         runtime = bench.runtime(recompute=grade)
-        plan = choose_memory(model, scorer, groups, len(groups), runtime, policy.reporter, "gpu-check")
+        plan = choose_memory(model, scorer, groups, len(groups), policy.work(runtime))
         batches = scorer.split(groups, plan.max_tokens)
         tokens = max(lay_out([groups[index] for index in each], scorer.layout).num_tokens for each in batches)
         estimate = kept.of(grade, tokens)
@@ -87,7 +87,7 @@ def steps(bench: Bench) -> None:
             bench.at_size(counted is not None and abs(measured[grade] / counted - 1) <= 0.1),
             refused=None if counted else f"no dry run here: {(said.strip().splitlines() or ['it says nothing'])[-1]}",
         )
-    chosen = choose_memory(model, scorer, groups, len(groups), bench.runtime(), policy.reporter, "gpu-check")
+    chosen = choose_memory(model, scorer, groups, len(groups), policy.work(bench.runtime()))
     _profile(bench, _step(Learner(model, scorer, objective), chosen.max_tokens, groups), chosen.grade)
 
 

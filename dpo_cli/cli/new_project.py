@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
 from dpo_cli.cli.sources import as_options
 from dpo_cli.core import paths
@@ -274,8 +275,21 @@ def dvc_yaml_text() -> str:
     yaml = YAML()
     yaml.width = 120
     yaml.indent(mapping=2, sequence=2, offset=0)
-    yaml.dump(dvc_yaml(), stream)
+    yaml.dump(_in_lines(dvc_yaml()), stream)
     return f"# Written by dpo-cli; settings are in params.yaml.\n{stream.getvalue()}"
+
+
+def _in_lines(value: Any) -> Any:
+    """A tree of YAML in which what holds no list or mapping stands on one line, if it fits there."""
+    if not isinstance(value, dict | list):
+        return value
+    inner = list(value.values()) if isinstance(value, dict) else value
+    styled = CommentedMap(value) if isinstance(value, dict) else CommentedSeq(value)
+    for key in styled if isinstance(value, dict) else range(len(value)):
+        styled[key] = _in_lines(value[key])
+    if not any(isinstance(each, dict | list) for each in inner) and len(str(value)) <= 96:
+        styled.fa.set_flow_style()
+    return styled
 
 
 def _check(folder: Path, files: ProjectFiles) -> None:

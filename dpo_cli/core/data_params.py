@@ -1,15 +1,35 @@
-"""Section data of params.yaml: sources, how they are read, and what is done with rows that a check finds."""
+"""What every section of params.yaml is made of, and section data: sources, and what is done with rows of theirs."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
-
-from dpo_cli.core.sections import Section, param
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 AS_PREFERENCES = "preferences"
 """The value of data.sft.path that stands for the preference data."""
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys refused, no silent conversion of types, immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def param(default: Any, doc: str, *, unit: str = "", **constraints: Any) -> Any:
+    """A field of the schema: its default, what it means, and its unit."""
+    return Field(default, description=doc, json_schema_extra={"unit": unit} if unit else None, **constraints)
+
+
+def differs(section: BaseModel, *names: str) -> list[str]:
+    """Those of the named fields, or of all, that were moved from their defaults."""
+    fields = type(section).model_fields
+    return [
+        name
+        for name in names or fields
+        if getattr(section, name) != fields[name].get_default(call_default_factory=True)
+    ]
+
 
 Column = str | list[str]
 

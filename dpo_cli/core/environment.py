@@ -1,16 +1,19 @@
-"""Offline, quiet and modest: set before any library that might open a socket or print is imported."""
+"""Offline, quiet and modest: set before any library that might open a socket or print is imported; cores and GPUs."""
 
 from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
+import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
 
 from dpo_cli.core.errors import MachineError
-from dpo_cli.core.gpu import let_segments_grow
 
 _SWITCHES = {
     "HF_HUB_OFFLINE": "1",
@@ -21,6 +24,7 @@ _SWITCHES = {
     "DVC_NO_ANALYTICS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def is_first_process() -> bool:
@@ -84,3 +88,74 @@ def importing() -> Iterator[None]:
             gc.freeze()
         if was_on:
             gc.enable()
+
+
+# --- cores ----------------------------------------------------------------------------------
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may use: by its affinity and its cgroup's quota."""
+    import psutil  # here: what starts a command imports this file
+
+    logical = psutil.cpu_count() or 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else logical
+    physical = psutil.cpu_count(logical=False) or logical
+    return max(1, int(min(allowed, physical, _quota(_CGROUP))))
+
+
+def usable_threads() -> int:
+    """Threads for one process's products: OMP_NUM_THREADS, or else one a core."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else usable_cores()
+
+
+def _quota(cgroup: Path) -> float:
+    """Cores' worth of time that a cgroup, version 2 or 1, allows; infinity where it sets no limit."""
+    try:
+        quota, period = (cgroup / "cpu.max").read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        try:
+            quota, period = (
+                (cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text(encoding="ascii").strip()
+                for name in ("quota", "period")
+            )
+        except OSError:
+            return math.inf
+    unlimited = quota in ("max", "-1") or not quota.isdecimal() or not period.isdecimal()
+    return math.inf if unlimited else int(quota) / int(period)
+
+
+# --- GPUs, before torch is imported ------------------------------------------------------------
+
+GPU_TYPES = ("cuda",)
+"""Types of torch devices that are computed on as GPUs are; ROCm's call themselves cuda, too."""
+_ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""The variable that PyTorch's allocator reads, and what it was called before, on ROCm, too."""
+_WSL_GPU = Path("/dev/dxg")
+"""Where WSL2 has its GPU, whatever the kernel is called."""
+
+
+class HasType(Protocol):
+    """A torch device, or what looks like one."""
+
+    @property
+    def type(self) -> str:
+        """Such as ``cuda`` or ``cpu``."""
+        ...
+
+
+def is_gpu(device: HasType) -> bool:
+    """Whether what is done on GPUs alone is done on this device."""
+    return device.type in GPU_TYPES
+
+
+def let_segments_grow() -> None:
+    """Let PyTorch's segments of GPU memory grow, unless the user set something of its allocator.
+
+    Every micro-batch has another length, which breaks segments of fixed size into pieces that serve nothing any more.
+    Not under WSL, where some drivers fail at it, and not on Windows, which has no such segments. It is read when
+    torch is imported.
+    """
+    is_wsl = "microsoft" in platform.uname().release.lower() or _WSL_GPU.exists()
+    if sys.platform == "linux" and not is_wsl and not any(name in os.environ for name in _ALLOCATORS):
+        os.environ[_ALLOCATORS[0]] = "expandable_segments:True"

@@ -1,9 +1,8 @@
 """The one schema of params.yaml: every setting with its meaning, unit, range and default.
 
 The defaults suit a real model of a few billion parameters on one consumer GPU; the embedded project's params.yaml
-overrides some of them (:mod:`dpo_cli.core.params_text`). Sections data and evaluate have files of their own; so have
-reading a file (:mod:`dpo_cli.core.load_params`) and what settings must not say together
-(:mod:`dpo_cli.core.params_checks`).
+overrides some of them (:mod:`dpo_cli.core.params_text`). Section data has a file of its own; so have reading a file
+(:mod:`dpo_cli.core.load_params`) and what settings must not say together (:mod:`dpo_cli.core.params_checks`).
 """
 
 from __future__ import annotations
@@ -13,9 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from dpo_cli.core.data_params import DataParams, Policy, StrictPolicy
-from dpo_cli.core.evaluate_params import EvaluateParams
-from dpo_cli.core.sections import Section, param
+from dpo_cli.core.data_params import DataParams, Policy, Section, StrictPolicy, param
 from dpo_cli.losses.catalogue import LOSSES, learns_log_ratio
 
 EMBEDDED = "embedded"
@@ -141,6 +138,13 @@ class PairTokenChecks(TokenChecks):
     equal_sides: Policy = param("drop", "Two answers are the same token by token.")
 
 
+_TIES: Any = param(
+    "average",
+    "Tied answers of a ranking (plackett_luce): the mean over the orders that they allow, or not compared.",
+)
+_LORA: Any = param(None, "The adapter's shape where sft makes none (methods none and full); null takes the defaults.")
+
+
 class SftParams(TrainingParams):
     """Supervised fine-tuning, which gives the reference model. Read by sft."""
 
@@ -225,14 +229,8 @@ class TrainParams(TrainingParams):
         ge=0,
         le=1e6,
     )
-    ties: Literal["average", "groups"] = param(
-        "average",
-        "Tied answers of a ranking (plackett_luce): the mean over the orders that they allow, or not compared.",
-    )
-    lora: LoraParams | None = Field(
-        default=None,
-        description="The adapter's shape where sft makes none (methods none and full); null takes the defaults.",
-    )
+    ties: Literal["average", "groups"] = _TIES
+    lora: LoraParams | None = _LORA
 
     @property
     def losses(self) -> dict[LossName, float]:
@@ -254,14 +252,92 @@ class RewardParams(TrainingParams):
         " pairs; plackett_luce: from rankings.",
     )
     learning_rate: float = param(1e-4, "Peak learning rate of adapter and head.", gt=0, le=1)
-    ties: Literal["average", "groups"] = param(
-        "average",
-        "Tied answers of a ranking (plackett_luce): the mean over the orders that they allow, or not compared.",
+    ties: Literal["average", "groups"] = _TIES
+    lora: LoraParams | None = _LORA
+
+
+JudgeName = Literal["none", "world", "rule", "reward-model", "hf", "openai", "votes"]
+RuleName = Literal["one_sentence", "json_object"]
+Opponent = Literal["sft", "chosen"]
+
+_TEMPLATE = (
+    "What it is asked: dialogue, dialogue-zh, summary or summary-concise (the paper's C), or a file of text with"
+    " {prompt}, {a} and {b}."
+)
+
+
+class HfJudgeParams(Section):
+    """A language model on this machine as judge; its directory is runtime.judge_path."""
+
+    name: str = param("", "Your label for it. Change it with the model: DVC sees this, and not the directory.")
+    template: str = param("dialogue", _TEMPLATE)
+    quantization: Literal["nf4", "none"] = param("none", "How its weights are held.")
+    chat_template: str = param("auto", "Its chat template, as model.chat_template.")
+
+
+class OpenAiJudgeParams(Section):
+    """A language model behind an OpenAI-compatible server as judge; a key is taken from DPO_JUDGE_API_KEY alone."""
+
+    url: str = param("", "Its address, such as http://127.0.0.1:8080/v1.")
+    model: str | None = param(None, "Name of the model; null: the only one that the server has.")
+    template: str = param("dialogue", _TEMPLATE)
+    allowed_hosts: list[str] = param([], "Hosts besides this machine to which prompts and answers may be sent.")
+    timeout_s: float = param(120.0, "How long an answer may take.", unit="seconds", gt=0, le=86400)
+    parallel: int = param(4, "Requests under way at once.", ge=1, le=64)
+    extra: dict[str, Any] = param(
+        {}, "Fields that every request has besides: {chat_template_kwargs: {enable_thinking: false}}."
     )
-    lora: LoraParams | None = Field(
-        default=None,
-        description="The adapter's shape where sft makes none (methods none and full); null takes the defaults.",
+
+
+class VotesJudgeParams(Section):
+    """A file of people's votes on these very answers as judge; dpo-cli rating-sheet writes what they fill in."""
+
+    file: str = param("", "CSV or parquet under data/raw, where DVC sees a change.")
+    rule: Literal["share", "majority"] = param("share", "A win is the share of the votes, or what most of them say.")
+    kind: str | None = param(None, "Only votes of raters of this kind, such as human; null: all.")
+
+
+class EvaluateParams(Section):
+    """Is it better, by how much, and at what cost. Read by evaluate."""
+
+    judge: JudgeName = param(
+        "none",
+        "Who compares the answers: world is the embedded world's known reward; rule is evaluate.rule; reward-model is"
+        " what stage reward made of the same preferences; hf a language model on this machine; openai one behind a"
+        " server; votes a file of people's votes; none: no win rate.",
     )
+    rule: RuleName | None = param(
+        None,
+        "What the judge rule checks of each answer: one_sentence (short, and without a preamble) or json_object (and"
+        " nothing around it).",
+    )
+    hf: HfJudgeParams = Field(default_factory=HfJudgeParams, description="The judge hf.")
+    openai: OpenAiJudgeParams = Field(default_factory=OpenAiJudgeParams, description="The judge openai.")
+    votes: VotesJudgeParams = Field(default_factory=VotesJudgeParams, description="The judge votes.")
+    opponents: list[Opponent] = param(
+        ["sft"], "Whose answers the policy's are compared with: the SFT model's (always), and the data's chosen ones."
+    )
+    judge_pairs: int = param(
+        0,
+        "Held-out pairs on which the judge itself is tried: how often it prefers the chosen answer; -1: all.",
+        unit="pairs",
+        ge=-1,
+        le=10**9,
+    )
+    num_prompts: int = param(128, "Held-out prompts to answer, at most; 0: all.", unit="prompts", ge=0, le=10**9)
+    temperature: float = param(1.0, "Sampling temperature of the compared answers; 0: greedy.", ge=0, le=100)
+    temperatures: list[Annotated[float, Field(ge=0, le=100)]] = param(
+        [], "Sampling temperatures of the curve of win rates, such as [0, 0.25, 0.5, 0.75, 1]; []: no curve."
+    )
+    scales: list[Annotated[float, Field(gt=0, le=100)]] = param(
+        [],
+        "Further points of the frontier of KL and win rate: the model with this multiple of what training changed,"
+        " such as [0.25, 0.5, 0.75, 1.5].",
+    )
+    max_new_tokens: int = param(256, "Longest answer.", unit="tokens", ge=1, le=10**6)
+    bootstrap_draws: int = param(2000, "Draws behind each interval, clustered by prompt.", ge=100, le=10**6)
+    confidence: float = param(0.95, "Coverage of the intervals.", gt=0.5, lt=1)
+    seed: int = param(0, "Seeds sampling and bootstrap.", ge=0, le=2**32 - 1)
 
 
 class RuntimeParams(Section):
@@ -361,9 +437,6 @@ class Params(Section):
     runtime: RuntimeParams = Field(default_factory=RuntimeParams)
 
 
-# --- loading ------------------------------------------------------------------------------
-
-
 def iter_settings(model: type[BaseModel] = Params, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """All settings as ``(dotted path, pydantic field)``, in the order of the schema."""
     for name, field in model.model_fields.items():
@@ -372,6 +445,3 @@ def iter_settings(model: type[BaseModel] = Params, prefix: str = "") -> Iterator
             yield from iter_settings(annotation, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", field
-
-
-# --- contradictions and settings without effect --------------------------------------------------------------

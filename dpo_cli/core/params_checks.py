@@ -2,107 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from typing import get_args
 
-from dpo_cli.core.data_params import AS_PREFERENCES, PreferenceSource, SftSource
-from dpo_cli.core.evaluate_params import idle_evaluate_settings
-from dpo_cli.core.params import EMBEDDED, WORLD_HELD_OUT, Params, TrainParams
-from dpo_cli.core.sections import differs
+from dpo_cli.core.data_params import AS_PREFERENCES, PreferenceSource, SftSource, differs
+from dpo_cli.core.params import EMBEDDED, WORLD_HELD_OUT, EvaluateParams, Params, RuleName, TrainParams
 from dpo_cli.core.text import shown
 from dpo_cli.losses.catalogue import LOSSES, SETTINGS, readers
 
+_BY_SFT = ("adapter", "lora", "qlora")
+_CURVES = ("opponents", "judge_pairs", "temperatures", "scales")
 
-def _idle_columns(params: Params) -> list[str]:
-    """Settings of sources that say what is known already."""
+_IDLE: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
+    ("runtime.model_path", "model.name", (EMBEDDED,), "; give the model a name of its own"),
+    ("model.chat_template", "model.name", (EMBEDDED,), "; leave it at auto"),
+    ("model.template_options", "model.name", (EMBEDDED,), ", whose chat template reads none"),
+    ("runtime.max_gpu_gib", "runtime.device", ("cpu",), "; set it to null"),
+    ("sft.lora", "sft.method", ("full",), ""),
+    ("train.lora", "sft.method", _BY_SFT, ": train goes on with the adapter of sft"),
+    ("reward.lora", "sft.method", _BY_SFT, ": reward goes on with the adapter of sft"),
+    ("reward.ties", "reward.loss", ("bradley_terry",), "; plackett_luce reads it"),
+)
+"""Settings that have no effect where another one has one of these values, and what is said of it."""
+_READ: tuple[tuple[str, str, str, str], ...] = (
+    ("model.seed", "model.name", EMBEDDED, "; only the embedded model is built here"),
+    ("model.pretrain_steps", "model.name", EMBEDDED, "; only the embedded model is built here"),
+    ("runtime.adapter_path", "sft.method", "adapter", "; adapter reads it"),
+    ("runtime.judge_path", "evaluate.judge", "hf", "; judge hf reads it"),
+    ("evaluate.rule", "evaluate.judge", "rule", "; judge rule reads it"),
+    ("train.divergence_alpha", "train.divergence", "alpha", "; alpha reads it"),
+)
+"""Settings that have an effect only where another one has this value."""
+
+
+def contradictions(params: Params) -> list[str]:
+    """Settings that contradict each other, and settings that were moved from their default for nothing."""
     found = []
-    if params.data.sft.path == AS_PREFERENCES:
-        found += [
-            f"data.sft.{name} has no effect with data.sft.path {AS_PREFERENCES}; data.preferences says how it is read"
-            for name in differs(params.data.sft, *(SftSource.model_fields.keys() - {"path"}))
-        ]
-    for section, first in (("data.sft", params.data.sft), ("data.preferences", params.data.preferences)):
-        for index, source in enumerate([first, *first.also]):
-            where = section if index == 0 else f"{section}.also.{index - 1}"
-            found += [
-                f"{where}.columns.{field} has no effect: it names itself"
-                for field, key in source.columns.items()
-                if field == key
-            ]
-            if isinstance(source, SftSource) and source.turns == "all" and source.format not in ("auto", "messages"):
-                found.append(f"{where}.turns has no effect with format {source.format}; messages reads it")
-            if source.weight != 1 and source.split == "eval":
-                found.append(f"{where}.weight has no effect with split eval: only train rows are weighted")
-            if source.labels and source.format not in ("auto", "two_outputs"):
-                found.append(f"{where}.labels has no effect with format {source.format}; two_outputs reads it")
-            if (
-                isinstance(source, PreferenceSource)
-                and source.compare == "first"
-                and source.format in ("kwise", "oasst")
-            ):
-                found.append(f"{where}.compare has no effect with format {source.format}; it has single answers")
-            if (
-                isinstance(source, PreferenceSource)
-                and source.pairs != "all"
-                and source.format not in ("auto", "kwise", "oasst", "pairs", "sharegpt")
-            ):
-                found.append(
-                    f"{where}.pairs has no effect with format {source.format}; kwise, oasst, pairs and sharegpt read it"
-                )
-    return found
-
-
-def _idle_objective_settings(train: TrainParams) -> list[str]:
-    """Settings of the objective that the chosen one does not read, or that it needs and does not get."""
-    found = []
-    if not train.losses:
-        return ["train.loss must name at least one objective, got {}"]
-    called = " and ".join(train.losses)
-    for setting in differs(train, *SETTINGS):
-        if not any(setting in LOSSES[name].reads for name in train.losses):
-            named = readers(setting)
-            verb = "reads" if len(named) == 1 else "read"
-            found.append(f"train.{setting} has no effect with train.loss {called}; {_listed(named)} {verb} it")
-    for name in train.losses:
-        found += [
-            f"train.loss {name} needs train.{setting} > 0{_AT_ZERO.get(name, '')}"
-            for setting in LOSSES[name].needs
-            if not differs(train, setting)
-        ]
-    if differs(train, "divergence_alpha") and train.divergence != "alpha":
-        found.append(f"train.divergence_alpha has no effect with train.divergence {train.divergence}; alpha reads it")
-    coupled = [name for name in train.losses if LOSSES[name].is_coupled]
-    if coupled and len(train.losses) > 1:
-        found.append(f"train.loss {coupled[0]} compares sorted pairs and cannot be mixed with others")
-    if coupled and train.batch_size == 1:
-        found.append(f"train.loss {coupled[0]} compares the pairs of a step: train.batch_size must be > 1, got 1")
-    return found
-
-
-def _idle_adapter_settings(params: Params) -> list[str]:
-    """Settings of the adapters that change nothing, or that another setting cannot go with."""
-    sft, reward = params.sft, params.reward
-    policy, lora = ("sft.lora", sft.lora) if sft.method in ("lora", "qlora") else ("train.lora", params.train.lora)
-    adapters = {policy: lora}
-    if reward.loss != "none":
-        adapters["reward.lora"] = reward.lora
-    found = [
-        f"{name}.rslora has no effect with {name}.r 1"
-        for name, adapter in adapters.items()
-        if adapter is not None and adapter.rslora and adapter.r == 1
-    ]
-    if lora is not None and lora.dora and params.evaluate.scales:
+    for path, other, values, why in (*_IDLE, *((path, other, (value,), why) for path, other, value, why in _READ)):
+        (section, name), (other_section, other_name) = path.split("."), other.split(".")
+        value = getattr(getattr(params, other_section), other_name)
+        is_idle = (value in values) == ((path, other, values, why) in _IDLE)
+        if is_idle and differs(getattr(params, section), name) and not _rests(params, section):
+            found.append(f"{path} has no effect with {other} {value}{why}")
+    if params.evaluate.judge == "world" and params.data.eval_fraction > WORLD_HELD_OUT:
         found.append(
-            f"evaluate.scales cannot go with {policy}.dora true: a multiple of what DoRA changed is no such adapter;"
-            " set it to []"
+            f"data.eval_fraction must be <= {WORLD_HELD_OUT:g} with evaluate.judge world, got"
+            f" {params.data.eval_fraction:g}: the embedded model has read the other prompts"
         )
-    return found
+    if "plackett_luce" in params.train.losses and not params.reference.rankings:
+        found.append("train.loss plackett_luce needs reference.rankings true")
+    return [
+        *found,
+        *_of_the_template(params),
+        *_of_evaluation(params.evaluate),
+        *_of_sources(params),
+        *_of_adapters(params),
+        *_of_objective(params.train),
+        *_of_trainings(params),
+    ]
 
 
-_AT_ZERO = {"cdpo": "; at 0 it is the sigmoid loss", "robust": "; at 0 it is the sigmoid loss"}
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+def _rests(params: Params, section: str) -> bool:
+    """Whether nothing is trained by this section, so that it is not read."""
+    nothing = {"sft": params.sft.method in ("none", "adapter"), "reward": params.reward.loss == "none"}
+    return nothing.get(section, False)
 
 
 _TOLD_ANYWAY = (
@@ -111,70 +74,135 @@ _TOLD_ANYWAY = (
 )  # fmt: skip
 
 
-def contradictions(params: Params) -> list[str]:
-    """Settings that contradict each other, and settings that were moved from their default for nothing."""
-    found: list[str] = []
-    model, sft, train, reward = params.model, params.sft, params.train, params.reward
-    if model.name == EMBEDDED:
-        if params.runtime.model_path is not None:
-            found.append("runtime.model_path has no effect with model.name embedded; give the model a name of its own")
-        if model.chat_template != "auto":
-            found.append("model.chat_template has no effect with model.name embedded; leave it at auto")
-        if model.template_options:
-            found.append(
-                "model.template_options has no effect with model.name embedded, whose chat template reads none"
-            )
-    else:
-        found += [
-            f"model.{name} has no effect with model.name {model.name}; only the embedded model is built here"
-            for name in differs(model, "seed", "pretrain_steps")
-        ]
-    if params.evaluate.judge == "world" and params.data.eval_fraction > WORLD_HELD_OUT:
-        found.append(
-            f"data.eval_fraction must be <= {WORLD_HELD_OUT:g} with evaluate.judge world, got"
-            f" {params.data.eval_fraction:g}: the embedded model has read the other prompts"
-        )
-    for name, value in model.template_options.items():
+def _of_the_template(params: Params) -> Iterator[str]:
+    for name, value in params.model.template_options.items():
+        where = f"model.template_options.{name}"
         if name in _TOLD_ANYWAY:
-            found.append(f"model.template_options.{name} has no effect: the chat template is told that anyway")
+            yield f"{where} has no effect: the chat template is told that anyway"
         elif not name.isidentifier():
-            found.append(f"model.template_options.{name} is no name of a variable in a chat template")
+            yield f"{where} is no name of a variable in a chat template"
         elif not isinstance(value, bool | int | float | str):
-            found.append(f"model.template_options.{name} must be true, false, a number or text, got {shown(value)}")
-    found += idle_evaluate_settings(params.evaluate)
-    if params.runtime.adapter_path is not None and sft.method != "adapter":
-        found.append(f"runtime.adapter_path has no effect with sft.method {sft.method}; adapter reads it")
-    if params.runtime.max_gpu_gib is not None and params.runtime.device == "cpu":
-        found.append("runtime.max_gpu_gib has no effect with runtime.device cpu; set it to null")
-    if params.runtime.judge_path is not None and params.evaluate.judge != "hf":
-        found.append(f"runtime.judge_path has no effect with evaluate.judge {params.evaluate.judge}; judge hf reads it")
-    found += _idle_columns(params)
-    if sft.method == "full":
-        found += [f"sft.{name} has no effect with sft.method full" for name in differs(sft, "lora")]
-    for name, section in (("train", train), ("reward", reward)):
-        if name == "reward" and reward.loss == "none":
-            continue
-        if section.lora is not None and sft.method in ("adapter", "lora", "qlora"):
-            found.append(
-                f"{name}.lora has no effect with sft.method {sft.method}: {name} goes on with the adapter of sft"
-            )
-    found += _idle_adapter_settings(params)
-    found += _idle_objective_settings(train)
-    if "plackett_luce" in train.losses and not params.reference.rankings:
-        found.append("train.loss plackett_luce needs reference.rankings true")
-    if reward.loss == "bradley_terry" and differs(reward, "ties"):
-        found.append("reward.ties has no effect with reward.loss bradley_terry; plackett_luce reads it")
-    for name, section in (("sft", sft), ("train", train), ("reward", reward)):
-        if (name == "sft" and sft.method in ("none", "adapter")) or (name == "reward" and reward.loss == "none"):
+            yield f"{where} must be true, false, a number or text, got {shown(value)}"
+
+
+def _of_evaluation(evaluate: EvaluateParams) -> Iterator[str]:
+    judge = evaluate.judge
+    for name in ("hf", "openai", "votes"):
+        for setting in differs(getattr(evaluate, name)) if name != judge else ():
+            yield f"evaluate.{name}.{setting} has no effect with evaluate.judge {judge}; judge {name} reads it"
+    missing = {
+        "rule": (evaluate.rule, "rule", f"evaluate.judge rule checks one of {', '.join(get_args(RuleName))}"),
+        "openai": (evaluate.openai.url, "openai.url", "give the server's address, such as http://127.0.0.1:8080/v1"),
+        "votes": (evaluate.votes.file, "votes.file", "dpo-cli rating-sheet makes a file to be filled in"),
+    }
+    value, setting, remedy = missing.get(judge, (True, "", ""))
+    if not value:
+        yield f"evaluate.{setting} is missing; {remedy}"
+    if judge in ("none", "votes"):
+        why = ": nobody voted on those answers" if judge == "votes" else ""
+        for name in differs(evaluate, *_CURVES):
+            yield f"evaluate.{name} has no effect with evaluate.judge {judge}{why}; set it to {_default(name)}"
+    if "sft" not in evaluate.opponents:
+        yield "evaluate.opponents must hold sft, whose answers are sampled anyway"
+    for name in ("opponents", "temperatures", "scales"):
+        values = getattr(evaluate, name)
+        for value in dict.fromkeys(values):
+            if values.count(value) > 1:
+                yield f"evaluate.{name} names {value} twice"
+    if 1 in evaluate.scales:
+        yield "evaluate.scales names 1, the model as it is, which is there anyway"
+
+
+def _default(setting: str) -> str:
+    value = EvaluateParams.model_fields[setting].get_default(call_default_factory=True)
+    return f"[{', '.join(value)}]" if isinstance(value, list) else str(value)
+
+
+def _of_sources(params: Params) -> Iterator[str]:
+    """Settings of sources that say what is known already."""
+    sft, preferences = params.data.sft, params.data.preferences
+    if sft.path == AS_PREFERENCES:
+        for name in differs(sft, *(SftSource.model_fields.keys() - {"path"})):
+            why = "data.preferences says how it is read"
+            yield f"data.sft.{name} has no effect with data.sft.path {AS_PREFERENCES}; {why}"
+    for section, first in (("data.sft", sft), ("data.preferences", preferences)):
+        for index, source in enumerate([first, *first.also]):
+            where = section if index == 0 else f"{section}.also.{index - 1}"
+            for field, key in source.columns.items():
+                if field == key:
+                    yield f"{where}.columns.{field} has no effect: it names itself"
+            for problem in _of_source(source):
+                yield f"{where}.{problem}"
+
+
+def _of_source(source: SftSource | PreferenceSource) -> Iterator[str]:
+    kind = source.format
+    if isinstance(source, SftSource) and source.turns == "all" and kind not in ("auto", "messages"):
+        yield f"turns has no effect with format {kind}; messages reads it"
+    if source.weight != 1 and source.split == "eval":
+        yield "weight has no effect with split eval: only train rows are weighted"
+    if source.labels and kind not in ("auto", "two_outputs"):
+        yield f"labels has no effect with format {kind}; two_outputs reads it"
+    if isinstance(source, PreferenceSource):
+        if source.compare == "first" and kind in ("kwise", "oasst"):
+            yield f"compare has no effect with format {kind}; it has single answers"
+        if source.pairs != "all" and kind not in ("auto", "kwise", "oasst", "pairs", "sharegpt"):
+            yield f"pairs has no effect with format {kind}; kwise, oasst, pairs and sharegpt read it"
+
+
+def _of_adapters(params: Params) -> Iterator[str]:
+    """Settings of the adapters that change nothing, or that another setting cannot go with."""
+    sft, reward = params.sft, params.reward
+    policy, lora = ("sft.lora", sft.lora) if sft.method in ("lora", "qlora") else ("train.lora", params.train.lora)
+    for name, adapter in {policy: lora, "reward.lora": None if reward.loss == "none" else reward.lora}.items():
+        if adapter is not None and adapter.rslora and adapter.r == 1:
+            yield f"{name}.rslora has no effect with {name}.r 1"
+    if lora is not None and lora.dora and params.evaluate.scales:
+        yield (
+            f"evaluate.scales cannot go with {policy}.dora true: a multiple of what DoRA changed is no such adapter;"
+            " set it to []"
+        )
+
+
+_AT_ZERO = {"cdpo": "; at 0 it is the sigmoid loss", "robust": "; at 0 it is the sigmoid loss"}
+
+
+def _of_objective(train: TrainParams) -> Iterator[str]:
+    """Settings of the objective that the chosen one does not read, or that it needs and does not get."""
+    if not train.losses:
+        yield "train.loss must name at least one objective, got {}"
+        return
+    called = " and ".join(train.losses)
+    for setting in differs(train, *SETTINGS):
+        if not any(setting in LOSSES[name].reads for name in train.losses):
+            named = readers(setting)
+            verb = "reads" if len(named) == 1 else "read"
+            yield f"train.{setting} has no effect with train.loss {called}; {_listed(named)} {verb} it"
+    for name in train.losses:
+        for setting in LOSSES[name].needs:
+            if not differs(train, setting):
+                yield f"train.loss {name} needs train.{setting} > 0{_AT_ZERO.get(name, '')}"
+    coupled = [name for name in train.losses if LOSSES[name].is_coupled]
+    if coupled and len(train.losses) > 1:
+        yield f"train.loss {coupled[0]} compares sorted pairs and cannot be mixed with others"
+    if coupled and train.batch_size == 1:
+        yield f"train.loss {coupled[0]} compares the pairs of a step: train.batch_size must be > 1, got 1"
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _of_trainings(params: Params) -> Iterable[str]:
+    """Settings that SFT, DPO and the reward model share, where they are read at all."""
+    for name, section in (("sft", params.sft), ("train", params.train), ("reward", params.reward)):
+        if _rests(params, name):
             continue
         if section.max_steps is not None and differs(section, "epochs"):
-            found.append(f"{name}.epochs has no effect beside {name}.max_steps; drop one of them")
+            yield f"{name}.epochs has no effect beside {name}.max_steps; drop one of them"
         if section.optimizer == "rmsprop" and section.weight_decay != 0:
-            found.append(f"{name}.weight_decay has no effect with {name}.optimizer rmsprop")
+            yield f"{name}.weight_decay has no effect with {name}.optimizer rmsprop"
         if section.keep == "best" and section.eval_steps == 0:
-            found.append(
-                f"{name}.keep best has no effect with {name}.eval_steps 0: no step before the last is measured"
-            )
+            yield f"{name}.keep best has no effect with {name}.eval_steps 0: no step before the last is measured"
         if section.keep == "last" and section.patience is not None:
-            found.append(f"{name}.patience has no effect with {name}.keep last; best reads it")
-    return found
+            yield f"{name}.patience has no effect with {name}.keep last; best reads it"

@@ -13,21 +13,17 @@ from typing import Any
 
 from dpo_cli.core import paths
 
-_TRAIN_STEPS = paths.report_dir("train") / "steps.tsv"
-_REWARD_STEPS = paths.report_dir("reward") / "steps.tsv"
-_SFT_STEPS = paths.report_dir("sft") / "steps.tsv"
-_SAMPLES = paths.report_dir("evaluate") / paths.SAMPLES
-_PAIRS = paths.report_dir("evaluate") / "pairs.csv"
-_MARGINS = paths.report_dir("evaluate") / "margins.csv"
-_RELIABILITY = paths.report_dir("evaluate") / "reliability.csv"
-_ACCURACY_BY = paths.report_dir("evaluate") / "accuracy_by.csv"
-_TEMPERATURES = paths.report_dir("evaluate") / "temperatures.csv"
-_FRONTIER = paths.report_dir("evaluate") / "frontier.csv"
-_LENGTHS = paths.report_dir("evaluate") / "length.csv"
-_VOTES = paths.report_dir("evaluate") / "votes.csv"
-
-
 Options = Mapping[str, Any]
+_SFT_STEPS, _TRAIN_STEPS = (paths.report_dir(stage) / "steps.tsv" for stage in ("sft", "train"))
+
+
+def _table(stage: str, name: str, x: str | None, y: str, title: str, **options: str) -> tuple[Path, Options]:
+    """A table of a stage, and how DVC draws it."""
+    return paths.report_dir(stage) / name, {**({"x": x} if x else {}), "y": y, **options, "title": title}
+
+
+def _points(name: str, x: str, y: str, title: str, **options: str) -> tuple[Path, Options]:
+    return _table("evaluate", name, x, y, title, **options, template="scatter")
 
 
 @dataclass(frozen=True)
@@ -86,7 +82,7 @@ class Stage:
         return self.name.replace("_", "-")
 
 
-STAGES: tuple[Stage, ...] = (
+_BEFORE_REPORT = (
     Stage(
         name="base",
         summary="Verify the base model and lock its identity; build the model where it is the embedded one.",
@@ -122,7 +118,7 @@ STAGES: tuple[Stage, ...] = (
         params=("model", "sft"),
         inputs=(paths.BASE, paths.SFT_DATA),
         output=paths.SFT_MODEL,
-        plots=((_SFT_STEPS, {"x": "step", "y": "grad_norm", "title": "gradient norm of SFT"}),),
+        plots=(_table("sft", "steps.tsv", "step", "grad_norm", "gradient norm of SFT"),),
         lists=(paths.rejects_file("sft"),),
     ),
     Stage(
@@ -141,7 +137,7 @@ STAGES: tuple[Stage, ...] = (
         params=("model", "reference", "train"),
         inputs=(paths.BASE, paths.SFT_MODEL, paths.PREFERENCE_DATA, paths.REFERENCE),
         output=paths.DPO_MODEL,
-        plots=((_TRAIN_STEPS, {"x": "step", "y": "grad_norm", "title": "gradient norm of DPO"}),),
+        plots=(_table("train", "steps.tsv", "step", "grad_norm", "gradient norm of DPO"),),
         lists=(paths.rejects_file("train"),),
     ),
     Stage(
@@ -151,7 +147,7 @@ STAGES: tuple[Stage, ...] = (
         params=("model", "reference", "reward"),
         inputs=(paths.BASE, paths.SFT_MODEL, paths.PREFERENCE_DATA),
         output=paths.REWARD_MODEL,
-        plots=((_REWARD_STEPS, {"x": "step", "y": "loss", "title": "loss of the reward model"}),),
+        plots=(_table("reward", "steps.tsv", "step", "loss", "loss of the reward model"),),
         lists=(paths.rejects_file("reward"),),
     ),
     Stage(
@@ -175,58 +171,39 @@ STAGES: tuple[Stage, ...] = (
         ),
         output=None,
         plots=(
-            (_SAMPLES, {"y": "kl", "y_label": "nats", "title": "KL of each answer"}),
-            (_PAIRS, {"x": "margin", "y": "loss", "template": "scatter", "title": "loss of each held-out pair"}),
-            (_MARGINS, {"x": "margin", "y": "share", "template": "scatter", "title": "margins of held-out pairs"}),
-            (
-                _RELIABILITY,
-                {"x": "probability", "y": "accuracy", "template": "scatter", "title": "reliability of the reward"},
+            _table("evaluate", paths.SAMPLES, None, "kl", "KL of each answer", y_label="nats"),
+            _points("pairs.csv", "margin", "loss", "loss of each held-out pair"),
+            _points("margins.csv", "margin", "share", "margins of held-out pairs"),
+            _points("reliability.csv", "probability", "accuracy", "reliability of the reward"),
+            _table(
+                "evaluate",
+                "accuracy_by.csv",
+                "accuracy",
+                "label",
+                "accuracy by length and source",
+                template="bar_horizontal",
             ),
-            (
-                _ACCURACY_BY,
-                {"x": "accuracy", "y": "label", "template": "bar_horizontal", "title": "accuracy by length and source"},
-            ),
-            (
-                _TEMPERATURES,
-                {"x": "temperature", "y": "win_rate", "template": "scatter", "title": "win rate against temperature"},
-            ),
-            (
-                _FRONTIER,
-                {"x": "kl", "y": "win_rate", "x_label": "nats", "template": "scatter", "title": "win rate against KL"},
-            ),
-            (
-                _LENGTHS,
-                {
-                    "x": "length_difference",
-                    "y": "win_rate",
-                    "x_label": "tokens",
-                    "template": "scatter",
-                    "title": "win rate against length difference",
-                },
+            _points("temperatures.csv", "temperature", "win_rate", "win rate against temperature"),
+            _points("frontier.csv", "kl", "win_rate", "win rate against KL", x_label="nats"),
+            _points(
+                "length.csv", "length_difference", "win_rate", "win rate against length difference", x_label="tokens"
             ),
         ),
-        lists=(_VOTES,),
+        lists=(paths.report_dir("evaluate") / "votes.csv",),
     ),
+)
+_REPORTED = [stage for stage in _BEFORE_REPORT if stage.metrics and stage.name != "reward"]
+
+STAGES = (
+    *_BEFORE_REPORT,
     Stage(
         name="report",
         summary="What all stages found as one page to look at, and its figures.",
         example="dpo-cli report",
         params=(),
         inputs=(
-            *(
-                paths.metrics_file(name)
-                for name in ("convert_sft", "convert_preferences", "sft", "precompute_ref", "train", "evaluate")
-            ),
-            _SFT_STEPS,
-            _TRAIN_STEPS,
-            _SAMPLES,
-            _PAIRS,
-            _MARGINS,
-            _RELIABILITY,
-            _ACCURACY_BY,
-            _TEMPERATURES,
-            _FRONTIER,
-            _LENGTHS,
+            *(paths.metrics_file(stage.name) for stage in _REPORTED),
+            *(path for stage in _REPORTED for path, _ in stage.plots),
         ),
         output=None,
         metrics=False,
@@ -258,6 +235,9 @@ _PLOTS: tuple[tuple[str, Options], ...] = (
 )
 
 
+_HELD_BY = {"model": paths.BASE, "reference": paths.REFERENCE}
+
+
 def dvc_yaml() -> dict[str, Any]:
     """The content of dvc.yaml, for this repository as for any project.
 
@@ -275,8 +255,9 @@ def _stage_entry(stage: Stage) -> dict[str, Any]:
         entry["always_changed"] = True
     if deps := [path.as_posix() for path in stage.inputs]:
         entry["deps"] = deps
-    if stage.params:
-        entry["params"] = list(stage.params)
+    # a section that is in the manifest of an input is not named again: DVC sees it change there
+    if params := [name for name in stage.params if _HELD_BY.get(name) not in stage.inputs]:
+        entry["params"] = params
     kept = [path.as_posix() for path in stage.kept_by_dvc]
     outs: list[Any] = [{path: {"persist": True}} for path in kept] if stage.is_always_run else kept
     outs += [{path.as_posix(): {"cache": False}} for path in stage.pages]

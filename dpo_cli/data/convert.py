@@ -20,8 +20,8 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from dpo_cli.core.cores import usable_cores
 from dpo_cli.core.data_params import SftSource, Source
+from dpo_cli.core.environment import usable_cores
 from dpo_cli.core.errors import DataError
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.account import SPLITS, Conversion, ConvertedBlock, FileAccount, Finding

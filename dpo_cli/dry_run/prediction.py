@@ -20,6 +20,7 @@ from dpo_cli.models.device import BFLOAT16_SINCE, Machine, token_budget
 from dpo_cli.models.gpus import GPUS, Gpu
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.models.shapes import SHAPES
+from dpo_cli.models.workplace import Workplace
 from dpo_cli.reference.scoring import missing_groups, score_groups, tokens_at_once
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.limits import Sizes, Work, least_operations
@@ -124,7 +125,8 @@ def _count_training(
     model: Any, scorer: Scorer, groups: list[TokenGroup], params: Params, counting: Counting, reporter: Reporter
 ) -> tuple[dict[str, Any], Work]:
     size = params.train.batch_size
-    chosen = choose_memory(model, scorer, groups, size, params.runtime, reporter, "bench")
+    work = Workplace("bench", reporter, params.runtime, Machine(scorer.device, scorer.compute_dtype))
+    chosen = choose_memory(model, scorer, groups, size, work)
     budget = TokenBudget(chosen.max_tokens, "bench", reporter)
     steps = [groups[begin : begin + size] for begin in range(0, len(groups), size)]
     objective = PairObjective(TrainParams(beta=0.1), {group.id: [-1.0, -2.0] for group in groups})
@@ -133,8 +135,8 @@ def _count_training(
     counting.attention_pairs = mean_visible_pairs(scorer, groups, budget.max_tokens)
     counting.restart()
     for step in steps:
-        accumulator.gradient(step, 0)
-        take_optimizer_step([parameter for parameter in model.parameters() if parameter.requires_grad])
+        _, norm = accumulator.gradient(step, 0)
+        take_optimizer_step([parameter for parameter in model.parameters() if parameter.requires_grad], norm)
     found = {"recompute": chosen.grade, "max_tokens_per_microbatch": budget.max_tokens}
     return found, work_of(scorer, steps, budget.max_tokens)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,14 +12,12 @@ from dpo_cli.core.params import RuntimeParams
 from dpo_cli.core.progress import SilentReporter
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.device import Machine
-from dpo_cli.scoring.budget import TokenBudget
+from dpo_cli.models.workplace import Workplace
 from dpo_cli.scoring.layout import LayoutName
 from dpo_cli.scoring.limits import Work
 from dpo_cli.scoring.regimes import random_pairs
 from dpo_cli.scoring.scorer import MAX_READ_SHARE, Scorer
 from dpo_cli.training.accumulation import Accumulator, Limits
-from dpo_cli.training.job import Job
-from dpo_cli.training.loss_scale import LossScale
 from dpo_cli.training.protocols import Learner
 
 
@@ -33,10 +30,9 @@ class DryAccumulator(Accumulator[Any]):
     """
 
     def __init__(self, learner: Learner[Any], max_tokens: int) -> None:
-        reporter, dtype = SilentReporter(), learner.scorer.compute_dtype
-        limits = Limits(TokenBudget(max_tokens, "dry run", reporter), LossScale(dtype, "dry run", reporter, None))
-        job = Job("train", Path(), Machine(torch.device("cpu"), dtype), RuntimeParams(), reporter)
-        super().__init__(learner, limits, job, StopRequest())
+        machine = Machine(torch.device("cpu"), learner.scorer.compute_dtype)
+        work = Workplace("dry run", SilentReporter(), RuntimeParams(), machine)
+        super().__init__(learner, Limits.of(work, max_tokens), StopRequest())
 
     def _exchange(
         self, groups: Sequence[TokenGroup], sums_S: torch.Tensor, parameters: Sequence[torch.nn.Parameter]
@@ -60,9 +56,9 @@ def mean_visible_pairs(scorer: Scorer, groups: Sequence[TokenGroup], max_tokens:
     return Work.of(batches, scorer.layout).visible // len(batches)
 
 
-def take_optimizer_step(trainable: Sequence[torch.nn.Parameter]) -> None:
-    """Clip the gradients and take a step of AdamW, as training does; they are gone after it."""
-    torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+def take_optimizer_step(trainable: Sequence[torch.nn.Parameter], norm: torch.Tensor) -> None:
+    """Clip the gradients, which have this norm, and take a step of AdamW, as training does; they are gone after it."""
+    torch.nn.utils.clip_grads_with_norm_(trainable, 1.0, norm)
     # fused: the other forms read on the CPU how many steps were done, which has no number here
     torch.optim.AdamW(trainable, lr=1e-6, fused=True).step()
     for parameter in trainable:

@@ -17,7 +17,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from dpo_cli.core.artifacts import digest_json
-from dpo_cli.core.gpu import is_gpu
+from dpo_cli.core.environment import is_gpu
 from dpo_cli.core.progress import Meter
 from dpo_cli.data.schema import Messages
 from dpo_cli.evaluation.decoding import Decoding, StaticDecoder, describe, pick

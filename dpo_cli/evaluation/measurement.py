@@ -13,7 +13,7 @@ import numpy as np
 
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError
-from dpo_cli.core.evaluate_params import EvaluateParams
+from dpo_cli.core.params import EvaluateParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.schema import text_of
 from dpo_cli.data.tokenize import TokenTable, read_columns

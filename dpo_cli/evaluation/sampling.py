@@ -24,8 +24,8 @@ from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.formats.base import Reading
+from dpo_cli.data.formats.content import read_tools
 from dpo_cli.data.formats.prompts import read_prompt, tools_of
-from dpo_cli.data.formats.tools import read_tools
 from dpo_cli.data.problem import RowProblem, kind_of
 from dpo_cli.data.reading.files import read_records
 from dpo_cli.data.schema import MESSAGES, Message, Messages, assistant, content_id, table_of, user, with_tools

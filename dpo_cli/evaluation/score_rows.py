@@ -14,8 +14,8 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_cli.core.cores import usable_cores
 from dpo_cli.core.data_params import PreferenceSource, Source
+from dpo_cli.core.environment import usable_cores
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from dpo_cli.core.errors import DataError
-from dpo_cli.core.evaluate_params import EvaluateParams, RuleName
+from dpo_cli.core.params import EvaluateParams, RuleName
 from dpo_cli.data.world import Task, task_of
 from dpo_cli.judging.judge import Judgment, Question, one_by_one
 

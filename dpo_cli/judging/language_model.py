@@ -13,8 +13,8 @@ from typing import Any
 
 from dpo_cli.core.artifacts import digest_json
 from dpo_cli.core.errors import MachineError
-from dpo_cli.core.evaluate_params import HfJudgeParams
 from dpo_cli.core.manifest import library_versions
+from dpo_cli.core.params import HfJudgeParams
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import Messages, assistant, user

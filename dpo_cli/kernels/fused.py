@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch.nn.functional import silu
 
+from dpo_cli.core.environment import is_gpu
 from dpo_cli.core.errors import first_line, is_out_of_memory
-from dpo_cli.core.gpu import is_gpu
 
 NORM, SWIGLU, ROTATION = "RMSNorm", "SwiGLU", "rotation"
 _NAMES = (NORM, SWIGLU, ROTATION)

@@ -1,20 +1,91 @@
-"""The parts of a model card that adapters share: its head, and how to load the very model that was trained."""
+"""The model card of an adapter: what it is, how it was made, and how to load the very model that was trained."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from dpo_cli.core import paths
+from dpo_cli.core.artifacts import publish_folder, write_text
+from dpo_cli.core.manifest import Artifact, Manifest, all_files
 from dpo_cli.core.text import in_one_line
+from dpo_cli.models.adapters import save_adapter
 from dpo_cli.models.device import Machine
-from dpo_cli.models.load import load_config, own_attention
+from dpo_cli.models.load import load_config, own_attention, save_tokenizer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from dpo_cli.models.project import Project
 
 
-def card_head(base_name: str, tags: Sequence[str]) -> str:
-    """The YAML at the top of a card. JSON is YAML, whatever the name holds."""
-    name = json.dumps(in_one_line(base_name), ensure_ascii=False)
-    return f"---\nlibrary_name: peft\nbase_model: {name}\ntags: [{', '.join(tags)}]\n---\n"
+@dataclass(frozen=True)
+class Card:
+    """What a stage says of the adapter that it trained.
+
+    Attributes:
+        tags: Of the card's head.
+        text: Title and first lines.
+        rows: How it was made, one fact and its value a row.
+        kind: What transformers loads: CausalLM or SequenceClassification.
+        more: What follows the code.
+    """
+
+    tags: Sequence[str]
+    text: str
+    rows: Sequence[tuple[str, str]]
+    kind: str = "CausalLM"
+    more: str = ""
+
+
+def publish_adapter(
+    artifact: Artifact, manifest: Manifest, card: Card, project: Project, model: PeftModel, built: Path
+) -> None:
+    """Write an adapter with its tokenizer, card and manifest, and move the folder onto its place.
+
+    Args:
+        artifact: What it becomes.
+        manifest: What it was made of.
+        card: What is said of it.
+        project: Has what it belongs to.
+        model: Holds the adapter.
+        built: An empty folder.
+    """
+    base_name = manifest.settings["model"]["name"]
+    save_adapter(model, built, base_name)
+    save_tokenizer(project.tokenizer, project.encoder, built, project.base)
+    write_text(built / "README.md", _card_text(card, project, base_name, artifact.name))
+    artifact.write(built, manifest, all_files(built))
+    publish_folder(built, artifact.folder)
+
+
+def _card_text(card: Card, project: Project, base_name: str, manifest_name: str) -> str:
+    name = json.dumps(in_one_line(base_name), ensure_ascii=False)  # JSON is YAML, whatever the name holds
+    if project.sft.method == "full":
+        frozen, directory = paths.SFT_MODEL, "SFT_DIRECTORY"
+        belongs = "the whole model that stage sft made of it (models/sft of the same run)"
+    else:
+        frozen, directory = project.base, "BASE_DIRECTORY"
+        belongs = f"the very base model whose digests `{manifest_name}` lists"
+    rows = "".join(f"| {fact} | {value} |\n" for fact, value in card.rows)
+    code = usage(frozen, project.machine, project.quantization, directory=directory, kind=card.kind)
+    return f"""---
+library_name: peft
+base_model: {name}
+tags: [{", ".join(card.tags)}]
+---
+
+{card.text}
+
+| | |
+|---|---|
+{rows}
+It belongs to {belongs}. To use it as it was trained:
+
+{code}{card.more}"""
 
 
 def usage(base: Path, machine: Machine, quantization: str, *, directory: str, kind: str = "CausalLM") -> str:

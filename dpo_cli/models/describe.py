@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from dpo_cli.core.artifacts import sha256_file
+from dpo_cli.core.environment import is_gpu
 from dpo_cli.core.errors import MachineError
-from dpo_cli.core.gpu import is_gpu
 from dpo_cli.core.params import RuntimeParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.chat import ChatEncoder

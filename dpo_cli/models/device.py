@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from dpo_cli.core.cores import usable_threads
-from dpo_cli.core.environment import refuse_several_processes
+from dpo_cli.core.environment import is_gpu, refuse_several_processes, usable_threads
 from dpo_cli.core.errors import MachineError
-from dpo_cli.core.gpu import is_gpu
 from dpo_cli.core.params import RuntimeParams
 
 if TYPE_CHECKING:  # torch takes a second to import: functions do it that use it

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.core import paths
-from dpo_cli.core.manifest import library_versions
+from dpo_cli.core.manifest import Manifest, library_versions
 from dpo_cli.core.params import EMBEDDED, LoraParams, ModelParams, Params, RuntimeParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.chat import ChatEncoder
@@ -27,7 +27,7 @@ from dpo_cli.models.adapters import (
 )
 from dpo_cli.models.device import prepare_machine
 from dpo_cli.models.folder import base_folder
-from dpo_cli.models.identity import base_digest, read_base_lock, refuse_beyond_context, verify_model
+from dpo_cli.models.identity import base_digest, read_base_lock, read_lock, refuse_beyond_context, verify_model
 from dpo_cli.models.load import context_length, load_model, load_tokenizer, open_encoder
 from dpo_cli.models.reward import load_reward_model, load_reward_model_at_start
 from dpo_cli.models.workplace import Workplace
@@ -108,6 +108,14 @@ class Project(Workplace):
     def made_of(self) -> dict[str, Any]:
         """What a model that was trained on preferences must have been made of, as its manifest has it."""
         return {"graph": self.identity, "data/preference": table_digests(paths.PREFERENCE_DATA)}
+
+    def manifest(self, params: Params, section: str) -> Manifest:
+        """All that an adapter depends on which a section trains on preferences.
+
+        No time and no path is in it, so equal runs give equal bytes.
+        """
+        settings = {name: getattr(params, name).model_dump() for name in ("model", "reference", section)}
+        return Manifest({"base": read_lock(), **self.made_of()}, settings=settings)
 
     def tokenize_pairs(self, split: str) -> TokenTable:
         """The preference pairs of a split as token groups (chosen, rejected)."""

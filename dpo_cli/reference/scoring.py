@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dpo_cli.core.gpu import is_gpu
+from dpo_cli.core.environment import is_gpu
 from dpo_cli.core.row_store import RowStore
 from dpo_cli.data.tokens import TokenGroup, completion_key, joined_group
 from dpo_cli.models.workplace import Workplace

@@ -23,8 +23,8 @@ import torch
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import write_json
+from dpo_cli.core.environment import is_gpu
 from dpo_cli.core.errors import MachineError, first_line, is_out_of_memory
-from dpo_cli.core.gpu import is_gpu
 from dpo_cli.core.params import RuntimeParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.tokens import TokenGroup

@@ -13,8 +13,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from dpo_cli.core.environment import is_gpu
 from dpo_cli.core.errors import MachineError
-from dpo_cli.core.gpu import is_gpu
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.scoring.attention import IMPLEMENTATION, Attending, attend
 from dpo_cli.scoring.head import (

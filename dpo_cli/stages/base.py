@@ -142,14 +142,16 @@ def _build_embedded(params: Params, scratch: Scratch, reporter: Reporter) -> Bas
     from dpo_cli.models.device import prepare_machine
     from dpo_cli.models.load import quiet_libraries
     from dpo_cli.models.verify import verify_model_folder
-    from dpo_cli.training.job import Job
+    from dpo_cli.models.workplace import Workplace
+    from dpo_cli.training.parallel import Job
     from dpo_cli.training.pretraining import build_embedded
 
     quiet_libraries()
     machine = prepare_machine(params.runtime, embedded=True)
     model, built = params.model, scratch.build_folder()
     quiet = params.runtime.model_copy(update={"tensorboard": False})
-    build_embedded(built, model.seed, model.pretrain_steps, Job("base", scratch.folder, machine, quiet, reporter))
+    job = Job(Workplace("base", reporter, quiet, machine), scratch.folder)
+    build_embedded(built, model.seed, model.pretrain_steps, job)
     identity = lock_model(built, model.name, model.revision, lambda _: None)
     return _publish(BaseLock(identity, model.model_dump(), verify_model_folder(built).weights.facts), built)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import publish_folder, write_json
-from dpo_cli.core.cores import usable_cores
 from dpo_cli.core.data_params import AS_PREFERENCES, PreferenceSource, SftSource, Source
+from dpo_cli.core.environment import usable_cores
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter

@@ -7,10 +7,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.core import paths
-from dpo_cli.core.artifacts import digest_json, publish_folder, write_json, write_json_lines, write_text
+from dpo_cli.core.artifacts import digest_json, publish_folder
 from dpo_cli.core.environment import importing
 from dpo_cli.core.errors import DataError
-from dpo_cli.core.manifest import REWARD, Manifest, all_files
+from dpo_cli.core.manifest import REWARD, Manifest
 from dpo_cli.core.params import Params, RewardParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import Scratch, stage_scratch
@@ -18,36 +18,27 @@ from dpo_cli.core.text import markdown
 from dpo_cli.data.tokenize import TokenTable, explain_found, explain_rejects
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.evaluation.rewards import ScoredGroup, reward_metrics
-from dpo_cli.models.card import card_head, usage
-from dpo_cli.models.device import memory_in_words, memory_metrics
-from dpo_cli.models.identity import read_lock
+from dpo_cli.models.card import Card, publish_adapter
+from dpo_cli.models.device import memory_in_words
 from dpo_cli.models.reward import reward_head
 from dpo_cli.statistics.intervals import Sampling
-from dpo_cli.training.history import merge_log, write_tsv
+from dpo_cli.training.history import with_held_out, write_reports
 
 if TYPE_CHECKING:  # what computes is imported where there is something to compute
     from dpo_cli.judging.reward_model import RewardModel
     from dpo_cli.models.project import Project
-    from dpo_cli.scoring.probe import LayoutChoice
-    from dpo_cli.training.fit import Fit
     from dpo_cli.training.objective import RewardObjective
 
-_REWARDS = (
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "rewards/ties",
-    "rewards/kendall_tau",
-    "gradient_weight",
-)
-_COLUMNS = (
-    "loss",
-    *_REWARDS,
-    "grad_norm",
-    "learning_rate",
-    "eval_loss",
-    *(f"eval_{name}" for name in _REWARDS),
+_COLUMNS = with_held_out(
+    (
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "rewards/ties",
+        "rewards/kendall_tau",
+        "gradient_weight",
+    )
 )
 _DRAWS, _CONFIDENCE = 2000, 0.95
 
@@ -70,12 +61,11 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
     with importing():
         from dpo_cli.data.tokenize import SPLITS, all_rejects, refuse_empty
         from dpo_cli.judging.reward_model import RewardModel
-        from dpo_cli.models.adapters import save_adapter
-        from dpo_cli.models.load import quiet_libraries, save_tokenizer
+        from dpo_cli.models.load import quiet_libraries
         from dpo_cli.models.project import open_project
         from dpo_cli.scoring.reward import RewardScorer
         from dpo_cli.training.fit import fit
-        from dpo_cli.training.job import Job
+        from dpo_cli.training.parallel import Job
         from dpo_cli.training.protocols import Learner
 
     quiet_libraries()
@@ -93,27 +83,21 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
         reporter.warn(f"reward: {warning}")
     if warning := explain_found([train, held_out]):
         reporter.warn(f"reward: {warning}")
-    manifest = _manifest(params, project)
+    manifest = project.manifest(params, "reward")
     with stage_scratch("reward", digest_json(asdict(manifest))) as scratch:
         model = project.reward_model_at_start(settings.lora, settings.seed)
         inner, layout = project.scorer(model)
         scorer = RewardScorer(inner, reward_head(model))
         learner = Learner(model, scorer, _objective(settings, [*train.groups, *held_out.groups]))
-        job = Job("reward", scratch.folder, project.machine, params.runtime, reporter)
-        result = fit(learner, train.groups, held_out.groups, settings, job)
+        result = fit(learner, train.groups, held_out.groups, settings, Job(project, scratch.folder))
         model.eval()
         figures = _figures(RewardModel(scorer, project.encoder, project.budget()), pairs, settings.seed)
-        metrics = _metrics(settings, project, train, held_out, figures, result, layout)
-        built = scratch.build_folder()
-        save_adapter(model, built, params.model.name)
-        save_tokenizer(project.tokenizer, project.encoder, built, project.base)
-        write_text(built / "README.md", _model_card(params, project, metrics))
-        REWARD.write(built, manifest, all_files(built))
-        publish_folder(built, paths.REWARD_MODEL)
-        rows = merge_log(result.history, _COLUMNS)
-        write_tsv(paths.report_dir("reward") / "steps.tsv", rows, ("step", *_COLUMNS))
-        write_json_lines(paths.rejects_file("reward"), all_rejects([train, held_out]))
-        write_json(paths.metrics_file("reward"), {"reward": metrics})
+        metrics = {"method": settings.loss} | figures
+        metrics |= result.metrics("groups", (train, held_out), project.machine, layout)
+        if ranked:
+            metrics["eval_kendall_tau"] = result.kept("eval_rewards/kendall_tau")
+        publish_adapter(REWARD, manifest, _card(params, project, metrics), project, model, scratch.build_folder())
+        write_reports("reward", metrics, _COLUMNS, result.history, all_rejects([train, held_out]))
         scratch.clear()
     _print_summary(settings, metrics, result.steps_in_words, reporter)
     return metrics
@@ -125,9 +109,7 @@ def _publish_none(scratch: Scratch, reporter: Reporter) -> dict[str, Any]:
     REWARD.write(built, Manifest(settings={"reward": {"loss": "none"}}))
     publish_folder(built, paths.REWARD_MODEL)
     metrics: dict[str, Any] = {"method": "none"}
-    write_tsv(paths.report_dir("reward") / "steps.tsv", [], ("step", *_COLUMNS))
-    write_json_lines(paths.rejects_file("reward"), [])
-    write_json(paths.metrics_file("reward"), {"reward": metrics})
+    write_reports("reward", metrics, _COLUMNS)
     scratch.clear()
     reporter.table("reward", [("loss", "none: no reward model is made (reward.loss)")])
     return metrics
@@ -142,12 +124,6 @@ def _objective(settings: RewardParams, groups: Sequence[TokenGroup]) -> RewardOb
     return RewardObjective(read_ranks(groups, settings.ties, "reward"), settings.ties)
 
 
-def _manifest(params: Params, project: Project) -> Manifest:
-    """Everything the reward model depends on; no time and no path, so equal runs give equal bytes."""
-    sections = {name: getattr(params, name).model_dump() for name in ("model", "reference", "reward")}
-    return Manifest({"base": read_lock(), **project.made_of()}, settings=sections)
-
-
 def _figures(model: RewardModel, pairs: TokenTable, seed: int) -> dict[str, Any]:
     rewards = model.rewards(pairs.groups)
     rows = [
@@ -157,74 +133,33 @@ def _figures(model: RewardModel, pairs: TokenTable, seed: int) -> dict[str, Any]
     return reward_metrics(rows, Sampling(_DRAWS, _CONFIDENCE, seed))
 
 
-def _metrics(
-    settings: RewardParams,
-    project: Project,
-    train: TokenTable,
-    held_out: TokenTable,
-    figures: dict[str, Any],
-    result: Fit,
-    layout: LayoutChoice,
-) -> dict[str, Any]:
-    tokens = sum(group.num_logical_tokens for group in train.groups) / len(train.groups)
-    metrics = {"method": settings.loss} | figures
-    if settings.loss == "plackett_luce":
-        metrics["eval_kendall_tau"] = result.kept("eval_rewards/kendall_tau")
-    return metrics | {
-        "num_groups": len(train.groups),
-        "num_eval": len(held_out.groups),
-        "num_rejected": len(train.rejects) + len(held_out.rejects),
-        "num_steps": result.num_steps,
-        "kept_step": result.kept_step,
-        "loss": result.last("loss"),
-        "eval_loss_start": result.first("eval_loss"),
-        "eval_loss": result.kept("eval_loss"),
-        "groups_per_s": result.groups_per_s,
-        "logical_tokens_per_s": result.groups_per_s * tokens,
-        **memory_metrics(project.machine),
-        "recompute": result.recompute,
-        "max_tokens_per_microbatch": result.max_tokens,
-        **layout.metrics(),
-    }
-
-
-def _model_card(params: Params, project: Project, metrics: dict[str, Any]) -> str:
+def _card(params: Params, project: Project, metrics: dict[str, Any]) -> Card:
     settings = params.reward
-    whole = project.sft.method == "full"
-    belongs = (
-        "the whole model that stage sft made of it (models/sft of the same run)"
-        if whole
-        else f"the very base model whose digests `{REWARD.name}` lists"
-    )
-    directory = "SFT_DIRECTORY" if whole else "BASE_DIRECTORY"
-    held = "in 4-bit nf4" if project.quantization == "nf4" else "as they are"
+    unit = _unit(settings)
     low, high = metrics["accuracy_ci"]
-    frozen = paths.SFT_MODEL if whole else project.base
-    code = usage(frozen, project.machine, project.quantization, directory=directory, kind="SequenceClassification")
-    return f"""{card_head(params.model.name, ["reward-model", "lora"])}
-# A reward model on {markdown(params.model.name)}
+    return Card(
+        tags=("reward-model", "lora"),
+        text=f"""# A reward model on {markdown(params.model.name)}
 
 A LoRA adapter and a scalar head, trained on preferences by dpo-cli. The reward of an answer is the head on the hidden
 state at its last token, the one that ends the turn. Rewards are fixed up to a constant a prompt: only the difference
-of two answers to one prompt means anything, and σ(r_a - r_b) is the probability that a is preferred.
-
-| | |
-|---|---|
-| loss | {settings.loss} |
-| {_unit(settings)} | {metrics["num_groups"]} for training, {metrics["num_eval"]} held out |
-| steps | {metrics["kept_step"]} of {settings.batch_size} {_unit(settings)} |
-| held-out accuracy | {metrics["accuracy"]:.3f}, 95% interval {low:.3f} to {high:.3f} |
-| the longer answer instead | {metrics["longer_accuracy"]:.3f} |
-| held-out log-loss | {metrics["log_loss"]:.4f} nats a pair |
-| calibration error | {metrics["ece"]:.3f} |
-| frozen weights while training | {held} |
-
-It belongs to {belongs}. To use it as it was trained:
-
-{code}
+of two answers to one prompt means anything, and σ(r_a - r_b) is the probability that a is preferred.""",
+        rows=(
+            ("loss", settings.loss),
+            (unit, f"{metrics['num_groups']} for training, {metrics['num_eval']} held out"),
+            ("steps", f"{metrics['kept_step']} of {settings.batch_size} {unit}"),
+            ("held-out accuracy", f"{metrics['accuracy']:.3f}, 95% interval {low:.3f} to {high:.3f}"),
+            ("the longer answer instead", f"{metrics['longer_accuracy']:.3f}"),
+            ("held-out log-loss", f"{metrics['log_loss']:.4f} nats a pair"),
+            ("calibration error", f"{metrics['ece']:.3f}"),
+            ("frozen weights while training", "in 4-bit nf4" if project.quantization == "nf4" else "as they are"),
+        ),
+        kind="SequenceClassification",
+        more="""
 `model(input_ids).logits` is the reward of one prompt with one whole answer, the token that ends its turn included.
 Batches need a padding token that is not the one that ends the turn.
-"""
+""",
+    )
 
 
 def _unit(settings: RewardParams) -> str:

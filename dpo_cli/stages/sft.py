@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.core import paths
-from dpo_cli.core.artifacts import digest_json, publish_folder, write_json, write_json_lines
+from dpo_cli.core.artifacts import digest_json, publish_folder
 from dpo_cli.core.environment import importing, is_first_process
 from dpo_cli.core.errors import DataError, StaleArtifactError
 from dpo_cli.core.manifest import SFT, Manifest, library_versions
-from dpo_cli.core.params import EMBEDDED, Params, SftParams
+from dpo_cli.core.params import EMBEDDED, Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import Scratch, stage_scratch
 from dpo_cli.data.tokenize import TokenTable, explain_found, explain_rejects, tokenize_table
@@ -22,7 +22,7 @@ from dpo_cli.models.adapters import (
     save_adapter,
     size_in_words,
 )
-from dpo_cli.models.device import Machine, memory_in_words, memory_metrics, prepare_machine
+from dpo_cli.models.device import memory_in_words, prepare_machine
 from dpo_cli.models.folder import adapter_folder, base_folder
 from dpo_cli.models.identity import (
     base_digest,
@@ -34,11 +34,9 @@ from dpo_cli.models.identity import (
     verify_model,
 )
 from dpo_cli.models.load import keep_weights_unpacked, load_model, quiet_libraries, save_tokenizer
-from dpo_cli.training.history import TOKEN_METRICS, merge_log, write_tsv
+from dpo_cli.training.history import TOKEN_METRICS, write_reports
 
 if TYPE_CHECKING:  # what computes is imported where there is something to compute
-    from dpo_cli.scoring.probe import LayoutChoice
-    from dpo_cli.training.fit import Fit
     from dpo_cli.training.parallel import Replicas
 
 _COLUMNS = (
@@ -85,9 +83,8 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
         from dpo_cli.models.project import check_context, open_base
         from dpo_cli.models.workplace import Workplace
         from dpo_cli.training.fit import fit
-        from dpo_cli.training.job import Job
         from dpo_cli.training.objective import SftObjective
-        from dpo_cli.training.parallel import shared_scratch
+        from dpo_cli.training.parallel import Job, shared_scratch
         from dpo_cli.training.protocols import Learner
 
     sft = params.sft
@@ -130,9 +127,10 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
         else:
             model = add_adapter(model, sft.lora, sft.seed)
             keep_weights_unpacked(model)
-        scorer, layout = Workplace("sft", reporter, params.runtime, machine).scorer(model)
-        job = Job("sft", scratch.folder, machine, params.runtime, reporter, replicas)
-        result = fit(Learner(model, scorer, SftObjective()), train.groups, held_out.groups, sft, job)
+        work = Workplace("sft", reporter, params.runtime, machine)
+        scorer, layout = work.scorer(model)
+        learner, job = Learner(model, scorer, SftObjective()), Job(work, scratch.folder, replicas)
+        result = fit(learner, train.groups, held_out.groups, sft, job)
         scorer.close()
         if not replicas.is_first:
             return {}
@@ -145,11 +143,9 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
         files = model_files(built) if whole else list[str](ADAPTER_FILES)
         _write_manifest(params, built, files, {"base": digest, "data/sft": data})
         publish_folder(built, paths.SFT_MODEL)
-        metrics = _metrics(sft, train, held_out, result, layout, machine) | adapter_size(model)
-        rows = merge_log(result.history, _COLUMNS)
-        write_tsv(paths.report_dir("sft") / "steps.tsv", rows, ("step", *_COLUMNS))
-        write_json_lines(paths.rejects_file("sft"), all_rejects([train, held_out]))
-        write_json(paths.metrics_file("sft"), {"sft": metrics})
+        metrics = result.metrics("rows", (train, held_out), machine, layout) | adapter_size(model)
+        metrics |= {"method": sft.method, "eval_perplexity": math.exp(min(metrics["eval_loss"], 700.0))}
+        write_reports("sft", metrics, _COLUMNS, result.history, all_rejects([train, held_out]))
         scratch.clear()
     reporter.table(
         "sft",
@@ -187,9 +183,7 @@ def _publish_untrained(params: Params, base: Path, scratch: Scratch, reporter: R
     _write_manifest(params, built, files, {"base": base_digest()})
     publish_folder(built, paths.SFT_MODEL)
     scratch.clear()
-    write_tsv(paths.report_dir("sft") / "steps.tsv", [], ("step", *_COLUMNS))
-    write_json_lines(paths.rejects_file("sft"), [])
-    write_json(paths.metrics_file("sft"), {"sft": metrics})
+    write_reports("sft", metrics, _COLUMNS)
     reporter.table("sft", rows)
     return metrics
 
@@ -205,28 +199,3 @@ def _refuse_empty(train: TokenTable, held_out: TokenTable, max_length: int) -> N
             raise StaleArtifactError(f"data/sft/{split}.parquet has no rows; run: dpo-cli convert-sft")
         if not table.groups:
             raise DataError(f"data/sft/{split}.parquet: {explain_rejects([table], 'sft.max_length', max_length)}")
-
-
-def _metrics(
-    sft: SftParams, train: TokenTable, held_out: TokenTable, result: Fit, layout: LayoutChoice, machine: Machine
-) -> dict[str, Any]:
-    tokens = sum(group.num_logical_tokens for group in train.groups) / len(train.groups)
-    eval_loss = result.kept("eval_loss")
-    return {
-        "method": sft.method,
-        "num_rows": len(train.groups),
-        "num_eval": len(held_out.groups),
-        "num_rejected": len(train.rejects) + len(held_out.rejects),
-        "num_steps": result.num_steps,
-        "kept_step": result.kept_step,
-        "loss": result.last("loss"),
-        "eval_loss_start": result.first("eval_loss"),
-        "eval_loss": eval_loss,
-        "eval_perplexity": math.exp(min(eval_loss, 700.0)),
-        "rows_per_s": result.groups_per_s,
-        "logical_tokens_per_s": result.groups_per_s * tokens,
-        **memory_metrics(machine),
-        "recompute": result.recompute,
-        "max_tokens_per_microbatch": result.max_tokens,
-        **layout.metrics(),
-    }

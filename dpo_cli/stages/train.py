@@ -10,35 +10,26 @@ from typing import Any
 import torch
 
 from dpo_cli.core import paths
-from dpo_cli.core.artifacts import (
-    digest_json,
-    publish_folder,
-    write_json,
-    write_json_lines,
-    write_text,
-)
+from dpo_cli.core.artifacts import digest_json
 from dpo_cli.core.errors import DataError, ParamsError
-from dpo_cli.core.manifest import DPO, Manifest, all_files
+from dpo_cli.core.manifest import DPO
 from dpo_cli.core.params import EMBEDDED, Params, TrainParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.text import markdown
-from dpo_cli.data.tokenize import SPLITS, TokenTable, all_rejects, read_columns, read_ranks, refuse_empty
+from dpo_cli.data.tokenize import SPLITS, all_rejects, read_columns, read_ranks, refuse_empty
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.losses.changes import shared_length_logps
-from dpo_cli.models.adapters import adapter_size, save_adapter, size_in_words
-from dpo_cli.models.card import card_head, usage
-from dpo_cli.models.device import memory_in_words, memory_metrics, token_budget
-from dpo_cli.models.identity import read_lock
-from dpo_cli.models.load import quiet_libraries, save_tokenizer
+from dpo_cli.models.adapters import adapter_size, size_in_words
+from dpo_cli.models.card import Card, publish_adapter
+from dpo_cli.models.device import memory_in_words, token_budget
+from dpo_cli.models.load import quiet_libraries
 from dpo_cli.models.project import Project, open_project
 from dpo_cli.reference.cache import read_cache, read_cache_tokens, reference_logps
-from dpo_cli.scoring.probe import LayoutChoice
 from dpo_cli.training.fit import Fit, fit
 from dpo_cli.training.gate import StepZero, check_step_zero
-from dpo_cli.training.history import merge_log, write_tsv
-from dpo_cli.training.job import Job
+from dpo_cli.training.history import with_held_out, write_reports
 from dpo_cli.training.objective import PreferenceObjective, preference_objective
-from dpo_cli.training.parallel import Replicas, join_replicas, shared_scratch
+from dpo_cli.training.parallel import Job, Replicas, join_replicas, shared_scratch
 from dpo_cli.training.protocols import Learner
 
 
@@ -74,7 +65,7 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
             f"params.yaml: train.loss {_named(settings)} compares all pairs of a step and runs as one process;"
             f" {replicas.size} were started"
         )
-    manifest = _manifest(params, project)
+    manifest = project.manifest(params, "train")
     with shared_scratch("train", digest_json(asdict(manifest)), replicas) as scratch:
         policy = project.policy(settings.lora, settings.seed)
         scorer, layout = project.scorer(policy)
@@ -83,26 +74,20 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
         )
         if step_zero.doubt is not None:
             reporter.warn(f"train: {step_zero.doubt}")
-        job = Job("train", scratch.folder, project.machine, params.runtime, reporter, replicas)
-        result = fit(Learner(policy, scorer, objective), train.groups, held_out.groups, settings, job)
+        learner, job = Learner(policy, scorer, objective), Job(project, scratch.folder, replicas)
+        result = fit(learner, train.groups, held_out.groups, settings, job)
         scorer.close()
         if not replicas.is_first:
             return {}
-        metrics = _metrics(project, train, held_out, step_zero, result, layout) | adapter_size(policy)
+        metrics = _metrics(step_zero, result) | result.metrics("pairs", (train, held_out), project.machine, layout)
+        metrics |= adapter_size(policy)
         if ranked:
             metrics["eval_kendall_tau"] = result.kept("eval_rewards/kendall_tau")
-        built = scratch.build_folder()
-        save_adapter(policy, built, params.model.name)
-        save_tokenizer(project.tokenizer, project.encoder, built, project.base)
-        write_text(built / "README.md", _model_card(params, project, metrics))
         trained = {"num_steps": result.num_steps, "kept_step": result.kept_step}
-        DPO.write(built, replace(manifest, facts=trained), all_files(built))
-        publish_folder(built, paths.DPO_MODEL)
-        columns = _columns(objective.metric_names)
-        rows = merge_log(result.history, columns)
-        write_tsv(paths.report_dir("train") / "steps.tsv", rows, ("step", *columns))
-        write_json_lines(paths.rejects_file("train"), all_rejects([train, held_out]))
-        write_json(paths.metrics_file("train"), {"train": metrics})
+        card = _card(params, project, metrics)
+        publish_adapter(DPO, replace(manifest, facts=trained), card, project, policy, scratch.build_folder())
+        columns = with_held_out(objective.metric_names)
+        write_reports("train", metrics, columns, result.history, all_rejects([train, held_out]))
         scratch.clear()
     _print_summary(settings, metrics, result.steps_in_words, reporter)
     return metrics
@@ -149,68 +134,34 @@ def _score_gaps(settings: TrainParams, groups: Sequence[TokenGroup]) -> dict[str
     return {id: chosen - rejected for id, (chosen, rejected) in rows.items() if None not in (chosen, rejected)}
 
 
-def _manifest(params: Params, project: Project) -> Manifest:
-    """Everything the adapter depends on; no time and no path, so equal runs give equal bytes."""
-    sections = {name: getattr(params, name).model_dump() for name in ("model", "reference", "train")}
-    return Manifest({"base": read_lock(), **project.made_of()}, settings=sections)
-
-
-def _metrics(
-    project: Project, train: TokenTable, held_out: TokenTable, step_zero: StepZero, result: Fit, layout: LayoutChoice
-) -> dict[str, Any]:
-    tokens = sum(group.num_logical_tokens for group in train.groups) / len(train.groups)
+def _metrics(step_zero: StepZero, result: Fit) -> dict[str, Any]:
     return {
-        "num_pairs": len(train.groups),
-        "num_eval": len(held_out.groups),
-        "num_rejected": len(train.rejects) + len(held_out.rejects),
-        "num_steps": result.num_steps,
-        "kept_step": result.kept_step,
         "step0_loss": step_zero.loss,
         "step0_max_abs_margin": step_zero.max_abs_margin,
         "step0_max_abs_logp_difference": step_zero.max_abs_logp_difference,
-        "loss": result.last("loss"),
-        "eval_loss_start": result.first("eval_loss"),
-        "eval_loss": result.kept("eval_loss"),
         "eval_accuracy": result.kept("eval_rewards/accuracies"),
         "eval_margin": result.kept("eval_rewards/margins"),
-        "pairs_per_s": result.groups_per_s,
-        "logical_tokens_per_s": result.groups_per_s * tokens,
-        **memory_metrics(project.machine),
-        "recompute": result.recompute,
-        "max_tokens_per_microbatch": result.max_tokens,
-        **layout.metrics(),
     }
 
 
-def _model_card(params: Params, project: Project, metrics: dict[str, Any]) -> str:
+def _card(params: Params, project: Project, metrics: dict[str, Any]) -> Card:
     settings = params.train
-    whole = project.sft.method == "full"
-    belongs = (
-        "the whole model that stage sft made of it (models/sft of the same run)"
-        if whole
-        else f"the very base model whose digests `{DPO.name}` lists"
-    )
-    directory = "SFT_DIRECTORY" if whole else "BASE_DIRECTORY"
-    frozen = paths.SFT_MODEL if whole else project.base
+    unit = _unit(settings)
     held = "4-bit nf4 with double quantization" if project.quantization == "nf4" else "plain"
-    return f"""{card_head(params.model.name, ["dpo", "lora"])}
-# {markdown(params.model.name)}, tuned with DPO
-
-A LoRA adapter trained with Direct Preference Optimization (Rafailov et al. 2023) by dpo-cli.
-
-| | |
-|---|---|
-| loss | {_named(settings)}, beta {settings.beta:g} |
-| {_unit(settings)} | {metrics["num_pairs"]} for training, {metrics["num_eval"]} held out |
-| steps | {metrics["kept_step"]} of {settings.batch_size} {_unit(settings)} |
-| held-out loss | {metrics["eval_loss_start"]:.4f} before, {metrics["eval_loss"]:.4f} after |
-| held-out accuracy | {metrics["eval_accuracy"]:.3f} |
-| trained | {size_in_words(metrics)} |
-| frozen weights | {held}, computed in {project.machine.dtype_name} |
-
-It belongs to {belongs}. To use it as it was trained:
-
-{usage(frozen, project.machine, project.quantization, directory=directory)}"""
+    return Card(
+        tags=("dpo", "lora"),
+        text=f"# {markdown(params.model.name)}, tuned with DPO\n\nA LoRA adapter trained with Direct Preference"
+        " Optimization (Rafailov et al. 2023) by dpo-cli.",
+        rows=(
+            ("loss", f"{_named(settings)}, beta {settings.beta:g}"),
+            (unit, f"{metrics['num_pairs']} for training, {metrics['num_eval']} held out"),
+            ("steps", f"{metrics['kept_step']} of {settings.batch_size} {unit}"),
+            ("held-out loss", f"{metrics['eval_loss_start']:.4f} before, {metrics['eval_loss']:.4f} after"),
+            ("held-out accuracy", f"{metrics['eval_accuracy']:.3f}"),
+            ("trained", size_in_words(metrics)),
+            ("frozen weights", f"{held}, computed in {project.machine.dtype_name}"),
+        ),
+    )
 
 
 def _has_gap(chosen: float | None, rejected: float | None) -> bool:
@@ -224,11 +175,6 @@ def _named(settings: TrainParams) -> str:
 
 def _unit(settings: TrainParams) -> str:
     return "rankings" if "plackett_luce" in settings.losses else "pairs"
-
-
-def _columns(metrics: Sequence[str]) -> tuple[str, ...]:
-    """The columns of steps.tsv behind the step."""
-    return ("loss", *metrics, "grad_norm", "learning_rate", "eval_loss", *(f"eval_{name}" for name in metrics))
 
 
 def _print_summary(settings: TrainParams, metrics: dict[str, Any], steps: str, reporter: Reporter) -> None:

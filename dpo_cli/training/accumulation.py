@@ -11,26 +11,83 @@ added up over all of them once a step.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 
-from dpo_cli.core.artifacts import digest_bytes
+from dpo_cli.core.artifacts import digest_bytes, write_json
 from dpo_cli.core.errors import MachineError, is_out_of_memory
 from dpo_cli.core.interrupts import StopRequest
+from dpo_cli.core.progress import Reporter
 from dpo_cli.models.lora import cast_adapters
+from dpo_cli.models.workplace import Workplace
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.scorer import Scores
-from dpo_cli.training.job import Job
-from dpo_cli.training.loss_scale import LossScale
+from dpo_cli.training.parallel import ALONE, Replicas
 from dpo_cli.training.protocols import Learner
 
 Scored = TypeVar("Scored")
 _Backward = Callable[[torch.Tensor], None]
 _LOSS = ""
+_LOSS_SCALE_AT_START = 2.0**13
+
+
+class LossScale:
+    """The factor that keeps small gradients in float16, which has no number between 0 and 6e-8.
+
+    The loss is multiplied by it before the backward pass, and the gradients of the parameters, float32, are divided by
+    it after that. It is a power of two, so nothing is rounded. Where gradients overflow instead it is halved, and the
+    step done again. Where products are not computed in float16 it is 1, and never another.
+
+    Source: Micikevicius et al. 2018, Mixed Precision Training, section 3.2.
+
+    Args:
+        compute_dtype: What products are computed in.
+        section: Name of the stage, for messages.
+        reporter: Says when it is halved.
+        memory: File that keeps a halved one for the next run of the same work; None: it is not kept.
+
+    Attributes:
+        value: The factor, a power of two.
+    """
+
+    def __init__(self, compute_dtype: torch.dtype, section: str, reporter: Reporter, memory: Path | None) -> None:
+        self._section = section
+        self._reporter = reporter
+        self._memory = memory
+        self.value = 1.0
+        if compute_dtype == torch.float16:
+            self.value = _recall(memory) or _LOSS_SCALE_AT_START
+
+    def unscale(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Divide the parameters' gradients by it, in place."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if self.value != 1 and gradients:
+            torch._foreach_div_(gradients, self.value)  # type: ignore[attr-defined]
+
+    def halve(self) -> bool:
+        """Take half of it, after gradients overflowed; False where there is nothing to halve."""
+        if self.value <= 1:
+            return False
+        self.value /= 2
+        self._reporter.say(
+            f"{self._section}: gradients overflowed float16; the step is done again with loss scale {self.value:.0f}"
+        )
+        if self._memory is not None:
+            write_json(self._memory, {"loss_scale": self.value})
+        return True
+
+
+def _recall(memory: Path | None) -> float | None:
+    try:
+        return float(json.loads(memory.read_text(encoding="utf-8"))["loss_scale"]) if memory else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -40,6 +97,12 @@ class Limits:
     budget: TokenBudget
     loss_scale: LossScale
 
+    @classmethod
+    def of(cls, work: Workplace, max_tokens: int) -> Limits:
+        """Those of a work that no later run goes on with."""
+        budget = TokenBudget(max_tokens, work.command, work.reporter)
+        return cls(budget, LossScale(work.machine.compute_dtype, work.command, work.reporter, None))
+
 
 @dataclass(frozen=True)
 class Means:
@@ -48,7 +111,7 @@ class Means:
     Attributes:
         loss: Divided by the objective's weight.
         metrics: Divided by the number of groups.
-        num_infinite: Trained parameters whose gradient is no finite number.
+        num_infinite: Processes whose gradient is no finite number.
     """
 
     loss: float
@@ -62,38 +125,52 @@ class Accumulator(Generic[Scored]):
     Args:
         learner: The model, with what scores it and what is minimized.
         limits: How much goes through at once.
-        job: Where it works.
         stop: Whether this process was asked to stop.
+        replicas: The processes that share each batch.
 
     Attributes:
         anyone_asked_to_stop: Whether one of several processes was, as of the last exchange: the same in all.
     """
 
-    def __init__(self, learner: Learner[Scored], limits: Limits, job: Job, stop: StopRequest) -> None:
+    def __init__(self, learner: Learner[Scored], limits: Limits, stop: StopRequest, replicas: Replicas = ALONE) -> None:
         self._model: Any = learner.model
         self._scorer = learner.scorer
         self._objective = learner.objective
         self._trained = [*learner.trained.values()]
         self._budget, self._loss_scale = limits.budget, limits.loss_scale
-        self._section, self._replicas = job.section, job.replicas
-        self._stop = stop
+        self._stop, self._replicas = stop, replicas
         self.anyone_asked_to_stop = False
 
-    def gradient(self, groups: Sequence[Any], seed: int) -> Means:
-        """Add the gradient of a batch's mean loss to the parameters'; ``seed`` is that of dropout."""
+    def gradient(self, groups: Sequence[Any], seed: int) -> tuple[Means, torch.Tensor]:
+        """Add the gradient of a batch's mean loss to the parameters'; ``seed`` is that of dropout.
+
+        Returns:
+            What came of the batch, and the L2 norm of the gradient as the first process has it. On GPUs of different
+            kinds the norm of the same gradient may differ in its last digit; clipped by their own, parameters would
+            differ, too, from step to step more.
+        """
         weight = self._objective.weight(groups)
 
         def backward(loss: torch.Tensor) -> None:
             (loss / (weight / self._loss_scale.value)).backward()
 
         while True:
-            sums_S = torch.cat([self._sums(groups, seed, backward), _count_infinite(self._trained)])
-            means = self._means(groups, self._exchange(groups, sums_S, self._trained))
+            sums_S, norm = self._sums(groups, seed, backward), self._norm()
+            is_infinite = (~norm.isfinite()).to(sums_S)[None]
+            means = self._means(groups, self._exchange(groups, torch.cat([sums_S, is_infinite]), self._trained))
             if not (means.num_infinite and math.isfinite(means.loss) and self._loss_scale.halve()):
                 break
             self._model.zero_grad(set_to_none=True)
         self._loss_scale.unscale(self._trained)
-        return means
+        if self._replicas.size == 1:
+            return means, norm / self._loss_scale.value
+        norm = self._norm()
+        self._replicas.take_from_first(norm)
+        return means, norm
+
+    def _norm(self) -> torch.Tensor:
+        gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients).to(self._trained[0].device)
 
     @torch.no_grad()
     def measure(self, groups: Sequence[Any]) -> Means:
@@ -186,7 +263,7 @@ class Accumulator(Generic[Scored]):
         beside = torch.tensor([self._stop.requested, mark], dtype=sums_S.dtype, device=sums_S.device)
         *values, asked, marks = self._replicas.add_up(torch.cat([sums_S, beside]), parameters)
         if marks != mark * self._replicas.size:
-            raise MachineError(f"{self._section}: the processes do not hold the same batch; this is a bug")
+            raise MachineError("the processes do not hold the same batch; this is a bug")
         self.anyone_asked_to_stop = self.anyone_asked_to_stop or asked > 0
         return values
 
@@ -195,12 +272,3 @@ class Accumulator(Generic[Scored]):
         names = self._objective.metric_names
         metrics = {name: value / len(groups) for name, value in zip(names, others, strict=False)}
         return Means(loss / self._objective.weight(groups), metrics, sum(others[len(names) :]))
-
-
-def _count_infinite(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
-    """How many parameters have a gradient that is no finite number, float64 [1], on their device."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not gradients:
-        return torch.zeros(1, dtype=torch.float64, device=parameters[0].device)
-    norms = torch.stack(torch._foreach_norm(gradients))  # type: ignore[attr-defined]
-    return (~norms.isfinite()).sum(dtype=torch.float64)[None]

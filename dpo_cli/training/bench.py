@@ -10,27 +10,29 @@ from typing import Any, Literal
 
 import torch
 
+from dpo_cli.core.environment import is_gpu
 from dpo_cli.core.errors import DataError, MachineError, ParamsError, is_out_of_memory
-from dpo_cli.core.gpu import is_gpu
+from dpo_cli.core.interrupts import StopRequest
 from dpo_cli.core.params import EMBEDDED, LoraParams, Params, TrainParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
-from dpo_cli.models.device import Machine, forget_peak_memory, peak_memory_bytes, prepare_machine, token_budget
+from dpo_cli.models.device import Machine, forget_peak_memory, peak_memory_bytes, prepare_machine
 from dpo_cli.models.gpus import gpu_called
 from dpo_cli.models.load import keep_weights_unpacked, quiet_libraries
-from dpo_cli.models.lora import cast_adapters
 from dpo_cli.models.project import open_project
 from dpo_cli.models.shapes import SHAPES, random_model
+from dpo_cli.models.workplace import Workplace
 from dpo_cli.reference.scoring import missing_groups, score_groups, tokens_at_once
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.limits import Sizes, Work, least_bytes, least_operations
-from dpo_cli.scoring.probe import open_scorer
 from dpo_cli.scoring.recompute import Recompute
 from dpo_cli.scoring.regimes import REGIMES, random_pairs
 from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.training.accumulation import Accumulator, Limits
 from dpo_cli.training.memory import choose_memory
 from dpo_cli.training.objective import PairObjective
+from dpo_cli.training.protocols import Learner
 
 Pass = Literal["precompute-ref", "train"]
 PASSES: tuple[Pass, ...] = ("precompute-ref", "train")
@@ -139,9 +141,10 @@ def measure(options: BenchOptions, params: Params, reporter: Reporter) -> dict[s
         "product_tflops": peak / 1e12,
         "datasheet_tflops": None if sheet is None else sheet / 1e12,
     }
-    scorer, verdict = open_scorer(model, machine.compute_dtype, params.runtime, reporter, "bench")
+    work = Workplace("bench", reporter, params.runtime, machine)
+    scorer, verdict = work.scorer(model)
     figures |= verdict.metrics()
-    case = _Case(model, scorer, groups, params, machine, options.num_turns, reporter)
+    case = _Case(model, scorer, groups, params.train.batch_size, work, options.num_turns)
     attention = verdict.describe_attention()
     for name in options.which:
         bench = _reference_pass if name == "precompute-ref" else _training
@@ -187,10 +190,9 @@ class _Case:
     model: Any
     scorer: Scorer
     groups: Sequence[TokenGroup]
-    params: Params
-    machine: Machine
+    pairs_a_step: int
+    work: Workplace
     num_turns: int
-    reporter: Reporter
 
 
 # --- the passes ---------------------------------------------------------------------------
@@ -199,52 +201,46 @@ class _Case:
 def _reference_pass(case: _Case) -> dict[str, Any]:
     """What precompute-ref does, but for its files."""
     case.model.eval()
-    scorer, machine = case.scorer, case.machine
-    budget = TokenBudget(token_budget(case.params.runtime, machine.device), "bench", case.reporter)
+    scorer, budget = case.scorer, case.work.budget()
     by_prompt = missing_groups(case.groups, (), budget.max_tokens)
 
     def turn() -> None:
         for _ in score_groups(scorer, by_prompt, budget):
             pass
 
-    times, peak = _time(turn, case.machine, case.num_turns)
-    work = work_of(scorer, [by_prompt], tokens_at_once(budget.max_tokens, case.machine.device))
-    return _figures(case, times, peak, work, budget, train=False, recompute="none")
+    timed = _time(turn, case)
+    work = work_of(scorer, [by_prompt], tokens_at_once(budget.max_tokens, scorer.device))
+    return _figures(case, timed, work, budget, recompute=None)
 
 
 def _training(case: _Case) -> dict[str, Any]:
     """Optimizer steps as train does them, against the model's own log-probabilities."""
-    model, scorer, groups = case.model, case.scorer, case.groups
-    size = case.params.train.batch_size
-    chosen = choose_memory(model, scorer, groups, size, case.params.runtime, case.reporter, "bench")
-    budget = TokenBudget(chosen.max_tokens, "bench", case.reporter)
+    model, scorer, groups, size = case.model, case.scorer, case.groups, case.pairs_a_step
+    chosen = choose_memory(model, scorer, groups, size, case.work)
+    limits = Limits.of(case.work, chosen.max_tokens)
     model.eval()
     reference = {
         group.id: logps
-        for indices in scorer.split(groups, budget.max_tokens)
+        for indices in scorer.split(groups, chosen.max_tokens)
         for group, logps in _reference_of(scorer, [groups[index] for index in indices])
     }
-    objective = PairObjective(TrainParams(beta=0.1), reference)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-6)
+    learner = Learner(model, scorer, PairObjective(TrainParams(beta=0.1), reference))
+    accumulator = Accumulator(learner, limits, StopRequest())
+    trained = [*learner.trained.values()]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6)
     steps = [list(groups[begin : begin + size]) for begin in range(0, len(groups), size)]
     model.train()
 
     def turn() -> None:
         for step in steps:
-            with cast_adapters(model, case.machine.compute_dtype):
-                for indices in scorer.split(step, budget.max_tokens):
-                    batch = [step[index] for index in indices]
-                    scores = scorer.score(batch, statistics=objective.statistics)
-                    losses = objective.losses(batch, scores, batch).losses_B
-                    (losses.sum() / objective.weight(step)).backward()
-            torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+            _, norm = accumulator.gradient(step, seed=0)
+            torch.nn.utils.clip_grads_with_norm_(trained, 1.0, norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    times, peak = _time(turn, case.machine, case.num_turns)
-    work = work_of(scorer, steps, budget.max_tokens)
-    return _figures(case, times, peak, work, budget, train=True, recompute=chosen.grade)
+    timed = _time(turn, case)
+    work = work_of(scorer, steps, limits.budget.max_tokens)
+    return _figures(case, timed, work, limits.budget, recompute=chosen.grade)
 
 
 @torch.no_grad()
@@ -252,30 +248,31 @@ def _reference_of(scorer: Scorer, batch: Sequence[TokenGroup]) -> list[tuple[Tok
     return list(zip(batch, scorer.score(batch).logps_BK.tolist(), strict=True))
 
 
-def _time(turn: Callable[[], None], machine: Machine, num_turns: int) -> tuple[list[float], int]:
+def _time(turn: Callable[[], None], case: _Case) -> tuple[list[float], int]:
     """Seconds of each turn, and the most bytes that were held; one turn warms up."""
-
-    def wait() -> None:
-        if is_gpu(machine.device):
-            torch.cuda.synchronize(machine.device)
-
+    device = case.scorer.device
+    times: list[float] = []
     try:
-        turn()
-        wait()
-        forget_peak_memory(machine.device)
-        times = []
-        for _ in range(num_turns):
+        for number in range(case.num_turns + 1):
             begun = time.perf_counter()
             turn()
-            wait()
+            _wait(device)
             times.append(time.perf_counter() - begun)
+            if number == 0:
+                forget_peak_memory(device)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise MachineError(
             "bench: out of memory; lower runtime.max_tokens_per_microbatch, or set runtime.recompute to layers"
         ) from None
-    return times, peak_memory_bytes(machine.device)
+    return times[1:], peak_memory_bytes(device)
+
+
+def _wait(device: torch.device) -> None:
+    """Until the device has done its work."""
+    if is_gpu(device):
+        torch.cuda.synchronize(device)
 
 
 def work_of(scorer: Scorer, steps: Sequence[Sequence[TokenGroup]], max_tokens: int) -> Work:
@@ -288,16 +285,11 @@ def work_of(scorer: Scorer, steps: Sequence[Sequence[TokenGroup]], max_tokens: i
 
 
 def _figures(
-    case: _Case,
-    times: Sequence[float],
-    peak: int,
-    work: Work,
-    budget: TokenBudget,
-    *,
-    train: bool,
-    recompute: Recompute,
+    case: _Case, timed: tuple[list[float], int], work: Work, budget: TokenBudget, recompute: Recompute | None
 ) -> dict[str, Any]:
-    seconds, sizes = statistics.median(times), Sizes.of(case.model, case.machine.compute_dtype)
+    """Of a pass; of one without a backward pass ``recompute`` is None."""
+    (times, peak), train = timed, recompute is not None
+    seconds, sizes = statistics.median(times), Sizes.of(case.model, case.scorer.compute_dtype)
     return {
         "seconds": seconds,
         "seconds_min": min(times),
@@ -308,7 +300,7 @@ def _figures(
         "padding_share": work.padding / work.tokens,
         "tokens_saved_share": 1 - work.tokens / work.logical_tokens,
         "max_tokens_per_microbatch": budget.max_tokens,
-        "recompute": recompute,
+        "recompute": recompute or "none",
         "least_operations": least_operations(sizes, work, train=train),
         "peak_bytes": peak,
         "least_bytes": least_bytes(sizes, work, case.scorer.head_bytes, train=train),
@@ -357,8 +349,7 @@ def _product_flops(machine: Machine) -> float:
     for _ in range(8):
         begun = time.perf_counter()
         torch.mm(left, right)
-        if is_gpu(machine.device):
-            torch.cuda.synchronize(machine.device)
+        _wait(machine.device)
         best = min(best, time.perf_counter() - begun)
     return 2.0 * size**3 / best
 

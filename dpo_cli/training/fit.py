@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, TypeVar
 
 import torch
+from transformers import get_scheduler
 
-from dpo_cli.core.errors import ParamsError
-from dpo_cli.core.gpu import is_gpu
+from dpo_cli.core.environment import is_gpu
+from dpo_cli.core.errors import MachineError, ParamsError
 from dpo_cli.core.params import TrainingParams
+from dpo_cli.data.tokenize import TokenTable
 from dpo_cli.data.tokens import TokenGroup
+from dpo_cli.models.device import Machine, memory_metrics
 from dpo_cli.scoring.budget import TokenBudget
+from dpo_cli.scoring.probe import LayoutChoice
 from dpo_cli.scoring.recompute import Recompute
-from dpo_cli.training.accumulation import Limits
-from dpo_cli.training.job import Job
-from dpo_cli.training.loop import Course, Data, Loop, diverged
-from dpo_cli.training.loss_scale import LossScale
+from dpo_cli.training.accumulation import Limits, LossScale
+from dpo_cli.training.loop import Course, Data, Descent, Loop, diverged
 from dpo_cli.training.memory import choose_memory
-from dpo_cli.training.optimizer import make_descent
+from dpo_cli.training.parallel import Job
 from dpo_cli.training.protocols import BatchSource, Learner
 
 Item = TypeVar("Item")
@@ -51,6 +55,36 @@ class Fit:
     groups_per_s: float
     recompute: Recompute
     max_tokens: int
+
+    def metrics(
+        self, unit: str, tables: Sequence[TokenTable], machine: Machine, layout: LayoutChoice
+    ) -> dict[str, Any]:
+        """What every training reports.
+
+        Args:
+            unit: What is trained on: rows, pairs or groups.
+            tables: What was trained on, and what was held out.
+            machine: Where.
+            layout: How it went through the model.
+        """
+        train, held_out = tables
+        tokens = fmean(group.num_logical_tokens for group in train.groups)
+        return {
+            f"num_{unit}": len(train.groups),
+            "num_eval": len(held_out.groups),
+            "num_rejected": len(train.rejects) + len(held_out.rejects),
+            "num_steps": self.num_steps,
+            "kept_step": self.kept_step,
+            "loss": self.last("loss"),
+            "eval_loss_start": self.first("eval_loss"),
+            "eval_loss": self.kept("eval_loss"),
+            f"{unit}_per_s": self.groups_per_s,
+            "logical_tokens_per_s": self.groups_per_s * tokens,
+            **memory_metrics(machine),
+            "recompute": self.recompute,
+            "max_tokens_per_microbatch": self.max_tokens,
+            **layout.metrics(),
+        }
 
     def last(self, name: str) -> float:
         """The last logged value of a metric."""
@@ -127,7 +161,8 @@ def fit(
         MachineError: Another process is gone, or has other parameters.
         ParamsError: The loss is no number any more, or keep best has nothing to choose from.
     """
-    section, reporter, replicas = job.section, job.reporter, job.replicas
+    work, replicas = job.work, job.replicas
+    section, reporter, device = work.command, work.reporter, work.machine.device
     num_steps = count_steps(params, len(train))
     keeps_best = params.keep == "best"
     if keeps_best and params.eval_steps >= num_steps:
@@ -135,14 +170,14 @@ def fit(
             f"params.yaml: {section}.keep best has nothing to choose from: of {num_steps} steps none but the last"
             f" is measured with {section}.eval_steps {params.eval_steps}; set that below {num_steps}"
         )
-    descent = make_descent(learner.model, params, num_steps, job.machine.device, section)
+    descent = make_descent(learner.model, params, num_steps, device, section)
     groups_a_step = math.ceil(params.batch_size / replicas.size)
-    chosen = choose_memory(learner.model, learner.scorer, train, groups_a_step, job.runtime, reporter, section)
+    chosen = choose_memory(learner.model, learner.scorer, train, groups_a_step, work)
     memory = job.folder / (_BUDGET if replicas.is_first else f"{replicas.rank}_{_BUDGET}")
     budget = TokenBudget(chosen.max_tokens, section, reporter, memory)
-    loss_scale = LossScale(job.machine.compute_dtype, section, reporter, job.folder / _LOSS_SCALE)
+    loss_scale = LossScale(work.machine.compute_dtype, section, reporter, job.folder / _LOSS_SCALE)
     loss_scale.value = replicas.from_first(loss_scale.value)
-    if is_gpu(job.machine.device):
+    if is_gpu(device):
         _warm_up(learner, train)
     data = Data(Shuffled(train, params.batch_size, params.seed), held_out)
     course = Course(num_steps, params.seed, params.eval_steps, keeps_best, params.patience)
@@ -178,3 +213,60 @@ def _warm_up(learner: Learner[Scored], groups: Sequence[TokenGroup]) -> None:
     short = sorted(groups, key=lambda group: (group.longest, group.id))[:2]
     objective.losses(short, scorer.score(short, statistics=objective.statistics), short).losses_B.sum().backward()
     model.zero_grad(set_to_none=True)
+
+
+# --- optimizer and schedule ------------------------------------------------------------------
+
+_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+_NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|[._])norm(?:$|\.)")
+_ADAM: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
+
+
+def make_descent(
+    model: torch.nn.Module, params: TrainingParams, num_steps: int, device: torch.device, section: str
+) -> Descent:
+    """The optimizer that the settings name, over all trainable parameters, and its schedule.
+
+    Args:
+        model: Holds the parameters.
+        params: Settings of the training.
+        num_steps: Optimizer steps in all.
+        device: Where the model is.
+        section: Name of the stage, for messages.
+
+    Raises:
+        MachineError: The optimizer needs CUDA and there is none.
+    """
+    if params.optimizer == "paged_adamw_8bit" and device.type == "cpu":
+        raise MachineError(f"{section}.optimizer paged_adamw_8bit needs CUDA; set it to adamw")
+    optimizer = _optimizer(model, params)
+    num_warmup = num_warmup_steps(params, num_steps)
+    schedule = get_scheduler(_SCHEDULES[params.schedule], optimizer, num_warmup, num_steps)
+    return Descent(optimizer, schedule, params.max_grad_norm)
+
+
+def num_warmup_steps(params: TrainingParams, num_steps: int) -> int:
+    """Steps, of so many in all, with a rising learning rate."""
+    return round(params.warmup_ratio * num_steps)
+
+
+def _optimizer(model: torch.nn.Module, params: TrainingParams) -> torch.optim.Optimizer:
+    layer_norms = {id(own) for module in model.modules() if isinstance(module, torch.nn.LayerNorm)
+                   for own in module.parameters()}  # fmt: skip
+    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in (params.weight_decay, 0.0)]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_plain = id(parameter) in layer_norms or _NOT_DECAYED.search(name.lower()) is not None
+            groups[is_plain]["params"].append(parameter)
+    if params.optimizer == "rmsprop":
+        return torch.optim.RMSprop(groups, lr=params.learning_rate)
+    if params.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=params.learning_rate, **_ADAM)
+    from bitsandbytes.optim.adamw import AdamW  # it looks for CUDA, which takes a second
+    from bitsandbytes.optim.optimizer import GlobalOptimManager
+
+    manager = GlobalOptimManager.get_instance()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):  # whose gradients are too uneven for 8 bits
+            manager.register_module_override(module, "weight", {"optim_bits": 32})
+    return AdamW(groups, lr=params.learning_rate, **_ADAM, optim_bits=8, is_paged=True)

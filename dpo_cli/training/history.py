@@ -1,31 +1,51 @@
-"""The training's log as a table: one row a step, for ``dvc plots`` and the report.
+"""What a training leaves under reports/, and its log as TensorBoard has it.
 
-The log is part of every checkpoint: after a resume
-there is neither a gap nor a row twice.
+The log is part of every checkpoint: after a resume there is neither a gap nor a row twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.core.artifacts import write_text
+from dpo_cli.core import paths
+from dpo_cli.core.artifacts import write_json, write_json_lines, write_text
 from dpo_cli.core.errors import MachineError
 
 TOKEN_METRICS = ("entropy", "mean_token_accuracy")
 """What is logged of each training besides its own metrics: means over the answers' tokens."""
 
 
-def merge_log(history: Iterable[Mapping[str, Any]], columns: Iterable[str]) -> list[dict[str, Any]]:
-    """One row a step from the log, with these columns where they were logged."""
-    wanted = list(columns)
+def with_held_out(names: Sequence[str]) -> tuple[str, ...]:
+    """The columns of a log of metrics with these names, of training and of the held-out data."""
+    return ("loss", *names, "grad_norm", "learning_rate", "eval_loss", *(f"eval_{name}" for name in names))
+
+
+def write_reports(
+    stage: str,
+    metrics: Mapping[str, Any],
+    columns: Sequence[str],
+    history: Iterable[Mapping[str, Any]] = (),
+    rejects: Iterable[Mapping[str, Any]] = (),
+) -> None:
+    """Write what a stage that trains reports, where it trained nothing, too.
+
+    Args:
+        stage: Its name.
+        metrics: Those of metrics.json.
+        columns: Of steps.tsv behind the step; one row a step, for ``dvc plots`` and the report, where what was not
+            logged is an empty cell.
+        history: The log.
+        rejects: The rows that it left out.
+    """
     rows: dict[int, dict[str, Any]] = {}
     for entry in history:
-        values = {name: entry[name] for name in wanted if name in entry}
-        if values:
-            rows.setdefault(int(entry["step"]), {"step": int(entry["step"])}).update(values)
-    return [rows[step] for step in sorted(rows)]
+        if any(name in entry for name in columns):
+            rows.setdefault(int(entry["step"]), {}).update(entry)
+    write_tsv(paths.report_dir(stage) / "steps.tsv", [rows[step] for step in sorted(rows)], ("step", *columns))
+    write_json_lines(paths.rejects_file(stage), rejects)
+    write_json(paths.metrics_file(stage), {stage: metrics})
 
 
 def write_tsv(path: Path, rows: Iterable[Mapping[str, Any]], columns: Iterable[str]) -> None:

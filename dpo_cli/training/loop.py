@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 
 from dpo_cli.core.artifacts import digest_json
+from dpo_cli.core.environment import is_gpu
 from dpo_cli.core.errors import Interrupted, ParamsError
-from dpo_cli.core.gpu import is_gpu
 from dpo_cli.core.interrupts import StopRequest, graceful_stop
 from dpo_cli.core.progress import Meter
 from dpo_cli.training.accumulation import Accumulator, Limits
@@ -34,9 +35,7 @@ from dpo_cli.training.checkpoint import (
     step_of,
 )
 from dpo_cli.training.history import EventFiles
-from dpo_cli.training.job import Job
-from dpo_cli.training.optimizer import Descent
-from dpo_cli.training.parallel import open_accelerator
+from dpo_cli.training.parallel import Job, open_accelerator
 from dpo_cli.training.protocols import BatchSource, Learner
 
 Scored = TypeVar("Scored")
@@ -72,6 +71,21 @@ class Course:
     what: str = "training"
 
 
+@dataclass(frozen=True)
+class Descent:
+    """How gradients become steps.
+
+    Attributes:
+        optimizer: Holds the trained parameters.
+        schedule: Its learning rates.
+        max_grad_norm: L2 norm to which gradients are clipped.
+    """
+
+    optimizer: torch.optim.Optimizer
+    schedule: LRScheduler
+    max_grad_norm: float
+
+
 class Loop(Generic[Scored]):
     """One training, from its start or its last checkpoint to its end.
 
@@ -100,7 +114,7 @@ class Loop(Generic[Scored]):
         self._trained = learner.trained
         self._schedule = descent.schedule
         self._max_grad_norm = descent.max_grad_norm
-        self._optimizer = open_accelerator(job.machine.device).prepare_optimizer(descent.optimizer)
+        self._optimizer = open_accelerator(job.work.machine.device).prepare_optimizer(descent.optimizer)
         self._checkpoint = last_checkpoint(job.folder, with_best=course.keeps_best)
         self._saved_at = time.monotonic()
         self._events: EventFiles | None = None
@@ -122,22 +136,21 @@ class Loop(Generic[Scored]):
         job.replicas.agree_on_parameters("before the first step", trained)
         if self._checkpoint is not None:
             self._go_on(self._checkpoint)
-        if job.runtime.tensorboard and job.replicas.is_first:
-            folder = job.folder.parents[1] / "tensorboard" / f"{job.section}-{job.folder.name}"
+        if job.work.runtime.tensorboard and job.replicas.is_first:
+            folder = job.folder.parents[1] / "tensorboard" / f"{job.work.command}-{job.folder.name}"
             self._events = EventFiles(folder, self.first_step)
-        label = f"{job.section}: {course.what}"
-        with graceful_stop() as stop, job.reporter.meter(label, course.num_steps, "steps") as meter:
+        label = f"{job.work.command}: {course.what}"
+        with graceful_stop() as stop, job.work.reporter.meter(label, course.num_steps, "steps") as meter:
             begun = time.monotonic()
-            stopped = self._train(Accumulator(self._learner, self._limits, job, stop), stop, meter)
+            stopped = self._train(Accumulator(self._learner, self._limits, stop, job.replicas), stop, meter)
             self.elapsed_s = time.monotonic() - begun
             job.replicas.wait()  # nobody leaves while the first one saves
             stop.is_answered = True  # of what asks after the last step: the work is done, and is published
         if self._events is not None:
             self._events.close()
         if stopped and not self._is_over():
-            raise Interrupted(
-                f"{job.section}: stopped and saved at step {self.step} of {course.num_steps}; run it again to go on"
-            )
+            at = f"step {self.step} of {course.num_steps}"
+            raise Interrupted(f"{job.work.command}: stopped and saved at {at}; run it again to go on")
         best = best_step(self.history) if course.keeps_best else None
         self.kept_step = self.step if best is None else best
         if self.kept_step != self.step:
@@ -170,12 +183,12 @@ class Loop(Generic[Scored]):
         batch = self._data.source.batch(self.step)
         numbers = digest_json([self._course.seed, self.step, self._job.replicas.rank])
         self._model.train()
-        means = accumulator.gradient(batch, int(numbers[:15], 16))
+        means, norm = accumulator.gradient(batch, int(numbers[:15], 16))
         rate = float(self._schedule.get_last_lr()[0])
         for what, value in (("loss", means.loss), ("gradient", math.inf if means.num_infinite else 0.0)):
             if not math.isfinite(value):
-                raise diverged(self._job.section, what, value, self.step + 1, float(self._schedule.base_lrs[0]))
-        norm = self._clip()
+                raise diverged(self._job.work.command, what, value, self.step + 1, float(self._schedule.base_lrs[0]))
+        torch.nn.utils.clip_grads_with_norm_(self._trained.values(), self._max_grad_norm, norm)
         self._optimizer.step()
         self._schedule.step()
         self._model.zero_grad(set_to_none=True)
@@ -186,18 +199,6 @@ class Loop(Generic[Scored]):
         loss = f"loss {means.loss:.4f}"
         meter.note(loss)
         return loss
-
-    def _clip(self) -> torch.Tensor:
-        """Clip gradients by their norm as the first process has it; returns the norm before that.
-
-        On GPUs of different kinds the norm of the same gradients may differ in its last digit, and parameters then,
-        too, from step to step more.
-        """
-        with_gradient = [value for value in self._trained.values() if value.grad is not None]
-        norm = torch.nn.utils.get_total_norm([value.grad for value in with_gradient if value.grad is not None])
-        self._job.replicas.take_from_first(norm)
-        torch.nn.utils.clip_grads_with_norm_(with_gradient, self._max_grad_norm, norm)
-        return norm
 
     # --- between two steps ----------------------------------------------------------------
 
@@ -225,8 +226,8 @@ class Loop(Generic[Scored]):
         On a GPU one follows the first step, too: a library that runs out of its memory may end the process, most likely
         while what a step takes is taken for the first time.
         """
-        is_first = self.step == 1 and is_gpu(self._job.machine.device)
-        return is_first or time.monotonic() - self._saved_at >= self._job.runtime.checkpoint_minutes * 60
+        is_first = self.step == 1 and is_gpu(self._job.work.machine.device)
+        return is_first or time.monotonic() - self._saved_at >= self._job.work.runtime.checkpoint_minutes * 60
 
     def _save(self) -> None:
         if self._job.replicas.is_first:
@@ -240,7 +241,7 @@ class Loop(Generic[Scored]):
 
     def _go_on(self, checkpoint: Path) -> None:
         """Take up the state of a checkpoint."""
-        self._job.reporter.say(f"{self._job.section}: going on from {checkpoint.name}")
+        self._job.work.reporter.say(f"{self._job.work.command}: going on from {checkpoint.name}")
         history, rest = load_checkpoint(checkpoint, self._trained)
         self.history = [dict(entry) for entry in history]
         self._patience_ended = out_of_patience(history, self._course.patience)

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+from dpo_cli.core.environment import is_gpu
 from dpo_cli.core.errors import MachineError
-from dpo_cli.core.gpu import is_gpu
-from dpo_cli.core.params import RuntimeParams
-from dpo_cli.core.progress import Reporter
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.device import free_memory_bytes, token_budget
+from dpo_cli.models.workplace import Workplace
 from dpo_cli.scoring.limits import num_product_weights
 from dpo_cli.scoring.recompute import (
     GRADES,
@@ -41,9 +40,7 @@ def choose_memory(
     scorer: GroupScorer[Any],
     groups: Sequence[TokenGroup],
     groups_a_step: int,
-    runtime: RuntimeParams,
-    reporter: Reporter,
-    section: str,
+    work: Workplace,
 ) -> MemoryPlan:
     """Set what the backward pass computes again, and say how many tokens go through at once.
 
@@ -55,13 +52,12 @@ def choose_memory(
         scorer: Scores groups with it.
         groups: What it is trained on.
         groups_a_step: How many of them make an optimizer step.
-        runtime: What the user says.
-        reporter: Says what is chosen.
-        section: Name of the stage, for messages.
+        work: What the user says of it, and who hears what is chosen.
 
     Raises:
         MachineError: The model cannot do what runtime.recompute says.
     """
+    runtime = work.runtime
     set_recompute(model, "none")
     on_gpu = is_gpu(scorer.device)
     budgets = (token_budget(runtime, scorer.device),)
@@ -93,8 +89,8 @@ def choose_memory(
     )
     set_recompute(model, plan.grade)
     if on_gpu or plan.grade != "none":
-        reporter.say(
-            f"{section}: {plan.max_tokens} tokens at once, recompute {plan.grade}: activations take up to"
+        work.reporter.say(
+            f"{work.command}: {plan.max_tokens} tokens at once, recompute {plan.grade}: activations take up to"
             f" {plan.num_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
             " (runtime.max_tokens_per_microbatch, runtime.recompute)"
         )

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from dpo_cli.core.progress import Reporter, SilentReporter
 from dpo_cli.core.scratch import Scratch, stage_scratch
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.device import prepare_machine
+from dpo_cli.models.workplace import Workplace
 
 _PATIENCE = timedelta(hours=1)
 
@@ -156,6 +158,21 @@ class Replicas:
 
 
 ALONE = Replicas()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a training is told of its surroundings.
+
+    Attributes:
+        work: Where it computes; its command is the stage, and the section of its settings.
+        folder: Where checkpoints are kept, and found again.
+        replicas: The processes that share each batch; the first one saves, and all end with the same parameters.
+    """
+
+    work: Workplace
+    folder: Path
+    replicas: Replicas = ALONE
 
 
 @contextmanager

@@ -19,13 +19,10 @@ from dpo_cli.models.embedded import (
     pretraining_loss,
     pretraining_optimizer,
 )
-from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.scorer import Statistics
 from dpo_cli.training.accumulation import Limits
-from dpo_cli.training.job import Job
-from dpo_cli.training.loop import Course, Data, Loop
-from dpo_cli.training.loss_scale import LossScale
-from dpo_cli.training.optimizer import Descent
+from dpo_cli.training.loop import Course, Data, Descent, Loop
+from dpo_cli.training.parallel import Job
 from dpo_cli.training.protocols import BatchSource, GroupLosses, Learner
 
 
@@ -45,11 +42,10 @@ def build_embedded(folder: Path, seed: int, num_steps: int, job: Job) -> None:
     model = build_model(tokenizer, seed)
     packed: Any = _Packed(model, tokenizer, seed, num_steps)
     descent = Descent(*pretraining_optimizer(model, num_steps), max_grad_norm=1.0)
-    budget = TokenBudget(1, job.section, job.reporter)
-    limits = Limits(budget, LossScale(torch.float32, job.section, job.reporter, None))
     course = Course(num_steps, seed, what="pretraining the embedded model")
-    on_cpu = replace(job, machine=Machine(packed.device, packed.compute_dtype))  # whatever there is beside it
-    Loop(Learner(model, packed, packed), Data(packed), descent, course, limits, on_cpu).run()
+    on_cpu = replace(job.work, machine=Machine(packed.device, packed.compute_dtype))  # whatever there is beside it
+    limits, job = Limits.of(on_cpu, 1), replace(job, work=on_cpu)
+    Loop(Learner(model, packed, packed), Data(packed), descent, course, limits, job).run()
     model.eval()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -263,7 +263,7 @@ def test_the_recipe_of_a_loss_is_one_function_and_its_test() -> None:
         exec(loss, vars(pairwise) | {"Tensor": torch.Tensor})
         names = {"torch": torch, "LOSSES": catalogue.LOSSES, "TrainParams": TrainParams, "Pairs": pairwise.Pairs}
         exec(its_test, names)
-        names["test_squared_hinge_is_the_square_of_what_lacks_to_1"]()
+        names["test_squared_hinge_is_the_squared_shortfall_from_1"]()
     finally:
         catalogue.LOSSES.pop("squared_hinge", None)
 

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 import pytest
 
-from dpo_cli.core.evaluate_params import EvaluateParams, JudgeName
+from dpo_cli.core.params import EvaluateParams, JudgeName
 from dpo_cli.data.schema import Messages
 from dpo_cli.evaluation import BASE, DPO, SFT
 from dpo_cli.evaluation.flags import (

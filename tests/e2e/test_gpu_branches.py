@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_cli.core import gpu, paths
+from dpo_cli.core import environment, paths
 from dpo_cli.core.errors import Interrupted
 from dpo_cli.core.load_params import parse_params
 from dpo_cli.core.params import Params
@@ -45,7 +45,7 @@ CARD = {
 def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
     """What the CPU, taken for a GPU of a compute capability, computes in."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu, "GPU_TYPES", ("cuda", "cpu"))
+        patch.setattr(environment, "GPU_TYPES", ("cuda", "cpu"))
         patch.setattr(attention, "VARLEN_DEVICES", ("cpu",))
         patch.setattr(varlen, "VARLEN_KERNELS", {"absent": lambda: None, "slow": lambda: slow_kernel})
         for name, value in {**CARD, "get_device_capability": request.param}.items():

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from dpo_cli.core.errors import MachineError
-from dpo_cli.core.evaluate_params import HfJudgeParams
+from dpo_cli.core.params import HfJudgeParams
 from dpo_cli.judging.judge import Question
 from dpo_cli.judging.openai import OpenAiJudge
 from dpo_cli.judging.server import Server

@@ -10,7 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from dpo_cli.core.params import TrainingParams
-from dpo_cli.training.optimizer import Descent, make_descent, num_warmup_steps
+from dpo_cli.training.fit import make_descent, num_warmup_steps
+from dpo_cli.training.loop import Descent
 
 NUM_STEPS = 12
 NAMES = {"adamw": "adamw_torch", "rmsprop": "rmsprop"}

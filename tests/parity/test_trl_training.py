@@ -27,15 +27,14 @@ from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter, save_adapter
 from dpo_cli.models.lora import use_short_layers
-from dpo_cli.scoring.budget import TokenBudget
+from dpo_cli.models.workplace import Workplace
 from dpo_cli.scoring.layout import LAYOUTS, LayoutName
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.accumulation import Limits
-from dpo_cli.training.job import Job
+from dpo_cli.training.fit import make_descent
 from dpo_cli.training.loop import Course, Data, Loop
-from dpo_cli.training.loss_scale import LossScale
 from dpo_cli.training.objective import PairObjective
-from dpo_cli.training.optimizer import make_descent
+from dpo_cli.training.parallel import Job
 from dpo_cli.training.protocols import BatchSource, Learner
 
 TOLERANCE = 1e-4
@@ -225,8 +224,8 @@ def our_curve(
     """The logged values of every step."""
     model = load_policy(setting, ours=True)
     descent = make_descent(model, SETTINGS, NUM_STEPS, cpu.device, "train")
-    limits = Limits(TokenBudget(max_tokens, "train", reporter), LossScale(torch.float32, "train", reporter, None))
-    job = Job("train", folder, cpu, RuntimeParams(), reporter)
+    job = Job(Workplace("train", reporter, RuntimeParams(), cpu), folder)
+    limits = Limits.of(job.work, max_tokens)
     with Scorer(model, torch.float32, layout) as scorer:
         assert len(scorer.split(setting.pairs[:BATCH_SIZE], max_tokens)) > 1, "a step should take several micro-batches"
         learner = Learner(model, scorer, objective_of(scorer, setting.pairs))

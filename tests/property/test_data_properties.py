@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from dpo_cli.data.formats import PREFERENCE_FORMATS, SFT_FORMATS
 from dpo_cli.data.formats.base import Format, Reading
-from dpo_cli.data.formats.boundaries import shared_tokens
 from dpo_cli.data.formats.detect import RowReader, UnknownFormatError
-from dpo_cli.data.formats.implicit import IMPLICIT
-from dpo_cli.data.formats.kwise import KWISE
+from dpo_cli.data.formats.pairs import IMPLICIT
+from dpo_cli.data.formats.rankings import KWISE
+from dpo_cli.data.formats.texts import shared_tokens
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import (
     Messages,

@@ -20,9 +20,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from dpo_cli.core.evaluate_params import HfJudgeParams
 from dpo_cli.core.load_params import parse_params
-from dpo_cli.core.params import Params, RuntimeParams
+from dpo_cli.core.params import HfJudgeParams, Params, RuntimeParams
 from dpo_cli.core.progress import SilentReporter
 from dpo_cli.data.schema import user
 from dpo_cli.data.tokens import TokenGroup

@@ -56,16 +56,6 @@ def paths_of(column: Column) -> list[str]:
     return [column] if isinstance(column, str) else column
 
 
-def always(row: RawRow) -> bool:
-    """Any row."""
-    return True
-
-
-def never(row: RawRow) -> bool:
-    """No row."""
-    return False
-
-
 @dataclass(frozen=True)
 class Format(Generic[Found]):
     """A format of input rows.
@@ -76,9 +66,9 @@ class Format(Generic[Found]):
         names: The fields it reads, each with the other names it goes by in the wild.
         needs: Alternatives of fields that a row must have, by their names in ``names``.
         read: The canonical example in a row, or several of them as parts; raises :class:`RowProblem`.
-        matches: What the row's values must look like beside its having the fields.
+        matches: What the row's values must look like beside its having the fields; None: like anything.
         weak: Whether a row that matches might as well be a row of another format that lacks a
-            field; it is read so only in a file most of whose rows are of this format.
+            field; it is read so only in a file most of whose rows are of this format. None: never.
         note: What a user should know who did not choose it, for the account.
         doubt: Why reading these rows of a file so would be a guess, and how to say what they are;
             empty: it would be none. Only asked where the user names no format.
@@ -95,8 +85,8 @@ class Format(Generic[Found]):
     names: Mapping[str, tuple[str, ...]]
     needs: tuple[tuple[str, ...], ...]
     read: Callable[[RawRow, Reading], Found | Iterator[Part[Found]]]
-    matches: Callable[[RawRow], bool] = always
-    weak: Callable[[RawRow], bool] = never
+    matches: Callable[[RawRow], bool] | None = None
+    weak: Callable[[RawRow], bool] | None = None
     note: Callable[[RawRow, Reading], str] = lambda row, reading: ""
     doubt: Callable[[Sequence[RawRow], Reading], str] = lambda rows, reading: ""
     suggest: Callable[[Collection[str], Mapping[str, Column]], Suggestion | None] = lambda keys, named: None
@@ -104,6 +94,10 @@ class Format(Generic[Found]):
     of_a_turn: tuple[str, ...] | None = ()
     leaves: tuple[str, ...] = ()
     unread: Callable[[RawRow], Iterable[tuple[str, str]]] = lambda row: ()
+
+    def fits(self, row: RawRow) -> bool:
+        """Whether a row that has the fields looks like one of this format."""
+        return self.matches is None or self.matches(row)
 
 
 def says_something(value: Any) -> bool:

@@ -61,6 +61,8 @@ class Plan:
         Raises:
             RowProblem: A needed field is not where it is said to be.
         """
+        if not self.columns and not self.hidden:
+            return row
         renamed = dict(row)
         for key in self.hidden:
             renamed.pop(key, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,22 +15,16 @@ from dpo_cli.data.formats.base import (
     Columns,
     Format,
     Reading,
-    always,
-    never,
     paths_of,
 )
 from dpo_cli.data.formats.columns import MISSING, Plan, look_up, plan_of, shown
-from dpo_cli.data.formats.content import is_turn, media_keys, refuse_media
+from dpo_cli.data.formats.content import is_turn, media_keys, read_tools, refuse_media
+from dpo_cli.data.formats.instructions import ANSWER_NAMES, unpaired_label
 from dpo_cli.data.formats.prompts import CONVERSATION_NAMES, tools_of
 from dpo_cli.data.formats.rendered import unwrap, unwrap_row
-from dpo_cli.data.formats.tools import read_tools
-from dpo_cli.data.formats.unpaired import ANSWER_NAMES, unpaired_label
 from dpo_cli.data.problem import RowProblem, kind_of, shown_name
 from dpo_cli.data.schema import RawRow, with_tools
 
-_Test = Callable[[RawRow], bool]
-_Step = tuple[Plan, bool, _Test | None, _Test | None]
-"""A plan, whether it renames fields, and what to ask of a row: whether it matches, and whether it does so weakly."""
 _PLANS_KEPT = 10_000
 """Rows whose keys are data must not fill the memory."""
 
@@ -61,7 +55,7 @@ class RowReader:
         self._reading = replace(reading, in_order=reading.in_order or name == "kwise")
         self._unread: Counter[tuple[str, ...]] = Counter()
         self._unwrapped: Counter[str] = Counter()
-        self._steps: dict[tuple[str, ...], list[_Step]] = {}
+        self._steps: dict[tuple[str, ...], list[Plan]] = {}
         self._media: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._fallbacks: dict[tuple[str, ...], Plan] = {}
         self._main: Format[Any] | None = None
@@ -119,11 +113,11 @@ class RowReader:
             refuse_media(row, self._media_in(keys))
         elif keys in self._media:
             refuse_media(row, self._media[keys])
-        for plan, moves, matches, weak in steps:
-            found = plan.rename(row) if moves else row
+        for plan in steps:
+            found = plan.rename(row)
             if unwraps:
                 found, made_by = unwrap_row(found, plan.format.names)
-            if (matches is None or matches(found)) and (weak is None or not self._is_doubtful(plan, found)):
+            if plan.format.fits(found) and not self._is_doubtful(plan.format, found):
                 return plan, found, made_by
         plan = self._fallback_of(keys)
         found = plan.rename(row)
@@ -147,19 +141,10 @@ class RowReader:
         unwrapped, self._unwrapped = self._unwrapped, Counter()
         return unwrapped
 
-    def _steps_of(self, keys: tuple[str, ...]) -> list[_Step]:
+    def _steps_of(self, keys: tuple[str, ...]) -> list[Plan]:
         """What to try for rows with these keys, in the order of the formats."""
         plans = [plan_of(fmt, keys, self._columns, self._reading) for fmt in self._formats]
-        steps = [
-            (
-                plan,
-                bool(plan.columns or plan.hidden),
-                None if plan.format.matches is always else plan.format.matches,
-                None if plan.format.weak is never else plan.format.weak,
-            )
-            for plan in plans
-            if plan.fits
-        ]
+        steps = [plan for plan in plans if plan.fits]
         if len(self._steps) < _PLANS_KEPT:
             self._steps[keys] = steps
             if media := self._media_in(keys):
@@ -180,9 +165,9 @@ class RowReader:
                 self._fallbacks[keys] = plan
         return plan
 
-    def _is_doubtful(self, plan: Plan, row: RawRow) -> bool:
+    def _is_doubtful(self, fmt: Format[Any], row: RawRow) -> bool:
         """Whether the row is more likely one of the file's main format that lacks a field."""
-        return self._main is not None and plan.format is not self._main and plan.format.weak(row)
+        return fmt.weak is not None and self._main not in (None, fmt) and fmt.weak(row)
 
     # --- a whole file -------------------------------------------------------------------------
 
@@ -207,7 +192,7 @@ class RowReader:
         best = max(found, key=lambda name: len(found[name]))
         self.use_fallback(best)
         for name in [name for name in found if name != best]:
-            found[name] = [(plan, row) for plan, row in found[name] if not plan.format.weak(row)]
+            found[name] = [(plan, row) for plan, row in found[name] if not self._is_doubtful(plan.format, row)]
         for name, read in found.items():
             for plan, alike in _by_reading(read):
                 if doubt := plan.format.doubt([plan.without_sources(row) for row in alike], plan.reading):
@@ -230,14 +215,14 @@ class RowReader:
 
     def _choose(self, row: RawRow) -> tuple[Plan, RawRow] | None:
         keys = tuple(row)
-        for plan, *_ in self._steps.get(keys) or self._steps_of(keys):
+        for plan in self._steps.get(keys) or self._steps_of(keys):
             try:
                 renamed = plan.rename(row)
             except RowProblem:
                 continue
             if self._reading.unwrap:
                 renamed, _ = unwrap_row(renamed, plan.format.names)
-            if plan.format.matches(renamed):
+            if plan.format.fits(renamed):
                 return plan, renamed
         return None
 

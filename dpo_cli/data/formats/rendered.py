@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from dpo_cli.data.formats.content import ANSWER_KEYS, CONTENT_KEYS, ROLE_NAMES, is_turn, key_in, role_in
-from dpo_cli.data.formats.transcripts import begins_with_turn, gap_of, is_open_transcript, is_transcript, read_turns
+from dpo_cli.data.formats.texts import begins_with_turn, gap_of, is_open_transcript, is_transcript, read_turns
 from dpo_cli.data.schema import Messages, RawRow, assistant
 
 _BEGIN = re.compile(r"\s*(?:(?:<s>|<bos>|<\|begin_of_text\|>|<\|startoftext\|>|<｜begin▁of▁sentence｜>)\s*)*")
@@ -200,15 +200,16 @@ def unwrap_row(row: RawRow, names: Collection[str]) -> tuple[RawRow, str]:
         elif type(value) in (list, dict) and (turns := _spliced(value)):
             spliced[name], template = turns
             made_by = made_by or template
-    completions = row.get("completions") if "completions" in names else None
-    listed = [unwrap(text) if type(text) is str else None for text in completions] if type(completions) is list else []
+    value = row.get("completions") if "completions" in names else None
+    completions = value if type(value) is list else []
+    listed = [unwrap(text) if type(text) is str else None for text in completions]
     made_by = made_by or next((conversation.template for conversation in filter(None, listed)), "")
     if not made_by:
         return row, ""
     unwrapped: dict[str, Any] = {**row, **spliced}
     for name, conversation in found.items():
         unwrapped |= _fields_of(name, conversation, row)
-    if completions:
+    if listed:
         unwrapped["completions"] = [_answer(one, text, made_by) for one, text in zip(listed, completions, strict=True)]
     for name in _ANSWERS:
         if name in names and name in row and name not in found and name not in spliced:

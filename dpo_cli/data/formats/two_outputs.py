@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpo_cli.data.formats.base import Format, Reading, number, optional_number
-from dpo_cli.data.formats.content import json_in, refuse_python, turns_in
-from dpo_cli.data.formats.implicit import split_implicit
+from dpo_cli.data.formats.content import refuse_python, with_list, with_turns
 from dpo_cli.data.formats.labels import TIES, WORDS, is_soft, label_number, label_text, side_of, suggest, what_to_say
+from dpo_cli.data.formats.pairs import read_implicit
 from dpo_cli.data.formats.prompts import (
     PROMPT_ALTERNATIVES,
     PROMPT_NAMES,
@@ -94,7 +94,7 @@ def _dialog(asked: list[str], answers: list[str]) -> Messages:
 
 
 def _texts(value: Any) -> list[str] | None:
-    value = json_in(value) if isinstance(value, str) and value[:1] == "[" else value
+    value = with_list(value)
     return value if isinstance(value, list) and all(isinstance(text, str) for text in value) else None
 
 
@@ -106,20 +106,25 @@ def _read(row: RawRow, reading: Reading) -> PreferenceExample:
     if winner == "tie":
         raise RowProblem("tie", "is a tie: neither side won")
     better, worse = _SIDES if winner == "first" else _SIDES[::-1]
-    scores = [optional_number(row, f"{name}_score") for name in (better, worse)]
     if row.get("prompt") is None and row.get("instruction") is None:
-        if all(isinstance(row[name], str) and turns_in(row[name]) is None for name in _SIDES):
+        if all(isinstance(with_turns(row[name]), str) for name in _SIDES):
             for name in _SIDES:
                 refuse_python(row[name], name)
             raise RowProblem("missing_field", "has no 'prompt'")
-        return split_implicit({**row, "chosen": row[better], "rejected": row[worse]}, reading, *scores)
+        sides = {
+            "chosen": better,
+            "rejected": worse,
+            "chosen_score": f"{better}_score",
+            "rejected_score": f"{worse}_score",
+        }
+        return read_implicit({**row, **{name: row.get(field) for name, field in sides.items()}}, reading)
+    scores = [optional_number(row, f"{name}_score") for name in (better, worse)]
     if dialogs := _dialogs(row):
         one, other = dialogs if better == "first" else dialogs[::-1]
         return PreferenceExample(*split_turns(with_context(row, [], reading), one, other, reading), *scores)
     prompt = read_prompt(row, reading)
-    return PreferenceExample(
-        prompt, read_answer(row, better, prompt, reading), read_answer(row, worse, prompt, reading), *scores
-    )
+    chosen, rejected = (read_answer(row, name, prompt, reading) for name in (better, worse))
+    return PreferenceExample(prompt, chosen, rejected, *scores)
 
 
 def _values(rows: Sequence[RawRow]) -> set[str]:

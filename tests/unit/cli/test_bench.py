@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ from dpo_cli.models.device import Machine, forget_peak_memory, peak_memory_bytes
 from dpo_cli.models.shapes import SHAPES, random_model
 from dpo_cli.scoring.limits import Sizes, Work, least_bytes, least_operations
 from dpo_cli.scoring.regimes import REGIMES, random_pairs
-from dpo_cli.training import bench
 from tests.live_memory import LiveMemory
 
 CPU = Machine(torch.device("cpu"), torch.float32)
@@ -86,23 +83,6 @@ def test_bad_options_are_one_line(
     result = run(*arguments)
     assert result.exit_code == code, result.output
     assert said in result.stderr
-
-
-def test_adapters_are_cast_once_a_step_as_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four steps in all, two of them in the turn that is not timed, each of two micro-batches."""
-    monkeypatch.chdir(tmp_path)
-    casts: list[torch.dtype] = []
-
-    @contextmanager
-    def cast(model: Any, dtype: torch.dtype) -> Iterator[None]:
-        casts.append(dtype)
-        yield
-
-    monkeypatch.setattr(bench, "cast_adapters", cast)
-    settings = ("train.batch_size=2", "runtime.compute_dtype=bfloat16", "runtime.max_tokens_per_microbatch=1")
-    result = run(*SMALL[:-3], "4", "--turns", "1", "--pass", "train", *(f"--set={each}" for each in settings))
-    assert result.exit_code == 0, result.output
-    assert casts == [torch.bfloat16] * 4
 
 
 # --- limits -------------------------------------------------------------------------------

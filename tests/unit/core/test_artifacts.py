@@ -31,11 +31,6 @@ def names_in(folder: Path) -> list[str]:
 # --- digests ------------------------------------------------------------------------------
 
 
-def test_a_digest_has_128_bits_and_depends_on_every_byte() -> None:
-    assert len(bytes.fromhex(digest_bytes(b"abc"))) == 16
-    assert digest_bytes(b"abc") != digest_bytes(b"abd")
-
-
 def test_where_one_part_ends_and_the_next_begins_counts() -> None:
     digests = [digest_bytes(b"ab", b"c"), digest_bytes(b"a", b"bc"), digest_bytes(b"abc"), digest_bytes(b"abc", b"")]
     assert len(set(digests)) == 4
@@ -83,8 +78,9 @@ def test_the_digest_of_files_depends_on_names_and_contents_not_on_their_order(tm
 
 
 def test_a_file_appears_with_its_folder_and_nothing_beside_it(tmp_path: Path) -> None:
-    write_text(tmp_path / "deep" / "file.txt", "text\n")
+    write_text(tmp_path / "deep" / "file.txt", "é\n中\n")
     assert names_in(tmp_path) == ["deep", "deep/file.txt"]
+    assert (tmp_path / "deep" / "file.txt").read_bytes() == "é\n中\n".encode()
 
 
 def test_an_error_while_writing_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
@@ -96,11 +92,6 @@ def test_an_error_while_writing_leaves_the_old_file_and_no_other(tmp_path: Path)
         raise RuntimeError
     assert path.read_text() == "old"
     assert names_in(tmp_path) == ["file"]
-
-
-def test_text_has_line_feeds_and_utf_8(tmp_path: Path) -> None:
-    write_text(tmp_path / "file", "é\n中\n")
-    assert (tmp_path / "file").read_bytes() == "é\n中\n".encode()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -129,15 +120,14 @@ def test_json_lines_hold_one_object_each(tmp_path: Path) -> None:
     assert lines[1] == '{"text": "中"}'
 
 
-def test_a_missing_file_of_an_earlier_stage_says_which_stage_to_run(tmp_path: Path) -> None:
-    with pytest.raises(StaleArtifactError, match=r"lock.json is missing; run: dpo-cli base$"):
-        read_json(tmp_path / "lock.json", "run: dpo-cli base")
-
-
-@pytest.mark.parametrize("data", [b"", b'{"a": ', b"\xff\xfe", b"not json"])
-def test_a_damaged_file_of_an_earlier_stage_says_which_stage_to_run(tmp_path: Path, data: bytes) -> None:
-    (tmp_path / "lock.json").write_bytes(data)
-    with pytest.raises(StaleArtifactError, match=r"lock.json is damaged \(.+\); run: dpo-cli base$"):
+@pytest.mark.parametrize("data", [None, b"", b'{"a": ', b"\xff\xfe", b"not json"])
+def test_a_missing_or_damaged_file_of_an_earlier_stage_says_which_stage_to_run(
+    tmp_path: Path, data: bytes | None
+) -> None:
+    if data is not None:
+        (tmp_path / "lock.json").write_bytes(data)
+    what = "missing" if data is None else r"damaged \(.+\)"
+    with pytest.raises(StaleArtifactError, match=rf"lock.json is {what}; run: dpo-cli base$"):
         read_json(tmp_path / "lock.json", "run: dpo-cli base")
 
 
@@ -151,25 +141,15 @@ def build(folder: Path, **files: str) -> Path:
     return folder
 
 
-def test_a_finished_folder_moves_onto_its_place(tmp_path: Path) -> None:
-    built = build(tmp_path / "scratch" / "out", a="1")
-    publish_folder(built, tmp_path / "models" / "sft")
+def test_a_finished_folder_replaces_what_stands_in_its_place_and_what_a_kill_left_there(tmp_path: Path) -> None:
+    place = tmp_path / "models" / "sft"
+    publish_folder(build(tmp_path / "scratch" / "out", old="1", a="1"), place)
+    assert names_in(tmp_path) == ["models", "models/sft", "models/sft/a", "models/sft/old", "scratch"]
+    for word in ("old", "new"):
+        build(tmp_path / "models" / f".sft.{word}.tmp", leftover="1")
+    publish_folder(build(tmp_path / "scratch" / "out", a="2"), place)
     assert names_in(tmp_path) == ["models", "models/sft", "models/sft/a", "scratch"]
-
-
-def test_a_new_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:
-    place = build(tmp_path / "models", old="1", a="1")
-    publish_folder(build(tmp_path / "scratch" / "out", a="2"), place)
-    assert names_in(tmp_path) == ["models", "models/a", "scratch"]
     assert (place / "a").read_text() == "2"
-
-
-def test_what_a_killed_publication_left_behind_does_no_harm(tmp_path: Path) -> None:
-    place = build(tmp_path / "models", a="1")
-    build(tmp_path / ".models.old.tmp", leftover="1")
-    build(tmp_path / ".models.new.tmp", leftover="1")
-    publish_folder(build(tmp_path / "scratch" / "out", a="2"), place)
-    assert names_in(tmp_path) == ["models", "models/a", "scratch"]
 
 
 @pytest.mark.parametrize(("umask", "file_mode", "folder_mode"), [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750)])

@@ -1,4 +1,4 @@
-"""Offline before anything else."""
+"""Offline before anything else; and how many cores this process may use."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import sys
 import types
 from pathlib import Path
 
+import psutil
 import pytest
 
-from dpo_cli.core import gpu
+from dpo_cli.core import environment
 from dpo_cli.core.environment import claim_gpu, importing, is_first_process, prepare_environment
 
 
@@ -89,7 +90,7 @@ def test_segments_of_gpu_memory_grow_where_that_is_safe(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-    monkeypatch.setattr(gpu, "_WSL_GPU", tmp_path / "dxg")
+    monkeypatch.setattr(environment, "_WSL_GPU", tmp_path / "dxg")
     if "WSL's" in release:
         (tmp_path / "dxg").touch()
     for name in names:
@@ -100,3 +101,46 @@ def test_segments_of_gpu_memory_grow_where_that_is_safe(
     monkeypatch.setattr(platform, "uname", lambda: types.SimpleNamespace(release=release))
     prepare_environment()
     assert {name: os.environ[name] for name in names if name in os.environ} == expected
+
+
+# --- cores ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A machine of 8 cores with two threads each, without a limit; its cgroup's folder."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 16 if logical else 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
+    monkeypatch.setattr(environment, "_CGROUP", tmp_path)
+    return tmp_path
+
+
+def test_all_physical_cores_are_used_that_affinity_allows(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert environment.usable_cores() == 8
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 5, 7})
+    assert environment.usable_cores() == 3
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("3200000 100000", 8)]
+)
+def test_a_quota_bounds_them(machine: Path, limit: str, expected: int) -> None:
+    (machine / "cpu.max").write_text(f"{limit}\n")
+    assert environment.usable_cores() == expected
+
+
+def test_a_quota_of_the_older_kind_bounds_them(machine: Path) -> None:
+    (machine / "cpu").mkdir()
+    (machine / "cpu/cpu.cfs_quota_us").write_text("-1\n")
+    (machine / "cpu/cpu.cfs_period_us").write_text("100000\n")
+    assert environment.usable_cores() == 8
+    (machine / "cpu/cpu.cfs_quota_us").write_text("400000\n")
+    assert environment.usable_cores() == 4
+
+
+@pytest.mark.parametrize(("value", "expected"), [("1", 1), ("6,2", 6), ("0", 8), ("many", 8)])
+def test_the_environment_goes_first(machine: Path, monkeypatch: pytest.MonkeyPatch, value: str, expected: int) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert environment.usable_threads() == expected
+    assert environment.usable_cores() == 8

@@ -19,14 +19,9 @@ def row(key: str, *token_logps: float) -> dict[str, Any]:
     return {"key": key, "logp": sum(token_logps), "token_logps": list(token_logps)}
 
 
-def test_an_empty_store_has_no_rows(tmp_path: Path) -> None:
-    rows = RowStore(tmp_path / "rows", SCHEMA).rows(["a"])
-    assert rows.height == 0
-    assert rows.schema == pl.Schema(SCHEMA)
-
-
 def test_rows_are_kept_across_runs_once_each(tmp_path: Path) -> None:
     store = RowStore(tmp_path / "rows", SCHEMA)
+    assert (store.rows(["a"]).height, store.rows(["a"]).schema) == (0, pl.Schema(SCHEMA))
     store.add([])
     assert list((tmp_path / "rows").iterdir()) == []
     store.add([row("a", -1.0), row("b", -2.0)])
@@ -62,13 +57,6 @@ def test_a_shard_with_a_flipped_bit_never_gives_other_figures(tmp_path: Path) ->
         shard.write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
         rows = RowStore(tmp_path / "rows", SCHEMA).rows(keys)
         assert rows.height == 0 or rows.equals(before)
-
-
-def test_a_shard_with_other_columns_is_left_out(tmp_path: Path) -> None:
-    store = RowStore(tmp_path / "rows", SCHEMA)
-    store.add([row("a", -1.0)])
-    pl.DataFrame({"key": ["b"], "logp": [-2.0]}).write_parquet(tmp_path / "rows" / "shard-old.parquet")
-    assert store.keys() == {"a"}
 
 
 def test_a_write_that_was_killed_leaves_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

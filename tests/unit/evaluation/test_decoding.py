@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from dpo_cli.core import gpu
+from dpo_cli.core import environment
 from dpo_cli.evaluation import decoding
 from dpo_cli.evaluation.generation import PromptTokens, Sampled
 from tests.parity.test_layouts_agree import EXACT, NEEDS_PADDING, VOCABULARY, WINDOWED, build
@@ -26,7 +26,7 @@ PLACELESS = {
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU is taken for a GPU."""
-    monkeypatch.setattr(gpu, "GPU_TYPES", ("cuda", "cpu"))
+    monkeypatch.setattr(environment, "GPU_TYPES", ("cuda", "cpu"))
 
 
 def sample(
@@ -44,7 +44,7 @@ def test_answers_are_those_of_a_cache_that_grows(family: str, reporter: Any, mon
     """Sampled and greedy, in batches of prompts of uneven lengths, well over every window."""
     model = build(family)
     grown = [sample(model, reporter, temperature=temperature) for temperature in (1.0, 0.0)]
-    monkeypatch.setattr(gpu, "GPU_TYPES", ("cuda", "cpu"))
+    monkeypatch.setattr(environment, "GPU_TYPES", ("cuda", "cpu"))
     if family not in PLACELESS:
         monkeypatch.setattr(model, "generate", None)
     assert [sample(model, reporter, temperature=temperature) for temperature in (1.0, 0.0)] == grown
@@ -66,7 +66,7 @@ def test_where_steps_give_other_numbers_the_cache_grows(
     """Here they do not keep windows."""
     model = build(family)
     grown = sample(model, reporter)
-    monkeypatch.setattr(gpu, "GPU_TYPES", ("cuda", "cpu"))
+    monkeypatch.setattr(environment, "GPU_TYPES", ("cuda", "cpu"))
 
     def step(run: Any) -> torch.Tensor:
         with patch(
@@ -140,7 +140,7 @@ def test_a_record_is_used_only_if_it_does_what_the_step_does(
 ) -> None:
     model = build("llama")
     grown = sample(model, reporter, temperature=temperature)
-    monkeypatch.setattr(gpu, "GPU_TYPES", ("cuda", "cpu"))
+    monkeypatch.setattr(environment, "GPU_TYPES", ("cuda", "cpu"))
     record = FakeRecord(fault)
     monkeypatch.setattr(decoding, "_record", record)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
@@ -161,7 +161,7 @@ def test_a_step_that_waits_for_the_device_is_not_recorded(
     """Found before a record is begun, and the step that was cut short is taken again."""
     model = build("llama")
     grown = sample(model, reporter)
-    monkeypatch.setattr(gpu, "GPU_TYPES", ("cuda", "cpu"))
+    monkeypatch.setattr(environment, "GPU_TYPES", ("cuda", "cpu"))
     modes: list[str] = []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     records: list[Any] = []

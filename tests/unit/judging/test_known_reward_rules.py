@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from dpo_cli.core.evaluate_params import RuleName
+from dpo_cli.core.params import RuleName
 from dpo_cli.judging.known_reward import MAX_SENTENCE_CHARACTERS, RULES
 
 

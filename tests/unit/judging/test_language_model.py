@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from dpo_cli.core.errors import MachineError
-from dpo_cli.core.evaluate_params import HfJudgeParams
-from dpo_cli.core.params import RuntimeParams
+from dpo_cli.core.params import HfJudgeParams, RuntimeParams
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.schema import user
 from dpo_cli.judging.cache import CachedJudge

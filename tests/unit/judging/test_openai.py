@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from dpo_cli.core.errors import MachineError, ParamsError
-from dpo_cli.core.evaluate_params import HfJudgeParams
+from dpo_cli.core.params import HfJudgeParams
 from dpo_cli.judging.cache import CachedJudge
 from dpo_cli.judging.judge import INVALID, Judgment, Question
 from dpo_cli.judging.openai import OpenAiJudge, read_answer

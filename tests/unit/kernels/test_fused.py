@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch.nn.functional import silu
 
-from dpo_cli.core import gpu
+from dpo_cli.core import environment
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.kernels import fused, products
 from dpo_cli.kernels.fused import (
@@ -236,7 +236,7 @@ def test_kernels_are_used_on_a_gpu_for_narrow_numbers_and_only_if_they_are_right
     model = make_llama(100)
     use_fused(model, CPU, BFLOAT16)
     assert replaced(model) == set()
-    monkeypatch.setattr(gpu, "GPU_TYPES", ("cpu",))
+    monkeypatch.setattr(environment, "GPU_TYPES", ("cpu",))
     use_fused(model, CPU, torch.float32)
     assert replaced(model) == set()
     with monkeypatch.context() as patch:
@@ -302,7 +302,7 @@ def test_a_norm_is_tried_at_the_widths_of_the_model(
 ) -> None:
     """Which kernel CUDA starts depends on the width."""
     model = make_llama(100)
-    monkeypatch.setattr(gpu, "GPU_TYPES", ("cpu",))
+    monkeypatch.setattr(environment, "GPU_TYPES", ("cpu",))
     right = rms_norm
     monkeypatch.setattr(
         fused, "rms_norm", lambda x, weight_D, e: right(x, weight_D, e) * (1.1 if x.shape[-1] == 64 else 1.0)

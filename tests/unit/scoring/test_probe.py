@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import AttentionInterface
 
-from dpo_cli.core import gpu, paths
+from dpo_cli.core import environment, paths
 from dpo_cli.core.errors import MachineError
 from dpo_cli.core.params import LoraParams, RuntimeParams
 from dpo_cli.data.tokens import TokenGroup
@@ -382,7 +382,7 @@ def test_the_kernel_of_the_attention_is_named_and_why_others_are_not(
 def test_a_model_generates_after_kernels_were_tried_out_on_a_gpu(
     open_: Callable[..., Any], make_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu, "GPU_TYPES", ("cuda", "cpu"))
+    monkeypatch.setattr(environment, "GPU_TYPES", ("cuda", "cpu"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
     for _ in range(2):  # probed, then remembered
         model = make_llama(100)

@@ -18,22 +18,17 @@ from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.load import load_model
-from dpo_cli.scoring.budget import TokenBudget
+from dpo_cli.models.workplace import Workplace
 from dpo_cli.scoring.scorer import Scorer, Scores, Statistics
 from dpo_cli.training.accumulation import Limits
 from dpo_cli.training.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
-from dpo_cli.training.fit import Shuffled
-from dpo_cli.training.job import Job
+from dpo_cli.training.fit import Shuffled, make_descent
 from dpo_cli.training.loop import Course, Data, Loop
-from dpo_cli.training.loss_scale import LossScale
-from dpo_cli.training.optimizer import make_descent
+from dpo_cli.training.parallel import Job
 from dpo_cli.training.protocols import BatchSource, GroupLosses, Learner
+from tests.small_training import Killed, kill_at
 
 SETTINGS = TrainParams(learning_rate=1e-2, schedule="constant", warmup_ratio=0.0)
-
-
-class Killed(BaseException):
-    pass
 
 
 def test_every_epoch_has_each_item_once_in_an_order_of_its_own() -> None:
@@ -133,8 +128,8 @@ def reinforce(tiny_folder: Path, cpu: Any) -> Callable[..., tuple[Loop[Scores], 
         model = add_adapter(load_model(tiny_folder, cpu, quantization="none"), lora, seed=0)
         scorer = Scorer(model, torch.float32)
         rollouts = Rollouts(model, scorer)
-        limits = Limits(TokenBudget(256, "rlhf", reporter), LossScale(torch.float32, "rlhf", reporter, None))
-        job = Job("rlhf", folder, cpu, RuntimeParams(checkpoint_minutes=0.0), reporter)
+        job = Job(Workplace("rlhf", reporter, RuntimeParams(checkpoint_minutes=0.0), cpu), folder)
+        limits = Limits.of(job.work, 256)
         descent = make_descent(model, SETTINGS, num_steps, cpu.device, "rlhf")
         learner = Learner(model, scorer, Clipped(rollouts))
         return Loop(learner, Data(rollouts), descent, Course(num_steps), limits, job), rollouts, model
@@ -159,12 +154,8 @@ def test_killed_within_a_round_it_goes_on_with_the_same_answers(
     whole, _, expected = reinforce(tmp_path / "whole", make_reporter(), 3 * ROUND)
     whole.run()
 
-    def kill(done: int) -> None:
-        if done == ROUND + 3:
-            raise Killed
-
     with pytest.raises(Killed):
-        reinforce(tmp_path / "killed", make_reporter(kill), 3 * ROUND)[0].run()
+        reinforce(tmp_path / "killed", make_reporter(kill_at(ROUND + 3)), 3 * ROUND)[0].run()
     resumed, rollouts, found = reinforce(tmp_path / "killed", make_reporter(), 3 * ROUND)
     resumed.run()
     assert resumed.first_step == ROUND + 2

@@ -14,12 +14,13 @@ from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine
 from dpo_cli.models.load import load_model
+from dpo_cli.models.workplace import Workplace
 from dpo_cli.scoring.scorer import Scorer
-from dpo_cli.training import loss_scale
+from dpo_cli.training import accumulation
+from dpo_cli.training.accumulation import LossScale
 from dpo_cli.training.fit import fit
-from dpo_cli.training.job import Job
-from dpo_cli.training.loss_scale import LossScale
 from dpo_cli.training.objective import PairObjective
+from dpo_cli.training.parallel import Job
 from dpo_cli.training.protocols import Learner
 
 CPU = torch.device("cpu")
@@ -37,7 +38,7 @@ def train(
     """``train(dtype, start, ...)``: the gradients of two steps of DPO that hardly weighs anything."""
 
     def go(dtype: torch.dtype, start: float = 2.0**13, work: str = "", dropout: float = 0.0) -> list[torch.Tensor]:
-        monkeypatch.setattr(loss_scale, "_START", start)
+        monkeypatch.setattr(accumulation, "_LOSS_SCALE_AT_START", start)
         machine = Machine(CPU, dtype)
         lora = LoraParams(r=4, alpha=8.0, dropout=dropout)
         model = add_adapter(load_model(tiny_folder, machine, quantization="none"), lora, seed=0)
@@ -58,7 +59,7 @@ def train(
             patch.setattr(LossScale, "unscale", noted)
             learner = Learner(model, scorer, PairObjective(TrainParams(beta=2e-5), reference))
             runtime = RuntimeParams(recompute="none", checkpoint_minutes=60.0)
-            fit(learner, train, held_out, SETTINGS, Job("train", folder, machine, runtime, reporter))
+            fit(learner, train, held_out, SETTINGS, Job(Workplace("train", reporter, runtime, machine), folder))
         assert {gradient.dtype for gradient in seen} == {torch.float32}
         assert len(seen) == SETTINGS.max_steps
         return seen

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,17 +11,18 @@ import pytest
 import torch
 
 from dpo_cli.core.errors import Interrupted
-from dpo_cli.core.params import LoraParams, RewardParams, RuntimeParams
+from dpo_cli.core.params import LoraParams, RewardParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import SftResult
 from dpo_cli.models.reward import load_reward_model_at_start, reward_head
 from dpo_cli.scoring.layout import LayoutName
 from dpo_cli.scoring.reward import Rewards, RewardScorer
 from dpo_cli.scoring.scorer import Scorer
-from dpo_cli.training.fit import Fit, fit
-from dpo_cli.training.job import Job
+from dpo_cli.training.fit import Fit
 from dpo_cli.training.objective import RewardObjective
 from dpo_cli.training.protocols import Learner
+from tests import small_training
+from tests.small_training import CPU, Groups, Lab, adapter, logged, same_bytes, stop_at
 from tests.waiting import NoWaiting
 
 SETTINGS = RewardParams(loss="bradley_terry", learning_rate=5e-3, batch_size=8, epochs=2.0, eval_steps=3)
@@ -92,54 +91,48 @@ def test_ties_in_a_ranking_are_taken_as_they_are_asked_for(make_groups: Callable
 # --- the training -------------------------------------------------------------------------
 
 
-@pytest.fixture
-def model(tiny_folder: Path, cpu: Any) -> Callable[[], Any]:
+@pytest.fixture(scope="module")
+def model(tiny_folder: Path) -> Callable[[], Any]:
     """``model()``: the tiny model in nf4 with an adapter and a head of zeros; every call gives the same weights."""
-
-    def make() -> Any:
-        none = SftResult("none", "digest")
-        return load_reward_model_at_start(tiny_folder, none, cpu, "nf4", LoraParams(r=4, alpha=8.0), 0)
-
-    return make
+    none = SftResult("none", "digest")
+    return lambda: load_reward_model_at_start(tiny_folder, none, CPU, "nf4", LoraParams(r=4, alpha=8.0), 0)
 
 
-@pytest.fixture
-def pairs(make_groups: Callable[..., list[TokenGroup]]) -> tuple[list[TokenGroup], list[TokenGroup]]:
+@pytest.fixture(scope="module")
+def pairs(make_groups: Callable[..., list[TokenGroup]]) -> Groups:
     return make_groups(20, seed=1), make_groups(6, seed=2)
 
 
 def train(
     model: Any,
-    pairs: tuple[list[TokenGroup], list[TokenGroup]],
+    pairs: Groups,
     work: Path,
-    cpu: Any,
     reporter: Any,
-    runtime: RuntimeParams | None = None,
     layout: LayoutName = "shared",
     objective: RewardObjective | None = None,
+    **runtime: Any,
 ) -> Fit:
-    work.mkdir(parents=True, exist_ok=True)
     scorer = RewardScorer(Scorer(model, torch.float32, layout), reward_head(model))
-    job = Job("reward", work, cpu, runtime or RuntimeParams(), reporter)
-    return fit(Learner(model, scorer, objective or RewardObjective()), *pairs, SETTINGS, job)
+    learner = Learner(model, scorer, objective or RewardObjective())
+    return small_training.train(learner, pairs, work, reporter, SETTINGS, stage="reward", **runtime)
 
 
-def trained(model: Any) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+CURVE = ("loss", "eval_loss", "rewards/margins")
 
 
-def curve(fitted: Fit) -> list[float]:
-    return [
-        entry[name] for name in ("loss", "eval_loss", "rewards/margins") for entry in fitted.history if name in entry
-    ]
-
-
-def test_training_lowers_the_loss_from_ln_2_and_moves_the_adapter_and_the_head_alone(
-    model: Callable[[], Any], pairs: Any, tmp_path: Path, cpu: Any, reporter: Any
-) -> None:
+@pytest.fixture(scope="module")
+def whole(
+    model: Any, pairs: Groups, tmp_path_factory: pytest.TempPathFactory, make_reporter: Any
+) -> tuple[Any, dict[str, torch.Tensor], Fit]:
+    """A model, what it was before its training, and how that went: each step in one piece, nothing computed again."""
     made = model()
     before = {name: value.clone() for name, value in made.state_dict().items()}
-    fitted = train(made, pairs, tmp_path / "a", cpu, reporter)
+    runtime: dict[str, Any] = {"max_tokens_per_microbatch": 8192, "recompute": "none"}
+    return made, before, train(made, pairs, tmp_path_factory.mktemp("whole"), make_reporter(), **runtime)
+
+
+def test_training_lowers_the_loss_from_ln_2_and_moves_the_adapter_and_the_head_alone(whole: Any) -> None:
+    made, before, fitted = whole
     assert fitted.first("eval_loss") == pytest.approx(math.log(2), abs=1e-7)
     assert fitted.first("loss") == pytest.approx(math.log(2), abs=1e-7)
     assert fitted.last("loss") < 0.65
@@ -148,62 +141,44 @@ def test_training_lowers_the_loss_from_ln_2_and_moves_the_adapter_and_the_head_a
     assert all("lora" in name or "modules_to_save" in name for name in moved)
 
 
-@pytest.mark.parametrize(("budget", "layout"), [(1, "shared"), (64, "shared"), (8192, "shared"), (256, "padded")])
-def test_neither_the_token_budget_nor_the_layout_changes_the_loss_curve(
-    budget: int, layout: LayoutName, model: Callable[[], Any], pairs: Any, tmp_path: Path, cpu: Any, reporter: Any
+@pytest.mark.parametrize(
+    ("budget", "layout", "recompute"), [(1, "shared", "layers"), (64, "shared", "elementwise"), (256, "padded", "none")]
+)
+def test_neither_the_token_budget_nor_the_layout_nor_recomputation_changes_the_loss_curve(
+    budget: int,
+    layout: LayoutName,
+    recompute: str,
+    whole: Any,
+    model: Callable[[], Any],
+    pairs: Groups,
+    tmp_path: Path,
+    reporter: Any,
 ) -> None:
-    runtime = RuntimeParams(max_tokens_per_microbatch=budget)
-    found = train(model(), pairs, tmp_path / "a", cpu, reporter, runtime, layout)
-    whole = RuntimeParams(max_tokens_per_microbatch=8192)
-    expected = train(model(), pairs, tmp_path / "b", cpu, reporter, whole)
-    assert curve(found) == pytest.approx(curve(expected), rel=1e-4, abs=1e-5)
+    runtime: dict[str, Any] = {"max_tokens_per_microbatch": budget, "recompute": recompute}
+    found = train(model(), pairs, tmp_path, reporter, layout, **runtime)
+    assert logged(found, *CURVE) == pytest.approx(logged(whole[2], *CURVE), rel=1e-4, abs=1e-5)
 
 
 def test_rankings_train_too(
-    model: Callable[[], Any],
-    make_groups: Callable[..., list[TokenGroup]],
-    tmp_path: Path,
-    cpu: Any,
-    reporter: Any,
+    model: Callable[[], Any], make_groups: Callable[..., list[TokenGroup]], tmp_path: Path, reporter: Any
 ) -> None:
     groups = [*make_groups(10, completions=4, seed=1), *make_groups(6, completions=3, seed=2)]
     ranks = {group.id: list(range(1, len(group.completions) + 1)) for group in groups}
-    fitted = train(
-        model(), (groups, groups), tmp_path, cpu, reporter, objective=RewardObjective(ranks), layout="shared"
-    )
+    fitted = train(model(), (groups, groups), tmp_path, reporter, objective=RewardObjective(ranks))
     expected = (10 * math.log(24) + 6 * math.log(6)) / 16  # all orders are equally likely at first
     assert fitted.first("eval_loss") == pytest.approx(expected, abs=1e-6)
     assert fitted.last("eval_loss") < expected - 0.1
     assert fitted.last("eval_rewards/kendall_tau") > 0.2
 
 
-@pytest.mark.parametrize("recompute", ["elementwise", "layers"])
-def test_recomputation_changes_nothing(
-    recompute: str, model: Callable[[], Any], pairs: Any, tmp_path: Path, cpu: Any, reporter: Any
-) -> None:
-    runtime = RuntimeParams.model_validate({"recompute": recompute})
-    found = train(model(), pairs, tmp_path / "a", cpu, reporter, runtime)
-    expected = train(model(), pairs, tmp_path / "b", cpu, reporter, RuntimeParams(recompute="none"))
-    assert curve(found) == pytest.approx(curve(expected), rel=1e-5, abs=1e-6)
-
-
 def test_stopped_and_run_again_it_makes_the_same_bytes(
-    model: Callable[[], Any], pairs: Any, tmp_path: Path, cpu: Any, make_reporter: Any
+    lab: Lab, whole: Any, model: Callable[[], Any], pairs: Groups
 ) -> None:
-    whole = model()
-    uninterrupted = train(whole, pairs, tmp_path / "whole", cpu, make_reporter())
-
-    def stop(done: int) -> None:
-        if done == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    work = tmp_path / "stopped"
+    runtime: dict[str, Any] = {"max_tokens_per_microbatch": 8192, "recompute": "none"}
     with pytest.raises(Interrupted, match=r"reward: stopped and saved at step 2 of 6; run it again to go on"):
-        train(model(), pairs, work, cpu, make_reporter(stop))
-    resumed = model()
-    reporter = make_reporter()
-    fitted = train(resumed, pairs, work, cpu, reporter)
+        train(model(), pairs, lab.folder, lab.reporter(stop_at(2)), **runtime)
+    resumed, reporter = model(), lab.reporter()
+    fitted = train(resumed, pairs, lab.folder, reporter, **runtime)
     assert reporter.said == ["reward: going on from checkpoint-2"]
-    assert curve(fitted) == curve(uninterrupted)
-    for name, value in trained(whole).items():
-        assert torch.equal(trained(resumed)[name], value), name
+    assert logged(fitted, *CURVE) == logged(whole[2], *CURVE)
+    assert same_bytes(adapter(resumed), adapter(whole[0]))

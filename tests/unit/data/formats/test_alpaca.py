@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from dpo_cli.data.formats.alpaca import ALPACA
 from dpo_cli.data.formats.base import Reading
+from dpo_cli.data.formats.instructions import ALPACA
 from dpo_cli.data.schema import Messages, assistant, user
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_cli.data.formats.boundaries import shared_tokens
+from dpo_cli.data.formats.texts import shared_tokens
 
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
 WAVE, DARK, LIGHT = "\U0001f44b", "\U0001f3ff", "\U0001f3fb"

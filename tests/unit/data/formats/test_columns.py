@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from dpo_cli.data.formats.alpaca import ALPACA
 from dpo_cli.data.formats.base import Format, Reading
 from dpo_cli.data.formats.columns import MISSING, look_up, plan_of
-from dpo_cli.data.formats.kwise import KWISE
+from dpo_cli.data.formats.instructions import ALPACA
 from dpo_cli.data.formats.pairs import PAIRS
+from dpo_cli.data.formats.rankings import KWISE
 from dpo_cli.data.formats.two_outputs import TWO_OUTPUTS
 from dpo_cli.data.problem import RowProblem
 

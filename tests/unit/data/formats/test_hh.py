@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dpo_cli.data.formats.base import Reading
-from dpo_cli.data.formats.hh import HH
+from dpo_cli.data.formats.pairs import HH
 from dpo_cli.data.schema import Messages, PreferenceExample, assistant, user
 
 Q, A, B = user("q"), assistant("a"), assistant("b")

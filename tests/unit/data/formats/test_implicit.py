@@ -10,7 +10,7 @@ import pytest
 
 from dpo_cli.data.formats.base import Reading
 from dpo_cli.data.formats.detect import UnknownFormatError
-from dpo_cli.data.formats.implicit import IMPLICIT
+from dpo_cli.data.formats.pairs import IMPLICIT
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import PreferenceExample, assistant, user
 

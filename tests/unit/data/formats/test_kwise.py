@@ -11,7 +11,7 @@ import pytest
 from dpo_cli.data.formats import PREFERENCE_FORMATS, SFT_FORMATS
 from dpo_cli.data.formats.base import Reading
 from dpo_cli.data.formats.detect import RowReader, UnknownFormatError
-from dpo_cli.data.formats.kwise import KWISE, ranks_of_scores
+from dpo_cli.data.formats.rankings import KWISE, ranks_of_scores
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import PreferenceExample, RankingExample, assistant, user
 

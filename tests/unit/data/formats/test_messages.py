@@ -10,7 +10,7 @@ import pytest
 
 from dpo_cli.data.formats.base import Reading
 from dpo_cli.data.formats.content import ROLE_NAMES
-from dpo_cli.data.formats.messages import MESSAGES
+from dpo_cli.data.formats.instructions import MESSAGES
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import SftExample, assistant, user
 

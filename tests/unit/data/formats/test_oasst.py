@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dpo_cli.data.formats.base import Reading
-from dpo_cli.data.formats.oasst import OASST, OASST_SFT
+from dpo_cli.data.formats.rankings import OASST, OASST_SFT
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import RankingExample, SftExample, assistant, user
 

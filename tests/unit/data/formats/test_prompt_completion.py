@@ -10,7 +10,7 @@ import pytest
 
 from dpo_cli.data.formats.base import Reading
 from dpo_cli.data.formats.detect import UnknownFormatError
-from dpo_cli.data.formats.prompt_completion import PROMPT_COMPLETION
+from dpo_cli.data.formats.instructions import PROMPT_COMPLETION
 from dpo_cli.data.schema import SftExample, assistant, user
 
 Q, A = user("q"), assistant("a")

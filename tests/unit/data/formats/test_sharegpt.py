@@ -10,7 +10,7 @@ import pytest
 
 from dpo_cli.data.formats.base import Reading
 from dpo_cli.data.formats.detect import UnknownFormatError
-from dpo_cli.data.formats.sharegpt import SHAREGPT
+from dpo_cli.data.formats.pairs import SHAREGPT
 from dpo_cli.data.schema import PreferenceExample, SftExample, assistant, user
 
 Q, A, B = user("q"), assistant("a"), assistant("b")

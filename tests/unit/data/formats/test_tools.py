@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 import pytest
 
-from dpo_cli.data.formats.tools import read_calls, read_tools
+from dpo_cli.data.formats.content import read_calls, read_tools
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import PreferenceExample, SftExample, assistant, user
 

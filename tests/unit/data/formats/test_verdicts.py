@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dpo_cli.data.formats.kwise import read_verdicts
+from dpo_cli.data.formats.rankings import read_verdicts
 from dpo_cli.data.problem import RowProblem
 
 
