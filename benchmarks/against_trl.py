@@ -100,6 +100,7 @@ def run_side(side: str, job: dict[str, Any], *, keep_memory: bool) -> Any:
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     environment |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment |= {"TORCHDYNAMO_DISABLE": "0"}  # what a side compiles is compiled
     environment |= KEEP_MEMORY if keep_memory else {}
     command = [sys.executable, __file__, "--side", side, "--job", json.dumps(job, default=str)]
     process = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -34,7 +34,7 @@ PAGES = [
 
 NOT_RUN = {
     r"^\S+ (-C \S+ )?repro": "every stage under DVC: tests/e2e/test_repro.py",
-    r"^\S+ compare HEAD|^\S+ compare --baseline": "experiments of DVC: tests/e2e/test_sweep.py",
+    r"^\S+ compare HEAD|^\S+ compare --baseline": "experiments of DVC: tests/e2e/test_repro.py",
     r"^\S+ .*evaluations/another|^\S+ .*/adapters/": "an adapter from elsewhere: tests/e2e/test_evaluate.py",
     r"judge=(hf|openai)": "a judge's model or server: tests/e2e/test_evaluate.py, test_judge_server.py",
     r"judge=votes|^\S+ agreement": "sheets that people fill in: tests/e2e/test_evaluate.py, unit/cli/test_agreement.py",

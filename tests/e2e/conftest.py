@@ -23,7 +23,7 @@ from tests.commands import run, succeed
 
 NUM_ROWS = 160
 _SMALL = {
-    "pretrain_steps: 1800": "pretrain_steps: 100",
+    "pretrain_steps: 1800": "pretrain_steps: 40",
     "epochs: 3.0": "epochs: 1.0",
     "num_prompts: 0": "num_prompts: 16",
     "max_new_tokens: 48": "max_new_tokens: 12",

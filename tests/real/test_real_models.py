@@ -7,9 +7,8 @@ through transformers' own model: a log-softmax over all logits and a sum.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ from dpo_cli.scoring.scorer import Scorer
 from tests import gguf_files
 from tests.live_memory import LiveMemory
 from tests.real.fetch import MODELS, RealModel, fetch, imported
+from tests.tiny_project import run_stages, write_raw
 
 TOLERANCE = 1e-3
 """Nats, on sums of log-probabilities over an answer: what float32 leaves open between two ways to compute them."""
@@ -79,15 +79,9 @@ class Run:
 @pytest.fixture(scope="module", params=list(MODELS))
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, make_reporter: Any) -> Iterator[Run]:
     """Three steps of DPO in nf4, straight from the base model, in a project that is the working directory."""
-    from dpo_cli.stages import base, convert_preferences, precompute_ref, sft, train
-
     model = MODELS[request.param]
     folder = imported(model)
     project = tmp_path_factory.mktemp(model.name)
-    (project / "data/raw").mkdir(parents=True)
-    (project / "data/raw/preferences.json").write_text(
-        json.dumps(preference_rows(model.num_sentences)), encoding="utf-8"
-    )
     params = parse_params(
         {
             "data": {"eval_fraction": 0.25},
@@ -98,15 +92,10 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
             "runtime": {"model_path": str(folder), "device": "cpu", "threads": 1},
         }
     )
-    before = Path.cwd()
-    os.chdir(project)
-    try:
-        reporter = make_reporter()
-        for stage in (base, convert_preferences, sft, precompute_ref):
-            stage.run(params, reporter)
-        yield Run(model, folder, project, params, train.run(params, reporter))
-    finally:
-        os.chdir(before)
+    with contextlib.chdir(project):
+        write_raw(preference_rows(model.num_sentences))
+        stages = ("base", "convert_preferences", "sft", "precompute_ref", "train")
+        yield Run(model, folder, project, params, run_stages(params, make_reporter(), *stages))
 
 
 @pytest.fixture(scope="module")
