@@ -20,6 +20,7 @@ from dpo_cli.core.load_params import load_params
 from dpo_cli.core.params_text import params_yaml
 from dpo_cli.data import world
 from tests.commands import run, succeed
+from tests.tiny_project import CONVERTED, TRAINING, run_stages, write_raw
 
 NUM_ROWS = 160
 _SMALL = {
@@ -81,17 +82,14 @@ def finished(
 
 @pytest.fixture(scope="session")
 def train_tiny(tiny_folder: Path, make_reporter: Any) -> Callable[..., None]:
-    """``train_tiny(folder, settings)``: a project of the tiny model after stage train, whose tests are of commands."""
+    """``train_tiny(folder, settings)``: a project of the tiny model after stage train, for tests of commands."""
 
     def make(folder: Path, settings: dict[str, Any], more_rows: Sequence[Any] = ()) -> None:
-        from dpo_cli.stages import base, convert_preferences, convert_sft, precompute_ref, sft, train
-
-        training = {"batch_size": 8, "max_steps": 4}
         values = {
             "data.eval_fraction": 0.3,
             "data.preferences.also": [],
             "model.name": "tiny",
-            **{f"{section}.{key}": value for section in ("sft", "train") for key, value in training.items()},
+            **{f"{section}.{key}": value for section in ("sft", "train") for key, value in TRAINING.items()},
             "sft.max_length": 200,
             "reference.max_length": 200,
             "reference.quantization": "none",
@@ -101,13 +99,8 @@ def train_tiny(tiny_folder: Path, make_reporter: Any) -> Callable[..., None]:
         }
         with chdir(folder):
             write_text(Path("params.yaml"), params_yaml(values | settings))
-            rows = {"instructions": world.instruction_rows(0, 60), "preferences": world.preference_rows(0, 60)}
-            Path("data/raw").mkdir(parents=True)
-            for name, mine in rows.items():
-                extra = more_rows if name == "preferences" else ()
-                Path(f"data/raw/{name}.json").write_text(json.dumps([*mine, *extra]), encoding="utf-8")
-            params = load_params(Path("params.yaml"))
-            for stage in (base, convert_sft, convert_preferences, sft, precompute_ref, train):
-                stage.run(params, make_reporter())
+            write_raw([*world.preference_rows(0, 60), *more_rows], 60)
+            stages = (*CONVERTED, "sft", "precompute_ref", "train")
+            run_stages(load_params(Path("params.yaml")), make_reporter(), *stages)
 
     return make
