@@ -69,7 +69,7 @@ def read_prompts(path: Path) -> PromptFile:
         DataError: The file cannot be read or has no rows, or a row of it has no prompt; it names the first of them.
     """
     found = PromptFile(path)
-    problems: list[str] = []
+    problems: list[tuple[Path, int, RowProblem]] = []
     for record in read_records(path):
         found.num_read += 1
         try:
@@ -81,13 +81,12 @@ def read_prompts(path: Path) -> PromptFile:
             if not any(message["content"].strip() for message in messages):
                 raise RowProblem("empty_prompt", "asks nothing: 'prompt' is empty")
         except RowProblem as problem:
-            problems.append(_problem_in(path, record.row, problem))
+            problems.append((path, record.row, problem))
             continue
         id = content_id(messages)
         found.prompts.setdefault(id, messages)
         found.rows.setdefault(id, record.row)
-    if problems:
-        raise DataError(_first_of(problems))
+    _refuse(problems)
     if not found.prompts:
         raise DataError(f"{path} has no rows: there is nothing to answer")
     return found
@@ -100,28 +99,26 @@ def repeated(files: Sequence[PromptFile], num_answers: int, encoder: ChatEncoder
         DataError: The chat template refuses a prompt; it names the first of them.
     """
     tokens: dict[str, tuple[int, ...]] = {}
-    problems: list[str] = []
+    problems: list[tuple[Path, int, RowProblem]] = []
     for file in files:
         for id, messages in file.prompts.items():
             try:
                 tokens[id] = tuple(encoder.encode_prompt(messages))
             except RowProblem as problem:
-                problems.append(_problem_in(file.path, file.rows[id], problem))
-    if problems:
-        raise DataError(_first_of(problems))
+                problems.append((file.path, file.rows[id], problem))
+    _refuse(problems)
     messages = {id: prompt for file in files for id, prompt in file.prompts.items()}
     return [
         PromptTokens(_answer_id(id, number), tokens[id], messages[id]) for id in tokens for number in range(num_answers)
     ]
 
 
-def _problem_in(path: Path, row: int, problem: RowProblem) -> str:
-    return f"{path}, row {row} {problem}; correct the row, or take it out"
-
-
-def _first_of(problems: Sequence[str]) -> list[str]:
-    more = len(problems) - _MOST_PROBLEMS
-    return [*problems[:_MOST_PROBLEMS], *([f"{more} more rows are like that"] if more > 0 else [])]
+def _refuse(problems: Sequence[tuple[Path, int, RowProblem]]) -> None:
+    """Refuse files by their first bad rows."""
+    lines = [f"{path}, row {row} {problem}; correct the row, or take it out" for path, row, problem in problems]
+    more = len(lines) - _MOST_PROBLEMS
+    if lines:
+        raise DataError([*lines[:_MOST_PROBLEMS], *([f"{more} more rows are like that"] if more > 0 else [])])
 
 
 def _answer_id(prompt: str, number: int) -> str:
