@@ -20,10 +20,9 @@ from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine, prepare_machine
 from dpo_cli.models.load import keep_weights_unpacked
-from dpo_cli.models.shapes import random_model
-from dpo_cli.models.workplace import Workplace
+from dpo_cli.models.project import Workplace
+from dpo_cli.models.shapes import random_model, random_pairs
 from dpo_cli.scoring.probe import open_scorer
-from dpo_cli.scoring.regimes import random_pairs
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.fit import Fit, fit
 from dpo_cli.training.parallel import Job

@@ -22,7 +22,7 @@ from benchmarks.gpu_check import ROOT
 from benchmarks.gpu_check.bench import GIB, Bench, Policy, train
 from dpo_cli.core.errors import MachineError
 from dpo_cli.core.params import TrainParams
-from dpo_cli.dry_run.step import DryAccumulator
+from dpo_cli.dry_run.model import DryAccumulator
 from dpo_cli.evaluation.decoding import Decoding
 from dpo_cli.evaluation.generation import PromptTokens, sample_answers
 from dpo_cli.models.device import (

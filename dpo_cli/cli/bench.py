@@ -76,7 +76,7 @@ def bench_command(
     with errors_as_exit_codes(as_json=as_json):
         if card is not None:
             from dpo_cli.dry_run.stub import load_stub
-            from dpo_cli.models.gpus import GPUS
+            from dpo_cli.models.device import GPUS
 
             if card not in GPUS:
                 raise ParamsError(f"--card must be one of {', '.join(GPUS)}, got {card}")

@@ -25,6 +25,7 @@ from transformers.cache_utils import StaticSlidingWindowLayer
 
 from dpo_cli.core.errors import first_line, is_out_of_memory
 from dpo_cli.evaluation.static_cache import PlacesCache
+from dpo_cli.scoring.limits import causal_of
 
 _STEPS_A_LOOK = 8
 """Steps after which the host asks whether all answers have ended."""
@@ -82,7 +83,7 @@ class StaticDecoder:
     """
 
     def __init__(self, model: Any, decoding: Decoding, dtype: torch.dtype) -> None:
-        causal: Any = getattr(model, "get_base_model", lambda: model)()  # of a PeftModel; else itself
+        causal = causal_of(model)
         self._model = model
         self._config = causal.config.get_text_config(decoder=True)
         self._known = inspect.signature(causal.forward).parameters

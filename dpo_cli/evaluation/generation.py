@@ -23,6 +23,7 @@ from dpo_cli.data.schema import Messages
 from dpo_cli.evaluation.decoding import Decoding, StaticDecoder, describe, pick
 from dpo_cli.models.lora import cast_adapters
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
+from dpo_cli.scoring.limits import is_in_4_bit
 from dpo_cli.scoring.scorer import restore_attention
 
 GENERATION_VERSION = 1
@@ -128,7 +129,7 @@ def sample_answers(
             )
         return output[:, length:].tolist()
 
-    is_packed = any(getattr(parameter, "quant_state", None) is not None for parameter in model.parameters())
+    is_packed = is_in_4_bit(model.parameters())
     max_rows = _ROWS_OF_FOUR_BITS if is_packed and is_gpu(device) else len(prompts)
 
     def split(left: Sequence[PromptTokens], max_tokens: int) -> list[list[int]]:

@@ -29,7 +29,7 @@ from dpo_cli.judging.answers import Answer
 from dpo_cli.judging.comparisons import Answers, ComparisonResult, compare_models
 from dpo_cli.judging.prepare import LoadJudge, ReadyJudge
 from dpo_cli.models.project import Project
-from dpo_cli.reference.cache import reference_logps
+from dpo_cli.scoring.reference import reference_logps
 from dpo_cli.statistics.intervals import Estimate, Sampling
 
 Scaled = Mapping[float, tuple[dict[str, Answer], dict[str, SequenceKl]]]

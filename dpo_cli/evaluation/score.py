@@ -35,8 +35,8 @@ from dpo_cli.evaluation.steps import ScoredAnswers, score_answers
 from dpo_cli.losses.catalogue import learns_log_ratio
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.models.project import Project, open_project
-from dpo_cli.reference.cache import SCHEMA as LOGP_SCHEMA
-from dpo_cli.reference.cache import read_cache_rows
+from dpo_cli.scoring.reference import SCHEMA as LOGP_SCHEMA
+from dpo_cli.scoring.reference import read_cache_rows
 from dpo_cli.statistics.intervals import Sampling
 
 _OTHER_STORES_KEPT = 3

@@ -25,9 +25,9 @@ from dpo_cli.evaluation.kl import SequenceKl, sequence_kl
 from dpo_cli.evaluation.models import EvaluatedModel
 from dpo_cli.judging.answers import Answer
 from dpo_cli.models.project import Project
-from dpo_cli.reference.cache import SCHEMA as LOGP_SCHEMA
-from dpo_cli.reference.scoring import missing_groups, score_into_store
 from dpo_cli.scoring.budget import in_micro_batches
+from dpo_cli.scoring.reference import SCHEMA as LOGP_SCHEMA
+from dpo_cli.scoring.reference import missing_groups
 
 _ANSWERS = {"key": pl.String, "tokens": pl.List(pl.Int32), "finished": pl.Boolean}
 _DIVERGENCES = {
@@ -78,10 +78,9 @@ def score_answers(
     """
     wanted = {key for group in groups for key in group.keys}
     known = wanted & (store.keys() | (set() if cached is None else set(cached["key"])))
-    budget = project.budget()
-    if missing := missing_groups(groups, known, budget.max_tokens):
+    if missing := missing_groups(groups, known, project.budget().max_tokens):
         with model.use() as loaded, loaded.scorer as scorer:
-            score_into_store(scorer, missing, store, budget, project, what)
+            project.score_into(store, scorer, missing, what)
     rows = store.rows(wanted)
     if cached is not None:
         rows = pl.concat([cached, rows]).unique("key", keep="first", maintain_order=True)

@@ -24,7 +24,7 @@ from dpo_cli.judging.templates import Template
 from dpo_cli.models.folder import check_model_folder
 from dpo_cli.models.identity import lock_model
 from dpo_cli.models.load import context_length, load_model, load_tokenizer
-from dpo_cli.models.workplace import Workplace
+from dpo_cli.models.project import Workplace
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
 from dpo_cli.scoring.scorer import Scorer, engine_version
 

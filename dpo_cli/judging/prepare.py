@@ -24,9 +24,9 @@ from dpo_cli.judging.reward_model import KnownRewards, RewardModel
 from dpo_cli.judging.server import Server
 from dpo_cli.judging.templates import TEMPLATES, Template, open_template
 from dpo_cli.judging.votes import read_votes
+from dpo_cli.models.adapters import check_reward_model
 from dpo_cli.models.folder import check_model_folder
 from dpo_cli.models.project import Project
-from dpo_cli.models.reward import check_reward_model
 
 API_KEY = "DPO_JUDGE_API_KEY"
 JUDGE_PATH = "DPO_JUDGE_PATH"

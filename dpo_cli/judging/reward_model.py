@@ -12,10 +12,10 @@ from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.schema import Messages, assistant
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.judging.judge import Judgment, Question, one_by_one
+from dpo_cli.models.adapters import reward_head
 from dpo_cli.models.project import Project
-from dpo_cli.models.reward import reward_head
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
-from dpo_cli.scoring.reward import RewardScorer
+from dpo_cli.scoring.scorer import RewardScorer
 
 
 class RewardModel:
@@ -37,7 +37,7 @@ class RewardModel:
         """The reward model of a folder, on the frozen weights that it was trained on.
 
         Args:
-            folder: What stage reward made; :func:`dpo_cli.models.reward.check_reward_model` says whether it fits.
+            folder: What stage reward made; :func:`dpo_cli.models.adapters.check_reward_model` says whether it fits.
             project: What it was trained on.
         """
         model = project.reward_model(folder)

@@ -41,7 +41,7 @@ from dpo_cli.judging.votes import COLUMNS as VOTE_COLUMNS
 from dpo_cli.models.device import memory_metrics
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.models.project import Project, open_project
-from dpo_cli.reference.cache import read_cache
+from dpo_cli.scoring.reference import read_cache
 from dpo_cli.statistics.calibration import reliability_table
 from dpo_cli.statistics.intervals import Sampling
 

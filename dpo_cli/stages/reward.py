@@ -18,9 +18,9 @@ from dpo_cli.core.text import markdown
 from dpo_cli.data.tokenize import TokenTable, explain_found, explain_rejects
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.evaluation.rewards import ScoredGroup, reward_metrics
+from dpo_cli.models.adapters import reward_head
 from dpo_cli.models.card import Card, publish_adapter
 from dpo_cli.models.device import memory_in_words
-from dpo_cli.models.reward import reward_head
 from dpo_cli.statistics.intervals import Sampling
 from dpo_cli.training.history import with_held_out, write_reports
 
@@ -63,7 +63,7 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
         from dpo_cli.judging.reward_model import RewardModel
         from dpo_cli.models.load import quiet_libraries
         from dpo_cli.models.project import open_project
-        from dpo_cli.scoring.reward import RewardScorer
+        from dpo_cli.scoring.scorer import RewardScorer
         from dpo_cli.training.fit import fit
         from dpo_cli.training.parallel import Job
         from dpo_cli.training.protocols import Learner

@@ -31,9 +31,10 @@ from dpo_cli.models.identity import (
     model_files,
     read_base_lock,
     read_lock,
+    refuse_beyond_context,
     verify_model,
 )
-from dpo_cli.models.load import keep_weights_unpacked, load_model, quiet_libraries, save_tokenizer
+from dpo_cli.models.load import context_length, keep_weights_unpacked, load_model, quiet_libraries, save_tokenizer
 from dpo_cli.training.history import TOKEN_METRICS, write_reports
 
 if TYPE_CHECKING:  # what computes is imported where there is something to compute
@@ -80,8 +81,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
 def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, Any]:
     with importing():
         from dpo_cli.data.tokenize import all_rejects, table_digests
-        from dpo_cli.models.project import check_context, open_base
-        from dpo_cli.models.workplace import Workplace
+        from dpo_cli.models.project import Workplace, open_base
         from dpo_cli.training.fit import fit
         from dpo_cli.training.objective import SftObjective
         from dpo_cli.training.parallel import Job, shared_scratch
@@ -90,7 +90,7 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
     sft = params.sft
     base, encoder, tokenizer = open_base(params.model, params.runtime)
     digest = base_digest()
-    check_context(base, sft.max_length, "sft.max_length")
+    refuse_beyond_context(context_length(base), sft.max_length, "sft.max_length")
     machine = prepare_machine(params.runtime, embedded=params.model.name == EMBEDDED)
     train, held_out = (
         tokenize_table(
@@ -171,7 +171,7 @@ def _publish_untrained(params: Params, base: Path, scratch: Scratch, reporter: R
     files: list[str] = []
     if method == "adapter":
         with importing():
-            from dpo_cli.models.own_adapter import copy_adapter
+            from dpo_cli.models.verify import copy_adapter
 
         quiet_libraries()
         source = adapter_folder(params.runtime)

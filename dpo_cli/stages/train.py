@@ -24,7 +24,7 @@ from dpo_cli.models.card import Card, publish_adapter
 from dpo_cli.models.device import memory_in_words, token_budget
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.models.project import Project, open_project
-from dpo_cli.reference.cache import read_cache, read_cache_tokens, reference_logps
+from dpo_cli.scoring.reference import read_cache, read_cache_tokens, reference_logps
 from dpo_cli.training.fit import Fit, fit
 from dpo_cli.training.gate import StepZero, check_step_zero
 from dpo_cli.training.history import with_held_out, write_reports

@@ -25,7 +25,7 @@ from dpo_cli.core.errors import MachineError, is_out_of_memory
 from dpo_cli.core.interrupts import StopRequest
 from dpo_cli.core.progress import Reporter
 from dpo_cli.models.lora import cast_adapters
-from dpo_cli.models.workplace import Workplace
+from dpo_cli.models.project import Workplace
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.scorer import Scores
 from dpo_cli.training.parallel import ALONE, Replicas

@@ -17,17 +17,14 @@ from dpo_cli.core.params import EMBEDDED, LoraParams, Params, TrainParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
-from dpo_cli.models.device import Machine, forget_peak_memory, peak_memory_bytes, prepare_machine
-from dpo_cli.models.gpus import gpu_called
+from dpo_cli.models.device import Machine, forget_peak_memory, gpu_called, peak_memory_bytes, prepare_machine
 from dpo_cli.models.load import keep_weights_unpacked, quiet_libraries
-from dpo_cli.models.project import open_project
-from dpo_cli.models.shapes import SHAPES, random_model
-from dpo_cli.models.workplace import Workplace
-from dpo_cli.reference.scoring import missing_groups, score_groups, tokens_at_once
+from dpo_cli.models.project import Workplace, open_project
+from dpo_cli.models.shapes import REGIMES, SHAPES, random_model, random_pairs
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.limits import Sizes, Work, least_bytes, least_operations
 from dpo_cli.scoring.recompute import Recompute
-from dpo_cli.scoring.regimes import REGIMES, random_pairs
+from dpo_cli.scoring.reference import missing_groups, score_groups, tokens_at_once
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.accumulation import Accumulator, Limits
 from dpo_cli.training.memory import choose_memory

@@ -445,8 +445,7 @@ def test_figures_depend_neither_on_the_batch_nor_on_the_order_of_rows(
     """With weights in float64 what a batch rounds lies far below what is kept, so that any other dependence shows."""
     import random
 
-    from dpo_cli.models import project as project_module
-    from dpo_cli.models.adapters import ModelPair, load_pair
+    from dpo_cli.models.adapters import FrozenBase, ModelPair
     from dpo_cli.models.project import Project
     from dpo_cli.scoring.scorer import Scorer
 
@@ -462,8 +461,8 @@ def test_figures_depend_neither_on_the_batch_nor_on_the_order_of_rows(
         sizes.append(max(map(len, batches)))
         return batches
 
-    split, tokenize = Scorer.split, Project.tokenize_pairs
-    monkeypatch.setattr(project_module, "load_pair", in_float64)
+    split, tokenize, load_pair = Scorer.split, Project.tokenize_pairs, FrozenBase.pair
+    monkeypatch.setattr(FrozenBase, "pair", in_float64)
     monkeypatch.setattr(Scorer, "split", counted)
     settings: dict[str, Any] = {"num_prompts": 24, "opponents": ["sft", "chosen"], "judge_pairs": -1, "scales": [0.5]}
     found = []

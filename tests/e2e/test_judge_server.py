@@ -21,7 +21,7 @@ from dpo_cli.judging.judge import Question
 from dpo_cli.judging.openai import OpenAiJudge
 from dpo_cli.judging.server import Server
 from dpo_cli.judging.templates import Template
-from dpo_cli.models.workplace import Workplace
+from dpo_cli.models.project import Workplace
 
 TEMPLATE = Template("short", "<{prompt}|{a}|{b}> A or B?")
 QUESTIONS = [Question(f"prompt {n}", "x" * n, "x" * 5) for n in range(12)]

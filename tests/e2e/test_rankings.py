@@ -98,7 +98,7 @@ def held_out_tau(params: Params) -> float:
     """Kendall's tau of the trained implicit reward with the known one, over the held-out rankings of three answers."""
     from dpo_cli.losses.ranking import kendall_tau
     from dpo_cli.models.project import open_project
-    from dpo_cli.reference.cache import read_cache, reference_logps
+    from dpo_cli.scoring.reference import read_cache, reference_logps
     from dpo_cli.scoring.scorer import Scorer
 
     project = open_project(params, SilentReporter(), "test")

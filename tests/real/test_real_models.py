@@ -24,13 +24,12 @@ from dpo_cli.core.params import HfJudgeParams, Params, RuntimeParams
 from dpo_cli.core.progress import SilentReporter
 from dpo_cli.data.schema import user
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.models.adapters import load_pair
+from dpo_cli.models.adapters import FrozenBase
 from dpo_cli.models.load import keep_weights_unpacked, load_config, load_model, load_tokenizer
-from dpo_cli.models.project import Project, open_project
-from dpo_cli.models.workplace import Workplace
-from dpo_cli.reference.cache import group_keys, read_cache
+from dpo_cli.models.project import Project, Workplace, open_project
 from dpo_cli.scoring.layout import LAYOUTS
 from dpo_cli.scoring.probe import open_scorer
+from dpo_cli.scoring.reference import read_cache
 from dpo_cli.scoring.scorer import Scorer
 from tests import gguf_files
 from tests.live_memory import LiveMemory
@@ -112,7 +111,7 @@ def groups(project: Project) -> list[TokenGroup]:
 @pytest.fixture(scope="module")
 def policy(run: Run, project: Project) -> Any:
     """What was trained, as `evaluate` loads it."""
-    return load_pair(run.folder, project.sft, project.machine, "nf4").use_policy()
+    return FrozenBase(run.folder, project.sft, project.machine, "nf4").pair().use_policy()
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +166,7 @@ def our_logps(scorer: Scorer, groups: Sequence[TokenGroup]) -> torch.Tensor:
 
 def test_the_reference_cache_is_plain_transformers(run: Run, project: Project, groups: Any, plain: Any) -> None:
     cache = read_cache(Path("data/reference"), project.identity)
-    cached = torch.tensor([[cache[key] for key in group_keys(group)] for group in groups], dtype=torch.float64)
+    cached = torch.tensor([[cache[key] for key in group.keys] for group in groups], dtype=torch.float64)
     window = getattr(load_config(run.folder), "sliding_window", None) or 0
     assert max(len(group.prompt) for group in groups) > window
     assert run.note("cache, against plain transformers in nf4", cached, plain_logps(plain, groups)) < TOLERANCE

@@ -20,7 +20,7 @@ from dpo_cli.judging.language_model import HfJudge, kinship_of
 from dpo_cli.judging.templates import Template
 from dpo_cli.judging.win_rate import Pair, compare_all, summarize
 from dpo_cli.models.load import load_model, load_tokenizer
-from dpo_cli.models.workplace import Workplace
+from dpo_cli.models.project import Workplace
 from dpo_cli.scoring.scorer import Scorer
 
 TEMPLATE = Template("short", "{prompt} A: {a} B: {b} A or B?")

@@ -23,7 +23,7 @@ from dpo_cli.judging.openai import OpenAiJudge, read_answer
 from dpo_cli.judging.server import RefusedError, Server
 from dpo_cli.judging.templates import Template
 from dpo_cli.judging.win_rate import Pair, compare_all, summarize
-from dpo_cli.models.workplace import Workplace
+from dpo_cli.models.project import Workplace
 
 _PROBES = 3
 """Chat completions with which connect finds out what the fake server can do."""

@@ -14,8 +14,7 @@ from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.judging.reward_model import KnownRewards, RewardModel, preference
 from dpo_cli.judging.win_rate import compare
 from dpo_cli.scoring.budget import TokenBudget
-from dpo_cli.scoring.reward import RewardScorer
-from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.scoring.scorer import RewardScorer, Scorer
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from dpo_cli.core.interrupts import StopRequest
 from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
-from dpo_cli.models.workplace import Workplace
+from dpo_cli.models.project import Workplace
 from dpo_cli.scoring.layout import LAYOUTS, LayoutName, lay_out
 from dpo_cli.scoring.recompute import MemoryPlan, set_recompute
 from dpo_cli.scoring.scorer import Scorer, Scores

@@ -13,11 +13,9 @@ import torch
 from dpo_cli.core.errors import Interrupted
 from dpo_cli.core.params import LoraParams, RewardParams
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.models.adapters import SftResult
-from dpo_cli.models.reward import load_reward_model_at_start, reward_head
+from dpo_cli.models.adapters import FrozenBase, SftResult, reward_head
 from dpo_cli.scoring.layout import LayoutName
-from dpo_cli.scoring.reward import Rewards, RewardScorer
-from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.scoring.scorer import Rewards, RewardScorer, Scorer
 from dpo_cli.training.fit import Fit
 from dpo_cli.training.objective import RewardObjective
 from dpo_cli.training.protocols import Learner
@@ -95,7 +93,7 @@ def test_ties_in_a_ranking_are_taken_as_they_are_asked_for(make_groups: Callable
 def model(tiny_folder: Path) -> Callable[[], Any]:
     """``model()``: the tiny model in nf4 with an adapter and a head of zeros; every call gives the same weights."""
     none = SftResult("none", "digest")
-    return lambda: load_reward_model_at_start(tiny_folder, none, CPU, "nf4", LoraParams(r=4, alpha=8.0), 0)
+    return lambda: FrozenBase(tiny_folder, none, CPU, "nf4").reward_model_at_start(LoraParams(r=4, alpha=8.0), 0)
 
 
 @pytest.fixture(scope="module")

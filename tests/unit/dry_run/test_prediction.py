@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dpo_cli.dry_run.roofline import HOST_S, KERNEL_S, REACHED_SHARE, predict
-from dpo_cli.models.gpus import Gpu
+from dpo_cli.dry_run.prediction import HOST_S, KERNEL_S, REACHED_SHARE, predict
+from dpo_cli.models.device import Gpu
 
 GPU = Gpu(100.0, 1000, 24, (8, 9), "")
 

@@ -16,7 +16,6 @@ needs nothing but what comes with PyTorch. Autograd and selective checkpointing 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cache
 from types import FunctionType, MethodType, SimpleNamespace
@@ -26,14 +25,47 @@ import torch
 from torch.nn.functional import silu
 
 from dpo_cli.core.environment import is_gpu
-from dpo_cli.core.errors import first_line, is_out_of_memory
+from dpo_cli.scoring.kernels import reason_against_kernel
 
 NORM, SWIGLU, ROTATION = "RMSNorm", "SwiGLU", "rotation"
 _NAMES = (NORM, SWIGLU, ROTATION)
 _TOLERANCE = 0.02
 """Largest difference of a narrow kernel's result from the exact one, where that is 1 or less; else relative."""
-
 _TEST_WIDTH = 96
+
+Operation = Callable[..., Any]
+
+
+def _operation(name: str, *, cuda: Operation, fake: Operation) -> Callable[[Operation], Any]:
+    """Make an operation of PyTorch of a function, which stays what computes it on the CPU.
+
+    Args:
+        name: Its name.
+        cuda: The kernel on CUDA.
+        fake: Makes empty results of the right shapes and dtypes.
+    """
+
+    def register(function: Operation) -> Any:
+        operation = torch.library.custom_op(f"dpo_cli::{name}", function, mutates_args=())
+        operation.register_kernel("cuda")(cuda)
+        operation.register_fake(fake)
+        return operation
+
+    return register
+
+
+@cache
+def _jitted(code: str, num_outputs: int) -> Operation:
+    from torch.cuda import jiterator
+
+    if num_outputs == 1:
+        return jiterator._create_jit_fn(code)
+    return jiterator._create_multi_output_jit_fn(code, num_outputs)
+
+
+def _like(x: torch.Tensor, *_: Any) -> torch.Tensor:
+    return torch.empty_like(x)
+
 
 # --- the activation -----------------------------------------------------------------------
 
@@ -55,64 +87,44 @@ template <typename T> void swiglu_backward(T grad, T gate, T up, T& gate_grad, T
 """d silu(g) / d g = s (1 + g (1 - s)) with s = sigmoid(g)."""
 
 
-@torch.library.custom_op("dpo_cli::swiglu", mutates_args=())
+@_operation("swiglu", cuda=lambda gate, up: _jitted(SWIGLU_CODE, 1)(gate, up), fake=_like)
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, both of one shape and dtype, with gradients for both."""
     return (silu(gate.float()) * up.float()).to(gate.dtype)
 
 
-@torch.library.custom_op("dpo_cli::swiglu_backward", mutates_args=())
+@_operation(
+    "swiglu_backward",
+    cuda=lambda grad, gate, up: tuple(_jitted(SWIGLU_BACKWARD_CODE, 2)(grad, gate, up)),
+    fake=lambda grad, gate, up: (torch.empty_like(gate), torch.empty_like(up)),
+)
 def _swiglu_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     g, d = gate.float(), grad.float()
     s = g.sigmoid()
     return (d * up.float() * s * (1 + g * (1 - s))).to(gate.dtype), (d * g * s).to(up.dtype)
 
 
-@cache
-def _jitted(code: str, num_outputs: int) -> Callable[..., Any]:
-    from torch.cuda import jiterator
-
-    if num_outputs == 1:
-        return jiterator._create_jit_fn(code)
-    return jiterator._create_multi_output_jit_fn(code, num_outputs)
-
-
-@swiglu.register_kernel("cuda")
-def _(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return _jitted(SWIGLU_CODE, 1)(gate, up)
-
-
-@_swiglu_backward.register_kernel("cuda")
-def _(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    gate_grad, up_grad = _jitted(SWIGLU_BACKWARD_CODE, 2)(grad, gate, up)
-    return gate_grad, up_grad
-
-
-@swiglu.register_fake
-def _(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(gate)
-
-
-@_swiglu_backward.register_fake
-def _(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(gate), torch.empty_like(up)
-
-
-def _keep(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return _swiglu_backward(grad, *ctx.saved_tensors)
-
-
-swiglu.register_autograd(_differentiate, setup_context=_keep)
+swiglu.register_autograd(
+    lambda ctx, grad: _swiglu_backward(grad, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
 
 
 # --- the norm -----------------------------------------------------------------------------
 
 
-@torch.library.custom_op("dpo_cli::rms_norm", mutates_args=())
+def _norm_backward_on_cuda(
+    grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, weight_D: torch.Tensor
+) -> torch.Tensor:
+    grad = grad.contiguous()  # as autograd hands it over; norms of heads get transposed ones
+    return torch.ops.aten._fused_rms_norm_backward(grad, x, [x.shape[-1]], scale, weight_D, [True, False])[0]
+
+
+@_operation(
+    "rms_norm",
+    cuda=lambda x, weight_D, epsilon: torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], weight_D, epsilon),
+    fake=lambda x, weight_D, epsilon: (torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)),
+)
 def _rms_norm(x: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The norm, and 1 / sqrt(mean x^2 + epsilon), float32 [..., 1]."""
     wide = x.float()
@@ -120,7 +132,7 @@ def _rms_norm(x: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> tuple[
     return (wide * scale * weight_D.float()).to(x.dtype), scale
 
 
-@torch.library.custom_op("dpo_cli::rms_norm_backward", mutates_args=())
+@_operation("rms_norm_backward", cuda=_norm_backward_on_cuda, fake=lambda grad, x, *_: torch.empty_like(x))
 def _rms_norm_backward(
     grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, weight_D: torch.Tensor
 ) -> torch.Tensor:
@@ -130,38 +142,10 @@ def _rms_norm_backward(
     return (scale * weighted - scale**3 * wide * along).to(x.dtype)
 
 
-@_rms_norm.register_kernel("cuda")
-def _(x: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], weight_D, epsilon)
-
-
-@_rms_norm_backward.register_kernel("cuda")
-def _(grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, weight_D: torch.Tensor) -> torch.Tensor:
-    wanted = [True, False]
-    grad = grad.contiguous()  # as autograd hands it over; norms of heads get transposed ones
-    return torch.ops.aten._fused_rms_norm_backward(grad, x, [x.shape[-1]], scale, weight_D, wanted)[0]
-
-
-@_rms_norm.register_fake
-def _(x: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-
-
-@_rms_norm_backward.register_fake
-def _(grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, weight_D: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x)
-
-
-def _keep_norm(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor, float], output: Any) -> None:
-    x, weight_D, _ = inputs
-    ctx.save_for_backward(x, output[1], weight_D)
-
-
-def _differentiate_norm(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor, None, None]:
-    return _rms_norm_backward(grad, *ctx.saved_tensors), None, None
-
-
-_rms_norm.register_autograd(_differentiate_norm, setup_context=_keep_norm)
+_rms_norm.register_autograd(
+    lambda ctx, grad, _: (_rms_norm_backward(grad, *ctx.saved_tensors), None, None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0], output[1], inputs[1]),
+)
 
 
 def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -194,19 +178,6 @@ template <typename T> T rotate_back(T first, T second, T cosine, T first_sine, T
 """Both compute one number of a half from the numbers at its place in both halves."""
 
 
-@torch.library.custom_op("dpo_cli::rotate", mutates_args=())
-def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """Rotated [B, H, T, S] by tables [B or 1, 1, T, S], all of one dtype; with a gradient for x alone."""
-    (a, b), (cos_a, cos_b), (sin_a, sin_b) = (tensor.float().chunk(2, -1) for tensor in (x, cosine, sine))
-    return torch.cat([a * cos_a - b * sin_a, b * cos_b + a * sin_b], -1).to(x.dtype)
-
-
-@torch.library.custom_op("dpo_cli::rotate_back", mutates_args=())
-def _rotate_back(grad: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    (a, b), (cos_a, cos_b), (sin_a, sin_b) = (tensor.float().chunk(2, -1) for tensor in (grad, cosine, sine))
-    return torch.cat([a * cos_a + b * sin_b, b * cos_b - a * sin_a], -1).to(grad.dtype)
-
-
 def _halves(x: torch.Tensor) -> torch.Tensor:
     """A view [..., 2, S / 2] of [..., S]."""
     return x.unflatten(-1, (2, -1))
@@ -218,41 +189,32 @@ def _which_half(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     return torch.arange(2, device=device, dtype=dtype)[:, None]
 
 
-@rotate.register_kernel("cuda")
-def _rotate_on_cuda(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    halves = _halves(x)
-    half = _which_half(x.device, x.dtype)
-    tables = _halves(cosine), _halves(sine)
-    return _jitted(ROTATION_CODE, 1)(halves[..., :1, :], halves[..., 1:, :], *tables, half).flatten(-2)
+def _rotate_on_cuda(
+    x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, *, is_back: bool = False
+) -> torch.Tensor:
+    halves, half = _halves(x), _which_half(x.device, x.dtype)
+    sines = (_halves(sine)[..., :1, :], _halves(sine)[..., 1:, :]) if is_back else (_halves(sine),)
+    kernel = _jitted(ROTATION_BACKWARD_CODE if is_back else ROTATION_CODE, 1)
+    return kernel(halves[..., :1, :], halves[..., 1:, :], _halves(cosine), *sines, half).flatten(-2)
 
 
-@_rotate_back.register_kernel("cuda")
-def _rotate_back_on_cuda(grad: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    halves, sines = _halves(grad), _halves(sine)
-    half = _which_half(grad.device, grad.dtype)
-    tables = _halves(cosine), sines[..., :1, :], sines[..., 1:, :]
-    return _jitted(ROTATION_BACKWARD_CODE, 1)(halves[..., :1, :], halves[..., 1:, :], *tables, half).flatten(-2)
+@_operation("rotate", cuda=_rotate_on_cuda, fake=_like)
+def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """Rotated [B, H, T, S] by tables [B or 1, 1, T, S], all of one dtype; with a gradient for x alone."""
+    (a, b), (cos_a, cos_b), (sin_a, sin_b) = (tensor.float().chunk(2, -1) for tensor in (x, cosine, sine))
+    return torch.cat([a * cos_a - b * sin_a, b * cos_b + a * sin_b], -1).to(x.dtype)
 
 
-@rotate.register_fake
-def _(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x)
+@_operation("rotate_back", cuda=lambda *tensors: _rotate_on_cuda(*tensors, is_back=True), fake=_like)
+def _rotate_back(grad: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    (a, b), (cos_a, cos_b), (sin_a, sin_b) = (tensor.float().chunk(2, -1) for tensor in (grad, cosine, sine))
+    return torch.cat([a * cos_a + b * sin_b, b * cos_b - a * sin_a], -1).to(grad.dtype)
 
 
-@_rotate_back.register_fake
-def _(grad: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(grad)
-
-
-def _keep_tables(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
-
-
-def _differentiate_rotation(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-    return _rotate_back(grad, *ctx.saved_tensors), None, None
-
-
-rotate.register_autograd(_differentiate_rotation, setup_context=_keep_tables)
+rotate.register_autograd(
+    lambda ctx, grad: (_rotate_back(grad, *ctx.saved_tensors), None, None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:]),
+)
 
 
 # --- a model's layers ---------------------------------------------------------------------
@@ -280,8 +242,9 @@ def describe_fused(model: torch.nn.Module, device: torch.device, dtype: torch.dt
     """What a model computes in one kernel, and what not and why, as a part of a sentence; empty where none could be."""
     if not is_gpu(device) or dtype == torch.float32:
         return ""
+    known = {_norm_forward: NORM, _gated_forward: SWIGLU}
     replaced = {vars(module)["forward"].__func__ for module in model.modules() if "forward" in vars(module)}
-    names = [name for name in _NAMES if any(_name_of(forward) == name for forward in replaced)]
+    names = [name for name in _NAMES if name in {known.get(forward, ROTATION) for forward in replaced}]
     refused = {name: reason for name in _NAMES if (reason := _reason_in(model, name, device, dtype)) is not None}
     *first, last = names or [""]
     said = [f"{', '.join(first)}{' and ' if first else ''}{last} in one kernel"] if names else []
@@ -292,7 +255,8 @@ def _norm_forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     weight = self.weight
     if hidden_states.dtype != weight.dtype or weight.dtype == torch.float32 or weight.requires_grad:
         return type(self).forward(self, hidden_states)
-    return rms_norm(hidden_states, weight, _epsilon(self))
+    epsilon = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps
+    return rms_norm(hidden_states, weight, epsilon)
 
 
 def _gated_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
@@ -302,16 +266,12 @@ def _gated_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     return self.down_proj(swiglu(gate, up))
 
 
-def _name_of(forward: Callable[..., Any]) -> str:
-    return {_norm_forward: NORM, _gated_forward: SWIGLU}.get(forward, ROTATION)
-
-
 _ROTATES = "apply_rotary_pos_emb"
 """What transformers' attention calls its rotation: (query, key, cosine, sine, unsqueeze_dim) to (query, key)."""
 
 
 @cache
-def _rotating_forward(kind: type) -> Callable[..., Any] | None:
+def _rotating_forward(kind: type) -> Operation | None:
     """A class's forward in which that name stands for :func:`rotate`; None where it rotates in another way.
 
     It is a copy with names of its own: neither the class nor its module is changed.
@@ -341,17 +301,13 @@ def _rotating_forward(kind: type) -> Callable[..., Any] | None:
 
 
 @cache
-def _is_rotation(function: Callable[..., Any]) -> bool:
+def _is_rotation(function: Operation) -> bool:
     """Whether a function rotates queries and keys as defined above, by tables with a dimension put in at 1."""
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(2, heads, 5, 8, generator=generator) for heads in (4, 2))
     cosine, sine = torch.randn(2, 2, 5, 8, generator=generator)
     expected = torch.cat([rotate(tensor, cosine[:, None], sine[:, None]) for tensor in (query, key)], 1)
     return _gives(lambda: torch.cat(function(query, key, cosine, sine), 1), expected)
-
-
-def _epsilon(module: Any) -> float:
-    return module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
 
 
 @cache
@@ -407,15 +363,6 @@ def _reason_in(model: torch.nn.Module, name: str, device: torch.device, dtype: t
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def _heads(rows: torch.Tensor) -> torch.Tensor:
-    """Rows as 3 heads of 11 tokens, [1, 3, 11, S], with the strides that attention's queries have."""
-    return rows.view(1, 11, 3, -1).transpose(1, 2)
-
-
-def _rows(heads: torch.Tensor) -> torch.Tensor:
-    return heads.transpose(1, 2).reshape(33, -1)
-
-
 @cache
 def reason_against(name: str, device: torch.device, dtype: torch.dtype, width: int = _TEST_WIDTH) -> str | None:
     """Why a kernel or its gradients are not what the definition gives; None where they are.
@@ -423,44 +370,31 @@ def reason_against(name: str, device: torch.device, dtype: torch.dtype, width: i
     The output's gradient comes transposed, as it does where a model norms heads.
     """
     generator = torch.Generator().manual_seed(0)
-    inputs = [3 * torch.randn(33, width, generator=generator).to(device, dtype) for _ in range(2)]
+    one, other = (3 * torch.randn(33, width, generator=generator).to(device, dtype) for _ in range(2))
     weights = torch.randn(width, 33, generator=generator).to(device).T
-    angles = inputs[1][:11].float()[None, None]  # [1, 1, 11, S], and those of the halves differ
-    tables = angles.cos().to(dtype), angles.sin().to(dtype)
+    angles = other[:11].float()[None, None]  # [1, 1, 11, S], and those of the halves differ
+    cosine, sine = angles.cos().to(dtype), angles.sin().to(dtype)
 
-    def exact(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        if name == SWIGLU:
-            return one * one.sigmoid() * other
-        if name == ROTATION:
-            heads, (a, b) = _heads(one), _heads(one).chunk(2, -1)
-            cosine, sine = (table.float() for table in tables)
-            return _rows(heads * cosine + torch.cat([-b, a], -1) * sine)
-        return other[0] * one / (one.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    def norm_by_definition(x: torch.Tensor) -> torch.Tensor:
+        return other[0].float() * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
-    def fused(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        if name == ROTATION:
-            return _rows(rotate(_heads(one), *tables))
-        return swiglu(one, other) if name == SWIGLU else rms_norm(one, other[0].detach(), 1e-6)
+    def rotate_by_definition(rows: torch.Tensor) -> torch.Tensor:
+        heads, (a, b) = _heads(rows), _heads(rows).chunk(2, -1)
+        return _rows(heads * cosine.float() + torch.cat([-b, a], -1) * sine.float())
 
-    def run(function: Callable[..., torch.Tensor], number: torch.dtype) -> list[torch.Tensor]:
-        leaves = [tensor.to(number).requires_grad_() for tensor in inputs]
-        out = function(*leaves)
-        (out.float() * weights).sum().backward()
-        gradients = [leaf.grad for leaf in leaves[: 2 if name == SWIGLU else 1]]
-        return [out.detach().float(), *(gradient.float() for gradient in gradients if gradient is not None)]
+    inputs, kernel, definition = {
+        NORM: ([one], lambda x: rms_norm(x, other[0], 1e-6), norm_by_definition),
+        SWIGLU: ([one, other], lambda gate, up: swiglu(gate, up), lambda gate, up: gate * gate.sigmoid() * up),
+        ROTATION: ([one], lambda rows: _rows(rotate(_heads(rows), cosine, sine)), rotate_by_definition),
+    }[name]
+    names = ("output", "first gradient", "second gradient")[: 1 + len(inputs)]
+    return reason_against_kernel(kernel, definition, inputs, weights, dict.fromkeys(names, _TOLERANCE))
 
-    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        expected = run(exact, torch.float32)
-        try:
-            found = run(fused, dtype)
-        except Exception as error:  # a compiler that is lacking, too
-            if is_out_of_memory(error):
-                raise
-            return f"it fails ({first_line(error)})"
-    if len(found) != len(expected):
-        return "it has no gradient"
-    for what, ours, theirs in zip(("output", "first gradient", "second gradient"), expected, found, strict=False):
-        off = ((theirs - ours).abs() / ours.abs().clamp(min=1.0)).nan_to_num(nan=math.inf).max().item()
-        if not off <= _TOLERANCE:
-            return f"its {what} is off by {off:.2g}"
-    return None
+
+def _heads(rows: torch.Tensor) -> torch.Tensor:
+    """Rows as 3 heads of 11 tokens, [1, 3, 11, S], with the strides that attention's queries have."""
+    return rows.view(1, 11, 3, -1).transpose(1, 2)
+
+
+def _rows(heads: torch.Tensor) -> torch.Tensor:
+    return heads.transpose(1, 2).reshape(33, -1)

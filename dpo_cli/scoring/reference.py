@@ -1,6 +1,6 @@
-"""The reference cache: log-probabilities of completions, kept by content.
+"""The reference pass and its cache: every completion of the data scored once, its log-probabilities kept by content.
 
-``data/reference/part-*.parquet`` holds one row a completion:
+Prompts are scored with all their completions at a time. ``data/reference/part-*.parquet`` holds one row a completion:
 
 ==============  ============  ============================================================
 key             string        128-bit hash of the token ids of prompt and completion
@@ -17,26 +17,101 @@ them recomputes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import polars as pl
+import torch
 
 from dpo_cli.core import paths
+from dpo_cli.core.environment import is_gpu
 from dpo_cli.core.errors import StaleArtifactError
 from dpo_cli.core.manifest import REFERENCE, Manifest
-from dpo_cli.data.tokens import TokenGroup
+from dpo_cli.data.tokens import TokenGroup, completion_key, joined_group
+from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
+from dpo_cli.scoring.scorer import Scorer
 
 SCHEMA = {"key": pl.String, "logp": pl.Float64, "num_tokens": pl.Int32, "token_logps": pl.List(pl.Float32)}
 _ROWS_A_PART = 100_000
+_NO_GRADIENT_FACTOR = 4
 
 Cached = TypeVar("Cached")
 
+# --- the pass -------------------------------------------------------------------------------
 
-def group_keys(group: TokenGroup) -> list[str]:
-    """The keys of a group's completions."""
-    return group.keys
+
+def tokens_at_once(max_tokens: int, device: torch.device) -> int:
+    """Tokens that go through the model at once without gradients, where a training step lets so many through.
+
+    A pass without gradients keeps no activations, so on a GPU it is four times as many. On the CPU that does not pay:
+    what goes through at once should fit into the processor's caches.
+    """
+    return max_tokens * (_NO_GRADIENT_FACTOR if is_gpu(device) else 1)
+
+
+def missing_groups(groups: Sequence[TokenGroup], known: Collection[str], max_tokens: int) -> list[TokenGroup]:
+    """The completions that are not known yet, by prompt, each once.
+
+    A prompt with more completions than ``max_tokens`` has room for makes several groups.
+
+    Args:
+        groups: Groups of the data; a completion may be in several.
+        known: Keys of the completions that were scored before.
+        max_tokens: Tokens that go through the model at once.
+
+    Returns:
+        In the order in which the prompts first appear. Deterministic.
+    """
+    by_prompt: dict[str, dict[str, tuple[TokenGroup, int]]] = {}
+    for group in groups:
+        missing = [(key, (group, place)) for place, key in enumerate(group.keys) if key not in known]
+        if missing:
+            prompt = completion_key(group.prompt, ())
+            for key, part in missing:
+                by_prompt.setdefault(prompt, {}).setdefault(key, part)
+    found: list[list[tuple[TokenGroup, int]]] = []
+    for parts in by_prompt.values():
+        num_tokens = max_tokens + 1
+        for group, place in parts.values():
+            prompt, *completions = group.sizes
+            if num_tokens + completions[place] > max_tokens:
+                found.append([])
+                num_tokens = prompt
+            found[-1].append((group, place))
+            num_tokens += completions[place]
+    return list(map(joined_group, found))
+
+
+@torch.no_grad()
+def score_groups(scorer: Scorer, groups: Sequence[TokenGroup], budget: TokenBudget) -> Iterator[list[dict[str, Any]]]:
+    """Score groups in micro-batches; where one does not fit into memory, go on with smaller ones.
+
+    Yields:
+        The cache's rows of each micro-batch, as it is scored.
+
+    Raises:
+        MachineError: A single group does not fit into memory.
+    """
+
+    def split(left: Sequence[TokenGroup], max_tokens: int) -> list[list[int]]:
+        return scorer.split(left, tokens_at_once(max_tokens, scorer.device))
+
+    for batch, scores in in_micro_batches(groups, budget, split, scorer.score):
+        completions = [(group.prompt, completion) for group in batch for completion in group.completions]
+        pieces = scores.token_logps_M.cpu().split([len(completion) for _, completion in completions])
+        yield [
+            {
+                "key": completion_key(prompt, completion),
+                "logp": logps.double().sum().item(),
+                "num_tokens": len(completion),
+                "token_logps": logps.tolist(),
+            }
+            for (prompt, completion), logps in zip(completions, pieces, strict=True)
+        ]
+
+
+# --- the cache ------------------------------------------------------------------------------
 
 
 def write_cache(folder: Path, rows: pl.DataFrame, identity: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -95,7 +170,7 @@ def reference_logps(cache: Mapping[str, Cached], groups: Sequence[TokenGroup]) -
     """
     found = {}
     for group in groups:
-        keys = group_keys(group)
+        keys = group.keys
         if any(key not in cache for key in keys):
             raise StaleArtifactError(
                 f"data/reference has no row for {group.id} of data/preference: the data"

@@ -15,9 +15,8 @@ import transformers
 from torch.nn.functional import silu
 
 from dpo_cli.core import environment
-from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.kernels import fused, products
-from dpo_cli.kernels.fused import (
+from dpo_cli.scoring import fused, kernels
+from dpo_cli.scoring.fused import (
     NORM,
     ROTATION,
     SWIGLU,
@@ -30,6 +29,8 @@ from dpo_cli.kernels.fused import (
     use_fused,
 )
 from dpo_cli.scoring.scorer import Scorer
+
+Make = Callable[..., Any]
 
 BFLOAT16, CPU = torch.bfloat16, torch.device("cpu")
 
@@ -65,7 +66,7 @@ def test_swiglu_is_closer_to_its_definition_than_what_models_do() -> None:
     assert_closer(with_gradients(swiglu, gate, up), with_gradients(lambda g, u: silu(g) * u, gate, up), exact)
 
 
-def test_the_norm_is_closer_to_its_definition_than_what_models_do(make_llama: Callable[..., Any]) -> None:
+def test_the_norm_is_closer_to_its_definition_than_what_models_do(make_llama: Make) -> None:
     x, weight = random(50, 64, seed=1), random(64, seed=2)
 
     def eager(x: torch.Tensor) -> torch.Tensor:
@@ -92,21 +93,33 @@ def test_the_rotation_is_closer_to_its_definition_than_what_models_do() -> None:
     assert_closer(ours, with_gradients(lambda x: by_definition(x, cosine, sine), x), exact)
 
 
-@pytest.mark.parametrize("code", [fused.ROTATION_CODE, fused.ROTATION_BACKWARD_CODE])
-def test_what_a_gpu_compiles_rotates_the_same(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The source of the kernels compiled for the CPU, on what CUDA's kernels are given, number by number."""
+@pytest.fixture
+def compile_for_cpu(tmp_path: Path) -> Callable[[str], Any]:
+    """``compile_for_cpu(source)``: the function ``run`` of C++ code."""
     if (compiler := shutil.which("g++")) is None:
         pytest.skip("no C++ compiler")
+
+    def compiled(source: str) -> Any:
+        (tmp_path / "kernel.cpp").write_text(source)
+        library = tmp_path / "kernel.so"
+        subprocess.run([compiler, "-shared", "-fPIC", "-o", library, tmp_path / "kernel.cpp"], check=True)
+        return ctypes.CDLL(str(library)).run
+
+    return compiled
+
+
+@pytest.mark.parametrize("code", [fused.ROTATION_CODE, fused.ROTATION_BACKWARD_CODE])
+def test_what_a_gpu_compiles_rotates_the_same(
+    code: str, compile_for_cpu: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source of the kernels compiled for the CPU, on what CUDA's kernels are given, number by number."""
     is_back = code is fused.ROTATION_BACKWARD_CODE
     name, number = ("rotate_back", 6) if is_back else ("rotate", 5)
     parameters = [f"x{index}" for index in range(number)]
-    (tmp_path / "kernel.cpp").write_text(f"""{code}
+    run = compile_for_cpu(f"""{code}
 extern "C" float run({", ".join(f"float {each}" for each in parameters)}) {{
   return {name}<float>({", ".join(parameters)});
 }}""")
-    library = tmp_path / "kernel.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, tmp_path / "kernel.cpp"], check=True)
-    run = ctypes.CDLL(str(library)).run
     run.argtypes, run.restype = [ctypes.c_float] * number, ctypes.c_float
 
     def jitted(source: str, num_outputs: int) -> Callable[..., torch.Tensor]:
@@ -122,36 +135,21 @@ extern "C" float run({", ".join(f"float {each}" for each in parameters)}) {{
     monkeypatch.setattr(fused, "_jitted", jitted)
     x = random(2, 5, 3, 8, seed=1, dtype=torch.float32).transpose(1, 2)
     cosine, sine = random(2, 2, 1, 5, 8, seed=2, dtype=torch.float32)
-    on_cuda = fused._rotate_back_on_cuda if is_back else fused._rotate_on_cuda
     expected = (fused._rotate_back if is_back else rotate)(x, cosine, sine)
-    assert torch.allclose(on_cuda(x, cosine, sine), expected, atol=1e-5)
-
-
-def test_the_class_and_its_module_keep_their_own_rotation(make_llama: Callable[..., Any]) -> None:
-    from transformers.models.llama import modeling_llama
-
-    before = modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaAttention.forward
-    install(make_llama(100), [ROTATION])
-    assert (modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaAttention.forward) == before
+    assert torch.allclose(fused._rotate_on_cuda(x, cosine, sine, is_back=is_back), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("code", [fused.SWIGLU_CODE, fused.SWIGLU_BACKWARD_CODE])
-def test_what_a_gpu_compiles_computes_the_same(code: str, tmp_path: Path) -> None:
+def test_what_a_gpu_compiles_computes_the_same(code: str, compile_for_cpu: Callable[[str], Any]) -> None:
     """The source of the kernels, compiled for the CPU, number by number."""
-    if (compiler := shutil.which("g++")) is None:
-        pytest.skip("no C++ compiler")
     call = (
         "*first = swiglu<float>(gate, up);"
         if code is fused.SWIGLU_CODE
         else "swiglu_backward<float>(grad, gate, up, *first, *second);"
     )
-    source = f"""#include <cmath>
+    run = compile_for_cpu(f"""#include <cmath>
 {code}
-extern "C" void run(float grad, float gate, float up, float* first, float* second) {{ {call} }}"""
-    (tmp_path / "kernel.cpp").write_text(source)
-    library = tmp_path / "kernel.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, tmp_path / "kernel.cpp"], check=True)
-    run = ctypes.CDLL(str(library)).run
+extern "C" void run(float grad, float gate, float up, float* first, float* second) {{ {call} }}""")
     run.argtypes = [ctypes.c_float] * 3 + [ctypes.POINTER(ctypes.c_float)] * 2
     for grad, gate, up in random(50, 3, dtype=torch.float64).tolist():
         first, second = ctypes.c_float(), ctypes.c_float()
@@ -191,11 +189,13 @@ def replaced(model: Any) -> set[str]:
 )
 def test_layers_are_recognized_by_what_they_compute(family: str, expected: set[str]) -> None:
     model = build(family)
+    forwards = {type(module): type(module).forward for module in model.modules()}
     install(model, [NORM, SWIGLU, ROTATION])
     assert replaced(model) == expected
+    assert forwards == {kind: kind.forward for kind in forwards}, "classes stay as they are"
 
 
-def test_a_class_of_the_name_that_computes_something_else_is_left_alone(make_llama: Callable[..., Any]) -> None:
+def test_a_class_of_the_name_that_computes_something_else_is_left_alone(make_llama: Make) -> None:
     class ScaledRMSNorm(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -209,9 +209,7 @@ def test_a_class_of_the_name_that_computes_something_else_is_left_alone(make_lla
     assert replaced(model) == set()
 
 
-def test_a_models_log_probabilities_are_as_close_as_they_were(
-    make_llama: Callable[..., Any], make_groups: Callable[..., list[TokenGroup]]
-) -> None:
+def test_a_models_log_probabilities_are_as_close_as_they_were(make_llama: Make, make_groups: Make) -> None:
     """In bfloat16 against float32, with and without; in float32 not a bit changes."""
     groups = make_groups(20)
 
@@ -231,7 +229,7 @@ def test_a_models_log_probabilities_are_as_close_as_they_were(
 
 
 def test_kernels_are_used_on_a_gpu_for_narrow_numbers_and_only_if_they_are_right(
-    make_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    make_llama: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_llama(100)
     use_fused(model, CPU, BFLOAT16)
@@ -266,9 +264,9 @@ def test_a_card_that_is_full_says_nothing_of_a_kernel(monkeypatch: pytest.Monkey
             reason_against(SWIGLU, CPU, BFLOAT16)
     assert reason_against(SWIGLU, CPU, BFLOAT16) is None
     monkeypatch.setattr(torch, "mm", full)
-    products._has_wide_product.cache_clear()
+    kernels._has_wide_product.cache_clear()
     with pytest.raises(RuntimeError, match="out of memory"):
-        products._has_wide_product(CPU, BFLOAT16)
+        kernels._has_wide_product(CPU, BFLOAT16)
 
 
 def test_a_backward_kernel_that_takes_gradients_as_they_lie_in_memory_is_refused(
@@ -297,9 +295,7 @@ def test_a_backward_kernel_that_takes_gradients_as_they_lie_in_memory_is_refused
     assert reason.startswith("its first gradient is off by")
 
 
-def test_a_norm_is_tried_at_the_widths_of_the_model(
-    make_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_norm_is_tried_at_the_widths_of_the_model(make_llama: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which kernel CUDA starts depends on the width."""
     model = make_llama(100)
     monkeypatch.setattr(environment, "GPU_TYPES", ("cpu",))
@@ -315,9 +311,9 @@ def test_a_norm_is_tried_at_the_widths_of_the_model(
 
 def test_logits_that_are_rounded_after_all_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("meta")
-    monkeypatch.setattr(products, "_has_wide_product", lambda device, dtype: False)
+    monkeypatch.setattr(kernels, "_has_wide_product", lambda device, dtype: False)
     said = "; logits are rounded to bfloat16, for there is no product of it in float32 on this device"
-    assert products.describe_products(gpu, BFLOAT16) == said
-    assert products.describe_products(gpu, torch.float32) == products.describe_products(CPU, BFLOAT16) == ""
-    monkeypatch.setattr(products, "_has_wide_product", lambda device, dtype: True)
-    assert products.describe_products(gpu, BFLOAT16) == ""
+    assert kernels.describe_products(gpu, BFLOAT16) == said
+    assert kernels.describe_products(gpu, torch.float32) == kernels.describe_products(CPU, BFLOAT16) == ""
+    monkeypatch.setattr(kernels, "_has_wide_product", lambda device, dtype: True)
+    assert kernels.describe_products(gpu, BFLOAT16) == ""
