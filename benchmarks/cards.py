@@ -87,13 +87,14 @@ def _refuse_place(out: Path) -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> None:
+    from dpo_cli.cli.bench import refuse_unknown
     from dpo_cli.core.params import Params
     from dpo_cli.core.progress import SilentReporter
     from dpo_cli.dry_run.prediction import PredictionOptions, predict_speed
-    from dpo_cli.training.bench import refuse_unknown
+    from dpo_cli.models.shapes import SHAPES
 
     for shape in arguments.shapes:
-        refuse_unknown(None, shape)
+        refuse_unknown({"--shape": (shape, SHAPES)})
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     print("\n".join(lines))
     for shape in arguments.shapes:

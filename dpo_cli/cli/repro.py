@@ -52,12 +52,7 @@ def repro_command(
 
 
 def reproduce(targets: Sequence[str], *, force: bool, reporter: Reporter) -> int:
-    """Run ``dvc repro`` in the working directory and print the verdict.
-
-    Args:
-        targets: Stages, by either of their names; none: all.
-        force: Run the targets though they did not change; without targets, all.
-        reporter: Prints the verdict.
+    """Run ``dvc repro`` on stages (by either of their names; none: all) and print the verdict.
 
     Returns:
         0, or the exit code of the stage that failed, or DVC's own.

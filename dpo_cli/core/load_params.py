@@ -149,7 +149,17 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         meant = [path for path, _ in iter_settings() if separator and path.rpartition(".")[2] == key.strip()]
         hint = f"; did you mean {' or '.join(f'{path}={text}' for path in meant[:3])}?" if meant else ""
         raise ParamsError(f"--set takes section.key=value, got {shown(override)}{hint}")
+    set_value(tree, key, text)
+
+
+def set_value(tree: dict[str, Any], key: str, text: str) -> None:
+    """Set a value, given as YAML, by its dotted key.
+
+    Raises:
+        ParamsError: It is not YAML, or the key goes through a value.
+    """
     value = _read_yaml(text, f"--set {key}")
+    parts = key.strip().split(".")
     node = tree
     for part in parts[:-1]:
         if node.get(part) is None:

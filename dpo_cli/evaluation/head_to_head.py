@@ -15,8 +15,8 @@ from dpo_cli.data.schema import Messages
 from dpo_cli.evaluation import SFT
 from dpo_cli.evaluation.experiments import Experiment
 from dpo_cli.judging.answers import Answer
-from dpo_cli.judging.comparisons import ComparisonResult, compare_models
 from dpo_cli.judging.prepare import prepare_judge
+from dpo_cli.judging.win_rate import ComparisonResult, compare_models
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.models.project import open_project
 from dpo_cli.statistics.intervals import Estimate, Sampling, ends

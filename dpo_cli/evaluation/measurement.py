@@ -26,8 +26,8 @@ from dpo_cli.evaluation.models import EvaluatedModel, EvaluatedModels
 from dpo_cli.evaluation.rewards import ScoredGroup
 from dpo_cli.evaluation.steps import Steps
 from dpo_cli.judging.answers import Answer
-from dpo_cli.judging.comparisons import Answers, ComparisonResult, compare_models
 from dpo_cli.judging.prepare import LoadJudge, ReadyJudge
+from dpo_cli.judging.win_rate import Answers, ComparisonResult, compare_models
 from dpo_cli.models.project import Project
 from dpo_cli.scoring.reference import reference_logps
 from dpo_cli.statistics.intervals import Estimate, Sampling

@@ -12,7 +12,7 @@ import torch
 from dpo_cli.evaluation import DPO, SFT
 from dpo_cli.evaluation.kl import SequenceKl, estimates_disagree
 from dpo_cli.evaluation.rewards import ScoredGroup
-from dpo_cli.judging.comparisons import Answers, ComparisonResult, paired_difference
+from dpo_cli.judging.win_rate import Answers, ComparisonResult, paired_difference
 from dpo_cli.statistics.calibration import calibration_error, fit_temperature, half_ties
 from dpo_cli.statistics.intervals import Sampling, detectable_of_interval, ends, exact_interval, with_interval
 from dpo_cli.statistics.logistic import control_length

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_cli.core.data_params import PreferenceSource, Source
-from dpo_cli.core.environment import usable_cores
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.account import Conversion, ConvertedBlock
 from dpo_cli.data.block_files import rankings_file, read_arrow
-from dpo_cli.data.convert import convert
-from dpo_cli.data.plan import Treatment, num_bytes
+from dpo_cli.data.checks import TokenView
+from dpo_cli.data.convert import convert_aside
+from dpo_cli.data.plan import Treatment
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import PREFERENCE_SCHEMA, RANKING_SCHEMA, TOOLS, Messages, from_table
 from dpo_cli.data.tokenize import tokenize_row
@@ -105,26 +104,13 @@ def read_rows(
     """
     whole = {"split": "eval", "weight": 1.0, "pairs": "all", "max_rows": max_rows}
     mine = [source.model_copy(update=whole) for source in sources if isinstance(source, PreferenceSource)]
-    size = num_bytes(mine)
-    found = InputRows()
-    with tempfile.TemporaryDirectory(prefix="dpo-cli-") as folder:
-        work, rejects = Path(folder) / "work", Path(folder) / "rejects.jsonl"
-        work.mkdir()
-        with reporter.meter("score: reading", size, "bytes") as meter:
-            report = convert(
-                mine,
-                Treatment.of(params.data),
-                work,
-                None,
-                rejects,
-                workers=params.runtime.workers or usable_cores(),
-                on_bytes=meter.advance,
-            )
+    found, treatment = InputRows(), Treatment.of(params.data)
+    with convert_aside(mine, treatment, reporter, "score: reading", params.runtime.workers) as (report, rejects):
         found.num_read = report.num_read
         found.formats = {account.path.as_posix(): account.why for account in report.files}
         found.stopped = [account.path.as_posix() for account in report.files if account.stopped]
-        with reporter.meter("score: tokenizing", sum(block.num for block in report.blocks), "examples") as meter:
-            for place, row in _canonical_rows(report, work):
+        with reporter.meter("score: tokenizing", report.num_checked, "examples") as meter:
+            for place, row in _canonical_rows(report):
                 _tokenize(place, row, project, found)
                 meter.advance(1)
         ranked = {(row.file, row.row, row.part) for row in found.rows if not row.is_pair}
@@ -135,7 +121,7 @@ def read_rows(
     return found
 
 
-def _canonical_rows(report: Conversion, work: Path) -> Iterator[tuple[tuple[str, int, str], dict[str, Any]]]:
+def _canonical_rows(report: Conversion) -> Iterator[tuple[tuple[str, int, str], dict[str, Any]]]:
     """File, row and part of each pair or ranking that the conversion leaves, with its canonical row."""
     sources: dict[str, list[str] | None] = {}
     for index, block in enumerate(report.blocks):
@@ -148,7 +134,7 @@ def _canonical_rows(report: Conversion, work: Path) -> Iterator[tuple[tuple[str,
         if examples is not None:
             pairs = examples.filter(pa.array(examples["ranking"].to_numpy() < 0)).to_pylist()
             found += [(row["row"], row["part"], row) for row in pairs]
-            found += _rankings(block, examples, rankings_file(work, index))
+            found += _rankings(block, examples, rankings_file(block.examples.parent, index))
         found.sort(key=lambda entry: entry[0])  # stable: parts stay in order
         for row_in_block, part, row in found:
             number = row_in_block + before
@@ -187,9 +173,9 @@ def _tokenize(place: tuple[str, int, str], row: dict[str, Any], project: Project
     row = from_table(row)
     is_pair = "chosen" in row
     columns = ("chosen", "rejected") if is_pair else ("completions",)
-    policies = {name: "drop" if policy == "error" else policy for name, policy in project.policies.items()}
+    view = TokenView(project.encoder, project.max_length, project.policies).without_stops()
     try:
-        tokens, _ = tokenize_row(row, columns, project.encoder, project.max_length, policies)
+        tokens, _ = tokenize_row(row, columns, view)
     except RowProblem as problem:
         place_of = {"file": file, "row": number, **({"part": part} if part else {})}
         found.left_out.append({**place_of, "reason": problem.reason, "detail": problem.detail})

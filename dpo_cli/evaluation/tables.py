@@ -15,10 +15,10 @@ from dpo_cli.core.artifacts import read_json, write_text
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.evaluation import DPO, SFT
 from dpo_cli.evaluation.experiments import rows_of_answers
-from dpo_cli.judging.comparisons import Answers, ComparisonResult
-from dpo_cli.judging.human import item_id, rating_sheet
-from dpo_cli.judging.known_reward import ExactJudge, world_task
+from dpo_cli.judging.known_reward import world_task
 from dpo_cli.judging.templates import transcript
+from dpo_cli.judging.votes import item_id, rating_sheet
+from dpo_cli.judging.win_rate import Answers, ComparisonResult
 from dpo_cli.statistics.calibration import Bin, half_ties
 from dpo_cli.statistics.intervals import Estimate, Sampling
 
@@ -199,7 +199,7 @@ def _add_judgment(
     """Who wins; rewards of one's own kind are given less their mean, since they are fixed up to a constant a prompt."""
     if judge.reward is not None:
         ours, theirs = (judge.reward(each.asked, each.text) for each in (main.ours[id], main.theirs[id]))
-        middle = 0.0 if isinstance(judge.judge, ExactJudge) else (ours + theirs) / 2
+        middle = 0.0 if judge.is_exact else (ours + theirs) / 2
         row[SFT]["reward"], row[DPO]["reward"] = theirs - middle, ours - middle
     for name, result in (("win", main), ("win_chosen", against)):
         if result is not None and (win := result.comparisons[id].win) is not None:

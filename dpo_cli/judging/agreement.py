@@ -20,14 +20,7 @@ from dpo_cli.statistics.intervals import Estimate, Sampling
 
 @dataclass(frozen=True)
 class AgreementTable:
-    """What a votes file says.
-
-    Attributes:
-        methods: Figures by method and baseline.
-        draws: Bootstrap draws behind each interval.
-        confidence: Coverage of the intervals.
-        seed: Of the draws.
-    """
+    """What votes say of each method and baseline, with intervals of so many bootstrap draws."""
 
     methods: list[MethodAgreement]
     draws: int

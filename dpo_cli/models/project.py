@@ -20,6 +20,7 @@ from dpo_cli.core.params import EMBEDDED, ModelParams, Params, RuntimeParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.row_store import Keep, RowStore
 from dpo_cli.data.chat import ChatEncoder
+from dpo_cli.data.checks import TokenView
 from dpo_cli.data.tokenize import TokenTable, table_digests, tokenize_table
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import FrozenBase, read_sft_result
@@ -155,7 +156,7 @@ class Project(Workplace, FrozenBase):
     def _tokenize(
         self, path: Path, columns: Sequence[str], remedy: str = "run: dpo-cli convert-preferences"
     ) -> TokenTable:
-        return tokenize_table(path, columns, self.encoder, self.max_length, self.policies, remedy)
+        return tokenize_table(path, columns, TokenView(self.encoder, self.max_length, self.policies), remedy)
 
 
 def open_project(params: Params, reporter: Reporter, command: str) -> Project:

@@ -35,7 +35,6 @@ from dpo_cli.evaluation.metrics import (
 from dpo_cli.evaluation.models import Evaluated, count_leaked_prompts, open_models, training_of
 from dpo_cli.evaluation.rewards import pair_losses
 from dpo_cli.evaluation.verdict import report_verdict
-from dpo_cli.judging.known_reward import ExactJudge
 from dpo_cli.judging.prepare import LoadJudge, prepare_judge
 from dpo_cli.judging.votes import COLUMNS as VOTE_COLUMNS
 from dpo_cli.models.device import memory_metrics
@@ -190,7 +189,7 @@ def _measure(
     if samples and "well_formed" in samples[0][DPO]:
         forms = [(sample[SFT]["well_formed"], sample[DPO]["well_formed"]) for sample in samples]
         metrics |= form_metrics(forms, sampling.confidence)
-    if judge is not None and isinstance(judge.judge, ExactJudge):  # its rewards are 0 or 1
+    if judge is not None and judge.is_exact:  # its rewards are 0 or 1
         metrics["win_rate_ceiling"] = 1 - metrics["reward_sft"] / 2
     # tables
     sources = {id: row[0] for id, row in read_columns(paths.preference_table("eval"), "source").items()}

@@ -17,7 +17,6 @@ from dpo_cli.core.scratch import Scratch, stage_scratch
 from dpo_cli.core.text import markdown
 from dpo_cli.data.tokenize import TokenTable, explain_found, explain_rejects
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.evaluation.rewards import ScoredGroup, reward_metrics
 from dpo_cli.models.adapters import reward_head
 from dpo_cli.models.card import Card, publish_adapter
 from dpo_cli.models.device import memory_in_words
@@ -125,6 +124,8 @@ def _objective(settings: RewardParams, groups: Sequence[TokenGroup]) -> RewardOb
 
 
 def _figures(model: RewardModel, pairs: TokenTable, seed: int) -> dict[str, Any]:
+    from dpo_cli.evaluation.rewards import ScoredGroup, reward_metrics
+
     rewards = model.rewards(pairs.groups)
     rows = [
         ScoredGroup(group.id, group.group, (found[0], found[1]), group.sizes[1:])
@@ -168,6 +169,7 @@ def _unit(settings: RewardParams) -> str:
 
 def _print_summary(settings: RewardParams, metrics: dict[str, Any], steps: str, reporter: Reporter) -> None:
     unit = _unit(settings)
+    speed, tokens = f"{metrics['groups_per_s']:.1f}", f"{metrics['logical_tokens_per_s']:.0f}"
     reporter.table(
         "reward",
         [
@@ -180,14 +182,10 @@ def _print_summary(settings: RewardParams, metrics: dict[str, Any], steps: str, 
             ("accuracy of the longer answer", _shown(metrics, "longer_accuracy")),
             ("log-loss", _shown(metrics, "log_loss")),
             ("calibration error", _shown(metrics, "ece")),
-            *([("speed", _speed(metrics, unit))] if metrics["groups_per_s"] else []),
+            *([("speed", f"{speed} {unit}/s, {tokens} logical tokens/s")] if metrics["groups_per_s"] else []),
             ("peak memory", memory_in_words(metrics)),
         ],
     )
-
-
-def _speed(metrics: dict[str, Any], unit: str) -> str:
-    return f"{metrics['groups_per_s']:.1f} {unit}/s, {metrics['logical_tokens_per_s']:.0f} logical tokens/s"
 
 
 def _shown(metrics: dict[str, Any], name: str) -> str:

@@ -14,6 +14,7 @@ from dpo_cli.core.manifest import SFT, Manifest, library_versions
 from dpo_cli.core.params import EMBEDDED, Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import Scratch, stage_scratch
+from dpo_cli.data.checks import TokenView
 from dpo_cli.data.tokenize import TokenTable, explain_found, explain_rejects, tokenize_table
 from dpo_cli.models.adapters import (
     ADAPTER_FILES,
@@ -96,9 +97,7 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
         tokenize_table(
             paths.SFT_DATA / f"{split}.parquet",
             ("completion",),
-            encoder,
-            sft.max_length,
-            sft.checks.model_dump(),
+            TokenView(encoder, sft.max_length, sft.checks.model_dump()),
             "run: dpo-cli convert-sft",
         )
         for split in ("train", "eval")

@@ -47,12 +47,11 @@ from dpo_cli.evaluation.verdict import (
     verdict,
 )
 from dpo_cli.judging.answers import Answer
-from dpo_cli.judging.comparisons import ComparisonResult
 from dpo_cli.judging.judge import Judgment
 from dpo_cli.judging.known_reward import MAX_SENTENCE_CHARACTERS, RULES
 from dpo_cli.judging.prepare import API_KEY, JUDGE_PATH
 from dpo_cli.judging.templates import TEMPLATES
-from dpo_cli.judging.win_rate import MAX_INVALID_RATE, Comparison, summarize
+from dpo_cli.judging.win_rate import MAX_INVALID_RATE, Comparison, ComparisonResult, summarize
 from dpo_cli.statistics.calibration import NUM_BINS
 from dpo_cli.statistics.intervals import Sampling
 

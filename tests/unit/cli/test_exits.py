@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_cli.cli.machine import machine_problem, refuse_unwritable
+from dpo_cli.cli.exits import machine_problem
+from dpo_cli.cli.stage import refuse_unwritable
 from dpo_cli.core.errors import MachineError
 
 FULL = "the disk is full; free room, then run it again to go on"
@@ -40,6 +41,14 @@ def test_a_full_disk_is_one(error: Exception) -> None:
     problem = machine_problem(error)
     assert problem is not None
     assert FULL in problem
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), type("OutOfMemoryError", (RuntimeError,), {})(), RuntimeError("CUDA driver error: out of memory")],
+)
+def test_memory_that_ran_out_is_one(error: Exception) -> None:
+    assert "lower runtime.max_tokens_per_microbatch" in (machine_problem(error) or "")
 
 
 def test_the_cause_of_an_error_counts() -> None:

@@ -1,4 +1,4 @@
-"""From log(pi / pi_ref) to a color, the same on all pages."""
+"""What all pages share: templates that load nothing, and colors for log(pi / pi_ref)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,24 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 SHADES = 8
 _SCALE_QUANTILE = 0.98
+
+
+def page_environment() -> Environment:
+    """The templates of all pages, which escape every text of a model or a data file, and their style sheets."""
+    found = Environment(
+        loader=PackageLoader("dpo_cli.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    found.globals |= {"signed": signed, "num_shades": SHADES}
+    return found
 
 
 def scale_of(ratios: Sequence[float]) -> float:
