@@ -78,8 +78,8 @@ class Worker:
         """The last process's norm of the same gradients is off by the last digit."""
         total_norm = torch.nn.utils.get_total_norm
 
-        def off(gradients: Any) -> torch.Tensor:
-            norm = total_norm(gradients)
+        def off(gradients: Any, **options: Any) -> torch.Tensor:
+            norm = total_norm(gradients, **options)
             return torch.nextafter(norm, norm + 1) if self._replicas.rank else norm
 
         torch.nn.utils.get_total_norm = off

@@ -69,7 +69,7 @@ def our_references(scorer: Any, groups: Sequence[Any], max_tokens: int) -> list[
     return [(found[chosen], found[rejected]) for chosen, rejected in (group.keys for group in groups)]
 
 
-def run_ours(case: Case, runtime_settings: dict[str, Any]) -> Outcome:
+def run_ours(case: Case) -> Outcome:
     """Our engine, driven as the stages precompute_ref and train drive it."""
     import dpo_cli.training.fit
     from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
@@ -88,7 +88,7 @@ def run_ours(case: Case, runtime_settings: dict[str, Any]) -> Outcome:
         for index, (prompt, chosen, rejected) in enumerate(pairs)
     ]
     os.chdir(case.workspace)
-    runtime = RuntimeParams.model_validate({"device": case.device, **runtime_settings})
+    runtime = RuntimeParams.model_validate({"device": case.device})
     machine = prepare_machine(runtime, embedded=False)
     sft = SftResult("lora", "")
     policy: Any = FrozenBase(case.base, sft, machine, case.quantization).policy(LoraParams(), 0)
@@ -129,6 +129,5 @@ def run_ours(case: Case, runtime_settings: dict[str, Any]) -> Outcome:
     steps = reporter.steps
     steps.losses = [entry["loss"] for entry in fitted.history if "loss" in entry]
     losses = steps.step_losses(case.num_steps)
-    return Outcome(
-        reference_s, reference_mib, logps, steps.seconds, steps.mib, losses, meter.process_mib, meter.cpu_share()
-    )
+    seconds, mib = {"step": steps.seconds, "reference": reference_s}, {"step": steps.mib, "reference": reference_mib}
+    return Outcome(seconds, mib, logps, losses, meter.process_mib, meter.cpu_share())

@@ -169,6 +169,7 @@ def _unit(settings: RewardParams) -> str:
 
 def _print_summary(settings: RewardParams, metrics: dict[str, Any], steps: str, reporter: Reporter) -> None:
     unit = _unit(settings)
+    speed, tokens = f"{metrics['groups_per_s']:.1f}", f"{metrics['logical_tokens_per_s']:.0f}"
     reporter.table(
         "reward",
         [
@@ -181,14 +182,10 @@ def _print_summary(settings: RewardParams, metrics: dict[str, Any], steps: str, 
             ("accuracy of the longer answer", _shown(metrics, "longer_accuracy")),
             ("log-loss", _shown(metrics, "log_loss")),
             ("calibration error", _shown(metrics, "ece")),
-            *([("speed", _speed(metrics, unit))] if metrics["groups_per_s"] else []),
+            *([("speed", f"{speed} {unit}/s, {tokens} logical tokens/s")] if metrics["groups_per_s"] else []),
             ("peak memory", memory_in_words(metrics)),
         ],
     )
-
-
-def _speed(metrics: dict[str, Any], unit: str) -> str:
-    return f"{metrics['groups_per_s']:.1f} {unit}/s, {metrics['logical_tokens_per_s']:.0f} logical tokens/s"
 
 
 def _shown(metrics: dict[str, Any], name: str) -> str:

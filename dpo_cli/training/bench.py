@@ -66,11 +66,13 @@ def measure(options: BenchOptions, params: Params, reporter: Reporter) -> dict[s
     machine = prepare_machine(params.runtime, embedded=options.shape is None and params.model.name == EMBEDDED)
     model, groups, what, regime = _subject(options, params, machine, reporter)
     peak = _product_flops(machine)
-    sheet = _datasheet_flops(machine)
+    device = torch.cuda.get_device_name(machine.device) if is_gpu(machine.device) else ""
+    gpu = gpu_called(device)
+    sheet = gpu.tflops * 1e12 if gpu else None
     figures: dict[str, Any] = {
         "model": what,
         "regime": regime,
-        "device": _device_name(machine),
+        "device": device or f"CPU, {torch.get_num_threads()} threads",
         "compute_dtype": machine.dtype_name,
         "quantization": params.reference.quantization,
         "torch": torch.__version__,
@@ -87,7 +89,8 @@ def measure(options: BenchOptions, params: Params, reporter: Reporter) -> dict[s
     for name in options.which:
         bench = _reference_pass if name == "precompute-ref" else _training
         found = bench(case)
-        found |= _utilization(found, peak, sheet)
+        achieved = found["least_operations"] / found["seconds"]
+        found |= {"mfu": achieved / peak, "mfu_datasheet": achieved / sheet if sheet else None}
         figures[name.replace("-", "_")] = found
         reporter.table(f"bench: {name}", _rows(found, figures, attention))
     return figures
@@ -157,11 +160,11 @@ def _training(case: _Case) -> dict[str, Any]:
     chosen = choose_memory(model, scorer, groups, size, case.work)
     limits = Limits.of(case.work, chosen.max_tokens)
     model.eval()
-    reference = {
-        group.id: logps
-        for indices in scorer.split(groups, chosen.max_tokens)
-        for group, logps in _reference_of(scorer, [groups[index] for index in indices])
-    }
+    reference: dict[str, list[float]] = {}
+    with torch.no_grad():
+        for batch in ([groups[index] for index in indices] for indices in scorer.split(groups, chosen.max_tokens)):
+            rows = scorer.score(batch).logps_BK.tolist()
+            reference |= {group.id: row for group, row in zip(batch, rows, strict=True)}
     learner = Learner(model, scorer, PairObjective(TrainParams(beta=0.1), reference))
     accumulator = Accumulator(learner, limits, StopRequest())
     trained = [*learner.trained.values()]
@@ -179,11 +182,6 @@ def _training(case: _Case) -> dict[str, Any]:
     timed = _time(turn, case)
     work = work_of(scorer, steps, limits.budget.max_tokens)
     return _figures(case, timed, work, limits.budget, recompute=chosen.grade)
-
-
-@torch.no_grad()
-def _reference_of(scorer: Scorer, batch: Sequence[TokenGroup]) -> list[tuple[TokenGroup, list[float]]]:
-    return list(zip(batch, scorer.score(batch).logps_BK.tolist(), strict=True))
 
 
 def _time(turn: Callable[[], None], case: _Case) -> tuple[list[float], int]:
@@ -245,11 +243,6 @@ def _figures(
     }
 
 
-def _utilization(found: dict[str, Any], peak_flops: float, sheet_flops: float | None) -> dict[str, Any]:
-    achieved = found["least_operations"] / found["seconds"]
-    return {"mfu": achieved / peak_flops, "mfu_datasheet": None if sheet_flops is None else achieved / sheet_flops}
-
-
 def _rows(found: dict[str, Any], figures: dict[str, Any], attention: str) -> list[tuple[str, str]]:
     mib = 2**20
     sheet = "" if figures["datasheet_tflops"] is None else f"; {found['mfu_datasheet']:.1%} of the datasheet's"
@@ -290,14 +283,3 @@ def _product_flops(machine: Machine) -> float:
         _wait(machine.device)
         best = min(best, time.perf_counter() - begun)
     return 2.0 * size**3 / best
-
-
-def _device_name(machine: Machine) -> str:
-    if is_gpu(machine.device):
-        return torch.cuda.get_device_name(machine.device)
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
-def _datasheet_flops(machine: Machine) -> float | None:
-    gpu = gpu_called(_device_name(machine))
-    return None if gpu is None else gpu.tflops * 1e12
