@@ -30,7 +30,7 @@ from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.load import keep_weights_unpacked, load_model
 from dpo_cli.scoring.attention import IMPLEMENTATION, block_attention
 from dpo_cli.scoring.layout import LAYOUTS, MIN_SHARED_TOKENS, Layout, LayoutName, Run, lay_out
-from dpo_cli.scoring.probe import open_scorer, probe_layouts
+from dpo_cli.scoring.probe import open_scorer
 from dpo_cli.scoring.scorer import Scorer
 
 VOCABULARY = 128
@@ -402,19 +402,3 @@ def test_positions_that_do_not_go_on_from_the_prompt_are_noticed(monkeypatch: py
     monkeypatch.setattr("dpo_cli.scoring.scorer.lay_out", numbered_along_the_row)
     assert_seen("llama", ["shared"])
     assert_seen("gpt2", ["shared"])
-
-
-def test_the_probe_notices_completions_that_see_each_other(leak_siblings: None) -> None:
-    model = build("llama")
-    with Scorer(model, torch.float32) as scorer:
-        verdict = probe_layouts(scorer, model)
-    assert verdict.layout == "padded"
-    assert "off by" in verdict.refused["shared"]
-
-
-def test_the_probe_notices_windows_that_are_not_kept(wrong_windows: None) -> None:
-    model = build("mistral")
-    with Scorer(model, torch.float32) as scorer:
-        verdict = probe_layouts(scorer, model)
-    assert verdict.layout == "padded"
-    assert all("off by" in reason for reason in verdict.refused.values())
