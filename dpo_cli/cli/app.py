@@ -24,20 +24,24 @@ _EXIT_CODES = (
 )
 
 
-_FILES = (
+_NAMES = (
     "evaluate", "report", "bench", "compare", "agreement", "capability", "rating-sheet", "score", "sample", "try",
     "init", "repro", "data", "model",
 )  # fmt: skip
 COMMANDS: dict[str, Stage | str] = {
     **{stage.command: stage for stage in STAGES},
-    **{name: "try_prompt" if name == "try" else name.replace("-", "_") for name in _FILES},
+    **{name: name for name in _NAMES},
+    "rating-sheet": "agreement.sheet_app",
+    "try": "sample.try_app",
 }
-"""Each command's file, ``dpo_cli/cli/<name>.py``, or the stage that has none of its own; in the order of the help."""
+"""Each command's file, ``dpo_cli/cli/<name>.py``, with what it is called there if it is not the file's ``app``, or the
+stage that has none of its own; in the order of the help."""
 
 
 def _load(where: Stage | str) -> Any:
     if isinstance(where, str):
-        return importlib.import_module(f"dpo_cli.cli.{where}").app
+        name, _, app = where.partition(".")
+        return getattr(importlib.import_module(f"dpo_cli.cli.{name}"), app or "app")
     from dpo_cli.cli.stage import stage_app
 
     return stage_app(where)

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from dpo_cli.core.data_params import Source
-from dpo_cli.data.block_files import read_arrow
-from dpo_cli.data.blocks import SAMPLED_OUT, RowCounts
+from dpo_cli.data.blocks import SAMPLED_OUT, RowCounts, read_arrow
 from dpo_cli.data.problem import shown_name
 from dpo_cli.data.schema import from_table
 

@@ -24,8 +24,17 @@ from dpo_cli.core.environment import usable_cores
 from dpo_cli.core.errors import DataError
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.account import SPLITS, Conversion, ConvertedBlock, FileAccount, Finding
-from dpo_cli.data.block_files import examples_file, is_full, rankings_file, read_arrow, widen, write_arrow
-from dpo_cli.data.blocks import DIGESTS, BlockResult, Reject
+from dpo_cli.data.blocks import (
+    DIGESTS,
+    BlockResult,
+    Reject,
+    examples_file,
+    is_full,
+    rankings_file,
+    read_arrow,
+    widen,
+    write_arrow,
+)
 from dpo_cli.data.checks import CHECKS_OF
 from dpo_cli.data.plan import Treatment, find_files, num_bytes, plan_of
 from dpo_cli.data.reading.base import Block

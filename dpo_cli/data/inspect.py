@@ -11,8 +11,7 @@ from typing import Any
 
 from dpo_cli.core.data_params import DataParams, Source
 from dpo_cli.core.errors import DataError
-from dpo_cli.data.block_files import examples_file, read_arrow
-from dpo_cli.data.blocks import convert_block, fit_answers
+from dpo_cli.data.blocks import convert_block, examples_file, fit_answers, read_arrow
 from dpo_cli.data.chat import Encoding
 from dpo_cli.data.checks import TokenView, check_example
 from dpo_cli.data.plan import BlockPlan, Treatment, find_files, plan_of

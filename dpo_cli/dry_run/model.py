@@ -117,7 +117,10 @@ def _packed(layer: Any, dtype: torch.dtype) -> torch.nn.Parameter:
 
 
 class DryAccumulator(Accumulator[Any]):
-    """The training loop's gradient of a batch; the sums are not read back at its end."""
+    """The training loop's gradient of a batch without the read-back at its end.
+
+    So a step runs where there are no numbers, and on a real GPU shows what else the host waits for.
+    """
 
     def __init__(self, learner: Learner[Any], max_tokens: int) -> None:
         machine = Machine(torch.device("cpu"), learner.scorer.compute_dtype)

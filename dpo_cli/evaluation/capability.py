@@ -60,7 +60,6 @@ class Difference(NamedTuple):
     """One model less another on the same items: the mean with its paired interval, and what it says of the first."""
 
     estimate: Estimate
-    num_differing: int
     change: Change
 
 
@@ -100,7 +99,7 @@ def summarize_task(scores: TaskScores, sampling: Sampling) -> TaskResult:
         estimate = sampling.interval(values, names)
         num_differing = sum(value != 0 for value in values)
         change = _change(estimate, num_differing, scores.higher_is_better, sampling.confidence)
-        differences[ours, theirs] = Difference(estimate, num_differing, change)
+        differences[ours, theirs] = Difference(estimate, change)
     means = {model: math.fsum(values) / len(values) for model, values in scores.scores.items()}
     return TaskResult(scores, means, differences, sampling)
 

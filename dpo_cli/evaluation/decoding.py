@@ -220,7 +220,6 @@ class _Run:
     """A batch on its way: all that a step reads and writes, in tensors that stay where they are.
 
     Attributes:
-        device: Where.
         token_R1: int64, each row's last token.
         logits_RV: The prompts' last logits.
         answers_RS: int64.
@@ -238,7 +237,7 @@ class _Run:
         decoding: Decoding,
     ) -> None:
         rows, prompt = tokens_RL.shape
-        self.device = device = tokens_RL.device
+        device = tokens_RL.device
         self._forward, self._cache, self._sampling = forward, cache, decoding
         self._uniforms_RS = uniforms_RS
         self._tokens_RL = tokens_RL
@@ -332,7 +331,7 @@ def _reason_to_wait(run: _Run) -> str | None:
     except Exception as error:  # whatever a model does
         if is_out_of_memory(error):
             raise
-        return _unrecordable(error)
+        return f"it cannot be recorded ({first_line(error)})"
     finally:
         run.restore(before)
     return None
@@ -352,7 +351,7 @@ def _record(step: Callable[[], torch.Tensor]) -> _Record | str:
         cause = error.__context__ or error  # the end of the record complains of it once more
         if is_out_of_memory(cause) or is_out_of_memory(error):
             raise cause from None
-        return _unrecordable(cause)
+        return f"it cannot be recorded ({first_line(cause)})"
     return _Record(graph.replay, logits_RV)
 
 
@@ -364,10 +363,6 @@ def _end_record(pool: Any) -> None:
     """
     with suppress(RuntimeError):  # it knows already
         torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-
-
-def _unrecordable(error: BaseException) -> str:
-    return f"it cannot be recorded ({first_line(error)})"
 
 
 def _reason_against_record(run: _Run, record: _Record) -> str | None:

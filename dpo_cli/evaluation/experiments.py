@@ -271,14 +271,13 @@ def read_experiment(name: str, revision: str) -> tuple[Experiment, list[str]]:
     rows: dict[str, Rows] = {}
     missing: dict[str, str] = {}
     answers: dict[str, Texts] = {}
-    for file in (OF_ANSWERS, OF_PAIRS):
-        path = reports / file
+    for path in (reports / OF_ANSWERS, reports / OF_PAIRS):
         content = read(path)
         if content is None:
-            missing[file] = f"{name} has no {path}; evaluate it again"
+            missing[path.name] = f"{name} has no {path}; evaluate it again"
             continue
         try:
-            if file == OF_PAIRS:
+            if path.name == OF_PAIRS:
                 rows |= rows_of_pairs(content.decode())
             else:
                 found, answers = rows_of_answers(content.decode())
@@ -294,13 +293,9 @@ def _oddities(name: str, params: dict[str, Any], read: Read) -> list[str]:
     """Where params.yaml or reports/ are not those of the run that dvc.lock recorded."""
     stages = _yaml(read(_LOCK), f"{name}: {_LOCK}").get("stages") or {}
     found = []
-    ran = flatten(
-        {
-            section: values
-            for stage in STAGES
-            for section, values in stages.get(stage.name, {}).get("params", {}).get(paths.PARAMS.name, {}).items()
-        }
-    )
+    ran: dict[str, Scalar] = {}
+    for stage in STAGES:
+        ran |= flatten(stages.get(stage.name, {}).get("params", {}).get(paths.PARAMS.name, {}))
     now = flatten({section: values for section, values in params.items() if section not in _NOT_SETTINGS})
     changed = [path for path in ran if path in now and now[path] != ran[path]]
     if changed:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -48,14 +48,8 @@ class PromptTokens:
     messages: Messages = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """The tokens of a sampled answer.
-
-    Attributes:
-        tokens: Token ids as sampled, the stop token included where one came.
-        finished: Whether a stop token came before the limit.
-    """
+class Sampled(NamedTuple):
+    """The tokens of a sampled answer, the stop token included where one came, and whether one came in time."""
 
     tokens: tuple[int, ...]
     finished: bool

@@ -148,15 +148,8 @@ def form_metrics(forms: Sequence[tuple[bool, bool]], confidence: float) -> dict[
 
 
 def win_metrics(result: ComparisonResult, sampling: Sampling, *, reads: bool) -> dict[str, Any]:
-    """The win rate over the SFT model, and what stands behind it.
-
-    Args:
-        result: The policy's answers with the SFT model's.
-        sampling: How intervals are drawn.
-        reads: Whether the judge reads two texts in an order.
-    """
-    summary = result.summary
-    wins = result.wins
+    """The win rate of the policy over the SFT model, and what stands behind it; a judge may read texts in an order."""
+    summary, wins = result.summary, result.wins
     ids = list(wins)
     lengths = [result.ours[id].num_tokens - result.theirs[id].num_tokens for id in ids]
     controlled = control_length([wins[id] for id in ids], lengths, [result.ours[id].group for id in ids], sampling)

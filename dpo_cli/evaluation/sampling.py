@@ -69,7 +69,7 @@ def read_prompts(path: Path) -> PromptFile:
         DataError: The file cannot be read or has no rows, or a row of it has no prompt; it names the first of them.
     """
     found = PromptFile(path)
-    problems: list[str] = []
+    problems: list[tuple[Path, int, RowProblem]] = []
     for record in read_records(path):
         found.num_read += 1
         try:
@@ -81,13 +81,12 @@ def read_prompts(path: Path) -> PromptFile:
             if not any(message["content"].strip() for message in messages):
                 raise RowProblem("empty_prompt", "asks nothing: 'prompt' is empty")
         except RowProblem as problem:
-            problems.append(_problem_in(path, record.row, problem))
+            problems.append((path, record.row, problem))
             continue
         id = content_id(messages)
         found.prompts.setdefault(id, messages)
         found.rows.setdefault(id, record.row)
-    if problems:
-        raise DataError(_first_of(problems))
+    _refuse(problems)
     if not found.prompts:
         raise DataError(f"{path} has no rows: there is nothing to answer")
     return found
@@ -100,28 +99,26 @@ def repeated(files: Sequence[PromptFile], num_answers: int, encoder: ChatEncoder
         DataError: The chat template refuses a prompt; it names the first of them.
     """
     tokens: dict[str, tuple[int, ...]] = {}
-    problems: list[str] = []
+    problems: list[tuple[Path, int, RowProblem]] = []
     for file in files:
         for id, messages in file.prompts.items():
             try:
                 tokens[id] = tuple(encoder.encode_prompt(messages))
             except RowProblem as problem:
-                problems.append(_problem_in(file.path, file.rows[id], problem))
-    if problems:
-        raise DataError(_first_of(problems))
+                problems.append((file.path, file.rows[id], problem))
+    _refuse(problems)
     messages = {id: prompt for file in files for id, prompt in file.prompts.items()}
     return [
         PromptTokens(_answer_id(id, number), tokens[id], messages[id]) for id in tokens for number in range(num_answers)
     ]
 
 
-def _problem_in(path: Path, row: int, problem: RowProblem) -> str:
-    return f"{path}, row {row} {problem}; correct the row, or take it out"
-
-
-def _first_of(problems: Sequence[str]) -> list[str]:
-    more = len(problems) - _MOST_PROBLEMS
-    return [*problems[:_MOST_PROBLEMS], *([f"{more} more rows are like that"] if more > 0 else [])]
+def _refuse(problems: Sequence[tuple[Path, int, RowProblem]]) -> None:
+    """Refuse files by their first bad rows."""
+    lines = [f"{path}, row {row} {problem}; correct the row, or take it out" for path, row, problem in problems]
+    more = len(lines) - _MOST_PROBLEMS
+    if lines:
+        raise DataError([*lines[:_MOST_PROBLEMS], *([f"{more} more rows are like that"] if more > 0 else [])])
 
 
 def _answer_id(prompt: str, number: int) -> str:
@@ -162,13 +159,9 @@ def sample_table(
     num_answers: int,
     reward: Callable[[str, str], float] | None,
 ) -> SampleTable:
-    """Put the answers to some prompts together: those with the same text once, those that were cut off left out.
+    """Put the answers, by the ids of :func:`repeated`, to some prompts together.
 
-    Args:
-        prompts: By content id.
-        answers: By the ids of :func:`repeated`.
-        num_answers: Answers to each prompt.
-        reward: From prompt and answer to a known reward.
+    Those with the same text are one, and those that were cut off are left out. A known reward is of prompt and answer.
     """
     table = SampleTable([], len(prompts) * num_answers)
     rewards: list[float] = []
@@ -219,18 +212,18 @@ def refuse_foreign(path: Path) -> None:
 def sample_files(
     files: Sequence[Path], num_answers: int, model: Path | None, out: Path, params: Params, reporter: Reporter
 ) -> dict[str, Any]:
-    """Sample answers to the prompts of some files, and write a table for each file.
+    """Sample so many answers to each prompt of some files, as section evaluate says, and write a table for each file.
 
     Args:
         files: Each with prompts.
         num_answers: Answers to each prompt.
         model: An adapter for the project's SFT model, or a whole model; None: the SFT model itself.
         out: Folder of the tables, which go by the names of the files.
-        params: All settings; section evaluate says how answers are sampled.
-        reporter: Shows progress, and a table for each file.
+        params: All settings.
+        reporter: Shows progress, and what is counted of each file.
 
     Returns:
-        What is counted, by file.
+        The same, by file.
 
     Raises:
         ParamsError: Two files would make one table, a file is there that would be written over, or a setting has no
@@ -260,9 +253,7 @@ def sample_files(
     judge = known_reward(settings)
     made_by = {
         "model": asked_model.digest,
-        "temperature": settings.temperature,
-        "max_new_tokens": settings.max_new_tokens,
-        "seed": settings.seed,
+        **settings.model_dump(include={"temperature", "max_new_tokens", "seed"}),
         "num_answers": num_answers,
         "score": judge.name if judge else "",
     }

@@ -18,7 +18,7 @@ from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.account import Conversion, ConvertedBlock
-from dpo_cli.data.block_files import rankings_file, read_arrow
+from dpo_cli.data.blocks import rankings_file, read_arrow
 from dpo_cli.data.checks import TokenView
 from dpo_cli.data.convert import convert_aside
 from dpo_cli.data.plan import Treatment

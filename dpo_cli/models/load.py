@@ -176,7 +176,7 @@ def load_model(folder: Path, machine: Machine, *, quantization: str, trainable: 
     with importing():  # peft with them: before a model is in memory
         import peft  # noqa: F401
         import torch
-        import transformers  # noqa: F401
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # noqa: F401
 
         from dpo_cli.scoring.fused import use_fused
 

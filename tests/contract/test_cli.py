@@ -94,7 +94,7 @@ def test_help_imports_neither_torch_nor_its_like() -> None:
 
 def test_a_command_is_loaded_when_it_is_named() -> None:
     loaded = loaded_by(shown("try", "--help"))
-    assert "dpo_cli.cli.try_prompt" in loaded
+    assert "dpo_cli.cli.sample" in loaded
     assert not {"dpo_cli.cli.score", "dpo_cli.cli.init", "dpo_cli.cli.data"} & loaded
 
 

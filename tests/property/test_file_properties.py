@@ -106,6 +106,8 @@ def render(rows: list[dict[str, Any]], form: str, ascii_only: bool = False) -> b
         return json.dumps(rows, ensure_ascii=ascii_only, indent=2).encode()
     if form == "within":
         return f'{{"version": 1, "data": {{"rows": [{", ".join(lines)}], "n": []}}, "end": {{}}}}\n'.encode()
+    if form == "objects":
+        return "\n".join(line.replace("{", "{\n", 1) for line in lines).encode()
     return ("\r\n" if form == "crlf" else "\n").join([*lines, ""]).encode()
 
 
@@ -116,7 +118,7 @@ def within(form: str) -> str:
 @in_a_folder
 @given(
     rows=ROWS,
-    form=st.sampled_from(JSON_FORMS),
+    form=st.sampled_from([*JSON_FORMS, "objects"]),
     ascii_only=st.booleans(),
     mark=st.booleans(),
     compress=st.sampled_from([bytes, zipped, lambda data: pa.compress(data, "zstd", asbytes=True)]),

@@ -76,8 +76,7 @@ class Format(Generic[Found]):
             say it, beside those that the user names.
         alternatives: Two fields of which the second is not read where the first holds something.
         of_a_turn: What it reads of a turn beside role, text and the like; None: its fields hold no such turns.
-        leaves: Fields of which it may leave something beside such turns.
-        unread: What it leaves of them in a row: the name of each, and perhaps the part that it leaves.
+        unread: What it leaves of a row's fields beside such turns, by the fields' names: parts, or all of it (empty).
     """
 
     name: str
@@ -92,8 +91,7 @@ class Format(Generic[Found]):
     suggest: Callable[[Collection[str], Mapping[str, Column]], Suggestion | None] = lambda keys, named: None
     alternatives: tuple[tuple[str, str], ...] = ()
     of_a_turn: tuple[str, ...] | None = ()
-    leaves: tuple[str, ...] = ()
-    unread: Callable[[RawRow], Iterable[tuple[str, str]]] = lambda row: ()
+    unread: Mapping[str, Callable[[RawRow], Iterable[str]]] = field(default_factory=dict)
 
     def fits(self, row: RawRow) -> bool:
         """Whether a row that has the fields looks like one of this format."""

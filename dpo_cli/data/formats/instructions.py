@@ -153,12 +153,12 @@ def _note_reasoning(row: RawRow, reading: Reading) -> str:
     return "'reasoning' is the reasoning before the answer" if row.get("reasoning") else ""
 
 
-def _unread_reasoning(row: RawRow) -> list[tuple[str, str]]:
+def _unread_reasoning(row: RawRow) -> list[str]:
     """The field of reasoning, where the answer has its own."""
     answer = row.get("completion")
     last = answer[-1] if isinstance(answer, list) and answer else answer
     has_own = isinstance(last, dict) and any(last.get(key) for key in REASONING_KEYS)
-    return [("reasoning", "")] if has_own and says_something(row.get("reasoning")) else []
+    return [""] if has_own and says_something(row.get("reasoning")) else []
 
 
 ALPACA = Format(
@@ -186,8 +186,7 @@ PROMPT_COMPLETION = Format(
     note=_note_reasoning,
     doubt=_doubt_of("prompt_completion"),
     alternatives=PROMPT_ALTERNATIVES,
-    leaves=("reasoning",),
-    unread=_unread_reasoning,
+    unread={"reasoning": _unread_reasoning},
 )
 
 

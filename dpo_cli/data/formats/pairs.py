@@ -122,8 +122,7 @@ PAIRS = Format(
     note=lists_note,
     doubt=_doubt_pairs,
     alternatives=PROMPT_ALTERNATIVES + SCORE_ALTERNATIVES,
-    leaves=("margin",),
-    unread=unread_margin,
+    unread={"margin": unread_margin},
 )
 
 
@@ -174,10 +173,6 @@ def _note_sharegpt(row: RawRow, reading: Reading) -> str:
     return lists_note(row, reading)
 
 
-def _unread_sharegpt(row: RawRow) -> list[tuple[str, str]]:
-    return [*unread_margin(row), *([("conversations", "last answer")] if _has_third_answer(row) else [])]
-
-
 SHAREGPT = Format(
     name="sharegpt",
     fields="conversations (or messages) and two answers, chosen and rejected",
@@ -192,8 +187,7 @@ SHAREGPT = Format(
     matches=_matches_sharegpt,
     note=_note_sharegpt,
     alternatives=SCORE_ALTERNATIVES,
-    leaves=("conversations", "margin"),
-    unread=_unread_sharegpt,
+    unread={"margin": unread_margin, "conversations": lambda row: ["last answer"] if _has_third_answer(row) else []},
 )
 
 
@@ -327,6 +321,5 @@ IMPLICIT = Format(
     note=lambda row, reading: "texts are cut behind the last word they share" if _are_texts(row) else "",
     doubt=_doubt_implicit,
     alternatives=SCORE_ALTERNATIVES,
-    leaves=("margin",),
-    unread=unread_margin,
+    unread={"margin": unread_margin},
 )

@@ -79,7 +79,7 @@ def read_prompt(row: RawRow, reading: Reading) -> Messages:
         asked = [user(_with_input(text_field(row, "instruction"), row))]
     else:
         raise RowProblem("missing_field", "has no 'prompt'")
-    return with_context(row, asked, reading)
+    return with_context(row, asked, reading) if "system" in row or "history" in row else asked
 
 
 def _read_odd_prompt(text: str, row: RawRow, reading: Reading) -> Messages:
@@ -252,8 +252,8 @@ def read_pair(row: RawRow, prompt: Messages, reading: Reading) -> PreferenceExam
         return _read_lists(row, prompt, reading)
     scores = read_scores(row)
     try:
-        chosen, rejected = (read_answer(row, name, prompt, reading) for name in SIDES)
-        return PreferenceExample(prompt, chosen, rejected, *scores)
+        chosen = read_answer(row, "chosen", prompt, reading)
+        return PreferenceExample(prompt, chosen, read_answer(row, "rejected", prompt, reading), *scores)
     except RowProblem as problem:
         if problem.reason != "not_one_answer":
             raise
@@ -317,11 +317,10 @@ def _margin_in(row: RawRow) -> float | None:
         return None
 
 
-def unread_margin(row: RawRow) -> list[tuple[str, str]]:
+def unread_margin(row: RawRow) -> list[str]:
     """The margin, where it says something and is no number, or a side is a list."""
-    if not says_something(row.get("margin")) or (_margin_in(row) is not None and not are_lists(row)):
-        return []
-    return [("margin", "")]
+    is_read = _margin_in(row) is not None and not are_lists(row)
+    return [""] if says_something(row.get("margin")) and not is_read else []
 
 
 # --- sides that are lists of answers ------------------------------------------------------------
@@ -329,11 +328,11 @@ def unread_margin(row: RawRow) -> list[tuple[str, str]]:
 
 def are_lists(row: RawRow) -> bool:
     """Whether a side is a list of answers: of texts, or of whole conversations."""
-    return any(_is_list(row.get(name)) for name in SIDES)
+    return _is_list(row.get("chosen")) or _is_list(row.get("rejected"))
 
 
 def _is_list(value: Any) -> bool:
-    if not isinstance(value, list) or not value:
+    if type(value) is not list or not value:
         return False
     return all(isinstance(answer, str) for answer in value) or all(map(is_conversation, value))
 

@@ -196,10 +196,9 @@ def _matches_list(row: RawRow) -> bool:
     return isinstance(with_list(row.get("output")), list)
 
 
-def _unread_of_list(row: RawRow) -> Iterator[tuple[str, str]]:
+def _unread_of_list(row: RawRow) -> Iterable[str]:
     """What completions hold beside text, reasoning, calls and what orders them."""
-    name = _name_of_answers(row)
-    values = with_list(row.get(name))
+    values = with_list(row.get(_name_of_answers(row)))
     order = "" if row.get("ranks") is not None else _key_of(values, _RANK_KEYS, all)
     if not order and all(row.get(listed) is None for listed in ("ranks", "scores")):
         order = _key_of(values, _SCORE_KEYS, all)
@@ -209,7 +208,7 @@ def _unread_of_list(row: RawRow) -> Iterator[tuple[str, str]]:
             parts.update(dict.fromkeys(unread_beside(value, {*read_of_answer(value), order})))
         else:
             parts.update(dict.fromkeys(unread_of_turns(value, (order,))))
-    return ((name, part) for part in parts)
+    return parts
 
 
 def _doubt_list(rows: Sequence[RawRow], reading: Reading) -> str:
@@ -255,8 +254,10 @@ KWISE = Format(
     note=lambda row, reading: "" if _has_order(row) else "the order of the list is the ranking, best first",
     doubt=_doubt_list,
     suggest=_suggest,
-    leaves=("completions", "output"),
-    unread=_unread_of_list,
+    unread={
+        name: lambda row, name=name: _unread_of_list(row) if name == _name_of_answers(row) else ()
+        for name in ("completions", "output")
+    },
     alternatives=(*PROMPT_ALTERNATIVES, ("completions", "output"), *combinations(_ORDER, 2)),
 )
 

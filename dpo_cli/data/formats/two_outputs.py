@@ -81,21 +81,16 @@ def _winner_of(won: Any) -> str:
 
 def _dialogs(row: RawRow) -> tuple[Messages, Messages] | None:
     """Two conversations, where prompt and outputs are lists of texts, perhaps as JSON: one a turn."""
-    lists = [_texts(row.get(name)) for name in ("prompt", *_SIDES)]
-    asked, one, other = lists
-    if asked is None or one is None or other is None or not len(asked) == len(one) == len(other) > 0:
+    lists = [with_list(row.get(name)) for name in ("prompt", *_SIDES)]
+    if not all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in lists):
         return None
-    return _dialog(asked, one), _dialog(asked, other)
-
-
-def _dialog(asked: list[str], answers: list[str]) -> Messages:
-    pairs = zip(asked, answers, strict=True)
-    return [turn for question, answer in pairs for turn in (user(question), assistant(answer))]
-
-
-def _texts(value: Any) -> list[str] | None:
-    value = with_list(value)
-    return value if isinstance(value, list) and all(isinstance(text, str) for text in value) else None
+    asked, *answers = lists
+    if not len(asked) == len(answers[0]) == len(answers[1]) > 0:
+        return None
+    one, other = (
+        [turn for q, a in zip(asked, each, strict=True) for turn in (user(q), assistant(a))] for each in answers
+    )
+    return one, other
 
 
 def _read(row: RawRow, reading: Reading) -> PreferenceExample:
@@ -111,13 +106,9 @@ def _read(row: RawRow, reading: Reading) -> PreferenceExample:
             for name in _SIDES:
                 refuse_python(row[name], name)
             raise RowProblem("missing_field", "has no 'prompt'")
-        sides = {
-            "chosen": better,
-            "rejected": worse,
-            "chosen_score": f"{better}_score",
-            "rejected_score": f"{worse}_score",
-        }
-        return read_implicit({**row, **{name: row.get(field) for name, field in sides.items()}}, reading)
+        sides = {side: row[name] for side, name in (("chosen", better), ("rejected", worse))}
+        scores = {f"{side}_score": row.get(f"{name}_score") for side, name in (("chosen", better), ("rejected", worse))}
+        return read_implicit({**row, **sides, **scores, "margin": None}, reading)
     scores = [optional_number(row, f"{name}_score") for name in (better, worse)]
     if dialogs := _dialogs(row):
         one, other = dialogs if better == "first" else dialogs[::-1]

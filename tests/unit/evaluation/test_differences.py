@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from dataclasses import replace
 from typing import Any
 
@@ -95,16 +94,6 @@ def test_rows_of_one_prompt_hang_together() -> None:
     found = compare(rows([0.0] * 8), rows([1.0] * 4 + [0.0] * 4), metric)
     assert (found.value, found.low, found.high) == (0.5, 0.0, 1.0)
     assert (found.num_prompts, found.num_left_out) == (2, 0)
-
-
-def test_the_order_of_rows_and_the_names_change_nothing() -> None:
-    rng = random.Random(0)
-    values = {f"{i}": rng.random() for i in range(50)}
-    other = {f"{i}": rng.random() for i in range(50)}
-    before = compare(experiment(values, "base"), experiment(other))
-    mixed = dict(rng.sample([*other.items()], 50))
-    assert compare(experiment(values, "x"), experiment(mixed, "y")) == before
-    assert compare(experiment(values, "base"), experiment(other), seed=1) != before
 
 
 @pytest.mark.parametrize(

@@ -318,6 +318,16 @@ def test_what_nf4_leaves_in_plain_numbers_is_named_with_its_bytes(
 # --- forced -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("layout", "kernel"), [("shared", "PyTorch's flash kernel for the CPU"), ("padded", "the model's own sdpa")]
+)
+def test_a_layout_can_be_forced(layout: Any, kernel: str, open_: Make, make_llama: Make, reporter: Any) -> None:
+    scorer, verdict = open_(make_llama(100), layout)
+    assert (scorer.layout, verdict.layout, verdict.refused, verdict.forced) == (layout, layout, {}, True)
+    assert reporter.said[0] == f"train: layout {layout} (forced); attention by {kernel}"
+    assert (verdict.attention, verdict.attention_refused) == (kernel, {})
+
+
 @pytest.mark.parametrize("family", ["bloom", "lfm2"])
 def test_a_forced_layout_that_is_wrong_is_refused_by_the_name_of_the_setting(family: str, open_: Make) -> None:
     name, values, reason = LEAKY[family]

@@ -88,12 +88,6 @@ def test_nominal_95_covers_93_to_97_by_prompt_and_far_less_by_row() -> None:
     assert hits["row"] / 1000 < 0.85
 
 
-def wilson_by_hand(p: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson 1927: the p' for which the share p of n lies within z standard errors, sqrt(p' (1 - p') / n)."""
-    middle, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
-    return (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
-
-
 @pytest.mark.parametrize(
     ("method", "temperature", "rate"), [("DPO", 0, 0.36), ("DPO", 0.25, 0.31), ("PPO", 0, 0.26), ("PPO", 0.25, 0.23)]
 )
@@ -107,7 +101,7 @@ def test_the_papers_table_1_has_wilsons_intervals(method: str, temperature: floa
     assert round(wins / 256, 2) == rate, f"{method} at T = {temperature}"
     found = interval([1.0] * wins + [0.0] * (256 - wins), [f"{i:03d}" for i in range(256)], draws=20_000)
     assert found.value == wins / 256
-    assert (found.low, found.high) == pytest.approx(wilson_by_hand(wins / 256, 256), abs=0.01)
+    assert (found.low, found.high) == pytest.approx(wilson_interval(wins, 256), abs=0.01)
 
 
 def test_weights_are_the_draws_of_the_bootstrap() -> None:

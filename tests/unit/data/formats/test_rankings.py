@@ -1,4 +1,4 @@
-"""K answers in order: rankings and the pairs made of them, worked out by hand."""
+"""Rankings and the pairs made of them, worked out by hand: lists in order, verdicts, and trees."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ import pytest
 from dpo_cli.data.formats import PREFERENCE_FORMATS, SFT_FORMATS
 from dpo_cli.data.formats.base import Reading
 from dpo_cli.data.formats.detect import RowReader, UnknownFormatError
-from dpo_cli.data.formats.rankings import KWISE, ranks_of_scores
+from dpo_cli.data.formats.rankings import KWISE, OASST, OASST_SFT, read_verdicts
 from dpo_cli.data.problem import RowProblem
-from dpo_cli.data.schema import PreferenceExample, RankingExample, assistant, user
+from dpo_cli.data.schema import PreferenceExample, RankingExample, SftExample, assistant, user
+
+# --- kwise -------------------------------------------------------------------------------------
+
 
 Q = user("q")
 
@@ -39,25 +42,20 @@ def pairs_of(ranking: RankingExample, scheme: str) -> set[str]:
         # ranks: 1 is best
         ({"ranks": [1, 2, 3]}, "abc", [1, 2, 3], "a>b a>c b>c", "a>b b>c", "a>c"),
         ({"ranks": [3, 1, 2]}, "bca", [1, 2, 3], "b>c b>a c>a", "b>c c>a", "b>a"),
-        ({"ranks": ["3", "1", "2"]}, "bca", [1, 2, 3], "b>c b>a c>a", "b>c c>a", "b>a"),
         ({"ranks": [0, 2, 1]}, "acb", [1, 2, 3], "a>c a>b c>b", "a>c c>b", "a>b"),
-        ({"ranks": [10, 5, 70]}, "bac", [1, 2, 3], "b>a b>c a>c", "b>a a>c", "b>c"),
         ({"ranks": [1, 1, 2]}, "abc", [1, 1, 2], "a>c b>c", "a>c b>c", "a>c"),
         ({"ranks": [2, 1, 2]}, "bac", [1, 2, 2], "b>a b>c", "b>a b>c", "b>c"),
-        ({"ranks": [1.5, 1.5, 3]}, "abc", [1, 1, 2], "a>c b>c", "a>c b>c", "a>c"),
         ({"ranks": [1, 1, 1]}, "abc", [1, 1, 1], "", "", ""),
         # scores: higher is better
         ({"scores": [0.1, 0.9, 0.5]}, "bca", [1, 2, 3], "b>c b>a c>a", "b>c c>a", "b>a"),
         ({"scores": [-1, "2", 0]}, "bca", [1, 2, 3], "b>c b>a c>a", "b>c c>a", "b>a"),
         ({"scores": [1, 0, 1]}, "acb", [1, 1, 2], "a>b c>b", "a>b c>b", "a>b"),
         ({"scores": [True, False, True]}, "acb", [1, 1, 2], "a>b c>b", "a>b c>b", "a>b"),
-        ({"scores": [0, 0, 0]}, "abc", [1, 1, 1], "", "", ""),
         # verdicts on 1-2, 1-3, 2-3
         ({"preference": [1, 1, 1]}, "abc", [1, 2, 3], "a>b a>c b>c", "a>b b>c", "a>c"),
         ({"preference": [2, 2, 2]}, "cba", [1, 2, 3], "b>a c>a c>b", "c>b b>a", "c>a"),
         ({"preference": [1, 0, 0]}, "acb", [1, 2, 3], "a>b", "a>c c>b", "a>b"),
         ({"preference": [1, 2, 1]}, "abc", [1, 1, 1], "a>b c>a b>c", "", ""),  # a > b > c > a
-        ({"preference": [0, 0, 0]}, "abc", [1, 1, 1], "", "", ""),
         # a matrix: entry [i][j] is how often i beat j
         ({"preference": [[0, 3, 0], [1, 0, 0], [4, 4, 0]]}, "cab", [1, 2, 3], "a>b c>a c>b", "c>a a>b", "c>b"),
         (
@@ -80,25 +78,11 @@ def test_an_order_makes_pairs(
     assert pairs_of(ranking, "best_vs_worst") == set(extremes.split())
 
 
-def test_four_answers_with_two_tied_in_the_middle() -> None:
-    ranking = read(["a", "b", "c", "d"], ranks=[4, 2, 1, 2])
-    assert (texts_of(ranking), ranking.ranks) == ("cbda", [1, 2, 2, 3])
-    assert pairs_of(ranking, "all") == {"c>b", "c>d", "c>a", "b>a", "d>a"}
-    assert pairs_of(ranking, "adjacent") == {"c>b", "c>d", "b>a", "d>a"}
-    assert pairs_of(ranking, "best_vs_worst") == {"c>a"}
-
-
 def test_scores_stay_with_their_answers() -> None:
     ranking = read(["a", "b", "c"], scores=[0.1, 0.9, 0.5])
     assert ranking.scores == [0.9, 0.5, 0.1]
     assert ranking.pair(0, 2) == PreferenceExample([Q], [assistant("b")], [assistant("a")], 0.9, 0.1)
     assert read(["a", "b"], ranks=[1, 2]).pair(0, 1).chosen_score is None
-
-
-def test_an_answer_may_be_there_twice() -> None:
-    ranking = read(["a", "b", "a"], ranks=[1, 2, 3])
-    assert (texts_of(ranking), ranking.ranks) == ("aba", [1, 2, 3])
-    assert ranking.pairs("all") == [(0, 1), (0, 2), (1, 2)]
 
 
 @pytest.mark.parametrize(
@@ -145,13 +129,10 @@ def test_a_list_is_in_order_where_the_user_says_so() -> None:
         ({"completions": None}, "missing_field"),
         ({"completions": "a"}, "not_a_list"),
         ({"completions": {"a": 1}}, "not_a_list"),
-        ({"completions": []}, "too_few_completions"),
         ({"completions": ["a"]}, "too_few_completions"),
         ({"completions": ["a", None]}, "missing_field"),
-        ({"completions": ["a", 5]}, "not_text"),
         ({"completions": ["a", {"model": "x"}]}, "missing_field"),
         ({"completions": ["a", Q]}, "not_one_answer"),
-        ({"prompt": None}, "missing_field"),
         # an order that is not there is not made up
         ({"ranks": None}, "no_ranking"),
         ({"ranks": ...}, "no_ranking"),
@@ -166,7 +147,6 @@ def test_a_list_is_in_order_where_the_user_says_so() -> None:
         ({"ranks": [True, False]}, "bad_ranking"),
         ({"ranks": [1, None]}, "not_a_number"),
         ({"ranks": [1, "second"]}, "not_a_number"),
-        ({"ranks": ..., "scores": [1]}, "bad_ranking"),
         ({"ranks": ..., "scores": [1, "high"]}, "not_a_number"),
         ({"ranks": ..., "scores": [1, float("inf")]}, "not_a_number"),
         ({"ranks": ..., "preference": [1, 2]}, "bad_ranking"),
@@ -178,24 +158,9 @@ def test_an_odd_ranking_is_refused(change: dict[str, Any], reason: str, reason_o
     assert reason_of(KWISE, {name: value for name, value in row.items() if value is not ...}) == reason
 
 
-def test_a_list_that_only_lacks_its_ranks_is_in_no_order(reason_of: Callable[..., str]) -> None:
-    assert reason_of(KWISE, {"instruction": "q", "output": ["a", "b"], "ranks": None}) == "no_ranking"
-
-
-def test_equal_scores_have_equal_ranks_without_gaps() -> None:
-    assert ranks_of_scores([3.0, 1.0, 3.0, 2.0, 1.0]) == [1, 3, 1, 2, 3]
-    assert ranks_of_scores([]) == []
-
-
-# --- by auto ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("row", "texts"),
     [
-        ({"prompt": "q", "completions": ["a", "b"], "ranks": [2, 1]}, "ba"),
-        ({"question": "q", "responses": ["a", "b"], "scores": [1, 2]}, "ba"),
-        ({"query": "q", "answers": [{"answer": "a", "rank": 2.0}, {"answer": "b", "rank": 1.0}]}, "ba"),
         ({"instruction": "q", "input": "", "output": ["a", "b"], "history": [], "scores": [1, 2]}, "ba"),
         ({"instruction": "q", "output": [{"text": "a", "rank": 2}, {"text": "b", "rank": 1}]}, "ba"),
         ({"prompt": "q", "response_1": "a", "response_2": "b", "response_3": "c", "scores": [1, 3, 2]}, "bca"),
@@ -252,15 +217,6 @@ def test_a_list_without_ranks_among_lists_with_ranks_is_in_doubt(auto: Callable[
         auto(ranked, ranked, {"instruction": "q", "output": ["a", "b"]})
 
 
-def test_a_row_without_ranks_in_a_file_with_ranks_is_refused(auto: Callable[..., Any]) -> None:
-    row = {"prompt": "q", "completions": ["a", "b"], "ranks": [2, 1]}
-    for lost in ({"ranks": None}, {"completions": ["a"]}, {"prompt": None}):
-        found = auto(row, row, {**row, **lost}).found[2]
-        assert isinstance(found, RowProblem)
-    found = auto(row, row, {"prompt": "q", "completions": ["a", "b"]}).found[2]
-    assert found.reason == "no_ranking"
-
-
 @pytest.mark.parametrize(
     "row",
     [
@@ -315,3 +271,164 @@ def test_what_completions_hold_beside_is_named(answer: Any, unread: list[str], a
     read = auto({"prompt": "q", "answers": [answer, other]})
     assert read.formats == ["kwise"]
     assert read.unread == dict.fromkeys((f"answers.{name}" for name in unread), 1)
+
+
+# --- verdicts ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "num", "decided"),
+    [
+        # the pairs are 1-2, 1-3, 2-3
+        ([1, 2, 0], 3, [(0, 1), (2, 0)]),
+        ([1.0, 0.0, 2.0], 3, [(0, 1), (2, 1)]),
+        ([2], 2, [(1, 0)]),
+        # 1-2, 1-3, 1-4, 2-3, 2-4, 3-4
+        ([1, 1, 2, 1, 2, 0], 4, [(0, 1), (0, 2), (3, 0), (1, 2), (3, 1)]),
+        # wins counted
+        ([[0, 3, 1], [2, 0, 1], [1, 4, 0]], 3, [(0, 1), (2, 1)]),
+        ([[0, 1], [0, 0]], 2, [(0, 1)]),
+        ([[None, True], [False, None]], 2, [(0, 1)]),
+        # probabilities, and log-odds
+        ([[0.5, 0.7, 0.5], [0.3, 0.5, 0.9], [0.5, 0.1, 0.5]], 3, [(0, 1), (1, 2)]),
+        ([[0, -1.5], [1.5, 0]], 2, [(1, 0)]),
+        ([["", "0.2"], ["0.8", ""]], 2, [(1, 0)]),
+    ],
+)
+def test_verdicts_decide_pairs(values: Any, num: int, decided: list[tuple[int, int]]) -> None:
+    assert read_verdicts(values, num) == decided
+
+
+@pytest.mark.parametrize(
+    ("values", "num", "reason"),
+    [
+        (1, 2, "bad_ranking"),
+        ("1", 2, "bad_ranking"),
+        ([], 2, "bad_ranking"),
+        ([1, 1], 3, "bad_ranking"),
+        ([1, 3, 1], 3, "bad_ranking"),
+        ([1, None, 1], 3, "bad_ranking"),
+        ([True, False, True], 3, "bad_ranking"),
+        (["1", "2", "0"], 3, "bad_ranking"),
+        ([[0, 1], [0]], 2, "bad_ranking"),
+        ([[0, 1, 0], [0, 0, 0]], 2, "bad_ranking"),
+        ([[0, None], [1, 0]], 2, "not_a_number"),
+        ([[0, 0.7], [0, 0]], 2, "bad_ranking"),  # half a matrix
+        ([[0, 0.7], [0.7, 0]], 2, "bad_ranking"),
+    ],
+)
+def test_odd_verdicts_are_refused(values: Any, num: int, reason: str) -> None:
+    with pytest.raises(RowProblem) as caught:
+        read_verdicts(values, num)
+    assert caught.value.reason == reason
+
+
+# --- oasst -------------------------------------------------------------------------------------
+
+
+def ask(text: str, *replies: Any, **fields: Any) -> dict[str, Any]:
+    return {"text": text, "role": "prompter", "replies": list(replies), **fields}
+
+
+def say(text: Any, rank: Any = None, *replies: Any, **fields: Any) -> dict[str, Any]:
+    return {"text": text, "role": "assistant", "rank": rank, "replies": list(replies), **fields}
+
+
+def parts_of(fmt: Any, tree: Any) -> dict[str, Any]:
+    """The parts by name; a problem by its reason."""
+    parts = fmt.read({"message_tree_id": "x", "prompt": tree}, Reading())
+    return {name: found.reason if isinstance(found, RowProblem) else found for name, found in parts}
+
+
+def ranking(prompt: list[Any], *answers: str, ranks: list[int] | None = None) -> RankingExample:
+    return RankingExample(prompt, [[assistant(text)] for text in answers], ranks or list(range(1, len(answers) + 1)))
+
+
+TREE = ask(
+    "1",
+    say("b", 1),
+    say("a", 0, ask("2", say("d", 1), say("c", 0)), ask("3", say("only"))),
+)
+
+
+def test_every_message_with_two_ranked_answers_is_a_ranking() -> None:
+    assert parts_of(OASST, TREE) == {
+        "prompt": ranking([user("1")], "a", "b"),
+        "prompt.replies[1].replies[0]": ranking([user("1"), assistant("a"), user("2")], "c", "d"),
+    }
+
+
+def test_the_best_path_is_instruction_data() -> None:
+    assert parts_of(OASST_SFT, TREE) == {
+        "prompt.replies[1]": SftExample([user("1")], [assistant("a")]),
+        "prompt.replies[1].replies[0].replies[1]": SftExample([user("1"), assistant("a"), user("2")], [assistant("c")]),
+        "prompt.replies[1].replies[1].replies[0]": SftExample(
+            [user("1"), assistant("a"), user("3")], [assistant("only")]
+        ),
+    }
+
+
+def test_answers_without_a_rank_are_left_out_by_name() -> None:
+    tree = ask("q", say("a", 1), say("b"), say("c", 0), say("d", True))
+    assert parts_of(OASST, tree) == {
+        "prompt.replies[1]": "no_rank",
+        "prompt.replies[3]": "no_rank",
+        "prompt": ranking([user("q")], "c", "a"),
+    }
+    assert parts_of(OASST, ask("q", say("a", 1), say("b"))) == {"prompt": "no_rank"}
+    assert parts_of(OASST_SFT, ask("q", say("a"), say("b"))) == {"prompt": "no_rank"}
+    assert parts_of(OASST_SFT, ask("q", say("a"), say("b", 3))) == {
+        "prompt.replies[1]": SftExample([user("q")], [assistant("b")])
+    }
+
+
+@pytest.mark.parametrize("fields", [{"deleted": True}, {"review_result": False}])
+def test_deleted_answers_are_left_out_with_all_below_them(fields: dict[str, Any]) -> None:
+    tree = ask("q", say("x", 0, ask("2", say("y", 0), say("z", 1)), **fields), say("a", 1), say("b", 2))
+    assert parts_of(OASST, tree) == {"prompt.replies[0]": "deleted", "prompt": ranking([user("q")], "a", "b")}
+    found = parts_of(OASST_SFT, tree)
+    assert found["prompt.replies[1]"] == SftExample([user("q")], [assistant("a")])
+
+
+def test_one_broken_reply_leaves_the_others() -> None:
+    tree = ask("q", say("a", 0), "text", say("b", 1), {"role": "robot", "text": "c"}, say(5, 2), ask("no answer"))
+    assert parts_of(OASST, tree) == {
+        "prompt.replies[1]": "bad_message",
+        "prompt.replies[3]": "unknown_role",
+        "prompt.replies[4]": "not_text",
+        "prompt": ranking([user("q")], "a", "b"),
+    }
+    assert parts_of(OASST, ask("q", say("a", 0, ask("2", replies="none")), say("b", 1))) == {
+        "prompt": ranking([user("q")], "a", "b"),
+        "prompt.replies[0].replies[0]": "bad_message",
+    }
+
+
+@pytest.mark.parametrize(
+    ("tree", "ranked", "best"),
+    [
+        (None, "missing_field", "missing_field"),
+        ("q", "missing_field", "missing_field"),
+        ({"replies": []}, "unknown_role", "unknown_role"),
+        (ask("q"), "too_few_completions", "no_answer"),
+        (ask("q", say("a", 0)), "too_few_completions", None),
+        (say("a", 0), "prompt_not_ending_with_user", "prompt_not_ending_with_user"),
+        ({"text": 5, "role": "prompter", "replies": []}, "not_text", "not_text"),
+    ],
+)
+def test_a_tree_without_anything_to_learn_is_refused(
+    tree: Any, ranked: str, best: str | None, reason_of: Callable[..., str]
+) -> None:
+    assert reason_of(OASST, {"prompt": tree}) == ranked
+    if best is not None:
+        assert reason_of(OASST_SFT, {"prompt": tree}) == best
+
+
+def test_a_very_deep_tree_is_read() -> None:
+    tree = ask("last", say("a", 0), say("b", 1))
+    for number in range(3000):
+        tree = ask(f"{number}", say("x", 0, tree))
+    parts: Any = OASST.read({"prompt": tree}, Reading())
+    ((_, found),) = parts
+    assert isinstance(found, RankingExample)
+    assert len(found.prompt) == 6001
