@@ -6,16 +6,14 @@ interval than the difference of two means with intervals of their own. No torch.
 
 from __future__ import annotations
 
-import csv
 import difflib
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.core.artifacts import write_text
+from dpo_cli.core.artifacts import write_csv_table
 from dpo_cli.core.errors import ParamsError, StaleArtifactError
 from dpo_cli.evaluation import DPO, SFT
 from dpo_cli.evaluation.experiments import (
@@ -364,14 +362,12 @@ def as_json(found: ExperimentComparison) -> dict[str, Any]:
 def write_csv(found: ExperimentComparison, path: Path) -> None:
     """Write the comparison as CSV: one line an experiment and metric, its settings beside them."""
     columns = ["value", "difference", "low", "high", "num_prompts", "num_left_out", "why"]
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["experiment", "revision", *found.params, "metric", *columns])
-    for entry in as_json(found)["experiments"]:
-        for metric, figures in entry["metrics"].items():
-            settings = [entry["params"][name] for name in found.params]
-            writer.writerow([entry["name"], entry["revision"], *settings, metric, *map(figures.get, columns)])
-    write_text(path, stream.getvalue())
+    rows = [
+        [entry["name"], entry["revision"], *map(entry["params"].get, found.params), metric, *map(figures.get, columns)]
+        for entry in as_json(found)["experiments"]
+        for metric, figures in entry["metrics"].items()
+    ]
+    write_csv_table(path, ["experiment", "revision", *found.params, "metric", *columns], rows)
 
 
 def _figures(found: ExperimentComparison, metric: str, number: int) -> dict[str, Any]:

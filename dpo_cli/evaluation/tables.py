@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dpo_cli.core import paths
-from dpo_cli.core.artifacts import read_json, write_text
+from dpo_cli.core.artifacts import read_json, write_csv_table
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.evaluation import DPO, SFT
 from dpo_cli.evaluation.experiments import rows_of_answers
@@ -45,19 +43,10 @@ _LENGTH_BINS = 5
 _MOST_SOURCES = 12
 
 
-def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Rows as CSV under a header; numbers to 9 digits, None and NaN empty."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([_cell(value) for value in row] for row in rows)
-    return stream.getvalue()
-
-
-def _cell(value: Any) -> Any:
-    if isinstance(value, float):
-        return "" if np.isnan(value) else f"{value:.9g}"
-    return "" if value is None else value
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write rows as CSV under a header; numbers to 9 digits, None and NaN empty."""
+    short = ([f"{cell:.9g}" if isinstance(cell, float) and cell == cell else cell for cell in row] for row in rows)
+    write_csv_table(path, columns, short)
 
 
 def pair_rows(
@@ -266,7 +255,7 @@ def write_rating_sheet(model: Path | None, sheet: Path, rater: str) -> tuple[int
     items = rating_sheet(rows, _method(model), SFT, rater)
     if not items:
         raise DataError(f"{samples}: both models answer all {len(rows)} prompts alike, so there is nothing to vote on")
-    write_text(sheet, csv_text(list(items[0]), [list(item.values()) for item in items]))
+    write_csv_table(sheet, items[0], [item.values() for item in items])
     return len(items), len(rows) - len(items)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.core import paths
-from dpo_cli.core.artifacts import write_json, write_text
+from dpo_cli.core.artifacts import write_csv_table, write_json
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.judging.votes import read_votes
 from dpo_cli.statistics.agreement import MethodAgreement, summarize_votes
@@ -108,21 +106,17 @@ def save(found: AgreementTable) -> None:
 
 def write_csv(found: AgreementTable, path: Path) -> None:
     """Write the figures as CSV, one a line: num counts votes, or pairs of them; an undefined figure is empty."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["method", "baseline", "figure", "first", "second", "num", "value", "low", "high"])
+    rows: list[tuple[Any, ...]] = []
     for each in found.methods:
-        names = (each.method, each.baseline)
-        for kind, rate in each.win_rates.items():
-            writer.writerow([*names, "win_rate", kind, "", rate.num_votes, *_estimate(rate.estimate).values()])
+        figures = [("win_rate", kind, "", rate.num_votes, rate.estimate) for kind, rate in each.win_rates.items()]
         for pair in each.pairs:
-            who = (pair.first, pair.second, pair.num_pairs)
-            writer.writerow([*names, "agreement", *who, *_estimate(pair.agreement).values()])
-            writer.writerow([*names, pair.coefficient.name, *who, *_estimate(pair.coefficient.estimate).values()])
+            for name, estimate in (("agreement", pair.agreement), (pair.coefficient.name, pair.coefficient.estimate)):
+                figures.append((name, pair.first, pair.second, pair.num_pairs, estimate))
         if each.overall:
             count = sum(rate.num_votes for rate in each.win_rates.values())
-            writer.writerow([*names, each.overall.name, "", "", count, *_estimate(each.overall.estimate).values()])
-    write_text(path, stream.getvalue())
+            figures.append((each.overall.name, "", "", count, each.overall.estimate))
+        rows += [(each.method, each.baseline, *who, *_estimate(estimate).values()) for *who, estimate in figures]
+    write_csv_table(path, ("method", "baseline", "figure", "first", "second", "num", "value", "low", "high"), rows)
 
 
 def _estimate(estimate: Estimate) -> dict[str, float | None]:

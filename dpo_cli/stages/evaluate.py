@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dpo_cli.core import paths
-from dpo_cli.core.artifacts import read_json, write_json, write_json_array, write_text
+from dpo_cli.core.artifacts import read_json, write_json, write_json_array
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.core.manifest import DPO as DPO_MODEL
 from dpo_cli.core.manifest import SFT as SFT_MODEL
@@ -212,5 +212,5 @@ def _measure(
         ("length.csv", tables.LENGTH, tables.length_rows(main, sampling) if main else []),
         ("votes.csv", VOTE_COLUMNS, tables.vote_rows(judged, evaluated.name)),
     ):
-        write_text(out / name, tables.csv_text(columns, rows))
+        tables.write_table(out / name, columns, rows)
     return metrics
