@@ -30,9 +30,9 @@ from tests.tiny_project import CONVERTED, run_stages, write_raw
 
 N = 8
 NUM_PROMPTS = 120
-NUM_INSTRUCTIONS, NUM_PREFERENCES = 1600, 3600
+NUM_INSTRUCTIONS, NUM_PREFERENCES = 1600, 3000
 SHORTER = {
-    "model.pretrain_steps": 1000,
+    "model.pretrain_steps": 800,
     "sft.epochs": 2.0,
     "reward.loss": "bradley_terry",
     "reward.epochs": 1.0,
