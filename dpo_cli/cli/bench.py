@@ -60,13 +60,13 @@ def bench_command(
             "--card",
             metavar="NAME",
             help="Measure nothing, but predict for a GPU like `rtx-3060`, `rtx-4070`, `rtx-4090` or `h100-sxm`: the"
-            " kernels, bytes and operations of a --shape are counted without a GPU and held against its data sheet."
+            " kernels, bytes and operations of a --shape are counted without a GPU and compared with its data sheet."
             " Needs a C++ compiler where PyTorch comes without CUDA.",
         ),
     ] = None,
-    num_pairs: Annotated[int, typer.Option("--pairs", metavar="N", min=1, help="Pairs a turn.")] = 64,
+    num_pairs: Annotated[int, typer.Option("--pairs", metavar="N", min=1, help="Pairs per repetition.")] = 64,
     num_turns: Annotated[
-        int | None, typer.Option("--turns", metavar="N", min=1, help="Timed turns; left out: 3.")
+        int | None, typer.Option("--turns", metavar="N", min=1, help="Timed repetitions; default: 3.")
     ] = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,

@@ -58,7 +58,7 @@ def compare_command(
         typer.Option(
             "--metric",
             metavar="NAME",
-            help="A metric to show, `evaluate.kl` or `kl`; may be repeated, or hold several with commas between."
+            help="A metric to show, `evaluate.kl` or `kl`; may be repeated, or list several separated by commas."
             " None: the main ones that differ.",
         ),
     ] = None,

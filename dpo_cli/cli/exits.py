@@ -85,7 +85,7 @@ def machine_problem(error: BaseException) -> str | None:
         chain.append(cause)
     for each in chain:
         if is_out_of_memory(each):
-            return "out of memory; lower runtime.max_tokens_per_microbatch in params.yaml, then run it again to go on"
+            return "out of memory; lower runtime.max_tokens_per_microbatch in params.yaml, then run it again to resume"
         if (problem := _problem_of_a_file(each)) is not None:
             return problem
     return None
@@ -96,12 +96,12 @@ def _problem_of_a_file(error: BaseException) -> str | None:
     number = error.errno if isinstance(error, OSError) else None
     name = (error.filename if isinstance(error, OSError) else None) or "a file"
     if number in _FULL or any(words in said for words in _SAYS_FULL) or _SAYS_CUT_OFF.search(said):
-        return f"{name} cannot be written: the disk is full; free room, then run it again to go on"
+        return f"{name} cannot be written: the disk is full; free some space, then run it again to resume"
     if number in _FORBIDDEN or any(words in said for words in _SAYS_FORBIDDEN):
         why = error.strerror if isinstance(error, OSError) and error.strerror else "permission denied"
         return f"{name} cannot be written or read: {why}; mend the rights"
     if number in _NOT_A_NAME:
-        return f"{shown(str(name))} is no name of a file: it is too long ({len(str(name))} characters)"
+        return f"{shown(str(name))} is not a valid file name: it is too long ({len(str(name))} characters)"
     if isinstance(error, ValueError) and "null byte" in said:
         return "a path holds a NUL byte, which no name of a file can have"
     return None

@@ -103,9 +103,7 @@ def create_project(folder: Path, files: ProjectFiles, reporter: Reporter, settin
         write_text(folder / name, text)
     _ensure_git(folder)
     if files.model is None and (files.sft or files.preferences):
-        reporter.warn(
-            "no --model is given: the embedded tiny model stands in, which learns next to nothing of real text"
-        )
+        reporter.warn("no --model is given: using the embedded tiny model, which learns next to nothing from real text")
     reporter.say(f"{folder} is ready. Look at {folder / 'params.yaml'}, then run: dpo-cli -C {folder} repro")
 
 
@@ -158,11 +156,11 @@ def _look_at(files: ProjectFiles, data: DataParams, reporter: Reporter) -> None:
             reporter.say(f"{path.name}: {read[0]}")
     if problems:
         *others, last = problems
-        raise DataError([*others, f"{last}; no project is made: mend the file or say how it is read, and try again"])
+        raise DataError([*others, f"{last}; no project was created: fix the file or say how to read it, and try again"])
     if files.preferences and not files.sft:
         reporter.say("instructions: none are given, so SFT learns the preferred answers of your preferences")
     if files.sft and not files.preferences:
-        reporter.warn("preferences: none are given, so those of the embedded small world stand in")
+        reporter.warn("preferences: none are given, so those of the embedded world are used")
 
 
 def _mistaken(path: Path, files: ProjectFiles) -> str:
@@ -178,7 +176,8 @@ def _mistaken(path: Path, files: ProjectFiles) -> str:
     if not reads(SftSource(path=str(path)), path):
         return ""
     if files.sft is not None and reads(PreferenceSource(path=str(files.sft)), files.sft):
-        return f"; --sft and --preferences look swapped: {files.sft.name} holds preferences, and it instructions"
+        named = f"{files.sft.name} contains preferences, and the other file instructions"
+        return f"; --sft and --preferences look swapped: {named}"
     return "; as instructions it can be read: then give it with --sft"
 
 

@@ -36,7 +36,7 @@ def repro_command(
         list[str] | None, typer.Argument(metavar="[STAGE]...", help="Stages to bring up to date; none: all.")
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Run them though they did not change: the named stages alone, or all.")
+        bool, typer.Option("--force", help="Run even if nothing changed: only the named stages, or all.")
     ] = False,
 ) -> None:
     """Bring the project up to date: run the stages whose inputs changed, then print the verdict.
@@ -112,7 +112,7 @@ def _run(command: Sequence[str]) -> int:
         if code and code_file.exists():
             return int(code_file.read_text(encoding="utf-8"))
     if asked:
-        raise Interrupted("stopped; the stages that are done are kept; run it again to go on")
+        raise Interrupted("stopped; the stages that are done are kept; run it again to resume")
     return code
 
 

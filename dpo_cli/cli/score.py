@@ -78,7 +78,7 @@ def score_command(
         typer.Option("--html", metavar="FILE", help="Write a page with the tokens colored by log(pi / pi_ref)."),
     ] = None,
     max_rows: Annotated[
-        int | None, typer.Option("--max-rows", metavar="N", min=1, help="Read so many rows of each file, at most.")
+        int | None, typer.Option("--max-rows", metavar="N", min=1, help="Read at most this many rows of each file.")
     ] = None,
     settings: Annotated[
         list[str] | None,

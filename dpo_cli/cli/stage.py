@@ -86,7 +86,7 @@ def refuse_unwritable(places: Iterable[Path]) -> None:
     for place in places:
         there = next((parent for parent in place.absolute().parents if parent.exists()), Path("/"))
         if not there.is_dir():
-            raise MachineError(f"{place} cannot be written: {there} is no folder; move it away")
+            raise MachineError(f"{place} cannot be written: {there} is not a folder; move it away")
         if not os.access(there, os.W_OK | os.X_OK):
             raise MachineError(f"{place} cannot be written: {there} forbids it; mend its rights (chmod u+rwx)")
 

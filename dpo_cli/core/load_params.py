@@ -35,7 +35,7 @@ def load_params(path: Path, overrides: Sequence[str] = ()) -> Params:
     if not path.is_file():
         raise ParamsError(f"{path} is missing; run the command in a project folder, or make one: dpo-cli init DIR")
     if path.stat().st_size > _LARGEST_FILE:
-        raise ParamsError(f"{path} is larger than {_LARGEST_FILE >> 20} MiB: no settings; write it anew")
+        raise ParamsError(f"{path} is larger than {_LARGEST_FILE >> 20} MiB: too large for a settings file; rewrite it")
     try:
         tree = _read_yaml(path.read_text(encoding="utf-8-sig"), str(path))
     except UnicodeDecodeError as error:

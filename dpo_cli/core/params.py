@@ -45,9 +45,7 @@ class ModelParams(Section):
     chat_template: Literal["auto", "plain", "chatml", "alpaca"] = param(
         "auto", "'auto' takes the model's own chat template; a name overrides it, and is needed where it has none."
     )
-    template_options: dict[str, Any] = param(
-        {}, "What the chat template is told beside the messages: {enable_thinking: false}."
-    )
+    template_options: dict[str, Any] = param({}, "Extra variables for the chat template: {enable_thinking: false}.")
     system: Literal["keep", "fold"] = param(
         "keep",
         "keep: system turns go to the chat template as they are; fold: their text goes before the user's turn, for"
@@ -67,7 +65,8 @@ class LoraParams(Section):
     rslora: bool = param(False, "Multiply it by alpha / sqrt(r) instead, for high ranks (rsLoRA, Kalajdzievski 2023).")
     dora: bool = param(
         False,
-        "Train the length of each row of the weights apart from its direction (DoRA, Liu et al. 2024). A step takes"
+        "Train the magnitude of each row of the weights separately from its direction (DoRA, Liu et al. 2024)."
+        " A step takes"
         " longer, and evaluate.scales has no meaning.",
     )
     dropout: float = param(0.0, "Dropout on the adapter's input while training.", ge=0, lt=1)
@@ -82,13 +81,13 @@ class TrainingParams(Section):
     learning_rate: float = param(2e-4, "Peak learning rate.", gt=0, le=1)
     batch_size: int = param(
         16,
-        "Examples (sft), preference pairs or rankings (train, reward) an optimizer step. It alone decides the"
+        "Examples (sft), preference pairs or rankings (train, reward) per optimizer step. It alone decides the"
         " mathematics; memory is bounded by runtime.max_tokens_per_microbatch.",
         ge=1,
         le=10**6,
     )
     epochs: float = param(1.0, "Passes over the training data.", unit="epochs", gt=0, le=10**4)
-    max_steps: int | None = param(None, "Steps to train, in place of epochs.", unit="optimizer steps", ge=1, le=10**8)
+    max_steps: int | None = param(None, "Steps to train, instead of epochs.", unit="optimizer steps", ge=1, le=10**8)
     schedule: Literal["cosine", "linear", "constant"] = param("cosine", "Learning rate after the warm-up.")
     warmup_ratio: float = param(0.1, "Share of the steps in which the learning rate rises from 0.", ge=0, lt=1)
     optimizer: Literal["adamw", "rmsprop", "paged_adamw_8bit"] = param(
@@ -98,7 +97,8 @@ class TrainingParams(Section):
     max_grad_norm: float = param(1.0, "Gradients are clipped to this L2 norm.", gt=0, le=1e9)
     eval_steps: int = param(
         50,
-        "Held-out loss after every so many steps, besides that before the first and after the last; 0: only those.",
+        "Steps between measurements of the held-out loss; it is always measured before the first step and after"
+        " the last. 0: only then.",
         unit="optimizer steps",
         ge=0,
         le=10**8,
@@ -109,7 +109,7 @@ class TrainingParams(Section):
     )
     patience: int | None = param(
         None,
-        "With keep best, training ends when so many evaluations in a row brought no lower held-out loss; null: never"
+        "With keep best, end training after this many evaluations in a row without a lower held-out loss; null: never"
         " before its last step.",
         unit="evaluations",
         ge=1,
@@ -145,7 +145,7 @@ _TIES: Any = param(
     "average",
     "Tied answers of a ranking (plackett_luce): the mean over the orders that they allow, or not compared.",
 )
-_LORA: Any = param(None, "The adapter's shape where sft makes none (methods none and full); null takes the defaults.")
+_LORA: Any = param(None, "Shape of the adapter if sft makes none (methods none and full); null: the defaults.")
 
 
 class SftParams(TrainingParams):
@@ -207,7 +207,7 @@ class TrainParams(TrainingParams):
         ge=0,
         lt=0.5,
     )
-    gamma: float = param(0.0, "Margin that simpo asks for.", unit="nats", ge=0, le=1000)
+    gamma: float = param(0.0, "Target margin of simpo.", unit="nats", ge=0, le=1000)
     discopop_tau: float = param(0.05, "Temperature of the blend in discopop.", ge=1e-3, le=1)
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = param(
         "reverse_kl", "What keeps the policy near the reference (f-DPO, Wang et al. 2023); for losses of the margin."
@@ -227,7 +227,7 @@ class TrainParams(TrainingParams):
     )
     margin_scale: float = param(
         0.0,
-        "Times the difference of the two answers' scores, in the data, is what the margin must reach (ODPO, Amini et"
+        "The margin must exceed this factor times the difference of the answers' scores in the data (ODPO, Amini et"
         " al. 2024); 0: scores are not read.",
         ge=0,
         le=1e6,
@@ -247,7 +247,7 @@ class TrainParams(TrainingParams):
 
 
 class RewardParams(TrainingParams):
-    """The reward model that DPO does without: a head on the SFT model that scores answers. Read by reward."""
+    """An optional reward model: a head on the SFT model that scores answers. DPO does not need it. Read by reward."""
 
     loss: Literal["none", "bradley_terry", "plackett_luce"] = param(
         "none",
@@ -284,9 +284,9 @@ class OpenAiJudgeParams(Section):
     template: str = param("dialogue", _TEMPLATE)
     allowed_hosts: list[str] = param([], "Hosts besides this machine to which prompts and answers may be sent.")
     timeout_s: float = param(120.0, "How long an answer may take.", unit="seconds", gt=0, le=86400)
-    parallel: int = param(4, "Requests under way at once.", ge=1, le=64)
+    parallel: int = param(4, "Requests in flight at a time.", ge=1, le=64)
     extra: dict[str, Any] = param(
-        {}, "Fields that every request has besides: {chat_template_kwargs: {enable_thinking: false}}."
+        {}, "Extra fields of every request: {chat_template_kwargs: {enable_thinking: false}}."
     )
 
 
@@ -320,7 +320,7 @@ class EvaluateParams(Section):
     )
     judge_pairs: int = param(
         0,
-        "Held-out pairs on which the judge itself is tried: how often it prefers the chosen answer; -1: all.",
+        "Held-out pairs on which the judge itself is tested: how often it prefers the chosen answer; -1: all.",
         unit="pairs",
         ge=-1,
         le=10**9,
@@ -346,17 +346,17 @@ class RuntimeParams(Section):
 
     device: Literal["auto", "cpu", "cuda"] = param(
         "auto",
-        "auto takes CUDA where there is one, but not for the embedded model, which wants no GPU.",
+        "auto uses CUDA if available, except for the embedded model, which needs no GPU.",
     )
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = param(
         "auto",
         "What products are computed in; auto: bfloat16 on a GPU that has it (compute capability 8.0 and above), float16"
-        " with a loss scale on an older one, float32 on the CPU. A part of what a reference cache is kept under.",
+        " with a loss scale on an older one, float32 on the CPU. Part of the identity of a reference cache.",
     )
     max_gpu_gib: float | None = param(
         None,
-        "GPU memory that PyTorch may hold; null: 92% of what is free at the start. Beyond it work goes on"
-        " in smaller micro-batches, and never in the system's memory, into which drivers under Windows spill.",
+        "GPU memory that PyTorch may hold; null: 92% of what is free at the start. Beyond that, work continues"
+        " in smaller micro-batches, and never spills into system memory, as Windows drivers do.",
         unit="GiB",
         gt=0,
         le=1e4,
@@ -397,7 +397,7 @@ class RuntimeParams(Section):
     )
     recompute: Literal["auto", "none", "elementwise", "layers"] = param(
         "auto",
-        "What the backward pass computes again to save memory: nothing, all but matrix products and attention, or"
+        "What the backward pass recomputes to save memory: nothing, all but matrix products and attention, or"
         " whole layers. auto takes the fastest that fits into free memory.",
     )
     checkpoint_minutes: float = param(
@@ -411,17 +411,17 @@ class RuntimeParams(Section):
     model_path: str | None = Field(
         default=None,
         description="Directory of the base model in Hugging Face layout with safetensors weights;"
-        " the environment variable DPO_MODEL_PATH goes before it.",
+        " the environment variable DPO_MODEL_PATH overrides it.",
     )
     adapter_path: str | None = Field(
         default=None,
-        description="Directory of the adapter that sft.method adapter goes on with, as PEFT saves it; the environment"
-        " variable DPO_ADAPTER_PATH goes before it.",
+        description="Directory of the adapter that sft.method adapter starts from, as saved by PEFT; the environment"
+        " variable DPO_ADAPTER_PATH overrides it.",
     )
     judge_path: str | None = Field(
         default=None,
         description="Directory of the model that evaluate.judge hf asks, in the same layout; the environment variable"
-        " DPO_JUDGE_PATH goes before it.",
+        " DPO_JUDGE_PATH overrides it.",
     )
 
 

@@ -140,4 +140,4 @@ def refuse_unknown_check(name: str | None, model: str | None, data: DataParams) 
         raise ParamsError(f"--list {name} has no effect without --model: it is a check of tokens")
     known = [*data.checks.model_dump(), *TokenChecks.model_fields]
     if name is not None and name not in known:
-        raise ParamsError(f"--list: {name} is no check; there are {', '.join(known)}")
+        raise ParamsError(f"--list: {name} is not a check; choose from {', '.join(known)}")

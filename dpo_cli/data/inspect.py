@@ -59,7 +59,7 @@ def describe_row(source: Source, row: int, view: TokenView | None, data: DataPar
     if view is not None:
         found["model"] = _describe_view(view)
     if source.max_rows is not None and row >= source.max_rows:
-        found["left_out"].append(_left_out("", stage, "max_rows", f"lies behind the first {source.max_rows} rows"))
+        found["left_out"].append(_left_out("", stage, "max_rows", f"is after the first {source.max_rows} rows"))
     describing = _Describing(plan, view, stage, record)
     try:
         reader = plan.reader()

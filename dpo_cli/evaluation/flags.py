@@ -92,7 +92,7 @@ def _displacement(metrics: Mapping[str, Any]) -> Finding:
         "reward of chosen answers",
         value,
         "warn",
-        "chosen answers became less likely than before: common with DPO, and no failure by itself",
+        "chosen answers became less likely than before: common with DPO, and not a failure in itself",
     )
 
 
@@ -108,9 +108,9 @@ def _length_exploitation(metrics: Mapping[str, Any]) -> Finding:
     if correlation is not None:
         value += f", correlation {correlation:+.2f}"
     status: Status = "warn" if longer else "plain"
-    meaning = "mean tokens of the tuned model's answers, and how its implicit reward goes with their length"
+    meaning = "mean tokens of the tuned model's answers, and how its implicit reward correlates with their length"
     if longer:
-        meaning = "the tuned model talks longer" + (", and its reward rises with length" if rising else "")
+        meaning = "the tuned model's answers are longer" + (", and its reward rises with length" if rising else "")
         controlled = metrics.get("win_rate_lc_ci")
         if controlled and metrics["win_rate_ci"] and controlled[0] <= 0.5 < metrics["win_rate_ci"][0]:
             status = "bad" if controlled[1] < 0.5 else "warn"
@@ -132,16 +132,16 @@ def _over_optimization(metrics: Mapping[str, Any]) -> Finding:
             "over-optimization",
             "none seen",
             "plain",
-            f"of {number} {steps} along the same way none is as good at a lower KL (see the frontier)",
+            f"of {number} {steps} in the same direction, none is as good at a lower KL (see the frontier)",
         )
     ci = metrics["cheaper_gain_ci"]
     surely = ci is not None and ci[1] < 0
     return Finding(
         "over-optimization",
-        f"{metrics['cheaper_scale']:g} of the way: {percent(metrics['cheaper_win_rate'])} at"
+        f"{metrics['cheaper_scale']:g} of the update: {percent(metrics['cheaper_win_rate'])} at"
         f" {metrics['cheaper_kl']:.2f} nats",
         "bad" if surely else "warn",
-        f"so much of what training changed is {'better than' if surely else 'as good as'} all of it"
+        f"this fraction of the update is {'better than' if surely else 'as good as'} all of it"
         f" ({metrics['kl']:.2f} nats), whose win rate differs by {100 * metrics['cheaper_gain']:+.1f} points"
         + (f" [{100 * ci[0]:+.1f}, {100 * ci[1]:+.1f}]" if ci is not None else "")
         + "; raise train.beta or train less",
@@ -178,13 +178,13 @@ def _form_as_before(metrics: Mapping[str, Any]) -> tuple[Status, str]:
     if metrics["finished_dpo"] < FEW_END:
         limit = f", now {metrics['max_new_tokens']}" if "max_new_tokens" in metrics else ""
         faults.append(
-            f"most answers are cut off: raise evaluate.max_new_tokens{limit}, if they are meant to be so long"
+            f"most answers are cut off: raise evaluate.max_new_tokens{limit}, if they are meant to be that long"
         )
     if metrics["repetition_dpo"] > MUCH_REPETITION:
         faults.append("answers repeat themselves")
     if not faults:
-        return "plain", "no sign of degeneration in ends, repetition and variety"
-    return "warn", f"{', and '.join(faults)}; SFT's are no better, so tuning did not bring it about"
+        return "plain", "no sign of degeneration in endings, repetition and variety"
+    return "warn", f"{', and '.join(faults)}; SFT's are no better, so tuning is not the cause"
 
 
 def judge_quality(metrics: Mapping[str, Any]) -> Finding | None:
@@ -197,11 +197,11 @@ def judge_quality(metrics: Mapping[str, Any]) -> Finding | None:
         ci = metrics["judge_agreement_ci"]
         parts.append(f"{rate_text(metrics, 'judge_agreement')} agreement with the data")
         if ci is not None and ci[0] <= 0.5:
-            doubts.append("it does not surely prefer the data's chosen answers")
+            doubts.append("it does not clearly prefer the data's chosen answers")
     if consistency is not None:
         parts.append(f"{percent(consistency)} consistent")
         if consistency < CONSISTENT:
-            doubts.append("its verdict often turns with the order of the answers")
+            doubts.append("its verdict often depends on the order of the answers")
     if metrics.get("judge_invalid_rate"):
         parts.append(f"{percent(metrics['judge_invalid_rate'])} without a verdict")
     if metrics.get("judge_first_position_rate") is not None:

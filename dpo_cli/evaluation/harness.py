@@ -144,7 +144,7 @@ def _load(manager: Any, folder: Path, name: str) -> dict[str, Any]:
     except Exception as error:
         if _wants_the_net(error):
             raise DataError(
-                f"{folder}: task {name} wants data that is not on this machine, and nothing is downloaded; save it as"
+                f"{folder}: task {name} needs data that is not on this machine, and nothing is downloaded; save it as"
                 " JSON lines beside the task, and name it: dataset_path: json, dataset_kwargs: {data_files: {test:"
                 f" FILE}}}} ({first_line(error, None)})"
             ) from error

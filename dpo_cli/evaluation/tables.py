@@ -244,7 +244,7 @@ def write_rating_sheet(model: Path | None, sheet: Path, rater: str) -> tuple[int
         raise ParamsError(f"--rater must be a kind or kind:name, such as human:anna, got {rater!r}")
     samples = (model or paths.report_dir("evaluate")) / paths.SAMPLES
     if sheet.exists():
-        raise ParamsError(f"{sheet} is there already and may hold votes; name another file")
+        raise ParamsError(f"{sheet} already exists and may contain votes; name another file")
     if not samples.is_file():
         raise DataError(f"{samples} is missing; run: dpo-cli evaluate")
     try:

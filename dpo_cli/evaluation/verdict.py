@@ -59,7 +59,7 @@ def headline(metrics: Mapping[str, Any]) -> tuple[str, Status]:
         return "The tuned model is better than the SFT model.", "good"
     if metrics["num_decided"] < FEWEST:
         return "The comparison is open: too few prompts have a winner.", "warn"
-    return f"The comparison is open: the interval of the win rate holds one half.{too_far}", "warn"
+    return f"The comparison is open: the interval of the win rate contains one half.{too_far}", "warn"
 
 
 def report_verdict(
@@ -112,11 +112,11 @@ def _win_rate(metrics: Mapping[str, Any]) -> Finding:
         f" ties ({percent(metrics['tie_rate'])}) one half"
     )
     if metrics["judge"] == "reward-model":
-        meaning += "; the mean of the reward model's probabilities, which learned of the same preferences"
+        meaning += "; the mean probability of the reward model, which learned from the same preferences"
     elif ceiling is not None:
-        meaning += f"; at most {percent(ceiling)}, since SFT is right on {percent(2 * (1 - ceiling))} already"
+        meaning += f"; at most {percent(ceiling)}, since SFT is already right on {percent(2 * (1 - ceiling))}"
     if detectable is not None:
-        meaning += f"; a true {percent(detectable)} would be told from one half four times in five"
+        meaning += f"; 80% power to detect a true {percent(detectable)}"
     status = _around_half(metrics["win_rate_ci"], metrics["num_decided"])
     return Finding("win rate over SFT", rate_text(metrics, "win_rate"), status, meaning)
 
@@ -129,7 +129,7 @@ def _length_controlled(metrics: Mapping[str, Any]) -> Finding | None:
     if metrics["length_note"]:
         meaning = metrics["length_note"]
     if ci is None:
-        return Finding(name, percent(rate), "plain", f"{meaning}; without an interval: too many draws have no fit")
+        return Finding(name, percent(rate), "plain", f"{meaning}; no interval: too many bootstrap draws have no fit")
     return Finding(name, f"{percent(rate)} {percent_interval(ci)}", "good" if ci[0] > 0.5 else "warn", meaning)
 
 
@@ -179,7 +179,9 @@ def _calibration(metrics: Mapping[str, Any]) -> Finding:
     meaning = "how far σ(margin) is from how often it is right (ECE)"
     if temperature is not None:
         value += f", temperature {temperature:.2f}"
-        meaning += f"; margins are {'too sure' if temperature > 1 else 'too shy'}, divided by this they fit best"
+        meaning += (
+            f"; margins are {'overconfident' if temperature > 1 else 'underconfident'}; dividing by this fits best"
+        )
     elif metrics["calibration_note"]:
         meaning += f"; {metrics['calibration_note']}"
     if not metrics["learns_log_ratio"]:
@@ -189,7 +191,7 @@ def _calibration(metrics: Mapping[str, Any]) -> Finding:
 
 def _kl(metrics: Mapping[str, Any]) -> Finding:
     disagree, kl = metrics["kl_estimates_disagree"], metrics["kl"]
-    meaning = "a sequence, along the tuned model's own samples at T = 1"
+    meaning = "per answer, along the tuned model's own samples at T = 1"
     if disagree:
         meaning += "; its two estimates disagree, so one of them is wrong"
     elif kl < HARDLY_MOVED:
@@ -203,9 +205,10 @@ def _kl(metrics: Mapping[str, Any]) -> Finding:
 def _well_formed(metrics: Mapping[str, Any]) -> Finding:
     """Red where, of the prompts that only one model answers in form, the tuned one surely has fewer than half."""
     share, number = metrics["well_formed_dpo"], metrics.get("num_form_decided", 0)
-    meaning = "a win that is bought by broken text is no win"
+    meaning = "a win with broken text is not a win"
     if number:
-        meaning += f"; on {number} prompts only one of the two is, ours on {percent(metrics['form_win_rate'])}"
+        meaning += f"; on {number} prompts only one of the two answers is well formed, ours"
+        meaning += f" on {percent(metrics['form_win_rate'])}"
         meaning += f" {percent_interval(metrics['form_win_rate_ci'])} of them"
     fell = _around_half(metrics.get("form_win_rate_ci"), number) == "bad"
     return Finding(

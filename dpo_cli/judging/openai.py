@@ -51,7 +51,7 @@ class OpenAiJudge:
         template: What it is asked.
         constraint: How answers are constrained: a name in _CONSTRAINTS or ``none``.
         top_logprobs: Most probable tokens that it lists; 0: it gives no log-probabilities.
-        parallel: Requests under way at once.
+        parallel: Requests in flight at a time.
         extra: Fields that every request has besides, such as ``{"chat_template_kwargs": {"enable_thinking": false}}``.
     """
 

@@ -55,7 +55,7 @@ def describe_model(folder: Path, reporter: Reporter, label: str) -> ModelDescrip
     facts = weights.facts
     tokenizer = verify_tokenizer(folder)
     files = weight_files(folder)
-    with reporter.meter(f"{label}: looking for numbers that are none", total_size(files), "bytes") as meter:
+    with reporter.meter(f"{label}: looking for NaN and infinity", total_size(files), "bytes") as meter:
         verify_numbers(files, meter.advance)
     names = [folder / name for name in model_files(folder)] + license_files(folder)
     with reporter.meter(f"{label}: digests", total_size(names), "bytes") as meter:

@@ -95,7 +95,7 @@ def _refuse_absurd(file: GgufFile) -> None:
     said = file.of_architecture("block_count")
     if said != len(layers) or layers != set(range(len(layers))):
         raise MachineError(
-            f"{file.path}: its metadata speaks of {str(said)[:40]} layers, and it holds tensors of {len(layers)}"
+            f"{file.path}: its metadata declares {str(said)[:40]} layers, but it has tensors for {len(layers)}"
         )
     largest = max(size for tensor in file.tensors for size in tensor.shape)
     for key in ("embedding_length", "feed_forward_length", "attention.head_count", "attention.key_length", "vocab_size",

@@ -74,7 +74,7 @@ class Workplace:
             def kept(rows: Sequence[Mapping[str, Any]]) -> None:
                 keep(rows)
                 if stop.requested:
-                    raise Interrupted(f"{self.command}: stopped; what was computed is kept, run it again to go on")
+                    raise Interrupted(f"{self.command}: stopped; what was computed is kept, run it again to resume")
 
             yield kept
 

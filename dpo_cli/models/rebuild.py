@@ -92,7 +92,7 @@ def _tensors_of_pickle(path: Path) -> dict[str, torch.Tensor]:
                 " would not"
             ) from None
         first = " ".join(str(error).split())[:160] or type(error).__name__
-        raise MachineError(f"{path} is damaged or no file of weights ({first}); fetch it again") from None
+        raise MachineError(f"{path} is damaged or not a weights file ({first}); fetch it again") from None
     for key in ("state_dict", "model_state_dict", "model", "module"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
@@ -143,7 +143,7 @@ def build_text_part(weights: Path, config: Any, built: Path, reporter: Reporter)
         None,
     )
     if auto is None:
-        raise MachineError(f"{weights}: {config.model_type} is no model that makes text")
+        raise MachineError(f"{weights}: {config.model_type} is not a model that generates text")
     tokenizer = load_tokenizer(weights)
     own = weights / "chat_template.json"
     if not tokenizer.chat_template and own.is_file():

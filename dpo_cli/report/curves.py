@@ -62,8 +62,7 @@ def training_charts(inputs: Inputs) -> list[Chart | None]:
         _curve(
             "margin",
             "Reward margin, nats",
-            "Chosen less rejected reward should rise from zero; training far above held-out means pairs"
-            " learned by heart.",
+            "Chosen less rejected reward should rise from zero; training far above held-out means memorized pairs.",
             steps,
             _train_and_held_out("rewards/margins"),
             level=0.0,
@@ -71,8 +70,8 @@ def training_charts(inputs: Inputs) -> list[Chart | None]:
         _curve(
             "rewards",
             "Chosen and rejected reward, nats",
-            "The two should part. Where the mean chosen reward is below zero (displacement, shaded), good answers"
-            " became less likely, too: common with DPO, and no failure by itself.",
+            "The two curves should diverge. Where the mean chosen reward is below zero (displacement, shaded),"
+            " good answers became less likely, too: common with DPO, and not a failure in itself.",
             steps,
             [
                 Series("", _CHOSEN, "a", "train"),

@@ -52,7 +52,8 @@ def _margins(rows: Sequence[Row]) -> Chart:
     return Chart(
         "margins",
         "Margins of held-out pairs, % of pairs",
-        "Most of the mass should lie right of zero; a long left tail is pairs that the model now gets firmly wrong.",
+        "Most of the mass should lie right of zero; a long left tail means pairs that the model now gets"
+        " clearly wrong.",
         evaluation_table("margins"),
         [Key("chosen preferred", "a bar"), Key("rejected preferred", "b bar")],
         paint,

@@ -42,7 +42,7 @@ class TokenBudget:
             )
         self.max_tokens = max(1, self.max_tokens // 2)
         self._reporter.warn(
-            f"{self._stage}: out of memory; going on with {self.max_tokens} tokens at once"
+            f"{self._stage}: out of memory; continuing with {self.max_tokens} tokens at once"
             " (runtime.max_tokens_per_microbatch); without dropout that changes no result beyond rounding"
         )
         if self._memory is not None:

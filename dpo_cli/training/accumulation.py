@@ -71,8 +71,7 @@ class LossScale:
             return False
         self.value /= 2
         self._work.reporter.say(
-            f"{self._work.command}: gradients overflowed float16; the step is done again with loss scale"
-            f" {self.value:.0f}"
+            f"{self._work.command}: gradients overflowed float16; repeating the step with loss scale {self.value:.0f}"
         )
         if self._memory is not None:
             write_json(self._memory, {"loss_scale": self.value})

@@ -43,7 +43,7 @@ class BenchOptions:
         which: The passes.
         regime: A regime of random pairs; None takes the project's own pairs.
         shape: A shape of a model with random weights; None takes the project's own model.
-        num_pairs: Pairs a turn.
+        num_pairs: Pairs per repetition.
         num_turns: Turns that are timed, after one that is not.
     """
 

@@ -236,7 +236,7 @@ class RowReader:
         told = [f"unknown format: its first row has {fields}", *self._what_to_say(objects)]
         lists = [key for key, value in first.items() if isinstance(value, list) and any(map(_is_row, value[:1]))]
         if lists and len(rows) == 1:
-            told.append(f"if the rows lie within, say records: {lists[0]}")
+            told.append(f"if the rows are nested, set records: {lists[0]}")
         texts = [(key, unwrap(value)) for key, value in first.items() if isinstance(value, str)]
         for key, conversation in texts:
             if conversation and any("messages" in fmt.names for fmt in self._formats):

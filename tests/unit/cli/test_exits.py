@@ -12,7 +12,7 @@ from dpo_cli.cli.exits import machine_problem
 from dpo_cli.cli.stage import refuse_unwritable
 from dpo_cli.core.errors import MachineError
 
-FULL = "the disk is full; free room, then run it again to go on"
+FULL = "the disk is full; free some space, then run it again to resume"
 
 
 class SafetensorError(Exception):

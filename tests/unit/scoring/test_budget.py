@@ -74,7 +74,7 @@ def test_half_is_taken_each_time_and_said(reporter: Any) -> None:
         budget.halve(SEVERAL)
         assert budget.max_tokens == expected
     assert reporter.warned[0] == (
-        "train: out of memory; going on with 500 tokens at once (runtime.max_tokens_per_microbatch);"
+        "train: out of memory; continuing with 500 tokens at once (runtime.max_tokens_per_microbatch);"
         " without dropout that changes no result beyond rounding"
     )
 

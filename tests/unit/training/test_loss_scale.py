@@ -86,7 +86,7 @@ def test_a_step_whose_gradients_overflow_is_done_again(train: Callable[..., list
     halvings = len(reporter.said)
     assert halvings >= 5
     last = reporter.said[-1]
-    assert last.startswith("train: gradients overflowed float16; the step is done again with loss scale ")
+    assert last.startswith("train: gradients overflowed float16; repeating the step with loss scale ")
     assert float(last.rpartition(" ")[2]) == 2.0 ** (44 - halvings)
 
 

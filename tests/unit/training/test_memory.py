@@ -175,7 +175,7 @@ def test_where_memory_runs_out_the_budget_is_halved_and_the_losses_stay(
         fitted = train(scorer, model, pairs, 1024, lab.folder / "halved", reporter)
     assert failures
     assert reporter.warned == [
-        f"train: out of memory; going on with {tokens} tokens at once (runtime.max_tokens_per_microbatch);"
+        f"train: out of memory; continuing with {tokens} tokens at once (runtime.max_tokens_per_microbatch);"
         " without dropout that changes no result beyond rounding"
         for tokens in (512, 256)
     ]

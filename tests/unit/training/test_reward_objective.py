@@ -173,7 +173,7 @@ def test_stopped_and_run_again_it_makes_the_same_bytes(
     lab: Lab, whole: Any, model: Callable[[], Any], pairs: Groups
 ) -> None:
     runtime: dict[str, Any] = {"max_tokens_per_microbatch": 8192, "recompute": "none"}
-    with pytest.raises(Interrupted, match=r"reward: stopped and saved at step 2 of 6; run it again to go on"):
+    with pytest.raises(Interrupted, match=r"reward: stopped and saved at step 2 of 6; run it again to resume"):
         train(model(), pairs, lab.folder, lab.reporter(stop_at(2)), **runtime)
     resumed, reporter = model(), lab.reporter()
     fitted = train(resumed, pairs, lab.folder, reporter, **runtime)

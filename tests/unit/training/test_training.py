@@ -121,7 +121,7 @@ def test_a_loss_that_is_no_number_stops_the_run_with_a_remedy(lab: Lab, pairs: G
 
 
 def test_stopped_and_run_again_it_makes_the_same_bytes(lab: Lab, whole: Run, pairs: Groups) -> None:
-    with pytest.raises(Interrupted, match=r"stopped and saved at step 2 of 6; run it again to go on"):
+    with pytest.raises(Interrupted, match=r"stopped and saved at step 2 of 6; run it again to resume"):
         run_dpo(lab.policy(), pairs, lab.folder, lab.reporter(stop_at(2)))
     resumed, reporter = lab.policy(), lab.reporter()
     fitted = run_dpo(resumed, pairs, lab.folder, reporter)

@@ -276,7 +276,7 @@ def test_a_path_that_no_row_has_is_refused(columns: dict[str, str], message: str
             [{"conversations": ["q"], "chosen": "a", "rejected": "b"}],
             "read as sharegpt: conversations[0] must be a message",
         ),
-        ([{"data": [PAIR]}], "if the rows lie within, say records: data"),
+        ([{"data": [PAIR]}], "if the rows are nested, set records: data"),
         ([{"prompt": "q", "completion": "a", "label": True}], "label calls good or bad (unpaired, as KTO takes them)"),
         ([{"messages": [Q, A], "label": False}], "DPO needs two answers to the same prompt in a row"),
     ],
