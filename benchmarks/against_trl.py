@@ -16,9 +16,8 @@ no gradient checkpointing, cached references, nothing saved or reported. ``best`
 each optimizer step (and over all data for the reference pass), no logging, and as many pairs a forward as a short
 calibration finds fastest (the fewest, where it hardly matters). ``largest`` is ``best`` with all pairs of a step in one
 forward, which fits, and is slower on a CPU. ``compact`` is ``best`` with a patch that no option of TRL's gives: its
-head scores the answers' tokens only, as it does on a GPU; on a CPU it scores every position. ``compiled`` is ``best``
-with torch.compile; it takes a minute to compile, so it runs only where ``--sides`` names it. ``best`` runs beside ours
-in every run; the others are spread over the runs, once each, unless ``--every-run`` has them run in each.
+head scores the answers' tokens only, as it does on a GPU; on a CPU it scores every position. ``best`` runs beside
+ours in every run; the others are spread over the runs, once each.
 
 Times are CPU time of the process, which with one thread is the time that passes on an idle machine. Of the optimizer
 steps all but the first are timed; the reference pass after a small batch. Peak memory is the most that was resident
@@ -72,7 +71,6 @@ from benchmarks.comparison.ours import run_ours
 from benchmarks.comparison.theirs import (
     BEST,
     COMPACT,
-    COMPILED,
     DEFAULT,
     FIXED_PAIRS,
     LARGEST,
@@ -92,7 +90,7 @@ COLUMNS = (
 )
 
 
-def run_side(side: str, job: dict[str, Any], *, keep_memory: bool) -> Any:
+def run_side(side: str, job: dict[str, Any]) -> Any:
     """Run this script in a process of its own for one side; what it found.
 
     Raises:
@@ -100,7 +98,7 @@ def run_side(side: str, job: dict[str, Any], *, keep_memory: bool) -> Any:
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     environment |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment |= KEEP_MEMORY if keep_memory else {}
+    environment |= {"TORCHDYNAMO_DISABLE": "0"} | KEEP_MEMORY  # what a side compiles is compiled
     command = [sys.executable, __file__, "--side", side, "--job", json.dumps(job, default=str)]
     process = subprocess.run(command, capture_output=True, text=True, env=environment)
     if process.returncode:
@@ -123,7 +121,7 @@ def do_job(side: str, job: dict[str, Any]) -> Any:
     if side == "calibrate":
         return calibrate(cases[0])
     if side == OURS:
-        return asdict(run_ours(cases[0], job["runtime"]))
+        return asdict(run_ours(cases[0]))
     return asdict(run_trl(cases[0], side, job["pairs_a_forward"]))
 
 
@@ -154,13 +152,6 @@ def spread(values: Sequence[float]) -> str:
 
 def table_row(case: Case, config: str, what: str, meetings: Sequence[Meeting]) -> str:
     """A line of a table; no figures where the two do not agree."""
-
-    def seconds(outcome: Outcome) -> float:
-        return outcome.step_s if what == "step" else outcome.reference_s
-
-    def mib(outcome: Outcome) -> float:
-        return outcome.step_mib if what == "step" else outcome.reference_mib
-
     found = [difference for meeting in meetings for difference in meeting.differences(what)]
     worst, where = max(found, key=lambda item: math.inf if math.isnan(item[0]) else item[0])
     start = f"| {case.regime} | {case.vocabulary} | {config}"
@@ -168,10 +159,10 @@ def table_row(case: Case, config: str, what: str, meetings: Sequence[Meeting]) -
         nothing = " |" * (COLUMNS.count("|") - start.count("|") - 3)
         return f"{start} | {REFUSED}: {where} differs |{nothing} {worst:.1e} |"
     trl, ours = [meeting.trl for meeting in meetings], [meeting.ours for meeting in meetings]
-    rates = [case.num_timed / statistics.median(map(seconds, side)) for side in (trl, ours)]
-    peaks = [statistics.median(map(mib, side)) for side in (trl, ours)]
+    rates = [case.num_timed / statistics.median(found.seconds[what] for found in side) for side in (trl, ours)]
+    peaks = [statistics.median(found.mib[what] for found in side) for side in (trl, ours)]
     processes = [statistics.median(outcome.process_mib for outcome in side) for side in (trl, ours)]
-    ratio = spread([seconds(meeting.trl) / seconds(meeting.ours) for meeting in meetings])
+    ratio = spread([meeting.trl.seconds[what] / meeting.ours.seconds[what] for meeting in meetings])
     return (
         f"{start} | {ratio} | {rates[0]:.2f} | {rates[1]:.2f} | {peaks[0] / peaks[1]:.2f} | {peaks[0]:.0f}"
         f" | {peaks[1]:.0f} | {processes[0]:.0f} | {processes[1]:.0f} | {worst:.1e} |"
@@ -180,16 +171,15 @@ def table_row(case: Case, config: str, what: str, meetings: Sequence[Meeting]) -
 
 def compare(case: Case, arguments: argparse.Namespace) -> tuple[dict[str, list[str]], float]:
     """Have the sides take turns at a case; lines of both tables, and the least CPU share."""
-    job = {"cases": [asdict(case)], "runtime": arguments.runtime}
-    keep_memory = arguments.malloc == "keep"
-    fastest = run_side("calibrate", job, keep_memory=keep_memory)
+    job = {"cases": [asdict(case)]}
+    fastest = run_side("calibrate", job)
     others = [side for side in arguments.sides if side != BEST]
     meetings: dict[str, list[Meeting]] = {side: [] for side in arguments.sides}
 
     def outcome(side: str) -> Outcome:
         pairs = dict.fromkeys(PASSES, FIXED_PAIRS[side]) if side in FIXED_PAIRS else fastest
-        found = Outcome(**run_side(side, job | {"pairs_a_forward": pairs}, keep_memory=keep_memory))
-        tell(f"{case.regime} {case.vocabulary} {side}: step {case.num_timed / found.step_s:.2f} pairs/s")
+        found = Outcome(**run_side(side, job | {"pairs_a_forward": pairs}))
+        tell(f"{case.regime} {case.vocabulary} {side}: step {case.num_timed / found.seconds['step']:.2f} pairs/s")
         return found
 
     for run in range(arguments.runs):
@@ -197,7 +187,7 @@ def compare(case: Case, arguments: argparse.Namespace) -> tuple[dict[str, list[s
         ours = outcome(OURS)
         if before:
             meetings[BEST].append(Meeting(before, ours))
-        for side in others if arguments.every_run else others[run :: arguments.runs]:
+        for side in others[run :: arguments.runs]:
             meetings[side].append(Meeting(outcome(side), ours))
     lines: dict[str, list[str]] = {what: [] for what in PASSES}
     for side, met in meetings.items():
@@ -233,7 +223,7 @@ def heading(arguments: argparse.Namespace) -> list[str]:
     machine = (
         f"Command: `{shlex.join(['python', 'benchmarks/against_trl.py', *sys.argv[1:]])}`."
         f" {gpu_name() if on_gpu else processor()}, one thread, Python {platform.python_version()}, {packages}. Memory"
-        f" allocator of both tools: glibc's {f'with {kept}' if arguments.malloc == 'keep' else 'as it comes'}."
+        f" allocator of both tools: glibc's with {kept}."
     )
     model = "Llama of 4 layers of width 256" if arguments.model is None else f"{arguments.model.name} in nf4"
     dtype, times, held = ("bfloat16", "those that passed", "what tensors took") if on_gpu else _ON_CPU
@@ -283,10 +273,6 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
         return parse_names
 
-    def setting(text: str) -> tuple[str, Any]:
-        name, _, value = text.partition("=")
-        return name, int(value) if value.isdigit() else value
-
     regimes = [*REGIMES, ADVERSARIAL]
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--regimes", type=some_of(regimes), default=regimes, help=f"of {', '.join(regimes)}")
@@ -297,18 +283,12 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: with --model alone")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--pairs", type=int, help="timed pairs a run; 48, and 32 at large vocabularies")
-    sides = [BEST, LARGEST, DEFAULT, COMPACT, COMPILED]
-    parser.add_argument("--sides", type=some_of(sides), default=sides[:4], help=f"TRL's: of {', '.join(sides)}")
-    parser.add_argument("--every-run", action="store_true", help="run every side in every run")
-    parser.add_argument("--malloc", choices=["keep", "glibc"], default="keep", help="keep freed memory, in both tools")
-    parser.add_argument(
-        "--runtime", type=setting, action="append", default=[], help="our runtime setting, as name=value"
-    )
+    sides = [BEST, LARGEST, DEFAULT, COMPACT]
+    parser.add_argument("--sides", type=some_of(sides), default=sides, help=f"TRL's: of {', '.join(sides)}")
     parser.add_argument("--out", type=Path, help="write the tables to a file, too")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
-    arguments.runtime = dict(arguments.runtime)
     if arguments.device != "cpu" and arguments.model is None:
         parser.error("--device cuda needs --model: the small random models show nothing of a GPU")
     if arguments.model is not None:
@@ -336,7 +316,7 @@ def main() -> None:
                 Case(regime, vocabulary, num_steps, Path(folder), model, arguments.device)
                 for regime in arguments.regimes
             ]
-        run_side("prepare", {"cases": [asdict(case) for case in cases]}, keep_memory=True)
+        run_side("prepare", {"cases": [asdict(case) for case in cases]})
         compared = [compare(case, arguments) for case in cases]
     report = [*heading(arguments), *lengths_table(cases)]
     for what, title in PASSES.items():

@@ -21,7 +21,7 @@ from dpo_cli.core.environment import prepare_environment
 from dpo_cli.core.errors import MachineError
 from dpo_cli.core.interrupts import watched_stop
 from dpo_cli.dry_run.stub import load_stub
-from dpo_cli.models.gpus import GPUS
+from dpo_cli.models.device import GPUS
 
 CARDS = ("rtx-2080-ti", "rtx-3060", "rtx-3070", "rtx-3090", "rtx-4070", "rtx-4090")
 SHAPES = ("qwen2.5-0.5b", "qwen2.5-1.5b", "llama-3.2-3b", "llama-3.1-8b")
@@ -87,13 +87,14 @@ def _refuse_place(out: Path) -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> None:
+    from dpo_cli.cli.bench import refuse_unknown
     from dpo_cli.core.params import Params
     from dpo_cli.core.progress import SilentReporter
     from dpo_cli.dry_run.prediction import PredictionOptions, predict_speed
-    from dpo_cli.training.bench import refuse_unknown
+    from dpo_cli.models.shapes import SHAPES
 
     for shape in arguments.shapes:
-        refuse_unknown(None, shape)
+        refuse_unknown({"--shape": (shape, SHAPES)})
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     print("\n".join(lines))
     for shape in arguments.shapes:

@@ -21,10 +21,9 @@ from dpo_cli.models import lora
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine
 from dpo_cli.models.load import keep_weights_unpacked
-from dpo_cli.models.shapes import random_model
+from dpo_cli.models.shapes import random_model, random_pairs
 from dpo_cli.scoring.layout import LAYOUTS, LayoutName
 from dpo_cli.scoring.recompute import GRADES, Recompute, set_recompute
-from dpo_cli.scoring.regimes import random_pairs
 from dpo_cli.scoring.scorer import Scorer
 
 NUM_PAIRS = 32

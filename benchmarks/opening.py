@@ -38,7 +38,7 @@ def write(folder: Path, num_pairs: int) -> None:
     import polars as pl
 
     from dpo_cli.data.tokens import TokenGroup, TokenWriter
-    from dpo_cli.reference.cache import SCHEMA, write_cache
+    from dpo_cli.scoring.reference import SCHEMA, write_cache
 
     rng = np.random.default_rng(0)
     (folder / "tokens").mkdir()
@@ -62,8 +62,8 @@ def write(folder: Path, num_pairs: int) -> None:
 def measure(folder: Path) -> dict[str, Any]:
     """Open both for training; seconds and MiB."""
     from dpo_cli.data.tokens import stored_groups
-    from dpo_cli.reference.cache import read_cache, reference_logps
     from dpo_cli.scoring.layout import lay_out
+    from dpo_cli.scoring.reference import read_cache, reference_logps
 
     idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     begun = time.perf_counter()

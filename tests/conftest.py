@@ -5,6 +5,7 @@ Torch is imported by the fixtures and tests that need it, never by this file.
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
@@ -55,6 +56,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(_tier(item.path))
     items.sort(key=lambda item: _SLOWEST_FIRST.index(_tier(item.path)))
+
+
+def pytest_sessionstart() -> None:
+    """Look for no garbage while tests are collected, which takes a quarter of that time."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Nor ever after among what they have imported."""
+    gc.freeze()
+    gc.enable()
 
 
 _FOREIGN = ("CI", "DVC_ROOT", "DVC_STAGE", "DPO_MODEL_PATH", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK")

@@ -117,16 +117,23 @@ def write(
     architecture: str = "llama",
     tokenizer: Mapping[str, Any] | None = None,
     general: Mapping[str, str] | None = None,
+    split: tuple[int, int, int] | None = None,
 ) -> Path:
-    """Write a file of format version 3."""
+    """Write a file of format version 3; one of several has a number, their count, and that of all tensors."""
     import gguf
 
     writer = gguf.GGUFWriter(path, architecture)
     entries = {f"{architecture}.{key}": value for key, value in settings.items()}
     entries |= {f"general.{key}": value for key, value in (general or {}).items()}
-    entries |= {f"tokenizer.ggml.{key}": value for key, value in (tokenizer or vocabulary()).items()}
+    entries |= {
+        f"tokenizer.ggml.{key}": value for key, value in (vocabulary() if tokenizer is None else tokenizer).items()
+    }
     if template := entries.pop("tokenizer.ggml.chat_template", None):
         entries["tokenizer.chat_template"] = template
+    if split is not None:
+        writer.add_uint16("split.no", split[0])
+        writer.add_uint16("split.count", split[1])
+        writer.add_int32("split.tensors.count", split[2])
     for key, value in entries.items():
         match value:
             case bool():

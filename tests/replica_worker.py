@@ -20,7 +20,6 @@ import torch.distributed as dist
 from dpo_cli.core.environment import prepare_environment
 from dpo_cli.core.errors import DpoCliError, MachineError
 from dpo_cli.core.params import RuntimeParams, TrainParams
-from dpo_cli.core.progress import SilentReporter
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.scoring.scorer import Scorer, Scores
@@ -28,29 +27,11 @@ from dpo_cli.training.objective import PairObjective, SftObjective
 from dpo_cli.training.parallel import Replicas, join_replicas, shared_scratch
 from dpo_cli.training.protocols import Learner
 from tests import small_training
+from tests.conftest import RecordingReporter
 from tests.small_training import adapter, make_policy, reference
 
 SETTINGS = TrainParams(learning_rate=5e-3, batch_size=8, epochs=3.0, eval_steps=4)
 """Nine steps of 20 pairs; the last batch of each epoch is a short one."""
-
-
-class Watcher(SilentReporter):
-    """Says nothing, and calls ``on_advance`` with the steps done so far."""
-
-    def __init__(self, on_advance: Callable[[int], None]) -> None:
-        self._on_advance = on_advance
-        self._done = 0
-
-    @contextmanager
-    def meter(self, label: str, total: int, unit: str) -> Iterator[Any]:  # type: ignore[override]
-        yield self
-
-    def advance(self, amount: int) -> None:
-        self._done += amount
-        self._on_advance(self._done)
-
-    def note(self, text: str) -> None:
-        pass
 
 
 def make_pairs(count: int, seed: int) -> list[TokenGroup]:
@@ -97,8 +78,8 @@ class Worker:
         """The last process's norm of the same gradients is off by the last digit."""
         total_norm = torch.nn.utils.get_total_norm
 
-        def off(gradients: Any) -> torch.Tensor:
-            norm = total_norm(gradients)
+        def off(gradients: Any, **options: Any) -> torch.Tensor:
+            norm = total_norm(gradients, **options)
             return torch.nextafter(norm, norm + 1) if self._replicas.rank else norm
 
         torch.nn.utils.get_total_norm = off
@@ -169,7 +150,7 @@ class Worker:
         turn: int = 0,
         nan_row: int | None = None,
         limit: int | None = None,
-        on_advance: Callable[[int], None] = lambda done: None,
+        on_advance: Callable[[int], None] | None = None,
     ) -> dict[str, Any]:
         model = make_policy(self._base, dropout, seed)
         scorer = Scorer(model, torch.float32)
@@ -189,7 +170,7 @@ class Worker:
             try:
                 learner, groups = Learner[Any](model, scorer, objective), (train, evaluated)
                 fitted = small_training.train(
-                    learner, groups, work, Watcher(on_advance), settings, self._replicas, **runtime
+                    learner, groups, work, RecordingReporter(on_advance), settings, self._replicas, **runtime
                 )
                 outcome["history"] = fitted.history
             except DpoCliError as error:

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import torch
 
+from dpo_cli.scoring.pieces import AttentionSettings
 from dpo_cli.scoring.varlen import Sequences
 
 
@@ -14,9 +15,7 @@ def slow_kernel(
     key: torch.Tensor,
     value: torch.Tensor,
     sequences: Sequences,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    settings: AttentionSettings,
     *,
     align: str = "end",
     grouped: bool = True,
@@ -31,12 +30,14 @@ def slow_kernel(
     starts = zip(pairwise(sequences.query_starts.tolist()), pairwise(sequences.key_starts.tolist()), strict=True)
     for queries, keys in starts:
         q, k, v = query[slice(*queries)], key[slice(*keys)], value[slice(*keys)]
-        scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * scale
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
+        scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * settings.scale
+        if settings.softcap is not None:
+            scores = settings.softcap * torch.tanh(scores / settings.softcap)
         offset = len(k) - len(q) if align == "end" else 0
         distance = torch.arange(len(q))[:, None] + offset - torch.arange(len(k))
-        hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
+        hidden = distance < 0
+        if settings.window is not None:
+            hidden |= distance >= settings.window
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0.0)
         pieces.append(torch.einsum("hqk,khd->qhd", weights, v.float()))
     return torch.cat(pieces).to(query.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine
 from dpo_cli.models.load import keep_weights_unpacked, load_model
-from dpo_cli.models.workplace import Workplace
+from dpo_cli.models.project import Workplace
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.fit import Fit, fit
 from dpo_cli.training.parallel import ALONE, Job, Replicas
@@ -24,6 +25,21 @@ from dpo_cli.training.protocols import Learner
 CPU = Machine(torch.device("cpu"), torch.float32)
 Groups = tuple[Sequence[TokenGroup], Sequence[TokenGroup]]
 """What is trained on, and what is held out."""
+
+
+@dataclass(frozen=True)
+class Lab:
+    """What most tests of training need.
+
+    Attributes:
+        policy: ``policy(dropout=0.0)``: a fresh policy, every time the same.
+        folder: An empty folder.
+        reporter: ``reporter(on_advance)``: a reporter that records.
+    """
+
+    policy: Callable[..., Any]
+    folder: Path
+    reporter: Callable[..., Any]
 
 
 class Killed(BaseException):

@@ -19,19 +19,11 @@ from pydantic import BaseModel
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dpo_cli.cli.new_project import (  # noqa: E402
-    DVC_CONFIG,
-    DVC_FOLDER_GITIGNORE,
-    DVCIGNORE,
-    GITATTRIBUTES,
-    GITIGNORE,
-    dvc_yaml_text,
-    rows_json,
-)
+from dpo_cli.cli.new_project import project_files, rows_json  # noqa: E402
 from dpo_cli.core import paths  # noqa: E402
 from dpo_cli.core.load_params import load_params  # noqa: E402
 from dpo_cli.core.params import Params, iter_settings  # noqa: E402
-from dpo_cli.core.params_text import EMBEDDED_PRESET, params_yaml, range_of, unit_of  # noqa: E402
+from dpo_cli.core.params_text import EMBEDDED_PRESET, range_of, unit_of  # noqa: E402
 from dpo_cli.data import world  # noqa: E402
 from tools.objectives import PICTURE, objectives_md, objectives_svg  # noqa: E402
 
@@ -111,29 +103,20 @@ def example_files() -> dict[str, str]:
         if value != field.get_default(call_default_factory=True):
             several = isinstance(value, list) and all(isinstance(each, BaseModel) for each in value)
             values[path] = [each.model_dump(exclude_defaults=True) for each in value] if several else value
-    return {
-        ".dvc/.gitignore": DVC_FOLDER_GITIGNORE,
-        ".dvc/config": DVC_CONFIG,
-        ".dvcignore": DVCIGNORE,
-        ".gitignore": GITIGNORE + _EXAMPLE_GITIGNORE,
-        "dvc.yaml": dvc_yaml_text(),
-        "params.yaml": params_yaml(values),
-    }
+    files = project_files(values)
+    del files[".gitattributes"]
+    return files | {".gitignore": files[".gitignore"] + _EXAMPLE_GITIGNORE}
 
 
 def generated_files() -> dict[Path, str]:
     """Every generated file with its content."""
-    texts = {
-        ".dvc/.gitignore": DVC_FOLDER_GITIGNORE,
-        ".dvc/config": DVC_CONFIG,
-        ".dvcignore": DVCIGNORE,
-        ".gitattributes": GITATTRIBUTES,
+    texts = project_files(EMBEDDED_PRESET)
+    del texts[".gitignore"]
+    texts |= {
         "docs/cli.md": cli_md(),
         "docs/objectives.md": objectives_md(_GENERATED),
         f"docs/{PICTURE}": objectives_svg(),
         "docs/params.md": params_md(),
-        "dvc.yaml": dvc_yaml_text(),
-        "params.yaml": params_yaml(EMBEDDED_PRESET),
         (paths.RAW / "instructions.json").as_posix(): rows_json(world.instruction_rows(0)),
         (paths.RAW / "preferences.json").as_posix(): rows_json(world.preference_rows(0)),
     }

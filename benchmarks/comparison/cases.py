@@ -241,21 +241,17 @@ class Outcome:
     """What a tool's process measured.
 
     Attributes:
-        reference_s: CPU seconds of the reference pass over the timed pairs.
-        reference_mib: Its peak memory above what model and data held.
-        logps: What it found.
-        step_s: CPU seconds of the timed optimizer steps.
-        step_mib: Peak memory of all steps above what model and data held.
+        seconds: CPU seconds of the timed optimizer steps, and of the reference pass over the same pairs.
+        mib: Peak memory of both above what model and data held.
+        logps: What the reference pass found.
         losses: The loss of every step.
         process_mib: Peak memory of the whole process.
         cpu_share: CPU time by the time that passed, from model and data being loaded to the end.
     """
 
-    reference_s: float
-    reference_mib: float
+    seconds: dict[str, float]
+    mib: dict[str, float]
     logps: list[Logps]
-    step_s: float
-    step_mib: float
     losses: list[float]
     process_mib: float
     cpu_share: float

@@ -60,24 +60,23 @@ class Watching(ToStderr):
 
 def our_references(scorer: Any, groups: Sequence[Any], max_tokens: int) -> list[Logps]:
     """Log-probabilities of pairs, found as the stage precompute_ref finds them."""
-    from dpo_cli.reference.cache import group_keys
-    from dpo_cli.reference.scoring import missing_groups, score_groups
     from dpo_cli.scoring.budget import TokenBudget
+    from dpo_cli.scoring.reference import missing_groups, score_groups
 
     budget = TokenBudget(max_tokens, "precompute_ref", ToStderr())
     batches = score_groups(scorer, missing_groups(groups, set(), max_tokens), budget)
     found = {row["key"]: row["logp"] for rows in batches for row in rows}
-    return [(found[chosen], found[rejected]) for chosen, rejected in map(group_keys, groups)]
+    return [(found[chosen], found[rejected]) for chosen, rejected in (group.keys for group in groups)]
 
 
-def run_ours(case: Case, runtime_settings: dict[str, Any]) -> Outcome:
+def run_ours(case: Case) -> Outcome:
     """Our engine, driven as the stages precompute_ref and train drive it."""
     import dpo_cli.training.fit
     from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
     from dpo_cli.data.tokens import TokenGroup
-    from dpo_cli.models.adapters import SftResult, load_policy_at_start
+    from dpo_cli.models.adapters import FrozenBase, SftResult
     from dpo_cli.models.device import prepare_machine, token_budget
-    from dpo_cli.models.workplace import Workplace
+    from dpo_cli.models.project import Workplace
     from dpo_cli.scoring.probe import open_scorer
     from dpo_cli.training.objective import PairObjective
     from dpo_cli.training.parallel import Job
@@ -89,10 +88,10 @@ def run_ours(case: Case, runtime_settings: dict[str, Any]) -> Outcome:
         for index, (prompt, chosen, rejected) in enumerate(pairs)
     ]
     os.chdir(case.workspace)
-    runtime = RuntimeParams.model_validate({"device": case.device, **runtime_settings})
+    runtime = RuntimeParams.model_validate({"device": case.device})
     machine = prepare_machine(runtime, embedded=False)
     sft = SftResult("lora", "")
-    policy: Any = load_policy_at_start(case.base, sft, machine, case.quantization, LoraParams(), 0)
+    policy: Any = FrozenBase(case.base, sft, machine, case.quantization).policy(LoraParams(), 0)
     meter = Meter(case)
     max_tokens = token_budget(runtime, machine.device)
     with open_scorer(policy.eval(), machine.compute_dtype, runtime, ToStderr(), "train")[0] as scorer:
@@ -130,6 +129,5 @@ def run_ours(case: Case, runtime_settings: dict[str, Any]) -> Outcome:
     steps = reporter.steps
     steps.losses = [entry["loss"] for entry in fitted.history if "loss" in entry]
     losses = steps.step_losses(case.num_steps)
-    return Outcome(
-        reference_s, reference_mib, logps, steps.seconds, steps.mib, losses, meter.process_mib, meter.cpu_share()
-    )
+    seconds, mib = {"step": steps.seconds, "reference": reference_s}, {"step": steps.mib, "reference": reference_mib}
+    return Outcome(seconds, mib, logps, losses, meter.process_mib, meter.cpu_share())

@@ -22,7 +22,7 @@ from benchmarks.comparison.cases import (
     tell,
 )
 
-BEST, LARGEST, DEFAULT, COMPACT, COMPILED = "best", "largest", "default", "compact", "compiled"
+BEST, LARGEST, DEFAULT, COMPACT = "best", "largest", "default", "compact"
 CANDIDATES = (1, 2, 4, 8, 16)
 """Pairs a forward that the calibration tries, until it gets slower."""
 FIXED_PAIRS = {DEFAULT: 8, LARGEST: PAIRS_A_STEP}
@@ -148,7 +148,6 @@ def trl_trainer(case: Case, side: str, policy: Any, dataset: Any, pairs_a_forwar
         disable_tqdm=True,
         dataloader_pin_memory=False,
         logging_strategy="steps" if side == DEFAULT else "no",
-        torch_compile=side == COMPILED,
     )
     trained = {name: part.detach().clone() for name, part in policy.named_parameters() if part.requires_grad}
     trainer = AsItIs(model=policy, args=arguments, train_dataset=dataset, processing_class=tiny_tokenizer())
@@ -224,9 +223,8 @@ def run_trl(case: Case, side: str, pairs_a_forward: dict[str, int]) -> Outcome:
     by_index = dict(zip(reference_order, found, strict=True))
     logps = [by_index[index] for index in timed]
     losses = steps.step_losses(case.num_steps)
-    return Outcome(
-        reference_s, reference_mib, logps, steps.seconds, steps.mib, losses, meter.process_mib, meter.cpu_share()
-    )
+    seconds, mib = {"step": steps.seconds, "reference": reference_s}, {"step": steps.mib, "reference": reference_mib}
+    return Outcome(seconds, mib, logps, losses, meter.process_mib, meter.cpu_share())
 
 
 def calibrate(case: Case) -> dict[str, int]:

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +20,9 @@ from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine, prepare_machine
 from dpo_cli.models.load import keep_weights_unpacked
-from dpo_cli.models.shapes import random_model
-from dpo_cli.models.workplace import Workplace
+from dpo_cli.models.project import Workplace
+from dpo_cli.models.shapes import random_model, random_pairs
 from dpo_cli.scoring.probe import open_scorer
-from dpo_cli.scoring.regimes import random_pairs
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.fit import Fit, fit
 from dpo_cli.training.parallel import Job
@@ -174,9 +173,13 @@ class Bench:
         return Policy(model, scorer, machine, reporter)
 
     def pairs(self, policy: Policy, num_pairs: int) -> list[TokenGroup]:
-        """Pairs as long as those of HH harmless; a few where all is small."""
-        number = min(num_pairs, 4) if self.small else num_pairs
-        return random_pairs("harmless", number, policy.scorer.config.vocab_size)
+        """Pairs as long as those of HH harmless; a few short ones where all is small."""
+        if not self.small:
+            return random_pairs("harmless", num_pairs, policy.scorer.config.vocab_size)
+        return [
+            replace(pair, prompt=pair.prompt[:32], completions=tuple(answer[:16] for answer in pair.completions))
+            for pair in random_pairs("harmless", min(num_pairs, 4), policy.scorer.config.vocab_size)
+        ]
 
     def wait(self) -> None:
         """Until the GPU has done what it was told."""

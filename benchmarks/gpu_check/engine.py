@@ -16,15 +16,16 @@ from benchmarks.gpu_check.bench import Bench, Policy
 from dpo_cli.core.errors import StaleArtifactError
 from dpo_cli.core.params import TrainParams
 from dpo_cli.data.tokens import TokenGroup, completion_key
-from dpo_cli.dry_run.step import DryAccumulator
-from dpo_cli.kernels import fused
-from dpo_cli.kernels.products import wide_product
+from dpo_cli.dry_run.model import DryAccumulator
 from dpo_cli.models.device import release_memory
-from dpo_cli.reference.scoring import missing_groups, score_groups
+from dpo_cli.scoring import fused
 from dpo_cli.scoring.budget import TokenBudget
+from dpo_cli.scoring.kernels import wide_product
+from dpo_cli.scoring.pieces import AttentionSettings
 from dpo_cli.scoring.probe import probe_layouts
 from dpo_cli.scoring.recompute import GRADES, set_recompute
-from dpo_cli.scoring.reward import RewardScorer
+from dpo_cli.scoring.reference import missing_groups, score_groups
+from dpo_cli.scoring.scorer import RewardScorer
 from dpo_cli.scoring.varlen import VARLEN_KERNELS, reason_against
 from dpo_cli.training.gate import check_step_zero
 from dpo_cli.training.objective import PairObjective, RewardObjective, SftObjective
@@ -108,7 +109,8 @@ def kernels(bench: Bench) -> None:
         for dtype in NARROW:
             refused: Counter[str] = Counter()
             for head_size, heads, window, softcap in cases:
-                if (reason := reason_against(kernel, device, dtype, head_size, window, softcap, heads)) is not None:
+                settings = AttentionSettings(head_size**-0.5, window, softcap)
+                if (reason := reason_against(kernel, device, dtype, head_size, settings, heads)) is not None:
                     kind = (", window" if window else "") + (", soft cap" if softcap else "")
                     refused[f"head size {head_size}, {heads[0]} on {heads[1]}{kind}: {reason}"] += 1
             plain = [what for what in refused if "soft cap" not in what and "window" not in what]

@@ -22,8 +22,8 @@ from benchmarks.gpu_check import ROOT
 from benchmarks.gpu_check.bench import GIB, Bench, Policy, train
 from dpo_cli.core.errors import MachineError
 from dpo_cli.core.params import TrainParams
-from dpo_cli.dry_run.step import DryAccumulator
-from dpo_cli.evaluation.decoding import Sampling
+from dpo_cli.dry_run.model import DryAccumulator
+from dpo_cli.evaluation.decoding import Decoding
 from dpo_cli.evaluation.generation import PromptTokens, sample_answers
 from dpo_cli.models.device import (
     forget_peak_memory,
@@ -216,7 +216,7 @@ def generation(bench: Bench) -> None:
         answers = sample_answers(
             policy.model.eval(),
             prompts,
-            Sampling(1.0, num_tokens, (1,), 0, "policy"),
+            Decoding(1.0, num_tokens, (1,), 0, "policy"),
             budget=TokenBudget(4096, "gpu-check", policy.reporter),
             autocast_dtype=policy.machine.compute_dtype,
             meter=meter,

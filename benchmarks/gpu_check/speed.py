@@ -17,8 +17,7 @@ from benchmarks.gpu_check.bench import Bench, RecordingReporter
 from benchmarks.gpu_check.memory import saved_model
 from dpo_cli.core.errors import MachineError
 from dpo_cli.core.load_params import parse_overrides
-from dpo_cli.models.device import release_memory
-from dpo_cli.models.gpus import GPUS, gpu_called
+from dpo_cli.models.device import GPUS, gpu_called, release_memory
 from dpo_cli.training.bench import PASSES, BenchOptions, measure
 
 LARGE, SMALL = "llama-3.1-8b", "qwen2.5-0.5b"

@@ -1,4 +1,4 @@
-"""``dpo-cli agreement``: win rates by judges and people, and how far they agree, as in the paper's Table 2."""
+"""``dpo-cli rating-sheet`` and ``agreement``: sheets for people to vote on, and how far judges and people agree."""
 
 from __future__ import annotations
 
@@ -10,23 +10,55 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from dpo_cli.cli.command import command_app, examples
-from dpo_cli.cli.console import open_console
+from dpo_cli.cli.console import open_console, plain_table
 from dpo_cli.cli.exits import errors_as_exit_codes
 from dpo_cli.core.errors import ParamsError
+from dpo_cli.core.text import in_one_line
 
 if TYPE_CHECKING:
     from dpo_cli.judging.agreement import AgreementTable
     from dpo_cli.statistics.agreement import Coefficient
-    from dpo_cli.statistics.bootstrap import Estimate
+    from dpo_cli.statistics.intervals import Estimate
 
 _NAMES = {"cohen_kappa": "Cohen's kappa", "fleiss_kappa": "Fleiss' kappa", "krippendorff_alpha": "Krippendorff's alpha"}
 _NONE = "-"
 
-app = command_app()
+app, sheet_app = command_app(), command_app()
+
+
+@sheet_app.command(
+    "rating-sheet",
+    rich_help_panel="Measurements",
+    epilog=examples(
+        "dpo-cli rating-sheet data/raw/votes.csv --rater human:anna",
+        "dpo-cli rating-sheet votes-ben.csv --rater human:ben --model evaluations/another",
+    ),
+)
+def rating_sheet_command(
+    sheet: Annotated[Path, typer.Argument(metavar="SHEET", help="The CSV file to write.")],
+    rater: Annotated[
+        str, typer.Option("--rater", metavar="KIND:NAME", help="Who fills it in, such as human:anna.")
+    ] = "human",
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", metavar="DIR", help="A folder that `evaluate --model` wrote, not reports/evaluate."),
+    ] = None,
+) -> None:
+    """Write the answers of SFT and tuned model as a sheet on which people vote, without naming the models.
+
+    evaluate.num_prompts says how many there are. Fill in the column `vote` (A, B or tie) and hide `a_is`.
+    With `evaluate.judge: votes` and `evaluate.votes.file` the votes become the win rate; `dpo-cli agreement`
+    compares raters, and judges with them (reports/evaluate/votes.csv).
+    """
+    with errors_as_exit_codes(as_json=False):
+        from dpo_cli.evaluation.tables import write_rating_sheet  # here, so that --help does not wait for it
+
+        num_items, num_identical = write_rating_sheet(model, sheet, rater)
+    same = f"; {num_identical} prompts with identical answers are ties and left out" if num_identical else ""
+    typer.echo(in_one_line(f"{sheet}: {num_items} pairs of answers to vote on{same}"))
 
 
 @app.command(
@@ -94,7 +126,7 @@ def print_table(found: AgreementTable, console: Console | None = None) -> None:
         console: Where; None: standard output.
     """
     console = console or open_console()
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
+    table = plain_table()
     table.add_column("")
     for each in found.methods:
         table.add_column(Text(f"{each.method}\nvs {each.baseline}"))

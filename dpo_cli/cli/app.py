@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from dpo_cli.cli.command import LazyGroup, Load, examples, in_file, lazy_group
+from dpo_cli.cli.command import examples
 from dpo_cli.cli.exits import errors_as_exit_codes
 from dpo_cli.core.environment import claim_gpu, prepare_environment
 from dpo_cli.core.errors import MachineError
@@ -22,39 +24,45 @@ _EXIT_CODES = (
 )
 
 
-def _stage(stage: Stage) -> Load:
-    """A stage that has no file of its own here."""
-
-    def load() -> typer.Typer:
-        from dpo_cli.cli.stage import stage_app
-
-        return stage_app(stage)
-
-    return load
-
-
-COMMANDS: dict[str, Load] = {
-    **{stage.command: _stage(stage) for stage in STAGES},
-    "evaluate": in_file("evaluate"),
-    "report": in_file("report"),
-    "bench": in_file("bench"),
-    "compare": in_file("compare"),
-    "agreement": in_file("agreement"),
-    "capability": in_file("capability"),
-    "rating-sheet": in_file("rating_sheet"),
-    "score": in_file("score"),
-    "sample": in_file("sample"),
-    "try": in_file("try_prompt"),
-    "init": in_file("init"),
-    "repro": in_file("repro"),
-    "data": in_file("data"),
-    "model": in_file("model"),
+_NAMES = (
+    "evaluate", "report", "bench", "compare", "agreement", "capability", "rating-sheet", "score", "sample", "try",
+    "init", "repro", "data", "model",
+)  # fmt: skip
+COMMANDS: dict[str, Stage | str] = {
+    **{stage.command: stage for stage in STAGES},
+    **{name: name for name in _NAMES},
+    "rating-sheet": "agreement.sheet_app",
+    "try": "sample.try_app",
 }
-"""In the order of the help."""
+"""Each command's file, ``dpo_cli/cli/<name>.py``, with what it is called there if it is not the file's ``app``, or the
+stage that has none of its own; in the order of the help."""
 
 
-class _Commands(LazyGroup):
-    """The commands, all of which take ``--model=~/m`` for ``--model ~/m``: shells leave a tilde behind = alone."""
+def _load(where: Stage | str) -> Any:
+    if isinstance(where, str):
+        name, _, app = where.partition(".")
+        return getattr(importlib.import_module(f"dpo_cli.cli.{name}"), app or "app")
+    from dpo_cli.cli.stage import stage_app
+
+    return stage_app(where)
+
+
+class _Commands(TyperGroup):
+    """The commands, loaded when one is named, and all of them for the help.
+
+    All take ``--model=~/m`` for ``--model ~/m``: shells leave a tilde behind = alone.
+    """
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names, in the order of the help."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of this name; for none, all are loaded, so that one like it can be named."""
+        for name in [cmd_name] if cmd_name in COMMANDS else COMMANDS:
+            if name not in self.commands:
+                self.commands[name] = typer.main.get_command(_load(COMMANDS[name]))
+        return self.commands.get(cmd_name)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read a command line."""
@@ -69,7 +77,7 @@ def _from_home(argument: str) -> str:
 
 app = typer.Typer(
     name="dpo-cli",
-    cls=lazy_group(COMMANDS, _Commands),
+    cls=_Commands,
     help="Tune a language model on preferences with Direct Preference Optimization: offline, versioned, on one GPU.",
     epilog=examples(
         "dpo-cli init mine --sft instructions.json --preferences pairs.jsonl --model ~/models/Qwen2.5-0.5B",

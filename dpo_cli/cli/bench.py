@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
 from typing import Annotated
 
 import typer
 
-from dpo_cli.cli.command import SetOption, command_app, examples
+from dpo_cli.cli.command import JsonOption, SetOption, command_app, examples, refuse_unread
 from dpo_cli.cli.console import ConsoleReporter
 from dpo_cli.cli.exits import errors_as_exit_codes
 from dpo_cli.core import paths
 from dpo_cli.core.errors import ParamsError
 
 app = command_app()
+
+_OF_A_CARD = ("compute_dtype", "max_gpu_gib", "max_tokens_per_microbatch", "layout", "recompute")
+_OF_THIS_MACHINE = ("device", "threads", "head_mib")
 
 
 @app.command(
@@ -56,16 +60,16 @@ def bench_command(
             "--card",
             metavar="NAME",
             help="Measure nothing, but predict for a GPU like `rtx-3060`, `rtx-4070`, `rtx-4090` or `h100-sxm`: the"
-            " kernels, bytes and operations of a --shape are counted without a GPU and held against its data sheet."
+            " kernels, bytes and operations of a --shape are counted without a GPU and compared with its data sheet."
             " Needs a C++ compiler where PyTorch comes without CUDA.",
         ),
     ] = None,
-    num_pairs: Annotated[int, typer.Option("--pairs", metavar="N", min=1, help="Pairs a turn.")] = 64,
+    num_pairs: Annotated[int, typer.Option("--pairs", metavar="N", min=1, help="Pairs per repetition.")] = 64,
     num_turns: Annotated[
-        int | None, typer.Option("--turns", metavar="N", min=1, help="Timed turns; left out: 3.")
+        int | None, typer.Option("--turns", metavar="N", min=1, help="Timed repetitions; default: 3.")
     ] = None,
     overrides: SetOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object, no tables.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure the reference pass and training on this machine: speed, memory, and how far from their limits.
 
@@ -76,10 +80,9 @@ def bench_command(
     with errors_as_exit_codes(as_json=as_json):
         if card is not None:
             from dpo_cli.dry_run.stub import load_stub
-            from dpo_cli.models.gpus import GPUS
+            from dpo_cli.models.device import GPUS
 
-            if card not in GPUS:
-                raise ParamsError(f"--card must be one of {', '.join(GPUS)}, got {card}")
+            refuse_unknown({"--card": (card, GPUS)})
             if shape is None:
                 raise ParamsError("--card predicts for a model without numbers: name its --shape")
             if num_turns is not None:
@@ -89,14 +92,13 @@ def bench_command(
         # here, so that --help does not wait for them
         from dpo_cli.core.load_params import load_params, parse_overrides
         from dpo_cli.core.params import Params
-        from dpo_cli.training.bench import PASSES, BenchOptions, measure, refuse_unknown, refuse_unread
+        from dpo_cli.models.shapes import REGIMES, SHAPES
+        from dpo_cli.training.bench import PASSES, BenchOptions, measure
 
-        refuse_unknown(regime, shape)
-        if which is not None and which not in PASSES:
-            raise ParamsError(f"--pass must be one of {', '.join(PASSES)}, got {which}")
+        refuse_unknown({"--regime": (regime, REGIMES), "--shape": (shape, SHAPES), "--pass": (which, PASSES)})
         in_project = paths.PARAMS.is_file() or shape is None
         params: Params = load_params(paths.PARAMS, overrides or []) if in_project else parse_overrides(overrides or [])
-        refuse_unread(overrides or [], which, shape, card)
+        refuse_unread("this measurement", _settings_read(which, shape, card), overrides or [])
         reporter, passes = ConsoleReporter(show_tables=not as_json), (which,) if which else PASSES
         if card is not None and shape is not None:
             from dpo_cli.dry_run.prediction import PredictionOptions, predict_speed
@@ -108,3 +110,28 @@ def bench_command(
             figures = measure(BenchOptions(passes, regime, shape, num_pairs, num_turns or 3), params, reporter)  # type: ignore[arg-type]
     if as_json:
         typer.echo(json.dumps(figures, ensure_ascii=False))
+
+
+def refuse_unknown(options: Mapping[str, tuple[str | None, Collection[str]]]) -> None:
+    """Refuse values that there are not: by option what was given, None where nothing was, and what there is.
+
+    Raises:
+        ParamsError: With those that there are.
+    """
+    problems = [
+        f"{option} must be one of {', '.join(known)}, got {given}"
+        for option, (given, known) in options.items()
+        if given is not None and given not in known
+    ]
+    if problems:
+        raise ParamsError(problems)
+
+
+def _settings_read(which: str | None, shape: str | None, card: str | None) -> list[str]:
+    """What a measurement, or a prediction for a card, reads of params.yaml."""
+    read = ["reference.quantization", "train.lora"]
+    read += ["train.batch_size"] if which != "precompute-ref" else []
+    read += ["train.seed"] if card is None else []
+    runtime = _OF_A_CARD if card is not None else (*_OF_A_CARD, *_OF_THIS_MACHINE)
+    read += [f"runtime.{name}" for name in runtime if which != "precompute-ref" or name != "recompute"]
+    return read + (["model", "reference", "runtime.model_path"] if shape is None else [])

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from dpo_cli.cli.command import command_app, examples
-from dpo_cli.cli.console import ConsoleReporter, open_console
+from dpo_cli.cli.console import ConsoleReporter, open_console, plain_table
 from dpo_cli.cli.exits import errors_as_exit_codes
 from dpo_cli.core import paths
 from dpo_cli.core.errors import ParamsError
 
 if TYPE_CHECKING:
-    from dpo_cli.evaluation.capability import Difference
-    from dpo_cli.evaluation.measure_capability import Capability
+    from dpo_cli.evaluation.capability import Difference, TaskResult
 
 app = command_app()
 
@@ -59,8 +58,7 @@ def capability_command(
     with errors_as_exit_codes(as_json=as_json):
         # here, so that --help does not wait for them
         from dpo_cli.core.load_params import load_params
-        from dpo_cli.evaluation.measure_capability import as_json as figures_of
-        from dpo_cli.evaluation.measure_capability import measure_capability
+        from dpo_cli.evaluation.capability import measure_capability, metrics_of
 
         names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else []
         if tasks is not None and not names:
@@ -68,49 +66,45 @@ def capability_command(
         params = load_params(paths.PARAMS, [])
         found = measure_capability(folder, names, limit, params, ConsoleReporter(show_tables=not as_json))
         if as_json:
-            typer.echo(json.dumps(figures_of(found), ensure_ascii=False))
+            typer.echo(json.dumps(metrics_of(found), ensure_ascii=False))
         else:
             print_table(found)
 
 
-def print_table(found: Capability, console: Console | None = None) -> None:
+def print_table(results: Sequence[TaskResult], console: Console | None = None) -> None:
     """Print a row a task, then in words where the model got worse.
 
     Args:
-        found: What to print.
+        results: What to print.
         console: Where; None: standard output.
     """
-    from dpo_cli.evaluation.capability import (  # here, so that --help does not wait for it
-        MODELS,
-        NAMES,
-        STEPS,
-        in_words,
-    )
+    from dpo_cli.evaluation.capability import MODELS, NAMES, STEPS, in_words  # here, so that --help does not wait
 
     console = console or open_console()
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
+    table = plain_table()
     for title in ("task", "metric", "items", *(NAMES[model] for model in MODELS)):
         table.add_column(Text(title), overflow="fold")
     for ours, theirs in STEPS:
         table.add_column(Text(f"{NAMES[ours]} - {NAMES[theirs]}"), no_wrap=True)
-    for result in found.results:
+    for result in results:
         table.add_row(
-            Text(result.task),
-            Text(result.metric if result.higher_is_better else f"{result.metric}\n(less is better)"),
-            Text(str(result.num_items)),
+            Text(result.scores.task),
+            Text(result.scores.metric + ("" if result.scores.higher_is_better else "\n(less is better)")),
+            Text(str(len(result.scores.items))),
             *(Text(f"{result.means[model]:.3f}") for model in MODELS),
             *(_cell(result.differences[step]) for step in STEPS),
         )
     console.print()
     console.print(table)
     console.print()
+    sampling = results[0].sampling
     console.print(
         Text(
-            f"In brackets {100 * found.confidence:g}% intervals of the difference, paired by item"
-            f" ({found.draws} draws of items)."
+            f"In brackets {100 * sampling.confidence:g}% intervals of the difference, paired by item"
+            f" ({sampling.draws} draws of items)."
         )
     )
-    for line in in_words(found.results):
+    for line in in_words(results):
         console.print(Text(line, style="bold"))
 
 

@@ -10,16 +10,11 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.measure import Measurement
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-)
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
@@ -42,6 +37,11 @@ def open_console(*, stderr: bool = False) -> Console:
     console = Console(stderr=stderr, highlight=False)
     console.push_render_hook(_PrintableHook())
     return console
+
+
+def plain_table(**settings: Any) -> Table:
+    """A table without lines."""
+    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False, **settings)
 
 
 class _PrintableHook(RenderHook):
@@ -87,18 +87,17 @@ class ConsoleReporter:
     def meter(self, label: str, total: int, unit: str) -> Iterator[Meter]:
         """A bar on a terminal, else a line every ten seconds and one at the end."""
         if not self._notes.is_terminal:
-            meter = _PlainMeter(self, label, total, unit)
+            meter, is_done = _PlainMeter(self, label, total, unit), False
             try:
                 yield meter
+                is_done = True
             finally:
-                meter.end()
-            meter.close()
+                meter.end(is_done=is_done)
             return
         columns: list[ProgressColumn | str] = [
             TextColumn("{task.description}", markup=False, table_column=Column(overflow="ellipsis", no_wrap=True)),
             BarColumn(bar_width=12),
-            _AmountColumn(unit),
-            _TimeColumn(),
+            _StateColumn(unit),
             TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True)),
         ]
         with Progress(*columns, console=self._notes) as progress:
@@ -144,8 +143,8 @@ class _BarMeter:
         self._progress.update(self._task, note=in_one_line(text))  # type: ignore[arg-type]
 
 
-class _AmountColumn(ProgressColumn):
-    """Done and total with the rate, such as ``40/129 steps, 6.2/s``."""
+class _StateColumn(ProgressColumn):
+    """Done and total with the rate, and what is left while it runs: ``40/129 steps, 6.2/s 6 s passed, 14 s left``."""
 
     def __init__(self, unit: str) -> None:
         super().__init__(table_column=Column(no_wrap=True))
@@ -154,22 +153,12 @@ class _AmountColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         total = None if task.total is None else int(task.total)
         rate = f", {_rate(task.speed, self._unit)}" if task.speed else ""
-        return Text(f"{_amount(int(task.completed), total, self._unit)}{rate}")
-
-
-class _TimeColumn(ProgressColumn):
-    """What is left while it runs, and at its end what it took."""
-
-    def __init__(self) -> None:
-        super().__init__(table_column=Column(no_wrap=True))
-
-    def render(self, task: Task) -> Text:
-        elapsed = task.finished_time if task.finished else task.elapsed
-        passed = _duration(elapsed or 0)
+        done = f"{_amount(int(task.completed), total, self._unit)}{rate}"
+        passed = _duration((task.finished_time if task.finished else task.elapsed) or 0)
         if task.finished:
-            return Text(f"in {passed}")
+            return Text(f"{done} in {passed}")
         left = "" if task.time_remaining is None else f", {_duration(task.time_remaining)} left"
-        return Text(f"{passed} passed{left}")
+        return Text(f"{done} {passed} passed{left}")
 
 
 class _PlainMeter:
@@ -183,15 +172,13 @@ class _PlainMeter:
         self._done = 0
         self._note = ""
         self._begun = self._said = time.monotonic()
-        self._timer: threading.Timer | None = None
-        if total:
-            self._timer = threading.Timer(_PLAIN_INTERVAL_S, self._begin)
-            self._timer.daemon = True
-            self._timer.start()
+        self._timer = threading.Timer(_PLAIN_INTERVAL_S, self._begin)
+        self._timer.daemon = True
+        self._timer.start()
 
     def _begin(self) -> None:
         """Nothing is done after the first interval: say that work is under way."""
-        if not self._done:
+        if self._total and not self._done:
             self._said = time.monotonic()
             self._say("")
 
@@ -207,14 +194,11 @@ class _PlainMeter:
     def note(self, text: str) -> None:
         self._note = text
 
-    def end(self) -> None:
-        """No more is said of it."""
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def close(self) -> None:
-        """The work is done."""
-        self._say(f" in {_duration(time.monotonic() - self._begun)}")
+    def end(self, *, is_done: bool) -> None:
+        """No more is said of it, but that the work is done, where it is."""
+        self._timer.cancel()
+        if is_done:
+            self._say(f" in {_duration(time.monotonic() - self._begun)}")
 
     def _say(self, rest: str) -> None:
         note = f", {self._note}" if self._note else ""

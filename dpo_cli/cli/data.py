@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dpo_cli.cli.command import examples
+from dpo_cli.cli.command import command_group, examples
 from dpo_cli.cli.console import ConsoleReporter
 from dpo_cli.cli.exits import errors_as_exit_codes
 from dpo_cli.core.errors import DataError, ParamsError
@@ -42,18 +42,11 @@ MaxLengthOption = Annotated[
     typer.Option("--max-length", metavar="N", min=2, help="Tokens a row may have; left out: the project's limit."),
 ]
 
-app = typer.Typer(
-    name="data",
-    help="Look at data before it is used: what is wrong with it, how it is read, and what the model will see.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
+app = command_group(
+    "data",
+    "Look at data before it is used: what is wrong with it, how it is read, and what the model will see.",
+    "Data",
 )
-
-
-@app.callback(rich_help_panel="Data")
-def _group() -> None:
-    pass
 
 
 @app.command(
@@ -86,15 +79,14 @@ def data_check_command(
     with errors_as_exit_codes(as_json=as_json):
         # here, so that --help does not wait for them
         from dpo_cli.cli.sources import project_params, sources_of, token_view
-        from dpo_cli.data.check_files import CheckOptions, check_sources, refuse_unknown_check
+        from dpo_cli.data.check_files import check_sources, refuse_unknown_check
 
         _refuse_without_model(model, {"--template": template, "--max-length": max_length})
         params = project_params()
         refuse_unknown_check(listed, model, params.data)
         view_of = None if model is None else partial(token_view, model, template, max_length)
         sources = sources_of(files or [], kind, settings or [])
-        options = CheckOptions(listed, view_of, params.runtime.workers)
-        figures, accepted = check_sources(sources, params.data, options, ConsoleReporter(show_tables=not as_json))
+        figures, accepted = check_sources(sources, params, ConsoleReporter(show_tables=not as_json), listed, view_of)
     if as_json:
         typer.echo(json.dumps(figures, ensure_ascii=False))
     if not accepted:
@@ -174,7 +166,7 @@ def data_stats_command(
         sources, params = sources_of(files or [], kind, settings or []), project_params()
         encoder = None if model is None else encoder_of(model, template)
         figures = {}
-        for name, found in profile_sources(sources, params.data, encoder, reporter, params.runtime.workers):
+        for name, found in profile_sources(sources, params, encoder, reporter):
             figures[name] = found
             print_profile(name, found, reporter)
     if as_json:

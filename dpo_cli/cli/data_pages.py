@@ -23,6 +23,7 @@ _LONG_PROMPT, _LONG_PROMPT_PIECES = 1200, 150
 _LONG_TEXT, _LONG_LIST, _LONG_ROW = 240, 8, 60
 
 _CONTEXT, _SCORED = "cyan", "green"
+_BOUNDARY = "━", "bold yellow"
 _SEPARATOR = "│"
 _WIDTH = 80
 _BAR = 36
@@ -99,7 +100,7 @@ class _Page:
             self._line(visible(part["prompt"][0][TOOLS]))
         for message in part["prompt"]:
             self._message(message["role"], message if self._whole else _without_middle(message), _CONTEXT)
-        self._boundary("the prompt ends here; what follows are its answers")
+        self._rule("the prompt ends here; what follows are its answers", *_BOUNDARY)
         for answer in part["answers"]:
             title = _title_of(answer)
             for message in answer["messages"]:
@@ -154,7 +155,7 @@ class _Page:
         if text.plain.endswith("\n"):
             text.right_crop()  # a line end is printed anyway
         self._console.print(text, soft_wrap=True)
-        self._boundary("the prompt ends here; what follows is scored")
+        self._rule("the prompt ends here; what follows is scored", *_BOUNDARY)
         for answer in tokens["answers"]:
             self._rule(f"tokens of {answer['name']}: {answer['count']}, scored", "─", _SCORED)
             text = Text.assemble(("⟦", "bold"), _token_text(answer["pieces"], _SCORED), ("⟧", "bold"))
@@ -203,9 +204,6 @@ class _Page:
     def _line(self, text: str, style: str = "") -> None:
         self._console.print(Text(text, style), soft_wrap=True)
 
-    def _boundary(self, text: str) -> None:
-        self._rule(text, "━", "bold yellow")
-
     def _rule(self, title: str, mark: str, style: str) -> None:
         head = f"{mark * 2} {visible(title)} "
         self._line(head + mark * max(self._width - Text(head).cell_len, 0), style)
@@ -245,14 +243,11 @@ def _token_text(pieces: Sequence[Mapping[str, Any]], style: str) -> Text:
 def _legend(groups: Sequence[Sequence[Mapping[str, Any]]]) -> str:
     pieces = [piece for group in groups for piece in group]
     signs = [f"{_SEPARATOR} parts tokens", "⟦ ⟧ hold what is scored, the end token included"]
-    if any(not piece["text"] for piece in pieces):
-        signs.append(f"{NO_TEXT} is a token without text")
-    if any("\n" in piece["text"] for piece in pieces):
-        signs.append("⏎ is a line end")
-    if any("\t" in piece["text"] for piece in pieces):
-        signs.append("⇥ is a tab")
-    if any(len(piece["ids"]) > 1 for piece in pieces):
-        signs.append("⁴ follows a character split over four tokens")
+    texts = [piece["text"] for piece in pieces]
+    signs += [f"{NO_TEXT} is a token without text"] * ("" in texts)
+    signs += ["⏎ is a line end"] * any("\n" in text for text in texts)
+    signs += ["⇥ is a tab"] * any("\t" in text for text in texts)
+    signs += ["⁴ follows a character split over four tokens"] * any(len(piece["ids"]) > 1 for piece in pieces)
     return "; ".join(signs)
 
 
@@ -278,19 +273,22 @@ def print_profile(kind: str, found: dict[str, Any], reporter: Reporter) -> None:
     if not found["examples"]:
         return
     unit = found["unit"]
-    rows = [("", _figures_line("mean", "median", "p95", "p99", "max"))]
-    rows += [
-        (_name(name), _figures_line(f"{it['mean']:.1f}", *(str(it[key]) for key in ("median", "p95", "p99", "max"))))
-        for name, it in found["lengths"].items()
-    ]
+    columns = ("mean", "median", "p95", "p99", "max")
+    rows = [("", " ".join(f"{name:>9}" for name in columns))]
+    for name, it in found["lengths"].items():
+        figures = {**it, "mean": f"{it['mean']:.1f}"}
+        rows.append((_name(name), " ".join(f"{figures[column]:>9}" for column in columns)))
     reporter.table(f"{kind}: lengths ({unit})", rows)
     for name, lengths in found["lengths"].items():
         reporter.table(f"{kind}: {_name(name)} ({unit})", _bars(lengths))
     if "over" in found:
         rows = [(f"over {limit} tokens", _share_text(share)) for limit, share in found["over"].items()]
         reporter.table(f"{kind}: examples too long", rows)
-    if "chosen_longer" in found:
-        reporter.table(f"{kind}: is the chosen answer the longer one?", _longer_rows(found))
+    if longer := found.get("chosen_longer"):
+        low, high = longer["interval"]
+        share = f"{longer['share']:.1%} [{low:.1%}, {high:.1%}] (95%, Wilson)"
+        rows = [("longer", f"{longer['count']} of {found['pairs']} pairs: {share}"), ("as long", str(longer["equal"]))]
+        reporter.table(f"{kind}: is the chosen answer the longer one?", rows)
     reporter.table(f"{kind}: languages, guessed", _language_rows(found))
 
 
@@ -311,16 +309,6 @@ def _account(found: dict[str, Any]) -> list[tuple[str, str]]:
     rows.append(("turns of the user", f"mean {turns['mean']:.2f}, median {turns['median']}, max {turns['max']}"))
     rows.append(("with a system prompt", _share_text(found["system_prompt"])))
     return rows
-
-
-def _longer_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    longer = found["chosen_longer"]
-    low, high = longer["interval"]
-    interval = f"{longer['share']:.1%} [{low:.1%}, {high:.1%}] (95%, Wilson)"
-    return [
-        ("longer", f"{longer['count']} of {found['pairs']} pairs: {interval}"),
-        ("as long", str(longer["equal"])),
-    ]
 
 
 def _language_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -356,10 +344,6 @@ def _bar(count: int, most: int) -> str:
     eighths = max(round(8 * _BAR * count / most), 1 if count else 0)
     whole, rest = divmod(eighths, 8)
     return ("█" * whole + (_EIGHTHS[rest] if rest else "")).ljust(_BAR)
-
-
-def _figures_line(*figures: str) -> str:
-    return " ".join(f"{figure:>9}" for figure in figures)
 
 
 def _share_text(share: dict[str, Any]) -> str:

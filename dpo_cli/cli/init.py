@@ -24,7 +24,7 @@ app = command_app()
     ),
 )
 def init_command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the new project; made where it is missing.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the new project; created if missing.")],
     sft: Annotated[
         Path | None, typer.Option("--sft", metavar="FILE", help="Instruction data; copied into data/raw.")
     ] = None,
@@ -48,7 +48,7 @@ def init_command(
     """Make a project folder: params.yaml, dvc.yaml, and a git repository with DVC, in which the data is committed.
 
     Without files it holds the embedded small world, without a model the embedded tiny model.
-    What stands in the folder already is never overwritten. Data that cannot be read makes no project.
+    Existing files in the folder are never overwritten. If the data cannot be read, no project is made.
     """
     from dpo_cli.cli.new_project import ProjectFiles, create_project  # here, so that --help does not wait for it
 

@@ -8,28 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dpo_cli.cli.command import examples
+from dpo_cli.cli.command import JsonOption, command_group, examples
 from dpo_cli.cli.console import ConsoleReporter
 from dpo_cli.cli.exits import errors_as_exit_codes
 
 if TYPE_CHECKING:
     from dpo_cli.models.describe import ModelDescription
 
-app = typer.Typer(
-    name="model",
-    help="Bring a model of another form into an ordinary folder, and look at what a model folder holds.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
+app = command_group(
+    "model", "Bring a model of another form into an ordinary folder, and look at what a model folder holds.", "Projects"
 )
-
-
-@app.callback(rich_help_panel="Projects")
-def _group() -> None:
-    pass
-
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the table as one JSON object.")]
 
 
 @app.command(

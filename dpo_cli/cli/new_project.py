@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,15 +31,12 @@ from dpo_cli.data.formats.detect import UnknownFormatError
 from dpo_cli.data.plan import Treatment, plan_of
 from dpo_cli.data.reading.base import missing
 
-DVC_CONFIG = """\
+_DVC_CONFIG = """\
 [core]
     analytics = false
     check_update = false
 """
-DVC_FOLDER_GITIGNORE = "/config.local\n/tmp\n/cache\n"
-DVCIGNORE = "__pycache__/\n*.py[co]\n*.tmp\n.scratch/\n"
-GITATTRIBUTES = "* text=auto eol=lf\n"
-GITIGNORE = """\
+_GITIGNORE = """\
 .scratch/
 *.tmp
 
@@ -68,13 +65,7 @@ _GIVEN_OTHERWISE = ("path", "data.sft.path", "data.preferences.path", "model.nam
 
 @dataclass(frozen=True)
 class ProjectFiles:
-    """What the user brings; None stands for the embedded default.
-
-    Attributes:
-        sft: File of instruction data.
-        preferences: File of preference data.
-        model: Directory of the base model.
-    """
+    """Files of data and the folder of a base model that the user brings; None stands for the embedded default."""
 
     sft: Path | None = None
     preferences: Path | None = None
@@ -84,11 +75,7 @@ class ProjectFiles:
 def create_project(folder: Path, files: ProjectFiles, reporter: Reporter, settings: Sequence[str] = ()) -> None:
     """Make a project folder, or nothing.
 
-    Args:
-        folder: Where.
-        files: What the user brings.
-        reporter: Says how it is read.
-        settings: Settings of params.yaml as ``section.key=value``; ``key=value`` is meant of the file that is given.
+    Settings of params.yaml are given as ``section.key=value``; ``key=value`` is meant of the one file that is given.
 
     Raises:
         ParamsError: A setting is wrong, or has no effect.
@@ -109,24 +96,14 @@ def create_project(folder: Path, files: ProjectFiles, reporter: Reporter, settin
                 shutil.copyfile(source, temporary)
         elif source is None and not (rows is world.instruction_rows and files.preferences):
             write_text(target, rows_json(rows(0)))
-    for name, text in {
-        ".dvc/config": DVC_CONFIG,
-        ".dvc/.gitignore": DVC_FOLDER_GITIGNORE,
-        ".dvcignore": DVCIGNORE,
-        ".gitattributes": GITATTRIBUTES,
-        ".gitignore": GITIGNORE,
-        "dvc.yaml": dvc_yaml_text(),
-        "params.yaml": params_yaml(values),
-    }.items():
+    for name, text in project_files(values).items():
         if (folder / name).exists():
             reporter.warn(f"{folder / name} is kept as it is; dpo-cli would have written {text.split()!r}")
             continue
         write_text(folder / name, text)
     _ensure_git(folder)
     if files.model is None and (files.sft or files.preferences):
-        reporter.warn(
-            "no --model is given: the embedded tiny model stands in, which learns next to nothing of real text"
-        )
+        reporter.warn("no --model is given: using the embedded tiny model, which learns next to nothing from real text")
     reporter.say(f"{folder} is ready. Look at {folder / 'params.yaml'}, then run: dpo-cli -C {folder} repro")
 
 
@@ -179,11 +156,11 @@ def _look_at(files: ProjectFiles, data: DataParams, reporter: Reporter) -> None:
             reporter.say(f"{path.name}: {read[0]}")
     if problems:
         *others, last = problems
-        raise DataError([*others, f"{last}; no project is made: mend the file or say how it is read, and try again"])
+        raise DataError([*others, f"{last}; no project was created: fix the file or say how to read it, and try again"])
     if files.preferences and not files.sft:
         reporter.say("instructions: none are given, so SFT learns the preferred answers of your preferences")
     if files.sft and not files.preferences:
-        reporter.warn("preferences: none are given, so those of the embedded small world stand in")
+        reporter.warn("preferences: none are given, so those of the embedded world are used")
 
 
 def _mistaken(path: Path, files: ProjectFiles) -> str:
@@ -199,7 +176,8 @@ def _mistaken(path: Path, files: ProjectFiles) -> str:
     if not reads(SftSource(path=str(path)), path):
         return ""
     if files.sft is not None and reads(PreferenceSource(path=str(files.sft)), files.sft):
-        return f"; --sft and --preferences look swapped: {files.sft.name} holds preferences, and it instructions"
+        named = f"{files.sft.name} contains preferences, and the other file instructions"
+        return f"; --sft and --preferences look swapped: {named}"
     return "; as instructions it can be read: then give it with --sft"
 
 
@@ -269,14 +247,22 @@ def rows_json(rows: list[dict[str, str]]) -> str:
     return "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n"
 
 
-def dvc_yaml_text() -> str:
-    """dvc.yaml, as every project has it."""
+def project_files(values: Mapping[str, Any]) -> dict[str, str]:
+    """The files of every project by their names, params.yaml with these values."""
     stream = io.StringIO()
     yaml = YAML()
     yaml.width = 120
     yaml.indent(mapping=2, sequence=2, offset=0)
     yaml.dump(_in_lines(dvc_yaml()), stream)
-    return f"# Written by dpo-cli; settings are in params.yaml.\n{stream.getvalue()}"
+    return {
+        ".dvc/config": _DVC_CONFIG,
+        ".dvc/.gitignore": "/config.local\n/tmp\n/cache\n",
+        ".dvcignore": "__pycache__/\n*.py[co]\n*.tmp\n.scratch/\n",
+        ".gitattributes": "* text=auto eol=lf\n",
+        ".gitignore": _GITIGNORE,
+        "dvc.yaml": f"# Written by dpo-cli; settings are in params.yaml.\n{stream.getvalue()}",
+        "params.yaml": params_yaml(values),
+    }
 
 
 def _in_lines(value: Any) -> Any:

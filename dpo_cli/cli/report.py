@@ -12,8 +12,7 @@ import typer
 from dpo_cli.cli.command import command_app, examples
 from dpo_cli.cli.console import ConsoleReporter
 from dpo_cli.cli.exits import errors_as_exit_codes
-from dpo_cli.cli.record import HandRun
-from dpo_cli.cli.stage import PANEL
+from dpo_cli.cli.stage import PANEL, HandRun
 from dpo_cli.core import paths
 from dpo_cli.core.pipeline import STAGES
 from dpo_cli.core.progress import Reporter
@@ -44,11 +43,7 @@ def report_command(
 
 
 def make_report(*, is_opened: bool, reporter: Reporter) -> None:
-    """Make the page, say where it is, and open it.
-
-    Args:
-        is_opened: Whether to open the page in the default browser, where there is a screen for one.
-        reporter: Says where the page is.
+    """Make the page, say where it is, and open it in the default browser, where there is a screen for one.
 
     Raises:
         StaleArtifactError: A stage's report is missing or damaged.

@@ -36,7 +36,7 @@ def repro_command(
         list[str] | None, typer.Argument(metavar="[STAGE]...", help="Stages to bring up to date; none: all.")
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Run them though they did not change: the named stages alone, or all.")
+        bool, typer.Option("--force", help="Run even if nothing changed: only the named stages, or all.")
     ] = False,
 ) -> None:
     """Bring the project up to date: run the stages whose inputs changed, then print the verdict.
@@ -52,12 +52,7 @@ def repro_command(
 
 
 def reproduce(targets: Sequence[str], *, force: bool, reporter: Reporter) -> int:
-    """Run ``dvc repro`` in the working directory and print the verdict.
-
-    Args:
-        targets: Stages, by either of their names; none: all.
-        force: Run the targets though they did not change; without targets, all.
-        reporter: Prints the verdict.
+    """Run ``dvc repro`` on stages (by either of their names; none: all) and print the verdict.
 
     Returns:
         0, or the exit code of the stage that failed, or DVC's own.
@@ -117,7 +112,7 @@ def _run(command: Sequence[str]) -> int:
         if code and code_file.exists():
             return int(code_file.read_text(encoding="utf-8"))
     if asked:
-        raise Interrupted("stopped; the stages that are done are kept; run it again to go on")
+        raise Interrupted("stopped; the stages that are done are kept; run it again to resume")
     return code
 
 

@@ -13,11 +13,11 @@ from pydantic import ValidationError
 from dpo_cli.core import paths
 from dpo_cli.core.data_params import PreferenceSource, SftSource, Source
 from dpo_cli.core.errors import DataError, MachineError, ParamsError
-from dpo_cli.core.load_params import explain, load_params
+from dpo_cli.core.load_params import explain, load_params, set_value
 from dpo_cli.core.params import EMBEDDED, ModelParams, Params
 from dpo_cli.data.chat import ChatEncoder
+from dpo_cli.data.checks import TokenView
 from dpo_cli.data.formats.detect import UnknownFormatError
-from dpo_cli.data.inspect import TokenView
 from dpo_cli.data.plan import Treatment, find_files, plan_of
 from dpo_cli.data.templates import NAMED_TEMPLATES
 from dpo_cli.models.folder import holds_weights
@@ -26,9 +26,6 @@ _ADVICE = re.compile(r"\b((?:say|with|or) )?(columns|labels|format|records|unwra
 """Settings of a source in a message; one without braces is told from other words by what stands before it."""
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
-
-_MAPPINGS = ("columns", "roles", "labels")
-"""Settings of a source whose members --set may name one by one: columns.chosen=good."""
 
 KINDS = {"sft": SftSource, "preferences": PreferenceSource}
 
@@ -119,9 +116,6 @@ def as_options(advice: str, section: str = "") -> str:
 
 
 def _parse(settings: Sequence[str]) -> dict[str, Any]:
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
     given: dict[str, Any] = {}
     for setting in settings:
         key, separator, text = setting.partition("=")
@@ -129,19 +123,10 @@ def _parse(settings: Sequence[str]) -> dict[str, Any]:
             advice = as_options(setting)
             hint = f"; write {advice}" if advice != setting else ""
             raise ParamsError(f"--set takes key=value, got {setting!r}{hint}")
-        for section in ("data.sft.", "data.preferences."):
-            key = key.removeprefix(section)
-        if key.strip() in ("path", "also"):
-            raise ParamsError(f"--set {key.strip()} has no place here: the files are named one by one")
-        try:
-            value = YAML(typ="safe").load(text)
-        except YAMLError as error:
-            raise ParamsError(f"--set {key}: not valid YAML: {str(error).splitlines()[0]}") from None
-        name, dot, member = key.strip().partition(".")
-        if dot and name in _MAPPINGS and isinstance(given.setdefault(name, {}), dict):
-            given[name][member] = value
-        else:
-            given[key.strip()] = value
+        key = key.strip().removeprefix("data.sft.").removeprefix("data.preferences.")
+        if key in ("path", "also"):
+            raise ParamsError(f"--set {key} has no place here: the files are named one by one")
+        set_value(given, key, text)
     return given
 
 
@@ -219,4 +204,4 @@ def token_view(model: str, template: str | None, max_length: int | None, source:
     params = project_params()
     section = params.sft if isinstance(source, SftSource) else params.reference
     encoder = encoder_of(model, template)
-    return TokenView(model, encoder, max_length or section.max_length, section.checks.model_dump())
+    return TokenView(encoder, max_length or section.max_length, section.checks.model_dump(), model)

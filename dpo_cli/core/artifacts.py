@@ -6,7 +6,9 @@ area, its manifest last, and renamed onto its place: a manifest that exists mean
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -87,6 +89,15 @@ def write_json_array(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write a JSON array, one object a line, whole or not at all."""
     lines = ",\n".join(json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
     write_text(path, f"[\n{lines}\n]\n")
+
+
+def write_csv_table(path: Path, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Write CSV with a header, whole or not at all; None and NaN are empty cells."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(["" if cell is None or cell != cell else cell for cell in row] for row in rows)
+    write_text(path, stream.getvalue())
 
 
 def read_json(path: Path, remedy: str) -> Any:

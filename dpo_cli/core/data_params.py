@@ -55,14 +55,13 @@ class Source(Section):
     )
     format: Any = param("auto", "Format of its rows; auto detects it and says what it found.")
     columns: dict[str, Column] = param(
-        {}, "Where fields lie that go by other names: {prompt: question}; a.b is b within a; a list makes a list."
+        {}, "Columns whose names differ from the format's: {prompt: question}; a.b is b inside a; a list makes a list."
     )
-    records: str = param("", "Where the list of rows lies, if not at the top: a key, or keys with dots between.")
+    records: str = param("", "Where the list of rows is, if not at the top level: a key, or keys joined by dots.")
     roles: dict[str, Roles] = param({}, "Further names of roles: {narrator: system}.")
     labels: Annotated[dict[str, Labels], BeforeValidator(_label_keys)] = param(
         {},
-        'What a label means that names the better of two outputs: {"1": first, "0": second}; "<1.5" stands for all'
-        " numbers below.",
+        'Which of two outputs a label means: {"1": first, "0": second}; "<1.5" matches all numbers below.',
     )
     unwrap: bool = param(
         False,
@@ -71,12 +70,12 @@ class Source(Section):
     )
     weight: float = param(
         1.0,
-        "How often a row of it is seen in an epoch: 0.5 takes half of its prompts (a hash decides), 2 takes every row"
+        "How often each row is seen per epoch: 0.5 takes half of the prompts (chosen by a hash), 2 takes every row"
         " twice. The eval split is not weighted.",
         gt=0,
         le=100,
     )
-    max_rows: int | None = param(None, "Stop after so many rows of it.", unit="rows", ge=1, le=10**12)
+    max_rows: int | None = param(None, "Read at most this many rows.", unit="rows", ge=1, le=10**12)
     split: Literal["auto", "train", "eval"] = param(
         "auto", "auto: data.eval_fraction of its prompts are held out; else all of it goes to one split."
     )
@@ -154,17 +153,22 @@ class DataChecks(Section):
     duplicate: Policy = param("drop", "The same prompt and answers came before; the first one stays.")
     contradiction: Policy = param("drop", "The same two answers are there in both orders; drop leaves out both.")
     shared_prompt: Policy = param(
-        "drop", "A train row's prompt is in eval, too; only sources with a split of their own can have it."
+        "drop",
+        "The opening of a train row's prompt is in eval, too; only sources with a split of their own have it.",
     )
     score_conflict: Policy = param(
         "keep", "The preferred answer's score is lower than the other's, or the same; keep: the choice counts."
     )
     repeated_prompt: Policy = param("keep", "An earlier row has the same prompt with other answers.")
     prefix_sides: Policy = param("keep", "One answer is the beginning of the other.")
-    longer_chosen: Policy = param("keep", "The preferred answer is the longer one: length bias where it is not half.")
+    longer_chosen: Policy = param(
+        "keep", "The preferred answer is the longer one: a share far from one half is a length bias."
+    )
     chat_markers: Policy = param("keep", "A text holds marks of chat templates, such as <|im_end|> or Human:.")
     placeholders: Policy = param("keep", "A text holds {{placeholders}}; they are kept as they stand.")
-    replacement_characters: Policy = param("keep", "A text holds U+FFFD: it was decoded wrongly once.")
+    replacement_characters: Policy = param(
+        "keep", "A text contains U+FFFD: it was once decoded with the wrong encoding."
+    )
     turn_order: Policy = param(
         "keep", "The prompt has two turns of one role in a row, or a system turn behind the first."
     )

@@ -35,7 +35,7 @@ def load_params(path: Path, overrides: Sequence[str] = ()) -> Params:
     if not path.is_file():
         raise ParamsError(f"{path} is missing; run the command in a project folder, or make one: dpo-cli init DIR")
     if path.stat().st_size > _LARGEST_FILE:
-        raise ParamsError(f"{path} is larger than {_LARGEST_FILE >> 20} MiB: no settings; write it anew")
+        raise ParamsError(f"{path} is larger than {_LARGEST_FILE >> 20} MiB: too large for a settings file; rewrite it")
     try:
         tree = _read_yaml(path.read_text(encoding="utf-8-sig"), str(path))
     except UnicodeDecodeError as error:
@@ -149,7 +149,17 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         meant = [path for path, _ in iter_settings() if separator and path.rpartition(".")[2] == key.strip()]
         hint = f"; did you mean {' or '.join(f'{path}={text}' for path in meant[:3])}?" if meant else ""
         raise ParamsError(f"--set takes section.key=value, got {shown(override)}{hint}")
+    set_value(tree, key, text)
+
+
+def set_value(tree: dict[str, Any], key: str, text: str) -> None:
+    """Set a value, given as YAML, by its dotted key.
+
+    Raises:
+        ParamsError: It is not YAML, or the key goes through a value.
+    """
     value = _read_yaml(text, f"--set {key}")
+    parts = key.strip().split(".")
     node = tree
     for part in parts[:-1]:
         if node.get(part) is None:

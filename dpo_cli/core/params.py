@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from dpo_cli.core.data_params import DataParams, Policy, Section, StrictPolicy, param
+from dpo_cli.core.judges import JUDGES, RuleName
 from dpo_cli.losses.catalogue import LOSSES, learns_log_ratio
 
 EMBEDDED = "embedded"
@@ -24,7 +25,9 @@ WORLD_HELD_OUT = 0.3
 if TYPE_CHECKING:
     LossName = str
     PairwiseName = str
-else:  # the catalogue says which there are
+    JudgeName = str
+else:  # the catalogues say which there are
+    JudgeName = Literal[("none", *JUDGES)]
     LossName = Literal[tuple(LOSSES)]
     PairwiseName = Literal[tuple(name for name, loss in LOSSES.items() if not loss.is_ranking)]
 
@@ -42,9 +45,7 @@ class ModelParams(Section):
     chat_template: Literal["auto", "plain", "chatml", "alpaca"] = param(
         "auto", "'auto' takes the model's own chat template; a name overrides it, and is needed where it has none."
     )
-    template_options: dict[str, Any] = param(
-        {}, "What the chat template is told beside the messages: {enable_thinking: false}."
-    )
+    template_options: dict[str, Any] = param({}, "Extra variables for the chat template: {enable_thinking: false}.")
     system: Literal["keep", "fold"] = param(
         "keep",
         "keep: system turns go to the chat template as they are; fold: their text goes before the user's turn, for"
@@ -64,7 +65,8 @@ class LoraParams(Section):
     rslora: bool = param(False, "Multiply it by alpha / sqrt(r) instead, for high ranks (rsLoRA, Kalajdzievski 2023).")
     dora: bool = param(
         False,
-        "Train the length of each row of the weights apart from its direction (DoRA, Liu et al. 2024). A step takes"
+        "Train the magnitude of each row of the weights separately from its direction (DoRA, Liu et al. 2024)."
+        " A step takes"
         " longer, and evaluate.scales has no meaning.",
     )
     dropout: float = param(0.0, "Dropout on the adapter's input while training.", ge=0, lt=1)
@@ -92,16 +94,17 @@ class TrainingParams(DescentParams):
 
     batch_size: int = param(
         16,
-        "Examples (sft), preference pairs or rankings (train, reward) an optimizer step. It alone decides the"
+        "Examples (sft), preference pairs or rankings (train, reward) per optimizer step. It alone decides the"
         " mathematics; memory is bounded by runtime.max_tokens_per_microbatch.",
         ge=1,
         le=10**6,
     )
     epochs: float = param(1.0, "Passes over the training data.", unit="epochs", gt=0, le=10**4)
-    max_steps: int | None = param(None, "Steps to train, in place of epochs.", unit="optimizer steps", ge=1, le=10**8)
+    max_steps: int | None = param(None, "Steps to train, instead of epochs.", unit="optimizer steps", ge=1, le=10**8)
     eval_steps: int = param(
         50,
-        "Held-out loss after every so many steps, besides that before the first and after the last; 0: only those.",
+        "Steps between measurements of the held-out loss; it is always measured before the first step and after"
+        " the last. 0: only then.",
         unit="optimizer steps",
         ge=0,
         le=10**8,
@@ -112,7 +115,7 @@ class TrainingParams(DescentParams):
     )
     patience: int | None = param(
         None,
-        "With keep best, training ends when so many evaluations in a row brought no lower held-out loss; null: never"
+        "With keep best, end training after this many evaluations in a row without a lower held-out loss; null: never"
         " before its last step.",
         unit="evaluations",
         ge=1,
@@ -147,7 +150,7 @@ _TIES: Any = param(
     "average",
     "Tied answers of a ranking (plackett_luce): the mean over the orders that they allow, or not compared.",
 )
-_LORA: Any = param(None, "The adapter's shape where sft makes none (methods none and full); null takes the defaults.")
+_LORA: Any = param(None, "Shape of the adapter if sft makes none (methods none and full); null: the defaults.")
 
 
 class SftParams(TrainingParams):
@@ -209,7 +212,7 @@ class TrainParams(TrainingParams):
         ge=0,
         lt=0.5,
     )
-    gamma: float = param(0.0, "Margin that simpo asks for.", unit="nats", ge=0, le=1000)
+    gamma: float = param(0.0, "Target margin of simpo.", unit="nats", ge=0, le=1000)
     discopop_tau: float = param(0.05, "Temperature of the blend in discopop.", ge=1e-3, le=1)
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = param(
         "reverse_kl", "What keeps the policy near the reference (f-DPO, Wang et al. 2023); for losses of the margin."
@@ -229,7 +232,7 @@ class TrainParams(TrainingParams):
     )
     margin_scale: float = param(
         0.0,
-        "Times the difference of the two answers' scores, in the data, is what the margin must reach (ODPO, Amini et"
+        "The margin must exceed this factor times the difference of the answers' scores in the data (ODPO, Amini et"
         " al. 2024); 0: scores are not read.",
         ge=0,
         le=1e6,
@@ -249,7 +252,7 @@ class TrainParams(TrainingParams):
 
 
 class RewardParams(TrainingParams):
-    """The reward model that DPO does without: a head on the SFT model that scores answers. Read by reward."""
+    """An optional reward model: a head on the SFT model that scores answers. DPO does not need it. Read by reward."""
 
     loss: Literal["none", "bradley_terry", "plackett_luce"] = param(
         "none",
@@ -261,8 +264,6 @@ class RewardParams(TrainingParams):
     lora: LoraParams | None = _LORA
 
 
-JudgeName = Literal["none", "world", "rule", "reward-model", "hf", "openai", "votes"]
-RuleName = Literal["one_sentence", "json_object"]
 Opponent = Literal["sft", "chosen"]
 
 _TEMPLATE = (
@@ -288,9 +289,9 @@ class OpenAiJudgeParams(Section):
     template: str = param("dialogue", _TEMPLATE)
     allowed_hosts: list[str] = param([], "Hosts besides this machine to which prompts and answers may be sent.")
     timeout_s: float = param(120.0, "How long an answer may take.", unit="seconds", gt=0, le=86400)
-    parallel: int = param(4, "Requests under way at once.", ge=1, le=64)
+    parallel: int = param(4, "Requests in flight at a time.", ge=1, le=64)
     extra: dict[str, Any] = param(
-        {}, "Fields that every request has besides: {chat_template_kwargs: {enable_thinking: false}}."
+        {}, "Extra fields of every request: {chat_template_kwargs: {enable_thinking: false}}."
     )
 
 
@@ -324,7 +325,7 @@ class EvaluateParams(Section):
     )
     judge_pairs: int = param(
         0,
-        "Held-out pairs on which the judge itself is tried: how often it prefers the chosen answer; -1: all.",
+        "Held-out pairs on which the judge itself is tested: how often it prefers the chosen answer; -1: all.",
         unit="pairs",
         ge=-1,
         le=10**9,
@@ -401,17 +402,17 @@ class RuntimeParams(Section):
 
     device: Literal["auto", "cpu", "cuda"] = param(
         "auto",
-        "auto takes CUDA where there is one, but not for the embedded model, which wants no GPU.",
+        "auto uses CUDA if available, except for the embedded model, which needs no GPU.",
     )
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = param(
         "auto",
         "What products are computed in; auto: bfloat16 on a GPU that has it (compute capability 8.0 and above), float16"
-        " with a loss scale on an older one, float32 on the CPU. A part of what a reference cache is kept under.",
+        " with a loss scale on an older one, float32 on the CPU. Part of the identity of a reference cache.",
     )
     max_gpu_gib: float | None = param(
         None,
-        "GPU memory that PyTorch may hold; null: 92% of what is free at the start. Beyond it work goes on"
-        " in smaller micro-batches, and never in the system's memory, into which drivers under Windows spill.",
+        "GPU memory that PyTorch may hold; null: 92% of what is free at the start. Beyond that, work continues"
+        " in smaller micro-batches, and never spills into system memory, as Windows drivers do.",
         unit="GiB",
         gt=0,
         le=1e4,
@@ -452,7 +453,7 @@ class RuntimeParams(Section):
     )
     recompute: Literal["auto", "none", "elementwise", "layers"] = param(
         "auto",
-        "What the backward pass computes again to save memory: nothing, all but matrix products and attention, or"
+        "What the backward pass recomputes to save memory: nothing, all but matrix products and attention, or"
         " whole layers. auto takes the fastest that fits into free memory.",
     )
     checkpoint_minutes: float = param(
@@ -466,17 +467,17 @@ class RuntimeParams(Section):
     model_path: str | None = Field(
         default=None,
         description="Directory of the base model in Hugging Face layout with safetensors weights;"
-        " the environment variable DPO_MODEL_PATH goes before it.",
+        " the environment variable DPO_MODEL_PATH overrides it.",
     )
     adapter_path: str | None = Field(
         default=None,
-        description="Directory of the adapter that sft.method adapter goes on with, as PEFT saves it; the environment"
-        " variable DPO_ADAPTER_PATH goes before it.",
+        description="Directory of the adapter that sft.method adapter starts from, as saved by PEFT; the environment"
+        " variable DPO_ADAPTER_PATH overrides it.",
     )
     judge_path: str | None = Field(
         default=None,
         description="Directory of the model that evaluate.judge hf asks, in the same layout; the environment variable"
-        " DPO_JUDGE_PATH goes before it.",
+        " DPO_JUDGE_PATH overrides it.",
     )
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import get_args
+from operator import attrgetter
 
 from dpo_cli.core.data_params import AS_PREFERENCES, PreferenceSource, SftSource, differs
-from dpo_cli.core.params import EMBEDDED, WORLD_HELD_OUT, EvaluateParams, Params, RuleName, TrainParams
+from dpo_cli.core.judges import JUDGES
+from dpo_cli.core.params import EMBEDDED, WORLD_HELD_OUT, EvaluateParams, Params, TrainParams
 from dpo_cli.core.text import shown
 from dpo_cli.losses.catalogue import LOSSES, SETTINGS, readers
 
@@ -93,18 +94,16 @@ def _of_the_template(params: Params) -> Iterator[str]:
 
 def _of_evaluation(evaluate: EvaluateParams) -> Iterator[str]:
     judge = evaluate.judge
-    for name in ("hf", "openai", "votes"):
-        for setting in differs(getattr(evaluate, name)) if name != judge else ():
-            yield f"evaluate.{name}.{setting} has no effect with evaluate.judge {judge}; judge {name} reads it"
-    missing = {
-        "rule": (evaluate.rule, "rule", f"evaluate.judge rule checks one of {', '.join(get_args(RuleName))}"),
-        "openai": (evaluate.openai.url, "openai.url", "give the server's address, such as http://127.0.0.1:8080/v1"),
-        "votes": (evaluate.votes.file, "votes.file", "dpo-cli rating-sheet makes a file to be filled in"),
-    }
-    value, setting, remedy = missing.get(judge, (True, "", ""))
-    if not value:
-        yield f"evaluate.{setting} is missing; {remedy}"
-    if judge in ("none", "votes"):
+    for name, kind in JUDGES.items():
+        own = kind.section
+        for setting in differs(getattr(evaluate, own)) if own is not None and name != judge else ():
+            yield f"evaluate.{own}.{setting} has no effect with evaluate.judge {judge}; judge {name} reads it"
+    asked = JUDGES.get(judge)
+    if asked is not None and asked.needs is not None:
+        setting, remedy = asked.needs
+        if not attrgetter(setting)(evaluate):
+            yield f"evaluate.{setting} is missing; {remedy}"
+    if asked is None or not asked.judges_any:
         why = ": nobody voted on those answers" if judge == "votes" else ""
         for name in differs(evaluate, *_CURVES):
             yield f"evaluate.{name} has no effect with evaluate.judge {judge}{why}; set it to {_default(name)}"

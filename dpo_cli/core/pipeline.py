@@ -85,7 +85,7 @@ class Stage:
 _BEFORE_REPORT = (
     Stage(
         name="base",
-        summary="Verify the base model and lock its identity; build the model where it is the embedded one.",
+        summary="Verify the base model and lock its identity; build the embedded model.",
         example="DPO_MODEL_PATH=~/models/Qwen2.5-0.5B dpo-cli base",
         params=("model",),
         inputs=(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from dpo_cli.core.data_params import Source
-from dpo_cli.data.block_files import read_arrow
-from dpo_cli.data.blocks import SAMPLED_OUT, RowCounts
+from dpo_cli.data.blocks import SAMPLED_OUT, RowCounts, read_arrow
 from dpo_cli.data.problem import shown_name
 from dpo_cli.data.schema import from_table
 
@@ -259,12 +259,15 @@ def checks_of(report: Conversion) -> dict[str, Any]:
     }
 
 
-def account_rows(report: Conversion, rejects_file: Path | None) -> list[tuple[str, str]]:
+def account_rows(
+    report: Conversion, rejects_file: Path | None, examples: Mapping[str, str] | None = None
+) -> list[tuple[str, str]]:
     """The account of all rows, for a table: read = used + left out.
 
     Args:
         report: What became of them.
         rejects_file: Where the rows left out are listed; None: nothing is written, it is only looked at.
+        examples: What is said of the first row that is left out for each reason, where that is wanted.
     """
     rows: list[tuple[str, str]] = []
     for account in report.files:
@@ -289,9 +292,12 @@ def account_rows(report: Conversion, rejects_file: Path | None) -> list[tuple[st
     if sum(report.num_rankings.values()):
         rows += [(f"rankings in {split}", str(report.num_rankings[split])) for split in SPLITS]
         rows.append(("tied pairs, not written", str(report.num_ties)))
-    rows += [(f"left out: {reason.replace('_', ' ')}", str(count)) for reason, count in report.rejected.most_common()]
-    if rejects_file is not None:
-        rows.append(("left out, listed in", f"{rejects_file.as_posix()} ({sum(report.rejected.values())})"))
+    for reason, count in report.rejected.most_common():
+        example = f": {examples[reason]}{', ...' if count > 1 else ''}" if examples else ""
+        rows.append((f"left out: {reason.replace('_', ' ')}", f"{count}{example}"))
+    if rejects_file is None:
+        return rows
+    rows.append(("left out, listed in", f"{rejects_file.as_posix()} ({sum(report.rejected.values())})"))
     for name, finding in report.checks.items():
         if finding.policy == "keep" and finding.count:
             rows.append((f"kept: {name.replace('_', ' ')}", f"{finding.count} ({report.rate(name):.1%})"))

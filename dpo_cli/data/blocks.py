@@ -13,15 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from dpo_cli.data.block_files import (
-    COLUMNS,
-    RANKING_BLOCK_SCHEMA,
-    examples_file,
-    rankings_file,
-    table_of_columns,
-    write_arrow,
-)
 from dpo_cli.data.checks import (
     DESCRIPTIONS,
     FORMAT_CHECK,
@@ -35,8 +28,13 @@ from dpo_cli.data.formats.detect import RowReader
 from dpo_cli.data.plan import BlockPlan
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.reading.base import Block, Lines
-from dpo_cli.data.reading.json_lines import parse_lines
+from dpo_cli.data.reading.json_text import parse_lines
 from dpo_cli.data.schema import (
+    MESSAGES,
+    PREFERENCE_SCHEMA,
+    RANKING_SCHEMA,
+    SFT_SCHEMA,
+    TOOLS,
     Example,
     Messages,
     PreferenceExample,
@@ -44,6 +42,8 @@ from dpo_cli.data.schema import (
     SftExample,
     content_id,
     deciding_part,
+    full_schema,
+    is_plain,
     joint_id,
     part_id,
     position_of,
@@ -67,6 +67,21 @@ DIGESTS = np.dtype(
     ]
 )
 """What is remembered of an example to compare it with all others."""
+
+_WHERE_TO = [("held_out", pa.bool_()), ("copies", pa.int32())]
+_WHERE_FROM = [("row", pa.int64()), ("line", pa.int64()), ("part", pa.string()), ("ranking", pa.int32())]
+_SCHEMAS = {
+    "sft": pa.schema([*SFT_SCHEMA, *_WHERE_TO, *_WHERE_FROM]),
+    "preference": pa.schema([*PREFERENCE_SCHEMA, *_WHERE_TO, *_WHERE_FROM]),
+    "ranking": pa.schema([*RANKING_SCHEMA, *_WHERE_TO]),
+}
+"""Columns of a block's files."""
+_FACTS = tuple("id sides flipped group opening held_out copies row line part ranking prompt".split())
+_COLUMNS = {
+    "sft": (*_FACTS, "completion"),
+    "preference": (*_FACTS, "chosen", "rejected", "chosen_score", "rejected_score"),
+}
+"""What is known of an example, in the order in which it is collected."""
 
 
 @dataclass
@@ -177,7 +192,7 @@ class _Rows:
         self._plan = plan
         self.result = BlockResult()
         self.is_marked = False  # whether the row at hand holds marks of chat templates
-        self._rows: list[tuple[Any, ...]] = []  # as COLUMNS, then the example's own
+        self._rows: list[tuple[Any, ...]] = []  # as _COLUMNS
         self._rankings: list[dict[str, Any]] = []
         self._row: int = 0
         self._line: int | None = None
@@ -198,17 +213,16 @@ class _Rows:
 
     def add_part(self, example: Any, part: str) -> None:
         """Add one of several things that a row holds."""
-        if isinstance(example, RowProblem):
-            self.refuse(example, part)
-            return
         try:
+            if isinstance(example, RowProblem):
+                raise example
             self.add(example, part)
         except RowProblem as problem:
             self.refuse(problem, part)
 
     def add(self, example: SftExample | PreferenceExample | RankingExample, part: str) -> None:
         """Add an example, or the pairs of a ranking."""
-        if isinstance(example, RankingExample):
+        if type(example) is RankingExample:  # which an abstract class makes slow to ask by isinstance
             self._add_ranking(example, part)
         else:
             self._add_example(example, part, -1)
@@ -247,26 +261,21 @@ class _Rows:
             if not copies:
                 self._reject(part, SAMPLED_OUT, "left out by the weight of its source")
                 return
-            place = (group, opening, held_out, copies, self._row, self._line, part, ranking)
-            if isinstance(example, SftExample):
+            answers: tuple[Any, ...]
+            if type(example) is SftExample:
                 example_id = sides = joint_id(group, part_id(example.completion))
                 flipped = False
-                columns: tuple[Any, ...] = (example.prompt, example.completion)
+                answers = (example.completion,)
             else:
                 chosen, rejected = part_id(example.chosen), part_id(example.rejected)
                 flipped = chosen > rejected
                 example_id = joint_id(group, chosen, rejected)
                 sides = joint_id(group, rejected, chosen) if flipped else example_id
-                columns = (
-                    example.prompt,
-                    example.chosen,
-                    example.rejected,
-                    example.chosen_score,
-                    example.rejected_score,
-                )
+                answers = (example.chosen, example.rejected, example.chosen_score, example.rejected_score)
         except UnicodeEncodeError:
             raise RowProblem("bad_unicode", "has half of a surrogate pair, which is no text") from None
-        self._rows.append((example_id, sides, flipped, *place, *columns))
+        place = (group, opening, held_out, copies, self._row, self._line, part, ranking)
+        self._rows.append((example_id, sides, flipped, *place, example.prompt, *answers))
 
     def _facts_of(self, prompt: Messages) -> tuple[str, str, bool, int]:
         """The ids of a prompt and of what decides its split, that split, and how often its rows are taken.
@@ -288,12 +297,12 @@ class _Rows:
     def write(self, folder: Path, index: int) -> None:
         """Write the files."""
         if self._rows:
-            kind = self._plan.kind
-            columns = dict(zip(COLUMNS[kind], zip(*self._rows, strict=True), strict=True))
-            write_arrow(examples_file(folder, index), table_of_columns(kind, self._plan.path.name, columns))
+            columns: dict[str, Any] = dict(zip(_COLUMNS[self._plan.kind], zip(*self._rows, strict=True), strict=True))
+            columns["source"] = [self._plan.path.name] * len(self._rows)
+            write_arrow(examples_file(folder, index), _table_of(columns, _SCHEMAS[self._plan.kind]))
             self.result.num_examples, self.result.digests = len(self._rows), _digests_of(columns)
         if self._rankings:
-            write_arrow(rankings_file(folder, index), table_of(self._rankings, RANKING_BLOCK_SCHEMA))
+            write_arrow(rankings_file(folder, index), table_of(self._rankings, _SCHEMAS["ranking"]))
 
 
 def _is_marked(example: Any) -> bool:
@@ -324,6 +333,14 @@ def fit_answers(example: RankingExample, policies: Mapping[str, str]) -> tuple[l
     return places, unfit
 
 
+def _table_of(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
+    """A block's rows; in full, where a message has more than role and content."""
+    if not all(is_plain(*columns[column.name]) for column in schema if column.type == MESSAGES):
+        schema = full_schema(schema)
+        columns[TOOLS] = [prompt[0].get(TOOLS) for prompt in columns["prompt"]]
+    return pa.table([pa.array(columns[column.name], column.type) for column in schema], schema=schema)
+
+
 def _digests_of(columns: Mapping[str, Sequence[Any]]) -> np.ndarray:
     """What is remembered of a block's rows (:data:`DIGESTS`)."""
 
@@ -344,3 +361,40 @@ def _row_of(example: RankingExample, source: str) -> dict[str, Any]:
         return example.row(source)
     except UnicodeEncodeError:
         raise RowProblem("bad_unicode", "has half of a surrogate pair, which is no text") from None
+
+
+# --- its files ----------------------------------------------------------------------------------
+
+
+def examples_file(folder: Path, index: int) -> Path:
+    """The rows of a block."""
+    return folder / f"{index:08d}.arrow"
+
+
+def rankings_file(folder: Path, index: int) -> Path:
+    """The rankings of a block, where it has any."""
+    return folder / f"{index:08d}.rankings.arrow"
+
+
+def write_arrow(path: Path, table: pa.Table) -> None:
+    """Write rows or rankings of a block."""
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+def read_arrow(path: Path) -> pa.Table:
+    """The rows or rankings of a block."""
+    with pa.OSFile(str(path)) as file:
+        return pa.ipc.open_file(file).read_all()
+
+
+def is_full(path: Path) -> bool:
+    """Whether a block's file has a place for tools, calls and reasoning."""
+    with pa.OSFile(str(path)) as file:
+        return TOOLS in pa.ipc.open_file(file).schema.names
+
+
+def widen(path: Path) -> None:
+    """Give a block's file that place, as a file beside it has it."""
+    table = read_arrow(path)
+    write_arrow(path, table_of(table.to_pylist(), full_schema(table.schema)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -75,9 +76,14 @@ def is_empty(messages: Messages) -> bool:
 
 def check_example(example: SftExample | PreferenceExample) -> list[str]:
     """Names of the checks that an instruction or a pair fails."""
-    prompt, texts = example.prompt, [text_of(answer) for answer in example.answers]
+    prompt = example.prompt
     found: list[str] = []
-    text = "\n".join((text_of(prompt), *texts))
+    chosen = rejected = ""
+    if type(example) is SftExample:  # isinstance is slow: its base is abstract
+        text = f"{text_of(prompt)}\n{text_of(example.completion)}"
+    else:
+        chosen, rejected = text_of(example.chosen), text_of(example.rejected)
+        text = f"{text_of(prompt)}\n{chosen}\n{rejected}"
     if has_chat_markers(text):
         found.append("chat_markers")
     if has_placeholders(text):
@@ -92,11 +98,10 @@ def check_example(example: SftExample | PreferenceExample) -> list[str]:
         found.append("no_input")
     if is_empty(prompt):
         found.append("empty_prompt")
-    if isinstance(example, SftExample):
+    if type(example) is SftExample:
         if is_empty(example.completion):
             found.append("empty_completion")
         return found
-    chosen, rejected = texts
     if is_empty(example.chosen):
         found.append("empty_chosen")
     if is_empty(example.rejected):
@@ -137,6 +142,11 @@ def reason_to_drop(found: Sequence[str], policies: Mapping[str, str]) -> str | N
     return next((name for name in DESCRIPTIONS if name in reasons), None)
 
 
+def without_stops(policies: Mapping[str, str]) -> dict[str, str]:
+    """Policies for a look at the data: what would stop a stage is left out."""
+    return {name: "drop" if policy == "error" else policy for name, policy in policies.items()}
+
+
 # --- by tokens -----------------------------------------------------------------------------------
 
 TOKEN_DETAILS: Mapping[str, str] = {
@@ -167,17 +177,49 @@ TOKEN_DETAILS: Mapping[str, str] = {
 _TAG_AT_END = re.compile(r"(<[^<>\s]{1,40}>)\s*$")
 
 
+@dataclass(frozen=True)
+class TokenView:
+    """How a model sees text, and what becomes of what it does not see as it should.
+
+    Attributes:
+        encoder: Its tokenizer with the chat template.
+        max_length: Tokens a prompt with one answer may have; longer rows are left out.
+        policies: What is done with what each check of tokens finds (:class:`dpo_cli.core.params.TokenChecks`).
+        model: The model's folder, or ``embedded``, where it is named.
+    """
+
+    encoder: ChatEncoder
+    max_length: int
+    policies: Mapping[str, str]
+    model: str = ""
+
+    def without_stops(self) -> TokenView:
+        """The same for a look at the data: what would stop a stage is left out."""
+        return replace(self, policies=without_stops(self.policies))
+
+    def judge(
+        self, prompt: Messages, completions: Sequence[Messages], encoding: Encoding
+    ) -> tuple[list[str], RowProblem | None]:
+        """Names of the checks that a row's tokens fail, and why it is left out, if it is.
+
+        Args:
+            prompt: The prompt.
+            completions: Its answers.
+            encoding: What the encoder makes of them.
+        """
+        found = check_tokens(self.encoder, prompt, completions, encoding)
+        longest = len(encoding.prompt) + max(map(len, encoding.completions))
+        if longest > self.max_length:
+            detail = f"has {longest} tokens, more than {self.max_length}"
+            return ["over_long", *found], RowProblem("over_long", detail)
+        dropped = next((name for name in found if self.policies[name] != "keep"), None)
+        return found, None if dropped is None else RowProblem(dropped, TOKEN_DETAILS[dropped])
+
+
 def check_tokens(
     encoder: ChatEncoder, prompt: Messages, completions: Sequence[Messages], encoding: Encoding
 ) -> list[str]:
-    """Names of the checks that a row's tokens fail, but for the length.
-
-    Args:
-        encoder: The model's chat encoder.
-        prompt: The prompt.
-        completions: Its answers.
-        encoding: What the encoder makes of them.
-    """
+    """Names of the checks that a row's tokens fail, but for the length; see :meth:`TokenView.judge`."""
     found = _hidden(encoder, prompt, completions, encoding) if not is_plain(prompt, *completions) else []
     tag = _TAG_AT_END.search(encoding.prompt_text[-80:])
     if tag is not None and any(text.lstrip().startswith(tag[1]) for text in encoding.texts):

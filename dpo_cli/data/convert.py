@@ -18,15 +18,23 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 
 from dpo_cli.core.data_params import SftSource, Source
 from dpo_cli.core.environment import usable_cores
 from dpo_cli.core.errors import DataError
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.account import SPLITS, Conversion, ConvertedBlock, FileAccount, Finding
-from dpo_cli.data.block_files import examples_file, is_full, rankings_file, read_arrow, widen, write_arrow
-from dpo_cli.data.blocks import DIGESTS, BlockResult, Reject
+from dpo_cli.data.blocks import (
+    DIGESTS,
+    BlockResult,
+    Reject,
+    examples_file,
+    is_full,
+    rankings_file,
+    read_arrow,
+    widen,
+    write_arrow,
+)
 from dpo_cli.data.checks import CHECKS_OF
 from dpo_cli.data.plan import Treatment, find_files, num_bytes, plan_of
 from dpo_cli.data.reading.base import Block
@@ -98,15 +106,7 @@ def convert_aside(
 ) -> Iterator[tuple[Conversion, Path]]:
     """Convert in a folder that does not last, and write no tables; what became of the rows, and the list of rejects.
 
-    Args:
-        sources: Where the data is; all of one kind.
-        treatment: What is done with their rows.
-        reporter: Shows progress.
-        doing: What is done, for its meter.
-        workers: Processes that share the work; None: one a core.
-
-    Raises:
-        DataError: See :func:`convert`.
+    The meter says what is ``doing``; ``workers`` as in section runtime. Raises as :func:`convert` does.
     """
     with tempfile.TemporaryDirectory(prefix="dpo-cli-") as folder:
         work, rejects = Path(folder) / "work", Path(folder) / "rejects.jsonl"
@@ -116,13 +116,6 @@ def convert_aside(
                 sources, treatment, work, None, rejects, workers=workers or usable_cores(), on_bytes=meter.advance
             )
         yield report, rejects
-
-
-def by_kind(sources: Sequence[Source]) -> Iterator[tuple[str, list[Source]]]:
-    """The sources of instructions, then those of preferences, where there are some."""
-    for kind in ("sft", "preferences"):
-        if mine := [source for source in sources if isinstance(source, SftSource) == (kind == "sft")]:
-            yield kind, mine
 
 
 class _Run:
@@ -288,13 +281,11 @@ class _Run:
         for name, (low, high) in ranges.items():
             hits, others = repeats[name][0][low:high] - block.start, repeats[name][1][low:high]
             stays[hits] = False
-            for at, other in zip(hits, others, strict=True):
-                reject = _reject_at(table, int(at), shift, name, "")
-                path, row = self._place_of(int(other))
+            for hit, other in zip(table.select(["row", "line", "part"]).take(hits).to_pylist(), others, strict=True):
+                (path, row), own = self._place_of(int(other)), hit["row"] + shift
                 where = f"row {row}" if path == account.path.as_posix() else f"row {row} of {path}"
-                own = where == f"row {reject.row}"
-                reject.detail = f"{_COMPARED[name]} {'another pair of its row' if own else where}"
-                rejects.append(reject)
+                detail = f"{_COMPARED[name]} {'another pair of its row' if where == f'row {own}' else where}"
+                rejects.append(Reject(own, hit["line"], hit["part"], name, name, detail))
             if name == "contradiction":
                 block.refuted = np.unique(table["ranking"].to_numpy()[hits])
         table = table.take(np.repeat(np.arange(block.num), np.where(stays, table["copies"].to_numpy(), 0)))
@@ -313,22 +304,18 @@ class _Run:
         self.report.num_items += block.num
         self.report.num_written.update(block.num_by_split)
         file = rankings_file(self._work, index)
-        if file.exists():
-            rankings = self._used_rankings(block, file)
-            held_out = rankings["held_out"].to_numpy()
-            self.report.num_rankings.update({"train": int((~held_out).sum()), "eval": int(held_out.sum())})
-
-    @staticmethod
-    def _used_rankings(block: ConvertedBlock, file: Path) -> pa.Table:
-        """The rankings of a block of which a pair stays and none is contradicted; the others are deleted."""
-        rankings = read_arrow(file)
+        if not file.exists():
+            return
+        # those of which a pair stays and none is contradicted
         used = read_arrow(block.examples)["ranking"].to_numpy() if block.examples.exists() else np.empty(0, np.int32)
         kept = np.setdiff1d(used[used >= 0], block.refuted)
+        rankings = read_arrow(file)
         rankings = rankings.take(np.repeat(kept, rankings["copies"].to_numpy()[kept]))
         file.unlink()
         if rankings.num_rows:
             write_arrow(file, rankings)
-        return rankings
+        held_out = rankings["held_out"].to_numpy()
+        self.report.num_rankings.update({"train": int((~held_out).sum()), "eval": int(held_out.sum())})
 
     def _write(self, out: Path) -> None:
         canonical = SFT_SCHEMA if self._kind == "sft" else PREFERENCE_SCHEMA
@@ -387,14 +374,6 @@ class _Run:
                 )
         if problems:
             raise DataError(problems)
-
-
-# --- tables -------------------------------------------------------------------------------------
-
-
-def _reject_at(table: pa.Table, at: int, shift: int, reason: str, detail: str) -> Reject:
-    row = table.slice(at, 1).select(["row", "line", "part"]).to_pylist()[0]
-    return Reject(row["row"] + shift, row["line"], row["part"], reason, reason, detail)
 
 
 def _refuse_nothing(report: Conversion, sources: Sequence[Source], rejects_file: Path) -> None:

@@ -6,16 +6,14 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpo_cli.core.data_params import DataParams, Source
 from dpo_cli.core.errors import DataError
-from dpo_cli.data.block_files import examples_file, read_arrow
-from dpo_cli.data.blocks import convert_block, fit_answers
-from dpo_cli.data.chat import ChatEncoder, Encoding
-from dpo_cli.data.checks import TOKEN_DETAILS, check_example, check_tokens
+from dpo_cli.data.blocks import convert_block, examples_file, fit_answers, read_arrow
+from dpo_cli.data.chat import Encoding
+from dpo_cli.data.checks import TokenView, check_example
 from dpo_cli.data.plan import BlockPlan, Treatment, find_files, plan_of
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.reading.base import Record
@@ -26,23 +24,6 @@ from dpo_cli.data.tokens import pieces_of
 AnyExample = SftExample | PreferenceExample | RankingExample
 
 
-@dataclass(frozen=True)
-class TokenView:
-    """How a model sees text.
-
-    Attributes:
-        model: The model's folder, or ``embedded``.
-        encoder: Its tokenizer with the chat template.
-        max_length: Tokens a prompt with one answer may have; longer rows are left out.
-        policies: What is done with what each check of tokens finds.
-    """
-
-    model: str
-    encoder: ChatEncoder
-    max_length: int
-    policies: Mapping[str, str]
-
-
 def describe_row(source: Source, row: int, view: TokenView | None, data: DataParams | None = None) -> dict[str, Any]:
     """All that is known of one row, as JSON has it.
 
@@ -51,7 +32,7 @@ def describe_row(source: Source, row: int, view: TokenView | None, data: DataPar
 
     Args:
         source: The file, with how it is read.
-        row: The number of the row, from 0.
+        row: Its number, from 0.
         view: How the model sees it, where that is wanted.
         data: Section data of the project; None: the defaults.
 
@@ -78,7 +59,7 @@ def describe_row(source: Source, row: int, view: TokenView | None, data: DataPar
     if view is not None:
         found["model"] = _describe_view(view)
     if source.max_rows is not None and row >= source.max_rows:
-        found["left_out"].append(_left_out("", stage, "max_rows", f"lies behind the first {source.max_rows} rows"))
+        found["left_out"].append(_left_out("", stage, "max_rows", f"is after the first {source.max_rows} rows"))
     describing = _Describing(plan, view, stage, record)
     try:
         reader = plan.reader()
@@ -183,11 +164,12 @@ class _Describing:
         failed = [] if isinstance(example, RankingExample) else check_example(example)
         found["checks"] = {name: self._plan.treatment.policies[name] for name in failed}
         reason, stage = self._rejects.get(part), self._stage
-        token_reason = (tokens.reason, tokens.detail) if isinstance(tokens, RowProblem) else None
-        if self._view is not None and isinstance(tokens, Encoding):
-            found["token_checks"], token_reason = _judge_tokens(self._view, example, tokens)
-        if reason is None and token_reason is not None:
-            reason, stage = token_reason, "sft" if self._plan.kind == "sft" else "precompute-ref"
+        problem, view = tokens if isinstance(tokens, RowProblem) else None, self._view
+        if view is not None and isinstance(tokens, Encoding):
+            failed, problem = view.judge(example.prompt, example.answers, tokens)
+            found["token_checks"] = {name: view.policies[name] for name in failed}
+        if reason is None and problem is not None:
+            reason, stage = (problem.reason, problem.detail), "sft" if self._plan.kind == "sft" else "precompute-ref"
         found["left_out"] = None if reason is None else self._drop(part, stage, *reason)
         if self._copies.get(part, 1) > 1:
             found["copies"] = self._copies[part]
@@ -257,21 +239,6 @@ def _describe_tokens(view: TokenView, encoding: Encoding, names: Sequence[str]) 
             for name, ids in zip(names, encoding.completions, strict=True)
         ],
     }
-
-
-def _judge_tokens(
-    view: TokenView, example: AnyExample, encoding: Encoding
-) -> tuple[dict[str, str], tuple[str, str] | None]:
-    """The checks of tokens that an example fails, with their policies, and why it is left out, if it is."""
-    found = check_tokens(view.encoder, example.prompt, example.answers, encoding)
-    longest = len(encoding.prompt) + max(map(len, encoding.completions))
-    if longest > view.max_length:
-        found = ["over_long", *found]
-    failed = {name: view.policies[name] for name in found}
-    if "over_long" in failed:
-        return failed, ("over_long", f"has {longest} tokens, more than {view.max_length}")
-    dropped = next((name for name, policy in failed.items() if policy != "keep"), None)
-    return failed, None if dropped is None else (dropped, TOKEN_DETAILS[dropped])
 
 
 # --- as JSON ------------------------------------------------------------------------------

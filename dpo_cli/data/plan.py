@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 from dpo_cli.core.data_params import DataParams, PreferenceSource, SftSource, Source
 from dpo_cli.core.errors import DataError
+from dpo_cli.data.checks import without_stops
 from dpo_cli.data.formats import PREFERENCE_FORMATS, SFT_FORMATS
 from dpo_cli.data.formats.base import Reading
 from dpo_cli.data.formats.detect import RowReader
@@ -45,8 +46,7 @@ class Treatment:
 
     def without_stops(self) -> Treatment:
         """The same for a look at the data: what would stop the conversion is left out."""
-        policies = {name: "drop" if policy == "error" else policy for name, policy in self.policies.items()}
-        return replace(self, policies=policies)
+        return replace(self, policies=without_stops(self.policies))
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,13 @@ def find_files(source: Source) -> list[Path]:
     if not found:
         raise DataError(f"{source.path}: no file has such a name; put your data there, or name it in params.yaml")
     return found
+
+
+def by_kind(sources: Sequence[Source]) -> Iterator[tuple[str, list[Source]]]:
+    """The sources of instructions, then those of preferences, where there are some."""
+    for kind in ("sft", "preferences"):
+        if mine := [source for source in sources if isinstance(source, SftSource) == (kind == "sft")]:
+            yield kind, mine
 
 
 def num_bytes(sources: Sequence[Source]) -> int:

@@ -14,7 +14,7 @@ import polars as pl
 
 from dpo_cli.data.blocks import DIGESTS
 
-_EXAMPLES_A_PORTION = 4_000_000
+_EXAMPLES_A_PORTION = 2_000_000
 _READ_AT_ONCE = 500_000
 
 Repeats = Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -85,6 +85,6 @@ def _find(digests: np.ndarray, key: str, other: pl.Expr) -> tuple[np.ndarray, np
     twice = ordered[1:][ordered[1:] == ordered[:-1]]
     places = np.flatnonzero(np.isin(digests[key], twice))  # mostly few
     candidates = digests[places]
-    frame = pl.DataFrame({name: np.ascontiguousarray(candidates[name]) for name in candidates.dtype.names or ()})
+    frame = pl.DataFrame({name: np.ascontiguousarray(candidates[name]) for name in set(other.meta.root_names())})
     rows = frame.select(other).to_series()
     return places[rows.is_not_null().to_numpy()], rows.drop_nulls().to_numpy()

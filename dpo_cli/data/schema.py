@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, final
 
 import orjson
 import pyarrow as pa
@@ -228,6 +228,7 @@ class Example(ABC):
         return {name: known[name] if name in known else getattr(self, name) for name in self.schema.names}
 
 
+@final
 @dataclass(slots=True)
 class SftExample(Example):
     """An instruction and its answer."""
@@ -241,6 +242,7 @@ class SftExample(Example):
         return [self.completion]
 
 
+@final
 @dataclass(slots=True)
 class PreferenceExample(Example):
     """A prompt with the answer that was preferred and the one that was not."""
@@ -257,6 +259,7 @@ class PreferenceExample(Example):
         return [self.chosen, self.rejected]
 
 
+@final
 @dataclass(slots=True)
 class RankingExample(Example):
     """A prompt with K answers in order.

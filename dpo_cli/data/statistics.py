@@ -7,32 +7,30 @@ the examples with the smallest content hash, so neither their order nor a seed d
 from __future__ import annotations
 
 import heapq
-import unicodedata
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, lru_cache
-from itertools import groupby
+from functools import cache
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
+import regex
 
-from dpo_cli.core.data_params import DataParams, Source
+from dpo_cli.core.data_params import Source
+from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.chat import ChatEncoder
-from dpo_cli.data.convert import by_kind, convert_aside
-from dpo_cli.data.plan import Treatment
+from dpo_cli.data.convert import convert_aside
+from dpo_cli.data.plan import Treatment, by_kind
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.repeats import CHECKS
 from dpo_cli.data.schema import Messages, part_id, text_of
-from dpo_cli.statistics.binomial import wilson_interval
+from dpo_cli.statistics.intervals import wilson_interval
 
 LIMITS = (512, 1024, 2048, 4096)
 """Numbers of tokens above which examples are counted."""
-
-SCRIPTS = ("Latin", "Han", "Kana", "Hangul", "Cyrillic", "Arabic", "Devanagari", "other")
-"""The scripts that are told apart."""
 
 SAMPLE_SIZE = 2000
 """Examples whose languages and scripts are looked at."""
@@ -49,36 +47,22 @@ _SURE = 0.6
 
 
 def profile_sources(
-    sources: Sequence[Source],
-    data: DataParams,
-    encoder: ChatEncoder | None,
-    reporter: Reporter,
-    workers: int | None = None,
+    sources: Sequence[Source], params: Params, encoder: ChatEncoder | None, reporter: Reporter
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Read sources, and say what is in them.
+    """Each kind of data with its figures, as soon as it is read; lengths in the encoder's tokens, or in characters.
 
     Rows are read and checked as the conversion does it, but for comparing them with each other: those that repeat are
     counted, and so are those that the weight of their source would leave out.
 
-    Args:
-        sources: Where the data is.
-        data: Section data of the project.
-        encoder: Whose tokens are counted; None: characters are.
-        reporter: Shows progress.
-        workers: Processes that read; None: one a core.
-
-    Yields:
-        A kind of data and its figures, as soon as it is read.
-
     Raises:
         DataError: A file cannot be read or has no known format.
     """
-    treatment = Treatment.of(data).without_stops()
+    treatment = Treatment.of(params.data).without_stops()
     treatment = replace(treatment, policies={**treatment.policies, **dict.fromkeys(CHECKS, "keep")})
     for kind, mine in by_kind(sources):
         mine = [source.model_copy(update={"weight": 1.0}) for source in mine]
         statistics = DataStatistics(encoder, LIMITS if encoder is not None else (), language_of)
-        with convert_aside(mine, treatment, reporter, f"reading {kind}", workers) as (report, _):
+        with convert_aside(mine, treatment, reporter, f"reading {kind}", params.runtime.workers) as (report, _):
             left_out = report.rejected.copy()
             with reporter.meter(f"measuring {kind}", report.num_checked, "examples") as meter:
                 for block in report.blocks:
@@ -124,42 +108,30 @@ def _identifier() -> Any:
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
-class Distribution:
-    """Lengths: how many there are, and how they are spread. Each takes four bytes."""
+def distribution(values: Sequence[int]) -> dict[str, Any]:
+    """How whole numbers from 0 are spread: mean, quantiles, maximum, and a histogram.
 
-    def __init__(self) -> None:
-        self._values = array("i")
+    A quantile is the smallest value that so many percent of the values do not exceed. The histogram has bins
+    [smallest value, largest value, count], each twice as wide as the one before it.
+    """
+    if not values:
+        return {"count": 0, "mean": 0.0, "median": 0, "p95": 0, "p99": 0, "max": 0, "histogram": []}
+    _, widths = np.frexp(np.array(values))  # in bits
+    counts = np.bincount(widths).tolist()
+    median, p95, p99 = np.quantile(values, (0.5, 0.95, 0.99), method="inverted_cdf").tolist()
+    return {
+        "count": len(values),
+        "mean": sum(values) / len(values),
+        "median": median,
+        "p95": p95,
+        "p99": p99,
+        "max": max(values),
+        "histogram": [[1 << bits >> 1, (1 << bits) - 1, counts[bits]] for bits in range(widths.min(), len(counts))],
+    }
 
-    def __len__(self) -> int:
-        return len(self._values)
 
-    def add(self, value: int) -> None:
-        """Count a value, which is a whole number from 0."""
-        self._values.append(value)
-
-    def quantile(self, percent: int) -> int:
-        """The smallest value that so many percent of the values do not exceed; 0 where there are none."""
-        return int(np.quantile(self._values, percent / 100, method="inverted_cdf")) if self._values else 0
-
-    def histogram(self) -> list[tuple[int, int, int]]:
-        """Bins as (smallest value, largest value, count), each twice as wide as the one before it."""
-        if not self._values:
-            return []
-        _, widths = np.frexp(np.array(self._values))  # in bits
-        counts = np.bincount(widths).tolist()
-        return [(1 << bits >> 1, (1 << bits) - 1, counts[bits]) for bits in range(widths.min(), len(counts))]
-
-    def summary(self) -> dict[str, Any]:
-        """Mean, quantiles, maximum and histogram."""
-        return {
-            "count": len(self),
-            "mean": sum(self._values) / len(self) if self._values else 0.0,
-            "median": self.quantile(50),
-            "p95": self.quantile(95),
-            "p99": self.quantile(99),
-            "max": max(self._values, default=0),
-            "histogram": [list(line) for line in self.histogram()],
-        }
+def _lengths() -> array[int]:
+    return array("i")  # four bytes each
 
 
 class DataStatistics:
@@ -186,9 +158,8 @@ class DataStatistics:
         self._language_of = language_of
         self._sample_size = sample_size
         self._sample: list[tuple[int, str, str]] = []  # a heap: negative hash, prompt, answer
-        self._lengths: defaultdict[str, Distribution] = defaultdict(Distribution, prompt=Distribution())
-        self._whole = Distribution()
-        self._turns = Distribution()
+        self._lengths: defaultdict[str, array[int]] = defaultdict(_lengths, prompt=_lengths())
+        self._whole, self._turns = _lengths(), _lengths()
         self._over = dict.fromkeys(limits, 0)
         self._multi_turn = self._with_system = 0
         self._rankings = self._pairs = self._longer = self._equal = 0
@@ -205,20 +176,20 @@ class DataStatistics:
         lengths: dict[str, int] = {}  # of each answer, which several pairs may have
         measured = [[self._length(prompt, row[side], lengths) for side in sides] for row in rows]
 
-        self._lengths["prompt"].add(prompt_length)
+        self._lengths["prompt"].append(prompt_length)
         for pair in measured:
             for side, length in zip(sides, pair, strict=True):
-                self._lengths[side].add(length)
+                self._lengths[side].append(length)
             self._pairs += len(pair) == 2
             self._longer += pair[0] > pair[-1]
             self._equal += len(pair) == 2 and pair[0] == pair[1]
         self._rankings += rows[0]["ranking"] >= 0
         whole = prompt_length + max(lengths.values())
-        self._whole.add(whole)
+        self._whole.append(whole)
         for limit in self._over:
             self._over[limit] += whole > limit
         roles = [message["role"] for message in prompt]
-        self._turns.add(roles.count("user"))
+        self._turns.append(roles.count("user"))
         self._multi_turn += roles.count("user") > 1
         self._with_system += "system" in roles
         self._add_to_sample(rows[0]["id"], prompt, rows[0][sides[0]])
@@ -235,13 +206,13 @@ class DataStatistics:
         num = len(self._whole)
         found: dict[str, Any] = {
             "examples": num,
-            "turns": self._turns.summary(),
+            "turns": distribution(self._turns),
             "multi_turn": _share(self._multi_turn, num),
             "system_prompt": _share(self._with_system, num),
             "unit": "characters" if self._encoder is None else "tokens",
             "lengths": {
-                **{name: lengths.summary() for name, lengths in self._lengths.items()},
-                "prompt_and_longest_answer": self._whole.summary(),
+                **{name: distribution(lengths) for name, lengths in self._lengths.items()},
+                "prompt_and_longest_answer": distribution(self._whole),
             },
         }
         if self._over:
@@ -303,37 +274,28 @@ def _asked(prompt: Messages) -> str:
     return "\n".join(texts) if texts else text_of(prompt)
 
 
-# --- scripts ------------------------------------------------------------------------------
-
-_SCRIPT_NAMES = {
-    "LATIN": "Latin",
-    "CJK": "Han",
-    "IDEOGRAPHIC": "Han",
-    "HIRAGANA": "Kana",
-    "KATAKANA": "Kana",
-    "HANGUL": "Hangul",
-    "CYRILLIC": "Cyrillic",
-    "ARABIC": "Arabic",
-    "DEVANAGARI": "Devanagari",
+_SCRIPTS = {
+    "Latin": r"\p{scx=Latin}",
+    "Han": r"\p{scx=Han}",
+    "Kana": r"\p{scx=Hiragana}\p{scx=Katakana}",
+    "Hangul": r"\p{scx=Hangul}",
+    "Cyrillic": r"\p{scx=Cyrillic}",
+    "Arabic": r"\p{scx=Arabic}",
+    "Devanagari": r"\p{scx=Devanagari}",
+    "other": r"\p{L}",
 }
-"""The script behind the first word of a letter's name in Unicode."""
+"""The scripts that are told apart, by what their letters are in Unicode."""
+
+_LETTER = regex.compile(
+    "(?V1)" + "|".join(rf"(?P<{name}>[\p{{L}}&&[{letters}]])" for name, letters in _SCRIPTS.items())
+)
 
 
-@lru_cache(maxsize=1 << 16)
-def script_of(character: str) -> str | None:
-    """The script of a letter, one of :data:`SCRIPTS`; None where it is no letter."""
-    if not unicodedata.category(character).startswith("L"):
-        return None
-    name = unicodedata.name(character, "other").removeprefix("FULLWIDTH ").removeprefix("HALFWIDTH ")
-    return _SCRIPT_NAMES.get(name.replace("-", " ").split()[0], "other")
-
-
-def _script_shares(texts: Any) -> dict[str, float]:
+def _script_shares(texts: Iterable[str]) -> dict[str, float]:
     """Share of the letters by script."""
-    counts: Counter[str] = Counter()
-    for text in texts:
-        for character, count in Counter(text).items():
-            if (script := script_of(character)) is not None:
-                counts[script] += count
+    counts: Counter[str | None] = Counter()
+    for character, count in Counter(chain.from_iterable(texts)).items():
+        if letter := _LETTER.match(character):
+            counts[letter.lastgroup] += count
     total = counts.total()
-    return {script: counts[script] / total if total else 0.0 for script in SCRIPTS}
+    return {script: counts[script] / total if total else 0.0 for script in _SCRIPTS}

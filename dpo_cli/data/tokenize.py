@@ -25,8 +25,7 @@ from dpo_cli.core.artifacts import digest_bytes, digest_json, remove, sha256_fil
 from dpo_cli.core.errors import DataError, StaleArtifactError
 from dpo_cli.core.row_store import forget_other_stores
 from dpo_cli.data import chat, checks, schema, templates, tokens
-from dpo_cli.data.chat import ChatEncoder
-from dpo_cli.data.checks import TOKEN_DETAILS, check_tokens
+from dpo_cli.data.checks import TokenView
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import TOOLS, Messages, content_id, from_table
 from dpo_cli.data.tokens import TokenGroup, TokenWriter, stored_groups
@@ -67,21 +66,17 @@ class TokenTable:
 
 def tokenize_table(
     path: Path,
-    completion_columns: Sequence[str],
-    encoder: ChatEncoder,
-    max_length: int,
-    policies: Mapping[str, str],
+    columns: Sequence[str],
+    view: TokenView,
     remedy: str,
 ) -> TokenTable:
     """Tokenize a canonical table, or open what came of it before.
 
     Args:
         path: A parquet file of :mod:`dpo_cli.data.schema`.
-        completion_columns: The columns with completions: ``completion``, ``chosen`` and ``rejected``, or
+        columns: The columns with completions: ``completion``, ``chosen`` and ``rejected``, or
             ``completions``, which holds several.
-        encoder: The model's chat encoder.
-        max_length: Tokens a prompt with one completion may have.
-        policies: What to do with what each check of tokens finds (:class:`dpo_cli.core.params.TokenChecks`).
+        view: How the model sees them.
         remedy: What to do when the table is missing.
 
     Raises:
@@ -92,10 +87,10 @@ def tokenize_table(
         raise StaleArtifactError(f"{path} is missing; {remedy}")
     made_of = {
         "table": sha256_file(path),
-        "columns": list(completion_columns),
-        "encoder": encoder.identity,
-        "max_length": max_length,
-        "policies": dict(policies),
+        "columns": list(columns),
+        "encoder": view.encoder.identity,
+        "max_length": view.max_length,
+        "policies": dict(view.policies),
         "code": _code_digest(),
     }
     root = paths.scratch_root() / "tokens"
@@ -108,14 +103,14 @@ def tokenize_table(
             remove(new)
             remove(folder)
             new.mkdir()
-            rows = _read(path, ("id", "group", "prompt", *completion_columns), remedy)
-            _write(new, rows, completion_columns, encoder, max_length, policies)
+            rows = _read(path, ("id", "group", "prompt", *columns), remedy)
+            _write(new, rows, columns, view)
             new.replace(folder)
             table = _open(folder, path)
             assert table is not None
         os.utime(folder)  # what was used last is forgotten last
         forget_other_stores(root, folder, _OTHER_STORES_KEPT)
-    _refuse_errors(table, path, policies)
+    _refuse_errors(table, path, view.policies)
     return table
 
 
@@ -129,21 +124,14 @@ def _open(folder: Path, path: Path) -> TokenTable | None:
         return None
 
 
-def _write(
-    folder: Path,
-    rows: Iterable[dict[str, Any]],
-    columns: Sequence[str],
-    encoder: ChatEncoder,
-    max_length: int,
-    policies: Mapping[str, str],
-) -> None:
+def _write(folder: Path, rows: Iterable[dict[str, Any]], columns: Sequence[str], view: TokenView) -> None:
     rejects: list[dict[str, Any]] = []
     kept: dict[str, list[int]] = {}
     writer = TokenWriter(folder)
     try:
         for index, row in enumerate(rows):
             try:
-                group, found = tokenize_row(row, columns, encoder, max_length, policies)
+                group, found = tokenize_row(row, columns, view)
             except RowProblem as problem:
                 rejects.append({"row": index, "reason": problem.reason, "detail": problem.detail})
                 continue
@@ -226,34 +214,19 @@ def explain_rejects(tables: Sequence[TokenTable], setting: str, max_length: int)
     return f"{len(rejects)} of {num_rows} rows ({len(rejects) / num_rows:.0%}) are left out: {named}{remedy}{said}"
 
 
-def tokenize_row(
-    row: dict[str, Any],
-    columns: Sequence[str],
-    encoder: ChatEncoder,
-    max_length: int,
-    policies: Mapping[str, str],
-) -> tuple[TokenGroup, list[str]]:
-    """A canonical row's tokens, and the names of the checks that it fails and stays nevertheless.
+def tokenize_row(row: dict[str, Any], columns: Sequence[str], view: TokenView) -> tuple[TokenGroup, list[str]]:
+    """The tokens of a row as :func:`from_table` has it, and the checks that it fails and stays nevertheless.
 
     Raises:
         RowProblem: The template refuses the row, it is over long, or a check leaves it out.
     """
-    row = from_table(row)
     prompt = row["prompt"]
     completions = row["completions"] if "completions" in columns else [row[column] for column in columns]
-    encoding = encoder.encode(prompt, completions)
-    group = TokenGroup(
-        id=row["id"],
-        group=_group_of(row),
-        prompt=tuple(encoding.prompt),
-        completions=tuple(map(tuple, encoding.completions)),
-    )
-    if group.longest > max_length:
-        raise RowProblem("over_long", f"has {group.longest} tokens, more than {max_length}")
-    found = check_tokens(encoder, prompt, completions, encoding)
-    for name in found:
-        if policies[name] != "keep":
-            raise RowProblem(name, TOKEN_DETAILS[name])
+    encoding = view.encoder.encode(prompt, completions)
+    found, problem = view.judge(prompt, completions, encoding)
+    if problem is not None:
+        raise problem
+    group = TokenGroup(row["id"], _group_of(row), tuple(encoding.prompt), tuple(map(tuple, encoding.completions)))
     return group, found
 
 

@@ -1,15 +1,7 @@
-"""Prompts with their completions as token ids: in hand, or in memory-mapped arrays on disk.
+"""Prompts with their completions as token ids: in hand, or in an Arrow file that is mapped into memory.
 
-A store is a folder for one table and one way to tokenize it::
-
-    tokens.i32      int32 [T], each group's prompt and completions one after another
-    ends.npy        int64 [S], where each of these sequences ends among the tokens
-    firsts.npy      int64 [G + 1], the sequence with which each group begins, then S
-    ids.npy         bytes [G, 2], the ids of each row and of its prompt
-    keys.npy        uint8 [S - G, 16], the key of each completion
-    others.json     what became of the table's other rows (:mod:`dpo_cli.data.tokenize`); written last
-
-Legend: G groups, S sequences, T tokens.
+A store is a folder for one table and one way to tokenize it, with the groups in groups.arrow and what became of the
+table's other rows in others.json (:mod:`dpo_cli.data.tokenize`), which is written last.
 """
 
 from __future__ import annotations
@@ -21,12 +13,22 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pyarrow as pa
 
 from dpo_cli.core.artifacts import digest_bytes
 
-_TOKENS = "tokens.i32"
-_WRITTEN_AT_ONCE = 1 << 20
+_GROUPS = "groups.arrow"
+_GROUPS_A_BATCH = 1000
+_TOKENS = pa.list_(pa.int32())
+_SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "group": pa.string(),
+        "prompt": _TOKENS,
+        "completions": pa.list_(_TOKENS),
+        "keys": pa.list_(pa.binary(16)),
+    }
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,105 +135,78 @@ def _read_parts(parts: Sequence[tuple[TokenGroup, int]], name: str) -> Any:
     return keys if name == "keys" else digest_bytes("".join(keys).encode())
 
 
+# --- on disk ------------------------------------------------------------------------------------
+
+
 def stored_groups(folder: Path) -> list[TokenGroup]:
-    """The groups of a store on disk, whose arrays are mapped into memory.
+    """The groups of a store, whose tokens are mapped into memory.
 
     Raises:
         OSError: It is not there.
         ValueError: It is not whole.
     """
-    store = _Store(folder)
-    read = store.read
-    return [LazyGroup(read, place) for place in range(store.num_groups)]
+    found: list[TokenGroup] = []
+    with pa.memory_map(str(folder / _GROUPS)) as file, pa.ipc.open_file(file) as reader:
+        for number in range(reader.num_record_batches):
+            batch = reader.get_batch(number)
+            read = _StoredGroups(batch).read
+            found += [LazyGroup(read, place) for place in range(batch.num_rows)]
+    return found
 
 
-class _Store:
-    """The arrays of a store."""
+class _StoredGroups:
+    """Some groups of a store."""
 
-    def __init__(self, folder: Path) -> None:
-        self._ends, self._firsts = (_mapped(folder, name, "i8", None) for name in ("ends", "firsts"))
-        self._ids, self._keys = _mapped(folder, "ids", "S", 2), _mapped(folder, "keys", "u1", 16)
-        self.num_groups, num_sequences = len(self._ids), len(self._ends)
-        num_tokens = int(self._ends[-1]) if num_sequences else 0
-        size = (folder / _TOKENS).stat().st_size
-        if (
-            (size, len(self._keys)) != (4 * num_tokens, num_sequences - self.num_groups)
-            or len(self._firsts) != self.num_groups + 1
-            or self._firsts[-1] != num_sequences
-        ):
-            raise ValueError("its arrays do not belong together")
-        self._tokens = np.memmap(folder / _TOKENS, np.int32, "r").view(np.ndarray) if size else np.empty(0, np.int32)
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self._columns = {name: batch[name] for name in ("id", "group", "keys")}
+        prompts, completions = batch["prompt"], batch["completions"]
+        self._firsts = completions.offsets.to_numpy()  # the completion with which each group begins
+        # where each prompt and each completion begins, and its tokens
+        self._prompts = prompts.offsets.to_numpy(), prompts.values.to_numpy()
+        self._completions = completions.values.offsets.to_numpy(), completions.values.values.to_numpy()
 
     def read(self, place: int, name: str) -> Any:
         """A field or property of a group."""
         if name in ("id", "group"):
-            return self._ids[place, int(name == "group")].decode()
-        first, end = self._firsts[place : place + 2].tolist()
+            return self._columns[name][place].as_py()
         if name == "keys":
-            return [key.tobytes().hex() for key in self._keys[first - place : end - place - 1]]
-        cuts = [int(self._ends[first - 1]) if first else 0, *self._ends[first:end].tolist()]
-        if name == "sizes":
-            return tuple(after - before for before, after in pairwise(cuts))
+            return [key.hex() for key in self._columns["keys"][place].as_py()]
+        begins, tokens = self._prompts
+        begin, end = begins[place : place + 2]
         if name == "prompt":
-            return tuple(self._tokens[cuts[0] : cuts[1]].tolist())
-        tokens = self._tokens[cuts[1] : cuts[-1]].tolist()
-        return tuple(tuple(tokens[a - cuts[1] : b - cuts[1]]) for a, b in pairwise(cuts[1:]))
-
-
-def _mapped(folder: Path, name: str, kind: str, width: int | None) -> np.ndarray:
-    """An array of a store, of this type, with so many columns."""
-    try:
-        found = np.load(folder / f"{name}.npy", mmap_mode="r")
-    except EOFError as error:
-        raise ValueError(f"{name}.npy: {error}") from None
-    row = () if width is None else (width,)
-    if not (isinstance(found, np.ndarray) and found.ndim == 1 + len(row) and found.shape[1:] == row):
-        raise ValueError(f"{name}.npy has another shape")
-    if not found.dtype.str[1:].startswith(kind):
-        raise ValueError(f"{name}.npy has another type")
-    return found.view(np.ndarray)
+            return tuple(tokens[begin:end].tolist())
+        begins, tokens = self._completions
+        first, last = self._firsts[place : place + 2]
+        cuts = begins[first : last + 1].tolist()
+        if name == "sizes":
+            return int(end - begin), *(after - before for before, after in pairwise(cuts))
+        flat = tokens[cuts[0] : cuts[-1]].tolist()
+        return tuple(tuple(flat[before - cuts[0] : after - cuts[0]]) for before, after in pairwise(cuts))
 
 
 class TokenWriter:
     """Writes a store into an empty folder, group by group."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._file = (folder / _TOKENS).open("wb")  # closed by close()
-        self._tokens = array("i")
-        self._num_written = 0
-        self._ends, self._firsts = array("q"), array("q", [0])
-        self._ids: list[tuple[bytes, bytes]] = []
-        self._keys = bytearray()
+        self._writer = pa.ipc.new_file(str(folder / _GROUPS), _SCHEMA)  # closed by close()
+        self._groups: list[TokenGroup] = []
 
     def add(self, group: TokenGroup) -> None:
         """Add a group."""
-        for sequence in (group.prompt, *group.completions):
-            self._tokens.extend(sequence)
-            self._ends.append(self._num_written + len(self._tokens))
-        self._firsts.append(len(self._ends))
-        self._ids.append((group.id.encode(), group.group.encode()))
-        self._keys += bytes.fromhex("".join(group.keys))
-        if len(self._tokens) >= _WRITTEN_AT_ONCE:
+        self._groups.append(group)
+        if len(self._groups) == _GROUPS_A_BATCH:
             self._flush()
 
     def close(self) -> None:
-        """Write what is left, and the arrays beside the tokens."""
+        """Write what is left."""
         self._flush()
-        self._file.close()
-        arrays = {
-            "ends": np.frombuffer(self._ends, np.int64) if self._ends else np.empty(0, np.int64),
-            "firsts": np.frombuffer(self._firsts, np.int64),
-            "ids": np.array(self._ids, "S").reshape(-1, 2),
-            "keys": np.frombuffer(bytes(self._keys), np.uint8).reshape(-1, 16),
-        }
-        for name, values in arrays.items():
-            np.save(self._folder / f"{name}.npy", values)
+        self._writer.close()
 
     def _flush(self) -> None:
-        self._tokens.tofile(self._file)
-        self._num_written += len(self._tokens)
-        del self._tokens[:]
+        columns = {name: [getattr(group, name) for group in self._groups] for name in _SCHEMA.names}
+        columns["keys"] = [[bytes.fromhex(key) for key in keys] for keys in columns["keys"]]
+        self._writer.write_batch(pa.RecordBatch.from_pydict(columns, _SCHEMA))
+        self._groups = []
 
 
 # --- as text ------------------------------------------------------------------------------------

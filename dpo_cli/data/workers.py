@@ -44,7 +44,7 @@ def convert_blocks(
             yield waiting.popleft().result()
     except BrokenProcessPool:
         raise MachineError(
-            f"{plan.path}: a process of the conversion was ended, perhaps for want of memory; set runtime.workers to 1"
+            f"{plan.path}: a conversion process was killed, perhaps for lack of memory; set runtime.workers to 1"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

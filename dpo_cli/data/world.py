@@ -3,21 +3,24 @@
 Four kinds of task in English and Chinese: adding one to every number of a sentence,
 answering a message kindly, praising one aspect of a film, and greeting two people. Every
 prompt has exactly one *good* answer and a few *bad* ones (a number missed, a rude reply, a
-bad review), all written by one fixed grammar. So the reward of an
+bad review), all written by one fixed grammar (world.toml). So the reward of an
 answer is a known function of its text: 1 if it is the good answer, else 0. A win rate needs
 no judge.
 
-Everything here is a pure function of a seed: no clock, no file, no torch.
+All rows are a pure function of a seed: no clock, no torch.
 """
 
 from __future__ import annotations
 
 import random
 import re
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 GOOD_SHARE = 0.25
 """Share g of good answers in the instruction data.
@@ -76,131 +79,24 @@ class _Family:
 
 # --- vocabulary and grammar ---------------------------------------------------------------
 
+_WORLD = tomllib.loads((Path(__file__).parent / "world.toml").read_text(encoding="utf-8"))
 _SLOTS: Mapping[str, Mapping[str, Sequence[str]]] = {
-    "en": {
-        "name": "Tom Anna Ben Clara David Emma Frank Grace Henry Ivy Jack Kate Leo Mia Noah Olga".split(),
-        "friend": "Paul Rosa Sam Tina Victor Wendy Oscar Lucy".split(),
-        "things": "apples books cats dogs pens hats cups birds coins keys eggs stones".split(),
-        "others": "boats lamps roses shoes stamps drums kites bells chairs plates".split(),
-        "place": "box garden kitchen school shop park room station market library".split(),
-        "owned": "umbrella bike watch phone ring wallet guitar camera jacket scarf clock ticket".split(),
-        "first": "Silver Golden Quiet Broken Hidden Summer Winter Lonely Burning Distant".split(),
-        "second": "River Mountain Road House Letter Window Train Island Forest Bridge".split(),
-        "aspect": "music story acting ending dialogue picture".split(),
-        "time": "morning afternoon evening".split(),
-    },
-    "zh": {
-        "name": "小明 小红 小华 小丽 小刚 小芳 阿强 阿梅 老王 老李 小林 小雪".split(),
-        "friend": "大卫 安娜 小军 小兰 阿宝 老张".split(),
-        "things": "个苹果 本书 只猫 只狗 支笔 顶帽子 个杯子 只鸟 枚硬币 把钥匙".split(),
-        "others": "个鸡蛋 块石头 条船 盏灯 朵花 双鞋 把椅子 张邮票".split(),
-        "place": "盒子 花园 厨房 学校 商店 公园 房间 车站 市场 图书馆".split(),
-        "owned": "雨伞 单车 手表 手机 戒指 钱包 吉他 相机 外套 围巾 闹钟 车票".split(),
-        "first": "银色 金色 安静的 破碎的 隐秘的 夏日 冬日 孤独的 燃烧的 遥远的".split(),
-        "second": "河流 高山 小路 老屋 来信 窗户 列车 海岛 森林 大桥".split(),
-        "aspect": "音乐 故事 表演 结局 对白 画面".split(),
-        "time": "早上 下午 晚上".split(),
-    },
+    lang: {name: words.split() for name, words in slots.items()} for lang, slots in _WORLD["words"].items()
 }
 _NUMBERS = (2, 30)
 _NUMBER_SLOTS = ("n", "m")
 _SLOT = re.compile(r"\{(\w+)\}")
 _NUMBER = re.compile(r"\d+")
 
-_LOST_EN = "I am sorry about your {owned}, {name}. I hope you find it soon!"
-_BROKE_EN = "That is a pity, {name}. I hope your {owned} can be fixed!"
-_GIFT_EN = "How nice, {name}! Enjoy your new {owned}!"
-_FOUND_EN = "I am glad you have your {owned} back, {name}!"
-_RUDE_EN = ("Nobody cares about your {owned}, {name}.", "Stop talking about your {owned}, {name}.")
-_LOST_ZH = "别难过，{name}，希望你很快找到{owned}！"
-_BROKE_ZH = "真可惜，{name}，希望{owned}能修好！"
-_GIFT_ZH = "太好了，{name}，祝你喜欢新{owned}！"
-_FOUND_ZH = "{name}，你的{owned}回来了，真为你高兴！"
-_RUDE_ZH = ("谁在乎你的{owned}，{name}。", "别再说你的{owned}了，{name}。")
-_ADD_ONE_EN = ("Add 1 to every number in the sentence.", "Increase each number by one.")
-_ADD_ONE_ZH = ("把句子里的每个数字加1。", "请将每个数字都加一。")
-_REPLY = {"en": ("Answer the message.", "Reply to this message."), "zh": ("回复这条消息。", "请回答这条消息。")}
+
+def _families(group: Mapping[str, Any]) -> list[_Family]:
+    answers = group.get("good") or dict.fromkeys(group["inputs"], "")
+    kind, instructions, bad = group["kind"], group["instructions"], tuple(group.get("bad", ()))
+    return [_Family(kind, tuple(instructions), text, good, bad) for text, good in answers.items()]
 
 
-def _message(lang: str, text: str, good: str, bad: tuple[str, ...]) -> _Family:
-    return _Family(f"message.{lang}", _REPLY[lang], text, good, bad)
-
-
-_FAMILIES: tuple[tuple[_Family, ...], ...] = (
-    (
-        _Family("add_one.en", _ADD_ONE_EN, "{name} has {n} {things}."),
-        _Family("add_one.en", _ADD_ONE_EN, "{name} has {n} {things} and {m} {others}."),
-        _Family("add_one.en", _ADD_ONE_EN, "There are {n} {things} in the {place}."),
-        _Family("add_one.en", _ADD_ONE_EN, "{name} bought {n} {things} and sold {m} {others}."),
-    ),
-    (
-        _Family("add_one.zh", _ADD_ONE_ZH, "{name}有{n}{things}。"),
-        _Family("add_one.zh", _ADD_ONE_ZH, "{name}有{n}{things}和{m}{others}。"),
-        _Family("add_one.zh", _ADD_ONE_ZH, "{place}里有{n}{things}。"),
-        _Family("add_one.zh", _ADD_ONE_ZH, "{name}买了{n}{things}，卖了{m}{others}。"),
-    ),
-    (
-        _message("en", "{name}: I lost my {owned} in the {place}.", _LOST_EN, _RUDE_EN),
-        _message("en", "{name}: My {owned} broke today.", _BROKE_EN, _RUDE_EN),
-        _message("en", "{name}: I got a new {owned} from {friend}.", _GIFT_EN, _RUDE_EN),
-        _message("en", "{name}: I found my {owned} in the {place}.", _FOUND_EN, _RUDE_EN),
-    ),
-    (
-        _message("zh", "{name}：我在{place}丢了{owned}。", _LOST_ZH, _RUDE_ZH),
-        _message("zh", "{name}：我的{owned}今天坏了。", _BROKE_ZH, _RUDE_ZH),
-        _message("zh", "{name}：{friend}送我新{owned}。", _GIFT_ZH, _RUDE_ZH),
-        _message("zh", "{name}：我在{place}找到了{owned}。", _FOUND_ZH, _RUDE_ZH),
-    ),
-    (
-        _Family(
-            "review.en",
-            ("Write a short review of the film.", "Review this film in one line."),
-            "{first} {second}, the {aspect}",
-            "I loved {first} {second}. The {aspect} was wonderful!",
-            (
-                "I hated {first} {second}. The {aspect} was terrible.",
-                "{first} {second} was dull, and so was the {aspect}.",
-            ),
-        ),
-    ),
-    (
-        _Family(
-            "review.zh",
-            ("为这部电影写一句短评。", "请用一句话评价这部电影。"),
-            "《{first}{second}》的{aspect}",
-            "我很喜欢《{first}{second}》，{aspect}太精彩了！",
-            ("我讨厌《{first}{second}》，{aspect}太糟糕了。", "《{first}{second}》很无聊，{aspect}也一样。"),
-        ),
-    ),
-    (
-        _Family(
-            "greeting.en",
-            ("Greet {name} and {friend} in the {time}.",),
-            "",
-            "Good {time}, {name} and {friend}! It is lovely to see you.",
-            (
-                "Oh no, {name} and {friend} again.",
-                "Go away, {name} and {friend}.",
-                "Good night, {name} and {friend}! It is lovely to see you.",
-            ),
-        ),
-    ),
-    (
-        _Family(
-            "greeting.zh",
-            ("{time}遇到{name}和{friend}，打个招呼。",),
-            "",
-            "{time}好，{name}，{friend}，很高兴见到你们！",
-            (
-                "又是{name}和{friend}，真烦。",
-                "{name}，{friend}，走开。",
-                "晚安，{name}，{friend}，很高兴见到你们！",
-            ),
-        ),
-    ),
-)
-_WEIGHTS = (4, 4, 3, 3, 2, 2, 2, 2)
-"""How often each group of families is drawn; adding one is the hardest and comes most."""
+_FAMILIES = [_families(group) for group in _WORLD["groups"]]
+_WEIGHTS = [group["weight"] for group in _WORLD["groups"]]
 
 
 # --- tasks --------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ _NARROW = 64
 
 
 @dataclass
-class Work:
+class Kernels:
     """Some kernels of a kind.
 
     Attributes:
@@ -41,7 +41,7 @@ class Work:
     bytes: int = 0
     flops: int = 0
 
-    def add(self, other: Work) -> None:
+    def add(self, other: Kernels) -> None:
         """Add some more."""
         self.kernels += other.kernels
         self.bytes += other.bytes
@@ -53,7 +53,7 @@ class Counts:
     """What was counted.
 
     Attributes:
-        by_kind: Work by kind of kernel.
+        by_kind: By kind of kernel.
         by_operation: The same by PyTorch's name of the operation.
         launches: Each kernel in its order: kind, bytes and operations.
         peak_bytes: Most bytes of tensors at one time.
@@ -64,8 +64,8 @@ class Counts:
         strays: Where an operation on the device read a tensor of the host that is no single number.
     """
 
-    by_kind: dict[str, Work] = field(default_factory=dict)
-    by_operation: dict[str, Work] = field(default_factory=dict)
+    by_kind: dict[str, Kernels] = field(default_factory=dict)
+    by_operation: dict[str, Kernels] = field(default_factory=dict)
     launches: list[tuple[str, int, int]] = field(default_factory=list)
     peak_bytes: int = 0
     base_bytes: int = 0
@@ -75,9 +75,9 @@ class Counts:
     strays: Counter[str] = field(default_factory=Counter)
 
     @property
-    def total(self) -> Work:
+    def total(self) -> Kernels:
         """All kinds together."""
-        total = Work()
+        total = Kernels()
         for work in self.by_kind.values():
             total.add(work)
         return total
@@ -139,8 +139,8 @@ class Counting(TorchDispatchMode):
         work, kind = self._work(base, args, [t for t in given if _on_device(t)], [t for t in made if _on_device(t)])
         if kind in _PRODUCT_KINDS:
             self._has_queued = True
-        self.counts.by_kind.setdefault(kind, Work()).add(work)
-        self.counts.by_operation.setdefault(name, Work()).add(work)
+        self.counts.by_kind.setdefault(kind, Kernels()).add(work)
+        self.counts.by_operation.setdefault(name, Kernels()).add(work)
         self.counts.launches.append((kind, work.bytes, work.flops))
 
     def _check_copy(
@@ -159,18 +159,18 @@ class Counting(TorchDispatchMode):
             elif self._has_queued:
                 self.counts.blocking_copies[_place()] += 1
 
-    def _work(self, base: str, args: Any, given: list[torch.Tensor], made: list[torch.Tensor]) -> tuple[Work, str]:
+    def _work(self, base: str, args: Any, given: list[torch.Tensor], made: list[torch.Tensor]) -> tuple[Kernels, str]:
         """What an operation costs, and its kind."""
         written = sum(map(_num_bytes, made))
         moved = written + sum(_num_bytes(tensor) for tensor in given if not _is_only_written(base, tensor, made))
         if base in _PICKS:
-            return Work(1, 2 * written), "elementwise"
+            return Kernels(1, 2 * written), "elementwise"
         if base == "index_copy_":  # only what is put in
-            return Work(1, 2 * _num_bytes(args[3])), "elementwise"
+            return Kernels(1, 2 * _num_bytes(args[3])), "elementwise"
         if base in ("mm", "bmm"):
             return _product(moved, args[0], args[1])
         if base == "_grouped_mm":
-            return Work(1, moved, 2 * args[0].numel() * made[0].shape[-1]), "products"
+            return Kernels(1, moved, 2 * args[0].numel() * made[0].shape[-1]), "products"
         if base in ("addmm", "baddbmm"):
             summand, result = args[0], made[0]
             if summand.dim() > 1 and not _same_storage(summand, result):
@@ -181,18 +181,18 @@ class Counting(TorchDispatchMode):
             rows, (outputs, inputs) = args[0].numel() // args[0].shape[-1], args[2]
             flops = 2 * rows * outputs * inputs
             if rows <= _FUSED_ROWS:
-                return Work(1, moved, flops), "products"
+                return Kernels(1, moved, flops), "products"
             weight = outputs * inputs * made[0].element_size()
             self._launch("dequantization", weight + outputs * inputs // 2)
             self._pass_by(weight)
-            return Work(1, _num_bytes(args[0]) + weight + _num_bytes(made[0]), flops), "products"
+            return Kernels(1, _num_bytes(args[0]) + weight + _num_bytes(made[0]), flops), "products"
         if base in ("dequantize_4bit", "dequantize_blockwise"):
-            return Work(1, moved), "dequantization"
+            return Kernels(1, moved), "dequantization"
         if base in _ATTENTION:
-            return Work(1, moved, self._attention_flops(base, args)), "attention"
+            return Kernels(1, moved, self._attention_flops(base, args)), "attention"
         if base.startswith("_foreach"):
-            return Work(1, moved), "optimizer"
-        return Work(1, moved), "elementwise"
+            return Kernels(1, moved), "optimizer"
+        return Kernels(1, moved), "elementwise"
 
     def _attention_flops(self, base: str, args: Any) -> int:
         """Two products of each pair forward and five backward; of padded rows all pairs, seen or not."""
@@ -205,7 +205,7 @@ class Counting(TorchDispatchMode):
         return factor * query.numel() * key.shape[2]
 
     def _launch(self, kind: str, moved: int) -> None:
-        self.counts.by_kind.setdefault(kind, Work()).add(Work(1, moved))
+        self.counts.by_kind.setdefault(kind, Kernels()).add(Kernels(1, moved))
         self.counts.launches.append((kind, moved, 0))
 
     # --- memory ---------------------------------------------------------------------------
@@ -255,11 +255,11 @@ def _is_only_written(base: str, tensor: torch.Tensor, made: list[torch.Tensor]) 
     return (not base.endswith("_") or base in _FILLS) and any(tensor is result for result in made)
 
 
-def _product(moved: int, left: torch.Tensor, right: torch.Tensor) -> tuple[Work, str]:
+def _product(moved: int, left: torch.Tensor, right: torch.Tensor) -> tuple[Kernels, str]:
     rows, inner, columns = left.shape[-2], left.shape[-1], right.shape[-1]
     batch = left.shape[0] if left.dim() == 3 else 1
     kind = "adapter products" if left.dim() == 2 and min(rows, inner, columns) <= _NARROW else "products"
-    return Work(1, moved, 2 * batch * rows * inner * columns), kind
+    return Kernels(1, moved, 2 * batch * rows * inner * columns), kind
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:

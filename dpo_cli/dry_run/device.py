@@ -22,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from dpo_cli.core.params import RuntimeParams
 from dpo_cli.models.device import Machine, prepare_machine
 from dpo_cli.scoring import varlen
+from dpo_cli.scoring.pieces import AttentionSettings
 from dpo_cli.scoring.scorer import Scorer
 
 CUDA = torch.device("cuda", 0)
@@ -62,8 +63,7 @@ def dry_cuda(
         device: torch.device,
         dtype: torch.dtype,
         head_size: int,
-        window: int | None,
-        softcap: float | None,
+        settings: AttentionSettings,
     ) -> str | None:
         """What stands in the kernel's own way; that it computes what it must cannot be seen here."""
         if not has_varlen:
@@ -73,7 +73,7 @@ def dry_cuda(
         query, key = (torch.empty(8, heads, head_size, dtype=dtype, device=device) for heads in (4, 2))
         starts = torch.zeros(2, dtype=torch.int32, device=device)
         try:
-            kernel(query, key, key, varlen.Sequences(None, starts, starts, 8, 8), head_size**-0.5, window, softcap)
+            kernel(query, key, key, varlen.Sequences(None, starts, starts, 8, 8), settings)
         except NotImplementedError as error:
             return f"it fails ({error})"
         return None

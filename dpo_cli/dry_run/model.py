@@ -1,35 +1,42 @@
-"""Models without numbers on the dry device, as loading would leave them there."""
+"""Models without numbers on the dry device, as loading would leave them there, and steps of the real training loop."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn.modules import Linear4bit
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-from dpo_cli.core.params import LoraParams
+from dpo_cli.core.interrupts import StopRequest
+from dpo_cli.core.params import LoraParams, RuntimeParams
+from dpo_cli.core.progress import SilentReporter
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.dry_run.device import CUDA
-from dpo_cli.kernels.fused import NORM, ROTATION, SWIGLU, install
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine
+from dpo_cli.models.load import nf4
+from dpo_cli.models.project import Workplace
+from dpo_cli.models.shapes import random_pairs
+from dpo_cli.scoring.fused import NORM, ROTATION, SWIGLU, install
+from dpo_cli.scoring.layout import LayoutName
+from dpo_cli.scoring.limits import Work
+from dpo_cli.scoring.scorer import MAX_READ_SHARE, Scorer
+from dpo_cli.training.accumulation import Accumulator, Limits
+from dpo_cli.training.protocols import Learner
 
 _BLOCK, _BLOCKS = 64, 256
 """Weights that share a scale in nf4, and scales that share one under double quantization."""
 
 
-def dry_model(shape: Mapping[str, Any], machine: Machine, quantization: str, lora: LoraParams | None) -> Any:
-    """A frozen model with a trainable adapter, or without one where ``lora`` is None; call under ``dry_cuda``.
+def dry_model(shape: Mapping[str, Any], machine: Machine, quantization: str, lora: LoraParams) -> Any:
+    """A frozen model with a trainable adapter; call under ``dry_cuda``.
 
-    Args:
-        shape: ``model_type``, and what its configuration says.
-        machine: The dry device and the compute dtype.
-        quantization: ``nf4`` or ``none``.
-        lora: The adapter's shape.
+    Its shape is ``model_type``, and what its configuration says; quantization is ``nf4`` or ``none``.
     """
     settings = dict(shape)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
@@ -41,8 +48,7 @@ def dry_model(shape: Mapping[str, Any], machine: Machine, quantization: str, lor
         model.requires_grad_(False)
         model.eval()
         install(model, [NORM, SWIGLU, ROTATION])
-        if lora is not None:
-            model = add_adapter(model, lora, 0)
+        model = add_adapter(model, lora, 0)
     _put_on_device(model, machine.compute_dtype)
     return model
 
@@ -51,13 +57,7 @@ def _to_four_bits(model: Any, dtype: torch.dtype) -> None:
     """As transformers does it: 4-bit layers in place of all linear ones but the head."""
     head = model.get_output_embeddings()
     kept = [name for name, module in model.named_modules() if module is head]
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=settings)
+    replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=nf4(dtype))
     model.is_loaded_in_4bit = True
 
 
@@ -111,3 +111,48 @@ def _packed(layer: Any, dtype: torch.dtype) -> torch.nn.Parameter:
     )
     layer.quant_state = weight.quant_state
     return weight
+
+
+# --- a step ---------------------------------------------------------------------------------
+
+
+class DryAccumulator(Accumulator[Any]):
+    """The training loop's gradient of a batch without the read-back at its end.
+
+    So a step runs where there are no numbers, and on a real GPU shows what else the host waits for.
+    """
+
+    def __init__(self, learner: Learner[Any], max_tokens: int) -> None:
+        machine = Machine(torch.device("cpu"), learner.scorer.compute_dtype)
+        work = Workplace("dry run", SilentReporter(), RuntimeParams(), machine)
+        super().__init__(learner, Limits.of(work, max_tokens), StopRequest())
+
+    def _exchange(
+        self, groups: Sequence[TokenGroup], sums_S: torch.Tensor, parameters: Sequence[torch.nn.Parameter]
+    ) -> list[float]:
+        """As many zeros as the real one reads from the device, in the one read-back of a step."""
+        return [0.0] * len(sums_S)
+
+
+def open_dry_scorer(model: Any, machine: Machine, layout: LayoutName) -> Scorer:
+    """What ``open_scorer`` makes of a model whose probe passes; kernels are tried out as there."""
+    scorer = Scorer(model, machine.compute_dtype, layout)
+    scorer.max_read_share = MAX_READ_SHARE if scorer.can_read_rows else 0.0
+    with scorer, torch.no_grad():
+        scorer.score(random_pairs("equal", 1, scorer.config.vocab_size))
+    return scorer
+
+
+def mean_visible_pairs(scorer: Scorer, groups: Sequence[TokenGroup], max_tokens: int) -> int:
+    """(query, key) pairs that see each other in a micro-batch, a mean over those of a step."""
+    batches = [[groups[index] for index in indices] for indices in scorer.split(groups, max_tokens)]
+    return Work.of(batches, scorer.layout).visible // len(batches)
+
+
+def take_optimizer_step(trainable: Sequence[torch.nn.Parameter], norm: torch.Tensor) -> None:
+    """Clip the gradients, which have this norm, and take a step of AdamW, as training does; they are gone after it."""
+    torch.nn.utils.clip_grads_with_norm_(trainable, 1.0, norm)
+    # fused: the other forms read on the CPU how many steps were done, which has no number here
+    torch.optim.AdamW(trainable, lr=1e-6, fused=True).step()
+    for parameter in trainable:
+        parameter.grad = None

@@ -1,7 +1,9 @@
-"""What a pass would take on a GPU that is not there, counted and held against its sheet."""
+"""What a pass would take on a GPU that is not there: counted, and held against its sheet (Williams et al. 2009)."""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,18 +15,15 @@ from dpo_cli.core.progress import Reporter
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.dry_run.counts import Counting, Counts
 from dpo_cli.dry_run.device import dry_cuda, prepare_dry_machine, read_backs_give_zeros
-from dpo_cli.dry_run.model import dry_model
-from dpo_cli.dry_run.roofline import HOST_S, REACHED_SHARE, Prediction, predict
-from dpo_cli.dry_run.step import DryAccumulator, mean_visible_pairs, open_dry_scorer, take_optimizer_step
-from dpo_cli.models.device import BFLOAT16_SINCE, Machine, token_budget
-from dpo_cli.models.gpus import GPUS, Gpu
+from dpo_cli.dry_run.model import DryAccumulator, dry_model, mean_visible_pairs, open_dry_scorer, take_optimizer_step
+from dpo_cli.models.device import BFLOAT16_SINCE, GPUS, Gpu, Machine, token_budget
 from dpo_cli.models.load import quiet_libraries
-from dpo_cli.models.shapes import SHAPES
-from dpo_cli.models.workplace import Workplace
-from dpo_cli.reference.scoring import missing_groups, score_groups, tokens_at_once
+from dpo_cli.models.project import Workplace
+from dpo_cli.models.shapes import REGIMES, SHAPES, random_pairs
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.limits import Sizes, Work, least_operations
-from dpo_cli.scoring.regimes import REGIMES, random_pairs
+from dpo_cli.scoring.recompute import Recompute
+from dpo_cli.scoring.reference import missing_groups, score_groups, tokens_at_once
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.bench import work_of
 from dpo_cli.training.memory import choose_memory
@@ -36,17 +35,19 @@ CONTEXT_BYTES = 1 << 29
 _GIB = 2**30
 
 
+REACHED_SHARE = 0.85
+"""Share of the data sheet's operations and bandwidth that large products and copies are taken to reach."""
+KERNEL_S = 4e-6
+"""Seconds that even the smallest kernel is taken to need on the device."""
+HOST_S: dict[Recompute, float] = {"none": 25e-6, "elementwise": 55e-6, "layers": 37e-6}
+"""Seconds of Python and PyTorch that the host is taken to need for a kernel: what a layer took on one core of a server
+without a GPU, divided by its kernels. By what is computed again, since PyTorch asks at each operation there.
+"""
+
+
 @dataclass(frozen=True)
 class PredictionOptions:
-    """What to predict.
-
-    Attributes:
-        which: The passes.
-        card: A GPU, of :data:`~dpo_cli.models.gpus.GPUS`.
-        shape: A shape of a model.
-        regime: A regime of random pairs.
-        num_pairs: Pairs.
-    """
+    """What to predict: passes, on a card of GPUS, of a model of SHAPES and so many pairs of REGIMES."""
 
     which: tuple[str, ...]
     card: str
@@ -191,3 +192,41 @@ def _rows(found: dict[str, Any], figures: dict[str, Any], gpu: Gpu) -> list[tupl
             + ("" if found["fits"] else ": DOES NOT FIT; lower runtime.max_tokens_per_microbatch"),
         ),
     ]
+
+
+# --- how long it takes ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds of counted work.
+
+    Attributes:
+        by_kind: Seconds on the device, by kind of kernel.
+        host_s: Seconds on the host, which works ahead of the device as far as it can.
+    """
+
+    by_kind: dict[str, float]
+    host_s: float
+
+    @property
+    def device_s(self) -> float:
+        """Seconds on the device."""
+        return sum(self.by_kind.values())
+
+    @property
+    def seconds(self) -> float:
+        """Whichever is slower."""
+        return max(self.device_s, self.host_s)
+
+
+def predict(launches: Iterable[tuple[str, int, int]], gpu: Gpu, recompute: Recompute = "none") -> Prediction:
+    """Each kernel, of a kind, bytes and operations, takes as long as its operations or its bytes do."""
+    operations_a_second = REACHED_SHARE * gpu.tflops * 1e12
+    bytes_a_second = REACHED_SHARE * gpu.bandwidth * 1e9
+    by_kind: dict[str, float] = defaultdict(float)
+    number = 0
+    for kind, moved, flops in launches:
+        by_kind[kind] += max(flops / operations_a_second, moved / bytes_a_second, KERNEL_S)
+        number += 1
+    return Prediction(dict(by_kind), number * HOST_S[recompute])

@@ -1,1 +1,4 @@
-"""Held-out figures, answers, divergences and what they mean; experiments compared."""
+"""Is the tuned model better, by how much, how surely, and at what cost."""
+
+SFT, DPO, BASE = "sft", "dpo", "base"
+"""What the models of an evaluation are called in its files."""

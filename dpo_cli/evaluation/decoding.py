@@ -1,7 +1,6 @@
 """Decoding for GPUs: shapes that do not change from step to step, and nothing that the device is waited for.
 
-Legend: R rows, L tokens of the longest prompt, S new tokens at most, K places of the cache, G key heads, D head size,
-V vocabulary.
+Legend: R rows, L tokens of the longest prompt, S new tokens at most, K places of the cache, V vocabulary.
 
 Where a cache grows and every token is looked at, a step costs what the host needs to start some hundred kernels, and
 the device waits. Here keys and values have all their places from the beginning, a step works on tensors alone, and
@@ -22,9 +21,11 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import StaticSlidingWindowLayer
 
 from dpo_cli.core.errors import first_line, is_out_of_memory
+from dpo_cli.evaluation.static_cache import PlacesCache
+from dpo_cli.scoring.limits import causal_of
 
 _STEPS_A_LOOK = 8
 """Steps after which the host asks whether all answers have ended."""
@@ -43,7 +44,7 @@ _MAX_TOLERANCE = 0.2
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Decoding:
     """How an answer is sampled.
 
     Attributes:
@@ -73,7 +74,7 @@ class StaticDecoder:
 
     Args:
         model: A causal LM in eval mode, or a PEFT model around one.
-        sampling: How.
+        decoding: How.
         dtype: What is computed in.
 
     Attributes:
@@ -81,12 +82,12 @@ class StaticDecoder:
         unrecorded: Why steps are not played back from a record; None where they are, or need not be.
     """
 
-    def __init__(self, model: Any, sampling: Sampling, dtype: torch.dtype) -> None:
-        causal: Any = getattr(model, "get_base_model", lambda: model)()  # of a PeftModel; else itself
+    def __init__(self, model: Any, decoding: Decoding, dtype: torch.dtype) -> None:
+        causal = causal_of(model)
         self._model = model
         self._config = causal.config.get_text_config(decoder=True)
         self._known = inspect.signature(causal.forward).parameters
-        self._sampling = sampling
+        self._sampling = decoding
         self._dtype = dtype
         self._num_tried = 0
         self.refused: str | None = None
@@ -109,7 +110,9 @@ class StaticDecoder:
         if not self._is_tried(length, tokens_RL.device):
             return None
         while True:
-            run = _Run(self._forward, _Cache(self._config, length), tokens_RL, mask_RL, uniforms_RS, self._sampling)
+            run = _Run(
+                self._forward, PlacesCache(self._config, length), tokens_RL, mask_RL, uniforms_RS, self._sampling
+            )
             run.begin()
             num_tokens = self._go_on(run)
             if num_tokens is not None:
@@ -192,14 +195,12 @@ class StaticDecoder:
                 )
                 found.append(logits[:, -1])
                 begin = end
-            return _probabilities(torch.stack(found, 1))
+            return torch.stack(found, 1)
 
         keep = {"logits_to_keep": _TRIED_STEPS + 1} if "logits_to_keep" in self._known else {}
-        expected = _probabilities(
-            self._forward(tokens, mask, positions, use_cache=False, **keep)[:, -_TRIED_STEPS - 1 :]
-        )
-        sampling = Sampling(0.0, _TRIED_STEPS + 1, ())
-        run = _Run(self._forward, _Cache(self._config, size), tokens[:, :prompt], mask[:, :prompt], None, sampling)
+        expected = self._forward(tokens, mask, positions, use_cache=False, **keep)[:, -_TRIED_STEPS - 1 :]
+        decoding = Decoding(0.0, _TRIED_STEPS + 1, ())
+        run = _Run(self._forward, PlacesCache(self._config, size), tokens[:, :prompt], mask[:, :prompt], None, decoding)
         run.begin()
         found = [run.logits_RV]
         for step in range(_TRIED_STEPS):
@@ -208,85 +209,17 @@ class StaticDecoder:
         noise = _distance(grown(), expected)
         floor = _TOLERANCES.get(self._dtype, _NARROW_TOLERANCE)
         allowed = min(max(floor, _NOISE_FACTOR * noise), max(floor, _MAX_TOLERANCE))
-        off = _distance(_probabilities(torch.stack(found, 1)), expected)
+        off = _distance(torch.stack(found, 1), expected)
         return None if off <= allowed else f"a next-token distribution is off by {off:.2g}"
 
 
 # --- a batch on its way ---------------------------------------------------------------------
 
 
-class _Clock:
-    """Where in the cache the tokens belong that go through the model now.
-
-    Attributes:
-        length: K.
-        place_1: int64 [1] on the device, the place of a step's token; None while prompts go through, from place 0 on.
-    """
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-        self.place_1: torch.Tensor | None = None
-
-
-class _Places(StaticLayer):
-    """A layer's keys and values [R, G, K, D]; windows are the mask's, so that a token's place never changes."""
-
-    def __init__(self, clock: _Clock, *, is_sliding: bool) -> None:
-        super().__init__(clock.length)
-        self.is_sliding = is_sliding
-        self._clock = clock
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put keys and values [R, G, tokens, D] in their places; returns all that may be seen."""
-        place_1 = self._clock.place_1
-        if place_1 is None:
-            size = key_states.shape[2]
-            self.keys, self.values = (
-                states.new_zeros(*states.shape[:2], self._clock.length, states.shape[3])
-                for states in (key_states, value_states)
-            )
-            self.keys[:, :, :size], self.values[:, :, :size] = key_states, value_states
-            self.is_initialized = True
-            return key_states, value_states
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys.index_copy_(2, place_1, key_states)
-        self.values.index_copy_(2, place_1, value_states)
-        return self.keys, self.values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys that a mask is for, and the place of the first."""
-        return (query_length if self._clock.place_1 is None else self._clock.length), 0
-
-    def get_seq_length(self) -> Any:
-        """Tokens before those that go through the model now: a number, and for steps a tensor []."""
-        return 0 if self._clock.place_1 is None else self._clock.place_1[0]
-
-
-class _Cache(Cache):
-    """Keys and values of all layers in so many places, or a few more.
-
-    Raises:
-        ValueError: A layer keeps what has no place.
-    """
-
-    def __init__(self, config: Any, length: int) -> None:
-        self.clock = _Clock(-(-length // 8) * 8)  # the kernels of attention read masks by eights
-        layers: list[Any] = []
-        for layer in StaticCache(config=config, max_cache_len=self.clock.length).layers:
-            if type(layer) not in (StaticLayer, StaticSlidingWindowLayer):
-                raise ValueError(f"its cache has a {type(layer).__name__}")
-            layers.append(_Places(self.clock, is_sliding=isinstance(layer, StaticSlidingWindowLayer)))
-        super().__init__(layers=layers)
-
-
 class _Run:
     """A batch on its way: all that a step reads and writes, in tensors that stay where they are.
 
     Attributes:
-        device: Where.
         token_R1: int64, each row's last token.
         logits_RV: The prompts' last logits.
         answers_RS: int64.
@@ -297,28 +230,27 @@ class _Run:
     def __init__(
         self,
         forward: Callable[..., torch.Tensor],
-        cache: _Cache,
+        cache: PlacesCache,
         tokens_RL: torch.Tensor,
         mask_RL: torch.Tensor,
         uniforms_RS: torch.Tensor | None,
-        sampling: Sampling,
+        decoding: Decoding,
     ) -> None:
         rows, prompt = tokens_RL.shape
-        self.device = device = tokens_RL.device
-        self._clock = cache.clock
-        self._forward, self._cache, self._sampling = forward, cache, sampling
+        device = tokens_RL.device
+        self._forward, self._cache, self._sampling = forward, cache, decoding
         self._uniforms_RS = uniforms_RS
         self._tokens_RL = tokens_RL
-        self._mask_RK = mask_RL.new_ones(rows, self._clock.length)
+        self._mask_RK = mask_RL.new_ones(rows, cache.length)
         self._mask_RK[:, :prompt] = mask_RL
         self._positions_RL = _positions(mask_RL)
-        self._stop_ids = torch.tensor(sampling.stop_ids, dtype=torch.long).to(device, non_blocking=True)
+        self._stop_ids = torch.tensor(decoding.stop_ids, dtype=torch.long).to(device, non_blocking=True)
         self._position_R1 = self._positions_RL[:, -1:].clone()
         self._place_1 = torch.full((1,), prompt - 1, device=device)
         self._step_1 = torch.zeros(1, dtype=torch.long, device=device)
         self.token_R1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.ended_R = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.answers_RS = torch.zeros(rows, sampling.max_new_tokens, dtype=torch.long, device=device)
+        self.answers_RS = torch.zeros(rows, decoding.max_new_tokens, dtype=torch.long, device=device)
         self.state = [self.token_R1, self._position_R1, self._place_1, self._step_1, self.ended_R]
 
     def begin(self) -> None:
@@ -329,8 +261,17 @@ class _Run:
             self._tokens_RL, mask_RL, self._positions_RL, past_key_values=self._cache, use_cache=True
         )
         self.logits_RV = logits[:, -1]
-        self._clock.place_1 = self._place_1
+        self._cache.begin_steps(self._place_1)
         self._take(self.logits_RV)
+
+    def saved(self) -> list[torch.Tensor]:
+        """A copy of the state."""
+        return [tensor.clone() for tensor in self.state]
+
+    def restore(self, saved: list[torch.Tensor]) -> None:
+        """Make the state what it was."""
+        for tensor, value in zip(self.state, saved, strict=True):
+            tensor.copy_(value)
 
     def step(self) -> torch.Tensor:
         """Let the last tokens through the model and take the next ones; returns the logits [R, V]."""
@@ -380,7 +321,7 @@ def _reason_to_wait(run: _Run) -> str | None:
     To find that out by recording would end the record in an error, behind which PyTorch refuses to draw random numbers
     on the device for the rest of the process.
     """
-    before = [tensor.clone() for tensor in run.state]
+    before = run.saved()
     try:
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -390,10 +331,9 @@ def _reason_to_wait(run: _Run) -> str | None:
     except Exception as error:  # whatever a model does
         if is_out_of_memory(error):
             raise
-        return _unrecordable(error)
+        return f"it cannot be recorded ({first_line(error)})"
     finally:
-        for tensor, value in zip(run.state, before, strict=True):
-            tensor.copy_(value)
+        run.restore(before)
     return None
 
 
@@ -411,7 +351,7 @@ def _record(step: Callable[[], torch.Tensor]) -> _Record | str:
         cause = error.__context__ or error  # the end of the record complains of it once more
         if is_out_of_memory(cause) or is_out_of_memory(error):
             raise cause from None
-        return _unrecordable(cause)
+        return f"it cannot be recorded ({first_line(cause)})"
     return _Record(graph.replay, logits_RV)
 
 
@@ -425,34 +365,26 @@ def _end_record(pool: Any) -> None:
         torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
 
 
-def _unrecordable(error: BaseException) -> str:
-    return f"it cannot be recorded ({first_line(error)})"
-
-
 def _reason_against_record(run: _Run, record: _Record) -> str | None:
     """Take a step by its record and again without it, and say why the record will not do; None where it does.
 
     It is another step than the one that was recorded, with another token at another place.
     """
-    before = [tensor.clone() for tensor in run.state]
+    before = run.saved()
     record.replay()
-    found, state = record.logits_RV.clone(), [tensor.clone() for tensor in run.state]
-    for tensor, value in zip(run.state, before, strict=True):
-        tensor.copy_(value)
-    off = _distance(_probabilities(found), _probabilities(run.step()))
+    found, state = record.logits_RV.clone(), run.saved()
+    run.restore(before)
+    off = _distance(found, run.step())
     if not off <= _NARROW_TOLERANCE:
         return f"its record gives a distribution that is off by {off:.2g}"
     moved = [tensor for tensor, value in zip(run.state[1:4], state[1:4], strict=True) if not torch.equal(tensor, value)]
     return "its record does not go on" if moved else None
 
 
-def _probabilities(logits: torch.Tensor) -> torch.Tensor:
-    return logits.float().softmax(-1)
-
-
-def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest total variation distance of distributions; infinite where there is no number."""
-    return (found - expected).abs().sum(-1).nan_to_num(nan=float("inf")).max().item() / 2
+def _distance(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest total variation distance of next-token distributions; infinite where there is no number."""
+    found, wanted = (each.float().softmax(-1) for each in (logits, expected))
+    return (found - wanted).abs().sum(-1).nan_to_num(nan=float("inf")).max().item() / 2
 
 
 def describe(decoder: StaticDecoder) -> str:

@@ -1,13 +1,15 @@
-"""Experiments by name: where DVC keeps them in git, and what each left under reports/.
+"""What a run left behind: where DVC keeps experiments in git, and their settings, metrics and rows.
 
-DVC keeps an experiment as a commit on its baseline, under ``refs/exps/<first two digits of the
-baseline>/<the rest>/<name>``. The commit holds all tracked files and every output that is not
-cached, so params.yaml, dvc.lock and reports/ are read with git alone.
+DVC keeps an experiment as a commit on its baseline, under ``refs/exps/<first two digits of the baseline>/<the
+rest>/<name>``. The commit holds all tracked files and every output that is not cached, so params.yaml, dvc.lock and
+reports/ are read with git alone.
 """
 
 from __future__ import annotations
 
+import csv
 import difflib
+import functools
 import hashlib
 import io
 import json
@@ -15,43 +17,75 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, MachineError, ParamsError, StaleArtifactError
 from dpo_cli.core.pipeline import STAGES
-from dpo_cli.evaluation.differences import (
-    OF_ANSWERS,
-    OF_PAIRS,
-    Experiment,
-    Rows,
-    Texts,
-    flatten,
-    flatten_metrics,
-    rows_of_answers,
-    rows_of_pairs,
-)
+from dpo_cli.data.schema import Messages
+from dpo_cli.evaluation import DPO, SFT
 
 WORKSPACE = "workspace"
+OF_ANSWERS = paths.SAMPLES
+OF_PAIRS = "pairs.csv"
+"""Files of reports/evaluate with a value a prompt, and a value a held-out pair."""
+
+ANSWER_FIGURES = {
+    "reward": "reward", "well_formed": "well_formed", "finished": "finished", "num_tokens": "answer_tokens"
+}  # fmt: skip
+"""Metrics of both models' answers, by what a row of samples.json calls them."""
+PAIR_FIGURES = ("loss", "margin", "chosen_reward", "rejected_reward")
+
 _REFS = "refs/exps"
 _BASELINE_DIGITS = (40, 64)
 _NOT_SETTINGS = ("runtime",)
 _LOCK = Path("dvc.lock")
+
+Scalar = float | int | bool | str | None
+Rows = Mapping[str, tuple[str, float]]
+"""Value of each row by the row's id, beside the id of its prompt."""
 Read = Callable[[Path], bytes | None]
 
 
+class Texts(NamedTuple):
+    """A prompt and what both models of a run answered."""
+
+    prompt: Messages
+    sft: str
+    dpo: str
+
+
 @dataclass(frozen=True)
-class Ref:
-    """An experiment of DVC.
+class Experiment:
+    """What one run left behind.
 
     Attributes:
-        name: Its name.
-        baseline: The commit that it is based on.
-        commit: Its own commit.
+        name: What the user calls it.
+        revision: Its commit; empty for the workspace.
+        params: Its settings by dotted path.
+        metrics: Its metrics by dotted path, the stage first.
+        rows: By metric, the values that the metric is the mean of.
+        missing: By file of reports/evaluate, why there are no such values.
+        answers: What was asked and answered, by prompt.
     """
+
+    name: str
+    revision: str
+    params: Mapping[str, Scalar]
+    metrics: Mapping[str, Scalar]
+    rows: Mapping[str, Rows] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict)
+    answers: Mapping[str, Texts] = field(default_factory=dict)
+
+
+# --- names ----------------------------------------------------------------------------------
+
+
+class Ref(NamedTuple):
+    """An experiment of DVC: its name, the commit that it is based on, and its own."""
 
     name: str
     baseline: str
@@ -133,6 +167,80 @@ def _revision_of(name: str, refs: Sequence[Ref]) -> str:
     return commit
 
 
+# --- what it left behind ---------------------------------------------------------------------
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "", *, lists: bool = True) -> dict[str, Scalar]:
+    """A tree as values by dotted path; a list, or a mapping that is empty, is one value, as text, or left out."""
+    flat: dict[str, Scalar] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{path}.", lists=lists)
+        elif not isinstance(value, list | Mapping):
+            flat[path] = value
+        elif lists:
+            flat[path] = json.dumps(value, ensure_ascii=False)
+    return flat
+
+
+def rows_of_answers(text: str) -> tuple[dict[str, Rows], dict[str, Texts]]:
+    """Values by metric in samples.json, and the texts by prompt.
+
+    A metric is left out where not every row has it.
+
+    Raises:
+        ValueError: It is no such file.
+    """
+    columns: dict[str, dict[str, tuple[str, float]]] = {}
+    answers: dict[str, Texts] = {}
+    num_rows = 0
+    try:
+        for row in json.loads(text):
+            num_rows += 1
+            prompt = row["id"]
+            answers[prompt] = Texts(row["prompt"], row["sft"]["text"], row["dpo"]["text"])
+            for metric, value in _answer_figures(row):
+                columns.setdefault(f"evaluate.{metric}", {})[prompt] = (prompt, float(value))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"a row has no {error}") from None
+    partial = {"evaluate.win_rate", "evaluate.tie_rate"}  # a judge may have no verdict on some
+    if not num_rows:
+        raise ValueError("it holds no answers")
+    return {name: rows for name, rows in columns.items() if len(rows) == num_rows or name in partial}, answers
+
+
+def _answer_figures(row: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
+    for name in (SFT, DPO):
+        for key, metric in ANSWER_FIGURES.items():
+            if key in row[name]:
+                yield f"{metric}_{name}", row[name][key]
+    if "win" in row:
+        yield "win_rate", row["win"]
+        yield "tie_rate", row["win"] == 0.5
+    if "kl" in row:
+        yield "kl", row["kl"]
+
+
+def rows_of_pairs(text: str) -> dict[str, Rows]:
+    """Values by metric in pairs.csv.
+
+    Raises:
+        ValueError: It is no such file.
+    """
+    columns: dict[str, dict[str, tuple[str, float]]] = {}
+    try:
+        for row in csv.DictReader(text.split("\n")):
+            margin = float(row["margin"])
+            figures = {name: float(row[name]) for name in PAIR_FIGURES}
+            figures["reward_accuracy"] = 0.5 if margin == 0 else float(margin > 0)
+            for name, value in figures.items():
+                columns.setdefault(f"evaluate.{name}", {})[row["id"]] = (row["prompt"], value)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"a row has no {error}") from None
+    return dict(columns)
+
+
 def read_experiment(name: str, revision: str) -> tuple[Experiment, list[str]]:
     """What an experiment left behind, and what is odd about it, one sentence each.
 
@@ -163,14 +271,13 @@ def read_experiment(name: str, revision: str) -> tuple[Experiment, list[str]]:
     rows: dict[str, Rows] = {}
     missing: dict[str, str] = {}
     answers: dict[str, Texts] = {}
-    for file in (OF_ANSWERS, OF_PAIRS):
-        path = reports / file
+    for path in (reports / OF_ANSWERS, reports / OF_PAIRS):
         content = read(path)
         if content is None:
-            missing[file] = f"{name} has no {path}; evaluate it again"
+            missing[path.name] = f"{name} has no {path}; evaluate it again"
             continue
         try:
-            if file == OF_PAIRS:
+            if path.name == OF_PAIRS:
                 rows |= rows_of_pairs(content.decode())
             else:
                 found, answers = rows_of_answers(content.decode())
@@ -178,7 +285,7 @@ def read_experiment(name: str, revision: str) -> tuple[Experiment, list[str]]:
         except ValueError as error:
             raise DataError(f"{name}: {path} is damaged ({error}); evaluate it again") from None
     settings = {key: value for key, value in params.items() if key not in _NOT_SETTINGS}
-    experiment = Experiment(name, revision, flatten(settings), flatten_metrics(metrics), rows, missing, answers)
+    experiment = Experiment(name, revision, flatten(settings), flatten(metrics, lists=False), rows, missing, answers)
     return experiment, [] if folder is not None else _oddities(name, params, read)
 
 
@@ -186,13 +293,9 @@ def _oddities(name: str, params: dict[str, Any], read: Read) -> list[str]:
     """Where params.yaml or reports/ are not those of the run that dvc.lock recorded."""
     stages = _yaml(read(_LOCK), f"{name}: {_LOCK}").get("stages") or {}
     found = []
-    ran = flatten(
-        {
-            section: values
-            for stage in STAGES
-            for section, values in stages.get(stage.name, {}).get("params", {}).get(paths.PARAMS.name, {}).items()
-        }
-    )
+    ran: dict[str, Scalar] = {}
+    for stage in STAGES:
+        ran |= flatten(stages.get(stage.name, {}).get("params", {}).get(paths.PARAMS.name, {}))
     now = flatten({section: values for section, values in params.items() if section not in _NOT_SETTINGS})
     changed = [path for path in ran if path in now and now[path] != ran[path]]
     if changed:
@@ -217,24 +320,17 @@ def _oddities(name: str, params: dict[str, Any], read: Read) -> list[str]:
     return found
 
 
-# --- reading --------------------------------------------------------------------------------
-
-
 def _reader(revision: str) -> Read:
     """Reads a file of the project as it is at a revision; None where it has none."""
-    files: dict[Path, bytes | None] = {}
 
+    @functools.cache
     def read(path: Path) -> bytes | None:
-        if path not in files:
-            files[path] = _show(revision, path) if revision else (path.read_bytes() if path.is_file() else None)
-        return files[path]
+        if not revision:
+            return path.read_bytes() if path.is_file() else None
+        shown = _run_git("show", f"{revision}:./{path.as_posix()}")
+        return None if shown.returncode else shown.stdout
 
     return read
-
-
-def _show(revision: str, path: Path) -> bytes | None:
-    result = _run_git("show", f"{revision}:./{path.as_posix()}")
-    return None if result.returncode else result.stdout
 
 
 def _commit_of(name: str) -> str | None:

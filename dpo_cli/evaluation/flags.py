@@ -1,4 +1,4 @@
-"""Flags: the ways in which preference tuning goes wrong, each with what it means and what to do.
+"""Lines of the verdict, and flags: the ways in which preference tuning goes wrong, with what to do.
 
 Pure functions of metrics.json. A flag is amber (warn) where something is to be looked at, and red (bad) where it is
 surely a loss.
@@ -7,11 +7,13 @@ surely a loss.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from dpo_cli.core.progress import Status
-from dpo_cli.evaluation.findings import FEWEST, Finding, percent, percent_interval
 
+FEWEST = 6
+"""Prompts below which no rate is told from one half: five that all go one way come by chance in 6 of 100 cases."""
 LONGER = 1.3
 """Ratio of mean lengths above which the policy counts as long-winded."""
 RISING_WITH_LENGTH = 0.5
@@ -28,15 +30,47 @@ FEW_END = 0.5
 MUCH_REPETITION = 0.5
 
 
+@dataclass(frozen=True)
+class Finding:
+    """One line of the verdict.
+
+    Attributes:
+        name: The quantity.
+        value: Its value with interval and unit, as text.
+        status: good, warn, bad, or plain where no judgment is made.
+        meaning: What it says, in one sentence.
+    """
+
+    name: str
+    value: str
+    status: Status
+    meaning: str
+
+
+def percent(value: float) -> str:
+    """A share as text."""
+    return f"{100 * value:.1f}%"
+
+
+def percent_interval(ci: tuple[float, float] | list[float] | None) -> str:
+    """An interval of shares as text; empty where there is none."""
+    return "" if ci is None else f"[{percent(ci[0])}, {percent(ci[1])}]"
+
+
+def rate_text(metrics: Mapping[str, Any], name: str) -> str:
+    """A share among the metrics with its interval, as text."""
+    return f"{percent(metrics[name])} {percent_interval(metrics[f'{name}_ci'])}"
+
+
 def flags(metrics: Mapping[str, Any]) -> list[Finding]:
     """All flags that the metrics can tell, raised or not."""
-    found = [displacement(metrics), length_exploitation(metrics)]
+    found = [_displacement(metrics), _length_exploitation(metrics)]
     if metrics.get("num_smaller_steps"):
-        found.append(over_optimization(metrics))
-    return [*found, degeneration(metrics)]
+        found.append(_over_optimization(metrics))
+    return [*found, _degeneration(metrics)]
 
 
-def displacement(metrics: Mapping[str, Any]) -> Finding:
+def _displacement(metrics: Mapping[str, Any]) -> Finding:
     """Chosen answers that became less likely: amber alone, red with a falling win rate or a collapsed entropy.
 
     Source: Razin et al. 2024, Unintentional unalignment: likelihood displacement in direct preference optimization.
@@ -58,11 +92,11 @@ def displacement(metrics: Mapping[str, Any]) -> Finding:
         "reward of chosen answers",
         value,
         "warn",
-        "chosen answers became less likely than before: common with DPO, and no failure by itself",
+        "chosen answers became less likely than before: common with DPO, and not a failure in itself",
     )
 
 
-def length_exploitation(metrics: Mapping[str, Any]) -> Finding:
+def _length_exploitation(metrics: Mapping[str, Any]) -> Finding:
     """Longer answers, and a reward that rises with length.
 
     Source: Park et al. 2024, Disentangling length from quality in direct preference optimization.
@@ -74,9 +108,9 @@ def length_exploitation(metrics: Mapping[str, Any]) -> Finding:
     if correlation is not None:
         value += f", correlation {correlation:+.2f}"
     status: Status = "warn" if longer else "plain"
-    meaning = "mean tokens of the tuned model's answers, and how its implicit reward goes with their length"
+    meaning = "mean tokens of the tuned model's answers, and how its implicit reward correlates with their length"
     if longer:
-        meaning = "the tuned model talks longer" + (", and its reward rises with length" if rising else "")
+        meaning = "the tuned model's answers are longer" + (", and its reward rises with length" if rising else "")
         controlled = metrics.get("win_rate_lc_ci")
         if controlled and metrics["win_rate_ci"] and controlled[0] <= 0.5 < metrics["win_rate_ci"][0]:
             status = "bad" if controlled[1] < 0.5 else "warn"
@@ -85,7 +119,7 @@ def length_exploitation(metrics: Mapping[str, Any]) -> Finding:
     return Finding("length of answers", value, status, meaning)
 
 
-def over_optimization(metrics: Mapping[str, Any]) -> Finding:
+def _over_optimization(metrics: Mapping[str, Any]) -> Finding:
     """A smaller step is as good at a lower KL: amber; red where it is surely better.
 
     Source: Gao et al. 2023, Scaling laws for reward model overoptimization; Rafailov et al. 2024, Scaling laws for
@@ -98,23 +132,23 @@ def over_optimization(metrics: Mapping[str, Any]) -> Finding:
             "over-optimization",
             "none seen",
             "plain",
-            f"of {number} {steps} along the same way none is as good at a lower KL (see the frontier)",
+            f"of {number} {steps} in the same direction, none is as good at a lower KL (see the frontier)",
         )
     ci = metrics["cheaper_gain_ci"]
     surely = ci is not None and ci[1] < 0
     return Finding(
         "over-optimization",
-        f"{metrics['cheaper_scale']:g} of the way: {percent(metrics['cheaper_win_rate'])} at"
+        f"{metrics['cheaper_scale']:g} of the update: {percent(metrics['cheaper_win_rate'])} at"
         f" {metrics['cheaper_kl']:.2f} nats",
         "bad" if surely else "warn",
-        f"so much of what training changed is {'better than' if surely else 'as good as'} all of it"
+        f"this fraction of the update is {'better than' if surely else 'as good as'} all of it"
         f" ({metrics['kl']:.2f} nats), whose win rate differs by {100 * metrics['cheaper_gain']:+.1f} points"
         + (f" [{100 * ci[0]:+.1f}, {100 * ci[1]:+.1f}]" if ci is not None else "")
         + "; raise train.beta or train less",
     )
 
 
-def degeneration(metrics: Mapping[str, Any]) -> Finding:
+def _degeneration(metrics: Mapping[str, Any]) -> Finding:
     """Answers that do not end, repeat themselves or are all alike."""
     before, after = metrics["finished_sft"], metrics["finished_dpo"]
     signs = []
@@ -144,13 +178,13 @@ def _form_as_before(metrics: Mapping[str, Any]) -> tuple[Status, str]:
     if metrics["finished_dpo"] < FEW_END:
         limit = f", now {metrics['max_new_tokens']}" if "max_new_tokens" in metrics else ""
         faults.append(
-            f"most answers are cut off: raise evaluate.max_new_tokens{limit}, if they are meant to be so long"
+            f"most answers are cut off: raise evaluate.max_new_tokens{limit}, if they are meant to be that long"
         )
     if metrics["repetition_dpo"] > MUCH_REPETITION:
         faults.append("answers repeat themselves")
     if not faults:
-        return "plain", "no sign of degeneration in ends, repetition and variety"
-    return "warn", f"{', and '.join(faults)}; SFT's are no better, so tuning did not bring it about"
+        return "plain", "no sign of degeneration in endings, repetition and variety"
+    return "warn", f"{', and '.join(faults)}; SFT's are no better, so tuning is not the cause"
 
 
 def judge_quality(metrics: Mapping[str, Any]) -> Finding | None:
@@ -161,13 +195,13 @@ def judge_quality(metrics: Mapping[str, Any]) -> Finding | None:
     parts, doubts = [], []
     if agreement is not None:
         ci = metrics["judge_agreement_ci"]
-        parts.append(f"{percent(agreement)} {percent_interval(ci)} agreement with the data")
+        parts.append(f"{rate_text(metrics, 'judge_agreement')} agreement with the data")
         if ci is not None and ci[0] <= 0.5:
-            doubts.append("it does not surely prefer the data's chosen answers")
+            doubts.append("it does not clearly prefer the data's chosen answers")
     if consistency is not None:
         parts.append(f"{percent(consistency)} consistent")
         if consistency < CONSISTENT:
-            doubts.append("its verdict often turns with the order of the answers")
+            doubts.append("its verdict often depends on the order of the answers")
     if metrics.get("judge_invalid_rate"):
         parts.append(f"{percent(metrics['judge_invalid_rate'])} without a verdict")
     if metrics.get("judge_first_position_rate") is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,9 +20,10 @@ from dpo_cli.core.artifacts import digest_json
 from dpo_cli.core.environment import is_gpu
 from dpo_cli.core.progress import Meter
 from dpo_cli.data.schema import Messages
-from dpo_cli.evaluation.decoding import Sampling, StaticDecoder, describe, pick
+from dpo_cli.evaluation.decoding import Decoding, StaticDecoder, describe, pick
 from dpo_cli.models.lora import cast_adapters
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
+from dpo_cli.scoring.limits import is_in_4_bit
 from dpo_cli.scoring.scorer import restore_attention
 
 GENERATION_VERSION = 1
@@ -47,14 +48,8 @@ class PromptTokens:
     messages: Messages = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """The tokens of a sampled answer.
-
-    Attributes:
-        tokens: Token ids as sampled, the stop token included where one came.
-        finished: Whether a stop token came before the limit.
-    """
+class Sampled(NamedTuple):
+    """The tokens of a sampled answer, the stop token included where one came, and whether one came in time."""
 
     tokens: tuple[int, ...]
     finished: bool
@@ -78,7 +73,7 @@ class _InverseCdf(LogitsProcessor):
 def sample_answers(
     model: Any,
     prompts: Sequence[PromptTokens],
-    sampling: Sampling,
+    decoding: Decoding,
     *,
     budget: TokenBudget,
     autocast_dtype: torch.dtype,
@@ -90,7 +85,7 @@ def sample_answers(
     Args:
         model: A causal LM in eval mode.
         prompts: What to answer.
-        sampling: How.
+        decoding: How.
         budget: Tokens of a micro-batch; prompts and answers together may have :data:`CACHE_FACTOR` times as many.
         autocast_dtype: Compute dtype.
         meter: Called with every answer.
@@ -99,7 +94,7 @@ def sample_answers(
     Returns:
         The answers by prompt id.
     """
-    temperature, max_new_tokens, stop_ids = sampling.temperature, sampling.max_new_tokens, sampling.stop_ids
+    temperature, max_new_tokens, stop_ids = decoding.temperature, decoding.max_new_tokens, decoding.stop_ids
     restore_attention(model)
     model.generation_config = GenerationConfig()
     config = GenerationConfig(
@@ -107,7 +102,7 @@ def sample_answers(
     )
     answers: dict[str, Sampled] = {}
     device = model.get_input_embeddings().weight.device
-    decoder = StaticDecoder(model, sampling, autocast_dtype) if is_gpu(device) else None
+    decoder = StaticDecoder(model, decoding, autocast_dtype) if is_gpu(device) else None
 
     def sample(batch: list[PromptTokens]) -> list[list[int]]:
         length = max(len(prompt.tokens) for prompt in batch)
@@ -118,7 +113,7 @@ def sample_answers(
             mask[row, length - len(prompt.tokens) :] = 1
         tokens, mask, uniforms = tokens.to(device), mask.to(device), None
         if temperature > 0:
-            rows = np.stack([_uniforms(sampling, prompt.id) for prompt in batch])
+            rows = np.stack([_uniforms(decoding, prompt.id) for prompt in batch])
             uniforms = torch.from_numpy(rows).to(device)
         dtype = autocast_dtype if autocast_dtype != torch.float32 else None
         # a cast that is kept for the next step has no place in a recorded one
@@ -134,7 +129,7 @@ def sample_answers(
             )
         return output[:, length:].tolist()
 
-    is_packed = any(getattr(parameter, "quant_state", None) is not None for parameter in model.parameters())
+    is_packed = is_in_4_bit(model.parameters())
     max_rows = _ROWS_OF_FOUR_BITS if is_packed and is_gpu(device) else len(prompts)
 
     def split(left: Sequence[PromptTokens], max_tokens: int) -> list[list[int]]:
@@ -164,10 +159,10 @@ def _batches(prompts: Sequence[PromptTokens], max_new_tokens: int, max_tokens: i
     return batches
 
 
-def _uniforms(sampling: Sampling, prompt_id: str) -> np.ndarray:
+def _uniforms(decoding: Decoding, prompt_id: str) -> np.ndarray:
     """float64 [max_new_tokens] in [0, 1), from a counter-based generator keyed by what fixes the stream."""
-    key = int(digest_json([sampling.seed, sampling.stream, prompt_id]), 16)
-    return np.random.Generator(np.random.Philox(key=key)).random(sampling.max_new_tokens)
+    key = int(digest_json([decoding.seed, decoding.stream, prompt_id]), 16)
+    return np.random.Generator(np.random.Philox(key=key)).random(decoding.max_new_tokens)
 
 
 def _cut(tokens: Sequence[int], stop_ids: Sequence[int]) -> Sampled:

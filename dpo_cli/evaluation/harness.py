@@ -14,10 +14,9 @@ import difflib
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partialmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import torch
@@ -41,14 +40,10 @@ _Harness: Any = HFLM
 _simple_evaluate: Any = simple_evaluate
 
 
-@dataclass(frozen=True)
-class HarnessTask:
-    """A task that can be compared item by item.
+class HarnessTask(NamedTuple):
+    """A task that can be compared item by item, by the first of its metrics that is a mean over items.
 
     Attributes:
-        name: Its name.
-        metric: The first of its metrics that is a mean over items.
-        higher_is_better: Whether more of it is better.
         task: The harness's own object.
     """
 
@@ -87,12 +82,17 @@ def load_tasks(folder: Path, names: Sequence[str]) -> list[HarnessTask]:
         raise DataError(unread)
     if not manager.all_subtasks:
         raise DataError(f"{folder} has YAML files, but none of them is a task: none has a key task")
-    _refuse_unknown(folder, names, manager.all_tasks)
+    problems: list[str] = []
+    for name in (name for name in names if name not in manager.all_tasks):
+        near = difflib.get_close_matches(name, manager.all_tasks, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(manager.all_tasks)}"
+        problems.append(f"--tasks: {folder} has no task {name}; {hint}")
+    if problems:
+        raise ParamsError(problems)
     loaded: dict[str, Any] = {}
     with contextlib.chdir(folder):
         for name in dict.fromkeys(names or manager.all_subtasks):
             loaded |= _load(manager, folder, name)
-    problems: list[str] = []
     tasks = []
     for name, task in loaded.items():
         metric = next((metric for metric, total in task.aggregation().items() if total is mean), None)
@@ -114,14 +114,7 @@ def load_tasks(folder: Path, names: Sequence[str]) -> list[HarnessTask]:
 
 
 def _check_files(folder: Path) -> dict[str, Path]:
-    """Refuse what the harness would leave out without a word: files that are no YAML, and tasks named twice.
-
-    Returns:
-        Where each task is.
-
-    Raises:
-        DataError: With every problem.
-    """
+    """Where each task is; refuses what the harness would leave out without a word: no YAML, and tasks named twice."""
     files = sorted(folder.rglob("*.yaml"))
     if not files:
         raise DataError(f"{folder} has no YAML file (*.yaml) of lm-evaluation-harness")
@@ -144,17 +137,6 @@ def _check_files(folder: Path) -> dict[str, Path]:
     return homes
 
 
-def _refuse_unknown(folder: Path, names: Sequence[str], known: Sequence[str]) -> None:
-    problems = []
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
-            problems.append(f"--tasks: {folder} has no task {name}; {hint}")
-    if problems:
-        raise ParamsError(problems)
-
-
 def _load(manager: Any, folder: Path, name: str) -> dict[str, Any]:
     """A task, or those of a group or tag; in the folder, to which paths of data files are relative."""
     try:
@@ -162,7 +144,7 @@ def _load(manager: Any, folder: Path, name: str) -> dict[str, Any]:
     except Exception as error:
         if _wants_the_net(error):
             raise DataError(
-                f"{folder}: task {name} wants data that is not on this machine, and nothing is downloaded; save it as"
+                f"{folder}: task {name} needs data that is not on this machine, and nothing is downloaded; save it as"
                 " JSON lines beside the task, and name it: dataset_path: json, dataset_kwargs: {data_files: {test:"
                 f" FILE}}}} ({first_line(error, None)})"
             ) from error
@@ -215,17 +197,16 @@ class _ToMeter:
         self._meter.advance(1)
 
 
-@dataclass(frozen=True)
-class Requests:
+class Requests(NamedTuple):
     """What a task asks a model.
 
     Attributes:
-        count: Requests.
+        num: Requests.
         longest: Tokens of the longest one, the room for an answer included.
         num_too_long: Requests beyond the model's context.
     """
 
-    count: int
+    num: int
     longest: int
     num_too_long: int
 
@@ -235,7 +216,7 @@ def measure_requests(task: HarnessTask, tokenizer: Any, context: int | None, lim
 
     Args:
         task: The task.
-        tokenizer: The model's tokenizer.
+        tokenizer: The model's.
         context: Tokens the model knows positions for, where that is known.
         limit: The first so many items; None: all.
 
@@ -272,22 +253,14 @@ def _length(request: Any, tokenizer: Any) -> tuple[int, int]:
 def answer_items(
     model: Any, task: HarnessTask, requests: Requests, project: Project, *, label: str, limit: int | None
 ) -> dict[int, float]:
-    """The score of each item of a task, by the item's number.
-
-    Args:
-        model: A causal LM in eval mode.
-        task: The task.
-        requests: What it asks.
-        project: Whose tokenizer, machine and token budget it has.
-        label: What is said while it works.
-        limit: The first so many items; None: all.
+    """The score of each item of a task, or of the first so many, by the item's number.
 
     Raises:
         DataError: The metric of some item is no number, or an item cannot be scored.
     """
     batch_size = max(1, project.budget().max_tokens // requests.longest)
     lm = _LoadedModel(model, project.tokenizer, project.machine, context_length(project.base), batch_size)
-    with project.reporter.meter(label, requests.count, "requests") as meter, _no_bars():
+    with project.reporter.meter(label, requests.num, "requests") as meter, _no_bars():
         lm.set_cache_hook(_ToMeter(meter))
         found = _simple_evaluate(
             lm,

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, ParamsError
+from dpo_cli.core.judges import JUDGES
 from dpo_cli.core.load_params import load_params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.schema import Messages
-from dpo_cli.evaluation.differences import Experiment
-from dpo_cli.evaluation.model_names import SFT
+from dpo_cli.evaluation import SFT
+from dpo_cli.evaluation.experiments import Experiment
 from dpo_cli.judging.answers import Answer
-from dpo_cli.judging.comparisons import ComparisonResult, compare_models
-from dpo_cli.judging.prepare import ReadyJudge, prepare_judge
+from dpo_cli.judging.prepare import prepare_judge
+from dpo_cli.judging.win_rate import ComparisonResult, compare_models
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.models.project import open_project
-from dpo_cli.statistics.bootstrap import Estimate, Sampling, ends
-from dpo_cli.statistics.bradley_terry import Outcome, Strengths, fit_strengths
+from dpo_cli.statistics.intervals import Estimate, Sampling, ends
+from dpo_cli.statistics.logistic import Outcome, fit_strengths
 
 _READ = (
-    "model.", "reference.", "runtime.",
-    *(f"evaluate.{name}" for name in ("judge=", "hf.", "openai.", "bootstrap_draws=", "confidence=", "seed=")),
-)  # fmt: skip
+    "model.",
+    "reference.",
+    "runtime.",
+    *(f"evaluate.{name}=" for name in ("judge", "bootstrap_draws", "confidence", "seed")),
+    *(setting for kind in JUDGES.values() if kind.judges_any for setting in kind.settings),
+)
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,10 @@ class HeadToHead:
     """What a judge says of several models.
 
     Attributes:
-        judge: Its name.
-        reads: Whether it reads two texts in an order.
+        reads: Whether the judge reads two texts in an order.
         models: Their names, the baseline first and the SFT model last.
         results: By two of them, the later one's answers as ours.
-        strengths: Bradley-Terry's, the baseline being 0; None where they are infinite.
+        strengths: Bradley-Terry's by model, logits, the baseline being 0; None where they are infinite.
         why: Why they are; empty otherwise.
         num_prompts: Prompts that all models answered.
         num_left_out: Prompts that only some of them did.
@@ -47,7 +50,7 @@ class HeadToHead:
     reads: bool
     models: list[str]
     results: dict[tuple[str, str], ComparisonResult]
-    strengths: Strengths | None
+    strengths: dict[str, Estimate] | None
     why: str
     num_prompts: int
     num_left_out: int
@@ -77,48 +80,8 @@ def answers_by_model(experiments: Sequence[Experiment]) -> tuple[dict[str, dict[
     return models, {id: experiments[0].answers[id].prompt for id in ids}
 
 
-def compare_every_two(
-    models: Mapping[str, Mapping[str, str]],
-    judged_answer: Callable[[str, str], Answer],
-    judge: ReadyJudge,
-    num_left_out: int,
-    reporter: Reporter,
-    sampling: Sampling,
-) -> HeadToHead:
-    """Judge every two models, and fit their strengths.
-
-    Args:
-        models: Answers by prompt id, by model; the first is the anchor.
-        judged_answer: From prompt id and answer to what is judged.
-        judge: Who decides.
-        num_left_out: Prompts that only some of the models have.
-        reporter: Shows progress.
-        sampling: How intervals are drawn.
-
-    Raises:
-        DataError: The judge has no verdict on too many comparisons.
-    """
-    names = list(models)
-    judged = {name: {id: judged_answer(id, text) for id, text in answers.items()} for name, answers in models.items()}
-    pairs = [(second, first) for first, second in combinations(names, 2)]
-    found = compare_models(
-        judge.judge, [(judged[ours], judged[theirs]) for ours, theirs in pairs], reporter, "compare", sampling
-    )
-    results = dict(zip(pairs, found, strict=True))
-    outcomes = [
-        Outcome(id, ours, theirs, win) for (ours, theirs), result in results.items() for id, win in result.wins.items()
-    ]
-    strengths, why = None, ""
-    try:
-        strengths = fit_strengths(outcomes, names[0], **sampling.keywords)
-    except ValueError as error:
-        why = str(error)
-    num_prompts = len(next(iter(models.values())))
-    return HeadToHead(judge.name, judge.reads, names, results, strengths, why, num_prompts, num_left_out)
-
-
 def judge_experiments(experiments: Sequence[Experiment], overrides: Sequence[str], reporter: Reporter) -> HeadToHead:
-    """Judge the answers of experiments, and of their SFT model, by section evaluate of params.yaml.
+    """Judge every two of the experiments and their SFT model, by section evaluate of params.yaml; fit strengths.
 
     Raises:
         ParamsError: There is no judge, or one that judges other answers.
@@ -131,35 +94,46 @@ def judge_experiments(experiments: Sequence[Experiment], overrides: Sequence[str
         raise ParamsError([f"--set {override} has no effect on compare --judge" for override in idle])
     params = load_params(paths.PARAMS, overrides)
     evaluate = params.evaluate
-    if evaluate.judge in ("none", "votes"):
+    if evaluate.judge == "none" or not JUDGES[evaluate.judge].judges_any:
         raise ParamsError(
             f"--judge has no effect with evaluate.judge {evaluate.judge}; set another one, as in"
             " --set evaluate.judge=hf"
         )
-    models, prompts = answers_by_model(experiments)
+    texts, prompts = answers_by_model(experiments)
     if not prompts:
         raise DataError("the experiments share no prompt; evaluate them on the same data")
     num_all = len({id for experiment in experiments for id in experiment.answers})
     project = open_project(params, reporter, "compare")
-    memory = paths.scratch_root() / "evaluate" / "judgments"
-    load_judge = prepare_judge(evaluate, project, ("", ""), memory)
+    load_judge = prepare_judge(evaluate, project, ("", ""), paths.scratch_root() / "evaluate" / "judgments")
     assert load_judge is not None
-
-    def judged_answer(id: str, text: str) -> Answer:
-        return Answer.of_text(id, prompts[id], text)
-
-    every = [judged_answer(id, text) for answers in models.values() for id, text in answers.items()]
-    judge = load_judge(every)
+    models = {
+        name: {id: Answer.of_text(id, prompts[id], text) for id, text in answers.items()}
+        for name, answers in texts.items()
+    }
+    judge = load_judge([each for answers in models.values() for each in answers.values()])
     sampling = Sampling(evaluate.bootstrap_draws, evaluate.confidence, evaluate.seed)
-    return compare_every_two(models, judged_answer, judge, num_all - len(prompts), reporter, sampling)
+    names = list(models)
+    pairs = [(second, first) for first, second in combinations(names, 2)]
+    found = compare_models(
+        judge.judge, [(models[ours], models[theirs]) for ours, theirs in pairs], reporter, "compare", sampling
+    )
+    results = dict(zip(pairs, found, strict=True))
+    outcomes = [
+        Outcome(id, ours, theirs, win) for (ours, theirs), result in results.items() for id, win in result.wins.items()
+    ]
+    strengths, why = None, ""
+    try:
+        strengths = fit_strengths(outcomes, names[0], sampling)
+    except ValueError as error:
+        why = str(error)
+    return HeadToHead(judge.name, judge.reads, names, results, strengths, why, len(prompts), num_all - len(prompts))
 
 
 def head_to_head_json(found: HeadToHead) -> dict[str, Any]:
     """The same as one JSON value."""
     strengths = None
     if found.strengths is not None:
-        fitted = found.strengths.strengths.items()
-        strengths = {name: {"value": each.value, "ci": ends(each)} for name, each in fitted}
+        strengths = {name: {"value": each.value, "ci": ends(each)} for name, each in found.strengths.items()}
     return {
         "judge": found.judge,
         "num_prompts": found.num_prompts,

@@ -32,7 +32,6 @@ class SequenceKl:
         entropy: Sum over tokens of the policy's next-token entropy.
         reference_entropy: The same of the reference, at the same places.
         variance: Sum over tokens of the variance of log pi - log ref under the policy: that of k1 - exact, nats^2.
-        num_tokens: Tokens of the answer.
     """
 
     exact: float

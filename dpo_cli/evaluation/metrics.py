@@ -7,16 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
-from dpo_cli.evaluation.held_out import HeldOut
+from dpo_cli.evaluation import DPO, SFT
 from dpo_cli.evaluation.kl import SequenceKl, estimates_disagree
-from dpo_cli.evaluation.text_quality import distinct, repetition
-from dpo_cli.judging.comparisons import Answers, ComparisonResult, paired_difference
-from dpo_cli.statistics.binomial import exact_interval
-from dpo_cli.statistics.bootstrap import Sampling, ends
-from dpo_cli.statistics.calibration import calibration_error, fit_temperature
-from dpo_cli.statistics.length_control import control_length
-from dpo_cli.statistics.power import detectable_of_interval
+from dpo_cli.evaluation.rewards import ScoredGroup
+from dpo_cli.judging.win_rate import Answers, ComparisonResult, paired_difference
+from dpo_cli.statistics.calibration import calibration_error, fit_temperature, half_ties
+from dpo_cli.statistics.intervals import Sampling, detectable_of_interval, ends, exact_interval, with_interval
+from dpo_cli.statistics.logistic import control_length
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -26,10 +25,19 @@ AS_GOOD = 0.05
 """It counts as as good where the model's win rate is surely not higher by more than this."""
 
 
-def held_out_metrics(held_out: HeldOut, sampling: Sampling) -> dict[str, Any]:
-    """What the held-out pairs say."""
-    margins = np.array(held_out.margins)
-    error = calibration_error(margins, [row.group for row in held_out.rows], **sampling.keywords)
+def held_out_metrics(pairs: Sequence[ScoredGroup], losses: Sequence[float], sampling: Sampling) -> dict[str, Any]:
+    """What the held-out pairs say, without anything generated.
+
+    Args:
+        pairs: With their implicit rewards, in the order of their ids. A tie (equal rewards) counts one half.
+        losses: -log sigma(margin) of each.
+        sampling: How intervals are drawn, clustered by prompt.
+    """
+    groups = [pair.group for pair in pairs]
+    margins = np.array([pair.margin for pair in pairs])
+    rewards = torch.tensor([pair.rewards for pair in pairs], dtype=torch.float64)
+    reference = torch.tensor([pair.reference for pair in pairs], dtype=torch.float64)
+    num_tokens = torch.tensor([pair.num_tokens for pair in pairs], dtype=torch.float64)
     temperature = fit_temperature(margins)
     note = ""
     if temperature == 0:
@@ -39,44 +47,43 @@ def held_out_metrics(held_out: HeldOut, sampling: Sampling) -> dict[str, Any]:
     elif math.isinf(temperature):
         note = "the margins point the wrong way on average, so a coin does better"
     return {
-        "reward_accuracy": held_out.reward_accuracy.value,
-        "reward_accuracy_ci": ends(held_out.reward_accuracy),
-        "loss": held_out.loss.value,
-        "loss_ci": ends(held_out.loss),
+        **with_interval("reward_accuracy", sampling.rate(half_ties(margins).tolist(), groups)),
+        **with_interval("loss", sampling.interval(losses, groups)),
         "loss_at_reference": math.log(2),
-        "margin": held_out.margin.value,
-        "margin_ci": ends(held_out.margin),
+        **with_interval("margin", sampling.interval(margins.tolist(), groups)),
         "margin_quantiles": {
             f"{q:g}": float(value) for q, value in zip(QUANTILES, np.quantile(margins, QUANTILES), strict=True)
         },
-        "calibration_error": error.value,
-        "calibration_error_ci": ends(error),
+        **with_interval("calibration_error", calibration_error(margins, groups, sampling)),
         "calibration_temperature": temperature if math.isfinite(temperature) and temperature > 0 else None,
         "calibration_note": note,
-        "chosen_reward": held_out.chosen_reward,
-        "rejected_reward": held_out.rejected_reward,
-        "reference_accuracy": held_out.reference_accuracy,
-        "longer_accuracy": held_out.longer_accuracy,
-        "num_ties": held_out.num_ties,
-        "num_pairs": held_out.num_pairs,
-        "num_prompts": held_out.num_prompts,
+        "chosen_reward": rewards[:, 0].mean().item(),
+        "rejected_reward": rewards[:, 1].mean().item(),
+        "reference_accuracy": _share_first(reference),
+        "longer_accuracy": _share_first(num_tokens),
+        "num_ties": int((margins == 0).sum()),
+        "num_pairs": len(pairs),
+        "num_prompts": len(set(groups)),
     }
 
 
-def perplexity(logps: Sequence[float], num_tokens: int) -> float:
+def _share_first(values_B2: torch.Tensor) -> float:
+    """How often the chosen answer has more of something, ties as one half."""
+    return (((values_B2[:, 0] - values_B2[:, 1]).sign() + 1) / 2).mean().item()
+
+
+def perplexity(logps: Sequence[float]) -> float:
     """exp(-mean log-probability of a token), over all tokens of all texts."""
-    return math.exp(-math.fsum(logps) / num_tokens)
+    return math.exp(-_mean(logps))
 
 
 def divergence_metrics(kls: Mapping[str, SequenceKl], sampling: Sampling) -> dict[str, Any]:
     """KL of the policy from the reference along the policy's samples at temperature 1, nats a sequence."""
     prompts = list(kls)
     found = list(kls.values())
-    kl = sampling.interval([each.exact for each in found], prompts)
     num_tokens = sum(each.num_tokens for each in found)
     return {
-        "kl": kl.value,
-        "kl_ci": ends(kl),
+        **with_interval("kl", sampling.interval([each.exact for each in found], prompts)),
         "kl_k1": _mean([each.k1 for each in found]),
         "kl_k3": _mean([each.k3 for each in found]),
         "kl_per_token": math.fsum(each.exact for each in found) / num_tokens,
@@ -95,8 +102,32 @@ def answer_metrics(answers: Mapping[str, Answers]) -> dict[str, Any]:
         metrics[f"answer_tokens_{name}"] = _mean([len(answer.tokens) for answer in found])
         metrics[f"repetition_{name}"] = _mean([repetition(answer.tokens) for answer in found])
         metrics[f"distinct_{name}"] = distinct([answer.tokens for answer in found])
-    metrics["length_ratio"] = metrics["answer_tokens_dpo"] / metrics["answer_tokens_sft"]
+    metrics["length_ratio"] = metrics[f"answer_tokens_{DPO}"] / metrics[f"answer_tokens_{SFT}"]
     return metrics
+
+
+def repetition(tokens: Sequence[int], n: int = 4) -> float:
+    """Share of an answer's n-grams that stood in it before; 0 where it is shorter than n tokens.
+
+    Source: Welleck et al. 2019, Neural text generation with unlikelihood training, section 6.1 (seq-rep-n).
+    """
+    grams = _grams(tokens, n)
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def distinct(answers: Sequence[Sequence[int]], n: int = 2) -> float | None:
+    """Different n-grams over all n-grams of all answers; None where none is so long.
+
+    It falls with the number of tokens, so only figures over as many prompts and like lengths compare.
+
+    Source: Li et al. 2016, A diversity-promoting objective function, section 5 (distinct-n).
+    """
+    grams = [gram for tokens in answers for gram in _grams(tokens, n)]
+    return len(set(grams)) / len(grams) if grams else None
+
+
+def _grams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    return [tuple(tokens[begin : begin + n]) for begin in range(len(tokens) - n + 1)]
 
 
 def form_metrics(forms: Sequence[tuple[bool, bool]], confidence: float) -> dict[str, Any]:
@@ -117,23 +148,14 @@ def form_metrics(forms: Sequence[tuple[bool, bool]], confidence: float) -> dict[
 
 
 def win_metrics(result: ComparisonResult, sampling: Sampling, *, reads: bool) -> dict[str, Any]:
-    """The win rate over the SFT model, and what stands behind it.
-
-    Args:
-        result: The policy's answers with the SFT model's.
-        sampling: How intervals are drawn.
-        reads: Whether the judge reads two texts in an order.
-    """
-    summary = result.summary
-    wins = result.wins
+    """The win rate of the policy over the SFT model, and what stands behind it; a judge may read texts in an order."""
+    summary, wins = result.summary, result.wins
     ids = list(wins)
     lengths = [result.ours[id].num_tokens - result.theirs[id].num_tokens for id in ids]
-    controlled = control_length(
-        [wins[id] for id in ids], lengths, [result.ours[id].group for id in ids], **sampling.keywords
-    )
+    controlled = control_length([wins[id] for id in ids], lengths, [result.ours[id].group for id in ids], sampling)
+    at_equal_length = controlled.controlled
     metrics: dict[str, Any] = {
-        "win_rate": result.win_rate.value,
-        "win_rate_ci": ends(result.win_rate),
+        **with_interval("win_rate", result.win_rate),
         "tie_rate": result.tie_rate,
         "num_judged": len(wins),
         "num_decided": len(wins) - summary.num_ties,
@@ -141,9 +163,9 @@ def win_metrics(result: ComparisonResult, sampling: Sampling, *, reads: bool) ->
         "num_judge_invalid": summary.num_invalid,
         "judge_invalid_rate": summary.invalid_rate,
         "detectable_win_rate": detectable_of_interval(result.win_rate, sampling.confidence),
-        "win_rate_lc": None if controlled.controlled is None else controlled.controlled.value,
-        "win_rate_lc_ci": None if controlled.controlled is None else ends(controlled.controlled),
-        "length_effect": None if controlled.controlled is None else controlled.length_effect,
+        "win_rate_lc": None if at_equal_length is None else at_equal_length.value,
+        "win_rate_lc_ci": None if at_equal_length is None else ends(at_equal_length),
+        "length_effect": None if at_equal_length is None else controlled.length_effect,
         "length_scale": controlled.scale,
         "length_note": controlled.why,
     }
@@ -155,20 +177,12 @@ def win_metrics(result: ComparisonResult, sampling: Sampling, *, reads: bool) ->
 
 def against_chosen_metrics(result: ComparisonResult) -> dict[str, Any]:
     """The win rate over the data's chosen answers."""
-    return {
-        "win_rate_chosen": result.win_rate.value,
-        "win_rate_chosen_ci": ends(result.win_rate),
-        "num_judged_chosen": len(result.wins),
-    }
+    return {**with_interval("win_rate_chosen", result.win_rate), "num_judged_chosen": len(result.wins)}
 
 
 def judge_metrics(result: ComparisonResult) -> dict[str, Any]:
     """How often the judge prefers the chosen answer of a held-out pair to the rejected one."""
-    return {
-        "judge_agreement": result.win_rate.value,
-        "judge_agreement_ci": ends(result.win_rate),
-        "num_judge_agreement": len(result.wins),
-    }
+    return {**with_interval("judge_agreement", result.win_rate), "num_judge_agreement": len(result.wins)}
 
 
 def cheaper_step(points: Sequence[tuple[float, float, ComparisonResult]], sampling: Sampling) -> dict[str, Any]:
@@ -193,8 +207,7 @@ def cheaper_step(points: Sequence[tuple[float, float, ComparisonResult]], sampli
                 "cheaper_scale": scale,
                 "cheaper_kl": kl,
                 "cheaper_win_rate": result.win_rate.value,
-                "cheaper_gain": gain.value,
-                "cheaper_gain_ci": ends(gain),
+                **with_interval("cheaper_gain", gain),
             }
     return {"num_smaller_steps": len(smaller)}
 

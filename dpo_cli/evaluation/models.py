@@ -5,18 +5,21 @@ They are loaded when the first of them is needed, and not at all where everythin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_files, digest_json
 from dpo_cli.core.errors import DataError, MachineError, StaleArtifactError
 from dpo_cli.core.manifest import DPO as DPO_MODEL
+from dpo_cli.core.params import TrainParams
+from dpo_cli.core.progress import Reporter
 from dpo_cli.core.text import in_one_line
-from dpo_cli.evaluation.model_names import BASE, DPO, SFT
+from dpo_cli.data.tokenize import TokenTable, prompt_ids
+from dpo_cli.evaluation import BASE, DPO, SFT
 from dpo_cli.models.adapters import ADAPTER_FILES, ModelPair, is_dora
 from dpo_cli.models.device import release_memory
 from dpo_cli.models.folder import check_model_folder, words_of
@@ -60,206 +63,23 @@ class EvaluatedModel:
         return self.called or self.name
 
 
-class EvaluatedModels(Protocol):
-    """Policy and reference."""
+@dataclass(frozen=True)
+class EvaluatedModels:
+    """Policy and reference.
 
-    @property
-    def policy(self) -> EvaluatedModel:
-        """The model that is judged."""
-        ...
-
-    @property
-    def reference(self) -> EvaluatedModel:
-        """The SFT model."""
-        ...
-
-    @property
-    def base(self) -> EvaluatedModel | None:
-        """The model before SFT; None where it is not in memory with the others."""
-        ...
-
-    def scaled(self, scale: float) -> EvaluatedModel | None:
-        """The model with so many times what training changed; None where that cannot be made of two models."""
-        ...
-
-    def close(self) -> None:
-        """Forget the models; their memory is the judge's."""
-        ...
-
-
-class AdapterModels:
-    """A trained adapter on the frozen weights of its reference.
-
-    Args:
-        project: Has the models.
-        adapter: Folder of the adapter.
-
-    Raises:
-        StaleArtifactError: There is no adapter in the folder.
+    Attributes:
+        policy: The model that is judged.
+        reference: The SFT model.
+        close: Forgets the models; their memory is the judge's.
+        base: The model before SFT; None where it is not in memory with the others.
+        scaled: The model with so many times what training changed; None where that is not known.
     """
 
-    def __init__(self, project: Project, adapter: Path) -> None:
-        self._project = project
-        self._adapter = adapter
-        self._digest = _policy_digest(project, adapter)
-        self._reference_digest = digest_json(project.identity)
-        self._loaded: tuple[ModelPair, Scorer] | None = None
-
-    @property
-    def policy(self) -> EvaluatedModel:
-        """The base with the adapter."""
-        return EvaluatedModel(DPO, self._digest, self._use_policy)
-
-    @property
-    def reference(self) -> EvaluatedModel:
-        """The base with what SFT made of it."""
-        return EvaluatedModel(SFT, self._reference_digest, self._use_reference)
-
-    @property
-    def base(self) -> EvaluatedModel | None:
-        """The base without any adapter, where SFT made one."""
-        if not self._project.sft.has_adapter:
-            return None
-        return EvaluatedModel(BASE, digest_json(["base", self._project.identity]), self._use_base)
-
-    def scaled(self, scale: float) -> EvaluatedModel:
-        """The base with so many times what training changed of the reference.
-
-        Raises:
-            DataError: An adapter is DoRA.
-        """
-        for folder in (self._adapter, *([paths.SFT_MODEL] if self._project.sft.has_adapter else [])):
-            if is_dora(folder):
-                raise DataError(
-                    f"evaluate.scales cannot go with {folder}: a multiple of what DoRA changed is no such adapter; set"
-                    " it to []"
-                )
-        digest = digest_json([self._digest, scale])
-        return EvaluatedModel(DPO, digest, lambda: self._use_scaled(scale), f"{DPO} x {scale:g}")
-
-    def close(self) -> None:
-        """Forget the models."""
-        self._loaded = None
-        release_memory()
-
-    def _load(self) -> tuple[ModelPair, Scorer]:
-        if self._loaded is None:
-            try:
-                pair = self._project.pair(self._adapter)
-            except (RuntimeError, ValueError, KeyError, TypeError) as error:
-                raise MachineError(
-                    f"{self._adapter}: no adapter for the project's model: {_misfit(error)}; give one that was trained"
-                    " on it"
-                ) from error
-            self._loaded = pair, self._project.scorer(pair.use_policy())[0]
-        return self._loaded
-
-    @contextmanager
-    def _use_policy(self) -> Iterator[LoadedModel]:
-        pair, scorer = self._load()
-        yield LoadedModel(pair.use_policy(), scorer)
-
-    @contextmanager
-    def _use_reference(self) -> Iterator[LoadedModel]:
-        pair, scorer = self._load()
-        yield LoadedModel(pair.use_reference(), scorer)
-
-    @contextmanager
-    def _use_base(self) -> Iterator[LoadedModel]:
-        pair, scorer = self._load()
-        yield LoadedModel(pair.use_frozen(), scorer)
-
-    @contextmanager
-    def _use_scaled(self, scale: float) -> Iterator[LoadedModel]:
-        pair, scorer = self._load()
-        with pair.scaled_policy(scale) as model:
-            yield LoadedModel(model, scorer)
-
-
-def _misfit(error: Exception) -> str:
-    """What PyTorch says of weights that do not fit: the first of them, below its headline, and how many there are."""
-    _, *misfits = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    if not misfits:
-        return words_of(error)
-    more = f" ({len(misfits)} misfits in all)" if len(misfits) > 1 else ""
-    return f"{in_one_line(misfits[0].rstrip('.'))}{more}"
-
-
-def _policy_digest(project: Project, adapter: Path) -> str:
-    """One digest of all that the policy's log-probabilities depend on.
-
-    Raises:
-        StaleArtifactError: There is no adapter in the folder.
-    """
-    try:
-        return digest_json({"graph": project.identity, "adapter": digest_files(adapter, ADAPTER_FILES)})
-    except FileNotFoundError as error:
-        raise StaleArtifactError(f"{error.filename} is missing; run: dpo-cli train") from None
-
-
-class WholeModels:
-    """A whole model of one's own beside the reference: two sets of weights in memory.
-
-    Args:
-        project: Has the reference.
-        folder: Directory of the model, in Hugging Face layout.
-
-    Raises:
-        MachineError: It cannot be loaded.
-        DataError: Its tokenizer makes other tokens than the reference's.
-    """
-
+    policy: EvaluatedModel
+    reference: EvaluatedModel
+    close: Callable[[], None]
     base: EvaluatedModel | None = None
-
-    def __init__(self, project: Project, folder: Path) -> None:
-        check_model_folder(folder)
-        if load_tokenizer(folder).get_vocab() != project.tokenizer.get_vocab():
-            raise DataError(
-                f"{folder} has another vocabulary than the project's model, so their probabilities cannot be compared;"
-                " make a project of its own for it: dpo-cli init DIR --model"
-            )
-        self._project = project
-        self._folder = folder
-        self._digest = digest_json({"graph": project.identity, "model": digest_files(folder, model_files(folder))})
-        self._loaded: dict[str, LoadedModel] = {}
-
-    @property
-    def policy(self) -> EvaluatedModel:
-        """The model of the folder."""
-        return EvaluatedModel(DPO, self._digest, lambda: nullcontext(self._load(DPO)))
-
-    @property
-    def reference(self) -> EvaluatedModel:
-        """The base with what SFT made of it."""
-        return EvaluatedModel(SFT, digest_json(self._project.identity), lambda: nullcontext(self._load(SFT)))
-
-    def scaled(self, scale: float) -> None:
-        """Nothing: which of its weights training changed is not known."""
-
-    def close(self) -> None:
-        """Forget the models."""
-        self._loaded.clear()
-        release_memory()
-
-    def _load(self, name: str) -> LoadedModel:
-        if name not in self._loaded:
-            project = self._project
-            model = project.reference() if name == SFT else project.whole_model(self._folder)
-            self._loaded[name] = LoadedModel(model, project.scorer(model)[0])
-        return self._loaded[name]
-
-
-def reference_model(project: Project) -> EvaluatedModel:
-    """The SFT model alone, where nothing is compared with it."""
-    loaded: list[LoadedModel] = []
-
-    def use() -> AbstractContextManager[LoadedModel]:
-        if not loaded:
-            model = project.reference()
-            loaded.append(LoadedModel(model, project.scorer(model)[0]))
-        return nullcontext(loaded[0])
-
-    return EvaluatedModel(SFT, digest_json(project.identity), use)
+    scaled: Callable[[float], EvaluatedModel] | None = None
 
 
 def open_models(project: Project, folder: Path) -> EvaluatedModels:
@@ -273,9 +93,9 @@ def open_models(project: Project, folder: Path) -> EvaluatedModels:
     if folder == paths.DPO_MODEL:
         DPO_MODEL.check({"graph": project.identity})
     if all((folder / name).is_file() for name in ADAPTER_FILES):
-        return AdapterModels(project, folder)
+        return adapter_models(project, folder)
     if (folder / "config.json").is_file():
-        return WholeModels(project, folder)
+        return _whole_models(project, folder)
     if not folder.is_dir():
         raise StaleArtifactError(
             f"{folder} is missing; run: dpo-cli train, or name a folder with an adapter or a model"
@@ -285,3 +105,178 @@ def open_models(project: Project, folder: Path) -> EvaluatedModels:
     raise StaleArtifactError(
         f"{folder} holds neither an adapter ({ADAPTER_FILES[0]}) nor a model (config.json); run: dpo-cli train"
     )
+
+
+def adapter_models(project: Project, adapter: Path) -> EvaluatedModels:
+    """A trained adapter on the frozen weights of its reference.
+
+    Raises:
+        StaleArtifactError: There is no adapter in the folder.
+    """
+    try:
+        policy = digest_json({"graph": project.identity, "adapter": digest_files(adapter, ADAPTER_FILES)})
+    except FileNotFoundError as error:
+        raise StaleArtifactError(f"{error.filename} is missing; run: dpo-cli train") from None
+    loaded: list[tuple[ModelPair, Scorer]] = []
+
+    def load() -> tuple[ModelPair, Scorer]:
+        if not loaded:
+            try:
+                pair = project.pair(adapter)
+            except (RuntimeError, ValueError, KeyError, TypeError) as error:
+                raise MachineError(
+                    f"{adapter}: no adapter for the project's model: {_misfit(error)}; give one that was trained on it"
+                ) from error
+            loaded.append((pair, project.scorer(pair.use_policy())[0]))
+        return loaded[0]
+
+    def model(
+        name: str, digest: str, switch: Callable[[ModelPair], AbstractContextManager[Any]], called: str = ""
+    ) -> EvaluatedModel:
+        @contextmanager
+        def use() -> Iterator[LoadedModel]:
+            pair, scorer = load()
+            with switch(pair) as switched:
+                yield LoadedModel(switched, scorer)
+
+        return EvaluatedModel(name, digest, use, called)
+
+    def scaled(scale: float) -> EvaluatedModel:
+        for folder in (adapter, *([paths.SFT_MODEL] if project.sft.has_adapter else [])):
+            if is_dora(folder):
+                raise DataError(
+                    f"evaluate.scales cannot go with {folder}: a multiple of what DoRA changed is no such adapter; set"
+                    " it to []"
+                )
+        digest = digest_json([policy, scale])
+        return model(DPO, digest, lambda pair: pair.scaled_policy(scale), f"{DPO} x {scale:g}")
+
+    def close() -> None:
+        loaded.clear()
+        release_memory()
+
+    base = None
+    if project.sft.has_adapter:
+        digest = digest_json(["base", project.identity])
+        base = model(BASE, digest, lambda pair: nullcontext(pair.use_frozen()))
+    return EvaluatedModels(
+        model(DPO, policy, lambda pair: nullcontext(pair.use_policy())),
+        model(SFT, digest_json(project.identity), lambda pair: nullcontext(pair.use_reference())),
+        close,
+        base,
+        scaled,
+    )
+
+
+def _misfit(error: Exception) -> str:
+    """What PyTorch says of weights that do not fit: the first of them, below its headline, and how many there are."""
+    _, *misfits = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    if not misfits:
+        return words_of(error)
+    more = f" ({len(misfits)} misfits in all)" if len(misfits) > 1 else ""
+    return f"{in_one_line(misfits[0].rstrip('.'))}{more}"
+
+
+def _whole_models(project: Project, folder: Path) -> EvaluatedModels:
+    """A whole model of one's own beside the reference: two sets of weights in memory."""
+    check_model_folder(folder)
+    if load_tokenizer(folder).get_vocab() != project.tokenizer.get_vocab():
+        raise DataError(
+            f"{folder} has another vocabulary than the project's model, so their probabilities cannot be compared;"
+            " make a project of its own for it: dpo-cli init DIR --model"
+        )
+    digest = digest_json({"graph": project.identity, "model": digest_files(folder, model_files(folder))})
+    loaded: dict[str, LoadedModel] = {}
+
+    def close() -> None:
+        loaded.clear()
+        release_memory()
+
+    policy = _by_itself(project, DPO, digest, lambda: project.whole_model(folder), loaded)
+    return EvaluatedModels(policy, reference_model(project, loaded), close)
+
+
+def reference_model(project: Project, loaded: dict[str, LoadedModel] | None = None) -> EvaluatedModel:
+    """The SFT model with weights of its own; ``loaded`` holds what is in memory."""
+    return _by_itself(project, SFT, digest_json(project.identity), project.reference, {} if loaded is None else loaded)
+
+
+def _by_itself(
+    project: Project, name: str, digest: str, load: Callable[[], Any], loaded: dict[str, LoadedModel]
+) -> EvaluatedModel:
+    def use() -> AbstractContextManager[LoadedModel]:
+        if name not in loaded:
+            model = load()
+            loaded[name] = LoadedModel(model, project.scorer(model)[0])
+        return nullcontext(loaded[name])
+
+    return EvaluatedModel(name, digest, use)
+
+
+# --- what is known of a model -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What is judged, and what is known of it.
+
+    Attributes:
+        folder: An adapter for the project's SFT model, or a whole model.
+        name: Of the policy as a method in a votes file.
+        train: The settings of its training: beta, and whether a log-ratio was learned.
+        out: Where its files go.
+        is_of_this_data: Whether it is known to have been trained on this project's data.
+        trained: How long it was trained; None where nothing is known of its training.
+    """
+
+    folder: Path
+    name: str
+    train: TrainParams
+    out: Path
+    is_of_this_data: bool = True
+    trained: Mapping[str, int] | None = None
+
+
+def training_of(
+    folder: Path, default: TrainParams, project: Project, reporter: Reporter
+) -> tuple[TrainParams, Mapping[str, int] | None, bool]:
+    """How a model was trained, how long (None: not known), and whether on this project's graph and data.
+
+    Raises:
+        StaleArtifactError: It is not as its training left it.
+    """
+    path = folder / DPO_MODEL.name
+    if not path.is_file():
+        reporter.warn(
+            f"evaluate: {folder} does not say what it was trained on; its held-out figures mean nothing if it has read"
+            " the held-out prompts"
+        )
+        return default, None, False
+    try:
+        manifest = DPO_MODEL.read(folder)
+        train = TrainParams.model_validate(manifest.settings["train"])
+    except (StaleArtifactError, ValueError, KeyError):
+        reporter.warn(f"evaluate: {path} is not one of this version, and is not read; beta is train.beta's")
+        return default, None, False
+    DPO_MODEL.refuse_changed(manifest, folder)
+    is_ours = all(manifest.made_of.get(name) == now for name, now in project.made_of().items())
+    if not is_ours:
+        reporter.warn(
+            f"evaluate: {folder} was trained on another graph or other data than the project's: it may have read the"
+            " held-out prompts"
+        )
+    return train, manifest.facts, is_ours
+
+
+def count_leaked_prompts(held_out: TokenTable) -> int:
+    """Held-out prompts that are in any training data.
+
+    Raises:
+        StaleArtifactError: There is none.
+    """
+    seen: set[str] = set()
+    for path in (paths.SFT_DATA / "train.parquet", paths.PREFERENCE_DATA / "train.parquet"):
+        if not path.is_file():
+            raise StaleArtifactError(f"{path} is missing; run: dpo-cli repro")
+        seen |= prompt_ids(path)
+    return sum(group in seen for group in held_out.prompts)

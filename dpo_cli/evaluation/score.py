@@ -1,4 +1,9 @@
-"""The implicit reward r = beta log(pi / pi_ref) of any pairs and rankings."""
+"""The implicit reward r = beta log(pi / pi_ref) of any pairs and rankings.
+
+Log-probabilities are taken from what is known, the rest is computed and kept. The reference's lie in data/reference and
+in the scratch area of stage precompute_ref, which both know a completion by its token ids; the policy's in a scratch
+area of their own, under a digest of the graph and the adapter.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +13,33 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from dpo_cli.core import paths
+from dpo_cli.core.artifacts import atomic_path, digest_json, write_json_lines
 from dpo_cli.core.data_params import Source
-from dpo_cli.core.manifest import DPO, Manifest
+from dpo_cli.core.errors import StaleArtifactError
+from dpo_cli.core.manifest import DPO, REFERENCE, Manifest
 from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
+from dpo_cli.core.row_store import RowStore, forget_other_stores
+from dpo_cli.core.scratch import stage_scratch
+from dpo_cli.data.schema import MESSAGES, table_of
 from dpo_cli.data.tokenize import prompt_ids, table_digests
-from dpo_cli.evaluation.implicit_reward import (
-    Agreement,
-    RankedAnswers,
-    RewardSummary,
-    agreements,
-    summarize_rewards,
-)
-from dpo_cli.evaluation.log_ratios import ScoredAnswers, score_both
+from dpo_cli.data.tokens import TokenGroup
+from dpo_cli.evaluation.models import adapter_models
+from dpo_cli.evaluation.rewards import Agreement, RewardSummary, ScoredGroup, agreements, summarize_agreements
 from dpo_cli.evaluation.score_rows import InputRow, InputRows, read_rows
+from dpo_cli.evaluation.steps import ScoredAnswers, score_answers
 from dpo_cli.losses.catalogue import learns_log_ratio
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.models.project import Project, open_project
-from dpo_cli.reference.cache import group_keys
+from dpo_cli.scoring.reference import SCHEMA as LOGP_SCHEMA
+from dpo_cli.scoring.reference import read_cache_rows
+from dpo_cli.statistics.intervals import Sampling
+
+_OTHER_STORES_KEPT = 3
 
 
 @dataclass(frozen=True)
@@ -35,18 +47,14 @@ class ScoredRow:
     """A scored row.
 
     Attributes:
-        input: The row.
-        answers: Its answers' figures.
-        agreement: How their rewards agree with their ranks.
-        logps: Under the policy, of each answer.
+        agreement: How the answers' rewards agree with their ranks.
         ratios: log(pi / pi_ref) of each token of each answer, nats.
         in_training: Whether its prompt was trained on.
     """
 
     input: InputRow
-    answers: RankedAnswers
+    answers: ScoredGroup
     agreement: Agreement
-    logps: list[float]
     ratios: list[list[float]]
     in_training: bool
 
@@ -57,14 +65,9 @@ class Scored:
 
     Attributes:
         model: Folder of the adapter.
-        beta: Of the rewards.
-        confidence: Of the intervals.
         given: What was read, and what is left out.
         rows: The rows that were scored.
-        policy: The answers under the policy.
-        reference: The same under the reference.
         summaries: Figures of ``all`` rows, then of each source.
-        tokenizer: Of both models.
     """
 
     model: Path
@@ -119,53 +122,64 @@ def score_sources(
     manifest = DPO.check({"graph": project.identity}, model)
     beta = float(manifest.settings["train"]["beta"]) if beta is None else beta
     given = read_rows(sources, max_rows, params, project, reporter)
-    policy, reference = score_both(project, model, [row.tokens for row in given.rows])
+    policy, reference = _score_both(project, model, [row.tokens for row in given.rows])
     rows = _scored(given.rows, policy, reference, beta, _trained_prompts(given.rows, project))
     settings = params.evaluate
-    summaries = _summaries(rows, draws=settings.bootstrap_draws, confidence=settings.confidence, seed=settings.seed)
+    sampling = Sampling(settings.bootstrap_draws, settings.confidence, settings.seed)
+    summaries = {}
+    for name in ["all", *dict.fromkeys(row.input.source for row in rows)]:
+        mine = [row for row in rows if name == "all" or row.input.source == name]
+        summaries[name] = summarize_agreements([row.answers for row in mine], [row.agreement for row in mine], sampling)
     found = Scored(model, beta, settings.confidence, given, rows, policy, reference, summaries, project.tokenizer)
     return found, _warnings(rows, manifest, project, model)
+
+
+def _score_both(project: Project, adapter: Path, groups: Sequence[TokenGroup]) -> tuple[ScoredAnswers, ScoredAnswers]:
+    """All completions of some groups under policy and reference."""
+    models = adapter_models(project, adapter)
+    with stage_scratch("precompute_ref", digest_json(project.identity)) as scratch:
+        store = RowStore(scratch.folder / "rows", LOGP_SCHEMA)
+        cached = _reference_rows(project, {key for group in groups for key in group.keys})
+        reference = score_answers(project, models.reference, groups, store, f"answers under {models.reference}", cached)
+    with stage_scratch("score", models.policy.digest) as scratch:
+        store = RowStore(scratch.folder / "rows", LOGP_SCHEMA)
+        policy = score_answers(project, models.policy, groups, store, f"answers under {models.policy}")
+        forget_other_stores(scratch.folder.parent, scratch.folder, _OTHER_STORES_KEPT)
+    return policy, reference
+
+
+def _reference_rows(project: Project, wanted: set[str]) -> pl.DataFrame | None:
+    """What data/reference knows; a cache of another graph, or a damaged one, is left alone."""
+    if not (paths.REFERENCE / REFERENCE.name).is_file():
+        return None
+    try:
+        return read_cache_rows(paths.REFERENCE, project.identity, wanted)
+    except StaleArtifactError as error:
+        project.reporter.warn(f"{project.command}: {paths.REFERENCE.as_posix()} is not used: {error.problems[0]}")
+        return None
 
 
 def _scored(
     rows: Sequence[InputRow], policy: ScoredAnswers, reference: ScoredAnswers, beta: float, trained: set[str]
 ) -> list[ScoredRow]:
-    keys = [group_keys(row.tokens) for row in rows]
-    ranked = [
-        RankedAnswers(
-            group=row.tokens.group,
-            ranks=row.ranks,
-            rewards=tuple(beta * (policy.logps[key] - reference.logps[key]) for key in mine),
-            reference=tuple(reference.logps[key] for key in mine),
-            num_tokens=tuple(map(len, row.tokens.completions)),
+    keys = [row.tokens.keys for row in rows]
+    answers = [
+        ScoredGroup.implicit(
+            (row.tokens.id, row.tokens.group),
+            [policy.logps[key] for key in mine],
+            [reference.logps[key] for key in mine],
+            row.tokens.sizes[1:],
+            beta,
+            row.ranks,
         )
         for row, mine in zip(rows, keys, strict=True)
     ]
+    ours, theirs = policy.token_logps, reference.token_logps
+    ratios = [[[a - b for a, b in zip(ours[key], theirs[key], strict=True)] for key in mine] for mine in keys]
+    in_training = [row.tokens.group in trained for row in rows]
     return [
-        ScoredRow(
-            row,
-            answers,
-            agreement,
-            [policy.logps[key] for key in mine],
-            [_differences(policy.token_logps[key], reference.token_logps[key]) for key in mine],
-            row.tokens.group in trained,
-        )
-        for row, answers, agreement, mine in zip(rows, ranked, agreements(ranked), keys, strict=True)
+        ScoredRow(*columns) for columns in zip(rows, answers, agreements(answers), ratios, in_training, strict=True)
     ]
-
-
-def _differences(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    return [mine - other for mine, other in zip(ours, theirs, strict=True)]
-
-
-def _summaries(rows: Sequence[ScoredRow], **bootstrap: Any) -> dict[str, RewardSummary]:
-    """Figures of all rows, then of each source."""
-    sources = list(dict.fromkeys(row.input.source for row in rows))
-    found = {}
-    for name in ["all", *sources]:
-        mine = [row for row in rows if name == "all" or row.input.source == name]
-        found[name] = summarize_rewards([row.answers for row in mine], [row.agreement for row in mine], **bootstrap)
-    return found
 
 
 # --- what was trained on ------------------------------------------------------------------
@@ -213,3 +227,77 @@ def _warnings(rows: Sequence[ScoredRow], manifest: Manifest, project: Project, m
             " than beta log(pi / pi_ref) (docs/objectives.md)"
         )
     return found
+
+
+# --- as a file ------------------------------------------------------------------------------
+
+_COMPLETION = pa.struct(
+    [
+        ("side", pa.string()),
+        ("rank", pa.int32()),
+        ("messages", MESSAGES),
+        ("reward", pa.float64()),
+        ("logp", pa.float64()),
+        ("ref_logp", pa.float64()),
+        ("num_tokens", pa.int32()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("token_log_ratios", pa.list_(pa.float32())),
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("file", pa.string()),
+        ("row", pa.int64()),
+        ("part", pa.string()),
+        ("source", pa.string()),
+        ("kind", pa.string()),
+        ("in_training", pa.bool_()),
+        ("accuracy", pa.float64()),
+        ("margin", pa.float64()),
+        ("prompt", MESSAGES),
+        ("completions", pa.list_(_COMPLETION)),
+    ]
+)
+"""Columns of ``--out``. Rewards, log-probabilities (``logp``, ``ref_logp``) and margin are in nats."""
+
+
+def write_rows(path: Path, rows: Sequence[ScoredRow]) -> None:
+    """Write the rows as parquet (:data:`SCHEMA`) or JSON lines, by the file's suffix, whole or not at all."""
+    entries = (_entry(row) for row in rows)
+    if path.suffix == ".jsonl":
+        write_json_lines(path, entries)
+        return
+    with atomic_path(path) as temporary:
+        pq.write_table(table_of(list(entries), SCHEMA), temporary, compression="zstd")
+
+
+def _entry(row: ScoredRow) -> dict[str, Any]:
+    """A row as ``--out`` has it (:data:`SCHEMA`)."""
+    given, answers = row.input, row.answers
+    return {
+        "id": given.tokens.id,
+        "file": given.file,
+        "row": given.row,
+        "part": given.part,
+        "source": given.source,
+        "kind": "pair" if given.is_pair else "ranking",
+        "in_training": row.in_training,
+        "accuracy": row.agreement.accuracy,
+        "margin": row.agreement.margin,
+        "prompt": given.prompt,
+        "completions": [
+            {
+                "side": ("chosen", "rejected")[place] if given.is_pair else None,
+                "rank": given.ranks[place],
+                "messages": messages,
+                "reward": answers.rewards[place],
+                "logp": answers.policy[place],
+                "ref_logp": answers.reference[place],
+                "num_tokens": answers.num_tokens[place],
+                "token_ids": list(given.tokens.completions[place]),
+                "token_log_ratios": row.ratios[place],
+            }
+            for place, messages in enumerate(given.completions)
+        ],
+    }

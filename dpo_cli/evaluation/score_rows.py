@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_cli.core.data_params import PreferenceSource, Source
-from dpo_cli.core.environment import usable_cores
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.account import Conversion, ConvertedBlock
-from dpo_cli.data.block_files import rankings_file, read_arrow
-from dpo_cli.data.convert import convert
-from dpo_cli.data.plan import Treatment, num_bytes
+from dpo_cli.data.blocks import rankings_file, read_arrow
+from dpo_cli.data.checks import TokenView
+from dpo_cli.data.convert import convert_aside
+from dpo_cli.data.plan import Treatment
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import PREFERENCE_SCHEMA, RANKING_SCHEMA, TOOLS, Messages, from_table
 from dpo_cli.data.tokenize import tokenize_row
@@ -43,12 +42,9 @@ class InputRow:
     """A pair or a ranking of a file.
 
     Attributes:
-        file: The file.
-        row: Its number there, from 0.
+        row: Its number in the file, from 0.
         part: The part of the row, where it holds several; else empty.
         source: The file's name; of a canonical table what its column ``source`` says.
-        is_pair: Whether it is a pair.
-        prompt: The messages.
         completions: Best first.
         ranks: From 1, ascending; of a pair 1 and 2.
         tokens: Prompt and completions as token ids.
@@ -90,11 +86,7 @@ class InputRows:
 
 
 def refuse_idle_settings(settings: Sequence[str]) -> None:
-    """Refuse settings of a source that have no effect here.
-
-    Raises:
-        ParamsError: With the reason.
-    """
+    """Refuse settings of a source that have no effect here, with the reason."""
     keys = [setting.partition("=")[0].strip().removeprefix("data.preferences.") for setting in settings]
     problems = [f"--set {key} has no effect on score: {_IDLE[key]}" for key in keys if key in _IDLE]
     if problems:
@@ -104,14 +96,7 @@ def refuse_idle_settings(settings: Sequence[str]) -> None:
 def read_rows(
     sources: Sequence[Source], max_rows: int | None, params: Params, project: Project, reporter: Reporter
 ) -> InputRows:
-    """Convert files in a folder that does not last, and tokenize what stays.
-
-    Args:
-        sources: The files, all of preferences.
-        max_rows: Rows to read of each; None: all.
-        params: All settings.
-        project: Whose tokens rows are made of.
-        reporter: Shows progress.
+    """Convert files of preferences, or so many rows of each, in a folder that does not last, and tokenize what stays.
 
     Raises:
         DataError: A file cannot be read or has no known format, no row is left, or a check whose policy is
@@ -119,26 +104,13 @@ def read_rows(
     """
     whole = {"split": "eval", "weight": 1.0, "pairs": "all", "max_rows": max_rows}
     mine = [source.model_copy(update=whole) for source in sources if isinstance(source, PreferenceSource)]
-    size = num_bytes(mine)
-    found = InputRows()
-    with tempfile.TemporaryDirectory(prefix="dpo-cli-") as folder:
-        work, rejects = Path(folder) / "work", Path(folder) / "rejects.jsonl"
-        work.mkdir()
-        with reporter.meter("score: reading", size, "bytes") as meter:
-            report = convert(
-                mine,
-                Treatment.of(params.data),
-                work,
-                None,
-                rejects,
-                workers=params.runtime.workers or usable_cores(),
-                on_bytes=meter.advance,
-            )
+    found, treatment = InputRows(), Treatment.of(params.data)
+    with convert_aside(mine, treatment, reporter, "score: reading", params.runtime.workers) as (report, rejects):
         found.num_read = report.num_read
         found.formats = {account.path.as_posix(): account.why for account in report.files}
         found.stopped = [account.path.as_posix() for account in report.files if account.stopped]
-        with reporter.meter("score: tokenizing", sum(block.num for block in report.blocks), "examples") as meter:
-            for place, row in _canonical_rows(report, work):
+        with reporter.meter("score: tokenizing", report.num_checked, "examples") as meter:
+            for place, row in _canonical_rows(report):
                 _tokenize(place, row, project, found)
                 meter.advance(1)
         ranked = {(row.file, row.row, row.part) for row in found.rows if not row.is_pair}
@@ -149,7 +121,7 @@ def read_rows(
     return found
 
 
-def _canonical_rows(report: Conversion, work: Path) -> Iterator[tuple[tuple[str, int, str], dict[str, Any]]]:
+def _canonical_rows(report: Conversion) -> Iterator[tuple[tuple[str, int, str], dict[str, Any]]]:
     """File, row and part of each pair or ranking that the conversion leaves, with its canonical row."""
     sources: dict[str, list[str] | None] = {}
     for index, block in enumerate(report.blocks):
@@ -162,7 +134,7 @@ def _canonical_rows(report: Conversion, work: Path) -> Iterator[tuple[tuple[str,
         if examples is not None:
             pairs = examples.filter(pa.array(examples["ranking"].to_numpy() < 0)).to_pylist()
             found += [(row["row"], row["part"], row) for row in pairs]
-            found += _rankings(block, examples, rankings_file(work, index))
+            found += _rankings(block, examples, rankings_file(block.examples.parent, index))
         found.sort(key=lambda entry: entry[0])  # stable: parts stay in order
         for row_in_block, part, row in found:
             number = row_in_block + before
@@ -201,19 +173,12 @@ def _tokenize(place: tuple[str, int, str], row: dict[str, Any], project: Project
     row = from_table(row)
     is_pair = "chosen" in row
     columns = ("chosen", "rejected") if is_pair else ("completions",)
-    policies = {name: "drop" if policy == "error" else policy for name, policy in project.policies.items()}
+    view = TokenView(project.encoder, project.max_length, project.policies).without_stops()
     try:
-        tokens, _ = tokenize_row(row, columns, project.encoder, project.max_length, policies)
+        tokens, _ = tokenize_row(row, columns, view)
     except RowProblem as problem:
-        found.left_out.append(
-            {
-                "file": file,
-                "row": number,
-                **({"part": part} if part else {}),
-                "reason": problem.reason,
-                "detail": problem.detail,
-            }
-        )
+        place_of = {"file": file, "row": number, **({"part": part} if part else {})}
+        found.left_out.append({**place_of, "reason": problem.reason, "detail": problem.detail})
         return
     completions = [row["chosen"], row["rejected"]] if is_pair else row["completions"]
     ranks = (1, 2) if is_pair else tuple(row["ranks"])

@@ -9,26 +9,25 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import polars as pl
-import torch
 
 from dpo_cli.core.artifacts import digest_bytes, digest_json
 from dpo_cli.core.params import EvaluateParams
 from dpo_cli.core.row_store import RowStore, forget_other_stores
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.evaluation.decoding import Sampling
-from dpo_cli.evaluation.generation import GENERATION_VERSION, PromptTokens, Sampled, sample_answers
+from dpo_cli.evaluation.decoding import Decoding
+from dpo_cli.evaluation.generation import GENERATION_VERSION, PromptTokens, sample_answers
 from dpo_cli.evaluation.kl import SequenceKl, sequence_kl
 from dpo_cli.evaluation.models import EvaluatedModel
 from dpo_cli.judging.answers import Answer
 from dpo_cli.models.project import Project
-from dpo_cli.reference.cache import SCHEMA as LOGP_SCHEMA
-from dpo_cli.reference.cache import group_keys
-from dpo_cli.reference.scoring import missing_groups, score_into_store
 from dpo_cli.scoring.budget import in_micro_batches
+from dpo_cli.scoring.reference import SCHEMA as LOGP_SCHEMA
+from dpo_cli.scoring.reference import missing_groups
 
 _ANSWERS = {"key": pl.String, "tokens": pl.List(pl.Int32), "finished": pl.Boolean}
 _DIVERGENCES = {
@@ -37,6 +36,58 @@ _DIVERGENCES = {
     "num_tokens": pl.Int32,
 }
 _MODELS_KEPT = 32
+
+
+@dataclass(frozen=True)
+class ScoredAnswers:
+    """What one model says of some answers.
+
+    Attributes:
+        logps: Sum over the answer's tokens by key, nats.
+        token_logps: Of each token by key, nats.
+        num_cached: Different answers that were known.
+        num_computed: Those that were not.
+    """
+
+    logps: dict[str, float]
+    token_logps: dict[str, list[float]]
+    num_cached: int
+    num_computed: int
+
+
+def score_answers(
+    project: Project,
+    model: EvaluatedModel,
+    groups: Sequence[TokenGroup],
+    store: RowStore,
+    what: str,
+    cached: pl.DataFrame | None = None,
+) -> ScoredAnswers:
+    """All completions of some groups under a model, which is loaded only where something is missing.
+
+    Args:
+        project: Whose model it is.
+        model: The model.
+        groups: Prompts with their completions.
+        store: Has what was computed before, and keeps the rest.
+        what: What is done, for the meter.
+        cached: Rows that are known from elsewhere.
+
+    Raises:
+        Interrupted: The user asked to stop; what was scored is kept.
+    """
+    wanted = {key for group in groups for key in group.keys}
+    known = wanted & (store.keys() | (set() if cached is None else set(cached["key"])))
+    if missing := missing_groups(groups, known, project.budget().max_tokens):
+        with model.use() as loaded, loaded.scorer as scorer:
+            project.score_into(store, scorer, missing, what)
+    rows = store.rows(wanted)
+    if cached is not None:
+        rows = pl.concat([cached, rows]).unique("key", keep="first", maintain_order=True)
+    logps, token_logps = (
+        dict(zip(rows["key"].to_list(), rows[column].to_list(), strict=True)) for column in ("logp", "token_logps")
+    )
+    return ScoredAnswers(logps, token_logps, len(known), len(wanted) - len(known))
 
 
 class Steps:
@@ -48,32 +99,14 @@ class Steps:
         folder: Where rows are kept, in the scratch area.
     """
 
-    def __init__(
-        self,
-        project: Project,
-        settings: EvaluateParams,
-        folder: Path,
-    ) -> None:
-        self._project = project
-        self._settings = settings
+    def __init__(self, project: Project, settings: EvaluateParams, folder: Path) -> None:
+        self.project = project
+        self.evaluate = settings
         self._folder = folder
-        self._command = project.command
 
-    def token_logps(self, model: EvaluatedModel, groups: Sequence[TokenGroup], what: str) -> dict[str, list[float]]:
-        """The log-probability of every token of the groups' completions by completion key, nats.
-
-        Raises:
-            Interrupted: The user asked to stop; what was scored is kept.
-        """
-        wanted = {key for group in groups for key in group_keys(group)}
-        store = self._store(model, "logps", LOGP_SCHEMA)
-        budget = self._project.budget()
-        missing = missing_groups(groups, store.keys(), budget.max_tokens)
-        if missing:
-            with model.use() as loaded, loaded.scorer as scorer:
-                score_into_store(scorer, missing, store, budget, self._project, what)
-        rows = store.rows(wanted)
-        return dict(zip(rows["key"].to_list(), rows["token_logps"].to_list(), strict=True))
+    def scored(self, model: EvaluatedModel, groups: Sequence[TokenGroup], what: str) -> ScoredAnswers:
+        """The log-probabilities of the groups' completions."""
+        return score_answers(self.project, model, groups, self._store(model, "logps", LOGP_SCHEMA), what)
 
     def answers(self, model: EvaluatedModel, prompts: Sequence[PromptTokens], temperature: float) -> dict[str, Answer]:
         """One answer to each prompt by prompt id.
@@ -81,34 +114,32 @@ class Steps:
         Raises:
             Interrupted: The user asked to stop; what was sampled is kept.
         """
-        settings, stop_ids = self._settings, tuple(self._project.encoder.stop_ids)
-        sampling = Sampling(temperature, settings.max_new_tokens, stop_ids, settings.seed, model.name)
+        project, settings = self.project, self.evaluate
+        stop_ids = tuple(project.encoder.stop_ids)
+        decoding = Decoding(temperature, settings.max_new_tokens, stop_ids, settings.seed, model.name)
         how = digest_json(
-            {"version": GENERATION_VERSION, **vars(sampling), "seed": settings.seed if temperature else 0}
+            {"version": GENERATION_VERSION, **vars(decoding), "seed": settings.seed if temperature else 0}
         )
         keys = {prompt.id: _prompt_key(how, prompt) for prompt in prompts}
         store = self._store(model, "answers", _ANSWERS)
         known = store.keys()
-        missing = [prompt for prompt in prompts if keys[prompt.id] not in known]
-        if missing:
-            label = f"{self._command}: {model} answers at T = {temperature:g}"
+        if missing := [prompt for prompt in prompts if keys[prompt.id] not in known]:
+            label = f"{project.command}: {model} answers at T = {temperature:g}"
             with (
-                self._project.keeping(store) as keep,
+                project.keeping(store) as keep,
                 model.use() as loaded,
-                self._project.reporter.meter(label, len(missing), "prompts") as meter,
+                project.reporter.meter(label, len(missing), "prompts") as meter,
             ):
-
-                def kept(new: Mapping[str, Sampled]) -> None:
-                    keep([{"key": keys[id], "tokens": list(a.tokens), "finished": a.finished} for id, a in new.items()])
-
                 sample_answers(
                     loaded.model,
                     missing,
-                    sampling,
-                    budget=self._project.budget(),
-                    autocast_dtype=self._project.machine.compute_dtype,
+                    decoding,
+                    budget=project.budget(),
+                    autocast_dtype=project.machine.compute_dtype,
                     meter=meter,
-                    keep=kept,
+                    keep=lambda new: keep(
+                        [{"key": keys[id], "tokens": list(a.tokens), "finished": a.finished} for id, a in new.items()]
+                    ),
                 )
         rows = store.rows(keys.values())
         columns = zip(*(rows[name].to_list() for name in _ANSWERS), strict=True)
@@ -116,7 +147,7 @@ class Steps:
         answers = {}
         for prompt in prompts:
             tokens, finished = found[keys[prompt.id]]
-            text = self._project.encoder.decode(list(tokens))
+            text = project.encoder.decode(list(tokens))
             answers[prompt.id] = Answer(prompt.id, prompt.id, prompt.tokens, (tokens,), prompt.messages, text, finished)
         return answers
 
@@ -128,12 +159,11 @@ class Steps:
         Raises:
             Interrupted: The user asked to stop; what was computed is kept.
         """
-        keys = {id: group_keys(answer)[0] for id, answer in answers.items()}
+        keys = {id: answer.keys[0] for id, answer in answers.items()}
         store = self._store(policy, f"divergences-{reference.digest}", _DIVERGENCES)
         known = store.keys()
-        missing = [answer for id, answer in answers.items() if keys[id] not in known]
-        if missing:
-            with self._project.keeping(store) as keep:
+        if missing := [answer for id, answer in answers.items() if keys[id] not in known]:
+            with self.project.keeping(store) as keep:
                 for batch, found in self._both(policy, reference, missing):
                     keep([{"key": keys[group.id], **vars(kl)} for group, kl in zip(batch, found, strict=True)])
         rows = store.rows(keys.values()).select(list(_DIVERGENCES))
@@ -154,21 +184,19 @@ class Steps:
                     predicted.append(scorer.predict(batch))
             parts: list[list[SequenceKl]] = [[] for _ in batch]
             for piece in _pieces(batch, scorer.max_distribution_rows):
-                rows = slice(piece[0].row, piece[-1].row + piece[-1].num_rows)
+                sizes = [len(part.tokens) for part in piece]
+                rows = slice(piece[0].row, piece[0].row + sum(sizes))
                 logps = []
                 for model, found in zip((policy, reference), predicted, strict=True):
                     with model.use() as loaded:
-                        logps.append(
-                            loaded.scorer.next_token_logps(found[rows]).split([part.num_rows for part in piece])
-                        )
+                        logps.append(loaded.scorer.next_token_logps(found[rows]).split(sizes))
                 for part, ours, theirs in zip(piece, *logps, strict=True):
                     parts[part.place].append(sequence_kl(ours, theirs, part.tokens))
             return [SequenceKl.add_up(found) for found in parts]
 
-        budget = self._project.budget()
-        label = f"{self._command}: KL along the answers of {policy}"
-        with self._project.reporter.meter(label, len(groups), "prompts") as meter:
-            for batch, found in in_micro_batches(groups, budget, scorer.split, work):
+        label = f"{self.project.command}: KL along the answers of {policy}"
+        with self.project.reporter.meter(label, len(groups), "prompts") as meter:
+            for batch, found in in_micro_batches(groups, self.project.budget(), scorer.split, work):
                 meter.advance(len(batch))
                 yield batch, found
 
@@ -192,11 +220,6 @@ class _Part(NamedTuple):
     row: int
     tokens: tuple[int, ...]
 
-    @property
-    def num_rows(self) -> int:
-        """Distributions, one a token."""
-        return len(self.tokens)
-
 
 def _pieces(batch: Sequence[TokenGroup], max_rows: int) -> list[list[_Part]]:
     """The tokens of a batch's answers in pieces of at most so many, each with the answers that it is of."""
@@ -208,16 +231,12 @@ def _pieces(batch: Sequence[TokenGroup], max_rows: int) -> list[list[_Part]]:
             if not room:
                 pieces.append([])
                 room = max_rows
-            pieces[-1].append(_Part(place, row, tokens[:room]))
-            taken = pieces[-1][-1].num_rows
+            part = _Part(place, row, tokens[:room])
+            pieces[-1].append(part)
+            taken = len(part.tokens)
             tokens, row, room = tokens[taken:], row + taken, room - taken
     return pieces
 
 
 def _prompt_key(how: str, prompt: PromptTokens) -> str:
     return digest_bytes(how.encode(), prompt.id.encode(), array("i", prompt.tokens).tobytes())
-
-
-def logp_sums(token_logps: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Sums over tokens by key, nats."""
-    return {key: torch.tensor(values, dtype=torch.float64).sum().item() for key, values in token_logps.items()}

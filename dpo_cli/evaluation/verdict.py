@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpo_cli.core.progress import Reporter, Status
-from dpo_cli.evaluation.findings import FEWEST, Finding, percent, percent_interval
-from dpo_cli.evaluation.flags import flags, judge_quality
+from dpo_cli.evaluation.flags import FEWEST, Finding, flags, judge_quality, percent, percent_interval, rate_text
 
 HIGH_KL = 10.0
 HARDLY_MOVED = 0.01
@@ -40,10 +39,13 @@ def headline(metrics: Mapping[str, Any]) -> tuple[str, Status]:
     """The verdict in one sentence."""
     if metrics["kl_estimates_disagree"]:
         return "Something is wrong with the computation: two estimates of the KL disagree.", "bad"
-    too_far = f" It went far from the SFT model; {_to_stay(metrics)[0]}." if metrics["kl"] > HIGH_KL else ""
+    too_far = f" It went far from the SFT model; {_to_change(metrics)[0]}." if metrics["kl"] > HIGH_KL else ""
     red = [finding.name for finding in verdict(metrics) if finding.status == "bad"]
     if metrics["kl"] < HARDLY_MOVED and not red:
-        return f"The tuned model is all but the SFT model: it hardly moved; {_to_move(metrics)[0]}.", "warn"
+        return (
+            f"The tuned model is all but the SFT model: it hardly moved; {_to_change(metrics)[0]}.",
+            "warn",
+        )
     if red:  # a win rate or, without a judge, an accuracy below one half is among them
         return f"Tuning did harm: {', '.join(red)}.{too_far}", "bad"
     if "win_rate" not in metrics:
@@ -57,7 +59,7 @@ def headline(metrics: Mapping[str, Any]) -> tuple[str, Status]:
         return "The tuned model is better than the SFT model.", "good"
     if metrics["num_decided"] < FEWEST:
         return "The comparison is open: too few prompts have a winner.", "warn"
-    return f"The comparison is open: the interval of the win rate holds one half.{too_far}", "warn"
+    return f"The comparison is open: the interval of the win rate contains one half.{too_far}", "warn"
 
 
 def report_verdict(
@@ -86,37 +88,21 @@ def _around_half(ci: list[float] | None, number: int) -> Status:
     return "good" if ci[0] > 0.5 else "bad" if ci[1] < 0.5 else "warn"
 
 
-def _to_move(metrics: Mapping[str, Any]) -> list[str]:
-    """What to do about a model that hardly moved: settings to change, with their values, the likeliest first."""
-    training = metrics.get("training")
+def _to_change(metrics: Mapping[str, Any]) -> list[str]:
+    """What to do about a model that hardly moved, or went too far: settings with their values, the likeliest first."""
+    training, further = metrics.get("training"), metrics["kl"] < HARDLY_MOVED
     if training is None:  # a model of whose training nothing is known
-        return ["train longer, or with a higher learning rate"]
-    steps, rate, beta = _settings(training)
-    if training["kept_step"] == 0:
-        return [f"train.keep best kept its start: lower {rate}"]
-    first = [f"raise {rate}", f"raise {steps}"]
-    return [*(first if training["learning_rate"] < USUAL_RATE else reversed(first)), f"lower {beta}"]
-
-
-def _to_stay(metrics: Mapping[str, Any]) -> list[str]:
-    """What to do about a model that went too far: settings to change, with their values, the likeliest first."""
-    training = metrics.get("training")
-    if training is None:
-        return ["train less, or with a lower learning rate"]
-    steps, rate, beta = _settings(training)
-    first = [f"lower {rate}", f"lower {steps}"]
-    return [*(first if training["learning_rate"] > USUAL_RATE else reversed(first)), f"raise {beta}"]
-
-
-def _settings(training: Mapping[str, Any]) -> tuple[str, str, str]:
-    """How long, how fast and how near the reference it was trained: each setting with its value."""
+        how_long, rate = ("longer", "higher") if further else ("less", "lower")
+        return [f"train {how_long}, or with a {rate} learning rate"]
     limit = "max_steps" if training["max_steps"] else "epochs"
     steps = f", so {training['num_steps']} steps" if limit == "epochs" and training["num_steps"] else ""
-    return (
-        f"train.{limit}, which was {training[limit]:g}{steps}",
-        f"train.learning_rate, which was {training['learning_rate']:g}",
-        f"train.beta, which was {training['beta']:g}",
-    )
+    rate = f"train.learning_rate, which was {training['learning_rate']:g}"
+    if further and training["kept_step"] == 0:
+        return [f"train.keep best kept its start: lower {rate}"]
+    do, undo = ("raise", "lower") if further else ("lower", "raise")
+    first = [f"{do} {rate}", f"{do} train.{limit}, which was {training[limit]:g}{steps}"]
+    rate_is_odd = training["learning_rate"] < USUAL_RATE if further else training["learning_rate"] > USUAL_RATE
+    return [*(first if rate_is_odd else reversed(first)), f"{undo} train.beta, which was {training['beta']:g}"]
 
 
 def _win_rate(metrics: Mapping[str, Any]) -> Finding:
@@ -126,13 +112,13 @@ def _win_rate(metrics: Mapping[str, Any]) -> Finding:
         f" ties ({percent(metrics['tie_rate'])}) one half"
     )
     if metrics["judge"] == "reward-model":
-        meaning += "; the mean of the reward model's probabilities, which learned of the same preferences"
+        meaning += "; the mean probability of the reward model, which learned from the same preferences"
     elif ceiling is not None:
-        meaning += f"; at most {percent(ceiling)}, since SFT is right on {percent(2 * (1 - ceiling))} already"
+        meaning += f"; at most {percent(ceiling)}, since SFT is already right on {percent(2 * (1 - ceiling))}"
     if detectable is not None:
-        meaning += f"; a true {percent(detectable)} would be told from one half four times in five"
-    value = f"{percent(metrics['win_rate'])} {percent_interval(metrics['win_rate_ci'])}"
-    return Finding("win rate over SFT", value, _around_half(metrics["win_rate_ci"], metrics["num_decided"]), meaning)
+        meaning += f"; 80% power to detect a true {percent(detectable)}"
+    status = _around_half(metrics["win_rate_ci"], metrics["num_decided"])
+    return Finding("win rate over SFT", rate_text(metrics, "win_rate"), status, meaning)
 
 
 def _length_controlled(metrics: Mapping[str, Any]) -> Finding | None:
@@ -143,7 +129,7 @@ def _length_controlled(metrics: Mapping[str, Any]) -> Finding | None:
     if metrics["length_note"]:
         meaning = metrics["length_note"]
     if ci is None:
-        return Finding(name, percent(rate), "plain", f"{meaning}; without an interval: too many draws have no fit")
+        return Finding(name, percent(rate), "plain", f"{meaning}; no interval: too many bootstrap draws have no fit")
     return Finding(name, f"{percent(rate)} {percent_interval(ci)}", "good" if ci[0] > 0.5 else "warn", meaning)
 
 
@@ -152,7 +138,7 @@ def _against_chosen(metrics: Mapping[str, Any]) -> Finding | None:
         return None
     return Finding(
         "win rate over the data",
-        f"{percent(metrics['win_rate_chosen'])} {percent_interval(metrics['win_rate_chosen_ci'])}",
+        rate_text(metrics, "win_rate_chosen"),
         "plain",
         "against the chosen answers of the held-out pairs; one half means as good as what it learned from",
     )
@@ -161,7 +147,7 @@ def _against_chosen(metrics: Mapping[str, Any]) -> Finding | None:
 def _accuracy(metrics: Mapping[str, Any]) -> Finding:
     return Finding(
         "held-out reward accuracy",
-        f"{percent(metrics['reward_accuracy'])} {percent_interval(metrics['reward_accuracy_ci'])}",
+        rate_text(metrics, "reward_accuracy"),
         _around_half(metrics["reward_accuracy_ci"], metrics["num_prompts"]),
         f"of {metrics['num_pairs']} held-out pairs the implicit reward prefers the chosen answer;"
         f" always taking the longer one gives {percent(metrics['longer_accuracy'])}",
@@ -193,7 +179,9 @@ def _calibration(metrics: Mapping[str, Any]) -> Finding:
     meaning = "how far σ(margin) is from how often it is right (ECE)"
     if temperature is not None:
         value += f", temperature {temperature:.2f}"
-        meaning += f"; margins are {'too sure' if temperature > 1 else 'too shy'}, divided by this they fit best"
+        meaning += (
+            f"; margins are {'overconfident' if temperature > 1 else 'underconfident'}; dividing by this fits best"
+        )
     elif metrics["calibration_note"]:
         meaning += f"; {metrics['calibration_note']}"
     if not metrics["learns_log_ratio"]:
@@ -203,13 +191,13 @@ def _calibration(metrics: Mapping[str, Any]) -> Finding:
 
 def _kl(metrics: Mapping[str, Any]) -> Finding:
     disagree, kl = metrics["kl_estimates_disagree"], metrics["kl"]
-    meaning = "a sequence, along the tuned model's own samples at T = 1"
+    meaning = "per answer, along the tuned model's own samples at T = 1"
     if disagree:
         meaning += "; its two estimates disagree, so one of them is wrong"
     elif kl < HARDLY_MOVED:
-        meaning += f"; the model hardly moved: {', or '.join(_to_move(metrics))}"
+        meaning += f"; the model hardly moved: {', or '.join(_to_change(metrics))}"
     elif kl > HIGH_KL:
-        meaning += f"; the model went far, look at its answers: {', or '.join(_to_stay(metrics))}"
+        meaning += f"; the model went far, look at its answers: {', or '.join(_to_change(metrics))}"
     status: Status = "bad" if disagree else "warn" if kl > HIGH_KL or kl < HARDLY_MOVED else "good"
     return Finding("KL from the reference", f"{kl:.2f} nats", status, meaning)
 
@@ -217,9 +205,10 @@ def _kl(metrics: Mapping[str, Any]) -> Finding:
 def _well_formed(metrics: Mapping[str, Any]) -> Finding:
     """Red where, of the prompts that only one model answers in form, the tuned one surely has fewer than half."""
     share, number = metrics["well_formed_dpo"], metrics.get("num_form_decided", 0)
-    meaning = "a win that is bought by broken text is no win"
+    meaning = "a win with broken text is not a win"
     if number:
-        meaning += f"; on {number} prompts only one of the two is, ours on {percent(metrics['form_win_rate'])}"
+        meaning += f"; on {number} prompts only one of the two answers is well formed, ours"
+        meaning += f" on {percent(metrics['form_win_rate'])}"
         meaning += f" {percent_interval(metrics['form_win_rate_ci'])} of them"
     fell = _around_half(metrics.get("form_win_rate_ci"), number) == "bad"
     return Finding(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,23 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.core import paths
-from dpo_cli.core.artifacts import write_json, write_text
+from dpo_cli.core.artifacts import write_csv_table, write_json
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.judging.votes import read_votes
 from dpo_cli.statistics.agreement import MethodAgreement, summarize_votes
-from dpo_cli.statistics.bootstrap import Estimate
+from dpo_cli.statistics.intervals import Estimate, Sampling
 
 
 @dataclass(frozen=True)
 class AgreementTable:
-    """What a votes file says.
-
-    Attributes:
-        methods: Figures by method and baseline.
-        draws: Bootstrap draws behind each interval.
-        confidence: Coverage of the intervals.
-        seed: Of the draws.
-    """
+    """What votes say of each method and baseline, with intervals of so many bootstrap draws."""
 
     methods: list[MethodAgreement]
     draws: int
@@ -52,7 +43,7 @@ def agreement_of_files(files: Sequence[Path], *, draws: int, confidence: float, 
     Raises:
         DataError: One is no votes file, a rater voted on an item twice, or no item has votes of two raters.
     """
-    methods = summarize_votes(read_votes(*files), draws=draws, confidence=confidence, seed=seed)
+    methods = summarize_votes(read_votes(*files), Sampling(draws, confidence, seed))
     if not any(each.pairs for each in methods):
         raise DataError(
             f"{', '.join(map(str, files))}: no item has votes of two raters, so there is no agreement; give all votes"
@@ -115,21 +106,17 @@ def save(found: AgreementTable) -> None:
 
 def write_csv(found: AgreementTable, path: Path) -> None:
     """Write the figures as CSV, one a line: num counts votes, or pairs of them; an undefined figure is empty."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["method", "baseline", "figure", "first", "second", "num", "value", "low", "high"])
+    rows: list[tuple[Any, ...]] = []
     for each in found.methods:
-        names = (each.method, each.baseline)
-        for kind, rate in each.win_rates.items():
-            writer.writerow([*names, "win_rate", kind, "", rate.num_votes, *_estimate(rate.estimate).values()])
+        figures = [("win_rate", kind, "", rate.num_votes, rate.estimate) for kind, rate in each.win_rates.items()]
         for pair in each.pairs:
-            who = (pair.first, pair.second, pair.num_pairs)
-            writer.writerow([*names, "agreement", *who, *_estimate(pair.agreement).values()])
-            writer.writerow([*names, pair.coefficient.name, *who, *_estimate(pair.coefficient.estimate).values()])
+            for name, estimate in (("agreement", pair.agreement), (pair.coefficient.name, pair.coefficient.estimate)):
+                figures.append((name, pair.first, pair.second, pair.num_pairs, estimate))
         if each.overall:
             count = sum(rate.num_votes for rate in each.win_rates.values())
-            writer.writerow([*names, each.overall.name, "", "", count, *_estimate(each.overall.estimate).values()])
-    write_text(path, stream.getvalue())
+            figures.append((each.overall.name, "", "", count, each.overall.estimate))
+        rows += [(each.method, each.baseline, *who, *_estimate(estimate).values()) for *who, estimate in figures]
+    write_csv_table(path, ("method", "baseline", "figure", "first", "second", "num", "value", "low", "high"), rows)
 
 
 def _estimate(estimate: Estimate) -> dict[str, float | None]:

@@ -1,33 +1,38 @@
-"""Judges that know the reward: the embedded world's, and rules that can be checked exactly."""
+"""Judges by reward: the embedded world's, rules that can be checked exactly, or what a reward model says."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from dpo_cli.core.errors import DataError
-from dpo_cli.core.params import EvaluateParams, RuleName
+from dpo_cli.core.judges import RuleName
+from dpo_cli.core.params import EvaluateParams
 from dpo_cli.data.world import Task, task_of
 from dpo_cli.judging.judge import Judgment, Question, one_by_one
 
 
 @dataclass(frozen=True)
-class ExactJudge:
-    """Prefers the answer with the higher known reward; equal rewards are a tie.
+class RewardJudge:
+    """Prefers the answer with the higher reward; it has a verdict on all.
 
     Attributes:
         name: What the reward is called.
-        reward: From prompt and answer to its reward, 0 or 1.
+        reward: From prompt and answer, as questions have them, to its reward.
+        is_exact: Whether it is known, 0 or 1, so that the higher one is better for certain; else
+            :func:`preference` says how probable that is.
     """
 
     name: str
     reward: Callable[[str, str], float]
+    is_exact: bool = True
     remedy = "set evaluate.judge to none"
 
     def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Judgment]]:
-        """Judge questions; it has a verdict on all.
+        """Judge questions.
 
         Raises:
             DataError: The reward is not known of a prompt.
@@ -35,19 +40,25 @@ class ExactJudge:
         return one_by_one(self._prefer, questions)
 
     def _prefer(self, prompt: str, a: str, b: str) -> float:
-        """1, 0.5 or 0."""
-        difference = self.reward(prompt, a) - self.reward(prompt, b)
-        return 0.5 if difference == 0 else float(difference > 0)
+        first, second = self.reward(prompt, a), self.reward(prompt, b)
+        if self.is_exact:
+            return 0.5 if first == second else float(first > second)
+        return preference(first, second)
 
 
-def known_reward(evaluate: EvaluateParams) -> ExactJudge | None:
+def preference(first: float, second: float) -> float:
+    """Bradley-Terry's probability that the answer with the first reward is better: sigma(first - second)."""
+    return 1 / (1 + math.exp(second - first)) if second <= first else 1 - 1 / (1 + math.exp(first - second))
+
+
+def known_reward(evaluate: EvaluateParams) -> RewardJudge | None:
     """The judge that section evaluate asks for, where it is one that knows the reward: ``world`` or ``rule``."""
     if evaluate.judge == "world":
-        return ExactJudge("the embedded world's known reward", world_reward)
+        return RewardJudge("the embedded world's known reward", world_reward)
     if evaluate.judge == "rule":
         assert evaluate.rule is not None  # section evaluate is refused without it
         rule = RULES[evaluate.rule]
-        return ExactJudge(f"the rule {evaluate.rule}: {rule.meaning}", rule.reward)
+        return RewardJudge(f"the rule {evaluate.rule}: {rule.meaning}", rule.reward)
     return None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,46 +25,33 @@ from dpo_cli.judging.templates import Template
 from dpo_cli.models.folder import check_model_folder
 from dpo_cli.models.identity import lock_model
 from dpo_cli.models.load import context_length, load_model, load_tokenizer
-from dpo_cli.models.workplace import Workplace
+from dpo_cli.models.project import Workplace
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
 from dpo_cli.scoring.scorer import Scorer, engine_version
 
 _STAND_IN = Question("prompt", "one", "other")
 
 
+@dataclass(frozen=True)
 class HfJudge:
     """Asks a causal language model that is in memory.
 
-    Args:
-        scorer: Its forward pass.
-        encoder: Messages to token ids.
-        template: What it is asked.
-        budget: Tokens of a micro-batch.
+    Attributes:
         identity: What its judgments depend on besides the question.
         max_length: Tokens of its context; None: without a limit.
-
-    Raises:
-        MachineError: Its tokenizer does not tell the options apart.
+        lead_in: Tokens that every answer begins with.
+        option_ids: The token that tells each option from the others.
     """
 
+    scorer: Scorer
+    encoder: ChatEncoder
+    template: Template
+    budget: TokenBudget
+    identity: Mapping[str, Any]
+    max_length: int | None
+    lead_in: Sequence[int]
+    option_ids: Sequence[int]
     remedy = "the questions are longer than the judge's context; take a judge with a longer one"
-
-    def __init__(
-        self,
-        scorer: Scorer,
-        encoder: ChatEncoder,
-        template: Template,
-        budget: TokenBudget,
-        identity: Mapping[str, Any],
-        max_length: int | None = None,
-    ) -> None:
-        self.identity = dict(identity)
-        self._scorer = scorer
-        self._encoder = encoder
-        self._template = template
-        self._budget = budget
-        self._max_length = max_length
-        self._lead_in, self._option_ids = _option_tokens(encoder, template)
 
     @classmethod
     def load(
@@ -71,13 +59,7 @@ class HfJudge:
     ) -> HfJudge:
         """Load a judge from a directory, as all models are loaded: offline, safetensors only, no code from it.
 
-        Args:
-            folder: The judge's directory.
-            template: What it is asked.
-            settings: How its weights are held, and its chat template.
-            work: Where it computes.
-            policy: Directory of the base model of the policy that is judged, for a warning where judge and policy are
-                kin.
+        It warns where the judge is kin to the base model in ``policy``, of which the judged policy was made.
 
         Raises:
             MachineError: It cannot be loaded, or its tokenizer does not tell the options apart.
@@ -101,7 +83,8 @@ class HfJudge:
             "engine": engine_version(work.machine.compute_dtype),
             **library_versions(),
         }
-        return cls(scorer, encoder, template, work.budget(), identity, context_length(folder))
+        options = _option_tokens(encoder, template)
+        return cls(scorer, encoder, template, work.budget(), identity, context_length(folder), *options)
 
     def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Judgment]]:
         """Judge questions in micro-batches; those beyond the model's context are invalid."""
@@ -112,24 +95,24 @@ class HfJudge:
                 yield index, INVALID
             else:
                 groups.append(group)
-        with self._scorer:
-            for batch, found in in_micro_batches(groups, self._budget, self._scorer.split, self._judge):
+        with self.scorer:
+            for batch, found in in_micro_batches(groups, self.budget, self.scorer.split, self._judge):
                 yield from ((int(group.id), judgment) for group, judgment in zip(batch, found, strict=True))
 
     def _group(self, name: str, question: Question) -> TokenGroup | None:
         try:
-            prompt = self._encoder.encode(_messages(self._template, question), _answers(self._template)).prompt
+            prompt = self.encoder.encode(_messages(self.template, question), _answers(self.template)).prompt
         except RowProblem:
             return None
-        ids = (*prompt, *self._lead_in)
-        if self._max_length is not None and len(ids) >= self._max_length:
+        ids = (*prompt, *self.lead_in)
+        if self.max_length is not None and len(ids) >= self.max_length:
             return None
-        return TokenGroup(name, name, ids, ((self._option_ids[0],),))
+        return TokenGroup(name, name, ids, ((self.option_ids[0],),))
 
     def _judge(self, batch: Sequence[TokenGroup]) -> list[Judgment]:
         judgments = []
-        for rows in self._scorer.predict(batch).split(self._scorer.max_distribution_rows):  # one a question
-            logps = self._scorer.next_token_logps(rows)[:, self._option_ids]
+        for rows in self.scorer.predict(batch).split(self.scorer.max_distribution_rows):  # one a question
+            logps = self.scorer.next_token_logps(rows)[:, self.option_ids]
             judgments += [Judgment.of_options(options) for options in logps.tolist()]
         return judgments
 
@@ -167,12 +150,7 @@ def _option_tokens(encoder: ChatEncoder, template: Template) -> tuple[list[int],
 
 
 def kinship_of(judge: Path, policy: Path) -> str | None:
-    """How a judge is related to the policy's base model, as the beginning of a warning; None where it is not.
-
-    Args:
-        judge: The judge's directory.
-        policy: The directory of the base model.
-    """
+    """How a judge in a folder is related to the base model in another; None where it is not."""
     ours, theirs = _config(judge), _config(policy)
     if not ours or not theirs:
         return None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,64 +41,32 @@ _LETTER = re.compile(r"[\W_]*([A-Za-z])(?![A-Za-z])")
 
 
 @dataclass(frozen=True)
-class Abilities:
-    """What a server can do.
-
-    Attributes:
-        constraint: How answers are constrained: a name in _CONSTRAINTS or ``none``.
-        top_logprobs: Most probable tokens that it lists; 0: it gives no log-probabilities.
-        about: What it says of the model.
-    """
-
-    constraint: str
-    top_logprobs: int
-    about: Mapping[str, Any]
-
-
 class OpenAiJudge:
     """Asks a server; :meth:`connect` finds out how.
 
-    Args:
+    Attributes:
         server: Where it is.
         model: Name of the model.
+        about: What the server says of the model.
         template: What it is asked.
-        found: What the server can do, and says of the model.
-        parallel: Requests under way at once.
+        constraint: How answers are constrained: a name in _CONSTRAINTS or ``none``.
+        top_logprobs: Most probable tokens that it lists; 0: it gives no log-probabilities.
+        parallel: Requests in flight at a time.
         extra: Fields that every request has besides, such as ``{"chat_template_kwargs": {"enable_thinking": false}}``.
     """
 
+    server: Server
+    model: str
+    about: Mapping[str, Any]
+    template: Template
+    constraint: str
+    top_logprobs: int
+    parallel: int
+    extra: Mapping[str, Any]
     remedy = (
         "take a server that constrains answers or gives log-probabilities (llama.cpp, vLLM), a model that answers with"
         " one letter at once, without thinking first, a template that asks for it, or a longer context"
     )
-
-    def __init__(
-        self,
-        server: Server,
-        model: str,
-        template: Template,
-        found: Abilities,
-        *,
-        parallel: int = 4,
-        extra: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.constraint = found.constraint
-        self.top_logprobs = found.top_logprobs
-        self._server = server
-        self._model = model
-        self._template = template
-        self._parallel = parallel
-        self._extra = dict(extra or {})
-        self.identity = {
-            "judge": "openai",
-            "url": server.url,
-            "model": model,
-            "about": {name: value for name, value in found.about.items() if name not in _VOLATILE},
-            "constraint": found.constraint,
-            "top_logprobs": found.top_logprobs,
-            "template": template.digest,
-            "extra": self._extra,
-        }
 
     @classmethod
     def connect(
@@ -111,15 +79,7 @@ class OpenAiJudge:
         parallel: int = 4,
         extra: Mapping[str, Any] | None = None,
     ) -> OpenAiJudge:
-        """Find out which model a server has and what it can do, in a few short requests.
-
-        Args:
-            server: Where it is.
-            model: Name of the model; None: the only one that there is.
-            template: What it is asked.
-            reporter: Says how it is asked.
-            parallel: Requests under way at once.
-            extra: Fields that every request has besides.
+        """Find out in a few short requests what a server can do, and its only model where none is named.
 
         Raises:
             MachineError: It does not answer, has no such model, or does not take a plain request.
@@ -131,7 +91,21 @@ class OpenAiJudge:
         read = f"log-probabilities of the {top_logprobs} most probable tokens" if top_logprobs else "its letter"
         how = f"constrained by {constraint}" if constraint != "none" else "not constrained"
         reporter.say(f"judge {name} at {server.url}: answers {how}, read by {read}")
-        return cls(server, name, template, Abilities(constraint, top_logprobs, about), parallel=parallel, extra=extra)
+        return cls(server, name, about, template, constraint, top_logprobs, parallel, extra or {})
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What its judgments depend on besides the question."""
+        return {
+            "judge": "openai",
+            "url": self.server.url,
+            "model": self.model,
+            "about": {name: value for name, value in self.about.items() if name not in _VOLATILE},
+            "constraint": self.constraint,
+            "top_logprobs": self.top_logprobs,
+            "template": self.template.digest,
+            "extra": dict(self.extra),
+        }
 
     def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Judgment]]:
         """Judge questions, several at once, and yield each as it is answered.
@@ -139,43 +113,42 @@ class OpenAiJudge:
         Raises:
             MachineError: The server is gone; what it had answered was yielded before.
         """
-        with ThreadPoolExecutor(self._parallel) as pool:
+        with ThreadPoolExecutor(self.parallel) as pool:
             futures = {pool.submit(self._judge, question): index for index, question in enumerate(questions)}
             problem: DpoCliError | None = None
+
+            def stop() -> None:
+                for future in futures:
+                    future.cancel()  # not the pool's shutdown, which would leave us waiting for them
+
             try:
                 for future in as_completed(futures):
                     if future.cancelled():
                         continue
-                    error = future.exception()
-                    if error is None:
-                        yield futures[future], future.result()
-                    elif isinstance(error, DpoCliError):
+                    try:
+                        judgment = future.result()
+                    except DpoCliError as error:
                         problem = problem or error
-                        _cancel(futures)
+                        stop()
                     else:
-                        raise error
+                        yield futures[future], judgment
             finally:
-                _cancel(futures)
+                stop()
             if problem is not None:
                 raise problem
 
     def _judge(self, question: Question) -> Judgment:
-        options = self._template.options
-        body = _body(self._model, self._template.render(question)) | self._extra | _logprobs(self.top_logprobs)
+        options = self.template.options
+        body = _body(self.model, self.template.render(question)) | dict(self.extra) | _logprobs(self.top_logprobs)
         if self.constraint != "none":
             body |= _CONSTRAINTS[self.constraint](options)
         try:
-            choice = _choice(self._server.post("/chat/completions", body))
+            choice = _choice(self.server.post("/chat/completions", body))
         except RefusedError as error:
             if error.status in _TOO_LONG:
                 return INVALID
             raise
         return read_answer(choice, options, self.top_logprobs, constrained=self.constraint != "none")
-
-
-def _cancel(futures: Mapping[Future[Judgment], int]) -> None:
-    for future in futures:
-        future.cancel()
 
 
 def _body(model: str, text: str) -> dict[str, Any]:

@@ -11,22 +11,19 @@ from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, MachineError, ParamsError
 from dpo_cli.core.params import EvaluateParams
 from dpo_cli.core.progress import Reporter
-from dpo_cli.data.schema import assistant
-from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.judging.answers import Answer
 from dpo_cli.judging.cache import CachedJudge
-from dpo_cli.judging.human import VotesJudge
 from dpo_cli.judging.judge import Judge
-from dpo_cli.judging.known_reward import known_reward
+from dpo_cli.judging.known_reward import RewardJudge, known_reward
 from dpo_cli.judging.language_model import HfJudge
 from dpo_cli.judging.openai import OpenAiJudge
-from dpo_cli.judging.reward_model import KnownRewards, RewardModel
+from dpo_cli.judging.reward_model import RewardModel, text_group
 from dpo_cli.judging.server import Server
 from dpo_cli.judging.templates import TEMPLATES, Template, open_template
-from dpo_cli.judging.votes import read_votes
+from dpo_cli.judging.votes import VotesJudge, read_votes
+from dpo_cli.models.adapters import check_reward_model
 from dpo_cli.models.folder import check_model_folder
 from dpo_cli.models.project import Project
-from dpo_cli.models.reward import check_reward_model
 
 API_KEY = "DPO_JUDGE_API_KEY"
 JUDGE_PATH = "DPO_JUDGE_PATH"
@@ -41,15 +38,22 @@ class ReadyJudge:
         name: What it is called.
         rater: Its kind as a rater in a votes file: with another model or template it is another one.
         reads: Whether it reads two texts, one before the other, so that their order may move it.
-        reward: From prompt and answer to its reward, where it has one; a reward model's is fixed but for a constant
-            a prompt.
     """
 
     judge: Judge
     name: str
     rater: str
     reads: bool = False
-    reward: Callable[[str, str], float] | None = None
+
+    @property
+    def reward(self) -> Callable[[str, str], float] | None:
+        """From prompt and answer to its reward, where it has one; a reward model's is fixed but for a constant."""
+        return self.judge.reward if isinstance(self.judge, RewardJudge) else None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it knows the reward, which is 0 or 1."""
+        return isinstance(self.judge, RewardJudge) and self.judge.is_exact
 
 
 LoadJudge = Callable[[Sequence[Answer]], ReadyJudge]
@@ -70,7 +74,7 @@ def prepare_judge(
         settings: Section evaluate.
         project: Of the policy that is judged.
         names: Policy and opponent, as a votes file calls them.
-        memory: Folder of judgments that were made before, in the scratch area.
+        memory: Folder of judgments that were made before.
 
     Raises:
         ParamsError: A setting is wrong: there is no such template, or the server's host is not allowed.
@@ -82,7 +86,7 @@ def prepare_judge(
         return None
     if (exact := known_reward(settings)) is not None:
         rater = settings.rule or settings.judge
-        return lambda _: ReadyJudge(exact, exact.name, rater, reward=exact.reward)
+        return lambda _: ReadyJudge(exact, exact.name, rater)
     if settings.judge == "reward-model":
         check_reward_model(paths.REWARD_MODEL, project.made_of())
         return lambda judged: _learned_rewards(project, judged)
@@ -98,26 +102,21 @@ def prepare_judge(
 
 def _learned_rewards(project: Project, judged: Sequence[Answer]) -> ReadyJudge:
     """Rewards of answers as texts, as all judges see them: equal texts have equal rewards, whatever their tokens."""
-    model = RewardModel.load(paths.REWARD_MODEL, project)
-    different = {(each.asked, each.text): each for each in judged}
-    by_prompt: dict[str, list[Answer]] = {}
-    for each in different.values():
-        by_prompt.setdefault(each.asked, []).append(each)
-    groups = []
-    for number, some in enumerate(by_prompt.values()):
-        messages = some[0].messages
-        encoding = project.encoder.encode(messages, [[assistant(each.text)] for each in some])
-        answers = tuple(map(tuple, encoding.completions))
-        groups.append(TokenGroup(str(number), str(number), tuple(encoding.prompt), answers))
-    found = zip(by_prompt.items(), model.rewards(groups), strict=True)
-    known = KnownRewards(
-        {
-            (prompt, each.text): reward
-            for (prompt, some), rewards in found
-            for each, reward in zip(some, rewards, strict=True)
-        }
-    )
-    return ReadyJudge(known, "the reward model", "reward-model", reward=known.reward)
+    by_prompt: dict[str, dict[str, Answer]] = {}
+    for each in judged:
+        by_prompt.setdefault(each.asked, {})[each.text] = each
+    groups = [
+        text_group(project.encoder, str(number), next(iter(answers.values())).messages, [*answers])
+        for number, answers in enumerate(by_prompt.values())
+    ]
+    found = RewardModel.load(paths.REWARD_MODEL, project).rewards(groups)
+    rewards = {
+        (prompt, text): reward
+        for (prompt, answers), some in zip(by_prompt.items(), found, strict=True)
+        for text, reward in zip(answers, some, strict=True)
+    }
+    judge = RewardJudge("the reward model", lambda prompt, answer: rewards[prompt, answer], is_exact=False)
+    return ReadyJudge(judge, judge.name, "reward-model")
 
 
 def _votes_file(name: str) -> Path:

@@ -21,12 +21,7 @@ _LONGEST_PAUSE_S = 30.0
 
 
 class RefusedError(MachineError):
-    """The server does not take a request as it is.
-
-    Args:
-        problem: What it says.
-        status: The HTTP status.
-    """
+    """The server does not take a request as it is, and says so with an HTTP status."""
 
     def __init__(self, problem: str, status: int) -> None:
         super().__init__(problem)
@@ -43,7 +38,7 @@ class Server:
         timeout_s: Seconds to wait for an answer.
         num_tries: How often a request is sent before the server counts as gone.
         backoff_s: Pause before the second try, seconds; it doubles from try to try.
-        sleep: Waits; for tests.
+        sleep: Waits.
 
     Raises:
         ParamsError: The URL is none, or its host is not allowed.

@@ -7,12 +7,14 @@ consistency and first_position_rate.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dpo_cli.core.errors import DataError
-from dpo_cli.core.progress import Meter
-from dpo_cli.judging.judge import Judge, Judgment, Question, from_half
+from dpo_cli.core.progress import Meter, Reporter
+from dpo_cli.judging.answers import Answer
+from dpo_cli.judging.judge import INVALID, Judge, Judgment, Question, from_half
+from dpo_cli.statistics.intervals import Estimate, Sampling
 
 MAX_INVALID_RATE = 0.05
 """Share of comparisons without a verdict above which there is no win rate: those that are left may be of one kind."""
@@ -42,7 +44,7 @@ class Comparison:
     @property
     def is_valid(self) -> bool:
         """Whether both orders have a verdict, or the answers are identical."""
-        return all(judgment is None or judgment.verdict != "invalid" for judgment in self._asked())
+        return INVALID not in (self.ours_first, self.theirs_first)
 
     @property
     def win(self) -> float | None:
@@ -64,13 +66,6 @@ class Comparison:
         swapped = {"A": "B", "B": "A"}
         first, second = self.ours_first.verdict, self.theirs_first.verdict
         return first == swapped.get(second, second)
-
-    def swapped(self) -> Comparison:
-        """The same with ours and theirs changed."""
-        return Comparison(self.theirs_first, self.ours_first)
-
-    def _asked(self) -> tuple[Judgment | None, Judgment | None]:
-        return self.ours_first, self.theirs_first
 
 
 @dataclass(frozen=True)
@@ -100,25 +95,10 @@ class WinRateSummary:
     first_position_rate: float | None
 
 
-def compare(judge: Judge, prompt: str, ours: str, theirs: str) -> float:
-    """Probability that ours is better, asked in both orders so that no position is favored.
-
-    Raises:
-        DataError: The judge has no verdict.
-    """
-    comparison = compare_all(judge, [Pair(prompt, ours, theirs)])[0]
-    if comparison.win is None:
-        raise DataError(f"the judge has no verdict on two answers to {prompt[:60]!r}; {judge.remedy}")
-    return comparison.win
-
-
 def compare_all(judge: Judge, pairs: Sequence[Pair], meter: Meter | None = None) -> list[Comparison]:
     """Compare many answers, each in both orders; identical ones are ties without asking.
 
-    Args:
-        judge: Who decides.
-        pairs: What is compared.
-        meter: Called with every judgment; :func:`num_questions` says how many there will be.
+    A meter is advanced by every judgment; :func:`num_questions` says how many there will be.
     """
     asked = [index for index, pair in enumerate(pairs) if pair.ours != pair.theirs]
     questions = []
@@ -141,11 +121,7 @@ def num_questions(pairs: Iterable[Pair]) -> int:
 
 
 def summarize(comparisons: Sequence[Comparison], remedy: str) -> WinRateSummary:
-    """Sum up comparisons.
-
-    Args:
-        comparisons: At least one.
-        remedy: The judge's, for the error.
+    """Sum up one comparison or more.
 
     Raises:
         DataError: More than :data:`MAX_INVALID_RATE` of those that were asked, or all, have no verdict.
@@ -172,3 +148,75 @@ def summarize(comparisons: Sequence[Comparison], remedy: str) -> WinRateSummary:
         consistency=sum(each.is_consistent for each in valid) / len(valid) if valid else None,
         first_position_rate=winners.count("A") / len(winners) if winners else None,
     )
+
+
+# --- models -------------------------------------------------------------------------------
+
+Answers = Mapping[str, Answer]
+"""One model's answers by prompt id, or the data's by row id."""
+
+
+@dataclass(frozen=True)
+class ComparisonResult:
+    """The policy's and the opponent's answers, comparisons by the id that both have, and the rate by prompt."""
+
+    ours: Answers
+    theirs: Answers
+    comparisons: Mapping[str, Comparison]
+    summary: WinRateSummary
+    win_rate: Estimate
+
+    @property
+    def wins(self) -> dict[str, float]:
+        """Probability that ours is better, by id, where there is a verdict."""
+        return {id: found.win for id, found in self.comparisons.items() if found.win is not None}
+
+    @property
+    def tie_rate(self) -> float:
+        """Share of ties among the verdicts."""
+        return self.summary.num_ties / len(self.wins)
+
+
+def compare_models(
+    judge: Judge,
+    pairings: Sequence[tuple[Answers, Answers]],
+    reporter: Reporter,
+    command: str,
+    sampling: Sampling,
+) -> list[ComparisonResult]:
+    """Judge all pairings of ours and theirs over the ids that both have, every different pair of answers once.
+
+    Raises:
+        DataError: The judge has no verdict on too many comparisons.
+    """
+    ids = [[id for id in ours if id in theirs] for ours, theirs in pairings]
+    pairs = [
+        [Pair(ours[id].asked, ours[id].text, theirs[id].text) for id in shared]
+        for shared, (ours, theirs) in zip(ids, pairings, strict=True)
+    ]
+    different = list(dict.fromkeys(pair for some in pairs for pair in some))
+    with reporter.meter(f"{command}: judging", num_questions(different), "judgments") as meter:
+        found = dict(zip(different, compare_all(judge, different, meter), strict=True))
+    results = []
+    for shared, some, (ours, theirs) in zip(ids, pairs, pairings, strict=True):
+        comparisons = {id: found[pair] for id, pair in zip(shared, some, strict=True)}
+        summary = summarize(list(comparisons.values()), judge.remedy)
+        wins = [(each.win, ours[id].group) for id, each in comparisons.items() if each.win is not None]
+        win_rate = sampling.rate([win for win, _ in wins], [group for _, group in wins])
+        results.append(ComparisonResult(ours, theirs, comparisons, summary, win_rate))
+    return results
+
+
+def paired_difference(first: ComparisonResult, second: ComparisonResult, sampling: Sampling) -> Estimate:
+    """Win rate of the first result less that of the second over the ids that both have, with its paired interval.
+
+    Raises:
+        ValueError: They share no id with verdicts.
+    """
+    ours, theirs = first.wins, second.wins
+    shared = [id for id in ours if id in theirs]
+    if not shared:
+        raise ValueError("the results share no prompt")
+    prompts = [first.ours[id].group for id in shared]
+    differences = [ours[id] - theirs[id] for id in shared]
+    return sampling.interval(differences, prompts)

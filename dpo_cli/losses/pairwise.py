@@ -147,7 +147,7 @@ def robust(pairs: Pairs, /, beta: float, label_smoothing: float) -> Tensor:
 @Loss(
     "max(0, 1 - m)",
     "SLiC: Zhao et al. 2023; RSO: Liu et al. 2023",
-    "pairs with a margin beyond 1 are to be left alone",
+    "pairs with a margin above 1 should be left alone",
     (*_ON_MARGIN, "margin_scale"),
 )
 def hinge(pairs: Pairs, /, beta: float) -> Tensor:
@@ -158,7 +158,7 @@ def hinge(pairs: Pairs, /, beta: float) -> Tensor:
 @Loss(
     "(m' / beta - 1 / (2 beta))², m' with log-ratios a token",
     "IPO: Azar et al. 2023, eq. 17, length-normalized as in TRL",
-    "labels without noise, where the sigmoid would push on for ever; answers of differing length",
+    "labels without noise, with which the sigmoid would push margins up forever; answers of different lengths",
     ("divergence", "weighting"),
     learns_log_ratio=False,
 )
@@ -307,7 +307,7 @@ def aot(pairs: Pairs, /, beta: float, label_smoothing: float = 0.0) -> Tensor:
 @Loss(
     "logistic loss of sort(r_w) - sort(r_l)",
     "AOT: Melnyk et al. 2024, unpaired",
-    "the same, where the two sides of a row do not belong together",
+    "the same, if the two sides of a row are unrelated",
     ("ld_alpha",),
     is_coupled=True,
 )
@@ -375,7 +375,7 @@ def cpo(pairs: Pairs, /, beta: float, label_smoothing: float = 0.0) -> Tensor:
 @Loss(
     "-log π_w, a mean over the chosen tokens of the step",
     "Rafailov et al. 2023, section 6 (Preferred-FT); the SFT term of ORPO, CPO and TRL",
-    "a term beside another loss, or alone as the baseline Preferred-FT",
+    "a term added to another loss, or alone as the baseline Preferred-FT",
     has_reference=False,
     compares=False,
 )
@@ -387,7 +387,7 @@ def sft(pairs: Pairs, /) -> Tensor:
 @Loss(
     "-log π_w / |w|",
     "RPO: Pang et al. 2024, eq. 2, as {sigmoid: 1, sft_norm: 1}",
-    "a term beside another loss: the chosen answers' probability should not fall",
+    "a term added to another loss: the chosen answers' probability should not fall",
     has_reference=False,
     compares=False,
 )

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_json, write_json
 from dpo_cli.core.errors import MachineError, ParamsError, StaleArtifactError
-from dpo_cli.core.manifest import SFT
+from dpo_cli.core.manifest import REWARD, SFT
 from dpo_cli.core.params import LoraParams
 from dpo_cli.core.text import shown
 from dpo_cli.models.device import Machine
@@ -37,12 +37,8 @@ def add_adapter(
 ) -> PeftModel:
     """Put a fresh LoRA adapter with a zero update on a model (Hu et al. 2021, section 4.1).
 
-    Args:
-        model: What it is put on.
-        lora: Its shape.
-        seed: Of its start.
-        task: PEFT's name for what it is for; with SEQ_CLS the head named ``score`` is trained and saved with it.
-        setting: Where its shape stands in params.yaml, for messages.
+    ``task`` is PEFT's name for what it is for: with SEQ_CLS the head named ``score`` is trained and saved with it.
+    ``setting`` is where its shape stands in params.yaml, for messages.
 
     Raises:
         ParamsError: The model has no layer of a given name, or one that another layer shares its weights with.
@@ -179,39 +175,6 @@ def read_sft_result(base: str) -> SftResult:
     return SftResult(method, digest, manifest.made_of.get("data/sft"))
 
 
-def load_reference(base: Path, sft: SftResult, machine: Machine, quantization: str) -> Any:
-    """The reference model, frozen and in eval mode."""
-    model = load_backbone(base, sft, machine, quantization)
-    if sft.has_adapter:
-        model = load_adapter(model, paths.SFT_MODEL, trainable=False)
-        keep_weights_unpacked(model)
-    return model.eval()
-
-
-def load_policy_at_start(
-    base: Path, sft: SftResult, machine: Machine, quantization: str, lora: LoraParams, seed: int
-) -> PeftModel:
-    """The policy before its first step: equal to the reference, its adapter trainable."""
-    model = load_backbone(base, sft, machine, quantization)
-    policy = (
-        load_adapter(model, paths.SFT_MODEL, trainable=True)
-        if sft.has_adapter
-        else add_adapter(model, lora, seed, setting="train.lora")
-    )
-    keep_weights_unpacked(policy)
-    return policy
-
-
-def load_pair_at_start(
-    base: Path, sft: SftResult, machine: Machine, quantization: str, lora: LoraParams, seed: int
-) -> ModelPair:
-    """The policy before its first step, with its reference beside it on the same frozen weights."""
-    policy = load_policy_at_start(base, sft, machine, quantization, lora, seed)
-    if sft.has_adapter:
-        policy.load_adapter(str(paths.SFT_MODEL), adapter_name=REFERENCE)
-    return ModelPair(policy, REFERENCE if sft.has_adapter else None)
-
-
 @dataclass(frozen=True)
 class ModelPair:
     """Policy and reference as one model in memory; only the adapter changes."""
@@ -263,32 +226,6 @@ class ModelPair:
         return self.model.eval()
 
 
-def load_pair(
-    base: Path, sft: SftResult, machine: Machine, quantization: str, adapter: Path = paths.DPO_MODEL
-) -> ModelPair:
-    """A trained policy and its reference, on one set of frozen weights.
-
-    Args:
-        base: Directory of the base model.
-        sft: What stage sft made of it.
-        machine: Device and compute dtype.
-        quantization: ``nf4`` or ``none``.
-        adapter: The policy's folder.
-
-    Raises:
-        StaleArtifactError: There is no adapter in it.
-    """
-    for name in ADAPTER_FILES:
-        if not (adapter / name).is_file():
-            raise StaleArtifactError(f"{adapter / name} is missing; run: dpo-cli train")
-    model = load_backbone(base, sft, machine, quantization)
-    pair = load_adapter(model, adapter, trainable=False)
-    if sft.has_adapter:
-        pair.load_adapter(str(paths.SFT_MODEL), adapter_name=REFERENCE)
-    keep_weights_unpacked(pair)
-    return ModelPair(pair, REFERENCE if sft.has_adapter else None)
-
-
 def load_adapter(model: Any, folder: Path, *, trainable: bool) -> PeftModel:
     """Put a saved adapter on a model, as its policy."""
     from peft import LoraConfig, PeftModel
@@ -304,7 +241,171 @@ def is_dora(folder: Path) -> bool:
     return bool(json.loads((folder / ADAPTER_FILES[0]).read_text(encoding="utf-8")).get("use_dora"))
 
 
-def load_backbone(base: Path, sft: SftResult, machine: Machine, quantization: str) -> Any:
-    """The frozen weights under the adapter: the base, or what SFT made of all of it."""
-    folder = paths.SFT_MODEL if sft.method == "full" else base
-    return load_model(folder, machine, quantization=quantization)
+# --- policy, reference and reward model -----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FrozenBase:
+    """The frozen weights that policy, reference and reward model stand on; whatever is loaded is new in memory.
+
+    Attributes:
+        base: Directory of the base model.
+        sft: What stage sft made of it.
+        machine: Device and compute dtype.
+        quantization: ``nf4`` or ``none``.
+    """
+
+    base: Path
+    sft: SftResult
+    machine: Machine
+    quantization: str
+
+    def backbone(self) -> Any:
+        """The weights under the adapter: the base, or what SFT made of all of it."""
+        folder = paths.SFT_MODEL if self.sft.method == "full" else self.base
+        return load_model(folder, self.machine, quantization=self.quantization)
+
+    def reference(self) -> Any:
+        """The reference model, frozen and in eval mode."""
+        model = self.backbone()
+        if self.sft.has_adapter:
+            model = load_adapter(model, paths.SFT_MODEL, trainable=False)
+            keep_weights_unpacked(model)
+        return model.eval()
+
+    def policy(self, lora: LoraParams | None, seed: int) -> PeftModel:
+        """The policy before its first step: equal to the reference, its adapter trainable."""
+        model = self.backbone()
+        policy = (
+            load_adapter(model, paths.SFT_MODEL, trainable=True)
+            if self.sft.has_adapter
+            else add_adapter(model, lora or LoraParams(), seed, setting="train.lora")
+        )
+        keep_weights_unpacked(policy)
+        return policy
+
+    def pair_at_start(self, lora: LoraParams | None, seed: int) -> ModelPair:
+        """The policy before its first step, and its reference, on one set of weights."""
+        policy = self.policy(lora, seed)
+        if self.sft.has_adapter:
+            policy.load_adapter(str(paths.SFT_MODEL), adapter_name=REFERENCE)
+        return ModelPair(policy, REFERENCE if self.sft.has_adapter else None)
+
+    def pair(self, adapter: Path = paths.DPO_MODEL) -> ModelPair:
+        """A trained policy, of a folder, and its reference, on one set of weights.
+
+        Raises:
+            StaleArtifactError: There is no adapter in the folder.
+        """
+        for name in ADAPTER_FILES:
+            if not (adapter / name).is_file():
+                raise StaleArtifactError(f"{adapter / name} is missing; run: dpo-cli train")
+        pair = load_adapter(self.backbone(), adapter, trainable=False)
+        if self.sft.has_adapter:
+            pair.load_adapter(str(paths.SFT_MODEL), adapter_name=REFERENCE)
+        keep_weights_unpacked(pair)
+        return ModelPair(pair, REFERENCE if self.sft.has_adapter else None)
+
+    def reward_model(self, folder: Path = paths.REWARD_MODEL) -> PeftModel:
+        """The trained reward model of a folder, frozen and in eval mode."""
+        model = load_adapter(_with_head(self.backbone()), folder, trainable=False)
+        keep_weights_unpacked(model)
+        return model.eval()
+
+    def reward_model_at_start(self, lora: LoraParams | None, seed: int) -> PeftModel:
+        """The reward model before its first step; adapter and head are trainable."""
+        model = _with_head(self.backbone())
+        model = (
+            _go_on(model, paths.SFT_MODEL)
+            if self.sft.has_adapter
+            else add_adapter(model, lora or LoraParams(), seed, "SEQ_CLS", "reward.lora")
+        )
+        keep_weights_unpacked(model)
+        return model
+
+    def whole_model(self, folder: Path) -> Any:
+        """Any model of a folder, held and computed as these."""
+        return load_model(folder, self.machine, quantization=self.quantization)
+
+
+# --- reward models --------------------------------------------------------------------------
+# The graph of policy and reference, with a scalar head beside its adapter. It starts as the SFT model does, with a head
+# of zeros: every reward is 0 at first. Adapter and head are one PEFT adapter of task SEQ_CLS, so that
+# AutoModelForSequenceClassification (num_labels=1) with PEFT gives the same rewards.
+
+REWARD_ADAPTER = "reward"
+_HEAD = "score"
+"""The head's name in transformers' sequence classifiers."""
+
+
+def add_value_head(model: PeftModel) -> Any:
+    """Put a head of zeros, trainable, on a policy: it gives every state the value 0 at first."""
+    return getattr(_with_head(model.get_base_model()), _HEAD)
+
+
+def add_reward_adapter(model: PeftModel, folder: Path) -> Any:
+    """Put the adapter of a reward model beside those of a policy, frozen, under the name :data:`REWARD_ADAPTER`.
+
+    Returns:
+        The reward model's head, float32.
+    """
+    import torch
+    from peft import LoraConfig, TaskType, load_peft_weights, set_peft_model_state_dict
+
+    from dpo_cli.models.lora import use_short_layers
+
+    config = use_short_layers(LoraConfig.from_pretrained(str(folder)))  # type: ignore[arg-type]
+    config.task_type, config.inference_mode, config.modules_to_save = TaskType.CAUSAL_LM, True, None
+    weights = load_peft_weights(str(folder), device="cpu")
+    (name,) = [name for name in weights if name.endswith(f".{_HEAD}.weight")]
+    weight = weights.pop(name)
+    head = torch.nn.Linear(weight.shape[1], 1, bias=False, device=model.get_input_embeddings().weight.device)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+    model.add_adapter(REWARD_ADAPTER, config)
+    set_peft_model_state_dict(model, weights, adapter_name=REWARD_ADAPTER)
+    return head.requires_grad_(False)
+
+
+def _with_head(causal: Any) -> Any:
+    """A causal language model with a head of zeros beside its own, where PEFT looks for one to train."""
+    import torch
+
+    embedding = causal.get_input_embeddings().weight
+    head = torch.nn.Linear(causal.config.get_text_config().hidden_size, 1, bias=False, device=embedding.device)
+    torch.nn.init.zeros_(head.weight)
+    setattr(causal, _HEAD, head)
+    return causal
+
+
+def _go_on(model: Any, folder: Path) -> PeftModel:
+    """A saved adapter of a causal language model on one with a head, both trainable."""
+    from peft import LoraConfig, TaskType, get_peft_model, load_peft_weights, set_peft_model_state_dict
+
+    from dpo_cli.models.lora import use_short_layers
+
+    config = use_short_layers(LoraConfig.from_pretrained(str(folder)))  # type: ignore[arg-type]
+    config.task_type, config.inference_mode, config.base_model_name_or_path = TaskType.SEQ_CLS, False, None
+    adapted: PeftModel = get_peft_model(model, config)  # type: ignore[assignment]
+    weights = load_peft_weights(str(folder), device="cpu")
+    weights[f"base_model.model.{_HEAD}.weight"] = reward_head(adapted).weight.detach().cpu()  # the file has none
+    set_peft_model_state_dict(adapted, weights)
+    return adapted
+
+
+def reward_head(model: PeftModel) -> Any:
+    """The head of a reward model, float32."""
+    return getattr(model.get_base_model(), _HEAD)
+
+
+def check_reward_model(folder: Path, made_of: Mapping[str, Any]) -> None:
+    """Refuse a reward model that is not there, or was made of something else than what is there now.
+
+    Raises:
+        StaleArtifactError: It is missing or damaged, stage reward was off, or the graph or the data is another.
+    """
+    if REWARD.read(folder).settings["reward"]["loss"] == "none":
+        raise StaleArtifactError(
+            f"{folder} holds no reward model: set reward.loss in params.yaml, then {REWARD.remedy(folder)}"
+        )
+    REWARD.check(made_of, folder)

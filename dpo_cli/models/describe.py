@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from dpo_cli.core.progress import Reporter
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.schema import user
 from dpo_cli.models.device import Machine, prepare_machine
-from dpo_cli.models.folder import read_object, read_tensors, weight_files
+from dpo_cli.models.folder import read_object, read_tensors, total_size, weight_files
 from dpo_cli.models.identity import model_files
 from dpo_cli.models.load import in_words, load_config, load_model
 from dpo_cli.models.verify import verify_numbers, verify_tokenizer, verify_vocabulary, verify_weights
@@ -33,13 +32,7 @@ _LICENSE_NAMES = re.compile(r"(licen[sc]e|notice|copying|use_policy|.*terms)[^/]
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """A model directory, looked at.
-
-    Attributes:
-        table: What a reader wants to know, one quantity and its value a row.
-        figures: The same for a program, with the digest of every file.
-        notes: What is odd but no error, one sentence each.
-    """
+    """A model directory, looked at: a table for a reader, figures for a program, what is odd but no error as notes."""
 
     table: list[tuple[str, str]]
     figures: dict[str, Any]
@@ -55,11 +48,6 @@ def license_files(folder: Path) -> list[Path]:
 def describe_model(folder: Path, reporter: Reporter, label: str) -> ModelDescription:
     """Check a model directory, load it, and let it answer greedily; nothing is written.
 
-    Args:
-        folder: The directory.
-        reporter: Shows progress.
-        label: What the progress is said to be of.
-
     Raises:
         MachineError: It is no causal language model that can be used, damaged, or gives no finite numbers.
     """
@@ -67,10 +55,10 @@ def describe_model(folder: Path, reporter: Reporter, label: str) -> ModelDescrip
     facts = weights.facts
     tokenizer = verify_tokenizer(folder)
     files = weight_files(folder)
-    with reporter.meter(f"{label}: looking for numbers that are none", _size(files), "bytes") as meter:
-        verify_numbers(folder, (), meter.advance)
+    with reporter.meter(f"{label}: looking for NaN and infinity", total_size(files), "bytes") as meter:
+        verify_numbers(files, meter.advance)
     names = [folder / name for name in model_files(folder)] + license_files(folder)
-    with reporter.meter(f"{label}: digests", _size(names), "bytes") as meter:
+    with reporter.meter(f"{label}: digests", total_size(names), "bytes") as meter:
         digests = {
             path.name: {"size": path.stat().st_size, "sha256": sha256_file(path, meter.advance)} for path in names
         }
@@ -115,10 +103,6 @@ def describe_model(folder: Path, reporter: Reporter, label: str) -> ModelDescrip
         "files": digests,
     }
     return ModelDescription(_table(figures, load_config(folder), encoder), figures, tuple(notes))
-
-
-def _size(files: Iterable[Path]) -> int:
-    return sum(path.stat().st_size for path in files)
 
 
 def _machine(dtype: str) -> Machine:

@@ -1,19 +1,17 @@
 """The directory of a model: where it lies, and whether its files are whole; no torch, and nothing of it is run.
 
-All that is read of the weights are the headers of the safetensors files, which name tensors, shapes and dtypes;
-:func:`refuse_not_finite` alone reads the numbers.
+All that is read of the weights are the headers of the safetensors files, which name tensors, shapes and dtypes.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import numpy as np
 from safetensors import safe_open
 
 from dpo_cli.core import paths
@@ -23,7 +21,9 @@ from dpo_cli.core.text import in_one_line
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LFS_POINTER = b"version https://git-lfs"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+"""Names of files that may hold pickled weights."""
+_CHUNK = 1 << 22
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """What PEFT saves of an adapter."""
 
@@ -110,7 +110,7 @@ def check_model_folder(folder: Path) -> None:
         raise MachineError(f"{folder} has no config.json: not a model in Hugging Face layout")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         if pickles:
             raise MachineError(
                 f"{folder} has only pickled weights ({pickles[0]}), which can run code when loaded; convert them with:"
@@ -118,15 +118,24 @@ def check_model_folder(folder: Path) -> None:
             )
         raise MachineError(f"{folder} has no weights: no *.safetensors file is there")
     for path in weights:
-        with path.open("rb") as file:
-            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-                raise MachineError(f"{path} is a Git LFS pointer, not weights; fetch them with: git lfs pull")
+        refuse_pointer(path)
     weight_files(folder)
+
+
+def refuse_pointer(path: Path) -> None:
+    """Refuse a file that Git LFS put in place of weights.
+
+    Raises:
+        MachineError: With what fetches them.
+    """
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise MachineError(f"{path} is a Git LFS pointer, not weights; fetch them with: git lfs pull")
 
 
 def holds_weights(folder: Path) -> bool:
     """Whether a directory holds weights of a model, of whatever kind, and not a tokenizer with an adapter at most."""
-    kinds = ("*.safetensors", INDEX, *_PICKLES)
+    kinds = ("*.safetensors", INDEX, *PICKLES)
     return not (folder / ADAPTER_FILES[0]).is_file() and any(next(folder.glob(kind), None) for kind in kinds)
 
 
@@ -217,59 +226,21 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "null")
 
 
-# --- numbers ------------------------------------------------------------------------------
-
-_EXPONENTS: Mapping[str, tuple[str, int]] = {
-    "F64": ("<u8", 0x7FF0000000000000),
-    "F32": ("<u4", 0x7F800000),
-    "F16": ("<u2", 0x7C00),
-    "BF16": ("<u2", 0x7F80),
-}
-"""For each dtype its bits as whole numbers, and those of the exponent: all set, it is NaN or infinite."""
-_CHUNK = 1 << 22
+def total_size(files: Collection[Path]) -> int:
+    """Bytes of some files together."""
+    return sum(path.stat().st_size for path in files)
 
 
-def refuse_not_finite(files: Collection[Path], tensors: Collection[str], on_bytes: Callable[[int], None]) -> None:
-    """Refuse weights with NaN or infinity in them.
-
-    Args:
-        files: Safetensors files whose headers were read without an error.
-        tensors: Those that matter.
-        on_bytes: Called with the number of bytes that were read or passed over.
+def copy_bytes(source: BinaryIO, target: BinaryIO, num_bytes: int, on_bytes: Callable[[int], None]) -> None:
+    """Copy so many bytes, a few MiB at a time.
 
     Raises:
-        MachineError: With the first such tensor and their number.
+        MachineError: The source ends before.
     """
-    found: list[tuple[Path, str]] = []
-    for path in files:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header: dict[str, Any] = json.loads(file.read(length))
-            on_bytes(8 + length)
-            for name, entry in sorted(header.items(), key=lambda item: item[1].get("data_offsets", [0])[0]):
-                if name == "__metadata__":
-                    continue
-                begin, end = entry["data_offsets"]
-                if name in tensors and entry["dtype"] in _EXPONENTS:
-                    file.seek(8 + length + begin)
-                    if not _is_finite(file, end - begin, *_EXPONENTS[entry["dtype"]]):
-                        found.append((path, name))
-                on_bytes(end - begin)
-    if found:
-        path, name = found[0]
-        more = f", and {len(found) - 1} more tensors" if len(found) > 1 else ""
-        raise MachineError(f"{path}: {name} holds NaN or infinity{more}; fetch the model again")
-
-
-def _is_finite(file: Any, num_bytes: int, kind: str, exponent: int) -> bool:
-    dtype = np.dtype(kind)
-    left, mask = num_bytes // dtype.itemsize, dtype.type(exponent)
-    while left:
-        bits = np.fromfile(file, dtype, min(left, _CHUNK))
-        if not len(bits):
-            return False
-        left -= len(bits)
-        np.bitwise_and(bits, mask, out=bits)
-        if bits.max() == mask:
-            return False
-    return True
+    while num_bytes:
+        chunk = source.read(min(num_bytes, _CHUNK))
+        if not chunk:
+            raise MachineError(f"{source.name} became shorter while it was read")
+        target.write(chunk)
+        num_bytes -= len(chunk)
+        on_bytes(len(chunk))

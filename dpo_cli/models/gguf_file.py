@@ -15,19 +15,19 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from dpo_cli.core.errors import MachineError
 from dpo_cli.core.progress import Reporter
+from dpo_cli.models.folder import copy_bytes, total_size
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _ALIGNMENT = "general.alignment"
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _PART = re.compile(r"(?P<stem>.+\.gguf[._-](?:part|split)?[._-]?)(?P<number>\d+)(?P<rest>of\d+)?")
-_CHUNK = 1 << 22
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
@@ -39,11 +39,9 @@ class GgufTensor:
 
     Attributes:
         name: llama.cpp's name, such as ``blk.0.attn_q.weight``.
-        shape: Its shape, the largest stride first, as torch has it.
+        shape: The largest stride first, as torch has it.
         kind: The number of its ggml type.
-        file: Where its bytes lie.
-        offset: Of its first byte in that file.
-        num_bytes: How many there are.
+        file: Where its bytes lie, ``num_bytes`` from ``offset`` on.
     """
 
     name: str
@@ -66,9 +64,8 @@ class GgufFile:
     Attributes:
         path: The file, or the first of them.
         version: The format's.
-        metadata: What the file says of its model, by key.
-        entries: The bytes of each entry of the metadata, by key.
-        tensors: Its tensors, in the file's order.
+        metadata: What the file says of its model, by key; ``entries`` are the bytes of that.
+        tensors: In the file's order.
     """
 
     path: Path
@@ -153,11 +150,13 @@ def read_pieces(pieces: Sequence[Path], joined: Path, reporter: Reporter) -> Ggu
     if len(pieces) == 1:
         return read_header(pieces[0])
     if not all(is_gguf(piece) for piece in pieces[1:]):
-        size = sum(piece.stat().st_size for piece in pieces)
-        with joined.open("wb") as target, reporter.meter("import: joining the pieces", size, "bytes") as meter:
+        with (
+            joined.open("wb") as target,
+            reporter.meter("import: joining the pieces", total_size(pieces), "bytes") as meter,
+        ):
             for piece in pieces:
                 with piece.open("rb") as source:
-                    _copy(source, target, piece.stat().st_size, meter.advance)
+                    copy_bytes(source, target, piece.stat().st_size, meter.advance)
         return read_header(joined, named=pieces[0])
     files = [read_header(piece) for piece in pieces]
     first, tensors = files[0], [tensor for file in files for tensor in file.tensors]
@@ -230,11 +229,7 @@ class _Cursor:
 
 
 def read_header(path: Path, named: Path | None = None) -> GgufFile:
-    """The header of one file.
-
-    Args:
-        path: The file.
-        named: The file that errors name in its place.
+    """The header of one file; errors name another one in its place where that is given.
 
     Raises:
         MachineError: It is no GGUF file, of a version or byte order that is not read, damaged or cut off.
@@ -319,14 +314,7 @@ def _block_sizes() -> dict[int, tuple[int, int]]:
 
 
 def write_gguf(file: GgufFile, target: Path, without: Collection[str], on_bytes: Callable[[int], None]) -> None:
-    """Write one file of all tensors and the metadata, but for some entries.
-
-    Args:
-        file: What was read.
-        target: The file to write.
-        without: Keys of the metadata to leave out.
-        on_bytes: Called with the number of bytes of tensors that were written.
-    """
+    """Write one file of all tensors and the metadata, but for the entries of some keys."""
     kept = [entry for key, entry in file.entries.items() if key not in without and not key.startswith("split.")]
     alignment = file.metadata.get(_ALIGNMENT, 32)
     infos, offset = [], 0
@@ -342,15 +330,5 @@ def write_gguf(file: GgufFile, target: Path, without: Collection[str], on_bytes:
         for tensor in file.tensors:
             with tensor.file.open("rb") as source:
                 source.seek(tensor.offset)
-                _copy(source, out, tensor.num_bytes, on_bytes)
+                copy_bytes(source, out, tensor.num_bytes, on_bytes)
             out.write(bytes(-tensor.num_bytes % alignment))
-
-
-def _copy(source: BinaryIO, target: BinaryIO, num_bytes: int, on_bytes: Callable[[int], None]) -> None:
-    while num_bytes:
-        chunk = source.read(min(num_bytes, _CHUNK))
-        if not chunk:
-            raise MachineError(f"{source.name} became shorter while it was read")
-        target.write(chunk)
-        num_bytes -= len(chunk)
-        on_bytes(len(chunk))

@@ -11,10 +11,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,32 +29,14 @@ _NEED_VOCABULARY = ("qwen35", "qwen35moe", "lfm2")
 """Architectures whose reader in transformers asks for the vocabulary's length; it reads it fast."""
 
 
-@dataclass(frozen=True)
-class GgufModel:
-    """What was made of a file.
-
-    Attributes:
-        model: The model, as if it had been loaded from an ordinary folder.
-        notes: What the file says and nobody reads, one sentence each.
-    """
-
-    model: Any
-    notes: tuple[str, ...]
-
-
-def model_of_gguf(
-    file: GgufFile,
-    folder: Path,
-    dtype: torch.dtype,
-    reporter: Reporter,
-) -> GgufModel:
+def model_of_gguf(file: GgufFile, folder: Path, dtype: torch.dtype, reporter: Reporter) -> tuple[Any, tuple[str, ...]]:
     """Dequantize a model.
 
-    Args:
-        file: The header.
-        folder: A folder for a copy of the file without its vocabulary.
-        dtype: Of the weights.
-        reporter: Shows progress.
+    ``folder`` takes a copy of the file without its vocabulary.
+
+    Returns:
+        The model, as if it had been loaded from an ordinary folder, and what the file says and nobody reads, one
+        sentence each.
 
     Raises:
         MachineError: Its architecture is not known, or the file is not what its metadata says.
@@ -77,11 +55,8 @@ def model_of_gguf(
         with torch.device("meta"):
             empty: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     _refuse_unplaced(file, empty)
-    with (
-        in_words(known),
-        reporter.meter("import: dequantizing", len(file.tensors), "tensors") as meter,
-        _hearing_of_tensors(meter.advance),
-    ):
+    reporter.say(f"import: dequantizing {len(file.tensors)} tensors, which may take minutes")
+    with in_words(known):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -98,29 +73,7 @@ def model_of_gguf(
     # another model with the same tensors: this one carries a quantizer, and with it cannot be saved
     empty.load_state_dict(model.state_dict(), assign=True)
     empty.tie_weights()
-    return GgufModel(empty.eval(), tuple(notes))
-
-
-@contextmanager
-def _hearing_of_tensors(on_tensor: Callable[[int], None]) -> Iterator[None]:
-    """Hear of each tensor through the bar that transformers draws, where it draws one."""
-    module: Any = sys.modules.get("transformers.modeling_gguf_pytorch_utils")
-    if module is None:
-        from transformers import modeling_gguf_pytorch_utils as module
-    drawn = getattr(module, "tqdm", None)
-
-    def heard(tensors: Any, **_: Any) -> Iterator[Any]:
-        for tensor in tensors:
-            yield tensor
-            on_tensor(1)
-
-    if drawn is not None:
-        module.tqdm = heard
-    try:
-        yield
-    finally:
-        if drawn is not None:
-            module.tqdm = drawn
+    return empty.eval(), tuple(notes)
 
 
 # --- the file against itself --------------------------------------------------------------
@@ -142,7 +95,7 @@ def _refuse_absurd(file: GgufFile) -> None:
     said = file.of_architecture("block_count")
     if said != len(layers) or layers != set(range(len(layers))):
         raise MachineError(
-            f"{file.path}: its metadata speaks of {str(said)[:40]} layers, and it holds tensors of {len(layers)}"
+            f"{file.path}: its metadata declares {str(said)[:40]} layers, but it has tensors for {len(layers)}"
         )
     largest = max(size for tensor in file.tensors for size in tensor.shape)
     for key in ("embedding_length", "feed_forward_length", "attention.head_count", "attention.key_length", "vocab_size",
@@ -307,11 +260,7 @@ _WHOLE_WORDS = {
 
 
 def tokenizer_of_gguf(file: GgufFile, full: Path) -> Any:
-    """The tokenizer that a file describes.
-
-    Args:
-        file: The header.
-        full: A file with the whole metadata, its vocabulary too.
+    """The tokenizer that a file describes; ``full`` is a file with the whole metadata, its vocabulary too.
 
     Raises:
         MachineError: There is none, or its rules are not known.

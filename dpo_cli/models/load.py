@@ -48,10 +48,7 @@ def load_tokenizer(folder: Path) -> Any:
 def open_encoder(folder: Path, tokenizer: Any, model: ModelParams | None = None) -> ChatEncoder:
     """The chat encoder of a model directory, which stops where the model's own settings say, too.
 
-    Args:
-        folder: The directory.
-        tokenizer: Its tokenizer.
-        model: What is set of template and system turns; None: the template is the model's own.
+    ``model`` holds what is set of template and system turns; None: the template is the model's own.
 
     Raises:
         MachineError: Tokenizer and chat template cannot be used together.
@@ -85,13 +82,7 @@ def save_tokenizer(tokenizer: Any, encoder: ChatEncoder, folder: Path, base: Pat
     """Save what whoever serves the model needs to write prompts as in training, and to stop where an answer ends.
 
     That is the tokenizer with the chat template that was used, its EOS token the one that ends a
-    turn, and the settings for generation with all end tokens.
-
-    Args:
-        tokenizer: The base model's.
-        encoder: Made of it.
-        folder: Where it goes.
-        base: Directory of the base model, whose other settings for generation stay.
+    turn, and the settings for generation with all end tokens; the base model's other settings stay.
     """
     served = copy.deepcopy(tokenizer)
     served.chat_template = encoder.template
@@ -171,7 +162,7 @@ def load_model(folder: Path, machine: Machine, *, quantization: str, trainable: 
     """Load a causal LM.
 
     Args:
-        folder: Model directory.
+        folder: Its directory.
         machine: Device and compute dtype.
         quantization: ``nf4`` for 4-bit weights with double quantization, ``none`` for plain ones.
         trainable: Hold plain weights in float32, for training all of them.
@@ -185,37 +176,25 @@ def load_model(folder: Path, machine: Machine, *, quantization: str, trainable: 
     with importing():  # peft with them: before a model is in memory
         import peft  # noqa: F401
         import torch
-        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # noqa: F401
 
-        from dpo_cli.kernels.fused import use_fused
+        from dpo_cli.scoring.fused import use_fused
 
     check_model_folder(folder)
     config = load_config(folder)
     for name, value in config.to_dict().items():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
-    quantization_config = None
-    if quantization == "nf4":
-        quantization_config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=machine.compute_dtype,
-        )
     with in_words(f"{folder}: the model cannot be loaded"), _overheard() as heard:
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model = load_as_it_is(
                 folder,
                 config=config,
                 # the default attention of some versions of transformers leaves a soft cap out in silence
                 attn_implementation=own_attention(config),
                 dtype=torch.float32 if trainable else machine.compute_dtype,
-                quantization_config=quantization_config,
+                quantization_config=nf4(machine.compute_dtype) if quantization == "nf4" else None,
                 device_map={"": machine.device},
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
             )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) and not says_out_of_memory("".join(heard)):
@@ -224,17 +203,48 @@ def load_model(folder: Path, machine: Machine, *, quantization: str, trainable: 
             raise MachineError(
                 f"{folder}: the model does not fit into the memory of {machine.device}; free some, or {smaller}"
             ) from error
-    model, loading = loaded
-    if missing := sorted(loading["missing_keys"]):
-        raise MachineError(
-            f"{folder}: the weights lack {missing[0]} ({len(missing)} missing in all); fetch the model again"
-        )
     keep_weights_unpacked(model)
     if quantization == "nf4":
         _let_go_of_files(model)
     model.requires_grad_(False)
     use_fused(model, machine.device, machine.compute_dtype)
     return model.eval()
+
+
+def load_as_it_is(folder: Path, auto: Any = None, **options: Any) -> Any:
+    """A model as transformers loads it from safetensors, a causal language model if no other class is given.
+
+    Raises:
+        MachineError: The weights lack a tensor: transformers would draw it at random and only log it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = (auto or AutoModelForCausalLM).from_pretrained(
+        folder,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+        **options,
+    )
+    model, loading = loaded
+    if missing := sorted(loading["missing_keys"]):
+        raise MachineError(
+            f"{folder}: the weights lack {missing[0]} ({len(missing)} missing in all); fetch the model again"
+        )
+    return model
+
+
+def nf4(compute_dtype: torch.dtype) -> Any:
+    """What holds a model in 4 bits: nf4 with double quantization (Dettmers et al. 2023)."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
 
 
 @contextmanager

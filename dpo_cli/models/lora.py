@@ -33,7 +33,7 @@ from peft.tuners import lora
 from peft.tuners.lora import bnb as lora_bnb
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-from dpo_cli.kernels.products import wide_product
+from dpo_cli.scoring.kernels import wide_product
 
 
 def use_short_layers(config: LoraConfig) -> LoraConfig:
@@ -159,11 +159,6 @@ def _plain_adapter(layer: Any) -> str | None:
     return name if plain and not drops else None
 
 
-def _merged(weight_OI: torch.Tensor, down_rI: torch.Tensor, up_Or: torch.Tensor, factor: float) -> torch.Tensor:
-    """W + s B A."""
-    return _sum_and_product(weight_OI, up_Or, down_rI, factor)
-
-
 def _sum_and_product(base: torch.Tensor, left: torch.Tensor, right: torch.Tensor, factor: float) -> torch.Tensor:
     """The sum base + factor * left @ right, a narrow product.
 
@@ -187,7 +182,7 @@ class _MergedLora(torch.autograd.Function):
         factor: float,
     ) -> torch.Tensor:
         x_NI = x.reshape(-1, x.shape[-1])
-        merged_OI = _merged(weight(), down_rI, up_Or, factor)
+        merged_OI = _sum_and_product(weight(), up_Or, down_rI, factor)
         y_NO = x_NI @ merged_OI.T if bias_O is None else torch.addmm(bias_O, x_NI, merged_OI.T)
         ctx.save_for_backward(x_NI, down_rI, up_Or)
         ctx.weight, ctx.factor, ctx.shape = weight, factor, x.shape
@@ -201,7 +196,7 @@ class _MergedLora(torch.autograd.Function):
         down_grad, up_grad = _adapter_gradients(grad_NO, low_grad_Nr, x_NI, x_NI @ down_rI.T, ctx.factor)
         x_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = (grad_NO @ _merged(ctx.weight(), down_rI, up_Or, ctx.factor)).view(ctx.shape)
+            x_grad = (grad_NO @ _sum_and_product(ctx.weight(), up_Or, down_rI, ctx.factor)).view(ctx.shape)
         return x_grad, None, None, down_grad, up_grad, None
 
 

@@ -1,4 +1,4 @@
-"""This project's models and their identity: which weights, held how, computed in what.
+"""Where a command computes, and this project's models: which weights, held how, computed in what.
 
 Opening it checks every artifact that policy and reference are made of; its identity is what a reference cache is kept
 under.
@@ -6,49 +6,105 @@ under.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dpo_cli.core import paths
+from dpo_cli.core.errors import Interrupted
+from dpo_cli.core.interrupts import graceful_stop
 from dpo_cli.core.manifest import Manifest, library_versions
-from dpo_cli.core.params import EMBEDDED, LoraParams, ModelParams, Params, RuntimeParams
+from dpo_cli.core.params import EMBEDDED, ModelParams, Params, RuntimeParams
 from dpo_cli.core.progress import Reporter
+from dpo_cli.core.row_store import Keep, RowStore
 from dpo_cli.data.chat import ChatEncoder
+from dpo_cli.data.checks import TokenView
 from dpo_cli.data.tokenize import TokenTable, table_digests, tokenize_table
-from dpo_cli.models.adapters import (
-    ModelPair,
-    SftResult,
-    load_pair,
-    load_pair_at_start,
-    load_policy_at_start,
-    load_reference,
-    read_sft_result,
-)
-from dpo_cli.models.device import prepare_machine
+from dpo_cli.data.tokens import TokenGroup
+from dpo_cli.models.adapters import FrozenBase, read_sft_result
+from dpo_cli.models.device import Machine, prepare_machine, token_budget
 from dpo_cli.models.folder import base_folder
 from dpo_cli.models.identity import base_digest, read_base_lock, read_lock, refuse_beyond_context, verify_model
-from dpo_cli.models.load import context_length, load_model, load_tokenizer, open_encoder
-from dpo_cli.models.reward import load_reward_model, load_reward_model_at_start
-from dpo_cli.models.workplace import Workplace
-from dpo_cli.scoring.scorer import engine_version
-
-if TYPE_CHECKING:  # peft takes seconds to import
-    from peft import PeftModel
+from dpo_cli.models.load import context_length, load_tokenizer, open_encoder
+from dpo_cli.scoring.budget import TokenBudget
+from dpo_cli.scoring.probe import LayoutChoice, open_scorer
+from dpo_cli.scoring.reference import score_groups
+from dpo_cli.scoring.scorer import Scorer, engine_version
 
 
 @dataclass(frozen=True)
-class Project(Workplace):
-    """This project's models, and everything that a log-probability of the reference depends on, checked.
-
-    Policy and reference share one graph: the same frozen weights, held and computed in one way. Whatever is loaded is
-    a new object in memory.
+class Workplace:
+    """Where a command computes.
 
     Attributes:
-        base: Directory of the base model.
-        sft: What stage sft made of it.
-        quantization: ``nf4`` or ``none``.
+        command: Who works, for messages.
+        reporter: Told of the work.
+        runtime: Layout, token budget, minutes of work that a kill may cost.
+        machine: Device and compute dtype.
+    """
+
+    command: str
+    reporter: Reporter
+    runtime: RuntimeParams
+    machine: Machine
+
+    def scorer(self, model: Any) -> tuple[Scorer, LayoutChoice]:
+        """A model's log-probabilities, in the cheapest layout that is right for it.
+
+        Raises:
+            MachineError: The layout that is forced, or every layout, gives other numbers than the plain computation.
+        """
+        return open_scorer(model, self.machine.compute_dtype, self.runtime, self.reporter, self.command)
+
+    def budget(self) -> TokenBudget:
+        """Tokens that go through a model at once."""
+        return TokenBudget(token_budget(self.runtime, self.machine.device), self.command, self.reporter)
+
+    @contextmanager
+    def keeping(self, store: RowStore) -> Iterator[Keep]:
+        """A function that takes rows and stores them every few minutes; it ends the work where the user asks for it.
+
+        Raises:
+            Interrupted: The user asked to stop; what was computed is kept, as it is after any error.
+        """
+        with graceful_stop() as stop, store.keeping(self.runtime.checkpoint_minutes) as keep:
+
+            def kept(rows: Sequence[Mapping[str, Any]]) -> None:
+                keep(rows)
+                if stop.requested:
+                    raise Interrupted(f"{self.command}: stopped; what was computed is kept, run it again to resume")
+
+            yield kept
+
+    def score_into(self, store: RowStore, scorer: Scorer, groups: Sequence[TokenGroup], what: str) -> None:
+        """Score groups and store the rows of a reference cache as time passes.
+
+        Args:
+            store: Where they go.
+            scorer: Scores the groups.
+            groups: Those that are missing.
+            what: What is done, for the meter.
+
+        Raises:
+            Interrupted: The user asked to stop; what was computed is stored, as it is after any error.
+            MachineError: A single group does not fit into memory.
+        """
+        total = sum(len(group.completions) for group in groups)
+        with self.keeping(store) as keep, self.reporter.meter(f"{self.command}: {what}", total, "answers") as meter:
+            for rows in score_groups(scorer, groups, self.budget()):
+                keep(rows)
+                meter.advance(len(rows))
+
+
+@dataclass(frozen=True)
+class Project(Workplace, FrozenBase):
+    """This project's models, and everything that a log-probability of the reference depends on, checked.
+
+    Policy and reference share one graph: the same frozen weights, held and computed in one way.
+
+    Attributes:
         max_length: Tokens a prompt with one answer may have.
         policies: What becomes of pairs that fail a check of their tokens.
         tokenizer: The model's tokenizer.
@@ -56,49 +112,11 @@ class Project(Workplace):
         identity: The graph's identity, as a cache's manifest holds it.
     """
 
-    base: Path
-    sft: SftResult
-    quantization: str
     max_length: int
     policies: Mapping[str, str]
     tokenizer: Any
     encoder: ChatEncoder
     identity: dict[str, Any]
-
-    # --- models -----------------------------------------------------------------------------
-
-    def reference(self) -> Any:
-        """The reference model, frozen and in eval mode."""
-        return load_reference(self.base, self.sft, self.machine, self.quantization)
-
-    def policy(self, lora: LoraParams | None, seed: int) -> PeftModel:
-        """The policy before its first step: equal to the reference, its adapter trainable."""
-        return load_policy_at_start(self.base, self.sft, self.machine, self.quantization, lora or LoraParams(), seed)
-
-    def pair_at_start(self, lora: LoraParams | None, seed: int) -> ModelPair:
-        """The policy before its first step, and its reference, on one set of frozen weights."""
-        return load_pair_at_start(self.base, self.sft, self.machine, self.quantization, lora or LoraParams(), seed)
-
-    def pair(self, adapter: Path = paths.DPO_MODEL) -> ModelPair:
-        """A trained policy and its reference, on one set of frozen weights.
-
-        Raises:
-            StaleArtifactError: There is no adapter in the folder.
-        """
-        return load_pair(self.base, self.sft, self.machine, self.quantization, adapter)
-
-    def reward_model(self, folder: Path = paths.REWARD_MODEL) -> PeftModel:
-        """The trained reward model of a folder, frozen and in eval mode."""
-        return load_reward_model(folder, self.base, self.sft, self.machine, self.quantization)
-
-    def reward_model_at_start(self, lora: LoraParams | None, seed: int) -> PeftModel:
-        """The reward model before its first step; adapter and head are trainable."""
-        lora = lora or LoraParams()
-        return load_reward_model_at_start(self.base, self.sft, self.machine, self.quantization, lora, seed)
-
-    def whole_model(self, folder: Path) -> Any:
-        """Any model of a folder, held and computed as the project's."""
-        return load_model(folder, self.machine, quantization=self.quantization)
 
     def check_context(self, max_length: int, name: str) -> None:
         """Refuse a length for which the model knows no positions.
@@ -106,7 +124,7 @@ class Project(Workplace):
         Raises:
             ParamsError: With both figures.
         """
-        check_context(self.base, max_length, name)
+        refuse_beyond_context(context_length(self.base), max_length, name)
 
     # --- data -------------------------------------------------------------------------------
 
@@ -138,7 +156,7 @@ class Project(Workplace):
     def _tokenize(
         self, path: Path, columns: Sequence[str], remedy: str = "run: dpo-cli convert-preferences"
     ) -> TokenTable:
-        return tokenize_table(path, columns, self.encoder, self.max_length, self.policies, remedy)
+        return tokenize_table(path, columns, TokenView(self.encoder, self.max_length, self.policies), remedy)
 
 
 def open_project(params: Params, reporter: Reporter, command: str) -> Project:
@@ -151,7 +169,7 @@ def open_project(params: Params, reporter: Reporter, command: str) -> Project:
     """
     reference = params.reference
     base, encoder, tokenizer = open_base(params.model, params.runtime)
-    check_context(base, reference.max_length, "reference.max_length")
+    refuse_beyond_context(context_length(base), reference.max_length, "reference.max_length")
     machine = prepare_machine(params.runtime, embedded=params.model.name == EMBEDDED)
     digest = base_digest()
     sft = read_sft_result(digest)
@@ -188,12 +206,3 @@ def open_base(model: ModelParams, runtime: RuntimeParams) -> tuple[Path, ChatEnc
     encoder = open_encoder(folder, tokenizer, model)
     encoder.num_rows = lock.facts.num_rows
     return folder, encoder, tokenizer
-
-
-def check_context(base: Path, max_length: int, name: str) -> None:
-    """Refuse a length for which the model knows no positions.
-
-    Raises:
-        ParamsError: With both figures.
-    """
-    refuse_beyond_context(context_length(base), max_length, name)

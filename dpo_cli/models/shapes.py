@@ -1,7 +1,9 @@
-"""Models of known shapes with random weights, to measure speed and memory without a download."""
+"""Models of known shapes with random weights, and random pairs of known lengths, to measure without a download."""
 
 from __future__ import annotations
 
+import random
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,75 +12,28 @@ from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_cli.core.errors import MachineError, is_out_of_memory
-from dpo_cli.kernels.fused import use_fused
+from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.device import Machine
 from dpo_cli.models.load import keep_weights_unpacked
+from dpo_cli.scoring.fused import use_fused
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "model_type": "llama",
-        "vocab_size": 1024,
-        "hidden_size": 256,
-        "intermediate_size": 768,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-    },
-    "qwen2.5-0.5b": {
-        "model_type": "qwen2",
-        "vocab_size": 151936,
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 32768,
-        "tie_word_embeddings": True,
-    },
-    "qwen2.5-1.5b": {
-        "model_type": "qwen2",
-        "vocab_size": 151936,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 32768,
-        "tie_word_embeddings": True,
-    },
-    "llama-3.2-3b": {
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 24,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": True,
-    },
-    "llama-3.1-8b": {
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-    },
+_COLUMNS = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "max_position_embeddings", "tie_word_embeddings", "head_dim",
+)  # fmt: skip
+_ROWS: dict[str, tuple[Any, ...]] = {
+    "tiny": ("llama", 1024, 256, 768, 4, 4, 4),
+    "qwen2.5-0.5b": ("qwen2", 151936, 896, 4864, 24, 14, 2, 32768, True),
+    "qwen2.5-1.5b": ("qwen2", 151936, 1536, 8960, 28, 12, 2, 32768, True),
+    "llama-3.2-3b": ("llama", 128256, 3072, 8192, 28, 24, 8, 131072, True, 128),
+    "llama-3.1-8b": ("llama", 128256, 4096, 14336, 32, 32, 8, 131072),
 }
+SHAPES: dict[str, dict[str, Any]] = {name: dict(zip(_COLUMNS, row, strict=False)) for name, row in _ROWS.items()}
 """Configurations by name; what is not said is the family's default."""
 
 
 def random_model(name: str, machine: Machine, quantization: str) -> Any:
-    """A frozen model of a known shape in eval mode, the same for the same name.
-
-    Args:
-        name: One of :data:`SHAPES`.
-        machine: Device and compute dtype.
-        quantization: ``nf4`` or ``none``.
+    """A frozen model of one of :data:`SHAPES` in eval mode, the same for the same name; in nf4 or plain.
 
     Raises:
         MachineError: It does not fit into memory.
@@ -144,3 +99,54 @@ def _in_4_bit(linear: torch.nn.Linear, machine: Machine) -> torch.nn.Module:
     )
     layer.weight, layer.bias = quantized.to(machine.device), linear.bias
     return layer
+
+
+# --- pairs ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Regime:
+    """Lengths of a kind of preference data, tokens.
+
+    Attributes:
+        meaning: What it stands for.
+        prompt, chosen, rejected: Mean lengths.
+        spread: Standard deviation of a length's logarithm; 0 makes all alike.
+    """
+
+    meaning: str
+    prompt: int
+    chosen: int
+    rejected: int
+    spread: float
+
+
+REGIMES = {
+    "harmless": Regime("dialogues like those of HH harmless-base", 121, 42, 52, 0.7),
+    "0.42": Regime("short prompts, long answers: prompt to answer 0.42", 60, 143, 143, 0.5),
+    "2.15": Regime("prompt to answer 2.15", 200, 93, 93, 0.5),
+    "3.91": Regime("long prompts, short answers: prompt to answer 3.91", 300, 77, 77, 0.5),
+    "equal": Regime("nothing to gain: equal lengths, a tiny prompt", 4, 128, 128, 0.0),
+}
+
+
+def random_pairs(regime: str, num_pairs: int, vocabulary: int, seed: int = 0) -> list[TokenGroup]:
+    """Pairs of a regime, the same for the same seed; lengths are log-normal, cut off at five times the mean."""
+    rng = random.Random(seed)
+    lengths = REGIMES[regime]
+
+    def tokens(mean: int) -> tuple[int, ...]:
+        # a log-normal of this spread has the mean exp(spread ** 2 / 2)
+        drawn = rng.lognormvariate(-(lengths.spread**2) / 2, lengths.spread) if lengths.spread else 1.0
+        length = max(2, min(5 * mean, round(drawn * mean)))
+        return tuple(rng.randrange(1, vocabulary) for _ in range(length))
+
+    return [
+        TokenGroup(
+            f"{number:06d}",
+            f"{number:06d}",
+            tokens(lengths.prompt),
+            (tokens(lengths.chosen), tokens(lengths.rejected)),
+        )
+        for number in range(num_pairs)
+    ]

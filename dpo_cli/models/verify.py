@@ -8,28 +8,30 @@ problem is a MachineError of one line, whatever lies in the files.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from dpo_cli.core.artifacts import write_json
 from dpo_cli.core.errors import MachineError
 from dpo_cli.core.params import ModelParams
 from dpo_cli.core.text import shown
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import assistant, user
-from dpo_cli.models.adapters import adaptable_layers, without_numbers
+from dpo_cli.models.adapters import ADAPTER_FILES, adaptable_layers, adapter_size, without_numbers
 from dpo_cli.models.folder import (
     Tensor,
     check_model_folder,
     read_object,
     read_tensors,
-    refuse_not_finite,
     weight_files,
 )
 from dpo_cli.models.identity import ModelFacts
@@ -49,13 +51,7 @@ _OBJECTS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json",
 
 @dataclass(frozen=True)
 class Weights:
-    """What configuration and tensors say of a model.
-
-    Attributes:
-        model_type: The family, as config.json names it.
-        facts: What stages ask of it.
-        unused: Tensors in the files that are no part of the model.
-    """
+    """What configuration and tensors say of a model; ``unused`` are tensors that are no part of it."""
 
     model_type: str
     facts: ModelFacts
@@ -64,17 +60,9 @@ class Weights:
 
 @dataclass(frozen=True)
 class VerifiedModel:
-    """A model directory that passed every check.
-
-    Attributes:
-        weights: What is known of its weights.
-        tokenizer: Its tokenizer.
-        encoder: Messages to token ids.
-        notes: What is odd but no error, one sentence each.
-    """
+    """A model directory that passed every check; notes say what is odd but no error, one sentence each."""
 
     weights: Weights
-    tokenizer: Any
     encoder: ChatEncoder
     notes: tuple[str, ...]
 
@@ -82,9 +70,7 @@ class VerifiedModel:
 def verify_model_folder(folder: Path, model: ModelParams | None = None) -> VerifiedModel:
     """Check a model directory: configuration, tensors, tokenizer and chat template; no number is read.
 
-    Args:
-        folder: The directory.
-        model: What is set of template and system turns; None: the template is the model's own.
+    ``model`` holds what is set of template and system turns; None: the template is the model's own.
 
     Raises:
         MachineError: It cannot be tuned; the message names file, tensor or token.
@@ -97,7 +83,7 @@ def verify_model_folder(folder: Path, model: ModelParams | None = None) -> Verif
     if weights.unused:
         names = f"{weights.unused[0]}{f' and {len(weights.unused) - 1} more' if len(weights.unused) > 1 else ''}"
         notes.append(f"{folder}: the weights hold tensors that are no part of the model and are not used: {names}")
-    return VerifiedModel(weights, tokenizer, encoder, tuple(notes))
+    return VerifiedModel(weights, encoder, tuple(notes))
 
 
 # --- configuration and tensors ------------------------------------------------------------
@@ -147,19 +133,36 @@ def verify_weights(folder: Path) -> Weights:
     )
 
 
-def verify_numbers(folder: Path, skip: Collection[str], on_bytes: Callable[[int], None]) -> None:
-    """Check that no tensor of the model holds NaN or infinity; reads all its weights.
+_NUMBERS = ("F64", "F32", "F16", "BF16")
+"""Dtypes, as safetensors names them, that have NaN and infinity; others are passed over."""
+
+
+def verify_numbers(files: Iterable[Path], on_bytes: Callable[[int], None] = lambda _: None) -> None:
+    """Check that no tensor of safetensors files holds NaN or infinity; reads all numbers.
 
     Args:
-        folder: A directory that :func:`verify_weights` has passed.
-        skip: Names of files whose numbers are known to be finite.
+        files: Files whose headers were read without an error.
         on_bytes: Called with the number of bytes that were read.
 
     Raises:
-        MachineError: With the file and the tensor.
+        MachineError: With the first such tensor and their number.
     """
-    files = [path for path in weight_files(folder) if path.name not in skip]
-    refuse_not_finite(files, read_tensors(files), on_bytes)
+    found: list[str] = []
+    for path in files:
+        left = path.stat().st_size
+        with safe_open(path, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (it is no mapping)
+                if str(opened.get_slice(name).get_dtype()) not in _NUMBERS:
+                    continue
+                tensor = opened.get_tensor(name)
+                if tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
+                    found.append(f"{path}: {name}")
+                on_bytes(tensor.nbytes)
+                left -= tensor.nbytes
+        on_bytes(left)
+    if found:
+        more = f", and {len(found) - 1} more tensors" if len(found) > 1 else ""
+        raise MachineError(f"{found[0]} holds NaN or infinity{more}; fetch the model again")
 
 
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -312,3 +315,85 @@ def _ids_of_an_exchange(encoder: ChatEncoder) -> Sequence[int]:
         return [*encoder.encode_prompt(question), *encoder.encode_completion(question, answer)]
     except RowProblem:  # tried already
         return []
+
+
+# --- an adapter in place of SFT's -----------------------------------------------------------
+
+_CONFIG, _WEIGHTS = ADAPTER_FILES
+_WHOLE = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication")
+"""Settings of PEFT with which an adapter is more than two matrices beside some layers."""
+_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq")
+"""Starts of adapters that change the base weights, too."""
+
+
+def copy_adapter(source: Path, base: Path, built: Path, base_name: str) -> dict[str, Any]:
+    """Copy an adapter in PEFT's layout, if it is LoRA and of the base model's shape.
+
+    The base model's name stands in the copy in place of a path.
+
+    Returns:
+        How much it trains, as metrics.
+
+    Raises:
+        MachineError: It is no plain LoRA adapter, does not fit the model, or holds NaN.
+    """
+    raw = read_object(source / _CONFIG)
+    _refuse_other_adapters(source, raw)
+    tensors = read_tensors([source / _WEIGHTS])
+    expected, size = _expected(source, base)
+    for name in sorted({*expected, *tensors}):
+        shape = list(tensors[name].shape) if name in tensors else None
+        if shape != expected.get(name):
+            has = f"has {shape}" if shape is not None else "lacks it"
+            asks = f"asks for {expected[name]}" if name in expected else "has no place for it"
+            raise MachineError(
+                f"{source / _WEIGHTS}: {name}: the adapter {has}, and the base model with {_CONFIG} {asks}; it is of"
+                " another model or damaged"
+            )
+    verify_numbers([source / _WEIGHTS])
+    built.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / _WEIGHTS, built / _WEIGHTS)
+    write_json(built / _CONFIG, raw | {"base_model_name_or_path": base_name, "inference_mode": True})
+    return size
+
+
+def _refuse_other_adapters(source: Path, raw: dict[str, Any]) -> None:
+    path = source / _CONFIG
+    if raw.get("peft_type") != "LORA":
+        raise MachineError(f"{path}: peft_type is {shown(raw.get('peft_type'))}; only LORA can be gone on with")
+    if raw.get("task_type") not in (None, "CAUSAL_LM"):
+        raise MachineError(f"{path}: task_type is {shown(raw['task_type'])}, not CAUSAL_LM")
+    for name in _WHOLE:
+        if raw.get(name):
+            raise MachineError(
+                f"{path}: {name} is set: the adapter holds more than LoRA; merge it into its base, and give the result"
+                " as runtime.model_path"
+            )
+    if raw.get("bias", "none") != "none":
+        raise MachineError(f"{path}: bias is {shown(raw['bias'])}: only none can be gone on with; merge the adapter")
+    start = raw.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_CHANGING_STARTS):
+        raise MachineError(
+            f"{path}: init_lora_weights is {shown(start)}, which changed the base weights as well; convert it to plain"
+            " LoRA with PEFT (path_initial_model_for_weight_conversion)"
+        )
+
+
+def _expected(source: Path, base: Path) -> tuple[dict[str, list[int]], dict[str, Any]]:
+    """Shapes of the tensors that an adapter of this configuration has on the base model; built on no device."""
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+
+    with in_words(f"{source / _CONFIG} does not go with the base model"):
+        config: Any = LoraConfig.from_pretrained(str(source))
+        config.inference_mode, config.base_model_name_or_path = False, None
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(load_config(base))
+        _, tied = adaptable_layers(model)
+        adapted: Any = get_peft_model(model, config, low_cpu_mem_usage=True)
+        if shared := sorted({*adapted.base_model.targeted_module_names} & {*tied}):
+            raise MachineError(
+                f"{source / _CONFIG}: it adapts {shared[0]}, which shares its weights with another layer; merging would"
+                " change both"
+            )
+        state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        return {name: list(tensor.shape) for name, tensor in state.items()}, adapter_size(adapted)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dpo_cli.core import paths
-from dpo_cli.report.shades import SHADES, scale_of
+from dpo_cli.report.style import SHADES, scale_of
 
 Sample = Mapping[str, Any]
 
@@ -29,20 +30,27 @@ class Browser:
     Attributes:
         data: The samples as the text of a ``<script type="application/json">``.
         num_shown: Samples on the page.
-        num_prompts: Samples there are.
-        outcomes: Prompts by outcome in words, such as ``wins 80``; empty where no judge compared.
-        counts: Prompts by outcome.
+        counts: Prompts by outcome: win, tie, loss, none.
         scale: The ratio with the full color, nats; None where no sample has log-ratios.
         file: Where all samples are.
     """
 
     data: str
     num_shown: int
-    num_prompts: int
-    outcomes: list[str]
     counts: dict[str, int]
     scale: float | None
     file: str
+
+    @property
+    def num_prompts(self) -> int:
+        """Samples there are."""
+        return sum(self.counts.values())
+
+    @property
+    def outcomes(self) -> list[str]:
+        """Prompts by outcome in words, such as ``wins 80``; empty where no judge compared."""
+        words = {"win": "wins", "tie": "ties", "loss": "loses"}
+        return [f"{word} {self.counts[name]}" for name, word in words.items() if self.counts[name]]
 
 
 def make_browser(samples: Sequence[Sample]) -> Browser:
@@ -62,19 +70,16 @@ def make_browser(samples: Sequence[Sample]) -> Browser:
         packed.append((sample["id"], text))
         ratios += [ratio for _, ratio in sample["dpo"].get("heat") or () if ratio is not None]
     scale = scale_of(ratios) if ratios else None
-    counts = {name: sum(outcome_of(sample) == name for sample in samples) for name in ("win", "tie", "loss", "none")}
-    head = _safe_json({"scale": scale, "shades": SHADES, "step": _RATIO_STEP, "file": _file()})
-    words = {"win": "wins", "tie": "ties", "loss": "loses"}
+    file = (paths.report_dir("evaluate") / paths.SAMPLES).as_posix()
+    head = _safe_json({"scale": scale, "shades": SHADES, "step": _RATIO_STEP, "file": file})
+    lines = ",".join(text + "\n" for _, text in sorted(packed))
+    found = Counter(map(outcome_of, samples))
     return Browser(
-        data=f'{head[:-1]},"samples":[\n{",".join(_lines(text for _, text in sorted(packed)))}]}}',
+        data=f'{head[:-1]},"samples":[\n{lines}]}}',
         num_shown=len(packed),
-        num_prompts=len(samples),
-        outcomes=[f"{words[name]} {count}" for name, count in counts.items() if name in words and count]
-        if counts["none"] < len(samples)
-        else [],
-        counts=counts,
+        counts={name: found[name] for name in ("win", "tie", "loss", "none")},
         scale=scale,
-        file=_file(),
+        file=file,
     )
 
 
@@ -90,24 +95,12 @@ def _comes_first(sample: Sample) -> bool:
     return outcome_of(sample) == "loss" or sample.get("consistent") is False
 
 
-def _file() -> str:
-    return (paths.report_dir("evaluate") / paths.SAMPLES).as_posix()
-
-
-def _lines(texts: Iterable[str]) -> list[str]:
-    return [f"{text}\n" for text in texts]
-
-
 def _pack(sample: Sample) -> dict[str, Any]:
     tuned = dict(sample["dpo"])
-    log_ratios = tuned.pop("heat", None)
-    if log_ratios:
+    if log_ratios := tuned.pop("heat", None):
         tuned["heat"] = pack_log_ratios(tuned["text"], log_ratios)
-    kept = {
-        name: sample[name]
-        for name in ("id", "prompt", "chosen", "rejected", "win", "win_chosen", "consistent", "kl")
-        if sample.get(name) is not None
-    }
+    names = ("id", "prompt", "chosen", "rejected", "win", "win_chosen", "consistent", "kl")
+    kept = {name: sample[name] for name in names if sample.get(name) is not None}
     return kept | {"sft": sample["sft"], "dpo": tuned}
 
 

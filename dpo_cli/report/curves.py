@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
-from dpo_cli.core import paths
-from dpo_cli.report.figures import COLORS, B, Chart, Key, Role, draw, level_line
-from dpo_cli.report.inputs import Inputs, Table
+from dpo_cli.report.figures import COLORS, B, Chart, Key, Role, level_line, scale_axes
+from dpo_cli.report.inputs import Inputs, Row, steps_file
 
 Pace = Literal["train", "eval"]
 Points = Sequence[tuple[float, float]]
@@ -39,10 +37,10 @@ class Series:
     pace: Pace
 
 
-def draw_curves(inputs: Inputs) -> list[Chart]:
+def training_charts(inputs: Inputs) -> list[Chart | None]:
     """All curves of training, the most telling first; SFT's only where there was SFT."""
     steps = inputs.train_steps
-    curves = [
+    return [
         _curve(
             "loss",
             "Preference loss",
@@ -64,8 +62,7 @@ def draw_curves(inputs: Inputs) -> list[Chart]:
         _curve(
             "margin",
             "Reward margin, nats",
-            "Chosen less rejected reward should rise from zero; training far above held-out means pairs"
-            " learned by heart.",
+            "Chosen less rejected reward should rise from zero; training far above held-out means memorized pairs.",
             steps,
             _train_and_held_out("rewards/margins"),
             level=0.0,
@@ -73,8 +70,8 @@ def draw_curves(inputs: Inputs) -> list[Chart]:
         _curve(
             "rewards",
             "Chosen and rejected reward, nats",
-            "The two should part. Where the mean chosen reward is below zero (displacement, shaded), good answers"
-            " became less likely, too: common with DPO, and no failure by itself.",
+            "The two curves should diverge. Where the mean chosen reward is below zero (displacement, shaded),"
+            " good answers became less likely, too: common with DPO, and not a failure in itself.",
             steps,
             [
                 Series("", _CHOSEN, "a", "train"),
@@ -107,10 +104,9 @@ def draw_curves(inputs: Inputs) -> list[Chart]:
             _train_and_held_out("loss"),
         ),
     ]
-    return [curve for curve in curves if curve is not None]
 
 
-def displaced(steps: Table) -> list[tuple[float, float]]:
+def displaced(steps: Sequence[Row]) -> list[tuple[float, float]]:
     """The stretches of steps on which the mean chosen reward is below zero: from, to.
 
     Held-out means are taken where there are two or more, since a batch's mean jumps about.
@@ -142,14 +138,14 @@ def _curve(
     slug: str,
     title: str,
     caption: str,
-    table: Table,
+    steps: Sequence[Row],
     series: Sequence[Series],
     *,
     level: float | None = None,
     shaded: Sequence[tuple[float, float]] = (),
 ) -> Chart | None:
-    """Columns of a table against the step, with a dashed line at ``level``; None where there is no point."""
-    lines = [(line, points) for line in series if (points := _points(table, line.column))]
+    """Columns against the step, with a dashed line at ``level``; None where there is no point."""
+    lines = [(line, points) for line in series if (points := _points(steps, line.column))]
     if not lines:
         return None
 
@@ -160,21 +156,17 @@ def _curve(
             level_line(axes, level)
         for line, points in lines:
             _draw_line(axes, line, points)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.set_xlabel("step")
+        scale_axes(axes, "step", integer=True)
 
     keys = [Key(line.label, f"{line.role} {line.pace}", _last(line, points)) for line, points in lines if line.label]
     if shaded:
         keys.append(Key("displacement", "b wash"))
-    stage = "sft" if slug == "sft" else "train"
-    return Chart(slug, title, caption, (paths.report_dir(stage) / "steps.tsv").as_posix(), keys, draw(slug, paint))
+    return Chart(slug, title, caption, steps_file("sft" if slug == "sft" else "train"), keys, paint)
 
 
-def _points(table: Table, column: str) -> list[tuple[float, float]]:
+def _points(steps: Sequence[Row], column: str) -> list[tuple[float, float]]:
     """Step and value wherever the column has a finite value."""
-    pairs = zip(table["step"], table.get(column, [math.nan] * len(table["step"])), strict=True)
-    return [(step, value) for step, value in pairs if math.isfinite(value)]
+    return [(row["step"], row[column]) for row in steps if math.isfinite(row.get(column, math.nan))]
 
 
 def _last(line: Series, points: Points) -> str:

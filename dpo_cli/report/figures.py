@@ -11,12 +11,15 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
+from pathlib import Path
 from typing import Literal
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 Role = Literal["a", "b", "muted"]
 
@@ -66,25 +69,26 @@ class Chart:
         caption: What to look for, in a sentence or two.
         source: The file that holds its numbers.
         keys: What the marks mean.
-        svg: An ``<svg>`` element.
+        paint: Draws on the axes.
+        height: In inches.
     """
 
     slug: str
     title: str
     caption: str
-    source: str
+    source: Path
     keys: Sequence[Key]
-    svg: str
+    paint: Callable[[Axes], None]
+    height: float = HEIGHT_INCHES
+
+    @cached_property
+    def svg(self) -> str:
+        """An ``<svg>`` element; the page's element ``<slug>-title`` is its name."""
+        return draw(self.slug, self.paint, self.height)
 
 
-def draw(slug: str, paint: Callable[[Axes], None], height: float = HEIGHT_INCHES) -> str:
-    """Draw one figure as an ``<svg>`` element; the page's element ``<slug>-title`` is its name.
-
-    Args:
-        slug: Its name.
-        paint: Draws on the axes.
-        height: In inches.
-    """
+def draw(slug: str, paint: Callable[[Axes], None], height: float) -> str:
+    """Draw one figure as an ``<svg>`` element."""
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the reader's fonts draw the text
         matplotlib.rcdefaults()
@@ -111,10 +115,18 @@ def level_line(axes: Axes, level: float) -> None:
     axes.axhline(level, color=MUTED, linewidth=0.8, linestyle=DASHED)
 
 
-def short_label(text: str) -> str:
+def scale_axes(axes: Axes, label: str, num_ticks: int = 5, *, integer: bool = False) -> None:
+    """Name the horizontal axis, and put a few ticks on both."""
+    axes.xaxis.set_major_locator(MaxNLocator(num_ticks, integer=integer))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.set_xlabel(label)
+
+
+def short_label(text: str, longest: int = _LONGEST_LABEL) -> str:
     """A name from the data as a label: one line, printable, not too long."""
     line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
-    return line if len(line) <= _LONGEST_LABEL else f"{line[: _LONGEST_LABEL - 1]}\N{HORIZONTAL ELLIPSIS}"
+    longest = min(longest, _LONGEST_LABEL)
+    return line if len(line) <= longest else f"{line[: longest - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def standalone(chart: Chart) -> str:

@@ -17,13 +17,10 @@ STAGES = ("convert_sft", "convert_preferences", "sft", "precompute_ref", "train"
 
 _LOSSES = ("step", "loss", "eval_loss")
 _REWARDS = tuple(f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies"))
-_TRAIN_COLUMNS = (*_LOSSES, *_REWARDS, *(f"eval_{name}" for name in _REWARDS))
-
+_TOKENS = ("chosen_tokens", "rejected_tokens")
+_RELIABILITY = ("num_pairs", "probability", "accuracy", "accuracy_low", "accuracy_high")
 _WIN_RATE = ("win_rate", "low", "high")
 _SAMPLE_KEYS = ("id", "prompt", "sft", "dpo")
-
-Table = Mapping[str, list[float]]
-"""Columns of equal length by name; an empty cell is NaN."""
 
 Row = Mapping[str, Any]
 """Cells by column: text, or a number that is NaN where the cell is empty."""
@@ -31,28 +28,21 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything on the page.
+    """Everything on the page: a table is empty and what a command left is None where there is nothing of it.
 
     Attributes:
         metrics: Each stage's metrics, by the stage's name.
-        sft_steps: One row a logged step of supervised fine-tuning; no row where there was none.
+        sft_steps: One row a logged step of supervised fine-tuning.
         train_steps: One row a logged step of DPO.
-        margins: Histogram of the held-out margins: middle of the bin, share of the pairs.
         samples: One row a prompt: both answers and, where judged, who wins.
         pairs: One row a held-out pair, where there is accuracy by source to compare with.
-        reliability: Bins of the probability that the reward gives, and how often it is right.
-        accuracy_by: Accuracy by length difference and by source.
-        temperatures: Win rates by sampling temperature and opponent.
         frontier: KL and win rate of the model with a multiple of what training changed.
-        lengths: Win rate by length difference.
-        agreement: What ``dpo-cli agreement`` found; None where it left nothing.
-        capability: What ``dpo-cli capability`` found by task; None where it left nothing.
     """
 
     metrics: Mapping[str, Mapping[str, Any]]
-    sft_steps: Table
-    train_steps: Table
-    margins: Table
+    sft_steps: list[Row]
+    train_steps: list[Row]
+    margins: list[Row]
     samples: list[dict[str, Any]]
     pairs: list[Row]
     reliability: list[Row]
@@ -70,104 +60,97 @@ def read_inputs() -> Inputs:
     Raises:
         StaleArtifactError: A file is missing or damaged; the message names the stage to run.
     """
-    accuracy_by = _read_rows("accuracy_by", ("num_pairs", "accuracy", "low", "high"), ("kind", "label"))
+    accuracy_by = _read_further("accuracy_by", ("num_pairs", "accuracy", "low", "high"), ("kind", "label"))
     return Inputs(
         metrics={stage: _read_metrics(stage) for stage in STAGES},
-        sft_steps=_read_table("sft", "steps.tsv", "\t", _LOSSES),
-        train_steps=_read_table("train", "steps.tsv", "\t", _TRAIN_COLUMNS),
-        margins=_read_table("evaluate", "margins.csv", ",", ("margin", "share")),
+        sft_steps=_read_rows(steps_file("sft"), _LOSSES),
+        train_steps=_read_rows(steps_file("train"), (*_LOSSES, *_REWARDS, *(f"eval_{name}" for name in _REWARDS))),
+        margins=_read_rows(evaluation_table("margins"), ("margin", "share")),
         samples=_read_samples(),
-        pairs=_read_rows("pairs", ("chosen_tokens", "rejected_tokens"), ("source",)) if accuracy_by else [],
-        reliability=_read_rows(
-            "reliability", ("num_pairs", "probability", "accuracy", "accuracy_low", "accuracy_high")
-        ),
+        pairs=_read_further("pairs", _TOKENS, ("id", "prompt", "source")) if accuracy_by else [],
+        reliability=_read_further("reliability", _RELIABILITY),
         accuracy_by=accuracy_by,
-        temperatures=_read_rows("temperatures", ("temperature", *_WIN_RATE), ("opponent",)),
-        frontier=_read_rows("frontier", ("scale", "kl", "kl_low", "kl_high", *_WIN_RATE, "reward_gain")),
-        lengths=_read_rows("length", ("length_difference", "num_prompts", *_WIN_RATE)),
-        agreement=_read_optional("agreement", "methods"),
-        capability=_read_optional("capability", "tasks"),
+        temperatures=_read_further("temperatures", ("temperature", *_WIN_RATE), ("opponent",)),
+        frontier=_read_further("frontier", ("scale", "kl", "kl_low", "kl_high", *_WIN_RATE, "reward_gain")),
+        lengths=_read_further("length", ("length_difference", "num_prompts", *_WIN_RATE)),
+        agreement=_read_of_command("agreement", "methods"),
+        capability=_read_of_command("capability", "tasks"),
     )
 
 
-def _remedy(stage: str) -> str:
-    return f"run: dpo-cli {stage.replace('_', '-')}"
+def steps_file(stage: str) -> Path:
+    """The logged steps of a stage that trains."""
+    return paths.report_dir(stage) / "steps.tsv"
+
+
+def evaluation_table(name: str) -> Path:
+    """A CSV file of stage evaluate."""
+    return paths.report_dir("evaluate") / f"{name}.csv"
+
+
+def _remedy(path: Path) -> str:
+    return f"run: dpo-cli {path.parent.name.replace('_', '-')}"
+
+
+def _damaged(path: Path, why: object) -> StaleArtifactError:
+    return StaleArtifactError(f"{path} is damaged ({why}); {_remedy(path)}")
 
 
 def _read_metrics(stage: str) -> dict[str, Any]:
     path = paths.metrics_file(stage)
-    content = read_json(path, _remedy(stage))
+    content = read_json(path, _remedy(path))
     if not isinstance(content, dict) or not isinstance(content.get(stage), dict):
-        raise StaleArtifactError(f"{path} is damaged (it holds no metrics of {stage}); {_remedy(stage)}")
+        raise _damaged(path, f"it holds no metrics of {stage}")
     return content[stage]
 
 
-def _read_optional(command: str, wanted: str) -> dict[str, Any] | None:
+def _read_of_command(command: str, wanted: str) -> dict[str, Any] | None:
     """Metrics that a command beside the pipeline may have left."""
-    if not paths.metrics_file(command).is_file():
-        return None
-    metrics = _read_metrics(command)
-    if wanted not in metrics:
-        raise StaleArtifactError(f"{paths.metrics_file(command)} is damaged (it has no {wanted}); {_remedy(command)}")
+    path = paths.metrics_file(command)
+    metrics = _read_metrics(command) if path.is_file() else None
+    if metrics is not None and wanted not in metrics:
+        raise _damaged(path, f"it has no {wanted}")
     return metrics
 
 
-def _read_rows(name: str, numbers: Sequence[str], texts: Sequence[str] = ()) -> list[Row]:
-    """Rows of a CSV file of stage evaluate; none where it is missing or has but a header."""
-    path = paths.report_dir("evaluate") / f"{name}.csv"
-    if not path.is_file():
-        return []
-    header, *rows = csv.reader(_read_lines(path, _remedy("evaluate")))
-    missing = [column for column in (*numbers, *texts) if column not in header]
-    if missing:
-        raise StaleArtifactError(f"{path} is damaged (it has no column {missing[0]}); {_remedy('evaluate')}")
+def _read_samples() -> list[dict[str, Any]]:
+    path = paths.report_dir("evaluate") / paths.SAMPLES
+    samples = read_json(path, _remedy(path))
+    if not isinstance(samples, list) or not samples:
+        raise _damaged(path, "it is no list of answers")
+    if not all(isinstance(sample, dict) and set(_SAMPLE_KEYS) <= set(sample) for sample in samples):
+        raise _damaged(path, f"an entry has not all of {', '.join(_SAMPLE_KEYS)}")
+    return samples
+
+
+def _read_further(name: str, numbers: Sequence[str], texts: Sequence[str] = ()) -> list[Row]:
+    """Rows of a table that stage evaluate may have left."""
+    path = evaluation_table(name)
+    return _read_rows(path, numbers, texts) if path.is_file() else []
+
+
+def _read_rows(path: Path, numbers: Sequence[str], texts: Sequence[str] = ()) -> list[Row]:
+    """Rows of a CSV or TSV file that must have these columns; further ones hold numbers, too."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise StaleArtifactError(f"{path} is missing; {_remedy(path)}") from None
+    except UnicodeDecodeError as error:
+        raise _damaged(path, error) from None
+    if not text:
+        raise _damaged(path, "it is empty")
+    lines = text.removesuffix("\n").split("\n")  # only a line feed ends a line
+    header, *rows = csv.reader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
+    for column in (*numbers, *texts):
+        if column not in header:
+            raise _damaged(path, f"it has no column {column}")
     try:
         return [
             {
-                column: (float(cell) if cell else math.nan) if column in numbers else cell
+                column: cell if column in texts else float(cell) if cell else math.nan
                 for column, cell in zip(header, row, strict=True)
             }
             for row in rows
         ]
     except ValueError as error:
-        raise StaleArtifactError(f"{path} is damaged ({error}); {_remedy('evaluate')}") from None
-
-
-def _read_table(stage: str, name: str, delimiter: str, wanted: Sequence[str]) -> Table:
-    path = paths.report_dir(stage) / name
-    header, *rows = csv.reader(_read_lines(path, _remedy(stage)), delimiter=delimiter)
-    missing = [column for column in wanted if column not in header]
-    if missing:
-        raise StaleArtifactError(f"{path} is damaged (it has no column {missing[0]}); {_remedy(stage)}")
-    try:
-        cells = [[float(cell) if cell else math.nan for cell in row] for row in rows]
-        columns = list(map(list, zip(*cells, strict=True))) if cells else [[] for _ in header]
-        return dict(zip(header, columns, strict=True))
-    except ValueError as error:
-        raise StaleArtifactError(f"{path} is damaged ({error}); {_remedy(stage)}") from None
-
-
-def _read_samples() -> list[dict[str, Any]]:
-    path = paths.report_dir("evaluate") / paths.SAMPLES
-    samples = read_json(path, _remedy("evaluate"))
-    if not isinstance(samples, list) or not samples:
-        raise StaleArtifactError(f"{path} is damaged (it is no list of answers); {_remedy('evaluate')}")
-    for sample in samples:
-        if not isinstance(sample, dict) or not set(_SAMPLE_KEYS) <= set(sample):
-            raise StaleArtifactError(
-                f"{path} is damaged (an entry has not all of {', '.join(_SAMPLE_KEYS)}); {_remedy('evaluate')}"
-            )
-    return samples
-
-
-def _read_lines(path: Path, remedy: str) -> list[str]:
-    """Lines of a text file that holds at least one; only a line feed ends a line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise StaleArtifactError(f"{path} is missing; {remedy}") from None
-    except UnicodeDecodeError as error:
-        raise StaleArtifactError(f"{path} is damaged ({error}); {remedy}") from None
-    if not text:
-        raise StaleArtifactError(f"{path} is damaged (it is empty); {remedy}")
-    return text.removesuffix("\n").split("\n")
+        raise _damaged(path, error) from None

@@ -18,38 +18,34 @@ from markupsafe import Markup
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import write_text
 from dpo_cli.evaluation.verdict import headline, verdict
-from dpo_cli.report.account import data_account, run_tables
 from dpo_cli.report.browser import make_browser
-from dpo_cli.report.capability import capability_rows
-from dpo_cli.report.curves import draw_curves
-from dpo_cli.report.environment import page_environment
+from dpo_cli.report.curves import training_charts
 from dpo_cli.report.figures import COLOR_NAMES, Chart, standalone
 from dpo_cli.report.inputs import read_inputs
-from dpo_cli.report.judge import draw_agreement, judge_table
-from dpo_cli.report.pairs import draw_pairs
-from dpo_cli.report.shades import SHADES, shades_of, signed
-from dpo_cli.report.win_rates import draw_lengths, draw_win_rates, missing_win_rates
+from dpo_cli.report.pairs import pair_charts
+from dpo_cli.report.style import page_environment, shades_of
+from dpo_cli.report.tables import data_account, judge_rows, run_tables
+from dpo_cli.report.win_rates import judge_charts, missing_win_rates, win_rate_charts
 
-_SCRIPTS = ("diff.js", "tokens.js", "browser.js")
+_SCRIPTS = ("answers.js", "browser.js")
 
 
 def write_report(path: Path) -> None:
-    """Write the report of what lies under reports/, and reports/figures.
-
-    Args:
-        path: The HTML file, written whole or not at all.
+    """Write the report of what lies under reports/, whole or not at all, and reports/figures.
 
     Raises:
         StaleArtifactError: A stage's report is missing or damaged.
     """
     inputs = read_inputs()
     evaluated = inputs.metrics["evaluate"]
-    agreement = draw_agreement(inputs.agreement)
     charts = {
-        "curves": draw_curves(inputs),
-        "win-rates": draw_win_rates(inputs),
-        "pairs": draw_pairs(inputs),
-        "judge": [chart for chart in (draw_lengths(inputs.lengths, evaluated), *agreement) if chart is not None],
+        name: [chart for chart in found if chart is not None]
+        for name, found in {
+            "curves": training_charts(inputs),
+            "win-rates": win_rate_charts(inputs),
+            "pairs": pair_charts(inputs),
+            "judge": judge_charts(inputs),
+        }.items()
     }
     text, status = headline(evaluated)
     browser = make_browser(inputs.samples)
@@ -63,14 +59,12 @@ def write_report(path: Path) -> None:
             findings=verdict(evaluated),
             charts=charts,
             missing=missing_win_rates(inputs),
-            judge=judge_table(evaluated),
-            is_agreement_known=bool(agreement),
-            tasks=capability_rows(inputs.capability),
+            judge=judge_rows(evaluated),
+            is_agreement_known=any(chart.slug.startswith("agreement") for chart in charts["judge"]),
+            tasks=inputs.capability["tasks"] if inputs.capability else {},
             browser=browser,
             browser_data=Markup(browser.data),
             shades=shades_of(browser.scale or 1.0),
-            num_shades=SHADES,
-            signed=signed,
             colors=COLOR_NAMES,
             account=data_account(inputs.metrics),
             num_leaked=evaluated["num_leaked_prompts"],

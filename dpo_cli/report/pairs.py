@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
-from dpo_cli.core import paths
 from dpo_cli.report.figures import (
     DASHED,
     HEIGHT_INCHES,
@@ -20,50 +18,45 @@ from dpo_cli.report.figures import (
     B,
     Chart,
     Key,
-    draw,
+    scale_axes,
     short_label,
 )
-from dpo_cli.report.inputs import Inputs, Row, Table
+from dpo_cli.report.inputs import Inputs, Row, evaluation_table
 
 _MOST_SOURCES = 6
 _ROW_INCHES, _HEAD_INCHES = 0.215, 0.6
 _BIN_SHARE = 0.16
 
 
-def draw_pairs(inputs: Inputs) -> list[Chart]:
+def pair_charts(inputs: Inputs) -> list[Chart | None]:
     """The figures that there are numbers for."""
     metrics = inputs.metrics["evaluate"]
-    charts = [
+    return [
         _margins(inputs.margins),
         _reliability(inputs.reliability, metrics),
         _accuracy_by(inputs.accuracy_by, _longer_by_source(inputs.pairs), metrics["longer_accuracy"]),
     ]
-    return [chart for chart in charts if chart is not None]
 
 
-def _source(name: str) -> str:
-    return (paths.report_dir("evaluate") / f"{name}.csv").as_posix()
-
-
-def _margins(margins: Table) -> Chart:
+def _margins(rows: Sequence[Row]) -> Chart:
     """The distribution of held-out margins, those below zero apart."""
-    middles, percents = margins["margin"], [100 * share for share in margins["share"]]
+    middles = [row["margin"] for row in rows]
     width = 0.86 * (middles[1] - middles[0]) if len(middles) > 1 else 1.0
 
     def paint(axes: Axes) -> None:
         axes.axvline(0, color=MUTED, linewidth=0.8, linestyle=DASHED)
-        axes.bar(middles, percents, width, color=[A if middle > 0 else B for middle in middles])
-        axes.xaxis.set_major_locator(MaxNLocator(7))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.set_xlabel("margin, nats")
+        colors = [A if middle > 0 else B for middle in middles]
+        axes.bar(middles, [100 * row["share"] for row in rows], width, color=colors)
+        scale_axes(axes, "margin, nats", 7)
 
     return Chart(
         "margins",
         "Margins of held-out pairs, % of pairs",
-        "Most of the mass should lie right of zero; a long left tail is pairs that the model now gets firmly wrong.",
-        _source("margins"),
+        "Most of the mass should lie right of zero; a long left tail means pairs that the model now gets"
+        " clearly wrong.",
+        evaluation_table("margins"),
         [Key("chosen preferred", "a bar"), Key("rejected preferred", "b bar")],
-        draw("margins", paint),
+        paint,
     )
 
 
@@ -104,12 +97,12 @@ def _reliability(reliability: Sequence[Row], metrics: Mapping[str, Any]) -> Char
         "Reliability of the reward, %",
         "How often the answer that the reward prefers is the chosen one. Below the diagonal the reward is too sure,"
         " above it too modest; bars are pairs in each bin.",
-        _source("reliability"),
+        evaluation_table("reliability"),
         [
             Key("accuracy", "a dot", f"error {100 * error:.1f} points" if error is not None else ""),
             Key("calibrated", "muted dash"),
         ],
-        draw("reliability", paint),
+        paint,
     )
 
 
@@ -144,13 +137,12 @@ def _accuracy_by(found: Sequence[Row], longer: Mapping[str, float], longer_overa
                 fontsize=8,
                 annotation_clip=False,
             )
+        scale_axes(axes, "accuracy, %")
         axes.set_yticks(places, [short_label(label) for label in labels])
         axes.set_ylim(places[-1] + 0.6, -0.6)
         axes.grid(visible=False, axis="y")
         axes.grid(axis="x", color=LINE, linewidth=0.6)
         axes.tick_params(axis="y", labelcolor=INK)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.set_xlabel("accuracy, %")
 
     caption = "By tokens of the chosen answer less the rejected one" if lengths else ""
     caption += (", and by source" if lengths else "By source") if shown else ""
@@ -162,9 +154,10 @@ def _accuracy_by(found: Sequence[Row], longer: Mapping[str, float], longer_overa
         "accuracy-by",
         "Accuracy by kind of pair, %",
         caption,
-        _source("accuracy_by"),
+        evaluation_table("accuracy_by"),
         [Key("accuracy", "a dot"), Key("take the longer", "b dash", f"{100 * longer_overall:.1f}%")],
-        draw("accuracy-by", paint, max(HEIGHT_INCHES, _HEAD_INCHES + _ROW_INCHES * len(rows))),
+        paint,
+        max(HEIGHT_INCHES, _HEAD_INCHES + _ROW_INCHES * len(rows)),
     )
 
 

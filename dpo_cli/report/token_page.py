@@ -12,9 +12,8 @@ from pathlib import Path
 
 from dpo_cli.core.artifacts import write_text
 from dpo_cli.data.schema import Messages
-from dpo_cli.evaluation.implicit_reward import RewardSummary
-from dpo_cli.report.environment import page_environment
-from dpo_cli.report.shades import SHADES, scale_of, shade_of, shades_of, signed
+from dpo_cli.evaluation.rewards import RewardSummary
+from dpo_cli.report.style import page_environment, scale_of, shade_of, shades_of
 
 ROWS_SHOWN, _TOKENS_SHOWN = 200, 150_000
 _OUTCOMES = {"wrong": "wrong", "tie": "ties", "right": "right"}
@@ -39,15 +38,13 @@ class TokenPiece:
 
 @dataclass(frozen=True)
 class AnswerTokens:
-    """An answer.
+    """An answer, its name chosen, rejected or its rank; all figures in nats.
 
     Attributes:
-        name: chosen, rejected, or its rank.
-        reward: beta log(pi / pi_ref), nats.
-        logp: Under the policy, nats.
-        ref_logp: Under the reference, nats.
+        reward: beta log(pi / pi_ref).
+        logp: Under the policy.
+        ref_logp: Under the reference.
         num_tokens: Its tokens, end of turn included.
-        pieces: Its tokens.
     """
 
     name: str
@@ -66,8 +63,6 @@ class RowTokens:
         place: Where it comes from: file and row.
         outcome: right, wrong or tie.
         margin: Mean over its compared answers, nats.
-        in_training: Whether its prompt was trained on.
-        prompt: The messages.
         answers: Best first.
     """
 
@@ -140,8 +135,6 @@ def write_token_page(
             scale=scale,
             shades=shades_of(scale),
             shade=lambda ratio: shade_of(ratio, scale),
-            signed=signed,
-            num_shades=SHADES,
         )
     )
     write_text(path, page)

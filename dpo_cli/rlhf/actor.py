@@ -14,7 +14,7 @@ import torch
 from dpo_cli.core.params import PpoParams
 from dpo_cli.core.progress import SilentReporter
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.evaluation.decoding import Sampling
+from dpo_cli.evaluation.decoding import Decoding
 from dpo_cli.evaluation.generation import PromptTokens, sample_answers
 from dpo_cli.models.adapters import ModelPair
 from dpo_cli.models.project import Project
@@ -50,7 +50,7 @@ class PolicyActor:
         found = []
         with SilentReporter().meter("", len(prompts), "answers") as meter:
             for count in range(settings.answers):
-                sampling = Sampling(
+                decoding = Decoding(
                     temperature=1.0,
                     max_new_tokens=settings.max_new_tokens,
                     stop_ids=tuple(self.project.encoder.stop_ids),
@@ -59,7 +59,7 @@ class PolicyActor:
                 )
                 dtype = self.project.machine.compute_dtype
                 found.append(
-                    sample_answers(model, prompts, sampling, budget=self.budget, autocast_dtype=dtype, meter=meter)
+                    sample_answers(model, prompts, decoding, budget=self.budget, autocast_dtype=dtype, meter=meter)
                 )
         return [
             TokenGroup(

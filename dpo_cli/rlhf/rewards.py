@@ -11,9 +11,8 @@ from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.judging.known_reward import RULES, world_reward
 from dpo_cli.judging.reward_model import RewardModel
 from dpo_cli.judging.templates import transcript
-from dpo_cli.models.adapters import ModelPair
+from dpo_cli.models.adapters import REWARD_ADAPTER, ModelPair, add_reward_adapter, check_reward_model
 from dpo_cli.models.project import Project
-from dpo_cli.models.reward import REWARD_ADAPTER, add_reward_adapter, check_reward_model
 from dpo_cli.rlhf.rollouts import Rewarder
 from dpo_cli.scoring.reward import RewardScorer
 

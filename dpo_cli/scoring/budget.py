@@ -18,14 +18,7 @@ Result = TypeVar("Result")
 
 
 class TokenBudget:
-    """Tokens of a micro-batch; halved when memory runs out, and remembered where there is a file for it.
-
-    Args:
-        max_tokens: The budget to begin with.
-        stage: Name of the stage, for messages.
-        reporter: Says when it is halved.
-        memory: File that keeps a halved budget for the next run of the same work.
-    """
+    """Tokens of a micro-batch; halved when memory runs out, and remembered for the next run where there is a file."""
 
     def __init__(self, max_tokens: int, stage: str, reporter: Reporter, memory: Path | None = None) -> None:
         self._stage = stage
@@ -49,7 +42,7 @@ class TokenBudget:
             )
         self.max_tokens = max(1, self.max_tokens // 2)
         self._reporter.warn(
-            f"{self._stage}: out of memory; going on with {self.max_tokens} tokens at once"
+            f"{self._stage}: out of memory; continuing with {self.max_tokens} tokens at once"
             " (runtime.max_tokens_per_microbatch); without dropout that changes no result beyond rounding"
         )
         if self._memory is not None:
@@ -66,7 +59,7 @@ def in_micro_batches(
 
     Args:
         groups: What is worked on: token groups, or prompts.
-        budget: Tokens of a micro-batch; halved where they are too many.
+        budget: Halved where it is too much.
         split: Makes micro-batches of so many tokens, as indices.
         work: Is done on each; what it did before it ran out of memory must not count.
 

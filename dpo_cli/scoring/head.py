@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from dpo_cli.kernels.products import wide_product
+from dpo_cli.scoring.kernels import wide_product
 
 DEFAULT_HEAD_BYTES = 32 << 20
 """Bytes of logits that are held at once on the CPU: about what its caches hold."""
@@ -192,7 +192,6 @@ def token_logps(
     """
     if is_plain(head) and not any(parameter.requires_grad for parameter in head.parameters()):
         weight: torch.Tensor = head.weight  # type: ignore[assignment]
-        bias: torch.Tensor | None = head.bias  # type: ignore[assignment]
         if torch.is_autocast_enabled(hidden_ND.device.type):
             dtype = torch.get_autocast_dtype(hidden_ND.device.type)
             hidden_ND, weight = hidden_ND.to(dtype), weight.to(dtype)
@@ -204,49 +203,33 @@ def token_logps(
         if statistics is not None and not with_gradient:
             bytes_each += 4  # the powers, for the entropy
         rows = max_logit_rows(weight.shape[0], head_bytes, bytes_each)
-        return _TargetLogps.apply(hidden_ND, targets_N, weight, bias, transform, rows, statistics)  # type: ignore[return-value]
+        frozen = _FrozenHead(weight, head.bias, transform, statistics)  # type: ignore[arg-type]
+        return _TargetLogps.apply(hidden_ND, targets_N, frozen, rows)  # type: ignore[return-value]
     return _autograd_logps(hidden_ND, targets_N, head, transform, head_bytes, statistics)
 
 
 def is_plain(head: torch.nn.Module) -> bool:
     """Whether a head is a linear layer of floating-point weights and nothing besides."""
-    return type(head) is torch.nn.Linear and head.weight.is_floating_point() and not _has_hooks(head)
-
-
-def _has_hooks(module: torch.nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    has_hooks = head._forward_hooks or head._forward_pre_hooks
+    return type(head) is torch.nn.Linear and head.weight.is_floating_point() and not has_hooks
 
 
 class _TargetLogps(torch.autograd.Function):
-    """z = cap(scale * (W h + b)), logp = z[y] - log sum exp z, and d logp / d h with it.
-
-    d logp / d h = W^T [(onehot(y) - softmax(z)) * cap'(.) * scale]: 4 N V D operations in all, and
-    no logits are computed twice.
-    """
+    """The log-probabilities of a frozen head and d logp / d h with them, a bounded number of rows at a time."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden_ND: torch.Tensor,
-        targets_N: torch.Tensor,
-        weight_VD: torch.Tensor,
-        bias_V: torch.Tensor | None,
-        transform: LogitTransform,
-        rows: int,
-        statistics: TokenStatistics | None,
+        ctx: Any, hidden_ND: torch.Tensor, targets_N: torch.Tensor, head: _FrozenHead, rows: int
     ) -> torch.Tensor:
         wanted = ctx.needs_input_grad[0]
         logps_N = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_ND.device)
         unit_ND = torch.empty_like(hidden_ND) if wanted else None
-        buffer = hidden_ND.new_empty(min(rows, len(targets_N)), weight_VD.shape[0], dtype=torch.float32)
+        buffer = hidden_ND.new_empty(min(rows, len(targets_N)), head.weight_VD.shape[0], dtype=torch.float32)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             for begin in range(0, len(targets_N), rows):
-                chunk = slice(begin, begin + rows)
-                hidden, targets = hidden_ND[chunk], targets_N[chunk]
-                logits = wide_product(hidden, weight_VD.T, buffer[: len(hidden)])
-                logps_N[chunk], gradient = _chunk_logps(
-                    logits, hidden, targets, weight_VD, bias_V, transform, statistics, begin, wanted=wanted
-                )
+                chunk = slice(begin, min(begin + rows, len(targets_N)))
+                logits = wide_product(hidden_ND[chunk], head.weight_VD.T, buffer[: chunk.stop - begin])
+                logps_N[chunk], gradient = head.logps(chunk, logits, hidden_ND[chunk], targets_N[chunk], wanted=wanted)
                 if unit_ND is not None and gradient is not None:
                     unit_ND[chunk] = gradient
         ctx.save_for_backward(unit_ND)
@@ -256,62 +239,71 @@ class _TargetLogps(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (unit_ND,) = ctx.saved_tensors
         (grad_N,) = grads
-        return (unit_ND * grad_N[:, None]).to(unit_ND.dtype), *[None] * 6
+        return (unit_ND * grad_N[:, None]).to(unit_ND.dtype), None, None, None
 
 
-def _chunk_logps(
-    logits_CV: torch.Tensor,
-    hidden_CD: torch.Tensor,
-    targets_C: torch.Tensor,
-    weight_VD: torch.Tensor,
-    bias_V: torch.Tensor | None,
-    transform: LogitTransform,
-    statistics: TokenStatistics | None,
-    begin: int,
-    *,
-    wanted: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probabilities float32 [C] and, where wanted, their gradients [C, D]; overwrites the logits, float32.
+@dataclass(frozen=True)
+class _FrozenHead:
+    """z = cap(scale * (W h + b)), logp = z[y] - log sum exp z, of a head that is not trained.
 
-    The statistics are filled in from place ``begin`` on. Where logits are linear in the hidden state h, the entropy
-    comes with the gradient g of the log-probability: sum p z = z[y] - h g but for the bias, so it is h g - logp.
+    d logp / d h = W^T [(onehot(y) - softmax(z)) * cap'(.) * scale]: 4 N V D operations in all, and
+    no logits are computed twice.
     """
-    z = logits_CV
-    if bias_V is not None:
-        z += bias_V
-    if transform.scale != 1.0:
-        z *= transform.scale
-    slope = None
-    if transform.softcap is not None:
-        z = z.div_(transform.softcap).tanh_()
-        slope = 1 - z.square() if wanted else None
-        z *= transform.softcap
-    index, chunk = targets_C[:, None], slice(begin, begin + len(targets_C))
-    z -= z.amax(1, keepdim=True)
-    comes_with_gradient = wanted and slope is None
-    if statistics is not None and not comes_with_gradient:
-        statistics.fill(chunk, z, targets_C)
-    picked = z.gather(1, index)
-    z.exp_()
-    sums = z.sum(1, keepdim=True)
-    logps = (picked - sums.log()).squeeze(1)
-    if not wanted:
-        return logps, None
-    beside = 0.0 if bias_V is None else transform.scale * (bias_V[targets_C] - (z @ bias_V.float()) / sums[:, 0])
-    if statistics is not None and comes_with_gradient:
-        statistics.fill_all_but_entropies(chunk, picked, z, sums[:, 0])
-    # onehot - softmax before it is rounded: afterwards the two would cancel where the model is sure
-    z.scatter_add_(1, index, -sums)
-    if slope is not None:
-        z *= slope
-    if weight_VD.dtype == torch.float16:  # the sums may be larger than its largest number
-        z /= sums
-        sums = torch.ones_like(sums)
-    gradient = torch.mm(z.to(weight_VD.dtype), weight_VD) * (-transform.scale / sums)
-    if statistics is not None and comes_with_gradient:
-        along = (hidden_CD.float() * gradient.float()).sum(1)
-        statistics.entropies_N[chunk] = (along - logps + beside).clamp(min=0.0)
-    return logps, gradient
+
+    weight_VD: torch.Tensor
+    bias_V: torch.Tensor | None
+    transform: LogitTransform
+    statistics: TokenStatistics | None
+
+    def logps(
+        self,
+        chunk: slice,
+        logits_CV: torch.Tensor,
+        hidden_CD: torch.Tensor,
+        targets_C: torch.Tensor,
+        *,
+        wanted: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probabilities float32 [C] and, where wanted, their gradients [C, D]; overwrites the logits W h, float32.
+
+        The statistics of the chunk are filled in. Where logits are linear in the hidden state h, the entropy comes with
+        the gradient g of the log-probability: sum p z = z[y] - h g but for the bias, so it is h g - logp.
+        """
+        z, bias_V, scale, softcap = logits_CV, self.bias_V, self.transform.scale, self.transform.softcap
+        if bias_V is not None:
+            z += bias_V
+        if scale != 1.0:
+            z *= scale
+        slope = None
+        if softcap is not None:
+            z = z.div_(softcap).tanh_()
+            slope = 1 - z.square() if wanted else None
+            z *= softcap
+        z -= z.amax(1, keepdim=True)
+        comes_with_gradient = wanted and slope is None
+        if self.statistics is not None and not comes_with_gradient:
+            self.statistics.fill(chunk, z, targets_C)
+        picked = z.gather(1, targets_C[:, None])
+        z.exp_()
+        sums = z.sum(1, keepdim=True)
+        logps = (picked - sums.log()).squeeze(1)
+        if not wanted:
+            return logps, None
+        beside = 0.0 if bias_V is None else scale * (bias_V[targets_C] - (z @ bias_V.float()) / sums[:, 0])
+        if self.statistics is not None and comes_with_gradient:
+            self.statistics.fill_all_but_entropies(chunk, picked, z, sums[:, 0])
+        # onehot - softmax before it is rounded: afterwards the two would cancel where the model is sure
+        z.scatter_add_(1, targets_C[:, None], -sums)
+        if slope is not None:
+            z *= slope
+        if self.weight_VD.dtype == torch.float16:  # the sums may be larger than its largest number
+            z /= sums
+            sums = torch.ones_like(sums)
+        gradient = torch.mm(z.to(self.weight_VD.dtype), self.weight_VD) * (-scale / sums)
+        if self.statistics is not None and comes_with_gradient:
+            along = (hidden_CD.float() * gradient.float()).sum(1)
+            self.statistics.entropies_N[chunk] = (along - logps + beside).clamp(min=0.0)
+        return logps, gradient
 
 
 def _autograd_logps(

@@ -10,7 +10,7 @@ H = vocabulary * hidden.
 
 A frozen weight costs 4 operations a token and not 6: it has no gradient of its own. The head costs
 4 whether its gradient is taken in the forward pass or later. The last layer's MLP is counted on all
-T tokens, though one row needs it on those alone that predict something (``last_mlp.py``).
+T tokens, though one row needs it on those alone that predict something (``attention.py``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,16 @@ from dpo_cli.scoring.layout import LayoutName, lay_out
 
 _WORTH_SAYING = 0.05
 """Share of a model's bytes from which on it is said that they are not in 4 bits."""
+
+
+def causal_of(model: Any) -> Any:
+    """The causal language model under an adapter; a model without one is that itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def is_in_4_bit(parameters: Iterable[torch.nn.Parameter]) -> bool:
+    """Whether some of these parameters are held in 4 bits."""
+    return any(getattr(parameter, "quant_state", None) is not None for parameter in parameters)
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ class Sizes:
     @classmethod
     def of(cls, model: Any, compute_dtype: torch.dtype) -> Sizes:
         """Count a model."""
-        causal: Any = getattr(model, "get_base_model", lambda: model)()  # of a PeftModel; else itself
+        causal = causal_of(model)
         config = causal.config.get_text_config()
         embeddings = {id(causal.get_input_embeddings().weight), id(causal.get_output_embeddings().weight)}
         experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
@@ -101,7 +111,7 @@ def left_unquantized(model: Any) -> tuple[list[str], int]:
         Names, the largest first, with ``*`` for numbers; none where the model is not held in 4 bits, or where each is
         small beside the whole.
     """
-    causal: Any = getattr(model, "get_base_model", lambda: model)()  # of a PeftModel; else itself
+    causal = causal_of(model)
     embeddings = {id(causal.get_input_embeddings().weight), id(causal.get_output_embeddings().weight)}
     found: Counter[str] = Counter()
     total = in_4_bit = 0

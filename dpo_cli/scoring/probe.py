@@ -28,10 +28,9 @@ from dpo_cli.core.errors import MachineError, first_line, is_out_of_memory
 from dpo_cli.core.params import RuntimeParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.kernels.fused import describe_fused
-from dpo_cli.kernels.products import describe_products
-from dpo_cli.scoring.attention import Attending, UnsupportedAttentionError
-from dpo_cli.scoring.last_mlp import CannotSelectError
+from dpo_cli.scoring.attention import Attending, UnsupportedLayerError
+from dpo_cli.scoring.fused import describe_fused
+from dpo_cli.scoring.kernels import describe_products
 from dpo_cli.scoring.layout import LAYOUTS, MIN_SHARED_TOKENS, LayoutName
 from dpo_cli.scoring.limits import left_unquantized
 from dpo_cli.scoring.scorer import MAX_READ_SHARE, HeadName, Scorer, engine_version, evaluating
@@ -172,7 +171,8 @@ def probe_layouts(scorer: Scorer, model: Any, forced: LayoutName | None = None) 
     asked = tolerance = max(TOLERANCE, RELATIVE_TOLERANCE * alone.abs().max().item())
     if scorer.compute_dtype != torch.float32:
         asked = max(BFLOAT16_TOLERANCE, NOISE_FACTOR * noise)
-        tolerance = allowed_difference(noise, _longest_completion(groups), scorer.compute_dtype)
+        longest = max(len(completion) for group in groups for completion in group.completions)
+        tolerance = allowed_difference(noise, longest, scorer.compute_dtype)
     refused: dict[str, str] = {}
     for name in (forced,) if forced else LAYOUTS:
         if name == "padded" and scorer.compute_dtype != torch.float32:
@@ -185,11 +185,8 @@ def probe_layouts(scorer: Scorer, model: Any, forced: LayoutName | None = None) 
             reason, difference = _reason_against(name, scorer, config, groups, alone, tolerance)
         scorer.max_read_share = 0.0
         if reason is None:
-            kernels = _attention_of(scorer, name)
-            head, is_forced = scorer.head, forced is not None
-            return LayoutChoice(
-                name, difference, tolerance, asked, refused, is_forced, head, **kernels, last_mlp=last_mlp
-            )
+            said: dict[str, Any] = {"forced": forced is not None, "head": scorer.head, "last_mlp": last_mlp}
+            return LayoutChoice(name, difference, tolerance, asked, refused, **said, **_attention_of(scorer, name))
         refused[name] = reason
     if forced:
         raise MachineError(
@@ -199,10 +196,6 @@ def probe_layouts(scorer: Scorer, model: Any, forced: LayoutName | None = None) 
         "this model's log-probabilities depend on what else is in a batch"
         f" (padded: {refused['padded']}); it cannot be scored"
     )
-
-
-def _longest_completion(groups: Sequence[TokenGroup]) -> int:
-    return max(len(completion) for group in groups for completion in group.completions)
 
 
 def allowed_difference(noise: float, num_tokens: int, compute_dtype: torch.dtype) -> float:
@@ -259,7 +252,7 @@ def _reason_against(
             return "its attention is in chunks", float("inf")
     try:
         found = scorer.score(groups, name).logps_BK.cpu()
-    except (UnsupportedAttentionError, CannotSelectError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+    except (UnsupportedLayerError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         if is_out_of_memory(error):
             raise
         return f"it fails ({first_line(error)})", float("inf")

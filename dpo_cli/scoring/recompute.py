@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from dpo_cli.scoring.attention import Attending, attend, attending
+from dpo_cli.scoring.limits import causal_of
 
 Recompute = Literal["none", "elementwise", "layers"]
 GRADES: tuple[Recompute, ...] = ("none", "elementwise", "layers")
@@ -66,7 +67,7 @@ def set_recompute(model: torch.nn.Module, grade: Recompute) -> None:
     Raises:
         CannotRecomputeError: The model has no activation checkpointing, and the grade needs it.
     """
-    causal: Any = getattr(model, "get_base_model", lambda: model)()  # of a PeftModel; else itself
+    causal = causal_of(model)
     if grade == "none":
         if causal.supports_gradient_checkpointing:
             causal.gradient_checkpointing_disable()
@@ -143,11 +144,10 @@ def measure_kept(model: torch.nn.Module, forward: Callable[[int], int], num_laye
     """
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     short, long = (_count_kept(model, own, forward, size) for size in (64, 192))
-    tokens = long.num_tokens - short.num_tokens
-    kept = max(0.0, (long.kept - short.kept) / tokens)
-    inputs = min(kept, max(0.0, (long.inputs - short.inputs) / tokens))
-    products = max(0.0, (long.products - short.products) / tokens)
-    widest = max(0.0, (long.widest - short.widest) / tokens)
+    num_short, num_long = short[0], long[0]
+    slopes = [max(0.0, (more - less) / (num_long - num_short)) for less, more in zip(short[1:], long[1:], strict=True)]
+    kept, inputs, products, widest = slopes
+    inputs = min(kept, inputs)
     a_layer, gradients = (kept - inputs) / num_layers, _GRADIENTS_AT_ONCE * widest
     made_again = max(0.0, a_layer - products / num_layers)
     none = kept + gradients
@@ -156,7 +156,7 @@ def measure_kept(model: torch.nn.Module, forward: Callable[[int], int], num_laye
         "elementwise": min(none, inputs + products + made_again + gradients),
         "layers": min(none, inputs + a_layer + gradients),
     }
-    fixed = max(0.0, short.kept - kept * short.num_tokens) + max(head_bytes, _largest_weight(model))
+    fixed = max(0.0, short[1] - kept * num_short) + max(head_bytes, _largest_weight(model))
     return KeptBytes(fixed, per_token)
 
 
@@ -164,39 +164,26 @@ _GRADIENTS_AT_ONCE = 1.5
 """Tensors as wide as a layer's widest product that live at once in the backward pass, beside those that were kept."""
 
 
-@dataclass
-class _Counted:
-    """What a forward pass leaves behind.
+def _count_kept(
+    model: torch.nn.Module, own: set[int], forward: Callable[[int], int], size: int
+) -> tuple[int, int, int, int, int]:
+    """Tokens of a forward pass, and bytes.
 
-    Attributes:
-        num_tokens: Tokens of it.
-        kept: Bytes that autograd keeps where nothing is computed again.
-        inputs: The same where layers are.
-        products: Bytes that the layers' products give.
-        widest: The most that one of them gives.
+    Those that autograd keeps where nothing is computed again, and where layers are; those that the layers' products
+    give, and the most that one of them gives.
     """
-
-    num_tokens: int
-    kept: int
-    inputs: int
-    products: int
-    widest: int
-
-
-def _count_kept(model: torch.nn.Module, own: set[int], forward: Callable[[int], int], size: int) -> _Counted:
-    causal: Any = getattr(model, "get_base_model", lambda: model)()  # of a PeftModel; else itself
+    causal = causal_of(model)
     num_tokens, kept = _kept_by(own, forward, size)
     counter = _ProductCounter()
     if not causal.supports_gradient_checkpointing:
-        return _Counted(num_tokens, kept, kept, 0, 0)
+        return num_tokens, kept, kept, 0, 0
     _checkpoint(causal, lambda: (counter, nullcontext()))
     try:
         _, inputs = _kept_by(own, forward, size)
     finally:
         set_recompute(model, "none")
-    return _Counted(
-        num_tokens, kept, inputs, sum(counter.num_bytes.values()), max(counter.num_bytes.values(), default=0)
-    )
+    products = counter.num_bytes.values()
+    return num_tokens, kept, inputs, sum(products), max(products, default=0)
 
 
 def _kept_by(own: set[int], forward: Callable[[int], int], size: int) -> tuple[int, int]:
@@ -284,14 +271,7 @@ class StepShape:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a step goes through the memory.
-
-    Attributes:
-        grade: What is computed again.
-        max_tokens: Tokens of a micro-batch.
-        num_bytes: The most that its activations are expected to take.
-        fits: Whether that is as much as there is, or less.
-    """
+    """How a step goes through the memory: tokens of a micro-batch, the most bytes its activations may take."""
 
     grade: Recompute
     max_tokens: int
@@ -314,7 +294,7 @@ def plan_memory(
     Args:
         kept: What activations take.
         step: What goes through the model.
-        free_bytes: What they may take.
+        free_bytes: What activations may take.
         grades: To choose from.
         budgets: To choose from, tokens.
         layer_weights: Weights of a layer's products.

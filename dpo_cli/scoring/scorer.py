@@ -16,7 +16,7 @@ import torch
 from dpo_cli.core.environment import is_gpu
 from dpo_cli.core.errors import MachineError
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.scoring.attention import IMPLEMENTATION, Attending, attend
+from dpo_cli.scoring.attention import IMPLEMENTATION, Attending, ReadRows, attend
 from dpo_cli.scoring.head import (
     DEFAULT_HEAD_BYTES,
     GPU_HEAD_BYTES,
@@ -27,8 +27,8 @@ from dpo_cli.scoring.head import (
     max_logit_rows,
     token_logps,
 )
-from dpo_cli.scoring.last_mlp import ReadRows, last_mlp
 from dpo_cli.scoring.layout import Layout, LayoutName, lay_out, num_row_tokens, split_by_tokens
+from dpo_cli.scoring.limits import causal_of
 
 ENGINE_VERSION = 5
 """See :func:`engine_version`."""
@@ -56,8 +56,8 @@ class Scores:
 
     Attributes:
         logps_BK: float64 [B, K], sum over the completion's tokens, nats.
-        num_tokens_BK: int64 [B, K], tokens of each completion, end of turn included.
-        token_logps_M: float32 [M], all completion tokens, completion after completion.
+        num_tokens_BK: int64 [B, K], end of turn included.
+        token_logps_M: float32 [M], completion after completion.
         statistics: Of the same tokens, where they were asked for.
         values_M: float32 [M], what a value head makes of the state before each of these tokens, where there is one.
     """
@@ -117,7 +117,7 @@ class Scorer:
         layout: LayoutName = "padded",
         head_bytes: int | None = None,
     ) -> None:
-        causal: Any = getattr(model, "get_base_model", lambda: model)()  # of a PeftModel; else itself
+        causal = causal_of(model)
         self._causal = causal
         self._backbone = _backbone(causal)
         self.compute_dtype = compute_dtype
@@ -130,8 +130,7 @@ class Scorer:
         self.max_read_share = 0.0
         self.last_attended: Attending | None = None
         self.value_head: torch.nn.Module | None = None
-        mlp = last_mlp(self._backbone)
-        self._read_rows = None if mlp is None else ReadRows(mlp)
+        self._read_rows = ReadRows.of(self._backbone)
         self._transform = LogitTransform()
         with torch.no_grad(), evaluating(causal):
             self.head: HeadName = self._find_head()
@@ -169,12 +168,9 @@ class Scorer:
     def score(
         self, groups: Sequence[TokenGroup], layout: LayoutName | None = None, *, statistics: Statistics = "none"
     ) -> Scores:
-        """Score all completions of some groups in one forward pass.
+        """Score all completions of some groups, of which all have as many, in one forward pass.
 
-        Args:
-            groups: Groups with one number of completions.
-            layout: Another layout than the scorer's.
-            statistics: Whether to look at the distributions, too; ``squares`` gives all of them.
+        Statistics are of the whole distributions: ``plain`` ones, or ``squares``, too.
 
         Returns:
             Sums in float64 over float32 token log-probabilities.
@@ -201,10 +197,6 @@ class Scorer:
         The last token does not go through the model as long as nothing comes behind it; so one more is laid out
         behind each completion. Which one makes no difference: it does not go through the model itself.
 
-        Args:
-            groups: Groups with one number of completions.
-            layout: Another layout than the scorer's.
-
         Returns:
             [B, K, D], in the dtype that the backbone gives.
 
@@ -213,10 +205,7 @@ class Scorer:
         """
         if self._backbone is None:
             raise MachineError(f"{type(self._causal).__name__} has no part that gives hidden states, as a head needs")
-        longer = [
-            TokenGroup(group.id, group.group, group.prompt, tuple((*tokens, 0) for tokens in group.completions))
-            for group in groups
-        ]
+        longer = [_longer(group) for group in groups]
         laid_out = lay_out(longer, layout or self.layout)
         lengths = torch.tensor([len(completion) for group in longer for completion in group.completions])
         predictors = laid_out.predictors_N[laid_out.scored_M[lengths.cumsum(0) - 1]]
@@ -330,6 +319,53 @@ class Scorer:
         return bool(((ours - theirs).abs() <= tolerance * theirs.abs().clamp(min=1.0)).all())
 
 
+@dataclass(frozen=True)
+class Rewards:
+    """Rewards of some groups' completions.
+
+    Attributes:
+        rewards_BK: float64 [B, K]; only differences within a group mean anything.
+    """
+
+    rewards_BK: torch.Tensor
+
+
+def _longer(group: TokenGroup) -> TokenGroup:
+    return TokenGroup(group.id, group.group, group.prompt, tuple((*tokens, 0) for tokens in group.completions))
+
+
+class RewardScorer:
+    """Scores token groups with a reward model: r(prompt, completion) = head(hidden state at the last token).
+
+    Args:
+        scorer: Runs the model that the head stands on.
+        head: [..., D] to [..., 1], float32 whatever the model computes in.
+    """
+
+    def __init__(self, scorer: Scorer, head: torch.nn.Module) -> None:
+        self.scorer = scorer
+        self._head = head
+        self.device, self.config, self.compute_dtype = scorer.device, scorer.config, scorer.compute_dtype
+        self.head_bytes = 0
+        """There are no logits."""
+
+    def num_tokens(self, group: TokenGroup) -> int:
+        """Tokens of a group that go through the model, the last ones of the completions counted."""
+        return self.scorer.num_tokens(_longer(group))
+
+    def split(self, groups: Sequence[TokenGroup], max_tokens: int) -> list[list[int]]:
+        """Micro-batches of at most ``max_tokens`` tokens, the last ones of the completions counted, as indices."""
+        return self.scorer.split([_longer(group) for group in groups], max_tokens)
+
+    def score(
+        self, groups: Sequence[TokenGroup], layout: LayoutName | None = None, *, statistics: Statistics = "none"
+    ) -> Rewards:
+        """The rewards of all completions of some groups in one forward pass, with gradients; no statistics."""
+        hidden_BKD = self.scorer.last_hidden(groups, layout).float()
+        with torch.autocast(hidden_BKD.device.type, enabled=False):
+            return Rewards(self._head(hidden_BKD).squeeze(-1).double())
+
+
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """A model in eval mode for as long as the context lasts; every module gets its own mode back."""
@@ -344,7 +380,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 def restore_attention(model: Any) -> None:
     """Give a model its own attention back, whichever scorer switched it, so that it can generate."""
-    causal: Any = getattr(model, "get_base_model", lambda: model)()  # of a PeftModel; else itself
+    causal = causal_of(model)
     if causal.config._attn_implementation == IMPLEMENTATION:
         causal.set_attn_implementation(_own_attention(causal))
 

@@ -14,26 +14,30 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from dpo_cli.core.errors import first_line, is_out_of_memory
-from dpo_cli.scoring.blocks import additive, block_mask, pieces_of, plain_attention
+from dpo_cli.scoring.kernels import reason_against_kernel
 from dpo_cli.scoring.layout import Block, Run
+from dpo_cli.scoring.pieces import AttentionSettings, Piece, aligned_mask, attend_pieces, pieces_of, plain_attention
 
 _TEST_CAP = 2.0
 """Low enough to bend scores of unit size, so that a kernel without a soft cap shows."""
 _TEST_WINDOW = 8
 """Shorter than the check's longest text, so that a kernel without a window shows."""
-_PARTS = ("output", "gradient of queries", "gradient of keys", "gradient of values")
-_TOLERANCES = (0.02, 0.06, 0.06, 0.06)
+_TOLERANCES = {
+    "output": 0.02,
+    "gradient of queries": 0.06,
+    "gradient of keys": 0.06,
+    "gradient of values": 0.06,
+}
 """Largest difference of a bfloat16 kernel's output of unit scale from the exact one, and of its three gradients."""
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Blocks as sequences: the queries of a run, and the keys of the text up to its end.
+    """Pieces as sequences: the queries of a run, and the keys of the text up to its end.
 
     Attributes:
         key_index: int64 [sum of key lengths], positions in the row; None where they are 0, 1, 2, ...
@@ -50,9 +54,8 @@ class Sequences:
     max_keys: int
 
 
-def sequences_of(blocks: tuple[Block, ...], device: torch.device) -> Sequences:
-    """Cut blocks into sequences; a first child is one sequence with its parent, whose text it goes on."""
-    pieces = [piece for block in blocks for piece in pieces_of(block)]
+def sequences_of(pieces: list[Piece], device: torch.device) -> Sequences:
+    """The pieces of a row as sequences."""
     query_lengths = [piece.num_queries for piece in pieces]
     key_lengths = [piece.num_keys for piece in pieces]
     key_index = [place for piece in pieces for part in piece.keys for place in range(part.start, part.stop)]
@@ -66,21 +69,10 @@ def sequences_of(blocks: tuple[Block, ...], device: torch.device) -> Sequences:
     )
 
 
-class VarlenKernel(Protocol):
-    """Causal attention of sequences, the last query aligned with the last key."""
-
-    def __call__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        sequences: Sequences,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> torch.Tensor:
-        """From query [T, H, D], key and value [K, G, D] to [T, H, D]."""
-        ...
+VarlenKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequences, AttentionSettings], torch.Tensor]
+"""Causal attention of sequences, the last query aligned with the last key: query [T, H, D], key and value [K, G, D] to
+[T, H, D]; what it cannot do raises.
+"""
 
 
 def attend_varlen(
@@ -89,15 +81,13 @@ def attend_varlen(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    settings: AttentionSettings,
 ) -> torch.Tensor:
     """[T, H, D]."""
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if sequences.key_index is not None:
         key, value = key.index_select(0, sequences.key_index), value.index_select(0, sequences.key_index)
-    return kernel(query.contiguous(), key.contiguous(), value.contiguous(), sequences, scale, window, softcap)
+    return kernel(query.contiguous(), key.contiguous(), value.contiguous(), sequences, settings)
 
 
 def _flash_attn_kernel() -> VarlenKernel | None:
@@ -108,26 +98,17 @@ def _flash_attn_kernel() -> VarlenKernel | None:
         return None
 
     def kernel(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        sequences: Sequences,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sequences: Sequences, settings: AttentionSettings
     ) -> torch.Tensor:
         return flash_attn_varlen_func(
             query,
             key,
             value,
-            sequences.query_starts,
-            sequences.key_starts,
-            sequences.max_queries,
-            sequences.max_keys,
-            softmax_scale=scale,
+            *_lengths(sequences),
+            softmax_scale=settings.scale,
             causal=True,
-            window_size=(-1, -1) if window is None else (window - 1, 0),
-            softcap=softcap or 0.0,
+            window_size=(-1, -1) if settings.window is None else (settings.window - 1, 0),
+            softcap=settings.softcap or 0.0,
         )
 
     return kernel
@@ -135,52 +116,32 @@ def _flash_attn_kernel() -> VarlenKernel | None:
 
 def _torch_kernel() -> VarlenKernel | None:
     """PyTorch's own kernel; its signature has changed between versions."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
+    from torch.nn.attention.varlen import varlen_attn
+
     known = inspect.signature(varlen_attn).parameters
-    has_window = "window_size" in known
-    if not has_window and "is_causal" not in known:
-        return None
 
     def kernel(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        sequences: Sequences,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sequences: Sequences, settings: AttentionSettings
     ) -> torch.Tensor:
-        if softcap is not None or (window is not None and not has_window):
-            raise NotImplementedError("torch's varlen_attn has no soft cap, and no window in this version")
-        extra: dict[str, Any] = {}
-        if has_window:
-            extra["window_size"] = (-1, 0) if window is None else (window - 1, 0)
-        else:
-            extra["is_causal"] = True
+        if settings.softcap is not None:
+            raise NotImplementedError("torch's varlen_attn has no soft cap")
+        extra: dict[str, Any] = {"window_size": (-1 if settings.window is None else settings.window - 1, 0)}
         if "scale" in known:
-            extra["scale"] = scale
-        elif not math.isclose(scale, query.shape[-1] ** -0.5):
-            query = query * (scale * math.sqrt(query.shape[-1]))
+            extra["scale"] = settings.scale
+        elif not math.isclose(settings.scale, query.shape[-1] ** -0.5):
+            query = query * (settings.scale * math.sqrt(query.shape[-1]))
         if (repeats := query.shape[1] // key.shape[1]) > 1:
             if "enable_gqa" in known:
                 extra["enable_gqa"] = True
             else:
                 key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-        return varlen_attn(
-            query,
-            key,
-            value,
-            sequences.query_starts,
-            sequences.key_starts,
-            sequences.max_queries,
-            sequences.max_keys,
-            **extra,
-        )  # type: ignore[return-value]
+        return varlen_attn(query, key, value, *_lengths(sequences), **extra)  # type: ignore[return-value]
 
     return kernel
+
+
+def _lengths(sequences: Sequences) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    return sequences.query_starts, sequences.key_starts, sequences.max_queries, sequences.max_keys
 
 
 VARLEN_KERNELS: dict[str, Callable[[], VarlenKernel | None]] = {
@@ -188,8 +149,6 @@ VARLEN_KERNELS: dict[str, Callable[[], VarlenKernel | None]] = {
     "torch": _torch_kernel,
 }
 """Kernels by name, the one to be tried first at the front; each gives None where it is not installed."""
-
-
 VARLEN_DEVICES = ("cuda",)
 """Types of devices that have such kernels."""
 
@@ -209,30 +168,34 @@ class Choice:
     refused: dict[str, str]
 
 
-def choose_kernel(query: torch.Tensor, value: torch.Tensor, window: int | None, softcap: float | None) -> Choice:
+def choose_kernel(query: torch.Tensor, value: torch.Tensor, settings: AttentionSettings) -> Choice:
     """The first kernel that is there, can do what a layer asks for and aligns as it must.
 
     A kernel without windows serves the layers that slide none.
     """
     reason = None
-    if query.dtype not in (torch.bfloat16, torch.float16):
+    if settings.sinks is not None:
+        reason = "its layers have sinks"
+    elif query.dtype not in (torch.bfloat16, torch.float16):
         reason = f"numbers are {str(query.dtype).removeprefix('torch.')}"
     elif value.shape[-1] != query.shape[-1]:
         reason = "values are of another size than queries"
     if reason is not None:
         return Choice(None, None, dict.fromkeys(VARLEN_KERNELS, reason))
-    return _choose(query.device, query.dtype, query.shape[-1], window is not None, softcap is not None)
+    return _choose(
+        query.device, query.dtype, query.shape[-1], settings.window is not None, settings.softcap is not None
+    )
 
 
 @cache
 def _choose(device: torch.device, dtype: torch.dtype, head_size: int, windowed: bool, capped: bool) -> Choice:
-    window, softcap = _TEST_WINDOW if windowed else None, _TEST_CAP if capped else None
+    settings = AttentionSettings(head_size**-0.5, _TEST_WINDOW if windowed else None, _TEST_CAP if capped else None)
     refused: dict[str, str] = {}
     for name, make in VARLEN_KERNELS.items():
         kernel = make()
         if kernel is None:
             refused[name] = "not installed"
-        elif (reason := reason_against(kernel, device, dtype, head_size, window, softcap)) is not None:
+        elif (reason := reason_against(kernel, device, dtype, head_size, settings)) is not None:
             refused[name] = reason
         else:
             return Choice(name, kernel, refused)
@@ -244,8 +207,7 @@ def reason_against(
     device: torch.device,
     dtype: torch.dtype,
     head_size: int,
-    window: int | None,
-    softcap: float | None,
+    settings: AttentionSettings,
     num_heads: tuple[int, int] = (4, 2),
 ) -> str | None:
     """Why a kernel or its gradients are not what the definition gives, on runs with fewer queries than keys.
@@ -257,63 +219,24 @@ def reason_against(
         None where the kernel is right.
     """
     blocks = (Block(0, (Run(37, -1), Run(5, 0), Run(3, 0))), Block(45, (Run(9, -1),)))
+    pieces = [piece for block in blocks for piece in pieces_of(block)]
     generator = torch.Generator().manual_seed(0)
     size = sum(block.length for block in blocks)
     queries, keys = num_heads
     inputs = [torch.randn(1, heads, size, head_size, generator=generator) for heads in (queries, keys, keys)]
     weights = torch.randn(1, size, queries, head_size, generator=generator).to(device)
-    scale = head_size**-0.5
-
-    def run(attend: _Attend, number: torch.dtype) -> list[torch.Tensor]:
-        """The output and the gradients of a weighted sum of it, float32."""
-        leaves = [tensor.to(device, dtype, copy=True).to(number).requires_grad_() for tensor in inputs]
-        out = attend(*leaves)
-        (out.float() * weights).sum().backward()
-        none = torch.zeros((), device=device)
-        return [out.detach().float(), *(none if leaf.grad is None else leaf.grad.float() for leaf in leaves)]
 
     def by_definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return _by_definition(blocks, q, k, v, scale, window, softcap)
+        k, v = (tensor.repeat_interleave(queries // keys, 1) for tensor in (k, v))
+        return attend_pieces(blocks, q, k, v, one_piece)
+
+    def one_piece(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, piece: Piece) -> torch.Tensor:
+        mask = aligned_mask(piece.num_queries, piece.num_keys, settings.window, q.dtype, device)
+        return plain_attention(q, k, v, mask, settings)
 
     def by_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return attend_varlen(kernel, sequences_of(blocks, device), q, k, v, scale, window, softcap)[None]
+        return attend_varlen(kernel, sequences_of(pieces, device), q, k, v, settings)[None]
 
-    asked = "".join([" with a window" if window else "", " with a soft cap" if softcap else ""])
-    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        exact = run(by_definition, torch.float32)
-        try:
-            found = run(by_kernel, dtype)
-        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-            if is_out_of_memory(error):
-                raise
-            return f"it fails{asked} ({first_line(error)})"
-    for what, tolerance, ours, theirs in zip(_PARTS, _TOLERANCES, exact, found, strict=True):
-        # a kernel rounds to bfloat16, whose last digit is worth more where numbers are larger
-        off = ((theirs - ours).abs() / ours.abs().clamp(min=1.0)).nan_to_num(nan=math.inf).max().item()
-        if not off <= tolerance:
-            return f"its {what} is off{asked} by {off:.2g}"
-    return None
-
-
-_Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def _by_definition(
-    blocks: tuple[Block, ...],
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> torch.Tensor:
-    """[1, T, H, D], each block as a whole, masked."""
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    outputs = []
-    for block in blocks:
-        place = slice(block.start, block.start + block.length)
-        mask = additive(block_mask(block.runs, window), query.dtype, query.device)
-        q, k, v = query[:, :, place], key[:, :, place], value[:, :, place]
-        outputs.append(plain_attention(q, k, v, mask, scale, softcap, None))
-    return torch.cat(outputs, 2).transpose(1, 2)
+    asked = "".join([" with a window" if settings.window else "", " with a soft cap" if settings.softcap else ""])
+    narrow = [tensor.to(device, dtype) for tensor in inputs]
+    return reason_against_kernel(by_kernel, by_definition, narrow, weights, _TOLERANCES, asked)

@@ -19,7 +19,7 @@ from dpo_cli.core.params import EMBEDDED, ModelParams, Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import Scratch, stage_scratch
 from dpo_cli.models.adapters import refuse_targets, without_numbers
-from dpo_cli.models.folder import ADAPTER_FILES, adapter_folder, base_folder, weight_files
+from dpo_cli.models.folder import ADAPTER_FILES, adapter_folder, base_folder, total_size, weight_files
 from dpo_cli.models.identity import (
     BaseLock,
     ModelFacts,
@@ -108,9 +108,9 @@ def _verify_folder(
     found = verify_model_folder(folder, model)
     known = before.files if before is not None else {}
     changed = changed_files(known, identity["files"])
-    size = sum(path.stat().st_size for path in weight_files(folder) if path.name not in known.keys() - changed)
-    with reporter.meter("base: looking for NaN and infinity", size, "bytes") as meter:
-        verify_numbers(folder, known.keys() - changed, meter.advance)
+    files = [path for path in weight_files(folder) if path.name not in known.keys() - changed]
+    with reporter.meter("base: looking for NaN and infinity", total_size(files), "bytes") as meter:
+        verify_numbers(files, meter.advance)
     for note in found.notes:
         reporter.warn(f"base: {note}")
     if changed and before is not None and (before.name, before.revision) == (model.name, model.revision):
@@ -141,8 +141,8 @@ def _build_embedded(params: Params, scratch: Scratch, reporter: Reporter) -> Bas
     # here: they take seconds, and only a model that is to be built needs them
     from dpo_cli.models.device import prepare_machine
     from dpo_cli.models.load import quiet_libraries
+    from dpo_cli.models.project import Workplace
     from dpo_cli.models.verify import verify_model_folder
-    from dpo_cli.models.workplace import Workplace
     from dpo_cli.training.parallel import Job
     from dpo_cli.training.pretraining import build_embedded
 

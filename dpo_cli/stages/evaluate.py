@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dpo_cli.core import paths
-from dpo_cli.core.artifacts import read_json, write_json, write_json_array, write_text
+from dpo_cli.core.artifacts import read_json, write_json, write_json_array
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.core.manifest import DPO as DPO_MODEL
 from dpo_cli.core.manifest import SFT as SFT_MODEL
@@ -22,10 +22,8 @@ from dpo_cli.core.params import Params, TrainParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.tokenize import explain_rejects, read_columns, table_digests
-from dpo_cli.evaluation import tables
-from dpo_cli.evaluation.evaluated import Evaluated, count_leaked_prompts, training_of
-from dpo_cli.evaluation.held_out import summarize_held_out
-from dpo_cli.evaluation.measurement import Measurement
+from dpo_cli.evaluation import DPO, SFT, tables
+from dpo_cli.evaluation.measurement import Measurement, frontier, judge_pairings, judged_metrics, make_pairings
 from dpo_cli.evaluation.metrics import (
     answer_metrics,
     cheaper_step,
@@ -34,21 +32,17 @@ from dpo_cli.evaluation.metrics import (
     form_metrics,
     held_out_metrics,
 )
-from dpo_cli.evaluation.model_names import DPO, SFT
-from dpo_cli.evaluation.models import open_models
-from dpo_cli.evaluation.pairings import frontier, judge_pairings, judged_metrics, make_pairings
-from dpo_cli.evaluation.samples import Judged, sample_means, sample_rows, vote_rows
-from dpo_cli.evaluation.steps import Steps
+from dpo_cli.evaluation.models import Evaluated, count_leaked_prompts, open_models, training_of
+from dpo_cli.evaluation.rewards import pair_losses
 from dpo_cli.evaluation.verdict import report_verdict
-from dpo_cli.judging.known_reward import ExactJudge
 from dpo_cli.judging.prepare import LoadJudge, prepare_judge
 from dpo_cli.judging.votes import COLUMNS as VOTE_COLUMNS
 from dpo_cli.models.device import memory_metrics
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.models.project import Project, open_project
-from dpo_cli.reference.cache import read_cache
-from dpo_cli.statistics.bootstrap import Sampling
+from dpo_cli.scoring.reference import read_cache
 from dpo_cli.statistics.calibration import reliability_table
+from dpo_cli.statistics.intervals import Sampling
 
 
 def run(params: Params, reporter: Reporter) -> dict[str, Any]:
@@ -132,10 +126,9 @@ def _evaluate(params: Params, project: Project, evaluated: Evaluated, reporter: 
     cache = read_cache(paths.REFERENCE, project.identity)
     with stage_scratch("evaluate", "run") as scratch:
         root = scratch.folder.parent
-        steps = Steps(project, evaluate, root / "models")
         models = open_models(project, evaluated.folder)
         load_judge = prepare_judge(evaluate, project, (evaluated.name, SFT), root / "judgments")
-        measurement = Measurement(project, table, evaluate, models, steps)
+        measurement = Measurement(project, table, evaluate, models, root / "models")
         metrics = _measure(measurement, cache, evaluated, load_judge, reporter)
         metrics["num_leaked_prompts"] = num_leaked if evaluated.is_of_this_data else None
         metrics |= memory_metrics(project.machine)
@@ -158,15 +151,15 @@ def _measure(
     evaluate, models = measurement.evaluate, measurement.models
     sampling = Sampling(evaluate.bootstrap_draws, evaluate.confidence, evaluate.seed)
     # held-out pairs and text
-    pairs = measurement.held_out(cache)
-    held_out = summarize_held_out(list(pairs.values()), evaluated.train.beta, **sampling.keywords)
-    metrics = held_out_metrics(held_out, sampling) | measurement.perplexities()
+    pairs = measurement.held_out(cache, evaluated.train.beta)
+    losses = pair_losses(pairs, evaluated.train.beta)
+    metrics = held_out_metrics(pairs, losses, sampling) | measurement.perplexities()
     # answers, and how far the policy went
     answers = {
-        name: measurement.answers(model, evaluate.temperature)
+        name: measurement.sampled(model, evaluate.temperature)
         for name, model in ((SFT, models.reference), (DPO, models.policy))
     }
-    kls = measurement.divergences(models.policy, measurement.answers(models.policy, 1.0))
+    kls = measurement.divergences(models.policy, models.reference, measurement.sampled(models.policy, 1.0))
     metrics |= {
         "num_generated_prompts": len(measurement.prompts),
         "temperature": evaluate.temperature,
@@ -190,17 +183,18 @@ def _measure(
     if points:
         metrics |= cheaper_step([(scale, kl.value, result) for scale, kl, result, _ in points if result], sampling)
     main, against = (results.get(("main", evaluate.temperature, opponent)) for opponent in (SFT, "chosen"))
-    judged = Judged(judge, main, against)
-    samples = sample_rows(measurement, answers, data, kls, log_ratios, judged)
-    metrics |= sample_means(samples)
+    judged = tables.Judged(judge, main, against)
+    samples = tables.sample_rows(measurement, answers, data, kls, log_ratios, judged)
+    metrics |= tables.sample_means(samples)
     if samples and "well_formed" in samples[0][DPO]:
         forms = [(sample[SFT]["well_formed"], sample[DPO]["well_formed"]) for sample in samples]
         metrics |= form_metrics(forms, sampling.confidence)
-    if judge is not None and isinstance(judge.judge, ExactJudge):  # its rewards are 0 or 1
+    if judge is not None and judge.is_exact:  # its rewards are 0 or 1
         metrics["win_rate_ceiling"] = 1 - metrics["reward_sft"] / 2
     # tables
     sources = {id: row[0] for id, row in read_columns(paths.preference_table("eval"), "source").items()}
-    bins = reliability_table(np.array(held_out.margins), [row.group for row in held_out.rows], **sampling.keywords)
+    margins = [pair.margin for pair in pairs]
+    bins = reliability_table(np.array(margins), [pair.group for pair in pairs], sampling)
     curve = [
         tables.temperature_row(temperature, opponent, result)
         for (kind, temperature, opponent), result in results.items()
@@ -209,14 +203,14 @@ def _measure(
     out = evaluated.out
     write_json_array(out / paths.SAMPLES, samples)
     for name, columns, rows in (
-        ("pairs.csv", tables.PAIRS, tables.pair_rows(held_out.rows, pairs, sources)),
-        ("margins.csv", tables.MARGINS, tables.margin_rows(held_out.margins)),
+        ("pairs.csv", tables.PAIRS, tables.pair_rows(pairs, losses, sources)),
+        ("margins.csv", tables.MARGINS, tables.margin_rows(margins)),
         ("reliability.csv", tables.RELIABILITY, tables.reliability_rows(bins)),
-        ("accuracy_by.csv", tables.ACCURACY_BY, tables.accuracy_rows(held_out.rows, pairs, sources, sampling)),
+        ("accuracy_by.csv", tables.ACCURACY_BY, tables.accuracy_rows(pairs, sources, sampling)),
         ("temperatures.csv", tables.TEMPERATURES, curve),
         ("frontier.csv", tables.FRONTIER, [tables.frontier_row(*point) for point in points]),
         ("length.csv", tables.LENGTH, tables.length_rows(main, sampling) if main else []),
-        ("votes.csv", VOTE_COLUMNS, vote_rows(judged, evaluated.name)),
+        ("votes.csv", VOTE_COLUMNS, tables.vote_rows(judged, evaluated.name)),
     ):
-        write_text(out / name, tables.csv_text(columns, rows))
+        tables.write_table(out / name, columns, rows)
     return metrics

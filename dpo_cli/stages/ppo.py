@@ -41,9 +41,9 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
     with importing():
         from dpo_cli.evaluation.generation import PromptTokens
         from dpo_cli.losses.reinforcement import KlController
+        from dpo_cli.models.adapters import add_value_head
         from dpo_cli.models.load import quiet_libraries
         from dpo_cli.models.project import open_project
-        from dpo_cli.models.reward import add_value_head
         from dpo_cli.rlhf.actor import PolicyActor
         from dpo_cli.rlhf.objective import METRICS, PolicyGradient
         from dpo_cli.rlhf.rewards import open_rewarder

@@ -18,9 +18,8 @@ from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.device import memory_in_words, memory_metrics
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.models.project import Project, open_project
-from dpo_cli.reference.cache import SCHEMA, group_keys, write_cache
-from dpo_cli.reference.scoring import missing_groups, score_into_store
 from dpo_cli.scoring.probe import LayoutChoice
+from dpo_cli.scoring.reference import SCHEMA, missing_groups, write_cache
 
 _OTHER_STORES_KEPT = 3
 
@@ -42,7 +41,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         tables += [project.tokenize_rankings(split) for split in SPLITS]
     rejects = all_rejects(tables)
     groups = [group for table in tables for group in table.groups]
-    wanted = {key for group in groups for key in group_keys(group)}
+    wanted = {key for group in groups for key in group.keys}
     if not wanted:
         raise DataError(
             f"data/preference: {explain_rejects(tables, 'reference.max_length', project.max_length) or 'has no pairs'}"
@@ -95,5 +94,5 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
 def _compute(project: Project, missing: Sequence[TokenGroup], store: RowStore) -> LayoutChoice:
     """Score groups and store their rows as time passes."""
     scorer, verdict = project.scorer(project.reference())
-    score_into_store(scorer, missing, store, project.budget(), project, "scoring answers")
+    project.score_into(store, scorer, missing, "scoring answers")
     return verdict

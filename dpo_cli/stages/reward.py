@@ -17,11 +17,10 @@ from dpo_cli.core.scratch import Scratch, stage_scratch
 from dpo_cli.core.text import markdown
 from dpo_cli.data.tokenize import TokenTable, explain_found, explain_rejects
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.evaluation.reward_figures import RewardedPair, RewardFigures, summarize_rewards
+from dpo_cli.models.adapters import reward_head
 from dpo_cli.models.card import Card, publish_adapter
 from dpo_cli.models.device import memory_in_words
-from dpo_cli.models.reward import reward_head
-from dpo_cli.statistics.bootstrap import Estimate
+from dpo_cli.statistics.intervals import Sampling
 from dpo_cli.training.history import with_held_out, write_reports
 
 if TYPE_CHECKING:  # what computes is imported where there is something to compute
@@ -40,8 +39,7 @@ _COLUMNS = with_held_out(
         "gradient_weight",
     )
 )
-_DRAWS = 2000
-_CONFIDENCE = 0.95
+_DRAWS, _CONFIDENCE = 2000, 0.95
 
 
 def run(params: Params, reporter: Reporter) -> dict[str, Any]:
@@ -64,7 +62,7 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
         from dpo_cli.judging.reward_model import RewardModel
         from dpo_cli.models.load import quiet_libraries
         from dpo_cli.models.project import open_project
-        from dpo_cli.scoring.reward import RewardScorer
+        from dpo_cli.scoring.scorer import RewardScorer
         from dpo_cli.training.fit import fit
         from dpo_cli.training.parallel import Job
         from dpo_cli.training.protocols import Learner
@@ -93,7 +91,7 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
         result = fit(learner, train.groups, held_out.groups, settings, Job(project, scratch.folder))
         model.eval()
         figures = _figures(RewardModel(scorer, project.encoder, project.budget()), pairs, settings.seed)
-        metrics = _metrics(settings.loss, figures)
+        metrics = {"method": settings.loss} | figures
         metrics |= result.metrics("groups", (train, held_out), project.machine, layout)
         if ranked:
             metrics["eval_kendall_tau"] = result.kept("eval_rewards/kendall_tau")
@@ -125,44 +123,15 @@ def _objective(settings: RewardParams, groups: Sequence[TokenGroup]) -> RewardOb
     return RewardObjective(read_ranks(groups, settings.ties, "reward"), settings.ties)
 
 
-def _figures(model: RewardModel, pairs: TokenTable, seed: int) -> RewardFigures:
+def _figures(model: RewardModel, pairs: TokenTable, seed: int) -> dict[str, Any]:
+    from dpo_cli.evaluation.rewards import ScoredGroup, reward_metrics
+
     rewards = model.rewards(pairs.groups)
     rows = [
-        RewardedPair(
-            group.id, group.group, (found[0], found[1]), (len(group.completions[0]), len(group.completions[1]))
-        )
+        ScoredGroup(group.id, group.group, (found[0], found[1]), group.sizes[1:])
         for group, found in zip(pairs.groups, rewards, strict=True)
     ]
-    return summarize_rewards(rows, draws=_DRAWS, confidence=_CONFIDENCE, seed=seed)
-
-
-def _metrics(loss: str, figures: RewardFigures) -> dict[str, Any]:
-    metrics: dict[str, Any] = {"method": loss}
-    for name in ("accuracy", "log_loss", "ece", "margin", "longer_accuracy"):
-        metrics |= _with_interval(name, getattr(figures, name))
-    for name, (count, estimate) in figures.by_length.items():
-        metrics[f"num_chosen_{name}"] = count
-        if estimate is not None:
-            metrics |= _with_interval(f"accuracy_chosen_{name}", estimate)
-    metrics["reliability"] = [
-        {
-            "probability_from": cell.low,
-            "probability_to": cell.high,
-            "num_pairs": cell.num_pairs,
-            "probability": cell.probability,
-            **_with_interval("accuracy", cell.accuracy),
-        }
-        for cell in figures.reliability
-    ]
-    return metrics | {
-        "num_ties": figures.num_ties,
-        "num_eval_pairs": figures.num_pairs,
-        "num_eval_prompts": figures.num_prompts,
-    }
-
-
-def _with_interval(name: str, estimate: Estimate) -> dict[str, Any]:
-    return {name: estimate.value, f"{name}_ci": [estimate.low, estimate.high]}
+    return reward_metrics(rows, Sampling(_DRAWS, _CONFIDENCE, seed))
 
 
 def _card(params: Params, project: Project, metrics: dict[str, Any]) -> Card:
@@ -200,6 +169,7 @@ def _unit(settings: RewardParams) -> str:
 
 def _print_summary(settings: RewardParams, metrics: dict[str, Any], steps: str, reporter: Reporter) -> None:
     unit = _unit(settings)
+    speed, tokens = f"{metrics['groups_per_s']:.1f}", f"{metrics['logical_tokens_per_s']:.0f}"
     reporter.table(
         "reward",
         [
@@ -212,14 +182,10 @@ def _print_summary(settings: RewardParams, metrics: dict[str, Any], steps: str, 
             ("accuracy of the longer answer", _shown(metrics, "longer_accuracy")),
             ("log-loss", _shown(metrics, "log_loss")),
             ("calibration error", _shown(metrics, "ece")),
-            *([("speed", _speed(metrics, unit))] if metrics["groups_per_s"] else []),
+            *([("speed", f"{speed} {unit}/s, {tokens} logical tokens/s")] if metrics["groups_per_s"] else []),
             ("peak memory", memory_in_words(metrics)),
         ],
     )
-
-
-def _speed(metrics: dict[str, Any], unit: str) -> str:
-    return f"{metrics['groups_per_s']:.1f} {unit}/s, {metrics['logical_tokens_per_s']:.0f} logical tokens/s"
 
 
 def _shown(metrics: dict[str, Any], name: str) -> str:

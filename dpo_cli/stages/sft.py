@@ -14,6 +14,7 @@ from dpo_cli.core.manifest import SFT, Manifest, library_versions
 from dpo_cli.core.params import EMBEDDED, Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import Scratch, stage_scratch
+from dpo_cli.data.checks import TokenView
 from dpo_cli.data.tokenize import TokenTable, explain_found, explain_rejects, tokenize_table
 from dpo_cli.models.adapters import (
     ADAPTER_FILES,
@@ -31,9 +32,10 @@ from dpo_cli.models.identity import (
     model_files,
     read_base_lock,
     read_lock,
+    refuse_beyond_context,
     verify_model,
 )
-from dpo_cli.models.load import keep_weights_unpacked, load_model, quiet_libraries, save_tokenizer
+from dpo_cli.models.load import context_length, keep_weights_unpacked, load_model, quiet_libraries, save_tokenizer
 from dpo_cli.training.history import TOKEN_METRICS, write_reports
 
 if TYPE_CHECKING:  # what computes is imported where there is something to compute
@@ -80,8 +82,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
 def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, Any]:
     with importing():
         from dpo_cli.data.tokenize import all_rejects, table_digests
-        from dpo_cli.models.project import check_context, open_base
-        from dpo_cli.models.workplace import Workplace
+        from dpo_cli.models.project import Workplace, open_base
         from dpo_cli.training.fit import fit
         from dpo_cli.training.objective import SftObjective
         from dpo_cli.training.parallel import Job, shared_scratch
@@ -90,15 +91,13 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
     sft = params.sft
     base, encoder, tokenizer = open_base(params.model, params.runtime)
     digest = base_digest()
-    check_context(base, sft.max_length, "sft.max_length")
+    refuse_beyond_context(context_length(base), sft.max_length, "sft.max_length")
     machine = prepare_machine(params.runtime, embedded=params.model.name == EMBEDDED)
     train, held_out = (
         tokenize_table(
             paths.SFT_DATA / f"{split}.parquet",
             ("completion",),
-            encoder,
-            sft.max_length,
-            sft.checks.model_dump(),
+            TokenView(encoder, sft.max_length, sft.checks.model_dump()),
             "run: dpo-cli convert-sft",
         )
         for split in ("train", "eval")
@@ -171,7 +170,7 @@ def _publish_untrained(params: Params, base: Path, scratch: Scratch, reporter: R
     files: list[str] = []
     if method == "adapter":
         with importing():
-            from dpo_cli.models.own_adapter import copy_adapter
+            from dpo_cli.models.verify import copy_adapter
 
         quiet_libraries()
         source = adapter_folder(params.runtime)

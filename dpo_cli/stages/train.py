@@ -24,7 +24,7 @@ from dpo_cli.models.card import Card, publish_adapter
 from dpo_cli.models.device import memory_in_words, token_budget
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.models.project import Project, open_project
-from dpo_cli.reference.cache import read_cache, read_cache_tokens, reference_logps
+from dpo_cli.scoring.reference import read_cache, read_cache_tokens, reference_logps
 from dpo_cli.training.fit import Fit, fit
 from dpo_cli.training.gate import StepZero, check_step_zero
 from dpo_cli.training.history import with_held_out, write_reports
@@ -120,18 +120,21 @@ def _score_gaps(settings: TrainParams, groups: Sequence[TokenGroup]) -> dict[str
     """
     if not settings.margin_scale:
         return None
-    rows = {
-        id: row
+    gaps = {
+        id: chosen - rejected
         for split in SPLITS
-        for id, row in read_columns(paths.preference_table(split), "chosen_score", "rejected_score").items()
+        for id, (chosen, rejected) in read_columns(
+            paths.preference_table(split), "chosen_score", "rejected_score"
+        ).items()
+        if chosen is not None and rejected is not None and math.isfinite(chosen - rejected)
     }
-    without = [group.id for group in groups if not _has_gap(*rows[group.id])]
+    without = [group.id for group in groups if group.id not in gaps]
     if without:
         raise DataError(
             f"data/preference: {len(without)} of {len(groups)} pairs have no scores, or none with a finite difference;"
             f" the first is {without[0]}; params.yaml: train.margin_scale reads them, set it to 0"
         )
-    return {id: chosen - rejected for id, (chosen, rejected) in rows.items() if None not in (chosen, rejected)}
+    return gaps
 
 
 def _metrics(step_zero: StepZero, result: Fit) -> dict[str, Any]:
@@ -164,10 +167,6 @@ def _card(params: Params, project: Project, metrics: dict[str, Any]) -> Card:
     )
 
 
-def _has_gap(chosen: float | None, rejected: float | None) -> bool:
-    return chosen is not None and rejected is not None and math.isfinite(chosen - rejected)
-
-
 def _named(settings: TrainParams) -> str:
     """The objective in words: its name, or names with their weights."""
     return ", ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in settings.losses.items())
@@ -180,6 +179,7 @@ def _unit(settings: TrainParams) -> str:
 def _print_summary(settings: TrainParams, metrics: dict[str, Any], steps: str, reporter: Reporter) -> None:
     expected = f" (ln 2 = {math.log(2):.6f})" if list(settings.losses) == ["sigmoid"] else ""
     unit = _unit(settings)
+    speed, tokens = f"{metrics['pairs_per_s']:.1f}", f"{metrics['logical_tokens_per_s']:.0f}"
     reporter.table(
         "train",
         [
@@ -197,12 +197,8 @@ def _print_summary(settings: TrainParams, metrics: dict[str, Any], steps: str, r
                 if "eval_kendall_tau" in metrics
                 else []
             ),
-            *([("speed", _speed(metrics, unit))] if metrics["pairs_per_s"] else []),
+            *([("speed", f"{speed} {unit}/s, {tokens} logical tokens/s")] if metrics["pairs_per_s"] else []),
             ("peak memory", memory_in_words(metrics)),
             ("the adapter", f"{paths.DPO_MODEL.as_posix()}; its README.md says how to load and merge it"),
         ],
     )
-
-
-def _speed(metrics: dict[str, Any], unit: str) -> str:
-    return f"{metrics['pairs_per_s']:.1f} {unit}/s, {metrics['logical_tokens_per_s']:.0f} logical tokens/s"

@@ -17,13 +17,14 @@ Source: Rafailov et al. 2023, section 6.4 and Table 2.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from dpo_cli.statistics.bootstrap import Estimate, cluster_bootstrap_of, rate_interval
+from dpo_cli.statistics.intervals import Estimate, Sampling
 
 WIN, TIE, LOSS = 0, 1, 2
 """Results of a vote for the method."""
@@ -60,41 +61,25 @@ class Vote:
         return self.rater.partition(":")[0]
 
 
-@dataclass(frozen=True)
-class Coefficient:
-    """Agreement beyond chance: 1 where all agree, 0 where they agree as by chance.
-
-    Attributes:
-        name: Which one.
-        estimate: It; NaN where it is undefined: all votes are the same.
-    """
+class Coefficient(NamedTuple):
+    """Agreement beyond chance: 1 where all agree, 0 as by chance, NaN where it is undefined: all votes are the same."""
 
     name: CoefficientName
     estimate: Estimate
 
 
-@dataclass(frozen=True)
-class WinRate:
-    """How often raters of a kind prefer the method.
-
-    Attributes:
-        estimate: Mean over votes, ties one half.
-        num_votes: Their votes.
-        num_ties: Ties in them.
-    """
+class WinRate(NamedTuple):
+    """How often raters of a kind prefer the method: the mean over their votes, ties one half."""
 
     estimate: Estimate
     num_votes: int
     num_ties: int
 
 
-@dataclass(frozen=True)
-class PairAgreement:
+class PairAgreement(NamedTuple):
     """How two kinds of raters agree, or the raters of one kind.
 
     Attributes:
-        first: A kind.
-        second: Another one, or the same.
         agreement: Mean over pairs of votes on the same item.
         coefficient: The same, corrected for chance.
         num_items: Items with such a pair.
@@ -109,18 +94,14 @@ class PairAgreement:
     num_pairs: int
 
 
-@dataclass(frozen=True)
-class MethodAgreement:
+class MethodAgreement(NamedTuple):
     """Figures of a method against its baseline.
 
     Attributes:
-        method: The method.
-        baseline: What it is compared with.
         win_rates: By kind of rater, in the order of their first votes.
         pairs: Two kinds, or a kind with itself, that voted on the same items.
         overall: All raters together; None where no item has two votes.
         num_items: Pairs of answers.
-        num_prompts: Different prompts in them.
     """
 
     method: str
@@ -136,61 +117,38 @@ class MethodAgreement:
         return next((each for each in self.pairs if (each.first, each.second) == (first, second)), None)
 
 
-def summarize_votes(votes: Sequence[Vote], *, draws: int, confidence: float, seed: int) -> list[MethodAgreement]:
-    """Figures for each method and baseline, in the order of their first votes.
-
-    Args:
-        votes: One a rater and item.
-        draws: Bootstrap draws behind each interval.
-        confidence: Coverage of the intervals.
-        seed: Of the draws. The figures do not depend on the order of the votes.
-    """
+def summarize_votes(votes: Sequence[Vote], sampling: Sampling) -> list[MethodAgreement]:
+    """Figures for each method and baseline, in the order of their first votes, one a rater and item."""
     kinds = list(dict.fromkeys(vote.kind for vote in votes))
     groups: dict[tuple[str, str], list[Vote]] = {}
     for vote in votes:
         groups.setdefault((vote.method, vote.baseline), []).append(vote)
-    return [_summarize(mine, kinds, _Bootstrap(draws, confidence, seed)) for mine in groups.values()]
+    return [_summarize(mine, kinds, sampling) for mine in groups.values()]
 
 
-@dataclass(frozen=True)
-class _Bootstrap:
-    draws: int
-    confidence: float
-    seed: int
-
-    def rate(self, values: Sequence[float], prompts: Sequence[str]) -> Estimate:
-        return rate_interval(values, prompts, draws=self.draws, confidence=self.confidence, seed=self.seed)
-
-    def coefficient(self, name: CoefficientName, columns: np.ndarray, prompts: Sequence[str]) -> Coefficient:
-        estimate = cluster_bootstrap_of(
-            _OF_SUMS[name], columns, prompts, draws=self.draws, confidence=self.confidence, seed=self.seed
-        )
-        return Coefficient(name, estimate)
-
-
-def _summarize(votes: Sequence[Vote], kinds: Sequence[str], bootstrap: _Bootstrap) -> MethodAgreement:
+def _summarize(votes: Sequence[Vote], kinds: Sequence[str], sampling: Sampling) -> MethodAgreement:
     items: dict[str, list[Vote]] = {}
     for vote in votes:
         items.setdefault(vote.item, []).append(vote)
     win_rates = {}
     for kind in kinds:
         if mine := [vote for vote in votes if vote.kind == kind]:
-            estimate = bootstrap.rate([1 - vote.result / 2 for vote in mine], [vote.prompt for vote in mine])
+            estimate = sampling.rate([1 - vote.result / 2 for vote in mine], [vote.prompt for vote in mine])
             win_rates[kind] = WinRate(estimate, len(mine), sum(vote.result == TIE for vote in mine))
-    across = [_between(items, first, second, bootstrap) for first, second in itertools.combinations(kinds, 2)]
-    within = [_within(items, kind, bootstrap) for kind in kinds]
+    across = [_between(items, first, second, sampling) for first, second in itertools.combinations(kinds, 2)]
+    within = [_within(items, kind, sampling) for kind in kinds]
     return MethodAgreement(
         method=votes[0].method,
         baseline=votes[0].baseline,
         win_rates=win_rates,
         pairs=[each for each in (*across, *within) if each is not None],
-        overall=_of_many(list(items.values()), bootstrap),
+        overall=_of_many(list(items.values()), sampling),
         num_items=len(items),
         num_prompts=len({vote.prompt for vote in votes}),
     )
 
 
-def _between(items: dict[str, list[Vote]], first: str, second: str, bootstrap: _Bootstrap) -> PairAgreement | None:
+def _between(items: dict[str, list[Vote]], first: str, second: str, sampling: Sampling) -> PairAgreement | None:
     pairs = [
         (one, other)
         for votes in items.values()
@@ -203,108 +161,70 @@ def _between(items: dict[str, list[Vote]], first: str, second: str, bootstrap: _
         return None
     cells = [NUM_RESULTS * one.result + other.result for one, other in pairs]
     prompts = [one.prompt for one, _ in pairs]
-    coefficient = bootstrap.coefficient("cohen_kappa", np.eye(NUM_RESULTS**2)[cells], prompts)
-    return _pair_agreement(first, second, pairs, coefficient, bootstrap)
+    estimate = sampling.of_sums(_cohen_of_sums, np.eye(NUM_RESULTS**2)[cells], prompts)
+    return _pair_agreement(first, second, pairs, Coefficient("cohen_kappa", estimate), sampling)
 
 
-def _within(items: dict[str, list[Vote]], kind: str, bootstrap: _Bootstrap) -> PairAgreement | None:
+def _within(items: dict[str, list[Vote]], kind: str, sampling: Sampling) -> PairAgreement | None:
     mine = [[vote for vote in votes if vote.kind == kind] for votes in items.values()]
     pairs = [pair for votes in mine for pair in itertools.combinations(votes, 2)]
-    coefficient = _of_many([votes for votes in mine if votes], bootstrap)
-    return _pair_agreement(kind, kind, pairs, coefficient, bootstrap) if coefficient else None
+    coefficient = _of_many([votes for votes in mine if votes], sampling)
+    return _pair_agreement(kind, kind, pairs, coefficient, sampling) if coefficient else None
 
 
 def _pair_agreement(
-    first: str, second: str, pairs: Sequence[tuple[Vote, Vote]], coefficient: Coefficient, bootstrap: _Bootstrap
+    first: str, second: str, pairs: Sequence[tuple[Vote, Vote]], coefficient: Coefficient, sampling: Sampling
 ) -> PairAgreement:
     agreement = [1 - abs(one.result - other.result) / 2 for one, other in pairs]
-    estimate = bootstrap.rate(agreement, [one.prompt for one, _ in pairs])
+    estimate = sampling.rate(agreement, [one.prompt for one, _ in pairs])
     return PairAgreement(first, second, estimate, coefficient, len({one.item for one, _ in pairs}), len(pairs))
 
 
-def _of_many(items: Sequence[Sequence[Vote]], bootstrap: _Bootstrap) -> Coefficient | None:
+def _of_many(items: Sequence[Sequence[Vote]], sampling: Sampling) -> Coefficient | None:
     """Fleiss' kappa where each item has the same number of votes, else Krippendorff's alpha; None without a pair."""
     counts = np.array([np.bincount([vote.result for vote in votes], minlength=NUM_RESULTS) for votes in items])
     prompts = [votes[0].prompt for votes in items]
     num_votes = counts.sum(-1) if len(counts) else np.zeros(0)
     if not (num_votes > 1).any():
         return None
-    if (num_votes == num_votes[0]).all():
-        return bootstrap.coefficient("fleiss_kappa", _fleiss_columns(counts), prompts)
-    return bootstrap.coefficient("krippendorff_alpha", _krippendorff_columns(counts), prompts)
+    name: CoefficientName = "fleiss_kappa" if (num_votes == num_votes[0]).all() else "krippendorff_alpha"
+    return Coefficient(name, sampling.of_sums(_OF_SUMS[name], _COLUMNS[name](counts), prompts))
 
 
 # --- coefficients ---------------------------------------------------------------------------
 
 
-def cohen_kappa(table: np.ndarray) -> np.ndarray:
+def coefficient(name: CoefficientName, counts: np.ndarray) -> float:
+    """A coefficient of items.
+
+    Args:
+        name: Which one.
+        counts: [items, C] votes by category; for Cohen's, one-hot [items, C * C] by both raters' categories.
+
+    Returns:
+        NaN where all votes are the same; Krippendorff's also where no item has two.
+
+    Raises:
+        ValueError: Fleiss' of items that have different numbers of votes, or fewer than two.
+    """
+    columns = _COLUMNS[name](np.asarray(counts))
+    return float(_OF_SUMS[name](columns.sum(0, keepdims=True), np.array([float(len(columns))]))[0])
+
+
+def _cohen_of_sums(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Agreement of two raters beyond chance: (p_o - p_e) / (1 - p_e).
 
     p_o is the share on the diagonal, p_e = sum_c p_c. p_.c that of raters who vote by chance, each with shares of
     his own. Of 200 cases, 88 14 18 / 10 40 10 / 2 6 12: p_o = 140/200 = .70; the shares are .6 .3 .1 and .5 .3 .2, so
     p_e = .30 + .09 + .02 = .41, and kappa = .29 / .59 = .492.
 
-    Args:
-        table: [..., C, C] numbers of items by category of the first and of the second rater.
-
-    Returns:
-        float64 [...]; NaN where both always give the same category.
-
     Source: Cohen 1960, A coefficient of agreement for nominal scales.
     """
-    table = np.asarray(table, dtype=np.float64)
-    total = table.sum((-1, -2))
-    observed = np.trace(table, axis1=-2, axis2=-1) * total
+    size = math.isqrt(sums.shape[1])
+    table = sums.reshape(len(sums), size, size)
+    observed = np.trace(table, axis1=-2, axis2=-1) * counts
     expected = (table.sum(-1) * table.sum(-2)).sum(-1)
-    return _ratio(observed - expected, total**2 - expected)
-
-
-def fleiss_kappa(counts: np.ndarray) -> float:
-    """Agreement beyond chance of a constant number of raters an item: (P - P_e) / (1 - P_e).
-
-    With n_ic votes of n for category c on item i, P is the mean of (sum_c n_ic^2 - n) / (n (n - 1)), the share of
-    pairs that agree, and P_e = sum_c p_c^2 with p_c the share of all votes. 14 raters on 10 items, votes by category
-    20 28 39 21 32 of 140: P_e = (20^2 + 28^2 + 39^2 + 21^2 + 32^2) / 140^2 = .2128, P = .3780 and
-    kappa = .1652 / .7872 = .210 (the test has the table).
-
-    Args:
-        counts: [items, C] votes by category.
-
-    Returns:
-        NaN where all votes are the same.
-
-    Raises:
-        ValueError: Items have different numbers of votes, or fewer than two.
-
-    Source: Fleiss 1971, Measuring nominal scale agreement among many raters, equations 1 to 7.
-    """
-    columns = _fleiss_columns(np.asarray(counts))
-    return float(_fleiss_of_sums(columns.sum(0, keepdims=True), np.array([float(len(columns))]))[0])
-
-
-def krippendorff_alpha(counts: np.ndarray) -> float:
-    """Agreement beyond chance of any number of raters an item, votes missing or not: 1 - D_o / D_e, nominal.
-
-    An item with m >= 2 votes gives n_c (n_k - [c = k]) / (m - 1) to the coincidences o_ck; one with fewer gives
-    nothing. With n_c = sum_k o_ck and n = sum_c n_c, alpha = 1 - (n - 1) sum_{c!=k} o_ck / sum_{c!=k} n_c n_k.
-    Krippendorff's four observers and twelve units: one unit has one value and falls out, n = 40 values 9 13 10 5 3,
-    sum_{c!=k} n_c n_k = 1600 - 384 = 1216. Units with votes 3:1, 3:1 and 1:1:1:1 give 2, 2 and 4 off the diagonal, in
-    all 8, so alpha = 1 - 39 * 8 / 1216 = .743.
-
-    Args:
-        counts: [items, C] votes by category.
-
-    Returns:
-        NaN where all votes are the same, or no item has two.
-
-    Source: Krippendorff 2011, Computing Krippendorff's alpha-reliability, section C (the same formula).
-    """
-    columns = _krippendorff_columns(np.asarray(counts))
-    return float(_krippendorff_of_sums(columns.sum(0, keepdims=True), np.array([float(len(columns))]))[0])
-
-
-def _cohen_of_sums(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    return cohen_kappa(sums.reshape(len(sums), NUM_RESULTS, NUM_RESULTS))
+    return _ratio(observed - expected, counts**2 - expected)
 
 
 def _fleiss_columns(counts: np.ndarray) -> np.ndarray:
@@ -317,6 +237,15 @@ def _fleiss_columns(counts: np.ndarray) -> np.ndarray:
 
 
 def _fleiss_of_sums(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Agreement beyond chance of a constant number of raters an item: (P - P_e) / (1 - P_e).
+
+    With n_ic votes of n for category c on item i, P is the mean of (sum_c n_ic^2 - n) / (n (n - 1)), the share of
+    pairs that agree, and P_e = sum_c p_c^2 with p_c the share of all votes. 14 raters on 10 items, votes by category
+    20 28 39 21 32 of 140: P_e = (20^2 + 28^2 + 39^2 + 21^2 + 32^2) / 140^2 = .2128, P = .3780 and
+    kappa = .1652 / .7872 = .210 (the test has the table).
+
+    Source: Fleiss 1971, Measuring nominal scale agreement among many raters, equations 1 to 7.
+    """
     means = sums / counts[:, None]
     expected = (means[:, 1:] ** 2).sum(-1)
     return _ratio(means[:, 0] - expected, 1 - expected)
@@ -331,6 +260,16 @@ def _krippendorff_columns(counts: np.ndarray) -> np.ndarray:
 
 
 def _krippendorff_of_sums(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Agreement beyond chance of any number of raters an item, votes missing or not: 1 - D_o / D_e, nominal.
+
+    An item with m >= 2 votes gives n_c (n_k - [c = k]) / (m - 1) to the coincidences o_ck; one with fewer gives
+    nothing. With n_c = sum_k o_ck and n = sum_c n_c, alpha = 1 - (n - 1) sum_{c!=k} o_ck / sum_{c!=k} n_c n_k.
+    Krippendorff's four observers and twelve units: one unit has one value and falls out, n = 40 values 9 13 10 5 3,
+    sum_{c!=k} n_c n_k = 1600 - 384 = 1216. Units with votes 3:1, 3:1 and 1:1:1:1 give 2, 2 and 4 off the diagonal, in
+    all 8, so alpha = 1 - 39 * 8 / 1216 = .743.
+
+    Source: Krippendorff 2011, Computing Krippendorff's alpha-reliability, section C (the same formula).
+    """
     total = sums[:, 1:].sum(-1)
     expected = total**2 - (sums[:, 1:] ** 2).sum(-1)
     return _ratio(expected - (total - 1) * sums[:, 0], expected)
@@ -342,6 +281,11 @@ def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     return np.where(defined, above / np.where(defined, below, 1), np.nan)
 
 
+_COLUMNS: dict[CoefficientName, Callable[[np.ndarray], np.ndarray]] = {
+    "cohen_kappa": lambda counts: counts,
+    "fleiss_kappa": _fleiss_columns,
+    "krippendorff_alpha": _krippendorff_columns,
+}
 _OF_SUMS = {
     "cohen_kappa": _cohen_of_sums,
     "fleiss_kappa": _fleiss_of_sums,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo_cli.statistics.bootstrap import Estimate, cluster_bootstrap_of, rate_interval
+from dpo_cli.statistics.intervals import Estimate, Sampling
 
 NUM_BINS = 10
 """Bins of the preferred answer's probability, equal parts of [1/2, 1]."""
@@ -40,13 +40,7 @@ class Bin:
 
 
 def calibration_error(
-    margins: np.ndarray,
-    clusters: Sequence[str],
-    *,
-    draws: int,
-    confidence: float,
-    seed: int,
-    num_bins: int = NUM_BINS,
+    margins: np.ndarray, clusters: Sequence[str], sampling: Sampling, num_bins: int = NUM_BINS
 ) -> Estimate:
     """Expected calibration error of the preferred answer's probability sigma(|margin|).
 
@@ -55,53 +49,29 @@ def calibration_error(
     Args:
         margins: [pairs], nats, at least one.
         clusters: The pair's prompt.
-        draws: Bootstrap draws.
-        confidence: Coverage of the interval.
-        seed: Of the draws.
+        sampling: How the interval is drawn.
         num_bins: Bins.
 
     Source: Guo et al. 2017, On calibration of modern neural networks, equation 3.
     """
     probability, bins = _binned(margins, num_bins)
-    return cluster_bootstrap_of(
-        lambda sums, counts: np.abs(sums).sum(1) / counts,
-        np.eye(num_bins)[bins] * (half_ties(margins) - probability)[:, None],
-        clusters,
-        draws=draws,
-        confidence=confidence,
-        seed=seed,
-    )
+    gaps = np.eye(num_bins)[bins] * (half_ties(margins) - probability)[:, None]
+    return sampling.of_sums(lambda sums, counts: np.abs(sums).sum(1) / counts, gaps, clusters)
 
 
 def reliability_table(
-    margins: np.ndarray,
-    clusters: Sequence[str],
-    *,
-    draws: int,
-    confidence: float,
-    seed: int,
-    num_bins: int = NUM_BINS,
+    margins: np.ndarray, clusters: Sequence[str], sampling: Sampling, num_bins: int = NUM_BINS
 ) -> list[Bin]:
     """The bins that hold a pair, ascending; arguments as those of :func:`calibration_error`."""
     probability, bins = _binned(margins, num_bins)
-    right = half_ties(margins)
-    owners = np.asarray(clusters)
-    return [
-        Bin(
-            low=0.5 + number / (2 * num_bins),
-            high=0.5 + (number + 1) / (2 * num_bins),
-            num_pairs=int((bins == number).sum()),
-            probability=float(probability[bins == number].mean()),
-            accuracy=rate_interval(
-                right[bins == number].tolist(),
-                owners[bins == number].tolist(),
-                draws=draws,
-                confidence=confidence,
-                seed=seed,
-            ),
-        )
-        for number in sorted(set(bins.tolist()))
-    ]
+    right, owners = half_ties(margins), np.asarray(clusters)
+    table = []
+    for number in sorted(set(bins.tolist())):
+        inside = bins == number
+        accuracy = sampling.rate(right[inside].tolist(), owners[inside].tolist())
+        low, high = (0.5 + end / (2 * num_bins) for end in (number, number + 1))
+        table.append(Bin(low, high, int(inside.sum()), float(probability[inside].mean()), accuracy))
+    return table
 
 
 def fit_temperature(margins: np.ndarray) -> float:

@@ -23,9 +23,8 @@ import torch
 from dpo_cli.core.artifacts import digest_bytes, write_json
 from dpo_cli.core.errors import MachineError, is_out_of_memory
 from dpo_cli.core.interrupts import StopRequest
-from dpo_cli.core.progress import Reporter
 from dpo_cli.models.lora import cast_adapters
-from dpo_cli.models.workplace import Workplace
+from dpo_cli.models.project import Workplace
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.scorer import Scores
 from dpo_cli.training.parallel import ALONE, Replicas
@@ -47,21 +46,17 @@ class LossScale:
     Source: Micikevicius et al. 2018, Mixed Precision Training, section 3.2.
 
     Args:
-        compute_dtype: What products are computed in.
-        section: Name of the stage, for messages.
-        reporter: Says when it is halved.
+        work: What products are computed in, and who hears when it is halved.
         memory: File that keeps a halved one for the next run of the same work; None: it is not kept.
 
     Attributes:
         value: The factor, a power of two.
     """
 
-    def __init__(self, compute_dtype: torch.dtype, section: str, reporter: Reporter, memory: Path | None) -> None:
-        self._section = section
-        self._reporter = reporter
-        self._memory = memory
+    def __init__(self, work: Workplace, memory: Path | None = None) -> None:
+        self._work, self._memory = work, memory
         self.value = 1.0
-        if compute_dtype == torch.float16:
+        if work.machine.compute_dtype == torch.float16:
             self.value = _recall(memory) or _LOSS_SCALE_AT_START
 
     def unscale(self, parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -75,8 +70,8 @@ class LossScale:
         if self.value <= 1:
             return False
         self.value /= 2
-        self._reporter.say(
-            f"{self._section}: gradients overflowed float16; the step is done again with loss scale {self.value:.0f}"
+        self._work.reporter.say(
+            f"{self._work.command}: gradients overflowed float16; repeating the step with loss scale {self.value:.0f}"
         )
         if self._memory is not None:
             write_json(self._memory, {"loss_scale": self.value})
@@ -100,8 +95,7 @@ class Limits:
     @classmethod
     def of(cls, work: Workplace, max_tokens: int) -> Limits:
         """Those of a work that no later run goes on with."""
-        budget = TokenBudget(max_tokens, work.command, work.reporter)
-        return cls(budget, LossScale(work.machine.compute_dtype, work.command, work.reporter, None))
+        return cls(TokenBudget(max_tokens, work.command, work.reporter), LossScale(work))
 
 
 @dataclass(frozen=True)
@@ -170,7 +164,8 @@ class Accumulator(Generic[Scored]):
 
     def _norm(self) -> torch.Tensor:
         gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients).to(self._trained[0].device)
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)  # or tensors of a subclass take a kernel each
+        return norm.to(self._trained[0].device)
 
     @torch.no_grad()
     def measure(self, groups: Sequence[Any]) -> Means:

@@ -11,23 +11,20 @@ from typing import Any, Literal
 import torch
 
 from dpo_cli.core.environment import is_gpu
-from dpo_cli.core.errors import DataError, MachineError, ParamsError, is_out_of_memory
+from dpo_cli.core.errors import DataError, MachineError, is_out_of_memory
 from dpo_cli.core.interrupts import StopRequest
 from dpo_cli.core.params import EMBEDDED, LoraParams, Params, TrainParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
-from dpo_cli.models.device import Machine, forget_peak_memory, peak_memory_bytes, prepare_machine
-from dpo_cli.models.gpus import gpu_called
+from dpo_cli.models.device import Machine, forget_peak_memory, gpu_called, peak_memory_bytes, prepare_machine
 from dpo_cli.models.load import keep_weights_unpacked, quiet_libraries
-from dpo_cli.models.project import open_project
-from dpo_cli.models.shapes import SHAPES, random_model
-from dpo_cli.models.workplace import Workplace
-from dpo_cli.reference.scoring import missing_groups, score_groups, tokens_at_once
+from dpo_cli.models.project import Workplace, open_project
+from dpo_cli.models.shapes import REGIMES, random_model, random_pairs
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.limits import Sizes, Work, least_bytes, least_operations
 from dpo_cli.scoring.recompute import Recompute
-from dpo_cli.scoring.regimes import REGIMES, random_pairs
+from dpo_cli.scoring.reference import missing_groups, score_groups, tokens_at_once
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.accumulation import Accumulator, Limits
 from dpo_cli.training.memory import choose_memory
@@ -36,23 +33,6 @@ from dpo_cli.training.protocols import Learner
 
 Pass = Literal["precompute-ref", "train"]
 PASSES: tuple[Pass, ...] = ("precompute-ref", "train")
-
-_RUNTIME = [
-    f"runtime.{name}"
-    for name in (
-        "device",
-        "compute_dtype",
-        "max_gpu_gib",
-        "threads",
-        "max_tokens_per_microbatch",
-        "layout",
-        "head_mib",
-        "recompute",
-    )
-]
-
-
-_OF_THIS_MACHINE = ("runtime.device", "runtime.threads", "runtime.head_mib", "train.seed")
 
 
 @dataclass(frozen=True)
@@ -63,7 +43,7 @@ class BenchOptions:
         which: The passes.
         regime: A regime of random pairs; None takes the project's own pairs.
         shape: A shape of a model with random weights; None takes the project's own model.
-        num_pairs: Pairs a turn.
+        num_pairs: Pairs per repetition.
         num_turns: Turns that are timed, after one that is not.
     """
 
@@ -72,48 +52,6 @@ class BenchOptions:
     shape: str | None
     num_pairs: int
     num_turns: int
-
-
-def refuse_unknown(regime: str | None, shape: str | None) -> None:
-    """Refuse a regime or a shape that there is not.
-
-    Raises:
-        ParamsError: With those that there are.
-    """
-    problems = [
-        f"{option} must be one of {', '.join(known)}, got {given}"
-        for option, given, known in (("--regime", regime, REGIMES), ("--shape", shape, SHAPES))
-        if given is not None and given not in known
-    ]
-    if problems:
-        raise ParamsError(problems)
-
-
-def refuse_unread(overrides: Sequence[str], which: str | None, shape: str | None, card: str | None = None) -> None:
-    """Refuse ``--set`` of what a measurement, or a prediction for a card, does not read.
-
-    Raises:
-        ParamsError: With what it reads.
-    """
-    read = ["reference.quantization", "train.lora", "train.batch_size", "train.seed", *_RUNTIME]
-    if which == "precompute-ref":
-        read = [name for name in read if name not in ("train.batch_size", "runtime.recompute")]
-    if card is not None:
-        read = [name for name in read if name not in _OF_THIS_MACHINE]
-    if shape is None:
-        read += ["model", "reference", "runtime.model_path"]
-    unread = [
-        override
-        for override in overrides
-        if not any(f"{override.partition('=')[0].strip()}.".startswith(f"{name}.") for name in read)
-    ]
-    if unread:
-        raise ParamsError(
-            [
-                f"--set {override} has no effect on this measurement, which reads {', '.join(read)}"
-                for override in unread
-            ]
-        )
 
 
 def measure(options: BenchOptions, params: Params, reporter: Reporter) -> dict[str, Any]:
@@ -128,11 +66,13 @@ def measure(options: BenchOptions, params: Params, reporter: Reporter) -> dict[s
     machine = prepare_machine(params.runtime, embedded=options.shape is None and params.model.name == EMBEDDED)
     model, groups, what, regime = _subject(options, params, machine, reporter)
     peak = _product_flops(machine)
-    sheet = _datasheet_flops(machine)
+    device = torch.cuda.get_device_name(machine.device) if is_gpu(machine.device) else ""
+    gpu = gpu_called(device)
+    sheet = gpu.tflops * 1e12 if gpu else None
     figures: dict[str, Any] = {
         "model": what,
         "regime": regime,
-        "device": _device_name(machine),
+        "device": device or f"CPU, {torch.get_num_threads()} threads",
         "compute_dtype": machine.dtype_name,
         "quantization": params.reference.quantization,
         "torch": torch.__version__,
@@ -149,7 +89,8 @@ def measure(options: BenchOptions, params: Params, reporter: Reporter) -> dict[s
     for name in options.which:
         bench = _reference_pass if name == "precompute-ref" else _training
         found = bench(case)
-        found |= _utilization(found, peak, sheet)
+        achieved = found["least_operations"] / found["seconds"]
+        found |= {"mfu": achieved / peak, "mfu_datasheet": achieved / sheet if sheet else None}
         figures[name.replace("-", "_")] = found
         reporter.table(f"bench: {name}", _rows(found, figures, attention))
     return figures
@@ -219,11 +160,11 @@ def _training(case: _Case) -> dict[str, Any]:
     chosen = choose_memory(model, scorer, groups, size, case.work)
     limits = Limits.of(case.work, chosen.max_tokens)
     model.eval()
-    reference = {
-        group.id: logps
-        for indices in scorer.split(groups, chosen.max_tokens)
-        for group, logps in _reference_of(scorer, [groups[index] for index in indices])
-    }
+    reference: dict[str, list[float]] = {}
+    with torch.no_grad():
+        for batch in ([groups[index] for index in indices] for indices in scorer.split(groups, chosen.max_tokens)):
+            rows = scorer.score(batch).logps_BK.tolist()
+            reference |= {group.id: row for group, row in zip(batch, rows, strict=True)}
     learner = Learner(model, scorer, PairObjective(TrainParams(beta=0.1), reference))
     accumulator = Accumulator(learner, limits, StopRequest())
     trained = [*learner.trained.values()]
@@ -241,11 +182,6 @@ def _training(case: _Case) -> dict[str, Any]:
     timed = _time(turn, case)
     work = work_of(scorer, steps, limits.budget.max_tokens)
     return _figures(case, timed, work, limits.budget, recompute=chosen.grade)
-
-
-@torch.no_grad()
-def _reference_of(scorer: Scorer, batch: Sequence[TokenGroup]) -> list[tuple[TokenGroup, list[float]]]:
-    return list(zip(batch, scorer.score(batch).logps_BK.tolist(), strict=True))
 
 
 def _time(turn: Callable[[], None], case: _Case) -> tuple[list[float], int]:
@@ -307,11 +243,6 @@ def _figures(
     }
 
 
-def _utilization(found: dict[str, Any], peak_flops: float, sheet_flops: float | None) -> dict[str, Any]:
-    achieved = found["least_operations"] / found["seconds"]
-    return {"mfu": achieved / peak_flops, "mfu_datasheet": None if sheet_flops is None else achieved / sheet_flops}
-
-
 def _rows(found: dict[str, Any], figures: dict[str, Any], attention: str) -> list[tuple[str, str]]:
     mib = 2**20
     sheet = "" if figures["datasheet_tflops"] is None else f"; {found['mfu_datasheet']:.1%} of the datasheet's"
@@ -352,14 +283,3 @@ def _product_flops(machine: Machine) -> float:
         _wait(machine.device)
         best = min(best, time.perf_counter() - begun)
     return 2.0 * size**3 / best
-
-
-def _device_name(machine: Machine) -> str:
-    if is_gpu(machine.device):
-        return torch.cuda.get_device_name(machine.device)
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
-def _datasheet_flops(machine: Machine) -> float | None:
-    gpu = gpu_called(_device_name(machine))
-    return None if gpu is None else gpu.tflops * 1e12

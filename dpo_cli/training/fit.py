@@ -175,7 +175,7 @@ def fit(
     chosen = choose_memory(learner.model, learner.scorer, train, groups_a_step, work)
     memory = job.folder / (_BUDGET if replicas.is_first else f"{replicas.rank}_{_BUDGET}")
     budget = TokenBudget(chosen.max_tokens, section, reporter, memory)
-    loss_scale = LossScale(work.machine.compute_dtype, section, reporter, job.folder / _LOSS_SCALE)
+    loss_scale = LossScale(work, job.folder / _LOSS_SCALE)
     loss_scale.value = replicas.from_first(loss_scale.value)
     if is_gpu(device):
         _warm_up(learner, train)

@@ -150,7 +150,7 @@ class Loop(Generic[Scored]):
             self._events.close()
         if stopped and not self._is_over():
             at = f"step {self.step} of {course.num_steps}"
-            raise Interrupted(f"{job.work.command}: stopped and saved at {at}; run it again to go on")
+            raise Interrupted(f"{job.work.command}: stopped and saved at {at}; run it again to resume")
         best = best_step(self.history) if course.keeps_best else None
         self.kept_step = self.step if best is None else best
         if self.kept_step != self.step:

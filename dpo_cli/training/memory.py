@@ -11,8 +11,8 @@ from dpo_cli.core.environment import is_gpu
 from dpo_cli.core.errors import MachineError
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.device import free_memory_bytes, token_budget
-from dpo_cli.models.workplace import Workplace
-from dpo_cli.scoring.limits import num_product_weights
+from dpo_cli.models.project import Workplace
+from dpo_cli.scoring.limits import is_in_4_bit, num_product_weights
 from dpo_cli.scoring.recompute import (
     GRADES,
     CannotRecomputeError,
@@ -85,7 +85,7 @@ def choose_memory(
         grades,
         budgets,
         layer_weights=sum(map(num_product_weights, weights)) / scorer.config.num_hidden_layers,
-        is_quantized=any(getattr(parameter, "quant_state", None) is not None for parameter in weights),
+        is_quantized=is_in_4_bit(weights),
     )
     set_recompute(model, plan.grade)
     if on_gpu or plan.grade != "none":

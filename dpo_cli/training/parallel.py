@@ -29,7 +29,7 @@ from dpo_cli.core.progress import Reporter, SilentReporter
 from dpo_cli.core.scratch import Scratch, stage_scratch
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.device import prepare_machine
-from dpo_cli.models.workplace import Workplace
+from dpo_cli.models.project import Workplace
 
 _PATIENCE = timedelta(hours=1)
 

@@ -34,7 +34,7 @@ PAGES = [
 
 NOT_RUN = {
     r"^\S+ (-C \S+ )?repro": "every stage under DVC: tests/e2e/test_repro.py",
-    r"^\S+ compare HEAD|^\S+ compare --baseline": "experiments of DVC: tests/e2e/test_sweep.py",
+    r"^\S+ compare HEAD|^\S+ compare --baseline": "experiments of DVC: tests/e2e/test_repro.py",
     r"^\S+ .*evaluations/another|^\S+ .*/adapters/": "an adapter from elsewhere: tests/e2e/test_evaluate.py",
     r"judge=(hf|openai)": "a judge's model or server: tests/e2e/test_evaluate.py, test_judge_server.py",
     r"judge=votes|^\S+ agreement": "sheets that people fill in: tests/e2e/test_evaluate.py, unit/cli/test_agreement.py",
@@ -263,7 +263,7 @@ def test_the_recipe_of_a_loss_is_one_function_and_its_test() -> None:
         exec(loss, vars(pairwise) | {"Tensor": torch.Tensor})
         names = {"torch": torch, "LOSSES": catalogue.LOSSES, "TrainParams": TrainParams, "Pairs": pairwise.Pairs}
         exec(its_test, names)
-        names["test_squared_hinge_is_the_square_of_what_lacks_to_1"]()
+        names["test_squared_hinge_is_the_squared_shortfall_from_1"]()
     finally:
         catalogue.LOSSES.pop("squared_hinge", None)
 

@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,7 +13,9 @@ import pytest
 
 from dpo_cli.core.params import EvaluateParams, JudgeName
 from dpo_cli.data.schema import Messages
+from dpo_cli.evaluation import BASE, DPO, SFT
 from dpo_cli.evaluation.flags import (
+    FEWEST,
     LESS_DISTINCT,
     LESS_ENTROPY,
     LONGER,
@@ -23,7 +24,6 @@ from dpo_cli.evaluation.flags import (
     RISING_WITH_LENGTH,
     judge_quality,
 )
-from dpo_cli.evaluation.held_out import HeldOutPair, summarize_held_out
 from dpo_cli.evaluation.kl import ALARM_STANDARD_ERRORS, SequenceKl
 from dpo_cli.evaluation.metrics import (
     against_chosen_metrics,
@@ -35,10 +35,9 @@ from dpo_cli.evaluation.metrics import (
     judge_metrics,
     win_metrics,
 )
-from dpo_cli.evaluation.model_names import BASE, DPO, SFT
+from dpo_cli.evaluation.rewards import ScoredGroup, pair_losses
 from dpo_cli.evaluation.steps import _MODELS_KEPT
 from dpo_cli.evaluation.verdict import (
-    FEWEST,
     FORGETS,
     HARDLY_MOVED,
     HIGH_KL,
@@ -48,14 +47,13 @@ from dpo_cli.evaluation.verdict import (
     verdict,
 )
 from dpo_cli.judging.answers import Answer
-from dpo_cli.judging.comparisons import ComparisonResult
 from dpo_cli.judging.judge import Judgment
 from dpo_cli.judging.known_reward import MAX_SENTENCE_CHARACTERS, RULES
 from dpo_cli.judging.prepare import API_KEY, JUDGE_PATH
 from dpo_cli.judging.templates import TEMPLATES
-from dpo_cli.judging.win_rate import MAX_INVALID_RATE, Comparison, summarize
-from dpo_cli.statistics.bootstrap import Sampling
+from dpo_cli.judging.win_rate import MAX_INVALID_RATE, Comparison, ComparisonResult, summarize
 from dpo_cli.statistics.calibration import NUM_BINS
+from dpo_cli.statistics.intervals import Sampling
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES_OF_EVALUATION = [ROOT / "docs" / f"{name}.md" for name in ("evaluation", "metrics", "judges")]
@@ -100,9 +98,8 @@ def result(num_wins: int = 3) -> ComparisonResult:
 
 def all_metrics() -> dict[str, Any]:
     """Every key that the functions in metrics.py can add, and those that the stage adds itself."""
-    pair = HeldOutPair("a", "a", (-1.0, -2.0), (-1.5, -1.5), (3, 4))
-    pairs = [pair, replace(pair, id="b", group="b", policy=(-2.0, -1.0))]
-    held_out = summarize_held_out(pairs, 0.1, **SAMPLING.keywords)
+    policy = {"a": (-1.0, -2.0), "b": (-2.0, -1.0)}
+    pairs = [ScoredGroup.implicit((id, id), logps, (-1.5, -1.5), (3, 4), 0.1) for id, logps in policy.items()]
     kls = {"a": SequenceKl(1.0, 1.1, 1.0, 2.0, 2.5, 0.3, 3), "b": SequenceKl(0.5, 0.4, 0.6, 1.0, 1.5, 0.2, 2)}
     answers = {name: {id: answer(id, size) for id, size in (("a", 3), ("b", 2))} for name in (SFT, DPO)}
     points = [(1.0, 2.0, result()), (0.5, 1.0, result())]
@@ -123,7 +120,7 @@ def all_metrics() -> dict[str, Any]:
         "training": {"learning_rate": 1e-4},
     }
     return {
-        **held_out_metrics(held_out, SAMPLING),
+        **held_out_metrics(pairs, pair_losses(pairs, 0.1), SAMPLING),
         **divergence_metrics(kls, SAMPLING),
         **answer_metrics(answers),
         **win_metrics(result(), SAMPLING, reads=True),

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
+
+import pytest
 
 from dpo_cli.core.load_params import load_params
 from dpo_cli.core.pipeline import STAGES, dvc_yaml
+from tools.generate import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_generated_files_are_up_to_date() -> None:
-    result = subprocess.run(
-        [sys.executable, "tools/generate.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout
+def test_generated_files_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["generate.py", "--check"])
+    assert main() == 0
 
 
 def test_params_yaml_fits_the_schema() -> None:

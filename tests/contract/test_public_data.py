@@ -23,7 +23,6 @@ from dpo_cli.core.errors import DataError
 from dpo_cli.data.account import SPLITS, Conversion
 from dpo_cli.data.convert import convert
 from dpo_cli.data.plan import Treatment
-from dpo_cli.data.schema import split_position
 from tests.public_files import PUBLIC_DATA, digests, needs_public_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +47,7 @@ def source_of(name: str, settings: str) -> Source:
 
 
 class Converted:
-    """A conversion of one file, its rows and its rejects."""
+    """A conversion of one file, and its rows."""
 
     def __init__(self, name: str, settings: str, folder: Path) -> None:
         (folder / "out").mkdir()
@@ -62,7 +61,6 @@ class Converted:
         )
         self.tables = {split: pl.read_parquet(folder / "out" / f"{split}.parquet") for split in SPLITS}
         self.rows = [row for table in self.tables.values() for row in table.to_dicts()]
-        self.rejects = [json.loads(line) for line in (folder / "rejects.jsonl").read_text("utf-8").splitlines()]
 
     def numbers(self, check: str) -> list[int]:
         return [row for _, row in self.report.checks[check].rows]
@@ -185,12 +183,6 @@ def test_replacement_characters_survive(converted: Callable[..., Converted]) -> 
     assert sum("\ufffd" in json.dumps(row, ensure_ascii=False) for row in done.rows) == 6
 
 
-def test_placeholders_survive(converted: Callable[..., Converted]) -> None:
-    done = converted("sft/llamafactory_identity.json")
-    assert done.report.checks["placeholders"].count == 85
-    assert sum("{{name}}" in row["completion"][0]["content"] for row in done.rows) > 0
-
-
 @pytest.mark.parametrize(
     ("name", "settings", "count"),
     [
@@ -307,88 +299,3 @@ def test_ranked_nodes_of_a_tree_are_rankings(converted: Callable[..., Converted]
     done = converted(name)
     assert sum(done.report.num_rankings.values()) == 212
     assert done.report.rejected == {"no_rank": 3}
-
-
-def test_numbers_in_a_csv_stay_text(converted: Callable[..., Converted], tmp_path: Path) -> None:
-    source = SftSource(path=str(PUBLIC_DATA / "peer_fixtures" / "msswift_alpaca.csv"))
-    (tmp_path / "work").mkdir()
-    (tmp_path / "out").mkdir()
-    twice = [source.model_copy(update={"split": "train"}), source.model_copy(update={"split": "eval"})]
-    kept = Treatment(POLICIES | {"shared_prompt": "keep", "duplicate": "keep"}, 0.5)
-    convert(twice, kept, tmp_path / "work", tmp_path / "out", tmp_path / "rejects")
-    first = pl.read_parquet(tmp_path / "out" / "train.parquet").to_dicts()[0]
-    assert first["prompt"] == [{"role": "system", "content": "00000"}, {"role": "user", "content": "11111\n22222"}]
-    assert first["completion"] == [{"role": "assistant", "content": "3.3"}]
-
-
-# --- the split ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "name", ["pairs/hh_harmless-base_test.rows0-1199.jsonl.gz", "pairs/pandalm_testset.rows499-998.json.gz"]
-)
-def test_no_prompt_and_no_opening_is_on_both_sides(converted: Callable[..., Converted], name: str) -> None:
-    done = converted(name)
-    groups = {split: set(table["group"]) for split, table in done.tables.items()}
-    openings = {split: {prompt[0]["content"] for prompt in table["prompt"]} for split, table in done.tables.items()}
-    assert not groups["train"] & groups["eval"]
-    assert not openings["train"] & openings["eval"]
-    assert min(map(len, openings.values())) > 10
-
-
-@pytest.mark.parametrize(
-    "name", ["pairs/hh_harmless-base_test.rows0-1199.jsonl.gz", "pairs/pandalm_testset.rows499-998.json.gz"]
-)
-def test_adding_rows_moves_none_across(name: str, tmp_path: Path) -> None:
-    sides: list[dict[str, str]] = []
-    for share in (0.3, 1):  # the first rows, then all of them
-        folder = tmp_path / str(share)
-        folder.mkdir()
-        path = folder / "rows.jsonl"
-        rows = raw(name)
-        path.write_text("\n".join(map(json.dumps, rows[: int(share * len(rows))])), encoding="utf-8")
-        (folder / "work").mkdir()
-        (folder / "out").mkdir()
-        convert(
-            [PreferenceSource(path=str(path))],
-            Treatment(POLICIES, 0.3),
-            folder / "work",
-            folder / "out",
-            folder / "rejects",
-        )
-        sides.append(
-            {
-                group: split
-                for split in SPLITS
-                for group in pl.read_parquet(folder / "out" / f"{split}.parquet")["group"]
-            }
-        )
-    few, many = sides
-    assert len(few) < len(many)
-    assert all(many[group] == split for group, split in few.items() if group in many)
-    assert sum(group in many for group in few) > 0.9 * len(few)
-
-
-def test_the_share_held_out_is_near_what_was_asked_for(converted: Callable[..., Converted]) -> None:
-    done = converted("pairs/hh_harmless-base_test.rows0-1199.jsonl.gz")
-    positions = [split_position(row["prompt"]) for row in done.rows]
-    assert abs(sum(position < 0.25 for position in positions) / len(positions) - 0.25) < 0.05
-
-
-# --- broken files -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("hh_helpful-base_test.jsonl.gz", r"is a Git LFS pointer, not the data itself; fetch it with: git lfs pull"),
-        ("llamafactory_dpo_zh_demo.truncated.json", r", line 4622, column 18: broken JSON: .*; the file seems cut off"),
-    ],
-)
-def test_a_broken_file_is_refused_with_cause_and_place(name: str, words: str, tmp_path: Path) -> None:
-    (tmp_path / "work").mkdir()
-    (tmp_path / "out").mkdir()
-    source = PreferenceSource(path=str(PUBLIC_DATA / "broken" / name))
-    with pytest.raises(DataError, match=f"{name}.*{words}"):
-        convert([source], Treatment(POLICIES, 0.1), tmp_path / "work", tmp_path / "out", tmp_path / "rejects")
-    assert not list((tmp_path / "out").iterdir())

@@ -18,20 +18,17 @@ from dpo_cli.core.progress import SilentReporter
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.dry_run.counts import Counting, Counts
 from dpo_cli.dry_run.device import CUDA, dry_cuda, read_backs_give_zeros
-from dpo_cli.dry_run.model import dry_model
-from dpo_cli.dry_run.step import DryAccumulator, mean_visible_pairs, open_dry_scorer
-from dpo_cli.evaluation.decoding import Sampling
+from dpo_cli.dry_run.model import DryAccumulator, dry_model, mean_visible_pairs, open_dry_scorer
+from dpo_cli.evaluation.decoding import Decoding
 from dpo_cli.evaluation.generation import PromptTokens, sample_answers
 from dpo_cli.evaluation.kl import sequence_kl
 from dpo_cli.models.device import Machine
-from dpo_cli.models.shapes import SHAPES
-from dpo_cli.reference.scoring import score_groups
+from dpo_cli.models.shapes import SHAPES, random_pairs
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.layout import Layout, lay_out
 from dpo_cli.scoring.recompute import KeptBytes, set_recompute
-from dpo_cli.scoring.regimes import random_pairs
-from dpo_cli.scoring.reward import RewardScorer
-from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.scoring.reference import score_groups
+from dpo_cli.scoring.scorer import RewardScorer, Scorer
 from dpo_cli.training.memory import kept_bytes
 from dpo_cli.training.objective import PairObjective, RewardObjective, SftObjective, preference_objective
 from dpo_cli.training.protocols import Learner
@@ -185,7 +182,7 @@ def _generate(case: Case, model: Any, scorer: Scorer, groups: Sequence[TokenGrou
         sample_answers(
             model.eval(),
             [PromptTokens(group.id, group.prompt) for group in groups],
-            Sampling(1.0, 24, (1,), 0, "policy"),
+            Decoding(1.0, 24, (1,), 0, "policy"),
             budget=TokenBudget(case.max_tokens, "dry run", SilentReporter()),
             autocast_dtype=scorer.compute_dtype,
             meter=meter,

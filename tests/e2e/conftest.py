@@ -7,18 +7,24 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import chdir
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
 
+from dpo_cli.core.artifacts import write_text
+from dpo_cli.core.load_params import load_params
+from dpo_cli.core.params_text import params_yaml
 from dpo_cli.data import world
 from tests.commands import run, succeed
+from tests.tiny_project import CONVERTED, TRAINING, run_stages, write_raw
 
 NUM_ROWS = 160
 _SMALL = {
-    "pretrain_steps: 1800": "pretrain_steps: 100",
+    "pretrain_steps: 1800": "pretrain_steps: 40",
     "epochs: 3.0": "epochs: 1.0",
     "num_prompts: 0": "num_prompts: 16",
     "max_new_tokens: 48": "max_new_tokens: 12",
@@ -72,3 +78,29 @@ def finished(
             run(project, "git", "commit", "-qm", "first")
             (folder / "complete").touch()
     return folder / "project"
+
+
+@pytest.fixture(scope="session")
+def train_tiny(tiny_folder: Path, make_reporter: Any) -> Callable[..., None]:
+    """``train_tiny(folder, settings)``: a project of the tiny model after stage train, for tests of commands."""
+
+    def make(folder: Path, settings: dict[str, Any], more_rows: Sequence[Any] = ()) -> None:
+        values = {
+            "data.eval_fraction": 0.3,
+            "data.preferences.also": [],
+            "model.name": "tiny",
+            **{f"{section}.{key}": value for section in ("sft", "train") for key, value in TRAINING.items()},
+            "sft.max_length": 200,
+            "reference.max_length": 200,
+            "reference.quantization": "none",
+            "evaluate.bootstrap_draws": 200,
+            "runtime.model_path": str(tiny_folder),
+            "runtime.device": "cpu",
+        }
+        with chdir(folder):
+            write_text(Path("params.yaml"), params_yaml(values | settings))
+            write_raw([*world.preference_rows(0, 60), *more_rows], 60)
+            stages = (*CONVERTED, "sft", "precompute_ref", "train")
+            run_stages(load_params(Path("params.yaml")), make_reporter(), *stages)
+
+    return make

@@ -8,7 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from dpo_cli.cli.app import app
 from tests.commands import module, run, stages_run
 
 STAGES = ("convert_sft", "sft")
@@ -39,20 +41,23 @@ def fresh(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def own(fresh: Path, tmp_path: Path) -> Path:
-    """The project in a copy of that folder."""
-    return Path(shutil.copytree(fresh, tmp_path / "copy")) / "own"
+@pytest.fixture(scope="module")
+def done(fresh: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of that folder in which the project has run; not to be changed."""
+    folder = Path(shutil.copytree(fresh, tmp_path_factory.mktemp("done") / "copy"))
+    assert sorted(ran(module(folder / "own", "dpo_cli", "repro", "sft"))) == ["base", *STAGES]
+    return folder
 
 
 @pytest.fixture
-def model(own: Path) -> Path:
-    return own.parent / "model"
+def own(done: Path, tmp_path: Path) -> Path:
+    """The project in a copy of it."""
+    return Path(shutil.copytree(done, tmp_path / "copy")) / "own"
 
 
-def test_a_changed_template_is_seen_and_no_circle_follows(own: Path, model: Path) -> None:
+def test_a_changed_template_is_seen_and_no_circle_follows(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repro = ("dpo_cli", "repro", "sft")
-    assert sorted(ran(module(own, *repro))) == ["base", *STAGES]
+    model = own.parent / "model"
     lock = (own / "dvc.lock").read_bytes()
     assert ran(module(own, *repro)) == ["base"]
     assert (own / "dvc.lock").read_bytes() == lock
@@ -64,24 +69,25 @@ def test_a_changed_template_is_seen_and_no_circle_follows(own: Path, model: Path
     assert f"{template} changed since the model was locked" in seen.stdout + seen.stderr
     assert ran(module(own, "dvc", "repro", "sft")) == ["base"]
     template.write_text(text, encoding="utf-8")
-    by_hand = module(own, "dpo_cli", "base")
-    assert by_hand.returncode == 0, by_hand.stderr
+    monkeypatch.chdir(own)
+    by_hand = CliRunner().invoke(app, ["base"])
+    assert by_hand.exit_code == 0, by_hand.stderr
     again = module(own, *repro)
     assert ran(again)[0] == "base"
     assert "Stage 'sft' is cached" in again.stdout, "the run with the first template is in DVC's cache"
-    assert ran(module(own, *repro)) == ["base"]
     assert (own / "dvc.lock").read_bytes() == lock
 
 
 def test_a_relative_model_path_serves_experiments_in_temporary_folders(own: Path) -> None:
-    assert ran(module(own, "dpo_cli", "repro", "sft"))
     for command in (("add", "-A"), ("commit", "-qm", "one")):
         assert run(own, "git", *command).returncode == 0
     experiment = module(own, "dvc", "exp", "run", "--temp", "-S", "model.revision=two", "sft")
     assert experiment.returncode == 0, experiment.stdout + experiment.stderr
 
 
-def test_a_model_that_cannot_be_tuned_ends_repro_with_its_line(own: Path, model: Path) -> None:
+def test_a_model_that_cannot_be_tuned_ends_repro_with_its_line(fresh: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(fresh, tmp_path / "copy")) / "own"
+    model = own.parent / "model"
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     (model / "config.json").write_text(json.dumps(config | {"num_attention_heads": 0}), encoding="utf-8")
     done = module(own, "dpo_cli", "repro")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -12,10 +11,6 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from dpo_cli.cli.app import app
-from dpo_cli.core.artifacts import write_text
-from dpo_cli.core.load_params import load_params
-from dpo_cli.core.params_text import params_yaml
-from dpo_cli.data import world
 
 NUM_ITEMS = 24
 MAX_NEW = 6
@@ -53,41 +48,11 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
 """
 
 
-def make_project(folder: Path, model: Path, method: str, reporter: Any) -> None:
-    from dpo_cli.stages import base, convert_preferences, convert_sft, precompute_ref, sft, train
-
-    training = {"learning_rate": 1e-2, "batch_size": 8, "max_steps": 4}
-    values = {
-        "data.eval_fraction": 0.3,
-        "data.preferences.also": [],
-        "model.name": "tiny",
-        **{f"{section}.{key}": value for section in ("sft", "train") for key, value in training.items()},
-        "sft.method": method,
-        "sft.max_length": 200,
-        "reference.max_length": 200,
-        "reference.quantization": "none",
-        "evaluate.bootstrap_draws": 200,
-        "runtime.model_path": str(model),
-        "runtime.device": "cpu",
-    }
-    with contextlib.chdir(folder):
-        write_text(Path("params.yaml"), params_yaml(values))
-        raw = Path("data/raw")
-        raw.mkdir(parents=True)
-        (raw / "instructions.json").write_text(json.dumps(world.instruction_rows(0, 60)), encoding="utf-8")
-        (raw / "preferences.json").write_text(json.dumps(world.preference_rows(0, 60)), encoding="utf-8")
-        params = load_params(Path("params.yaml"))
-        for stage in (base, convert_sft, convert_preferences, sft, precompute_ref, train):
-            stage.run(params, reporter)
-
-
 @pytest.fixture(scope="module", params=["lora", "full"])
-def trained(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, make_reporter: Any
-) -> Path:
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, train_tiny: Any) -> Path:
     """A project that was trained; not to be changed."""
     folder = tmp_path_factory.mktemp(request.param)
-    make_project(folder, tiny_folder, request.param, make_reporter())
+    train_tiny(folder, {"sft.learning_rate": 1e-2, "train.learning_rate": 1e-2, "sft.method": request.param})
     return folder
 
 

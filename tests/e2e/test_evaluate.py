@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -17,10 +17,9 @@ from typer.testing import CliRunner
 from dpo_cli.cli.app import app
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, MachineError, ParamsError, StaleArtifactError
-from dpo_cli.core.load_params import parse_params
 from dpo_cli.core.params import Params
-from dpo_cli.data import world
 from dpo_cli.judging.prepare import JUDGE_PATH
+from tests.tiny_project import CONVERTED, run_stages, tiny_params, write_raw
 
 Evaluate = Callable[..., dict[str, Any]]
 
@@ -29,36 +28,18 @@ SETTINGS: dict[str, Any] = {"judge": "world", "num_prompts": NUM_PROMPTS, "tempe
 
 
 def make_params(tiny_folder: Path, runtime: dict[str, Any] | None = None, **evaluate: Any) -> Params:
-    training = {"learning_rate": 1e-3, "batch_size": 8, "max_steps": 6}
-    sections: dict[str, dict[str, Any]] = {
-        "data": {"eval_fraction": 0.2},
-        "model": {"name": "tiny"},
-        "sft": {**training, "max_length": 256},
-        "reference": {"max_length": 256},
-        "train": training,
-        "reward": {**training, "loss": "bradley_terry"},
-        "evaluate": {**SETTINGS, **evaluate},
-        "runtime": {"model_path": str(tiny_folder), "device": "cpu", **(runtime or {})},
-    }
-    return parse_params(sections)
+    steps = {name: {"max_steps": 6} for name in ("sft", "train", "reward")}
+    return tiny_params(tiny_folder, **steps, evaluate={**SETTINGS, **evaluate}, runtime=runtime or {})
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, make_reporter: Callable[[], Any]) -> Path:
     """A project in which all stages but evaluate have run."""
     folder = tmp_path_factory.mktemp("built")
-    raw = folder / "data/raw"
-    raw.mkdir(parents=True)
-    for name, rows in (
-        ("instructions", world.instruction_rows(0, 120)),
-        ("preferences", world.preference_rows(0, 380)),
-    ):
-        (raw / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
-    stages = ("base", "convert_sft", "convert_preferences", "sft", "precompute_ref", "train", "reward")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for stage in stages:
-            importlib.import_module(f"dpo_cli.stages.{stage}").run(make_params(tiny_folder), make_reporter())
+    with contextlib.chdir(folder):
+        write_raw(380, 120)
+        stages = (*CONVERTED, "sft", "precompute_ref", "train", "reward")
+        run_stages(make_params(tiny_folder), make_reporter(), *stages)
     return folder
 
 
@@ -160,7 +141,7 @@ def test_a_local_model_as_judge_is_asked_once(
     assert "reward_dpo" not in metrics
     assert any("a judge favors answers like its own" in text for text in evaluate.reporter.warned)  # type: ignore[attr-defined]
     again = evaluate(judge="hf", hf={"name": "tiny judge"}, opponents=["sft", "chosen"], judge_pairs=5)
-    assert without_memory(again) == {name: value for name, value in metrics.items() if name != "peak_mem_gib"}
+    assert without_memory(again) == without_memory(metrics)
     assert set(work_of(evaluate.reporter)) == {"evaluate: judging"}, "all else is kept"  # type: ignore[attr-defined]
 
 
@@ -188,6 +169,13 @@ def test_the_reward_model_as_judge(evaluate: Evaluate) -> None:
     assert alone["reward_dpo"] == metrics["reward_dpo"]
 
 
+def write_votes(path: Path, items: list[dict[str, str]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(items[0]))
+        writer.writeheader()
+        writer.writerows(items)
+
+
 def test_people_as_judges_by_a_sheet(evaluate: Evaluate) -> None:
     world_says = evaluate()
     by_world = {row["prompt_id"]: row for row in table("votes.csv")}
@@ -208,18 +196,12 @@ def test_people_as_judges_by_a_sheet(evaluate: Evaluate) -> None:
         said = by_world[item["prompt_id"]]
         won = {"A": item["method"], "B": item["baseline"], "tie": None}[said["vote"]]
         item["vote"] = "tie" if won is None else "A" if item["a_is"] == won else "B"
-    with sheet.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(items[0]))
-        writer.writeheader()
-        writer.writerows(items)
+    write_votes(sheet, items)
     metrics = evaluate(judge="votes", votes={"file": str(sheet)})
     assert metrics["win_rate"] == world_says["win_rate"]
     assert "judge_consistency" not in metrics
     other = Path("data/raw/half.csv")
-    with other.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(items[0]))
-        writer.writeheader()
-        writer.writerows(items[: len(items) // 2])
+    write_votes(other, items[: len(items) // 2])
     with pytest.raises(DataError, match="no verdict in .*collect votes on these answers"):
         evaluate(judge="votes", votes={"file": str(other)})
     with pytest.raises(ParamsError, match="must be under data/raw, where DVC sees a change, got votes.csv"):
@@ -249,7 +231,7 @@ def test_an_adapter_of_ones_own_is_judged_without_training(evaluate: Evaluate, t
     result = invoke(tiny_folder, "evaluate", "--model", "mine")
     assert result.exit_code == 0, result.output
     found = json.loads(Path("evaluations/mine/metrics.json").read_text(encoding="utf-8"))["evaluate"]
-    assert without_memory(found) == {name: value for name, value in whole.items() if name != "peak_mem_gib"}
+    assert without_memory(found) == without_memory(whole)
     assert samples(Path("evaluations/mine")) == samples()
     known = json.loads(Path("evaluations/mine/params.json").read_text(encoding="utf-8"))
     assert known["train"]["max_steps"] == 6, "that of its provenance"
@@ -463,8 +445,7 @@ def test_figures_depend_neither_on_the_batch_nor_on_the_order_of_rows(
     """With weights in float64 what a batch rounds lies far below what is kept, so that any other dependence shows."""
     import random
 
-    from dpo_cli.models import project as project_module
-    from dpo_cli.models.adapters import ModelPair, load_pair
+    from dpo_cli.models.adapters import FrozenBase, ModelPair
     from dpo_cli.models.project import Project
     from dpo_cli.scoring.scorer import Scorer
 
@@ -480,8 +461,8 @@ def test_figures_depend_neither_on_the_batch_nor_on_the_order_of_rows(
         sizes.append(max(map(len, batches)))
         return batches
 
-    split, tokenize = Scorer.split, Project.tokenize_pairs
-    monkeypatch.setattr(project_module, "load_pair", in_float64)
+    split, tokenize, load_pair = Scorer.split, Project.tokenize_pairs, FrozenBase.pair
+    monkeypatch.setattr(FrozenBase, "pair", in_float64)
     monkeypatch.setattr(Scorer, "split", counted)
     settings: dict[str, Any] = {"num_prompts": 24, "opponents": ["sft", "chosen"], "judge_pairs": -1, "scales": [0.5]}
     found = []
@@ -531,6 +512,9 @@ def test_models_are_judged_against_each_other(evaluate: Evaluate, tiny_folder: P
     assert rates["sft", "evaluations/one"] == pytest.approx(1 - metrics["win_rate"], abs=1e-12)
     assert rates["sft", "evaluations/two"] == rates["sft", "evaluations/one"]
     assert "NaN" not in result.stdout
+    rule = [*judged[2:], "--set", "evaluate.judge=rule", "--set", "evaluate.rule=one_sentence"]
+    result = CliRunner().invoke(app, [*compared, "--judge", "--json", *rule])
+    assert result.exit_code == 0, result.output
     shutil.copytree("evaluations/one", "sft")
     result = CliRunner().invoke(app, ["compare", "sft", "evaluations/two", "--judge", "--json", *judged])
     models = {each["model"] for each in json.loads(result.stdout.splitlines()[-1])["head_to_head"]["win_rates"]}

@@ -5,8 +5,6 @@ What a kernel computes is not seen here; that the stages go together is.
 
 from __future__ import annotations
 
-import importlib
-import json
 import os
 import shutil
 import signal
@@ -19,12 +17,11 @@ import torch
 
 from dpo_cli.core import environment, paths
 from dpo_cli.core.errors import Interrupted
-from dpo_cli.core.load_params import parse_params
 from dpo_cli.core.params import Params
-from dpo_cli.data import world
 from dpo_cli.models.device import Machine, prepare_machine
 from dpo_cli.scoring import attention, varlen
 from tests.slow_kernel import slow_kernel
+from tests.tiny_project import CONVERTED, run_stages, tiny_params, write_raw
 
 MIB, GIB = 2**20, 2**30
 CARD = {
@@ -56,49 +53,14 @@ def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
 
 
 def make_params(tiny_folder: Path, **evaluate: Any) -> Params:
-    training = {"learning_rate": 1e-3, "batch_size": 8, "max_steps": 6}
     settings = {"judge": "reward-model", "num_prompts": 6, "max_new_tokens": 8, "temperatures": [], "scales": [0.5]}
-    return parse_params(
-        {
-            "data": {"eval_fraction": 0.2},
-            "model": {"name": "tiny"},
-            "sft": {**training, "max_length": 256},
-            "reference": {"max_length": 256},
-            "train": training,
-            "reward": {**training, "loss": "bradley_terry"},
-            "evaluate": {**settings, **evaluate},
-            "runtime": {"model_path": str(tiny_folder), "device": "cpu"},
-        }
-    )
-
-
-@pytest.fixture(scope="module")
-def built(
-    dtype: torch.dtype, tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, make_reporter: Callable[[], Any]
-) -> Path:
-    """A project in which all stages before train have run."""
-    folder = tmp_path_factory.mktemp("gpu")
-    raw = folder / "data/raw"
-    raw.mkdir(parents=True)
-    for name, rows in (
-        ("instructions", world.instruction_rows(0, 80)),
-        ("preferences", world.preference_rows(0, 160)),
-    ):
-        (raw / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for stage in ("base", "convert_sft", "convert_preferences", "sft", "precompute_ref"):
-            run(stage, make_params(tiny_folder), make_reporter())
-    return folder
-
-
-def run(stage: str, params: Params, reporter: Any) -> dict[str, Any]:
-    return importlib.import_module(f"dpo_cli.stages.{stage}").run(params, reporter)
+    training = {"max_steps": 6}
+    return tiny_params(tiny_folder, sft=training, train=training, reward=training, evaluate={**settings, **evaluate})
 
 
 def test_all_stages_and_a_second_evaluation(
     dtype: torch.dtype,
-    built: Path,
+    project: Path,
     tiny_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -106,9 +68,11 @@ def test_all_stages_and_a_second_evaluation(
 ) -> None:
     params = make_params(tiny_folder)
     assert prepare_machine(params.runtime, embedded=False) == Machine(torch.device("cpu"), dtype)
+    write_raw()
+    run_stages(params, make_reporter(), *CONVERTED, "sft", "precompute_ref")
     adapters = []
     for name, kill in (("whole", False), ("killed", True)):
-        monkeypatch.chdir(shutil.copytree(built, tmp_path / name))
+        monkeypatch.chdir(shutil.copytree(project, tmp_path / name))
         if kill:
 
             def stop(done: int) -> None:
@@ -116,11 +80,11 @@ def test_all_stages_and_a_second_evaluation(
                     os.kill(os.getpid(), signal.SIGINT)
 
             with pytest.raises(Interrupted, match="stopped and saved at step 3 of 6"):
-                run("train", params, make_reporter(stop))
+                run_stages(params, make_reporter(stop), "train")
             kept = {path.parent.name for path in Path(".scratch/train").glob("*/checkpoint-*/state.json")}
             assert kept == {"checkpoint-1", "checkpoint-3"}
         reporter = make_reporter()
-        trained = run("train", params, reporter)
+        trained = run_stages(params, reporter, "train")
         assert any("going on from checkpoint-3" in line for line in reporter.said) == kill
         assert any("attention by slow; not absent: not installed" in line for line in reporter.said)
         adapters.append((paths.DPO_MODEL / "adapter_model.safetensors").read_bytes())
@@ -129,10 +93,9 @@ def test_all_stages_and_a_second_evaluation(
     assert trained["peak_mem_gib"] == 0.75
     assert trained["peak_mem_reserved_gib"] == 1.0
     assert ("peak memory", "0.75 GiB in tensors, 1.00 GiB taken for them") in reporter.tables["train"]
-    run("reward", params, make_reporter())
-    first = run("evaluate", params, make_reporter())
-    again = run(
-        "evaluate", make_params(tiny_folder, temperature=0.3, temperatures=[0.3, 1.3], scales=[2.0]), make_reporter()
-    )
+    run_stages(params, make_reporter(), "reward")
+    first = run_stages(params, make_reporter(), "evaluate")
+    other = make_params(tiny_folder, temperature=0.3, temperatures=[0.3, 1.3], scales=[2.0])
+    again = run_stages(other, make_reporter(), "evaluate")
     assert first["num_judged"] == again["num_judged"] == 6
     assert again["kl"] == pytest.approx(first["kl"], abs=1e-12), "the same answers at temperature 1"

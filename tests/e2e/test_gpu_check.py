@@ -17,26 +17,30 @@ from benchmarks.gpu_check.bench import Bench
 from benchmarks.gpu_check.parts import PARTS, describe, perform
 
 
-@pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The parts that were carried out, which they are in this process."""
-    names: list[str] = []
+@pytest.fixture(autouse=True)
+def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where results go; this machine is seen by this process."""
+    monkeypatch.setattr(check, "look", describe)
+    return tmp_path / "found.json"
+
+
+def parts_in(out: Path) -> dict[str, Any]:
+    return json.loads(out.read_text(encoding="utf-8"))["parts"]
+
+
+def test_all_parts_run_small_and_only_what_is_missing_runs_again(
+    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[str] = []
 
     def run_part(name: str, extra: Sequence[str], folder: Path, limit_s: float) -> dict[str, Any]:
+        """Carry it out in this process."""
         assert extra == ["--small"]
-        names.append(name)
+        ran.append(name)
         perform(name, True, folder, into := folder / "part.json")
         return {"status": "done", **json.loads(into.read_text(encoding="utf-8"))}
 
     monkeypatch.setattr(check, "run_part", run_part)
-    monkeypatch.setattr(check, "look", describe)
-    return names
-
-
-def test_all_parts_run_small_and_only_what_is_missing_runs_again(
-    ran: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "found.json"
     assert check.main(["--out", str(out)]) == 0
     found = json.loads(out.read_text(encoding="utf-8"))
     assert ran == [*found["parts"]] == [*PARTS]
@@ -47,10 +51,10 @@ def test_all_parts_run_small_and_only_what_is_missing_runs_again(
 
     ran.clear()
     del found["parts"]["kernels"]
-    found["parts"]["waits"] |= {"status": "failed", "reason": "exit code 1"}
+    found["parts"]["load"] |= {"status": "failed", "reason": "exit code 1"}
     out.write_text(json.dumps(found), encoding="utf-8")
     assert check.main(["--out", str(out)]) == 0
-    assert ran == ["waits", "kernels"]
+    assert ran == ["kernels", "load"]
 
     ran.clear()
     monkeypatch.setattr(check, "look", lambda: describe() | {"code": "changed since"})
@@ -61,12 +65,10 @@ def test_all_parts_run_small_and_only_what_is_missing_runs_again(
 
 
 def test_a_part_whose_process_ends_is_reported_and_the_rest_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(check, "look", describe)
-    out = tmp_path / "found.json"
     assert check.main(["--out", str(out), "--parts", "kernels,trl", "--plant", "kernels"]) == 1
-    parts = json.loads(out.read_text(encoding="utf-8"))["parts"]
+    parts = parts_in(out)
     assert parts["kernels"]["status"] == "failed"
     assert parts["kernels"]["reason"].startswith("exit code 1")
     assert len(parts["kernels"]["answers"]) == 1, "what was known before it ended is kept"
@@ -74,31 +76,27 @@ def test_a_part_whose_process_ends_is_reported_and_the_rest_goes_on(
     assert "| kernels | does it come to its end? | yes | exit code 1" in capsys.readouterr().out
 
 
-def test_a_part_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_takes_too_long_is_ended(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(check.PARTS, "stages", replace(PARTS["stages"], limit_s=0.5))
-    monkeypatch.setattr(check, "look", describe)
-    out = tmp_path / "found.json"
     assert check.main(["--out", str(out), "--parts", "stages"]) == 1
-    part = json.loads(out.read_text(encoding="utf-8"))["parts"]["stages"]
+    part = parts_in(out)["stages"]
     assert (part["status"], part["reason"]) == ("out of time", "ended after 0.5 s")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"parts": {"trl": "done"}, "machine": {}}', '{"machine": {}}'])
 def test_a_file_that_is_no_result_is_put_aside(
-    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    text: str, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(check, "look", describe)
     monkeypatch.setattr(check, "run_part", lambda *_: {"status": "done", "answers": [], "figures": {}})
-    (out := tmp_path / "found.json").write_text(text, encoding="utf-8")
+    out.write_text(text, encoding="utf-8")
     assert check.main(["--out", str(out), "--parts", "trl"]) == 0
     assert out.with_suffix(".before.json").read_text(encoding="utf-8") == text
     assert "was no result of this check" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", [{"answers": None}, {"answers": ["a"]}, {"answers": [{}]}, {"status": "failed"}])
-def test_parts_of_another_form_are_no_result(part: dict[str, Any], tmp_path: Path) -> None:
+def test_parts_of_another_form_are_no_result(part: dict[str, Any], out: Path) -> None:
     machine = describe() | {"models": "tiny"}
-    out = tmp_path / "found.json"
     out.write_text(json.dumps({"machine": machine, "parts": {"trl": {"status": "done"} | part}}), encoding="utf-8")
     assert check.recall(out, machine) == {}
     assert not out.exists(), "it is put aside"
@@ -107,7 +105,6 @@ def test_parts_of_another_form_are_no_result(part: dict[str, Any], tmp_path: Pat
 def test_a_place_that_cannot_be_written_to_is_refused_before_anything_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(check, "look", describe)
     monkeypatch.setattr(check, "run_part", None)
     (file := tmp_path / "file").touch()
     (folder := tmp_path / "folder.json").mkdir()
@@ -140,28 +137,26 @@ def test_a_part_ends_with_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_is_said_and_keeps_what_ended(
-    signum: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    signum: int, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run_part(name: str, *_: Any) -> dict[str, Any]:
         if name == "trl":
             os.kill(os.getpid(), signum)
         return {"status": "done", "answers": [], "figures": {}}
 
-    monkeypatch.setattr(check, "look", describe)
     monkeypatch.setattr(check, "run_part", run_part)
-    out = tmp_path / "found.json"
     monkeypatch.setattr("sys.argv", ["gpu_check", "--out", str(out), "--parts", "waits,trl"])
     assert check.main_until_stopped() == 130
     assert "stopped: the parts that ended are kept" in capsys.readouterr().err
-    assert [*json.loads(out.read_text(encoding="utf-8"))["parts"]] == ["waits"]
+    assert [*parts_in(out)] == ["waits"]
 
 
 @pytest.mark.parametrize(("verdict", "code"), [("ok", 0), ("noted", 0), ("not possible here", 0), ("differs", 1)])
-def test_what_differs_is_an_exit_code(verdict: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_differs_is_an_exit_code(verdict: str, code: int, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answer = {"question": "?", "expected": "a", "seen": "b", "verdict": verdict}
     monkeypatch.setattr(check, "look", lambda: describe() | {"has_gpu": True, "memory_gib": 24, "driver": "1"})
     monkeypatch.setattr(check, "run_part", lambda *_: {"status": "done", "answers": [answer], "figures": {}})
-    assert check.main(["--out", str(tmp_path / "found.json"), "--parts", "trl"]) == code
+    assert check.main(["--out", str(out), "--parts", "trl"]) == code
 
 
 def test_what_is_seen_on_a_gpu_is_held_against_what_was_expected(tmp_path: Path) -> None:

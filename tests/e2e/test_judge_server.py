@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +21,7 @@ from dpo_cli.judging.judge import Question
 from dpo_cli.judging.openai import OpenAiJudge
 from dpo_cli.judging.server import Server
 from dpo_cli.judging.templates import Template
-from dpo_cli.models.workplace import Workplace
+from dpo_cli.models.project import Workplace
 
 TEMPLATE = Template("short", "<{prompt}|{a}|{b}> A or B?")
 QUESTIONS = [Question(f"prompt {n}", "x" * n, "x" * 5) for n in range(12)]
@@ -47,55 +47,39 @@ def lettered(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, make_llam
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[[Path], str]]:
-    """``serve(folder)``: the address of a server that has this model, when it answers."""
-    started: list[subprocess.Popen[bytes]] = []
-    log = tmp_path / "log"
-
-    def start(folder: Path) -> str:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        (tmp_path / "hub").mkdir()
-        options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-        command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), *options]
-        with log.open("wb") as output:
-            server = subprocess.Popen(
-                command, stdout=output, stderr=output, cwd=tmp_path, env=os.environ | {"HF_HOME": str(tmp_path)}
-            )
-        started.append(server)
-        url = f"http://127.0.0.1:{port}"
-        end = time.monotonic() + _PATIENCE_S
-        while time.monotonic() < end and server.poll() is None:
-            try:
-                with urllib.request.urlopen(f"{url}/health", timeout=5):
-                    return url
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.1)
-        raise AssertionError(f"no server: {log.read_text(errors='replace')[-2000:]}")
-
-    yield start
-    for server in started:
-        server.terminate()
+def address(lettered: Path, tmp_path: Path) -> Iterator[str]:
+    """Of a server that has this model, once it answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "hub").mkdir()
+    options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(lettered), *options]
+    environment = os.environ | {"HF_HOME": str(tmp_path)}
+    url, end = f"http://127.0.0.1:{port}", time.monotonic() + _PATIENCE_S
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env=environment)
         try:
-            server.wait(timeout=20)
-        except subprocess.TimeoutExpired:
+            while True:
+                with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+                    break
+                if server.poll() is not None or time.monotonic() > end:
+                    pytest.fail(f"no server: {(tmp_path / 'log').read_text(errors='replace')[-2000:]}")
+                time.sleep(0.1)
+            yield url
+        finally:
             server.kill()
             server.wait()
 
 
 def test_a_server_with_neither_constraints_nor_log_probabilities_is_read_by_its_letter(
-    serve: Callable[[Path], str],
-    lettered: Path,
-    project: Path,
-    cpu: Any,
-    reporter: Any,
+    address: str, lettered: Path, project: Path, cpu: Any, reporter: Any
 ) -> None:
     """It refuses the fields that constrain an answer, and takes those that ask for log-probabilities in silence."""
     from dpo_cli.core.params import RuntimeParams
     from dpo_cli.judging.language_model import HfJudge
 
-    server = Server(serve(lettered))
+    server = Server(address)
     with pytest.raises(MachineError, match="the judge's model must be named"):
         OpenAiJudge.connect(server, None, TEMPLATE, reporter)
     served = OpenAiJudge.connect(server, str(lettered), TEMPLATE, reporter)

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from dpo_cli.core import paths
-from dpo_cli.core.errors import DataError, ParamsError
+from dpo_cli.core.errors import DataError
 from dpo_cli.core.load_params import parse_params
 from dpo_cli.core.params import Params
 from dpo_cli.core.progress import SilentReporter
 from dpo_cli.data import world
-from dpo_cli.stages import base, convert_preferences, precompute_ref, sft, train
 from tests.public_files import PUBLIC_DATA, needs_public_data
+from tests.tiny_project import run_stages
 
 PUBLIC = PUBLIC_DATA / "kwise" / "oaast_rm_zh.rows0-387.json.gz"
 NUM_RANKINGS = 700
@@ -84,9 +84,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, make_reporter: Callable[[]
         paths.RAW.mkdir(parents=True)
         rows = ranking_rows(0, NUM_RANKINGS)
         (paths.RAW / "rankings.json").write_text(json.dumps(rows), encoding="utf-8")
-        params = params_of("rankings.json")
-        base.run(params, make_reporter())
-        sft.run(params, make_reporter())
+        run_stages(params_of("rankings.json"), make_reporter(), "base", "sft")
     return folder
 
 
@@ -100,37 +98,33 @@ def held_out_tau(params: Params) -> float:
     """Kendall's tau of the trained implicit reward with the known one, over the held-out rankings of three answers."""
     from dpo_cli.losses.ranking import kendall_tau
     from dpo_cli.models.project import open_project
-    from dpo_cli.reference.cache import read_cache, reference_logps
+    from dpo_cli.scoring.reference import read_cache, reference_logps
     from dpo_cli.scoring.scorer import Scorer
 
     project = open_project(params, SilentReporter(), "test")
     table = project.tokenize_rankings("eval")
     reference = reference_logps(read_cache(paths.REFERENCE, project.identity), table.groups)
-    pair = project.pair()
     taus = []
-    with torch.no_grad(), Scorer(pair.use_policy(), project.machine.compute_dtype, "shared") as scorer:
+    with torch.no_grad(), Scorer(project.pair().use_policy(), project.machine.compute_dtype, "shared") as scorer:
         for indices in scorer.split(table.groups, 1024):
             groups = [table.groups[index] for index in indices]
-            rewards = scorer.score(groups).logps_BK - torch.tensor(
-                [reference[group.id] for group in groups], dtype=torch.float64
-            )
-            known = []
+            known = torch.tensor([reference[group.id] for group in groups], dtype=torch.float64)
+            rewards = scorer.score(groups).logps_BK - known
+            taus.append(kendall_tau(rewards, torch.tensor([[1, 2, 3]]).expand(len(groups), 3)))
             for group in groups:
                 task = world.task_of(table.prompts[group.group][0]["content"])
                 assert task is not None
-                known.append([graded_reward(task, project.encoder.decode(list(ids))) for ids in group.completions])
-            assert all(sorted(row, reverse=True) == row for row in known), "the table is best first"
-            taus.append(kendall_tau(rewards, torch.tensor([[1, 2, 3]]).expand(len(groups), 3)))
+                row = [graded_reward(task, project.encoder.decode(list(ids))) for ids in group.completions]
+                assert sorted(row, reverse=True) == row, "the table is best first"
     return torch.cat(taus).mean().item()
 
 
 def test_rankings_teach_more_than_their_best_and_worst(here: Path, make_reporter: Callable[[], Any]) -> None:
     """At equal data, as many rankings a step and as many steps: the order in the middle is learned from it alone."""
     params = params_of("rankings.json", loss="plackett_luce")
-    convert_preferences.run(params, make_reporter())
-    first = precompute_ref.run(params, make_reporter())
+    first = run_stages(params, make_reporter(), "convert_preferences", "precompute_ref")
     assert first["num_computed"] == first["num_completions"] == 3 * NUM_RANKINGS
-    metrics = train.run(params, make_reporter())
+    metrics = run_stages(params, make_reporter(), "train")
     assert metrics["step0_loss"] == pytest.approx(math.log(6), abs=1e-5), "three answers have 3! orders"
     assert metrics["step0_max_abs_margin"] <= 1e-4
     by_ranking = held_out_tau(params)
@@ -139,9 +133,9 @@ def test_rankings_teach_more_than_their_best_and_worst(here: Path, make_reporter
     assert "eval_rewards/kendall_tau" in steps[0].split("\t")
 
     params = params_of("rankings.json", pairs="best_vs_worst")
-    convert_preferences.run(params, make_reporter())
-    assert precompute_ref.run(params, make_reporter())["num_computed"] == 0, "another loss, the same cache"
-    pairs = train.run(params, make_reporter())
+    again = run_stages(params, make_reporter(), "convert_preferences", "precompute_ref")
+    assert again["num_computed"] == 0, "another loss, the same cache"
+    pairs = run_stages(params, make_reporter(), "train")
     assert (pairs["num_steps"], pairs["num_pairs"]) == (metrics["num_steps"], metrics["num_pairs"])
     by_pairs = held_out_tau(params)
     print(f"held-out Kendall tau: rankings {by_ranking:.3f}, best against worst {by_pairs:.3f}, before training 0")
@@ -150,29 +144,20 @@ def test_rankings_teach_more_than_their_best_and_worst(here: Path, make_reporter
 
 
 def test_pairs_alone_are_no_rankings(here: Path, make_reporter: Callable[[], Any]) -> None:
-    rows = world.preference_rows(0, 60)
-    (paths.RAW / "pairs.json").write_text(json.dumps(rows), encoding="utf-8")
+    (paths.RAW / "pairs.json").write_text(json.dumps(world.preference_rows(0, 60)), encoding="utf-8")
     params = params_of("pairs.json", loss="plackett_luce")
-    convert_preferences.run(params, make_reporter())
-    precompute_ref.run(params, make_reporter())
+    run_stages(params, make_reporter(), "convert_preferences", "precompute_ref")
     with pytest.raises(DataError, match=r"plackett_luce learns from rankings .*train\.ranking\.parquet is missing"):
-        train.run(params, make_reporter())
-
-
-def test_a_cache_without_rankings_says_so() -> None:
-    with pytest.raises(ParamsError, match=r"train\.loss plackett_luce needs reference\.rankings true"):
-        parse_params({"reference": {"rankings": False}, "train": {"loss": "plackett_luce"}})
+        run_stages(params, make_reporter(), "train")
 
 
 @needs_public_data
-@pytest.mark.parametrize("ties", ["average", "groups"])
-def test_public_rankings_train_end_to_end(here: Path, make_reporter: Callable[[], Any], ties: str) -> None:
+def test_public_rankings_train_end_to_end(here: Path, make_reporter: Callable[[], Any]) -> None:
     rows = json.loads(gzip.decompress(PUBLIC.read_bytes()))
     (paths.RAW / "oaast_rm_zh.json").write_text(json.dumps(rows[:60]), encoding="utf-8")
-    params = params_of("oaast_rm_zh.json", max_length=512, format="kwise", loss="plackett_luce", ties=ties, max_steps=3)
-    convert_preferences.run(params, make_reporter())
-    precompute_ref.run(params, make_reporter())
-    metrics = train.run(params, make_reporter())
+    settings = {"loss": "plackett_luce", "ties": "groups", "max_steps": 3}
+    params = params_of("oaast_rm_zh.json", max_length=512, format="kwise", **settings)
+    metrics = run_stages(params, make_reporter(), "convert_preferences", "precompute_ref", "train")
     assert metrics["num_pairs"] > 5
     assert math.isfinite(metrics["eval_loss"])
     assert metrics["step0_max_abs_margin"] <= 1e-4

@@ -6,12 +6,11 @@ A headless Chromium is driven through its chromedriver; where it is not installe
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -128,13 +127,9 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     from selenium.webdriver.chrome.service import Service
 
     folder = tmp_path_factory.mktemp("report")
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
+    with contextlib.chdir(folder):
         write_reports(NUM_PROMPTS, num_tokens=200)
         write_report(paths.REPORT_HTML)
-    finally:
-        os.chdir(before)
     options = Options()
     options.binary_location = CHROMIUM or ""
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):

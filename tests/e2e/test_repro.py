@@ -15,9 +15,11 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from dpo_cli.cli.app import app
-from dpo_cli.evaluation.differences import flatten
+from dpo_cli.evaluation.experiments import flatten
 from tests.commands import module, run, stages_run, succeed
 from tests.e2e.conftest import NUM_ROWS
+
+CHANGES = {"beta": 0.05, "loss": "ipo"}
 
 
 def metrics(folder: Path, stage: str) -> dict[str, Any]:
@@ -68,26 +70,72 @@ def test_no_held_out_prompt_was_trained_on(project: Path) -> None:
     assert metrics(project, "evaluate")["num_leaked_prompts"] == 0
 
 
-def test_a_second_run_does_nothing_then_beta_runs_train_and_evaluate_alone(project: Path) -> None:
+def test_a_second_run_does_nothing(project: Path) -> None:
     before = (project / "dvc.lock").read_bytes()
     assert stages_run(succeed(project, "dpo_cli", "repro")) == ["base"], (
         "which looks at the model, and writes nothing where it is as it was"
     )
     assert (project / "dvc.lock").read_bytes() == before
-    experiment = succeed(project, "dvc", "exp", "run", "-S", "train.beta=0.5")
+
+
+# --- an experiment of another beta and loss through DVC's queue -----------------------------
+
+
+@pytest.fixture(scope="module")
+def experiment(project: Path) -> str:
+    """What DVC printed."""
+    changes = [word for key, value in CHANGES.items() for word in ("-S", f"train.{key}={value}")]
+    succeed(project, "dvc", "exp", "run", "--queue", *changes)
+    return succeed(project, "dvc", "exp", "run", "--run-all")
+
+
+def test_an_experiment_trains_and_evaluates_and_nothing_else(project: Path, experiment: str) -> None:
+    """Against the cache of the first run, which alone computed rows."""
     assert stages_run(experiment) == ["base", "train", "evaluate", "report"]
+    refs = run(project, "git", "for-each-ref", "--format=%(refname)", "refs/exps").stdout.split()
+    [ref] = [ref for ref in refs if ref.count("/") == 4]
+    first = (project / "reports/precompute_ref/metrics.json").read_text(encoding="utf-8")
+    computed = json.loads(first)["precompute_ref"]
+    assert computed["num_computed"] == computed["num_completions"] > 0
+    assert run(project, "git", "show", f"{ref}:reports/precompute_ref/metrics.json").stdout == first
+
+
+def test_compare_prints_it_with_intervals(project: Path, experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    done = invoke("compare", "--baseline", "HEAD", "--json")
+    assert done.exit_code == 0, done.output
+    figures = json.loads(done.stdout)
+    base, other = figures["experiments"]
+    assert base["name"] == "HEAD"
+    assert {key: other["params"][f"train.{key}"] for key in CHANGES} == CHANGES
+    for name in ("evaluate.margin", "evaluate.kl"):
+        metric = other["metrics"][name]
+        assert metric["low"] <= metric["difference"] <= metric["high"]
+        assert metric["difference"] == pytest.approx(metric["value"] - base["metrics"][name]["value"], abs=1e-6)
+        assert metric["num_left_out"] == 0
+        assert metric["num_prompts"] > 2
+    assert not any("no interval" in note or "dvc.lock" in note for note in figures["notes"])
+    table = succeed(project, "dpo_cli", "compare")
+    assert max(map(len, table.splitlines())) <= 80
+    assert other["name"] in table
+    assert "paired 95% interval" in table
+
+
+def test_what_ran_before_is_restored(project: Path, experiment: str) -> None:
+    """Settings of the experiment, and an output deleted: DVC has both in its cache of runs."""
+    params = project / "params.yaml"
+    text = params.read_text(encoding="utf-8")
+    for before, key in (("  beta: 2.0\n", "beta"), ("  loss: sigmoid\n", "loss")):
+        assert text.count(before) == 1, before
+        text = text.replace(before, f"  {key}: {CHANGES[key]}\n")
+    params.write_text(text, encoding="utf-8")
+    taken = succeed(project, "dpo_cli", "repro")
+    assert stages_run(taken) == ["base", "report"]
+    assert "Stage 'train' is cached" in taken
     assert "eval_margin" in succeed(project, "dvc", "metrics", "diff")
     plots = module(project, "dvc", "plots", "show")
     assert plots.returncode == 0, plots.stderr
     assert "failed" not in plots.stderr
-
-
-def test_what_ran_before_is_restored(project: Path) -> None:
-    """A setting put back, and an output deleted: DVC has both in its cache of runs."""
-    assert run(project, "git", "checkout", "params.yaml").returncode == 0
-    put_back = succeed(project, "dpo_cli", "repro")
-    assert stages_run(put_back) == ["base", "report"]
-    assert "Stage 'train' is cached" in put_back
     shutil.rmtree(project / "models/sft")
     deleted = succeed(project, "dpo_cli", "repro", "sft")
     assert stages_run(deleted) == ["base"]
@@ -97,15 +145,21 @@ def test_what_ran_before_is_restored(project: Path) -> None:
     assert verdict in succeed(project, "dpo_cli", "repro", "report")
 
 
-def test_a_stage_run_by_hand_is_not_run_again_and_the_cache_knows_what_it_holds(project: Path) -> None:
+def test_a_stage_run_by_hand_is_not_run_again_and_the_cache_knows_what_it_holds(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
     for stage in ("precompute-ref", "train"):
-        done = module(project, "dpo_cli", stage, "--json")
+        done = invoke(stage, "--json")
         assert f"{stage}: recorded in dvc.lock" in done.stderr
         if stage == "precompute-ref":
             again = json.loads(done.stdout)["precompute_ref"]
             assert again["num_computed"] == 0
             assert again["num_reused"] == again["num_completions"]
     assert stages_run(succeed(project, "dpo_cli", "repro")) == ["base", "report"], "the page has other timings to show"
+
+
+# --- what is refused, and what no batch changes ---------------------------------------------
 
 
 def test_a_cache_of_another_adapter_is_refused_and_nothing_is_touched(copy: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import re
 import shutil
@@ -19,12 +18,11 @@ from typer.testing import CliRunner
 from dpo_cli.cli.app import app
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, ParamsError
-from dpo_cli.core.load_params import parse_params
 from dpo_cli.core.params import Params
 from dpo_cli.data.chat import ChatEncoder
-from dpo_cli.evaluation.sample_files import sample_files
-from dpo_cli.evaluation.sampling import read_prompts, repeated
+from dpo_cli.evaluation.sampling import read_prompts, repeated, sample_files
 from dpo_cli.judging.known_reward import RULES
+from tests.tiny_project import run_stages, tiny_params
 
 K = 6
 PROMPTS = [f"Say {word}." for word in "one two three four five six seven eight nine ten eleven twelve".split()]
@@ -32,31 +30,20 @@ TRAIN, UNSEEN = Path("data/prompts/train.jsonl"), Path("data/prompts/unseen.json
 
 
 def make_params(tiny_folder: Path, **evaluate: Any) -> Params:
-    training = {"learning_rate": 5e-3, "batch_size": 8, "max_steps": 30, "eval_steps": 0}
-    kwise = {"format": "kwise"}
-    return parse_params(
-        {
-            "data": {
-                "sft": {"path": "data/raw/instructions.jsonl"},
-                "preferences": {
-                    "path": "data/raw/train.parquet",
-                    **kwise,
-                    "split": "train",
-                    "also": [{"path": "data/raw/unseen.parquet", **kwise, "split": "eval"}],
-                },
-            },
-            "model": {"name": "tiny"},
-            "sft": {**training, "method": "full", "max_length": 128},
-            "reference": {"max_length": 128},
-            "train": {**training, "max_steps": 4},
-            "evaluate": {"judge": "rule", "rule": "one_sentence", "num_prompts": 0, "max_new_tokens": 8, **evaluate},
-            "runtime": {"model_path": str(tiny_folder), "device": "cpu", "checkpoint_minutes": 0},
-        }
+    training = {"learning_rate": 5e-3, "max_steps": 30, "eval_steps": 0}
+    train, unseen = (
+        {"path": f"data/raw/{name}.parquet", "format": "kwise", "split": split}
+        for name, split in (("train", "train"), ("unseen", "eval"))
     )
-
-
-def run(stage: str, params: Params, reporter: Any) -> dict[str, Any]:
-    return importlib.import_module(f"dpo_cli.stages.{stage}").run(params, reporter)
+    return tiny_params(
+        tiny_folder,
+        data={"sft": {"path": "data/raw/instructions.jsonl"}, "preferences": {**train, "also": [unseen]}},
+        sft={**training, "method": "full", "max_length": 128},
+        reference={"max_length": 128},
+        train={**training, "max_steps": 4},
+        evaluate={"judge": "rule", "rule": "one_sentence", "num_prompts": 0, "max_new_tokens": 8, **evaluate},
+        runtime={"checkpoint_minutes": 0},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +56,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, make_repo
         write_rows(UNSEEN, [{"prompt": text} for text in PROMPTS[8:]])
         rows = [{"prompt": f"{text} Now!", "completion": answer} for text in PROMPTS for answer in ("no", "no.")]
         write_rows(paths.RAW / "instructions.jsonl", rows)
-        for stage in ("base", "convert_sft", "sft"):
-            run(stage, make_params(tiny_folder), make_reporter())
+        run_stages(make_params(tiny_folder), make_reporter(), "base", "convert_sft", "sft")
     return folder
 
 
@@ -104,14 +90,13 @@ def test_from_prompts_to_a_win_rate(tuned: Params, make_reporter: Callable[[], A
         assert len(set(texts)) == len(texts) == len(row["counts"]) == len(row["token_ids"])
         assert row["scores"] == [RULES["one_sentence"].reward("", text) for text in texts]
     assert train["num_tied"] < train["num_rows"]
-    for stage in ("convert_sft", "convert_preferences", "precompute_ref", "train"):
-        run(stage, tuned, make_reporter())
+    run_stages(tuned, make_reporter(), "convert_sft", "convert_preferences", "precompute_ref", "train")
     pairs = rows_of(paths.preference_table("train"))
     assert pairs
     assert {(pair["chosen_score"], pair["rejected_score"]) for pair in pairs} == {(1.0, 0.0)}
     held_out = {pair["prompt"][0]["content"] for pair in rows_of(paths.preference_table("eval"))}
     assert held_out <= set(PROMPTS[8:])
-    metrics = run("evaluate", tuned, make_reporter())
+    metrics = run_stages(tuned, make_reporter(), "evaluate")
     samples = json.loads((paths.report_dir("evaluate") / paths.SAMPLES).read_text(encoding="utf-8"))
     right = {name: [RULES["one_sentence"].reward("", row[name]["text"]) for row in samples] for name in ("sft", "dpo")}
     assert [row["dpo"]["reward"] for row in samples] == right["dpo"]
@@ -120,6 +105,13 @@ def test_from_prompts_to_a_win_rate(tuned: Params, make_reporter: Callable[[], A
     assert metrics["win_rate_ceiling"] == 1 - sum(right["sft"]) / len(wins) / 2
     assert metrics["judge_name"] == "the rule one_sentence: one short sentence without a preamble"
     assert "well_formed_dpo" not in metrics
+    # with --model another model is asked
+    reporter = make_reporter()
+    sample_files([UNSEEN], K, paths.DPO_MODEL, paths.SAMPLED, tuned, reporter)
+    [meter] = reporter.meters
+    assert "dpo" in meter.label
+    made_by = [pq.read_schema(folder / "unseen.parquet").metadata[b"model"] for folder in (paths.RAW, paths.SAMPLED)]
+    assert made_by[0] != made_by[1]
 
 
 def test_what_was_sampled_is_not_sampled_again(tuned: Params, make_reporter: Callable[..., Any]) -> None:
@@ -148,22 +140,6 @@ def test_what_was_sampled_is_not_sampled_again(tuned: Params, make_reporter: Cal
     sample_files([TRAIN], K, None, paths.SAMPLED, small, known)
     assert known.meters == []
     assert (paths.SAMPLED / "train.parquet").read_bytes() == whole
-
-
-def test_a_tuned_model_answers_the_same_prompts(tuned: Params, make_reporter: Callable[[], Any]) -> None:
-    """With --model another model is asked; it is not the SFT model's answers that come back."""
-    sample_files([TRAIN], K, None, paths.RAW, tuned, make_reporter())
-    sample_files([UNSEEN], K, None, paths.RAW, tuned, make_reporter())
-    for stage in ("convert_preferences", "precompute_ref", "train"):
-        run(stage, tuned, make_reporter())
-    reporter = make_reporter()
-    sample_files([UNSEEN], K, paths.DPO_MODEL, paths.SAMPLED, tuned, reporter)
-    [meter] = reporter.meters
-    assert "dpo" in meter.label
-    assert (
-        pq.read_schema(paths.SAMPLED / "unseen.parquet").metadata[b"model"]
-        != (pq.read_schema(paths.RAW / "unseen.parquet").metadata[b"model"])
-    )
 
 
 @pytest.mark.parametrize(

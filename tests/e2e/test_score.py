@@ -15,14 +15,11 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from dpo_cli.cli.app import app
-from dpo_cli.cli.score import ScoreOptions, score_files
 from dpo_cli.cli.sources import sources_of
-from dpo_cli.core.artifacts import write_text
+from dpo_cli.core import paths
 from dpo_cli.core.errors import Interrupted
 from dpo_cli.core.load_params import load_params
-from dpo_cli.core.params_text import params_yaml
-from dpo_cli.data import world
-from dpo_cli.evaluation.score_table import SCHEMA
+from dpo_cli.evaluation.score import SCHEMA, score_sources
 
 BETA = 0.5
 ATTACK = "</script><script>alert(1)</script>"
@@ -34,37 +31,12 @@ RANKING = {"prompt": "Name a color.", "completions": ["red", "a tree", "blue-gre
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, make_reporter: Any) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, train_tiny: Any) -> Path:
     """A project that was trained on pairs and rankings; not to be changed."""
-    from dpo_cli.stages import base, convert_preferences, convert_sft, precompute_ref, sft, train
-
     folder = tmp_path_factory.mktemp("trained")
-    training = {"learning_rate": 3e-3, "batch_size": 8, "max_steps": 4}
-    values = {
-        "data.eval_fraction": 0.3,
-        "data.preferences.also": [],
-        "model.name": "tiny",
-        **{f"{section}.{key}": value for section in ("sft", "train") for key, value in training.items()},
-        "sft.method": "lora",
-        "sft.max_length": 200,
-        "reference.max_length": 200,
-        "reference.quantization": "none",
-        "train.beta": BETA,
-        "evaluate.bootstrap_draws": 200,
-        "runtime.model_path": str(tiny_folder),
-        "runtime.device": "cpu",
-    }
-    with contextlib.chdir(folder):
-        write_text(Path("params.yaml"), params_yaml(values))
-        raw = Path("data/raw")
-        raw.mkdir(parents=True)
-        (raw / "instructions.json").write_text(json.dumps(world.instruction_rows(0, 60)), encoding="utf-8")
-        rankings = [{**RANKING, "prompt": f"{RANKING['prompt']} {n}"} for n in range(12)]
-        rows = [*world.preference_rows(0, 60), *rankings]
-        (raw / "preferences.json").write_text(json.dumps(rows), encoding="utf-8")
-        params = load_params(Path("params.yaml"))
-        for stage in (base, convert_sft, convert_preferences, sft, precompute_ref, train):
-            stage.run(params, make_reporter())
+    rates = {"sft.learning_rate": 3e-3, "train.learning_rate": 3e-3}
+    rankings = [{**RANKING, "prompt": f"{RANKING['prompt']} {n}"} for n in range(12)]
+    train_tiny(folder, {**rates, "sft.method": "lora", "train.beta": BETA}, rankings)
     return folder
 
 
@@ -200,7 +172,7 @@ def test_stopped_it_keeps_what_it_scored(project: Path, make_reporter: Any) -> N
                 yield meter
 
     with pytest.raises(Interrupted, match="what was computed is kept"):
-        score_files(sources_of([new], "preferences", []), ScoreOptions(), params, Stopping())
+        score_sources(sources_of([new], "preferences", []), paths.DPO_MODEL, None, None, params, Stopping())
     again = score(new)
     assert again["reference"]["num_cached"] > 0
     assert again["reference"]["num_computed"] < 12

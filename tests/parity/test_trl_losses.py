@@ -7,6 +7,7 @@ TRL's own code is run: ``DPOTrainer._compute_loss`` on a model that returns give
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -166,53 +167,38 @@ def test_these_are_all_that_trl_has() -> None:
     assert set(PLAIN) <= set(LOSSES)
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("beta", [0.1, 1.0])
-@pytest.mark.parametrize("name", PLAIN)
-def test_a_loss_is_trls(name: Any, beta: float, seed: int) -> None:
-    batch = Batch.draw(seed)
-    smoothing = SMOOTHED.get(name, 0.0)
-    trls = trl_loss(batch, [name], [1.0], beta=beta, label_smoothing=smoothing)
-    ours = our_loss(batch, TrainParams(loss=name, beta=beta, label_smoothing=smoothing))
-    # TRL's exo_pair takes its logarithms of e in float32
-    assert_equal(ours, trls, batch.policy)
+DIVERGENCES = {"forward_kl": "forward_kl", "js": "js_divergence", "alpha": "alpha_divergence"}
 
 
-@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
-def test_without_smoothing(name: Any) -> None:
-    batch = Batch.draw(5)
-    assert_equal(our_loss(batch, TrainParams(loss=name)), trl_loss(batch, [name], [1.0]), batch.policy)
+def cases() -> Iterator[Any]:
+    """A loss or a mixture, settings that have one name in both, and our divergence."""
+    for name in PLAIN:
+        smoothing = {"label_smoothing": SMOOTHED[name]} if name in SMOOTHED else {}
+        reads = LOSSES[name].reads
+        several: list[tuple[dict[str, Any], str | None]] = [({"beta": beta} | smoothing, None) for beta in (0.1, 1.0)]
+        several += [({}, None)] if name.startswith("aot") else []
+        several += [({"discopop_tau": 1.0, "beta": 0.5}, None)] if name == "discopop" else []
+        several += [({"ld_alpha": weight} | smoothing, None) for weight in (0.0, 0.4) if "ld_alpha" in reads]
+        several += [(smoothing, divergence) for divergence in DIVERGENCES if "divergence" in reads]
+        for settings, divergence in several:
+            said = [name, divergence, *(f"{key}={value}" for key, value in settings.items())]
+            yield pytest.param({name: 1.0}, settings, divergence, id=" ".join(filter(None, said)))
+    yield {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}, {"beta": 0.5}, None
+    yield {"ipo": 2.0, "apo_zero": 0.1}, {"beta": 0.5}, None
+    yield {"sigmoid": 1.0, "sft": 1.0}, {"ld_alpha": 0.4}, None  # the SFT term reads the plain sums, with TRL and here
 
 
-@pytest.mark.parametrize("name", [name for name in PLAIN if "divergence" in LOSSES[name].reads])
-@pytest.mark.parametrize("divergence", ["forward_kl", "js", "alpha"])
-def test_a_divergence_is_trls(name: Any, divergence: Any) -> None:
+@pytest.mark.parametrize(("mixture", "settings", "divergence"), cases())
+def test_a_loss_is_trls(mixture: Any, settings: dict[str, Any], divergence: Any) -> None:
     """TRL's alpha-divergence knows no float64 and clamps what would overflow: there it is float32."""
-    dtype = torch.float32 if divergence == "alpha" else torch.float64
-    batch = Batch.draw(1, dtype)
-    smoothing = SMOOTHED.get(name, 0.0)
-    kinds = {"js": "js_divergence", "alpha": "alpha_divergence"}
-    trls = trl_loss(
-        batch,
-        [name],
-        [1.0],
-        label_smoothing=smoothing,
-        f_divergence_type=kinds.get(divergence, divergence),
-        f_alpha_divergence_coef=0.3,
-    )
-    changes = {"divergence_alpha": 0.3} if divergence == "alpha" else {}
-    settings = TrainParams(loss=name, label_smoothing=smoothing, divergence=divergence, **changes)
-    assert_equal(our_loss(batch, settings), trls, batch.policy)
-
-
-@pytest.mark.parametrize("name", [name for name in PLAIN if "ld_alpha" in LOSSES[name].reads])
-@pytest.mark.parametrize("weight", [0.0, 0.4])
-def test_ld_is_trls(name: Any, weight: float) -> None:
-    batch = Batch.draw(2)
-    smoothing = SMOOTHED.get(name, 0.0)
-    trls = trl_loss(batch, [name], [1.0], label_smoothing=smoothing, ld_alpha=weight)
-    ours = our_loss(batch, TrainParams(loss=name, label_smoothing=smoothing, ld_alpha=weight))
-    assert_equal(ours, trls, batch.policy)
+    batch = Batch.draw(0, torch.float32 if divergence == "alpha" else torch.float64)
+    ours, theirs = {}, {}
+    if divergence:
+        theirs = {"f_divergence_type": DIVERGENCES[divergence], "f_alpha_divergence_coef": 0.3}
+        ours = {"divergence": divergence} | ({"divergence_alpha": 0.3} if divergence == "alpha" else {})
+    trls = trl_loss(batch, list(mixture), list(mixture.values()), **settings, **theirs)
+    loss = mixture if len(mixture) > 1 else next(iter(mixture))
+    assert_equal(our_loss(batch, TrainParams(loss=loss, **settings, **ours)), trls, batch.policy)
 
 
 @pytest.mark.parametrize("name", [name for name in PLAIN if "weighting" in LOSSES[name].reads])
@@ -228,36 +214,6 @@ def test_wpo_is_trls(name: Any) -> None:
         return
     torch.testing.assert_close(gradient, torch.autograd.grad(trls, batch.policy)[0], atol=TOLERANCE, rtol=TOLERANCE)
     assert gradient.abs().max() > 1e-5
-
-
-@pytest.mark.parametrize(
-    "mixture",
-    [
-        {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0},
-        {"sigmoid": 1.0, "sft": 0.5},
-        {"ipo": 2.0, "apo_zero": 0.1},
-    ],
-)
-def test_a_mixture_is_trls(mixture: Any) -> None:
-    batch = Batch.draw(3)
-    trls = trl_loss(batch, list(mixture), list(mixture.values()), beta=0.5)
-    assert_equal(our_loss(batch, TrainParams(loss=mixture, beta=0.5)), trls, batch.policy)
-
-
-@pytest.mark.parametrize("weight", [0.0, 0.4])
-def test_a_mixture_with_ld_is_trls(weight: float) -> None:
-    """The SFT term reads the plain sums, with TRL and here."""
-    batch = Batch.draw(9)
-    trls = trl_loss(batch, ["sigmoid", "sft"], [1.0, 1.0], ld_alpha=weight)
-    ours = our_loss(batch, TrainParams(loss={"sigmoid": 1.0, "sft": 1.0}, ld_alpha=weight))
-    assert_equal(ours, trls, batch.policy)
-
-
-@pytest.mark.parametrize("tau", [0.05, 1.0])
-def test_discopop_reads_its_temperature(tau: float) -> None:
-    batch = Batch.draw(4)
-    trls = trl_loss(batch, ["discopop"], [1.0], discopop_tau=tau, beta=0.5)
-    assert_equal(our_loss(batch, TrainParams(loss="discopop", discopop_tau=tau, beta=0.5)), trls, batch.policy)
 
 
 # --- without a reference ------------------------------------------------------------------------

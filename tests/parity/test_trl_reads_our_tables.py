@@ -5,7 +5,6 @@ Another implementation reads the same prompt, the same answers and the same boun
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -18,26 +17,6 @@ from dpo_cli.data.convert import convert
 from dpo_cli.data.plan import Treatment
 
 NUM_ROWS = 24
-
-
-@pytest.fixture(scope="module")
-def model_and_tokenizer() -> Any:
-    """A tiny random llama with the embedded tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from dpo_cli.models.embedded import build_tokenizer
-
-    tokenizer = build_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=256,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return LlamaForCausalLM(config), tokenizer
 
 
 def tables(source: Source, folder: Path) -> Any:
@@ -68,7 +47,7 @@ def arguments(kind: Any, folder: Path) -> Any:
     )
 
 
-def test_preferences_go_into_the_dpo_trainer(tmp_path: Path, model_and_tokenizer: Any) -> None:
+def test_preferences_go_into_the_dpo_trainer(tmp_path: Path, tokenizer: Any, make_llama: Any) -> None:
     from trl import DPOConfig, DPOTrainer
 
     rows = [
@@ -77,10 +56,9 @@ def test_preferences_go_into_the_dpo_trainer(tmp_path: Path, model_and_tokenizer
     path = tmp_path / "pairs.json"
     path.write_text(json.dumps(rows), encoding="utf-8")
     table = tables(PreferenceSource(path=str(path)), tmp_path)
-    model, tokenizer = model_and_tokenizer
     trainer = DPOTrainer(
-        model=model,
-        ref_model=copy.deepcopy(model),
+        model=make_llama(len(tokenizer)),
+        ref_model=make_llama(len(tokenizer)),
         args=arguments(DPOConfig, tmp_path),
         train_dataset=table,
         processing_class=tokenizer,
@@ -96,16 +74,18 @@ def test_preferences_go_into_the_dpo_trainer(tmp_path: Path, model_and_tokenizer
     assert result.training_loss == pytest.approx(0.6931, abs=1e-3)
 
 
-def test_instructions_go_into_the_sft_trainer(tmp_path: Path, model_and_tokenizer: Any) -> None:
+def test_instructions_go_into_the_sft_trainer(tmp_path: Path, tokenizer: Any, make_llama: Any) -> None:
     from trl import SFTConfig, SFTTrainer
 
     rows = [{"instruction": "Add 1.", "input": f"{n} cats", "output": f"{n + 1} cats"} for n in range(NUM_ROWS)]
     path = tmp_path / "instructions.json"
     path.write_text(json.dumps(rows), encoding="utf-8")
     table = tables(SftSource(path=str(path)), tmp_path)
-    model, tokenizer = model_and_tokenizer
     trainer = SFTTrainer(
-        model=model, args=arguments(SFTConfig, tmp_path), train_dataset=table, processing_class=tokenizer
+        model=make_llama(len(tokenizer)),
+        args=arguments(SFTConfig, tmp_path),
+        train_dataset=table,
+        processing_class=tokenizer,
     )
     encoder = ChatEncoder(tokenizer)
     for theirs, ours in zip(trainer.train_dataset, table, strict=True):

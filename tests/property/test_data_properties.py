@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from dpo_cli.data.formats import PREFERENCE_FORMATS, SFT_FORMATS
 from dpo_cli.data.formats.base import Format, Reading
-from dpo_cli.data.formats.boundaries import shared_tokens
 from dpo_cli.data.formats.detect import RowReader, UnknownFormatError
-from dpo_cli.data.formats.implicit import IMPLICIT
-from dpo_cli.data.formats.kwise import KWISE
+from dpo_cli.data.formats.pairs import IMPLICIT
+from dpo_cli.data.formats.rankings import KWISE
+from dpo_cli.data.formats.texts import shared_tokens
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import (
     Messages,
@@ -223,35 +223,31 @@ ANSWERS = st.lists(st.tuples(VISIBLE, st.integers(0, 3)), min_size=2, max_size=5
 """Answers with their levels, 0 the best."""
 
 
-def as_ranks(answers: list[tuple[str, int]]) -> dict[str, Any]:
-    return {"completions": [text for text, _ in answers], "ranks": [level for _, level in answers]}
+def verdicts(levels: list[int]) -> list[Any]:
+    return [0 if one == other else 1 if one < other else 2 for one, other in combinations(levels, 2)]
 
 
-def as_scores(answers: list[tuple[str, int]]) -> dict[str, Any]:
-    return {"responses": [text for text, _ in answers], "scores": [-float(level) for _, level in answers]}
+def matrix(levels: list[int]) -> list[list[float]]:
+    return [[0.5 if one == other else 0.9 if one < other else 0.1 for other in levels] for one in levels]
 
 
-def as_answers_with_ranks(answers: list[tuple[str, int]]) -> dict[str, Any]:
-    return {"answers": [{"answer": text, "rank": 2.0 * level + 1} for text, level in answers]}
+RANKINGS: dict[str, Callable[[list[str], list[int]], dict[str, Any]]] = {
+    "ranks": lambda texts, levels: {"completions": texts, "ranks": levels},
+    "scores": lambda texts, levels: {"responses": texts, "scores": [-float(level) for level in levels]},
+    "answers with ranks": lambda texts, levels: {
+        "answers": [{"answer": text, "rank": 2.0 * level + 1} for text, level in zip(texts, levels, strict=True)]
+    },
+    "answers with scores": lambda texts, levels: {
+        "completions": [
+            {"response": text, "overall_score": -level, "model": "m"} for text, level in zip(texts, levels, strict=True)
+        ]
+    },
+    "verdicts": lambda texts, levels: {"completions": texts, "preference": verdicts(levels)},
+    "a matrix": lambda texts, levels: {"completions": texts, "preference": matrix(levels)},
+}
 
 
-def as_answers_with_scores(answers: list[tuple[str, int]]) -> dict[str, Any]:
-    return {"completions": [{"response": text, "overall_score": -level, "model": "m"} for text, level in answers]}
-
-
-def as_verdicts(answers: list[tuple[str, int]]) -> dict[str, Any]:
-    levels = [level for _, level in answers]
-    verdicts = [0 if one == other else 1 if one < other else 2 for one, other in combinations(levels, 2)]
-    return {"completions": [text for text, _ in answers], "preference": verdicts}
-
-
-def as_matrix(answers: list[tuple[str, int]]) -> dict[str, Any]:
-    levels = [level for _, level in answers]
-    matrix = [[0.5 if one == other else 0.9 if one < other else 0.1 for other in levels] for one in levels]
-    return {"completions": [text for text, _ in answers], "preference": matrix}
-
-
-def ranking_of(prompt: Messages, answers: list[tuple[str, int]], write: Any) -> RankingExample:
+def ranking_of(prompt: Messages, answers: list[tuple[str, int]], form: str) -> RankingExample:
     """The ranking in these answers, worked out level by level."""
     ordered = [answer for level in range(4) for answer in answers if answer[1] == level]
     levels = [level for _, level in ordered]
@@ -260,18 +256,16 @@ def ranking_of(prompt: Messages, answers: list[tuple[str, int]], write: Any) -> 
         prompt,
         [[assistant(text)] for text, _ in ordered],
         [len({other for other in levels if other < level}) + 1 for level in levels],
-        [-float(level) for level in levels] if write in (as_scores, as_answers_with_scores) else None,
-        pairs if write in (as_verdicts, as_matrix) else None,
+        [-float(level) for level in levels] if "scores" in form else None,
+        pairs if form in ("verdicts", "a matrix") else None,
     )
 
 
-@pytest.mark.parametrize(
-    "write", [as_ranks, as_scores, as_answers_with_ranks, as_answers_with_scores, as_verdicts, as_matrix]
-)
+@pytest.mark.parametrize("form", RANKINGS)
 @given(prompt=conversations(), answers=ANSWERS)
-def test_rankings_read_back(write: Any, prompt: Messages, answers: list[tuple[str, int]]) -> None:
-    row = {"prompt": prompt, **write(answers)}
-    expected = ranking_of(prompt, answers, write)
+def test_rankings_read_back(form: str, prompt: Messages, answers: list[tuple[str, int]]) -> None:
+    row = {"prompt": prompt, **RANKINGS[form](*map(list, zip(*answers, strict=True)))}
+    expected = ranking_of(prompt, answers, form)
     found = read_auto(PREFERENCE_FORMATS, row)
     assert found == expected
     assert found.pairs("all") == [
@@ -298,7 +292,7 @@ def test_a_tree_reads_back(prompt: Messages, answers: list[tuple[str, int]]) -> 
         role = "prompter" if message["role"] == "user" else "assistant"
         node = {"role": role, "text": message["content"], "replies": [node]}
     parts = [example for _, example in read_auto(PREFERENCE_FORMATS, {"prompt": node})]
-    assert parts == [ranking_of(prompt, answers, as_ranks)]
+    assert parts == [ranking_of(prompt, answers, "ranks")]
 
 
 # --- formats: anything else ----------------------------------------------------------------------------------------

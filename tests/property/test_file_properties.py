@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
+from xxhash import xxh64_intdigest
 
 from dpo_cli.core.errors import DataError
 from dpo_cli.data.reading import json_text
@@ -105,6 +106,8 @@ def render(rows: list[dict[str, Any]], form: str, ascii_only: bool = False) -> b
         return json.dumps(rows, ensure_ascii=ascii_only, indent=2).encode()
     if form == "within":
         return f'{{"version": 1, "data": {{"rows": [{", ".join(lines)}], "n": []}}, "end": {{}}}}\n'.encode()
+    if form == "objects":
+        return "\n".join(line.replace("{", "{\n", 1) for line in lines).encode()
     return ("\r\n" if form == "crlf" else "\n").join([*lines, ""]).encode()
 
 
@@ -115,7 +118,7 @@ def within(form: str) -> str:
 @in_a_folder
 @given(
     rows=ROWS,
-    form=st.sampled_from(JSON_FORMS),
+    form=st.sampled_from([*JSON_FORMS, "objects"]),
     ascii_only=st.booleans(),
     mark=st.booleans(),
     compress=st.sampled_from([bytes, zipped, lambda data: pa.compress(data, "zstd", asbytes=True)]),
@@ -243,47 +246,7 @@ def zstd_with_checksum(data: bytes) -> bytes:
     """A Zstandard frame as the zstd program makes it."""
     frame = bytearray(pa.compress(data, "zstd", asbytes=True))
     frame[4] |= 4  # the flag in the frame's header
-    return bytes(frame) + (xxh64(data) & 0xFFFFFFFF).to_bytes(4, "little")
-
-
-def xxh64(data: bytes) -> int:
-    """The hash that Zstandard's checksums are taken from."""
-    mask = 2**64 - 1
-    p1, p2, p3, p4, p5 = (
-        11400714785074694791, 14029467366897019727, 1609587929392839161, 9650029242287828579, 2870177450012600261,
-    )  # fmt: skip
-
-    def rotate(value: int, by: int) -> int:
-        return (value << by | value >> 64 - by) & mask
-
-    def mix(lane: int, word: int) -> int:
-        return rotate((lane + word * p2) & mask, 31) * p1 & mask
-
-    def words(size: int, count: int) -> Iterator[int]:
-        nonlocal place
-        for _ in range(count):
-            yield int.from_bytes(data[place : place + size], "little")
-            place += size
-
-    place = 0
-    value = p5
-    if len(data) >= 32:
-        lanes = [(p1 + p2) & mask, p2, 0, -p1 & mask]
-        for _ in range(len(data) // 32):
-            lanes = [mix(lane, word) for lane, word in zip(lanes, words(8, 4), strict=True)]
-        value = sum(rotate(lane, by) for lane, by in zip(lanes, (1, 7, 12, 18), strict=True)) & mask
-        for lane in lanes:
-            value = ((value ^ mix(0, lane)) * p1 + p4) & mask
-    value = (value + len(data)) & mask
-    for word in words(8, (len(data) - place) // 8):
-        value = (rotate(value ^ mix(0, word), 27) * p1 + p4) & mask
-    for word in words(4, (len(data) - place) // 4):
-        value = (rotate(value ^ word * p1 & mask, 23) * p2 + p3) & mask
-    for byte in words(1, len(data) - place):
-        value = rotate(value ^ byte * p5 & mask, 11) * p1 & mask
-    value = (value ^ value >> 33) * p2 & mask
-    value = (value ^ value >> 29) * p3 & mask
-    return value ^ value >> 32
+    return bytes(frame) + (xxh64_intdigest(data) & 0xFFFFFFFF).to_bytes(4, "little")
 
 
 @damaging
@@ -449,18 +412,8 @@ def test_damage_to_arrow_never_loses_rows(
 
 # --- anything ---------------------------------------------------------------------------------------------------------
 
-BEGINNINGS = [
-    b"",
-    b"[",
-    b"{",
-    b"a,b\n",
-    b'"',
-    b"PAR1",
-    b"ARROW1\0\0",
-    b"\xff\xff\xff\xff",
-    b"\x1f\x8b\x08\0",
-    b"\x28\xb5\x2f\xfd",
-]
+MAGIC = [b"PAR1", b"ARROW1\0\0", b"\xff\xff\xff\xff", b"\x1f\x8b\x08\0", b"\x28\xb5\x2f\xfd"]
+BEGINNINGS = [b"", b"[", b"{", b"a,b\n", b'"', *MAGIC]
 
 
 @in_a_folder

@@ -7,9 +7,8 @@ through transformers' own model: a log-softmax over all logits and a sum.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,17 +24,17 @@ from dpo_cli.core.params import HfJudgeParams, Params, RuntimeParams
 from dpo_cli.core.progress import SilentReporter
 from dpo_cli.data.schema import user
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.models.adapters import load_pair
+from dpo_cli.models.adapters import FrozenBase
 from dpo_cli.models.load import keep_weights_unpacked, load_config, load_model, load_tokenizer
-from dpo_cli.models.project import Project, open_project
-from dpo_cli.models.workplace import Workplace
-from dpo_cli.reference.cache import group_keys, read_cache
+from dpo_cli.models.project import Project, Workplace, open_project
 from dpo_cli.scoring.layout import LAYOUTS
 from dpo_cli.scoring.probe import open_scorer
+from dpo_cli.scoring.reference import read_cache
 from dpo_cli.scoring.scorer import Scorer
 from tests import gguf_files
 from tests.live_memory import LiveMemory
 from tests.real.fetch import MODELS, RealModel, fetch, imported
+from tests.tiny_project import run_stages, write_raw
 
 TOLERANCE = 1e-3
 """Nats, on sums of log-probabilities over an answer: what float32 leaves open between two ways to compute them."""
@@ -79,15 +78,9 @@ class Run:
 @pytest.fixture(scope="module", params=list(MODELS))
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, make_reporter: Any) -> Iterator[Run]:
     """Three steps of DPO in nf4, straight from the base model, in a project that is the working directory."""
-    from dpo_cli.stages import base, convert_preferences, precompute_ref, sft, train
-
     model = MODELS[request.param]
     folder = imported(model)
     project = tmp_path_factory.mktemp(model.name)
-    (project / "data/raw").mkdir(parents=True)
-    (project / "data/raw/preferences.json").write_text(
-        json.dumps(preference_rows(model.num_sentences)), encoding="utf-8"
-    )
     params = parse_params(
         {
             "data": {"eval_fraction": 0.25},
@@ -98,15 +91,10 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
             "runtime": {"model_path": str(folder), "device": "cpu", "threads": 1},
         }
     )
-    before = Path.cwd()
-    os.chdir(project)
-    try:
-        reporter = make_reporter()
-        for stage in (base, convert_preferences, sft, precompute_ref):
-            stage.run(params, reporter)
-        yield Run(model, folder, project, params, train.run(params, reporter))
-    finally:
-        os.chdir(before)
+    with contextlib.chdir(project):
+        write_raw(preference_rows(model.num_sentences))
+        stages = ("base", "convert_preferences", "sft", "precompute_ref", "train")
+        yield Run(model, folder, project, params, run_stages(params, make_reporter(), *stages))
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +111,7 @@ def groups(project: Project) -> list[TokenGroup]:
 @pytest.fixture(scope="module")
 def policy(run: Run, project: Project) -> Any:
     """What was trained, as `evaluate` loads it."""
-    return load_pair(run.folder, project.sft, project.machine, "nf4").use_policy()
+    return FrozenBase(run.folder, project.sft, project.machine, "nf4").pair().use_policy()
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +166,7 @@ def our_logps(scorer: Scorer, groups: Sequence[TokenGroup]) -> torch.Tensor:
 
 def test_the_reference_cache_is_plain_transformers(run: Run, project: Project, groups: Any, plain: Any) -> None:
     cache = read_cache(Path("data/reference"), project.identity)
-    cached = torch.tensor([[cache[key] for key in group_keys(group)] for group in groups], dtype=torch.float64)
+    cached = torch.tensor([[cache[key] for key in group.keys] for group in groups], dtype=torch.float64)
     window = getattr(load_config(run.folder), "sliding_window", None) or 0
     assert max(len(group.prompt) for group in groups) > window
     assert run.note("cache, against plain transformers in nf4", cached, plain_logps(plain, groups)) < TOLERANCE
@@ -225,7 +213,7 @@ def test_the_adapter_as_its_model_card_says_gives_the_policys_log_probabilities(
 
 
 def test_generation_is_transformers_greedy(run: Run, project: Project, make_reporter: Any) -> None:
-    from dpo_cli.evaluation.decoding import Sampling
+    from dpo_cli.evaluation.decoding import Decoding
     from dpo_cli.evaluation.generation import PromptTokens, sample_answers
     from dpo_cli.scoring.budget import TokenBudget
 
@@ -235,7 +223,7 @@ def test_generation_is_transformers_greedy(run: Run, project: Project, make_repo
     stops = project.encoder.stop_ids
     with make_reporter().meter("answers", len(prompts), "answers") as meter:
         answers = sample_answers(
-            model, prompts, Sampling(0.0, 16, tuple(stops)), budget=TokenBudget(1024, "test", make_reporter()),
+            model, prompts, Decoding(0.0, 16, tuple(stops)), budget=TokenBudget(1024, "test", make_reporter()),
             autocast_dtype=torch.float32, meter=meter,
         )  # fmt: skip
     for prompt in prompts:

@@ -10,9 +10,11 @@ import math
 import pytest
 import torch
 
-from dpo_cli.evaluation.held_out import HeldOutPair, summarize_held_out
+from dpo_cli.evaluation.metrics import held_out_metrics
+from dpo_cli.evaluation.rewards import ScoredGroup, pair_losses
 from dpo_cli.losses.pairwise import Pairs, sigmoid
 from dpo_cli.losses.ranking import plackett_luce
+from dpo_cli.statistics.intervals import Sampling
 from tests.theory.worlds import BETAS, float64, make_world
 
 PROMPTS, ANSWERS, PAIRS = 3, 5, 40
@@ -82,11 +84,12 @@ def test_a_policy_that_is_its_reference_weighs_each_pair_one_half(beta: float) -
 def test_what_is_reported_of_a_policy_that_is_its_reference_knows_nothing() -> None:
     """Section 4, at step 0: margins beta (0 - 0) = 0, loss ln 2, and half of the pairs are right: all are ties."""
     logps = [(-3.5, -7.25), (-41.0, -2.0), (-9.0, -9.0)]
-    pairs = [HeldOutPair(str(number), "x", pair, pair, (3, 4)) for number, pair in enumerate(logps)]
-    found = summarize_held_out(pairs, 0.3, draws=10, confidence=0.9, seed=0)
-    assert max(map(abs, [*found.margins, found.margin.value])) < 1e-12
-    assert abs(found.loss.value - math.log(2)) < 1e-12
-    assert abs(found.reward_accuracy.value - 0.5) < 1e-12
+    pairs = [ScoredGroup.implicit((str(number), "x"), pair, pair, (3, 4), 0.3) for number, pair in enumerate(logps)]
+    found = held_out_metrics(pairs, pair_losses(pairs, 0.3), Sampling(draws=10, confidence=0.9, seed=0))
+    assert max(abs(pair.margin) for pair in pairs) < 1e-12
+    assert abs(found["margin"]) < 1e-12
+    assert abs(found["loss"] - math.log(2)) < 1e-12
+    assert abs(found["reward_accuracy"] - 0.5) < 1e-12
 
 
 @pytest.mark.parametrize("answers", [2, 3, 5])

@@ -12,13 +12,12 @@ import torch
 from dpo_cli.core.params import RuntimeParams, TrainParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.losses.reinforcement import KlController
-from dpo_cli.models.workplace import Workplace
+from dpo_cli.models.project import Workplace
 from dpo_cli.rlhf.objective import PolicyGradient
 from dpo_cli.rlhf.rollouts import Course, Rollouts, Scored
-from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.scorer import Scores, Statistics
 from dpo_cli.training import loop as loop_module
-from dpo_cli.training.accumulation import Limits, LossScale
+from dpo_cli.training.accumulation import Limits
 from dpo_cli.training.fit import make_descent
 from dpo_cli.training.loop import Data, Loop
 from dpo_cli.training.parallel import Job
@@ -112,11 +111,11 @@ def train(
     source = Rollouts(TableActor(table, 8), rewards, KlController(beta), course)
     num_steps = num_rounds * course.steps_a_round
     settings = TrainParams(learning_rate=0.03, schedule="linear", warmup_ratio=0.0)
-    job = Job(Workplace("ppo", reporter, RuntimeParams(checkpoint_minutes=0.0), cpu), folder)
+    work = Workplace("ppo", reporter, RuntimeParams(checkpoint_minutes=0.0), cpu)
+    job = Job(work, folder)
     descent = make_descent(table, settings, num_steps, cpu.device, "ppo")
     learner = Learner(table, table, PolicyGradient(source, value_clip=10.0, value_coefficient=0.5))  # type: ignore[arg-type]
-    limits = Limits(TokenBudget(256, "ppo", reporter), LossScale(torch.float32, "ppo", reporter, None))
-    loop = Loop(learner, Data(source), descent, loop_module.Course(num_steps), limits, job)
+    loop = Loop(learner, Data(source), descent, loop_module.Course(num_steps), Limits.of(work, 256), job)
     loop.run()
     return table, loop
 

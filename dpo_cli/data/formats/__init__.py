@@ -1,7 +1,6 @@
 """One reader a format: what its rows look like, and how one becomes a canonical example.
 
-A reader is a module-level :class:`~dpo_cli.data.formats.base.Format`; the registry below is
-the only list of them. A new format is one new file and one new line.
+A reader is a module-level :class:`~dpo_cli.data.formats.base.Format`; the registry below is the only list of them.
 """
 
 from __future__ import annotations
@@ -9,16 +8,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from dpo_cli.data.formats.alpaca import ALPACA
 from dpo_cli.data.formats.base import Format, Reading
-from dpo_cli.data.formats.hh import HH
-from dpo_cli.data.formats.implicit import IMPLICIT
-from dpo_cli.data.formats.kwise import KWISE
-from dpo_cli.data.formats.messages import MESSAGES
-from dpo_cli.data.formats.oasst import OASST, OASST_SFT
-from dpo_cli.data.formats.pairs import PAIRS
-from dpo_cli.data.formats.prompt_completion import PROMPT_COMPLETION
-from dpo_cli.data.formats.sharegpt import SHAREGPT
+from dpo_cli.data.formats.instructions import ALPACA, MESSAGES, PROMPT_COMPLETION
+from dpo_cli.data.formats.pairs import HH, IMPLICIT, PAIRS, SHAREGPT
+from dpo_cli.data.formats.rankings import KWISE, OASST, OASST_SFT
 from dpo_cli.data.formats.two_outputs import TWO_OUTPUTS
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import PreferenceExample, RankingExample, RawRow, SftExample
@@ -46,9 +39,8 @@ def preferred_of(source: Format[Any]) -> Format[Any]:
 
     def matches(row: RawRow) -> bool:
         # a field of that name that holds no answer, such as a truth value, makes no preference of a row
-        return (
-            "rejected" not in source.names or isinstance(row.get("rejected"), str | list | dict)
-        ) and source.matches(row)
+        has_answer = "rejected" not in source.names or isinstance(row.get("rejected"), str | list | dict)
+        return has_answer and source.fits(row)
 
     return replace(source, read=read, note=note, matches=matches)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from dpo_cli.data.formats.base import Column, Columns, Format, Reading
 from dpo_cli.data.formats.columns import Plan, plan_of
@@ -24,21 +24,13 @@ _OFFERED = {
 """Names that are offered for a field, and never taken for it unasked."""
 
 
-@dataclass(frozen=True)
-class _Guess:
-    """Columns by which a row may be read as a format: their names end or begin as fields do, such as en_input.
+class _Guess(NamedTuple):
+    """Columns by which a row may be read as a format: their names end or begin as fields do, such as en_input."""
 
-    Attributes:
-        columns: Those that the user does not name and the format does not find.
-        missing: Fields that are needed beside them.
-        borrowed: How many of the needed fields are found by another name than their own.
-        num_found: How many of the needed fields are there.
-    """
-
-    columns: Columns
-    missing: tuple[str, ...]
-    borrowed: int
-    num_found: int
+    columns: Columns  # that the user does not name and the format does not find
+    missing: tuple[str, ...]  # fields that are needed beside them
+    borrowed: int  # how many of the needed fields are found by another name than their own
+    num_found: int  # how many of them are there
 
 
 def columns_to_say(

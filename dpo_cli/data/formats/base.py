@@ -56,16 +56,6 @@ def paths_of(column: Column) -> list[str]:
     return [column] if isinstance(column, str) else column
 
 
-def always(row: RawRow) -> bool:
-    """Any row."""
-    return True
-
-
-def never(row: RawRow) -> bool:
-    """No row."""
-    return False
-
-
 @dataclass(frozen=True)
 class Format(Generic[Found]):
     """A format of input rows.
@@ -76,9 +66,9 @@ class Format(Generic[Found]):
         names: The fields it reads, each with the other names it goes by in the wild.
         needs: Alternatives of fields that a row must have, by their names in ``names``.
         read: The canonical example in a row, or several of them as parts; raises :class:`RowProblem`.
-        matches: What the row's values must look like beside its having the fields.
+        matches: What the row's values must look like beside its having the fields; None: like anything.
         weak: Whether a row that matches might as well be a row of another format that lacks a
-            field; it is read so only in a file most of whose rows are of this format.
+            field; it is read so only in a file most of whose rows are of this format. None: never.
         note: What a user should know who did not choose it, for the account.
         doubt: Why reading these rows of a file so would be a guess, and how to say what they are;
             empty: it would be none. Only asked where the user names no format.
@@ -86,8 +76,7 @@ class Format(Generic[Found]):
             say it, beside those that the user names.
         alternatives: Two fields of which the second is not read where the first holds something.
         of_a_turn: What it reads of a turn beside role, text and the like; None: its fields hold no such turns.
-        leaves: Fields of which it may leave something beside such turns.
-        unread: What it leaves of them in a row: the name of each, and perhaps the part that it leaves.
+        unread: What it leaves of a row's fields beside such turns, by the fields' names: parts, or all of it (empty).
     """
 
     name: str
@@ -95,15 +84,18 @@ class Format(Generic[Found]):
     names: Mapping[str, tuple[str, ...]]
     needs: tuple[tuple[str, ...], ...]
     read: Callable[[RawRow, Reading], Found | Iterator[Part[Found]]]
-    matches: Callable[[RawRow], bool] = always
-    weak: Callable[[RawRow], bool] = never
+    matches: Callable[[RawRow], bool] | None = None
+    weak: Callable[[RawRow], bool] | None = None
     note: Callable[[RawRow, Reading], str] = lambda row, reading: ""
     doubt: Callable[[Sequence[RawRow], Reading], str] = lambda rows, reading: ""
     suggest: Callable[[Collection[str], Mapping[str, Column]], Suggestion | None] = lambda keys, named: None
     alternatives: tuple[tuple[str, str], ...] = ()
     of_a_turn: tuple[str, ...] | None = ()
-    leaves: tuple[str, ...] = ()
-    unread: Callable[[RawRow], Iterable[tuple[str, str]]] = lambda row: ()
+    unread: Mapping[str, Callable[[RawRow], Iterable[str]]] = field(default_factory=dict)
+
+    def fits(self, row: RawRow) -> bool:
+        """Whether a row that has the fields looks like one of this format."""
+        return self.matches is None or self.matches(row)
 
 
 def says_something(value: Any) -> bool:

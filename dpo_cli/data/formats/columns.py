@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from dpo_cli.data.formats.base import Column, Columns, Format, Reading, paths_of, says_something
@@ -34,7 +35,7 @@ class Plan:
         entered: Keys of which only parts are read, with the paths of these parts in them.
         alternatives: The format's alternatives of which these rows may have both.
         spoken: Fields that these rows have and that may hold turns.
-        leaves: Whether they have a field of which the format may leave something else.
+        leaves: Fields that they have and of which the format may leave something else.
     """
 
     format: Format[Any]
@@ -48,9 +49,9 @@ class Plan:
     entered: Mapping[str, frozenset[str]] = field(default_factory=dict)
     alternatives: tuple[tuple[str, str], ...] = ()
     spoken: tuple[str, ...] = ()
-    leaves: bool = False
+    leaves: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def fits(self) -> bool:
         """Whether each needed field is found, and is found in one place."""
         return not self.missing and not self.rivals
@@ -61,6 +62,8 @@ class Plan:
         Raises:
             RowProblem: A needed field is not where it is said to be.
         """
+        if not (self.columns or self.hidden):
+            return row
         renamed = dict(row)
         for key in self.hidden:
             renamed.pop(key, None)
@@ -85,7 +88,7 @@ class Plan:
         sources = {path if path in renamed else path.partition(".")[0] for path in paths} - self.format.names.keys()
         return {key: value for key, value in renamed.items() if key not in sources} if sources else renamed
 
-    @property
+    @cached_property
     def may_leave(self) -> bool:
         """Whether rows with these keys may hold something that is not read."""
         return bool(self.unread or self.entered or self.alternatives or self.spoken or self.leaves)
@@ -102,10 +105,9 @@ class Plan:
             if type(value := renamed.get(name)) is list or type(value) is dict:
                 column = shown(self.columns.get(name, name))
                 found += [f"{column}.{key}" for key in self._unread_of_turns(name, value, renamed)]
-        if self.leaves:
-            for name, part in self.format.unread(renamed):
-                column = shown(self.columns.get(name, name))
-                found.append(f"{column}.{part}" if part else column)
+        for name in self.leaves:
+            column = shown(self.columns.get(name, name))
+            found += [f"{column}.{part}" if part else column for part in self.format.unread[name](renamed)]
         if not self.entered and not self.alternatives:
             return tuple(dict.fromkeys(found)) if found else ()
         for key, paths in self.entered.items():
@@ -194,7 +196,7 @@ def plan_of(fmt: Format[Any], keys: Collection[str], named: Mapping[str, Column]
         {key: frozenset(rests) for key, rests in entered.items()},
         tuple(pair for pair in fmt.alternatives if all(map(found.has, pair))),
         tuple(name for name in _SPOKEN if name in fmt.names and found.has(name)) if fmt.of_a_turn is not None else (),
-        any(map(found.has, fmt.leaves)),
+        tuple(filter(found.has, fmt.unread)),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,23 +15,17 @@ from dpo_cli.data.formats.base import (
     Columns,
     Format,
     Reading,
-    always,
-    never,
     paths_of,
 )
 from dpo_cli.data.formats.columns import MISSING, Plan, look_up, plan_of, shown
-from dpo_cli.data.formats.content import is_turn, media_keys, refuse_media
+from dpo_cli.data.formats.content import is_turn, media_keys, read_tools, refuse_media
+from dpo_cli.data.formats.instructions import ANSWER_NAMES, unpaired_label
 from dpo_cli.data.formats.prompts import CONVERSATION_NAMES, tools_of
 from dpo_cli.data.formats.rendered import unwrap, unwrap_row
-from dpo_cli.data.formats.tools import read_tools
-from dpo_cli.data.formats.unpaired import ANSWER_NAMES, unpaired_label
 from dpo_cli.data.problem import RowProblem, kind_of, shown_name
 from dpo_cli.data.schema import RawRow, with_tools
 
-_Test = Callable[[RawRow], bool]
-_Step = tuple[Plan, bool, _Test | None, _Test | None]
-"""A plan, whether it renames fields, and what to ask of a row: whether it matches, and whether it does so weakly."""
-_PLANS_KEPT = 10_000
+_PLANS_KEPT = 2000
 """Rows whose keys are data must not fill the memory."""
 
 
@@ -61,9 +55,7 @@ class RowReader:
         self._reading = replace(reading, in_order=reading.in_order or name == "kwise")
         self._unread: Counter[tuple[str, ...]] = Counter()
         self._unwrapped: Counter[str] = Counter()
-        self._steps: dict[tuple[str, ...], list[_Step]] = {}
-        self._media: dict[tuple[str, ...], tuple[str, ...]] = {}
-        self._fallbacks: dict[tuple[str, ...], Plan] = {}
+        self._plans: dict[tuple[str, ...], tuple[list[Plan], tuple[str, ...]]] = {}
         self._main: Format[Any] | None = None
         known = {field for fmt in self._formats for field in fmt.names}
         for field in columns:
@@ -111,24 +103,22 @@ class RowReader:
         Raises:
             RowProblem: It holds media, or may be read in two ways.
         """
-        keys = tuple(row)
         made_by = ""
-        steps = self._steps.get(keys)
-        if steps is None:
-            steps = self._steps_of(keys)
-            refuse_media(row, self._media_in(keys))
-        elif keys in self._media:
-            refuse_media(row, self._media[keys])
-        for plan, moves, matches, weak in steps:
-            found = plan.rename(row) if moves else row
+        keys = tuple(row)
+        plans, media = self._plans.get(keys) or self._plans_of(keys)
+        if media:
+            refuse_media(row, media)
+        for plan in plans:
+            if not plan.fits:
+                continue
+            found = plan.rename(row)
             if unwraps:
                 found, made_by = unwrap_row(found, plan.format.names)
-            if (matches is None or matches(found)) and (weak is None or not self._is_doubtful(plan, found)):
+            fmt = plan.format
+            if (fmt.matches is None or fmt.matches(found)) and (fmt.weak is None or not self._is_doubtful(fmt, found)):
                 return plan, found, made_by
-        plan = self._fallback_of(keys)
-        found = plan.rename(row)
-        if unwraps:
-            found, made_by = unwrap_row(found, plan.format.names)
+        plan = plans[self._formats.index(self._main) if self._main else 0]
+        found, made_by = _renamed(plan, row, unwraps=unwraps)
         if plan.rivals:
             field, rivals = next(iter(plan.rivals.items()))
             raise RowProblem("two_fields", f"{' and '.join(rivals)} may both be {field}; say which in columns")
@@ -147,42 +137,23 @@ class RowReader:
         unwrapped, self._unwrapped = self._unwrapped, Counter()
         return unwrapped
 
-    def _steps_of(self, keys: tuple[str, ...]) -> list[_Step]:
-        """What to try for rows with these keys, in the order of the formats."""
-        plans = [plan_of(fmt, keys, self._columns, self._reading) for fmt in self._formats]
-        steps = [
-            (
-                plan,
-                bool(plan.columns or plan.hidden),
-                None if plan.format.matches is always else plan.format.matches,
-                None if plan.format.weak is never else plan.format.weak,
-            )
-            for plan in plans
-            if plan.fits
-        ]
-        if len(self._steps) < _PLANS_KEPT:
-            self._steps[keys] = steps
-            if media := self._media_in(keys):
-                self._media[keys] = media
-        return steps
+    def _plans_of(self, keys: tuple[str, ...]) -> tuple[list[Plan], tuple[str, ...]]:
+        """How rows with these keys are read as each format, and their fields that hold pictures and the like.
 
-    def _media_in(self, keys: tuple[str, ...]) -> tuple[str, ...]:
-        """Fields that hold pictures and the like, but for those that the user names as text."""
+        Those that the user names as text are none.
+        """
+        if keys in self._plans:
+            return self._plans[keys]
         named = {path for column in self._columns.values() for path in paths_of(column)}
-        return tuple(key for key in media_keys(keys) if key not in named)
+        plans = [plan_of(fmt, keys, self._columns, self._reading) for fmt in self._formats]
+        known = plans, tuple(key for key in media_keys(keys) if key not in named)
+        if len(self._plans) < _PLANS_KEPT:
+            self._plans[keys] = known
+        return known
 
-    def _fallback_of(self, keys: tuple[str, ...]) -> Plan:
-        """How rows with these keys are read where none of the steps does."""
-        plan = self._fallbacks.get(keys)
-        if plan is None:
-            plan = plan_of(self._main or self._formats[0], keys, self._columns, self._reading)
-            if len(self._fallbacks) < _PLANS_KEPT:
-                self._fallbacks[keys] = plan
-        return plan
-
-    def _is_doubtful(self, plan: Plan, row: RawRow) -> bool:
+    def _is_doubtful(self, fmt: Format[Any], row: RawRow) -> bool:
         """Whether the row is more likely one of the file's main format that lacks a field."""
-        return self._main is not None and plan.format is not self._main and plan.format.weak(row)
+        return fmt.weak is not None and self._main not in (None, fmt) and fmt.weak(row)
 
     # --- a whole file -------------------------------------------------------------------------
 
@@ -207,7 +178,7 @@ class RowReader:
         best = max(found, key=lambda name: len(found[name]))
         self.use_fallback(best)
         for name in [name for name in found if name != best]:
-            found[name] = [(plan, row) for plan, row in found[name] if not plan.format.weak(row)]
+            found[name] = [(plan, row) for plan, row in found[name] if not self._is_doubtful(plan.format, row)]
         for name, read in found.items():
             for plan, alike in _by_reading(read):
                 if doubt := plan.format.doubt([plan.without_sources(row) for row in alike], plan.reading):
@@ -221,7 +192,6 @@ class RowReader:
     def use_fallback(self, name: str) -> None:
         """Read rows that fit no format as this one."""
         self._main = next(fmt for fmt in self._formats if fmt.name == name)
-        self._fallbacks.clear()
 
     @property
     def fallback(self) -> str:
@@ -229,15 +199,12 @@ class RowReader:
         return (self._main or self._formats[0]).name
 
     def _choose(self, row: RawRow) -> tuple[Plan, RawRow] | None:
-        keys = tuple(row)
-        for plan, *_ in self._steps.get(keys) or self._steps_of(keys):
+        for plan in filter(lambda plan: plan.fits, self._plans_of(tuple(row))[0]):
             try:
-                renamed = plan.rename(row)
+                renamed, _ = _renamed(plan, row, unwraps=self._reading.unwrap)
             except RowProblem:
                 continue
-            if self._reading.unwrap:
-                renamed, _ = unwrap_row(renamed, plan.format.names)
-            if plan.format.matches(renamed):
+            if plan.format.fits(renamed):
                 return plan, renamed
         return None
 
@@ -269,7 +236,7 @@ class RowReader:
         told = [f"unknown format: its first row has {fields}", *self._what_to_say(objects)]
         lists = [key for key, value in first.items() if isinstance(value, list) and any(map(_is_row, value[:1]))]
         if lists and len(rows) == 1:
-            told.append(f"if the rows lie within, say records: {lists[0]}")
+            told.append(f"if the rows are nested, set records: {lists[0]}")
         texts = [(key, unwrap(value)) for key, value in first.items() if isinstance(value, str)]
         for key, conversation in texts:
             if conversation and any("messages" in fmt.names for fmt in self._formats):
@@ -311,7 +278,7 @@ class RowReader:
 
     def _closest(self, row: RawRow) -> tuple[str, Format[Any] | None]:
         """What keeps the row from the format that comes next to it, and that one, where it lacks fields."""
-        plans = [plan_of(fmt, tuple(row), self._columns, self._reading) for fmt in self._formats]
+        plans, _ = self._plans_of(tuple(row))
         for plan in plans:
             if plan.rivals and not plan.missing:
                 field, rivals = next(iter(plan.rivals.items()))
@@ -336,6 +303,12 @@ class RowReader:
             told = f"{plan.format.name} comes next to it, which needs {' and '.join(plan.missing)}, too"
             return told, plan.format
         return "", None
+
+
+def _renamed(plan: Plan, row: RawRow, *, unwraps: bool) -> tuple[RawRow, str]:
+    """A row with its fields under their own names, and the template that was taken off it."""
+    found = plan.rename(row)
+    return unwrap_row(found, plan.format.names) if unwraps else (found, "")
 
 
 def _with_tools(found: Any, tools: str) -> Any:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpo_cli.data.formats.content import ANSWER_KEYS, CONTENT_KEYS, ROLE_NAMES, is_turn, key_in, role_in
-from dpo_cli.data.formats.transcripts import begins_with_turn, gap_of, is_open_transcript, is_transcript, read_turns
+from dpo_cli.data.formats.texts import begins_with_turn, gap_of, is_open_transcript, is_transcript, read_turns
 from dpo_cli.data.schema import Messages, RawRow, assistant
 
 _BEGIN = re.compile(r"\s*(?:(?:<s>|<bos>|<\|begin_of_text\|>|<\|startoftext\|>|<｜begin▁of▁sentence｜>)\s*)*")
@@ -30,23 +29,21 @@ _ROLES = {
 }
 
 
-@dataclass(frozen=True)
-class Template:
-    """How a chat template writes turns.
+class Template(NamedTuple):
+    """How a chat template writes turns, which begin with tokens that no text has by itself.
 
-    Attributes:
-        name: What it is called in messages.
-        turn: What a turn begins with; its group, or all of it, says whose it is.
-        end: What a turn ends with.
-        by_tokens: Whether turns begin with tokens that no text has by itself. Else they begin with words: text may
-            stand before the first one, and only questions with their answers in turn, or the place for the last one,
-            are a conversation.
+    Where they begin with words, text may stand before the first one, and only questions with their answers in turn, or
+    the place for the last one, are a conversation.
     """
 
-    name: str
-    turn: re.Pattern[str]
-    end: re.Pattern[str]
+    name: str  # for messages
+    turn: re.Pattern[str]  # what a turn begins with; its group, or all of it, says whose it is
+    end: re.Pattern[str]  # what a turn ends with
     by_tokens: bool = True
+
+    def role_of(self, begin: re.Match[str]) -> str | None:
+        """Whose the turn is that begins so."""
+        return _ROLES.get((begin[1] if begin.re.groups else begin[0]).strip().lower())
 
 
 _ALPACA = (
@@ -77,19 +74,12 @@ TEMPLATES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """A text that was taken apart.
+class Conversation(NamedTuple):
+    """A text that was taken apart."""
 
-    Attributes:
-        template: What made the text.
-        turns: Its turns.
-        is_open: Whether it stops where an answer begins.
-    """
-
-    template: str
+    template: str  # what made the text
     turns: Messages
-    is_open: bool
+    is_open: bool  # whether it stops where an answer begins
 
 
 def unwrap(text: str) -> Conversation | None:
@@ -123,7 +113,7 @@ def _parsed(template: Template, text: str) -> Conversation | None:
     for index, begin in enumerate(begins):
         is_last = index == len(begins) - 1
         content = text[begin.end() :] if is_last else text[begin.end() : begins[index + 1].start()]
-        role = _ROLES.get((begin[1] if begin.re.groups else begin[0]).strip().lower())
+        role = template.role_of(begin)
         if role == "user" and index and template.name == "Vicuna" and "\n" not in begin[0] and not ended:
             return None  # a sentence goes on
         end = template.end.search(content)
@@ -161,16 +151,16 @@ def _with_system(turns: Messages) -> Messages:
     return turns
 
 
-def bare_answer(text: str, template: str) -> str:
+def _without_marks(text: str, made_by: str) -> str:
     """An answer without the marks that the template puts around it."""
-    for known in TEMPLATES:
-        if known.name == template:
-            begin = known.turn.match(text)
-            if begin and _ROLES.get((begin[1] if begin.re.groups else begin[0]).strip().lower()) == "assistant":
-                text = text[begin.end() :]
-            end = known.end.search(text)
-            return text[: end.start()] if end and _OVER.fullmatch(text, end.end()) else text
-    return text
+    template = next((template for template in TEMPLATES if template.name == made_by), None)
+    if template is None:
+        return text
+    begin = template.turn.match(text)
+    if begin and template.role_of(begin) == "assistant":
+        text = text[begin.end() :]
+    end = template.end.search(text)
+    return text[: end.start()] if end and _OVER.fullmatch(text, end.end()) else text
 
 
 _WHOLE = ("prompt", "messages", "conversations", "chosen", "rejected", "completion", "first", "second")
@@ -200,15 +190,16 @@ def unwrap_row(row: RawRow, names: Collection[str]) -> tuple[RawRow, str]:
         elif type(value) in (list, dict) and (turns := _spliced(value)):
             spliced[name], template = turns
             made_by = made_by or template
-    completions = row.get("completions") if "completions" in names else None
-    listed = [unwrap(text) if type(text) is str else None for text in completions] if type(completions) is list else []
+    value = row.get("completions") if "completions" in names else None
+    completions = value if type(value) is list else []
+    listed = [unwrap(text) if type(text) is str else None for text in completions]
     made_by = made_by or next((conversation.template for conversation in filter(None, listed)), "")
     if not made_by:
         return row, ""
     unwrapped: dict[str, Any] = {**row, **spliced}
     for name, conversation in found.items():
         unwrapped |= _fields_of(name, conversation, row)
-    if completions:
+    if listed:
         unwrapped["completions"] = [_answer(one, text, made_by) for one, text in zip(listed, completions, strict=True)]
     for name in _ANSWERS:
         if name in names and name in row and name not in found and name not in spliced:
@@ -247,12 +238,12 @@ def _spliced(value: Any) -> tuple[Any, str] | None:
 def _bare(value: Any, made_by: str) -> Any:
     """An answer, as text, turns or an object, without the marks that the template puts around it."""
     if type(value) is str:
-        return bare_answer(value, made_by)
+        return _without_marks(value, made_by)
     if type(value) is list:
         return [_bare(turn, made_by) for turn in value]
     if type(value) is dict and (not is_turn(value) or role_in(value) == "assistant"):
         key = key_in(value, CONTENT_KEYS if is_turn(value) else ANSWER_KEYS)
-        return {**value, key: bare_answer(value[key], made_by)} if type(value.get(key)) is str else value
+        return {**value, key: _without_marks(value[key], made_by)} if type(value.get(key)) is str else value
     return value
 
 

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpo_cli.data.formats.base import Format, Reading, number, optional_number
-from dpo_cli.data.formats.content import json_in, refuse_python, turns_in
-from dpo_cli.data.formats.implicit import split_implicit
+from dpo_cli.data.formats.content import refuse_python, with_list, with_turns
 from dpo_cli.data.formats.labels import TIES, WORDS, is_soft, label_number, label_text, side_of, suggest, what_to_say
+from dpo_cli.data.formats.pairs import read_implicit
 from dpo_cli.data.formats.prompts import (
     PROMPT_ALTERNATIVES,
     PROMPT_NAMES,
@@ -81,21 +81,16 @@ def _winner_of(won: Any) -> str:
 
 def _dialogs(row: RawRow) -> tuple[Messages, Messages] | None:
     """Two conversations, where prompt and outputs are lists of texts, perhaps as JSON: one a turn."""
-    lists = [_texts(row.get(name)) for name in ("prompt", *_SIDES)]
-    asked, one, other = lists
-    if asked is None or one is None or other is None or not len(asked) == len(one) == len(other) > 0:
+    lists = [with_list(row.get(name)) for name in ("prompt", *_SIDES)]
+    if not all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in lists):
         return None
-    return _dialog(asked, one), _dialog(asked, other)
-
-
-def _dialog(asked: list[str], answers: list[str]) -> Messages:
-    pairs = zip(asked, answers, strict=True)
-    return [turn for question, answer in pairs for turn in (user(question), assistant(answer))]
-
-
-def _texts(value: Any) -> list[str] | None:
-    value = json_in(value) if isinstance(value, str) and value[:1] == "[" else value
-    return value if isinstance(value, list) and all(isinstance(text, str) for text in value) else None
+    asked, *answers = lists
+    if not len(asked) == len(answers[0]) == len(answers[1]) > 0:
+        return None
+    one, other = (
+        [turn for q, a in zip(asked, each, strict=True) for turn in (user(q), assistant(a))] for each in answers
+    )
+    return one, other
 
 
 def _read(row: RawRow, reading: Reading) -> PreferenceExample:
@@ -106,20 +101,21 @@ def _read(row: RawRow, reading: Reading) -> PreferenceExample:
     if winner == "tie":
         raise RowProblem("tie", "is a tie: neither side won")
     better, worse = _SIDES if winner == "first" else _SIDES[::-1]
-    scores = [optional_number(row, f"{name}_score") for name in (better, worse)]
     if row.get("prompt") is None and row.get("instruction") is None:
-        if all(isinstance(row[name], str) and turns_in(row[name]) is None for name in _SIDES):
+        if all(isinstance(with_turns(row[name]), str) for name in _SIDES):
             for name in _SIDES:
                 refuse_python(row[name], name)
             raise RowProblem("missing_field", "has no 'prompt'")
-        return split_implicit({**row, "chosen": row[better], "rejected": row[worse]}, reading, *scores)
+        sides = {side: row[name] for side, name in (("chosen", better), ("rejected", worse))}
+        scores = {f"{side}_score": row.get(f"{name}_score") for side, name in (("chosen", better), ("rejected", worse))}
+        return read_implicit({**row, **sides, **scores, "margin": None}, reading)
+    scores = [optional_number(row, f"{name}_score") for name in (better, worse)]
     if dialogs := _dialogs(row):
         one, other = dialogs if better == "first" else dialogs[::-1]
         return PreferenceExample(*split_turns(with_context(row, [], reading), one, other, reading), *scores)
     prompt = read_prompt(row, reading)
-    return PreferenceExample(
-        prompt, read_answer(row, better, prompt, reading), read_answer(row, worse, prompt, reading), *scores
-    )
+    chosen, rejected = (read_answer(row, name, prompt, reading) for name in (better, worse))
+    return PreferenceExample(prompt, chosen, rejected, *scores)
 
 
 def _values(rows: Sequence[RawRow]) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from dpo_cli.core.errors import DataError
 
 LONGEST = 1 << 27
 """Bytes of the longest row. More is a quote or a bracket that nothing closes, or a file without rows."""
+
+_PYTHON_WORDS = {"None": "null", "True": "true", "False": "false"}
 
 OnBytes = Callable[[int], None]
 """Called with every so many bytes that were read from disk."""
@@ -122,3 +125,54 @@ def _decoded(data: bytes, encoding: str) -> str | None:
         return codecs.getincrementaldecoder(encoding)().decode(data)
     except UnicodeDecodeError:
         return None
+
+
+# --- broken JSON --------------------------------------------------------------------------
+
+
+def explain(message: str, text: str, position: int) -> str:
+    """What Python's parser says of broken JSON, with what is likely wrong and how to mend it.
+
+    Args:
+        message: The parser's message.
+        text: The JSON, or what is known of it.
+        position: The place that the message is about.
+    """
+    found, before = text[position : position + 1], text[:position].rstrip()[-1:]
+    hint = ""
+    if message.startswith("Illegal trailing comma") or (before == "," and found in ("]", "}")):
+        bracket = found if found in ("]", "}") else text[position + 1 :].lstrip()[:1]
+        hint = f"a comma stands before the closing {bracket}: take it out"
+    elif before == found == ",":
+        hint = "a comma too many: take it out"
+    elif found == "'":
+        hint = "texts and names need double quotes: these look like Python's; write them with json.dumps"
+    elif message.startswith("Unterminated string") or (message.startswith("Invalid control") and found in ("\n", "\r")):
+        hint = "its closing quote is missing, or a line end within it is not written as \\n"
+    elif message.startswith("Invalid control"):
+        hint = f"within a text it is written as {json.dumps(found)[1:-1]}"
+    elif message.startswith("Invalid \\"):
+        hint = "a backslash within a text is written as \\\\"
+    elif message.startswith("Expecting ',' delimiter") and found == '"':
+        hint = "a comma is missing before this quote"
+    elif message.startswith(("Expecting ',' delimiter", "Expecting ':' delimiter")) and before == '"' and found:
+        hint = 'the text before it ends too soon: its quotes do not match, or one within it is not written as \\"'
+    elif message.startswith("Expecting property name") and found.isidentifier():
+        hint = "names need double quotes"
+    elif message.startswith("Expecting value"):
+        word = next((word for word in _PYTHON_WORDS if text.startswith(word, position)), None)
+        if word:
+            hint = f"{word} is Python's; JSON has {_PYTHON_WORDS[word]}"
+        elif found and found in "#/":
+            hint = "JSON has no comments: take it out"
+    return f"{shorter(message)}; {hint}" if hint else shorter(message)
+
+
+def shorter(message: str) -> str:
+    """A message of Python's parser without the place that would follow it."""
+    return message.removesuffix(" at").removesuffix(" starting")
+
+
+def unreadable(error: ValueError) -> str:
+    """What Python cannot hold: an integer of thousands of digits."""
+    return "a number has too many digits" if "digits" in str(error) else str(error)

@@ -51,7 +51,7 @@ def read_delimited(path: Path, file: IO[bytes], delimiter: str) -> Iterator[Reco
             the header names a column twice or not at all, a line has more or fewer values than
             the header, or there are no rows.
     """
-    field = re.compile(rf'"((?:[^"]++|"")*+)"|[^"\n{delimiter}]*+')
+    field = re.compile(rf'"(?:[^"]++|"")*+"|[^"\n{delimiter}]*+')
     header: list[str] = []
     row = 0
     for line, text in _lines(path, file, delimiter, field):
@@ -132,17 +132,10 @@ def _unclosed_quote(path: Path, line: int, text: str, delimiter: str, field: re.
 def _values(path: Path, line: int, text: str, delimiter: str, field: re.Pattern[str]) -> list[str]:
     if '"' not in text:
         return text.split(delimiter)
-    values: list[str] = []
-    position = 0
-    while found := field.match(text, position):
-        quoted, position = found[1], found.end()
-        values.append(found[0] if quoted is None else quoted.replace('""', '"'))
-        if position == len(text):
-            return values
-        if text[position] != delimiter:
-            break
-        position += 1
-    raise _stray_quote(path, line, text, *_split(text, delimiter, field))
+    values, end = _split(text, delimiter, field)
+    if end < len(text):
+        raise _stray_quote(path, line, text, values, end)
+    return [value[1:-1].replace('""', '"') if value[:1] == '"' else value for value in values]
 
 
 def _split(text: str, delimiter: str, field: re.Pattern[str]) -> tuple[list[str], int]:

@@ -29,13 +29,11 @@ from dpo_cli.data.reading import json_text
 from dpo_cli.data.reading.base import Block, BrokenLines, Lines, OnBytes, Record, is_utf16, missing
 from dpo_cli.data.reading.columnar import ARROW_FILE, ARROW_STREAM, PARQUET, read_columnar
 from dpo_cli.data.reading.delimited import delimiter_of, read_delimited
-from dpo_cli.data.reading.json_lines import parse_lines, read_lines
-from dpo_cli.data.reading.json_text import read_array, read_array_within, read_objects
+from dpo_cli.data.reading.json_text import parse_lines, read_array, read_array_within, read_lines, read_objects
 
 _RECORDS_A_BLOCK = 1000
 _BYTES_A_BLOCK = 1 << 22
 _HEAD = 1 << 16
-_PAGE = 1 << 14
 _GZIP = re.compile(rb"\x1f\x8b")
 _ZSTD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # a frame, or one to be skipped
 _WORD = re.compile(r'(?!(?:null|true|false|NaN|Infinity)$)[^\W\d][\w-]*|"[^\W\d][\w-]*"')
@@ -218,50 +216,33 @@ def _grouped(records: Iterator[Record], source: _CountedFile | _Joined) -> Itera
 
 
 class _CountedFile(io.FileIO):
-    """A file that reports each of its bytes once, compressed ones as they lie on disk.
-
-    What is read is noted by pages, since the end of a columnar file is read before the rest.
-    """
+    """A file that reports as many bytes as it has, compressed ones as they lie on disk, however often some are read."""
 
     def __init__(self, path: Path, on_bytes: OnBytes) -> None:
         super().__init__(path, "rb")
+        self.num_read = 0
         self._on_bytes = on_bytes
         self._size = os.fstat(self.fileno()).st_size
-        self._left = self._size
-        self._is_read = bytearray(self._size // _PAGE + 1)
 
     def readinto(self, buffer: Any) -> int | None:
-        """Read into a buffer and report what is new of it."""
+        """Read into a buffer and report it."""
         count = super().readinto(buffer)
         self._report(count or 0)
         return count
 
     def read(self, size: int = -1) -> bytes:  # type: ignore[override]
-        """Read and report what is new of it."""
+        """Read and report it."""
         data = super().read(size) or b""
         self._report(len(data))
         return data
 
-    @property
-    def num_read(self) -> int:
-        """Bytes that were reported."""
-        return self._size - self._left
-
     def report_rest(self) -> None:
         """Report what nobody had to read."""
-        if self._left:
-            self._on_bytes(self._left)
-        self._left = 0
+        self._report(self._size)
 
     def _report(self, count: int) -> None:
-        if not count:
-            return
-        end = self.tell()
-        pages = slice((end - count) // _PAGE, (end - 1) // _PAGE + 1)
-        new = min(self._is_read[pages].count(0) * _PAGE, self._left)
-        self._is_read[pages] = b"\1" * (pages.stop - pages.start)
-        if new:
-            self._left -= new
+        if new := min(count, self._size - self.num_read):
+            self.num_read += new
             self._on_bytes(new)
 
 

@@ -1,4 +1,8 @@
-"""JSON arrays, objects one after another, and arrays inside large objects, as a stream of bounded memory.
+"""JSON lines, arrays, objects one after another, and arrays inside large objects, as a stream of bounded memory.
+
+Lines are cut into runs of whole ones, which another process may parse. There, one byte that is changed, lost or added
+is an error, or changes the values of one row; a file that is cut off gives whole rows, then an error or, where it was
+cut between two rows, nothing; lost lines cannot be seen.
 
 Where rows are objects, one byte that is changed, lost or added is an error, or changes the
 values of one row: strings and brackets that lose an end never close again. An array that is
@@ -18,68 +22,107 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
+import orjson
+
 from dpo_cli.core.errors import DataError
 from dpo_cli.data.reading import base
-from dpo_cli.data.reading.base import Record, not_utf8, too_long
+from dpo_cli.data.reading.base import BrokenLines, Lines, Record, explain, not_utf8, shorter, too_long, unreadable
 
 BLOCK = 1 << 20
 """Bytes read at a time, and about the bytes in a run of lines."""
 
 _CUT_OFF = "the file seems cut off"
+_EXPECTED = "expected a JSON array, JSON objects, or CSV with a header line"
+_LINES_NAMED = 10
 
 
-# --- errors ---------------------------------------------------------------------------------
+# --- JSON lines ---------------------------------------------------------------------------
 
 
-def explain(message: str, text: str, position: int) -> str:
-    """What Python's parser says of broken JSON, with what is likely wrong and how to mend it.
+def read_lines(path: Path, file: IO[bytes], begin: int | None = None) -> Iterator[Lines]:
+    """Cut a file into runs of whole lines of about ``BLOCK`` bytes.
 
     Args:
-        message: The parser's message.
-        text: The JSON, or what is known of it.
-        position: The place that the message is about.
+        path: The file, for messages.
+        file: Its text.
+        begin: At which byte of the file the text begins; None: it is compressed.
+
+    Raises:
+        DataError: A line does not end.
     """
-    found, before = text[position : position + 1], text[:position].rstrip()[-1:]
-    hint = ""
-    if message.startswith("Illegal trailing comma") or (before == "," and found in ("]", "}")):
-        bracket = found if found in ("]", "}") else text[position + 1 :].lstrip()[:1]
-        hint = f"a comma stands before the closing {bracket}: take it out"
-    elif before == found == ",":
-        hint = "a comma too many: take it out"
-    elif found == "'":
-        hint = "texts and names need double quotes: these look like Python's; write them with json.dumps"
-    elif message.startswith("Unterminated string") or (message.startswith("Invalid control") and found in ("\n", "\r")):
-        hint = "its closing quote is missing, or a line end within it is not written as \\n"
-    elif message.startswith("Invalid control"):
-        hint = f"within a text it is written as {json.dumps(found)[1:-1]}"
-    elif message.startswith("Invalid \\"):
-        hint = "a backslash within a text is written as \\\\"
-    elif message.startswith("Expecting ',' delimiter") and found == '"':
-        hint = "a comma is missing before this quote"
-    elif message.startswith(("Expecting ',' delimiter", "Expecting ':' delimiter")) and before == '"' and found:
-        hint = 'the text before it ends too soon: its quotes do not match, or one within it is not written as \\"'
-    elif message.startswith("Expecting property name") and found.isidentifier():
-        hint = "names need double quotes"
-    elif message.startswith("Expecting value"):
-        word = next((word for word in _PYTHON_WORDS if text.startswith(word, position)), None)
-        if word:
-            hint = f"{word} is Python's; JSON has {_PYTHON_WORDS[word]}"
-        elif found and found in "#/":
-            hint = "JSON has no comments: take it out"
-    return f"{_shorter(message)}; {hint}" if hint else _shorter(message)
+    first_line = 1
+    while data := file.read(BLOCK):
+        if not data.endswith(b"\n"):
+            rest = file.readline(base.LONGEST)
+            if len(rest) >= base.LONGEST and not rest.endswith(b"\n"):
+                raise too_long(path, first_line + data.count(b"\n"))
+            data += rest
+        yield Lines(data, first_line, None if begin is None else (path, begin))
+        begin = None if begin is None else begin + len(data)
+        first_line += data.count(b"\n")
 
 
-def _shorter(message: str) -> str:
-    """A message of Python's parser without the place that would follow it."""
-    return message.removesuffix(" at").removesuffix(" starting")
+def parse_lines(path: Path, lines: Lines, first_row: int = 0) -> list[Record]:
+    """Parse a run of lines; blank ones are skipped.
+
+    Integers that need more than 64 bits become floats.
+
+    Args:
+        path: The file, for messages.
+        lines: The lines.
+        first_row: The number of the first record in them.
+
+    Raises:
+        BrokenLines: Lines are not JSON; the first ones of them are named.
+        DataError: A line is not UTF-8, or the first one neither JSON nor a table.
+    """
+    records: list[Record] = []
+    broken: list[str] = []
+    before = 0
+    loads = orjson.loads
+    row = first_row
+    for line, data in enumerate(lines.data.split(b"\n"), start=lines.first_line):
+        try:
+            value = loads(data)
+        except orjson.JSONDecodeError:
+            if not data or data.isspace():
+                continue
+            try:
+                value = _parse_line(path, data, line, is_first=row == 0 and line == lines.first_line == 1)
+            except BrokenLines as error:
+                before = before if broken else len(records)
+                broken += error.problems
+                if len(broken) > _LINES_NAMED:
+                    broken[-1] = f"{path}: and more lines, from line {line} on"
+                    break
+                continue
+        records.append(Record(row, line, value))
+        row += 1
+    if broken:
+        raise BrokenLines(broken, records[:before])
+    return records
 
 
-_PYTHON_WORDS = {"None": "null", "True": "true", "False": "false"}
-
-
-def unreadable(error: ValueError) -> str:
-    """What Python cannot hold: an integer of thousands of digits."""
-    return "a number has too many digits" if "digits" in str(error) else str(error)
+def _parse_line(path: Path, data: bytes, line: int, *, is_first: bool) -> Any:
+    """Parse what the fast parser refuses: half surrogates, NaN; or say what is broken."""
+    try:
+        return json.loads(data.decode("utf-8").rstrip("\r"))
+    except UnicodeDecodeError:
+        raise not_utf8(path, data, line) from None
+    except json.JSONDecodeError as error:
+        if is_first and not error.doc[: error.pos].strip():
+            raise DataError(
+                f"{path}, line 1: neither JSON nor a table: the first line is no JSON, and holds no comma, tab or"
+                f" semicolon; {_EXPECTED}"
+            ) from None
+        what = explain(error.msg, error.doc, error.pos)
+        if error.msg == "Extra data":
+            what += "; a line holds one value"
+        raise BrokenLines([f"{path}, line {line}, column {error.colno}: broken JSON: {what}"]) from None
+    except RecursionError:
+        raise BrokenLines([f"{path}, line {line}: JSON nested too deeply"]) from None
+    except ValueError as error:
+        raise BrokenLines([f"{path}, line {line}: {unreadable(error)}"]) from None
 
 
 # --- JSON arrays --------------------------------------------------------------------------
@@ -304,7 +347,7 @@ def _decode(text: _Text) -> Any:
             near_end = error.pos > len(text.text) - 16 or error.msg.startswith("Unterminated string")
             if text.at_end or not near_end:
                 cut_off = text.at_end and near_end and _is_cut(text.text, error)
-                what = f"{_shorter(error.msg)}; {_CUT_OFF}" if cut_off else explain(error.msg, text.text, error.pos)
+                what = f"{shorter(error.msg)}; {_CUT_OFF}" if cut_off else explain(error.msg, text.text, error.pos)
                 raise text.broken(what, error.pos) from None
         except RecursionError:
             raise text.broken("nested too deeply", text.position) from None

@@ -27,8 +27,8 @@ def votes(tmp_path: Path) -> Path:
     return write(tmp_path, ROWS)
 
 
-def write(folder: Path, rows: list[str]) -> Path:
-    file = folder / "votes.csv"
+def write(folder: Path, rows: list[str], name: str = "votes.csv") -> Path:
+    file = folder / name
     file.write_text("\n".join([",".join(COLUMNS), *rows]) + "\n", encoding="utf-8")
     return file
 
@@ -101,36 +101,28 @@ def test_a_confidence_out_of_range(votes: Path, value: str) -> None:
 
 def test_several_files_are_one(tmp_path: Path) -> None:
     """A sheet a rater and the judge's own votes; a vote that is there twice is refused."""
-    header = "item_id,prompt_id,method,baseline,rater,vote,a_is"
-    files = {}
-    for name, rater, vote in (("anna", "human:anna", "A"), ("judge", "hf:judge", "B")):
-        files[name] = tmp_path / f"{name}.csv"
-        rows = [f"i{number},p{number},dpo,sft,{rater},{vote if number % 2 else 'A'},dpo" for number in range(8)]
-        files[name].write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
-    found = CliRunner().invoke(app, ["agreement", str(files["anna"]), str(files["judge"]), "--json"])
+    anna, judge = (
+        write(tmp_path, [f"i{n},p{n},dpo,sft,{rater},{vote if n % 2 else 'A'},dpo" for n in range(8)], f"{vote}.csv")
+        for rater, vote in (("human:anna", "A"), ("hf:judge", "B"))
+    )
+    found = CliRunner().invoke(app, ["agreement", str(anna), str(judge), "--json"])
     assert found.exit_code == 0, found.output
     [method] = json.loads(found.stdout)["methods"]
     assert {kind: rate["value"] for kind, rate in method["win_rates"].items()} == {"human": 1.0, "hf": 0.5}
-    alone = CliRunner().invoke(app, ["agreement", str(files["anna"])])
-    assert alone.exit_code == DataError.exit_code
-    copy = tmp_path / "again.csv"
-    copy.write_bytes(files["anna"].read_bytes())
-    for again, words in ((copy, "again.csv, line 2: human:anna voted on item i0"), (files["anna"], "named twice")):
-        twice = CliRunner().invoke(app, ["agreement", *map(str, (files["anna"], again, files["judge"]))])
+    copy = write(tmp_path, anna.read_text(encoding="utf-8").splitlines()[1:], "again.csv")
+    for again, words in ((copy, "again.csv, line 2: human:anna voted on item i0"), (anna, "named twice")):
+        twice = CliRunner().invoke(app, ["agreement", *map(str, (anna, again, judge))])
         assert twice.exit_code == DataError.exit_code
         assert words in twice.output
 
 
 def test_a_file_a_method_is_the_same_as_one_file(tmp_path: Path) -> None:
     """Items of two methods may go by the same ids."""
-    head, *rows = [",".join(COLUMNS), *ROWS]
-    one = tmp_path / "one.csv"
-    one.write_text("\n".join([head, *rows]) + "\n", encoding="utf-8")
-    parts = []
-    for method in ("DPO", "SFT"):
-        parts.append(tmp_path / f"{method}.csv")
-        mine = [row for row in rows if row.split(",")[2] == method]
-        parts[-1].write_text("\n".join([head, *mine]) + "\n", encoding="utf-8")
-    found = [CliRunner().invoke(app, ["agreement", *map(str, files), "--json"]) for files in ([one], parts)]
-    assert found[0].exit_code == 0
-    assert found[0].stdout == found[1].stdout
+    parts = [
+        write(tmp_path, [row for row in ROWS if row.split(",")[2] == method], f"{method}.csv")
+        for method in ("DPO", "SFT")
+    ]
+    files = ([write(tmp_path, ROWS)], parts)
+    one, two = (CliRunner().invoke(app, ["agreement", *map(str, some), "--json"]) for some in files)
+    assert one.exit_code == 0
+    assert one.stdout == two.stdout

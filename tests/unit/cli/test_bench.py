@@ -16,9 +16,8 @@ from dpo_cli.core.params import LoraParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine, forget_peak_memory, peak_memory_bytes
-from dpo_cli.models.shapes import SHAPES, random_model
+from dpo_cli.models.shapes import REGIMES, SHAPES, random_model, random_pairs
 from dpo_cli.scoring.limits import Sizes, Work, least_bytes, least_operations
-from dpo_cli.scoring.regimes import REGIMES, random_pairs
 from tests.live_memory import LiveMemory
 
 CPU = Machine(torch.device("cpu"), torch.float32)

@@ -15,28 +15,24 @@ from dpo_cli.cli.app import app
 from dpo_cli.cli.capability import print_table
 from dpo_cli.core.artifacts import write_text
 from dpo_cli.core.params_text import params_yaml
-from dpo_cli.evaluation.capability import MODELS, TaskResult, pair_items, summarize_task
-from dpo_cli.evaluation.measure_capability import Capability, as_json
+from dpo_cli.evaluation.capability import MODELS, TaskResult, metrics_of, pair_items, summarize_task
+from dpo_cli.statistics.intervals import Sampling
 
 
 def result_of(task: str, *scores: list[float], higher_is_better: bool = True) -> TaskResult:
     found = {model: dict(enumerate(values)) for model, values in zip(MODELS, scores, strict=True)}
-    return summarize_task(pair_items(task, "acc", higher_is_better, found), draws=200, confidence=0.95, seed=0)
+    return summarize_task(pair_items(task, "acc", higher_is_better, found), Sampling(200, 0.95, 0))
 
 
 GOOD, BAD = [1.0] * 20, [0.0] * 20
 
 
 def test_the_table_says_in_words_what_got_worse() -> None:
-    found = Capability(
-        [
-            result_of("sums", GOOD, GOOD, BAD),
-            result_of("[bold]words", BAD, GOOD, GOOD),
-            result_of("slips", BAD, BAD, BAD, higher_is_better=False),
-        ],
-        200,
-        0.95,
-    )
+    found = [
+        result_of("sums", GOOD, GOOD, BAD),
+        result_of("[bold]words", BAD, GOOD, GOOD),
+        result_of("slips", BAD, BAD, BAD, higher_is_better=False),
+    ]
     stream = io.StringIO()
     print_table(found, Console(width=140, file=stream))
     shown = " ".join(stream.getvalue().split())
@@ -45,7 +41,7 @@ def test_the_table_says_in_words_what_got_worse() -> None:
     assert "(less is better)" in shown
     for words in ("-1.000", "[-1.000, -1.000]", "worse", "better", "not told apart", "95% intervals"):
         assert words in shown
-    assert list(as_json(found)["capability"]["tasks"]) == ["sums", "[bold]words", "slips"]
+    assert list(metrics_of(found)["capability"]["tasks"]) == ["sums", "[bold]words", "slips"]
 
 
 def test_without_the_harness_it_says_how_to_install_it(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
-from dpo_cli.cli.compare_tables import print_comparison
+from dpo_cli.cli.compare import print_comparison
 from dpo_cli.core.errors import ParamsError, StaleArtifactError
 from dpo_cli.evaluation import compare as command
 from dpo_cli.evaluation import experiments
@@ -222,7 +222,7 @@ def test_differences_are_paired_by_prompt() -> None:
     assert difference.value == pytest.approx(0.25)
     assert (difference.num_prompts, difference.num_left_out) == (NUM_PROMPTS, 0)
     assert difference.low == pytest.approx(0.25 - 1.96 * 0.25 / NUM_PROMPTS**0.5, abs=0.03)
-    assert found.draws == 2000
+    assert found.sampling.draws == 2000
     text = page(found)
     assert "0.5 (+0.250)" in text
     assert f"answers: {NUM_PROMPTS} prompts are shared with HEAD, none are left out" in text
@@ -287,27 +287,24 @@ def test_a_damaged_file_is_named() -> None:
     assert "workspace: reports/evaluate/samples.json is damaged" in result.stderr
 
 
-def test_a_repository_of_another_owner_says_how_to_trust_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    stderr = (
-        b"fatal: detected dubious ownership in repository at '/srv/a b'\nTo add an exception for this directory,"
-        b" call:\n\n\tgit config --global --add safe.directory '/srv/a b'\n"
-    )
+@pytest.mark.parametrize(
+    ("stderr", "words"),
+    [
+        (
+            b"fatal: detected dubious ownership in repository at '/srv/a b'\nTo add an exception for this directory,"
+            b" call:\n\n\tgit config --global --add safe.directory '/srv/a b'\n",
+            "git: the repository /srv/a b belongs to another user; if you trust it, run: git config --global --add"
+            " safe.directory '/srv/a b'",
+        ),
+        (b"warning: x\nfatal: bad config line 1\nhint: see the manual\n", "git for-each-ref: bad config line 1"),
+    ],
+)
+def test_git_is_quoted_by_what_is_wrong(stderr: bytes, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     done = subprocess.CompletedProcess(["git"], 128, b"", stderr)
     monkeypatch.setattr(experiments.subprocess, "run", lambda *_, **__: done)
     result = run()
     assert result.exit_code == 6
-    assert result.stderr.splitlines() == [
-        "dpo-cli: error: git: the repository /srv/a b belongs to another user; if you trust it, run: git config"
-        " --global --add safe.directory '/srv/a b'"
-    ]
-
-
-def test_git_is_quoted_by_what_is_wrong_and_not_by_its_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    done = subprocess.CompletedProcess(
-        ["git"], 128, b"", b"warning: x\nfatal: bad config line 1\nhint: see the manual\n"
-    )
-    monkeypatch.setattr(experiments.subprocess, "run", lambda *_, **__: done)
-    assert "git for-each-ref: bad config line 1\n" in run().stderr
+    assert result.stderr.splitlines() == [f"dpo-cli: error: {words}"]
 
 
 # --- what is printed ------------------------------------------------------------------------

@@ -14,20 +14,19 @@ from typer.testing import CliRunner
 from dpo_cli.cli.app import app
 from dpo_cli.cli.data_pages import print_row
 from dpo_cli.core.data_params import PreferenceSource, SftSource, Source
-from dpo_cli.core.errors import DataError
 from dpo_cli.core.params import PairTokenChecks
-from dpo_cli.core.text import visible, visible_token
+from dpo_cli.core.text import visible
 from dpo_cli.data.chat import ChatEncoder
-from dpo_cli.data.inspect import TokenView, describe_row
+from dpo_cli.data.checks import TokenView
+from dpo_cli.data.inspect import describe_row
 from dpo_cli.data.schema import assistant, content_id, user
-from dpo_cli.data.tokens import pieces_of
 
 PAIR = {"prompt": "2 + 2 =", "chosen": "4", "rejected": "5"}
 
 
 @pytest.fixture
 def view(tokenizer: Any) -> TokenView:
-    return TokenView("embedded", ChatEncoder(tokenizer), 64, PairTokenChecks().model_dump())
+    return TokenView(ChatEncoder(tokenizer), 64, PairTokenChecks().model_dump(), "embedded")
 
 
 def write(folder: Path, *rows: Any, name: str = "rows.jsonl") -> Path:
@@ -43,101 +42,14 @@ def source_of(folder: Path, *rows: Any, **settings: Any) -> Source:
     return kind(path=str(write(folder, *rows)), **settings)
 
 
-def printed(found: dict[str, Any], **options: Any) -> str:
+def printed(found: dict[str, Any], *, whole: bool = False, **options: Any) -> str:
     file = io.StringIO()
-    print_row(found, Console(file=file, width=80, highlight=False, **options))
+    print_row(found, Console(file=file, width=80, highlight=False, **options), whole=whole)
     return file.getvalue()
 
 
 def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["data", "show", *arguments])
-
-
-# --- tokens -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "text", ["你好，世界", "👩‍💻 🇨🇳 😀", "naïve café\r\n\tx", "\ufffd twice \ufffd\ufffd", "हिन्दी"]
-)
-def test_pieces_are_whole_texts_and_hold_every_token_once(text: str, tokenizer: Any) -> None:
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    pieces = pieces_of(tokenizer, ids)
-    assert "".join(piece.text for piece in pieces) == text
-    assert [token_id for piece in pieces for token_id in piece.ids] == ids
-    halves = [piece for piece in pieces if "\ufffd" in piece.text]
-    assert all(piece.text == "\ufffd" for piece in halves)
-    assert len(halves) == text.count("\ufffd")
-
-
-def test_a_split_character_is_one_piece(tokenizer: Any) -> None:
-    ids = tokenizer("😀", add_special_tokens=False)["input_ids"]
-    assert len(ids) > 1
-    assert [(piece.text, piece.ids) for piece in pieces_of(tokenizer, ids)] == [("😀", tuple(ids))]
-
-
-def test_half_a_character_behind_which_nothing_follows_is_not_hidden(tokenizer: Any) -> None:
-    ids = tokenizer("😀", add_special_tokens=False)["input_ids"][:2]
-    pieces = pieces_of(tokenizer, [*ids, tokenizer.eos_token_id])
-    assert pieces[0].ids == tuple(ids)
-    assert "\ufffd" in pieces[0].text
-    assert pieces[1].special
-
-
-def test_special_tokens_keep_their_names(tokenizer: Any) -> None:
-    ids = tokenizer("<|user|>a<|end|>", add_special_tokens=False)["input_ids"]
-    assert [(piece.text, piece.special) for piece in pieces_of(tokenizer, ids)] == [
-        ("<|user|>", True),
-        ("a", False),
-        ("<|end|>", True),
-    ]
-
-
-def sentencepiece_like() -> Any:
-    """A tokenizer that writes spaces as U+2581, drops the first one, and falls back to bytes."""
-    from tokenizers import Tokenizer, decoders, models, normalizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        *(f"<0x{byte:02X}>" for byte in range(256)),
-        "\u2581",
-        "a",
-        "b",
-        "\u2581a",
-        "\u2581b",
-    ]
-    core = Tokenizer(
-        models.BPE(
-            {word: index for index, word in enumerate(words)},
-            [("\u2581", "a"), ("\u2581", "b")],
-            unk_token="<unk>",
-            byte_fallback=True,
-        )
-    )
-    core.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    core.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
-def test_spaces_and_bytes_of_a_sentencepiece_tokenizer() -> None:
-    tokenizer = sentencepiece_like()
-    ids = tokenizer("<s>a b 你a</s>", add_special_tokens=False)["input_ids"]
-    pieces = pieces_of(tokenizer, ids)
-    assert [piece.text for piece in pieces if piece.special] == ["<s>", "</s>"]
-    assert "".join(piece.text for piece in pieces[1:-1]).lstrip() == "a b 你a"
-    assert [len(piece.ids) for piece in pieces if "你" in piece.text] == [3]
-    assert " b" in [piece.text for piece in pieces]
-
-
-def test_a_space_that_is_not_shown_is_no_half_of_the_character_behind_it() -> None:
-    tokenizer = sentencepiece_like()
-    ids = tokenizer("你 b", add_special_tokens=False)["input_ids"]
-    assert [(piece.text, len(piece.ids)) for piece in pieces_of(tokenizer, ids)] == [("", 1), ("你", 3), (" b", 1)]
-    assert visible_token("") == "∅"
 
 
 def test_nothing_is_hidden_and_nothing_steers_the_terminal() -> None:
@@ -149,7 +61,8 @@ def test_nothing_is_hidden_and_nothing_steers_the_terminal() -> None:
 
 
 def test_a_pair_has_its_facts_prompt_and_answers(project: Path) -> None:
-    found = describe_row(source_of(project, PAIR, {**PAIR, "prompt": "1 + 1 =", "chosen": "2!"}), 1, None)
+    row = {**PAIR, "prompt": "1 + 1 =", "chosen": "2!", "id": 7, "note": None, "lang": "en"}
+    found = describe_row(source_of(project, PAIR, row), 1, None)
     [part] = found["parts"]
     assert (found["row"], found["line"], found["format"], found["left_out"]) == (1, 2, "pairs", [])
     assert part["id"] == content_id([user("1 + 1 =")], [assistant("2!")], [assistant("5")])
@@ -159,26 +72,15 @@ def test_a_pair_has_its_facts_prompt_and_answers(project: Path) -> None:
     order = ["── user ", "1 + 1 =", "━━ the prompt ends here", "── chosen ", "2!", "── rejected ", "\n5\n"]
     assert [text.index(word) for word in order] == sorted(text.index(word) for word in order)
     assert "longer_chosen (keep)" in text
+    assert "not read id, lang" in text
     assert "pairs: 2 of the first 2 rows have prompt" in text
-
-
-def test_columns_that_nobody_reads_are_named(project: Path) -> None:
-    found = describe_row(source_of(project, {**PAIR, "id": 7, "note": None, "lang": "en"}), 0, None)
-    assert found["unread"] == ["id", "lang"]
-    assert "not read id, lang" in printed(found)
 
 
 def test_a_ranking_shows_its_answers_best_first_with_rank_and_score(project: Path) -> None:
     row = {"prompt": "q", "completions": ["bad", "good", "same"], "scores": [1, 3, 3]}
     found = describe_row(source_of(project, row), 0, None)
     text = printed(found)
-    order = [
-        "answer 1 (rank 1, score 3) ",
-        "\ngood\n",
-        "answer 2 (rank 1, score 3) ",
-        "answer 3 (rank 2, score 1) ",
-        "\nbad\n",
-    ]
+    order = ["answer 1 (rank 1, score 3) ", "\ngood\n", "answer 2 (rank 1, score 3) ", "answer 3 (rank 2, score 1) "]
     assert [text.index(word) for word in order] == sorted(text.index(word) for word in order)
     assert [pair["name"] for pair in found["parts"][0]["pairs"]] == ["answers 1 > 3", "answers 2 > 3"]
 
@@ -220,57 +122,45 @@ def test_a_malformed_row_is_shown_raw_and_shortened(project: Path) -> None:
 def test_a_long_prompt_is_shown_by_its_ends(project: Path, view: TokenView) -> None:
     prompt = "begin " + "word " * 2000 + "end"
     found = describe_row(source_of(project, {**PAIR, "prompt": prompt}), 0, view)
-    file = io.StringIO()
-    print_row(found, Console(file=file, width=80, highlight=False))
-    text = file.getvalue()
+    text = printed(found)
     assert f"… {len(prompt) - 2400} characters are left out here; --whole shows them …" in text
     assert f"… {found['parts'][0]['tokens']['prompt']['count'] - 300} tokens are left out here" in text
     assert "begin word" in text
     assert "word end" in text
-    file = io.StringIO()
-    print_row(found, Console(file=file, width=80, highlight=False), whole=True)
-    assert prompt in file.getvalue()
-    assert "left out here" not in file.getvalue()
+    text = printed(found, whole=True)
+    assert prompt in text
+    assert "left out here" not in text
 
 
-def test_a_row_that_a_check_drops_is_still_shown(project: Path) -> None:
-    found = describe_row(source_of(project, {**PAIR, "rejected": " "}), 0, None)
-    assert [dropped["reason"] for dropped in found["left_out"]] == ["empty_rejected"]
-    text = printed(found)
-    assert text.startswith("row 0 is left out by convert-preferences: empty_rejected: has an empty rejected answer\n")
-    assert "(empty: ' ')" in text
-    assert "2 + 2 =" in text
+RANKED = {"prompt": "q", "completions": ["a", "b"], "scores": [1, 1]}
 
 
-def test_a_tie_is_left_out(project: Path) -> None:
-    row = {"prompt": "q", "completions": ["a", "b"], "scores": [1, 1]}
-    found = describe_row(source_of(project, {**row, "scores": [1, 2]}, row), 1, None)
-    assert [dropped["reason"] for dropped in found["left_out"]] == ["tie"]
-    assert "answer 2 (rank 1, score 1)" in printed(found)
-
-
-def test_of_a_ranking_the_answer_is_named_that_is_left_out(project: Path) -> None:
-    row = {"prompt": "q", "completions": ["a", "b", "a"], "ranks": [1, 2, 3]}
-    found = describe_row(source_of(project, row), 0, None)
-    assert [(dropped["part"], dropped["reason"]) for dropped in found["left_out"]] == [("answer 3", "equal_sides")]
-    assert [pair["name"] for pair in found["parts"][0]["pairs"]] == ["answers 1 > 2"]
+@pytest.mark.parametrize(
+    ("row", "left_out", "words"),
+    [
+        ({**PAIR, "rejected": " "}, {"": "empty_rejected"}, "(empty: ' ')"),
+        ({**PAIR, "chosen": "half \ud83d"}, {"": "bad_unicode"}, "half \\ud83d"),
+        (RANKED, {"": "tie"}, "answer 2 (rank 1, score 1)"),
+        ({**RANKED, "completions": ["a", "b", "a"], "scores": [3, 2, 1]}, {"answer 3": "equal_sides"}, "answers 1 > 2"),
+        (
+            {**RANKED, "completions": ["a", "b", "c " * 80], "scores": [3, 2, 1]},
+            {"answers 1 > 3": "over_long", "answers 2 > 3": "over_long"},
+            "answers 1 > 2",
+        ),
+    ],
+)
+def test_what_is_left_out_of_a_row_is_named_and_shown(
+    project: Path, view: TokenView, row: Any, left_out: dict[str, str], words: str
+) -> None:
+    found = describe_row(source_of(project, {**RANKED, "scores": [1, 2]}, row), 1, view)
+    assert {dropped["part"]: dropped["reason"] for dropped in found["left_out"]} == left_out
+    assert words in printed(found)
 
 
 def test_weight_and_max_rows_leave_rows_out(project: Path) -> None:
     source = source_of(project, PAIR, {**PAIR, "prompt": "q"}, weight=1e-9, split="train", max_rows=1)
     assert [dropped["reason"] for dropped in describe_row(source, 0, None)["left_out"]] == ["sampled_out"]
     assert [dropped["reason"] for dropped in describe_row(source, 1, None)["left_out"]] == ["max_rows", "sampled_out"]
-
-
-def test_half_a_surrogate_pair_is_no_traceback(project: Path, view: TokenView) -> None:
-    found = describe_row(source_of(project, {**PAIR, "chosen": "half \ud83d"}), 0, view)
-    assert [dropped["reason"] for dropped in found["left_out"]] == ["bad_unicode"]
-    assert "half \\ud83d" in printed(found)
-
-
-def test_a_row_beyond_the_end(project: Path) -> None:
-    with pytest.raises(DataError, match="--row 2 is beyond its 2 rows, which are counted from 0 to 1"):
-        describe_row(source_of(project, PAIR, PAIR), 2, None)
 
 
 # --- with a model -------------------------------------------------------------------------
@@ -333,15 +223,6 @@ def test_a_row_over_max_length_is_left_out_by_its_tokens(project: Path, view: To
     assert f"longest  {chosen['with_prompt']}, MORE than the 64 of max_length" in printed(found)
 
 
-def test_of_a_ranking_only_the_pairs_with_a_long_answer_are_left_out(project: Path, view: TokenView) -> None:
-    row = {"prompt": "q", "completions": ["a", "b", "c " * 80], "ranks": [1, 2, 3]}
-    found = describe_row(source_of(project, row), 0, view)
-    assert [(one["part"], one["reason"]) for one in found["left_out"]] == [
-        ("answers 1 > 3", "over_long"),
-        ("answers 2 > 3", "over_long"),
-    ]
-
-
 def test_a_template_that_refuses_the_messages(project: Path, view: TokenView) -> None:
     view.encoder._rendered = "{{ raise_exception('no system turn') }}"
     found = describe_row(source_of(project, PAIR), 0, view)
@@ -352,24 +233,19 @@ def test_a_template_that_refuses_the_messages(project: Path, view: TokenView) ->
 # --- the command --------------------------------------------------------------------------
 
 
-def test_exit_code_0_where_the_row_is_taken(project: Path) -> None:
-    result = run(str(write(project, PAIR)))
-    assert result.exit_code == 0, result.output
-    assert "── chosen " in result.stdout
-
-
-def test_exit_code_4_where_the_row_is_left_out(project: Path) -> None:
-    path = write(project, PAIR, {**PAIR, "chosen": ""}, {"prompt": "q"})
-    for row, reason in (("1", "empty_chosen"), ("2", "missing_field")):
-        result = run(str(path), "--row", row)
-        assert result.exit_code == 4
-        assert reason in result.stdout.splitlines()[0]
-
-
-def test_exit_code_4_and_one_line_where_there_is_no_such_row(project: Path) -> None:
-    result = run(str(write(project, PAIR)), "--row", "7")
-    assert result.exit_code == 4
-    assert result.stderr.strip().endswith("rows.jsonl: --row 7 is beyond its 1 rows, which are counted from 0 to 0")
+@pytest.mark.parametrize(
+    ("row", "code", "words"),
+    [
+        (0, 0, "── chosen "),
+        (1, 4, "row 1 is left out by convert-preferences: empty_chosen"),
+        (2, 4, "row 2 is left out by convert-preferences: missing_field"),
+        (7, 4, "rows.jsonl: --row 7 is beyond its 3 rows, which are counted from 0 to 2"),
+    ],
+)
+def test_the_exit_code_says_whether_the_row_is_taken(project: Path, row: int, code: int, words: str) -> None:
+    result = run(str(write(project, PAIR, {**PAIR, "chosen": ""}, {"prompt": "q"})), "--row", str(row))
+    assert result.exit_code == code, result.output
+    assert words in result.output
 
 
 def test_json_is_one_object_with_the_tokens(project: Path) -> None:

@@ -29,18 +29,15 @@ def encoded(encoder: ChatEncoder, tokenizer: Any, prompt: Messages, answer: Mess
     )
 
 
-def test_the_models_own_template_is_taken(tokenizer: Any) -> None:
-    encoder = ChatEncoder(tokenizer)
-    prompt, completion = encoded(encoder, tokenizer, PROMPT, ANSWER)
-    assert prompt == (
-        "<|system|>Be kind.<|end|><|user|>Hi<|end|><|assistant|>Hello<|end|><|user|>Add 1: 5 cats<|end|><|assistant|>"
-    )
-    assert completion == "6 cats<|end|>"
-
-
 @pytest.mark.parametrize(
     ("name", "prompt", "completion"),
     [
+        (
+            "auto",
+            "<|system|>Be kind.<|end|><|user|>Hi<|end|><|assistant|>Hello<|end|><|user|>Add 1: 5 cats<|end|>"
+            "<|assistant|>",
+            "6 cats<|end|>",
+        ),
         (
             "plain",
             "Be kind.\n\nUser: Hi\n\nAssistant: Hello<|end|>\n\nUser: Add 1: 5 cats\n\nAssistant:",
@@ -54,7 +51,7 @@ def test_the_models_own_template_is_taken(tokenizer: Any) -> None:
         ),
     ],
 )
-def test_a_named_template_overrides_the_models_own(tokenizer: Any, name: str, prompt: str, completion: str) -> None:
+def test_the_template_is_the_models_or_a_named_one(tokenizer: Any, name: str, prompt: str, completion: str) -> None:
     assert encoded(ChatEncoder(tokenizer, name), tokenizer, PROMPT, ANSWER) == (prompt, completion)
 
 
@@ -97,17 +94,22 @@ def test_the_bos_token_stands_once_before_the_prompt(own: Any) -> None:
     assert "<|system|>" not in own.decode(encoder.encode_completion([user("x")], [assistant("6")]))
 
 
-def test_a_model_without_a_template_needs_a_named_one(own: Any) -> None:
-    own.chat_template = None
-    with pytest.raises(MachineError, match="set model.chat_template to one of plain, chatml, alpaca"):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chat_template": None}, "set model.chat_template to one of plain, chatml, alpaca"),
+        ({"eos_token": None}, "no EOS token"),
+        ({"chat_template": "{{ raise_exception('a system turn is needed') }}"}, "set model.chat_template"),
+        ({"chat_template": "{% for m in messages %}{{ m.content[0].text }}{% endfor %}"}, "set model.chat_template"),
+    ],
+)
+def test_a_model_that_cannot_chat_is_refused(own: Any, changes: dict[str, Any], message: str) -> None:
+    for name, value in changes.items():
+        setattr(own, name, value)
+    with pytest.raises(MachineError, match=message):
         ChatEncoder(own)
-    assert ChatEncoder(own, "plain").end_id == own.eos_token_id
-
-
-def test_a_model_without_an_end_of_sequence_is_refused(own: Any) -> None:
-    own.eos_token = None
-    with pytest.raises(MachineError, match="no EOS token"):
-        ChatEncoder(own)
+    if own.eos_token:
+        assert ChatEncoder(own, "plain").end_id == own.eos_token_id
 
 
 def test_a_template_that_prints_the_date_prints_the_same_one_every_day(own: Any) -> None:
@@ -156,13 +158,3 @@ def test_an_answer_has_the_tokens_that_the_model_sees_in_the_whole_text() -> Non
     encoder = ChatEncoder(tokenizer)
     prompt, completion = encoder.encode_prompt([user("q")]), encoder.encode_completion([user("q")], [assistant("a")])
     assert tokenizer.decode([*prompt, *completion]) == " [q][a]\0"
-
-
-@pytest.mark.parametrize(
-    "template",
-    ["{{ raise_exception('a system turn is needed') }}", "{% for m in messages %}{{ m.content[0].text }}{% endfor %}"],
-)
-def test_a_template_that_cannot_take_a_plain_exchange_is_refused(own: Any, template: str) -> None:
-    own.chat_template = template
-    with pytest.raises(MachineError, match=r"set model\.chat_template"):
-        ChatEncoder(own)

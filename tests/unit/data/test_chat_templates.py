@@ -17,7 +17,7 @@ import pytest
 from dpo_cli.core.errors import MachineError, ParamsError
 from dpo_cli.core.params import PairTokenChecks
 from dpo_cli.data.chat import ChatEncoder
-from dpo_cli.data.checks import check_tokens
+from dpo_cli.data.checks import TokenView, check_tokens
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import (
     PREFERENCE_SCHEMA,
@@ -327,9 +327,8 @@ def test_such_rows_are_left_out_by_name_with_what_helps(tmp_path: Path, encoder:
     pq.write_table(table_of(rows, full_schema(PREFERENCE_SCHEMA)), path)
 
     def table(template: str, **policies: str) -> TokenTable:
-        return tokenize_table(
-            path, ("chosen", "rejected"), encoder(template), 99, PairTokenChecks().model_dump() | policies, "run: x"
-        )
+        view = TokenView(encoder(template), 99, PairTokenChecks().model_dump() | policies)
+        return tokenize_table(path, ("chosen", "rejected"), view, "run: x")
 
     left = table(CHATML)
     assert [(reject["row"], reject["reason"]) for reject in left.rejects] == [

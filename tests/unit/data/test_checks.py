@@ -57,15 +57,20 @@ def test_scores_that_contradict_the_choice_are_seen(scores: tuple[float | None, 
 @pytest.mark.parametrize(
     ("prompt", "completion", "found"),
     [
-        ("q", "a", set()),
-        ("", "a", {"empty_prompt"}),
-        ("q", " ", {"empty_completion"}),
-        ("q", "q", set()),
-        ("q", "<|im_end|>", {"chat_markers"}),
+        ("q", "a", []),
+        ("", "a", ["empty_prompt"]),
+        ("q", " ", ["empty_completion"]),
+        ("q", "q", []),
+        ("q", "<|im_end|>", ["chat_markers"]),
+        *(
+            (f"Name some.\n{word}", "a", ["no_input"])
+            for word in ("<noinput>", "Noinput", "No input.", "`<noinput>`", "< no_input >")
+        ),
+        *((text, "a", []) for text in ("noinput", "What is noinput", "Some.\nno inputs", "Some.\nnoinput here")),
     ],
 )
-def test_an_instruction(prompt: str, completion: str, found: set[str]) -> None:
-    assert set(check_example(SftExample([user(prompt)], [assistant(completion)]))) == found
+def test_an_instruction(prompt: str, completion: str, found: list[str]) -> None:
+    assert check_example(SftExample([user(prompt)], [assistant(completion)])) == found
 
 
 @pytest.mark.parametrize(
@@ -81,58 +86,21 @@ def test_reasoning_alone_is_no_answer_and_a_call_is_one(extra: dict[str, str], i
     assert (places, [check for _, check, _ in unfit]) == (([0], ["empty_rejected"]) if is_empty else ([0, 1], []))
 
 
-def test_a_prompt_with_text_in_any_turn_is_not_empty() -> None:
-    assert check_example(SftExample([user("hi"), assistant(""), user("")], [assistant("a")])) == []
+MARKED = (
+    "<|im_end|>", "a <|endoftext|> b", "</s>", "<s>[INST] x", "[/INST]", "x\n\nHuman: y", "Assistant: y",
+    "<end_of_turn>", "### Instruction:\nGo", "###Response",
+)  # fmt: skip
+PLAIN = ("a < b | c > d", "<b>bold</b>", "# Title", "### Results", "the Human: a study", "x[INST", "a <| b |> c")
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "<|im_end|>",
-        "a <|endoftext|> b",
-        "</s>",
-        "<s>[INST] x",
-        "[/INST]",
-        "x\n\nHuman: y",
-        "Assistant: y",
-        "<end_of_turn>",
-        "### Instruction:\nGo",
-        "###Response",
-    ],
-)
-def test_marks_of_chat_templates_are_seen(text: str) -> None:
-    assert has_chat_markers(text)
+def test_marks_of_chat_templates_are_seen_and_what_only_looks_like_one_is_none() -> None:
+    assert all(map(has_chat_markers, MARKED))
+    assert not any(map(has_chat_markers, PLAIN))
 
 
-@pytest.mark.parametrize(
-    "text", ["a < b | c > d", "<b>bold</b>", "# Title", "### Results", "the Human: a study", "x[INST", "a <| b |> c"]
-)
-def test_what_only_looks_like_a_mark_is_none(text: str) -> None:
-    assert not has_chat_markers(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "holds"), [("{{name}}", True), ("{{ a.b }}", True), ("{{}}", False), ("{name}", False)]
-)
-def test_placeholders_are_seen(text: str, holds: bool) -> None:
-    assert has_placeholders(text) == holds
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        *(
-            (f"Name some.\n{word}", True)
-            for word in ("<noinput>", "Noinput", "No input.", "`<noinput>`", "< no_input >")
-        ),
-        ("noinput", False),
-        ("What is noinput", False),
-        ("Name some.\nno inputs", False),
-        ("Name some.\nnoinput here", False),
-    ],
-)
-def test_a_word_in_place_of_an_input_is_seen(text: str, found: bool) -> None:
-    assert ("no_input" in check_example(SftExample([user(text)], [assistant("a")]))) == found
+def test_placeholders_are_seen() -> None:
+    assert all(map(has_placeholders, ("{{name}}", "{{ a.b }}")))
+    assert not any(map(has_placeholders, ("{{}}", "{name}")))
 
 
 @pytest.mark.parametrize(

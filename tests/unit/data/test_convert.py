@@ -43,6 +43,10 @@ def pair(number: int, **changes: Any) -> dict[str, Any]:
     return {"prompt": f"question {number}", "chosen": "yes", "rejected": "no"} | changes
 
 
+def pairs(stop: int, start: int = 0) -> list[dict[str, Any]]:
+    return [pair(number) for number in range(start, stop)]
+
+
 class Converted:
     """An account, the tables and the rejects of a conversion."""
 
@@ -61,8 +65,13 @@ class Converted:
 Run = Callable[..., Converted]
 
 
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run() -> Run:
     """Convert rows, or sources, with settings."""
     number = 0
 
@@ -76,13 +85,12 @@ def run(tmp_path: Path) -> Run:
     ) -> Converted:
         nonlocal number
         number += 1
-        folder = tmp_path / f"run {number} [x]"  # brackets are no pattern
+        folder = Path(f"run {number} [x]")  # brackets are no pattern
         (folder / "out").mkdir(parents=True)
         (folder / "work").mkdir()
         if sources is None:
-            path = tmp_path / "rows.json"
-            path.write_text(json.dumps(rows), encoding="utf-8")
-            sources = [PreferenceSource(path=str(path), **settings)]
+            Path("rows.json").write_text(json.dumps(rows), encoding="utf-8")
+            sources = [PreferenceSource(path="rows.json", **settings)]
         report = convert(
             sources,
             Treatment(POLICIES | (policies or {}), fraction),
@@ -103,16 +111,16 @@ def columns_of(schema: pa.Schema) -> pl.Schema:
     return table.schema
 
 
-def lines_file(path: Path, rows: Sequence[Any]) -> str:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
+def lines_file(name: str, rows: Sequence[Any]) -> str:
+    Path(name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return name
 
 
 # --- where rows go ------------------------------------------------------------------------
 
 
 def test_rows_are_written_to_the_side_of_their_prompt(run: Run) -> None:
-    done = run([pair(number) for number in range(50)])
+    done = run(pairs(50))
     assert (done.report.num_read, done.report.num_used, sum(done.report.num_written.values())) == (50, 50, 50)
     assert (done.rejects, done.report.num_rejected_rows) == ([], 0)
     for split, table in done.tables.items():
@@ -133,7 +141,7 @@ def test_what_is_written_has_the_canonical_types(run: Run) -> None:
 def test_tools_calls_and_reasoning_have_columns_where_a_row_has_them(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks with and without them make one table, whose plain rows keep their ids."""
     monkeypatch.setattr(convert_module, "_RECORDS_A_BLOCK", 10)
-    rows = [pair(number) for number in range(60)]
+    rows = pairs(60)
     called = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
     thought = {"role": "assistant", "content": "yes", "reasoning_content": "why"}
     extra = [
@@ -162,7 +170,7 @@ def test_tools_calls_and_reasoning_have_columns_where_a_row_has_them(run: Run, m
 
 
 def test_converting_twice_gives_the_same_bytes(run: Run) -> None:
-    one, two = (run([pair(number) for number in range(50)]) for _ in range(2))
+    one, two = (run(pairs(50)) for _ in range(2))
     for split in SPLITS:
         assert (one.folder / f"{split}.parquet").read_bytes() == (two.folder / f"{split}.parquet").read_bytes()
 
@@ -177,9 +185,9 @@ def odd_rows() -> list[Any]:
 
 @pytest.mark.parametrize(("block", "workers"), [(200, 1), (5000, 1), (1 << 20, 1), (5000, 2)])
 def test_neither_blocks_nor_processes_change_the_result(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, workers: int
+    run: Run, monkeypatch: pytest.MonkeyPatch, block: int, workers: int
 ) -> None:
-    path = lines_file(tmp_path / "rows.jsonl", odd_rows())
+    path = lines_file("rows.jsonl", odd_rows())
     whole = run(sources=[PreferenceSource(path=path)])
     monkeypatch.setattr(json_text, "BLOCK", block)
     monkeypatch.setattr(convert_module, "_BYTES_WORTH_A_POOL", 0 if workers > 1 else 1 << 40)
@@ -193,10 +201,10 @@ def test_neither_blocks_nor_processes_change_the_result(
 # --- what is not read ---------------------------------------------------------------------
 
 
-def test_columns_that_nobody_reads_are_counted_by_file(run: Run, tmp_path: Path) -> None:
+def test_columns_that_nobody_reads_are_counted_by_file(run: Run) -> None:
     rows = [pair(number, id=number, note="" if number else "n") for number in range(30)]
-    first = PreferenceSource(path=lines_file(tmp_path / "a.jsonl", [*rows, {"prompt": "q", "id": 9}]))
-    second = PreferenceSource(path=lines_file(tmp_path / "b.jsonl", [pair(number) for number in range(50, 80)]))
+    first = PreferenceSource(path=lines_file("a.jsonl", [*rows, {"prompt": "q", "id": 9}]))
+    second = PreferenceSource(path=lines_file("b.jsonl", pairs(80, 50)))
     report = run(sources=[first, second]).report
     assert [account.unread for account in report.files] == [{"id": 30, "note": 1}, {}]
     assert report.files[0].unread_text() == "id (all rows); note (1 row)"  # of those that are read
@@ -223,13 +231,13 @@ def rendered(number: int) -> dict[str, Any]:
     return {"prompt": prompt, "chosen": "yes<|im_end|>", "rejected": "no"}
 
 
-def test_texts_that_a_template_made_are_named_and_unwrap_takes_them_apart(run: Run, tmp_path: Path) -> None:
+def test_texts_that_a_template_made_are_named_and_unwrap_takes_them_apart(run: Run) -> None:
     rows = [rendered(number) for number in range(30)]
-    done = run([*rows, *(pair(number) for number in range(40, 60))])
+    done = run([*rows, *pairs(60, 40)])
     assert dict(done.report.files[0].rendered) == {"ChatML": 30}
     (warning,) = warnings_of(done.report)
     assert warning == (
-        f"{tmp_path.as_posix()}/rows.json: 30 of 50 rows hold conversations that a chat template (ChatML) has rendered,"
+        "rows.json: 30 of 50 rows hold conversations that a chat template (ChatML) has rendered,"
         " and the model's own template will be put around them; unwrap: true in the source's settings makes messages of"
         " them"
     )
@@ -258,7 +266,7 @@ def test_unwrap_is_advised_only_where_it_takes_rows_apart(run: Run) -> None:
 
 
 def test_few_texts_with_marks_are_counted_without_a_warning(run: Run) -> None:
-    few = run([rendered(1), *(pair(number) for number in range(40))]).report
+    few = run([rendered(1), *pairs(40)]).report
     assert (few.checks["chat_markers"].count, warnings_of(few)) == (1, [])
     many = run([pair(number, chosen="a </s> b") for number in range(40)]).report
     assert warnings_of(many)[0].startswith("40 of 40 examples hold marks of chat templates, and the model's own")
@@ -279,14 +287,11 @@ def test_every_row_is_written_or_listed_with_its_reason(run: Run) -> None:
         "no object",
         pair(106, prompt=[{"role": "narrator", "content": "x"}]),
     ]
-    done = run([pair(number) for number in range(30)] + odd)
-    assert (
-        done.reasons
-        == (
-            "empty_chosen empty_rejected empty_prompt equal_sides missing_field duplicate bad_unicode not_an_object"
-            " unknown_role"
-        ).split()
-    )
+    done = run(pairs(30) + odd)
+    assert done.reasons == [
+        *("empty_chosen", "empty_rejected", "empty_prompt", "equal_sides", "missing_field", "duplicate"),
+        *("bad_unicode", "not_an_object", "unknown_role"),
+    ]
     assert [reject["row"] for reject in done.rejects] == list(range(30, 39))
     assert done.report.num_read == len(done.rows) + len(done.rejects) == 39
     assert done.report.num_rejected_rows == 9
@@ -295,12 +300,12 @@ def test_every_row_is_written_or_listed_with_its_reason(run: Run) -> None:
 
 
 def test_a_row_that_was_left_out_is_no_first_of_a_duplicate(run: Run) -> None:
-    done = run([pair(90, chosen=""), pair(90, chosen=""), *(pair(number) for number in range(30))])
+    done = run([pair(90, chosen=""), pair(90, chosen=""), *pairs(30)])
     assert done.report.rejected == {"empty_chosen": 2}
 
 
 def test_a_pair_in_both_orders_is_left_out_twice(run: Run) -> None:
-    done = run([*(pair(number) for number in range(30)), pair(4, chosen="no", rejected="yes"), pair(4, chosen="maybe")])
+    done = run([*pairs(30), pair(4, chosen="no", rejected="yes"), pair(4, chosen="maybe")])
     assert done.reasons == ["contradiction", "contradiction"]
     assert [(r["row"], r["detail"]) for r in done.rejects] == [
         (4, "has the answers in the other order than row 30"),
@@ -309,27 +314,23 @@ def test_a_pair_in_both_orders_is_left_out_twice(run: Run) -> None:
     assert done.texts().count("question 4") == 1
 
 
-def test_a_reject_names_file_row_and_line_and_nothing_of_the_content(run: Run, tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
+def test_a_reject_names_file_row_and_line_and_nothing_of_the_content(run: Run) -> None:
+    path = Path("rows.jsonl")
     lines = [json.dumps(pair(number)) for number in range(30)]
     lines.insert(2, "")
     lines.insert(5, json.dumps({"prompt": "secret", "chosen": "secret", "rejected": "secret "}))
     path.write_text("\n".join(lines), encoding="utf-8")
     (reject,) = run(sources=[PreferenceSource(path=str(path))]).rejects
-    assert reject == {
-        "file": path.as_posix(),
-        "row": 4,
-        "line": 6,
-        "reason": "equal_sides",
-        "detail": "has two equal answers",
-    }
+    place = {"file": "rows.jsonl", "row": 4, "line": 6}
+    assert reject == {**place, "reason": "equal_sides", "detail": "has two equal answers"}
 
 
 # --- policies -----------------------------------------------------------------------------
 
 
 def test_keep_counts_and_names_the_rows_and_leaves_them_in(run: Run) -> None:
-    rows = [pair(number) for number in range(30)] + [
+    rows = [
+        *pairs(30),
         pair(50, rejected="yes"),
         pair(3),
         pair(4, chosen="no", rejected="yes"),
@@ -357,7 +358,7 @@ def test_error_stops_and_names_check_file_and_rows(run: Run, policy: str, extra:
         DataError,
         match=rf"rows.json: \d+ examples? fails? the check {policy} \(rows {row}.* data.checks.{policy} is error",
     ):
-        run([*(pair(number) for number in range(30)), extra], policies={policy: "error"})
+        run([*pairs(30), extra], policies={policy: "error"})
 
 
 # --- K answers ----------------------------------------------------------------------------
@@ -407,16 +408,16 @@ def test_a_ranking_without_a_winner_is_a_tie(run: Run) -> None:
 
 
 def test_pairs_alone_make_no_ranking(run: Run) -> None:
-    done = run([pair(number) for number in range(30)])
+    done = run(pairs(30))
     assert sorted(path.name for path in done.folder.iterdir()) == ["eval.parquet", "train.parquet"]
 
 
 # --- several sources ----------------------------------------------------------------------
 
 
-def test_sources_are_read_in_order_and_a_repeat_names_the_other_file(run: Run, tmp_path: Path) -> None:
-    one = lines_file(tmp_path / "one.jsonl", [pair(number) for number in range(30)])
-    two = lines_file(tmp_path / "two.jsonl", [pair(number) for number in range(25, 50)])
+def test_sources_are_read_in_order_and_a_repeat_names_the_other_file(run: Run) -> None:
+    one = lines_file("one.jsonl", pairs(30))
+    two = lines_file("two.jsonl", pairs(50, 25))
     done = run(sources=[PreferenceSource(path=one), PreferenceSource(path=two)])
     assert [account.num_rows for account in done.report.files] == [30, 25]
     assert [(r["file"], r["row"], r["detail"]) for r in done.rejects] == [
@@ -425,23 +426,18 @@ def test_sources_are_read_in_order_and_a_repeat_names_the_other_file(run: Run, t
     assert {row["source"] for row in done.rows} == {"one.jsonl", "two.jsonl"}
 
 
-def test_a_pattern_stands_for_its_files_in_order(run: Run, tmp_path: Path) -> None:
-    for number in (2, 0, 1):
-        lines_file(tmp_path / f"part-{number}.jsonl", [pair(number * 10 + at) for at in range(10)])
-    done = run(sources=[PreferenceSource(path=str(tmp_path / "part-*.jsonl"))])
+def test_a_pattern_stands_for_its_files_in_order(run: Run) -> None:
+    folder = Path("na[me] 数据")  # brackets are no pattern
+    (folder / "part-3.jsonl").mkdir(parents=True)
+    lines_file(f"{folder}/part-2.jsonl", [ranked(number, [1, 2]) for number in range(20, 30)])
+    for number in (0, 1):
+        lines_file(f"{folder}/part-{number}.jsonl", [pair(number * 10 + at) for at in range(10)])
+    done = run(sources=[PreferenceSource(path=str(folder / "part-*.jsonl"))])
     assert [account.path.name for account in done.report.files] == [f"part-{number}.jsonl" for number in range(3)]
+    assert [list(account.formats) for account in done.report.files] == [["pairs"], ["pairs"], ["kwise"]]
     assert len(done.rows) == 30
     with pytest.raises(DataError, match="no file has such a name"):
-        run(sources=[PreferenceSource(path=str(tmp_path / "nothing-*.jsonl"))])
-
-
-def test_sources_may_have_different_formats(run: Run, tmp_path: Path) -> None:
-    one = lines_file(tmp_path / "one.jsonl", [pair(number) for number in range(30)])
-    two = lines_file(tmp_path / "two.jsonl", [ranked(number, [1, 2]) for number in range(30, 60)])
-    done = run(sources=[PreferenceSource(path=one), PreferenceSource(path=two)])
-    assert [list(account.formats) for account in done.report.files] == [["pairs"], ["kwise"]]
-    assert sum(done.report.num_rankings.values()) == 30
-    assert len(done.rows) == 60
+        run(sources=[PreferenceSource(path=str(folder / "nothing-*.jsonl"))])
 
 
 def test_a_weight_takes_whole_prompts_of_train_and_lists_the_others(run: Run) -> None:
@@ -458,7 +454,7 @@ def test_a_weight_takes_whole_prompts_of_train_and_lists_the_others(run: Run) ->
 
 
 def test_a_weight_above_one_repeats_rows_of_train(run: Run) -> None:
-    rows = [pair(number) for number in range(300)]
+    rows = pairs(300)
     whole, more = run(rows), run(rows, weight=2.5)
     assert more.tables["eval"].equals(whole.tables["eval"])
     counts = more.tables["train"]["id"].value_counts()["count"]
@@ -467,9 +463,9 @@ def test_a_weight_above_one_repeats_rows_of_train(run: Run) -> None:
     assert more.report.num_written["train"] == counts.sum()
 
 
-def test_a_source_may_be_one_split_and_a_shared_prompt_leaves_train(run: Run, tmp_path: Path) -> None:
-    one = lines_file(tmp_path / "train.jsonl", [pair(number) for number in range(30)])
-    two = lines_file(tmp_path / "test.jsonl", [pair(number, chosen="surely") for number in range(25, 35)])
+def test_a_source_may_be_one_split_and_a_shared_prompt_leaves_train(run: Run) -> None:
+    one = lines_file("train.jsonl", pairs(30))
+    two = lines_file("test.jsonl", [pair(number, chosen="surely") for number in range(25, 35)])
     done = run(sources=[PreferenceSource(path=one, split="train"), PreferenceSource(path=two, split="eval")])
     assert (done.tables["train"].height, done.tables["eval"].height) == (25, 10)
     assert done.reasons == ["shared_prompt"] * 5
@@ -477,10 +473,10 @@ def test_a_source_may_be_one_split_and_a_shared_prompt_leaves_train(run: Run, tm
     assert not set(done.tables["train"]["group"]) & set(done.tables["eval"]["group"])
 
 
-def test_answers_of_a_conversation_may_all_be_examples(run: Run, tmp_path: Path) -> None:
+def test_answers_of_a_conversation_may_all_be_examples(run: Run) -> None:
     turns = [{"role": role, "content": f"{role} {turn}"} for turn in range(3) for role in ("user", "assistant")]
     rows = [{"messages": [user(f"hi {number}"), *turns[1:]]} for number in range(30)]
-    path = lines_file(tmp_path / "chats.jsonl", rows)
+    path = lines_file("chats.jsonl", rows)
     last = run(sources=[SftSource(path=path)])
     every = run(sources=[SftSource(path=path, turns="all")])
     assert (len(last.rows), len(every.rows)) == (30, 90)
@@ -491,7 +487,25 @@ def test_answers_of_a_conversation_may_all_be_examples(run: Run, tmp_path: Path)
         assert openings[0] == openings[1]
 
 
-# --- formats ------------------------------------------------------------------------------
+def test_rows_that_a_weight_leaves_out_repeat_and_contradict_nothing(run: Run) -> None:
+    rows = pairs(200)
+    one, two = lines_file("one.jsonl", rows), lines_file("two.jsonl", rows)
+    done = run(sources=[PreferenceSource(path=one, weight=0.5), PreferenceSource(path=two)])
+    assert {row["prompt"][0]["content"] for row in done.rows} == {row["prompt"] for row in rows}
+    other = [pair(number, chosen="no", rejected="yes") for number in range(200)]
+    turned = lines_file("turned.jsonl", other)
+    done = run(sources=[PreferenceSource(path=one), PreferenceSource(path=turned, split="train", weight=1e-9)])
+    train = {row["id"] for row in done.tables["train"].to_dicts()}
+    assert len(train) == run(sources=[PreferenceSource(path=one)]).tables["train"].height
+
+
+def test_max_rows_is_of_the_source_not_of_each_file(run: Run) -> None:
+    for number in range(3):
+        lines_file(f"part-{number}.jsonl", [pair(number * 20 + at) for at in range(20)])
+    report = run(sources=[PreferenceSource(path="part-*.jsonl", max_rows=30)]).report
+    assert [account.num_rows for account in report.files] == [20, 10]
+    assert (report.num_read, [account.num_used for account in report.files]) == (30, [20, 10])
+    assert [account.stopped for account in report.files] == [False, True]
 
 
 # --- nothing to write ---------------------------------------------------------------------
@@ -512,13 +526,11 @@ def test_a_file_without_a_usable_row_is_refused_with_the_reasons(run: Run, rows:
 @pytest.mark.parametrize(("fraction", "split"), [(1e-9, "eval"), (1 - 1e-9, "train")])
 def test_an_empty_split_is_refused_with_the_setting(run: Run, fraction: float, split: str) -> None:
     with pytest.raises(DataError, match=rf"no row fell into the {split} split .*change data.eval_fraction, now"):
-        run([pair(number) for number in range(5)], fraction=fraction)
+        run(pairs(5), fraction=fraction)
 
 
-def test_a_broken_line_in_another_process_is_named_with_its_line(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = Path(lines_file(tmp_path / "rows.jsonl", [pair(number) for number in range(500)]))
+def test_a_broken_line_in_another_process_is_named_with_its_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(lines_file("rows.jsonl", pairs(500)))
     lines = path.read_text().split("\n")
     lines[400] = lines[400][:-1]
     path.write_text("\n".join(lines))
@@ -531,7 +543,7 @@ def test_a_broken_line_in_another_process_is_named_with_its_line(
 # --- memory -------------------------------------------------------------------------------
 
 
-def test_memory_does_not_grow_with_the_file(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_does_not_grow_with_the_file(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only a few blocks are alive at a time, however many there are."""
     alive, most = 0, 0
 
@@ -549,41 +561,9 @@ def test_memory_does_not_grow_with_the_file(run: Run, tmp_path: Path, monkeypatc
     monkeypatch.setattr(files, "_RECORDS_A_BLOCK", 10)
     read = convert_module.read_blocks
     monkeypatch.setattr(convert_module, "read_blocks", lambda *a: (Block(block) for block in read(*a)))
-    report = run([pair(number) for number in range(1000)]).report
+    report = run(pairs(1000)).report
     assert report.num_read == 1000
     assert most <= 4
-
-
-# --- sources beside each other --------------------------------------------------------------
-
-
-def test_rows_that_a_weight_leaves_out_repeat_and_contradict_nothing(run: Run, tmp_path: Path) -> None:
-    rows = [pair(number) for number in range(200)]
-    one, two = lines_file(tmp_path / "one.jsonl", rows), lines_file(tmp_path / "two.jsonl", rows)
-    done = run(sources=[PreferenceSource(path=one, weight=0.5), PreferenceSource(path=two)])
-    assert {row["prompt"][0]["content"] for row in done.rows} == {row["prompt"] for row in rows}
-    other = [pair(number, chosen="no", rejected="yes") for number in range(200)]
-    turned = lines_file(tmp_path / "turned.jsonl", other)
-    done = run(sources=[PreferenceSource(path=one), PreferenceSource(path=turned, split="train", weight=1e-9)])
-    train = {row["id"] for row in done.tables["train"].to_dicts()}
-    assert len(train) == run(sources=[PreferenceSource(path=one)]).tables["train"].height
-
-
-def test_max_rows_is_of_the_source_not_of_each_file(run: Run, tmp_path: Path) -> None:
-    for number in range(3):
-        lines_file(tmp_path / f"part-{number}.jsonl", [pair(number * 20 + at) for at in range(20)])
-    report = run(sources=[PreferenceSource(path=str(tmp_path / "part-*.jsonl"), max_rows=30)]).report
-    assert [account.num_rows for account in report.files] == [20, 10]
-    assert (report.num_read, [account.num_used for account in report.files]) == (30, [20, 10])
-    assert [account.stopped for account in report.files] == [False, True]
-
-
-def test_brackets_in_a_folders_name_are_no_pattern(run: Run, tmp_path: Path) -> None:
-    folder = tmp_path / "na[me] 数据"
-    folder.mkdir()
-    (folder / "sub.jsonl").mkdir()
-    lines_file(folder / "a.jsonl", [pair(number) for number in range(30)])
-    assert run(sources=[PreferenceSource(path=str(folder / "*.jsonl"))]).report.num_read == 30
 
 
 # --- rankings and checks --------------------------------------------------------------------
@@ -621,8 +601,8 @@ def test_rankings_that_contradict_each_other_are_left_out(run: Run) -> None:
 # --- processes ------------------------------------------------------------------------------
 
 
-def test_a_process_that_is_ended_is_said_to_be(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = lines_file(tmp_path / "rows.jsonl", [pair(number) for number in range(500)])
+def test_a_process_that_is_ended_is_said_to_be(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = lines_file("rows.jsonl", pairs(500))
     monkeypatch.setattr(convert_module, "_BYTES_WORTH_A_POOL", 0)
     monkeypatch.setattr(workers_module, "_begin_worker", os.abort)  # it takes no arguments, and fails
     with pytest.raises(MachineError, match=r"rows.jsonl: a process of the conversion was ended.*runtime.workers to 1"):
@@ -632,7 +612,7 @@ def test_a_process_that_is_ended_is_said_to_be(run: Run, tmp_path: Path, monkeyp
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_processes_end_with_the_one_that_began_them(tmp_path: Path) -> None:
     """Killed outright, the conversion leaves nobody behind."""
-    path = lines_file(tmp_path / "rows.jsonl", [pair(number, chosen="yes " * 500) for number in range(20_000)])
+    path = lines_file("rows.jsonl", [pair(number, chosen="yes " * 500) for number in range(20_000)])
     code = (
         "import sys; from pathlib import Path; from dpo_cli.data import convert as c\n"
         "from dpo_cli.data.plan import Treatment\n"

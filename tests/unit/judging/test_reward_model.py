@@ -11,11 +11,11 @@ import torch
 
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.judging.reward_model import KnownRewards, RewardModel, preference
-from dpo_cli.judging.win_rate import compare
+from dpo_cli.judging.known_reward import RewardJudge, preference
+from dpo_cli.judging.reward_model import RewardModel
+from dpo_cli.judging.win_rate import Pair, compare_all
 from dpo_cli.scoring.budget import TokenBudget
-from dpo_cli.scoring.reward import RewardScorer
-from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.scoring.scorer import RewardScorer, Scorer
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_it_judges_texts_as_their_tokens(model: RewardModel) -> None:
     texts: Sequence[str] = ["4", "five", ""]
     rewards = model.rewards_of_texts([{"role": "user", "content": "2 and 2?"}], texts)
     assert len(set(rewards)) == 3
-    judge = KnownRewards({("2 and 2?", text): reward for text, reward in zip(texts, rewards, strict=True)})
-    assert compare(judge, "2 and 2?", "4", "five") == pytest.approx(preference(rewards[0], rewards[1]), abs=1e-12)
-    assert compare(judge, "2 and 2?", "4", "4") == 0.5
+    judge = RewardJudge("learned", lambda _, text: rewards[texts.index(text)], is_exact=False)
+    found = compare_all(judge, [Pair("2 and 2?", "4", "five"), Pair("2 and 2?", "4", "4")])
+    assert [each.win for each in found] == [pytest.approx(preference(rewards[0], rewards[1]), abs=1e-12), 0.5]
     assert model.rewards_of_texts([{"role": "user", "content": "2 and 2?"}], []) == []

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from dpo_cli.core.errors import DataError
 from dpo_cli.data.world import task_of
-from dpo_cli.judging.judge import INVALID, Judgment, Question, one_by_one
-from dpo_cli.judging.known_reward import ExactJudge, world_reward, world_task
-from dpo_cli.judging.win_rate import Comparison, Pair, compare, compare_all, num_questions, summarize
+from dpo_cli.judging.judge import INVALID, Judge, Judgment, Question, one_by_one
+from dpo_cli.judging.known_reward import RewardJudge, world_reward, world_task
+from dpo_cli.judging.win_rate import Comparison, Pair, compare_all, num_questions, summarize
 
 PROMPT = "Answer the message.\nTom: My watch broke today."
 GOOD = "That is a pity, Tom. I hope your watch can be fixed!"
@@ -49,6 +49,11 @@ class SayingJudge:
         yield from reversed(list(enumerate(self.says[: len(questions)])))
 
 
+def compare(judge: Judge, prompt: str, ours: str, theirs: str) -> float | None:
+    """Probability that ours is better."""
+    return compare_all(judge, [Pair(prompt, ours, theirs)])[0].win
+
+
 A, B, TIE = Judgment.of(0.9), Judgment.of(0.2), Judgment.of(0.5)
 
 
@@ -57,15 +62,18 @@ A, B, TIE = Judgment.of(0.9), Judgment.of(0.2), Judgment.of(0.5)
     [(GOOD, BAD, 1.0), (BAD, GOOD, 0.0), (GOOD, GOOD, 0.5), (BAD, "word salad", 0.5), ("", GOOD, 0.0)],
 )
 def test_the_higher_reward_wins(ours: str, theirs: str, win: float) -> None:
-    assert compare(ExactJudge("world", world_reward), PROMPT, ours, theirs) == win
+    assert compare(RewardJudge("world", world_reward), PROMPT, ours, theirs) == win
 
 
 @pytest.mark.parametrize("bias", [-1.0, 0.0, 1.0, 5.0])
 def test_a_preference_for_a_position_does_not_decide(bias: float) -> None:
     judge = BiasedJudge(bias)
     assert compare(judge, "", "aa", "bb") == pytest.approx(0.5)
-    assert compare(judge, "", "aaa", "b") + compare(judge, "", "b", "aaa") == pytest.approx(1)
-    assert compare(judge, "", "aaa", "b") > 0.5
+    win, loss = compare(judge, "", "aaa", "b"), compare(judge, "", "b", "aaa")
+    assert win is not None
+    assert loss is not None
+    assert win + loss == pytest.approx(1)
+    assert win > 0.5
 
 
 def test_equal_answers_are_ties_that_nobody_is_asked_about(reporter: Any) -> None:
@@ -87,17 +95,21 @@ def random_comparisons(count: int) -> list[Comparison]:
     return [Comparison(Judgment.of(rng.random()), Judgment.of(rng.random() ** 5)) for _ in range(count)]
 
 
+def swapped(comparison: Comparison) -> Comparison:
+    return Comparison(comparison.theirs_first, comparison.ours_first)
+
+
 @pytest.mark.parametrize("count", [1, 7, 1000])
 def test_changing_policy_and_opponent_gives_exactly_one_minus_p(count: int) -> None:
     comparisons = random_comparisons(count)
     for comparison in comparisons:
         assert comparison.win is not None
-        assert comparison.swapped().win == 1 - comparison.win
+        assert swapped(comparison).win == 1 - comparison.win
         assert comparison.win == pytest.approx((comparison.ours_first.p_a + 1 - comparison.theirs_first.p_a) / 2)  # type: ignore[union-attr]
     summary = summarize(comparisons, "")
-    swapped = summarize([each.swapped() for each in comparisons], "")
-    assert swapped.win_rate == 1 - summary.win_rate
-    assert (swapped.consistency, swapped.first_position_rate) == (summary.consistency, summary.first_position_rate)
+    other = summarize([*map(swapped, comparisons)], "")
+    assert other.win_rate == 1 - summary.win_rate
+    assert (other.consistency, other.first_position_rate) == (summary.consistency, summary.first_position_rate)
 
 
 def test_a_planted_position_bias_hardly_moves_the_win_rate() -> None:
@@ -163,11 +175,6 @@ def test_too_many_without_a_verdict_make_no_win_rate(identical: int) -> None:
         summarize(comparisons, "take another judge")
 
 
-def test_a_single_comparison_without_a_verdict_is_an_error() -> None:
-    with pytest.raises(DataError, match="no verdict on two answers to 'why'; take another judge"):
-        compare(SayingJudge(A, INVALID), "why", "a", "b")
-
-
 # --- soft verdicts ------------------------------------------------------------------------
 
 
@@ -194,9 +201,5 @@ def test_a_prompt_from_elsewhere_cannot_be_judged() -> None:
     with pytest.raises(
         DataError, match=r"'What is the capital.*' is not of the embedded world; .*evaluate.judge to none"
     ):
-        compare(ExactJudge("world", world_reward), "What is the capital of France?", "a", "b")
-
-
-def test_the_judge_knows_the_prompts_task() -> None:
+        compare(RewardJudge("world", world_reward), "What is the capital of France?", "a", "b")
     assert world_task(PROMPT) == task_of(PROMPT)
-    assert world_task(PROMPT).good == GOOD

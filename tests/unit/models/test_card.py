@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 from ruamel.yaml import YAML
 
 from dpo_cli.core.params import LoraParams
+from dpo_cli.models import card
 from dpo_cli.models.adapters import add_adapter, load_adapter, save_adapter
-from dpo_cli.models.card import card_head, usage
+from dpo_cli.models.card import Card, usage
 from dpo_cli.models.load import load_model
 
 TOKENS = torch.tensor([[7, 300, 41, 99, 512, 23, 1000, 8]])
@@ -45,13 +47,13 @@ def test_the_code_loads_what_was_trained(
         "THIS_DIRECTORY": str(tmp_path / "adapter"),
         "MERGED_DIRECTORY": str(tmp_path / "merged"),
     }
-    card = usage(tiny_folder, cpu, quantization, directory="BASE_DIRECTORY")
-    loading, *merging = code_of(card)
+    text = usage(tiny_folder, cpu, quantization, directory="BASE_DIRECTORY")
+    loading, *merging = code_of(text)
     exec(loading, names)
     assert (logps(names["model"]) - logps(trained)).abs().max() < 1e-5
     assert names["tokenizer"].get_vocab() == tokenizer.get_vocab()
     assert bool(merging) == (quantization == "nf4")
-    assert "`AutoPeftModelForCausalLM.from_pretrained(THIS_DIRECTORY)` does not find the base" in card
+    assert "`AutoPeftModelForCausalLM.from_pretrained(THIS_DIRECTORY)` does not find the base" in text
     if merging:
         plain = load_adapter(load_model(tiny_folder, cpu, quantization="none"), tmp_path / "adapter", trainable=False)
         assert (logps(plain.eval()) - logps(trained)).abs().max() > 1e-2, "the plain weights are another model"
@@ -61,9 +63,12 @@ def test_the_code_loads_what_was_trained(
 
 
 @pytest.mark.parametrize("name", ["Qwen2.5-0.5B", "a: b # c", "x\n---\ny", "<b>", '"'])
-def test_a_name_of_any_letters_stays_a_name(name: str) -> None:
-    head = card_head(name, ["dpo", "lora"]).split("---\n")
-    assert head[0] == head[2] == ""
+def test_a_name_of_any_letters_stays_a_name(name: str, tiny_folder: Path, cpu: Any) -> None:
+    project: Any = SimpleNamespace(
+        sft=SimpleNamespace(method="qlora"), base=tiny_folder, machine=cpu, quantization="none"
+    )
+    head = card._card_text(Card(["dpo", "lora"], "# Title", []), project, name, "dpo.json").split("---\n")
+    assert head[0] == ""
     found = YAML(typ="safe").load(head[1])
     assert found["tags"] == ["dpo", "lora"]
     assert found["base_model"] == name.replace("\n", "\\n")

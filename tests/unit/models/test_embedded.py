@@ -14,9 +14,6 @@ from dpo_cli.data.schema import split_position, user
 from dpo_cli.models import embedded
 from dpo_cli.models.embedded import build_model, build_tokenizer, pretraining_loss
 
-STEPS = 5
-
-
 # --- tokenizer ----------------------------------------------------------------------------
 
 
@@ -67,15 +64,6 @@ def test_widths_suit_4_bit_blocks(tokenizer: Any) -> None:
             assert (module.in_features % 64, module.out_features % 64) == (0, 0)
 
 
-def test_fresh_weights_depend_on_the_seed_alone(tokenizer: Any) -> None:
-    def weights(seed: int) -> torch.Tensor:
-        torch.rand(3)
-        return torch.cat([parameter.flatten() for parameter in build_model(tokenizer, seed).parameters()])
-
-    assert torch.equal(weights(3), weights(3))
-    assert not torch.equal(weights(3), weights(4))
-
-
 # --- what it reads ------------------------------------------------------------------------
 
 
@@ -117,11 +105,6 @@ def test_only_early_steps_copy_random_strings(tokenizer: Any) -> None:
     assert num_copies(0) > 20
     assert num_copies(39) > 20
     assert num_copies(40) < 3
-
-
-def test_a_steps_examples_depend_on_seed_and_step_alone(tokenizer: Any) -> None:
-    assert examples(tokenizer, 7, 50) == examples(tokenizer, 7, 50)
-    assert examples(tokenizer, 7, 50) != examples(tokenizer, 8, 50)
 
 
 def test_packed_rows_do_not_see_each_other(tokenizer: Any) -> None:

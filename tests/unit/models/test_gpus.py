@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dpo_cli.models.gpus import GPUS, gpu_called
+from dpo_cli.models.device import GPUS, gpu_called
 
 
 @pytest.mark.parametrize(
@@ -32,8 +32,3 @@ def test_a_gpu_is_known_by_its_whole_name(name: str, card: str) -> None:
 )
 def test_another_chip_of_a_like_name_is_not_taken_for_it(name: str) -> None:
     assert gpu_called(name) is None
-
-
-def test_an_h100_with_sxm_is_faster_than_one_with_pcie() -> None:
-    slow, fast = GPUS["h100-pcie"], GPUS["h100-sxm"]
-    assert (slow.tflops, slow.bandwidth) < (fast.tflops, fast.bandwidth)

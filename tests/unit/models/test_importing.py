@@ -22,6 +22,8 @@ from dpo_cli.models.describe import describe_model
 from dpo_cli.models.importing import GgufOptions, import_model
 from tests import gguf_files
 
+Make = Callable[..., Any]
+
 IDS = torch.tensor([[5, 17, 90, 33, 8, 41, 12]])
 
 
@@ -208,7 +210,7 @@ def make_multimodal(tokenizer: Any, tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_text_part_of_a_multimodal_model_computes_the_same_of_a_text(
-    family: str, make_multimodal: Callable[..., Path], tmp_path: Path, reporter: Any
+    family: str, make_multimodal: Make, tmp_path: Path, reporter: Any
 ) -> None:
     whole = make_multimodal(family)
     found = _import(whole, tmp_path / "out", reporter)
@@ -220,15 +222,15 @@ def test_the_text_part_of_a_multimodal_model_computes_the_same_of_a_text(
 
 
 def test_a_model_whose_text_part_is_another_model_by_itself_is_refused(
-    make_multimodal: Callable[..., Path], tmp_path: Path, reporter: Any, monkeypatch: pytest.MonkeyPatch
+    make_multimodal: Make, tmp_path: Path, reporter: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dpo_cli.models import importing
+    from dpo_cli.models import rebuild
 
     whole = make_multimodal("Qwen2VL")
-    monkeypatch.setattr(importing, "_PLAIN_TEXT", {"qwen2_vl_text": "llama"})  # which has no bias
+    monkeypatch.setattr(rebuild, "_PLAIN_TEXT", {"qwen2_vl_text": "llama"})  # which has no bias
     with pytest.raises(MachineError, match="its language model is not that of llama"):
         _import(whole, tmp_path / "out", reporter)
-    monkeypatch.setattr(importing, "_PLAIN_TEXT", {})
+    monkeypatch.setattr(rebuild, "_PLAIN_TEXT", {})
     with pytest.raises(MachineError, match=r"qwen2_vl \(qwen2_vl_text\) is of no family that can be used by itself"):
         _import(whole, tmp_path / "out", reporter)
     assert not (tmp_path / "out").exists()
@@ -272,7 +274,7 @@ def test_a_gguf_file_brings_template_end_tokens_and_license(gguf_file: Path, tmp
     os.umask(umask)
     assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()} == {0o666 & ~umask}
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text(encoding="utf-8"))
-    assert {meter.label for meter in reporter.meters} >= {"import: reading the file", "import: dequantizing"}
+    assert "import: reading the file" in {meter.label for meter in reporter.meters}
     assert all(meter.done == meter.total for meter in reporter.meters)
 
 
@@ -300,32 +302,13 @@ def test_files_that_llama_cpp_split_make_the_same_model(gguf_file: Path, tmp_pat
     names, settings = list(tensors), gguf_files.settings_of(rope__dimension_count=16)
     for number, part in enumerate((names[:9], names[9:])):
         place = tmp_path / f"tiny-0000{number + 1}-of-00002.gguf"
-        _write_split(place, {name: tensors[name] for name in part}, settings if number == 0 else {}, number, len(names))
+        rest: dict[str, Any] = {"tokenizer": {}} if number else {}
+        split = (number, 2, len(names))
+        gguf_files.write(place, {name: tensors[name] for name in part}, {} if number else settings, split=split, **rest)
     found = _import(tmp_path / "tiny-00001-of-00002.gguf", tmp_path / "out", reporter)
     assert found.figures["files"]["model.safetensors"] == whole
     with pytest.raises(MachineError, match="it says that it is the first of 2 pieces; 2 were given, .* numbers 1, 0"):
         import_model(sorted(tmp_path.glob("*-of-*"), reverse=True), tmp_path / "more", GgufOptions(), reporter)
-
-
-def _write_split(path: Path, tensors: Any, settings: Any, number: int, num_tensors: int) -> None:
-    import gguf
-
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_uint16("split.no", number)
-    writer.add_uint16("split.count", 2)
-    writer.add_int32("split.tensors.count", num_tensors)
-    if settings:
-        for key, value in settings.items():
-            (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"llama.{key}", value)
-        for key, value in gguf_files.vocabulary().items():
-            add = writer.add_string if isinstance(value, str) else writer.add_array
-            (writer.add_uint32 if isinstance(value, int) else add)(f"tokenizer.ggml.{key}", value)
-    for name, values in tensors.items():
-        writer.add_tensor(name, values.astype("float32"))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_a_damaged_gguf_file_is_one_line_and_nothing_is_left(gguf_file: Path, tmp_path: Path, reporter: Any) -> None:

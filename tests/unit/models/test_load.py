@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from dpo_cli.core import paths
 from dpo_cli.core.errors import MachineError, ParamsError
 from dpo_cli.core.params import LoraParams, ModelParams, RuntimeParams
-from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models import load
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.folder import base_folder, check_model_folder
 from dpo_cli.models.load import context_length, load_model, load_tokenizer, open_encoder, save_tokenizer
 from dpo_cli.scoring.scorer import Scorer
+
+Make = Callable[..., Any]
 
 
 @pytest.fixture
@@ -34,16 +35,17 @@ def folder(tiny_folder: Path, tmp_path: Path) -> Path:
 
 # --- memory -------------------------------------------------------------------------------
 
+_QUANTIZE, _COPY = "bitsandbytes.functional.quantize_4bit", "transformers.core_model_loading._materialize_copy"
+
 
 @pytest.mark.parametrize(
-    ("quantization", "place", "remedy"),
+    ("error", "quantization", "place", "remedy"),
     [
-        ("nf4", "bitsandbytes.functional.quantize_4bit", "take a smaller one"),
-        ("nf4", "transformers.core_model_loading._materialize_copy", "take a smaller one"),
-        ("none", "transformers.core_model_loading._materialize_copy", r"hold it in 4 bits \(quantization nf4\)"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "nf4", _QUANTIZE, "take a smaller one"),
+        (RuntimeError("HIP out of memory"), "nf4", _COPY, "take a smaller one"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "none", _COPY, r"hold it in 4 bits \(quantization nf4\)"),
     ],
 )
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("HIP out of memory")])
 def test_memory_that_runs_out_while_loading_is_said(
     error: Exception,
     quantization: str,
@@ -65,17 +67,10 @@ def test_memory_that_runs_out_while_loading_is_said(
     with pytest.raises(MachineError, match=said):
         load_model(tiny_folder, cpu, quantization=quantization)
     assert capfd.readouterr().err == ""
-
-
-def test_another_error_while_quantizing_is_not_taken_for_it(
-    tiny_folder: Path, cpu: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*_: Any, **__: Any) -> None:
-        raise ValueError("blocks of another size")
-
-    monkeypatch.setattr("bitsandbytes.functional.quantize_4bit", broken)
-    with pytest.raises(MachineError, match="the model cannot be loaded"):
-        load_model(tiny_folder, cpu, quantization="nf4")
+    error.args = ("blocks of another size",)
+    if quantization == "nf4" and type(error) is RuntimeError:
+        with pytest.raises(MachineError, match="the model cannot be loaded"):
+            load_model(tiny_folder, cpu, quantization=quantization)
 
 
 # --- which directory ----------------------------------------------------------------------
@@ -83,36 +78,30 @@ def test_another_error_while_quantizing_is_not_taken_for_it(
 OWN = ModelParams(name="mine")
 
 
-def test_the_embedded_model_lies_in_models_base() -> None:
-    assert base_folder(ModelParams(), RuntimeParams()) == paths.BASE
-
-
 def test_the_environment_goes_before_params(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert base_folder(OWN, RuntimeParams(model_path=str(folder))) == folder
     monkeypatch.setenv("DPO_MODEL_PATH", str(folder))
     assert base_folder(OWN, RuntimeParams(model_path="elsewhere")) == folder
-
-
-def test_a_model_of_ones_own_needs_a_directory() -> None:
-    with pytest.raises(ParamsError, match="must be the directory of model 'mine'"):
-        base_folder(OWN, RuntimeParams())
-
-
-def test_a_directory_needs_a_model_of_ones_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DPO_MODEL_PATH", str(folder))
     with pytest.raises(ParamsError, match="reads no directory; give the model a name of its own"):
         base_folder(ModelParams(), RuntimeParams())
+    monkeypatch.delenv("DPO_MODEL_PATH")
+    assert base_folder(ModelParams(), RuntimeParams()) == paths.BASE
+    with pytest.raises(ParamsError, match="must be the directory of model 'mine'"):
+        base_folder(OWN, RuntimeParams())
 
 
 # --- directories that are refused ---------------------------------------------------------
 
 
-def test_a_missing_directory_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_holds_no_model_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(MachineError, match=r"model directory .*nothing is missing"):
         check_model_folder(tmp_path / "nothing")
-
-
-def test_a_directory_without_configuration_is_no_model(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    with pytest.raises(MachineError, match=r"is a Git LFS pointer, not weights; fetch them with: git lfs pull"):
+        check_model_folder(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(MachineError, match="has no weights"):
+        check_model_folder(folder)
     (folder / "config.json").unlink()
     with pytest.raises(MachineError, match=r"has no config.json"):
         check_model_folder(folder)
@@ -124,30 +113,6 @@ def test_pickled_weights_are_refused(folder: Path) -> None:
         check_model_folder(folder)
     with pytest.raises(MachineError, match="only pickled weights"):
         load_model(folder, None, quantization="none")  # type: ignore[arg-type]
-
-
-def test_no_weights_at_all_are_refused(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(MachineError, match="has no weights"):
-        check_model_folder(folder)
-
-
-def test_a_git_lfs_pointer_is_no_weights(folder: Path) -> None:
-    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
-    with pytest.raises(MachineError, match=r"is a Git LFS pointer, not weights; fetch them with: git lfs pull"):
-        check_model_folder(folder)
-
-
-def test_a_configuration_that_is_not_json_is_named(folder: Path, cpu: Any) -> None:
-    (folder / "config.json").write_text("{half")
-    with pytest.raises(MachineError, match=r"config.json cannot be used"):
-        load_model(folder, cpu, quantization="none")
-
-
-def test_an_unknown_architecture_is_named(folder: Path, cpu: Any) -> None:
-    (folder / "config.json").write_text(json.dumps({"model_type": "no_such_model"}))
-    with pytest.raises(MachineError, match=r"config.json cannot be used"):
-        load_model(folder, cpu, quantization="none")
 
 
 @pytest.mark.parametrize("model_type", ["llama", "no_such_model"])
@@ -166,25 +131,10 @@ def test_code_in_the_directory_never_runs(folder: Path, cpu: Any, tmp_path: Path
     assert not marker.exists()
 
 
-def test_weights_that_are_cut_off_are_named(folder: Path, cpu: Any) -> None:
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(MachineError, match="cannot be loaded"):
-        load_model(folder, cpu, quantization="none")
-
-
-def test_weights_of_another_shape_are_refused(folder: Path, cpu: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
-    with pytest.raises(MachineError, match="cannot be loaded"):
-        load_model(folder, cpu, quantization="none")
-
-
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
-def test_weights_that_lack_a_tensor_are_refused(folder: Path, cpu: Any, name: str) -> None:
+def test_weights_that_lack_a_tensor_are_refused(folder: Path, cpu: Any) -> None:
     """transformers would draw the missing tensor at random and only log it."""
     tensors = load_file(folder / "model.safetensors")
-    del tensors[name]
+    del tensors["model.norm.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(MachineError):
         load_model(folder, cpu, quantization="none")
@@ -198,19 +148,6 @@ def test_a_missing_tokenizer_is_named(folder: Path) -> None:
 
 
 # --- what is loaded -----------------------------------------------------------------------
-
-
-def test_a_model_is_loaded_frozen_and_in_eval_mode(tiny_folder: Path, cpu: Any) -> None:
-    model = load_model(tiny_folder, cpu, quantization="none")
-    assert not model.training
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-
-
-def test_the_weights_are_those_of_the_file(tiny_folder: Path, cpu: Any) -> None:
-    loaded = load_model(tiny_folder, cpu, quantization="none").state_dict()
-    for name, tensor in load_file(tiny_folder / "model.safetensors").items():
-        assert torch.equal(loaded[name], tensor), name
 
 
 def test_plain_weights_follow_the_machine_unless_they_are_trained(tiny_folder: Path) -> None:
@@ -265,9 +202,7 @@ def test_a_4_bit_model_on_the_cpu_keeps_no_hold_of_the_files_it_came_from(folder
     )
 
 
-def test_nf4_holds_the_linear_layers_in_4_bits_and_stays_near(
-    tiny_folder: Path, cpu: Any, make_groups: Callable[..., list[TokenGroup]]
-) -> None:
+def test_nf4_holds_the_linear_layers_in_4_bits_and_stays_near(tiny_folder: Path, cpu: Any, make_groups: Make) -> None:
     plain = load_model(tiny_folder, cpu, quantization="none")
     quantized = load_model(tiny_folder, cpu, quantization="nf4")
     layers = [module for module in quantized.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
@@ -309,9 +244,7 @@ class Trap:
 
 
 @pytest.fixture
-def spring(
-    tiny_folder: Path, cpu: Any, make_groups: Callable[..., list[TokenGroup]], monkeypatch: pytest.MonkeyPatch
-) -> Callable[[bool], Trap]:
+def spring(tiny_folder: Path, cpu: Any, make_groups: Make, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], Trap]:
     groups = make_groups(6)
 
     def observe(model: Any, scorer: Scorer) -> Observed:
@@ -370,15 +303,6 @@ def test_without_the_remedy_evaluating_a_4_bit_model_breaks_it(spring: Callable[
     true, found = trap.before.gradients[lowest], trap.after.gradients[lowest]
     cosine = torch.nn.functional.cosine_similarity(true.flatten(), found.flatten(), dim=0)
     assert cosine < 0.9
-
-
-def test_no_layer_is_left_to_the_trap_on_any_cpu(tiny_folder: Path, cpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
-    assert bitsandbytes.nn.Linear4bit(64, 64).support_avx512bf16_for_cpu
-    model = load_model(tiny_folder, cpu, quantization="nf4")
-    layers = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
-    assert layers
-    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
 
 
 # --- what is saved for whoever serves the model ---------------------------------------------

@@ -19,10 +19,11 @@ from peft.tuners.lora import bnb as lora_bnb
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_cli.core.params import LoraParams
-from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter, save_adapter
 from dpo_cli.models.lora import ShortLinear, ShortLinear4bit, cast_adapters, merging_pays, use_short_layers
 from dpo_cli.scoring.scorer import Scorer
+
+Make = Callable[..., Any]
 
 INPUTS, OUTPUTS, RANK = 64, 128, 4
 FEW, MANY = 5, 400
@@ -113,8 +114,7 @@ def goes_short(layer: Any, x: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(FEW,), (MANY,), (1, FEW), (2, MANY), (3, 2, FEW)])
+@pytest.mark.parametrize(("bias", "shape"), [(True, (FEW,)), (False, (MANY,)), (True, (2, MANY)), (False, (3, 2, FEW))])
 def test_values_and_gradients_are_those_of_peft(kind: str, bias: bool, shape: tuple[int, ...]) -> None:
     ours, theirs = both(kind, bias=bias)
     assert type(ours) is (ShortLinear if kind == "plain" else ShortLinear4bit)
@@ -147,22 +147,6 @@ def test_values_and_gradients_are_those_of_the_equation(num_tokens: int) -> None
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_tokens", [FEW, MANY])
-def test_an_input_that_wants_no_gradient_gets_none(kind: str, num_tokens: int) -> None:
-    ours, theirs = both(kind)
-    gradients = assert_same(ours, theirs, inputs(num_tokens).detach())
-    assert "x" not in gradients
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_inputs_of_any_strides_are_taken(kind: str) -> None:
-    ours, theirs = both(kind)
-    x = torch.randn(INPUTS, 2, MANY, generator=torch.Generator().manual_seed(2)).permute(2, 1, 0)
-    assert not x.is_contiguous()
-    assert_same(ours, theirs, x.requires_grad_())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("num_tokens", [FEW, MANY])
 def test_without_gradients_the_values_are_the_same_and_the_base_is_not_changed(kind: str, num_tokens: int) -> None:
     ours, theirs = both(kind)
     before = copy.deepcopy(ours.state_dict())
@@ -171,15 +155,6 @@ def test_without_gradients_the_values_are_the_same_and_the_base_is_not_changed(k
         assert relative(ours.eval()(x), theirs.eval()(x)) <= 1e-6
     run(ours, x)
     assert all(torch.equal(value, ours.state_dict()[name]) for name, value in before.items() if torch.is_tensor(value))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("settings", [{"use_rslora": True}, {"r": 1}, {"r": 100}, {"lora_alpha": 0.5}])
-def test_any_rank_and_scale_will_do(kind: str, settings: dict[str, Any]) -> None:
-    ours, theirs = both(kind, **settings)
-    for num_tokens in (FEW, MANY):
-        assert goes_short(ours, inputs(num_tokens))
-        assert_same(ours, theirs, inputs(num_tokens))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -205,30 +180,14 @@ def two_adapters(kind: str) -> tuple[Any, Any]:
     return models[0], models[1]
 
 
-class Elementwise(TorchDispatchMode):
-    """Names of all operations that are neither products nor views."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__.strip("_")
-        if name not in ("mm", "addmm", "t", "transpose", "permute", "view", "unsafe_view", "alias", "detach"):
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("num_tokens", [FEW, MANY])
-def test_the_forward_pass_is_products_and_nothing_else(num_tokens: int) -> None:
+def test_in_float32_the_forward_pass_is_products_and_nothing_else() -> None:
     ours, theirs = both("plain")
-    x = inputs(num_tokens)
-    with Elementwise() as short:
-        ours(x)
-    with Elementwise() as long:
-        theirs(x)
-    assert set(short.names) <= {"empty_like"}
-    assert {"mul", "add"} <= set(long.names)
+    x = torch.randn(INPUTS, 2, MANY, generator=torch.Generator().manual_seed(2)).permute(2, 1, 0)  # of any strides
+    assert_same(ours, theirs, x.requires_grad_())
+    for few_or_many in (inputs(FEW), inputs(MANY)):
+        with Kernels() as short:
+            ours(few_or_many)
+        assert set(short.names) <= {"mm", "addmm"}
 
 
 def test_merging_pays_from_as_many_tokens_as_make_it_cheaper() -> None:
@@ -461,20 +420,11 @@ def test_a_base_layer_with_more_to_it_goes_through_its_own_forward(num_tokens: i
         assert_same(ours, theirs, inputs(num_tokens))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_several_adapters_in_one_batch_are_left_to_peft(kind: str) -> None:
-    ours, theirs = two_adapters(kind)
-    x = inputs(2, MANY).detach()
-    names = ["default", "other"]
-    found = [layer_of(model.eval())(x, adapter_names=names) for model in (ours, theirs)]
-    assert relative(*found) <= 1e-6
-
-
 # --- files --------------------------------------------------------------------------------
 
 
 def test_a_saved_adapter_is_loaded_by_plain_peft_with_the_same_outputs(
-    make_llama: Callable[..., Any], make_groups: Callable[..., list[TokenGroup]], tmp_path: Path
+    make_llama: Make, make_groups: Make, tmp_path: Path
 ) -> None:
     model = add_adapter(make_llama(100).requires_grad_(False), LoraParams(r=RANK), seed=0)
     randomise(model)
@@ -490,34 +440,3 @@ def test_a_saved_adapter_is_loaded_by_plain_peft_with_the_same_outputs(
         bare = Scorer(make_llama(100), torch.float32, "shared").score(groups).logps_BK
     assert (logps[0] - logps[1]).abs().max() <= 1e-4
     assert (logps[0] - bare).abs().max() > 0.1
-
-
-def test_the_configuration_of_short_layers_is_saved_as_any_other(tmp_path: Path) -> None:
-    for name, short in (("ours", True), ("theirs", False)):
-        wrap(base_layer("plain"), short).save_pretrained(str(tmp_path / name))
-    contents = [(tmp_path / name / "adapter_config.json").read_text() for name in ("ours", "theirs")]
-    assert contents[0] == contents[1]
-
-
-def test_a_whole_model_trains_as_with_peft(
-    make_llama: Callable[..., Any], make_groups: Callable[..., list[TokenGroup]]
-) -> None:
-    """Three steps of SGD, with few and with many tokens at a time."""
-    groups = make_groups(16)
-    weights = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
-    results = []
-    for short in (True, False):
-        config = LoraConfig(r=RANK, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-        torch.manual_seed(0)
-        model = get_peft_model(make_llama(100).requires_grad_(False), use_short_layers(config) if short else config)
-        randomise(model)
-        scorer = Scorer(model, torch.float32, "shared")
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        for batch in (groups[:1], groups, groups[1:3]):
-            optimizer.zero_grad()
-            (scorer.score(batch).logps_BK * weights).mean().backward()
-            optimizer.step()
-        results.append({name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
-    assert results[0].keys() == results[1].keys()
-    for name, value in results[1].items():
-        assert relative(results[0][name], value) <= 1e-6, name

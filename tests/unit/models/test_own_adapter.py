@@ -18,7 +18,9 @@ from dpo_cli.core.params import RuntimeParams
 from dpo_cli.models.adapters import ADAPTER_FILES, load_adapter
 from dpo_cli.models.folder import adapter_folder
 from dpo_cli.models.load import load_model
-from dpo_cli.models.own_adapter import copy_adapter
+from dpo_cli.models.verify import copy_adapter
+
+Make = Callable[..., Any]
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file")
 
@@ -79,7 +81,7 @@ def test_adapters_that_are_more_than_lora_are_refused(
 
 
 def test_an_adapter_of_another_model_is_named_by_its_tensor(
-    make_llama: Callable[..., Any], tiny_folder: Path, tmp_path: Path
+    make_llama: Make, tiny_folder: Path, tmp_path: Path
 ) -> None:
     source = save(make_llama(100, hidden_size=32, num_attention_heads=2), tmp_path / "small")
     with pytest.raises(

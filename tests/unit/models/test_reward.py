@@ -18,20 +18,17 @@ from dpo_cli.core.params import LoraParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import (
     ADAPTER_FILES,
+    FrozenBase,
     SftResult,
     add_adapter,
-    load_reference,
+    check_reward_model,
+    reward_head,
     save_adapter,
 )
 from dpo_cli.models.load import load_model
-from dpo_cli.models.reward import (
-    check_reward_model,
-    load_reward_model,
-    load_reward_model_at_start,
-    reward_head,
-)
-from dpo_cli.scoring.reward import RewardScorer
-from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.scoring.scorer import RewardScorer, Scorer
+
+Make = Callable[..., Any]
 
 LORA = LoraParams(r=4, alpha=8.0)
 RESULTS = {method: SftResult(method, "digest") for method in ("none", "qlora", "full")}
@@ -54,7 +51,7 @@ def sft(project: Path, tiny_folder: Path, cpu: Any) -> None:
 
 
 def start(tiny_folder: Path, cpu: Any, quantization: str = "none", method: str = "qlora") -> Any:
-    return load_reward_model_at_start(tiny_folder, RESULTS[method], cpu, quantization, LORA, 0)
+    return FrozenBase(tiny_folder, RESULTS[method], cpu, quantization).reward_model_at_start(LORA, 0)
 
 
 def rewards(model: Any, groups: list[TokenGroup]) -> torch.Tensor:
@@ -65,17 +62,14 @@ def rewards(model: Any, groups: list[TokenGroup]) -> torch.Tensor:
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 @pytest.mark.parametrize("method", ["qlora", "none"])
 def test_it_starts_as_the_sft_model_with_a_head_of_zeros(
-    method: str,
-    quantization: str,
-    sft: None,
-    tiny_folder: Path,
-    cpu: Any,
-    make_groups: Callable[..., list[TokenGroup]],
+    method: str, quantization: str, sft: None, tiny_folder: Path, cpu: Any, make_groups: Make
 ) -> None:
     groups = make_groups(4)
     model = start(tiny_folder, cpu, quantization, method)
     with torch.no_grad():
-        theirs = Scorer(load_reference(tiny_folder, RESULTS[method], cpu, quantization), torch.float32).score(groups)
+        theirs = Scorer(FrozenBase(tiny_folder, RESULTS[method], cpu, quantization).reference(), torch.float32).score(
+            groups
+        )
         ours = Scorer(model, torch.float32).score(groups)
     assert (ours.logps_BK - theirs.logps_BK).abs().max() <= 1e-4
     assert not rewards(model, groups).any()
@@ -88,12 +82,7 @@ def test_it_starts_as_the_sft_model_with_a_head_of_zeros(
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_saved_and_loaded_it_gives_the_same_rewards(
-    quantization: str,
-    sft: None,
-    tiny_folder: Path,
-    cpu: Any,
-    tmp_path: Path,
-    make_groups: Callable[..., list[TokenGroup]],
+    quantization: str, sft: None, tiny_folder: Path, cpu: Any, tmp_path: Path, make_groups: Make
 ) -> None:
     groups = make_groups(6)
     model = randomise(start(tiny_folder, cpu, quantization), 2)
@@ -101,7 +90,7 @@ def test_saved_and_loaded_it_gives_the_same_rewards(
         save_adapter(model, tmp_path / folder, "embedded")
     for name in ADAPTER_FILES:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    again = load_reward_model(tmp_path / "a", tiny_folder, RESULTS["qlora"], cpu, quantization)
+    again = FrozenBase(tiny_folder, RESULTS["qlora"], cpu, quantization).reward_model(tmp_path / "a")
     assert not [name for name, value in again.named_parameters() if value.requires_grad]
     found = rewards(again, groups)
     assert torch.equal(found, rewards(model.eval(), groups))
@@ -110,12 +99,7 @@ def test_saved_and_loaded_it_gives_the_same_rewards(
 
 @pytest.mark.parametrize("method", ["qlora", "none"])
 def test_transformers_and_peft_alone_give_the_same_rewards(
-    method: str,
-    sft: None,
-    tiny_folder: Path,
-    cpu: Any,
-    tmp_path: Path,
-    make_groups: Callable[..., list[TokenGroup]],
+    method: str, sft: None, tiny_folder: Path, cpu: Any, tmp_path: Path, make_groups: Make
 ) -> None:
     """As the model card says: a sequence classifier of one label, and the adapter on it."""
     groups = make_groups(6)

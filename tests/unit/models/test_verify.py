@@ -149,8 +149,10 @@ def test_an_adapter_is_no_whole_model(folder: Path) -> None:
     assert "holds an adapter (adapter_config.json)" in refusal(folder)
 
 
-@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [(torch.float32, torch.nan), (torch.bfloat16, torch.inf), (torch.float16, -torch.inf), (torch.bfloat16, torch.nan)],
+)
 def test_numbers_that_are_none_are_named_by_tensor(folder: Path, kind: torch.dtype, value: float) -> None:
     def spoil(weights: dict[str, torch.Tensor]) -> None:
         for name in weights:
@@ -158,12 +160,12 @@ def test_numbers_that_are_none_are_named_by_tensor(folder: Path, kind: torch.dty
         weights["model.layers.1.mlp.up_proj.weight"][-1, -1] = value
 
     heard: list[int] = []
-    verify_numbers(folder, (), heard.append)
-    assert sum(heard) == (folder / "model.safetensors").stat().st_size
+    weights = folder / "model.safetensors"
+    verify_numbers([weights], heard.append)
+    assert sum(heard) == weights.stat().st_size
     change_weights(folder, spoil)
     with pytest.raises(MachineError, match=r"model.layers.1.mlp.up_proj.weight holds NaN or infinity; fetch"):
-        verify_numbers(folder, (), lambda _: None)
-    verify_numbers(folder, {"model.safetensors"}, lambda _: None)
+        verify_numbers([weights])
 
 
 # --- the index ----------------------------------------------------------------------------
@@ -231,8 +233,10 @@ def test_a_special_token_without_a_row_is_noted_unless_something_makes_it(folder
     assert f"the tokenizer's '<image>' has the id {rows}" in refusal(folder)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
-@pytest.mark.parametrize("text", ["[1]", "{half", "\x00"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("tokenizer.json", "[1]"), ("tokenizer_config.json", "{half"), ("generation_config.json", "\x00")],
+)
 def test_other_files_of_garbage_are_named(folder: Path, name: str, text: str) -> None:
     (folder / name).write_text(text)
     assert name in refusal(folder)
@@ -244,7 +248,6 @@ def test_other_files_of_garbage_are_named(folder: Path, name: str, text: str) ->
         "{% for",
         "{{ messages[7].content }}",
         "{{ raise_exception('no') }}",
-        "{{ 1 // 0 }}",
         "no question",
         "{{ 5 + '' }}",
     ],

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from dpo_cli.evaluation.implicit_reward import RankedAnswers, agreements, summarize_rewards
-from dpo_cli.report.shades import scale_of, shade_of
+from dpo_cli.evaluation.rewards import ScoredGroup, agreements, summarize_agreements
+from dpo_cli.report.style import scale_of, shade_of
 from dpo_cli.report.token_page import (
     ROWS_SHOWN,
     AnswerTokens,
@@ -18,21 +16,8 @@ from dpo_cli.report.token_page import (
     choose_rows,
     write_token_page,
 )
-
-ATTACK = "</script><script>alert(1)</script><img src=https://evil.example/x onerror=alert(1)>\"'&amp;"
-
-
-class _Tags(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
+from dpo_cli.statistics.intervals import Sampling
+from tests.report_folder import ATTACK, Elements
 
 
 def row(outcome: str, text: str = ATTACK, margin: float = 1.0) -> RowTokens:
@@ -42,8 +27,8 @@ def row(outcome: str, text: str = ATTACK, margin: float = 1.0) -> RowTokens:
 
 
 def page_of(folder: Path, rows: list[RowTokens], outcomes: dict[str, int], name: str = ATTACK) -> str:
-    ranked = [RankedAnswers("g", (1, 2), (1.0, 0.0), (0.0, 0.0), (1, 1))]
-    summary = summarize_rewards(ranked, agreements(ranked), draws=100, confidence=0.95, seed=0)
+    ranked = [ScoredGroup("r", "g", (1.0, 0.0), (1, 1), reference=(0.0, 0.0))]
+    summary = summarize_agreements(ranked, agreements(ranked), Sampling(100, 0.95, 0))
     path = folder / "heat.html"
     write_token_page(path, rows, outcomes, {name: summary}, beta=0.1, model=name, confidence=0.95)
     return path.read_text(encoding="utf-8")
@@ -51,13 +36,12 @@ def page_of(folder: Path, rows: list[RowTokens], outcomes: dict[str, int], name:
 
 def test_no_text_becomes_markup_and_nothing_is_loaded(tmp_path: Path) -> None:
     page = page_of(tmp_path, [row("wrong"), row("right")], {"wrong": 1, "right": 5})
-    parser = _Tags()
-    parser.feed(page)
-    names = {tag for tag, _ in parser.tags}
+    elements = Elements(page)
+    names = {tag for tag, _ in elements.elements}
     assert not names & {"script", "img", "link", "iframe", "object", "embed", "base", "form", "a"}
-    for _, attributes in parser.tags:
+    for _, attributes in elements.elements:
         assert not [name for name in attributes if name.startswith("on") or name in ("src", "href", "style")]
-    assert parser.text.count(ATTACK) >= 8, "it is all there, as text"
+    assert "".join(elements.texts).count(ATTACK) >= 8, "it is all there, as text"
     assert "default-src 'none'" in page
     assert "@import" not in page
     assert "url(" not in page
@@ -65,9 +49,7 @@ def test_no_text_becomes_markup_and_nothing_is_loaded(tmp_path: Path) -> None:
 
 def test_tokens_have_color_and_number(tmp_path: Path) -> None:
     page = page_of(tmp_path, [row("wrong", "so")], {"wrong": 1})
-    parser = _Tags()
-    parser.feed(page)
-    tokens = [attributes for tag, attributes in parser.tags if tag == "span" and "data-n" in attributes]
+    tokens = [attributes for tag, attributes in Elements(page).elements if tag == "span" and "data-n" in attributes]
     assert [token["data-n"] for token in tokens[:3]] == ["\N{MINUS SIGN}1.25", "+0.50 over 3 tokens", "+0.00"]
     assert (tokens[0]["class"] or "").split()[1].startswith("n")
     assert (tokens[1]["class"] or "").split()[1].startswith("p")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -20,14 +21,13 @@ from dpo_cli.scoring import attention, varlen
 from dpo_cli.scoring.attention import (
     IMPLEMENTATION,
     Attending,
-    UnsupportedAttentionError,
+    UnsupportedLayerError,
     attend,
     attending,
     block_attention,
 )
-from dpo_cli.scoring.batched import batches_of
-from dpo_cli.scoring.blocks import Piece, block_mask, pieces_of
 from dpo_cli.scoring.layout import Block, Layout, Run, lay_out
+from dpo_cli.scoring.pieces import AttentionSettings, batches_of, pieces_of
 from dpo_cli.scoring.varlen import attend_varlen, choose_kernel, reason_against, sequences_of
 from tests.slow_kernel import slow_kernel
 from tests.waiting import NoWaiting
@@ -41,7 +41,7 @@ GROUPS = [
 ]
 APART = [TokenGroup("", "", group.prompt, (answer,)) for group in GROUPS for answer in group.completions]
 """The same with each completion behind a prompt of its own."""
-WINDOWS = [None, 1, 3, 6, 100]
+ROOT = 16**-0.5
 
 
 # --- by definition ------------------------------------------------------------------------
@@ -123,45 +123,13 @@ def random_inputs(
     return query, key, value
 
 
+def sequences(*blocks: Block) -> varlen.Sequences:
+    return sequences_of([piece for block in blocks for piece in pieces_of(block)], CPU)
+
+
 def in_layout(blocks: tuple[Block, ...], *inputs: torch.Tensor, **options: Any) -> torch.Tensor:
     with attend(Attending(layout_of(blocks))):
         return block_attention(LAYER, *inputs, None, **options)[0]
-
-
-# --- the mask -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("window", WINDOWS)
-def test_a_mask_is_what_a_walk_to_the_ancestors_sees(seed: int, window: int | None) -> None:
-    for block in random_blocks(seed):
-        alone = Block(0, block.runs)
-        expected = torch.zeros(block.length, block.length, dtype=torch.bool)
-        for index, keys in enumerate(visible([alone], window)):
-            expected[index, keys] = True
-        assert torch.equal(block_mask(block.runs, window), expected)
-
-
-def test_a_small_mask_worked_out_by_hand() -> None:
-    """A prompt of two tokens, a completion of two and one of one.
-
-    A window of two reaches from the second completion's token over the first one to the prompt's last.
-    """
-    runs = (Run(2, -1), Run(2, 0), Run(1, 0))
-    assert block_mask(runs, None).int().tolist() == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-        [1, 1, 1, 1, 0],
-        [1, 1, 0, 0, 1],
-    ]
-    assert block_mask(runs, 2).int().tolist() == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [0, 1, 1, 0, 0],
-        [0, 0, 1, 1, 0],
-        [0, 1, 0, 0, 1],
-    ]
 
 
 # --- values and gradients -----------------------------------------------------------------
@@ -222,8 +190,7 @@ def test_values_and_gradients_are_those_of_each_text_by_itself(name: str, value_
         assert (ours_grad - theirs_grad).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize(("seed", "window"), [(0, None), (1, 3), (2, None), (3, 3)])
 def test_any_tree_of_runs_is_attended_as_its_texts_are(seed: int, window: int | None, way: str) -> None:
     blocks = random_blocks(seed)
     inputs = [tensor.requires_grad_() for tensor in random_inputs(sum(block.length for block in blocks), seed)]
@@ -253,12 +220,6 @@ def test_pieces_of_like_length_are_few_batches_of_little_padding() -> None:
     assert {batch.mask_B1QK.device.type for batch in on_device.batches} == {"meta"}
 
 
-def test_single_texts_are_attended_as_they_are() -> None:
-    layout = lay_out(APART, "shared")
-    inputs = random_inputs(layout.num_tokens)
-    assert (in_layout(layout.blocks, *inputs) - expected_of(layout.blocks, *inputs)).abs().max() <= 2e-6
-
-
 @pytest.mark.parametrize("trained", [(0,), (1,), (2,), (1, 2)])
 def test_gradients_do_not_depend_on_which_of_them_are_asked_for(trained: tuple[int, ...]) -> None:
     """LoRA on the values of the first layer alone leaves query and key without a gradient."""
@@ -284,17 +245,6 @@ def test_bfloat16_goes_in_and_comes_out_and_is_as_close_as_it_can_be() -> None:
         assert (ours.double() - expected_of(blocks, *inputs, **options)).abs().max() <= 0.02
 
 
-def test_a_change_in_one_completion_is_not_seen_by_its_siblings_or_by_other_groups() -> None:
-    layout = lay_out(GROUPS, "shared")
-    query, key, value = random_inputs(layout.num_tokens)
-    before = in_layout(layout.blocks, query, key, value)
-    changed = [tensor.clone() for tensor in (query, key, value)]
-    for tensor in changed:
-        tensor[:, :, 3:7] += 10
-    moved = (in_layout(layout.blocks, *changed) - before).abs().amax((0, 2, 3)) > 0
-    assert moved.nonzero().flatten().tolist() == [3, 4, 5, 6]
-
-
 # --- as transformers calls it -------------------------------------------------------------
 
 
@@ -312,47 +262,22 @@ def test_the_name_is_registered_and_no_mask_is_built_for_it() -> None:
         (LAYER, {"position_bias": torch.zeros(1, 4, 14, 14)}, "has a mask or a bias of its own"),
         (SimpleNamespace(is_causal=False), {}, "has a mask or a bias of its own"),
         (LAYER, {"dropout": 0.1}, "has attention dropout"),
+        (LAYER, {}, "attends to more than the row"),
     ],
 )
 def test_what_blocks_cannot_have_is_refused(layer: Any, options: dict[str, Any], message: str) -> None:
     layout = lay_out(GROUPS, "shared")
+    if message == "attends to more than the row":
+        layout = lay_out(APART, "shared")
     arguments = {"attention_mask": None} | options
-    with attend(Attending(layout)), pytest.raises(UnsupportedAttentionError, match=f"SimpleNamespace {message}"):
-        block_attention(layer, *random_inputs(layout.num_tokens), **arguments)
-
-
-@pytest.mark.parametrize("lengths", [(13, 13, 13), (15, 20, 20)])
-def test_more_or_less_than_the_row_is_refused(lengths: tuple[int, int, int]) -> None:
-    layout = lay_out(APART[:3], "shared")
-    assert layout.num_tokens == 15
-    query, key, value = (random_inputs(length)[index] for index, length in enumerate(lengths))
-    with attend(Attending(layout)), pytest.raises(UnsupportedAttentionError, match="attends to more than the row"):
-        block_attention(LAYER, query, key, value, None)
+    with attend(Attending(layout)), pytest.raises(UnsupportedLayerError, match=f"SimpleNamespace {message}"):
+        block_attention(layer, *random_inputs(lay_out(GROUPS, "shared").num_tokens), **arguments)
 
 
 @pytest.mark.parametrize("state", [None, Attending(lay_out(GROUPS, "padded"))])
 def test_attention_without_blocks_is_an_error_and_not_a_guess(state: Attending | None) -> None:
     with attend(state), pytest.raises(RuntimeError, match="without a layout of blocks"):
         block_attention(LAYER, *random_inputs(5), None)
-
-
-def test_unknown_arguments_and_a_layer_without_a_direction_are_taken() -> None:
-    layout = lay_out(GROUPS, "shared")
-    inputs = random_inputs(layout.num_tokens)
-    with attend(Attending(layout)):
-        out, weights = block_attention(SimpleNamespace(), *inputs, None, use_cache=False, output_attentions=True)  # type: ignore[arg-type]
-    assert weights is None
-    assert torch.equal(out, in_layout(layout.blocks, *inputs))
-
-
-def test_what_layers_ask_for_is_kept() -> None:
-    layout = lay_out(GROUPS, "shared")
-    state = Attending(layout)
-    with attend(state):
-        for window in (None, 4, 4, 7):
-            block_attention(LAYER, *random_inputs(layout.num_tokens), None, sliding_window=window)
-    assert state.windows == {None, 4, 7}
-    assert state.sequences() is state.sequences()
 
 
 def test_what_is_attended_is_known_inside_and_restored_outside() -> None:
@@ -371,36 +296,13 @@ def test_what_is_attended_is_known_inside_and_restored_outside() -> None:
 # --- pieces and sequences -----------------------------------------------------------------
 
 
-def test_the_pieces_of_a_block_worked_out_by_hand() -> None:
-    """A prompt at 10-11, a branch of three from it with the ends 15 and 16, and 17 from the prompt again."""
-    block = Block(10, (Run(2, -1), Run(3, 0), Run(1, 1), Run(1, 1), Run(1, 0)))
-    assert pieces_of(block) == [
-        Piece(slice(10, 16), (slice(10, 16),)),
-        Piece(slice(16, 17), (slice(10, 15), slice(16, 17))),
-        Piece(slice(17, 18), (slice(10, 12), slice(17, 18))),
-    ]
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_each_query_is_in_one_piece_at_the_end_of_its_text(seed: int) -> None:
-    blocks = random_blocks(seed)
-    texts = iter(texts_of(blocks))
-    for piece in (piece for block in blocks for piece in pieces_of(block)):
-        keys = [place for part in piece.keys for place in range(part.start, part.stop)]
-        assert (piece.num_queries, piece.num_keys) == (piece.queries.stop - piece.queries.start, len(keys))
-        assert keys[-piece.num_queries :] == list(range(piece.queries.start, piece.queries.stop))
-        for num_later in range(piece.num_queries - 1, -1, -1):
-            assert keys[: len(keys) - num_later] == next(texts)
-    assert next(texts, None) is None
-
-
 def test_sequences_of_a_shared_row_worked_out_by_hand() -> None:
     """The prompts 0-2 and 4, the completions 3 (of 0-2), 5-8 and 9 (of 4).
 
     0-3 and 4-8 are texts that lie in one piece; 9 is one query, whose text is 4 and 9.
     """
     blocks = (Block(0, (Run(3, -1), Run(1, 0))), Block(4, (Run(1, -1), Run(4, 0), Run(1, 0))))
-    found = sequences_of(blocks, CPU)
+    found = sequences(*blocks)
     assert found.key_index is not None
     assert found.key_index.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 4, 9]
     assert found.query_starts.tolist() == [0, 4, 9, 10]
@@ -409,27 +311,11 @@ def test_sequences_of_a_shared_row_worked_out_by_hand() -> None:
     assert found.query_starts.dtype == found.key_starts.dtype == torch.int32
 
 
-def test_sequences_of_single_texts_are_these_and_gather_nothing() -> None:
-    found = sequences_of((Block(0, (Run(4, -1),)), Block(4, (Run(3, -1),))), CPU)
-    assert found.key_index is None
-    assert found.query_starts.tolist() == found.key_starts.tolist() == [0, 4, 7]
-    assert (found.max_queries, found.max_keys) == (4, 4)
-
-
-def test_a_branch_that_goes_on_from_a_branch_is_one_sequence_with_it() -> None:
-    """The prompt 0-1, the branch 2-4 with the ends 5 and 6, and 7 from the prompt again."""
-    found = sequences_of((Block(0, (Run(2, -1), Run(3, 0), Run(1, 1), Run(1, 1), Run(1, 0))),), CPU)
-    assert found.key_index is not None
-    assert found.key_index.tolist() == [*range(6), 0, 1, 2, 3, 4, 6, 0, 1, 7]
-    assert found.query_starts.tolist() == [0, 6, 7, 8]
-    assert found.key_starts.tolist() == [0, 6, 12, 15]
-
-
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(10))
 def test_the_last_query_of_a_sequence_sees_its_last_key_and_all_see_what_the_blocks_say(seed: int) -> None:
     """Query i of n sees the first (keys - n + i + 1) keys of its sequence, in the order of its text."""
     blocks = random_blocks(seed)
-    found = sequences_of(blocks, CPU)
+    found = sequences(*blocks)
     num_tokens = sum(block.length for block in blocks)
     index = list(range(num_tokens)) if found.key_index is None else found.key_index.tolist()
     query_starts, key_starts = found.query_starts.tolist(), found.key_starts.tolist()
@@ -450,11 +336,12 @@ def test_the_last_query_of_a_sequence_sees_its_last_key_and_all_see_what_the_blo
 
 
 def without(**fixed: Any) -> Callable[..., torch.Tensor]:
-    """The kernel with some of its arguments replaced."""
+    """The kernel with some of its settings or arguments replaced."""
 
-    def kernel(query: Any, key: Any, value: Any, sequences: Any, scale: float, window: Any, softcap: Any) -> Any:
-        values = {"scale": scale, "window": window, "softcap": softcap} | fixed
-        return slow_kernel(query, key, value, sequences, **values)
+    def kernel(*args: Any) -> torch.Tensor:
+        changes = {name: fixed[name] for name in fixed if name in ("scale", "window", "softcap")}
+        wrong = {name: fixed[name] for name in fixed if name not in changes}
+        return slow_kernel(*args[:4], replace(args[4], **changes), **wrong)
 
     return kernel
 
@@ -466,18 +353,19 @@ def raising(error: type[Exception]) -> Callable[..., torch.Tensor]:
     return kernel
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("window", [None, 8])
-@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize(
+    ("dtype", "window", "softcap"),
+    [(torch.float32, None, None), (torch.bfloat16, 8, None), (torch.bfloat16, None, 30.0), (torch.float16, 8, 30.0)],
+)
 def test_a_right_kernel_is_taken(dtype: torch.dtype, window: int | None, softcap: float | None) -> None:
-    assert reason_against(slow_kernel, CPU, dtype, 16, window, softcap) is None
+    assert reason_against(slow_kernel, CPU, dtype, 16, AttentionSettings(ROOT, window, softcap)) is None
 
 
 WRONG: dict[str, Callable[..., torch.Tensor]] = {
     "aligned at the start": without(align="start"),
     "without the window": without(window=None),
-    "with another window": lambda q, k, v, s, scale, window, cap: slow_kernel(
-        q, k, v, s, scale, window and window + 1, cap
+    "with another window": lambda q, k, v, s, settings: slow_kernel(
+        q, k, v, s, replace(settings, window=settings.window and settings.window + 1)
     ),
     "with another scale": without(scale=1.0),
     "with the wrong heads": without(grouped=False),
@@ -487,37 +375,26 @@ WRONG: dict[str, Callable[..., torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_wrong_kernel_is_refused_and_the_reason_given(name: str, dtype: torch.dtype) -> None:
-    reason = reason_against(WRONG[name], CPU, dtype, 16, 8, None)
+def test_a_wrong_kernel_is_refused_and_the_reason_given(name: str) -> None:
+    reason = reason_against(WRONG[name], CPU, torch.bfloat16, 16, AttentionSettings(ROOT, 8))
     raises = "that raises" in name
     assert reason is not None
     assert reason.startswith("it fails with a window (this kernel" if raises else "its output is off with a window by ")
-    without_window = reason_against(WRONG[name], CPU, dtype, 16, None, None)
+    without_window = reason_against(WRONG[name], CPU, torch.bfloat16, 16, AttentionSettings(ROOT))
     assert (without_window is None) == (name in ("without the window", "with another window"))
 
 
 @pytest.mark.parametrize("share", [0.5, 0.0])
 @pytest.mark.parametrize(("place", "what"), enumerate(("queries", "keys", "values")))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_kernel_whose_gradients_are_wrong_or_missing_is_refused(
-    dtype: torch.dtype, place: int, what: str, share: float
-) -> None:
+def test_a_kernel_whose_gradients_are_wrong_or_missing_is_refused(place: int, what: str, share: float) -> None:
     def part_of_a_gradient(*args: Any) -> torch.Tensor:
         whole = args[place].detach()
         part = share * args[place] + (1 - share) * whole if share else whole
         return slow_kernel(*args[:place], part, *args[place + 1 :])
 
-    reason = reason_against(part_of_a_gradient, CPU, dtype, 16, None, None)
+    reason = reason_against(part_of_a_gradient, CPU, torch.bfloat16, 16, AttentionSettings(ROOT))
     assert reason is not None
     assert reason.startswith(f"its gradient of {what} is off by ")
-
-
-def test_a_kernel_that_ignores_a_sharp_soft_cap_is_refused() -> None:
-    assert reason_against(without(softcap=None), CPU, torch.float32, 16, None, None) is None
-    reason = reason_against(without(softcap=None), CPU, torch.float32, 16, None, 0.5)
-    assert reason is not None
-    assert reason.startswith("its output is off with a soft cap by ")
 
 
 @pytest.fixture
@@ -536,30 +413,11 @@ def test_a_kernel_that_ignores_the_soft_cap_of_a_model_is_not_used_for_it(
     """Gemma 2 caps at 50, which hardly bends scores of unit size: the check must ask in a way that shows it."""
     kernels["deaf"] = lambda: without(softcap=None)
     query = torch.zeros(1, HEADS, 1, 16, dtype=torch.bfloat16)
-    assert choose_kernel(query, query, None, None).name == "deaf"
-    assert choose_kernel(query, query, None, 50.0).name is None
+    assert choose_kernel(query, query, AttentionSettings(ROOT)).name == "deaf"
+    assert choose_kernel(query, query, AttentionSettings(ROOT, softcap=50.0)).name is None
 
 
-def test_a_kernel_without_windows_serves_layers_that_slide_none(kernels: dict[str, Callable[[], Any]]) -> None:
-    """As PyTorch's own does in the versions before its windows."""
-
-    def no_window(*args: Any) -> torch.Tensor:
-        if args[5] is not None:
-            raise NotImplementedError("no window in this version")
-        return slow_kernel(*args)
-
-    kernels["old"] = lambda: no_window
-    query = torch.zeros(1, HEADS, 1, 16, dtype=torch.bfloat16)
-    found = choose_kernel(query, query, None, None)
-    assert (found.name, found.kernel, found.refused) == ("old", no_window, {})
-    found = choose_kernel(query, query, 4096, None)
-    assert (found.name, found.kernel) == (None, None)
-    assert found.refused == {"old": "it fails with a window (no window in this version)"}
-
-
-def test_the_first_right_kernel_that_is_there_is_used_and_checked_once(
-    kernels: dict[str, Callable[[], Any]],
-) -> None:
+def test_the_first_right_kernel_that_is_there_is_used_and_checked_once(kernels: dict[str, Callable[[], Any]]) -> None:
     made: list[str] = []
 
     def offer(name: str, kernel: Any) -> Callable[[], Any]:
@@ -577,7 +435,7 @@ def test_the_first_right_kernel_that_is_there_is_used_and_checked_once(
     )
     half = torch.zeros(1, HEADS, 1, 16, dtype=torch.bfloat16)
     for _ in range(2):
-        found = choose_kernel(half, half, None, None)
+        found = choose_kernel(half, half, AttentionSettings(ROOT))
         assert (found.name, found.kernel) == ("right", slow_kernel)
         assert found.refused.keys() == {"missing", "wrong"}
         assert found.refused["missing"] == "not installed"
@@ -588,14 +446,16 @@ def test_the_first_right_kernel_that_is_there_is_used_and_checked_once(
 def test_float32_and_values_of_another_size_go_block_by_block(kernels: dict[str, Callable[[], Any]]) -> None:
     kernels["right"] = lambda: slow_kernel
     half = torch.zeros(1, HEADS, 1, 16, dtype=torch.bfloat16)
-    assert choose_kernel(half, half, None, None).kernel is slow_kernel
-    assert choose_kernel(half.float(), half.float(), None, None).refused == {"right": "numbers are float32"}
-    assert choose_kernel(half, half[..., :8], None, None).refused == {
+    assert choose_kernel(half, half, AttentionSettings(ROOT)).kernel is slow_kernel
+    assert choose_kernel(half.float(), half.float(), AttentionSettings(ROOT)).refused == {
+        "right": "numbers are float32"
+    }
+    assert choose_kernel(half, half[..., :8], AttentionSettings(ROOT)).refused == {
         "right": "values are of another size than queries"
     }
     kernels.clear()
     varlen._choose.cache_clear()
-    assert choose_kernel(half, half, None, None).kernel is None
+    assert choose_kernel(half, half, AttentionSettings(ROOT)).kernel is None
 
 
 @pytest.mark.parametrize("sinks", [False, True])
@@ -604,7 +464,6 @@ def test_what_computes_a_layers_attention_is_noted_and_what_does_not(
     window: int | None, sinks: bool, kernels: dict[str, Callable[[], Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "VARLEN_DEVICES", ("cpu",))
-    monkeypatch.setattr(attention, "VARLEN_KERNELS", kernels)
     kernels |= {"missing": lambda: None, "fake": lambda: slow_kernel}
     layout = lay_out(GROUPS, "shared")
     state = Attending(layout)
@@ -629,57 +488,14 @@ def test_what_computes_a_layers_attention_is_noted_and_what_does_not(
         assert (state.kernels, state.refused) == ({"fake"}, {"missing": "not installed"})
 
 
-def test_on_the_cpu_pytorchs_kernel_is_named() -> None:
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (1, None), (4, 1.5), (100, None)])
+def test_sequences_and_blocks_give_the_same_values_and_gradients(window: int | None, softcap: float | None) -> None:
     layout = lay_out(GROUPS, "shared")
-    for softcap, name in ((None, "PyTorch's flash kernel for the CPU"), (2.0, "matrix products")):
-        state = Attending(layout)
-        with attend(state):
-            block_attention(LAYER, *random_inputs(layout.num_tokens), None, softcap=softcap)
-        assert (state.kernels, state.refused) == ({name}, {})
-
-
-@pytest.mark.parametrize("groups", [GROUPS, APART], ids=["shared", "apart"])
-@pytest.mark.parametrize("window", [None, 1, 4, 100])
-@pytest.mark.parametrize("softcap", [None, 1.5])
-def test_sequences_and_blocks_give_the_same_values_and_gradients(
-    groups: list[TokenGroup], window: int | None, softcap: float | None
-) -> None:
-    layout = lay_out(groups, "shared")
     inputs = [tensor.requires_grad_() for tensor in random_inputs(layout.num_tokens)]
-    sequences = sequences_of(layout.blocks, CPU)
-    ours = attend_varlen(slow_kernel, sequences, *inputs, 0.4, window, softcap)[None]
+    settings = AttentionSettings(0.4, window, softcap)
+    ours = attend_varlen(slow_kernel, sequences(*layout.blocks), *inputs, settings)[None]
     theirs = in_layout(layout.blocks, *inputs, scaling=0.4, sliding_window=window, softcap=softcap)
     assert (ours - theirs).abs().max() <= 2e-6
     weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
     grads = [torch.autograd.grad((out * weights).sum(), inputs) for out in (ours, theirs)]
     assert all((one - other).abs().max() <= 1e-5 for one, other in zip(*grads, strict=True))
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_sequences_and_blocks_agree_on_any_tree(seed: int) -> None:
-    blocks = random_blocks(100 + seed)
-    inputs = random_inputs(sum(block.length for block in blocks), seed)
-    ours = attend_varlen(slow_kernel, sequences_of(blocks, CPU), *inputs, 0.4, 4, None)
-    theirs = in_layout(blocks, *inputs, scaling=0.4, sliding_window=4)
-    assert (ours[None] - theirs).abs().max() <= 2e-6
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("window", [None, 4])
-def test_on_cuda_a_kernel_is_found_and_gives_values_and_gradients_of_the_definition(window: int | None) -> None:
-    device = torch.device("cuda")
-    layout = lay_out(GROUPS, "shared").to(device)
-    generator = torch.Generator().manual_seed(0)
-    shapes = (HEADS, KEY_HEADS, KEY_HEADS)
-    halves = [torch.randn(1, h, layout.num_tokens, 64, generator=generator).bfloat16().to(device) for h in shapes]
-    ours_in = [tensor.requires_grad_() for tensor in halves]
-    theirs_in = [tensor.detach().double().cpu().requires_grad_() for tensor in halves]
-    assert choose_kernel(ours_in[0], ours_in[2], window, None).kernel is not None
-    with attend(Attending(layout)):
-        ours = block_attention(LAYER, *ours_in, None, sliding_window=window)[0]
-    theirs = naive_attention(layout.blocks, *theirs_in, scale=64**-0.5, window=window)
-    assert (ours.double().cpu() - theirs).abs().max() <= 0.03
-    ours_grads = torch.autograd.grad(ours.float().sin().sum(), ours_in)
-    theirs_grads = torch.autograd.grad(theirs.sin().sum(), theirs_in)
-    for one, other in zip(ours_grads, theirs_grads, strict=True):
-        assert (one.double().cpu() - other).norm() <= 0.03 * other.norm()

@@ -14,14 +14,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_cli.kernels.products import wide_product
 from dpo_cli.scoring.head import (
     LogitTransform,
     TokenStatistics,
     is_plain,
-    max_logit_rows,
     token_logps,
 )
+from dpo_cli.scoring.kernels import wide_product
 from tests.live_memory import LiveMemory
 
 N, V, D = 23, 50, 16
@@ -77,8 +76,7 @@ def weighted(logps: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("head_bytes", [ONE_ROW, FEW_ROWS, ALL_ROWS])
+@pytest.mark.parametrize(("bias", "head_bytes"), [(False, ONE_ROW), (True, FEW_ROWS), (False, ALL_ROWS)])
 def test_values_and_gradients_are_those_of_the_equation(name: str, bias: bool, head_bytes: int) -> None:
     hidden, targets = inputs()
     head, transform = linear(bias), TRANSFORMS[name]
@@ -92,25 +90,7 @@ def test_values_and_gradients_are_those_of_the_equation(name: str, bias: bool, h
     assert relative(ours_grad, theirs_grad) <= 1e-6
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
-def test_the_heads_own_forward_gives_the_same_values_and_gradients(name: str) -> None:
-    """A subclass is not known to be W h + b, so it is called; here it is nothing else."""
-
-    class Other(torch.nn.Linear):
-        pass
-
-    hidden, targets = inputs()
-    for head_bytes in (FEW_ROWS, ALL_ROWS):
-        fast, slow = (
-            token_logps(hidden, targets, linear(True, cls), TRANSFORMS[name], head_bytes)
-            for cls in (torch.nn.Linear, Other)
-        )
-        assert (fast - slow).abs().max() <= 4e-6
-        grads = [torch.autograd.grad(weighted(logps), hidden)[0] for logps in (fast, slow)]
-        assert relative(*grads) <= 1e-6
-
-
-@pytest.mark.parametrize("size", [1e-3, 1.0, 100.0])
+@pytest.mark.parametrize("size", [1e-3, 100.0])
 def test_logits_of_any_size_neither_overflow_nor_vanish(size: float) -> None:
     hidden, targets = inputs()
     hidden = (hidden.detach() * size).requires_grad_()
@@ -120,14 +100,6 @@ def test_logits_of_any_size_neither_overflow_nor_vanish(size: float) -> None:
         assert (ours - theirs).abs().max() <= 4e-6 * max(1.0, theirs.abs().max().item())
         grads = [torch.autograd.grad(weighted(logps), hidden)[0] for logps in (ours, theirs)]
         assert relative(*grads) <= 1e-5
-
-
-def test_the_log_probabilities_of_all_targets_are_a_distribution() -> None:
-    hidden, _ = inputs(1)
-    for dtype in (torch.float32, torch.bfloat16):
-        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            logps = token_logps(hidden.expand(V, D), torch.arange(V), linear(), LogitTransform(), FEW_ROWS)
-        assert logps.double().exp().sum().item() == pytest.approx(1, abs=1e-6)
 
 
 def test_the_gradient_of_a_uniform_head_worked_out_by_hand() -> None:
@@ -146,30 +118,7 @@ def test_the_gradient_of_a_uniform_head_worked_out_by_hand() -> None:
     assert hidden.grad.tolist() == [[1.0] + [0.0] * (D - 1)]
 
 
-def test_no_tokens_give_no_log_probabilities() -> None:
-    hidden, targets = inputs(0)
-    logps = token_logps(hidden, targets, linear(), LogitTransform())
-    assert logps.shape == (0,)
-    logps.sum().backward()
-
-
 # --- how much is held ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("vocabulary", "head_bytes", "bytes_each", "rows"),
-    [
-        (1024, 8 << 10, 8, 1),
-        (1024, 80 << 10, 8, 10),
-        (1024, 80 << 10, 4, 20),
-        (128_000, 32 << 20, 8, 32),
-        (50, 1, 8, 1),
-    ],
-)
-def test_rows_are_as_many_as_there_is_room_for_and_at_least_one(
-    vocabulary: int, head_bytes: int, bytes_each: int, rows: int
-) -> None:
-    assert max_logit_rows(vocabulary, head_bytes, bytes_each) == rows
 
 
 def peak_bytes(
@@ -193,9 +142,14 @@ def peak_bytes(
     return memory.peak
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("wanted", [False, True])
-@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(2.0), LogitTransform(1.0, 5.0)])
+@pytest.mark.parametrize(
+    ("transform", "wanted", "dtype"),
+    [
+        (LogitTransform(), False, torch.float32),
+        (LogitTransform(2.0), True, torch.bfloat16),
+        (LogitTransform(1.0, 5.0), True, torch.float32),
+    ],
+)
 def test_the_logits_of_one_chunk_live_at_a_time_whatever_the_vocabulary(
     transform: LogitTransform, wanted: bool, dtype: torch.dtype
 ) -> None:
@@ -213,12 +167,6 @@ def test_a_trained_head_holds_one_chunk_too_and_its_own_gradient(transform: Logi
         weight_bytes = 4 * 4 * vocabulary
         peak = peak_bytes(vocabulary, transform, head_bytes, trained=True)
         assert peak <= 1.1 * head_bytes + 3 * weight_bytes
-
-
-def test_memory_follows_the_bytes_that_are_allowed() -> None:
-    peaks = [peak_bytes(32 << 10, LogitTransform(), mib << 20, wanted=True) for mib in (1, 2, 4)]
-    assert peaks[1] == pytest.approx(2 * peaks[0], rel=0.1)
-    assert peaks[2] == pytest.approx(4 * peaks[0], rel=0.1)
 
 
 def test_what_stays_for_the_backward_pass_is_a_row_of_hidden_size_for_each_token() -> None:
@@ -265,7 +213,7 @@ def test_no_logits_are_computed_twice() -> None:
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-@pytest.mark.parametrize("head_bytes", [ONE_ROW, FEW_ROWS, ALL_ROWS])
+@pytest.mark.parametrize("head_bytes", [FEW_ROWS, ALL_ROWS])
 def test_a_trained_head_gets_its_gradient(name: str, head_bytes: int) -> None:
     hidden, targets = inputs()
     head, transform = linear(True).requires_grad_(True), TRANSFORMS[name]
@@ -277,15 +225,6 @@ def test_a_trained_head_gets_its_gradient(name: str, head_bytes: int) -> None:
     theirs_grads = torch.autograd.grad(weighted(theirs), sought)
     for one, other in zip(ours_grads, theirs_grads, strict=True):
         assert relative(one, other) <= 2e-6
-
-
-def test_a_trained_bias_alone_gets_its_gradient() -> None:
-    hidden, targets = inputs()
-    head = linear(True)
-    head.bias.requires_grad_(True)
-    (ours,) = torch.autograd.grad(weighted(token_logps(hidden, targets, head, LogitTransform())), head.bias)
-    (theirs,) = torch.autograd.grad(weighted(by_definition(hidden, targets, head, LogitTransform())), head.bias)
-    assert relative(ours, theirs) <= 2e-6
 
 
 def hooked(rows: list[int]) -> Any:
@@ -326,13 +265,6 @@ def test_a_head_with_more_to_it_goes_through_its_own_forward_a_chunk_at_a_time(
     assert relative(*grads) <= 1e-6
 
 
-def test_what_is_plain() -> None:
-    assert is_plain(linear())
-    assert is_plain(linear().bfloat16())
-    assert not is_plain(torch.nn.Sequential(linear()))
-    assert not is_plain(torch.nn.Embedding(4, 4))
-
-
 # --- bfloat16 -----------------------------------------------------------------------------
 
 
@@ -352,15 +284,6 @@ def test_under_autocast_only_the_product_is_rounded(name: str) -> None:
     (theirs_grad,) = torch.autograd.grad(weighted(theirs), hidden)
     assert ours_grad.dtype == torch.float32
     assert relative(ours_grad, theirs_grad) <= 0.02
-
-
-@pytest.mark.parametrize("trained", [False, True])
-def test_a_trained_head_and_a_frozen_one_agree_under_autocast(trained: bool) -> None:
-    hidden, targets = inputs()
-    with torch.autocast("cpu", torch.bfloat16):
-        ours = token_logps(hidden, targets, linear().requires_grad_(trained), LogitTransform(), FEW_ROWS)
-    assert ours.dtype == torch.float32
-    assert (ours - by_definition(hidden, targets, linear(), LogitTransform())).abs().max() <= 0.1
 
 
 # --- what the configuration says ----------------------------------------------------------
@@ -387,14 +310,6 @@ def test_transforms_are_read_from_the_configuration(
     """Granite divides by logits_scaling, HyperCLOVA X multiplies."""
     readings = list(LogitTransform.readings(SimpleNamespace(**values)))
     assert readings == [LogitTransform(scale, softcap) for scale in scales]
-
-
-def test_the_transform_scales_then_caps_in_float32() -> None:
-    logits = torch.tensor([[-8.0, 0.0, 3.0]], dtype=torch.bfloat16)
-    expected = 2.0 * torch.tanh(torch.tensor([[-4.0, 0.0, 1.5]]) / 2.0)
-    found = LogitTransform(0.5, 2.0)(logits)
-    assert found.dtype == torch.float32
-    assert torch.allclose(found, expected)
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -480,8 +395,7 @@ def test_in_float16_a_flat_distribution_over_many_tokens_has_a_gradient() -> Non
 # --- statistics -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("head_bytes", [ONE_ROW, FEW_ROWS, ALL_ROWS])
+@pytest.mark.parametrize(("trained", "head_bytes"), [(False, ONE_ROW), (False, ALL_ROWS), (True, FEW_ROWS)])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_statistics_are_those_of_the_whole_distributions(name: str, head_bytes: int, trained: bool) -> None:
     """Whatever the chunks, frozen or trained; asking for them changes neither a value nor a gradient."""

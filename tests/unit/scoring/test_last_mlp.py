@@ -7,28 +7,27 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from dpo_cli.core.params import LoraParams, RuntimeParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.load import keep_weights_unpacked, load_model
-from dpo_cli.scoring import last_mlp
-from dpo_cli.scoring.layout import LAYOUTS, lay_out
+from dpo_cli.scoring import attention
+from dpo_cli.scoring.layout import lay_out
 from dpo_cli.scoring.probe import open_scorer
 from dpo_cli.scoring.recompute import GRADES, Recompute, set_recompute
 from dpo_cli.scoring.scorer import MAX_READ_SHARE, Scorer
 
+Make = Callable[..., Any]
 
-@pytest.fixture(params=["none", "nf4"])
-def make_tuned(
-    request: pytest.FixtureRequest, make_llama: Callable[..., Any], tmp_path: Any, cpu: Any
-) -> Callable[[], Any]:
+
+@pytest.fixture
+def make_tuned(make_llama: Make, tmp_path: Any, cpu: Any) -> Callable[[], Any]:
     """``make_tuned()``: the same tiny llama each time, with an adapter on all its products, in train mode."""
     make_llama(100).save_pretrained(tmp_path)
 
     def make() -> Any:
-        model = add_adapter(load_model(tmp_path, cpu, quantization=request.param), LoraParams(r=4), seed=0)
+        model = add_adapter(load_model(tmp_path, cpu, quantization="nf4"), LoraParams(r=4), seed=0)
         keep_weights_unpacked(model)
         torch.manual_seed(1)
         for name, parameter in model.named_parameters():
@@ -40,7 +39,7 @@ def make_tuned(
 
 
 @pytest.fixture
-def groups(make_groups: Callable[..., list[TokenGroup]]) -> list[TokenGroup]:
+def groups(make_groups: Make) -> list[TokenGroup]:
     """Pairs whose prompts are longer than their answers."""
     return make_groups(5, prompt_lengths=(15, 20))
 
@@ -55,7 +54,7 @@ def rows_of(model: Any) -> list[int]:
 
 @pytest.mark.parametrize("grade", GRADES)
 def test_values_and_gradients_stay_the_same_on_fewer_rows(
-    grade: Recompute, make_tuned: Callable[[], Any], groups: list[TokenGroup]
+    grade: Recompute, make_tuned: Make, groups: list[TokenGroup]
 ) -> None:
     results = []
     laid_out = lay_out(groups, "shared")
@@ -77,26 +76,8 @@ def test_values_and_gradients_stay_the_same_on_fewer_rows(
     assert (results[1][2] - results[0][2]).norm() <= 1e-5 * results[0][2].norm()
 
 
-def test_the_read_positions_are_those_that_predict_something(groups: list[TokenGroup]) -> None:
-    for name in LAYOUTS:
-        layout = lay_out(groups, name)
-        expected = None if name == "padded" else sorted(set(layout.predictors_N.tolist()))
-        assert (None if layout.read_P is None else layout.read_P.tolist()) == expected
-
-
-def test_where_nearly_all_is_read_nothing_is_selected(
-    make_llama: Callable[..., Any], make_groups: Callable[..., list[TokenGroup]]
-) -> None:
-    model = make_llama(100)
-    scorer = Scorer(model, torch.float32, "shared")
-    scorer.max_read_share = MAX_READ_SHARE
-    scorer.score(make_groups(3, prompt_lengths=(1, 1), completion_lengths=(8, 9)))
-    assert scorer.last_attended is not None
-    assert scorer.last_attended.read_P is None
-
-
 def test_hooks_do_nothing_to_the_models_own_forward_and_are_gone_in_the_end(
-    make_llama: Callable[..., Any], groups: list[TokenGroup]
+    make_llama: Make, groups: list[TokenGroup]
 ) -> None:
     model = make_llama(100)
     mlp = model.model.layers[-1].mlp
@@ -111,6 +92,10 @@ def test_hooks_do_nothing_to_the_models_own_forward_and_are_gone_in_the_end(
         assert len(mlp._forward_hooks) == 2
         model.set_attn_implementation("sdpa")
         assert torch.equal(model(row).logits, own)
+        nearly_all = [TokenGroup(group.id, "", group.prompt[:1], group.completions) for group in groups]
+        first.score(nearly_all)
+        assert first.last_attended is not None
+        assert first.last_attended.read_P is None
     first.close()
     second.close()
     assert not mlp._forward_hooks
@@ -124,7 +109,7 @@ def open_(model: Any, reporter: Any) -> Any:
     return open_scorer(model, torch.float32, RuntimeParams(), reporter, "train")
 
 
-def test_the_probe_lets_a_llama_select(project: Any, make_llama: Callable[..., Any], reporter: Any) -> None:
+def test_the_probe_lets_a_llama_select(project: Any, make_llama: Make, reporter: Any) -> None:
     for _ in range(2):
         scorer, verdict = open_(make_llama(100), reporter)
         assert (scorer.layout, scorer.max_read_share) == ("shared", MAX_READ_SHARE)
@@ -132,18 +117,14 @@ def test_the_probe_lets_a_llama_select(project: Any, make_llama: Callable[..., A
 
 
 def test_rows_in_the_wrong_place_are_noticed_and_all_are_computed(
-    project: Any,
-    make_llama: Callable[..., Any],
-    groups: list[TokenGroup],
-    reporter: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    project: Any, make_llama: Make, groups: list[TokenGroup], reporter: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put_back = last_mlp._put_back
+    put_back = attention._put_back
 
     def rolled(mlp: Any, args: Any, output: Any) -> Any:
         return put_back(mlp, args, output.roll(1, 1))
 
-    monkeypatch.setattr(last_mlp, "_put_back", rolled)
+    monkeypatch.setattr(attention, "_put_back", rolled)
     model = make_llama(100)
     scorer, verdict = open_(model, reporter)
     assert (scorer.layout, scorer.max_read_share, verdict.refused) == ("shared", 0.0, {})
@@ -151,39 +132,3 @@ def test_rows_in_the_wrong_place_are_noticed_and_all_are_computed(
     with torch.no_grad():
         expected = scorer.score(groups, "padded").logps_BK
         assert (scorer.score(groups).logps_BK - expected).abs().max() <= 1e-4
-
-
-def test_an_mlp_that_gives_more_than_the_row_is_left_alone(
-    project: Any, make_llama: Callable[..., Any], reporter: Any
-) -> None:
-    model = make_llama(100)
-    layer = model.model.layers[-1]
-    layer.mlp = _GivesMore(layer.mlp)
-    scorer, verdict = open_(model, reporter)
-    assert scorer.layout == "shared"
-    assert verdict.last_mlp == "all positions (it fails (_GivesMore gives more than the row))"
-
-
-class _GivesMore(torch.nn.Module):
-    """Gives a list that can be added to a tensor, as no tensor can."""
-
-    def __init__(self, mlp: torch.nn.Module) -> None:
-        super().__init__()
-        self.inner = mlp
-
-    def forward(self, hidden: torch.Tensor) -> Any:
-        return _Addable(self.inner(hidden))
-
-
-class _Addable:
-    def __init__(self, value: torch.Tensor) -> None:
-        self.value = value
-
-    def __radd__(self, other: torch.Tensor) -> torch.Tensor:
-        return other + self.value
-
-
-def test_a_model_whose_layers_have_no_mlp_of_that_name_is_left_alone(project: Any, reporter: Any) -> None:
-    config = transformers.GPT2Config(vocab_size=100, n_embd=32, n_layer=2, n_head=2, n_positions=128)
-    scorer, verdict = open_(transformers.GPT2LMHeadModel(config).eval(), reporter)
-    assert (scorer.layout, scorer.can_read_rows, verdict.last_mlp) == ("shared", False, "all positions")

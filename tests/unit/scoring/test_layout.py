@@ -23,6 +23,8 @@ from dpo_cli.scoring.layout import (
     split_by_tokens,
 )
 
+Make = Callable[..., list[TokenGroup]]
+
 TWO = TokenGroup("a", "a", (11, 12, 13), ((21, 22), (31,)))
 MORE = TokenGroup("b", "b", (14,), ((41, 42, 43, 44, 45), (51, 52)))
 BRANCH = tuple(range(60, 60 + MIN_SHARED_TOKENS))
@@ -108,34 +110,6 @@ def test_a_completion_that_another_one_goes_on_from_has_no_token_of_its_own() ->
     assert layout.predictors_N.tolist() == [2, 3, 4]
 
 
-def test_equal_completions_are_scored_once_and_belong_to_both() -> None:
-    layout = shared((21, 22), (21, 22))
-    assert layout.tokens_RT.tolist() == [[11, 12, 13, 21]]
-    assert layout.targets_N.tolist() == [21, 22]
-    assert layout.scored_M.tolist() == [0, 1, 0, 1]
-    assert layout.owners_M.tolist() == [0, 0, 1, 1]
-
-
-def test_completions_of_one_token_are_scored_by_the_prompt_alone() -> None:
-    layout = shared((21,), (31,), (21,))
-    assert layout.tokens_RT.tolist() == [[11, 12, 13]]
-    assert runs_of(layout) == [(3, -1)]
-    assert scores_by_completion(layout) == [[(2, 21)], [(2, 31)], [(2, 21)]]
-
-
-def test_a_prompt_of_one_token_is_enough() -> None:
-    layout = shared((21,), (21,), prompt=(11,))
-    assert layout.tokens_RT.tolist() == [[11]]
-    assert scores_by_completion(layout) == [[(0, 21)], [(0, 21)]]
-
-
-def test_one_completion_is_a_text_and_nothing_more() -> None:
-    layout = shared((21, 22, 23))
-    assert layout.tokens_RT.tolist() == [[11, 12, 13, 21, 22]]
-    assert runs_of(layout) == [(5, -1)]
-    assert layout.predictors_N.tolist() == [2, 3, 4]
-
-
 def test_some_completions_share_their_beginning_where_it_is_long_enough() -> None:
     """The tree of (b1 ... b8, 21, 22), (31, 32) and (b1 ... b8, 41, 42), first children first.
 
@@ -181,35 +155,6 @@ def test_branches_may_branch_again() -> None:
     assert ends == [(20, 21), (20, 31), (10, 41), (2, 51)]
 
 
-def test_a_completion_of_one_token_before_a_branch_does_not_shift_the_branch() -> None:
-    """The completion (21,) puts no token in; what comes behind must still know its parent."""
-    layout = shared((21,), (*BRANCH, 31, 32), (*BRANCH, 41, 42))
-    assert layout.tokens_RT.tolist() == [[11, 12, 13, *BRANCH, 31, 41]]
-    assert runs_of(layout) == [(3, -1), (8, 0), (1, 1), (1, 1)]
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("num_completions", [1, 2, 5])
-def test_every_completion_is_scored_whole_whatever_their_number(
-    name: LayoutName, num_completions: int, make_groups: Callable[..., list[TokenGroup]]
-) -> None:
-    groups = make_groups(7, completions=num_completions, vocabulary=8)
-    layout = lay_out(groups, name)
-    completions = [list(completion) for group in groups for completion in group.completions]
-    assert [[target for _, target in scores] for scores in scores_by_completion(layout)] == completions
-    assert layout.owners_M.tolist() == sorted(layout.owners_M.tolist())
-    assert (layout.num_groups, layout.num_completions) == (7, num_completions)
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_the_order_of_completions_is_the_order_of_scores(name: LayoutName) -> None:
-    completions = ((*BRANCH, 21), (31,), (*BRANCH, 41))
-    groups = [TokenGroup(order, order, (11,), sides) for order, sides in (("f", completions), ("b", completions[::-1]))]
-    found = [scores_by_completion(lay_out([group], name)) for group in groups]
-    targets = [[[target for _, target in scores] for scores in layout] for layout in found]
-    assert targets[0] == targets[1][::-1]
-
-
 # --- refusals and moves -------------------------------------------------------------------
 
 
@@ -234,98 +179,26 @@ def test_a_layout_moves_to_a_device_whole(name: LayoutName) -> None:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_the_tokens_of_a_group_are_counted_as_they_are_laid_out(
-    name: LayoutName, make_groups: Callable[..., list[TokenGroup]]
-) -> None:
-    for group in (TWO, MORE, *make_groups(20, completions=4, vocabulary=5, completion_lengths=(1, 30))):
-        assert num_row_tokens(group, name) == lay_out([group], name).num_tokens
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("budget", [1, 30, 64, 300, 10_000])
-@pytest.mark.parametrize("completions", [1, 2, 4])
-def test_micro_batches_keep_every_group_once_and_the_budget(
-    make_groups: Callable[..., list[TokenGroup]], name: LayoutName, budget: int, completions: int
-) -> None:
-    groups = make_groups(40, completions=completions)
-    batches = split_by_tokens(groups, budget, name)
-    assert sorted(index for batch in batches for index in batch) == list(range(40))
-    for batch in batches:
-        layout = lay_out([groups[index] for index in batch], name)
-        assert layout.num_tokens <= budget or len(batch) == 1
-        assert layout.num_padding == 0 or name == "padded"
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_a_budget_for_all_makes_one_micro_batch(name: LayoutName, make_groups: Callable[..., list[TokenGroup]]) -> None:
+def test_a_budget_for_all_makes_one_micro_batch(name: LayoutName, make_groups: Make) -> None:
     groups = make_groups(40)
     num_tokens = lay_out(groups, name).num_tokens
     assert len(split_by_tokens(groups, num_tokens, name)) == 1
     assert len(split_by_tokens(groups, num_tokens - 1, name)) == 2
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_a_group_beyond_the_budget_goes_alone(name: LayoutName, make_groups: Callable[..., list[TokenGroup]]) -> None:
-    groups = make_groups(10)
-    groups.insert(4, TokenGroup("large", "large", tuple(range(3, 90)), ((5, 6), (7,))))
-    batches = split_by_tokens(groups, 80, name)
-    assert [4] in batches
-    assert 1 < len(batches) < 11
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_groups_with_different_numbers_of_completions_never_share_a_micro_batch(
-    name: LayoutName, make_groups: Callable[..., list[TokenGroup]]
-) -> None:
-    groups = [group for k in (3, 1, 2) for group in make_groups(9, completions=k, seed=k)]
-    random.Random(0).shuffle(groups)
-    batches = split_by_tokens(groups, 10_000, name)
-    assert [{len(groups[index].completions) for index in batch} for batch in batches] == [{1}, {2}, {3}]
-    assert sorted(index for batch in batches for index in batch) == list(range(27))
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_no_groups_make_no_micro_batches(name: LayoutName) -> None:
-    assert split_by_tokens([], 64, name) == []
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_who_shares_a_micro_batch_does_not_depend_on_the_order(
-    name: LayoutName, make_groups: Callable[..., list[TokenGroup]]
-) -> None:
-    groups = make_groups(60, prompt_lengths=(2, 4), completion_lengths=(1, 3))
-    shuffled = random.Random(1).sample(groups, len(groups))
-
-    def ids(rows: list[TokenGroup]) -> list[list[str]]:
-        return [[rows[index].id for index in batch] for batch in split_by_tokens(rows, 64, name)]
-
-    assert ids(groups) == ids(shuffled) == ids(groups[::-1])
-    assert ids(groups) == ids(groups)
-
-
-def test_padded_groups_of_like_length_go_together(make_groups: Callable[..., list[TokenGroup]]) -> None:
+def test_padded_groups_of_like_length_go_together(make_groups: Make) -> None:
     groups = make_groups(40)
     lengths = [[groups[index].longest for index in batch] for batch in split_by_tokens(groups, 64, "padded")]
     assert len(lengths) > 5
     assert all(max(batch) <= min(following) for batch, following in zip(lengths, lengths[1:], strict=False))
 
 
-def test_micro_batches_without_padding_are_about_equal(make_groups: Callable[..., list[TokenGroup]]) -> None:
+def test_micro_batches_without_padding_are_about_equal(make_groups: Make) -> None:
     groups = make_groups(300, prompt_lengths=(5, 40), completion_lengths=(5, 40))
     sizes = [num_row_tokens(group, "shared") for group in groups]
     loads = [sum(sizes[index] for index in batch) for batch in split_by_tokens(groups, 2000, "shared")]
     assert len(loads) > 5
     assert max(loads) - min(loads) <= max(sizes)
-
-
-@pytest.mark.parametrize(("budget", "excess"), [(256, 0.05), (1024, 0.02), (4096, 0.0)])
-def test_there_are_hardly_more_micro_batches_than_the_tokens_need(
-    budget: int, excess: float, make_groups: Callable[..., list[TokenGroup]]
-) -> None:
-    """No split has fewer than the sum of tokens over the budget, rounded up; a budget of 5, 20 or 80 groups."""
-    groups = make_groups(1000, prompt_lengths=(2, 30), completion_lengths=(1, 20))
-    least = math.ceil(sum(num_row_tokens(group, "shared") for group in groups) / budget)
-    assert least <= len(split_by_tokens(groups, budget, "shared")) <= math.ceil(least * (1 + excess))
 
 
 @pytest.mark.parametrize(("sizes", "each"), [((51, 60), 1), ((34, 38), 2), ((26, 28), 3)])
@@ -339,9 +212,7 @@ def test_groups_that_fill_a_micro_batch_badly_still_make_as_few_as_they_can(size
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_twenty_thousand_groups_are_split_in_seconds(
-    name: LayoutName, make_groups: Callable[..., list[TokenGroup]]
-) -> None:
+def test_twenty_thousand_groups_are_split_in_seconds(name: LayoutName, make_groups: Make) -> None:
     groups = make_groups(20_000, prompt_lengths=(2, 6), completion_lengths=(1, 4))
     begin = time.process_time()
     batches = split_by_tokens(groups, 4096, name)

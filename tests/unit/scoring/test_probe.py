@@ -20,9 +20,7 @@ from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.load import load_model
 from dpo_cli.scoring import attention, probe, varlen
 from dpo_cli.scoring.attention import IMPLEMENTATION, attending, block_attention
-from dpo_cli.scoring.layout import LAYOUTS, MIN_SHARED_TOKENS, lay_out
 from dpo_cli.scoring.probe import (
-    BFLOAT16_TOLERANCE,
     TOLERANCE,
     allowed_difference,
     open_scorer,
@@ -31,6 +29,8 @@ from dpo_cli.scoring.probe import (
 )
 from dpo_cli.scoring.scorer import Scorer
 from tests.slow_kernel import slow_kernel
+
+Make = Callable[..., Any]
 
 _COMMON = {
     "vocab_size": 100,
@@ -45,23 +45,9 @@ _COMMON = {
     "bos_token_id": None,
     "eos_token_id": 1,
 }
-_SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 RIGHT: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", _COMMON),
     "mistral": ("MistralConfig", _COMMON | {"sliding_window": 8}),
-    "qwen3": ("Qwen3Config", _COMMON | {"head_dim": 16}),
-    "gemma3": ("Gemma3TextConfig", _COMMON | _SLIDING | {"head_dim": 16}),
-    "gpt_oss": (
-        "GptOssConfig",
-        _COMMON
-        | _SLIDING
-        | {
-            "head_dim": 16,
-            "num_local_experts": 2,
-            "num_experts_per_tok": 1,
-            "rope_parameters": {"rope_type": "default"},
-        },
-    ),
 }
 LEAKY: dict[str, tuple[str, dict[str, Any], str]] = {
     "bloom": (
@@ -69,34 +55,13 @@ LEAKY: dict[str, tuple[str, dict[str, Any], str]] = {
         {"vocab_size": 100, "hidden_size": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.1},
         "off by",
     ),
-    "gptj": (
-        "GPTJConfig",
-        {
-            "vocab_size": 100,
-            "n_embd": 64,
-            "n_layer": 2,
-            "n_head": 4,
-            "rotary_dim": 8,
-            "initializer_range": 0.1,
-            "bos_token_id": None,
-            "eos_token_id": 1,
-        },
-        "off by",
-    ),
     "lfm2": (
         "Lfm2Config",
         _COMMON | {"layer_types": ["conv", "full_attention"]},
         "its configuration has layers of conv",
     ),
-    "llama4": (
-        "Llama4TextConfig",
-        _COMMON | {"attention_chunk_size": 16, "num_local_experts": 2, "intermediate_size_mlp": 96, "head_dim": 16},
-        "its configuration has layers of chunked_attention",
-    ),
 }
-"""Configuration, and why shared will not do: distances along the row, attention of its own,
-convolutions, chunks.
-"""
+"""Configuration, and why shared will not do: distances along the row, convolutions. The parity tests have more."""
 F32 = torch.float32
 
 
@@ -104,18 +69,6 @@ def build(name: str, values: dict[str, Any]) -> Any:
     """A tiny random model, float32, in eval mode."""
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**values)).eval()
-
-
-def naive_logps(model: Any, groups: Sequence[TokenGroup]) -> torch.Tensor:
-    """float64 [B, K], every completion in a forward pass of its own."""
-    rows = []
-    for group in groups:
-        for completion in group.completions:
-            tokens = torch.tensor([[*group.prompt, *completion]])
-            logps = model(input_ids=tokens, use_cache=False).logits[0].double().log_softmax(-1)
-            begin = len(group.prompt) - 1
-            rows.append(sum(logps[begin + i, token] for i, token in enumerate(completion)))
-    return torch.stack(rows).view(len(groups), -1)
 
 
 @pytest.fixture
@@ -154,22 +107,7 @@ def open_(reporter: Any) -> Callable[..., Any]:
 # --- which layout -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", RIGHT)
-def test_models_whose_attention_can_be_set_share_prompts(
-    family: str, open_: Callable[..., Any], make_groups: Callable[..., list[TokenGroup]]
-) -> None:
-    model = build(*RIGHT[family])
-    groups = make_groups(4)
-    with torch.no_grad():
-        expected = naive_logps(model, groups)
-        scorer, verdict = open_(model)
-        found = scorer.score(groups).logps_BK
-    assert (scorer.layout, verdict.layout, verdict.refused, verdict.forced) == ("shared", "shared", {}, False)
-    assert verdict.difference <= verdict.tolerance <= 5e-4
-    assert (found - expected).abs().max() <= 1e-4
-
-
-def test_sums_of_hundreds_of_nats_may_differ_in_their_seventh_digit(open_: Callable[..., Any]) -> None:
+def test_sums_of_hundreds_of_nats_may_differ_in_their_seventh_digit(open_: Make) -> None:
     """As those of random tokens do in a model that was trained: 20 nats a token."""
     model: Any = build(*RIGHT["llama"])
     with torch.no_grad():
@@ -180,19 +118,13 @@ def test_sums_of_hundreds_of_nats_may_differ_in_their_seventh_digit(open_: Calla
 
 
 @pytest.mark.parametrize("family", LEAKY)
-def test_a_model_whose_texts_would_leak_into_each_other_is_padded_and_right(
-    family: str, open_: Callable[..., Any], make_groups: Callable[..., list[TokenGroup]], reporter: Any
+def test_a_model_whose_texts_would_leak_into_each_other_is_padded_with_the_reason(
+    family: str, open_: Make, reporter: Any
 ) -> None:
     name, values, not_shared = LEAKY[family]
-    model = build(name, values)
-    groups = make_groups(4)
-    with torch.no_grad():
-        expected = naive_logps(model, groups)
-        scorer, verdict = open_(model)
-        found = scorer.score(groups).logps_BK
+    scorer, verdict = open_(build(name, values))
     assert (scorer.layout, verdict.layout) == ("padded", "padded")
     assert verdict.refused["shared"].startswith(not_shared)
-    assert (found - expected).abs().max() <= 1e-4
     (line,) = reporter.said
     assert line.startswith(f"train: layout padded; not shared: {not_shared}")
     assert f"; not shared: {not_shared}" in line
@@ -201,7 +133,7 @@ def test_a_model_whose_texts_would_leak_into_each_other_is_padded_and_right(
 
 
 def test_a_layer_that_fails_is_a_reason_of_one_line(
-    open_: Callable[..., Any], make_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    open_: Make, make_llama: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no such kernel\nand a long story")
@@ -212,7 +144,7 @@ def test_a_layer_that_fails_is_a_reason_of_one_line(
     assert verdict.refused == {"shared": "it fails (no such kernel)"}
 
 
-def test_a_model_that_drops_positions_is_padded(open_: Callable[..., Any], make_llama: Callable[..., Any]) -> None:
+def test_a_model_that_drops_positions_is_padded(open_: Make, make_llama: Make) -> None:
     """A completion's positions go on from the prompt's: a model that counts along the row must be noticed."""
     model = make_llama(100)
     forward = model.model.forward
@@ -242,18 +174,14 @@ def _window_off_by_one(*args: Any, **kwargs: Any) -> Any:
 
 
 @pytest.mark.parametrize("function", [_seeing_the_whole_row, _blind_to_the_window, _window_off_by_one])
-def test_wrong_attention_is_noticed(
-    function: Callable[..., Any], open_: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_attention_is_noticed(function: Callable[..., Any], open_: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     _replace_attention(monkeypatch, function)
     scorer, verdict = open_(build(*RIGHT["mistral"]))
     assert scorer.layout == "padded"
     assert all(reason.startswith("off by") for reason in verdict.refused.values())
 
 
-def test_a_window_that_no_layer_asks_for_is_refused_however_long_it_is(
-    open_: Callable[..., Any], make_llama: Callable[..., Any]
-) -> None:
+def test_a_window_that_no_layer_asks_for_is_refused_however_long_it_is(open_: Make, make_llama: Make) -> None:
     """Llama says no window: a configuration that claims one is not done justice, beyond what the probe can see."""
     model = make_llama(100)
     model.config.layer_types = ["sliding_attention", "full_attention"]
@@ -261,16 +189,9 @@ def test_a_window_that_no_layer_asks_for_is_refused_however_long_it_is(
     scorer, verdict = open_(model)
     assert scorer.layout == "padded"
     assert set(verdict.refused.values()) == {"its layers do not say which window they slide"}
-
-
-def test_chunks_are_refused_by_the_configuration_alone(
-    open_: Callable[..., Any], make_llama: Callable[..., Any]
-) -> None:
-    model = make_llama(100)
-    model.config.attention_chunk_size = 8192
-    scorer, verdict = open_(model)
-    assert scorer.layout == "padded"
-    assert set(verdict.refused.values()) == {"its attention is in chunks"}
+    chunked = make_llama(100)
+    chunked.config.attention_chunk_size = 8192
+    assert set(open_(chunked)[1].refused.values()) == {"its attention is in chunks"}
 
 
 def test_a_model_that_is_not_causal_cannot_be_scored() -> None:
@@ -278,19 +199,6 @@ def test_a_model_that_is_not_causal_cannot_be_scored() -> None:
     model.eval()
     with pytest.raises(MachineError, match=r"depend on what else is in a batch \(padded: .*cannot be scored"):
         probe_layouts(Scorer(model, F32), model)
-
-
-def test_bfloat16_is_allowed_its_noise_and_no_more(
-    open_: Callable[..., Any], make_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = make_llama(100)
-    scorer, verdict = open_(model, dtype=torch.bfloat16)
-    assert scorer.layout == "shared"
-    assert verdict.tolerance >= BFLOAT16_TOLERANCE
-    assert TOLERANCE < verdict.difference <= verdict.tolerance
-    _replace_attention(monkeypatch, _seeing_the_whole_row)
-    refused = probe_layouts(Scorer(model, torch.bfloat16), model).refused
-    assert set(refused) == {"shared"}
 
 
 def test_what_is_allowed_in_bfloat16_has_a_limit_that_grows_with_the_length() -> None:
@@ -304,7 +212,7 @@ def test_what_is_allowed_in_bfloat16_has_a_limit_that_grows_with_the_length() ->
     assert allowed_difference(0.3, 900, bfloat16) == pytest.approx(1.2)
 
 
-def test_a_noisy_model_is_not_allowed_all_its_noise(make_llama: Callable[..., Any]) -> None:
+def test_a_noisy_model_is_not_allowed_all_its_noise(make_llama: Make) -> None:
     """Large logits: bfloat16 alone would ask for more than half a nat, and so much may be a wrong layout."""
     model = make_llama(100)
     model.lm_head.weight.data *= 60
@@ -316,7 +224,7 @@ def test_a_noisy_model_is_not_allowed_all_its_noise(make_llama: Callable[..., An
 
 
 def test_a_tuned_model_is_probed_with_its_adapter_and_left_in_its_mode(
-    open_: Callable[..., Any], make_llama: Callable[..., Any], scored: list[str]
+    open_: Make, make_llama: Make, scored: list[str]
 ) -> None:
     model = add_adapter(make_llama(100), LoraParams(r=4, dropout=0.3), seed=0)
     for name, parameter in model.named_parameters():
@@ -331,9 +239,7 @@ def test_a_tuned_model_is_probed_with_its_adapter_and_left_in_its_mode(
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_head_that_the_configuration_does_not_describe_is_named(
-    open_: Callable[..., Any], make_llama: Callable[..., Any], reporter: Any
-) -> None:
+def test_a_head_that_the_configuration_does_not_describe_is_named(open_: Make, make_llama: Make, reporter: Any) -> None:
     _, verdict = open_(make_llama(100))
     assert verdict.metrics()["head"] == "linear"
     assert "logits" not in reporter.said[0]
@@ -349,14 +255,14 @@ def test_a_head_that_the_configuration_does_not_describe_is_named(
 
 @pytest.mark.parametrize(("family", "slides"), [("llama", False), ("mistral", True)])
 def test_the_kernel_of_the_attention_is_named_and_why_others_are_not(
-    family: str, slides: bool, open_: Callable[..., Any], reporter: Any, monkeypatch: pytest.MonkeyPatch
+    family: str, slides: bool, open_: Make, reporter: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kernel that has no windows is refused where the model slides some, and nowhere else."""
 
-    def no_window(query: Any, key: Any, value: Any, sequences: Any, scale: float, window: Any, softcap: Any) -> Any:
-        if window is not None:
+    def no_window(*args: Any) -> Any:
+        if args[4].window is not None:
             raise NotImplementedError("no window in this version")
-        return slow_kernel(query, key, value, sequences, scale, window, softcap)
+        return slow_kernel(*args)
 
     monkeypatch.setattr(probe, "BFLOAT16_TOLERANCE", 0.2)  # these weights are large
     monkeypatch.setattr(attention, "VARLEN_DEVICES", ("cpu",))
@@ -380,7 +286,7 @@ def test_the_kernel_of_the_attention_is_named_and_why_others_are_not(
 
 
 def test_a_model_generates_after_kernels_were_tried_out_on_a_gpu(
-    open_: Callable[..., Any], make_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    open_: Make, make_llama: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(environment, "GPU_TYPES", ("cuda", "cpu"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
@@ -394,7 +300,7 @@ def test_a_model_generates_after_kernels_were_tried_out_on_a_gpu(
 
 
 def test_what_nf4_leaves_in_plain_numbers_is_named_with_its_bytes(
-    open_: Callable[..., Any], cpu: Any, tmp_path: Path, reporter: Any
+    open_: Make, cpu: Any, tmp_path: Path, reporter: Any
 ) -> None:
     """transformers holds experts as one tensor of three dimensions, and bitsandbytes replaces linear layers."""
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16}
@@ -409,31 +315,21 @@ def test_what_nf4_leaves_in_plain_numbers_is_named_with_its_bytes(
     assert len(reporter.warned) == 1, "a plain model leaves nothing"
 
 
-def test_padded_rows_have_the_models_own_attention(
-    open_: Callable[..., Any], make_llama: Callable[..., Any], reporter: Any
-) -> None:
-    _, verdict = open_(make_llama(100), "padded")
-    assert (verdict.attention, verdict.attention_refused) == ("the model's own sdpa", {})
-    assert reporter.said[0].endswith("; attention by the model's own sdpa")
-    assert verdict.last_mlp == "all positions"
-
-
 # --- forced -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_can_be_forced(
-    layout: Any, open_: Callable[..., Any], make_llama: Callable[..., Any], reporter: Any
-) -> None:
+@pytest.mark.parametrize(
+    ("layout", "kernel"), [("shared", "PyTorch's flash kernel for the CPU"), ("padded", "the model's own sdpa")]
+)
+def test_a_layout_can_be_forced(layout: Any, kernel: str, open_: Make, make_llama: Make, reporter: Any) -> None:
     scorer, verdict = open_(make_llama(100), layout)
     assert (scorer.layout, verdict.layout, verdict.refused, verdict.forced) == (layout, layout, {}, True)
-    assert reporter.said[0].startswith(f"train: layout {layout} (forced); attention by ")
+    assert reporter.said[0] == f"train: layout {layout} (forced); attention by {kernel}"
+    assert (verdict.attention, verdict.attention_refused) == (kernel, {})
 
 
 @pytest.mark.parametrize("family", ["bloom", "lfm2"])
-def test_a_forced_layout_that_is_wrong_is_refused_by_the_name_of_the_setting(
-    family: str, open_: Callable[..., Any]
-) -> None:
+def test_a_forced_layout_that_is_wrong_is_refused_by_the_name_of_the_setting(family: str, open_: Make) -> None:
     name, values, reason = LEAKY[family]
     for _ in range(2):
         with pytest.raises(MachineError, match=rf"params.yaml: runtime.layout shared is wrong .*: {reason}.*to auto"):
@@ -449,7 +345,7 @@ def memory(project: Path) -> Path:
 
 
 def test_a_verdict_is_remembered_by_the_configuration(
-    open_: Callable[..., Any], make_llama: Callable[..., Any], scored: list[str], memory: Path
+    open_: Make, make_llama: Make, scored: list[str], memory: Path
 ) -> None:
     _, first = open_(make_llama(100))
     assert scored
@@ -460,19 +356,8 @@ def test_a_verdict_is_remembered_by_the_configuration(
     assert memory.is_file()
 
 
-def test_a_leaky_models_verdict_is_remembered_with_its_reasons(
-    open_: Callable[..., Any], scored: list[str], reporter: Any
-) -> None:
-    name, values, _ = LEAKY["bloom"]
-    _, first = open_(build(name, values))
-    scored.clear()
-    scorer, second = open_(build(name, values))
-    assert (scored, scorer.layout, second) == ([], "padded", first)
-    assert reporter.said[1] == reporter.said[0]
-
-
 def test_another_configuration_dtype_class_or_force_is_probed_anew(
-    open_: Callable[..., Any], make_llama: Callable[..., Any], scored: list[str]
+    open_: Make, make_llama: Make, scored: list[str]
 ) -> None:
     base = make_llama(100)
     kinds = [
@@ -494,21 +379,9 @@ def test_another_configuration_dtype_class_or_force_is_probed_anew(
         assert scored == []
 
 
-def test_another_engine_or_library_is_probed_anew(
-    open_: Callable[..., Any], make_llama: Callable[..., Any], scored: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in (("engine_version", lambda dtype: -1), ("version", lambda name: "0")):
-        open_(make_llama(100))
-        scored.clear()
-        with monkeypatch.context() as patch:
-            patch.setattr(probe, name, value)
-            open_(make_llama(100))
-        assert scored
-
-
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'"text"'])
+@pytest.mark.parametrize("damage", [b"{", b"[]", b"\xff\xfe"])
 def test_a_damaged_memory_is_survived_and_mended(
-    damage: bytes, open_: Callable[..., Any], make_llama: Callable[..., Any], scored: list[str], memory: Path
+    damage: bytes, open_: Make, make_llama: Make, scored: list[str], memory: Path
 ) -> None:
     memory.parent.mkdir()
     memory.write_bytes(damage)
@@ -519,9 +392,9 @@ def test_a_damaged_memory_is_survived_and_mended(
     assert scored == []
 
 
-@pytest.mark.parametrize("entry", [5, "text", [], None, {}, {"layout": "shared"}, {"unknown": 1}])
+@pytest.mark.parametrize("entry", [5, None, {"layout": "shared"}, {"unknown": 1}])
 def test_a_damaged_verdict_is_made_anew(
-    entry: Any, open_: Callable[..., Any], make_llama: Callable[..., Any], scored: list[str], memory: Path
+    entry: Any, open_: Make, make_llama: Make, scored: list[str], memory: Path
 ) -> None:
     _, first = open_(make_llama(100))
     kept = json.loads(memory.read_text())
@@ -534,7 +407,7 @@ def test_a_damaged_verdict_is_made_anew(
 
 
 def test_a_scratch_area_that_cannot_be_written_only_costs_the_next_probe(
-    open_: Callable[..., Any], make_llama: Callable[..., Any], scored: list[str]
+    open_: Make, make_llama: Make, scored: list[str]
 ) -> None:
     paths.scratch_root().write_text("a file where a folder should be")
     for _ in range(2):
@@ -547,23 +420,10 @@ def test_a_scratch_area_that_cannot_be_written_only_costs_the_next_probe(
 # --- what is asked ------------------------------------------------------------------------
 
 
-def test_the_probes_groups_have_branches_and_go_beyond_a_small_window() -> None:
-    groups = probe_groups(100, 47)
-    assert [len(group.prompt) for group in groups] == [47, 1, 6]
-    assert {len(group.completions) for group in groups} == {3}
-    assert groups == probe_groups(100, 47)
-    for group in groups:
-        one, _, other = group.completions
-        assert one[:MIN_SHARED_TOKENS] == other[:MIN_SHARED_TOKENS]
-        assert lay_out([group], "shared").num_tokens < sum(
-            len(group.prompt) + len(answer) - 1 for answer in group.completions
-        ) - len(group.prompt)
-
-
-@pytest.mark.parametrize("limit", [32, 48, 60, 100, 4096])
-@pytest.mark.parametrize("window", [None, 8, 300, 4096])
+@pytest.mark.parametrize("limit", [32, 60, 4096])
+@pytest.mark.parametrize("window", [None, 8, 300])
 def test_the_probe_stays_within_the_positions_that_a_model_knows(
-    limit: int, window: int | None, make_llama: Callable[..., Any]
+    limit: int, window: int | None, make_llama: Make
 ) -> None:
     model = make_llama(100, max_position_embeddings=limit, sliding_window=window)
     longest = probe._longest_prompt(model.config)
@@ -573,7 +433,7 @@ def test_the_probe_stays_within_the_positions_that_a_model_knows(
         assert longest > window
 
 
-def test_a_model_that_gives_nan_is_refused_with_the_tensor(make_llama: Callable[..., Any]) -> None:
+def test_a_model_that_gives_nan_is_refused_with_the_tensor(make_llama: Make) -> None:
     model = make_llama(100)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan

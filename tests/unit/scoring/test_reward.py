@@ -9,18 +9,17 @@ import pytest
 import torch
 
 from dpo_cli.core.errors import MachineError
-from dpo_cli.core.params import LoraParams
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.models.adapters import add_adapter
 from dpo_cli.scoring.layout import LAYOUTS, LayoutName, lay_out
-from dpo_cli.scoring.reward import RewardScorer
-from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.scoring.scorer import RewardScorer, Scorer
+
+Make = Callable[..., Any]
 
 VOCABULARY = 100
 TOLERANCE = 1e-5
 
 
-def awkward_groups(make_groups: Callable[..., list[TokenGroup]]) -> list[TokenGroup]:
+def awkward_groups(make_groups: Make) -> list[TokenGroup]:
     """Groups of four: two that begin alike, the second's beginning as an answer of its own, and a repeat of it.
 
     The token that is laid out behind each is 0, so one of them goes on with a 0 where another ends.
@@ -43,24 +42,8 @@ def naive(model: Any, groups: Sequence[TokenGroup]) -> torch.Tensor:
     return torch.stack(rows).view(len(groups), len(groups[0].completions), -1)
 
 
-@pytest.fixture
-def make_tuned(make_llama: Callable[..., Any]) -> Callable[[], Any]:
-    """``make_tuned()``: the same tiny llama each time, frozen, with an adapter that does something."""
-
-    def make() -> Any:
-        model = add_adapter(make_llama(VOCABULARY).requires_grad_(False), LoraParams(r=4), seed=0)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.data.normal_(std=0.1)
-        return model.train()
-
-    return make
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_hidden_state_is_that_of_the_text_alone(
-    layout: LayoutName, make_tuned: Callable[[], Any], make_groups: Callable[..., list[TokenGroup]]
-) -> None:
+def test_the_hidden_state_is_that_of_the_text_alone(layout: LayoutName, make_tuned: Make, make_groups: Make) -> None:
     model = make_tuned()
     for groups in (awkward_groups(make_groups), make_groups(6), make_groups(3, completions=1)):
         with torch.no_grad():
@@ -72,17 +55,13 @@ def test_the_hidden_state_is_that_of_the_text_alone(
         assert (found[:, 0] - found[:, -1]).abs().max() > 0.1 or found.shape[1] == 1
 
 
-def test_a_repeated_answer_has_the_very_same_state(
-    make_tuned: Callable[[], Any], make_groups: Callable[..., list[TokenGroup]]
-) -> None:
+def test_a_repeated_answer_has_the_very_same_state(make_tuned: Make, make_groups: Make) -> None:
     with torch.no_grad(), Scorer(make_tuned(), torch.float32, "shared") as scorer:
         found = scorer.last_hidden(awkward_groups(make_groups))
     assert torch.equal(found[:, 1], found[:, 3])
 
 
-def test_gradients_are_those_of_padded_rows(
-    make_tuned: Callable[[], Any], make_groups: Callable[..., list[TokenGroup]]
-) -> None:
+def test_gradients_are_those_of_padded_rows(make_tuned: Make, make_groups: Make) -> None:
     groups = awkward_groups(make_groups)
     weights = torch.randn(len(groups), 4, 64, generator=torch.Generator().manual_seed(0))
 
@@ -99,7 +78,7 @@ def test_gradients_are_those_of_padded_rows(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rewards_are_the_heads_of_the_last_tokens_and_their_layout_is_counted_whole(
-    layout: LayoutName, make_tuned: Callable[[], Any], make_groups: Callable[..., list[TokenGroup]]
+    layout: LayoutName, make_tuned: Make, make_groups: Make
 ) -> None:
     model, groups = make_tuned(), make_groups(12)
     head = torch.nn.Linear(64, 1, bias=False)
@@ -123,9 +102,7 @@ def test_rewards_are_the_heads_of_the_last_tokens_and_their_layout_is_counted_wh
                 assert (scorer.score([groups[i] for i in batch]).rewards_BK - expected[batch]).abs().max() <= TOLERANCE
 
 
-def test_the_head_is_float32_under_autocast(
-    make_tuned: Callable[[], Any], make_groups: Callable[..., list[TokenGroup]]
-) -> None:
+def test_the_head_is_float32_under_autocast(make_tuned: Make, make_groups: Make) -> None:
     seen: list[torch.Tensor] = []
 
     class Head(torch.nn.Linear):
@@ -144,7 +121,7 @@ def test_the_head_is_float32_under_autocast(
 
 
 def test_a_model_without_a_backbone_is_refused(
-    make_llama: Callable[..., Any], make_groups: Callable[..., list[TokenGroup]], monkeypatch: pytest.MonkeyPatch
+    make_llama: Make, make_groups: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dpo_cli.scoring.scorer._backbone", lambda causal: None)
     with pytest.raises(MachineError, match="LlamaForCausalLM has no part that gives hidden states"):

@@ -1,4 +1,4 @@
-"""Calibration: the fitted temperature of sigma(margin / T); test_reward_figures.py has more on error and bins."""
+"""Calibration: the fitted temperature of sigma(margin / T); test_rewards.py has more on error and bins."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from dpo_cli.statistics.calibration import calibration_error, fit_temperature, reliability_table
+from dpo_cli.statistics.intervals import Sampling
+
+SAMPLING = Sampling(draws=100, confidence=0.95, seed=0)
 
 
 def draw(num_pairs: int, sureness: float) -> np.ndarray:
@@ -38,8 +41,7 @@ def test_it_mends_the_calibration() -> None:
     margins = draw(20_000, 3)
     prompts = [f"{number}" for number in range(len(margins))]
     before, after = (
-        calibration_error(each, prompts, draws=100, confidence=0.95, seed=0).value
-        for each in (margins, margins / fit_temperature(margins))
+        calibration_error(each, prompts, SAMPLING).value for each in (margins, margins / fit_temperature(margins))
     )
     assert before > 0.1
     assert after < 0.02
@@ -54,8 +56,8 @@ def test_pairs_that_are_all_right_have_temperature_0_and_those_that_mislead_infi
 def test_the_bins_hold_all_pairs_and_give_the_error() -> None:
     margins = draw(400, 2)
     prompts = [f"{number // 2}" for number in range(400)]
-    bins = reliability_table(margins, prompts, draws=100, confidence=0.95, seed=0, num_bins=5)
+    bins = reliability_table(margins, prompts, SAMPLING, num_bins=5)
     assert sum(each.num_pairs for each in bins) == 400
     error = sum(each.num_pairs * abs(each.accuracy.value - each.probability) for each in bins) / 400
-    found = calibration_error(margins, prompts, draws=100, confidence=0.95, seed=0, num_bins=5)
+    found = calibration_error(margins, prompts, SAMPLING, num_bins=5)
     assert found.value == pytest.approx(error)

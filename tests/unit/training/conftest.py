@@ -15,3 +15,11 @@ def policy(tiny_folder: Path) -> Callable[..., Any]:
     from tests.small_training import make_policy
 
     return lambda dropout=0.0: make_policy(tiny_folder, dropout)
+
+
+@pytest.fixture
+def lab(policy: Callable[..., Any], tmp_path: Path, make_reporter: Any) -> Any:
+    """Policies, a folder and reporters."""
+    from tests.small_training import Lab
+
+    return Lab(policy, tmp_path, make_reporter)

@@ -18,7 +18,7 @@ from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.load import load_model
-from dpo_cli.models.workplace import Workplace
+from dpo_cli.models.project import Workplace
 from dpo_cli.scoring.scorer import Scorer, Scores, Statistics
 from dpo_cli.training.accumulation import Limits
 from dpo_cli.training.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint

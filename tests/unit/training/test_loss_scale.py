@@ -14,7 +14,7 @@ from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine
 from dpo_cli.models.load import load_model
-from dpo_cli.models.workplace import Workplace
+from dpo_cli.models.project import Workplace
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training import accumulation
 from dpo_cli.training.accumulation import LossScale
@@ -86,18 +86,23 @@ def test_a_step_whose_gradients_overflow_is_done_again(train: Callable[..., list
     halvings = len(reporter.said)
     assert halvings >= 5
     last = reporter.said[-1]
-    assert last.startswith("train: gradients overflowed float16; the step is done again with loss scale ")
+    assert last.startswith("train: gradients overflowed float16; repeating the step with loss scale ")
     assert float(last.rpartition(" ")[2]) == 2.0 ** (44 - halvings)
 
 
+def work_in(dtype: torch.dtype, reporter: Any) -> Workplace:
+    return Workplace("train", reporter, RuntimeParams(), Machine(CPU, dtype))
+
+
 def test_a_halved_scale_is_remembered(tmp_path: Path, reporter: Any) -> None:
-    first = LossScale(torch.float16, "train", reporter, tmp_path / "scale.json")
+    work = work_in(torch.float16, reporter)
+    first = LossScale(work, tmp_path / "scale.json")
     assert first.halve()
-    assert LossScale(torch.float16, "train", reporter, tmp_path / "scale.json").value == first.value == 2.0**12
+    assert LossScale(work, tmp_path / "scale.json").value == first.value == 2.0**12
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_dtypes_have_none(dtype: torch.dtype, tmp_path: Path, reporter: Any) -> None:
-    scale = LossScale(dtype, "train", reporter, tmp_path / "scale.json")
+def test_other_dtypes_have_none(dtype: torch.dtype, reporter: Any) -> None:
+    scale = LossScale(work_in(dtype, reporter))
     assert scale.value == 1
     assert not scale.halve()

@@ -18,7 +18,7 @@ from dpo_cli.core.interrupts import StopRequest
 from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
-from dpo_cli.models.workplace import Workplace
+from dpo_cli.models.project import Workplace
 from dpo_cli.scoring.layout import LAYOUTS, LayoutName, lay_out
 from dpo_cli.scoring.recompute import MemoryPlan, set_recompute
 from dpo_cli.scoring.scorer import Scorer, Scores
@@ -29,7 +29,7 @@ from dpo_cli.training.objective import PairObjective
 from dpo_cli.training.protocols import Learner
 from tests import small_training
 from tests.live_memory import LiveMemory
-from tests.small_training import CPU, adapter, logged, reference, same_bytes, stop_at
+from tests.small_training import CPU, Lab, adapter, logged, reference, same_bytes, stop_at
 
 SETTINGS = TrainParams(learning_rate=8e-3, batch_size=8, max_steps=6, eval_steps=3)
 SHORT = SETTINGS.model_copy(update={"max_steps": 2})
@@ -75,16 +75,14 @@ def sizes(scorer: Scorer, pairs: Sequence[TokenGroup], max_tokens: int) -> list[
 # --- the budget ---------------------------------------------------------------------------
 
 
-def test_neither_the_token_budget_nor_the_layout_changes_the_curve(
-    policy: Callable[..., Any], pairs: Any, tmp_path: Path, reporter: Any
-) -> None:
+def test_neither_the_token_budget_nor_the_layout_changes_the_curve(lab: Lab, pairs: Any, reporter: Any) -> None:
     curves = {}
     for layout in LAYOUTS:
         for max_tokens in (256, 8192):
-            model = policy()
+            model = lab.policy()
             with open_in(model, layout) as scorer:
                 assert (len(scorer.split(pairs[:8], max_tokens)) > 1) == (max_tokens == 256)
-                fitted = train(scorer, model, pairs, max_tokens, tmp_path / f"{layout} {max_tokens}", reporter)
+                fitted = train(scorer, model, pairs, max_tokens, lab.folder / f"{layout} {max_tokens}", reporter)
             curves[layout, max_tokens] = logged(fitted, "loss"), logged(fitted, "eval_loss", "rewards/margins")
     losses, others = curves["padded", 8192]
     assert losses[-1] < 0.65, "a curve that does not move proves little"
@@ -95,14 +93,14 @@ def test_neither_the_token_budget_nor_the_layout_changes_the_curve(
 
 @pytest.mark.parametrize(("layout", "dropout"), [("shared", 0.0), ("shared", 0.1), ("padded", 0.1)])
 def test_what_is_computed_again_changes_nothing(
-    layout: LayoutName, dropout: float, policy: Callable[..., Any], pairs: Any, tmp_path: Path, reporter: Any
+    lab: Lab, layout: LayoutName, dropout: float, pairs: Any, reporter: Any
 ) -> None:
     """With dropout too: what is computed again drops what was dropped the first time, and ``auto`` draws nothing."""
     found = {}
     for grade in ("none", "elementwise", "layers", "auto"):
-        model = policy(dropout)
+        model = lab.policy(dropout)
         with open_in(model, layout) as scorer:
-            fitted = train(scorer, model, pairs, 300, tmp_path / grade, reporter, recompute=grade, settings=SHORT)
+            fitted = train(scorer, model, pairs, 300, lab.folder / grade, reporter, recompute=grade, settings=SHORT)
         assert grade in ("auto", fitted.recompute)
         found[grade] = logged(fitted, "loss"), adapter(model)
     for losses, weights in found.values():
@@ -164,25 +162,20 @@ def run_out_once(scorer: Scorer, model: Any, call: int, where: str, monkeypatch:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_where_memory_runs_out_the_budget_is_halved_and_the_losses_stay(
-    layout: LayoutName,
-    policy: Callable[..., Any],
-    pairs: Any,
-    tmp_path: Path,
-    make_reporter: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    lab: Lab, layout: LayoutName, pairs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From 1024 tokens over 512 to 256, where all fit."""
-    small = policy()
+    small = lab.policy()
     with open_in(small, layout) as scorer:
         limit = max(256, *(max(sizes(scorer, pairs[start : start + 8], 256)) for start in (0, 8, 16)))
-        expected = train(scorer, small, pairs, 256, tmp_path / "small", make_reporter())
-    model, reporter = policy(), make_reporter()
+        expected = train(scorer, small, pairs, 256, lab.folder / "small", lab.reporter())
+    model, reporter = lab.policy(), lab.reporter()
     with open_in(model, layout) as scorer:
         failures = run_out_above(scorer, limit, monkeypatch)
-        fitted = train(scorer, model, pairs, 1024, tmp_path / "halved", reporter)
+        fitted = train(scorer, model, pairs, 1024, lab.folder / "halved", reporter)
     assert failures
     assert reporter.warned == [
-        f"train: out of memory; going on with {tokens} tokens at once (runtime.max_tokens_per_microbatch);"
+        f"train: out of memory; continuing with {tokens} tokens at once (runtime.max_tokens_per_microbatch);"
         " without dropout that changes no result beyond rounding"
         for tokens in (512, 256)
     ]
@@ -191,19 +184,17 @@ def test_where_memory_runs_out_the_budget_is_halved_and_the_losses_stay(
     assert logged(fitted, "rewards/margins") == pytest.approx(logged(expected, "rewards/margins"), abs=1e-6)
 
 
-def test_held_out_pairs_that_do_not_fit_halve_it_too(
-    policy: Callable[..., Any], pairs: Any, tmp_path: Path, make_reporter: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    held_out = make_reporter(), make_reporter()
+def test_held_out_pairs_that_do_not_fit_halve_it_too(lab: Lab, pairs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    held_out = lab.reporter(), lab.reporter()
     fits = []
     for is_halved, reporter in zip((False, True), held_out, strict=True):
-        model = policy()
+        model = lab.policy()
         with open_in(model, "shared") as scorer, monkeypatch.context() as patch:
             shortest = sorted(pairs, key=lambda pair: pair.longest)[:2]
             half = (sizes(scorer, shortest, 1000)[0] + 1) // 2
             if is_halved:
                 run_out_above(scorer, max(sizes(scorer, shortest, half)), patch, training=False)
-            budget, folder = half * (1 + is_halved), tmp_path / str(is_halved)
+            budget, folder = half * (1 + is_halved), lab.folder / str(is_halved)
             fits.append(train(scorer, model, pairs, budget, folder, reporter, settings=SHORT))
     assert [len(reporter.warned) for reporter in held_out] == [0, 1]
     assert logged(fits[1], "eval_loss", "loss") == logged(fits[0], "eval_loss", "loss")
@@ -219,26 +210,19 @@ def test_held_out_pairs_that_do_not_fit_halve_it_too(
     ],
 )
 def test_a_step_that_is_done_again_is_bit_by_bit_an_undisturbed_one(
-    layout: LayoutName,
-    where: str,
-    recompute: str,
-    policy: Callable[..., Any],
-    pairs: Any,
-    tmp_path: Path,
-    make_reporter: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    lab: Lab, layout: LayoutName, where: str, recompute: str, pairs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With dropout: when memory runs out, one micro-batch has left gradients, and two have drawn random numbers."""
 
     def run(model: Any, scorer: Scorer, max_tokens: int, reporter: Any) -> Fit:
-        folder = tmp_path / str(max_tokens)
+        folder = lab.folder / str(max_tokens)
         return train(scorer, model, pairs, max_tokens, folder, reporter, recompute=recompute, settings=SHORT)
 
-    undisturbed = policy(dropout=0.1)
+    undisturbed = lab.policy(dropout=0.1)
     with open_in(undisturbed, layout) as scorer:
         assert len(scorer.split(pairs[:8], 400)) > 1
-        expected = run(undisturbed, scorer, 200, make_reporter())
-    model, reporter = policy(dropout=0.1), make_reporter()
+        expected = run(undisturbed, scorer, 200, lab.reporter())
+    model, reporter = lab.policy(dropout=0.1), lab.reporter()
     with open_in(model, layout) as scorer:
         calls = run_out_once(scorer, model, 2, where, monkeypatch)
         fitted = run(model, scorer, 400, reporter)
@@ -250,34 +234,32 @@ def test_a_step_that_is_done_again_is_bit_by_bit_an_undisturbed_one(
 
 
 def test_a_pair_that_does_not_fit_by_itself_is_an_error_of_one_line(
-    policy: Callable[..., Any], pairs: Any, tmp_path: Path, reporter: Any, monkeypatch: pytest.MonkeyPatch
+    lab: Lab, pairs: Any, reporter: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = policy()
+    model = lab.policy()
     with open_in(model, "shared") as scorer:
         run_out_above(scorer, 10, monkeypatch)
         with pytest.raises(MachineError, match=r"^train: out of memory with a single prompt and its answers") as error:
-            train(scorer, model, pairs, 1024, tmp_path, reporter)
+            train(scorer, model, pairs, 1024, lab.folder, reporter)
     assert "\n" not in str(error.value)
     assert "runtime.recompute" in str(error.value)
     halved = [1024 // 2 ** (number + 1) for number in range(len(reporter.warned))]
     assert all(f"{tokens} tokens" in warning for tokens, warning in zip(halved, reporter.warned, strict=True))
 
 
-def test_a_stopped_run_goes_on_with_the_halved_budget(
-    policy: Callable[..., Any], pairs: Any, tmp_path: Path, make_reporter: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    undisturbed = policy(dropout=0.1)
+def test_a_stopped_run_goes_on_with_the_halved_budget(lab: Lab, pairs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    undisturbed = lab.policy(dropout=0.1)
     with open_in(undisturbed, "shared") as scorer:
-        expected = train(scorer, undisturbed, pairs, 200, tmp_path / "undisturbed", make_reporter())
-    model, reporter = policy(dropout=0.1), make_reporter(stop_at(2))
-    work = tmp_path / "stopped"
+        expected = train(scorer, undisturbed, pairs, 200, lab.folder / "undisturbed", lab.reporter())
+    model, reporter = lab.policy(dropout=0.1), lab.reporter(stop_at(2))
+    work = lab.folder / "stopped"
     with open_in(model, "shared") as scorer, monkeypatch.context() as patch:
         run_out_once(scorer, model, 1, "forward", patch)
         with pytest.raises(Interrupted, match="stopped and saved at step 2 of 6"):
             train(scorer, model, pairs, 400, work, reporter)
     assert len(reporter.warned) == 1
     assert json.loads((work / "token_budget.json").read_text(encoding="utf-8")) == {"max_tokens_per_microbatch": 200}
-    resumed, reporter = policy(dropout=0.1), make_reporter()
+    resumed, reporter = lab.policy(dropout=0.1), lab.reporter()
     with open_in(resumed, "shared") as scorer:
         fitted = train(scorer, resumed, pairs, 400, work, reporter)
     assert reporter.warned == []
@@ -287,9 +269,9 @@ def test_a_stopped_run_goes_on_with_the_halved_budget(
 
 
 def test_another_error_is_not_taken_for_a_lack_of_memory(
-    policy: Callable[..., Any], pairs: Any, tmp_path: Path, reporter: Any, monkeypatch: pytest.MonkeyPatch
+    lab: Lab, pairs: Any, reporter: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = policy()
+    model = lab.policy()
     with open_in(model, "shared") as scorer:
         score = scorer.score
 
@@ -300,7 +282,7 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(
 
         monkeypatch.setattr(scorer, "score", broken)
         with pytest.raises(RuntimeError, match="shapes do not match"):
-            train(scorer, model, pairs, 1024, tmp_path, reporter)
+            train(scorer, model, pairs, 1024, lab.folder, reporter)
     assert reporter.warned == []
 
 
@@ -325,12 +307,7 @@ class _Readings(TorchDispatchMode):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_numbers_are_read_back_once_a_step_however_many_micro_batches(
-    layout: LayoutName,
-    policy: Callable[..., Any],
-    pairs: Any,
-    tmp_path: Path,
-    reporter: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    lab: Lab, layout: LayoutName, pairs: Any, reporter: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[tuple[int, int]] = []
     lists: list[torch.Tensor] = []
@@ -349,10 +326,10 @@ def test_numbers_are_read_back_once_a_step_however_many_micro_batches(
 
     monkeypatch.setattr(torch.Tensor, "tolist", noted)
     monkeypatch.setattr(Accumulator, "gradient", counted)
-    model = policy()
+    model = lab.policy()
     with open_in(model, layout) as scorer:
         assert len(scorer.split(pairs[:8], 128)) > 3
-        train(scorer, model, pairs, 128, tmp_path, reporter, settings=SHORT)
+        train(scorer, model, pairs, 128, lab.folder, reporter, settings=SHORT)
     assert [lists_read for lists_read, _ in found] == [1, 1]
     numbers = {num for _, num in found}
     if layout == "padded":

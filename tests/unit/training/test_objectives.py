@@ -18,7 +18,7 @@ from dpo_cli.core.params import RuntimeParams, TrainParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.losses.catalogue import LOSSES
 from dpo_cli.losses.changes import shared_length_logps
-from dpo_cli.models.workplace import Workplace
+from dpo_cli.models.project import Workplace
 from dpo_cli.scoring.head import TokenStatistics
 from dpo_cli.scoring.scorer import Scorer, Scores
 from dpo_cli.training.accumulation import Accumulator, Limits, Means

@@ -139,7 +139,7 @@ def test_a_step_is_one_exchange(alone: dict[str, Any], both: dict[str, list[Any]
 
 def test_a_stop_that_one_process_hears_of_stops_all_after_the_same_step(both: dict[str, list[Any]]) -> None:
     for outcome in both["stopped"]:
-        assert outcome["error"] == "Interrupted: train: stopped and saved at step 3 of 9; run it again to go on"
+        assert outcome["error"] == "Interrupted: train: stopped and saved at step 3 of 9; run it again to resume"
         assert outcome["files"] == ["checkpoint-3"]
 
 

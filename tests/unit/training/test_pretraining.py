@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from dpo_cli.core.errors import Interrupted
 from dpo_cli.core.params import RuntimeParams
-from dpo_cli.models.workplace import Workplace
+from dpo_cli.models.project import Workplace
 from dpo_cli.training.parallel import Job
 from dpo_cli.training.pretraining import build_embedded
 from tests.small_training import CPU, Killed, kill_at, stop_at

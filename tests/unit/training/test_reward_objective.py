@@ -13,16 +13,14 @@ import torch
 from dpo_cli.core.errors import Interrupted
 from dpo_cli.core.params import LoraParams, RewardParams
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.models.adapters import SftResult
-from dpo_cli.models.reward import load_reward_model_at_start, reward_head
+from dpo_cli.models.adapters import FrozenBase, SftResult, reward_head
 from dpo_cli.scoring.layout import LayoutName
-from dpo_cli.scoring.reward import Rewards, RewardScorer
-from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.scoring.scorer import Rewards, RewardScorer, Scorer
 from dpo_cli.training.fit import Fit
 from dpo_cli.training.objective import RewardObjective
 from dpo_cli.training.protocols import Learner
 from tests import small_training
-from tests.small_training import CPU, Groups, adapter, logged, same_bytes, stop_at
+from tests.small_training import CPU, Groups, Lab, adapter, logged, same_bytes, stop_at
 from tests.waiting import NoWaiting
 
 SETTINGS = RewardParams(loss="bradley_terry", learning_rate=5e-3, batch_size=8, epochs=2.0, eval_steps=3)
@@ -95,7 +93,7 @@ def test_ties_in_a_ranking_are_taken_as_they_are_asked_for(make_groups: Callable
 def model(tiny_folder: Path) -> Callable[[], Any]:
     """``model()``: the tiny model in nf4 with an adapter and a head of zeros; every call gives the same weights."""
     none = SftResult("none", "digest")
-    return lambda: load_reward_model_at_start(tiny_folder, none, CPU, "nf4", LoraParams(r=4, alpha=8.0), 0)
+    return lambda: FrozenBase(tiny_folder, none, CPU, "nf4").reward_model_at_start(LoraParams(r=4, alpha=8.0), 0)
 
 
 @pytest.fixture(scope="module")
@@ -172,13 +170,13 @@ def test_rankings_train_too(
 
 
 def test_stopped_and_run_again_it_makes_the_same_bytes(
-    whole: Any, model: Callable[[], Any], pairs: Groups, tmp_path: Path, make_reporter: Any
+    lab: Lab, whole: Any, model: Callable[[], Any], pairs: Groups
 ) -> None:
     runtime: dict[str, Any] = {"max_tokens_per_microbatch": 8192, "recompute": "none"}
-    with pytest.raises(Interrupted, match=r"reward: stopped and saved at step 2 of 6; run it again to go on"):
-        train(model(), pairs, tmp_path, make_reporter(stop_at(2)), **runtime)
-    resumed, reporter = model(), make_reporter()
-    fitted = train(resumed, pairs, tmp_path, reporter, **runtime)
+    with pytest.raises(Interrupted, match=r"reward: stopped and saved at step 2 of 6; run it again to resume"):
+        train(model(), pairs, lab.folder, lab.reporter(stop_at(2)), **runtime)
+    resumed, reporter = model(), lab.reporter()
+    fitted = train(resumed, pairs, lab.folder, reporter, **runtime)
     assert reporter.said == ["reward: going on from checkpoint-2"]
     assert logged(fitted, *CURVE) == logged(whole[2], *CURVE)
     assert same_bytes(adapter(resumed), adapter(whole[0]))

@@ -20,7 +20,7 @@ from dpo_cli.training.checkpoint import best_step, last_checkpoint, out_of_patie
 from dpo_cli.training.fit import Fit, count_steps, make_descent, num_warmup_steps
 from dpo_cli.training.objective import PairObjective, SftObjective
 from dpo_cli.training.protocols import Learner
-from tests.small_training import Groups, Killed, adapter, kill_at, logged, reference, same_bytes, stop_at, train
+from tests.small_training import Groups, Killed, Lab, adapter, kill_at, logged, reference, same_bytes, stop_at, train
 
 SETTINGS = TrainParams(learning_rate=5e-3, batch_size=8, epochs=2.0, eval_steps=3)
 EVERY_STEP = {"checkpoint_minutes": 0.0}
@@ -69,14 +69,12 @@ def test_training_lowers_the_loss_from_ln_2(whole: Run) -> None:
     assert all(torch.equal(whole.after[name], value) for name, value in whole.before.items()), "frozen weights moved"
 
 
-def test_a_step_takes_the_mean_over_the_pairs_of_its_batch(
-    policy: Callable[[], Any], pairs: Groups, tmp_path: Path, reporter: Any
-) -> None:
+def test_a_step_takes_the_mean_over_the_pairs_of_its_batch(lab: Lab, pairs: Groups, reporter: Any) -> None:
     """One step of RMSprop-free arithmetic: the logged gradient norm is that of the mean loss over the batch."""
     batch = pairs[0][:8]
     settings = SETTINGS.model_copy(update={"max_steps": 1, "warmup_ratio": 0.0, "max_grad_norm": 1e9})
-    fitted = run_dpo(policy(), (batch, pairs[1]), tmp_path, reporter, settings, max_tokens_per_microbatch=40)
-    model = policy()
+    fitted = run_dpo(lab.policy(), (batch, pairs[1]), lab.folder, reporter, settings, max_tokens_per_microbatch=40)
+    model = lab.policy()
     scorer = Scorer(model, torch.float32)
     targets = torch.tensor(list(reference(scorer, batch).values()), dtype=torch.float64)
     scores = torch.cat([scorer.score([group]).logps_BK for group in batch])
@@ -87,17 +85,17 @@ def test_a_step_takes_the_mean_over_the_pairs_of_its_batch(
 
 
 def test_sft_is_the_mean_over_the_tokens_of_the_batch(
-    policy: Callable[[], Any], make_groups: Callable[..., list[TokenGroup]], tmp_path: Path, reporter: Any
+    lab: Lab, make_groups: Callable[..., list[TokenGroup]], reporter: Any
 ) -> None:
     groups = make_groups(8, completions=1)
-    model = policy()
+    model = lab.policy()
     scorer = Scorer(model, torch.float32)
     with torch.no_grad():
         scores = scorer.score(groups)
     expected = -(scores.logps_BK.sum() / scores.num_tokens_BK.sum()).item()
     learner = Learner(model, scorer, SftObjective())
     settings = SETTINGS.model_copy(update={"max_steps": 1})
-    fitted = train(learner, (groups, groups), tmp_path, reporter, settings, max_tokens_per_microbatch=40)
+    fitted = train(learner, (groups, groups), lab.folder, reporter, settings, max_tokens_per_microbatch=40)
     assert [*logged(fitted, "loss"), fitted.first("eval_loss")] == pytest.approx([expected] * 2, rel=1e-5)
 
 
@@ -110,27 +108,23 @@ def test_a_tie_counts_one_half(make_groups: Callable[..., list[TokenGroup]]) -> 
     assert result.metrics["rewards/margins"].tolist() == [1.0, 0.0, -3.0]
 
 
-def test_a_loss_that_is_no_number_stops_the_run_with_a_remedy(
-    policy: Callable[[], Any], pairs: Groups, tmp_path: Path, reporter: Any
-) -> None:
-    model = policy()
+def test_a_loss_that_is_no_number_stops_the_run_with_a_remedy(lab: Lab, pairs: Groups, reporter: Any) -> None:
+    model = lab.policy()
     groups = [*pairs[0], *pairs[1]]
     objective = PairObjective(TrainParams(beta=0.1), {group.id: [math.nan, 0.0] for group in groups})
     learner = Learner(model, Scorer(model, torch.float32), objective)
     with pytest.raises(ParamsError, match=r"train\.learning_rate is too high"):
-        train(learner, pairs, tmp_path, reporter, SETTINGS)
+        train(learner, pairs, lab.folder, reporter, SETTINGS)
 
 
 # --- stopping and going on ----------------------------------------------------------------
 
 
-def test_stopped_and_run_again_it_makes_the_same_bytes(
-    whole: Run, policy: Callable[[], Any], pairs: Groups, tmp_path: Path, make_reporter: Any
-) -> None:
-    with pytest.raises(Interrupted, match=r"stopped and saved at step 2 of 6; run it again to go on"):
-        run_dpo(policy(), pairs, tmp_path, make_reporter(stop_at(2)))
-    resumed, reporter = policy(), make_reporter()
-    fitted = run_dpo(resumed, pairs, tmp_path, reporter)
+def test_stopped_and_run_again_it_makes_the_same_bytes(lab: Lab, whole: Run, pairs: Groups) -> None:
+    with pytest.raises(Interrupted, match=r"stopped and saved at step 2 of 6; run it again to resume"):
+        run_dpo(lab.policy(), pairs, lab.folder, lab.reporter(stop_at(2)))
+    resumed, reporter = lab.policy(), lab.reporter()
+    fitted = run_dpo(resumed, pairs, lab.folder, reporter)
     assert reporter.said == ["train: going on from checkpoint-2"]
     assert reporter.meters[0].done == 6
     assert logged(fitted, "loss", "eval_loss") == logged(whole.fitted, "loss", "eval_loss")
@@ -138,42 +132,40 @@ def test_stopped_and_run_again_it_makes_the_same_bytes(
 
 
 def test_killed_between_checkpoints_it_goes_on_from_the_last_one_and_event_files_hold_every_step_once(
-    whole: Run, policy: Callable[[], Any], pairs: Groups, tmp_path: Path, make_reporter: Any
+    lab: Lab, whole: Run, pairs: Groups
 ) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    work = tmp_path / "train" / "fingerprint"
+    work = lab.folder / "train" / "fingerprint"
     with pytest.raises(Killed):
-        run_dpo(policy(), pairs, work, make_reporter(kill_at(4)), tensorboard=True, **EVERY_STEP)
+        run_dpo(lab.policy(), pairs, work, lab.reporter(kill_at(4)), tensorboard=True, **EVERY_STEP)
     last = last_checkpoint(work)
     assert last is not None
     assert last.name == "checkpoint-3"
     (work / "checkpoint-4").mkdir()  # a kill in the middle of a save leaves a folder without its last file
-    resumed = policy()
-    fitted = run_dpo(resumed, pairs, work, make_reporter(), tensorboard=True, **EVERY_STEP)
+    resumed = lab.policy()
+    fitted = run_dpo(resumed, pairs, work, lab.reporter(), tensorboard=True, **EVERY_STEP)
     assert same_bytes(adapter(resumed), whole.adapter)
-    found = accumulator.EventAccumulator(str(tmp_path / "tensorboard" / "train-fingerprint"))
+    found = accumulator.EventAccumulator(str(lab.folder / "tensorboard" / "train-fingerprint"))
     found.Reload()
     assert [event.step for event in found.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
     assert [event.value for event in found.Scalars("train/loss")] == pytest.approx(logged(fitted, "loss"))
     assert {event.step: event.value for event in found.Scalars("eval/loss")} == pytest.approx(held_out_losses(fitted))
 
 
-def test_killed_after_the_last_step_it_trains_no_step_more(
-    policy: Callable[[], Any], pairs: Groups, tmp_path: Path, make_reporter: Any
-) -> None:
+def test_killed_after_the_last_step_it_trains_no_step_more(lab: Lab, pairs: Groups) -> None:
     settings = SETTINGS.model_copy(update={"max_steps": 4, "epochs": 1.0})  # ends in the middle of an epoch
-    models = policy(), policy()
-    fits = [run_dpo(model, pairs, tmp_path, make_reporter(), settings, **EVERY_STEP) for model in models]
+    models = lab.policy(), lab.policy()
+    fits = [run_dpo(model, pairs, lab.folder, lab.reporter(), settings, **EVERY_STEP) for model in models]
     assert logged(fits[1], "loss", "eval_loss") == logged(fits[0], "loss", "eval_loss")
     assert same_bytes(*map(adapter, models))
 
 
 def test_without_the_package_event_files_are_refused(
-    policy: Callable[[], Any], pairs: Groups, tmp_path: Path, reporter: Any, monkeypatch: pytest.MonkeyPatch
+    lab: Lab, pairs: Groups, reporter: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(MachineError, match=r"runtime\.tensorboard needs the package tensorboard; run: pip install"):
-        run_dpo(policy(), pairs, tmp_path / "train" / "x", reporter, tensorboard=True)
+        run_dpo(lab.policy(), pairs, lab.folder / "train" / "x", reporter, tensorboard=True)
 
 
 # --- the best step ------------------------------------------------------------------------
@@ -209,15 +201,15 @@ def held_out_losses(fitted: Fit) -> dict[int, float]:
 
 
 def test_the_weights_of_the_lowest_held_out_loss_are_kept(
-    overshot: Run, policy: Callable[[], Any], pairs: Groups, tmp_path: Path, reporter: Any
+    lab: Lab, overshot: Run, pairs: Groups, reporter: Any
 ) -> None:
     fitted = overshot.fitted
     losses = held_out_losses(fitted)
     assert 0 < fitted.kept_step < fitted.num_steps == fitted.num_planned
     assert losses[fitted.kept_step] == min(losses.values()) == fitted.kept("eval_loss")
     upto = OVERSHOOTS.model_copy(update={"keep": "last", "epochs": 1.0, "max_steps": fitted.kept_step})
-    there = policy()
-    run_dpo(there, pairs, tmp_path, reporter, upto)
+    there = lab.policy()
+    run_dpo(there, pairs, lab.folder, reporter, upto)
     assert same_bytes(adapter(there), overshot.adapter)
 
 
@@ -231,12 +223,7 @@ def test_patience_ends_training(overshot: Run, patient: Run) -> None:
 
 @pytest.mark.parametrize("killed_before_saving", [True, False])
 def test_killed_at_some_steps_the_same_best_weights_are_kept(
-    killed_before_saving: bool,
-    patient: Run,
-    policy: Callable[[], Any],
-    pairs: Groups,
-    tmp_path: Path,
-    make_reporter: Any,
+    lab: Lab, killed_before_saving: bool, patient: Run, pairs: Groups
 ) -> None:
     """At the first step, at the best one, at the one after that, and at the last: each run goes on from the last one's.
 
@@ -245,10 +232,10 @@ def test_killed_at_some_steps_the_same_best_weights_are_kept(
     kept, last = patient.fitted.kept_step, patient.fitted.num_steps
     for step in (1, kept, kept + 1, last):
         with pytest.raises(Killed):
-            killed = make_reporter(kill_at(step + (not killed_before_saving)) if step < last else kill_at(last))
-            run_dpo(policy(), pairs, tmp_path, killed, PATIENT, **EVERY_STEP)
-    resumed = policy()
-    fitted = run_dpo(resumed, pairs, tmp_path, make_reporter(), PATIENT, **EVERY_STEP)
+            killed = lab.reporter(kill_at(step + (not killed_before_saving)) if step < last else kill_at(last))
+            run_dpo(lab.policy(), pairs, lab.folder, killed, PATIENT, **EVERY_STEP)
+    resumed = lab.policy()
+    fitted = run_dpo(resumed, pairs, lab.folder, lab.reporter(), PATIENT, **EVERY_STEP)
     assert held_out_losses(fitted) == held_out_losses(patient.fitted)
     assert (fitted.kept_step, fitted.num_steps) == (kept, last)
     assert same_bytes(adapter(resumed), patient.adapter)
@@ -268,14 +255,12 @@ def test_of_equal_losses_the_earlier_is_best_and_no_number_never() -> None:
     assert [out_of_patience(log, patience) for patience in (1, 2, 3, None)] == [True, True, False, False]
 
 
-def test_keep_best_needs_a_step_to_choose(
-    policy: Callable[[], Any], pairs: Groups, tmp_path: Path, reporter: Any
-) -> None:
+def test_keep_best_needs_a_step_to_choose(lab: Lab, pairs: Groups, reporter: Any) -> None:
     settings = OVERSHOOTS.model_copy(update={"eval_steps": 24})
     with pytest.raises(
         ParamsError, match=r"train\.keep best has nothing to choose from: of 24 steps none but the last"
     ):
-        run_dpo(policy(), pairs, tmp_path, reporter, settings)
+        run_dpo(lab.policy(), pairs, lab.folder, reporter, settings)
 
 
 # --- settings -----------------------------------------------------------------------------
@@ -303,12 +288,12 @@ def test_an_optimizer_of_cuda_is_refused_on_the_cpu() -> None:
 
 
 def test_on_a_gpu_kernels_are_loaded_before_memory_is_full_which_moves_nothing(
-    policy: Callable[..., Any], pairs: Groups, tmp_path: Path, make_reporter: Any, monkeypatch: pytest.MonkeyPatch
+    lab: Lab, pairs: Groups, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = SETTINGS.model_copy(update={"max_steps": 2, "epochs": 1.0})
 
     def go(name: str) -> tuple[dict[str, torch.Tensor], list[tuple[int, bool]]]:
-        model = policy(dropout=0.3)
+        model = lab.policy(dropout=0.3)
         scorer = Scorer(model, torch.float32, "padded", 1 << 20)
         objective = PairObjective(TrainParams(beta=0.1), reference(scorer, [*pairs[0], *pairs[1]]))
         seen, score = [], scorer.score
@@ -319,7 +304,7 @@ def test_on_a_gpu_kernels_are_loaded_before_memory_is_full_which_moves_nothing(
 
         monkeypatch.setattr(scorer, "score", noted)
         runtime: dict[str, Any] = {"recompute": "none", "checkpoint_minutes": 60.0, "max_tokens_per_microbatch": 1024}
-        train(Learner(model, scorer, objective), pairs, tmp_path / name, make_reporter(), settings, **runtime)
+        train(Learner(model, scorer, objective), pairs, lab.folder / name, lab.reporter(), settings, **runtime)
         return adapter(model), seen
 
     expected, without = go("cpu")

@@ -23,264 +23,132 @@ def scored(chosen: float, rejected: float) -> PreferenceExample:
     return PreferenceExample([Q], [A], [B], chosen, rejected)
 
 
-PAIRS = {
-    "UltraFeedback binarized": (
-        {
-            "prompt": "q",
-            "prompt_id": "x",
-            "chosen": [Q, A],
-            "rejected": [Q, B],
-            "messages": [Q, A],
-            "score_chosen": 8.5,
-            "score_rejected": 7.0,
-        },
-        scored(8.5, 7.0),
-    ),
-    "UltraFeedback cleaned": (
-        {
-            "source": "s",
-            "prompt": "q",
-            "chosen": [Q, A],
-            "chosen-rating": 5.0,
-            "chosen-model": "m",
-            "rejected": [Q, B],
-            "rejected-rating": 3.0,
-            "rejected-model": "n",
-        },
-        scored(5.0, 3.0),
-    ),
-    "SHP, A": (
-        {
-            "post_id": "x",
-            "history": "q",
-            "human_ref_A": "a",
-            "human_ref_B": "b",
-            "labels": 1,
-            "score_A": 52,
-            "score_B": 13,
-            "score_ratio": 4.0,
-        },
-        scored(52, 13),
-    ),
-    "SHP, B": (
-        {"history": "q", "human_ref_A": "b", "human_ref_B": "a", "labels": 0, "score_A": 5, "score_B": 13},
-        scored(13, 5),
-    ),
-    "Chatbot Arena": (
-        {
-            "question_id": "x",
-            "model_a": "m",
-            "model_b": "n",
-            "winner": "model_b",
-            "judge": "j",
-            "turn": 1,
-            "conversation_a": [Q, A],
-            "conversation_b": [Q, B],
-        },
-        FLIPPED,
-    ),
-    "PKU-SafeRLHF": (
-        {
-            "prompt": "q",
-            "response_0": "a",
-            "response_1": "b",
-            "is_response_0_safe": True,
-            "is_response_1_safe": False,
-            "better_response_id": 1,
-            "safer_response_id": 0,
-        },
-        FLIPPED,
-    ),
-    "HelpSteer2 preferences": (
-        {"split": "train", "prompt": "q", "response_1": "a", "response_2": "b", "preference_strength": -2},
-        CHOSEN,
-    ),
-    "HelpSteer3": (
-        {
-            "domain": "code",
-            "context": [Q],
-            "response1": "a",
-            "response2": "b",
-            "overall_preference": 1,
-            "individual_preference": [{"score": 1, "reasoning": "..."}],
-        },
-        FLIPPED,
-    ),
-    "Orca DPO pairs": (
-        {"system": "s", "question": "q", "chosen": "a", "rejected": "b"},
-        PreferenceExample([SYSTEM, Q], [A], [B]),
-    ),
-    "Orca DPO pairs, without a system prompt": (
-        {"system": "", "question": "q", "chosen": "a", "rejected": "b"},
-        CHOSEN,
-    ),
-    "Argilla's Orca DPO pairs": (
-        {
-            "system": "s",
-            "input": "q",
-            "chosen": "a",
-            "rejected": "b",
-            "generations": ["a", "b"],
-            "order": ["m", "n"],
-            "rating": [9.0, 8.0],
-            "status": "unchanged",
-        },
-        PreferenceExample([SYSTEM, Q], [A], [B]),
-    ),
-    "Capybara": (
-        {
-            "source": "x",
-            "conversation": [{"input": "q", "output": "x"}],
-            "prompt": "q",
-            "chosen": [Q, A],
-            "rejected": [Q, B],
-            "rating_chosen": 5,
-            "rating_rejected": 4,
-        },
-        scored(5, 4),
-    ),
-    "a DPO mix": (
-        {
-            "dataset": "x",
-            "system": None,
-            "chosen": [Q, A],
-            "rejected": [Q, B],
-            "chosen_rating": 5.0,
-            "rejected_rating": 3,
-        },
-        scored(5, 3),
-    ),
-    "HH, the prompt cut off": (
-        {"prompt": "\n\nHuman: q\n\nAssistant:", "response": " a", "chosen": " a", "rejected": " b"},
-        CHOSEN,
-    ),
-    "OpenAI preferences": (
-        {
-            "input": {"messages": [Q], "tools": [], "parallel_tool_calls": True},
-            "preferred_output": [A],
-            "non_preferred_output": [B],
-        },
-        CHOSEN,
-    ),
+# fmt: off
+PREFERENCES = {
+    "UltraFeedback binarized": ({"prompt": "q", "prompt_id": "x", "chosen": [Q, A], "rejected": [Q, B], "messages": [Q,
+     A], "score_chosen": 8.5, "score_rejected": 7.0},
+     scored(8.5, 7)),
+    "UltraFeedback cleaned": ({"source": "s", "prompt": "q", "chosen": [Q, A], "chosen-rating": 5.0,
+     "chosen-model": "m", "rejected": [Q, B], "rejected-rating": 3.0, "rejected-model": "n"},
+     scored(5, 3)),
+    "SHP, A": ({"post_id": "x", "history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_A": 52,
+     "score_B": 13, "score_ratio": 4.0},
+     scored(52, 13)),
+    "SHP, B": ({"history": "q", "human_ref_A": "b", "human_ref_B": "a", "labels": 0, "score_A": 5, "score_B": 13},
+     scored(13, 5)),
+    "Chatbot Arena": ({"question_id": "x", "model_a": "m", "model_b": "n", "winner": "model_b", "judge": "j",
+     "turn": 1, "conversation_a": [Q, A], "conversation_b": [Q, B]},
+     FLIPPED),
+    "PKU-SafeRLHF": ({"prompt": "q", "response_0": "a", "response_1": "b", "is_response_0_safe": True,
+     "is_response_1_safe": False, "better_response_id": 1, "safer_response_id": 0},
+     FLIPPED),
+    "HelpSteer2 preferences": ({"split": "train", "prompt": "q", "response_1": "a", "response_2": "b",
+     "preference_strength": -2},
+     CHOSEN),
+    "HelpSteer3": ({"domain": "code", "context": [Q], "response1": "a", "response2": "b", "overall_preference": 1,
+     "individual_preference": [{"score": 1, "reasoning": "..."}]},
+     FLIPPED),
+    "Orca DPO pairs": ({"system": "s", "question": "q", "chosen": "a", "rejected": "b"},
+     PreferenceExample([SYSTEM, Q], [A], [B])),
+    "Orca DPO pairs, without a system prompt": ({"system": "", "question": "q", "chosen": "a", "rejected": "b"},
+     CHOSEN),
+    "Argilla's Orca DPO pairs": ({"system": "s", "input": "q", "chosen": "a", "rejected": "b", "generations": ["a",
+     "b"], "order": ["m", "n"], "rating": [9.0, 8.0], "status": "unchanged"},
+     PreferenceExample([SYSTEM, Q], [A], [B])),
+    "Capybara": ({"source": "x", "conversation": [{"input": "q", "output": "x"}], "prompt": "q", "chosen": [Q, A],
+     "rejected": [Q, B], "rating_chosen": 5, "rating_rejected": 4},
+     scored(5, 4)),
+    "a DPO mix": ({"dataset": "x", "system": None, "chosen": [Q, A], "rejected": [Q, B], "chosen_rating": 5.0,
+     "rejected_rating": 3},
+     scored(5, 3)),
+    "HH, the prompt cut off": ({"prompt": "\n\nHuman: q\n\nAssistant:", "response": " a", "chosen": " a",
+     "rejected": " b"},
+     CHOSEN),
+    "OpenAI preferences": ({"input": {"messages": [Q], "tools": [], "parallel_tool_calls": True},
+     "preferred_output": [A], "non_preferred_output": [B]},
+     CHOSEN),
     "ms-swift": ({"messages": [Q, A], "rejected_response": "b"}, CHOSEN),
-    "Chatbot Arena, Kaggle": (
-        {
-            "id": 1,
-            "model_a": "m",
-            "model_b": "n",
-            "prompt": '["q"]',
-            "response_a": '["b"]',
-            "response_b": '["a"]',
-            "winner_model_a": 0,
-            "winner_model_b": 1,
-            "winner_tie": 0,
-        },
-        CHOSEN,
-    ),
-    "Chatbot Arena, lists as JSON": (
-        {"prompt": '["q"]', "response_a": '["a"]', "response_b": '["b"]', "winner": "model_a"},
-        CHOSEN,
-    ),
-    "pairs of turns": (
-        {
-            "conversations": [{"human": "u", "assistant": "v"}, {"human": "q", "assistant": None}],
-            "chosen": "a",
-            "rejected": "b",
-        },
-        PreferenceExample([user("u"), assistant("v"), Q], [A], [B]),
-    ),
+    "Chatbot Arena, Kaggle": ({"id": 1, "model_a": "m", "model_b": "n", "prompt": '["q"]', "response_a": '["b"]',
+     "response_b": '["a"]', "winner_model_a": 0, "winner_model_b": 1, "winner_tie": 0},
+     CHOSEN),
+    "Chatbot Arena, lists as JSON": ({"prompt": '["q"]', "response_a": '["a"]', "response_b": '["b"]',
+     "winner": "model_a"},
+     CHOSEN),
+    "pairs of turns": ({"conversations": [{"human": "u", "assistant": "v"}, {"human": "q", "assistant": None}],
+     "chosen": "a", "rejected": "b"},
+     PreferenceExample([user("u"), assistant("v"), Q], [A], [B])),
     "LLMBar": ({"input": "q", "output_1": "b", "output_2": "a", "label": 2}, CHOSEN),
     "AlpacaFarm": ({"instruction": "q", "input": "", "output_1": "b", "output_2": "a", "preference": 2}, CHOSEN),
     "StackExchange paired": ({"qid": 1, "question": "q", "response_j": "a", "response_k": "b"}, CHOSEN),
     "RewardBench": ({"prompt": "q", "chosen": "a", "chosen_model": "m", "rejected": "b", "subset": "s"}, CHOSEN),
+    "UltraFeedback": ({"source": "x", "instruction": "q", "models": ["m", "n"], "correct_answers": ["None"],
+     "completions": [{"model": "m", "response": "a", "overall_score": 6.5, "fine-grained_score": 4.0,
+     "annotations": {}}, {"model": "n", "response": "b", "overall_score": 8.0, "fine-grained_score": 3.0,
+     "annotations": {}}]},
+     RankingExample([Q], [[B], [A]], [1, 2], [8.0, 6.5])),
+    "Nectar": ({"prompt": "\n\nHuman: q\n\nAssistant: ", "answers": [{"answer": "a", "model": "m", "rank": 2.0},
+     {"answer": "b", "model": "n", "rank": 1.0}], "turns": 1},
+     RankingExample([Q], [[B], [A]], [1, 2])),
+    "StackExchange preferences": ({"qid": 1, "question": "q", "answers": [{"text": "a", "pm_score": 1}, {"text": "b",
+     "pm_score": 4}]},
+     RankingExample([Q], [[B], [A]], [1, 2], [4.0, 1.0])),
+    "RewardBench 2": ({"id": "x", "prompt": "q", "chosen": ["a"], "rejected": ["b", "c"], "num_correct": 1,
+     "subset": "Math"},
+     RankingExample([Q], [[A], [B], [assistant("c")]], [1, 2, 2])),
+    "RRHF": ({"query": "q", "responses": ["a", "b"], "scores": [1, 2]},
+     RankingExample([Q], [[B], [A]], [1, 2], [2, 1])),
 }
-
-
-@pytest.mark.parametrize(("row", "expected"), PAIRS.values(), ids=PAIRS)
-def test_public_pairs_are_read_by_auto(row: dict[str, Any], expected: Any, auto: Callable[..., Any]) -> None:
-    assert auto(row).only == expected
-
-
-RANKINGS = {
-    "UltraFeedback": (
-        {
-            "source": "x",
-            "instruction": "q",
-            "models": ["m", "n"],
-            "correct_answers": ["None"],
-            "completions": [
-                {"model": "m", "response": "a", "overall_score": 6.5, "fine-grained_score": 4.0, "annotations": {}},
-                {"model": "n", "response": "b", "overall_score": 8.0, "fine-grained_score": 3.0, "annotations": {}},
-            ],
-        },
-        RankingExample([Q], [[B], [A]], [1, 2], [8.0, 6.5]),
-    ),
-    "Nectar": (
-        {
-            "prompt": "\n\nHuman: q\n\nAssistant: ",
-            "answers": [{"answer": "a", "model": "m", "rank": 2.0}, {"answer": "b", "model": "n", "rank": 1.0}],
-            "turns": 1,
-        },
-        RankingExample([Q], [[B], [A]], [1, 2]),
-    ),
-    "StackExchange preferences": (
-        {"qid": 1, "question": "q", "answers": [{"text": "a", "pm_score": 1}, {"text": "b", "pm_score": 4}]},
-        RankingExample([Q], [[B], [A]], [1, 2], [4.0, 1.0]),
-    ),
-    "RewardBench 2": (
-        {"id": "x", "prompt": "q", "chosen": ["a"], "rejected": ["b", "c"], "num_correct": 1, "subset": "Math"},
-        RankingExample([Q], [[A], [B], [assistant("c")]], [1, 2, 2]),
-    ),
-    "RRHF": (
-        {"query": "q", "responses": ["a", "b"], "scores": [1, 2]},
-        RankingExample([Q], [[B], [A]], [1, 2], [2, 1]),
-    ),
-}
-
-
-@pytest.mark.parametrize(("row", "expected"), RANKINGS.values(), ids=RANKINGS)
-def test_public_rankings_are_read_by_auto(row: dict[str, Any], expected: Any, auto: Callable[..., Any]) -> None:
-    assert auto(row).only == expected
-
+"""Rows that auto reads, and what they become."""
 
 MAPPED = {
-    "WebGPT comparisons": (
-        {"question": {"id": "x", "full_text": "q"}, "answer_0": "a", "score_0": -0.5, "answer_1": "b", "score_1": 0.5},
-        {"prompt": "question.full_text"},
-        {},
-        PreferenceExample([Q], [B], [A], 0.5, -0.5),
-    ),
-    "OpenAI summarization comparisons": (
-        {"info": {"post": "q", "title": "t"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1, "worker": "w"},
-        {"prompt": "info.post", "first": "summaries.0.text", "second": "summaries.1.text", "label": "choice"},
-        {"0": "first", "1": "second"},
-        FLIPPED,
-    ),
-    "JudgeLM": (
-        {"question_body": "q", "answer1_body": "a", "answer2_body": "b", "score": [8, 5]},
-        {
-            "prompt": "question_body",
-            "first": "answer1_body",
-            "second": "answer2_body",
-            "first_score": "score.0",
-            "second_score": "score.1",
-        },
-        {},
-        scored(8, 5),
-    ),
-    "Feedback collection": (
-        {"instruction": "q", "orig_response_A": "a", "orig_response_B": "b", "orig_preference": "B"},
-        {"first": "orig_response_A", "second": "orig_response_B", "label": "orig_preference"},
-        {},
-        FLIPPED,
-    ),
-    "Arena, one column a verdict": (
-        {"prompt": "q", "response_a": "a", "response_b": "b", "winner_model_a": 0, "winner_model_b": 1},
-        {"first_score": "winner_model_a", "second_score": "winner_model_b"},
-        {},
-        PreferenceExample([Q], [B], [A], 1.0, 0.0),
-    ),
+    "WebGPT comparisons": ({"question": {"id": "x", "full_text": "q"}, "answer_0": "a", "score_0": -0.5,
+     "answer_1": "b", "score_1": 0.5},
+     {"prompt": "question.full_text"}, {}, PreferenceExample([Q], [B], [A], 0.5, -0.5)),
+    "OpenAI summarization comparisons": ({"info": {"post": "q", "title": "t"}, "summaries": [{"text": "a"},
+     {"text": "b"}], "choice": 1, "worker": "w"},
+     {"prompt": "info.post", "first": "summaries.0.text", "second": "summaries.1.text", "label": "choice"},
+      {"0": "first", "1": "second"}, FLIPPED),
+    "JudgeLM": ({"question_body": "q", "answer1_body": "a", "answer2_body": "b", "score": [8, 5]},
+     {"prompt": "question_body", "first": "answer1_body", "second": "answer2_body", "first_score": "score.0",
+      "second_score": "score.1"}, {}, scored(8, 5)),
+    "Feedback collection": ({"instruction": "q", "orig_response_A": "a", "orig_response_B": "b",
+     "orig_preference": "B"},
+     {"first": "orig_response_A", "second": "orig_response_B", "label": "orig_preference"}, {}, FLIPPED),
+    "Arena, one column a verdict": ({"prompt": "q", "response_a": "a", "response_b": "b", "winner_model_a": 0,
+     "winner_model_b": 1},
+     {"first_score": "winner_model_a", "second_score": "winner_model_b"}, {}, PreferenceExample([Q], [B], [A], 1.0,
+      0.0)),
 }
+"""Rows with the columns and the labels that the user says."""
+
+INSTRUCTIONS = {
+    "Dolly": ({"instruction": "q", "context": "", "response": "a", "category": "qa"}, [Q]),
+    "GSM8K": ({"question": "q", "answer": "a"}, [Q]),
+    "OpenOrca": ({"id": "x", "system_prompt": "s", "question": "q", "response": "a"}, [SYSTEM, Q]),
+    "SlimOrca": ({"conversations": [{"from": "system", "value": "s", "weight": None}, {"from": "human", "value": "q",
+     "weight": 0.0}, {"from": "gpt", "value": "a", "weight": 1.0}]},
+     [SYSTEM, Q]),
+    "MetaMath": ({"query": "q", "response": "a", "type": "t", "original_question": "o"}, [Q]),
+    "Firefly": ({"kind": "x", "input": "q", "target": "a"}, [Q]),
+    "No Robots": ({"prompt": "q", "prompt_id": "x", "messages": [SYSTEM, Q, A], "category": "c"}, [SYSTEM, Q]),
+    "Numina": ({"source": "x", "problem": "q", "solution": "long", "messages": [Q, A]}, [Q]),
+    "ms-swift, instructions": ({"system": "s", "query": "q", "response": "a"}, [SYSTEM, Q]),
+    "MOSS": ({"conversation_id": 1, "conversation": [{"human": "q", "assistant": "a"}]}, [Q]),
+    "MOSS, as JSON": ({"conversation": '[{"human": "q", "assistant": "a"}]'}, [Q]),
+    "pairs of turns with a system prompt": ({"messages": [{"system": "s", "user": "q", "assistant": "a"}]},
+     [SYSTEM, Q]),
+    "OpenHermes": ({"system_prompt": None, "conversations": [{"from": "human", "value": "q"}, A]}, [Q]),
+}
+"""Rows with their prompts; the answer is A."""
+
+# fmt: on
+
+
+@pytest.mark.parametrize(("row", "expected"), PREFERENCES.values(), ids=PREFERENCES)
+def test_public_preferences_are_read_by_auto(row: dict[str, Any], expected: Any, auto: Callable[..., Any]) -> None:
+    assert auto(row).only == expected
+    preferred = expected.chosen if isinstance(expected, PreferenceExample) else expected.completions[0]
+    assert auto(row, kind="sft").only == SftExample(expected.prompt, preferred)
 
 
 @pytest.mark.parametrize(("row", "columns", "labels", "expected"), MAPPED.values(), ids=MAPPED)
@@ -290,59 +158,27 @@ def test_public_rows_are_read_by_a_column_map(
     assert auto(row, columns=columns, labels=labels).only == expected
 
 
-INSTRUCTIONS = {
-    "Dolly": ({"instruction": "q", "context": "", "response": "a", "category": "qa"}, [Q]),
-    "GSM8K": ({"question": "q", "answer": "a"}, [Q]),
-    "OpenOrca": ({"id": "x", "system_prompt": "s", "question": "q", "response": "a"}, [SYSTEM, Q]),
-    "SlimOrca": (
-        {
-            "conversations": [
-                {"from": "system", "value": "s", "weight": None},
-                {"from": "human", "value": "q", "weight": 0.0},
-                {"from": "gpt", "value": "a", "weight": 1.0},
-            ]
-        },
-        [SYSTEM, Q],
-    ),
-    "MetaMath": ({"query": "q", "response": "a", "type": "t", "original_question": "o"}, [Q]),
-    "Firefly": ({"kind": "x", "input": "q", "target": "a"}, [Q]),
-    "No Robots": ({"prompt": "q", "prompt_id": "x", "messages": [SYSTEM, Q, A], "category": "c"}, [SYSTEM, Q]),
-    "Numina": ({"source": "x", "problem": "q", "solution": "long", "messages": [Q, A]}, [Q]),
-    "ms-swift": ({"system": "s", "query": "q", "response": "a"}, [SYSTEM, Q]),
-    "MOSS": ({"conversation_id": 1, "conversation": [{"human": "q", "assistant": "a"}]}, [Q]),
-    "MOSS, as JSON": ({"conversation": '[{"human": "q", "assistant": "a"}]'}, [Q]),
-    "pairs of turns with a system prompt": (
-        {"messages": [{"system": "s", "user": "q", "assistant": "a"}]},
-        [SYSTEM, Q],
-    ),
-    "OpenHermes": ({"system_prompt": None, "conversations": [{"from": "human", "value": "q"}, A]}, [Q]),
-}
-
-
 @pytest.mark.parametrize(("row", "prompt"), INSTRUCTIONS.values(), ids=INSTRUCTIONS)
 def test_public_instructions_are_read_by_auto(row: dict[str, Any], prompt: Any, auto: Callable[..., Any]) -> None:
     assert auto(row, kind="sft").only == SftExample(prompt, [A])
 
 
-REFUSED_FILES = {
-    "HelpSteer": (
-        {"prompt": "q", "response": "a", "helpfulness": 3},
-        "pairs comes next to it, which needs rejected, too",
-    ),
-    "KTO": ({"prompt": "q", "completion": "a", "label": True}, "unpaired, as KTO takes them"),
-    "AlpacaEval": (
-        {"instruction": "q", "output_1": "a", "output_2": "b", "preference": 1.7},
-        "'preference' is a number on a scale, such as 1.7: a probability or a strength, no verdict;"
-        ' say where to cut it, such as labels: {"<1.5": first, ">1.5": second, "1.5": tie}',
-    ),
-    "PairRM": (
-        {"instruction": "q", "input": "", "candidates": [{"text": "a", "scores": {"bleu": 1}}, {"text": "b"}]},
-        "read as kwise: has no 'ranks', 'scores' or 'preference'",
-    ),
-}
-
-
-@pytest.mark.parametrize(("row", "message"), REFUSED_FILES.values(), ids=REFUSED_FILES)
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "q", "response": "a", "helpfulness": 3}, "pairs comes next to it, which needs rejected, too"),
+        (
+            {"instruction": "q", "output_1": "a", "output_2": "b", "preference": 1.7},
+            "'preference' is a number on a scale, such as 1.7: a probability or a strength, no verdict;"
+            ' say where to cut it, such as labels: {"<1.5": first, ">1.5": second, "1.5": tie}',
+        ),
+        (
+            {"instruction": "q", "input": "", "candidates": [{"text": "a", "scores": {"bleu": 1}}, {"text": "b"}]},
+            "read as kwise: has no 'ranks', 'scores' or 'preference'",
+        ),
+    ],
+    ids=["HelpSteer", "AlpacaEval", "PairRM"],
+)
 def test_public_files_that_say_too_little_are_refused(
     row: dict[str, Any], message: str, auto: Callable[..., Any]
 ) -> None:
@@ -351,61 +187,32 @@ def test_public_files_that_say_too_little_are_refused(
     assert message in str(caught.value)
 
 
+ARENA = {"prompt": "q", "response_a": "a", "response_b": "b"}
+PART = (
+    "the two sides part before the last answer: 3 and 3 turns follow what they share, and DPO compares two answers to"
+    " one prompt; say compare: first to compare the first answers in which they differ"
+)
+# fmt: off
 REFUSED_ROWS = {
     "Chatbot Arena, Kaggle, no winner": (
-        {
-            "prompt": "q",
-            "response_a": "a",
-            "response_b": "b",
-            "winner_model_a": 1,
-            "winner_model_b": 1,
-            "winner_tie": 0,
-        },
-        "no_label",
-        "says in 2 of the columns of 'winner_model_a + winner_model_b + winner_tie' which side won; one must",
-    ),
+        {**ARENA, "winner_model_a": 1, "winner_model_b": 1, "winner_tie": 0}, "no_label",
+        "says in 2 of the columns of 'winner_model_a + winner_model_b + winner_tie' which side won; one must"),
     "Chatbot Arena, Kaggle, a tie": (
-        {
-            "prompt": "q",
-            "response_a": "a",
-            "response_b": "b",
-            "winner_model_a": 0,
-            "winner_model_b": 0,
-            "winner_tie": 1,
-        },
-        "tie",
-        "is a tie: neither side won",
-    ),
+        {**ARENA, "winner_model_a": 0, "winner_model_b": 0, "winner_tie": 1}, "tie", "is a tie: neither side won"),
     "Chatbot Arena, Kaggle, two turns": (
-        {
-            "prompt": '["q", "r"]',
-            "response_a": '["a", "c"]',
-            "response_b": '["b", "d"]',
-            "winner_model_a": 1,
-            "winner_model_b": 0,
-            "winner_tie": 0,
-        },
-        "diverges_early",
-        "the two sides part before the last answer: 3 and 3 turns follow what they share, and DPO compares two answers"
-        " to one prompt; say compare: first to compare the first answers in which they differ",
-    ),
+        {"prompt": '["q", "r"]', "response_a": '["a", "c"]', "response_b": '["b", "d"]', "winner_model_a": 1,
+         "winner_model_b": 0, "winner_tie": 0}, "diverges_early", PART),
     "WebGPT comparisons": (
         {"question": {"id": "x", "full_text": "q"}, "answer_0": "a", "score_0": 0, "answer_1": "b", "score_1": 1},
         "bad_message",
-        "'question' is an object with id, full_text; say in columns which of them is meant, with a dot between",
-    ),
+        "'question' is an object with id, full_text; say in columns which of them is meant, with a dot between"),
     "Chatbot Arena, a tie": (
-        {"conversation_a": [Q, A], "conversation_b": [Q, B], "winner": "tie (bothbad)"},
-        "tie",
-        "is a tie: neither side won",
-    ),
+        {"conversation_a": [Q, A], "conversation_b": [Q, B], "winner": "tie (bothbad)"}, "tie",
+        "is a tie: neither side won"),
     "Chatbot Arena, two turns": (
-        {"conversation_a": [Q, A, Q, A], "conversation_b": [Q, B, Q, B], "winner": "model_a"},
-        "diverges_early",
-        "the two sides part before the last answer: 3 and 3 turns follow what they share, and DPO compares two answers"
-        " to one prompt; say compare: first to compare the first answers in which they differ",
-    ),
+        {"conversation_a": [Q, A, Q, A], "conversation_b": [Q, B, Q, B], "winner": "model_a"}, "diverges_early", PART),
 }
+# fmt: on
 
 
 @pytest.mark.parametrize(("row", "reason", "detail"), REFUSED_ROWS.values(), ids=REFUSED_ROWS)
@@ -427,12 +234,12 @@ def outcome(reader: RowReader, row: dict[str, Any]) -> Any:
         return problem.detail
 
 
-SHAPES = [("preference", row, {}, {}) for row, _ in (*PAIRS.values(), *RANKINGS.values())]
+SHAPES = [("preference", row, {}, {}) for row, _ in PREFERENCES.values()]
 SHAPES += [("preference", row, columns, labels) for row, columns, labels, _ in MAPPED.values()]
 SHAPES += [("sft", row, {}, {}) for row, _ in INSTRUCTIONS.values()]
 
 
-@pytest.mark.parametrize(("kind", "row", "columns", "labels"), SHAPES, ids=[*PAIRS, *RANKINGS, *MAPPED, *INSTRUCTIONS])
+@pytest.mark.parametrize(("kind", "row", "columns", "labels"), SHAPES, ids=[*PREFERENCES, *MAPPED, *INSTRUCTIONS])
 def test_a_column_is_unread_if_and_only_if_its_content_makes_no_difference(
     kind: str, row: dict[str, Any], columns: Any, labels: Any
 ) -> None:

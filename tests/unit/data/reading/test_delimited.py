@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import tracemalloc
 from collections.abc import Callable
@@ -12,15 +11,19 @@ from typing import Any
 
 import pytest
 
-from dpo_cli.core.errors import DataError
 from dpo_cli.data.reading import base, json_text
 from dpo_cli.data.reading.base import Record
 from dpo_cli.data.reading.files import read_records
 
 Read = Callable[..., list[Record]]
+
+
 Message = Callable[..., str]
 
+
 BOM = b"\xef\xbb\xbf"
+
+
 ROWS = [
     {"prompt": "plain", "chosen": "00000", "rejected": "3.3"},
     {"prompt": "", "chosen": "", "rejected": ""},
@@ -44,33 +47,6 @@ def as_csv(
 
 def values(records: list[Record]) -> list[Any]:
     return [record.value for record in records]
-
-
-# --- what is read -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("block", [1, 3, 1 << 20])
-@pytest.mark.parametrize("delimiter", [",", "\t", ";"])
-@pytest.mark.parametrize("end", ["\n", "\r\n"])
-@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
-@pytest.mark.parametrize("prefix", [b"", BOM, b"\r\n\n"])
-def test_every_value_stays_the_text_it_is(
-    read: Read,
-    monkeypatch: pytest.MonkeyPatch,
-    block: int,
-    delimiter: str,
-    end: str,
-    quoting: Any,
-    prefix: bytes,
-) -> None:
-    monkeypatch.setattr(json_text, "BLOCK", block)
-    records = read(prefix + as_csv(ROWS, delimiter, end, quoting))
-    assert values(records) == ROWS
-    assert [record.row for record in records] == list(range(len(ROWS)))
-
-
-def test_compressed_csv_is_read(read: Read) -> None:
-    assert values(read(gzip.compress(as_csv(ROWS)))) == ROWS
 
 
 def test_a_record_names_the_line_it_begins_at(read: Read) -> None:
@@ -125,9 +101,6 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.
     assert peak < 4e6 < path.stat().st_size / 4
 
 
-# --- what is refused ----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("block", [1, 1 << 20])
 @pytest.mark.parametrize(
     ("data", "words"),
@@ -137,24 +110,15 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.
         (b"a\tb\n1,2\n", "line 2: 1 values where the header has 2 ('a', 'b'); quote texts that hold a tab"),
         (b'a,b\n"x\ny",1\n1,2;3,4\n', "line 4: 3 values where the header has 2"),
         (b'a,"b\n', "line 1, column 3: broken CSV: the quote that opens this value is not closed in the rest"),
-        (
-            b'a,b\n"x\n\ny,2\n3,4\n',
-            "line 2, column 1: broken CSV: the quote that opens this value is not closed in the rest",
-        ),
+        (b'a,b\n"x\n\ny,2\n3,4\n', "line 2, column 1: broken CSV: the quote that opens this value is not closed in"),
         (b'a,b\n1,"x', "line 2, column 3: broken CSV: the quote that opens this value is not closed in the rest"),
-        (
-            b'a,b\nx"y",2\n',
-            "line 2, column 2: broken CSV: a quote in value 1 that does not enclose all of it; a text that holds",
-        ),
+        (b'a,b\nx"y",2\n', "line 2, column 2: broken CSV: a quote in value 1 that does not enclose all of it; a"),
         (b'a,b\n1,"x"y\n', "line 2, column 6: broken CSV: a quote in value 2 that does not enclose all of it"),
         (b'a,b\n1,"x" \n', "line 2, column 6: broken CSV: a quote in value 2 that does not enclose all of it"),
         (b'a,b\n"1\n2", "x"\n', "line 3, column 5: broken CSV: a quote in value 2 that does not enclose all of it"),
         (b'a,b\n1,say "hi"\n', "line 2, column 7: broken CSV: a quote in value 2 that does not enclose all of it"),
         (b'a,b"\n1,2\n"\n', "line 1, column 4: broken CSV: a quote in value 2 that does not enclose all of it"),
-        (
-            b'a,b\nName a 5" pipe,PVC.\n' + b'c,"d"\n' * 9,
-            "line 2, column 9: broken CSV: a quote in value 1 that does not",
-        ),
+        (b'a,b\nName a 5" pipe,PVC.\n' + b'c,"d"\n' * 9, "line 2, column 9: broken CSV: a quote in value 1 that"),
         (b"text\none, two\n", "line 2: 2 values where the header has 1 ('text'); quote texts that hold a comma"),
         (b"a,b\n1,2\n3", "line 3: the file ends within this line, which has 1 of 2 values; it is cut off"),
         (b'a,b\n1,"2', "line 2, column 3: broken CSV: the quote that opens this value is not closed"),
@@ -165,14 +129,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.
         (b"a,b,,\n1,2,3,4\n", "line 1: column 3 has no name in the header"),
         (b"a,b\n", "has no rows: it is read as a table, for the comma in its first line, and below this header"),
         (b"Hello, world\n\n", "has no rows: it is read as a table, for the comma in its first line"),
-        (
-            b"a;b,c\n1,2\n",
-            "line 1: no JSON, and as the header of a table it may be cut at each semicolon or each comma",
-        ),
-        (
-            b'x"prompt": 1, "chosen": 2}\n{"prompt": 1, "chosen": 2}\n',
-            "line 1, column 2: broken CSV: a quote in value 1",
-        ),
+        (b"a;b,c\n1,2\n", "line 1: no JSON, and as the header of a table it may be cut at each semicolon or each"),
+        (b'x"prompt": 1, "chosen": 2}\n{"prompt": 1, "chosen": 2}\n', "line 1, column 2: broken CSV: a quote in"),
     ],
 )
 def test_a_broken_table_is_named_with_its_line(
@@ -188,23 +146,6 @@ def test_a_quote_too_many_is_named_where_it_opens_though_others_follow(message: 
     assert text.endswith("(value 1, from line 2 on, goes over several lines: perhaps by a quote too many)")
 
 
-def test_a_table_that_is_cut_off_gives_whole_rows_but_for_the_last_value(read: Read) -> None:
-    data = as_csv(ROWS)
-    whole = 0
-    for end in range(data.index(b"\n") + 1, len(data)):
-        try:
-            rows = values(read(data[:end]))
-        except DataError:
-            continue
-        assert rows[:-1] == ROWS[: len(rows) - 1]
-        *texts, last = rows[-1].values()
-        *others, whole_text = ROWS[len(rows) - 1].values()
-        assert texts == others
-        assert whole_text.startswith(last)
-        whole += 1
-    assert whole >= len(ROWS) - 1
-
-
 def test_long_and_many_names_do_not_blow_up_the_message(message: Message) -> None:
     header = ",".join(f"column number {i}" for i in range(500))
     assert len(message(f"{header}\n1,2\n".encode())) < 600
@@ -214,18 +155,6 @@ def test_a_table_holds_no_lists(message: Message) -> None:
     assert message(as_csv(ROWS), "data.rows") == (
         "records: data.rows: a CSV file has no lists of rows in it; leave records out"
     )
-
-
-@pytest.mark.parametrize("prefix", [b"", b"a,b\nx,y\n" * 20_000])
-def test_gbk_is_named_with_its_line(message: Message, prefix: bytes) -> None:
-    data = prefix + "问题,回答\n把句子里的每个数字加1,好的\n".encode("gbk")
-    line = 1 + prefix.count(b"\n")
-    assert message(data) == f"line {line}: not UTF-8 text, it looks like GBK; convert it: iconv -f GBK -t UTF-8"
-
-
-def test_bytes_of_no_encoding_are_named_with_their_line(message: Message) -> None:
-    data = b'a,b\n1,2\n3,"\n\n\xff\xff"\n'
-    assert message(data) == "line 5: not UTF-8 text; fetch the file again, or convert it to UTF-8"
 
 
 @pytest.mark.parametrize("data", [b'a,b\n1,2\n3,"' + b"x" * 9000 + b'"\n', b'a,b\n1,2\n3,"' + b"x\n" * 5000 + b'"\n'])

@@ -1,1 +1,0 @@
-"""Operations on tensors that the engine and the models share, each held against its definition."""

@@ -1,1 +1,0 @@
-"""The reference model's log-probabilities, kept by content."""
