@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from dpo_cli.data.tokens import TokenGroup
 
 prepare_environment()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 for _profile, _examples in (("here", 25), ("ci", 50)):
     settings.register_profile(_profile, deadline=None, derandomize=True, database=None, max_examples=_examples)

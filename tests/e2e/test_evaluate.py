@@ -189,7 +189,7 @@ def test_people_as_judges_by_a_sheet(evaluate: Evaluate) -> None:
     assert {row["vote"] for row in items} == {""}
     again = CliRunner().invoke(app, ["rating-sheet", str(sheet)])
     assert again.exit_code == ParamsError.exit_code
-    assert "may hold votes" in again.output
+    assert "may contain votes" in again.output
     unnamed = CliRunner().invoke(app, ["rating-sheet", "data/raw/other.csv", "--rater", ":anna"])
     assert unnamed.exit_code == ParamsError.exit_code
     for item in items:

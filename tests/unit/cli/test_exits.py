@@ -84,5 +84,5 @@ def test_what_cannot_be_published_is_not_begun(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(MachineError, match=r"models/dpo cannot be written: .*models forbids it; mend its rights"):
         refuse_unwritable([tmp_path / "models/dpo"])
     (tmp_path / "reports").write_text("", encoding="utf-8")
-    with pytest.raises(MachineError, match="reports is no folder; move it away"):
+    with pytest.raises(MachineError, match="reports is not a folder; move it away"):
         refuse_unwritable([tmp_path / "reports/train/metrics.json"])

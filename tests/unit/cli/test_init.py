@@ -106,7 +106,7 @@ def test_what_cannot_be_read_makes_no_project_until_the_named_option_is_given(tm
     assert refused.exit_code == 4
     option = "--set 'columns={chosen: good, rejected: bad}'"
     assert option in refused.output
-    assert "no project is made" in refused.output.splitlines()[-1]
+    assert "no project was created" in refused.output.splitlines()[-1]
     assert not (tmp_path / "new").exists()
     made = CliRunner().invoke(app, [*command, *shlex.split(option)])
     assert made.exit_code == 0, made.output
@@ -147,7 +147,7 @@ def test_a_setting_that_is_wrong_makes_no_project(
 
 
 def test_swapped_files_are_told(tmp_path: Path, sft: Path, preferences: Path, reporter: Any) -> None:
-    with pytest.raises(DataError, match=r"--sft and --preferences look swapped: pairs\.jsonl\.gz holds preferences"):
+    with pytest.raises(DataError, match=r"--sft and --preferences look swapped: pairs\.jsonl\.gz contains preferences"):
         create_project(tmp_path / "new", ProjectFiles(preferences, sft), reporter)
     with pytest.raises(DataError, match="as instructions it can be read: then give it with --sft"):
         create_project(tmp_path / "new", ProjectFiles(None, sft), reporter)

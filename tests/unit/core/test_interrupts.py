@@ -48,12 +48,9 @@ def test_a_stop_that_was_swallowed_comes_again_until_it_is_heard(
     swallow: Callable[[signal.Signals], None],
     number: signal.Signals,
     monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
 ) -> None:
     said: list[object] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: said.append(unraisable.exc_type))
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in a job of the background
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with watched_stop():
         swallow(number)
         with contextlib.suppress(KeyboardInterrupt):  # and swallowed once more

@@ -605,7 +605,7 @@ def test_a_process_that_is_ended_is_said_to_be(run: Run, monkeypatch: pytest.Mon
     path = lines_file("rows.jsonl", pairs(500))
     monkeypatch.setattr(convert_module, "_BYTES_WORTH_A_POOL", 0)
     monkeypatch.setattr(workers_module, "_begin_worker", os.abort)  # it takes no arguments, and fails
-    with pytest.raises(MachineError, match=r"rows.jsonl: a process of the conversion was ended.*runtime.workers to 1"):
+    with pytest.raises(MachineError, match=r"rows.jsonl: a conversion process was killed.*runtime.workers to 1"):
         run(sources=[PreferenceSource(path=path)], workers=2)
 
 

@@ -95,7 +95,7 @@ def test_a_file_that_includes_what_is_not_there_is_named(folder: Path) -> None:
         ({"more": f"unsafe_code: true\n{metrics('exact_match')}"}, ["task odd: it runs what a model writes"]),
         (
             {"path": "someone/tasks"},
-            ["wants data that is not on this machine, and nothing is downloaded", "dataset_path: json"],
+            ["needs data that is not on this machine, and nothing is downloaded", "dataset_path: json"],
         ),
         ({"file": "gone.jsonl"}, ["gone.jsonl", "paths are relative to that folder"]),
         (

@@ -228,7 +228,7 @@ def test_a_reward_model_as_judge_has_no_ceiling_and_says_where_it_comes_from() -
     metrics = {name: value for name, value in METRICS.items() if name not in known} | {"judge": "reward-model"}
     findings = {each.name: each for each in verdict(metrics)}
     assert "at most" not in findings["win rate over SFT"].meaning
-    assert "which learned of the same preferences" in findings["win rate over SFT"].meaning
+    assert "which learned from the same preferences" in findings["win rate over SFT"].meaning
     assert "well-formed answers" not in findings
 
 
@@ -249,11 +249,11 @@ COLLAPSED = {"entropy_dpo": 0.4 * LESS_ENTROPY - 0.01}
 @pytest.mark.parametrize(
     ("name", "changes", "status", "words"),
     [
-        ("reward of chosen answers", {"chosen_reward": -0.1}, "warn", "no failure by itself"),
+        ("reward of chosen answers", {"chosen_reward": -0.1}, "warn", "not a failure in itself"),
         ("reward of chosen answers", {"chosen_reward": -0.1, "win_rate_ci": [0.3, 0.49]}, "bad", "win rate is below"),
         ("reward of chosen answers", {"chosen_reward": -0.1, "win_rate_ci": [0.3, 0.51]}, "warn", "common"),
         ("reward of chosen answers", {"chosen_reward": -0.1, **COLLAPSED}, "bad", "entropy"),
-        ("length of answers", {"length_ratio": LONGER + 0.1}, "warn", "talks longer"),
+        ("length of answers", {"length_ratio": LONGER + 0.1}, "warn", "answers are longer"),
         (
             "length of answers",
             {"length_ratio": 2.0, "reward_length_correlation": 0.9},
@@ -262,7 +262,7 @@ COLLAPSED = {"entropy_dpo": 0.4 * LESS_ENTROPY - 0.01}
         ),
         ("length of answers", {"length_ratio": 2.0, "win_rate_lc_ci": [0.45, 0.55]}, "warn", "at equal length"),
         ("length of answers", {"length_ratio": 2.0, "win_rate_lc_ci": [0.4, 0.49]}, "bad", "at equal length"),
-        ("length of answers", {"length_ratio": 2.0, "win_rate_lc_ci": None}, "warn", "talks longer"),
+        ("length of answers", {"length_ratio": 2.0, "win_rate_lc_ci": None}, "warn", "answers are longer"),
         ("length of answers", {"reward_length_correlation": None}, "plain", "mean tokens"),
         ("over-optimization", CHEAPER, "warn", "as good as all of it"),
         ("over-optimization", {**CHEAPER, "cheaper_gain_ci": [-0.05, -0.01]}, "bad", "better than all of it"),
