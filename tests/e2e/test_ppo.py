@@ -1,0 +1,134 @@
+"""Stage ppo on a tiny model in nf4: its first step, its rewards, and a run that was killed."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dpo_cli.core import paths
+from dpo_cli.core.errors import StaleArtifactError
+from dpo_cli.core.progress import SilentReporter
+from dpo_cli.judging.reward_model import RewardModel
+from dpo_cli.models.adapters import ADAPTER_FILES
+from dpo_cli.models.project import open_project
+from dpo_cli.rlhf import rewards as rewards_module
+from tests.small_training import Killed, kill_at
+from tests.tiny_project import CONVERTED, run_stages, tiny_params, write_raw
+
+Steps = Callable[..., dict[str, Any]]
+PPO: dict[str, Any] = {
+    "reward": "world",
+    "rounds": 2,
+    "prompts_a_round": 8,
+    "batch_size": 4,
+    "answers": 2,
+    "max_new_tokens": 6,
+    "learning_rate": 1e-3,
+}
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """A project with SFT and a reward model; not to be changed."""
+    folder = tmp_path_factory.mktemp("tuned")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_raw()
+        run_stages(tiny_params(tiny_folder), SilentReporter(), *CONVERTED, "sft", "reward")
+    return folder
+
+
+@pytest.fixture
+def ppo(project: Path, tuned: Path, tiny_folder: Path, reporter: Any) -> Steps:
+    """``ppo(rounds=3)``: run the stage with some of its settings changed, in a copy of that project."""
+    shutil.copytree(tuned, project, dirs_exist_ok=True)
+
+    def run(told: Any = reporter, **changes: Any) -> dict[str, Any]:
+        return run_stages(tiny_params(tiny_folder, ppo=PPO | changes), told, "ppo")
+
+    return run
+
+
+def log() -> list[dict[str, float]]:
+    lines = (paths.report_dir("ppo") / "steps.tsv").read_text(encoding="utf-8").splitlines()
+    names = lines[0].split("\t")
+    return [dict(zip(names, map(float, line.split("\t")), strict=True)) for line in lines[1:]]
+
+
+@pytest.mark.parametrize("changes", [{}, {"estimator": "rloo"}, {"reward": "reward-model", "target_kl": 0.5}])
+def test_the_first_step_is_taken_by_the_reference(ppo: Steps, changes: dict[str, Any]) -> None:
+    """The ratio is exactly 1 and the KL exactly 0: old, new and reference are one model, in 4 bits, too."""
+    metrics = ppo(**changes)
+    first, *_, last = log()
+    assert (first["val/ratio"], first["policy/approxkl"], first["objective/kl"]) == (1.0, 0.0, 0.0)
+    assert last["val/ratio"] != 1.0
+    assert metrics["num_steps"] == 2 * 2 * 2
+    assert all((paths.PPO_MODEL / name).is_file() for name in ADAPTER_FILES)
+    adapter = json.loads((paths.PPO_MODEL / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
+    assert adapter["task_type"] == "CAUSAL_LM", "the value head stays behind"
+    moved = {entry["objective/kl_coefficient"] for entry in log()}
+    assert (len(moved) > 1) == ("target_kl" in changes)
+
+
+def test_killed_it_ends_in_the_same_bytes(ppo: Steps, reporter: Any) -> None:
+    ppo()
+    whole, steps = (paths.PPO_MODEL / ADAPTER_FILES[1]).read_bytes(), log()
+    for at in (3, 5):
+        shutil.rmtree(paths.PPO_MODEL)
+        with pytest.raises(Killed):
+            ppo(type(reporter)(kill_at(at)))
+        ppo()
+        assert (paths.PPO_MODEL / ADAPTER_FILES[1]).read_bytes() == whole
+        assert log() == steps
+
+
+def test_without_a_reward_there_is_a_marker_alone(ppo: Steps) -> None:
+    assert ppo(reward="none", rounds=50, prompts_a_round=64)["method"] == "none"
+    assert [path.name for path in paths.PPO_MODEL.iterdir()] == ["ppo.json"]
+
+
+def test_the_reward_models_adapter_says_the_same_beside_the_policy(
+    ppo: Steps, tiny_folder: Path, reporter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One set of frozen weights with three adapters gives the rewards of the reward model that is loaded by itself."""
+    seen: list[tuple[Any, Any]] = []
+    opened = rewards_module.open_rewarder
+
+    def watched(*arguments: Any) -> Any:
+        reward = opened(*arguments)
+        return lambda groups: seen.append((list(groups), found := reward(groups))) or found
+
+    monkeypatch.setattr(rewards_module, "open_rewarder", watched)
+    ppo(reward="reward-model", rounds=2)
+    project = open_project(tiny_params(tiny_folder), reporter, "score")
+    alone = RewardModel.load(paths.REWARD_MODEL, project)
+    assert len(seen) == 2
+    for groups, found in seen:
+        expected = alone.rewards(groups)
+        assert torch.allclose(torch.tensor(found), torch.tensor(expected), atol=1e-5)
+    assert any(abs(reward) > 1e-3 for _, found in seen for row in found for reward in row)
+
+
+def test_an_answer_that_does_not_end_pays_for_it(ppo: Steps) -> None:
+    plain = ppo(rounds=1)["score"]
+    steps = log()
+    ppo(rounds=1, missing_eos_penalty=2.0)
+    assert math.isfinite(plain)
+    assert log()[0]["objective/scores"] < steps[0]["objective/scores"]
+
+
+def test_a_reward_model_of_other_data_is_refused(ppo: Steps) -> None:
+    manifest = paths.REWARD_MODEL / "reward.json"
+    manifest.chmod(0o644)
+    content = json.loads(manifest.read_text(encoding="utf-8"))
+    content["made_of"]["data/preference"] = {"train": "0"}
+    manifest.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(StaleArtifactError, match="models/reward/reward.json: made of another data/preference"):
+        ppo(reward="reward-model")
