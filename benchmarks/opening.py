@@ -41,7 +41,7 @@ def write(folder: Path, num_pairs: int) -> None:
     from dpo_cli.scoring.reference import SCHEMA, write_cache
 
     rng = np.random.default_rng(0)
-    (folder / "tokens").mkdir()
+    (folder / "tokens").mkdir(parents=True)
     (folder / "reference").mkdir()
     writer = TokenWriter(folder / "tokens")
     keys: list[str] = []

@@ -99,7 +99,7 @@ def _problem_of_a_file(error: BaseException) -> str | None:
         return f"{name} cannot be written: the disk is full; free some space, then run it again to resume"
     if number in _FORBIDDEN or any(words in said for words in _SAYS_FORBIDDEN):
         why = error.strerror if isinstance(error, OSError) and error.strerror else "permission denied"
-        return f"{name} cannot be written or read: {why}; mend the rights"
+        return f"{name} cannot be written or read: {why}; fix its permissions"
     if number in _NOT_A_NAME:
         return f"{shown(str(name))} is not a valid file name: it is too long ({len(str(name))} characters)"
     if isinstance(error, ValueError) and "null byte" in said:

@@ -88,7 +88,7 @@ def refuse_unwritable(places: Iterable[Path]) -> None:
         if not there.is_dir():
             raise MachineError(f"{place} cannot be written: {there} is not a folder; move it away")
         if not os.access(there, os.W_OK | os.X_OK):
-            raise MachineError(f"{place} cannot be written: {there} forbids it; mend its rights (chmod u+rwx)")
+            raise MachineError(f"{place} cannot be written: {there} forbids it; fix its permissions (chmod u+rwx)")
 
 
 # --- recording ----------------------------------------------------------------------------

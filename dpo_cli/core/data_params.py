@@ -170,7 +170,7 @@ class DataChecks(Section):
         "keep", "A text contains U+FFFD: it was once decoded with the wrong encoding."
     )
     turn_order: Policy = param(
-        "keep", "The prompt has two turns of one role in a row, or a system turn behind the first."
+        "keep", "The prompt has two turns of one role in a row, or a system turn after the first."
     )
     no_input: Policy = param("keep", "The prompt ends with <noinput> or Noinput, which stands for an empty input.")
 

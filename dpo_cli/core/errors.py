@@ -21,7 +21,7 @@ from typing import ClassVar
 
 
 class DpoCliError(Exception):
-    """Base of all errors that are the user's to mend; never raised itself.
+    """Base of all errors that are the user's to fix; never raised itself.
 
     Args:
         problems: One message, or several that were found in one go.

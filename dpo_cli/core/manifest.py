@@ -63,12 +63,14 @@ class Artifact:
         folder: Where the project has it.
         name: Of its manifest.
         command: Makes it.
+        reads: A setting that its users read: section and name.
     """
 
     kind: str
     folder: Path
     name: str
     command: str
+    reads: tuple[str, str] | None = None
 
     def remedy(self, folder: Path) -> str:
         """What to do where the one in a folder cannot be used."""
@@ -100,6 +102,8 @@ class Artifact:
             manifest = Manifest(**{name: dict(found[name]) for name in Manifest.__dataclass_fields__})
             if found["kind"] != self.kind:
                 raise ValueError(found["kind"])
+            if self.reads is not None and self.reads[1] not in manifest.settings[self.reads[0]]:
+                raise KeyError(self.reads)
             for name, digest in manifest.files.items():
                 if Path(name).name != name or not isinstance(digest, str):
                     raise ValueError(name)
@@ -166,11 +170,11 @@ def _changes(was: Any, now: Any) -> list[str]:
 
 
 BASE = Artifact("base", paths.BASE, "model.lock.json", "base")
-SFT = Artifact("sft", paths.SFT_MODEL, "sft.json", "sft")
+SFT = Artifact("sft", paths.SFT_MODEL, "sft.json", "sft", ("sft", "method"))
 REFERENCE = Artifact("reference", paths.REFERENCE, "manifest.json", "precompute-ref")
-DPO = Artifact("dpo", paths.DPO_MODEL, "provenance.json", "train")
-REWARD = Artifact("reward", paths.REWARD_MODEL, "reward.json", "reward")
-PPO = Artifact("ppo", paths.PPO_MODEL, "ppo.json", "ppo")
+DPO = Artifact("dpo", paths.DPO_MODEL, "provenance.json", "train", ("train", "beta"))
+REWARD = Artifact("reward", paths.REWARD_MODEL, "reward.json", "reward", ("reward", "loss"))
+PPO = Artifact("ppo", paths.PPO_MODEL, "ppo.json", "ppo", ("ppo", "reward"))
 
 
 def all_files(folder: Path) -> list[str]:

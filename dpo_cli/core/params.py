@@ -66,8 +66,7 @@ class LoraParams(Section):
     dora: bool = param(
         False,
         "Train the magnitude of each row of the weights separately from its direction (DoRA, Liu et al. 2024)."
-        " A step takes"
-        " longer, and evaluate.scales has no meaning.",
+        " A step takes longer, and evaluate.scales has no meaning.",
     )
     dropout: float = param(0.0, "Dropout on the adapter's input while training.", ge=0, lt=1)
     target_modules: Annotated[list[str], Field(min_length=1)] = param(

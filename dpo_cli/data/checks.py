@@ -129,7 +129,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "chat_markers": "holds marks of chat templates",
     "placeholders": "holds {{placeholders}}",
     "replacement_characters": "holds U+FFFD",
-    "turn_order": "has two turns of one role in a row, or a system turn behind the first",
+    "turn_order": "has two turns of one role in a row, or a system turn after the first",
     "no_input": "ends with a word such as <noinput> in place of an input",
     "longer_chosen": "has a longer preferred answer",
 }

@@ -370,7 +370,7 @@ class _Run:
                 file = finding.rows[0][0]
                 problems.append(
                     f"{file}: {finding.count} {'example fails' if finding.count == 1 else 'examples fail'} the check"
-                    f" {name} (rows {finding.places()}), and data.checks.{name} is error; mend them, or set it to drop"
+                    f" {name} (rows {finding.places()}), and data.checks.{name} is error; fix them, or set it to drop"
                 )
         if problems:
             raise DataError(problems)

@@ -182,7 +182,7 @@ def _refuse_errors(table: TokenTable, path: Path, policies: Mapping[str, str]) -
         if rows:
             shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
             problems.append(
-                f"{path}: {len(rows)} rows fail the check {name} (rows {shown}); mend them, or set the check to drop"
+                f"{path}: {len(rows)} rows fail the check {name} (rows {shown}); fix them, or set the check to drop"
             )
     if problems:
         raise DataError(problems)

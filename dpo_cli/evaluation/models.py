@@ -15,6 +15,7 @@ from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_files, digest_json
 from dpo_cli.core.errors import DataError, MachineError, StaleArtifactError
 from dpo_cli.core.manifest import DPO as DPO_MODEL
+from dpo_cli.core.manifest import Manifest
 from dpo_cli.core.params import TrainParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.text import in_one_line
@@ -237,6 +238,20 @@ class Evaluated:
     trained: Mapping[str, int] | None = None
 
 
+def settings_of(manifest: Manifest, folder: Path) -> TrainParams:
+    """The settings that a model was trained with.
+
+    Raises:
+        StaleArtifactError: This version does not know them.
+    """
+    try:
+        return TrainParams.model_validate(manifest.settings["train"])
+    except ValueError:
+        raise StaleArtifactError(
+            f"{folder / DPO_MODEL.name} has settings of another version of dpo-cli; {DPO_MODEL.remedy(folder)}"
+        ) from None
+
+
 def training_of(
     folder: Path, default: TrainParams, project: Project, reporter: Reporter
 ) -> tuple[TrainParams, Mapping[str, int] | None, bool]:
@@ -254,8 +269,8 @@ def training_of(
         return default, None, False
     try:
         manifest = DPO_MODEL.read(folder)
-        train = TrainParams.model_validate(manifest.settings["train"])
-    except (StaleArtifactError, ValueError, KeyError):
+        train = settings_of(manifest, folder)
+    except StaleArtifactError:
         reporter.warn(f"evaluate: {path} is not one of this version, and is not read; beta is train.beta's")
         return default, None, False
     DPO_MODEL.refuse_changed(manifest, folder)

@@ -204,7 +204,7 @@ def _refuse_errors(found: InputRows, policies: Mapping[str, str]) -> None:
         if rows:
             problems.append(
                 f"{rows[0]['file']}: {len(rows)} rows fail the check {name} (the first is row {rows[0]['row']}), and"
-                f" reference.checks.{name} is error; mend them, or set it to drop"
+                f" reference.checks.{name} is error; fix them, or set it to drop"
             )
     if problems:
         raise DataError(problems)

@@ -123,7 +123,7 @@ def _explained(response: httpx2.Response) -> str:
         text = str(found.get("message", found) if isinstance(found, dict) else found)
     except (ValueError, AttributeError):
         pass
-    return (text.strip() or response.reason_phrase).splitlines()[0][:200]
+    return next(iter((text.strip() or response.reason_phrase).splitlines()), "without a word")[:200]
 
 
 def _checked_url(url: str, allowed_hosts: Collection[str]) -> str:

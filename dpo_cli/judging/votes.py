@@ -65,7 +65,7 @@ def read_votes(*paths: Path) -> list[Vote]:
         if prompt != found.prompt:
             problems.append(
                 f"{place}: item {found.item} of {found.method} has prompt {found.prompt}, but {prompt} in"
-                f" {first.removeprefix(f'{file}, ')}; an item is two answers to one prompt: mend prompt_id or item_id"
+                f" {first.removeprefix(f'{file}, ')}; an item is two answers to one prompt: fix prompt_id or item_id"
             )
         votes.append(found)
     if problems:

@@ -18,7 +18,7 @@ from dpo_cli.core.artifacts import read_json, write_json, write_json_array
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.core.manifest import DPO as DPO_MODEL
 from dpo_cli.core.manifest import SFT as SFT_MODEL
-from dpo_cli.core.params import Params, TrainParams
+from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.tokenize import explain_rejects, read_columns, table_digests
@@ -32,7 +32,7 @@ from dpo_cli.evaluation.metrics import (
     form_metrics,
     held_out_metrics,
 )
-from dpo_cli.evaluation.models import Evaluated, count_leaked_prompts, open_models, training_of
+from dpo_cli.evaluation.models import Evaluated, count_leaked_prompts, open_models, settings_of, training_of
 from dpo_cli.evaluation.rewards import pair_losses
 from dpo_cli.evaluation.verdict import report_verdict
 from dpo_cli.judging.prepare import LoadJudge, prepare_judge
@@ -58,7 +58,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     if project.sft.data is not None:
         SFT_MODEL.refuse_other(SFT_MODEL.read(), {"data/sft": table_digests(paths.SFT_DATA)}, paths.SFT_MODEL)
     manifest = DPO_MODEL.check(project.made_of())
-    train = TrainParams.model_validate(manifest.settings["train"])
+    train = settings_of(manifest, paths.DPO_MODEL)
     evaluated = Evaluated(paths.DPO_MODEL, DPO, train, paths.report_dir("evaluate"), trained=manifest.facts)
     metrics = _evaluate(params, project, evaluated, reporter)
     report_verdict(metrics, reporter, of="evaluate")

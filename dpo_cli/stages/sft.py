@@ -175,7 +175,10 @@ def _publish_untrained(params: Params, base: Path, scratch: Scratch, reporter: R
         quiet_libraries()
         source = adapter_folder(params.runtime)
         if changed := changed_files(read_base_lock().adapter, lock_files(source, ADAPTER_FILES)):
-            raise StaleArtifactError(f"{source / changed[0]} is not the file that was locked; run: dpo-cli base")
+            raise StaleArtifactError(
+                f"{source / changed[0]} is not the file that was locked; set sft.method to"
+                " adapter in params.yaml, then run: dpo-cli base"
+            )
         metrics |= copy_adapter(source, base, built, params.model.name)
         files = [*ADAPTER_FILES]
         rows = [("method", f"adapter: {source} is taken as it is"), ("adapter", size_in_words(metrics))]

@@ -1,4 +1,4 @@
-"""`dvc repro` on a shrunken world, through the real nf4 path: invariants 1, 3, 6, 7, 8, 9 and 11 of the design."""
+"""`dvc repro` on a shrunken world, through the real nf4 path: what runs again, what is restored, and equal bytes."""
 
 from __future__ import annotations
 

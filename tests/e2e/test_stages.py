@@ -48,7 +48,7 @@ def files() -> dict[str, bytes]:
 
 
 def test_what_each_change_costs_the_reference_cache(steps: Steps) -> None:
-    """Invariant 7 of the design."""
+    """Only what the reference depends on computes its rows again."""
     write_raw(90)
     first = steps(*CONVERTED, "sft", "precompute_ref")
     assert first["num_computed"] == first["num_completions"] > 100

@@ -1,4 +1,4 @@
-"""Invariant 2: shared = padded = one by one, in log-probabilities and in gradients.
+"""Shared = padded = one by one, in log-probabilities and in gradients.
 
 *One by one* is the plainest thing that can be written: a second model with the same weights and the attention that
 transformers gives it, one completion at a time behind its prompt, a log-softmax over all logits and a sum.

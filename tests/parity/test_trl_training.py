@@ -1,4 +1,4 @@
-"""Invariant 4: equal to TRL's DPOTrainer in log-probabilities, losses, metrics and the curve of 20 steps.
+"""Equal to TRL's DPOTrainer in log-probabilities, losses, metrics and the curve of 20 steps.
 
 Both load one saved model and one saved adapter, in float32 and each in its own way: TRL with PEFT's layers, padded rows
 and a reference that it scores again at every step with a frozen copy of the adapter; we with our layers, each layout,

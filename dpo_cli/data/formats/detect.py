@@ -296,8 +296,8 @@ class RowReader:
         plain = {key.strip().lower(): key for key in row}
         for plan in plans:
             if plan.missing and all(name in plain for name in plan.missing):
-                spelt = ", ".join(repr(plain[name]) for name in plan.missing)
-                return f"{spelt} must be spelt {', '.join(plan.missing)}", plan.format
+                spelled = ", ".join(repr(plain[name]) for name in plan.missing)
+                return f"{spelled} must be spelled {', '.join(plan.missing)}", plan.format
         plan = min(plans, key=lambda plan: (len(plan.missing) or 9, -len(plan.needed)))
         if 0 < len(plan.missing) < len(plan.needed) - 1:
             told = f"{plan.format.name} comes next to it, which needs {' and '.join(plan.missing)}, too"

@@ -5,7 +5,7 @@ instruction. ``prompt_completion``: ``{"prompt", "completion"}``, each a text or
 
 ``messages``: ``{"messages": [turns]}`` or ``{"conversations": [turns]}``. A conversation is one example: its last
 answer, with all that stands before it as the prompt. With ``turns: all`` every answer is an example. What follows the
-last answer is an error. Answers whose ``weight`` (or ``loss_weight``) is 0 are not to be learnt: they are no examples.
+last answer is an error. Answers whose ``weight`` (or ``loss_weight``) is 0 are not to be learned: they are no examples.
 
 A verdict is a column of two values whose name or values call an answer good or bad, as KTO takes them: ``label``,
 ``is_safe``, ``thumbs``, ``"accepted"``. A truth value of another name (``is_english``) may be anything: it is no
@@ -212,7 +212,7 @@ def _read_messages(row: RawRow, reading: Reading) -> SftExample | Iterator[Part[
 
 def _answer_at(messages: Messages, index: int, turn: Any) -> SftExample:
     if any(turn.get(name) == 0 for name in _WEIGHTS):
-        raise RowProblem("weight_zero", "the answer has the weight 0: it is not to be learnt")
+        raise RowProblem("weight_zero", "the answer has the weight 0: it is not to be learned")
     return SftExample(check_prompt(messages[:index]), [messages[index]])
 
 

@@ -131,7 +131,7 @@ def _decoded(data: bytes, encoding: str) -> str | None:
 
 
 def explain(message: str, text: str, position: int) -> str:
-    """What Python's parser says of broken JSON, with what is likely wrong and how to mend it.
+    """What Python's parser says of broken JSON, with what is likely wrong and how to fix it.
 
     Args:
         message: The parser's message.

@@ -81,7 +81,7 @@ def test_what_cannot_be_published_is_not_begun(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "models").mkdir()
     refuse_unwritable([tmp_path / "models/dpo", tmp_path / "reports/train/metrics.json"])
     monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "models")
-    with pytest.raises(MachineError, match=r"models/dpo cannot be written: .*models forbids it; mend its rights"):
+    with pytest.raises(MachineError, match=r"models/dpo cannot be written: .*models forbids it; fix its permissions"):
         refuse_unwritable([tmp_path / "models/dpo"])
     (tmp_path / "reports").write_text("", encoding="utf-8")
     with pytest.raises(MachineError, match="reports is not a folder; move it away"):

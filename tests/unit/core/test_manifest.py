@@ -52,7 +52,9 @@ def test_a_file_that_changed_or_is_gone_is_refused(folder: Path, name: str) -> N
         DPO.check(MADE_OF)
 
 
-@pytest.mark.parametrize("change", [{"kind": "sft"}, {"files": {"../x": "0"}}, {"files": 3}, {"made_of": None}])
+@pytest.mark.parametrize(
+    "change", [{"kind": "sft"}, {"files": {"../x": "0"}}, {"files": 3}, {"made_of": None}, {"settings": {"train": {}}}]
+)
 def test_a_manifest_of_another_form_is_refused(folder: Path, change: dict[str, Any]) -> None:
     path = folder / DPO.name
     path.write_text(json.dumps(json.loads(path.read_text()) | change))

@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 from bitsandbytes.nn import Linear4bit
 
+from dpo_cli.core import paths
+from dpo_cli.core.errors import StaleArtifactError
+from dpo_cli.core.manifest import Manifest
 from dpo_cli.core.params import LoraParams, RuntimeParams
 from dpo_cli.data.chat import ChatEncoder
-from dpo_cli.evaluation.models import open_models
+from dpo_cli.evaluation.models import open_models, settings_of
 from dpo_cli.models.adapters import SftResult, add_adapter, save_adapter
 from dpo_cli.models.project import Project
 
@@ -68,3 +71,10 @@ def no_gc() -> Any:
     gc.disable()
     yield
     gc.enable()
+
+
+def test_settings_of_another_version_are_refused_with_the_remedy() -> None:
+    manifest = Manifest(settings={"train": {"beta": 0.1, "gone": 1}})
+    with pytest.raises(StaleArtifactError, match=r"settings of another version of dpo-cli; run: dpo-cli train"):
+        settings_of(manifest, paths.DPO_MODEL)
+    assert settings_of(Manifest(settings={"train": {"beta": 0.3}}), paths.DPO_MODEL).beta == 0.3

@@ -1,4 +1,4 @@
-"""Invariant 3: memory settings, and memory that runs out, change no result; and memory is what the settings say."""
+"""Memory settings, and memory that runs out, change no result; and memory is what the settings say."""
 
 from __future__ import annotations
 

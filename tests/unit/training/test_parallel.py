@@ -1,4 +1,4 @@
-"""Several processes that share each batch end where one would: invariant 3 of the design, over processes."""
+"""Several processes that share each batch end where one would."""
 
 from __future__ import annotations
 
