@@ -14,7 +14,7 @@ from dpo_cli.judging.templates import transcript
 from dpo_cli.models.adapters import REWARD_ADAPTER, ModelPair, add_reward_adapter, check_reward_model
 from dpo_cli.models.project import Project
 from dpo_cli.rlhf.rollouts import Rewarder
-from dpo_cli.scoring.reward import RewardScorer
+from dpo_cli.scoring.scorer import RewardScorer
 
 
 def open_rewarder(project: Project, pair: ModelPair, settings: PpoParams, messages: Mapping[str, Messages]) -> Rewarder:

@@ -97,9 +97,7 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
         objective = PolicyGradient(source, settings.clip, settings.value_clip, value_coefficient)
         num_steps = settings.rounds * course.steps_a_round
         descent = make_descent(model, settings, num_steps, project.machine.device, "ppo")
-        limits = Limits(
-            budget, LossScale(project.machine.compute_dtype, "ppo", reporter, scratch.folder / "scale.json")
-        )
+        limits = Limits(budget, LossScale(project, scratch.folder / "loss_scale.json"))
         loop = Loop(
             Learner(model, scorer, objective), Data(source), descent, LoopCourse(num_steps, settings.seed), limits, job
         )

@@ -24,7 +24,7 @@ from tests.tiny_project import CONVERTED, run_stages, tiny_params, write_raw
 
 Steps = Callable[..., dict[str, Any]]
 PPO: dict[str, Any] = {
-    "reward": "world",
+    "reward": "reward-model",
     "rounds": 2,
     "prompts_a_round": 8,
     "batch_size": 4,
@@ -62,7 +62,7 @@ def log() -> list[dict[str, float]]:
     return [dict(zip(names, map(float, line.split("\t")), strict=True)) for line in lines[1:]]
 
 
-@pytest.mark.parametrize("changes", [{}, {"estimator": "rloo"}, {"reward": "reward-model", "target_kl": 0.5}])
+@pytest.mark.parametrize("changes", [{}, {"estimator": "rloo"}, {"target_kl": 0.5}])
 def test_the_first_step_is_taken_by_the_reference(ppo: Steps, changes: dict[str, Any]) -> None:
     """The ratio is exactly 1 and the KL exactly 0: old, new and reference are one model, in 4 bits, too."""
     metrics = ppo(**changes)
@@ -106,7 +106,7 @@ def test_the_reward_models_adapter_says_the_same_beside_the_policy(
         return lambda groups: seen.append((list(groups), found := reward(groups))) or found
 
     monkeypatch.setattr(rewards_module, "open_rewarder", watched)
-    ppo(reward="reward-model", rounds=2)
+    ppo()
     project = open_project(tiny_params(tiny_folder), reporter, "score")
     alone = RewardModel.load(paths.REWARD_MODEL, project)
     assert len(seen) == 2
@@ -114,6 +114,11 @@ def test_the_reward_models_adapter_says_the_same_beside_the_policy(
         expected = alone.rewards(groups)
         assert torch.allclose(torch.tensor(found), torch.tensor(expected), atol=1e-5)
     assert any(abs(reward) > 1e-3 for _, found in seen for row in found for reward in row)
+
+
+def test_the_worlds_reward_is_0_or_1_for_each_answer(ppo: Steps) -> None:
+    ppo(reward="world", rounds=1)
+    assert all(0 <= entry["objective/scores"] <= 1 for entry in log())
 
 
 def test_an_answer_that_does_not_end_pays_for_it(ppo: Steps) -> None:
@@ -131,4 +136,4 @@ def test_a_reward_model_of_other_data_is_refused(ppo: Steps) -> None:
     content["made_of"]["data/preference"] = {"train": "0"}
     manifest.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(StaleArtifactError, match="models/reward/reward.json: made of another data/preference"):
-        ppo(reward="reward-model")
+        ppo()
