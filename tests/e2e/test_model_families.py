@@ -78,7 +78,7 @@ def test_an_adapter_of_ones_own_is_start_and_reference(
     config.write_text(
         config.read_text(encoding="utf-8").replace('"lora_alpha": 32', '"lora_alpha": 64'), encoding="utf-8"
     )
-    with pytest.raises(StaleArtifactError, match=r"adapter_config.json is not the file that was locked; run"):
+    with pytest.raises(StaleArtifactError, match=r"adapter_config.json is not the file that was locked; set sft"):
         sft.run(params, reporter)
     base.run(params, reporter)
     assert read_base_lock().adapter != before.adapter, "DVC sees it by the lock"
