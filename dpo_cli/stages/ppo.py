@@ -39,28 +39,20 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
 
 def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
     with importing():
-        from dpo_cli.evaluation.generation import PromptTokens
-        from dpo_cli.losses.reinforcement import KlController
-        from dpo_cli.models.adapters import add_value_head
         from dpo_cli.models.load import quiet_libraries
         from dpo_cli.models.project import open_project
-        from dpo_cli.rlhf.actor import PolicyActor
-        from dpo_cli.rlhf.objective import METRICS, PolicyGradient
+        from dpo_cli.rlhf.objective import METRICS
+        from dpo_cli.rlhf.opening import open_reinforcement, training_prompts
         from dpo_cli.rlhf.rewards import open_rewarder
-        from dpo_cli.rlhf.rollouts import Course, Rollouts
         from dpo_cli.training.accumulation import Limits, LossScale
         from dpo_cli.training.fit import make_descent
-        from dpo_cli.training.loop import Course as LoopCourse
-        from dpo_cli.training.loop import Data, Loop
+        from dpo_cli.training.loop import Course, Data, Loop
         from dpo_cli.training.parallel import Job
-        from dpo_cli.training.protocols import Learner
 
     quiet_libraries()
     settings = params.ppo
     project = open_project(params, reporter, "ppo")
-    table = project.tokenize_pairs("train")
-    first = {group.group: group.prompt for group in table.groups}
-    prompts = [PromptTokens(id, first[id], table.prompts[id]) for id in sorted(first)]
+    prompts = training_prompts(project)
     if len(prompts) < settings.prompts_a_round:
         raise DataError(
             f"{paths.preference_table('train').as_posix()} has {len(prompts)} prompts; set ppo.prompts_a_round, now"
@@ -71,41 +63,21 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
     manifest = project.manifest(params, "ppo")
     if settings.reward == "reward-model":
         manifest = replace(manifest, made_of={**manifest.made_of, "models/reward": REWARD.read().files})
+    asked = {prompt.id: prompt.messages for prompt in prompts}
     with stage_scratch("ppo", digest_json(asdict(manifest))) as scratch:
-        pair = project.pair_at_start(settings.lora, settings.seed)
-        model = pair.use_policy()
-        reward = open_rewarder(project, pair, settings, {prompt.id: prompt.messages for prompt in prompts})
-        scorer, layout = project.scorer(pair.use_policy())
-        if settings.estimator == "gae":
-            scorer.value_head = add_value_head(model)
-        job, budget = Job(project, scratch.folder), project.budget()
-        actor = PolicyActor(project, pair, scorer, prompts, settings, budget)
-        course = Course(
-            len(prompts),
-            settings.prompts_a_round,
-            settings.batch_size,
-            settings.epochs,
-            settings.estimator,
-            settings.gamma,
-            settings.lam,
-            settings.whiten,
-            settings.max_step_kl,
-            settings.seed,
+        opened = open_reinforcement(
+            project, settings, prompts, lambda pair: open_rewarder(project, pair, settings, asked)
         )
-        source = Rollouts(actor, reward, KlController(settings.kl_coefficient, settings.target_kl), course)
-        value_coefficient = settings.value_coefficient if settings.estimator == "gae" else 0.0
-        objective = PolicyGradient(source, settings.clip, settings.value_clip, value_coefficient)
-        num_steps = settings.rounds * course.steps_a_round
-        descent = make_descent(model, settings, num_steps, project.machine.device, "ppo")
-        limits = Limits(budget, LossScale(project, scratch.folder / "loss_scale.json"))
-        loop = Loop(
-            Learner(model, scorer, objective), Data(source), descent, LoopCourse(num_steps, settings.seed), limits, job
-        )
+        learner, num_steps = opened.learner, opened.num_steps
+        descent = make_descent(learner.model, settings, num_steps, project.machine.device, "ppo")
+        limits = Limits(opened.budget, LossScale(project, scratch.folder / "loss_scale.json"))
+        job, course = Job(project, scratch.folder), Course(num_steps, settings.seed)
+        loop = Loop(learner, Data(opened.source), descent, course, limits, job)
         loop.run()
-        scorer.close()
+        opened.scorer.close()
         metrics = {"method": settings.estimator, "reward": settings.reward, "num_prompts": len(prompts)}
-        metrics |= {"num_steps": loop.step, **_ends(loop), **memory_metrics(project.machine), **layout.metrics()}
-        publish_adapter(PPO, manifest, _card(params, metrics), project, model, scratch.build_folder())
+        metrics |= {"num_steps": loop.step, **_ends(loop), **memory_metrics(project.machine), **opened.layout.metrics()}
+        publish_adapter(PPO, manifest, _card(params, metrics), project, learner.model, scratch.build_folder())
         write_reports("ppo", metrics, ("loss", *METRICS, "grad_norm", "learning_rate"), loop.history)
         scratch.clear()
     _print_summary(settings, metrics, reporter)

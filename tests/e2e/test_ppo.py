@@ -15,10 +15,12 @@ import torch
 from dpo_cli.core import paths
 from dpo_cli.core.errors import StaleArtifactError
 from dpo_cli.core.progress import SilentReporter
+from dpo_cli.evaluation.compare import compare
 from dpo_cli.judging.reward_model import RewardModel
 from dpo_cli.models.adapters import ADAPTER_FILES
 from dpo_cli.models.project import open_project
 from dpo_cli.rlhf import rewards as rewards_module
+from dpo_cli.stages.evaluate import evaluate_model
 from tests.small_training import Killed, kill_at
 from tests.tiny_project import CONVERTED, run_stages, tiny_params, write_raw
 
@@ -137,3 +139,27 @@ def test_a_reward_model_of_other_data_is_refused(ppo: Steps) -> None:
     manifest.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(StaleArtifactError, match="models/reward/reward.json: made of another data/preference"):
         ppo()
+
+
+def test_it_is_evaluated_and_compared_like_any_model(ppo: Steps, tiny_folder: Path, reporter: Any) -> None:
+    """It was trained on this project's data, so nothing is warned of; beta is but the unit of its margins."""
+    run_stages(tiny_params(tiny_folder), reporter, "precompute_ref", "train")
+    ppo()
+    margins = []
+    for beta in (0.1, 0.2):
+        settings = {"judge": "world", "num_prompts": 6, "max_new_tokens": 6, "bootstrap_draws": 200}
+        params = tiny_params(tiny_folder, evaluate=settings, train={"beta": beta})
+        metrics = evaluate_model(params, paths.PPO_MODEL, Path("evaluations/ppo"), reporter, beta_given=True)
+        margins.append(metrics["margin"])
+        assert metrics["num_leaked_prompts"] == 0
+        assert not metrics["learns_log_ratio"]
+        assert "training" not in metrics
+    assert margins[1] == pytest.approx(2 * margins[0], rel=1e-9)
+    assert any("has no beta" in said for said in reporter.said)
+    assert not [said for said in reporter.warned if "trained" in said]
+    evaluate_model(params, paths.DPO_MODEL, Path("evaluations/dpo"), reporter)
+    differences = compare(["evaluations/dpo", "evaluations/ppo"], None, ["kl"], every=False).differences
+    assert differences["evaluate.kl"][0].num_prompts == 6
+    ppo(reward="none")
+    with pytest.raises(StaleArtifactError, match="models/ppo holds no model: set ppo.reward in params.yaml"):
+        evaluate_model(params, paths.PPO_MODEL, Path("evaluations/none"), reporter)

@@ -1,0 +1,91 @@
+"""A training by reinforcement put together: policy, value head, rollouts and what is minimized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_cli.core.params import PpoParams
+from dpo_cli.evaluation.generation import PromptTokens
+from dpo_cli.losses.reinforcement import KlController
+from dpo_cli.models.adapters import ModelPair, add_value_head
+from dpo_cli.models.project import Project
+from dpo_cli.rlhf.actor import PolicyActor
+from dpo_cli.rlhf.objective import PolicyGradient
+from dpo_cli.rlhf.rollouts import Course, Rewarder, Rollouts
+from dpo_cli.scoring.budget import TokenBudget
+from dpo_cli.scoring.probe import LayoutChoice
+from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.training.protocols import Learner
+
+
+@dataclass(frozen=True)
+class Reinforcement:
+    """A training by reinforcement before its first step.
+
+    Attributes:
+        pair: Policy and reference.
+        scorer: Of the policy, with the value head for ``gae``; to be closed.
+        learner: The same two and what is minimized.
+        source: The rollouts.
+        num_steps: Optimizer steps of all rounds, where none ends early.
+        budget: Tokens of a micro-batch; rollouts and steps are scored in the same ones.
+        layout: How groups go through the model.
+    """
+
+    pair: ModelPair
+    scorer: Scorer
+    learner: Learner[Any]
+    source: Rollouts
+    num_steps: int
+    budget: TokenBudget
+    layout: LayoutChoice
+
+
+def open_reinforcement(
+    project: Project,
+    settings: PpoParams,
+    prompts: Sequence[PromptTokens],
+    open_reward: Callable[[ModelPair], Rewarder],
+) -> Reinforcement:
+    """Load the policy at its start and put together what trains it.
+
+    Args:
+        project: Whose models they are.
+        settings: Section ppo.
+        prompts: What is answered.
+        open_reward: Gives the reward, beside the policy's frozen weights where it needs them.
+    """
+    pair = project.pair_at_start(settings.lora, settings.seed)
+    reward = open_reward(pair)
+    scorer, layout = project.scorer(pair.use_policy())
+    if settings.estimator == "gae":
+        scorer.value_head = add_value_head(pair.model)
+    budget = project.budget()
+    course = Course(
+        num_prompts=len(prompts),
+        prompts_a_round=settings.prompts_a_round,
+        prompts_a_step=settings.batch_size,
+        epochs=settings.epochs,
+        estimator=settings.estimator,
+        gamma=settings.gamma,
+        lam=settings.lam,
+        whitens=settings.whiten,
+        max_step_kl=settings.max_step_kl,
+        seed=settings.seed,
+    )
+    price = KlController(settings.kl_coefficient, settings.target_kl)
+    source = Rollouts(PolicyActor(project, pair, scorer, prompts, settings, budget), reward, price, course)
+    objective = PolicyGradient(
+        source, settings.clip, settings.value_clip, settings.value_coefficient if scorer.value_head is not None else 0.0
+    )
+    learner: Learner[Any] = Learner(pair.model, scorer, objective)
+    return Reinforcement(pair, scorer, learner, source, settings.rounds * course.steps_a_round, budget, layout)
+
+
+def training_prompts(project: Project) -> list[PromptTokens]:
+    """The prompts of the training pairs, in the order of their ids."""
+    table = project.tokenize_pairs("train")
+    first = {group.group: group.prompt for group in table.groups}
+    return [PromptTokens(id, first[id], table.prompts[id]) for id in sorted(first)]
