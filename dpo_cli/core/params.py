@@ -213,6 +213,7 @@ class TrainParams(TrainingParams):
     )
     gamma: float = param(0.0, "Target margin of simpo.", unit="nats", ge=0, le=1000)
     discopop_tau: float = param(0.05, "Temperature of the blend in discopop.", ge=1e-3, le=1)
+    unlikelihood_alpha: float = param(1.0, "Weight of the rejected answer in unlikelihood; at 0 it is sft.", ge=0, le=1)
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = param(
         "reverse_kl", "What keeps the policy near the reference (f-DPO, Wang et al. 2023); for losses of the margin."
     )

@@ -72,7 +72,7 @@ def test_params_cannot_be_changed() -> None:
             {"train": {"loss": "dpo"}},
             "train.loss must be one of 'sigmoid', 'cdpo', 'robust', 'hinge', 'ipo', 'ipo_sum', 'exo_pair', 'discopop',"
             " 'sigmoid_norm', 'nca_pair', 'bco_pair', 'sppo_hard', 'apo_zero', 'apo_down', 'aot', 'aot_unpaired',"
-            " 'simpo', 'orpo', 'cpo', 'sft', 'sft_norm' or 'plackett_luce', got 'dpo'",
+            " 'simpo', 'orpo', 'cpo', 'sft', 'sft_norm', 'unlikelihood' or 'plackett_luce', got 'dpo'",
         ),
         ({"train": 5}, "train must be a section, got 5"),
         ({"train": {"lora": 5}}, "train.lora must be a section, got 5"),
