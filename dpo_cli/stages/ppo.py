@@ -66,7 +66,11 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
     asked = {prompt.id: prompt.messages for prompt in prompts}
     with stage_scratch("ppo", digest_json(asdict(manifest))) as scratch:
         opened = open_reinforcement(
-            project, settings, prompts, lambda pair: open_rewarder(project, pair, settings, asked)
+            project,
+            settings,
+            prompts,
+            lambda pair: open_rewarder(project, pair, settings, asked),
+            scratch.folder / "token_budget.json",
         )
         learner, num_steps = opened.learner, opened.num_steps
         descent = make_descent(learner.model, settings, num_steps, project.machine.device, "ppo")
@@ -77,7 +81,8 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
         opened.scorer.close()
         metrics = {"method": settings.estimator, "reward": settings.reward, "num_prompts": len(prompts)}
         metrics |= {"num_steps": loop.step, **_ends(loop), **memory_metrics(project.machine), **opened.layout.metrics()}
-        publish_adapter(PPO, manifest, _card(params, metrics), project, learner.model, scratch.build_folder())
+        metrics |= {"recompute": opened.recompute, "max_tokens_per_microbatch": opened.budget.max_tokens}
+        publish_adapter(PPO, manifest, _card(params, metrics), project, opened.pair.model, scratch.build_folder())
         write_reports("ppo", metrics, ("loss", *METRICS, "grad_norm", "learning_rate"), loop.history)
         scratch.clear()
     _print_summary(settings, metrics, reporter)

@@ -20,6 +20,7 @@ from dpo_cli.judging.reward_model import RewardModel
 from dpo_cli.models.adapters import ADAPTER_FILES
 from dpo_cli.models.project import open_project
 from dpo_cli.rlhf import rewards as rewards_module
+from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.stages.evaluate import evaluate_model
 from tests.small_training import Killed, kill_at
 from tests.tiny_project import CONVERTED, run_stages, tiny_params, write_raw
@@ -163,3 +164,27 @@ def test_it_is_evaluated_and_compared_like_any_model(ppo: Steps, tiny_folder: Pa
     ppo(reward="none")
     with pytest.raises(StaleArtifactError, match="models/ppo holds no model: set ppo.reward in params.yaml"):
         evaluate_model(params, paths.PPO_MODEL, Path("evaluations/none"), reporter)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["rollouts", "steps"])
+def test_where_memory_runs_out_rollouts_and_steps_go_on_in_smaller_micro_batches(
+    ppo: Steps, reporter: Any, monkeypatch: pytest.MonkeyPatch, training: bool
+) -> None:
+    """A budget that the rollouts halve is the steps', too: the ratio is exactly 1. The steps' own costs last digits."""
+    ppo(rounds=1)
+    expected = log()
+    score = Scorer.score
+
+    def limited(self: Scorer, groups: Any, **asked: Any) -> Any:
+        if len(groups) > 1 and torch.is_grad_enabled() == training:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return score(self, groups, **asked)
+
+    monkeypatch.setattr(Scorer, "score", limited)
+    metrics = ppo(rounds=1)
+    assert reporter.warned
+    assert metrics["max_tokens_per_microbatch"] < 100
+    found = log()
+    assert abs(found[0]["val/ratio"] - 1) <= (1e-6 if training else 0)
+    for name in ("loss", "objective/kl", "policy/approxkl"):
+        assert [step[name] for step in found] == pytest.approx([step[name] for step in expected], rel=1e-4, abs=1e-6)
