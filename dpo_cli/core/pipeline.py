@@ -142,7 +142,7 @@ _BEFORE_REPORT = (
     ),
     Stage(
         name="reward",
-        summary="Train a reward model on the preferences, as judge and for Best-of-N; off by default.",
+        summary="Train a reward model on the preferences, as a judge and as the reward of ppo; off by default.",
         example="dpo-cli reward --set reward.loss=bradley_terry",
         params=("model", "reference", "reward"),
         inputs=(paths.BASE, paths.SFT_MODEL, paths.PREFERENCE_DATA),
