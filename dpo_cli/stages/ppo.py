@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.core import paths
@@ -82,7 +84,12 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
         loop.run()
         opened.scorer.close()
         metrics = {"method": settings.estimator, "reward": settings.reward, "num_prompts": len(prompts)}
-        metrics |= {"num_steps": loop.step, **_ends(loop), **memory_metrics(project.machine), **opened.layout.metrics()}
+        metrics |= {
+            "num_steps": loop.step,
+            **_ends(loop, settings),
+            **memory_metrics(project.machine),
+            **opened.layout.metrics(),
+        }
         metrics |= {"recompute": opened.recompute, "max_tokens_per_microbatch": opened.budget.max_tokens}
         publish_adapter(PPO, manifest, _card(params, metrics), project, opened.pair.model, scratch.build_folder())
         columns, rejects = ("loss", *METRICS, "grad_norm", "learning_rate"), project.tokenize_pairs("train").rejects
@@ -92,12 +99,14 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
     return metrics
 
 
-def _ends(loop: Loop[Any]) -> dict[str, float]:
-    """Reward, KL and entropy of the first steps' answers and of the last ones'."""
-    steps = [entry for entry in loop.history if "objective/scores" in entry]
+def _ends(loop: Loop[Any], settings: PpoParams) -> dict[str, float]:
+    """Reward, KL and entropy of the first round's answers and of the last one's: means over a pass of its steps."""
+    a_pass = math.ceil(settings.prompts_a_round / settings.batch_size)
     names = {"score": "objective/scores", "kl": "objective/kl", "entropy": "objective/entropy"}
-    found = {f"{name}_start": steps[0][key] for name, key in names.items()}
-    return found | {name: steps[-1][key] for name, key in names.items()}
+    ends = {"_start": loop.history[:a_pass], "": loop.history[-a_pass:]}
+    return {
+        f"{name}{end}": fmean(step[key] for step in steps) for end, steps in ends.items() for name, key in names.items()
+    }
 
 
 def _publish_none(scratch: Scratch, reporter: Reporter) -> dict[str, Any]:
