@@ -30,7 +30,6 @@ _READ: tuple[tuple[str, str, str, str], ...] = (
     ("model.seed", "model.name", EMBEDDED, "; only the embedded model is built here"),
     ("model.pretrain_steps", "model.name", EMBEDDED, "; only the embedded model is built here"),
     ("runtime.adapter_path", "sft.method", "adapter", "; adapter reads it"),
-    ("runtime.judge_path", "evaluate.judge", "hf", "; judge hf reads it"),
     ("evaluate.rule", "evaluate.judge", "rule", "; judge rule reads it"),
     ("ppo.rule", "ppo.reward", "rule", "; reward rule reads it"),
     ("ppo.value_clip", "ppo.estimator", "gae", "; gae reads it"),
@@ -61,6 +60,7 @@ def contradictions(params: Params) -> list[str]:
     return [
         *found,
         *_of_the_template(params),
+        *_of_judges(params),
         *_of_evaluation(params.evaluate),
         *_of_sources(params),
         *_of_adapters(params),
@@ -96,17 +96,25 @@ def _of_the_template(params: Params) -> Iterator[str]:
             yield f"{where} must be true, false, a number or text, got {shown(value)}"
 
 
-def _of_evaluation(evaluate: EvaluateParams) -> Iterator[str]:
-    judge = evaluate.judge
+def _of_judges(params: Params) -> Iterator[str]:
+    """Settings of judges that nobody asks, or that those who are asked need."""
+    evaluate, judge = params.evaluate, params.evaluate.judge
+    asked = dict.fromkeys([judge, *([params.ppo.reward] if params.ppo.reward in ("hf", "openai") else [])])
     for name, kind in JUDGES.items():
         own = kind.section
-        for setting in differs(getattr(evaluate, own)) if own is not None and name != judge else ():
+        for setting in differs(getattr(evaluate, own)) if own is not None and name not in asked else ():
             yield f"evaluate.{own}.{setting} has no effect with evaluate.judge {judge}; judge {name} reads it"
+        if name in asked and kind.needs is not None:
+            setting, remedy = kind.needs
+            if not attrgetter(setting)(evaluate):
+                yield f"evaluate.{setting} is missing; {remedy}"
+    if params.runtime.judge_path is not None and "hf" not in asked:
+        yield f"runtime.judge_path has no effect with evaluate.judge {judge}; judge hf reads it"
+
+
+def _of_evaluation(evaluate: EvaluateParams) -> Iterator[str]:
+    judge = evaluate.judge
     asked = JUDGES.get(judge)
-    if asked is not None and asked.needs is not None:
-        setting, remedy = asked.needs
-        if not attrgetter(setting)(evaluate):
-            yield f"evaluate.{setting} is missing; {remedy}"
     if asked is None or not asked.judges_any:
         why = ": nobody voted on those answers" if judge == "votes" else ""
         for name in differs(evaluate, *_CURVES):

@@ -155,7 +155,7 @@ _BEFORE_REPORT = (
         summary="Reinforcement learning from a reward, the way that DPO replaces: PPO or RLOO; off by default.",
         example="dpo-cli ppo --set ppo.reward=world --set ppo.rounds=5",
         more_examples=("dpo-cli ppo --set ppo.reward=reward-model --set ppo.estimator=rloo --set ppo.target_kl=3",),
-        params=("ppo",),
+        params=("ppo", "evaluate.hf", "evaluate.openai"),
         inputs=(paths.BASE, paths.SFT_MODEL, paths.PREFERENCE_DATA, paths.REWARD_MODEL),
         output=paths.PPO_MODEL,
         plots=(_table("ppo", "steps.tsv", "step", "objective/scores", "reward of PPO's answers"),),

@@ -41,6 +41,8 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
 
 def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
     with importing():
+        from dpo_cli.evaluation import SFT
+        from dpo_cli.judging.prepare import prepare_judge
         from dpo_cli.models.adapters import check_reward_model
         from dpo_cli.models.load import quiet_libraries
         from dpo_cli.models.project import open_project
@@ -67,13 +69,20 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
     if settings.reward == "reward-model":
         check_reward_model(paths.REWARD_MODEL, project.made_of())  # before the policy is loaded
         manifest = replace(manifest, made_of={**manifest.made_of, "models/reward": REWARD.read().files})
+    if settings.reward in ("hf", "openai"):
+        own = {settings.reward: getattr(params.evaluate, settings.reward).model_dump()}
+        manifest = replace(manifest, settings={**manifest.settings, "evaluate": own})
     asked = {prompt.id: prompt.messages for prompt in prompts}
     with stage_scratch("ppo", digest_json(asdict(manifest))) as scratch:
+        judge = None
+        if settings.reward in ("hf", "openai"):
+            judging = params.evaluate.model_copy(update={"judge": settings.reward})
+            judge = prepare_judge(judging, project, ("ppo", SFT), scratch.folder.parent / "judgments")
         opened = open_reinforcement(
             project,
             settings,
             prompts,
-            lambda pair: open_rewarder(project, pair, settings, asked),
+            lambda pair: open_rewarder(project, pair, settings, asked, judge),
             scratch.folder / "token_budget.json",
         )
         learner, num_steps = opened.learner, opened.num_steps

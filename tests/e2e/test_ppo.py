@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, ParamsError, StaleArtifactError
 from dpo_cli.core.progress import SilentReporter
 from dpo_cli.evaluation.compare import compare
+from dpo_cli.judging import prepare
+from dpo_cli.judging.judge import Judgment, Question, one_by_one
+from dpo_cli.judging.prepare import ReadyJudge
 from dpo_cli.judging.reward_model import RewardModel
 from dpo_cli.models.adapters import ADAPTER_FILES
 from dpo_cli.models.project import open_project
@@ -208,3 +211,36 @@ def test_a_reward_that_is_not_there_says_what_to_run(ppo: Steps, tiny_folder: Pa
     run_stages(tiny_params(tiny_folder, reward={"loss": "none"}), reporter, "reward")
     with pytest.raises(StaleArtifactError, match="set reward.loss in params.yaml, then run: dpo-cli reward"):
         ppo()
+
+
+class _Longest:
+    """Prefers the longer answer, and the first one a little."""
+
+    remedy = "none"
+
+    def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Judgment]]:
+        yield from one_by_one(lambda _, a, b: 0.1 * (len(a) > len(b)) + 0.6, questions)
+
+
+def test_a_judge_compares_with_the_references_greedy_answer_in_both_orders(
+    ppo: Steps, reporter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """p = (p1 + 1 - p2) / 2 is 0.55, 0.5 or 0.45, whatever the place is worth."""
+    fake = ReadyJudge(_Longest(), "fake", "fake")
+    monkeypatch.setattr(prepare, "prepare_judge", lambda *_: lambda _: fake)
+    ppo(reward="hf", batch_size=1, answers=1, rounds=1)
+    earned = {entry["objective/scores"] for entry in log()}
+    assert all(any(abs(each - level) < 1e-9 for level in (0.45, 0.5, 0.55)) for each in earned)
+    assert len(earned) > 1
+
+
+def test_a_local_model_as_judge_gives_the_reward(
+    ppo: Steps, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ParamsError, match="judge hf needs its model: set runtime.judge_path"):
+        ppo(reward="hf")
+    monkeypatch.setenv(prepare.JUDGE_PATH, str(tiny_folder))
+    ppo(reward="hf", rounds=1)
+    assert all(0 < entry["objective/scores"] < 1 for entry in log())
+    assert log()[0]["val/ratio"] == 1
+    assert "hf" in json.loads((paths.PPO_MODEL / "ppo.json").read_text(encoding="utf-8"))["settings"]["evaluate"]
