@@ -66,13 +66,17 @@ def contradictions(params: Params) -> list[str]:
         *_of_adapters(params),
         *_of_objective(params.train),
         *_of_trainings(params),
+        *_of_ppo(params),
     ]
 
 
 def _rests(params: Params, section: str) -> bool:
     """Whether nothing is trained by this section, so that it is not read."""
-    nothing = {"sft": params.sft.method in ("none", "adapter"), "reward": params.reward.loss == "none"}
-    return nothing.get(section, False)
+    return {
+        "sft": params.sft.method in ("none", "adapter"),
+        "reward": params.reward.loss == "none",
+        "ppo": params.ppo.reward == "none",
+    }.get(section, False)
 
 
 _TOLD_ANYWAY = (
@@ -157,9 +161,10 @@ def _of_source(source: SftSource | PreferenceSource) -> Iterator[str]:
 
 def _of_adapters(params: Params) -> Iterator[str]:
     """Settings of the adapters that change nothing, or that another setting cannot go with."""
-    sft, reward = params.sft, params.reward
+    sft = params.sft
     policy, lora = ("sft.lora", sft.lora) if sft.method in ("lora", "qlora") else ("train.lora", params.train.lora)
-    for name, adapter in {policy: lora, "reward.lora": None if reward.loss == "none" else reward.lora}.items():
+    others = {f"{name}.lora": getattr(params, name).lora for name in ("reward", "ppo") if not _rests(params, name)}
+    for name, adapter in {policy: lora, **others}.items():
         if adapter is not None and adapter.rslora and adapter.r == 1:
             yield f"{name}.rslora has no effect with {name}.r 1"
     if lora is not None and lora.dora and params.evaluate.scales:
@@ -211,3 +216,18 @@ def _of_trainings(params: Params) -> Iterable[str]:
             yield f"{name}.keep best has no effect with {name}.eval_steps 0: no step before the last is measured"
         if section.keep == "last" and section.patience is not None:
             yield f"{name}.patience has no effect with {name}.keep last; best reads it"
+
+
+def _of_ppo(params: Params) -> Iterable[str]:
+    """Settings of reinforcement that change nothing, or that others need."""
+    ppo = params.ppo
+    if _rests(params, "ppo"):
+        return
+    if ppo.reward == "rule" and ppo.rule is None:
+        yield "ppo.rule is missing; ppo.reward rule checks one of one_sentence, json_object"
+    if ppo.estimator == "rloo" and ppo.answers < 2:
+        yield "ppo.estimator rloo compares the answers to a prompt: ppo.answers must be > 1, got 1"
+    if ppo.target_kl is not None and ppo.kl_coefficient == 0:
+        yield "ppo.target_kl has no effect with ppo.kl_coefficient 0, which no factor moves; start above 0"
+    if ppo.optimizer == "rmsprop" and ppo.weight_decay != 0:
+        yield "ppo.weight_decay has no effect with ppo.optimizer rmsprop"

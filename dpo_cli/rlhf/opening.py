@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo_cli.core.errors import DataError
 from dpo_cli.core.params import PpoParams
+from dpo_cli.data.tokenize import explain_rejects
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.evaluation.generation import PromptTokens
 from dpo_cli.losses.reinforcement import KlController
@@ -105,7 +107,13 @@ def _longest_rollouts(prompts: Sequence[PromptTokens], settings: PpoParams) -> l
 
 
 def training_prompts(project: Project) -> list[PromptTokens]:
-    """The prompts of the training pairs, in the order of their ids."""
+    """The prompts of the training pairs, in the order of their ids.
+
+    Raises:
+        DataError: No pair fits.
+    """
     table = project.tokenize_pairs("train")
+    if not table.groups:
+        raise DataError(f"{table.path}: {explain_rejects([table], 'reference.max_length', project.max_length)}")
     first = {group.group: group.prompt for group in table.groups}
     return [PromptTokens(id, first[id], table.prompts[id]) for id in sorted(first)]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from dpo_cli.core import paths
+from dpo_cli.core.errors import DataError
 from dpo_cli.core.params import PpoParams
 from dpo_cli.data.schema import Messages
 from dpo_cli.data.tokens import TokenGroup
+from dpo_cli.data.world import task_of
 from dpo_cli.judging.known_reward import RULES, world_reward
 from dpo_cli.judging.reward_model import RewardModel
 from dpo_cli.judging.templates import transcript
@@ -72,8 +74,11 @@ def _known(project: Project, settings: PpoParams, messages: Mapping[str, Message
         assert settings.rule is not None
         reward = RULES[settings.rule].reward
     asked = {id: transcript(prompt) for id, prompt in messages.items()}
-    for prompt in asked.values():
-        reward(prompt, "")  # of every prompt or of none, before anything is computed
+    for prompt in asked.values():  # of every prompt or of none, before anything is computed
+        if settings.reward == "world" and task_of(prompt) is None:
+            raise DataError(
+                f"ppo.reward is world, but the prompt {prompt[:60]!r} is not of the embedded world; take another reward"
+            )
     decode = project.encoder.decode
 
     def rewards(groups: Sequence[TokenGroup]) -> list[list[float]]:

@@ -39,6 +39,7 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
 
 def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
     with importing():
+        from dpo_cli.models.adapters import check_reward_model
         from dpo_cli.models.load import quiet_libraries
         from dpo_cli.models.project import open_project
         from dpo_cli.rlhf.objective import METRICS
@@ -62,6 +63,7 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
     project.check_context(longest + settings.max_new_tokens, "ppo.max_new_tokens + the longest prompt")
     manifest = project.manifest(params, "ppo")
     if settings.reward == "reward-model":
+        check_reward_model(paths.REWARD_MODEL, project.made_of())  # before the policy is loaded
         manifest = replace(manifest, made_of={**manifest.made_of, "models/reward": REWARD.read().files})
     asked = {prompt.id: prompt.messages for prompt in prompts}
     with stage_scratch("ppo", digest_json(asdict(manifest))) as scratch:
@@ -83,7 +85,8 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
         metrics |= {"num_steps": loop.step, **_ends(loop), **memory_metrics(project.machine), **opened.layout.metrics()}
         metrics |= {"recompute": opened.recompute, "max_tokens_per_microbatch": opened.budget.max_tokens}
         publish_adapter(PPO, manifest, _card(params, metrics), project, opened.pair.model, scratch.build_folder())
-        write_reports("ppo", metrics, ("loss", *METRICS, "grad_norm", "learning_rate"), loop.history)
+        columns, rejects = ("loss", *METRICS, "grad_norm", "learning_rate"), project.tokenize_pairs("train").rejects
+        write_reports("ppo", metrics, columns, loop.history, rejects)
         scratch.clear()
     _print_summary(settings, metrics, reporter)
     return metrics

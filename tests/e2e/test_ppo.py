@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dpo_cli.core import paths
-from dpo_cli.core.errors import StaleArtifactError
+from dpo_cli.core.errors import DataError, ParamsError, StaleArtifactError
 from dpo_cli.core.progress import SilentReporter
 from dpo_cli.evaluation.compare import compare
 from dpo_cli.judging.reward_model import RewardModel
@@ -188,3 +188,23 @@ def test_where_memory_runs_out_rollouts_and_steps_go_on_in_smaller_micro_batches
     assert abs(found[0]["val/ratio"] - 1) <= (1e-6 if training else 0)
     for name in ("loss", "objective/kl", "policy/approxkl"):
         assert [step[name] for step in found] == pytest.approx([step[name] for step in expected], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"prompts_a_round": 5000}, DataError, r"has \d+ prompts; set ppo.prompts_a_round, now 5000, to no more"),
+        ({"max_new_tokens": 10**6}, ParamsError, "ppo.max_new_tokens . the longest prompt must be <= "),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_a_model_is_loaded(
+    ppo: Steps, changes: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        ppo(**changes)
+
+
+def test_a_reward_that_is_not_there_says_what_to_run(ppo: Steps, tiny_folder: Path, reporter: Any) -> None:
+    run_stages(tiny_params(tiny_folder, reward={"loss": "none"}), reporter, "reward")
+    with pytest.raises(StaleArtifactError, match="set reward.loss in params.yaml, then run: dpo-cli reward"):
+        ppo()
