@@ -213,6 +213,7 @@ class TrainParams(TrainingParams):
     )
     gamma: float = param(0.0, "Target margin of simpo.", unit="nats", ge=0, le=1000)
     discopop_tau: float = param(0.05, "Temperature of the blend in discopop.", ge=1e-3, le=1)
+    unlikelihood_alpha: float = param(1.0, "Weight of the rejected answer in unlikelihood; at 0 it is sft.", ge=0, le=1)
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = param(
         "reverse_kl", "What keeps the policy near the reference (f-DPO, Wang et al. 2023); for losses of the margin."
     )
@@ -348,11 +349,12 @@ class EvaluateParams(Section):
 class PpoParams(DescentParams):
     """Reinforcement learning from a reward, which DPO replaces: PPO, or REINFORCE leave-one-out. Read by ppo."""
 
-    reward: Literal["none", "reward-model", "world", "rule"] = param(
+    reward: Literal["none", "reward-model", "world", "rule", "hf", "openai"] = param(
         "none",
         "What answers earn. none: there is no such training, and the other settings of this section are not read;"
         " reward-model: what stage reward made; world: the embedded world's known reward; rule: 1 where ppo.rule holds,"
-        " else 0.",
+        " else 0; hf, openai: how probably the judge evaluate.hf or evaluate.openai prefers them to the reference's"
+        " greedy answer.",
     )
     rule: RuleName | None = param(None, "What reward rule checks, as evaluate.rule does.")
     estimator: Literal["gae", "rloo"] = param(
@@ -386,7 +388,13 @@ class PpoParams(DescentParams):
     )
     clip: float = param(0.2, "How far a token's probability ratio may leave 1 before it no longer pays.", gt=0, lt=1)
     value_clip: float = param(0.2, "How far a value may move in a round, in units of the reward.", gt=0, le=1e6)
-    value_coefficient: float = param(0.1, "Weight of the value loss (gae).", ge=0, le=1000)
+    value_coefficient: float = param(
+        0.01,
+        "Weight of the value loss (gae). It decides how much of the adapter serves the values; the value head learns as"
+        " fast with any.",
+        ge=0,
+        le=1000,
+    )
     gamma: float = param(1.0, "Discount of later rewards (gae).", ge=0, le=1)
     lam: float = param(0.95, "Lambda of gae: 0 trusts the values, 1 the rewards.", ge=0, le=1)
     whiten: bool = param(True, "Bring the advantages of a round to mean 0 and deviation 1.")
@@ -475,7 +483,7 @@ class RuntimeParams(Section):
     )
     judge_path: str | None = Field(
         default=None,
-        description="Directory of the model that evaluate.judge hf asks, in the same layout; the environment variable"
+        description="Directory of the model that judge hf asks, in the same layout; the environment variable"
         " DPO_JUDGE_PATH overrides it.",
     )
 

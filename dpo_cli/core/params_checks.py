@@ -30,7 +30,6 @@ _READ: tuple[tuple[str, str, str, str], ...] = (
     ("model.seed", "model.name", EMBEDDED, "; only the embedded model is built here"),
     ("model.pretrain_steps", "model.name", EMBEDDED, "; only the embedded model is built here"),
     ("runtime.adapter_path", "sft.method", "adapter", "; adapter reads it"),
-    ("runtime.judge_path", "evaluate.judge", "hf", "; judge hf reads it"),
     ("evaluate.rule", "evaluate.judge", "rule", "; judge rule reads it"),
     ("ppo.rule", "ppo.reward", "rule", "; reward rule reads it"),
     ("ppo.value_clip", "ppo.estimator", "gae", "; gae reads it"),
@@ -61,18 +60,23 @@ def contradictions(params: Params) -> list[str]:
     return [
         *found,
         *_of_the_template(params),
+        *_of_judges(params),
         *_of_evaluation(params.evaluate),
         *_of_sources(params),
         *_of_adapters(params),
         *_of_objective(params.train),
         *_of_trainings(params),
+        *_of_ppo(params),
     ]
 
 
 def _rests(params: Params, section: str) -> bool:
     """Whether nothing is trained by this section, so that it is not read."""
-    nothing = {"sft": params.sft.method in ("none", "adapter"), "reward": params.reward.loss == "none"}
-    return nothing.get(section, False)
+    return {
+        "sft": params.sft.method in ("none", "adapter"),
+        "reward": params.reward.loss == "none",
+        "ppo": params.ppo.reward == "none",
+    }.get(section, False)
 
 
 _TOLD_ANYWAY = (
@@ -92,17 +96,25 @@ def _of_the_template(params: Params) -> Iterator[str]:
             yield f"{where} must be true, false, a number or text, got {shown(value)}"
 
 
-def _of_evaluation(evaluate: EvaluateParams) -> Iterator[str]:
-    judge = evaluate.judge
+def _of_judges(params: Params) -> Iterator[str]:
+    """Settings of judges that nobody asks, or that those who are asked need."""
+    evaluate, judge = params.evaluate, params.evaluate.judge
+    asked = dict.fromkeys([judge, *([params.ppo.reward] if params.ppo.reward in ("hf", "openai") else [])])
     for name, kind in JUDGES.items():
         own = kind.section
-        for setting in differs(getattr(evaluate, own)) if own is not None and name != judge else ():
+        for setting in differs(getattr(evaluate, own)) if own is not None and name not in asked else ():
             yield f"evaluate.{own}.{setting} has no effect with evaluate.judge {judge}; judge {name} reads it"
+        if name in asked and kind.needs is not None:
+            setting, remedy = kind.needs
+            if not attrgetter(setting)(evaluate):
+                yield f"evaluate.{setting} is missing; {remedy}"
+    if params.runtime.judge_path is not None and "hf" not in asked:
+        yield f"runtime.judge_path has no effect with evaluate.judge {judge}; judge hf reads it"
+
+
+def _of_evaluation(evaluate: EvaluateParams) -> Iterator[str]:
+    judge = evaluate.judge
     asked = JUDGES.get(judge)
-    if asked is not None and asked.needs is not None:
-        setting, remedy = asked.needs
-        if not attrgetter(setting)(evaluate):
-            yield f"evaluate.{setting} is missing; {remedy}"
     if asked is None or not asked.judges_any:
         why = ": nobody voted on those answers" if judge == "votes" else ""
         for name in differs(evaluate, *_CURVES):
@@ -157,9 +169,10 @@ def _of_source(source: SftSource | PreferenceSource) -> Iterator[str]:
 
 def _of_adapters(params: Params) -> Iterator[str]:
     """Settings of the adapters that change nothing, or that another setting cannot go with."""
-    sft, reward = params.sft, params.reward
+    sft = params.sft
     policy, lora = ("sft.lora", sft.lora) if sft.method in ("lora", "qlora") else ("train.lora", params.train.lora)
-    for name, adapter in {policy: lora, "reward.lora": None if reward.loss == "none" else reward.lora}.items():
+    others = {f"{name}.lora": getattr(params, name).lora for name in ("reward", "ppo") if not _rests(params, name)}
+    for name, adapter in {policy: lora, **others}.items():
         if adapter is not None and adapter.rslora and adapter.r == 1:
             yield f"{name}.rslora has no effect with {name}.r 1"
     if lora is not None and lora.dora and params.evaluate.scales:
@@ -211,3 +224,18 @@ def _of_trainings(params: Params) -> Iterable[str]:
             yield f"{name}.keep best has no effect with {name}.eval_steps 0: no step before the last is measured"
         if section.keep == "last" and section.patience is not None:
             yield f"{name}.patience has no effect with {name}.keep last; best reads it"
+
+
+def _of_ppo(params: Params) -> Iterable[str]:
+    """Settings of reinforcement that change nothing, or that others need."""
+    ppo = params.ppo
+    if _rests(params, "ppo"):
+        return
+    if ppo.reward == "rule" and ppo.rule is None:
+        yield "ppo.rule is missing; ppo.reward rule checks one of one_sentence, json_object"
+    if ppo.estimator == "rloo" and ppo.answers < 2:
+        yield "ppo.estimator rloo compares the answers to a prompt: ppo.answers must be > 1, got 1"
+    if ppo.target_kl is not None and ppo.kl_coefficient == 0:
+        yield "ppo.target_kl has no effect with ppo.kl_coefficient 0, which no factor moves; start above 0"
+    if ppo.optimizer == "rmsprop" and ppo.weight_decay != 0:
+        yield "ppo.weight_decay has no effect with ppo.optimizer rmsprop"

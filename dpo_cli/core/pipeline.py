@@ -14,7 +14,7 @@ from typing import Any
 from dpo_cli.core import paths
 
 Options = Mapping[str, Any]
-_SFT_STEPS, _TRAIN_STEPS = (paths.report_dir(stage) / "steps.tsv" for stage in ("sft", "train"))
+_SFT_STEPS, _TRAIN_STEPS, _PPO_STEPS = (paths.report_dir(stage) / "steps.tsv" for stage in ("sft", "train", "ppo"))
 
 
 def _table(stage: str, name: str, x: str | None, y: str, title: str, **options: str) -> tuple[Path, Options]:
@@ -142,7 +142,7 @@ _BEFORE_REPORT = (
     ),
     Stage(
         name="reward",
-        summary="Train a reward model on the preferences, as judge and for Best-of-N; off by default.",
+        summary="Train a reward model on the preferences, as a judge and as the reward of ppo; off by default.",
         example="dpo-cli reward --set reward.loss=bradley_terry",
         params=("model", "reference", "reward"),
         inputs=(paths.BASE, paths.SFT_MODEL, paths.PREFERENCE_DATA),
@@ -153,11 +153,13 @@ _BEFORE_REPORT = (
     Stage(
         name="ppo",
         summary="Reinforcement learning from a reward, the way that DPO replaces: PPO or RLOO; off by default.",
-        example="dpo-cli ppo --set ppo.reward=reward-model --set ppo.target_kl=6",
-        params=("ppo",),
+        example="dpo-cli ppo --set ppo.reward=world --set ppo.rounds=5",
+        more_examples=("dpo-cli ppo --set ppo.reward=reward-model --set ppo.estimator=rloo --set ppo.target_kl=3",),
+        params=("ppo", "evaluate.hf", "evaluate.openai"),
         inputs=(paths.BASE, paths.SFT_MODEL, paths.PREFERENCE_DATA, paths.REWARD_MODEL),
         output=paths.PPO_MODEL,
-        lists=(),
+        plots=(_table("ppo", "steps.tsv", "step", "objective/scores", "reward of PPO's answers"),),
+        lists=(paths.rejects_file("ppo"),),
     ),
     Stage(
         name="evaluate",
@@ -201,7 +203,7 @@ _BEFORE_REPORT = (
         lists=(paths.report_dir("evaluate") / "votes.csv",),
     ),
 )
-_REPORTED = [stage for stage in _BEFORE_REPORT if stage.metrics and stage.name != "reward"]
+_REPORTED = [stage for stage in _BEFORE_REPORT if stage.metrics and stage.name not in ("reward", "ppo")]
 
 STAGES = (
     *_BEFORE_REPORT,
@@ -241,6 +243,7 @@ _PLOTS: tuple[tuple[str, Options], ...] = (
         "loss of SFT",
         {"x": "step", "y": {_SFT_STEPS.as_posix(): ["loss", "eval_loss"]}, "y_label": "nats a token"},
     ),
+    ("KL of PPO", {"x": "step", "y": {_PPO_STEPS.as_posix(): ["objective/kl"]}, "y_label": "nats an answer"}),
 )
 
 

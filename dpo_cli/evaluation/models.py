@@ -15,6 +15,7 @@ from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_files, digest_json
 from dpo_cli.core.errors import DataError, MachineError, StaleArtifactError
 from dpo_cli.core.manifest import DPO as DPO_MODEL
+from dpo_cli.core.manifest import PPO as PPO_MODEL
 from dpo_cli.core.manifest import Manifest
 from dpo_cli.core.params import TrainParams
 from dpo_cli.core.progress import Reporter
@@ -87,12 +88,17 @@ def open_models(project: Project, folder: Path) -> EvaluatedModels:
     """The models of an evaluation of a folder: an adapter for the project's SFT model, or a whole model.
 
     Raises:
-        StaleArtifactError: There is nothing in the folder, or models/dpo is damaged or of another graph.
+        StaleArtifactError: There is nothing in the folder, or models/dpo or models/ppo is damaged or of another graph.
         MachineError: A whole model cannot be loaded, or the adapter is for another model.
         DataError: A whole model's tokenizer makes other tokens.
     """
-    if folder == paths.DPO_MODEL:
-        DPO_MODEL.check({"graph": project.identity})
+    for artifact in (DPO_MODEL, PPO_MODEL):
+        if folder == artifact.folder:
+            if artifact is PPO_MODEL and PPO_MODEL.read().settings["ppo"]["reward"] == "none":
+                raise StaleArtifactError(
+                    f"{folder} holds no model: set ppo.reward in params.yaml, then run: dpo-cli ppo"
+                )
+            artifact.check({"graph": project.identity})
     if all((folder / name).is_file() for name in ADAPTER_FILES):
         return adapter_models(project, folder)
     if (folder / "config.json").is_file():
@@ -227,7 +233,8 @@ class Evaluated:
         train: The settings of its training: beta, and whether a log-ratio was learned.
         out: Where its files go.
         is_of_this_data: Whether it is known to have been trained on this project's data.
-        trained: How long it was trained; None where nothing is known of its training.
+        trained: How long it was trained; None where it was not trained by DPO, or nothing is known of it.
+        has_beta: Whether beta is more than a unit: a policy of reinforcement learning has none.
     """
 
     folder: Path
@@ -236,6 +243,7 @@ class Evaluated:
     out: Path
     is_of_this_data: bool = True
     trained: Mapping[str, int] | None = None
+    has_beta: bool = True
 
 
 def settings_of(manifest: Manifest, folder: Path) -> TrainParams:
@@ -255,32 +263,40 @@ def settings_of(manifest: Manifest, folder: Path) -> TrainParams:
 def training_of(
     folder: Path, default: TrainParams, project: Project, reporter: Reporter
 ) -> tuple[TrainParams, Mapping[str, int] | None, bool]:
-    """How a model was trained, how long (None: not known), and whether on this project's graph and data.
+    """How a model was trained, how long (None: not known, or not by DPO), and whether on this project's graph and data.
 
     Raises:
         StaleArtifactError: It is not as its training left it.
     """
-    path = folder / DPO_MODEL.name
-    if not path.is_file():
+    artifact = next((one for one in (DPO_MODEL, PPO_MODEL) if (folder / one.name).is_file()), None)
+    if artifact is None:
         reporter.warn(
             f"evaluate: {folder} does not say what it was trained on; its held-out figures mean nothing if it has read"
             " the held-out prompts"
         )
         return default, None, False
     try:
-        manifest = DPO_MODEL.read(folder)
-        train = settings_of(manifest, folder)
+        manifest = artifact.read(folder)
+        train = settings_of(manifest, folder) if artifact is DPO_MODEL else default
     except StaleArtifactError:
-        reporter.warn(f"evaluate: {path} is not one of this version, and is not read; beta is train.beta's")
+        reporter.warn(
+            f"evaluate: {folder / artifact.name} is not one of this version, and is not read; beta is train.beta's"
+        )
         return default, None, False
-    DPO_MODEL.refuse_changed(manifest, folder)
+    artifact.refuse_changed(manifest, folder)
     is_ours = all(manifest.made_of.get(name) == now for name, now in project.made_of().items())
     if not is_ours:
         reporter.warn(
             f"evaluate: {folder} was trained on another graph or other data than the project's: it may have read the"
             " held-out prompts"
         )
-    return train, manifest.facts, is_ours
+    if artifact is DPO_MODEL:
+        return train, manifest.facts, is_ours
+    reporter.say(
+        f"evaluate: {folder} was tuned by reinforcement and has no beta: margins and held-out loss are in the unit of"
+        f" train.beta, {default.beta:g}"
+    )
+    return train, None, is_ours
 
 
 def count_leaked_prompts(held_out: TokenTable) -> int:

@@ -131,7 +131,7 @@ def _votes_file(name: str) -> Path:
 def _prepare_hf(settings: EvaluateParams, project: Project, memory: Path) -> LoadJudge:
     given = os.environ.get(JUDGE_PATH) or project.runtime.judge_path
     if not given:
-        raise ParamsError(f"evaluate.judge hf needs its model: set runtime.judge_path (or {JUDGE_PATH}) to a directory")
+        raise ParamsError(f"judge hf needs its model: set runtime.judge_path (or {JUDGE_PATH}) to a directory")
     folder = paths.from_root(given)
     if not folder.is_dir():
         raise MachineError(f"the judge's model directory {folder} is missing; check runtime.judge_path or {JUDGE_PATH}")

@@ -3,6 +3,6 @@
 torch and nothing of ours; and torch only when a loss is computed, so that settings are checked without it.
 """
 
-from dpo_cli.losses import pairwise, ranking
+from dpo_cli.losses import likelihood, pairwise, ranking
 
-__all__ = ["pairwise", "ranking"]  # importing them fills the catalogue
+__all__ = ["likelihood", "pairwise", "ranking"]  # importing them fills the catalogue

@@ -16,7 +16,17 @@ if TYPE_CHECKING:
 
     from dpo_cli.losses.pairwise import Pairs
 
-SETTINGS = ("label_smoothing", "gamma", "discopop_tau", "divergence", "ld_alpha", "weighting", "margin_scale", "ties")
+SETTINGS = (
+    "label_smoothing",
+    "gamma",
+    "discopop_tau",
+    "unlikelihood_alpha",
+    "divergence",
+    "ld_alpha",
+    "weighting",
+    "margin_scale",
+    "ties",
+)
 """Settings of section train that only some losses read."""
 
 

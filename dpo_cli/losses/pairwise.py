@@ -367,30 +367,3 @@ def _log1mexp(values: Tensor) -> Tensor:
 def cpo(pairs: Pairs, /, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """-log sigma(beta * (log pi_w - log pi_l)): CPO's preference term (Xu et al. 2024, eq. 3); ``sft`` is the other."""
     return _logistic(beta * _difference(pairs.policy_alone_B2), label_smoothing)
-
-
-# --- the chosen answer alone ------------------------------------------------------------------------
-
-
-@Loss(
-    "-log π_w, a mean over the chosen tokens of the step",
-    "Rafailov et al. 2023, section 6 (Preferred-FT); the SFT term of ORPO, CPO and TRL",
-    "a term added to another loss, or alone as the baseline Preferred-FT",
-    has_reference=False,
-    compares=False,
-)
-def sft(pairs: Pairs, /) -> Tensor:
-    """-log pi_w over the mean length of the step's chosen answers: a loss a token, as TRL's term ``sft`` has it."""
-    return -pairs.policy_alone_B2[:, 0] / pairs.mean_chosen_tokens
-
-
-@Loss(
-    "-log π_w / |w|",
-    "RPO: Pang et al. 2024, eq. 2, as {sigmoid: 1, sft_norm: 1}",
-    "a term added to another loss: the chosen answers' probability should not fall",
-    has_reference=False,
-    compares=False,
-)
-def sft_norm(pairs: Pairs, /) -> Tensor:
-    """-log pi_w / |w|: the term that RPO adds (Pang et al. 2024, eq. 2)."""
-    return -pairs.policy_alone_B2[:, 0] / pairs.num_tokens_B2[:, 0]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dpo_cli.core.errors import is_out_of_memory
 from dpo_cli.core.params import PpoParams
 from dpo_cli.core.progress import SilentReporter
 from dpo_cli.data.tokens import TokenGroup
@@ -70,25 +71,38 @@ class PolicyActor:
 
     @torch.no_grad()
     def score(self, groups: Sequence[TokenGroup]) -> Scored:
-        """What policy, value head and reference say of each token, in the micro-batches of an optimizer step."""
-        pieces = self.scorer.split(groups, self.budget.max_tokens)
+        """What policy, value head and reference say of each token, in the micro-batches of an optimizer step.
+
+        Where one does not fit into memory, all of it is done again in smaller ones, which the step will take, too. If
+        the step itself halves the budget later, its ratios leave 1 by what other micro-batches round differently.
+        """
+        while True:
+            pieces = self.scorer.split(groups, self.budget.max_tokens)
+            batches = [[groups[index] for index in piece] for piece in pieces]
+            try:
+                columns = self._columns(batches)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            self.budget.halve(batches)  # out of the except block: the error's traceback holds on to memory
         order = [index for piece in pieces for index in piece]
-        batches = [[groups[index] for index in piece] for piece in pieces]
-        head = self.scorer.value_head
-        self.pair.use_policy()
-        ours = [self.scorer.score(batch, statistics="plain") for batch in batches]
-        self.scorer.value_head = None
-        self.pair.use_reference()
-        theirs = [self.scorer.score(batch).token_logps_M for batch in batches]
-        self.scorer.value_head = head
-        self.pair.use_policy()
-        logps = torch.cat([each.token_logps_M for each in ours])
-        values = torch.zeros_like(logps) if head is None else torch.cat([each.values_M for each in ours])
-        entropies = torch.cat([each.statistics.entropies_N for each in ours])
         sizes = [sum(map(len, groups[index].completions)) for index in order]
         places = sorted(range(len(order)), key=order.__getitem__)
-        columns = []
-        for column in (logps, torch.cat(theirs), values, entropies):
-            parts = column.double().cpu().split(sizes)
-            columns.append(torch.cat([parts[place] for place in places]))
-        return Scored(*columns)
+        parts = [column.double().cpu().split(sizes) for column in columns]
+        return Scored(*(torch.cat([part[place] for place in places]) for part in parts))
+
+    def _columns(self, batches: Sequence[Sequence[TokenGroup]]) -> list[torch.Tensor]:
+        """Those of :class:`Scored`, float32 [M] each, in the order of the batches."""
+        ours: list[list[torch.Tensor]] = []
+        self.pair.use_policy()
+        for batch in batches:
+            scores = self.scorer.score(batch, statistics="plain")
+            assert scores.statistics is not None
+            values = torch.zeros_like(scores.token_logps_M) if scores.values_M is None else scores.values_M
+            ours.append([scores.token_logps_M, values, scores.statistics.entropies_N])
+        self.pair.use_reference()
+        theirs = [self.scorer.score(batch).token_logps_M for batch in batches]
+        self.pair.use_policy()
+        logps, values, entropies = map(torch.cat, zip(*ours, strict=True))
+        return [logps, torch.cat(theirs), values, entropies]

@@ -29,7 +29,7 @@ METRICS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class PolicyGradient:
     """PPO's loss of a token, and its mean over the tokens of a step.
 

@@ -1,23 +1,36 @@
-"""What an answer earns: a reward model's verdict, or a reward that is known."""
+"""What an answer earns: a reward model's verdict, a reward that is known, or a judge's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
 from dpo_cli.core import paths
+from dpo_cli.core.errors import DataError
 from dpo_cli.core.params import PpoParams
+from dpo_cli.core.progress import SilentReporter
 from dpo_cli.data.schema import Messages
 from dpo_cli.data.tokens import TokenGroup
+from dpo_cli.data.world import task_of
+from dpo_cli.evaluation.decoding import Decoding
+from dpo_cli.evaluation.generation import PromptTokens, sample_answers
 from dpo_cli.judging.known_reward import RULES, world_reward
+from dpo_cli.judging.prepare import LoadJudge
 from dpo_cli.judging.reward_model import RewardModel
 from dpo_cli.judging.templates import transcript
+from dpo_cli.judging.win_rate import Pair, compare_all, summarize
 from dpo_cli.models.adapters import REWARD_ADAPTER, ModelPair, add_reward_adapter, check_reward_model
 from dpo_cli.models.project import Project
 from dpo_cli.rlhf.rollouts import Rewarder
 from dpo_cli.scoring.scorer import RewardScorer
 
 
-def open_rewarder(project: Project, pair: ModelPair, settings: PpoParams, messages: Mapping[str, Messages]) -> Rewarder:
+def open_rewarder(
+    project: Project,
+    pair: ModelPair,
+    settings: PpoParams,
+    messages: Mapping[str, Messages],
+    judge: LoadJudge | None = None,
+) -> Rewarder:
     """The reward that section ppo asks for.
 
     Args:
@@ -25,13 +38,17 @@ def open_rewarder(project: Project, pair: ModelPair, settings: PpoParams, messag
         pair: The policy, beside which a reward model's adapter is put.
         settings: Section ppo.
         messages: The prompts by their ids.
+        judge: Gives the rewards in place of those; it was prepared for ``hf`` or ``openai``.
 
     Raises:
         StaleArtifactError: models/reward is missing, damaged, or of another graph or other data.
         DataError: The reward is not known of a prompt.
     """
     stop_ids = set(project.encoder.stop_ids)
-    inner = _learned(project, pair) if settings.reward == "reward-model" else _known(project, settings, messages)
+    if judge is not None:
+        inner = _judged(project, pair, settings, messages, judge)
+    else:
+        inner = _learned(project, pair) if settings.reward == "reward-model" else _known(project, settings, messages)
 
     def rewards(groups: Sequence[TokenGroup]) -> list[list[float]]:
         return [
@@ -65,6 +82,41 @@ def _learned(project: Project, pair: ModelPair) -> Rewarder:
     return rewards
 
 
+def _judged(
+    project: Project, pair: ModelPair, settings: PpoParams, messages: Mapping[str, Messages], load: LoadJudge
+) -> Rewarder:
+    """How probably a judge prefers an answer to the reference's greedy one, in both orders; 0.5 without a verdict."""
+    judge, decode = load(()).judge, project.encoder.decode
+    baselines: dict[str, str] = {}
+
+    def answer_as_reference(groups: Sequence[TokenGroup]) -> None:
+        prompts = [PromptTokens(group.group, group.prompt) for group in groups if group.group not in baselines]
+        if not prompts:
+            return
+        decoding = Decoding(0.0, settings.max_new_tokens, tuple(project.encoder.stop_ids))
+        dtype, model = project.machine.compute_dtype, pair.use_reference()
+        with SilentReporter().meter("", len(prompts), "answers") as meter:
+            found = sample_answers(model, prompts, decoding, budget=project.budget(), autocast_dtype=dtype, meter=meter)
+        pair.use_policy()
+        baselines.update({id: decode(list(each.tokens)) for id, each in found.items()})
+
+    def rewards(groups: Sequence[TokenGroup]) -> list[list[float]]:
+        answer_as_reference(groups)
+        comparisons = compare_all(
+            judge,
+            [
+                Pair(transcript(messages[group.group]), decode(list(answer)), baselines[group.group])
+                for group in groups
+                for answer in group.completions
+            ],
+        )
+        summarize(comparisons, judge.remedy)  # refuses too many without a verdict
+        wins = iter([0.5 if each.win is None else each.win for each in comparisons])
+        return [[next(wins) for _ in group.completions] for group in groups]
+
+    return rewards
+
+
 def _known(project: Project, settings: PpoParams, messages: Mapping[str, Messages]) -> Rewarder:
     """A function of prompt and answer as texts."""
     reward: Callable[[str, str], float] = world_reward
@@ -72,8 +124,11 @@ def _known(project: Project, settings: PpoParams, messages: Mapping[str, Message
         assert settings.rule is not None
         reward = RULES[settings.rule].reward
     asked = {id: transcript(prompt) for id, prompt in messages.items()}
-    for prompt in asked.values():
-        reward(prompt, "")  # of every prompt or of none, before anything is computed
+    for prompt in asked.values():  # of every prompt or of none, before anything is computed
+        if settings.reward == "world" and task_of(prompt) is None:
+            raise DataError(
+                f"ppo.reward is world, but the prompt {prompt[:60]!r} is not of the embedded world; take another reward"
+            )
     decode = project.encoder.decode
 
     def rewards(groups: Sequence[TokenGroup]) -> list[list[float]]:

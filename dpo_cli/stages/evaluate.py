@@ -17,6 +17,7 @@ from dpo_cli.core import paths
 from dpo_cli.core.artifacts import read_json, write_json, write_json_array
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.core.manifest import DPO as DPO_MODEL
+from dpo_cli.core.manifest import PPO as PPO_MODEL
 from dpo_cli.core.manifest import SFT as SFT_MODEL
 from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
@@ -70,7 +71,7 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Judge an adapter or a whole model that need not be this project's, and write its files to a folder.
 
-    Its beta is that of its provenance.json, else of section train.
+    Its beta is that of its provenance.json, else of section train; for a policy of stage ppo that is a unit alone.
 
     Args:
         params: Settings.
@@ -103,7 +104,8 @@ def evaluate_model(
         if beta_given:
             raise ParamsError(f"--set train.* has no effect on {folder}: its provenance.json says how it was trained")
         settings["train"] = train.model_dump()
-    evaluated = Evaluated(folder, settings["name"], train, out, is_ours, trained)
+    has_beta = not (folder / PPO_MODEL.name).is_file()
+    evaluated = Evaluated(folder, settings["name"], train, out, is_ours, trained, has_beta)
     metrics = _evaluate(params, project, evaluated, reporter)
     write_json(out / paths.MODEL_SETTINGS, settings)
     report_verdict(metrics, reporter, of=str(folder), also=[("files", out.as_posix())])
@@ -132,7 +134,7 @@ def _evaluate(params: Params, project: Project, evaluated: Evaluated, reporter: 
         metrics = _measure(measurement, cache, evaluated, load_judge, reporter)
         metrics["num_leaked_prompts"] = num_leaked if evaluated.is_of_this_data else None
         metrics |= memory_metrics(project.machine)
-        metrics["learns_log_ratio"] = evaluated.train.learns_log_ratio
+        metrics["learns_log_ratio"] = evaluated.has_beta and evaluated.train.learns_log_ratio
         if evaluated.trained is not None:
             settings = evaluated.train.model_dump(include={"learning_rate", "beta", "epochs", "max_steps"})
             metrics["training"] = settings | {name: evaluated.trained.get(name) for name in ("num_steps", "kept_step")}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.core import paths
@@ -39,6 +41,9 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
 
 def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
     with importing():
+        from dpo_cli.evaluation import SFT
+        from dpo_cli.judging.prepare import prepare_judge
+        from dpo_cli.models.adapters import check_reward_model
         from dpo_cli.models.load import quiet_libraries
         from dpo_cli.models.project import open_project
         from dpo_cli.rlhf.objective import METRICS
@@ -62,11 +67,23 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
     project.check_context(longest + settings.max_new_tokens, "ppo.max_new_tokens + the longest prompt")
     manifest = project.manifest(params, "ppo")
     if settings.reward == "reward-model":
+        check_reward_model(paths.REWARD_MODEL, project.made_of())  # before the policy is loaded
         manifest = replace(manifest, made_of={**manifest.made_of, "models/reward": REWARD.read().files})
+    if settings.reward in ("hf", "openai"):
+        own = {settings.reward: getattr(params.evaluate, settings.reward).model_dump()}
+        manifest = replace(manifest, settings={**manifest.settings, "evaluate": own})
     asked = {prompt.id: prompt.messages for prompt in prompts}
     with stage_scratch("ppo", digest_json(asdict(manifest))) as scratch:
+        judge = None
+        if settings.reward in ("hf", "openai"):
+            judging = params.evaluate.model_copy(update={"judge": settings.reward})
+            judge = prepare_judge(judging, project, ("ppo", SFT), scratch.folder.parent / "judgments")
         opened = open_reinforcement(
-            project, settings, prompts, lambda pair: open_rewarder(project, pair, settings, asked)
+            project,
+            settings,
+            prompts,
+            lambda pair: open_rewarder(project, pair, settings, asked, judge),
+            scratch.folder / "token_budget.json",
         )
         learner, num_steps = opened.learner, opened.num_steps
         descent = make_descent(learner.model, settings, num_steps, project.machine.device, "ppo")
@@ -76,20 +93,29 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
         loop.run()
         opened.scorer.close()
         metrics = {"method": settings.estimator, "reward": settings.reward, "num_prompts": len(prompts)}
-        metrics |= {"num_steps": loop.step, **_ends(loop), **memory_metrics(project.machine), **opened.layout.metrics()}
-        publish_adapter(PPO, manifest, _card(params, metrics), project, learner.model, scratch.build_folder())
-        write_reports("ppo", metrics, ("loss", *METRICS, "grad_norm", "learning_rate"), loop.history)
+        metrics |= {
+            "num_steps": loop.step,
+            **_ends(loop, settings),
+            **memory_metrics(project.machine),
+            **opened.layout.metrics(),
+        }
+        metrics |= {"recompute": opened.recompute, "max_tokens_per_microbatch": opened.budget.max_tokens}
+        publish_adapter(PPO, manifest, _card(params, metrics), project, opened.pair.model, scratch.build_folder())
+        columns, rejects = ("loss", *METRICS, "grad_norm", "learning_rate"), project.tokenize_pairs("train").rejects
+        write_reports("ppo", metrics, columns, loop.history, rejects)
         scratch.clear()
     _print_summary(settings, metrics, reporter)
     return metrics
 
 
-def _ends(loop: Loop[Any]) -> dict[str, float]:
-    """Reward, KL and entropy of the first steps' answers and of the last ones'."""
-    steps = [entry for entry in loop.history if "objective/scores" in entry]
+def _ends(loop: Loop[Any], settings: PpoParams) -> dict[str, float]:
+    """Reward, KL and entropy of the first round's answers and of the last one's: means over a pass of its steps."""
+    a_pass = math.ceil(settings.prompts_a_round / settings.batch_size)
     names = {"score": "objective/scores", "kl": "objective/kl", "entropy": "objective/entropy"}
-    found = {f"{name}_start": steps[0][key] for name, key in names.items()}
-    return found | {name: steps[-1][key] for name, key in names.items()}
+    ends = {"_start": loop.history[:a_pass], "": loop.history[-a_pass:]}
+    return {
+        f"{name}{end}": fmean(step[key] for step in steps) for end, steps in ends.items() for name, key in names.items()
+    }
 
 
 def _publish_none(scratch: Scratch, reporter: Reporter) -> dict[str, Any]:

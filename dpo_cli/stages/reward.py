@@ -1,4 +1,4 @@
-"""Stage reward: the reward model that DPO does without, to judge with and for Best-of-N."""
+"""Stage reward: the reward model that DPO does without, to judge with and for PPO to raise."""
 
 from __future__ import annotations
 

@@ -85,6 +85,34 @@ class Sampling:
             return estimate
         return Estimate(estimate.value, *exact_interval(number * estimate.value, number, self.confidence))
 
+    def of_runs(self, values: Sequence[np.ndarray], *, same_prompts: bool) -> Estimate:
+        """The mean over runs, such as seeds, and prompts, by a hierarchical bootstrap: runs are drawn, then prompts.
+
+        For a paired difference of two lists of runs give the differences by prompt. With few runs the interval is too
+        narrow: of the variance between runs it sees (runs - 1) / runs. The draws depend on the order of values.
+
+        Args:
+            values: Of each run float64 [prompts], one value a prompt.
+            same_prompts: Whether each place is one prompt in all runs. Then a draw has the same prompts in every run:
+                drawn anew in each, they would count as more prompts than there are.
+
+        Raises:
+            ValueError: There is no value, or runs of the same prompts have different numbers of them.
+
+        Source: Davison and Hinkley 1997, section 3.8; with the same prompts Owen 2007, the pigeonhole bootstrap.
+        """
+        numbers = {len(each) for each in values}
+        if not numbers or 0 in numbers or (same_prompts and len(numbers) > 1):
+            raise ValueError(f"runs need prompts, and the same ones if they say so; got {[*map(len, values)]} of them")
+        runs = np.concatenate(list(self._draw(len(values), stream=1)))
+        found = np.zeros(self.draws)
+        for place, drawn in enumerate(runs.T):
+            stream = 2 if same_prompts else 2 + place
+            for run, each in enumerate(values):
+                means = np.concatenate([each[chosen].mean(1) for chosen in self._draw(len(each), stream)])
+                found += np.where(drawn == run, means, 0) / len(values)
+        return self.of_draws(float(np.mean([each.mean() for each in values])), found)
+
     def of_sums(
         self,
         statistic: Callable[[np.ndarray, np.ndarray], np.ndarray],
@@ -135,9 +163,9 @@ class Sampling:
         low, high = np.quantile(defined, [tail, 1 - tail])
         return Estimate(value, float(low), float(high))
 
-    def _draw(self, num_clusters: int) -> Iterator[np.ndarray]:
+    def _draw(self, num_clusters: int, stream: int = 0) -> Iterator[np.ndarray]:
         """Drawn clusters, int64 [some draws, clusters]: as many draws at a time as memory is meant for."""
-        rng = np.random.default_rng(self.seed)
+        rng = np.random.default_rng([self.seed, stream] if stream else self.seed)
         step = max(1, _MAX_CELLS // num_clusters)
         for begin in range(0, self.draws, step):
             yield rng.integers(num_clusters, size=(min(step, self.draws - begin), num_clusters))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,18 @@ import pytest
 import torch
 
 from dpo_cli.core import paths
-from dpo_cli.core.errors import StaleArtifactError
+from dpo_cli.core.errors import DataError, ParamsError, StaleArtifactError
 from dpo_cli.core.progress import SilentReporter
+from dpo_cli.evaluation.compare import compare
+from dpo_cli.judging import prepare
+from dpo_cli.judging.judge import Judgment, Question, one_by_one
+from dpo_cli.judging.prepare import ReadyJudge
 from dpo_cli.judging.reward_model import RewardModel
 from dpo_cli.models.adapters import ADAPTER_FILES
 from dpo_cli.models.project import open_project
 from dpo_cli.rlhf import rewards as rewards_module
+from dpo_cli.scoring.scorer import Scorer
+from dpo_cli.stages.evaluate import evaluate_model
 from tests.small_training import Killed, kill_at
 from tests.tiny_project import CONVERTED, run_stages, tiny_params, write_raw
 
@@ -137,3 +143,104 @@ def test_a_reward_model_of_other_data_is_refused(ppo: Steps) -> None:
     manifest.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(StaleArtifactError, match="models/reward/reward.json: made of another data/preference"):
         ppo()
+
+
+def test_it_is_evaluated_and_compared_like_any_model(ppo: Steps, tiny_folder: Path, reporter: Any) -> None:
+    """It was trained on this project's data, so nothing is warned of; beta is but the unit of its margins."""
+    run_stages(tiny_params(tiny_folder), reporter, "precompute_ref", "train")
+    ppo()
+    margins = []
+    for beta in (0.1, 0.2):
+        settings = {"judge": "world", "num_prompts": 6, "max_new_tokens": 6, "bootstrap_draws": 200}
+        params = tiny_params(tiny_folder, evaluate=settings, train={"beta": beta})
+        metrics = evaluate_model(params, paths.PPO_MODEL, Path("evaluations/ppo"), reporter, beta_given=True)
+        margins.append(metrics["margin"])
+        assert metrics["num_leaked_prompts"] == 0
+        assert not metrics["learns_log_ratio"]
+        assert "training" not in metrics
+    assert margins[1] == pytest.approx(2 * margins[0], rel=1e-9)
+    assert any("has no beta" in said for said in reporter.said)
+    assert not [said for said in reporter.warned if "trained" in said]
+    evaluate_model(params, paths.DPO_MODEL, Path("evaluations/dpo"), reporter)
+    differences = compare(["evaluations/dpo", "evaluations/ppo"], None, ["kl"], every=False).differences
+    assert differences["evaluate.kl"][0].num_prompts == 6
+    ppo(reward="none")
+    with pytest.raises(StaleArtifactError, match="models/ppo holds no model: set ppo.reward in params.yaml"):
+        evaluate_model(params, paths.PPO_MODEL, Path("evaluations/none"), reporter)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["rollouts", "steps"])
+def test_where_memory_runs_out_rollouts_and_steps_go_on_in_smaller_micro_batches(
+    ppo: Steps, reporter: Any, monkeypatch: pytest.MonkeyPatch, training: bool
+) -> None:
+    """A budget that the rollouts halve is the steps', too: the ratio is exactly 1. The steps' own costs last digits."""
+    ppo(rounds=1)
+    expected = log()
+    score = Scorer.score
+
+    def limited(self: Scorer, groups: Any, **asked: Any) -> Any:
+        if len(groups) > 1 and torch.is_grad_enabled() == training:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return score(self, groups, **asked)
+
+    monkeypatch.setattr(Scorer, "score", limited)
+    metrics = ppo(rounds=1)
+    assert reporter.warned
+    assert metrics["max_tokens_per_microbatch"] < 100
+    found = log()
+    assert abs(found[0]["val/ratio"] - 1) <= (1e-6 if training else 0)
+    for name in ("loss", "objective/kl", "policy/approxkl"):
+        assert [step[name] for step in found] == pytest.approx([step[name] for step in expected], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"prompts_a_round": 5000}, DataError, r"has \d+ prompts; set ppo.prompts_a_round, now 5000, to no more"),
+        ({"max_new_tokens": 10**6}, ParamsError, "ppo.max_new_tokens . the longest prompt must be <= "),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_a_model_is_loaded(
+    ppo: Steps, changes: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        ppo(**changes)
+
+
+def test_a_reward_that_is_not_there_says_what_to_run(ppo: Steps, tiny_folder: Path, reporter: Any) -> None:
+    run_stages(tiny_params(tiny_folder, reward={"loss": "none"}), reporter, "reward")
+    with pytest.raises(StaleArtifactError, match="set reward.loss in params.yaml, then run: dpo-cli reward"):
+        ppo()
+
+
+class _Longest:
+    """Prefers the longer answer, and the first one a little."""
+
+    remedy = "none"
+
+    def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Judgment]]:
+        yield from one_by_one(lambda _, a, b: 0.1 * (len(a) > len(b)) + 0.6, questions)
+
+
+def test_a_judge_compares_with_the_references_greedy_answer_in_both_orders(
+    ppo: Steps, reporter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """p = (p1 + 1 - p2) / 2 is 0.55, 0.5 or 0.45, whatever the place is worth."""
+    fake = ReadyJudge(_Longest(), "fake", "fake")
+    monkeypatch.setattr(prepare, "prepare_judge", lambda *_: lambda _: fake)
+    ppo(reward="hf", batch_size=1, answers=1, rounds=1)
+    earned = {entry["objective/scores"] for entry in log()}
+    assert all(any(abs(each - level) < 1e-9 for level in (0.45, 0.5, 0.55)) for each in earned)
+    assert len(earned) > 1
+
+
+def test_a_local_model_as_judge_gives_the_reward(
+    ppo: Steps, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ParamsError, match="judge hf needs its model: set runtime.judge_path"):
+        ppo(reward="hf")
+    monkeypatch.setenv(prepare.JUDGE_PATH, str(tiny_folder))
+    ppo(reward="hf", rounds=1)
+    assert all(0 < entry["objective/scores"] < 1 for entry in log())
+    assert log()[0]["val/ratio"] == 1
+    assert "hf" in json.loads((paths.PPO_MODEL / "ppo.json").read_text(encoding="utf-8"))["settings"]["evaluate"]

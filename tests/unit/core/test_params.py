@@ -72,7 +72,7 @@ def test_params_cannot_be_changed() -> None:
             {"train": {"loss": "dpo"}},
             "train.loss must be one of 'sigmoid', 'cdpo', 'robust', 'hinge', 'ipo', 'ipo_sum', 'exo_pair', 'discopop',"
             " 'sigmoid_norm', 'nca_pair', 'bco_pair', 'sppo_hard', 'apo_zero', 'apo_down', 'aot', 'aot_unpaired',"
-            " 'simpo', 'orpo', 'cpo', 'sft', 'sft_norm' or 'plackett_luce', got 'dpo'",
+            " 'simpo', 'orpo', 'cpo', 'sft', 'sft_norm', 'unlikelihood' or 'plackett_luce', got 'dpo'",
         ),
         ({"train": 5}, "train must be a section, got 5"),
         ({"train": {"lora": 5}}, "train.lora must be a section, got 5"),
@@ -214,6 +214,18 @@ OWN = {"name": "mine"}
         (
             {"reward": {"loss": "bradley_terry", "max_steps": 5, "epochs": 2.0}},
             "reward.epochs has no effect beside reward.max_steps; drop one of them",
+        ),
+        (
+            {"ppo": {"reward": "world", "target_kl": 3, "kl_coefficient": 0}},
+            "ppo.target_kl has no effect with ppo.kl_coefficient 0, which no factor moves",
+        ),
+        (
+            {"ppo": {"reward": "world", "estimator": "rloo", "lam": 0.5}},
+            "ppo.lam has no effect with ppo.estimator rloo; gae reads it",
+        ),
+        (
+            {"ppo": {"reward": "world", "optimizer": "rmsprop", "weight_decay": 0.1}},
+            "ppo.weight_decay has no effect with ppo.optimizer rmsprop",
         ),
     ],
 )
@@ -391,6 +403,22 @@ def test_without_a_reward_model_the_rest_of_its_section_rests() -> None:
     assert parse_params({"reward": rest}).reward.loss == "none"
     parse_params({"reward": {**rest, "loss": "plackett_luce", "max_steps": None}, "sft": {"method": "none"}})
     parse_params({"reward": {"loss": "bradley_terry"}, "evaluate": {"judge": "reward-model"}})
+
+
+def test_without_a_reward_the_rest_of_section_ppo_rests() -> None:
+    parse_params({"ppo": {"rule": "json_object", "estimator": "rloo", "lam": 0.5, "answers": 1, "lora": {"r": 4}}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"reward": "rule"}, "ppo.rule is missing; ppo.reward rule checks one of one_sentence, json_object"),
+        ({"reward": "world", "estimator": "rloo", "answers": 1}, "ppo.answers must be > 1, got 1"),
+    ],
+)
+def test_what_ppo_needs_is_asked_for(settings: dict[str, Any], words: str) -> None:
+    (problem,) = problems_of({"ppo": settings})
+    assert words in problem
 
 
 # --- settings of hostile sizes ----------------------------------------------------------------------------------

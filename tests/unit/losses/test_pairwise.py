@@ -14,6 +14,7 @@ import torch
 
 from dpo_cli.core.params import TrainParams
 from dpo_cli.losses.catalogue import LOSSES, Loss, readers
+from dpo_cli.losses.likelihood import sft
 from dpo_cli.losses.pairwise import Pairs, cdpo, hinge, ipo, log_ratios, sigmoid
 
 
@@ -121,6 +122,26 @@ def test_ipo_is_zero_at_its_target() -> None:
     policy = torch.tensor([[10.0, 0.0]], dtype=torch.float64)
     zero = torch.zeros_like(policy)
     assert ipo(Pairs(policy, zero, torch.tensor([[5, 7]])), 0.25).item() == 0
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.05, 1.0])
+def test_unlikelihood_is_its_formula_and_its_gradient_a_difference_of_it(alpha: float) -> None:
+    """-log pi_w + alpha log pi_l, over 13 tokens of a mean chosen answer; the slope by central differences."""
+
+    def losses_of(policy_B2: torch.Tensor) -> torch.Tensor:
+        pairs = replace(scored(), policy_B2=policy_B2, mean_chosen_tokens=13.0)
+        return LOSSES["unlikelihood"].of(pairs, TrainParams(unlikelihood_alpha=alpha))
+
+    policy = scored().policy_B2.requires_grad_()
+    losses = losses_of(policy)
+    assert losses.tolist() == pytest.approx([(alpha * lost - won) / 13 for (won, lost), *_ in ROWS], rel=1e-14)
+    if alpha == 0:
+        assert torch.equal(losses, sft(replace(scored(), mean_chosen_tokens=13.0)))
+    (gradient,) = torch.autograd.grad(losses.sum(), policy)
+    for column in range(2):
+        shift = 0.25 * torch.eye(2)[column]
+        slopes = (losses_of(policy.detach() + shift) - losses_of(policy.detach() - shift)) / 0.5
+        torch.testing.assert_close(gradient[:, column], slopes, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "cdpo", "hinge", "ipo"])

@@ -124,6 +124,57 @@ def test_undefined_draws_are_left_out_where_they_are_few() -> None:
     assert math.isnan(sampling.of_draws(0.5, found).low)
 
 
+# --- runs ---------------------------------------------------------------------------------
+
+
+def spread(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """Normal values with mean 0 and variance 1 along the last axis, exactly."""
+    values = rng.normal(size=shape)
+    values -= values.mean(-1, keepdims=True)
+    return values / values.std(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("same_prompts", [True, False])
+def test_the_interval_of_runs_has_the_width_of_the_variances(same_prompts: bool) -> None:
+    """With variances 0.09 of runs, 1 of prompts and 0.25 of the rest, S = 20 runs and P = 60 prompts.
+
+    The variance of the mean is 0.09 / S + 1 / P + 0.25 / (S P) where all runs have the same prompts, and
+    0.09 / S + 1.25 / (S P) where each has its own.
+    """
+    rng, num_runs, num_prompts = np.random.default_rng(5), 20, 60
+    shape = (num_prompts,) if same_prompts else (num_runs, num_prompts)
+    values = 0.3 * spread(rng, num_runs)[:, None] + spread(rng, *shape) + 0.5 * spread(rng, num_runs, num_prompts)
+    rest = 0.25 / (num_runs * num_prompts)
+    prompts = 1 / num_prompts if same_prompts else 1 / (num_runs * num_prompts)
+    expected = 2 * 1.96 * math.sqrt(0.09 / num_runs + prompts + rest)
+    found = replace(SAMPLING, draws=5000).of_runs([*values], same_prompts=same_prompts)
+    assert found.value == pytest.approx(values.mean(), abs=1e-12)
+    assert found.high - found.low == pytest.approx(expected, rel=0.06)
+
+
+def test_runs_of_the_same_prompts_are_not_taken_for_more_prompts() -> None:
+    """What two policies have in common at a prompt drops out of their paired difference, and of nothing else."""
+    rng = np.random.default_rng(6)
+    prompts, noise = rng.normal(size=200), rng.normal(size=(2, 3, 200))
+    first, second = prompts + 0.1 * noise[0] + 0.2, prompts + 0.1 * noise[1]
+    alone, difference = (SAMPLING.of_runs([*runs], same_prompts=True) for runs in (first, first - second))
+    nested = SAMPLING.of_runs([*first], same_prompts=False)
+    assert nested.high - nested.low < 0.7 * (alone.high - alone.low)
+    assert difference.low > 0.15 > alone.low
+    assert difference.high - difference.low < 0.2 * (alone.high - alone.low)
+
+
+def test_runs_are_drawn_alike_each_time_and_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [np.arange(20.0) % 7, np.arange(30.0) % 5]
+    whole = SAMPLING.of_runs(runs, same_prompts=False)
+    assert SAMPLING.of_runs(runs, same_prompts=False) == whole
+    assert replace(SAMPLING, seed=1).of_runs(runs, same_prompts=False) != whole
+    monkeypatch.setattr(intervals, "_MAX_CELLS", 60 * 7)
+    assert SAMPLING.of_runs(runs, same_prompts=False) == whole
+    with pytest.raises(ValueError, match=r"the same ones if they say so; got \[20, 30\]"):
+        SAMPLING.of_runs(runs, same_prompts=True)
+
+
 # --- rates --------------------------------------------------------------------------------
 
 

@@ -102,6 +102,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "label_smoothing": {"label_smoothing": 0.2},
     "gamma": {"gamma": 0.3},
     "discopop_tau": {"discopop_tau": 0.5},
+    "unlikelihood_alpha": {"unlikelihood_alpha": 0.3},
     "divergence": {"divergence": "js"},
     "ld_alpha": {"ld_alpha": 0.3},
     "weighting": {"weighting": "wpo"},
