@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
@@ -73,7 +73,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, num_layers: int = 4) -> LlamaForCausalLM:
     """The model with fresh weights, float32. Widths are multiples of 64, the nf4 block."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
@@ -81,7 +81,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
             vocab_size=len(tokenizer),
             hidden_size=128,
             intermediate_size=384,
-            num_hidden_layers=4,
+            num_hidden_layers=num_layers,
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=8192,
@@ -138,9 +138,14 @@ def _examples(
 
 def pretraining_batch(tokenizer: PreTrainedTokenizerFast, seed: int, step: int, num_steps: int) -> PackedRows:
     """The examples of one step, packed into rows; a function of seed and step alone."""
+    return pack_rows(_examples(tokenizer, seed, step, num_steps))
+
+
+def pack_rows(examples: Iterable[tuple[list[int], list[int]]]) -> PackedRows:
+    """Endless examples, as many as go into the rows of a batch until one does not."""
     rows: PackedRows = [[] for _ in range(_ROWS)]
     free = [_ROW_LENGTH] * _ROWS
-    for prompt, answer in _examples(tokenizer, seed, step, num_steps):
+    for prompt, answer in examples:
         length = len(prompt) + len(answer)
         fitting = [row for row in range(_ROWS) if free[row] >= length]
         if not fitting:
