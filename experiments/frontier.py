@@ -268,7 +268,9 @@ def _row(point: Point) -> dict[str, Any]:
 
 
 def _short(value: Any) -> Any:
-    return f"{value:.4f}" if isinstance(value, float) and value != round(value) else value
+    if not isinstance(value, float):
+        return value
+    return "" if math.isnan(value) else f"{value:.4f}"
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
