@@ -219,7 +219,7 @@ class _Rows:
         except RowProblem as problem:
             self.refuse(problem, part)
 
-    def add(self, example: SftExample | PreferenceExample | RankingExample, part: str) -> None:
+    def add(self, example: Any, part: str) -> None:
         """Add an example, or the pairs of a ranking."""
         if isinstance(example, RankingExample):
             self._add_ranking(example, part)
