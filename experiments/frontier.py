@@ -113,7 +113,9 @@ def read_results(work: Path, grid: Mapping[str, Any]) -> Results:
                     {"method": cell.method, "value": cell.value, "seed": seed, "step": step}
                     | {name: table[name].mean() for name in ("reward", "kl", "k1", "num_tokens", "finished")}
                 )
-            chosen = max((step for step in tables if step), key=lambda step: _half(tables[step], 0)["reward"].to_numpy().mean())
+            chosen = max(
+                (step for step in tables if step), key=lambda step: _half(tables[step], 0)["reward"].to_numpy().mean()
+            )
             by_name.setdefault(cell.name.rpartition("-")[0], []).append((cell, chosen, _half(tables[chosen], 1)))
             if len(start) < len(grid["seeds"]) and cell == read_cells(grid, seed)[0]:
                 start.append(_half(tables[0], 1))
