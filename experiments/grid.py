@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -100,9 +101,12 @@ _worker: dict[str, Any] = {}
 
 
 def _begin(name: str, model: str, work: str, grid: dict[str, Any]) -> None:
-    """What a worker knows; each trains on one core."""
+    """What a worker knows; each trains on one core, and ends with the process that began it."""
     import torch
 
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
     os.environ["DPO_MODEL_PATH"] = model
     _worker.update(
