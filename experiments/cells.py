@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from dpo_cli.core import paths
@@ -20,14 +21,15 @@ from dpo_cli.core.artifacts import atomic_path, digest_json, read_json, write_js
 from dpo_cli.core.load_params import load_params
 from dpo_cli.core.manifest import REWARD
 from dpo_cli.core.params import Params
-from dpo_cli.core.progress import Reporter
+from dpo_cli.core.progress import Reporter, SilentReporter
 from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.evaluation import DPO, SFT
 from dpo_cli.evaluation.generation import PromptTokens
-from dpo_cli.evaluation.models import EvaluatedModel, LoadedModel
+from dpo_cli.evaluation.models import EvaluatedModel, LoadedModel, reference_model
 from dpo_cli.evaluation.steps import Steps
 from dpo_cli.judging.answers import Answer
+from dpo_cli.judging.reward_model import RewardModel
 from dpo_cli.models.adapters import ModelPair, save_adapter
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.models.project import Project, open_project
@@ -269,3 +271,35 @@ class _Watched(BatchSource[TokenGroup]):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._inner.restore(state)
+
+
+# --- the reference -----------------------------------------------------------------------------
+
+
+def reference_samples(number: int, seed: int, known: Reward, out: Path) -> None:
+    """Many answers of the reference to each held-out prompt of the half that is reported, by both rewards.
+
+    Writes float64 [prompts, number] ``known`` and ``learned``, and the prompts' ids, for Best-of-N and the ideal.
+    """
+    params = load_params(paths.PARAMS, ["evaluate.temperature=1.0", f"evaluate.seed={1000 + seed}"])
+    project = open_project(params, SilentReporter(), "sample")
+    prompts = reported_half(held_out_prompts(project))
+    key = digest_json([VERSION, number, seed, project.made_of(), REWARD.read().files, [each.id for each in prompts]])
+    if out.is_file() and str(np.load(out)["key"]) == key:
+        return
+    asked = [PromptTokens(f"{each.id}-{k}", each.tokens, each.messages) for each in prompts for k in range(number)]
+    with stage_scratch("reference-samples", key) as scratch:
+        answers = Steps(project, params.evaluate, scratch.folder).answers(reference_model(project), asked, 1.0)
+        texts = [answers[each.id] for each in asked]
+        shape = (len(prompts), number)
+        rewards = np.array([known(each.messages[-1]["content"], each.text) for each in texts]).reshape(shape)
+        learned = RewardModel.load(paths.REWARD_MODEL, project).rewards(texts)
+        ids = np.array([each.id for each in prompts])
+        with atomic_path(out) as temporary, temporary.open("wb") as file:
+            np.savez(file, key=key, known=rewards, learned=np.array(learned).reshape(shape), prompt_ids=ids)
+        scratch.clear()
+
+
+def reported_half(prompts: Sequence[PromptTokens]) -> list[PromptTokens]:
+    """Every other prompt: figures are reported on these, and checkpoints are chosen on the rest."""
+    return list(prompts[1::2])

@@ -26,30 +26,31 @@ _IDLE: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("reward.ties", "reward.loss", ("bradley_terry",), "; plackett_luce reads it"),
 )
 """Settings that have no effect where another one has one of these values, and what is said of it."""
-_READ: tuple[tuple[str, str, str, str], ...] = (
-    ("model.seed", "model.name", EMBEDDED, "; only the embedded model is built here"),
-    ("model.pretrain_steps", "model.name", EMBEDDED, "; only the embedded model is built here"),
-    ("runtime.adapter_path", "sft.method", "adapter", "; adapter reads it"),
-    ("evaluate.rule", "evaluate.judge", "rule", "; judge rule reads it"),
-    ("ppo.rule", "ppo.reward", "rule", "; reward rule reads it"),
-    ("ppo.value_clip", "ppo.estimator", "gae", "; gae reads it"),
-    ("ppo.value_coefficient", "ppo.estimator", "gae", "; gae reads it"),
-    ("ppo.gamma", "ppo.estimator", "gae", "; gae reads it"),
-    ("ppo.lam", "ppo.estimator", "gae", "; gae reads it"),
-    ("train.divergence_alpha", "train.divergence", "alpha", "; alpha reads it"),
+_READ: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
+    ("model.seed", "model.name", (EMBEDDED,), "; only the embedded model is built here"),
+    ("model.pretrain_steps", "model.name", (EMBEDDED,), "; only the embedded model is built here"),
+    ("runtime.adapter_path", "sft.method", ("adapter",), "; adapter reads it"),
+    ("evaluate.rule", "evaluate.judge", ("rule",), "; judge rule reads it"),
+    ("ppo.rule", "ppo.reward", ("rule",), "; reward rule reads it"),
+    ("ppo.value_clip", "ppo.estimator", ("gae",), "; gae reads it"),
+    ("ppo.value_coefficient", "ppo.estimator", ("gae",), "; gae reads it"),
+    ("ppo.gamma", "ppo.estimator", ("gae",), "; gae reads it"),
+    ("ppo.lam", "ppo.estimator", ("gae",), "; gae reads it"),
+    ("train.divergence_alpha", "train.divergence", ("alpha",), "; alpha reads it"),
 )
-"""Settings that have an effect only where another one has this value."""
+"""Settings that have an effect only where another one has one of these values."""
 
 
 def contradictions(params: Params) -> list[str]:
     """Settings that contradict each other, and settings that were moved from their default for nothing."""
     found = []
-    for path, other, values, why in (*_IDLE, *((path, other, (value,), why) for path, other, value, why in _READ)):
-        (section, name), (other_section, other_name) = path.split("."), other.split(".")
-        value = getattr(getattr(params, other_section), other_name)
-        is_idle = (value in values) == ((path, other, values, why) in _IDLE)
-        if is_idle and differs(getattr(params, section), name) and not _rests(params, section):
-            found.append(f"{path} has no effect with {other} {value}{why}")
+    for table, idle_in in ((_IDLE, True), (_READ, False)):
+        for path, other, values, why in table:
+            section, name = path.split(".")
+            value = attrgetter(other)(params)
+            is_idle = (value in values) == idle_in
+            if is_idle and differs(getattr(params, section), name) and not _rests(params, section):
+                found.append(f"{path} has no effect with {other} {value}{why}")
     if params.evaluate.judge == "world" and params.data.eval_fraction > WORLD_HELD_OUT:
         found.append(
             f"data.eval_fraction must be <= {WORLD_HELD_OUT:g} with evaluate.judge world, got"

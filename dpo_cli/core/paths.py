@@ -33,6 +33,11 @@ MODEL_SETTINGS = "params.json"
 """In a folder of evaluations: what is known of the settings behind it."""
 
 
+def is_raw(path: Path) -> bool:
+    """Whether a path lies under data/raw, where DVC sees a change."""
+    return ".." not in path.parts and path.is_relative_to(RAW)
+
+
 def preference_table(split: str) -> Path:
     """The pairs of a split."""
     return PREFERENCE_DATA / f"{split}.parquet"

@@ -7,7 +7,7 @@ digests, by which :mod:`dpo_cli.data.repeats` finds rows that repeat or contradi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,6 @@ from dpo_cli.data.schema import (
     PreferenceExample,
     RankingExample,
     SftExample,
-    content_id,
     deciding_part,
     full_schema,
     is_plain,
@@ -76,7 +75,7 @@ _SCHEMAS = {
     "ranking": pa.schema([*RANKING_SCHEMA, *_WHERE_TO]),
 }
 """Columns of a block's files."""
-_FACTS = tuple("id sides flipped group opening held_out copies row line part ranking prompt".split())
+_FACTS = tuple("id one other group opening held_out copies row line part ranking prompt".split())
 _COLUMNS = {
     "sft": (*_FACTS, "completion"),
     "preference": (*_FACTS, "chosen", "rejected", "chosen_score", "rejected_score"),
@@ -168,11 +167,11 @@ def convert_block(
         try:
             fmt, found = reader.read(record.value)
             result.formats[fmt.name] += 1
-            if isinstance(found, Iterator):
+            if isinstance(found, Example):
+                rows.add(found, "")
+            else:
                 for part, example in found:
                     rows.add_part(example, part)
-            else:
-                rows.add(found, "")
         except RowProblem as problem:
             rows.refuse(problem, "")
         if rows.is_marked and not plan.reading.unwrap:
@@ -220,9 +219,9 @@ class _Rows:
         except RowProblem as problem:
             self.refuse(problem, part)
 
-    def add(self, example: SftExample | PreferenceExample | RankingExample, part: str) -> None:
+    def add(self, example: Any, part: str) -> None:
         """Add an example, or the pairs of a ranking."""
-        if type(example) is RankingExample:  # which an abstract class makes slow to ask by isinstance
+        if isinstance(example, RankingExample):
             self._add_ranking(example, part)
         else:
             self._add_example(example, part, -1)
@@ -262,20 +261,18 @@ class _Rows:
                 self._reject(part, SAMPLED_OUT, "left out by the weight of its source")
                 return
             answers: tuple[Any, ...]
-            if type(example) is SftExample:
-                example_id = sides = joint_id(group, part_id(example.completion))
-                flipped = False
+            if isinstance(example, SftExample):
+                ids = (part_id(example.completion), group)
+                example_id = joint_id(group, ids[0])
                 answers = (example.completion,)
             else:
-                chosen, rejected = part_id(example.chosen), part_id(example.rejected)
-                flipped = chosen > rejected
-                example_id = joint_id(group, chosen, rejected)
-                sides = joint_id(group, rejected, chosen) if flipped else example_id
+                ids = (part_id(example.chosen), part_id(example.rejected))
+                example_id = joint_id(group, *ids)
                 answers = (example.chosen, example.rejected, example.chosen_score, example.rejected_score)
         except UnicodeEncodeError:
             raise RowProblem("bad_unicode", "has half of a surrogate pair, which is no text") from None
         place = (group, opening, held_out, copies, self._row, self._line, part, ranking)
-        self._rows.append((example_id, sides, flipped, *place, example.prompt, *answers))
+        self._rows.append((example_id, *ids, *place, example.prompt, *answers))
 
     def _facts_of(self, prompt: Messages) -> tuple[str, str, bool, int]:
         """The ids of a prompt and of what decides its split, that split, and how often its rows are taken.
@@ -285,9 +282,9 @@ class _Rows:
         if prompt is self._prompt:
             return self._prompt_facts
         plan = self._plan
-        group = content_id(prompt)
+        group = part_id(prompt)
         opening = deciding_part(prompt, plan.treatment.split_by)
-        opening_id = group if opening is prompt else content_id(opening)
+        opening_id = group if opening is prompt else part_id(opening)
         held_out = position_of(opening_id) < plan.treatment.eval_fraction
         weight = 1 if held_out else plan.source.weight
         copies = 1 if weight == 1 else int(weight) + (position_of(group[16:]) < weight % 1)
@@ -349,9 +346,11 @@ def _digests_of(columns: Mapping[str, Sequence[Any]]) -> np.ndarray:
 
     digests = np.empty(len(columns["id"]), DIGESTS)
     digests["id_high"], digests["id_low"] = words("id").T
-    for name in ("group", "opening", "sides"):
+    one, other = words("one")[:, 0], words("other")[:, 0]
+    digests["sides"], digests["flipped"] = one ^ other, one > other
+    for name in ("group", "opening"):
         digests[name] = words(name)[:, 0]
-    for name in ("flipped", "held_out", "row"):
+    for name in ("held_out", "row"):
         digests[name] = columns[name]
     return digests
 

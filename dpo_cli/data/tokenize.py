@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,9 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 
 from dpo_cli.core import paths
-from dpo_cli.core.artifacts import digest_bytes, digest_json, remove, sha256_file, write_json
+from dpo_cli.core.artifacts import digest_json, remove, sha256_file, write_json
 from dpo_cli.core.errors import DataError, StaleArtifactError
 from dpo_cli.core.row_store import forget_other_stores
-from dpo_cli.data import chat, checks, schema, templates, tokens
 from dpo_cli.data.checks import TokenView
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import TOOLS, Messages, content_id, from_table
@@ -32,6 +31,8 @@ from dpo_cli.data.tokens import TokenGroup, TokenWriter, stored_groups
 from dpo_cli.losses.ranking import MAX_TIED, Ties
 
 SPLITS = ("train", "eval")
+TOKENS_VERSION = 1
+"""Of the code that decides token ids and the checks of them: a change of it makes no use of what was kept before."""
 
 _MANY = 0.05
 """Share of rows left out above which a stage warns."""
@@ -91,7 +92,7 @@ def tokenize_table(
         "encoder": view.encoder.identity,
         "max_length": view.max_length,
         "policies": dict(view.policies),
-        "code": _code_digest(),
+        "version": TOKENS_VERSION,
     }
     root = paths.scratch_root() / "tokens"
     root.mkdir(parents=True, exist_ok=True)
@@ -143,13 +144,6 @@ def _write(folder: Path, rows: Iterable[dict[str, Any]], columns: Sequence[str],
     write_json(folder / _OTHERS, {"rejects": rejects, "found": kept})
 
 
-@cache
-def _code_digest() -> str:
-    """Of the code that decides token ids: a change of it makes no use of what an earlier one wrote."""
-    files = (__file__, *(str(module.__file__) for module in (chat, checks, schema, templates, tokens)))
-    return digest_bytes(*(Path(file).read_bytes() for file in files))
-
-
 def _rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Some columns of a canonical table, as far as it has them, and the tools in its prompts, row by row."""
     with pq.ParquetFile(path) as table:
@@ -172,7 +166,9 @@ def _group_of(row: Mapping[str, Any]) -> str:
 
 def prompt_ids(path: Path) -> set[str]:
     """The content ids of the prompts in a canonical table."""
-    return {row.get("group") or content_id(row["prompt"]) for row in _rows(path, ("group", "prompt"))}
+    if "group" in pl.read_parquet_schema(path):
+        return set(pl.read_parquet(path, columns=["group"], glob=False)["group"])
+    return {content_id(row["prompt"]) for row in _rows(path, ("prompt",))}
 
 
 def _refuse_errors(table: TokenTable, path: Path, policies: Mapping[str, str]) -> None:

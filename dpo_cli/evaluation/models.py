@@ -123,7 +123,7 @@ def adapter_models(project: Project, adapter: Path) -> EvaluatedModels:
     try:
         policy = digest_json({"graph": project.identity, "adapter": digest_files(adapter, ADAPTER_FILES)})
     except FileNotFoundError as error:
-        raise StaleArtifactError(f"{error.filename} is missing; run: dpo-cli train") from None
+        raise StaleArtifactError(f"{error.filename} is missing; {DPO_MODEL.remedy(adapter)}") from None
     loaded: list[tuple[ModelPair, Scorer]] = []
 
     def load() -> tuple[ModelPair, Scorer]:

@@ -118,7 +118,7 @@ def score_sources(
         Interrupted: The user asked to stop; what was scored is kept.
     """
     quiet_libraries()
-    project = open_project(params, reporter, "score")
+    project = open_project(params, reporter, "score", any_data=True)
     manifest = DPO.check({"graph": project.identity}, model)
     beta = float(manifest.settings["train"]["beta"]) if beta is None else beta
     given = read_rows(sources, max_rows, params, project, reporter)

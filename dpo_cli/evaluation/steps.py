@@ -103,6 +103,7 @@ class Steps:
         self.project = project
         self.evaluate = settings
         self._folder = folder
+        self._stores: dict[Path, RowStore] = {}
 
     def scored(self, model: EvaluatedModel, groups: Sequence[TokenGroup], what: str) -> ScoredAnswers:
         """The log-probabilities of the groups' completions."""
@@ -202,9 +203,11 @@ class Steps:
 
     def _store(self, model: EvaluatedModel, name: str, schema: Mapping[str, Any]) -> RowStore:
         folder = self._folder / model.digest
-        store = RowStore(folder / name, schema)
-        forget_other_stores(self._folder, folder, _MODELS_KEPT)
-        return store
+        place = folder / name
+        if place not in self._stores:
+            self._stores[place] = RowStore(place, schema)
+            forget_other_stores(self._folder, folder, _MODELS_KEPT + len(self._stores))
+        return self._stores[place]
 
 
 class _Part(NamedTuple):

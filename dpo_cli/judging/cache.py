@@ -17,7 +17,6 @@ from dpo_cli.core.row_store import RowStore
 from dpo_cli.judging.judge import IdentifiedJudge, Judgment, Question
 
 SCHEMA = {"key": pl.String, "p_a": pl.Float64, "verdict": pl.String}
-_SECONDS_A_SHARD = 10.0
 
 
 class CachedJudge:
@@ -26,17 +25,17 @@ class CachedJudge:
     Args:
         judge: Who is asked where nothing is remembered.
         folder: Where judgments are kept, in the scratch area; several judges may share it.
-        seconds_a_shard: Judging that a kill may cost. An error of the judge costs none.
+        minutes: Judging that a kill may cost. An error of the judge costs none.
 
     Attributes:
         num_asked: Questions that the judge has answered itself.
     """
 
-    def __init__(self, judge: IdentifiedJudge, folder: Path, seconds_a_shard: float = _SECONDS_A_SHARD) -> None:
+    def __init__(self, judge: IdentifiedJudge, folder: Path, minutes: float) -> None:
         self._judge = judge
         self._identity = digest_json(dict(judge.identity)).encode()
         self._store = RowStore(folder, SCHEMA)
-        self._seconds_a_shard = seconds_a_shard
+        self._minutes = minutes
         self.num_asked = 0
 
     @property
@@ -58,7 +57,7 @@ class CachedJudge:
         if not waiting:
             return
         keys = list(waiting)
-        with self._store.keeping(self._seconds_a_shard / 60) as keep:
+        with self._store.keeping(self._minutes) as keep:
             for number, judgment in self._judge.judge([questions[waiting[key][0]] for key in keys]):
                 self.num_asked += 1
                 if judgment.verdict != "invalid":

@@ -10,10 +10,9 @@ from pathlib import Path
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, MachineError, ParamsError
 from dpo_cli.core.params import EvaluateParams
-from dpo_cli.core.progress import Reporter
 from dpo_cli.judging.answers import Answer
 from dpo_cli.judging.cache import CachedJudge
-from dpo_cli.judging.judge import Judge
+from dpo_cli.judging.judge import IdentifiedJudge, Judge
 from dpo_cli.judging.known_reward import RewardJudge, known_reward
 from dpo_cli.judging.language_model import HfJudge
 from dpo_cli.judging.openai import OpenAiJudge
@@ -95,7 +94,7 @@ def prepare_judge(
         voters = VotesJudge(votes, settings.votes.rule, *names, settings.votes.kind)
         return lambda _: ReadyJudge(voters, f"votes in {settings.votes.file}", settings.judge)
     if settings.judge == "openai":
-        asked = _open_openai(settings, project.reporter, memory)
+        asked = _open_openai(settings, project, memory)
         return lambda _: asked
     return _prepare_hf(settings, project, memory)
 
@@ -121,7 +120,7 @@ def _learned_rewards(project: Project, judged: Sequence[Answer]) -> ReadyJudge:
 
 def _votes_file(name: str) -> Path:
     path = Path(name)
-    if paths.RAW not in path.parents:
+    if not paths.is_raw(path):
         raise ParamsError(f"evaluate.votes.file must be under {paths.RAW}, where DVC sees a change, got {name}")
     if not path.is_file():
         raise DataError(f"{path} is missing; dpo-cli rating-sheet makes a file to be filled in")
@@ -140,19 +139,19 @@ def _prepare_hf(settings: EvaluateParams, project: Project, memory: Path) -> Loa
 
     def open_(_: Sequence[Answer]) -> ReadyJudge:
         judge = HfJudge.load(folder, template, settings.hf, project, policy=project.base)
-        name = settings.hf.name or folder.name
-        return ReadyJudge(CachedJudge(judge, memory), name, _rater(name, template), reads=True)
+        return _ready(judge, settings.hf.name or folder.name, template, project, memory)
 
     return open_
 
 
-def _rater(model: str, template: Template) -> str:
-    """A kind without the colon that ends one."""
-    return f"{model} {template.name}".replace(":", "-")
+def _ready(judge: IdentifiedJudge, model: str, template: Template, project: Project, memory: Path) -> ReadyJudge:
+    """A language model as judge, which is asked once; its kind as a rater has no colon, which ends one."""
+    cached = CachedJudge(judge, memory, project.runtime.checkpoint_minutes)
+    return ReadyJudge(cached, model, f"{model} {template.name}".replace(":", "-"), reads=True)
 
 
 def _template(name: str, source: str) -> Template:
-    if name not in TEMPLATES and paths.RAW not in Path(name).parents:
+    if name not in TEMPLATES and not paths.is_raw(Path(name)):
         named = ", ".join(TEMPLATES)
         raise ParamsError(
             f"{source} must be one of {named}, or a file under {paths.RAW}, where DVC sees a change; got {name}"
@@ -160,13 +159,14 @@ def _template(name: str, source: str) -> Template:
     return open_template(name, source)
 
 
-def _open_openai(settings: EvaluateParams, reporter: Reporter, memory: Path) -> ReadyJudge:
+def _open_openai(settings: EvaluateParams, project: Project, memory: Path) -> ReadyJudge:
     asked = settings.openai
     template = _template(asked.template, "evaluate.openai.template")
     key = os.environ.get(API_KEY, "")
     server = Server(asked.url, allowed_hosts=asked.allowed_hosts, api_key=key, timeout_s=asked.timeout_s)
     if key and not server.is_private:
         raise ParamsError(f"{API_KEY} would go to {server.url} in clear text; use https, or unset it")
-    judge = OpenAiJudge.connect(server, asked.model, template, reporter, parallel=asked.parallel, extra=asked.extra)
-    name = str(judge.identity["model"])
-    return ReadyJudge(CachedJudge(judge, memory), name, _rater(name, template), reads=True)
+    judge = OpenAiJudge.connect(
+        server, asked.model, template, project.reporter, parallel=asked.parallel, extra=asked.extra
+    )
+    return _ready(judge, str(judge.identity["model"]), template, project, memory)

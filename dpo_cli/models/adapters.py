@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_json, write_json
 from dpo_cli.core.errors import MachineError, ParamsError, StaleArtifactError
-from dpo_cli.core.manifest import REWARD, SFT
+from dpo_cli.core.manifest import DPO, REWARD, SFT
 from dpo_cli.core.params import LoraParams
 from dpo_cli.core.text import shown
 from dpo_cli.models.device import Machine
@@ -299,7 +299,7 @@ class FrozenBase:
         """
         for name in ADAPTER_FILES:
             if not (adapter / name).is_file():
-                raise StaleArtifactError(f"{adapter / name} is missing; run: dpo-cli train")
+                raise StaleArtifactError(f"{adapter / name} is missing; {DPO.remedy(adapter)}")
         pair = load_adapter(self.backbone(), adapter, trainable=False)
         if self.sft.has_adapter:
             pair.load_adapter(str(paths.SFT_MODEL), adapter_name=REFERENCE)

@@ -15,7 +15,7 @@ from typing import Any
 from dpo_cli.core import paths
 from dpo_cli.core.errors import Interrupted
 from dpo_cli.core.interrupts import graceful_stop
-from dpo_cli.core.manifest import Manifest, library_versions
+from dpo_cli.core.manifest import SFT, Manifest, library_versions
 from dpo_cli.core.params import EMBEDDED, ModelParams, Params, RuntimeParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.row_store import Keep, RowStore
@@ -159,12 +159,14 @@ class Project(Workplace, FrozenBase):
         return tokenize_table(path, columns, TokenView(self.encoder, self.max_length, self.policies), remedy)
 
 
-def open_project(params: Params, reporter: Reporter, command: str) -> Project:
+def open_project(params: Params, reporter: Reporter, command: str, *, any_data: bool = False) -> Project:
     """Check base model and SFT result, and describe what they make.
 
+    With ``any_data`` models/sft may have been trained on other data than data/sft holds now.
+
     Raises:
-        StaleArtifactError: The base model is not the locked one, or models/sft is missing,
-            damaged or of another base.
+        StaleArtifactError: The base model is not the locked one, or models/sft is missing, damaged, or of another base
+            or other data.
         ParamsError: reference.max_length is beyond the model's context.
     """
     reference = params.reference
@@ -173,6 +175,8 @@ def open_project(params: Params, reporter: Reporter, command: str) -> Project:
     machine = prepare_machine(params.runtime, embedded=params.model.name == EMBEDDED)
     digest = base_digest()
     sft = read_sft_result(digest)
+    if sft.data is not None and not any_data and paths.SFT_DATA.is_dir():
+        SFT.refuse_other(SFT.read(), {"data/sft": table_digests(paths.SFT_DATA)}, SFT.folder)
     identity = {
         "base": digest,
         "sft": sft.digest,

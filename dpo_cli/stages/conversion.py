@@ -106,8 +106,7 @@ def _move(listing: Path, rejects_file: Path) -> None:
 def _refuse_outside(section: str, sources: Sequence[Source]) -> None:
     problems = []
     for index, source in enumerate(sources):
-        path = Path(source.path)
-        if ".." in path.parts or not path.is_relative_to(paths.RAW):
+        if not paths.is_raw(Path(source.path)):
             key = f"{section}.path" if index == 0 else f"{section}.also.{index - 1}.path"
             problems.append(
                 f"params.yaml: {key} must lie under {paths.RAW.as_posix()}, which DVC watches, got {source.path};"

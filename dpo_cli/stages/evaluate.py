@@ -18,11 +18,10 @@ from dpo_cli.core.artifacts import read_json, write_json, write_json_array
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.core.manifest import DPO as DPO_MODEL
 from dpo_cli.core.manifest import PPO as PPO_MODEL
-from dpo_cli.core.manifest import SFT as SFT_MODEL
 from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
-from dpo_cli.data.tokenize import explain_rejects, read_columns, table_digests
+from dpo_cli.data.tokenize import explain_rejects, read_columns
 from dpo_cli.evaluation import DPO, SFT, tables
 from dpo_cli.evaluation.measurement import Measurement, frontier, judge_pairings, judged_metrics, make_pairings
 from dpo_cli.evaluation.metrics import (
@@ -56,8 +55,6 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     """
     quiet_libraries()
     project = open_project(params, reporter, "evaluate")
-    if project.sft.data is not None:
-        SFT_MODEL.refuse_other(SFT_MODEL.read(), {"data/sft": table_digests(paths.SFT_DATA)}, paths.SFT_MODEL)
     manifest = DPO_MODEL.check(project.made_of())
     train = settings_of(manifest, paths.DPO_MODEL)
     evaluated = Evaluated(paths.DPO_MODEL, DPO, train, paths.report_dir("evaluate"), trained=manifest.facts)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -140,14 +141,16 @@ class Loop(Generic[Scored]):
             folder = job.folder.parents[1] / "tensorboard" / f"{job.work.command}-{job.folder.name}"
             self._events = EventFiles(folder, self.first_step)
         label = f"{job.work.command}: {course.what}"
-        with graceful_stop() as stop, job.work.reporter.meter(label, course.num_steps, "steps") as meter:
+        with (
+            graceful_stop() as stop,
+            job.work.reporter.meter(label, course.num_steps, "steps") as meter,
+            closing(self._events) if self._events is not None else nullcontext(),
+        ):
             begun = time.monotonic()
             stopped = self._train(Accumulator(self._learner, self._limits, stop, job.replicas), stop, meter)
             self.elapsed_s = time.monotonic() - begun
             job.replicas.wait()  # nobody leaves while the first one saves
             stop.is_answered = True  # of what asks after the last step: the work is done, and is published
-        if self._events is not None:
-            self._events.close()
         if stopped and not self._is_over():
             at = f"step {self.step} of {course.num_steps}"
             raise Interrupted(f"{job.work.command}: stopped and saved at {at}; run it again to resume")

@@ -45,9 +45,11 @@ def run_answers(grid: dict[str, Any], work: Path, results: Path, reporter: Repor
         prepare(_HERE / "params.yaml", grid, reporter)
         for seed, table in zip(grid["seeds"], rewards, strict=True):
             mine = read_cells(grid, seed)
-            for cell in mine:
+            more = read_cells({**grid, "cells": grid.get("also", [])}, seed) if seed == grid["seeds"][0] else []
+            for cell in [*mine, *more]:
                 run_cell(cell, world_reward, cells, reporter, keeps_adapter=True)
-                last.setdefault(cell.method, []).append(max((cells / cell.name).glob("*.parquet")))
+                name = cell.method if cell.value is None else f"{cell.method} {cell.value:g}"
+                last.setdefault(name, []).append(max((cells / cell.name).glob("*.parquet")))
             measure(seed, grid, {cell.method: cells / cell.name / "adapter" for cell in mine}, table, reporter)
     measured = Measured.read(rewards)
     results.mkdir(parents=True, exist_ok=True)

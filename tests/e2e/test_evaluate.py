@@ -204,8 +204,8 @@ def test_people_as_judges_by_a_sheet(evaluate: Evaluate) -> None:
     write_votes(other, items[: len(items) // 2])
     with pytest.raises(DataError, match="no verdict in .*collect votes on these answers"):
         evaluate(judge="votes", votes={"file": str(other)})
-    with pytest.raises(ParamsError, match="must be under data/raw, where DVC sees a change, got votes.csv"):
-        evaluate(judge="votes", votes={"file": "votes.csv"})
+    with pytest.raises(ParamsError, match="must be under data/raw, where DVC sees a change, got data/raw/../votes.csv"):
+        evaluate(judge="votes", votes={"file": "data/raw/../votes.csv"})
 
 
 # --- other models -------------------------------------------------------------------------

@@ -252,11 +252,16 @@ def made_files(project: Path) -> dict[Path, bytes]:
     }
 
 
-@pytest.mark.parametrize(("folder", "stage"), [("sft", "sft"), ("preference", "train")])
-def test_evaluation_refuses_a_model_that_was_trained_on_another_split(copy: Path, folder: str, stage: str) -> None:
+@pytest.mark.parametrize(
+    ("command", "folder", "stage"),
+    [("precompute-ref", "sft", "sft"), ("evaluate", "sft", "sft"), ("evaluate", "preference", "train")],
+)
+def test_a_model_that_was_trained_on_another_split_is_refused(
+    copy: Path, command: str, folder: str, stage: str
+) -> None:
     table = copy / f"data/{folder}/train.parquet"
     table.chmod(0o644)
     table.write_bytes((copy / f"data/{folder}/eval.parquet").read_bytes())
-    refused = invoke("evaluate")
+    refused = invoke(command)
     assert refused.exit_code == 5, refused.stderr
     assert re.search(f"made of another data/{folder}: train is .*; run: dpo-cli {stage}", refused.stderr)

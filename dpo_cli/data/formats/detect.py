@@ -81,8 +81,8 @@ class RowReader:
             tools = read_tools(tools_of(found)) if "tools" in plan.format.names else None
         except RowProblem as problem:
             raise plan.named(problem) from None
-        if plan.may_leave:
-            self._unread[plan.unread_in(row, found)] += 1
+        if plan.may_leave and (unread := plan.unread_in(row, found)):
+            self._unread[unread] += 1
         if made_by:
             self._unwrapped[made_by] += 1
         return plan.format, content if tools is None else _with_tools(content, tools)

@@ -53,7 +53,7 @@ PROMPT_ALTERNATIVES = (("prompt", "instruction"),)
 """An instruction beside a prompt is not read."""
 SCORE_ALTERNATIVES = (("chosen_score", "margin"), ("rejected_score", "margin"))
 """A margin beside scores is not read."""
-_ODD_STARTS = frozenset("[{ \nH")
+_ODD_STARTS = frozenset("[{ \n\t\rH")
 """What messages as JSON text and transcripts begin with, and answers to transcripts; most texts do not."""
 
 
@@ -193,7 +193,9 @@ def read_answer(row: RawRow, name: str, prompt: Messages, reading: Reading) -> M
     """An answer as text, as a turn, or as the conversation that ends with it."""
     value: Any = row.get(name)
     if type(value) is str:
-        turns = with_turns(value) if value[:1] in _ODD_STARTS else value
+        if value[:1] not in _ODD_STARTS:
+            return [assistant(value)]
+        turns = with_turns(value)
         if turns is value:
             refuse_python(value, name)
             asked = row.get("prompt")

@@ -60,7 +60,7 @@ def read_columnar(path: Path, file: IO[bytes], head: bytes) -> Iterator[Record]:
             what, remedy = f"is a {name} file that cannot be read", "fetch it again, or save it as JSON lines"
         if isinstance(error, MemoryError):
             what, remedy = f"is a {name} file that asks for more memory than there is", "fetch it again, or free some"
-        raise DataError(f"{path} {what}, behind row {row}: {reason}; {remedy}") from None
+        raise DataError(f"{path} {what}, after row {row}: {reason}; {remedy}") from None
 
 
 # --- parquet ------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from dpo_cli.core.errors import DataError
 from dpo_cli.data.reading import base
 from dpo_cli.data.reading.base import BrokenLines, Lines, Record, explain, not_utf8, shorter, too_long, unreadable
 
-BLOCK = 1 << 20
+BLOCK = 1 << 22
 """Bytes read at a time, and about the bytes in a run of lines."""
 
 _CUT_OFF = "the file seems cut off"

@@ -35,7 +35,7 @@ class CountingJudge:
 
 
 def ask(judge: CountingJudge, folder: Path, questions: Sequence[Question] = QUESTIONS) -> dict[int, Judgment]:
-    return dict(CachedJudge(judge, folder).judge(questions))
+    return dict(CachedJudge(judge, folder, 5).judge(questions))
 
 
 def test_a_second_run_asks_nothing_and_gives_the_same(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_a_second_run_asks_nothing_and_gives_the_same(tmp_path: Path) -> None:
     assert len(first.asked) == len(QUESTIONS)
     assert ask(second, tmp_path) == answers == dict(CountingJudge().judge(QUESTIONS))
     assert second.asked == []
-    assert CachedJudge(second, tmp_path).remedy == second.remedy
+    assert CachedJudge(second, tmp_path, 5).remedy == second.remedy
 
 
 def test_equal_questions_are_asked_once_and_each_answered(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_what_was_judged_before_a_failure_is_kept(tmp_path: Path, fails_after: i
 
 
 def test_what_was_judged_before_an_interruption_is_kept(tmp_path: Path) -> None:
-    answers = CachedJudge(CountingJudge(), tmp_path).judge(QUESTIONS)
+    answers = CachedJudge(CountingJudge(), tmp_path, 5).judge(QUESTIONS)
     next(answers), next(answers), next(answers)
     answers.close()  # type: ignore[attr-defined]
     judge = CountingJudge()

@@ -279,18 +279,18 @@ def test_a_server_that_dies_midway_loses_no_judgment(
     expected = dict(connect().judge(QUESTIONS))
     fake.judged.clear()
     fake.dies_after, num_before = 5, len(fake.requests)
-    judge = CachedJudge(connect(parallel=parallel), tmp_path)
+    judge = CachedJudge(connect(parallel=parallel), tmp_path, 5)
     with pytest.raises(MachineError, match=r"does not answer \(.*; tried 2 times\).*start it and run this again"):
         list(judge.judge(QUESTIONS))
     assert judge.num_asked == 5
     vain = len(fake.requests) - num_before - 5
     assert vain <= 2 * 2 * parallel + _PROBES  # what was under way when it died, and not all that was waiting
     fake.dies_after = None
-    again = CachedJudge(connect(parallel=parallel), tmp_path)
+    again = CachedJudge(connect(parallel=parallel), tmp_path, 5)
     assert dict(again.judge(QUESTIONS)) == expected
     assert again.num_asked == len(QUESTIONS) - 5
     assert len(fake.judged) == len(set(fake.judged)) == len(QUESTIONS)
-    third = CachedJudge(connect(parallel=parallel), tmp_path)
+    third = CachedJudge(connect(parallel=parallel), tmp_path, 5)
     assert dict(third.judge(QUESTIONS)) == expected
     assert third.num_asked == 0
 

@@ -186,21 +186,21 @@ def test_a_file_that_is_cut_off_is_named(message: Message, write: Any, name: str
     data = write(TABLE)
     for keep in (8, 20, 300, len(data) // 2, len(data) - 20, len(data) - 9, len(data) - 8, len(data) - 1):
         text = message(data[:keep])
-        assert text.startswith(f"is a damaged {name} file, behind row ")
+        assert text.startswith(f"is a damaged {name} file, after row ")
         assert text.endswith("; fetch it again")
 
 
 def test_a_stream_that_is_cut_off_between_two_batches_is_named(message: Message) -> None:
     first = as_stream(TABLE.slice(0, 16))[:-8]
     assert as_stream(TABLE).startswith(first)
-    assert message(first) == "is a damaged Arrow file, behind row 16: it is cut off; fetch it again"
+    assert message(first) == "is a damaged Arrow file, after row 16: it is cut off; fetch it again"
 
 
 def test_a_stream_whose_end_comes_too_early_is_named(message: Message) -> None:
     data = as_stream(TABLE)
     place = len(as_stream(TABLE.slice(0, 16))) - 8
-    assert "behind row 16: there is more behind its end" in message(data[: place + 4] + bytes(4) + data[place + 8 :])
-    assert "behind row 60: there is more behind its end" in message(data + b"\0")
+    assert "after row 16: there is more behind its end" in message(data[: place + 4] + bytes(4) + data[place + 8 :])
+    assert "after row 60: there is more behind its end" in message(data + b"\0")
 
 
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
@@ -215,7 +215,7 @@ def test_a_page_with_a_wrong_checksum_is_named(message: Message, version: str) -
 def test_text_that_is_not_utf_8_is_named(message: Message) -> None:
     for write in (as_stream, lambda table: as_parquet(table, write_page_checksum=False, compression="none")):
         data = write(TABLE).replace("问 40".encode(), b"\xff" + "问 40".encode()[1:])
-        assert "behind row " in message(data)
+        assert "after row " in message(data)
 
 
 def test_what_arrow_cannot_do_is_not_called_damage(message: Message, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +224,7 @@ def test_what_arrow_cannot_do_is_not_called_damage(message: Message, monkeypatch
 
     monkeypatch.setattr(pq, "ParquetFile", refuse)
     assert message(as_parquet(TABLE)) == (
-        "is a parquet file that cannot be read, behind row 0: Support for codec 'lzo' not built; fetch it again,"
+        "is a parquet file that cannot be read, after row 0: Support for codec 'lzo' not built; fetch it again,"
         " or save it as JSON lines"
     )
 

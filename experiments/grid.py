@@ -1,0 +1,118 @@
+"""A whole grid: the project of each seed, all its cells, and many answers of the reference, by several processes.
+
+What is done stands in ``work/``, so a grid that was killed goes on where it was, and one that is finished is only read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from dpo_cli.core.progress import Reporter, SilentReporter
+from experiments.cells import Cell, Reward, read_cells, reference_samples, run_cell
+from experiments.frontier import write_results
+from experiments.projects import prepare_project
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A controlled experiment: prompts, a reward that is known, and a model.
+
+    Attributes:
+        name: Of its package under experiments.
+        title: What its page says.
+        known: The reward.
+        prompts: Of a seed, so many.
+        model: Makes or finds the model in a folder for it, as the grid says; returns its directory.
+    """
+
+    name: str
+    title: str
+    known: Reward
+    prompts: Callable[[int, int], list[str]]
+    model: Callable[[Path, dict[str, Any]], Path]
+
+    @property
+    def folder(self) -> Path:
+        """Where its settings lie and its results go."""
+        return Path(__file__).parent / self.name
+
+
+def run_experiment(experiment: Experiment, grid_file: str, workers: int, reporter: Reporter) -> Path:
+    """Do what is left of a grid, and write its results.
+
+    Args:
+        experiment: What is run.
+        grid_file: In its folder: ``grid.yaml``, or a smaller one.
+        workers: Processes that train at once.
+        reporter: Shows progress.
+
+    Returns:
+        The folder of the results.
+    """
+    grid = YAML(typ="safe").load((experiment.folder / grid_file).read_text(encoding="utf-8"))
+    name = Path(grid_file).stem
+    work = experiment.folder / "work" / name
+    work.mkdir(parents=True, exist_ok=True)
+    model = experiment.model(work, grid).resolve()
+    for seed in grid["seeds"]:
+        folder = work / f"seed-{seed}"
+        folder.mkdir(exist_ok=True)
+        with contextlib.chdir(folder):
+            os.environ["DPO_MODEL_PATH"] = str(model)
+            prompts = experiment.prompts(seed, grid["num_prompts"])
+            settings = [f"{setting}={value}" for setting, value in grid.get("set", {}).items()]
+            settings += [f"{section}.seed={seed}" for section in ("reward", "evaluate")]
+            prepare_project(
+                experiment.folder / "params.yaml", settings, prompts, grid["answers"], experiment.known, reporter
+            )
+    tasks: list[Cell | int] = [cell for seed in grid["seeds"] for cell in read_cells(grid, seed)]
+    tasks += grid["seeds"]
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(workers, context, _begin, (experiment.name, str(model), str(work), grid)) as pool,
+        reporter.meter(f"{experiment.name}: cells", len(tasks), "cells") as meter,
+    ):
+        running = [pool.submit(_run, task) for task in tasks]
+        for done in as_completed(running):
+            meter.note(done.result())
+            meter.advance(1)
+    results = experiment.folder / ("results" if name == "grid" else f"work/{name}/results")
+    write_results(experiment.title, work, grid, results)
+    return results
+
+
+_worker: dict[str, Any] = {}
+
+
+def _begin(name: str, model: str, work: str, grid: dict[str, Any]) -> None:
+    """What a worker knows; each trains on one core."""
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ["DPO_MODEL_PATH"] = model
+    _worker.update(
+        experiment=importlib.import_module(f"experiments.{name}").EXPERIMENT, work=Path(work).resolve(), grid=grid
+    )
+
+
+def _run(task: Cell | int) -> str:
+    """A cell, or the reference's answers of a seed."""
+    experiment, work = _worker["experiment"], _worker["work"]
+    seed = task if isinstance(task, int) else task.seed
+    with contextlib.chdir(work / f"seed-{seed}"):
+        if isinstance(task, int):
+            grid = _worker["grid"]
+            reference_samples(grid["reference_samples"], seed, experiment.known, work / f"reference-{seed}.npz")
+            return f"reference-{seed}"
+        run_cell(task, experiment.known, work / "cells", SilentReporter())
+        return task.name
