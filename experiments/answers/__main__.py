@@ -42,7 +42,7 @@ def run_answers(grid: dict[str, Any], work: Path, results: Path, reporter: Repor
     last: dict[str, list[Path]] = {}
     work.mkdir(parents=True, exist_ok=True)
     with chdir(work):
-        prepare(_HERE / "params.yaml", grid, reporter)
+        prepare(grid, reporter)
         for seed, table in zip(grid["seeds"], rewards, strict=True):
             mine = read_cells(grid, seed)
             more = read_cells({**grid, "cells": grid.get("also", [])}, seed) if seed == grid["seeds"][0] else []

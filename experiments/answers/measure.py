@@ -39,20 +39,21 @@ from experiments.projects import run_stage
 HELD_OUT = "held-out"
 """The prompts of the held-out pairs, which are like those of training."""
 VERSION = 1
+_PARAMS = Path(__file__).resolve().parents[2] / "params.yaml"
 
 
-def prepare(params_file: Path, grid: Mapping[str, Any], reporter: Reporter) -> None:
+def prepare(grid: Mapping[str, Any], reporter: Reporter) -> None:
     """Make the embedded project in the working directory, up to its reward model; what is done is left as it is.
 
     Args:
-        params_file: The experiment's params.yaml.
-        grid: ``set`` are settings, and ``rows`` how many of each data file, where not all.
+        grid: ``set`` are settings besides those of the repository's params.yaml, and ``rows`` how many rows of each
+            data file, where not all.
         reporter: Shows progress.
 
     Raises:
         Interrupted: The user asked to stop; what was done is kept.
     """
-    shutil.copyfile(params_file, paths.PARAMS)
+    shutil.copyfile(_PARAMS, paths.PARAMS)
     params = load_params(paths.PARAMS, [f"{name}={value}" for name, value in grid.get("set", {}).items()])
     for name, rows in (("instructions", world.instruction_rows), ("preferences", world.preference_rows)):
         path, number = paths.RAW / f"{name}.json", grid.get("rows", {}).get(name)

@@ -43,9 +43,9 @@ def test_win_rates_of_known_rewards(tmp_path: Path) -> None:
     tables = []
     for seed in (0, 1):
         rows = [
-            {"prompts": HELD_OUT, "method": method, "temperature": 0.0, "prompt_id": str(place), "reward": float(reward)}
+            {"prompts": HELD_OUT, "method": method, "temperature": 0.0, "prompt_id": str(place), "reward": float(good)}
             for method, runs in rewards.items()
-            for place, reward in reversed([*enumerate(runs[seed])])
+            for place, good in reversed([*enumerate(runs[seed])])
         ]
         tables.append(tmp_path / f"{seed}.parquet")
         pl.DataFrame(rows).write_parquet(tables[-1])
