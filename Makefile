@@ -8,6 +8,7 @@
 # docs    write the generated files again
 # docs-site  the documentation as a site in build/site; a broken link is an error
 # bench   benchmarks, printed as ratios;  `make bench-trl` compares with TRL, for most of an hour
+# experiments   the DPO paper's experiments, for hours; started again they go on;  `make experiments-fast` takes minutes
 # gpu-check eight minutes on a GPU: does the code for it run, is it right, how fast is it; small where there is none
 PYTHON ?= python3
 VENV ?= .venv
@@ -25,7 +26,8 @@ MODEL := $(REAL)/SmolLM2-135M-Instruct
 EXAMPLE := examples/smollm2
 export DPO_REAL := $(REAL)
 
-.PHONY: setup repro real test test-all dry-run lint docs docs-site bench bench-trl gpu-check clean
+.PHONY: setup repro real test test-all dry-run lint docs docs-site bench bench-trl experiments experiments-fast \
+	gpu-check clean
 
 setup: $(VENV)/.installed
 
@@ -83,6 +85,17 @@ bench: $(VENV)/.installed-dev
 
 bench-trl: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/against_trl.py
+
+# What is done is not done again. The real model is fetched (89 MB); without it there are the other two.
+experiments: export DPO_MODEL_PATH := $(MODEL)
+experiments: setup $(MODEL)/config.json
+	$(THREADS) $(BIN)/python -m experiments sentiment
+	$(THREADS) $(BIN)/python -m experiments answers
+	$(THREADS) $(BIN)/python -m experiments reviews
+
+experiments-fast: setup
+	$(THREADS) $(BIN)/python -m experiments sentiment --grid fast.yaml
+	$(THREADS) $(BIN)/python -m experiments answers --grid fast.yaml
 
 # ARGS="--parts stages,steps" asks for some of it.
 gpu-check: $(VENV)/.installed-dev

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -24,7 +25,8 @@ def main(
     """
     with errors_as_exit_codes(as_json=False):
         experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
-        results = run_experiment(experiment, grid, workers, ConsoleReporter(show_tables=False))
+        work = experiment.folder / "work" / Path(grid).stem
+        results = run_experiment(experiment, grid, work, workers, ConsoleReporter(show_tables=False))
         typer.echo(f"{results}")
 
 

@@ -108,7 +108,9 @@ def run_cell(cell: Cell, known: Reward, results: Path, reporter: Reporter, *, ke
     params = load_params(paths.PARAMS, ["evaluate.temperature=1.0", *cell.settings])
     project = open_project(params, reporter, "train" if not cell.reward else "ppo")
     made_of = project.made_of() | ({"models/reward": REWARD.read().files} if cell.reward == "learned" else {})
-    key = digest_json([VERSION, asdict(cell), made_of, params.model_dump(exclude={"runtime"})])
+    read = ("model", "reference", "evaluate", "ppo" if cell.reward else "train")
+    settings = {name: getattr(params, name).model_dump() for name in read}
+    key = digest_json([VERSION, asdict(cell), made_of, settings])
     if (folder / "cell.json").is_file() and read_json(folder / "cell.json", "delete it")["key"] == key:
         reporter.say(f"{cell.name}: done before")
         return
@@ -117,9 +119,9 @@ def run_cell(cell: Cell, known: Reward, results: Path, reporter: Reporter, *, ke
         prompts = held_out_prompts(project)
         measured = Measured(project, params, opened.pair, opened.scorer, key, known, prompts, folder, scratch.folder)
         source = _Watched(opened.source, cell.eval_steps, opened.num_steps, measured)
-        settings = params.ppo if cell.reward else params.train
-        descent = make_descent(opened.learner.model, settings, opened.num_steps, project.machine.device, "train")
-        course = Course(opened.num_steps, settings.seed, what=cell.name)
+        steps = params.ppo if cell.reward else params.train
+        descent = make_descent(opened.learner.model, steps, opened.num_steps, project.machine.device, "train")
+        course = Course(opened.num_steps, steps.seed, what=cell.name)
         limits = Limits.of(project, project.budget().max_tokens)
         loop = Loop(opened.learner, Data(source), descent, course, limits, Job(project, scratch.folder))
         loop.run()

@@ -170,6 +170,11 @@ class Check:
     holds: bool
     is_required: bool
 
+    @property
+    def fails(self) -> bool:
+        """Whether it must hold and does not."""
+        return self.is_required and not self.holds
+
 
 def checks(results: Results) -> list[Check]:
     """What theory asks of the points, and who wins otherwise."""
@@ -233,8 +238,8 @@ def _at_no_more_kl(dpo: Sequence[Point], other: Point, *, required: bool) -> Che
 # --- files ------------------------------------------------------------------------------------
 
 
-def write_results(title: str, work: Path, grid: Mapping[str, Any], folder: Path) -> Results:
-    """Write points.csv, curves.csv, checks.csv, texts.json, frontier.svg and index.html."""
+def write_results(title: str, work: Path, grid: Mapping[str, Any], folder: Path) -> list[Check]:
+    """Write points.csv, ideal.csv, curves.csv, checks.csv, texts.json, the figures and index.html."""
     from experiments.page import write_page
 
     results = read_results(work, grid)
@@ -255,7 +260,7 @@ def write_results(title: str, work: Path, grid: Mapping[str, Any], folder: Path)
     texts = {"prompt": results.prompt, "answers": {point.name: point.text for point in results.points}}
     write_text(folder / "texts.json", json.dumps(texts, indent=1, ensure_ascii=False) + "\n")
     write_page(title, results, held, grid, folder)
-    return results
+    return held
 
 
 def _row(point: Point) -> dict[str, Any]:

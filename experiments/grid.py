@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from dpo_cli.core.errors import DataError
 from dpo_cli.core.progress import Reporter, SilentReporter
 from experiments.cells import Cell, Reward, read_cells, reference_samples, run_cell
 from experiments.frontier import write_results
@@ -47,21 +49,23 @@ class Experiment:
         return Path(__file__).parent / self.name
 
 
-def run_experiment(experiment: Experiment, grid_file: str, workers: int, reporter: Reporter) -> Path:
+def run_experiment(experiment: Experiment, grid_file: str, work: Path, workers: int, reporter: Reporter) -> Path:
     """Do what is left of a grid, and write its results.
 
     Args:
         experiment: What is run.
         grid_file: In its folder: ``grid.yaml``, or a smaller one.
+        work: Where it works, and goes on.
         workers: Processes that train at once.
         reporter: Shows progress.
 
     Returns:
-        The folder of the results.
+        The folder of the results: that of the experiment for its whole grid, else one beside the work.
+
+    Raises:
+        DataError: Something does not hold that must; the results are written.
     """
     grid = YAML(typ="safe").load((experiment.folder / grid_file).read_text(encoding="utf-8"))
-    name = Path(grid_file).stem
-    work = experiment.folder / "work" / name
     work.mkdir(parents=True, exist_ok=True)
     model = experiment.model(work, grid).resolve()
     for seed in grid["seeds"]:
@@ -86,8 +90,10 @@ def run_experiment(experiment: Experiment, grid_file: str, workers: int, reporte
         for done in as_completed(running):
             meter.note(done.result())
             meter.advance(1)
-    results = experiment.folder / ("results" if name == "grid" else f"work/{name}/results")
-    write_results(experiment.title, work, grid, results)
+    results = (experiment.folder if grid_file == "grid.yaml" else work) / "results"
+    failed = [check.statement for check in write_results(experiment.title, work, grid, results) if check.fails]
+    if failed:
+        raise DataError([f"{results / 'checks.csv'}: does not hold: {statement}" for statement in failed])
     return results
 
 
@@ -95,9 +101,12 @@ _worker: dict[str, Any] = {}
 
 
 def _begin(name: str, model: str, work: str, grid: dict[str, Any]) -> None:
-    """What a worker knows; each trains on one core."""
+    """What a worker knows; each trains on one core, and ends with the process that began it."""
     import torch
 
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
     os.environ["DPO_MODEL_PATH"] = model
     _worker.update(

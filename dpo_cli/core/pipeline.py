@@ -126,7 +126,7 @@ _BEFORE_REPORT = (
         summary="Score every answer with the reference model once, so that training needs no copy of it.",
         example="dpo-cli precompute-ref --set runtime.max_tokens_per_microbatch=16384",
         params=("model", "reference"),
-        inputs=(paths.BASE, paths.SFT_MODEL, paths.PREFERENCE_DATA),
+        inputs=(paths.SFT_MODEL, paths.PREFERENCE_DATA),
         output=paths.REFERENCE,
         lists=(paths.rejects_file("precompute_ref"),),
     ),
@@ -135,7 +135,7 @@ _BEFORE_REPORT = (
         summary="Direct Preference Optimization of a 4-bit QLoRA adapter against the cached reference.",
         example="dpo-cli train --set train.beta=0.5 --set train.loss=ipo",
         params=("model", "reference", "train"),
-        inputs=(paths.BASE, paths.SFT_MODEL, paths.PREFERENCE_DATA, paths.REFERENCE),
+        inputs=(paths.SFT_MODEL, paths.PREFERENCE_DATA, paths.REFERENCE),
         output=paths.DPO_MODEL,
         plots=(_table("train", "steps.tsv", "step", "grad_norm", "gradient norm of DPO"),),
         lists=(paths.rejects_file("train"),),
@@ -145,7 +145,7 @@ _BEFORE_REPORT = (
         summary="Train a reward model on the preferences, as a judge and as the reward of ppo; off by default.",
         example="dpo-cli reward --set reward.loss=bradley_terry",
         params=("model", "reference", "reward"),
-        inputs=(paths.BASE, paths.SFT_MODEL, paths.PREFERENCE_DATA),
+        inputs=(paths.SFT_MODEL, paths.PREFERENCE_DATA),
         output=paths.REWARD_MODEL,
         plots=(_table("reward", "steps.tsv", "step", "loss", "loss of the reward model"),),
         lists=(paths.rejects_file("reward"),),
@@ -156,7 +156,7 @@ _BEFORE_REPORT = (
         example="dpo-cli ppo --set ppo.reward=world --set ppo.rounds=5",
         more_examples=("dpo-cli ppo --set ppo.reward=reward-model --set ppo.estimator=rloo --set ppo.target_kl=3",),
         params=("ppo", "evaluate.hf", "evaluate.openai"),
-        inputs=(paths.BASE, paths.SFT_MODEL, paths.PREFERENCE_DATA, paths.REWARD_MODEL),
+        inputs=(paths.SFT_MODEL, paths.PREFERENCE_DATA, paths.REWARD_MODEL),
         output=paths.PPO_MODEL,
         plots=(_table("ppo", "steps.tsv", "step", "objective/scores", "reward of PPO's answers"),),
         lists=(paths.rejects_file("ppo"),),
@@ -172,7 +172,6 @@ _BEFORE_REPORT = (
         params=("model", "reference", "evaluate"),
         inputs=(
             paths.RAW,  # a votes file
-            paths.BASE,
             paths.SFT_DATA,
             paths.PREFERENCE_DATA,
             paths.SFT_MODEL,
@@ -247,7 +246,8 @@ _PLOTS: tuple[tuple[str, Options], ...] = (
 )
 
 
-_HELD_BY = {"model": paths.BASE, "reference": paths.REFERENCE}
+_HELD_BY = {"model": (paths.BASE, paths.SFT_MODEL), "reference": (paths.REFERENCE,)}
+"""Sections that stand in the manifest of an artifact. That of models/sft names the base model, too."""
 
 
 def dvc_yaml() -> dict[str, Any]:
@@ -268,7 +268,7 @@ def _stage_entry(stage: Stage) -> dict[str, Any]:
     if deps := [path.as_posix() for path in stage.inputs]:
         entry["deps"] = deps
     # a section that is in the manifest of an input is not named again: DVC sees it change there
-    if params := [name for name in stage.params if _HELD_BY.get(name) not in stage.inputs]:
+    if params := [name for name in stage.params if not set(_HELD_BY.get(name, ())) & set(stage.inputs)]:
         entry["params"] = params
     kept = [path.as_posix() for path in stage.kept_by_dvc]
     outs: list[Any] = [{path: {"persist": True}} for path in kept] if stage.is_always_run else kept
