@@ -95,7 +95,7 @@ def measure(seed: int, grid: Mapping[str, Any], adapters: Mapping[str, Path], ou
     if out.is_file() and pl.read_parquet_metadata(out).get("key") == key:
         reporter.say(f"{out.name}: done before")
         return
-    steps = Steps(project, params.evaluate, paths.scratch_root() / "answers")
+    steps = Steps(project, params.evaluate, paths.scratch_root() / f"answers-{seed}")
     rows: list[dict[str, Any]] = []
     for method, model in models.items():
         for name, prompts in asked.items():
