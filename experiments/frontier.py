@@ -30,6 +30,19 @@ NOISE = 0.02
 """How far a point may lie above the ideal frontier by the noise of both."""
 
 
+LABELS = {
+    "sft": "SFT, the reference",
+    "dpo": "DPO",
+    "ppo": "PPO, learned reward",
+    "ppo-gt": "PPO, true reward",
+    "unlikelihood": "Unlikelihood",
+    "preferred-ft": "Preferred-FT",
+    "best-of-n": "Best-of-N, learned reward",
+    "best-of-n-gt": "Best-of-N, true reward",
+}
+"""Methods as readers know them."""
+
+
 @dataclass(frozen=True)
 class Point:
     """A cell, or a policy that is not trained, over all seeds.
@@ -52,8 +65,8 @@ class Point:
 
     @property
     def name(self) -> str:
-        """As tables and figures have it."""
-        return self.method if self.value is None else f"{self.method} {self.value:g}"
+        """As readers know it."""
+        return LABELS[self.method] + ("" if self.value is None else f" {self.value:g}")
 
     @property
     def reward(self) -> Estimate:
@@ -186,7 +199,7 @@ def checks(results: Results) -> list[Check]:
     kls = [point.kl.value for point in sorted(dpo, key=lambda point: point.value or 0)]
     falls = max((later - earlier for earlier, later in itertools.pairwise(kls)), default=0.0)
     found.append(
-        Check("KL of dpo falls as beta grows (largest rise)", Estimate(falls, math.nan, math.nan), falls <= 0, True)
+        Check("the KL of DPO falls as beta grows (largest rise)", Estimate(falls, math.nan, math.nan), falls <= 0, True)
     )
     above = [
         (point.reward.low - results.ideal_reward(point.kl.high), point)
@@ -203,7 +216,7 @@ def checks(results: Results) -> list[Check]:
     for one in truth:
         for other in learned:
             if one.value == other.value:
-                found.append(_not_below(f"{one.name} (true reward) is as good as {other.name} (learned)", one, other))
+                found.append(_not_below(f"{one.name}, is as good as {other.name}", one, other))
     for method in ("unlikelihood", "ppo", "ppo-gt"):
         found += [_at_no_more_kl(dpo, other, required=False) for other in results.of(method)]
     return found
@@ -229,7 +242,7 @@ def _at_no_more_kl(dpo: Sequence[Point], other: Point, *, required: bool) -> Che
     nearer = [point for point in dpo if point.kl.value <= other.kl.value]
     if not nearer:
         return Check(
-            f"no dpo point has as little KL as {other.name}", Estimate(math.nan, math.nan, math.nan), False, required
+            f"no point of DPO has as little KL as {other.name}", Estimate(math.nan, math.nan, math.nan), False, required
         )
     best = max(nearer, key=lambda point: point.reward.value)
     return _above(f"{best.name} earns more than {other.name}, with no more KL", best, other, required=required)

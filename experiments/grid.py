@@ -35,6 +35,7 @@ class Experiment:
         known: The reward.
         prompts: Of a seed, so many.
         model: Makes or finds the model in a folder for it, as the grid says; returns its directory.
+        is_gated: Whether it is an error if something does not hold that theory asks for.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Experiment:
     known: Reward
     prompts: Callable[[int, int], list[str]]
     model: Callable[[Path, dict[str, Any]], Path]
+    is_gated: bool = True
 
     @property
     def folder(self) -> Path:
@@ -72,35 +74,27 @@ def run_experiment(experiment: Experiment, grid_file: str, work: Path, workers: 
     grid = YAML(typ="safe").load((experiment.folder / grid_file).read_text(encoding="utf-8"))
     work.mkdir(parents=True, exist_ok=True)
     model = experiment.model(work, grid).resolve()
-    for seed in grid["seeds"]:
-        folder = work / f"seed-{seed}"
-        folder.mkdir(exist_ok=True)
-        with contextlib.chdir(folder):
-            os.environ["DPO_MODEL_PATH"] = str(model)
-            prompts = experiment.prompts(seed, grid["num_prompts"])
-            settings = [f"{setting}={value}" for setting, value in grid.get("set", {}).items()]
-            settings += [f"{section}.seed={seed}" for section in ("reward", "evaluate")]
-            prepare_project(
-                experiment.folder / "params.yaml", settings, prompts, grid["answers"], experiment.known, reporter
-            )
-    tasks: list[Cell | int] = [cell for seed in grid["seeds"] for cell in read_cells(grid, seed)]
-    tasks += grid["seeds"]
+    cells: list[Task] = [cell for seed in grid["seeds"] for cell in read_cells(grid, seed)]
+    rounds: list[tuple[str, list[Task]]] = [
+        ("projects", [("project", seed) for seed in grid["seeds"]]),
+        ("cells", [*cells, *(("reference", seed) for seed in grid["seeds"])]),
+    ]
     context = multiprocessing.get_context("spawn")
-    with (
-        ProcessPoolExecutor(workers, context, _begin, (experiment.name, str(model), str(work), grid)) as pool,
-        reporter.meter(f"{experiment.name}: cells", len(tasks), "cells") as meter,
-    ):
-        running = [pool.submit(_run, task) for task in tasks]
-        for done in as_completed(running):
-            meter.note(done.result())
-            meter.advance(1)
+    with ProcessPoolExecutor(workers, context, _begin, (experiment.name, str(model), str(work), grid)) as pool:
+        for what, tasks in rounds:
+            with reporter.meter(f"{experiment.name}: {what}", len(tasks), what) as meter:
+                for done in as_completed([pool.submit(_run, task) for task in tasks]):
+                    meter.note(done.result())
+                    meter.advance(1)
     results = (experiment.folder if grid_file == "grid.yaml" else work) / "results"
     failed = [check.statement for check in write_results(experiment.title, work, grid, results) if check.fails]
-    if failed:
+    if failed and experiment.is_gated:
         raise DataError([f"{results / 'checks.csv'}: does not hold: {statement}" for statement in failed])
     return results
 
 
+Task = Cell | tuple[str, int]
+"""A cell, or what is made for a seed."""
 _worker: dict[str, Any] = {}
 
 
@@ -123,14 +117,22 @@ def _begin(name: str, model: str, work: str, grid: dict[str, Any]) -> None:
     )
 
 
-def _run(task: Cell | int) -> str:
-    """A cell, or the reference's answers of a seed."""
-    experiment, work = _worker["experiment"], _worker["work"]
-    seed = task if isinstance(task, int) else task.seed
-    with contextlib.chdir(work / f"seed-{seed}"):
-        if isinstance(task, int):
-            grid = _worker["grid"]
+def _run(task: Task) -> str:
+    """A cell, or what a seed needs: its project, many answers of its reference."""
+    experiment, work, grid = _worker["experiment"], _worker["work"], _worker["grid"]
+    what, seed = ("cell", task.seed) if isinstance(task, Cell) else task
+    folder = work / f"seed-{seed}"
+    folder.mkdir(exist_ok=True)
+    with contextlib.chdir(folder):
+        if isinstance(task, Cell):
+            run_cell(task, experiment.known, work / "cells", SilentReporter())
+            return task.name
+        if what == "reference":
             reference_samples(grid["reference_samples"], seed, experiment.known, work / f"reference-{seed}.npz")
-            return f"reference-{seed}"
-        run_cell(task, experiment.known, work / "cells", SilentReporter())
-        return task.name
+            return f"{what} {seed}"
+        settings = [f"{setting}={value}" for setting, value in grid.get("set", {}).items()]
+        settings += [f"{section}.seed={seed}" for section in ("reward", "evaluate")]
+        prompts = experiment.prompts(seed, grid["num_prompts"])
+        params_file = experiment.folder / "params.yaml"
+        prepare_project(params_file, settings, prompts, grid["answers"], experiment.known, SilentReporter())
+        return f"{what} {seed}"

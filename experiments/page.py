@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from dpo_cli.core.artifacts import write_text
 from dpo_cli.report.figures import COLOR_NAMES, DASHED, INK, MUTED, A, B, Chart, Key, scale_axes, standalone
 from dpo_cli.report.style import page_environment
-from experiments.frontier import Check, Point, Results
+from experiments.frontier import LABELS, Check, Point, Results
 
 _LINES: Mapping[str, tuple[str, str, Any, str]] = {
     "dpo": ("a eval", A, "-", "o"),
@@ -21,17 +21,6 @@ _LINES: Mapping[str, tuple[str, str, Any, str]] = {
     "unlikelihood": ("muted eval", MUTED, "-", "s"),
     "preferred-ft": ("muted dot", MUTED, "", "D"),
 }
-LABELS = {
-    "sft": "SFT, the reference",
-    "dpo": "DPO",
-    "ppo": "PPO, learned reward",
-    "ppo-gt": "PPO, true reward",
-    "unlikelihood": "Unlikelihood",
-    "preferred-ft": "Preferred-FT",
-    "best-of-n": "Best-of-N, learned reward",
-    "best-of-n-gt": "Best-of-N, true reward",
-}
-"""Methods as the page has them."""
 
 
 def frontier_chart(results: Results) -> Chart:

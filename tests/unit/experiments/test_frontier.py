@@ -46,11 +46,11 @@ def test_checkpoints_are_chosen_on_one_half_and_reported_on_the_other(tmp_path: 
         np.savez(tmp_path / f"reference-{seed}.npz", known=samples, learned=samples)
     results = read_results(tmp_path, GRID)
     sft, *trained = results.points
-    assert (sft.name, sft.reward.value) == ("sft", pytest.approx(0.5))
+    assert (sft.method, sft.reward.value) == ("sft", pytest.approx(0.5))
     assert [(point.name, [*point.steps]) for point in trained] == [
-        ("dpo 0.1", [10, 10]),
-        ("dpo 5", [10, 10]),
-        ("ppo 3", [10, 10]),
+        ("DPO 0.1", [10, 10]),
+        ("DPO 5", [10, 10]),
+        ("PPO, learned reward 3", [10, 10]),
     ]
     assert trained[0].reward.value == pytest.approx(0.2)
     assert trained[0].text == "t1"
@@ -83,11 +83,11 @@ def test_what_theory_allows_passes() -> None:
     ("changes", "statement"),
     [
         ({"dpo_0.1": (4, 0.5), "dpo_1": (1, 0.5), "dpo_5": (0.1, 0.5)}, "earns more than SFT"),
-        ({"preferred-ft": (0.2, 0.65)}, "dpo 5 earns more than preferred-ft, with no more KL"),
-        ({"preferred-ft": (0.05, 0.51)}, "no dpo point has as little KL as preferred-ft"),
-        ({"dpo_5": (2, 0.75)}, "KL of dpo falls as beta grows"),
-        ({"dpo_1": (1, 0.95)}, "no point is above the ideal frontier (the highest: dpo 1)"),
-        ({"ppo-gt_6": (4, 0.7)}, "ppo-gt 6 (true reward) is as good as ppo 6"),
+        ({"preferred-ft": (0.2, 0.65)}, "DPO 5 earns more than Preferred-FT, with no more KL"),
+        ({"preferred-ft": (0.05, 0.51)}, "no point of DPO has as little KL as Preferred-FT"),
+        ({"dpo_5": (2, 0.75)}, "the KL of DPO falls as beta grows"),
+        ({"dpo_1": (1, 0.95)}, "no point is above the ideal frontier (the highest: DPO 1)"),
+        ({"ppo-gt_6": (4, 0.7)}, "PPO, true reward 6, is as good as PPO, learned reward 6"),
     ],
 )
 def test_a_planted_fault_is_named(changes: dict[str, tuple[float, float]], statement: str) -> None:
