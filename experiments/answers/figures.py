@@ -93,7 +93,7 @@ def shift_chart(measured: Measured, temperature: float) -> Chart:
 
     return Chart(
         "out-of-distribution",
-        f"Win rate against the ground truth at temperature {temperature:g}, %",
+        f"Win rate against the ground truth at T = {temperature:g}, %",
         "Held-out prompts are like those of training; the others have what no training prompt has. Bars are 95%"
         " intervals.",
         Path("out_of_distribution.csv"),
