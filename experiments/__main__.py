@@ -13,7 +13,7 @@ from dpo_cli.cli.console import ConsoleReporter
 from dpo_cli.cli.exits import errors_as_exit_codes
 from dpo_cli.core.errors import ParamsError
 
-NAMES = ("sentiment", "reviews")
+NAMES = ("sentiment", "answers", "reviews")
 
 
 def main(
@@ -32,12 +32,10 @@ def main(
             raise ParamsError(f"there is no experiment {name}; there are {', '.join(NAMES)}")
         import torch  # here, so that --help does not wait for it
 
-        from experiments.grid import run_experiment
-
         experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
         work = experiment.folder / "work" / Path(grid).stem
         processes = workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
-        typer.echo(run_experiment(experiment, grid, work, processes, ConsoleReporter(show_tables=False)))
+        typer.echo(experiment.run(grid, work, processes, ConsoleReporter(show_tables=False)))
 
 
 if __name__ == "__main__":
