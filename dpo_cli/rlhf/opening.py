@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.core.errors import DataError
-from dpo_cli.core.params import PpoParams
+from dpo_cli.core.training_params import PpoParams
 from dpo_cli.data.tokenize import explain_rejects
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.evaluation.generation import PromptTokens
 from dpo_cli.losses.reinforcement import KlController
-from dpo_cli.models.adapters import ModelPair, add_value_head
+from dpo_cli.models.adapters import ModelPair
+from dpo_cli.models.heads import add_value_head
 from dpo_cli.models.project import Project
 from dpo_cli.rlhf.actor import PolicyActor
 from dpo_cli.rlhf.objective import PolicyGradient

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError
-from dpo_cli.core.params import PpoParams
 from dpo_cli.core.progress import SilentReporter
+from dpo_cli.core.training_params import PpoParams
 from dpo_cli.data.schema import Messages
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.data.world import task_of
@@ -18,10 +18,11 @@ from dpo_cli.judging.prepare import LoadJudge
 from dpo_cli.judging.reward_model import RewardModel
 from dpo_cli.judging.templates import transcript
 from dpo_cli.judging.win_rate import Pair, compare_all, summarize
-from dpo_cli.models.adapters import REWARD_ADAPTER, ModelPair, add_reward_adapter, check_reward_model
+from dpo_cli.models.adapters import ModelPair
+from dpo_cli.models.heads import REWARD_ADAPTER, add_reward_adapter, check_reward_model
 from dpo_cli.models.project import Project
 from dpo_cli.rlhf.rollouts import Rewarder
-from dpo_cli.scoring.scorer import RewardScorer
+from dpo_cli.scoring.reward_scorer import RewardScorer
 
 
 def open_rewarder(

@@ -13,10 +13,11 @@ from dpo_cli.core.artifacts import digest_json, publish_folder
 from dpo_cli.core.environment import importing
 from dpo_cli.core.errors import DataError
 from dpo_cli.core.manifest import PPO, REWARD, Manifest
-from dpo_cli.core.params import Params, PpoParams
+from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import Scratch, stage_scratch
 from dpo_cli.core.text import markdown
+from dpo_cli.core.training_params import PpoParams
 from dpo_cli.models.card import Card, publish_adapter
 from dpo_cli.models.device import memory_in_words, memory_metrics
 from dpo_cli.training.history import write_reports
@@ -43,7 +44,7 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
     with importing():
         from dpo_cli.evaluation import SFT
         from dpo_cli.judging.prepare import prepare_judge
-        from dpo_cli.models.adapters import check_reward_model
+        from dpo_cli.models.heads import check_reward_model
         from dpo_cli.models.load import quiet_libraries
         from dpo_cli.models.project import open_project
         from dpo_cli.rlhf.objective import METRICS
