@@ -112,6 +112,9 @@ class PpoParams(DescentParams):
         " prompt's other answers (REINFORCE leave-one-out).",
     )
     learning_rate: float = param(1e-4, "Peak learning rate.", gt=0, le=1)
+    seed: int = param(
+        0, "Seeds the adapter's start, the order of prompts, the answers and dropout.", ge=0, le=2**32 - 1
+    )
     rounds: int = param(50, "Rounds: prompts are answered, then trained on.", ge=1, le=10**6)
     prompts_a_round: int = param(64, "Prompts that are answered in a round.", ge=1, le=10**6)
     answers: int = param(4, "Answers to each; rloo needs two.", ge=1, le=1024)
@@ -130,7 +133,8 @@ class PpoParams(DescentParams):
     )
     max_step_kl: float | None = param(
         None,
-        "A round ends early where the policy is so far from the one that answered; null: never.",
+        "A round ends early where the policy is so far from the one that answered, and a further one follows: the"
+        " number of steps is what ppo.rounds takes without it; null: never.",
         unit="nats a token",
         gt=0,
         le=100,

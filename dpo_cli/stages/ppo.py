@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from statistics import fmean
@@ -110,13 +109,17 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
 
 
 def _ends(loop: Loop[Any], settings: PpoParams) -> dict[str, float]:
-    """Reward, KL and entropy of the first round's answers and of the last one's: means over a pass of its steps."""
-    a_pass = math.ceil(settings.prompts_a_round / settings.batch_size)
-    names = {"score": "objective/scores", "kl": "objective/kl", "entropy": "objective/entropy"}
-    ends = {"_start": loop.history[:a_pass], "": loop.history[-a_pass:]}
-    return {
-        f"{name}{end}": fmean(step[key] for step in steps) for end, steps in ends.items() for name, key in names.items()
-    }
+    """Reward, KL and entropy of the first round's answers and of the last one's: means over the prompts of a pass.
+
+    A round that ended in its first pass has those that were trained on.
+    """
+    size, found = settings.batch_size, {}
+    weights = [min(size, settings.prompts_a_round - start) for start in range(0, settings.prompts_a_round, size)]
+    for end, number in (("_start", 1), ("", loop.history[-1]["objective/round"])):
+        steps = [step for step in loop.history if step["objective/round"] == number][: len(weights)]
+        for name, key in (("score", "scores"), ("kl", "kl"), ("entropy", "entropy")):
+            found[f"{name}{end}"] = fmean([step[f"objective/{key}"] for step in steps], weights[: len(steps)])
+    return found
 
 
 def _publish_none(scratch: Scratch, reporter: Reporter) -> dict[str, Any]:

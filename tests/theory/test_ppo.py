@@ -14,7 +14,7 @@ from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.losses.reinforcement import KlController
 from dpo_cli.models.project import Workplace
 from dpo_cli.rlhf.objective import PolicyGradient
-from dpo_cli.rlhf.rollouts import Course, Rollouts, Scored
+from dpo_cli.rlhf.rollouts import RolloutPlan, Rollouts, Scored
 from dpo_cli.scoring.scorer import Scores, Statistics
 from dpo_cli.training import loop as loop_module
 from dpo_cli.training.accumulation import Limits
@@ -106,15 +106,15 @@ def train(
     folder: Path, cpu: Any, reporter: Any, beta: float, estimator: str, num_rounds: int
 ) -> tuple[Table, Loop[Any]]:
     folder.mkdir(exist_ok=True)
-    course = Course(64, 64, 16, epochs=2, estimator=estimator, seed=3)
+    plan = RolloutPlan(64, 64, 16, epochs=2, estimator=estimator, seed=3)
     table = Table()
-    source = Rollouts(TableActor(table, 8), rewards, KlController(beta), course)
-    num_steps = num_rounds * course.steps_a_round
+    source = Rollouts(TableActor(table, 8), rewards, KlController(beta), plan)
+    num_steps = num_rounds * plan.steps_a_round
     settings = TrainParams(learning_rate=0.03, schedule="linear", warmup_ratio=0.0)
     work = Workplace("ppo", reporter, RuntimeParams(checkpoint_minutes=0.0), cpu)
     job = Job(work, folder)
     descent = make_descent(table, settings, num_steps, cpu.device, "ppo")
-    learner = Learner(table, table, PolicyGradient(source, value_clip=10.0, value_coefficient=0.5))  # type: ignore[arg-type]
+    learner = Learner(table, table, PolicyGradient(source, 0.2, value_clip=10.0, value_coefficient=0.5))  # type: ignore[arg-type]
     loop = Loop(learner, Data(source), descent, loop_module.Course(num_steps), Limits.of(work, 256), job)
     loop.run()
     return table, loop
