@@ -11,11 +11,10 @@ import typer
 
 from dpo_cli.cli.console import ConsoleReporter
 from dpo_cli.cli.exits import errors_as_exit_codes
-from experiments.grid import run_experiment
 
 
 def main(
-    name: Annotated[str, typer.Argument(help="sentiment or reviews.")],
+    name: Annotated[str, typer.Argument(help="sentiment, answers or reviews.")],
     grid: Annotated[str, typer.Option(help="File of the grid in its folder: grid.yaml, or fast.yaml.")] = "grid.yaml",
     workers: Annotated[int, typer.Option(min=1, help="Processes that train at once.")] = os.cpu_count() or 1,
 ) -> None:
@@ -26,7 +25,7 @@ def main(
     with errors_as_exit_codes(as_json=False):
         experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
         work = experiment.folder / "work" / Path(grid).stem
-        results = run_experiment(experiment, grid, work, workers, ConsoleReporter(show_tables=False))
+        results = experiment.run(grid, work, workers, ConsoleReporter(show_tables=False))
         typer.echo(f"{results}")
 
 

@@ -30,7 +30,7 @@ from dpo_cli.evaluation.models import EvaluatedModel, LoadedModel, reference_mod
 from dpo_cli.evaluation.steps import Steps
 from dpo_cli.judging.answers import Answer
 from dpo_cli.judging.reward_model import RewardModel
-from dpo_cli.models.adapters import ModelPair
+from dpo_cli.models.adapters import ModelPair, save_adapter
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.models.project import Project, open_project
 from dpo_cli.rlhf.opening import open_reinforcement, training_prompts
@@ -89,7 +89,7 @@ def read_cells(grid: Mapping[str, Any], seed: int) -> list[Cell]:
     return cells
 
 
-def run_cell(cell: Cell, known: Reward, results: Path, reporter: Reporter) -> None:
+def run_cell(cell: Cell, known: Reward, results: Path, reporter: Reporter, *, keeps_adapter: bool = False) -> None:
     """Train a cell in the project of the working directory, and write its measurements to a folder of its own.
 
     Args:
@@ -97,6 +97,7 @@ def run_cell(cell: Cell, known: Reward, results: Path, reporter: Reporter) -> No
         known: The reward that answers are measured with.
         results: Where its folder is made: a table a measured step, and cell.json when it is done.
         reporter: Shows progress.
+        keeps_adapter: Whether the policy as it is at the end stays beside the measurements, in folder adapter.
 
     Raises:
         StaleArtifactError: An earlier stage's result is missing or stale.
@@ -125,6 +126,8 @@ def run_cell(cell: Cell, known: Reward, results: Path, reporter: Reporter) -> No
         loop = Loop(opened.learner, Data(source), descent, course, limits, Job(project, scratch.folder))
         loop.run()
         opened.scorer.close()
+        if keeps_adapter:
+            save_adapter(opened.pair.model, folder / "adapter", params.model.name)
         write_json(folder / "log.json", loop.history)
         write_json(folder / "cell.json", {"key": key, **asdict(cell)})
         scratch.clear()

@@ -50,6 +50,10 @@ class Experiment:
         """Where its settings lie and its results go."""
         return Path(__file__).parent / self.name
 
+    def run(self, grid_file: str, work: Path, workers: int, reporter: Reporter) -> Path:
+        """Do what is left of a grid, as :func:`run_experiment` does."""
+        return run_experiment(self, grid_file, work, workers, reporter)
+
 
 def run_experiment(experiment: Experiment, grid_file: str, work: Path, workers: int, reporter: Reporter) -> Path:
     """Do what is left of a grid, and write its results.
@@ -94,14 +98,19 @@ Task = Cell | tuple[str, int]
 _worker: dict[str, Any] = {}
 
 
-def _begin(name: str, model: str, work: str, grid: dict[str, Any]) -> None:
-    """What a worker knows; each trains on one core, and ends with the process that began it."""
+def begin_worker() -> None:
+    """A worker computes on one core, and ends with the process that began it."""
     import torch
 
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _begin(name: str, model: str, work: str, grid: dict[str, Any]) -> None:
+    """What a worker knows."""
+    begin_worker()
     os.environ["DPO_MODEL_PATH"] = model
     _worker.update(
         experiment=importlib.import_module(f"experiments.{name}").EXPERIMENT, work=Path(work).resolve(), grid=grid
