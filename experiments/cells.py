@@ -281,12 +281,13 @@ class _Watched(BatchSource[TokenGroup]):
 def reference_samples(number: int, seed: int, known: Reward, out: Path) -> None:
     """Many answers of the reference to each held-out prompt of the half that is reported, by both rewards.
 
-    Writes float64 [prompts, number] ``known`` and ``learned``, and the prompts' ids, for Best-of-N and the ideal.
+    Writes float64 [prompts, number] ``known`` and ``learned``, the prompts' ids, and the texts of the first prompt's
+    answers, for Best-of-N and the ideal.
     """
     params = load_params(paths.PARAMS, ["evaluate.temperature=1.0", f"evaluate.seed={1000 + seed}"])
     project = open_project(params, SilentReporter(), "sample")
-    prompts = reported_half(held_out_prompts(project))
-    key = digest_json([VERSION, number, seed, project.made_of(), REWARD.read().files, [each.id for each in prompts]])
+    prompts = held_out_prompts(project)[1::2]  # half 1
+    key = digest_json([VERSION, number, seed, project.made_of(), REWARD.read().files])
     if out.is_file() and str(np.load(out)["key"]) == key:
         return
     asked = [PromptTokens(f"{each.id}-{k}", each.tokens, each.messages) for each in prompts for k in range(number)]
@@ -298,10 +299,17 @@ def reference_samples(number: int, seed: int, known: Reward, out: Path) -> None:
         learned = RewardModel.load(paths.REWARD_MODEL, project).rewards(texts)
         ids = np.array([each.id for each in prompts])
         with atomic_path(out) as temporary, temporary.open("wb") as file:
-            np.savez(file, key=key, known=rewards, learned=np.array(learned).reshape(shape), prompt_ids=ids)
+            np.savez(
+                file,
+                key=key,
+                known=rewards,
+                learned=np.array(learned).reshape(shape),
+                prompt_ids=ids,
+                texts=np.array([each.text for each in texts[:number]]),
+            )
         scratch.clear()
 
 
-def reported_half(prompts: Sequence[PromptTokens]) -> list[PromptTokens]:
-    """Every other prompt: figures are reported on these, and checkpoints are chosen on the rest."""
-    return list(prompts[1::2])
+def half(rows: pl.DataFrame, which: int) -> pl.DataFrame:
+    """Every other row, in the order of prompt ids: half 0 is chosen on, half 1 is reported."""
+    return rows.sort("prompt_id")[which::2]

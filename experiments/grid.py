@@ -18,10 +18,12 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from dpo_cli.core.errors import DataError
+from dpo_cli.core import paths
+from dpo_cli.core.artifacts import digest_files, read_json, write_json
+from dpo_cli.core.errors import DataError, ParamsError, StaleArtifactError
 from dpo_cli.core.progress import Reporter, SilentReporter
 from experiments.cells import Cell, Reward, read_cells, reference_samples, run_cell
-from experiments.frontier import write_results
+from experiments.page import write_results
 from experiments.projects import prepare_project
 
 
@@ -69,10 +71,16 @@ def run_experiment(experiment: Experiment, grid_file: str, work: Path, workers: 
         The folder of the results: that of the experiment for its whole grid, else one beside the work.
 
     Raises:
+        ParamsError: There is no such grid.
+        StaleArtifactError: What was begun in the folder was begun with other settings or code.
         DataError: Something does not hold that must; the results are written.
     """
+    if not (experiment.folder / grid_file).is_file():
+        found = ", ".join(sorted(path.name for path in experiment.folder.glob("*.yaml")))
+        raise ParamsError(f"{experiment.folder / grid_file} is missing; there are {found}")
     grid = YAML(typ="safe").load((experiment.folder / grid_file).read_text(encoding="utf-8"))
     work.mkdir(parents=True, exist_ok=True)
+    _refuse_other(experiment, grid, work)
     model = experiment.model(work, grid).resolve()
     cells: list[Task] = [cell for seed in grid["seeds"] for cell in read_cells(grid, seed)]
     rounds: list[tuple[str, list[Task]]] = [
@@ -83,14 +91,34 @@ def run_experiment(experiment: Experiment, grid_file: str, work: Path, workers: 
     with ProcessPoolExecutor(workers, context, _begin, (experiment.name, str(model), str(work), grid)) as pool:
         for what, tasks in rounds:
             with reporter.meter(f"{experiment.name}: {what}", len(tasks), what) as meter:
-                for done in as_completed([pool.submit(_run, task) for task in tasks]):
-                    meter.note(done.result())
-                    meter.advance(1)
+                try:
+                    for done in as_completed([pool.submit(_run, task) for task in tasks]):
+                        meter.note(done.result())
+                        meter.advance(1)
+                except BaseException:
+                    pool.shutdown(wait=True, cancel_futures=True)  # what is not begun is not begun any more
+                    raise
     results = (experiment.folder if grid_file == "grid.yaml" else work) / "results"
-    failed = [check.statement for check in write_results(experiment.title, work, grid, results) if check.fails]
+    failed = [
+        check.statement for check in write_results(experiment.title, work, grid, results) if check.verdict == "fails"
+    ]
     if failed and experiment.is_gated:
         raise DataError([f"{results / 'checks.csv'}: does not hold: {statement}" for statement in failed])
     return results
+
+
+def _refuse_other(experiment: Experiment, grid: dict[str, Any], work: Path) -> None:
+    """Refuse to go on in a folder whose projects were made of something else; cells look after themselves."""
+    of_cells = ("cells", "seeds", "eval_steps", "reference_samples")
+    made_of = {
+        "grid": {name: value for name, value in grid.items() if name not in of_cells},
+        "code": digest_files(experiment.folder, [path.name for path in experiment.folder.glob("*.py")]),
+        "params": (experiment.folder / paths.PARAMS).read_text(encoding="utf-8"),
+    }
+    path = work / "made_of.json"
+    if path.is_file() and read_json(path, "delete its folder") != made_of:
+        raise StaleArtifactError(f"{work} was begun with other settings or code of the experiment; delete it")
+    write_json(path, made_of)
 
 
 Task = Cell | tuple[str, int]
@@ -130,9 +158,10 @@ def _run(task: Task) -> str:
         if what == "reference":
             reference_samples(grid["reference_samples"], seed, experiment.known, work / f"reference-{seed}.npz")
             return f"{what} {seed}"
-        settings = [f"{setting}={value}" for setting, value in grid.get("set", {}).items()]
-        settings += [f"{section}.seed={seed}" for section in ("reward", "evaluate")]
+        tree = YAML(typ="safe").load((experiment.folder / paths.PARAMS).read_text(encoding="utf-8"))
+        for setting, value in grid.get("set", {}).items():
+            section, _, name = setting.partition(".")
+            tree[section][name] = value
         prompts = experiment.prompts(seed, grid["num_prompts"])
-        params_file = experiment.folder / "params.yaml"
-        prepare_project(params_file, settings, prompts, grid["answers"], experiment.known, SilentReporter())
+        prepare_project(tree, seed, prompts, grid["answers"], experiment.known)
         return f"{what} {seed}"
