@@ -271,8 +271,8 @@ class _Watched(BatchSource[TokenGroup]):
         self._step = step + 1
         return self._inner.batch(step)
 
-    def hear(self, metrics: Mapping[str, float]) -> None:
-        self._inner.hear(metrics)
+    def after_step(self, metrics: Mapping[str, float]) -> None:
+        self._inner.after_step(metrics)
         if self._step % self._every == 0 or self._step == self._num_steps:
             self._measured(self._step)
 
