@@ -168,15 +168,10 @@ def _reinforced(cell: Cell, params: Params, project: Project, known: Reward) -> 
     """A training by reinforcement, as section ppo describes it."""
     prompts = training_prompts(project)
     asked = {prompt.id: prompt.messages for prompt in prompts}
-    texts = {prompt.id: prompt.messages[-1]["content"] for prompt in prompts}
+    ppo = params.ppo.model_copy(update={"reward": "reward-model"})
 
     def open_reward(pair: ModelPair) -> Rewarder:
-        if cell.reward == "learned":
-            return open_rewarder(project, pair, params.ppo.model_copy(update={"reward": "reward-model"}), asked)
-        decode = project.encoder.decode
-        return lambda groups: [
-            [known(texts[group.group], decode(list(answer))) for answer in group.completions] for group in groups
-        ]
+        return open_rewarder(project, pair, ppo, asked, known=known if cell.reward == "known" else None)
 
     found = open_reinforcement(project, params.ppo, prompts, open_reward)
     return _Opened(found.pair, found.scorer, found.learner, found.source, found.num_steps, found.budget)
