@@ -255,13 +255,8 @@ def checks(results: Results) -> list[Check]:
     sft, dpo = results.points[0], results.of("dpo")
     found = [_above(f"{_best(dpo).name} earns more than SFT", _best(dpo), sft)]
     for other in results.of("preferred-ft"):
-        nearer = [point for point in dpo if point.chosen_on("kl") <= other.chosen_on("kl")]
-        if nearer:
-            statement = f"{_best(nearer).name} earns more than {other.name}, with no more KL"
-            found.append(_above(statement, _best(nearer), other))
-        else:
-            statement = f"a point of DPO has no more KL than {other.name}"
-            found.append(Check(statement, "fails", Estimate(math.nan, math.nan, math.nan)))
+        found.append(_above(f"{_best(dpo).name} earns more than {other.name}", _best(dpo), other))
+        found.append(_at_matched_kl([sft, *dpo], other))
     found += [_kl_falls(one, other) for one, other in itertools.pairwise(dpo)]
     if results.ideal is not None:
         found.append(_below_ideal(results.points[1:], results.ideal))
@@ -294,6 +289,23 @@ def _difference(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> Estim
 def _above(statement: str, one: Point, other: Point) -> Check:
     difference = _difference(one.rewards, other.rewards)
     return Check(statement, "holds" if difference.low > 0 else "fails", difference, _difference(one.kls, other.kls))
+
+
+def _at_matched_kl(frontier: Sequence[Point], other: Point) -> Check:
+    """Whether a frontier is not shown to lie below a point: its two neighbors in KL are mixed to have as much.
+
+    Reward grows with the square root of KL near the reference, so that is what the mixture matches.
+    """
+    by_kl = sorted(frontier, key=lambda point: point.chosen_on("kl"))
+    roots = [math.sqrt(max(point.chosen_on("kl"), 0)) for point in by_kl]
+    place = min(max(int(np.searchsorted(roots, math.sqrt(max(other.chosen_on("kl"), 0)))), 1), len(by_kl) - 1)
+    below, above = by_kl[place - 1], by_kl[place]
+    span = roots[place] - roots[place - 1]
+    share = min(max((math.sqrt(max(other.chosen_on("kl"), 0)) - roots[place - 1]) / span if span else 0.0, 0.0), 1.0)
+    mixed = [(1 - share) * low + share * high for low, high in zip(below.rewards, above.rewards, strict=True)]
+    difference = _difference(mixed, other.rewards)
+    statement = f"{below.name} and {above.name}, mixed to the KL of {other.name}, are not shown to earn less"
+    return Check(statement, "fails" if difference.high < 0 else "holds", difference)
 
 
 def _kl_falls(one: Point, other: Point) -> Check:

@@ -124,8 +124,9 @@ def test_what_theory_allows_passes() -> None:
     ("changes", "statement"),
     [
         ({"dpo_0.1": (4, 0.5), "dpo_1": (1, 0.5), "dpo_5": (0.1, 0.5)}, "earns more than SFT"),
-        ({"preferred-ft": (0.2, 0.65)}, "DPO 5 earns more than Preferred-FT, with no more KL"),
-        ({"preferred-ft": (0.05, 0.51)}, "a point of DPO has no more KL than Preferred-FT"),
+        ({"preferred-ft": (0.2, 0.85)}, "DPO 0.1 earns more than Preferred-FT"),
+        ({"preferred-ft": (0.2, 0.65)}, "DPO 5 and DPO 1, mixed to the KL of Preferred-FT, are not shown to earn less"),
+        ({"preferred-ft": (0.05, 0.59)}, "SFT, the reference and DPO 5, mixed to the KL of Preferred-FT"),
         ({"dpo_5": (2, 0.75)}, "the KL of DPO 5 is not shown to be above that of DPO 1"),
         ({"dpo_1": (1, 0.95)}, "none of 6 policies is above the ideal frontier"),
         ({"dpo_0.1": (4, 1.3)}, "DPO 0.1 at beta 0.1"),
