@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from dpo_cli.statistics.intervals import Estimate, Sampling
+from dpo_cli.statistics.intervals import Estimate, Sampling, exact_interval
 from experiments.answers.measure import HELD_OUT
 from experiments.answers.shifts import SHIFTS
 
@@ -64,8 +64,17 @@ class Measured:
         ]
 
     def win_rate(self, prompts: Sequence[str], method: str, temperature: float, against: str = TRUTH) -> Estimate:
-        """Win rate with its interval, seeds drawn, then prompts."""
-        return SAMPLING.of_runs(self.wins(prompts, method, temperature, against), same_prompts=True)
+        """Win rate with its interval, seeds drawn, then prompts.
+
+        Where all answers or none tie with the ground truth the bootstrap knows nothing, and the interval is the exact
+        one, each prompt counting once.
+        """
+        wins = self.wins(prompts, method, temperature, against)
+        found = SAMPLING.of_runs(wins, same_prompts=True)
+        if against == TRUTH and found.low == found.high:
+            low, high = exact_interval(2 * found.value * len(wins[0]), len(wins[0]), SAMPLING.confidence)
+            return Estimate(found.value, low / 2, high / 2)
+        return found
 
     def lead(self, prompts: Sequence[str], one: str, other: str, temperature: float) -> Estimate:
         """Win rate of a method against the ground truth less another's, paired by seed and prompt."""

@@ -38,7 +38,10 @@ def test_good_answers_follow_by_the_rules_of_the_world() -> None:
 
 
 def test_win_rates_of_known_rewards(tmp_path: Path) -> None:
-    """Good answers tie with the ground truth and win over bad ones; a method against itself is even."""
+    """Good answers tie with the ground truth and win over bad ones; a method against itself is even.
+
+    Where none of 200 is good, the share of good ones is at most 1 - 0.025^(1/200) (Clopper and Pearson 1934).
+    """
     rewards = {"sft": ([1, 0, 0, 0], [0, 0, 0, 1]), "dpo": ([1, 1, 0, 0], [1, 1, 0, 1])}
     tables = []
     for seed in (0, 1):
@@ -54,4 +57,6 @@ def test_win_rates_of_known_rewards(tmp_path: Path) -> None:
     assert measured.win_rate([HELD_OUT], "dpo", 0.0, SFT).value == 0.5 + 3 / 8 / 2
     assert vars(measured.win_rate([HELD_OUT], SFT, 0.0, SFT)) == {"value": 0.5, "low": 0.5, "high": 0.5}
     np.testing.assert_array_equal(measured.wins([HELD_OUT], "dpo", 0.0, SFT), [[0.5, 1, 0.5, 0.5], [1, 1, 0.5, 0.5]])
+    never = Measured({(HELD_OUT, "sft", 0.0): [np.zeros(200)]}).win_rate([HELD_OUT], "sft", 0.0)
+    assert (never.low, never.high) == (0, pytest.approx((1 - 0.025 ** (1 / 200)) / 2))
     assert measured.lead([HELD_OUT], "dpo", SFT, 0.0).value == 3 / 8 / 2
