@@ -86,12 +86,10 @@ bench: $(VENV)/.installed-dev
 bench-trl: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/against_trl.py
 
-# What is done is not done again. The real model is fetched (89 MB); without it there are the other two.
-experiments: export DPO_MODEL_PATH := $(MODEL)
-experiments: setup $(MODEL)/config.json
+# What is done is not done again.
+experiments: setup
 	$(THREADS) $(BIN)/python -m experiments sentiment
 	$(THREADS) $(BIN)/python -m experiments answers
-	$(THREADS) $(BIN)/python -m experiments reviews
 
 experiments-fast: setup
 	$(THREADS) $(BIN)/python -m experiments sentiment --grid fast.yaml

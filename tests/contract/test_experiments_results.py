@@ -33,16 +33,10 @@ def test_what_theory_asks_holds_and_the_figures_say_so() -> None:
     sft, preferred = points["sft", ""], points["preferred-ft", ""]
     dpo = sorted((row for row in rows("points") if row["method"] == "dpo"), key=lambda row: float(row["value"]))
     assert max(float(row["reward_low"]) for row in dpo) > float(sft["reward_high"])
-    assert any(
-        float(row["kl"]) <= float(preferred["kl_high"]) and float(row["reward"]) > float(preferred["reward"])
-        for row in dpo
-    )
-    last = {
-        row["value"]: [float(each["kl"]) for each in rows("curves") if each["value"] == row["value"] and
-                       each["method"] == "dpo" and each["step"] == "300"]
-        for row in dpo
-    }  # fmt: skip
-    means = [sum(found) / len(found) for found in last.values()]
+    assert max(float(row["reward_low"]) for row in dpo) > float(preferred["reward_high"])
+    found = [row for row in rows("curves") if row["method"] == "dpo" and row["step"] == "300"]
+    last = [[float(each["kl"]) for each in found if float(each["value"]) == float(row["value"])] for row in dpo]
+    means = [sum(kls) / len(kls) for kls in last]
     assert means == sorted(means, reverse=True), "the KL falls as beta grows"
 
 
