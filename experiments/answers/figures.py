@@ -89,11 +89,11 @@ def shift_chart(measured: Measured, temperature: float) -> Chart:
                 markersize=4,
             )
         scale_axes(axes, "prompts")
-        axes.set_xticks(range(len(groups)), [*groups])
+        axes.set_xticks(range(len(groups)), [*groups], fontsize=7.5)
 
     return Chart(
         "out-of-distribution",
-        f"Win rate against the ground truth at T = {temperature:g}, %",
+        f"Win rate against the truth at T = {temperature:g}, %",
         "Held-out prompts are like those of training; the others have what no training prompt has. Bars are 95%"
         " intervals.",
         Path("out_of_distribution.csv"),
