@@ -49,7 +49,7 @@ from dpo_cli.training.protocols import BatchSource, Learner
 
 Reward = Callable[[str, str], float]
 """From prompt and answer to what is known of it."""
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
