@@ -88,7 +88,7 @@ bench-trl: $(VENV)/.installed-dev
 
 # What is done is not done again. The real model is fetched (89 MB); without it there are the other two.
 experiments: export DPO_MODEL_PATH := $(MODEL)
-experiments: setup $(MODEL)/config.json
+experiments: $(MODEL)/config.json $(VENV)/.installed-real
 	$(THREADS) $(BIN)/python -m experiments sentiment
 	$(THREADS) $(BIN)/python -m experiments answers
 	$(THREADS) $(BIN)/python -m experiments reviews
@@ -113,8 +113,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/pip
 	$(PIP) --editable .
 	@touch $@
 
-$(VENV)/.installed-gguf: $(VENV)/.installed
-	$(PIP) --editable '.[gguf]'
+$(VENV)/.installed-gguf $(VENV)/.installed-real: $(VENV)/.installed
+	$(PIP) --editable '.[$(patsubst .installed-%,%,$(@F))]'
 	@touch $@
 
 # One installation with all extras.

@@ -124,14 +124,15 @@ def read_results(work: Path, grid: Mapping[str, Any]) -> Results:
         cell = runs[0][0]
         points.append(_point(cell.method, cell.value, [step for _, step, _ in runs], [table for *_, table in runs]))
     samples = [np.load(work / f"reference-{seed}.npz") for seed in grid["seeds"]]
-    bounds = best_of_n_kl_bound(NUMBERS)
+    numbers = [number for number in NUMBERS if number <= samples[0]["known"].shape[1]]
+    bounds = best_of_n_kl_bound(numbers)
     bests: dict[str, list[Point]] = {}
     for name, by in (("best-of-n", "learned"), ("best-of-n-gt", "known")):
-        found = [best_of_n(each[by], each["known"], NUMBERS) for each in samples]
+        found = [best_of_n(each[by], each["known"], numbers) for each in samples]
         bests[name] = [
             Point(name, float(number), [one[:, place] for one in found],
                   [np.full(len(one), bounds[place]) for one in found])
-            for place, number in enumerate(NUMBERS)
+            for place, number in enumerate(numbers)
         ]  # fmt: skip
     frontiers = [ideal_frontier(each["known"], IDEAL_BETAS) for each in samples]
     valid = np.all([each.valid_B for each in frontiers], axis=0)
