@@ -11,23 +11,31 @@ import typer
 
 from dpo_cli.cli.console import ConsoleReporter
 from dpo_cli.cli.exits import errors_as_exit_codes
-from experiments.grid import run_experiment
+from dpo_cli.core.errors import ParamsError
+
+NAMES = ("sentiment", "answers", "reviews")
 
 
 def main(
-    name: Annotated[str, typer.Argument(help="sentiment or reviews.")],
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(NAMES)}.")],
     grid: Annotated[str, typer.Option(help="File of the grid in its folder: grid.yaml, or fast.yaml.")] = "grid.yaml",
-    workers: Annotated[int, typer.Option(min=1, help="Processes that train at once.")] = os.cpu_count() or 1,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that train at once; by default one for each core, or one GPU.")
+    ] = None,
 ) -> None:
     """Run what is left of an experiment, and write its results.
 
     Killed or stopped it goes on where it was.
     """
     with errors_as_exit_codes(as_json=False):
+        if name not in NAMES:
+            raise ParamsError(f"there is no experiment {name}; there are {', '.join(NAMES)}")
+        import torch  # here, so that --help does not wait for it
+
         experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
         work = experiment.folder / "work" / Path(grid).stem
-        results = run_experiment(experiment, grid, work, workers, ConsoleReporter(show_tables=False))
-        typer.echo(f"{results}")
+        processes = workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+        typer.echo(experiment.run(grid, work, processes, ConsoleReporter(show_tables=False)))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from dpo_cli.evaluation.models import EvaluatedModel, LoadedModel, reference_mod
 from dpo_cli.evaluation.steps import Steps
 from dpo_cli.judging.answers import Answer
 from dpo_cli.judging.reward_model import RewardModel
-from dpo_cli.models.adapters import ModelPair
+from dpo_cli.models.adapters import ModelPair, save_adapter
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.models.project import Project, open_project
 from dpo_cli.rlhf.opening import open_reinforcement, training_prompts
@@ -89,7 +89,7 @@ def read_cells(grid: Mapping[str, Any], seed: int) -> list[Cell]:
     return cells
 
 
-def run_cell(cell: Cell, known: Reward, results: Path, reporter: Reporter) -> None:
+def run_cell(cell: Cell, known: Reward, results: Path, reporter: Reporter, *, keeps_adapter: bool = False) -> None:
     """Train a cell in the project of the working directory, and write its measurements to a folder of its own.
 
     Args:
@@ -97,6 +97,7 @@ def run_cell(cell: Cell, known: Reward, results: Path, reporter: Reporter) -> No
         known: The reward that answers are measured with.
         results: Where its folder is made: a table a measured step, and cell.json when it is done.
         reporter: Shows progress.
+        keeps_adapter: Whether the policy as it is at the end stays beside the measurements, in folder adapter.
 
     Raises:
         StaleArtifactError: An earlier stage's result is missing or stale.
@@ -125,6 +126,8 @@ def run_cell(cell: Cell, known: Reward, results: Path, reporter: Reporter) -> No
         loop = Loop(opened.learner, Data(source), descent, course, limits, Job(project, scratch.folder))
         loop.run()
         opened.scorer.close()
+        if keeps_adapter:
+            save_adapter(opened.pair.model, folder / "adapter", params.model.name)
         write_json(folder / "log.json", loop.history)
         write_json(folder / "cell.json", {"key": key, **asdict(cell)})
         scratch.clear()
@@ -283,12 +286,13 @@ class _Watched(BatchSource[TokenGroup]):
 def reference_samples(number: int, seed: int, known: Reward, out: Path) -> None:
     """Many answers of the reference to each held-out prompt of the half that is reported, by both rewards.
 
-    Writes float64 [prompts, number] ``known`` and ``learned``, and the prompts' ids, for Best-of-N and the ideal.
+    Writes float64 [prompts, number] ``known`` and ``learned``, the prompts' ids, and the texts of the first prompt's
+    answers, for Best-of-N and the ideal.
     """
     params = load_params(paths.PARAMS, ["evaluate.temperature=1.0", f"evaluate.seed={1000 + seed}"])
     project = open_project(params, SilentReporter(), "sample")
-    prompts = reported_half(held_out_prompts(project))
-    key = digest_json([VERSION, number, seed, project.made_of(), REWARD.read().files, [each.id for each in prompts]])
+    prompts = held_out_prompts(project)[1::2]  # half 1
+    key = digest_json([VERSION, number, seed, project.made_of(), REWARD.read().files])
     if out.is_file() and str(np.load(out)["key"]) == key:
         return
     asked = [PromptTokens(f"{each.id}-{k}", each.tokens, each.messages) for each in prompts for k in range(number)]
@@ -300,10 +304,17 @@ def reference_samples(number: int, seed: int, known: Reward, out: Path) -> None:
         learned = RewardModel.load(paths.REWARD_MODEL, project).rewards(texts)
         ids = np.array([each.id for each in prompts])
         with atomic_path(out) as temporary, temporary.open("wb") as file:
-            np.savez(file, key=key, known=rewards, learned=np.array(learned).reshape(shape), prompt_ids=ids)
+            np.savez(
+                file,
+                key=key,
+                known=rewards,
+                learned=np.array(learned).reshape(shape),
+                prompt_ids=ids,
+                texts=np.array([each.text for each in texts[:number]]),
+            )
         scratch.clear()
 
 
-def reported_half(prompts: Sequence[PromptTokens]) -> list[PromptTokens]:
-    """Every other prompt: figures are reported on these, and checkpoints are chosen on the rest."""
-    return list(prompts[1::2])
+def half(rows: pl.DataFrame, which: int) -> pl.DataFrame:
+    """Every other row, in the order of prompt ids: half 0 is chosen on, half 1 is reported."""
+    return rows.sort("prompt_id")[which::2]

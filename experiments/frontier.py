@@ -1,69 +1,135 @@
 """What came of a grid: reward against KL with intervals, Best-of-N, the ideal frontier, and what holds between them.
 
-A cell's checkpoint is chosen on one half of the held-out prompts, by its reward; its figures are those on the other
+What is chosen, checkpoints and settings, is chosen on one half of the held-out prompts; figures are those on the other
 half. Intervals are drawn seed by seed, then prompt by prompt.
 """
 
 from __future__ import annotations
 
-import csv
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 
-from dpo_cli.core.artifacts import write_text
+from dpo_cli.core.artifacts import read_json
+from dpo_cli.core.errors import DataError
 from dpo_cli.statistics.best_of_n import best_of_n, best_of_n_kl_bound, ideal_frontier
 from dpo_cli.statistics.intervals import Estimate, Sampling
-from experiments.cells import Cell, read_cells
+from experiments.cells import half, read_cells
 
 SAMPLING = Sampling(draws=2000, confidence=0.95, seed=0)
 IDEAL_BETAS = tuple(float(beta) for beta in np.geomspace(3.0, 0.03, 25))
 NUMBERS = (1, 2, 4, 8, 16, 32, 64, 128)
-NOISE = 0.02
-"""How far a point may lie above the ideal frontier by the noise of both."""
+LABELS = {
+    "sft": "SFT, the reference",
+    "dpo": "DPO",
+    "ppo": "PPO, learned reward",
+    "ppo-gt": "PPO, true reward",
+    "unlikelihood": "Unlikelihood",
+    "preferred-ft": "Preferred-FT",
+    "best-of-n": "Best-of-N, learned reward",
+    "best-of-n-gt": "Best-of-N, true reward",
+}
+"""Methods as readers know them."""
+
+
+def of_seeds(values: Sequence[np.ndarray]) -> Estimate:
+    """The mean over seeds and prompts; each seed has prompts of its own."""
+    return SAMPLING.of_runs(values, same_prompts=False)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one seed measured of a policy.
+
+    Attributes:
+        step: Of the checkpoint; 0 is the reference.
+        choosing: Answers to the prompts that are chosen on: ``prompt_id``, ``reward``, ``kl``.
+        reported: Answers to the others.
+        last: Answers to the others at the last step.
+    """
+
+    step: int
+    choosing: pl.DataFrame
+    reported: pl.DataFrame
+    last: pl.DataFrame
 
 
 @dataclass(frozen=True)
 class Point:
-    """A cell, or a policy that is not trained, over all seeds.
+    """A policy over all seeds.
 
     Attributes:
         method: ``dpo``, ``best-of-n``, ...
         value: Its setting; None where it has none.
-        rewards: Of each seed float64 [prompts].
+        runs: Of each seed; none of Best-of-N.
+        rewards: Of each seed float64 [prompts], on the prompts that are reported.
         kls: The same, nats; of Best-of-N its bound.
-        steps: The checkpoint of each seed.
         text: An answer to the first prompt of the first seed.
     """
 
     method: str
     value: float | None
+    runs: Sequence[Run]
     rewards: Sequence[np.ndarray]
     kls: Sequence[np.ndarray]
-    steps: Sequence[int] = ()
     text: str = ""
+
+    @classmethod
+    def of(cls, method: str, value: float | None, runs: Sequence[Run]) -> Point:
+        """A policy that was trained, or the reference."""
+        rewards, kls = ([run.reported[name].to_numpy() for run in runs] for name in ("reward", "kl"))
+        return cls(method, value, runs, rewards, kls, runs[0].reported["text"][0])
 
     @property
     def name(self) -> str:
-        """As tables and figures have it."""
-        return self.method if self.value is None else f"{self.method} {self.value:g}"
+        """As readers know it."""
+        return LABELS[self.method] + ("" if self.value is None else f" {self.value:g}")
 
-    @property
+    @cached_property
     def reward(self) -> Estimate:
         """Mean reward."""
-        return SAMPLING.of_runs(self.rewards, same_prompts=False)
+        return of_seeds(self.rewards)
 
-    @property
+    @cached_property
     def kl(self) -> Estimate:
         """Mean KL from the reference, nats an answer."""
-        return SAMPLING.of_runs(self.kls, same_prompts=False)
+        return of_seeds(self.kls)
+
+    def chosen_on(self, name: str) -> float:
+        """The mean ``reward`` or ``kl`` on the prompts that are chosen on."""
+        return float(np.mean([run.choosing[name].to_numpy().mean() for run in self.runs]))
+
+
+@dataclass(frozen=True)
+class Ideal:
+    """The optimal policies of reward - beta KL, estimated from the reference's answers to the reported prompts.
+
+    Attributes:
+        betas: Those for which enough answers count in every seed, descending.
+        rewards: Of each seed float64 [prompts, betas].
+        kls: The same, nats.
+        fewest: Effective samples of the prompt that has the fewest, at the last beta.
+        start: Mean reward of the reference.
+    """
+
+    betas: Sequence[float]
+    rewards: Sequence[np.ndarray]
+    kls: Sequence[np.ndarray]
+    fewest: float
+    start: float
+
+    @property
+    def curve(self) -> list[tuple[float, float]]:
+        """Mean (KL, reward), from the reference on."""
+        kls, rewards = (np.mean([each.mean(0) for each in values], axis=0) for values in (self.kls, self.rewards))
+        return [(0.0, self.start), *zip(kls.tolist(), rewards.tolist(), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -71,88 +137,100 @@ class Results:
     """All points of a grid.
 
     Attributes:
-        points: Trained policies, at the checkpoints that were chosen; the reference first.
+        points: The reference, then trained policies at the checkpoints that were chosen.
         best_of_n: By the learned reward and by the known one.
-        ideal: Mean (KL, reward) where enough of the reference's answers count.
-        curves: Mean reward and KL of each measured step.
+        ideal: None where the reference answered too rarely.
+        curves: Mean reward and KL of each measured step, on all held-out prompts.
         prompt: Whose answers the points show.
     """
 
     points: Sequence[Point]
     best_of_n: Mapping[str, Sequence[Point]]
-    ideal: Sequence[tuple[float, float]]
+    ideal: Ideal | None
     curves: Sequence[dict[str, Any]]
     prompt: str
 
     def of(self, method: str) -> list[Point]:
-        """The points of a method, by their KL."""
-        return sorted((point for point in self.points if point.method == method), key=lambda point: point.kl.value)
-
-    def ideal_reward(self, kl: float) -> float:
-        """The ideal reward at a KL; NaN beyond what the reference's answers tell."""
-        kls, rewards = zip(*self.ideal, strict=True)
-        return float(np.interp(kl, kls, rewards, right=math.nan))
+        """The points of a method, by their setting."""
+        return sorted((point for point in self.points if point.method == method), key=lambda point: point.value or 0)
 
 
 def read_results(work: Path, grid: Mapping[str, Any]) -> Results:
     """Read what the cells of a grid measured.
 
     Raises:
-        FileNotFoundError: A cell has not been run.
+        StaleArtifactError: A cell has not been run to its end.
+        DataError: Something was measured on other prompts.
     """
-    by_name: dict[str, list[tuple[Cell, int, pl.DataFrame]]] = {}
+    runs: dict[tuple[str, float | None], list[Run]] = {}
+    start: list[Run] = []
     curves = []
-    start: list[pl.DataFrame] = []
     for seed in grid["seeds"]:
+        tables: dict[int, pl.DataFrame] = {}
         for cell in read_cells(grid, seed):
-            tables = {
-                int(path.stem): pl.read_parquet(path) for path in sorted((work / "cells" / cell.name).glob("*.parquet"))
-            }
-            for step, table in tables.items():
-                curves.append(
-                    {"method": cell.method, "value": cell.value, "seed": seed, "step": step}
-                    | {name: table[name].mean() for name in ("reward", "kl", "k1", "num_tokens", "finished")}
-                )
-            chosen = max(
-                (step for step in tables if step), key=lambda step: _half(tables[step], 0)["reward"].to_numpy().mean()
+            tables = _tables(work / "cells" / cell.name)
+            curves += [
+                {"method": cell.method, "value": cell.value, "seed": seed, "step": step}
+                | {name: table[name].mean() for name in ("reward", "kl", "k1", "num_tokens", "finished")}
+                for step, table in tables.items()
+            ]
+            best = max(
+                (step for step in tables if step), key=lambda step: half(tables[step], 0)["reward"].to_numpy().mean()
             )
-            by_name.setdefault(cell.name.rpartition("-")[0], []).append((cell, chosen, _half(tables[chosen], 1)))
-            if len(start) < len(grid["seeds"]) and cell == read_cells(grid, seed)[0]:
-                start.append(_half(tables[0], 1))
-    points = [_point("sft", None, [0] * len(start), start)]
-    for runs in by_name.values():
-        cell = runs[0][0]
-        points.append(_point(cell.method, cell.value, [step for _, step, _ in runs], [table for *_, table in runs]))
+            runs.setdefault((cell.method, cell.value), []).append(_run(tables, best))
+        start.append(_run(tables, 0))  # every cell begins with the reference
     samples = [np.load(work / f"reference-{seed}.npz") for seed in grid["seeds"]]
+    for run, sampled in zip(start, samples, strict=True):
+        if run.reported["prompt_id"].to_list() != sampled["prompt_ids"].tolist():
+            raise DataError(f"{work}: the reference answered other prompts than the cells; delete the folder")
+    points = [Point.of("sft", None, start), *(Point.of(*cell, found) for cell, found in runs.items())]
     numbers = [number for number in NUMBERS if number <= samples[0]["known"].shape[1]]
     bounds = best_of_n_kl_bound(numbers)
     bests: dict[str, list[Point]] = {}
     for name, by in (("best-of-n", "learned"), ("best-of-n-gt", "known")):
         found = [best_of_n(each[by], each["known"], numbers) for each in samples]
         bests[name] = [
-            Point(name, float(number), [one[:, place] for one in found],
-                  [np.full(len(one), bounds[place]) for one in found])
+            Point(
+                name,
+                float(number),
+                (),
+                [one[:, place] for one in found],
+                [np.full(len(one), bounds[place]) for one in found],
+                str(samples[0]["texts"][np.argmax(samples[0][by][0, :number])]),
+            )
             for place, number in enumerate(numbers)
-        ]  # fmt: skip
-    frontiers = [ideal_frontier(each["known"], IDEAL_BETAS) for each in samples]
-    valid = np.all([each.valid_B for each in frontiers], axis=0)
-    kls = np.mean([each.kls_PB.mean(0) for each in frontiers], axis=0)
-    rewards = np.mean([each.rewards_PB.mean(0) for each in frontiers], axis=0)
-    ideal = [(0.0, points[0].reward.value), *zip(kls[valid].tolist(), rewards[valid].tolist(), strict=True)]
-    return Results(points, bests, sorted(ideal), curves, start[0]["prompt"][0])
+        ]
+    return Results(points, bests, _ideal(samples), curves, start[0].reported["prompt"][0])
 
 
-def _half(table: pl.DataFrame, half: int) -> pl.DataFrame:
-    """Every other prompt, in the order of their ids: half 0 to choose on, half 1 to report."""
-    return table.sort("prompt_id")[half::2]
+def _tables(folder: Path) -> dict[int, pl.DataFrame]:
+    """What a finished cell measured, by step; a table of an earlier run with other settings is none of them."""
+    key = read_json(folder / "cell.json", "run the experiment again")["key"]
+    paths = [path for path in sorted(folder.glob("*.parquet")) if pl.read_parquet_metadata(path).get("key") == key]
+    return {int(path.stem): pl.read_parquet(path) for path in paths}
 
 
-def _point(method: str, value: float | None, steps: Sequence[int], tables: Sequence[pl.DataFrame]) -> Point:
-    rewards, kls = ([table[name].to_numpy() for table in tables] for name in ("reward", "kl"))
-    return Point(method, value, rewards, kls, steps, tables[0]["text"][0])
+def _run(tables: Mapping[int, pl.DataFrame], step: int) -> Run:
+    return Run(step, half(tables[step], 0), half(tables[step], 1), half(tables[max(tables)], 1))
+
+
+def _ideal(samples: Sequence[Mapping[str, np.ndarray]]) -> Ideal | None:
+    found = [ideal_frontier(each["known"], IDEAL_BETAS) for each in samples]
+    valid = np.all([each.valid_B for each in found], axis=0)
+    if not valid.any():
+        return None
+    return Ideal(
+        betas=[beta for beta, is_valid in zip(IDEAL_BETAS, valid, strict=True) if is_valid],
+        rewards=[each.rewards_PB[:, valid] for each in found],
+        kls=[each.kls_PB[:, valid] for each in found],
+        fewest=float(min(each.effective_samples_PB[:, valid][:, -1].min() for each in found)),
+        start=float(np.mean([each["known"].mean() for each in samples])),
+    )
 
 
 # --- what holds -------------------------------------------------------------------------------
+
+Verdict = Literal["holds", "fails", "more", "less", "not told apart"]
 
 
 @dataclass(frozen=True)
@@ -161,128 +239,91 @@ class Check:
 
     Attributes:
         statement: In words.
-        difference: What it is about, with its interval.
-        holds: Whether it does: for a difference, beyond noise.
-        is_required: Whether the paper's theory asks for it; the others are told as they are.
+        verdict: Of what theory asks for ``holds`` or ``fails``; of two methods, whether the first one earns more.
+        difference: In reward, or what the statement says, paired by prompt.
+        kl: Difference in KL, nats; None where it says nothing of it.
     """
 
     statement: str
+    verdict: Verdict
     difference: Estimate
-    holds: bool
-    is_required: bool
-
-    @property
-    def fails(self) -> bool:
-        """Whether it must hold and does not."""
-        return self.is_required and not self.holds
+    kl: Estimate | None = None
 
 
 def checks(results: Results) -> list[Check]:
-    """What theory asks of the points, and who wins otherwise."""
+    """What theory asks of the points; then DPO beside each point of the other methods, whoever wins."""
     sft, dpo = results.points[0], results.of("dpo")
-    best = max(dpo, key=lambda point: point.reward.value)
-    found = [_above(f"{best.name} earns more than SFT", best, sft, required=True)]
+    found = [_above(f"{_best(dpo).name} earns more than SFT", _best(dpo), sft)]
     for other in results.of("preferred-ft"):
-        found.append(_at_no_more_kl(dpo, other, required=True))
-    kls = [point.kl.value for point in sorted(dpo, key=lambda point: point.value or 0)]
-    falls = max((later - earlier for earlier, later in itertools.pairwise(kls)), default=0.0)
-    found.append(
-        Check("KL of dpo falls as beta grows (largest rise)", Estimate(falls, math.nan, math.nan), falls <= 0, True)
-    )
-    above = [
-        (point.reward.low - results.ideal_reward(point.kl.high), point)
-        for point in results.points[1:]
-        if not math.isnan(results.ideal_reward(point.kl.high))
-    ]
-    if above:
-        most, point = max(above, key=lambda each: each[0])
-        found.append(
-            Check(f"no point is above the ideal frontier (the highest: {point.name})",
-                  Estimate(most, math.nan, math.nan), most <= NOISE, True)
-        )  # fmt: skip
-    truth, learned = results.of("ppo-gt"), results.of("ppo")
-    for one in truth:
-        for other in learned:
-            if one.value == other.value:
-                found.append(_not_below(f"{one.name} (true reward) is as good as {other.name} (learned)", one, other))
+        nearer = [point for point in dpo if point.chosen_on("kl") <= other.chosen_on("kl")]
+        if nearer:
+            statement = f"{_best(nearer).name} earns more than {other.name}, with no more KL"
+            found.append(_above(statement, _best(nearer), other))
+        else:
+            statement = f"a point of DPO has no more KL than {other.name}"
+            found.append(Check(statement, "fails", Estimate(math.nan, math.nan, math.nan)))
+    found += [_kl_falls(one, other) for one, other in itertools.pairwise(dpo)]
+    if results.ideal is not None:
+        found.append(_below_ideal(results.points[1:], results.ideal))
+    for one in results.of("ppo-gt"):
+        for other in (point for point in results.of("ppo") if point.value == one.value):
+            difference = _difference(one.rewards, other.rewards)
+            statement = f"{one.name}, is not shown to earn less than {other.name}"
+            verdict: Verdict = "holds" if difference.high >= 0 else "fails"
+            found.append(Check(statement, verdict, difference, _difference(one.kls, other.kls)))
     for method in ("unlikelihood", "ppo", "ppo-gt"):
-        found += [_at_no_more_kl(dpo, other, required=False) for other in results.of(method)]
+        for other in results.of(method):
+            nearest = min(dpo, key=lambda point: abs(point.chosen_on("kl") - other.chosen_on("kl")))
+            difference = _difference(nearest.rewards, other.rewards)
+            verdict = "more" if difference.low > 0 else "less" if difference.high < 0 else "not told apart"
+            statement = f"{nearest.name}, whose KL is the nearest, beside {other.name}"
+            found.append(Check(statement, verdict, difference, _difference(nearest.kls, other.kls)))
     return found
 
 
-def _difference(one: Point, other: Point) -> Estimate:
-    """Of the rewards, paired by prompt."""
-    return SAMPLING.of_runs([a - b for a, b in zip(one.rewards, other.rewards, strict=True)], same_prompts=False)
+def _best(points: Sequence[Point]) -> Point:
+    """The point with the highest reward on the prompts that are chosen on."""
+    return max(points, key=lambda point: point.chosen_on("reward"))
 
 
-def _above(statement: str, one: Point, other: Point, *, required: bool) -> Check:
-    difference = _difference(one, other)
-    return Check(statement, difference, difference.low > 0, required)
+def _difference(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> Estimate:
+    """Of two policies, paired by prompt."""
+    return of_seeds([a - b for a, b in zip(one, other, strict=True)])
 
 
-def _not_below(statement: str, one: Point, other: Point) -> Check:
-    difference = _difference(one, other)
-    return Check(statement, difference, difference.high >= 0, True)
+def _above(statement: str, one: Point, other: Point) -> Check:
+    difference = _difference(one.rewards, other.rewards)
+    return Check(statement, "holds" if difference.low > 0 else "fails", difference, _difference(one.kls, other.kls))
 
 
-def _at_no_more_kl(dpo: Sequence[Point], other: Point, *, required: bool) -> Check:
-    """Whether some dpo point with no more KL than another one's earns more than it."""
-    nearer = [point for point in dpo if point.kl.value <= other.kl.value]
-    if not nearer:
-        return Check(
-            f"no dpo point has as little KL as {other.name}", Estimate(math.nan, math.nan, math.nan), False, required
-        )
-    best = max(nearer, key=lambda point: point.reward.value)
-    return _above(f"{best.name} earns more than {other.name}, with no more KL", best, other, required=required)
+def _kl_falls(one: Point, other: Point) -> Check:
+    """Whether more beta is not shown to have more KL, at the last step of both."""
+    kls = [[run.last["kl"].to_numpy() for run in point.runs] for point in (other, one)]
+    rise = _difference(*kls)
+    statement = f"the KL of {other.name} is not shown to be above that of {one.name}, at the last step (rise, nats)"
+    return Check(statement, "fails" if rise.low > 0 else "holds", rise)
 
 
-# --- files ------------------------------------------------------------------------------------
+def _below_ideal(points: Sequence[Point], ideal: Ideal) -> Check:
+    """Whether no policy has more reward - beta KL than the optimum, beta log Z, for any beta.
 
-
-def write_results(title: str, work: Path, grid: Mapping[str, Any], folder: Path) -> list[Check]:
-    """Write points.csv, ideal.csv, curves.csv, checks.csv, texts.json, the figures and index.html."""
-    from experiments.page import write_page
-
-    results = read_results(work, grid)
-    folder.mkdir(parents=True, exist_ok=True)
-    points = [*results.points, *(point for found in results.best_of_n.values() for point in found)]
-    _write_csv(folder / "points.csv", [_row(point) for point in points])
-    _write_csv(folder / "ideal.csv", [{"kl": _short(kl), "reward": _short(reward)} for kl, reward in results.ideal])
-    _write_csv(folder / "curves.csv", [{name: _short(value) for name, value in row.items()} for row in results.curves])
-    held = checks(results)
-    _write_csv(
-        folder / "checks.csv",
-        [
-            {"holds": check.holds, "required": check.is_required, "statement": check.statement}
-            | dict(zip(("difference", "low", "high"), map(_short, vars(check.difference).values()), strict=True))
-            for check in held
-        ],
+    Source: Rafailov et al. 2023, appendix A.1: the difference is beta KL(pi || pi*).
+    """
+    worst: tuple[Estimate, Point, float] | None = None
+    for point in points:
+        for place, beta in enumerate(ideal.betas):
+            over = of_seeds(
+                [
+                    reward - beta * kl - (best[:, place] - beta * dear[:, place])
+                    for reward, kl, best, dear in zip(point.rewards, point.kls, ideal.rewards, ideal.kls, strict=True)
+                ]
+            )
+            if worst is None or over.low > worst[0].low:
+                worst = over, point, beta
+    assert worst is not None
+    over, point, beta = worst
+    statement = (
+        f"none of {len(points)} policies is above the ideal frontier at any of {len(ideal.betas)} betas (reward - beta"
+        f" KL less its optimum; the largest: {point.name} at beta {beta:.2g})"
     )
-    texts = {"prompt": results.prompt, "answers": {point.name: point.text for point in results.points}}
-    write_text(folder / "texts.json", json.dumps(texts, indent=1, ensure_ascii=False) + "\n")
-    write_page(title, results, held, grid, folder)
-    return held
-
-
-def _row(point: Point) -> dict[str, Any]:
-    reward, kl = point.reward, point.kl
-    return {
-        "method": point.method,
-        "value": "" if point.value is None else f"{point.value:g}",
-        **dict(zip(("reward", "reward_low", "reward_high"), map(_short, vars(reward).values()), strict=True)),
-        **dict(zip(("kl", "kl_low", "kl_high"), map(_short, vars(kl).values()), strict=True)),
-        "steps": " ".join(map(str, point.steps)),
-    }
-
-
-def _short(value: Any) -> Any:
-    if not isinstance(value, float):
-        return value
-    return "" if math.isnan(value) else f"{value:.4f}"
-
-
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    return Check(statement, "fails" if over.low > 0 else "holds", over)

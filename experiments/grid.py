@@ -18,10 +18,12 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from dpo_cli.core.errors import DataError
+from dpo_cli.core import paths
+from dpo_cli.core.artifacts import digest_files, read_json, write_json
+from dpo_cli.core.errors import DataError, ParamsError, StaleArtifactError
 from dpo_cli.core.progress import Reporter, SilentReporter
 from experiments.cells import Cell, Reward, read_cells, reference_samples, run_cell
-from experiments.frontier import write_results
+from experiments.page import write_results
 from experiments.projects import prepare_project
 
 
@@ -35,6 +37,7 @@ class Experiment:
         known: The reward.
         prompts: Of a seed, so many.
         model: Makes or finds the model in a folder for it, as the grid says; returns its directory.
+        is_gated: Whether it is an error if something does not hold that theory asks for.
     """
 
     name: str
@@ -42,11 +45,16 @@ class Experiment:
     known: Reward
     prompts: Callable[[int, int], list[str]]
     model: Callable[[Path, dict[str, Any]], Path]
+    is_gated: bool = True
 
     @property
     def folder(self) -> Path:
         """Where its settings lie and its results go."""
         return Path(__file__).parent / self.name
+
+    def run(self, grid_file: str, work: Path, workers: int, reporter: Reporter) -> Path:
+        """Do what is left of a grid, as :func:`run_experiment` does."""
+        return run_experiment(self, grid_file, work, workers, reporter)
 
 
 def run_experiment(experiment: Experiment, grid_file: str, work: Path, workers: int, reporter: Reporter) -> Path:
@@ -63,65 +71,97 @@ def run_experiment(experiment: Experiment, grid_file: str, work: Path, workers: 
         The folder of the results: that of the experiment for its whole grid, else one beside the work.
 
     Raises:
+        ParamsError: There is no such grid.
+        StaleArtifactError: What was begun in the folder was begun with other settings or code.
         DataError: Something does not hold that must; the results are written.
     """
+    if not (experiment.folder / grid_file).is_file():
+        found = ", ".join(sorted(path.name for path in experiment.folder.glob("*.yaml")))
+        raise ParamsError(f"{experiment.folder / grid_file} is missing; there are {found}")
     grid = YAML(typ="safe").load((experiment.folder / grid_file).read_text(encoding="utf-8"))
     work.mkdir(parents=True, exist_ok=True)
+    _refuse_other(experiment, grid, work)
     model = experiment.model(work, grid).resolve()
-    for seed in grid["seeds"]:
-        folder = work / f"seed-{seed}"
-        folder.mkdir(exist_ok=True)
-        with contextlib.chdir(folder):
-            os.environ["DPO_MODEL_PATH"] = str(model)
-            prompts = experiment.prompts(seed, grid["num_prompts"])
-            settings = [f"{setting}={value}" for setting, value in grid.get("set", {}).items()]
-            settings += [f"{section}.seed={seed}" for section in ("reward", "evaluate")]
-            prepare_project(
-                experiment.folder / "params.yaml", settings, prompts, grid["answers"], experiment.known, reporter
-            )
-    tasks: list[Cell | int] = [cell for seed in grid["seeds"] for cell in read_cells(grid, seed)]
-    tasks += grid["seeds"]
+    cells: list[Task] = [cell for seed in grid["seeds"] for cell in read_cells(grid, seed)]
+    rounds: list[tuple[str, list[Task]]] = [
+        ("projects", [("project", seed) for seed in grid["seeds"]]),
+        ("cells", [*cells, *(("reference", seed) for seed in grid["seeds"])]),
+    ]
     context = multiprocessing.get_context("spawn")
-    with (
-        ProcessPoolExecutor(workers, context, _begin, (experiment.name, str(model), str(work), grid)) as pool,
-        reporter.meter(f"{experiment.name}: cells", len(tasks), "cells") as meter,
-    ):
-        running = [pool.submit(_run, task) for task in tasks]
-        for done in as_completed(running):
-            meter.note(done.result())
-            meter.advance(1)
+    with ProcessPoolExecutor(workers, context, _begin, (experiment.name, str(model), str(work), grid)) as pool:
+        for what, tasks in rounds:
+            with reporter.meter(f"{experiment.name}: {what}", len(tasks), what) as meter:
+                try:
+                    for done in as_completed([pool.submit(_run, task) for task in tasks]):
+                        meter.note(done.result())
+                        meter.advance(1)
+                except BaseException:
+                    pool.shutdown(wait=True, cancel_futures=True)  # what is not begun is not begun any more
+                    raise
     results = (experiment.folder if grid_file == "grid.yaml" else work) / "results"
-    failed = [check.statement for check in write_results(experiment.title, work, grid, results) if check.fails]
-    if failed:
+    failed = [
+        check.statement for check in write_results(experiment.title, work, grid, results) if check.verdict == "fails"
+    ]
+    if failed and experiment.is_gated:
         raise DataError([f"{results / 'checks.csv'}: does not hold: {statement}" for statement in failed])
     return results
 
 
+def _refuse_other(experiment: Experiment, grid: dict[str, Any], work: Path) -> None:
+    """Refuse to go on in a folder whose projects were made of something else; cells look after themselves."""
+    of_cells = ("cells", "seeds", "eval_steps", "reference_samples")
+    made_of = {
+        "grid": {name: value for name, value in grid.items() if name not in of_cells},
+        "code": digest_files(experiment.folder, [path.name for path in experiment.folder.glob("*.py")]),
+        "params": (experiment.folder / paths.PARAMS).read_text(encoding="utf-8"),
+    }
+    path = work / "made_of.json"
+    if path.is_file() and read_json(path, "delete its folder") != made_of:
+        raise StaleArtifactError(f"{work} was begun with other settings or code of the experiment; delete it")
+    write_json(path, made_of)
+
+
+Task = Cell | tuple[str, int]
+"""A cell, or what is made for a seed."""
 _worker: dict[str, Any] = {}
 
 
-def _begin(name: str, model: str, work: str, grid: dict[str, Any]) -> None:
-    """What a worker knows; each trains on one core, and ends with the process that began it."""
+def begin_worker() -> None:
+    """A worker computes on one core, and ends with the process that began it."""
     import torch
 
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _begin(name: str, model: str, work: str, grid: dict[str, Any]) -> None:
+    """What a worker knows."""
+    begin_worker()
     os.environ["DPO_MODEL_PATH"] = model
     _worker.update(
         experiment=importlib.import_module(f"experiments.{name}").EXPERIMENT, work=Path(work).resolve(), grid=grid
     )
 
 
-def _run(task: Cell | int) -> str:
-    """A cell, or the reference's answers of a seed."""
-    experiment, work = _worker["experiment"], _worker["work"]
-    seed = task if isinstance(task, int) else task.seed
-    with contextlib.chdir(work / f"seed-{seed}"):
-        if isinstance(task, int):
-            grid = _worker["grid"]
+def _run(task: Task) -> str:
+    """A cell, or what a seed needs: its project, many answers of its reference."""
+    experiment, work, grid = _worker["experiment"], _worker["work"], _worker["grid"]
+    what, seed = ("cell", task.seed) if isinstance(task, Cell) else task
+    folder = work / f"seed-{seed}"
+    folder.mkdir(exist_ok=True)
+    with contextlib.chdir(folder):
+        if isinstance(task, Cell):
+            run_cell(task, experiment.known, work / "cells", SilentReporter())
+            return task.name
+        if what == "reference":
             reference_samples(grid["reference_samples"], seed, experiment.known, work / f"reference-{seed}.npz")
-            return f"reference-{seed}"
-        run_cell(task, experiment.known, work / "cells", SilentReporter())
-        return task.name
+            return f"{what} {seed}"
+        tree = YAML(typ="safe").load((experiment.folder / paths.PARAMS).read_text(encoding="utf-8"))
+        for setting, value in grid.get("set", {}).items():
+            section, _, name = setting.partition(".")
+            tree[section][name] = value
+        prompts = experiment.prompts(seed, grid["num_prompts"])
+        prepare_project(tree, seed, prompts, grid["answers"], experiment.known)
+        return f"{what} {seed}"

@@ -1,7 +1,9 @@
-"""The page of an experiment: the frontier, what holds, and what each policy writes."""
+"""The files of an experiment's results: tables, figures, and a page with both and what each policy writes."""
 
 from __future__ import annotations
 
+import csv
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,11 @@ from typing import Any
 from jinja2 import ChoiceLoader, FileSystemLoader
 from matplotlib.axes import Axes
 
-from dpo_cli.core.artifacts import write_text
-from dpo_cli.report.figures import COLOR_NAMES, DASHED, INK, MUTED, A, B, Chart, Key, scale_axes, standalone
+from dpo_cli.core.artifacts import atomic_path, write_text
+from dpo_cli.report.figures import COLOR_NAMES, DASHED, INK, LINE, MUTED, A, B, Chart, Key, scale_axes, standalone
 from dpo_cli.report.style import page_environment
-from experiments.frontier import Check, Point, Results
+from dpo_cli.statistics.intervals import Estimate
+from experiments.frontier import LABELS, Check, Point, Results, checks, read_results
 
 _LINES: Mapping[str, tuple[str, str, Any, str]] = {
     "dpo": ("a eval", A, "-", "o"),
@@ -21,17 +24,6 @@ _LINES: Mapping[str, tuple[str, str, Any, str]] = {
     "unlikelihood": ("muted eval", MUTED, "-", "s"),
     "preferred-ft": ("muted dot", MUTED, "", "D"),
 }
-LABELS = {
-    "sft": "SFT, the reference",
-    "dpo": "DPO",
-    "ppo": "PPO, learned reward",
-    "ppo-gt": "PPO, true reward",
-    "unlikelihood": "Unlikelihood",
-    "preferred-ft": "Preferred-FT",
-    "best-of-n": "Best-of-N, learned reward",
-    "best-of-n-gt": "Best-of-N, true reward",
-}
-"""Methods as the page has them."""
 
 
 def frontier_chart(results: Results) -> Chart:
@@ -39,12 +31,14 @@ def frontier_chart(results: Results) -> Chart:
     shown = [method for method in _LINES if results.of(method)]
 
     def paint(axes: Axes) -> None:
-        axes.plot(*zip(*results.ideal, strict=True), color=INK, linewidth=1, linestyle=(0, (1, 2)))
-        best = [(point.kl.value, point.reward.value) for point in results.best_of_n["best-of-n"]]
-        axes.plot(*zip(*best, strict=True), color=MUTED, linewidth=0.9, linestyle=DASHED)
+        if results.ideal is not None:
+            axes.plot(*zip(*results.ideal.curve, strict=True), color=INK, linewidth=1, linestyle=(0, (1, 2)))
+        for name, color in (("best-of-n", MUTED), ("best-of-n-gt", LINE)):
+            best = [(point.kl.value, point.reward.value) for point in results.best_of_n[name]]
+            axes.plot(*zip(*best, strict=True), color=color, linewidth=0.9, linestyle=DASHED)
         for method in shown:
             _, color, style, marker = _LINES[method]
-            points = results.of(method)
+            points = sorted(results.of(method), key=lambda point: point.kl.value)
             x, y = [point.kl.value for point in points], [point.reward.value for point in points]
             axes.errorbar(
                 x, y, xerr=_reach(points, "kl"), yerr=_reach(points, "reward"), color=color, linestyle=style or "none",
@@ -60,7 +54,7 @@ def frontier_chart(results: Results) -> Chart:
         scale_axes(axes, "KL from the reference, nats an answer")
 
     keys = [Key(LABELS[method], _LINES[method][0]) for method in shown]
-    keys += [Key(LABELS["best-of-n"], "muted dash"), Key("ideal", "ink dash")]
+    keys += [Key(LABELS["best-of-n"], "muted dash"), Key(LABELS["best-of-n-gt"], "line dash"), Key("ideal", "ink dash")]
     return Chart(
         "frontier",
         "Reward against KL",
@@ -103,22 +97,67 @@ def _reach(points: Sequence[Point], name: str) -> list[list[float]]:
     return [[max(each.value - each.low, 0) for each in found], [max(each.high - each.value, 0) for each in found]]
 
 
-def write_page(title: str, results: Results, held: Sequence[Check], grid: Mapping[str, Any], folder: Path) -> None:
-    """Write index.html and the figures as SVG files to a folder."""
-    environment = page_environment()
-    environment.loader = ChoiceLoader([environment.loader, FileSystemLoader(Path(__file__).parent)])  # type: ignore[list-item]
-    charts = [frontier_chart(results), curve_chart(results)]
+def write_results(title: str, work: Path, grid: Mapping[str, Any], folder: Path) -> list[Check]:
+    """Write points.csv, ideal.csv, curves.csv, checks.csv, the figures and index.html to a folder.
+
+    Raises:
+        StaleArtifactError: A cell has not been run to its end.
+        DataError: Something was measured on other prompts.
+    """
+    results = read_results(work, grid)
+    held = checks(results)
     points = [*results.points, *(point for found in results.best_of_n.values() for point in found)]
-    page = environment.get_template("experiment.html.jinja").render(
-        title=title,
-        charts=charts,
-        colors=COLOR_NAMES,
-        checks=held,
-        points=points,
-        labels=LABELS,
-        prompt=results.prompt,
-        seeds=grid["seeds"],
+    ideal = results.ideal
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_csv(folder / "points.csv", [_row(point) for point in points])
+    _write_csv(folder / "curves.csv", results.curves)
+    if ideal is not None:
+        _write_csv(folder / "ideal.csv", [dict(zip(("kl", "reward"), pair, strict=True)) for pair in ideal.curve])
+    _write_csv(
+        folder / "checks.csv",
+        [
+            {"verdict": check.verdict, "statement": check.statement}
+            | _with_ends("difference", check.difference)
+            | ({} if check.kl is None else _with_ends("kl_difference", check.kl))
+            for check in held
+        ],
     )
+    charts = [frontier_chart(results), curve_chart(results)]
     for chart in charts:
         write_text(folder / f"{chart.slug}.svg", standalone(chart))
+    environment = page_environment()
+    assert environment.loader is not None
+    environment.loader = ChoiceLoader([environment.loader, FileSystemLoader(Path(__file__).parent)])
+    template = environment.get_template("experiment.html.jinja")
+    shown: dict[str, Any] = {"charts": charts, "colors": COLOR_NAMES, "checks": held, "points": points, "ideal": ideal}
+    page = template.render(**shown, title=title, labels=LABELS, prompt=results.prompt, seeds=grid["seeds"])
     write_text(folder / "index.html", page)
+    return held
+
+
+def _row(point: Point) -> dict[str, Any]:
+    return {
+        "method": point.method,
+        "value": "" if point.value is None else f"{point.value:g}",
+        **_with_ends("reward", point.reward),
+        **_with_ends("kl", point.kl),
+        "steps": " ".join(str(run.step) for run in point.runs),
+        "text": point.text,
+    }
+
+
+def _with_ends(name: str, estimate: Estimate) -> dict[str, float]:
+    return dict(zip((name, f"{name}_low", f"{name}_high"), vars(estimate).values(), strict=True))
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    def shown(value: Any) -> Any:
+        if not isinstance(value, float):
+            return value
+        return "" if math.isnan(value) else f"{value:.4f}"
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: shown(value) for name, value in row.items()} for row in rows)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import importlib
 import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from ruamel.yaml import YAML
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import atomic_path, write_text
 from dpo_cli.core.load_params import load_params
 from dpo_cli.core.manifest import REFERENCE, REWARD, SFT
 from dpo_cli.core.params import Params
-from dpo_cli.core.progress import Reporter
+from dpo_cli.core.progress import Reporter, SilentReporter
 from dpo_cli.evaluation.sampling import sample_files
 from experiments.cells import Reward
 
@@ -27,38 +27,35 @@ _PAIRS = paths.RAW / "preferences.parquet"
 
 
 def prepare_project(
-    params_file: Path,
-    settings: Sequence[str],
-    prompts: Sequence[str],
-    num_answers: int,
-    known: Reward,
-    reporter: Reporter,
+    settings: Mapping[str, Any], seed: int, prompts: Sequence[str], num_answers: int, known: Reward
 ) -> None:
     """Make the project of the working directory ready for all cells; what is done already is left as it is.
 
     Args:
-        params_file: The experiment's params.yaml.
-        settings: What this seed sets, as ``section.key=value``.
+        settings: What its params.yaml says.
+        seed: Of the answers that are sampled and of the reward model.
         prompts: All of them; the split holds some out.
         num_answers: Answers of the reference to each.
         known: Scores them; pairs are made of all that differ in it.
-        reporter: Shows progress.
 
     Raises:
         Interrupted: The user asked to stop; what was done is kept.
     """
-    shutil.copyfile(params_file, paths.PARAMS)
-    params = load_params(paths.PARAMS, settings)
+    with atomic_path(paths.PARAMS) as temporary:
+        YAML(typ="safe").dump(settings, temporary)
+    reporter = SilentReporter()
+    params = load_params(paths.PARAMS, [f"reward.seed={seed}", f"evaluate.seed={seed}"])
     write_text(_PROMPTS, "".join(f"{json.dumps({'prompt': prompt})}\n" for prompt in prompts))
     run_stage("base", params, reporter)
-    for stage, made in (
-        ("sft", paths.SFT_MODEL / SFT.name),
-        ("pairs", _PAIRS),
-        ("convert_preferences", paths.PREFERENCE_DATA),
-        ("precompute_ref", paths.REFERENCE / REFERENCE.name),
-        ("reward", paths.REWARD_MODEL / REWARD.name),
-    ):
-        if made.exists():
+    made = {
+        "sft": paths.SFT_MODEL / SFT.name,
+        "pairs": _PAIRS,
+        "convert_preferences": paths.PREFERENCE_DATA,
+        "precompute_ref": paths.REFERENCE / REFERENCE.name,
+        "reward": paths.REWARD_MODEL / REWARD.name,
+    }
+    for stage, path in made.items():
+        if path.exists():
             continue
         if stage == "pairs":
             sample_files([_PROMPTS], num_answers, None, _SAMPLED.parent, params, reporter)

@@ -79,14 +79,32 @@ class _Family:
 
 # --- vocabulary and grammar ---------------------------------------------------------------
 
-_WORLD = tomllib.loads((Path(__file__).parent / "world.toml").read_text(encoding="utf-8"))
-_SLOTS: Mapping[str, Mapping[str, Sequence[str]]] = {
-    lang: {name: words.split() for name, words in slots.items()} for lang, slots in _WORLD["words"].items()
-}
-_NUMBERS = (2, 30)
 _NUMBER_SLOTS = ("n", "m")
 _SLOT = re.compile(r"\{(\w+)\}")
 _NUMBER = re.compile(r"\d+")
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What tasks are made of.
+
+    Attributes:
+        slots: Words by language and slot.
+        families: Tasks of one kind together.
+        weights: How often each kind is drawn.
+        numbers: The least and the largest.
+    """
+
+    slots: Mapping[str, Mapping[str, Sequence[str]]]
+    families: Sequence[Sequence[_Family]]
+    weights: Sequence[int]
+    numbers: tuple[int, int] = (2, 30)
+
+    @classmethod
+    def of(cls, words: Mapping[str, Mapping[str, str]], groups: Sequence[Mapping[str, Any]]) -> Grammar:
+        """A grammar as world.toml writes it: words by language and slot, and groups of tasks."""
+        slots = {lang: {name: text.split() for name, text in slots.items()} for lang, slots in words.items()}
+        return cls(slots, [_families(group) for group in groups], [group["weight"] for group in groups])
 
 
 def _families(group: Mapping[str, Any]) -> list[_Family]:
@@ -95,20 +113,21 @@ def _families(group: Mapping[str, Any]) -> list[_Family]:
     return [_Family(kind, tuple(instructions), text, good, bad) for text, good in answers.items()]
 
 
-_FAMILIES = [_families(group) for group in _WORLD["groups"]]
-_WEIGHTS = [group["weight"] for group in _WORLD["groups"]]
+WORLD: Mapping[str, Any] = tomllib.loads((Path(__file__).parent / "world.toml").read_text(encoding="utf-8"))
+"""The words and groups of world.toml."""
+GRAMMAR = Grammar.of(**WORLD)
 
 
 # --- tasks --------------------------------------------------------------------------------
 
 
-def draw_task(rng: random.Random) -> Task:
+def draw_task(rng: random.Random, grammar: Grammar = GRAMMAR) -> Task:
     """Draw one task; the same state of ``rng`` gives the same task."""
-    family = rng.choice(rng.choices(_FAMILIES, weights=_WEIGHTS)[0])
+    family = rng.choice(rng.choices(grammar.families, weights=grammar.weights)[0])
     instruction = rng.choice(family.instructions)
-    vocabulary = _SLOTS[family.kind.rpartition(".")[2]]
+    vocabulary = grammar.slots[family.kind.rpartition(".")[2]]
     slots = {
-        name: str(rng.randint(*_NUMBERS)) if name in _NUMBER_SLOTS else rng.choice(vocabulary[name])
+        name: str(rng.randint(*grammar.numbers)) if name in _NUMBER_SLOTS else rng.choice(vocabulary[name])
         for name in sorted(set(_SLOT.findall(instruction + family.input)))
     }
     return _fill(family, instruction, slots)
@@ -144,14 +163,14 @@ def _shift(sentence: str, *deltas: int) -> str:
 def _patterns() -> tuple[tuple[_Family, str, re.Pattern[str]], ...]:
     return tuple(
         (family, instruction, _compile(family, f"{instruction}\n{family.input}" if family.input else instruction))
-        for group in _FAMILIES
+        for group in GRAMMAR.families
         for family in group
         for instruction in family.instructions
     )
 
 
 def _compile(family: _Family, template: str) -> re.Pattern[str]:
-    vocabulary = _SLOTS[family.kind.rpartition(".")[2]]
+    vocabulary = GRAMMAR.slots[family.kind.rpartition(".")[2]]
     pieces = _SLOT.split(template)  # text, slot, text, slot, ..., text
     for index, piece in enumerate(pieces):
         if index % 2 == 0:
@@ -174,12 +193,12 @@ def words() -> list[str]:
     """
     templates = [
         text
-        for group in _FAMILIES
+        for group in GRAMMAR.families
         for family in group
         for text in (*family.instructions, family.input, family.good, *family.bad)
     ]
     texts = [piece for template in templates for piece in _SLOT.split(template)[::2]]
-    texts += [word for slots in _SLOTS.values() for values in slots.values() for word in values]
+    texts += [word for slots in GRAMMAR.slots.values() for values in slots.values() for word in values]
     found: dict[str, None] = {}
     for text in texts:
         for word in re.findall(r"[A-Za-z]+|[\u4e00-\u9fff]+|[^\w\s]", text):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import numpy as np
 import polars as pl
 import pytest
 
+from dpo_cli.core.errors import StaleArtifactError
 from experiments.cells import read_cells
-from experiments.frontier import NUMBERS, Point, Results, checks, read_results
+from experiments.frontier import NUMBERS, Ideal, Point, Results, Run, checks, read_results
 
 GRID: Mapping[str, Any] = {
     "seeds": [1, 2],
@@ -30,30 +32,64 @@ def test_a_cell_sets_the_seed_of_the_sections_that_it_sets() -> None:
     assert (third.settings, third.reward) == (("ppo.target_kl=3", "ppo.seed=2"), "learned")
 
 
-def test_checkpoints_are_chosen_on_one_half_and_reported_on_the_other(tmp_path: Path) -> None:
-    """Step 10 is better on the prompts that are chosen on and worse on those that are reported: it is taken."""
+def write_cells(work: Path, rewards: Mapping[int, tuple[float, float]]) -> None:
+    """Every cell of the grid with a table a step, each with two rewards: of the prompts in even and in odd places."""
     for seed in GRID["seeds"]:
         for cell in read_cells(GRID, seed):
-            (tmp_path / "cells" / cell.name).mkdir(parents=True)
-            for step, (even, odd) in {0: (0.9, 0.5), 10: (0.8, 0.2), 20: (0.7, 0.6)}.items():
+            folder = work / "cells" / cell.name
+            folder.mkdir(parents=True)
+            for step, (even, odd) in rewards.items():
                 rows = [
                     {"prompt_id": f"{place:02}", "prompt": f"p{place}", "text": f"t{place}", "num_tokens": 3}
                     | {"reward": (even, odd)[place % 2], "kl": 1.0, "k1": 1.0, "finished": True}
                     for place in reversed(range(6))
                 ]
-                pl.DataFrame(rows).write_parquet(tmp_path / "cells" / cell.name / f"{step:05}.parquet")
+                pl.DataFrame(rows).write_parquet(folder / f"{step:05}.parquet", metadata={"key": "now"})
+            (folder / "cell.json").write_text(json.dumps({"key": "now"}), encoding="utf-8")
         samples = np.random.default_rng(seed).random((3, max(NUMBERS)))
-        np.savez(tmp_path / f"reference-{seed}.npz", known=samples, learned=samples)
+        ids, texts = np.array(["01", "03", "05"]), np.array([f"s{place}" for place in range(max(NUMBERS))])
+        np.savez(work / f"reference-{seed}.npz", known=samples, learned=samples, prompt_ids=ids, texts=texts)
+
+
+def test_checkpoints_are_chosen_on_one_half_and_reported_on_the_other(tmp_path: Path) -> None:
+    """Step 10 is better on the prompts that are chosen on and worse on those that are reported: it is taken."""
+    write_cells(tmp_path, {0: (0.9, 0.5), 10: (0.8, 0.2), 20: (0.7, 0.6)})
     results = read_results(tmp_path, GRID)
     sft, *trained = results.points
-    assert (sft.name, sft.reward.value) == ("sft", pytest.approx(0.5))
-    assert [(point.name, [*point.steps]) for point in trained] == [
-        ("dpo 0.1", [10, 10]),
-        ("dpo 5", [10, 10]),
-        ("ppo 3", [10, 10]),
+    assert (sft.method, sft.reward.value) == ("sft", pytest.approx(0.5))
+    assert [(point.name, [run.step for run in point.runs]) for point in trained] == [
+        ("DPO 0.1", [10, 10]),
+        ("DPO 5", [10, 10]),
+        ("PPO, learned reward 3", [10, 10]),
     ]
     assert trained[0].reward.value == pytest.approx(0.2)
     assert trained[0].text == "t1"
+    best = np.load(tmp_path / "reference-1.npz")["learned"][0].argmax()
+    assert results.best_of_n["best-of-n"][-1].text == f"s{best}"
+
+
+def test_what_was_measured_with_other_settings_or_not_to_its_end_is_no_result(tmp_path: Path) -> None:
+    write_cells(tmp_path, {0: (0.5, 0.5), 10: (0.8, 0.2)})
+    folder = tmp_path / "cells" / "dpo-5-2"
+    pl.read_parquet(folder / "00010.parquet").with_columns(reward=pl.lit(0.9)).write_parquet(
+        folder / "00007.parquet", metadata={"key": "then"}
+    )
+    assert read_results(tmp_path, GRID).of("dpo")[1].runs[1].step == 10
+    (folder / "cell.json").unlink()
+    with pytest.raises(StaleArtifactError, match="cell.json is missing; run the experiment again"):
+        read_results(tmp_path, GRID)
+
+
+def test_the_ideal_begins_with_the_reference_and_rises(tmp_path: Path) -> None:
+    write_cells(tmp_path, {0: (0.5, 0.5), 10: (0.8, 0.2)})
+    ideal = read_results(tmp_path, GRID).ideal
+    assert ideal is not None
+    kls, rewards = zip(*ideal.curve, strict=True)
+    assert [*kls] == sorted(kls)
+    assert [*rewards] == sorted(rewards)
+    assert rewards[0] == pytest.approx(
+        np.mean([np.load(tmp_path / f"reference-{seed}.npz")["known"] for seed in (1, 2)])
+    )
 
 
 def results(**changes: tuple[float, float]) -> Results:
@@ -66,13 +102,18 @@ def results(**changes: tuple[float, float]) -> Results:
     points = []
     for name, (kl, reward) in places.items():
         method, _, value = name.partition("_")
-        runs = [reward + noise, reward - noise]
-        points.append(Point(method, float(value) if value else None, runs, [np.full(40, float(kl))] * 2))
-    return Results(points, {}, [(0.0, 0.5), (0.1, 0.65), (1.0, 0.9), (5.0, 1.0)], [], "")
+        tables = [
+            pl.DataFrame({"reward": reward + sign * noise, "kl": np.full(40, float(kl)), "text": [""] * 40})
+            for sign in (1, -1)
+        ]
+        points.append(Point.of(method, float(value) if value else None, [Run(10, each, each, each) for each in tables]))
+    betas = [0.5, 0.1]
+    best = [np.tile([0.65, 0.9], (40, 1))] * 2
+    return Results(points, {}, Ideal(betas, best, [np.tile([0.1, 1.0], (40, 1))] * 2, 40.0, 0.5), [], "")
 
 
 def failed(found: Results) -> list[str]:
-    return [check.statement for check in checks(found) if check.fails]
+    return [check.statement for check in checks(found) if check.verdict == "fails"]
 
 
 def test_what_theory_allows_passes() -> None:
@@ -83,12 +124,19 @@ def test_what_theory_allows_passes() -> None:
     ("changes", "statement"),
     [
         ({"dpo_0.1": (4, 0.5), "dpo_1": (1, 0.5), "dpo_5": (0.1, 0.5)}, "earns more than SFT"),
-        ({"preferred-ft": (0.2, 0.65)}, "dpo 5 earns more than preferred-ft, with no more KL"),
-        ({"preferred-ft": (0.05, 0.51)}, "no dpo point has as little KL as preferred-ft"),
-        ({"dpo_5": (2, 0.75)}, "KL of dpo falls as beta grows"),
-        ({"dpo_1": (1, 0.95)}, "no point is above the ideal frontier (the highest: dpo 1)"),
-        ({"ppo-gt_6": (4, 0.7)}, "ppo-gt 6 (true reward) is as good as ppo 6"),
+        ({"preferred-ft": (0.2, 0.65)}, "DPO 5 earns more than Preferred-FT, with no more KL"),
+        ({"preferred-ft": (0.05, 0.51)}, "a point of DPO has no more KL than Preferred-FT"),
+        ({"dpo_5": (2, 0.75)}, "the KL of DPO 5 is not shown to be above that of DPO 1"),
+        ({"dpo_1": (1, 0.95)}, "none of 6 policies is above the ideal frontier"),
+        ({"dpo_0.1": (4, 1.3)}, "DPO 0.1 at beta 0.1"),
+        ({"ppo-gt_6": (4, 0.7)}, "PPO, true reward 6, is not shown to earn less than PPO, learned reward 6"),
     ],
 )
 def test_a_planted_fault_is_named(changes: dict[str, tuple[float, float]], statement: str) -> None:
     assert [found for found in failed(results(**changes)) if statement in found]
+
+
+@pytest.mark.parametrize(("reward", "verdict"), [(0.5, "more"), (0.9, "less"), (0.7, "not told apart")])
+def test_another_method_may_win(reward: float, verdict: str) -> None:
+    (check,) = (each for each in checks(results(unlikelihood=(1, reward))) if "beside Unlikelihood" in each.statement)
+    assert (check.verdict, check.statement) == (verdict, "DPO 1, whose KL is the nearest, beside Unlikelihood")

@@ -1,0 +1,99 @@
+"""The experiment: one project, trainings of several methods and seeds in it, and what these answer."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from dpo_cli.core.artifacts import write_text
+from dpo_cli.core.progress import Reporter, SilentReporter
+from dpo_cli.judging.known_reward import world_reward
+from dpo_cli.models.load import quiet_libraries
+from dpo_cli.report.figures import standalone
+from experiments.answers.figures import shift_chart, temperature_chart
+from experiments.answers.measure import measure, prepare
+from experiments.answers.tables import SFT, TRUTH, Measured, rate_rows, shift_rows, training_rows, write_csv
+from experiments.cells import Cell, read_cells, run_cell
+from experiments.grid import begin_worker
+
+
+class Answers:
+    """Win rates by temperature, and out of distribution."""
+
+    folder = Path(__file__).parent
+
+    def run(self, grid_file: str, work: Path, workers: int, reporter: Reporter) -> Path:
+        """Do what is left of a grid, and write its results.
+
+        Args:
+            grid_file: ``grid.yaml``, or a smaller one.
+            work: Where it works, and goes on.
+            workers: Processes that train or answer at once.
+            reporter: Shows progress.
+
+        Returns:
+            The folder of the results: that of the experiment for its whole grid, else one beside the work.
+        """
+        grid = YAML(typ="safe").load((self.folder / grid_file).read_text(encoding="utf-8"))
+        work.mkdir(parents=True, exist_ok=True)
+        work = work.resolve()
+        quiet_libraries()
+        with chdir(work):
+            prepare(grid, reporter)
+        first, *_ = seeds = grid["seeds"]
+        cells = [cell for seed in seeds for cell in read_cells(grid, seed)]
+        cells += read_cells({**grid, "cells": grid.get("also", [])}, first)
+        phases: list[tuple[Callable[..., str], Sequence[Any]]] = [(_train, cells), (_measure, seeds)]
+        with (
+            ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), begin_worker) as pool,
+            reporter.meter("answers: trainings, and what they answer", len(cells) + len(seeds), "parts") as meter,
+        ):
+            for function, parts in phases:
+                for done in as_completed([pool.submit(function, part, grid, work) for part in parts]):
+                    meter.note(done.result())
+                    meter.advance(1)
+        results = (self.folder if grid_file == "grid.yaml" else work) / "results"
+        write_results(grid, cells, work, results)
+        return results
+
+
+EXPERIMENT = Answers()
+
+
+def write_results(grid: Mapping[str, Any], cells: list[Cell], work: Path, results: Path) -> None:
+    """Write the tables and figures of what was trained and measured."""
+    measured = Measured.read([_rewards(work, seed) for seed in grid["seeds"]])
+    last: dict[str, list[Path]] = {}
+    for cell in cells:
+        name = cell.method if cell.value is None else f"{cell.method} {cell.value:g}"
+        last.setdefault(name, []).append(max((work / "cells" / cell.name).glob("*.parquet")))
+    results.mkdir(parents=True, exist_ok=True)
+    write_csv(results / "win_rates.csv", rate_rows(measured))
+    write_csv(results / "out_of_distribution.csv", shift_rows(measured))
+    write_csv(results / "training.csv", training_rows(last))
+    charts = [temperature_chart(measured, against) for against in (TRUTH, SFT)]
+    for chart in (*charts, shift_chart(measured, float(min(grid["shift_temperatures"])))):
+        write_text(results / f"{chart.slug}.svg", standalone(chart))
+
+
+def _train(cell: Cell, grid: Mapping[str, Any], work: Path) -> str:
+    with chdir(work):
+        run_cell(cell, world_reward, work / "cells", SilentReporter(), keeps_adapter=True)
+    return cell.name
+
+
+def _measure(seed: int, grid: Mapping[str, Any], work: Path) -> str:
+    adapters = {cell.method: work / "cells" / cell.name / "adapter" for cell in read_cells(grid, seed)}
+    with chdir(work):
+        measure(seed, grid, adapters, _rewards(work, seed), SilentReporter())
+    return f"answers of seed {seed}"
+
+
+def _rewards(work: Path, seed: int) -> Path:
+    return work / f"rewards-{seed}.parquet"
