@@ -56,4 +56,4 @@ def _with_template(source: Path, folder: Path) -> None:
     building.replace(folder)
 
 
-EXPERIMENT = Experiment("reviews", "Controlled sentiment on SmolLM2-135M", reward, prefixes, _model)
+EXPERIMENT = Experiment("reviews", "Controlled sentiment on SmolLM2-135M", reward, prefixes, _model, is_gated=False)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import polars as pl
 import pytest
 
-from dpo_cli.core.errors import DataError
 from dpo_cli.core.progress import SilentReporter
 from experiments.grid import run_experiment
 from tests.real.fetch import MODELS, imported
@@ -19,11 +19,9 @@ def test_the_fast_grid_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     from experiments.reviews import EXPERIMENT
 
     monkeypatch.setenv("DPO_MODEL_PATH", str(imported(MODELS["smollm2"])))
-    try:
-        run_experiment(EXPERIMENT, "fast.yaml", tmp_path / "work", 1, SilentReporter())
-    except DataError as error:  # three steps need not show what theory asks for
-        assert "does not hold" in str(error)
-    assert len({path.read_bytes() for path in tmp_path.glob("work/cells/*/00000.parquet")}) == 1, "measured once"
+    run_experiment(EXPERIMENT, "fast.yaml", tmp_path / "work", 1, SilentReporter())
+    starts = [pl.read_parquet(path) for path in tmp_path.glob("work/cells/*/00000.parquet")]
+    assert starts[0].equals(starts[1])
     with (tmp_path / "work/results/points.csv").open(encoding="utf-8") as file:
         points = {row["method"]: row for row in csv.DictReader(file)}
     assert points.keys() == {"sft", "dpo", "ppo", "best-of-n", "best-of-n-gt"}
