@@ -10,8 +10,8 @@ import importlib
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ruamel.yaml import YAML
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_files, read_json, write_json
 from dpo_cli.core.errors import DataError, ParamsError, StaleArtifactError
-from dpo_cli.core.progress import Reporter, SilentReporter
+from dpo_cli.core.progress import Meter, Reporter, SilentReporter
 from experiments.cells import Cell, Reward, read_cells, reference_samples, run_cell
 from experiments.page import write_results
 from experiments.projects import prepare_project
@@ -75,12 +75,9 @@ def run_experiment(experiment: Experiment, grid_file: str, work: Path, workers: 
         StaleArtifactError: What was begun in the folder was begun with other settings or code.
         DataError: Something does not hold that must; the results are written.
     """
-    if not (experiment.folder / grid_file).is_file():
-        found = ", ".join(sorted(path.name for path in experiment.folder.glob("*.yaml")))
-        raise ParamsError(f"{experiment.folder / grid_file} is missing; there are {found}")
-    grid = YAML(typ="safe").load((experiment.folder / grid_file).read_text(encoding="utf-8"))
+    grid = read_grid(experiment.folder, grid_file)
     work.mkdir(parents=True, exist_ok=True)
-    _refuse_other(experiment, grid, work)
+    refuse_other(work, _made_of(experiment, grid))
     model = experiment.model(work, grid).resolve()
     cells: list[Task] = [cell for seed in grid["seeds"] for cell in read_cells(grid, seed)]
     rounds: list[tuple[str, list[Task]]] = [
@@ -91,13 +88,7 @@ def run_experiment(experiment: Experiment, grid_file: str, work: Path, workers: 
     with ProcessPoolExecutor(workers, context, _begin, (experiment.name, str(model), str(work), grid)) as pool:
         for what, tasks in rounds:
             with reporter.meter(f"{experiment.name}: {what}", len(tasks), what) as meter:
-                try:
-                    for done in as_completed([pool.submit(_run, task) for task in tasks]):
-                        meter.note(done.result())
-                        meter.advance(1)
-                except BaseException:
-                    pool.shutdown(wait=True, cancel_futures=True)  # what is not begun is not begun any more
-                    raise
+                wait_for([pool.submit(_run, task) for task in tasks], pool, meter)
     results = (experiment.folder if grid_file == "grid.yaml" else work) / "results"
     failed = [
         check.statement for check in write_results(experiment.title, work, grid, results) if check.verdict == "fails"
@@ -107,18 +98,49 @@ def run_experiment(experiment: Experiment, grid_file: str, work: Path, workers: 
     return results
 
 
-def _refuse_other(experiment: Experiment, grid: dict[str, Any], work: Path) -> None:
-    """Refuse to go on in a folder whose projects were made of something else; cells look after themselves."""
-    of_cells = ("cells", "seeds", "eval_steps", "reference_samples")
-    made_of = {
-        "grid": {name: value for name, value in grid.items() if name not in of_cells},
-        "code": digest_files(experiment.folder, [path.name for path in experiment.folder.glob("*.py")]),
-        "params": (experiment.folder / paths.PARAMS).read_text(encoding="utf-8"),
-    }
+def wait_for(running: Sequence[Future[str]], pool: ProcessPoolExecutor, meter: Meter) -> None:
+    """Wait until all is done; after an error what is not begun is not begun any more."""
+    try:
+        for done in as_completed(running):
+            meter.note(done.result())
+            meter.advance(1)
+    except BaseException:
+        pool.shutdown(wait=True, cancel_futures=True)
+        raise
+
+
+def read_grid(folder: Path, grid_file: str) -> dict[str, Any]:
+    """The grid of an experiment's folder.
+
+    Raises:
+        ParamsError: There is no such file.
+    """
+    if not (folder / grid_file).is_file():
+        found = ", ".join(sorted(path.name for path in folder.glob("*.yaml")))
+        raise ParamsError(f"{folder / grid_file} is missing; there are {found}")
+    return YAML(typ="safe").load((folder / grid_file).read_text(encoding="utf-8"))
+
+
+def refuse_other(work: Path, made_of: Mapping[str, Any]) -> None:
+    """Refuse to go on in a folder whose projects were made of something else; cells look after themselves.
+
+    Raises:
+        StaleArtifactError: They were.
+    """
     path = work / "made_of.json"
     if path.is_file() and read_json(path, "delete its folder") != made_of:
         raise StaleArtifactError(f"{work} was begun with other settings or code of the experiment; delete it")
     write_json(path, made_of)
+
+
+def _made_of(experiment: Experiment, grid: dict[str, Any]) -> dict[str, Any]:
+    """What the projects of an experiment are made of."""
+    of_cells = ("cells", "seeds", "eval_steps", "reference_samples")
+    return {
+        "grid": {name: value for name, value in grid.items() if name not in of_cells},
+        "code": digest_files(experiment.folder, [path.name for path in experiment.folder.glob("*.py")]),
+        "params": (experiment.folder / paths.PARAMS).read_text(encoding="utf-8"),
+    }
 
 
 Task = Cell | tuple[str, int]

@@ -39,7 +39,8 @@ from experiments.projects import run_stage
 HELD_OUT = "held-out"
 """The prompts of the held-out pairs, which are like those of training."""
 VERSION = 1
-_PARAMS = Path(__file__).resolve().parents[2] / "params.yaml"
+PARAMS = Path(__file__).resolve().parents[2] / "params.yaml"
+"""Those of the repository, which is the embedded project."""
 
 
 def prepare(grid: Mapping[str, Any], reporter: Reporter) -> None:
@@ -53,7 +54,7 @@ def prepare(grid: Mapping[str, Any], reporter: Reporter) -> None:
     Raises:
         Interrupted: The user asked to stop; what was done is kept.
     """
-    shutil.copyfile(_PARAMS, paths.PARAMS)
+    shutil.copyfile(PARAMS, paths.PARAMS)
     params = load_params(paths.PARAMS, [f"{name}={value}" for name, value in grid.get("set", {}).items()])
     for name, rows in (("instructions", world.instruction_rows), ("preferences", world.preference_rows)):
         path, number = paths.RAW / f"{name}.json", grid.get("rows", {}).get(name)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
+import polars as pl
 
 from dpo_cli.core.artifacts import write_text
 from dpo_cli.core.progress import Reporter, SilentReporter
@@ -17,10 +17,10 @@ from dpo_cli.judging.known_reward import world_reward
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.report.figures import standalone
 from experiments.answers.figures import shift_chart, temperature_chart
-from experiments.answers.measure import measure, prepare
-from experiments.answers.tables import SFT, TRUTH, Measured, rate_rows, shift_rows, training_rows, write_csv
+from experiments.answers.measure import PARAMS, measure, prepare
+from experiments.answers.tables import SFT, TRUTH, Measured, rate_rows, shift_rows, training_rows
 from experiments.cells import Cell, read_cells, run_cell
-from experiments.grid import begin_worker
+from experiments.grid import begin_worker, read_grid, refuse_other, wait_for
 
 
 class Answers:
@@ -39,10 +39,17 @@ class Answers:
 
         Returns:
             The folder of the results: that of the experiment for its whole grid, else one beside the work.
+
+        Raises:
+            ParamsError: There is no such grid.
+            StaleArtifactError: What was begun in the folder was begun with other settings.
+            Interrupted: The user asked to stop; what was done is kept.
         """
-        grid = YAML(typ="safe").load((self.folder / grid_file).read_text(encoding="utf-8"))
+        grid = read_grid(self.folder, grid_file)
         work.mkdir(parents=True, exist_ok=True)
         work = work.resolve()
+        params = PARAMS.read_text(encoding="utf-8")
+        refuse_other(work, {"params": params} | {name: grid.get(name, {}) for name in ("set", "rows")})
         quiet_libraries()
         with chdir(work):
             prepare(grid, reporter)
@@ -55,9 +62,7 @@ class Answers:
             reporter.meter("answers: trainings, and what they answer", len(cells) + len(seeds), "parts") as meter,
         ):
             for function, parts in phases:
-                for done in as_completed([pool.submit(function, part, grid, work) for part in parts]):
-                    meter.note(done.result())
-                    meter.advance(1)
+                wait_for([pool.submit(function, part, grid, work) for part in parts], pool, meter)
         results = (self.folder if grid_file == "grid.yaml" else work) / "results"
         write_results(grid, cells, work, results)
         return results
@@ -74,9 +79,13 @@ def write_results(grid: Mapping[str, Any], cells: list[Cell], work: Path, result
         name = cell.method if cell.value is None else f"{cell.method} {cell.value:g}"
         last.setdefault(name, []).append(max((work / "cells" / cell.name).glob("*.parquet")))
     results.mkdir(parents=True, exist_ok=True)
-    write_csv(results / "win_rates.csv", rate_rows(measured))
-    write_csv(results / "out_of_distribution.csv", shift_rows(measured))
-    write_csv(results / "training.csv", training_rows(last))
+    tables = {
+        "win_rates": rate_rows(measured),
+        "out_of_distribution": shift_rows(measured),
+        "training": training_rows(last),
+    }
+    for name, rows in tables.items():
+        pl.DataFrame(rows).write_csv(results / f"{name}.csv")
     charts = [temperature_chart(measured, against) for against in (TRUTH, SFT)]
     for chart in (*charts, shift_chart(measured, float(min(grid["shift_temperatures"])))):
         write_text(results / f"{chart.slug}.svg", standalone(chart))

@@ -9,10 +9,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from dpo_cli.data.world import GRAMMAR, WORLD, Grammar, Task, draw_task, task_of
 
 SHIFTS: Mapping[str, str] = {
+    "wordings": "instructions in other words",
     "numbers": "numbers from 32 to 98; the training data has 2 to 30",
     "names": "names that are no word of the tokenizer",
     "roles": "friends' names for names, and second things for first ones",
@@ -48,9 +50,13 @@ def _grammars() -> dict[str, Grammar]:
         name: replace(
             Grammar.of(
                 {lang: {**words, **shift.get("words", {}).get(lang, {})} for lang, words in WORLD["words"].items()},
-                shift.get("groups", WORLD["groups"]),
+                shift.get("groups") or [_reworded(group, shift) for group in WORLD["groups"]],
             ),
             numbers=tuple(shift.get("numbers", GRAMMAR.numbers)),
         )
         for name, shift in shifts.items()
     }
+
+
+def _reworded(group: Mapping[str, Any], shift: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {**group, "instructions": shift.get("instructions", {}).get(group["kind"], group["instructions"])}

@@ -6,7 +6,6 @@ which counts one half. So against the ground truth, whose reward is 1, a win rat
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from dpo_cli.core.artifacts import atomic_path
 from dpo_cli.statistics.intervals import Estimate, Sampling
 from experiments.answers.measure import HELD_OUT
 from experiments.answers.shifts import SHIFTS
@@ -140,11 +138,3 @@ def _columns(name: str, estimate: Estimate) -> dict[str, str]:
         f"{name}_low": f"{estimate.low:.4f}",
         f"{name}_high": f"{estimate.high:.4f}",
     }
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows that have the same columns."""
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
