@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 import transformers
 
-from dpo_cli.core.params import LoraParams
+from dpo_cli.core.training_params import LoraParams
 from dpo_cli.models import lora
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine

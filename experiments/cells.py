@@ -36,11 +36,13 @@ from dpo_cli.models.project import Project, open_project
 from dpo_cli.rlhf.opening import open_reinforcement, training_prompts
 from dpo_cli.rlhf.rewards import open_rewarder
 from dpo_cli.rlhf.rollouts import Rewarder
+from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.reference import read_cache, reference_logps
 from dpo_cli.scoring.scorer import Scorer
-from dpo_cli.training.accumulation import Limits
+from dpo_cli.training.accumulation import Limits, LossScale
 from dpo_cli.training.fit import Shuffled, count_steps, make_descent
 from dpo_cli.training.loop import Course, Data, Loop
+from dpo_cli.training.memory import choose_memory
 from dpo_cli.training.objective import preference_objective
 from dpo_cli.training.parallel import Job
 from dpo_cli.training.protocols import BatchSource, Learner
@@ -120,9 +122,9 @@ def run_cell(cell: Cell, known: Reward, results: Path, reporter: Reporter, *, ke
         measured = Measured(project, params, opened.pair, opened.scorer, key, known, prompts, folder, scratch.folder)
         source = _Watched(opened.source, cell.eval_steps, opened.num_steps, measured)
         steps = params.ppo if cell.reward else params.train
-        descent = make_descent(opened.learner.model, steps, opened.num_steps, project.machine.device, "train")
+        descent = make_descent(opened.learner.model, steps, opened.num_steps, project.machine.device, project.command)
         course = Course(opened.num_steps, steps.seed, what=cell.name)
-        limits = Limits.of(project, project.budget().max_tokens)
+        limits = Limits(opened.budget, LossScale(project))
         loop = Loop(opened.learner, Data(source), descent, course, limits, Job(project, scratch.folder))
         loop.run()
         opened.scorer.close()
@@ -142,6 +144,7 @@ class _Opened:
     learner: Learner[Any]
     source: BatchSource[TokenGroup]
     num_steps: int
+    budget: TokenBudget
 
 
 def _on_pairs(params: Params, project: Project) -> _Opened:
@@ -152,26 +155,26 @@ def _on_pairs(params: Params, project: Project) -> _Opened:
     )
     pair = project.pair_at_start(params.train.lora, params.train.seed)
     scorer, _ = project.scorer(pair.use_policy())
-    source = Shuffled(train, params.train.batch_size, params.train.seed)
-    return _Opened(pair, scorer, Learner(pair.model, scorer, objective), source, count_steps(params.train, len(train)))
+    source, num_steps = (
+        Shuffled(train, params.train.batch_size, params.train.seed),
+        count_steps(params.train, len(train)),
+    )
+    plan = choose_memory(pair.model, scorer, train, params.train.batch_size, project)
+    budget = TokenBudget(plan.max_tokens, project.command, project.reporter)
+    return _Opened(pair, scorer, Learner(pair.model, scorer, objective), source, num_steps, budget)
 
 
 def _reinforced(cell: Cell, params: Params, project: Project, known: Reward) -> _Opened:
     """A training by reinforcement, as section ppo describes it."""
     prompts = training_prompts(project)
     asked = {prompt.id: prompt.messages for prompt in prompts}
-    texts = {prompt.id: prompt.messages[-1]["content"] for prompt in prompts}
+    ppo = params.ppo.model_copy(update={"reward": "reward-model"})
 
     def open_reward(pair: ModelPair) -> Rewarder:
-        if cell.reward == "learned":
-            return open_rewarder(project, pair, params.ppo.model_copy(update={"reward": "reward-model"}), asked)
-        decode = project.encoder.decode
-        return lambda groups: [
-            [known(texts[group.group], decode(list(answer))) for answer in group.completions] for group in groups
-        ]
+        return open_rewarder(project, pair, ppo, asked, known=known if cell.reward == "known" else None)
 
     found = open_reinforcement(project, params.ppo, prompts, open_reward)
-    return _Opened(found.pair, found.scorer, found.learner, found.source, found.num_steps)
+    return _Opened(found.pair, found.scorer, found.learner, found.source, found.num_steps, found.budget)
 
 
 def held_out_prompts(project: Project) -> list[PromptTokens]:
@@ -272,8 +275,8 @@ class _Watched(BatchSource[TokenGroup]):
         self._step = step + 1
         return self._inner.batch(step)
 
-    def hear(self, metrics: Mapping[str, float]) -> None:
-        self._inner.hear(metrics)
+    def after_step(self, metrics: Mapping[str, float]) -> None:
+        self._inner.after_step(metrics)
         if self._step % self._every == 0 or self._step == self._num_steps:
             self._measured(self._step)
 

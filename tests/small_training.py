@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from dpo_cli.core.params import LoraParams, RuntimeParams, TrainingParams
+from dpo_cli.core.params import RuntimeParams
+from dpo_cli.core.training_params import LoraParams, TrainingParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine

@@ -72,7 +72,8 @@ def our_references(scorer: Any, groups: Sequence[Any], max_tokens: int) -> list[
 def run_ours(case: Case) -> Outcome:
     """Our engine, driven as the stages precompute_ref and train drive it."""
     import dpo_cli.training.fit
-    from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
+    from dpo_cli.core.params import RuntimeParams, TrainParams
+    from dpo_cli.core.training_params import LoraParams
     from dpo_cli.data.tokens import TokenGroup
     from dpo_cli.models.adapters import FrozenBase, SftResult
     from dpo_cli.models.device import prepare_machine, token_budget

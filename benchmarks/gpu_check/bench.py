@@ -14,8 +14,9 @@ from typing import Any, Literal
 import torch
 
 from dpo_cli.core.artifacts import write_json
-from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
+from dpo_cli.core.params import RuntimeParams, TrainParams
 from dpo_cli.core.progress import Meter, SilentReporter
+from dpo_cli.core.training_params import LoraParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine, prepare_machine

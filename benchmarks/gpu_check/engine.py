@@ -25,7 +25,7 @@ from dpo_cli.scoring.pieces import AttentionSettings
 from dpo_cli.scoring.probe import probe_layouts
 from dpo_cli.scoring.recompute import GRADES, set_recompute
 from dpo_cli.scoring.reference import missing_groups, score_groups
-from dpo_cli.scoring.scorer import RewardScorer
+from dpo_cli.scoring.reward_scorer import RewardScorer
 from dpo_cli.scoring.varlen import VARLEN_KERNELS, reason_against
 from dpo_cli.training.gate import check_step_zero
 from dpo_cli.training.objective import PairObjective, RewardObjective, SftObjective

@@ -238,5 +238,11 @@ def _of_ppo(params: Params) -> Iterable[str]:
         yield "ppo.estimator rloo compares the answers to a prompt: ppo.answers must be > 1, got 1"
     if ppo.target_kl is not None and ppo.kl_coefficient == 0:
         yield "ppo.target_kl has no effect with ppo.kl_coefficient 0, which no factor moves; start above 0"
+    if ppo.batch_size > ppo.prompts_a_round:
+        yield f"ppo.batch_size must be <= ppo.prompts_a_round, {ppo.prompts_a_round}, got {ppo.batch_size}"
+    if ppo.estimator == "gae" and ppo.value_coefficient == 0 and differs(ppo, "value_clip"):
+        yield "ppo.value_clip has no effect with ppo.value_coefficient 0"
+    if ppo.max_step_kl is not None and ppo.epochs == 1 and ppo.batch_size == ppo.prompts_a_round:
+        yield "ppo.max_step_kl has no effect where a round is one step: raise ppo.epochs or lower ppo.batch_size"
     if ppo.optimizer == "rmsprop" and ppo.weight_decay != 0:
         yield "ppo.weight_decay has no effect with ppo.optimizer rmsprop"

@@ -13,7 +13,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from dpo_cli.core.load_params import bound_text
-from dpo_cli.core.params import LoraParams, Params
+from dpo_cli.core.params import Params
+from dpo_cli.core.training_params import LoraParams
 
 EMBEDDED_PRESET: dict[str, Any] = {
     "data.eval_fraction": 0.15,

@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from dpo_cli.core.interrupts import StopRequest
-from dpo_cli.core.params import LoraParams, RuntimeParams
+from dpo_cli.core.params import RuntimeParams
 from dpo_cli.core.progress import SilentReporter
+from dpo_cli.core.training_params import LoraParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.dry_run.device import CUDA
 from dpo_cli.models.adapters import add_adapter

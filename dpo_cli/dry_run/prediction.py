@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from dpo_cli.core.errors import ParamsError
-from dpo_cli.core.params import LoraParams, Params, TrainParams
+from dpo_cli.core.params import Params, TrainParams
 from dpo_cli.core.progress import Reporter
+from dpo_cli.core.training_params import LoraParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.dry_run.counts import Counting, Counts
 from dpo_cli.dry_run.device import dry_cuda, prepare_dry_machine, read_backs_give_zeros

@@ -20,8 +20,8 @@ from dpo_cli.judging.reward_model import RewardModel, text_group
 from dpo_cli.judging.server import Server
 from dpo_cli.judging.templates import TEMPLATES, Template, open_template
 from dpo_cli.judging.votes import VotesJudge, read_votes
-from dpo_cli.models.adapters import check_reward_model
 from dpo_cli.models.folder import check_model_folder
+from dpo_cli.models.heads import check_reward_model
 from dpo_cli.models.project import Project
 
 API_KEY = "DPO_JUDGE_API_KEY"

@@ -11,10 +11,10 @@ import torch
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.schema import Messages, assistant
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.models.adapters import reward_head
+from dpo_cli.models.heads import reward_head
 from dpo_cli.models.project import Project
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
-from dpo_cli.scoring.scorer import RewardScorer
+from dpo_cli.scoring.reward_scorer import RewardScorer
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,8 @@ def token_rewards(reward: float, log_ratios_T: Tensor, kl_coefficient: float) ->
 def generalized_advantages(rewards_T: Tensor, values_T: Tensor, gamma: float, lam: float) -> Tensor:
     """A_t = sum over l of (gamma lam)^l delta_{t+l}, with delta_t = r_t + gamma V_{t+1} - V_t.
 
-    Behind the last token V is 0: the episode is over. A + V is what the value of a token should have been.
+    Behind the last token V is 0: the episode is over, also where an answer was cut off at its longest length. A + V is
+    what the value of a token should have been.
     Source: Schulman et al. 2016, eq. 16.
 
     Args:
@@ -51,13 +52,13 @@ def generalized_advantages(rewards_T: Tensor, values_T: Tensor, gamma: float, la
     """
     import torch  # here, as below: settings are checked without it
 
-    following = 0.0
-    advantages = torch.empty_like(rewards_T)
-    for t in reversed(range(len(rewards_T))):
-        after = values_T[t + 1] if t + 1 < len(values_T) else 0.0
-        following = rewards_T[t] + gamma * after - values_T[t] + gamma * lam * following
-        advantages[t] = following
-    return advantages
+    following, after = 0.0, 0.0
+    advantages: list[float] = []
+    for reward, value in zip(reversed(rewards_T.tolist()), reversed(values_T.tolist()), strict=True):
+        following = reward + gamma * after - value + gamma * lam * following
+        advantages.append(following)
+        after = value
+    return torch.tensor(advantages[::-1], dtype=torch.float64)
 
 
 def leave_one_out(returns_BK: Tensor) -> Tensor:

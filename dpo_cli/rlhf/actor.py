@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from dpo_cli.core.errors import is_out_of_memory
-from dpo_cli.core.params import PpoParams
 from dpo_cli.core.progress import SilentReporter
+from dpo_cli.core.training_params import PpoParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.evaluation.decoding import Decoding
 from dpo_cli.evaluation.generation import PromptTokens, sample_answers

@@ -17,6 +17,7 @@ from dpo_cli.scoring.scorer import Scores, Statistics
 from dpo_cli.training.protocols import GroupLosses
 
 METRICS = (
+    "objective/round",
     "objective/scores",
     "objective/kl",
     "objective/entropy",
@@ -41,9 +42,9 @@ class PolicyGradient:
     """
 
     rollouts: Rollouts
-    clip: float = 0.2
-    value_clip: float = 0.2
-    value_coefficient: float = 0.1
+    clip: float
+    value_clip: float
+    value_coefficient: float
 
     is_coupled = False
     statistics: Statistics = "none"
@@ -59,10 +60,10 @@ class PolicyGradient:
         ``policy/approxkl`` is the mean of (rho - 1) - log rho over tokens, an estimate of KL(pi_old || pi) that is
         never negative (Schulman 2020), ``val/ratio`` the mean of rho.
         """
-        earned = [self.rollouts.earned(group) for group in groups]
+        experience = [self.rollouts.experience(group) for group in groups]
         device = scores.logps_BK.device
         old_M, values_M, advantages_M, returns_M = (
-            torch.cat([getattr(one, name) for one in earned]).to(device, non_blocking=True)
+            torch.cat([getattr(one, name) for one in experience]).to(device, non_blocking=True)
             for name in ("logps_M", "values_M", "advantages_M", "returns_M")
         )
         logps_M = scores.token_logps_M.double()
@@ -87,10 +88,11 @@ class PolicyGradient:
             "val/ratio": ratios_M,
         }
         of_groups = {
-            "objective/scores": [one.reward for one in earned],
-            "objective/kl": [one.kl for one in earned],
-            "objective/entropy": [one.entropy for one in earned],
-            "objective/kl_coefficient": [self.rollouts.kl_coefficient] * len(earned),
+            "objective/round": [self.rollouts.round_number] * len(experience),
+            "objective/scores": [one.reward for one in experience],
+            "objective/kl": [one.kl for one in experience],
+            "objective/entropy": [one.entropy for one in experience],
+            "objective/kl_coefficient": [self.rollouts.kl_coefficient] * len(experience),
         }
         metrics = {name: torch.tensor(values, dtype=torch.float64).to(device) for name, values in of_groups.items()}
         metrics |= {name: sums(values) * a_token for name, values in of_tokens.items()}

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.core.errors import DataError
-from dpo_cli.core.params import PpoParams
+from dpo_cli.core.training_params import PpoParams
 from dpo_cli.data.tokenize import explain_rejects
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.evaluation.generation import PromptTokens
 from dpo_cli.losses.reinforcement import KlController
-from dpo_cli.models.adapters import ModelPair, add_value_head
+from dpo_cli.models.adapters import ModelPair
+from dpo_cli.models.heads import add_value_head
 from dpo_cli.models.project import Project
 from dpo_cli.rlhf.actor import PolicyActor
 from dpo_cli.rlhf.objective import PolicyGradient
-from dpo_cli.rlhf.rollouts import Course, Rewarder, Rollouts
+from dpo_cli.rlhf.rollouts import Rewarder, RolloutPlan, Rollouts
 from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.probe import LayoutChoice
 from dpo_cli.scoring.recompute import Recompute
@@ -74,7 +75,7 @@ def open_reinforcement(
         scorer.value_head = add_value_head(pair.model)
     plan = choose_memory(pair.model, scorer, _longest_rollouts(prompts, settings), settings.batch_size, project)
     budget = TokenBudget(plan.max_tokens, project.command, project.reporter, memory)
-    course = Course(
+    rollout_plan = RolloutPlan(
         num_prompts=len(prompts),
         prompts_a_round=settings.prompts_a_round,
         prompts_a_step=settings.batch_size,
@@ -86,14 +87,14 @@ def open_reinforcement(
         max_step_kl=settings.max_step_kl,
         seed=settings.seed,
     )
-    price = KlController(settings.kl_coefficient, settings.target_kl)
-    source = Rollouts(PolicyActor(project, pair, scorer, prompts, settings, budget), reward, price, course)
+    controller = KlController(settings.kl_coefficient, settings.target_kl)
+    source = Rollouts(PolicyActor(project, pair, scorer, prompts, settings, budget), reward, controller, rollout_plan)
     objective = PolicyGradient(
         source, settings.clip, settings.value_clip, settings.value_coefficient if scorer.value_head is not None else 0.0
     )
     learner: Learner[Any] = Learner(pair.model, scorer, objective)
     return Reinforcement(
-        pair, scorer, learner, source, settings.rounds * course.steps_a_round, budget, layout, plan.grade
+        pair, scorer, learner, source, settings.rounds * rollout_plan.steps_a_round, budget, layout, plan.grade
     )
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError
-from dpo_cli.core.params import PpoParams
 from dpo_cli.core.progress import SilentReporter
+from dpo_cli.core.training_params import PpoParams
 from dpo_cli.data.schema import Messages
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.data.world import task_of
@@ -18,10 +18,11 @@ from dpo_cli.judging.prepare import LoadJudge
 from dpo_cli.judging.reward_model import RewardModel
 from dpo_cli.judging.templates import transcript
 from dpo_cli.judging.win_rate import Pair, compare_all, summarize
-from dpo_cli.models.adapters import REWARD_ADAPTER, ModelPair, add_reward_adapter, check_reward_model
+from dpo_cli.models.adapters import ModelPair
+from dpo_cli.models.heads import REWARD_ADAPTER, add_reward_adapter, check_reward_model
 from dpo_cli.models.project import Project
 from dpo_cli.rlhf.rollouts import Rewarder
-from dpo_cli.scoring.scorer import RewardScorer
+from dpo_cli.scoring.reward_scorer import RewardScorer
 
 
 def open_rewarder(
@@ -30,6 +31,7 @@ def open_rewarder(
     settings: PpoParams,
     messages: Mapping[str, Messages],
     judge: LoadJudge | None = None,
+    known: Callable[[str, str], float] | None = None,
 ) -> Rewarder:
     """The reward that section ppo asks for.
 
@@ -39,6 +41,7 @@ def open_rewarder(
         settings: Section ppo.
         messages: The prompts by their ids.
         judge: Gives the rewards in place of those; it was prepared for ``hf`` or ``openai``.
+        known: Gives them in place of what section ppo names: the reward of a prompt's transcript and an answer's text.
 
     Raises:
         StaleArtifactError: models/reward is missing, damaged, or of another graph or other data.
@@ -47,8 +50,11 @@ def open_rewarder(
     stop_ids = set(project.encoder.stop_ids)
     if judge is not None:
         inner = _judged(project, pair, settings, messages, judge)
+    elif known is None and settings.reward == "reward-model":
+        inner = _learned(project, pair)
     else:
-        inner = _learned(project, pair) if settings.reward == "reward-model" else _known(project, settings, messages)
+        asked = {id: transcript(prompt) for id, prompt in messages.items()}
+        inner = _known(project, known or _named(settings, asked), asked)
 
     def rewards(groups: Sequence[TokenGroup]) -> list[list[float]]:
         return [
@@ -117,18 +123,21 @@ def _judged(
     return rewards
 
 
-def _known(project: Project, settings: PpoParams, messages: Mapping[str, Messages]) -> Rewarder:
-    """A function of prompt and answer as texts."""
-    reward: Callable[[str, str], float] = world_reward
+def _named(settings: PpoParams, asked: Mapping[str, str]) -> Callable[[str, str], float]:
+    """The function of prompt and answer that section ppo names."""
     if settings.reward == "rule":
         assert settings.rule is not None
-        reward = RULES[settings.rule].reward
-    asked = {id: transcript(prompt) for id, prompt in messages.items()}
+        return RULES[settings.rule].reward
     for prompt in asked.values():  # of every prompt or of none, before anything is computed
-        if settings.reward == "world" and task_of(prompt) is None:
+        if task_of(prompt) is None:
             raise DataError(
                 f"ppo.reward is world, but the prompt {prompt[:60]!r} is not of the embedded world; take another reward"
             )
+    return world_reward
+
+
+def _known(project: Project, reward: Callable[[str, str], float], asked: Mapping[str, str]) -> Rewarder:
+    """A function of prompt and answer as texts."""
     decode = project.encoder.decode
 
     def rewards(groups: Sequence[TokenGroup]) -> list[list[float]]:

@@ -58,7 +58,7 @@ class Actor(Protocol):
 
 
 @dataclass(frozen=True)
-class Course:
+class RolloutPlan:
     """How a round is made and used.
 
     Attributes:
@@ -98,7 +98,7 @@ class Course:
 
 
 @dataclass(frozen=True)
-class Earned:
+class Experience:
     """What is kept of a group's answers: what was scored, and what follows from it.
 
     Attributes:
@@ -126,78 +126,83 @@ class Rollouts(BatchSource[TokenGroup]):
     Args:
         actor: The models.
         reward: What an answer earns.
-        price: The coefficient of the KL to the reference, moved after each round.
-        course: How rounds are made.
+        controller: The coefficient of the KL to the reference, moved after each round.
+        plan: How rounds are made.
     """
 
-    def __init__(self, actor: Actor, reward: Rewarder, price: KlController, course: Course) -> None:
-        self._actor, self._reward, self._price, self._course = actor, reward, price, course
+    def __init__(self, actor: Actor, reward: Rewarder, controller: KlController, plan: RolloutPlan) -> None:
+        self._actor, self._reward, self._controller, self._plan = actor, reward, controller, plan
         self._groups: list[TokenGroup] = []
-        self._earned: dict[str, Earned] = {}
+        self._experience: dict[str, Experience] = {}
         self._round, self._begun, self._ends_early = -1, 0, False
 
-    def earned(self, group: TokenGroup) -> Earned:
-        """What a group of this round earned."""
-        return self._earned[group.id]
+    def experience(self, group: TokenGroup) -> Experience:
+        """What is kept of a group of this round."""
+        return self._experience[group.id]
+
+    @property
+    def round_number(self) -> int:
+        """The round at hand, counted from 1."""
+        return self._round + 1
 
     @property
     def kl_coefficient(self) -> float:
         """What a nat from the reference costs now."""
-        return self._price.coefficient
+        return self._controller.coefficient
 
     def batch(self, step: int) -> Sequence[TokenGroup]:
         """The groups of an optimizer step; where a round begins with it, the policy answers first."""
-        if self._round < 0 or step - self._begun >= self._course.steps_a_round or self._ends_early:
+        if self._round < 0 or step - self._begun >= self._plan.steps_a_round or self._ends_early:
             self._begin(self._round + 1, step)
-        epoch, place = divmod(step - self._begun, self._course.steps_an_epoch)
+        epoch, place = divmod(step - self._begun, self._plan.steps_an_epoch)
         return [self._groups[index] for index in self._minibatches(epoch)[place]]
 
-    def hear(self, metrics: Mapping[str, float]) -> None:
+    def after_step(self, metrics: Mapping[str, float]) -> None:
         """Take notice of a step's means: a policy that went too far ends the round."""
-        limit = self._course.max_step_kl
+        limit = self._plan.max_step_kl
         self._ends_early = limit is not None and metrics["policy/approxkl"] > limit
 
     def _minibatches(self, epoch: int) -> list[list[int]]:
-        size = self._course.prompts_a_step
-        order = _permutation(len(self._groups), self._course.seed, 1 + self._round, 1 + epoch)
+        size = self._plan.prompts_a_step
+        order = _permutation(len(self._groups), self._plan.seed, 1 + self._round, 1 + epoch)
         return [order[start : start + size] for start in range(0, len(order), size)]
 
     @torch.no_grad()
     def _begin(self, number: int, step: int) -> None:
         """Answer and score."""
-        course, size = self._course, self._course.prompts_a_round
-        epoch, place = divmod(number, max(1, course.num_prompts // size))
-        places = _permutation(course.num_prompts, course.seed, 0, epoch)[place * size :][:size]
-        if self._earned:
-            self._price.update(sum(one.kl for one in self._earned.values()) / len(self._earned))
+        plan, size = self._plan, self._plan.prompts_a_round
+        epoch, place = divmod(number, max(1, plan.num_prompts // size))
+        places = _permutation(plan.num_prompts, plan.seed, 0, epoch)[place * size :][:size]
+        if self._experience:
+            self._controller.update(sum(one.kl for one in self._experience.values()) / len(self._experience))
         self._round, self._begun, self._ends_early = number, step, False
         self._groups = list(self._actor.answer(number, places))
         parts = [(batch, self._actor.score(batch)) for batch in
                  ([self._groups[index] for index in indices] for indices in self._minibatches(0))]  # fmt: skip
         rewards = dict(zip((group.id for group in self._groups), self._reward(self._groups), strict=True))
-        self._earned = {}
+        self._experience = {}
         for batch, scored in parts:
             sizes = [sum(map(len, group.completions)) for group in batch]
             pieces = [each.split(sizes) for each in vars(scored).values()]
             for group, *mine in zip(batch, *pieces, strict=True):
-                self._earned[group.id] = self._earn(group, Scored(*mine), rewards[group.id])
-        if course.whitens:
+                self._experience[group.id] = self._make_experience(group, Scored(*mine), rewards[group.id])
+        if plan.whitens:
             self._whiten()
 
-    def _earn(self, group: TokenGroup, scored: Scored, rewards: Sequence[float]) -> Earned:
+    def _make_experience(self, group: TokenGroup, scored: Scored, rewards: Sequence[float]) -> Experience:
         lengths = [*map(len, group.completions)]
-        price = self._price.coefficient
+        coefficient = self._controller.coefficient
         ratios = (scored.logps_M - scored.reference_M).split(lengths)
         values = scored.values_M.split(lengths)
-        steps = [token_rewards(reward, ratio, price) for reward, ratio in zip(rewards, ratios, strict=True)]
-        if self._course.estimator == "rloo":
+        steps = [token_rewards(reward, ratio, coefficient) for reward, ratio in zip(rewards, ratios, strict=True)]
+        if self._plan.estimator == "rloo":
             totals = torch.stack([rewards_T.sum() for rewards_T in steps])[None]
             advantages = [one.expand(length) for one, length in zip(leave_one_out(totals)[0], lengths, strict=True)]
         else:
             pairs = zip(steps, values, strict=True)
-            advantages = [generalized_advantages(*pair, self._course.gamma, self._course.lam) for pair in pairs]
+            advantages = [generalized_advantages(*pair, self._plan.gamma, self._plan.lam) for pair in pairs]
         advantages_M = torch.cat(advantages)
-        return Earned(
+        return Experience(
             scored.logps_M,
             scored.values_M,
             advantages_M,
@@ -208,28 +213,28 @@ class Rollouts(BatchSource[TokenGroup]):
         )
 
     def _whiten(self) -> None:
-        sizes = [len(one.advantages_M) for one in self._earned.values()]
-        whitened = whiten(torch.cat([one.advantages_M for one in self._earned.values()])).split(sizes)
-        self._earned = {
-            id: Earned(**{**vars(one), "advantages_M": mine})
-            for (id, one), mine in zip(self._earned.items(), whitened, strict=True)
+        sizes = [len(one.advantages_M) for one in self._experience.values()]
+        whitened = whiten(torch.cat([one.advantages_M for one in self._experience.values()])).split(sizes)
+        self._experience = {
+            id: Experience(**{**vars(one), "advantages_M": mine})
+            for (id, one), mine in zip(self._experience.items(), whitened, strict=True)
         }
 
     def state(self) -> Mapping[str, Any]:
         """The round at hand."""
         return {
             "groups": [vars(group) for group in self._groups],
-            "earned": {id: vars(one) for id, one in self._earned.items()},
+            "experience": {id: vars(one) for id, one in self._experience.items()},
             "place": [self._round, self._begun, self._ends_early],
-            "coefficient": self._price.coefficient,
+            "coefficient": self._controller.coefficient,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take up a round where an earlier run left it."""
         self._groups = [TokenGroup(**group) for group in state["groups"]]
-        self._earned = {id: Earned(**one) for id, one in state["earned"].items()}
+        self._experience = {id: Experience(**one) for id, one in state["experience"].items()}
         self._round, self._begun, self._ends_early = state["place"]
-        self._price.coefficient = state["coefficient"]
+        self._controller.coefficient = state["coefficient"]
 
 
 def _permutation(number: int, *seeds: int) -> list[int]:

@@ -205,7 +205,7 @@ class Scorer:
         """
         if self._backbone is None:
             raise MachineError(f"{type(self._causal).__name__} has no part that gives hidden states, as a head needs")
-        longer = [_longer(group) for group in groups]
+        longer = [extended(group) for group in groups]
         laid_out = lay_out(longer, layout or self.layout)
         lengths = torch.tensor([len(completion) for group in longer for completion in group.completions])
         predictors = laid_out.predictors_N[laid_out.scored_M[lengths.cumsum(0) - 1]]
@@ -319,51 +319,9 @@ class Scorer:
         return bool(((ours - theirs).abs() <= tolerance * theirs.abs().clamp(min=1.0)).all())
 
 
-@dataclass(frozen=True)
-class Rewards:
-    """Rewards of some groups' completions.
-
-    Attributes:
-        rewards_BK: float64 [B, K]; only differences within a group mean anything.
-    """
-
-    rewards_BK: torch.Tensor
-
-
-def _longer(group: TokenGroup) -> TokenGroup:
+def extended(group: TokenGroup) -> TokenGroup:
+    """One more token behind each completion, so that its last one goes through the model."""
     return TokenGroup(group.id, group.group, group.prompt, tuple((*tokens, 0) for tokens in group.completions))
-
-
-class RewardScorer:
-    """Scores token groups with a reward model: r(prompt, completion) = head(hidden state at the last token).
-
-    Args:
-        scorer: Runs the model that the head stands on.
-        head: [..., D] to [..., 1], float32 whatever the model computes in.
-    """
-
-    def __init__(self, scorer: Scorer, head: torch.nn.Module) -> None:
-        self.scorer = scorer
-        self._head = head
-        self.device, self.config, self.compute_dtype = scorer.device, scorer.config, scorer.compute_dtype
-        self.head_bytes = 0
-        """There are no logits."""
-
-    def num_tokens(self, group: TokenGroup) -> int:
-        """Tokens of a group that go through the model, the last ones of the completions counted."""
-        return self.scorer.num_tokens(_longer(group))
-
-    def split(self, groups: Sequence[TokenGroup], max_tokens: int) -> list[list[int]]:
-        """Micro-batches of at most ``max_tokens`` tokens, the last ones of the completions counted, as indices."""
-        return self.scorer.split([_longer(group) for group in groups], max_tokens)
-
-    def score(
-        self, groups: Sequence[TokenGroup], layout: LayoutName | None = None, *, statistics: Statistics = "none"
-    ) -> Rewards:
-        """The rewards of all completions of some groups in one forward pass, with gradients; no statistics."""
-        hidden_BKD = self.scorer.last_hidden(groups, layout).float()
-        with torch.autocast(hidden_BKD.device.type, enabled=False):
-            return Rewards(self._head(hidden_BKD).squeeze(-1).double())
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from statistics import fmean
@@ -13,10 +12,11 @@ from dpo_cli.core.artifacts import digest_json, publish_folder
 from dpo_cli.core.environment import importing
 from dpo_cli.core.errors import DataError
 from dpo_cli.core.manifest import PPO, REWARD, Manifest
-from dpo_cli.core.params import Params, PpoParams
+from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import Scratch, stage_scratch
 from dpo_cli.core.text import markdown
+from dpo_cli.core.training_params import PpoParams
 from dpo_cli.models.card import Card, publish_adapter
 from dpo_cli.models.device import memory_in_words, memory_metrics
 from dpo_cli.training.history import write_reports
@@ -43,7 +43,7 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
     with importing():
         from dpo_cli.evaluation import SFT
         from dpo_cli.judging.prepare import prepare_judge
-        from dpo_cli.models.adapters import check_reward_model
+        from dpo_cli.models.heads import check_reward_model
         from dpo_cli.models.load import quiet_libraries
         from dpo_cli.models.project import open_project
         from dpo_cli.rlhf.objective import METRICS
@@ -109,13 +109,17 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
 
 
 def _ends(loop: Loop[Any], settings: PpoParams) -> dict[str, float]:
-    """Reward, KL and entropy of the first round's answers and of the last one's: means over a pass of its steps."""
-    a_pass = math.ceil(settings.prompts_a_round / settings.batch_size)
-    names = {"score": "objective/scores", "kl": "objective/kl", "entropy": "objective/entropy"}
-    ends = {"_start": loop.history[:a_pass], "": loop.history[-a_pass:]}
-    return {
-        f"{name}{end}": fmean(step[key] for step in steps) for end, steps in ends.items() for name, key in names.items()
-    }
+    """Reward, KL and entropy of the first round's answers and of the last one's: means over the prompts of a pass.
+
+    A round that ended in its first pass has those that were trained on.
+    """
+    size, found = settings.batch_size, {}
+    weights = [min(size, settings.prompts_a_round - start) for start in range(0, settings.prompts_a_round, size)]
+    for end, number in (("_start", 1), ("", loop.history[-1]["objective/round"])):
+        steps = [step for step in loop.history if step["objective/round"] == number][: len(weights)]
+        for name, key in (("score", "scores"), ("kl", "kl"), ("entropy", "entropy")):
+            found[f"{name}{end}"] = fmean([step[f"objective/{key}"] for step in steps], weights[: len(steps)])
+    return found
 
 
 def _publish_none(scratch: Scratch, reporter: Reporter) -> dict[str, Any]:

@@ -11,15 +11,16 @@ from dpo_cli.core.artifacts import digest_json, publish_folder
 from dpo_cli.core.environment import importing
 from dpo_cli.core.errors import DataError
 from dpo_cli.core.manifest import REWARD, Manifest
-from dpo_cli.core.params import Params, RewardParams
+from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import Scratch, stage_scratch
 from dpo_cli.core.text import markdown
+from dpo_cli.core.training_params import RewardParams
 from dpo_cli.data.tokenize import TokenTable, explain_found, explain_rejects
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.models.adapters import reward_head
 from dpo_cli.models.card import Card, publish_adapter
 from dpo_cli.models.device import memory_in_words
+from dpo_cli.models.heads import reward_head
 from dpo_cli.statistics.intervals import Sampling
 from dpo_cli.training.history import with_held_out, write_reports
 
@@ -62,7 +63,7 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
         from dpo_cli.judging.reward_model import RewardModel
         from dpo_cli.models.load import quiet_libraries
         from dpo_cli.models.project import open_project
-        from dpo_cli.scoring.scorer import RewardScorer
+        from dpo_cli.scoring.reward_scorer import RewardScorer
         from dpo_cli.training.fit import fit
         from dpo_cli.training.parallel import Job
         from dpo_cli.training.protocols import Learner

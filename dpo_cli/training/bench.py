@@ -13,8 +13,9 @@ import torch
 from dpo_cli.core.environment import is_gpu
 from dpo_cli.core.errors import DataError, MachineError, is_out_of_memory
 from dpo_cli.core.interrupts import StopRequest
-from dpo_cli.core.params import EMBEDDED, LoraParams, Params, TrainParams
+from dpo_cli.core.params import EMBEDDED, Params, TrainParams
 from dpo_cli.core.progress import Reporter
+from dpo_cli.core.training_params import LoraParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine, forget_peak_memory, gpu_called, peak_memory_bytes, prepare_machine

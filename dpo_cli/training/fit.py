@@ -14,7 +14,7 @@ from transformers import get_scheduler
 
 from dpo_cli.core.environment import is_gpu
 from dpo_cli.core.errors import MachineError, ParamsError
-from dpo_cli.core.params import DescentParams, TrainingParams
+from dpo_cli.core.training_params import DescentParams, TrainingParams
 from dpo_cli.data.tokenize import TokenTable
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.device import Machine, memory_metrics

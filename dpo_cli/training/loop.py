@@ -197,7 +197,7 @@ class Loop(Generic[Scored]):
         self._model.zero_grad(set_to_none=True)
         self.step += 1
         self.num_groups += len(batch)
-        self._data.source.hear(means.metrics)
+        self._data.source.after_step(means.metrics)
         meter.advance(1)
         self._log({"loss": means.loss, "grad_norm": norm.item(), "learning_rate": rate, **means.metrics})
         loss = f"loss {means.loss:.4f}"

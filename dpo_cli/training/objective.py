@@ -14,7 +14,8 @@ from dpo_cli.losses.catalogue import LOSSES
 from dpo_cli.losses.changes import divergence_of, shared_length_logps, under_divergence, with_offset, wpo_weights
 from dpo_cli.losses.pairwise import Pairs, log_ratios
 from dpo_cli.losses.ranking import Ties, kendall_tau, plackett_luce, plackett_luce_nll
-from dpo_cli.scoring.scorer import Rewards, Scores, Statistics
+from dpo_cli.scoring.reward_scorer import Rewards
+from dpo_cli.scoring.scorer import Scores, Statistics
 from dpo_cli.training.history import TOKEN_METRICS
 from dpo_cli.training.protocols import GroupLosses, Objective
 

@@ -28,7 +28,7 @@ class BatchSource(Protocol[Gives]):
         """The groups of an optimizer step, counted from 0; the same in every process and in a run that went on."""
         ...
 
-    def hear(self, metrics: Mapping[str, float]) -> None:
+    def after_step(self, metrics: Mapping[str, float]) -> None:
         """Take notice of the means of a step that was taken."""
 
     def state(self) -> Mapping[str, Any]:

@@ -197,6 +197,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path
         "sft.max_length": 200,
         "reference.max_length": 200,
         "ppo.prompts_a_round": 8,
+        "ppo.batch_size": 8,
         "ppo.rounds": 1,
         "ppo.max_new_tokens": 6,
         "evaluate.judge": "world",

@@ -13,8 +13,9 @@ from unittest.mock import patch
 
 import torch
 
-from dpo_cli.core.params import LoraParams, TrainParams
+from dpo_cli.core.params import TrainParams
 from dpo_cli.core.progress import SilentReporter
+from dpo_cli.core.training_params import LoraParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.dry_run.counts import Counting, Counts
 from dpo_cli.dry_run.device import CUDA, dry_cuda, read_backs_give_zeros
@@ -28,7 +29,8 @@ from dpo_cli.scoring.budget import TokenBudget
 from dpo_cli.scoring.layout import Layout, lay_out
 from dpo_cli.scoring.recompute import KeptBytes, set_recompute
 from dpo_cli.scoring.reference import score_groups
-from dpo_cli.scoring.scorer import RewardScorer, Scorer
+from dpo_cli.scoring.reward_scorer import RewardScorer
+from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.memory import kept_bytes
 from dpo_cli.training.objective import PairObjective, RewardObjective, SftObjective, preference_objective
 from dpo_cli.training.protocols import Learner

@@ -56,8 +56,9 @@ def ppo(project: Path, tuned: Path, tiny_folder: Path, reporter: Any) -> Steps:
     """``ppo(rounds=3)``: run the stage with some of its settings changed, in a copy of that project."""
     shutil.copytree(tuned, project, dirs_exist_ok=True)
 
-    def run(told: Any = reporter, **changes: Any) -> dict[str, Any]:
-        return run_stages(tiny_params(tiny_folder, ppo=PPO | changes), told, "ppo")
+    def run(told: Any = reporter, compute_dtype: str = "float32", **changes: Any) -> dict[str, Any]:
+        runtime = {"checkpoint_minutes": 0.0, "compute_dtype": compute_dtype}
+        return run_stages(tiny_params(tiny_folder, ppo=PPO | changes, runtime=runtime), told, "ppo")
 
     return run
 
@@ -68,9 +69,18 @@ def log() -> list[dict[str, float]]:
     return [dict(zip(names, map(float, line.split("\t")), strict=True)) for line in lines[1:]]
 
 
-@pytest.mark.parametrize("changes", [{}, {"estimator": "rloo"}, {"target_kl": 0.5}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"estimator": "rloo"},
+        {"target_kl": 0.5},
+        {"compute_dtype": "bfloat16", "reward": "world", "missing_eos_penalty": 1.0},
+    ],
+    ids=str,
+)
 def test_the_first_step_is_taken_by_the_reference(ppo: Steps, changes: dict[str, Any]) -> None:
-    """The ratio is exactly 1 and the KL exactly 0: old, new and reference are one model, in 4 bits, too."""
+    """The ratio is exactly 1 and the KL exactly 0: old, new and reference are one model, in 4 and in 16 bits, too."""
     metrics = ppo(**changes)
     first, *_, last = log()
     assert (first["val/ratio"], first["policy/approxkl"], first["objective/kl"]) == (1.0, 0.0, 0.0)
@@ -83,16 +93,42 @@ def test_the_first_step_is_taken_by_the_reference(ppo: Steps, changes: dict[str,
     assert (len(moved) > 1) == ("target_kl" in changes)
 
 
-def test_killed_it_ends_in_the_same_bytes(ppo: Steps, reporter: Any) -> None:
-    ppo()
+@pytest.mark.parametrize(
+    ("changes", "saved", "rounds"),
+    [
+        pytest.param({"target_kl": 0.5}, 4, [1, 1, 1, 1, 2, 2, 2, 2], id="between two rounds"),
+        pytest.param({"estimator": "rloo"}, 3, [1, 1, 1, 1, 2, 2, 2, 2], id="within a round"),
+        pytest.param({"max_step_kl": 1e-9}, 3, [1, 1, 1, 2, 2, 3, 3, 4], id="behind a round that ended early"),
+    ],
+)
+def test_killed_it_ends_in_the_same_bytes(
+    ppo: Steps, reporter: Any, changes: dict[str, Any], saved: int, rounds: list[int]
+) -> None:
+    """Four steps make a round, of the eight that there are; the more rounds, the more of them end early.
+
+    The first step has no learning rate, so that it ends no round.
+    """
+    changes = changes | {"prompts_a_round": 4, "batch_size": 2}
+    ppo(**changes)
     whole, steps = (paths.PPO_MODEL / ADAPTER_FILES[1]).read_bytes(), log()
-    for at in (3, 5):
-        shutil.rmtree(paths.PPO_MODEL)
-        with pytest.raises(Killed):
-            ppo(type(reporter)(kill_at(at)))
-        ppo()
-        assert (paths.PPO_MODEL / ADAPTER_FILES[1]).read_bytes() == whole
-        assert log() == steps
+    assert [step["objective/round"] for step in steps] == rounds
+    shutil.rmtree(paths.PPO_MODEL)
+    with pytest.raises(Killed):
+        ppo(type(reporter)(kill_at(saved + 1)), **changes)
+    ppo(**changes)
+    assert f"ppo: going on from checkpoint-{saved}" in reporter.said
+    assert (paths.PPO_MODEL / ADAPTER_FILES[1]).read_bytes() == whole
+    assert log() == steps
+
+
+def test_first_and_last_round_are_means_over_prompts(ppo: Steps) -> None:
+    """Five prompts in steps of four and one; the last round has but the step that was left to it."""
+    metrics = ppo(prompts_a_round=5, batch_size=4, max_step_kl=1e-9, answers=1)
+    steps = log()
+    assert [step["objective/round"] for step in steps] == [1, 1, 1, 2, 2, 3, 3, 4]
+    for name, key in (("score", "objective/scores"), ("kl", "objective/kl"), ("entropy", "objective/entropy")):
+        assert metrics[f"{name}_start"] == pytest.approx((4 * steps[0][key] + steps[1][key]) / 5, rel=1e-6)
+        assert metrics[name] == pytest.approx(steps[-1][key], rel=1e-6)
 
 
 def test_without_a_reward_there_is_a_marker_alone(ppo: Steps) -> None:
@@ -133,6 +169,16 @@ def test_an_answer_that_does_not_end_pays_for_it(ppo: Steps) -> None:
     ppo(rounds=1, missing_eos_penalty=2.0)
     assert math.isfinite(plain)
     assert log()[0]["objective/scores"] < steps[0]["objective/scores"]
+
+
+def test_an_own_reward_takes_the_place_of_the_settings(ppo: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is said of answers that do not end holds for it, too."""
+    opened = rewards_module.open_rewarder
+    monkeypatch.setattr(rewards_module, "open_rewarder", lambda *given: opened(*given, known=lambda *_: 5.0))
+    ppo(rounds=1, missing_eos_penalty=2.0)
+    scores = [entry["objective/scores"] for entry in log()]
+    assert all(3 <= score <= 5 for score in scores)
+    assert min(scores) < 5
 
 
 def test_a_reward_model_of_other_data_is_refused(ppo: Steps) -> None:

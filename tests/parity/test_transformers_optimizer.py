@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from dpo_cli.core.params import TrainingParams
+from dpo_cli.core.training_params import TrainingParams
 from dpo_cli.training.fit import make_descent, num_warmup_steps
 from dpo_cli.training.loop import Descent
 

@@ -23,7 +23,8 @@ import pytest
 import torch
 from torch.utils.data import SequentialSampler
 
-from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
+from dpo_cli.core.params import RuntimeParams, TrainParams
+from dpo_cli.core.training_params import LoraParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter, save_adapter
 from dpo_cli.models.lora import use_short_layers

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from dpo_cli.core.interrupts import StopRequest
 from dpo_cli.core.params import RuntimeParams, TrainParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.losses.reinforcement import KlController
 from dpo_cli.models.project import Workplace
 from dpo_cli.rlhf.objective import PolicyGradient
-from dpo_cli.rlhf.rollouts import Course, Rollouts, Scored
+from dpo_cli.rlhf.rollouts import RolloutPlan, Rollouts, Scored
 from dpo_cli.scoring.scorer import Scores, Statistics
 from dpo_cli.training import loop as loop_module
-from dpo_cli.training.accumulation import Limits
+from dpo_cli.training.accumulation import Accumulator, Limits
 from dpo_cli.training.fit import make_descent
 from dpo_cli.training.loop import Data, Loop
 from dpo_cli.training.parallel import Job
@@ -54,12 +56,14 @@ class Table(torch.nn.Module):
 
     def score(self, groups: Sequence[TokenGroup], *, statistics: Statistics = "none") -> Scores:
         rows = [(group.prompt[0], *answer) for group in groups for answer in group.completions]
-        x, a, b = torch.tensor(rows).T
+        lengths = torch.tensor([len(row) - 1 for row in rows])
+        x, a, b = torch.tensor([(*row, 0)[:3] for row in rows]).T
+        is_there = lengths[:, None] > torch.arange(2)
         tokens = torch.stack([self.first.log_softmax(-1)[x, a], self.second.log_softmax(-1)[x, a, b]], 1)
         values = torch.stack([self.values[x, 0], self.values[x, 1 + a]], 1)
         shape = (len(groups), len(groups[0].completions))
-        counts = torch.full(shape, 2)
-        return Scores(tokens.sum(1).double().view(shape), counts, tokens.flatten(), None, values.flatten())
+        sums = (tokens * is_there).sum(1).double().view(shape)
+        return Scores(sums, lengths.view(shape), tokens[is_there], None, values[is_there])
 
     def answers(self) -> torch.Tensor:
         """log pi of all answers, [prompts, 4, 3]."""
@@ -71,7 +75,7 @@ class TableActor:
 
     def __init__(self, table: Table, num_answers: int) -> None:
         self._table, self._num_answers = table, num_answers
-        self._reference = Table()
+        self._reference = Table().to(table.first.dtype)
 
     def answer(self, number: int, places: Sequence[int]) -> Sequence[TokenGroup]:
         generator = torch.Generator().manual_seed(number)
@@ -99,22 +103,22 @@ REWARDS = torch.randn(
 
 
 def rewards(groups: Sequence[TokenGroup]) -> list[list[float]]:
-    return [[REWARDS[group.prompt[0], a, b].item() for a, b in group.completions] for group in groups]
+    return [[REWARDS[(group.prompt[0], *answer)].sum().item() for answer in group.completions] for group in groups]
 
 
 def train(
     folder: Path, cpu: Any, reporter: Any, beta: float, estimator: str, num_rounds: int
 ) -> tuple[Table, Loop[Any]]:
     folder.mkdir(exist_ok=True)
-    course = Course(64, 64, 16, epochs=2, estimator=estimator, seed=3)
+    plan = RolloutPlan(64, 64, 16, epochs=2, estimator=estimator, seed=3)
     table = Table()
-    source = Rollouts(TableActor(table, 8), rewards, KlController(beta), course)
-    num_steps = num_rounds * course.steps_a_round
+    source = Rollouts(TableActor(table, 8), rewards, KlController(beta), plan)
+    num_steps = num_rounds * plan.steps_a_round
     settings = TrainParams(learning_rate=0.03, schedule="linear", warmup_ratio=0.0)
     work = Workplace("ppo", reporter, RuntimeParams(checkpoint_minutes=0.0), cpu)
     job = Job(work, folder)
     descent = make_descent(table, settings, num_steps, cpu.device, "ppo")
-    learner = Learner(table, table, PolicyGradient(source, value_clip=10.0, value_coefficient=0.5))  # type: ignore[arg-type]
+    learner = Learner(table, table, PolicyGradient(source, 0.2, value_clip=10.0, value_coefficient=0.5))  # type: ignore[arg-type]
     loop = Loop(learner, Data(source), descent, loop_module.Course(num_steps), Limits.of(work, 256), job)
     loop.run()
     return table, loop
@@ -134,6 +138,67 @@ def test_the_policy_becomes_the_optimal_one(
     assert loop.history[0]["val/ratio"] == 1.0
     assert loop.history[0]["policy/approxkl"] == 0.0
     assert loop.history[0]["objective/kl"] == 0.0
+
+
+class CutActor(TableActor):
+    """Answers from the table, of which those that begin with token 0 end there."""
+
+    def answer(self, number: int, places: Sequence[int]) -> Sequence[TokenGroup]:
+        return [
+            replace(group, completions=tuple(one if one[0] else (0,) for one in group.completions))
+            for group in super().answer(number, places)
+        ]
+
+
+def logps(table: Table, group: TokenGroup) -> list[list[torch.Tensor]]:
+    """log pi of each token of each answer."""
+    first, second = table.first.log_softmax(-1)[group.prompt[0]], table.second.log_softmax(-1)[group.prompt[0]]
+    return [[first[answer[0]], *(second[answer[0], token] for token in answer[1:])] for answer in group.completions]
+
+
+@pytest.mark.parametrize("estimator", ["gae", "rloo"])
+def test_the_gradient_of_the_first_epoch_is_the_policy_gradient(cpu: Any, reporter: Any, estimator: str) -> None:
+    """The sum of -A grad log pi over all tokens of a round, where no step is taken; in float64.
+
+    Minibatches of 8, 8 and 4 prompts go through in two micro-batches each, with answers of one token and of two. A is
+    what is still to come of r - beta log(pi / pi_ref) (gae with lambda 1 and values of 0), or what that is for the
+    answer less the mean of the others (rloo).
+    """
+    table, beta = Table().double(), 0.3
+    for parameter in table.parameters():
+        parameter.data *= 1.5
+    plan = RolloutPlan(20, 20, 8, epochs=1, estimator=estimator, lam=1.0, whitens=False)
+    source = Rollouts(CutActor(table, 4), rewards, KlController(beta), plan)
+    learner = Learner(table, table, PolicyGradient(source, 0.2, 0.2, value_coefficient=0.0))  # type: ignore[arg-type]
+    limits = Limits.of(Workplace("ppo", reporter, RuntimeParams(), cpu), 256)
+    accumulator: Accumulator[Scores] = Accumulator(learner, limits, StopRequest())
+    parameters, groups = (table.first, table.second), []
+    found = [torch.zeros_like(parameter) for parameter in parameters]
+    for step in range(plan.steps_a_round):
+        batch = source.batch(step)
+        table.zero_grad()
+        accumulator.gradient(batch, 0)
+        for total, parameter in zip(found, parameters, strict=True):
+            assert parameter.grad is not None
+            total += parameter.grad * sum(len(answer) for group in batch for answer in group.completions)
+        groups += batch
+    assert sorted({len(answer) for group in groups for answer in group.completions}) == [1, 2]
+
+    reference, loss = Table().double(), torch.zeros((), dtype=torch.float64)
+    for group, (earned,) in zip(groups, map(rewards, ([group] for group in groups)), strict=True):
+        ours, theirs = logps(table, group), logps(reference, group)
+        costs = [
+            [beta * (one - other).item() for one, other in zip(*pair, strict=True)]
+            for pair in zip(ours, theirs, strict=True)
+        ]
+        returns = [reward - sum(cost) for reward, cost in zip(earned, costs, strict=True)]
+        for k, answer in enumerate(ours):
+            others = (sum(returns) - returns[k]) / (len(returns) - 1)
+            for t, logp in enumerate(answer):
+                to_come = earned[k] - sum(costs[k][t:])
+                loss = loss - (to_come if estimator == "gae" else returns[k] - others) * logp
+    for one, other in zip(found, torch.autograd.grad(loss, parameters), strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-10)
 
 
 def test_killed_within_a_round_it_ends_in_the_same_bytes(

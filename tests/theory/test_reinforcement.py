@@ -88,13 +88,13 @@ def test_the_value_loss_is_the_worse_of_both(value: float, expected: float) -> N
 
 def test_the_coefficient_rises_above_its_target_and_falls_below_it() -> None:
     """c (1 + gain clip(KL / target - 1, -0.2, 0.2))."""
-    price = KlController(0.2, target=4.0, gain=0.1)
-    price.update(4.2)
-    assert price.coefficient == pytest.approx(0.2 * (1 + 0.1 * 0.05), abs=1e-12)
-    price.update(100.0)
-    assert price.coefficient == pytest.approx(0.2 * 1.005 * 1.02, abs=1e-12)
-    price.update(0.0)
-    assert price.coefficient == pytest.approx(0.2 * 1.005 * 1.02 * 0.98, abs=1e-12)
+    controller = KlController(0.2, target=4.0, gain=0.1)
+    controller.update(4.2)
+    assert controller.coefficient == pytest.approx(0.2 * (1 + 0.1 * 0.05), abs=1e-12)
+    controller.update(100.0)
+    assert controller.coefficient == pytest.approx(0.2 * 1.005 * 1.02, abs=1e-12)
+    controller.update(0.0)
+    assert controller.coefficient == pytest.approx(0.2 * 1.005 * 1.02 * 0.98, abs=1e-12)
     fixed = KlController(0.2)
     fixed.update(100.0)
     assert fixed.coefficient == 0.2

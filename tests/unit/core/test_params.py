@@ -224,6 +224,14 @@ OWN = {"name": "mine"}
             "ppo.lam has no effect with ppo.estimator rloo; gae reads it",
         ),
         (
+            {"ppo": {"reward": "world", "value_coefficient": 0, "value_clip": 5}},
+            "ppo.value_clip has no effect with ppo.value_coefficient 0",
+        ),
+        (
+            {"ppo": {"reward": "world", "epochs": 1, "batch_size": 64, "max_step_kl": 0.1}},
+            "ppo.max_step_kl has no effect where a round is one step",
+        ),
+        (
             {"ppo": {"reward": "world", "optimizer": "rmsprop", "weight_decay": 0.1}},
             "ppo.weight_decay has no effect with ppo.optimizer rmsprop",
         ),
@@ -414,6 +422,7 @@ def test_without_a_reward_the_rest_of_section_ppo_rests() -> None:
     [
         ({"reward": "rule"}, "ppo.rule is missing; ppo.reward rule checks one of one_sentence, json_object"),
         ({"reward": "world", "estimator": "rloo", "answers": 1}, "ppo.answers must be > 1, got 1"),
+        ({"reward": "world", "prompts_a_round": 8}, "ppo.batch_size must be <= ppo.prompts_a_round, 8, got 16"),
     ],
 )
 def test_what_ppo_needs_is_asked_for(settings: dict[str, Any], words: str) -> None:

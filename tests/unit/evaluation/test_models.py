@@ -14,7 +14,8 @@ from bitsandbytes.nn import Linear4bit
 from dpo_cli.core import paths
 from dpo_cli.core.errors import StaleArtifactError
 from dpo_cli.core.manifest import Manifest
-from dpo_cli.core.params import LoraParams, RuntimeParams
+from dpo_cli.core.params import RuntimeParams
+from dpo_cli.core.training_params import LoraParams
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.evaluation.models import open_models, settings_of
 from dpo_cli.models.adapters import SftResult, add_adapter, save_adapter

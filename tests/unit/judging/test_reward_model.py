@@ -15,7 +15,8 @@ from dpo_cli.judging.known_reward import RewardJudge, preference
 from dpo_cli.judging.reward_model import RewardModel
 from dpo_cli.judging.win_rate import Pair, compare_all
 from dpo_cli.scoring.budget import TokenBudget
-from dpo_cli.scoring.scorer import RewardScorer, Scorer
+from dpo_cli.scoring.reward_scorer import RewardScorer
+from dpo_cli.scoring.scorer import Scorer
 
 
 @pytest.fixture

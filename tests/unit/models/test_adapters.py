@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from dpo_cli.core import paths
 from dpo_cli.core.errors import ParamsError, StaleArtifactError
 from dpo_cli.core.manifest import SFT, Manifest
-from dpo_cli.core.params import LoraParams
+from dpo_cli.core.training_params import LoraParams
 from dpo_cli.models.adapters import (
     ADAPTER_FILES,
     FrozenBase,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from dpo_cli.core.params import LoraParams
+from dpo_cli.core.training_params import LoraParams
 from dpo_cli.models import card
 from dpo_cli.models.adapters import add_adapter, load_adapter, save_adapter
 from dpo_cli.models.card import Card, usage

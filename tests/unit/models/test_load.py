@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from dpo_cli.core import paths
 from dpo_cli.core.errors import MachineError, ParamsError
-from dpo_cli.core.params import LoraParams, ModelParams, RuntimeParams
+from dpo_cli.core.params import ModelParams, RuntimeParams
+from dpo_cli.core.training_params import LoraParams
 from dpo_cli.models import load
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.folder import base_folder, check_model_folder

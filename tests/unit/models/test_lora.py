@@ -18,7 +18,7 @@ from peft.tuners import lora
 from peft.tuners.lora import bnb as lora_bnb
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_cli.core.params import LoraParams
+from dpo_cli.core.training_params import LoraParams
 from dpo_cli.models.adapters import add_adapter, save_adapter
 from dpo_cli.models.lora import ShortLinear, ShortLinear4bit, cast_adapters, merging_pays, use_short_layers
 from dpo_cli.scoring.scorer import Scorer

@@ -14,19 +14,13 @@ from transformers import AutoModelForSequenceClassification
 from dpo_cli.core import paths
 from dpo_cli.core.errors import StaleArtifactError
 from dpo_cli.core.manifest import REWARD, SFT, Manifest
-from dpo_cli.core.params import LoraParams
+from dpo_cli.core.training_params import LoraParams
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.models.adapters import (
-    ADAPTER_FILES,
-    FrozenBase,
-    SftResult,
-    add_adapter,
-    check_reward_model,
-    reward_head,
-    save_adapter,
-)
+from dpo_cli.models.adapters import ADAPTER_FILES, FrozenBase, SftResult, add_adapter, save_adapter
+from dpo_cli.models.heads import check_reward_model, reward_head
 from dpo_cli.models.load import load_model
-from dpo_cli.scoring.scorer import RewardScorer, Scorer
+from dpo_cli.scoring.reward_scorer import RewardScorer
+from dpo_cli.scoring.scorer import Scorer
 
 Make = Callable[..., Any]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dpo_cli.core.params import LoraParams
+from dpo_cli.core.training_params import LoraParams
 from dpo_cli.models.adapters import add_adapter
 
 VOCABULARY = 100

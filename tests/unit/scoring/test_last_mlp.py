@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_cli.core.params import LoraParams, RuntimeParams
+from dpo_cli.core.params import RuntimeParams
+from dpo_cli.core.training_params import LoraParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.load import keep_weights_unpacked, load_model

@@ -14,7 +14,8 @@ from transformers import AttentionInterface
 
 from dpo_cli.core import environment, paths
 from dpo_cli.core.errors import MachineError
-from dpo_cli.core.params import LoraParams, RuntimeParams
+from dpo_cli.core.params import RuntimeParams
+from dpo_cli.core.training_params import LoraParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.load import load_model

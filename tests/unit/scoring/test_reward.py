@@ -11,7 +11,8 @@ import torch
 from dpo_cli.core.errors import MachineError
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.scoring.layout import LAYOUTS, LayoutName, lay_out
-from dpo_cli.scoring.scorer import RewardScorer, Scorer
+from dpo_cli.scoring.reward_scorer import RewardScorer
+from dpo_cli.scoring.scorer import Scorer
 
 Make = Callable[..., Any]
 

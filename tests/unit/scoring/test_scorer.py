@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from dpo_cli.core.params import LoraParams
+from dpo_cli.core.training_params import LoraParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.scoring.attention import IMPLEMENTATION

@@ -14,7 +14,8 @@ from torch.utils.data import RandomSampler
 
 from dpo_cli.core.artifacts import remove
 from dpo_cli.core.errors import StaleArtifactError
-from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
+from dpo_cli.core.params import RuntimeParams, TrainParams
+from dpo_cli.core.training_params import LoraParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.load import load_model

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
+from dpo_cli.core.params import RuntimeParams, TrainParams
+from dpo_cli.core.training_params import LoraParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dpo_cli.core import environment
 from dpo_cli.core.errors import Interrupted, MachineError, is_out_of_memory
 from dpo_cli.core.interrupts import StopRequest
-from dpo_cli.core.params import LoraParams, RuntimeParams, TrainParams
+from dpo_cli.core.params import RuntimeParams, TrainParams
+from dpo_cli.core.training_params import LoraParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.project import Workplace

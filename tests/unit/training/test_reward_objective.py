@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from dpo_cli.core.errors import Interrupted
-from dpo_cli.core.params import LoraParams, RewardParams
+from dpo_cli.core.training_params import LoraParams, RewardParams
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.models.adapters import FrozenBase, SftResult, reward_head
+from dpo_cli.models.adapters import FrozenBase, SftResult
+from dpo_cli.models.heads import reward_head
 from dpo_cli.scoring.layout import LayoutName
-from dpo_cli.scoring.scorer import Rewards, RewardScorer, Scorer
+from dpo_cli.scoring.reward_scorer import Rewards, RewardScorer
+from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.fit import Fit
 from dpo_cli.training.objective import RewardObjective
 from dpo_cli.training.protocols import Learner

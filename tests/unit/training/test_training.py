@@ -13,7 +13,8 @@ import torch
 
 from dpo_cli.core import environment
 from dpo_cli.core.errors import Interrupted, MachineError, ParamsError
-from dpo_cli.core.params import TrainingParams, TrainParams
+from dpo_cli.core.params import TrainParams
+from dpo_cli.core.training_params import TrainingParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.scoring.scorer import Scorer, Scores
 from dpo_cli.training.checkpoint import best_step, last_checkpoint, out_of_patience
