@@ -86,10 +86,12 @@ bench: $(VENV)/.installed-dev
 bench-trl: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/against_trl.py
 
-# What is done is not done again.
-experiments: setup
+# What is done is not done again. The real model is fetched once (89 MB).
+experiments: export DPO_MODEL_PATH := $(MODEL)
+experiments: $(MODEL)/config.json $(VENV)/.installed-real
 	$(THREADS) $(BIN)/python -m experiments sentiment
 	$(THREADS) $(BIN)/python -m experiments answers
+	$(THREADS) $(BIN)/python -m experiments reviews
 
 experiments-fast: setup
 	$(THREADS) $(BIN)/python -m experiments sentiment --grid fast.yaml
@@ -111,8 +113,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/pip
 	$(PIP) --editable .
 	@touch $@
 
-$(VENV)/.installed-gguf: $(VENV)/.installed
-	$(PIP) --editable '.[gguf]'
+$(VENV)/.installed-gguf $(VENV)/.installed-real: $(VENV)/.installed
+	$(PIP) --editable '.[$(patsubst .installed-%,%,$(@F))]'
 	@touch $@
 
 # One installation with all extras.

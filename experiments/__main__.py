@@ -13,7 +13,7 @@ from dpo_cli.cli.console import ConsoleReporter
 from dpo_cli.cli.exits import errors_as_exit_codes
 from dpo_cli.core.errors import ParamsError
 
-NAMES = ("sentiment", "answers")
+NAMES = ("sentiment", "answers", "reviews")
 
 
 def main(
