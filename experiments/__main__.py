@@ -32,6 +32,9 @@ def main(
             raise ParamsError(f"there is no experiment {name}; there are {', '.join(NAMES)}")
         import torch  # here, so that --help does not wait for it
 
+        from dpo_cli.models.load import quiet_libraries
+
+        quiet_libraries()
         experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
         work = experiment.folder / "work" / Path(grid).stem
         processes = workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)

@@ -14,7 +14,6 @@ import polars as pl
 from dpo_cli.core.artifacts import write_text
 from dpo_cli.core.progress import Reporter, SilentReporter
 from dpo_cli.judging.known_reward import world_reward
-from dpo_cli.models.load import quiet_libraries
 from dpo_cli.report.figures import standalone
 from experiments.answers.figures import shift_chart, temperature_chart
 from experiments.answers.measure import PARAMS, measure, prepare
@@ -50,7 +49,6 @@ class Answers:
         work = work.resolve()
         params = PARAMS.read_text(encoding="utf-8")
         refuse_other(work, {"params": params} | {name: grid.get(name, {}) for name in ("set", "rows")})
-        quiet_libraries()
         with chdir(work):
             prepare(grid, reporter)
         first, *_ = seeds = grid["seeds"]
