@@ -44,15 +44,17 @@ def rule_in(path: Path) -> RewardJudge:
     if not path.is_file():
         raise DataError(f"{path} is missing; name a Python file with a function {REWARD}(prompt, answer)")
     try:
-        found: Any = runpy.run_path(str(path)).get(REWARD)
+        found = runpy.run_path(str(path)).get(REWARD)
     except Exception as error:
         raise DataError(f"{path} does not run: {type(error).__name__}: {first_line(error)}") from error
     if not callable(found):
         raise DataError(f"{path} has no function {REWARD}(prompt, answer); write one that returns a number")
 
+    rule: Callable[[str, str], Any] = found
+
     def reward(prompt: str, answer: str) -> float:
         try:
-            value = float(found(prompt, answer))
+            value = float(rule(prompt, answer))
         except Exception as error:
             raise DataError(
                 f"{path}: {REWARD} fails on an answer: {type(error).__name__}: {first_line(error)}; it must return a"
