@@ -1,7 +1,8 @@
-"""``dpo-cli label``: judges vote on answers."""
+"""``dpo-cli label``: people vote on answers in a browser, or a judge does."""
 
 from __future__ import annotations
 
+import getpass
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -13,12 +14,16 @@ from dpo_cli.cli.command import JsonOption, command_app, examples
 from dpo_cli.cli.console import ConsoleReporter
 from dpo_cli.cli.exits import errors_as_exit_codes
 from dpo_cli.core import paths
-from dpo_cli.core.errors import DataError
+from dpo_cli.core.errors import DataError, ParamsError, first_line
+from dpo_cli.core.interrupts import heard
 
 if TYPE_CHECKING:
     from dpo_cli.core.progress import Reporter
+    from dpo_cli.labeling.engine import Engine
     from dpo_cli.labeling.items import Account, ItemStore
     from dpo_cli.labeling.settings import Settings
+
+_PORT = 8384
 
 app = command_app()
 
@@ -27,6 +32,9 @@ app = command_app()
     "label",
     rich_help_panel="Data",
     epilog=examples(
+        "dpo-cli label data/samples/prompts.parquet --rater anna",
+        "dpo-cli label data/samples/prompts.parquet --rater anna --rater ben --overlap 2 --guideline guideline.md",
+        "dpo-cli label reports/evaluate/samples.json --rater anna --out data/raw/votes",
         "dpo-cli label data/samples/prompts.parquet --judge world",
         "dpo-cli label data/samples/prompts.parquet --judge rule:shorter.py --mode ranking",
         "dpo-cli label reports/evaluate/samples.json --judge hf --set evaluate.hf.template=summary",
@@ -40,19 +48,30 @@ def label_command(
             help="Answers of `dpo-cli sample`, the samples.json of evaluate, or any rows with prompt and completions.",
         ),
     ],
+    raters: Annotated[
+        list[str] | None,
+        typer.Option("--rater", metavar="NAME", help="Who votes, each at an address of his own; may be repeated."),
+    ] = None,
     judge: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--judge",
             metavar="KIND",
-            help="world, reward-model, hf, openai, or rule:FILE.py with a function reward(prompt, answer).",
+            help="In place of people: world, reward-model, hf, openai, or rule:FILE.py with a function reward(prompt,"
+            " answer).",
         ),
-    ],
+    ] = None,
     mode: Annotated[
         str | None, typer.Option("--mode", metavar="MODE", help="pair (the default), ranking or thumbs.")
     ] = None,
     pairs: Annotated[
         int | None, typer.Option("--pairs", metavar="N", help="Most pairs of one prompt; 1 if left out.")
+    ] = None,
+    overlap: Annotated[
+        int | None,
+        typer.Option(
+            "--overlap", metavar="N", help="People who vote on an item, one more if they disagree; 1 if left out."
+        ),
     ] = None,
     repeats: Annotated[
         float | None,
@@ -61,8 +80,16 @@ def label_command(
     seed: Annotated[
         int | None, typer.Option("--seed", metavar="N", help="Of the order of items and answers; 0 if left out.")
     ] = None,
+    guideline: Annotated[
+        Path | None,
+        typer.Option("--guideline", metavar="FILE", help="What people go by, as Markdown: part of the page's help."),
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option("--port", metavar="N", min=0, max=65535, help="Of the page; 8384 if left out, 0: any."),
+    ] = None,
     most: Annotated[
-        int | None, typer.Option("--max", metavar="N", min=1, help="Vote on at most so many items more.")
+        int | None, typer.Option("--max", metavar="N", min=1, help="A judge votes on at most so many items more.")
     ] = None,
     out: Annotated[
         Path | None,
@@ -76,28 +103,88 @@ def label_command(
 ) -> None:
     """Vote on answers: which of two is better, in which order several are, or whether one is good.
 
-    A judge votes as people do: it sees the answers of an item in an order that is drawn. Its votes go into a file of
-    its own, judge-NAME.jsonl, a line each; what it has voted on is not asked again. `dpo-cli agreement` says how far
-    raters agree with each other and with themselves.
+    People vote on a page that this machine alone can open, by keys (? lists them), without learning who wrote what.
+    Every vote is on the disk at once, and Ctrl-C, a crash or another day lose none. Each rater has a file, NAME.jsonl;
+    some pairs come again, flipped. A judge votes in the same way into judge-NAME.jsonl, on what it has not voted on.
+    Mode, pairs, overlap, repeats and seed stay as they were when a folder's votes were begun. `dpo-cli agreement` says
+    how far raters agree with each other and with themselves.
     """
     with errors_as_exit_codes(as_json=as_json):
+        _refuse_options(raters, judge, {"--max": most, "--set": overrides}, {"--guideline": guideline, "--port": port})
         from dpo_cli.labeling.engine import Engine  # here, so that --help does not wait for them
-        from dpo_cli.labeling.judges import judge_items, prepare
 
         reporter = ConsoleReporter(show_tables=not as_json)
-        open_judge = prepare(judge, overrides or [], reporter)
+        open_judge = None
+        if judge is not None:
+            from dpo_cli.labeling.judges import judge_items, prepare
+
+            open_judge = prepare(judge, overrides or [], reporter)
+        text = "" if guideline is None else _read(guideline)
         folder = out or paths.VOTES / items.name.split(".")[0]
-        settings, store, account = _open_items(
-            items, folder, {"mode": mode, "pairs": pairs, "repeats": repeats, "seed": seed}
-        )
-        with Engine(store, settings, folder) as engine:
-            path, num_votes, num_without = judge_items(engine, open_judge, most, reporter)
-        figures = _account(account) | {"num_votes": num_votes, "num_without": num_without, "file": path.as_posix()}
-        _print(items, account, reporter, [("votes", f"{num_votes} in {path.as_posix()}")])
-        if num_without:
-            reporter.warn(f"label: the judge had no verdict on {num_without} items; run it again to ask again")
+        given = {"mode": mode, "pairs": pairs, "overlap": overlap, "repeats": repeats, "seed": seed}
+        settings, store, account = _open_items(items, folder, given)
+        with Engine(store, settings, folder, text) as engine:
+            if open_judge is None:
+                figures = _ask_people(engine, raters or [getpass.getuser()], port, items, account, reporter)
+            else:
+                path, num_votes, num_without = judge_items(engine, open_judge, most, reporter)
+                figures = {"num_votes": num_votes, "num_without": num_without, "file": path.as_posix()}
+                _print(items, account, reporter, [("votes", f"{num_votes} in {path.as_posix()}")])
+                if num_without:
+                    reporter.warn(f"label: the judge had no verdict on {num_without} items; run it again to ask again")
         if as_json:
-            typer.echo(json.dumps(figures, ensure_ascii=False))
+            typer.echo(json.dumps(_account(account) | figures, ensure_ascii=False))
+
+
+def _refuse_options(
+    raters: list[str] | None, judge: str | None, of_judges: dict[str, Any], of_people: dict[str, Any]
+) -> None:
+    """Refuse options that have no effect with people, or with a judge."""
+    if raters and judge:
+        raise ParamsError("--rater and --judge exclude each other; people and judges vote in runs of their own")
+    unread = of_judges if judge is None else of_people
+    if named := [name for name, value in unread.items() if value]:
+        who = "people vote: it is a judge's" if judge is None else "a judge votes: it is people's"
+        raise ParamsError(f"{' and '.join(named)} has no effect where {who}; leave it out")
+
+
+def _read(guideline: Path) -> str:
+    try:
+        return guideline.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--guideline {guideline} cannot be read as UTF-8 text: {first_line(error)}") from None
+
+
+def _ask_people(
+    engine: Engine, names: list[str], port: int | None, path: Path, account: Account, reporter: Reporter
+) -> dict[str, Any]:
+    """Open the page, and wait until Ctrl-C."""
+    from dpo_cli.labeling.desk import Desk, seat
+    from dpo_cli.labeling.votes import file_of, person
+
+    seats = seat(engine, [person(name) for name in dict.fromkeys(names)])
+    desk = Desk(engine, seats, _PORT if port is None else port)
+    for each in seats:
+        if each.num_torn:
+            reporter.warn(
+                f"label: {file_of(engine.folder, each.rater)}: its last vote was cut off when dpo-cli was killed; those"
+                f" {each.num_torn} bytes were set aside in the file that ends with .torn"
+            )
+    if engine.num_unknown:
+        reporter.warn(f"label: {engine.num_unknown} votes are on items that {path} does not have; they are kept")
+    _print(path, account, reporter, [("votes in", engine.folder.as_posix())])
+    for each in seats:
+        name = each.rater.partition(":")[2]
+        reporter.say(f"{name} votes at {desk.address(each)}")
+    reporter.say("Ctrl-C ends it; all votes are on the disk")
+    try:
+        desk.serve()
+    except KeyboardInterrupt as stop:  # the usual end
+        heard(stop)
+    done = {each.rater: engine.progress(each.rater) for each in seats}
+    for rater, progress in done.items():
+        reporter.say(f"{rater}: {progress.done} votes in {file_of(engine.folder, rater)}, {progress.left} items left")
+    return {"raters": {rater: {"num_votes": each.done, "num_left": each.left} for rater, each in done.items()}}
 
 
 def _open_items(path: Path, folder: Path, given: dict[str, Any]) -> tuple[Settings, ItemStore, Account]:

@@ -152,6 +152,10 @@ class Engine:
             mine.asked = Asked(mine.num_rows, index, self._shown_as(rater, index, drawn), drawn)
         return mine.asked
 
+    def next_number(self, rater: str) -> int:
+        """The number of the rater's next line, which a vote or an undoing must name."""
+        return self._raters[rater].num_rows
+
     def _next(self, mine: _Rater) -> tuple[int, Drawn] | None:
         if mine.undone is not None:
             return mine.undone

@@ -15,7 +15,6 @@ from typing import Any
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import sha256_file
 from dpo_cli.core.errors import DataError, ParamsError, first_line
-from dpo_cli.core.load_params import load_params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.formats.rankings import ranks_of_scores
 from dpo_cli.data.world import task_of
@@ -99,11 +98,12 @@ def prepare(kind: str, overrides: Sequence[str], reporter: Reporter) -> OpenJudg
             rater = f"rule-{Path(name).stem}-{sha256_file(Path(name))[:6]}"  # another rule is another rater
             return lambda _: (rule, rater)
         raise ParamsError(f"--judge must be one of {', '.join(KINDS)}, got {kind}")
-    params = load_params(paths.PARAMS, [f"evaluate.judge={kind}", *overrides])
-    from dpo_cli.judging.prepare import prepare_judge  # it loads torch
+    from dpo_cli.core.load_params import load_params  # here, so that other judges do not wait for them
+    from dpo_cli.judging.prepare import prepare_judge
     from dpo_cli.models.load import quiet_libraries
     from dpo_cli.models.project import open_project
 
+    params = load_params(paths.PARAMS, [f"evaluate.judge={kind}", *overrides])
     quiet_libraries()
     project = open_project(params, reporter, "label")
     load = prepare_judge(params.evaluate, project, ("", ""), paths.scratch_root() / "evaluate" / "judgments")

@@ -101,6 +101,8 @@ class VoteFile:
 
     def close(self) -> None:
         """Let others write it."""
+        if self._file.closed:
+            return
         os.fsync(self._file.fileno())
         self._file.close()
         self._lock.release()
