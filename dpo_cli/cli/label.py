@@ -50,7 +50,11 @@ def label_command(
     ],
     raters: Annotated[
         list[str] | None,
-        typer.Option("--rater", metavar="NAME", help="Who votes, each at an address of his own; may be repeated."),
+        typer.Option(
+            "--rater",
+            metavar="NAME",
+            help="Who votes, each at an address of his own; you if left out. May be repeated.",
+        ),
     ] = None,
     judge: Annotated[
         str | None,
@@ -125,7 +129,7 @@ def label_command(
         settings, store, account = _open_items(items, folder, given)
         with Engine(store, settings, folder, text) as engine:
             if open_judge is None:
-                figures = _ask_people(engine, raters or [getpass.getuser()], port, items, account, reporter)
+                figures = _ask_people(engine, raters or [_user()], port, items, account, reporter)
             else:
                 path, num_votes, num_without = judge_items(engine, open_judge, most, reporter)
                 figures = {"num_votes": num_votes, "num_without": num_without, "file": path.as_posix()}
@@ -134,6 +138,13 @@ def label_command(
                     reporter.warn(f"label: the judge had no verdict on {num_without} items; run it again to ask again")
         if as_json:
             typer.echo(json.dumps(_account(account) | figures, ensure_ascii=False))
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # as in a container without a list of users
+        return "me"
 
 
 def _refuse_options(

@@ -39,6 +39,7 @@ _DVC_CONFIG = """\
 _GITIGNORE = """\
 .scratch/
 *.tmp
+.*.jsonl.lock
 
 # made by dpo-cli sample
 /data/samples

@@ -4,7 +4,7 @@ A vote is a row with ``item_id``, ``prompt_id``, ``rater`` and ``vote``; on a pa
 and ``a_is``: who wrote the two answers, and which of them was shown as A. It may be filled in by hand, in any kind of
 table. ``dpo-cli label`` writes JSON lines with more in them (:mod:`dpo_cli.labeling.votes`): ``mode`` (a pair, where
 there is none), what ``supersedes`` what, and whether a pair was only shown again. Of each rater and item one vote is
-read. A ranking is read as votes on all its pairs; thumbs compare nothing, and are not read here.
+read. A ranking is read as votes on all its pairs, and a thumb as one for up against down.
 
 A vote on a pair is known by the hash of the prompt and both answers (:func:`item_id`). So a vote on other answers than
 today's counts for nothing: that item is invalid, and counted as such.
@@ -34,6 +34,8 @@ COLUMNS = ("item_id", "prompt_id", "method", "baseline", "rater", "vote", "a_is"
 
 A, B, TIED, BOTH_BAD, SKIPPED, UNDONE = "A", "B", "tie", "both bad", "skip", "undone"
 """What a vote on a pair may be. Both answers may be equally bad, which is a tie; the last two say nothing of them."""
+UP, DOWN = "up", "down"
+"""Thumbs, and method and baseline of votes by them."""
 FIRST, SECOND = "first", "second"
 """Method and baseline where nobody is compared, such as two answers of one model: their texts in alphabetical order."""
 REPEATED = "repeat"
@@ -92,22 +94,23 @@ def read_votes(*paths: Path) -> list[Vote]:
         rest = len(problems) - _NAMED
         raise DataError([*problems[:_NAMED], *([f"{named}: {rest} more such problems"] if rest > 0 else [])])
     if not votes:
-        raise DataError(f"{named} has no vote on a pair; it must hold a vote a row: {', '.join(COLUMNS)}")
+        raise DataError(f"{named} has no votes; it must hold a vote a row: {', '.join(COLUMNS)}")
     return votes
 
 
 def read_shown(*paths: Path) -> list[ShownVote]:
-    """The votes on pairs that ``dpo-cli label`` wrote into files, repeats among them, with where the answers stood.
+    """The votes that ``dpo-cli label`` wrote into files, repeats among them, and on pairs with where the answers stood.
 
     Raises:
         DataError: A file cannot be read.
     """
     found = []
     for row in (row for path in paths for _, row in read_rows(path)):
-        is_shown = "number" in row and row.get("mode") == "pair"
-        if is_shown and isinstance(votes := votes_in(row), list) and votes:
-            [vote] = votes
-            first = None if vote.result == TIE else row["vote"] == A
+        votes = votes_in(row) if "number" in row else []
+        if isinstance(votes, str):  # which read_votes says
+            continue
+        for vote in votes:
+            first = row["vote"] == A if row["vote"] in (A, B) else None
             found.append(
                 ShownVote(vote.rater, vote.item, vote.prompt, vote.result, first, row.get("drawn") == REPEATED)
             )
@@ -178,12 +181,22 @@ def _missing(file: str, missing: list[str], row: Mapping[str, Any]) -> str:
 
 def votes_in(row: Mapping[str, Any]) -> list[Vote] | str:
     """A row as votes on pairs, none where it says nothing of any, or what is wrong with it."""
-    if row.get("vote") == SKIPPED or row.get("mode") == "thumbs":
+    if row.get("vote") == SKIPPED:
         return []
     if row.get("mode") == "ranking":
         return _votes_of_ranking(row)
+    if row.get("mode") == "thumbs":
+        return _vote_of_thumb(row)
     found = _vote(row)
     return found if isinstance(found, str) else [found]
+
+
+def _vote_of_thumb(row: Mapping[str, Any]) -> list[Vote] | str:
+    texts = [str(row.get(name, "")) for name in ("item_id", "prompt_id", "rater", "vote")]
+    if not all(texts) or texts[-1] not in (UP, DOWN):
+        return "a thumb needs item_id, prompt_id, rater, and as vote up or down"
+    item, prompt, rater, vote = texts
+    return [Vote(item, prompt, UP, DOWN, rater, WIN if vote == UP else LOSS)]
 
 
 def _votes_of_ranking(row: Mapping[str, Any]) -> list[Vote] | str:

@@ -22,7 +22,7 @@ import numpy as np
 from dpo_cli.core.errors import DataError
 from dpo_cli.judging.votes import REPEATED, UNDONE, A, B
 from dpo_cli.labeling.items import ItemStore
-from dpo_cli.labeling.order import Asked, Drawn, item_order, shown_order
+from dpo_cli.labeling.order import Asked, Drawn, is_repeat, item_order, shown_order
 from dpo_cli.labeling.progress import Progress, progress_of
 from dpo_cli.labeling.settings import Settings
 from dpo_cli.labeling.votes import (
@@ -121,9 +121,11 @@ class Engine:
         for path in sorted(set(self.folder.glob("*.jsonl")) - present):
             mine: _Rater | None = None
             for row in lines_of(path):
+                if row["by"] != "person":
+                    break
                 mine = mine or _Rater(row["rater"], row["by"], len(self.items))
                 self._replay(mine, row)
-            if mine is not None and mine.by == "person":
+            if mine is not None:
                 absent.append(mine.name)
         return absent
 
@@ -159,11 +161,14 @@ class Engine:
     def _next(self, mine: _Rater) -> tuple[int, Drawn] | None:
         if mine.undone is not None:
             return mine.undone
-        chance = random.Random(f"{self.settings.seed} {mine.name} {len(mine.numbers)}")
-        again = chance.random() < self.settings.repeats
-        if again and (index := self._to_repeat(mine)) is not None:
+        seed, number = self.settings.seed, len(mine.numbers)
+        is_again = is_repeat(seed, mine.name, number, self.settings.repeats)
+        if is_again and (index := self._to_repeat(mine)) is not None:
             return index, REPEATED
-        if chance.random() < 0.5 and (index := self._next_contested(mine)) is not None:
+        if (
+            random.Random(f"{seed} {mine.name} {number}").random() < 0.5
+            and (index := self._next_contested(mine)) is not None
+        ):
             return index, _UNCERTAIN
         while mine.position < len(self._order):
             index = int(self._order[mine.position])

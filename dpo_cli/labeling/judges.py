@@ -22,9 +22,9 @@ from dpo_cli.judging.answers import Answer
 from dpo_cli.judging.judge import Judge, Question
 from dpo_cli.judging.known_reward import RewardJudge
 from dpo_cli.judging.templates import transcript
+from dpo_cli.judging.votes import DOWN, UP
 from dpo_cli.labeling.engine import Asked, Engine
 from dpo_cli.labeling.items import Item
-from dpo_cli.labeling.votes import DOWN, UP
 
 KINDS = ("world", "reward-model", "hf", "openai", "rule:FILE.py")
 RULE = "rule:"

@@ -39,6 +39,14 @@ def shown_order(seed: int, rater: str, item_id: str, num_answers: int, *, is_fli
     return tuple(reversed(order) if is_flipped else order)
 
 
+def is_repeat(seed: int, rater: str, number: int, share: float) -> bool:
+    """Whether a rater's question of this number is to be one that comes again: of every 1 / share one is, by chance."""
+    if not share:
+        return False
+    every = round(1 / share)
+    return number % every == random.Random(f"{seed} {rater} again {number // every}").randrange(every)
+
+
 def item_order(items: ItemStore, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
     """All items in the order in which they are asked, and whether each is there because it is uncertain.
 

@@ -26,10 +26,9 @@ import orjson
 from filelock import FileLock, Timeout
 
 from dpo_cli.core.errors import DataError, MachineError, ParamsError
-from dpo_cli.judging.votes import BOTH_BAD, SKIPPED, TIED, A, B, is_torn, unended_line
+from dpo_cli.judging.votes import BOTH_BAD, DOWN, SKIPPED, TIED, UP, A, B, is_torn, unended_line
 
 By = Literal["person", "judge"]
-UP, DOWN = "up", "down"
 MOST_STRENGTH = 3
 PERSON = "human"
 """The kind of all people as raters, as in human:anna; a judge is called what it is."""

@@ -17,14 +17,14 @@ from dpo_cli.statistics.intervals import Estimate, Sampling
 
 
 class ShownVote(NamedTuple):
-    """One vote on a pair, with where its answers stood.
+    """One vote, on a pair with where its answers stood.
 
     Attributes:
         rater: Who voted.
         item: The pair of answers.
         prompt: Their prompt.
         result: Win, tie or loss of the item's method (:mod:`dpo_cli.statistics.agreement`).
-        chose_first: Whether the answer that was shown first was chosen; None for a tie.
+        chose_first: Whether the answer that was shown first was chosen; None for a tie, and where no pair was shown.
         is_repeat: Whether the pair had been shown to the rater before, the other way round.
     """
 
@@ -40,7 +40,7 @@ class RaterQuality(NamedTuple):
     """Figures of one rater.
 
     Attributes:
-        num_votes: Votes on pairs, repeats among them.
+        num_votes: Votes, repeats among them; a ranking counts as its pairs.
         num_ties: Ties among these.
         num_repeats: Pairs that came again.
         position_bias: Share of the first answers that were chosen less that of the second ones, in [-1, 1]: 0 where the

@@ -96,6 +96,7 @@ def test_a_command_that_there_is_not_names_one_like_it(arguments: list[str], mea
         ("evaluation.capability", ("polars", "pydantic")),
         ("evaluation.compare", ()),
         ("judging.agreement", ("polars",)),
+        ("labeling.desk", ("polars", "pydantic")),
         ("stages.report", ("pydantic",)),
         ("stages.base", ("polars", "pydantic")),
         ("stages.convert_sft", ("polars", "pydantic")),

@@ -9,13 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from dpo_cli.cli.app import app
 from dpo_cli.core.errors import DataError, MachineError, ParamsError
-from dpo_cli.judging.votes import read_rows, read_votes
+from dpo_cli.judging.judge import Question
+from dpo_cli.judging.votes import VotesJudge, read_rows, read_shown, read_votes
 from dpo_cli.labeling.engine import FEWEST_BETWEEN, BadVote, Engine
 from dpo_cli.labeling.items import Account, Item, ItemStore, Mode, read_items
 from dpo_cli.labeling.settings import Settings, settle
 from dpo_cli.statistics.agreement import LOSS, TIE, WIN
+from dpo_cli.statistics.intervals import Sampling
+from dpo_cli.statistics.raters import rater_quality
 
 ANNA, BEN, CHLOE = "human:anna", "human:ben", "human:chloe"
 
@@ -108,6 +113,19 @@ def test_evaluated_answers_keep_their_models_in_the_file_alone(tmp_path: Path) -
     desk.run(ANNA)
     [vote] = read_votes(tmp_path / "votes/anna.jsonl")
     assert (vote.prompt, vote.method, vote.baseline, vote.result) == ("x", "dpo", "sft", WIN)
+    [(_, judgment)] = VotesJudge([vote], "share", "dpo", "sft").judge([Question("q", "no", "yes")])
+    assert judgment.verdict == "B"  # it decides an evaluation
+
+
+def test_thumbs_are_votes_for_up_and_a_rater_is_compared_with_himself(tmp_path: Path) -> None:
+    desk = Desk(write_items(tmp_path, 40), ANNA, mode="thumbs", repeats=0.2)
+    desk.run(ANNA, choose=lambda texts: "up" if texts[0] > "b" else "down")
+    votes = read_votes(tmp_path / "votes/anna.jsonl")
+    assert (len(votes), sum(vote.result == WIN for vote in votes)) == (80, 40)
+    [found] = rater_quality(read_shown(tmp_path / "votes/anna.jsonl"), Sampling(200, 0.95, 0))
+    assert found.num_repeats > 5
+    assert found.consistency is not None
+    assert (found.consistency.value, found.position_bias) == (1, None)
 
 
 # --- order --------------------------------------------------------------------------------------
@@ -245,6 +263,19 @@ def test_a_torn_last_line_is_set_aside_and_nothing_else_is_lost(tmp_path: Path) 
         pytest.raises(DataError, match="line 1: not vote 0"),
     ):
         engine.join(ANNA)
+
+
+def test_who_always_picks_left_is_said_to_be_biased(tmp_path: Path) -> None:
+    desk = Desk(write_items(tmp_path, 60), ANNA, BEN, overlap=2)
+    desk.run(ANNA, choose=lambda _: "A")
+    desk.run(BEN)
+    files = [str(tmp_path / f"votes/{name}.jsonl") for name in ("anna", "ben")]
+    shown = CliRunner().invoke(app, ["agreement", *files], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0, shown.output
+    assert shown.output.count("biased") == 1
+    [left, good] = json.loads(CliRunner().invoke(app, ["agreement", *files, "--json"]).stdout)["raters"]
+    assert left["position_bias"]["low"] > 0.8 > 0 > good["position_bias"]["low"]
+    assert (left["consistency"]["value"], good["consistency"]["value"]) == (0, 1)
 
 
 def test_one_writer_a_file(tmp_path: Path) -> None:
