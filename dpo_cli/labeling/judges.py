@@ -15,6 +15,7 @@ from typing import Any
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import sha256_file
 from dpo_cli.core.errors import DataError, ParamsError, first_line
+from dpo_cli.core.judges import JUDGES
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.formats.rankings import ranks_of_scores
 from dpo_cli.data.world import task_of
@@ -30,7 +31,7 @@ KINDS = ("world", "reward-model", "hf", "openai", "rule:FILE.py")
 RULE = "rule:"
 REWARD = "reward"
 """The function that a file with a rule has: ``reward(prompt, answer) -> float``, both texts; the higher, the better."""
-_OF_MODELS = ("reward-model", "hf", "openai")
+_MODELS = ("reward-model", "hf", "openai")
 _AT_ONCE = 512
 
 
@@ -81,16 +82,18 @@ def prepare(kind: str, overrides: Sequence[str], reporter: Reporter) -> OpenJudg
 
     Args:
         kind: One of :data:`KINDS`.
-        overrides: ``--set`` of section evaluate, which judges that are models read.
+        overrides: ``--set`` of evaluate.hf or evaluate.openai.
         reporter: Shows progress.
 
     Raises:
         ParamsError: There is no such judge, or a setting has no effect.
         DataError, StaleArtifactError, MachineError: It cannot be had.
     """
-    if kind not in _OF_MODELS:
-        if overrides:
-            raise ParamsError(f"--set has no effect with --judge {kind}; {', '.join(_OF_MODELS)} read it")
+    section = JUDGES[kind].section if kind in _MODELS else None
+    if unread := [each for each in overrides if section is None or not each.startswith(f"evaluate.{section}.")]:
+        read = f", which reads evaluate.{section}" if section else ""
+        raise ParamsError([f"--set {each} has no effect with --judge {kind}{read}" for each in unread])
+    if kind not in _MODELS:
         if kind == "world":
             return lambda _: (RewardJudge("the embedded world's known reward", _world_reward), kind)
         if kind.startswith(RULE) and (name := kind.removeprefix(RULE)):
@@ -98,15 +101,18 @@ def prepare(kind: str, overrides: Sequence[str], reporter: Reporter) -> OpenJudg
             rater = f"rule-{Path(name).stem}-{sha256_file(Path(name))[:6]}"  # another rule is another rater
             return lambda _: (rule, rater)
         raise ParamsError(f"--judge must be one of {', '.join(KINDS)}, got {kind}")
-    from dpo_cli.core.load_params import load_params  # here, so that other judges do not wait for them
+    from dpo_cli.core.load_params import apply_overrides, load_params  # here, so that other judges do not wait for them
     from dpo_cli.judging.prepare import prepare_judge
     from dpo_cli.models.load import quiet_libraries
     from dpo_cli.models.project import open_project
 
-    params = load_params(paths.PARAMS, [f"evaluate.judge={kind}", *overrides])
+    params = load_params(paths.PARAMS)
+    # whoever judges evaluations, this judge's own settings are those of params.yaml
+    own = {f"evaluate.{section}": getattr(params.evaluate, section).model_dump()} if section else {}
+    evaluate = apply_overrides({"evaluate.judge": kind, **own}, overrides)[1].evaluate
     quiet_libraries()
     project = open_project(params, reporter, "label")
-    load = prepare_judge(params.evaluate, project, ("", ""), paths.scratch_root() / "evaluate" / "judgments")
+    load = prepare_judge(evaluate, project, ("", ""), paths.scratch_root() / "evaluate" / "judgments")
     assert load is not None  # there is a judge
 
     def open_(answers: Sequence[Answer]) -> tuple[Judge, str]:

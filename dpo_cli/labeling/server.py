@@ -78,6 +78,9 @@ def make_app(engine: Engine, tokens: Mapping[str, str], port: int) -> Starlette:
         engine.undo(rater, said.get("number", -1), said.get("key", ""))
         return JSONResponse(_state(engine, rater))
 
+    async def nothing(request: Request, rater: str) -> Response:
+        raise _Refused(404, "not found")
+
     def guarded(answer: _Answer) -> Callable[[Request], Awaitable[Response]]:
         async def handle(request: Request) -> Response:
             try:
@@ -97,6 +100,7 @@ def make_app(engine: Engine, tokens: Mapping[str, str], port: int) -> Starlette:
             Route("/state", guarded(state), methods=["GET"]),
             Route("/vote", guarded(vote), methods=["POST"]),
             Route("/undo", guarded(undo), methods=["POST"]),
+            Route("/{path:path}", guarded(nothing), methods=["GET", "POST"]),
         ]
     )
 

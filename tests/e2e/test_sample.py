@@ -197,3 +197,32 @@ def test_options_without_effect_are_refused(tuned: Params, make_reporter: Callab
         sample_files([TRAIN, TRAIN], K, None, paths.SAMPLED, tuned, make_reporter())
     result = CliRunner().invoke(app, ["sample", str(TRAIN), "--set", "train.beta=1"])
     assert result.exit_code == ParamsError.exit_code
+
+
+def test_a_language_model_votes_on_samples_as_a_rater(
+    built: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, make_reporter: Callable[[], Any]
+) -> None:
+    """It sees the answers in an order that is drawn, some again flipped, so that its love of a place shows."""
+    monkeypatch.chdir(built)
+    monkeypatch.setenv("DPO_JUDGE_PATH", str(tiny_folder))
+    params = make_params(tiny_folder)
+    paths.PARAMS.write_text(json.dumps(params.model_dump(mode="json")), encoding="utf-8")  # judged by a rule otherwise
+    write_rows(Path("answers.jsonl"), [{"prompt": text, "completions": ["no", "no."]} for text in PROMPTS])
+    command = ["label", "answers.jsonl", "--judge", "hf", "--set", "evaluate.hf.template=summary", "--repeats", "0.5"]
+    for _ in range(2):  # the second time there is nothing left to ask
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 0, done.output
+    [file] = Path("data/votes/answers").glob("judge-*.jsonl")
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    first = [row for row in rows if row["drawn"] != "repeat"]
+    again = [row for row in rows if row["drawn"] == "repeat"]
+    assert len(first) == len(PROMPTS)
+    assert 0 < len(again) < len(PROMPTS)
+    assert {row["rater"].split()[-1] for row in rows} == {"summary"}
+    found = CliRunner().invoke(app, ["agreement", str(file), "--json"])
+    [rater] = json.loads(found.stdout)["raters"]
+    assert rater["num_repeats"] == len(again)
+    assert rater["position_bias"] is not None
+    ranking = CliRunner().invoke(app, [*command[:4], "--mode", "ranking", "--out", "ranked"])
+    assert ranking.exit_code == 3
+    assert "compares two answers; take --mode pair" in ranking.stderr

@@ -102,12 +102,15 @@ async function send(path, said) {
   const body = JSON.stringify({ ...said, number: page.state.number, key: newKey() });
   const headers = { "Content-Type": "application/json", "X-Token": TOKEN };
   let state = null;
+  let isLate = false;
   while (state === null) {
     try {
       const response = await fetch(path, { method: "POST", headers, body });
       if (response.ok) state = await response.json();
-      else if (response.status === 409) state = await (await fetch("/state", { headers })).json(); // another window
-      else if (response.status < 500) {
+      else if (response.status === 409) {
+        state = await (await fetch("/state", { headers })).json();
+        isLate = true;
+      } else if (response.status < 500) {
         notice(`Not saved: ${(await response.text()).slice(0, 200)}`);
         break;
       } else throw new Error(String(response.status));
@@ -119,7 +122,7 @@ async function send(path, said) {
   page.isSending = false;
   document.body.classList.remove("sending");
   if (state) {
-    notice("");
+    notice(isLate ? "This question was answered in another window. Here is the next one." : "");
     show(state);
   }
 }

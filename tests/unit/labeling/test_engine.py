@@ -8,11 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
 from dpo_cli.core.errors import DataError, MachineError, ParamsError
+from dpo_cli.data.schema import assistant, user
 from dpo_cli.judging.judge import Question
 from dpo_cli.judging.votes import VotesJudge, read_rows, read_shown, read_votes
 from dpo_cli.labeling.engine import FEWEST_BETWEEN, BadVote, Engine
@@ -304,6 +307,23 @@ def test_identical_answers_are_merged_and_counted(tmp_path: Path) -> None:
     assert (account.num_rows, account.num_items, account.num_merged) == (3, 1, 2)
     assert account.left_out == {"prompts with fewer than two different answers": 1, "the same answers again": 1}
     assert len(list(read_items(path, "thumbs", 1, 0, Account()))) == 3
+
+
+def test_what_sample_writes_is_read(tmp_path: Path) -> None:
+    from dpo_cli.evaluation.sampling import SCHEMA
+
+    row = {
+        "prompt": [user("p")],
+        "completions": [assistant("a"), assistant("b")],
+        "scores": [1.0, 0.5],
+        "counts": [3, 1],
+        "token_ids": [[1], [2]],
+    }
+    rows = [row, {**row, "prompt": [user("q")], "scores": None}]
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), tmp_path / "samples.parquet")
+    scored, plain = read_items(tmp_path / "samples.parquet", "pair", 1, 0, Account())
+    assert (scored.texts, scored.counts, scored.margin) == (["a", "b"], [3, 1], 0.5)
+    assert (plain.texts, plain.margin == plain.margin) == (["a", "b"], False)
 
 
 def test_settings_are_those_of_the_first_day(tmp_path: Path) -> None:

@@ -77,7 +77,8 @@ def test_a_reward_ranks_and_gives_thumbs(folder: Path) -> None:
         (["--judge", "rule:empty.py"], 4, "empty.py has no function reward(prompt, answer)"),
         (["--judge", "rule:fails.py"], 4, "fails.py: reward fails on an answer: ValueError"),
         (["--judge", "world"], 4, "is not of the embedded world"),
-        (["--judge", "world", "--set", "evaluate.seed=1"], 3, "--set has no effect with --judge world"),
+        (["--judge", "world", "--set", "evaluate.seed=1"], 3, "--set evaluate.seed=1 has no effect with --judge world"),
+        (["--judge", "hf", "--set", "evaluate.seed=1"], 3, "has no effect with --judge hf, which reads evaluate.hf"),
         (["--judge", "rule:shorter.py", "--mode", "stars"], 3, "--mode must be pair, ranking or thumbs, got stars"),
     ],
 )

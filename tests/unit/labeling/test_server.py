@@ -75,6 +75,8 @@ def test_what_may_not_ask_is_refused(engine: Engine, client: TestClient, tokens:
         assert client.get("/state", headers=given).status_code == 403, given
         assert client.post("/vote", headers=given, json={}).status_code == 403, given
     assert client.get("/").status_code == 403
+    assert client.get("/etc/passwd").status_code == 403
+    assert client.get("/etc/passwd", headers=mine).status_code == 404
     assert (
         client.get("/state", params={"token": mine["x-token"]}).status_code == 403
     )  # an address is for the page alone
