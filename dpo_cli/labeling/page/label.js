@@ -4,7 +4,7 @@ const TOKEN = new URLSearchParams(location.search).get("token") ?? "";
 const RETRY_MS = 1000;
 const at = id => document.getElementById(id);
 const LETTERS = "AB";
-const STRENGTHS = ["a little", "some", "much"];
+const STRENGTHS = ["a little better", "better", "much better"];
 
 const page = {
   state: null, // what the server said last
@@ -247,7 +247,6 @@ function showKeys(mode, isAsking) {
     const strength = make("div", "strength");
     strength.setAttribute("role", "group");
     strength.setAttribute("aria-label", "How much better");
-    strength.append(make("span", "", "better by"));
     STRENGTHS.forEach((name, place) => {
       const found = button(String(place + 1), name);
       found.setAttribute("aria-pressed", "false");
@@ -272,14 +271,14 @@ function showProgress({ done, left, pace_s: pace, left_s: leftS, half_width: hal
 
 function duration(seconds) {
   const minutes = Math.round(seconds / 60);
-  if (minutes < 1) return "under 1 min";
+  if (minutes < 1) return "< 1 min";
   return minutes < 60 ? `${minutes} min` : `${Math.floor(minutes / 60)} h ${String(minutes % 60).padStart(2, "0")} min`;
 }
 
 function showHelp(mode, guideline) {
   at("guideline").replaceChildren(...(guideline ? [markdown(guideline)] : []));
   const rows = Object.entries(KEYS[mode]).map(([key, { about }]) => [key, about]);
-  if (mode === "pair") rows.splice(2, 0, ["1 2 3", "before F or J: by how much (a little, some, much)"]);
+  if (mode === "pair") rows.splice(2, 0, ["1 2 3", "before F or J: by how much (a little better, better, much better)"]);
   if (mode === "ranking") rows.unshift(["1 ... 9", "the best answer first, then the next one; once more takes its rank away"]);
   rows.push(["?", "this help"]);
   at("help-keys").replaceChildren(
