@@ -120,7 +120,7 @@ def label_command(
         reporter = ConsoleReporter(show_tables=not as_json)
         open_judge = None
         if judge is not None:
-            from dpo_cli.labeling.judges import judge_items, prepare
+            from dpo_cli.labeling.judges import prepare
 
             open_judge = prepare(judge, overrides or [], reporter)
         text = "" if guideline is None else _read(guideline)
@@ -131,6 +131,8 @@ def label_command(
             if open_judge is None:
                 figures = _ask_people(engine, raters or [_user()], port, items, account, reporter)
             else:
+                from dpo_cli.labeling.judges import judge_items
+
                 path, num_votes, num_without = judge_items(engine, open_judge, most, reporter)
                 figures = {"num_votes": num_votes, "num_without": num_without, "file": path.as_posix()}
                 _print(items, account, reporter, [("votes", f"{num_votes} in {path.as_posix()}")])
