@@ -1,26 +1,46 @@
-"""People's and judges' votes on pairs of answers: the table that agreement is computed from, and a judge made of it.
+"""People's and judges' votes: their one format, its one reader, and a judge made of votes on pairs.
 
-A vote is known by the hash of the prompt and both answers (:func:`item_id`). So a vote on other answers than today's
-counts for nothing: that item is invalid, and counted as such.
+A vote is a row with ``item_id``, ``prompt_id``, ``rater`` and ``vote``; on a pair also with ``method``, ``baseline``
+and ``a_is``: who wrote the two answers, and which of them was shown as A. It may be filled in by hand, in any kind of
+table. ``dpo-cli label`` writes JSON lines with more in them (:mod:`dpo_cli.labeling.votes`): ``mode`` (a pair, where
+there is none), what ``supersedes`` what, and whether a pair was only shown again. Of each rater and item one vote is
+read. A ranking is read as votes on all its pairs; thumbs compare nothing, and are not read here.
+
+A vote on a pair is known by the hash of the prompt and both answers (:func:`item_id`). So a vote on other answers than
+today's counts for nothing: that item is invalid, and counted as such.
 """
 
 from __future__ import annotations
 
 import difflib
+import itertools
+import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from dpo_cli.core.artifacts import digest_bytes
 from dpo_cli.core.errors import DataError
+from dpo_cli.data.reading.base import BrokenLines, Record
 from dpo_cli.data.reading.files import read_records
+from dpo_cli.data.schema import text_of
 from dpo_cli.judging.judge import INVALID, Judgment, Question, from_half
+from dpo_cli.judging.templates import transcript
 from dpo_cli.statistics.agreement import LOSS, TIE, WIN, Vote
 
 COLUMNS = ("item_id", "prompt_id", "method", "baseline", "rater", "vote", "a_is")
 
-_VOTES = ("A", "B", "tie")
+A, B, TIED, BOTH_BAD, SKIPPED, UNDONE = "A", "B", "tie", "both bad", "skip", "undone"
+"""What a vote on a pair may be. Both answers may be equally bad, which is a tie; the last two say nothing of them."""
+FIRST, SECOND = "first", "second"
+"""Method and baseline where nobody is compared, such as two answers of one model: their texts in alphabetical order."""
+REPEATED = "repeat"
+"""What ``drawn`` says of an item that was shown before, so that the rater can be compared with himself."""
+
+_RESULTS = (A, B, TIED, BOTH_BAD)
 _NAMED = 8
+_STEP = 1 << 16
 _LEADS = {WIN: 0.5, LOSS: -0.5}
 
 
@@ -42,38 +62,93 @@ def read_votes(*paths: Path) -> list[Vote]:
     problems: list[str] = []
     voted: dict[tuple[str, str, str, str], str] = {}
     prompts: dict[tuple[str, str, str], tuple[str, str]] = {}
-    for file, record in ((path.as_posix(), record) for path in paths for record in read_records(path)):
-        row = record.value
-        here = f"row {record.row}" if record.line is None else f"line {record.line}"
-        place = f"{file}, {here}"
-        if not isinstance(row, dict):
-            raise DataError(f"{place}: not a row of a table; it must have the columns {', '.join(COLUMNS)}")
-        if missing := [name for name in COLUMNS if name not in row]:
+    for file, place, row in ((path.as_posix(), place, row) for path in paths for place, row in read_rows(path)):
+        if row.get("drawn") == REPEATED:
+            continue
+        if missing := [name for name in COLUMNS if name not in row and row.get("mode", "pair") == "pair"]:
             raise DataError(_missing(file, missing, row))
-        found = _vote(row)
+        found = votes_in(row)
         if isinstance(found, str):
             problems.append(f"{place}: {found}")
             continue
-        item = (found.method, found.baseline, found.item)
-        if (first := voted.setdefault((*item, found.rater), place)) is not place:
-            problems.append(
-                f"{place}: {found.rater} voted on item {found.item} of {found.method} already, in"
-                f" {first.removeprefix(f'{file}, ')};"
-                " keep one of the two, or give the raters names of their own, as in human:anna and human:bo"
-            )
-        prompt, first = prompts.setdefault(item, (found.prompt, place))
-        if prompt != found.prompt:
-            problems.append(
-                f"{place}: item {found.item} of {found.method} has prompt {found.prompt}, but {prompt} in"
-                f" {first.removeprefix(f'{file}, ')}; an item is two answers to one prompt: fix prompt_id or item_id"
-            )
-        votes.append(found)
+        for each in found:
+            item = (each.method, each.baseline, each.item)
+            if (first := voted.setdefault((*item, each.rater), place)) is not place:
+                problems.append(
+                    f"{place}: {each.rater} voted on item {each.item} of {each.method} already, in"
+                    f" {first.removeprefix(f'{file}, ')};"
+                    " keep one of the two, or give the raters names of their own, as in human:anna and human:bo"
+                )
+            prompt, first = prompts.setdefault(item, (each.prompt, place))
+            if prompt != each.prompt:
+                problems.append(
+                    f"{place}: item {each.item} of {each.method} has prompt {each.prompt}, but {prompt} in"
+                    f" {first.removeprefix(f'{file}, ')}; an item is two answers to one prompt: fix prompt_id or"
+                    " item_id"
+                )
+            votes.append(each)
     if problems:
         rest = len(problems) - _NAMED
         raise DataError([*problems[:_NAMED], *([f"{named}: {rest} more such problems"] if rest > 0 else [])])
     if not votes:
-        raise DataError(f"{named} has no rows; it must hold a vote a row: {', '.join(COLUMNS)}")
+        raise DataError(f"{named} has no vote on a pair; it must hold a vote a row: {', '.join(COLUMNS)}")
     return votes
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a votes file that stand, each with its place: those that no later one supersedes.
+
+    A last line that a kill tore is no row.
+
+    Raises:
+        DataError: The file cannot be read, or a row is no object.
+    """
+    superseded = {
+        (row.get("rater"), row["supersedes"])
+        for _, row in _all_rows(path)
+        if row.get("supersedes") is not None  # absent from a table that was filled in by hand
+    }
+    for place, row in _all_rows(path):
+        if row.get("vote") != UNDONE and (row.get("rater"), row.get("number")) not in superseded:
+            yield place, row
+
+
+def _all_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for record in _whole_records(path):
+        here = f"row {record.row}" if record.line is None else f"line {record.line}"
+        place = f"{path.as_posix()}, {here}"
+        if not isinstance(record.value, dict):
+            raise DataError(f"{place}: not a row of a table; it must have the columns {', '.join(COLUMNS)}")
+        yield place, record.value
+
+
+def _whole_records(path: Path) -> Iterator[Record]:
+    try:
+        yield from read_records(path)
+    except BrokenLines as error:
+        if len(error.problems) > 1 or not is_torn(unended_line(path)):
+            raise
+
+
+def unended_line(path: Path) -> bytes:
+    """What stands behind the last line end of a file: nothing, unless the last write was cut off."""
+    found = b""
+    with path.open("rb") as file:
+        position = file.seek(0, os.SEEK_END)
+        while position and b"\n" not in found:
+            step = min(position, _STEP)
+            position -= step
+            file.seek(position)
+            found = file.read(step) + found
+    return found.rpartition(b"\n")[2]
+
+
+def is_torn(line: bytes) -> bool:
+    """Whether a line is there, and is no whole vote."""
+    try:
+        return bool(line) and not isinstance(json.loads(line), dict)
+    except ValueError:
+        return True
 
 
 def _missing(file: str, missing: list[str], row: Mapping[str, Any]) -> str:
@@ -82,21 +157,52 @@ def _missing(file: str, missing: list[str], row: Mapping[str, Any]) -> str:
     return f"{file}: no column {' and no '.join(missing)}, got {', '.join(map(str, row))}; {hint}"
 
 
+def votes_in(row: Mapping[str, Any]) -> list[Vote] | str:
+    """A row as votes on pairs, none where it says nothing of any, or what is wrong with it."""
+    if row.get("vote") == SKIPPED or row.get("mode") == "thumbs":
+        return []
+    if row.get("mode") == "ranking":
+        return _votes_of_ranking(row)
+    found = _vote(row)
+    return found if isinstance(found, str) else [found]
+
+
+def _votes_of_ranking(row: Mapping[str, Any]) -> list[Vote] | str:
+    """Every pair of its answers; they are known by the same ids as pairs that are shown as such."""
+    try:
+        prompt = transcript(row["prompt"])
+        ranks = {text_of(answer): int(rank) for answer, rank in zip(row["completions"], row["vote"], strict=True)}
+        prompt_id, rater = str(row["prompt_id"]), str(row["rater"])
+    except (KeyError, TypeError, ValueError):
+        return "a ranking needs prompt, completions, prompt_id, rater, and as vote a rank for each completion"
+    return [
+        Vote(
+            item_id(prompt, one, other),
+            prompt_id,
+            FIRST,
+            SECOND,
+            rater,
+            TIE if ranks[one] == ranks[other] else WIN if ranks[one] < ranks[other] else LOSS,
+        )
+        for one, other in itertools.combinations(sorted(ranks), 2)
+    ]
+
+
 def _vote(row: Mapping[str, Any]) -> Vote | str:
-    """A row as a vote, or what is wrong with it."""
+    """A row on a pair as a vote, or what is wrong with it."""
     texts = {name: "" if row[name] is None else str(row[name]).strip() for name in COLUMNS}
     if empty := [name for name, text in texts.items() if not text]:
         return f"{' and '.join(empty)} {'is' if len(empty) == 1 else 'are'} empty; fill in, or leave the row out"
     method, baseline, rater, vote, first = (texts[name] for name in COLUMNS[2:])
-    if vote not in _VOTES:
-        return f"vote must be A, B or tie, got {vote[:40]}; write it so, or leave the row out"
+    if vote not in _RESULTS:
+        return f"vote must be A, B, tie or both bad, got {vote[:40]}; write it so, or leave the row out"
     if method == baseline:
         return f"method and baseline are both {method}; name the two models that wrote the answers"
     if first not in (method, baseline):
         return f"a_is must be {method} or {baseline}, got {first[:40]}; name the model whose answer was shown as A"
     if not rater.partition(":")[0]:
         return f"rater must be a kind or kind:name, got {rater[:40]}; write human:anna, for one"
-    result = TIE if vote == "tie" else WIN if (vote == "A") == (first == method) else LOSS
+    result = TIE if vote in (TIED, BOTH_BAD) else WIN if (vote == A) == (first == method) else LOSS
     return Vote(texts["item_id"], texts["prompt_id"], method, baseline, rater, result)
 
 

@@ -56,7 +56,7 @@ def ranks_of_scores(scores: Sequence[float]) -> list[int]:
 def _read_list(row: RawRow, reading: Reading) -> RankingExample:
     values = _answers(row)
     prompt = read_prompt(row, reading)
-    completions = [_completion(value, index, prompt, reading, row) for index, value in enumerate(values)]
+    completions = read_completions(row, prompt, reading)
     scores: list[float] | None = None
     verdicts: list[tuple[int, int]] | None = None
     if (listed := _of_each(row, "ranks", values, _RANK_KEYS)) is not None:
@@ -86,18 +86,27 @@ def _read_list(row: RawRow, reading: Reading) -> RankingExample:
     )
 
 
+def read_completions(row: RawRow, prompt: Messages, reading: Reading, fewest: int = 2) -> list[Messages]:
+    """The completions of a row in the order in which they stand there, whether or not something orders them.
+
+    Raises:
+        RowProblem: There are fewer than that, or one of them is no answer.
+    """
+    return [_completion(value, index, prompt, reading, row) for index, value in enumerate(_answers(row, fewest))]
+
+
 def _name_of_answers(row: RawRow) -> str:
     return "output" if row.get("completions") is None and "output" in row else "completions"
 
 
-def _answers(row: RawRow) -> list[Any]:
+def _answers(row: RawRow, fewest: int = 2) -> list[Any]:
     name = _name_of_answers(row)
     values = with_list(row.get(name))
     if values is None:
         raise RowProblem("missing_field", "has no 'completions'")
     if not isinstance(values, list):
         raise RowProblem("not_a_list", f"{name!r} must be a list of answers, got {kind_of(values)}")
-    if len(values) < 2:
+    if len(values) < fewest:
         raise RowProblem("too_few_completions", f"has {kind_of(values)} completions, a comparison needs two")
     return values
 

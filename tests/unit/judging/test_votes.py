@@ -51,7 +51,7 @@ GOOD = "1,p,dpo,sft,a,A,dpo"
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ("2,p,dpo,sft,a,C,dpo", ("line 3", "vote must be A, B or tie, got C", "leave the row out")),
+        ("2,p,dpo,sft,a,C,dpo", ("line 3", "vote must be A, B, tie or both bad, got C", "leave the row out")),
         ("2,p,dpo,sft,a,A,ppo", ("line 3", "a_is must be dpo or sft, got ppo", "shown as A")),
         ("1,p,dpo,sft,a,B,dpo", ("line 3", "a voted on item 1 of dpo already, in line 2", "keep one")),
         ("1,q,dpo,sft,b,B,dpo", ("line 3", "item 1 of dpo has prompt q, but p in line 2", "prompt_id")),
