@@ -137,13 +137,23 @@ class TrainParams(TrainingParams):
     beta: float = param(0.1, "Strength of the pull towards the reference model.", gt=0, le=1000)
     label_smoothing: float = param(
         0.0,
-        "Share of flipped labels that cdpo, robust, exo_pair, aot, aot_unpaired, cpo and simpo assume.",
+        "Share of flipped labels that cdpo, robust, exo_pair, aot, aot_unpaired, cpo, simpo and alphapo assume.",
         ge=0,
         lt=0.5,
     )
-    gamma: float = param(0.0, "Target margin of simpo.", unit="nats", ge=0, le=1000)
+    gamma: float = param(0.0, "Target margin of simpo and alphapo.", unit="nats", ge=0, le=1000)
     discopop_tau: float = param(0.05, "Temperature of the blend in discopop.", ge=1e-3, le=1)
     unlikelihood_alpha: float = param(1.0, "Weight of the rejected answer in unlikelihood; at 0 it is sft.", ge=0, le=1)
+    dpop_lambda: float = param(50.0, "Weight of the penalty in dpop.", gt=0, le=1e6)
+    rdpo_alpha: float = param(0.0, "What r_dpo takes from the reward for each token.", unit="1/token", ge=0, le=1000)
+    beta_dpo_alpha: float = param(
+        0.6,
+        "How much beta_dpo changes beta for a nat by which a batch's mean margin is above the usual one.",
+        gt=0,
+        le=100,
+    )
+    alphapo_alpha: float = param(0.25, "Shape of the reward in alphapo; at 0 it is simpo.", ge=-10, le=10)
+    rpo_eta: float = param(1.0, "What a difference of scores counts in rpo_bwd_kl, nats of the margin.", gt=0, le=1e6)
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = param(
         "reverse_kl", "What keeps the policy near the reference (f-DPO, Wang et al. 2023); for losses of the margin."
     )

@@ -183,7 +183,7 @@ def _of_adapters(params: Params) -> Iterator[str]:
         )
 
 
-_AT_ZERO = {"cdpo": "; at 0 it is the sigmoid loss", "robust": "; at 0 it is the sigmoid loss"}
+_SIGMOID_AT_ZERO = ("cdpo", "robust", "r_dpo")
 
 
 def _of_objective(train: TrainParams) -> Iterator[str]:
@@ -200,10 +200,11 @@ def _of_objective(train: TrainParams) -> Iterator[str]:
     for name in train.losses:
         for setting in LOSSES[name].needs:
             if not differs(train, setting):
-                yield f"train.loss {name} needs train.{setting} > 0{_AT_ZERO.get(name, '')}"
+                at_zero = "; at 0 it is the sigmoid loss" if name in _SIGMOID_AT_ZERO else ""
+                yield f"train.loss {name} needs train.{setting} > 0{at_zero}"
     coupled = [name for name in train.losses if LOSSES[name].is_coupled]
     if coupled and len(train.losses) > 1:
-        yield f"train.loss {coupled[0]} compares sorted pairs and cannot be mixed with others"
+        yield f"train.loss {coupled[0]} is of all pairs of a step together and cannot be mixed with others"
     if coupled and train.batch_size == 1:
         yield f"train.loss {coupled[0]} compares the pairs of a step: train.batch_size must be > 1, got 1"
 

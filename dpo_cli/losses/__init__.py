@@ -3,6 +3,6 @@
 torch and nothing of ours; and torch only when a loss is computed, so that settings are checked without it.
 """
 
-from dpo_cli.losses import likelihood, pairwise, ranking
+from dpo_cli.losses import batchwise, likelihood, pairwise, ranking, reference_free
 
-__all__ = ["likelihood", "pairwise", "ranking"]  # importing them fills the catalogue
+__all__ = ["batchwise", "likelihood", "pairwise", "ranking", "reference_free"]  # importing them fills the catalogue

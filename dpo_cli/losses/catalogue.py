@@ -21,6 +21,11 @@ SETTINGS = (
     "gamma",
     "discopop_tau",
     "unlikelihood_alpha",
+    "dpop_lambda",
+    "rdpo_alpha",
+    "beta_dpo_alpha",
+    "alphapo_alpha",
+    "rpo_eta",
     "divergence",
     "ld_alpha",
     "weighting",
@@ -49,6 +54,7 @@ class Loss:
         learns_log_ratio: Whether the reward that it learns is beta log(pi / ref), summed over tokens.
         is_coupled: Whether one loss depends on all pairs of an optimizer step.
         is_ranking: Whether it is a loss of rankings, not of pairs.
+        reads_scores: Whether it reads the answers' scores in the data.
         name: That of the function, and of the loss in ``train.loss``.
         function: What is compared (positional only), then settings of section train, to float64 [B].
     """
@@ -63,6 +69,7 @@ class Loss:
     learns_log_ratio: bool = True
     is_coupled: bool = False
     is_ranking: bool = False
+    reads_scores: bool = False
     name: str = field(init=False)
     function: Callable[..., Tensor] = field(init=False)
 

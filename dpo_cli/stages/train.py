@@ -28,7 +28,7 @@ from dpo_cli.scoring.reference import read_cache, read_cache_tokens, reference_l
 from dpo_cli.training.fit import Fit, fit
 from dpo_cli.training.gate import StepZero, check_step_zero
 from dpo_cli.training.history import with_held_out, write_reports
-from dpo_cli.training.objective import PreferenceObjective, preference_objective
+from dpo_cli.training.objective import PreferenceObjective, preference_objective, reads_scores
 from dpo_cli.training.parallel import Job, Replicas, join_replicas, shared_scratch
 from dpo_cli.training.protocols import Learner
 
@@ -102,8 +102,8 @@ def _objective(settings: TrainParams, project: Project, groups: Sequence[TokenGr
         shared_length = {id: _shared_length(sides, settings.ld_alpha) for id, sides in tokens.items()}
     if "plackett_luce" in settings.losses:
         return preference_objective(settings, reference, ranks=read_ranks(groups, settings.ties, "train"))
-    gaps = _score_gaps(settings, groups)
-    return preference_objective(settings, reference, shared_length=shared_length, score_gaps=gaps)
+    scores = _scores(settings, groups) if reads_scores(settings) else None
+    return preference_objective(settings, reference, shared_length=shared_length, scores=scores)
 
 
 def _shared_length(sides: Sequence[Sequence[float]], weight: float) -> list[float]:
@@ -112,29 +112,34 @@ def _shared_length(sides: Sequence[Sequence[float]], weight: float) -> list[floa
     return shared_length_logps(logps, lengths, weight)[0].tolist()
 
 
-def _score_gaps(settings: TrainParams, groups: Sequence[TokenGroup]) -> dict[str, float] | None:
-    """Chosen minus rejected score by row id, where the objective reads it.
+def _scores(settings: TrainParams, groups: Sequence[TokenGroup]) -> dict[str, tuple[float, float]]:
+    """Chosen and rejected score by row id.
 
     Raises:
-        DataError: A pair has no scores.
+        DataError: A pair has no scores, or none that can be numbers of votes where these are read.
     """
-    if not settings.margin_scale:
-        return None
-    gaps = {
-        id: chosen - rejected
+    found = {
+        id: scores
         for split in SPLITS
-        for id, (chosen, rejected) in read_columns(
-            paths.preference_table(split), "chosen_score", "rejected_score"
-        ).items()
-        if chosen is not None and rejected is not None and math.isfinite(chosen - rejected)
+        for id, scores in read_columns(paths.preference_table(split), "chosen_score", "rejected_score").items()
+        if None not in scores and math.isfinite(scores[0] - scores[1])
     }
-    without = [group.id for group in groups if group.id not in gaps]
+    without = [group.id for group in groups if group.id not in found]
     if without:
+        reader, remedy = "train.margin_scale", "set it to 0"
+        if not settings.margin_scale:
+            reader, remedy = f"train.loss {_named(settings)}", "take another loss"
         raise DataError(
             f"data/preference: {len(without)} of {len(groups)} pairs have no scores, or none with a finite difference;"
-            f" the first is {without[0]}; params.yaml: train.margin_scale reads them, set it to 0"
+            f" the first is {without[0]}; params.yaml: {reader} reads them, {remedy}"
         )
-    return gaps
+    for id, scores in found.items() if "soft_label" in settings.losses else ():
+        if min(scores) < 0 or sum(scores) == 0:
+            raise DataError(
+                f"data/preference: the scores of the pair {id} are {scores[0]:g} and {scores[1]:g}, no numbers of"
+                " votes; params.yaml: train.loss soft_label reads shares of votes, rpo_bwd_kl reads any scores"
+            )
+    return {group.id: found[group.id] for group in groups}
 
 
 def _metrics(step_zero: StepZero, result: Fit) -> dict[str, Any]:

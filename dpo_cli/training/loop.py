@@ -37,7 +37,7 @@ from dpo_cli.training.checkpoint import (
 )
 from dpo_cli.training.history import EventFiles
 from dpo_cli.training.parallel import Job, open_accelerator
-from dpo_cli.training.protocols import BatchSource, Learner
+from dpo_cli.training.protocols import Adaptive, BatchSource, Learner
 
 Scored = TypeVar("Scored")
 
@@ -198,6 +198,8 @@ class Loop(Generic[Scored]):
         self.step += 1
         self.num_groups += len(batch)
         self._data.source.after_step(means.metrics)
+        if isinstance(self._learner.objective, Adaptive):
+            self._learner.objective.after_step(means.metrics)
         meter.advance(1)
         self._log({"loss": means.loss, "grad_norm": norm.item(), "learning_rate": rate, **means.metrics})
         loss = f"loss {means.loss:.4f}"
@@ -252,6 +254,10 @@ class Loop(Generic[Scored]):
         self._optimizer.load_state_dict(rest["optimizer"])
         self._schedule.load_state_dict(rest["schedule"])
         self._data.source.restore(rest["source"])
+        if isinstance(self._learner.objective, Adaptive):
+            for entry in self.history:
+                if "loss" in entry:
+                    self._learner.objective.after_step(entry)
 
 
 def diverged(section: str, what: str, value: float, step: int, learning_rate: float) -> ParamsError:

@@ -12,7 +12,7 @@ from dpo_cli.core.params import TrainParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.losses.catalogue import LOSSES
 from dpo_cli.losses.changes import divergence_of, shared_length_logps, under_divergence, with_offset, wpo_weights
-from dpo_cli.losses.pairwise import Pairs, log_ratios
+from dpo_cli.losses.pairwise import Pairs, difference, log_ratios
 from dpo_cli.losses.ranking import Ties, kendall_tau, plackett_luce, plackett_luce_nll
 from dpo_cli.scoring.reward_scorer import Rewards
 from dpo_cli.scoring.scorer import Scores, Statistics
@@ -34,6 +34,8 @@ PAIR_METRICS = (
     *TOKEN_METRICS,
 )
 TAU = "rewards/kendall_tau"
+_MOMENTUM = 0.9
+"""Of the moving average of margins, as in the code of beta-DPO's authors."""
 
 
 class PreferenceObjective(Objective[Scores], Protocol):
@@ -69,7 +71,7 @@ def preference_objective(
     reference: Mapping[str, Sequence[float]],
     *,
     shared_length: Mapping[str, Sequence[float]] | None = None,
-    score_gaps: Mapping[str, float] | None = None,
+    scores: Mapping[str, Sequence[float]] | None = None,
     ranks: Mapping[str, Sequence[int]] | None = None,
 ) -> PreferenceObjective:
     """The objective that section train asks for.
@@ -78,12 +80,17 @@ def preference_objective(
         train: Section train.
         reference: Reference log-probabilities of each group's completions by row id, nats.
         shared_length: The same of :func:`~dpo_cli.losses.changes.shared_length_logps`, for ``ld_alpha``.
-        score_gaps: Chosen minus rejected score by row id, for ``margin_scale``.
+        scores: The answers' scores in the data (chosen, rejected) by row id, where :func:`reads_scores`.
         ranks: Ranks of each group's completions by row id, for ``plackett_luce``.
     """
     if "plackett_luce" in train.losses:
         return RankingObjective(train, reference, ranks or {})
-    return PairObjective(train, reference, shared_length, score_gaps)
+    return PairObjective(train, reference, shared_length, scores)
+
+
+def reads_scores(train: TrainParams) -> bool:
+    """Whether the answers' scores in the data are read: by ``margin_scale``, or by a loss."""
+    return train.margin_scale > 0 or any(LOSSES[name].reads_scores for name in train.losses)
 
 
 class PairObjective:
@@ -93,7 +100,7 @@ class PairObjective:
         train: Section train: the losses, beta, and what they read.
         reference: Reference log-probabilities (chosen, rejected) by row id, nats.
         shared_length: The same of :func:`~dpo_cli.losses.changes.shared_length_logps`; read with ``ld_alpha``.
-        score_gaps: Chosen minus rejected score by row id; read with ``margin_scale``.
+        scores: The answers' scores in the data (chosen, rejected) by row id, where :func:`reads_scores`.
     """
 
     metric_names: Sequence[str] = PAIR_METRICS
@@ -103,12 +110,13 @@ class PairObjective:
         train: TrainParams,
         reference: Mapping[str, Sequence[float]],
         shared_length: Mapping[str, Sequence[float]] | None = None,
-        score_gaps: Mapping[str, float] | None = None,
+        scores: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         self._train = train
         self._plain = reference
         self._reference = reference if train.ld_alpha is None else shared_length or {}
-        self._score_gaps = score_gaps or {}
+        self._scores = (scores or {}) if reads_scores(train) else None
+        self._usual_margin = 0.0
         self.statistics: Statistics = "squares" if train.weighting == "wpo" else "plain"
         self.is_coupled = any(LOSSES[name].is_coupled for name in train.losses)
 
@@ -129,7 +137,6 @@ class PairObjective:
     def losses(self, groups: Sequence[TokenGroup], scores: Scores, step: Sequence[TokenGroup]) -> GroupLosses:
         """Losses and the metrics that TRL logs; an accuracy of a tie is one half."""
         device = scores.logps_BK.device
-        gaps = _values(self._score_gaps, groups, device) if self._train.margin_scale else None
         weights = None
         if self._train.weighting == "wpo":
             squares = None if scores.statistics is None else scores.statistics.log_sum_squares_N
@@ -138,33 +145,39 @@ class PairObjective:
             weights = wpo_weights(scores.token_logps_M, squares, scores.num_tokens_BK)
         mean_chosen_tokens = sum(len(group.completions[0]) for group in step) / len(step)
         shared = Pairs(
-            self.policy_logps(scores), self.reference_logps(groups, device), scores.num_tokens_BK, mean_chosen_tokens
+            self.policy_logps(scores),
+            self.reference_logps(groups, device),
+            scores.num_tokens_BK,
+            mean_chosen_tokens,
+            self._usual_margin,
+            None if self._scores is None else _values(self._scores, groups, device),
         )
         plain = shared
         if self._train.ld_alpha is not None:
             plain = replace(shared, policy_B2=scores.logps_BK, reference_B2=_values(self._plain, groups, device))
-        losses = self._losses(shared, plain, gaps, weights)
+        losses = self._losses(shared, plain, weights)
         rewards = self._train.beta * log_ratios(shared.policy_B2.detach(), shared.reference_B2)
         return GroupLosses(losses, {**_metrics(rewards, scores.logps_BK.detach()), **_statistics(scores, step)})
 
-    def _losses(
-        self, shared: Pairs, plain: Pairs, gaps_B: torch.Tensor | None, weights_B: torch.Tensor | None
-    ) -> torch.Tensor:
+    def after_step(self, metrics: Mapping[str, float]) -> None:
+        """Let a step's mean margin into the moving average that ``beta_dpo`` compares the next one's with."""
+        self._usual_margin += (1 - _MOMENTUM) * (metrics["rewards/margins"] - self._usual_margin)
+
+    def _losses(self, shared: Pairs, plain: Pairs, weights_B: torch.Tensor | None) -> torch.Tensor:
         """The sum of the losses; those that do not read ``ld_alpha`` are of the plain sums, float64 [B]."""
         names = list(self._train.losses)
         if shared is plain:
-            return pairwise_losses(self._train, names, plain, gaps_B, weights_B)
+            return pairwise_losses(self._train, names, plain, weights_B)
         readers = [name for name in names if "ld_alpha" in LOSSES[name].reads]
-        losses = pairwise_losses(self._train, readers, shared, gaps_B, weights_B)
+        losses = pairwise_losses(self._train, readers, shared, weights_B)
         others = [name for name in names if name not in readers]
-        return losses + pairwise_losses(self._train, others, plain, gaps_B, weights_B) if others else losses
+        return losses + pairwise_losses(self._train, others, plain, weights_B) if others else losses
 
 
 def pairwise_losses(
     train: TrainParams,
     names: Sequence[str],
     pairs: Pairs,
-    gaps_B: torch.Tensor | None = None,
     weights_B: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A weighted sum of losses, each of the pairs as the settings that it reads change them, float64 [B].
@@ -175,7 +188,6 @@ def pairwise_losses(
         train: Section train.
         names: Those of its losses that are meant.
         pairs: What is compared.
-        gaps_B: float64 [B], chosen minus rejected score; for ``margin_scale``.
         weights_B: float64 [B], what each pair counts; for ``weighting``.
 
     Raises:
@@ -189,8 +201,8 @@ def pairwise_losses(
             raise ValueError(f"{name} is a loss of rankings, not of pairs")
         if derivative is not None and "divergence" in loss.reads:
             changed = under_divergence(changed, derivative)
-        if gaps_B is not None and "margin_scale" in loss.reads:
-            changed = with_offset(changed, train.margin_scale * gaps_B / train.beta)
+        if train.margin_scale and "margin_scale" in loss.reads:
+            changed = with_offset(changed, train.margin_scale * difference(pairs.told_scores_B2) / train.beta)
         losses = loss.of(changed, train)
         if weights_B is not None and "weighting" in loss.reads:
             losses = weights_B * losses

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -111,6 +111,15 @@ class Objective(Protocol[Takes]):
 
     def losses(self, groups: Sequence[TokenGroup], scores: Takes, step: Sequence[TokenGroup]) -> GroupLosses:
         """The losses of groups that were scored, some or all of those of an optimizer step."""
+        ...
+
+
+@runtime_checkable
+class Adaptive(Protocol):
+    """An objective that depends on what came of the steps before."""
+
+    def after_step(self, metrics: Mapping[str, float]) -> None:
+        """Take notice of the means of a step that was taken; a run that goes on tells of all its steps again."""
         ...
 
 

@@ -116,8 +116,7 @@ def work_cases() -> Iterator[Case]:
     """Every loss, every setting that brings code of its own into a loss, the reward model, and the passes."""
     for loss in LOSSES:
         settings: dict[str, Any] = {"label_smoothing": 0.1} if loss in _SMOOTHED else {}
-        if loss == "simpo":
-            settings["gamma"] = 1.0
+        settings |= {"simpo": {"gamma": 1.0}, "r_dpo": {"rdpo_alpha": 0.1}}.get(loss, {})
         yield Case(grade="none", work=loss, settings=tuple(settings.items()))
     further: list[tuple[str, Any]] = [("weighting", "wpo"), ("ld_alpha", 0.5), ("margin_scale", 1.0)]
     further += [("divergence", name) for name in ("forward_kl", "js", "alpha")]

@@ -140,7 +140,7 @@ def _accumulator(case: Case, model: Any, scorer: Scorer, groups: Sequence[TokenG
         TrainParams(loss=loss, **dict(case.settings)),  # type: ignore[arg-type]
         reference,
         shared_length=reference,
-        score_gaps={group.id: 1.0 for group in groups},
+        scores={group.id: (2.0, 1.0) for group in groups},
         ranks=ranks,
     )
     return DryAccumulator(Learner(model, scorer, objective), case.max_tokens)

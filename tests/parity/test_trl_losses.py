@@ -19,7 +19,8 @@ from dpo_cli.core.params import TrainParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.losses.catalogue import LOSSES
 from dpo_cli.losses.changes import shared_length_logps
-from dpo_cli.losses.pairwise import Pairs, cpo, orpo, simpo
+from dpo_cli.losses.pairwise import Pairs
+from dpo_cli.losses.reference_free import orpo
 from dpo_cli.scoring.head import TokenStatistics
 from dpo_cli.scoring.scorer import Scores
 from dpo_cli.training.objective import PairObjective
@@ -220,25 +221,26 @@ def test_wpo_is_trls(name: Any) -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("kind", ["cpo", "simpo"])
-def test_cpo_and_simpo_are_trls(kind: str, smoothing: float) -> None:
+@pytest.mark.parametrize("kind", ["cpo", "simpo", "alphapo"])
+def test_cpo_simpo_and_alphapo_are_trls(kind: str, smoothing: float) -> None:
     from trl.experimental.cpo import CPOTrainer
 
     batch = Batch.draw(6)
     lengths, beta, gamma = in_pairs(batch.lengths), 2.0, 0.7
     sums = in_pairs(batch.sums(batch.policy))
     trainer = SimpleNamespace(
-        alpha=0.0,
-        loss_type="simpo" if kind == "simpo" else "sigmoid",
+        alpha=0.25 if kind == "alphapo" else 0.0,
+        loss_type="sigmoid" if kind == "cpo" else "simpo",
         beta=beta,
         simpo_gamma=gamma,
         label_smoothing=smoothing,
         accelerator=SimpleNamespace(device=torch.device("cpu")),
     )
-    seen = sums / lengths if kind == "simpo" else sums
+    seen = sums if kind == "cpo" else sums / lengths
     trls = CPOTrainer.cpo_loss(trainer, seen[:, 0], seen[:, 1])[0]  # type: ignore[arg-type]
     pairs = Pairs(sums, torch.zeros_like(sums), lengths)
-    ours = simpo(pairs, beta, gamma, smoothing) if kind == "simpo" else cpo(pairs, beta, smoothing)
+    settings = TrainParams(beta=beta, gamma=gamma, alphapo_alpha=0.25, label_smoothing=smoothing)
+    ours = LOSSES[kind].of(pairs, settings)
     assert_equal(ours.mean(), trls.mean(), batch.policy)
 
 

@@ -4,8 +4,8 @@
 told by the outputs' names (``output_1`` and ``output_2``; ``conversation_a`` and ``conversation_b``:
 a and b), or by ``labels`` in params.yaml. A number alone says nothing: it may count from 0 or from 1,
 and may be a tie. Only in columns of a known data set it does (:mod:`dpo_cli.data.formats.labels`).
-Of several votes the most frequent one counts; a draw between them is a tie, and a missing vote is
-none. Ties make no pair and are counted.
+Of several votes the most frequent one counts, and their numbers are the scores where there are no others; a draw
+between them is a tie, and a missing vote is none. Ties make no pair and are counted.
 """
 
 from __future__ import annotations
@@ -49,8 +49,23 @@ def _side(value: Any, labels: dict[str, str]) -> str:
     return side
 
 
-def _winner(row: RawRow, reading: Reading) -> str:
-    labels = {**TIES, **(reading.labels or WORDS)}
+def _count_votes(row: RawRow, labels: dict[str, str]) -> Counter[str]:
+    """How often each side, or a tie, was voted for; empty where there are no votes, or a label decides."""
+    if row.get("label") is not None or "won" in row or "votes" not in row:
+        return Counter()
+    votes = row["votes"] if isinstance(row["votes"], list) else [row["votes"]]
+    return Counter(_side(vote, labels) for vote in votes if vote is not None and vote != "")
+
+
+def _with_scores(row: RawRow, labels: dict[str, str]) -> RawRow:
+    """A row with the numbers of votes as scores, where it has votes and no scores of its own."""
+    counts = _count_votes(row, labels)
+    if not counts or any(row.get(f"{side}_score") is not None for side in _SIDES):
+        return row
+    return {**row, **{f"{side}_score": counts[side] for side in _SIDES}}
+
+
+def _winner(row: RawRow, labels: dict[str, str]) -> str:
     if row.get("label") is not None or ("label" in row and "votes" not in row):
         if row["label"] is None or row["label"] == "":
             raise RowProblem("no_label", "has nothing in 'label'")
@@ -58,8 +73,7 @@ def _winner(row: RawRow, reading: Reading) -> str:
     if "won" in row:
         return _winner_of(row["won"])
     if "votes" in row:
-        votes = row["votes"] if isinstance(row["votes"], list) else [row["votes"]]
-        counts = Counter(_side(vote, labels) for vote in votes if vote is not None and vote != "")
+        counts = _count_votes(row, labels)
         if not counts:
             raise RowProblem("no_label", "has nothing in 'votes'")
         (best, count), *others = counts.most_common()
@@ -97,7 +111,8 @@ def _read(row: RawRow, reading: Reading) -> PreferenceExample:
     for name in _SIDES:
         if row.get(name) is None:
             raise RowProblem("missing_field", f"has no {name!r}")
-    winner = _winner(row, reading)
+    labels = {**TIES, **(reading.labels or WORDS)}
+    winner, row = _winner(row, labels), _with_scores(row, labels)
     if winner == "tie":
         raise RowProblem("tie", "is a tie: neither side won")
     better, worse = _SIDES if winner == "first" else _SIDES[::-1]

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from dpo_cli.core.errors import ParamsError
 from dpo_cli.core.load_params import load_params, parse_overrides, parse_params
 from dpo_cli.core.params import Params, iter_settings
+from dpo_cli.losses.catalogue import LOSSES
 
 
 def problems_of(tree: dict[str, Any]) -> list[str]:
@@ -70,9 +71,7 @@ def test_params_cannot_be_changed() -> None:
         ({"model": {"name": 7}}, "model.name must be text, got 7"),
         (
             {"train": {"loss": "dpo"}},
-            "train.loss must be one of 'sigmoid', 'cdpo', 'robust', 'hinge', 'ipo', 'ipo_sum', 'exo_pair', 'discopop',"
-            " 'sigmoid_norm', 'nca_pair', 'bco_pair', 'sppo_hard', 'apo_zero', 'apo_down', 'aot', 'aot_unpaired',"
-            " 'simpo', 'orpo', 'cpo', 'sft', 'sft_norm', 'unlikelihood' or 'plackett_luce', got 'dpo'",
+            f"train.loss must be one of {', '.join(map(repr, [*LOSSES][:-1]))} or {[*LOSSES][-1]!r}, got 'dpo'",
         ),
         ({"train": 5}, "train must be a section, got 5"),
         ({"train": {"lora": 5}}, "train.lora must be a section, got 5"),
@@ -167,7 +166,7 @@ OWN = {"name": "mine"}
         ({"train": {"loss": "cdpo"}}, "train.loss cdpo needs train.label_smoothing > 0"),
         ({"train": {"label_smoothing": 0.1}}, "train.label_smoothing has no effect with train.loss sigmoid"),
         ({"train": {"loss": "aot", "batch_size": 1}}, "train.loss aot compares the pairs of a step"),
-        ({"train": {"gamma": 0.5}}, "train.gamma has no effect with train.loss sigmoid; simpo reads it"),
+        ({"train": {"gamma": 0.5}}, "train.gamma has no effect with train.loss sigmoid; simpo and alphapo read it"),
         (
             {"train": {"loss": "simpo", "ld_alpha": 0.5}},
             "train.ld_alpha has no effect with train.loss simpo; sigmoid, ",
@@ -176,9 +175,14 @@ OWN = {"name": "mine"}
             {"train": {"loss": {"sigmoid": 1.0, "sft": 0.5}, "ties": "groups"}},
             "train.ties has no effect with train.loss s",
         ),
-        ({"train": {"loss": {"aot": 1.0, "sft": 0.5}}}, "train.loss aot compares sorted pairs and cannot be mixed"),
+        (
+            {"train": {"loss": {"aot": 1.0, "sft": 0.5}}},
+            "train.loss aot is of all pairs of a step together and cannot be mixed",
+        ),
         ({"train": {"loss": "exo_pair"}}, "train.loss exo_pair needs train.label_smoothing > 0"),
         ({"train": {"loss": "robust"}}, "train.loss robust needs train.label_smoothing > 0; at 0 it is the sigmoid"),
+        ({"train": {"loss": "r_dpo"}}, "train.loss r_dpo needs train.rdpo_alpha > 0; at 0 it is the sigmoid loss"),
+        ({"train": {"rpo_eta": 0.2}}, "train.rpo_eta has no effect with train.loss sigmoid; rpo_bwd_kl reads it"),
         ({"train": {"divergence_alpha": 0.2}}, "train.divergence_alpha has no effect with train.divergence reverse_kl"),
         ({"train": {"loss": "plackett_luce"}, "reference": {"rankings": False}}, "train.loss plackett_luce needs "),
         ({"train": {"max_steps": 5, "epochs": 2.0}}, "train.epochs has no effect beside train.max_steps"),

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +19,9 @@ from dpo_cli.losses.likelihood import sft
 from dpo_cli.losses.pairwise import Pairs, cdpo, hinge, ipo, log_ratios, sigmoid
 
 
-def named(name: str, pairs: Pairs, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
+def named(name: str, pairs: Pairs, beta: float, label_smoothing: float = 0.0, **settings: Any) -> torch.Tensor:
     """The loss of a name, as section train sets it."""
-    return LOSSES[name].of(pairs, TrainParams(beta=beta, label_smoothing=label_smoothing))
+    return LOSSES[name].of(pairs, TrainParams(beta=beta, label_smoothing=label_smoothing, **settings))
 
 
 BETAS = [0.05, 0.1, 0.5, 2.0]
@@ -32,6 +33,7 @@ ROWS = [
     ((-100.0, -1.0), (-90.0, -30.0), (40, 1)),
     ((-0.125, -55.0), (-9.0, -20.0), (1, 25)),
 ]
+SCORES = [(3.0, 1.0), (5.0, 0.0), (2.0, 1.0), (4.0, 3.0), (1.0, 0.0)]
 
 
 def scored() -> Pairs:
@@ -40,6 +42,7 @@ def scored() -> Pairs:
         torch.tensor(policy, dtype=torch.float64),
         torch.tensor(reference, dtype=torch.float64),
         torch.tensor(num_tokens),
+        scores_B2=torch.tensor(SCORES, dtype=torch.float64),
     )
 
 
@@ -47,30 +50,115 @@ def log_sigmoid(x: float) -> float:
     return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
 
 
-def expected(name: str, beta: float, smoothing: float, row: tuple[tuple[float, ...], ...]) -> float:
-    (policy_w, policy_l), (reference_w, reference_l), (tokens_w, tokens_l) = row
+def expected(name: str, beta: float, setting: float, row: tuple[tuple[float, ...], ...]) -> float:
+    (policy_w, policy_l), (reference_w, reference_l), (tokens_w, tokens_l), (score_w, score_l) = row
     ratio_w, ratio_l = policy_w - reference_w, policy_l - reference_l
     margin = beta * (ratio_w - ratio_l)
     match name:
         case "sigmoid":
             return -log_sigmoid(margin)
         case "cdpo":
-            return -(1 - smoothing) * log_sigmoid(margin) - smoothing * log_sigmoid(-margin)
+            return -(1 - setting) * log_sigmoid(margin) - setting * log_sigmoid(-margin)
         case "ipo":
             return (ratio_w / tokens_w - ratio_l / tokens_l - 1 / (2 * beta)) ** 2
         case "hinge":
             return max(0.0, 1 - margin)
+        case "dpop":
+            return -log_sigmoid(margin - beta * setting * max(0.0, reference_w - policy_w))
+        case "r_dpo":
+            return -log_sigmoid(margin + setting * (tokens_w - tokens_l))
+        case "soft_label":  # a vote is a pair
+            votes = [margin] * int(score_w) + [-margin] * int(score_l)
+            return -sum(map(log_sigmoid, votes)) / len(votes)
+        case "rpo_bwd_kl":
+            wanted, found = ([1 / (1 + math.exp(-x)), 1 / (1 + math.exp(x))] for x in
+                             (setting * (score_w - score_l), margin))  # fmt: skip
+            return sum(p * math.log(p / q) for p, q in zip(wanted, found, strict=True))
+        case "alphapo":
+            shaped = [(1 - math.exp(logp / tokens) ** -setting) / setting
+                      for logp, tokens in ((policy_w, tokens_w), (policy_l, tokens_l))]  # fmt: skip
+            return -log_sigmoid(beta * (shaped[0] - shaped[1]) - 0.7)
     raise AssertionError(name)
 
 
+FORMULAS: list[tuple[str, dict[str, float]]] = [
+    ("sigmoid", {}),
+    ("cdpo", {"label_smoothing": 0.1}),
+    ("cdpo", {"label_smoothing": 0.4}),
+    ("ipo", {}),
+    ("hinge", {}),
+    ("dpop", {"dpop_lambda": 50.0}),
+    ("dpop", {"dpop_lambda": 0.3}),
+    ("r_dpo", {"rdpo_alpha": 0.01}),
+    ("r_dpo", {"rdpo_alpha": 0.2}),
+    ("soft_label", {}),
+    ("rpo_bwd_kl", {"rpo_eta": 1.0}),
+    ("rpo_bwd_kl", {"rpo_eta": 0.1}),
+    ("alphapo", {"alphapo_alpha": 0.25, "gamma": 0.7}),
+    ("alphapo", {"alphapo_alpha": -0.5, "gamma": 0.7}),
+]
+
+
 @pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize(
-    ("name", "smoothing"), [("sigmoid", 0.0), ("cdpo", 0.1), ("cdpo", 0.4), ("ipo", 0.0), ("hinge", 0.0)]
-)
-def test_a_loss_is_its_formula(name: str, smoothing: float, beta: float) -> None:
-    losses = named(name, scored(), beta, smoothing)
+@pytest.mark.parametrize(("name", "settings"), FORMULAS, ids=str)
+def test_a_loss_is_its_formula(name: str, settings: dict[str, float], beta: float) -> None:
+    losses = named(name, scored(), beta, **settings)
     assert losses.dtype == torch.float64
-    assert losses.tolist() == pytest.approx([expected(name, beta, smoothing, row) for row in ROWS], rel=1e-12)
+    setting = next(iter(settings.values()), 0.0)
+    formula = [expected(name, beta, setting, (*row, scores)) for row, scores in zip(ROWS, SCORES, strict=True)]
+    assert losses.tolist() == pytest.approx(formula, rel=1e-9, abs=1e-12)
+
+
+WITHOUT_A_SLOPE = {"beta_dpo": "its beta is held fixed"}
+
+
+@pytest.mark.parametrize("name", [name for name, info in LOSSES.items() if not info.is_ranking])
+def test_the_gradient_of_a_loss_is_its_slope(name: str) -> None:
+    """By central differences of all log-probabilities, away from where a loss has a corner."""
+    if name in WITHOUT_A_SLOPE:
+        pytest.skip(WITHOUT_A_SLOPE[name])
+    needed = {"label_smoothing": 0.2} if "label_smoothing" in LOSSES[name].needs else {}
+
+    def total(policy_B2: torch.Tensor) -> torch.Tensor:
+        return named(name, replace(scored(), policy_B2=policy_B2), 0.3, **needed, rdpo_alpha=0.1, gamma=0.4).sum()
+
+    policy = (scored().policy_B2 - 0.003 * torch.arange(1, 11).view(5, 2) ** 2).requires_grad_()
+    (gradient,) = torch.autograd.grad(total(policy), policy)
+    assert torch.autograd.gradcheck(total, policy, eps=1e-6, atol=1e-6)
+    assert gradient.abs().max() > 1e-3
+
+
+def test_alphapo_at_alpha_0_is_simpo() -> None:
+    simpo, near, at = (
+        named(name, scored(), 2.0, gamma=0.5, **settings)
+        for name, settings in (("simpo", {}), ("alphapo", {"alphapo_alpha": 1e-7}), ("alphapo", {"alphapo_alpha": 0.0}))
+    )
+    assert torch.equal(at, simpo)
+    torch.testing.assert_close(near, simpo, rtol=1e-5, atol=1e-6)
+
+
+def test_a_wanted_margin_costs_nothing() -> None:
+    """rpo_bwd_kl is a divergence: 0 where the margin is eta times the difference of scores, and above it elsewhere."""
+    policy = torch.tensor([[5.0, 0.0], [5.1, 0.0], [4.9, 0.0]], dtype=torch.float64)
+    zero = torch.zeros_like(policy)
+    pairs = Pairs(policy, zero, zero + 1, scores_B2=torch.tensor([[4.0, 2.0]] * 3))
+    at, *around = named("rpo_bwd_kl", pairs, 0.2, rpo_eta=0.5).tolist()
+    assert abs(at) < 1e-15
+    assert min(around) > 1e-5
+
+
+@pytest.mark.parametrize("usual", [0.0, 0.4, 50.0])
+def test_beta_dpo_is_the_sigmoid_loss_with_a_beta_of_the_batch(usual: float) -> None:
+    """Value and gradient; a batch far below the usual margin has the least beta, a thousandth."""
+    pairs = replace(scored(), policy_B2=scored().policy_B2.requires_grad_(), usual_margin=usual)
+    margins = [0.1 * (own - ref - other + its_ref) for (own, other), (ref, its_ref), _ in ROWS]
+    beta = max(1e-3, 0.1 * (1 + 0.6 * (sum(margins) / len(margins) - usual)))
+    (ours, slopes), (plain, plain_slopes) = (
+        (losses, torch.autograd.grad(losses.sum(), pairs.policy_B2)[0])
+        for losses in (named("beta_dpo", pairs, 0.1, beta_dpo_alpha=0.6), sigmoid(pairs, beta))
+    )
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=0)
+    torch.testing.assert_close(slopes, plain_slopes, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -144,11 +232,13 @@ def test_unlikelihood_is_its_formula_and_its_gradient_a_difference_of_it(alpha: 
         torch.testing.assert_close(gradient[:, column], slopes, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "cdpo", "hinge", "ipo"])
+@pytest.mark.parametrize(
+    "name", ["sigmoid", "cdpo", "hinge", "ipo", "dpop", "r_dpo", "soft_label", "rpo_bwd_kl", "beta_dpo", "alphapo"]
+)
 @pytest.mark.parametrize("margin", [-1e6, 1e6])
 def test_no_margin_is_too_large(name: str, margin: float) -> None:
     policy = torch.tensor([[margin, 0.0]], dtype=torch.float64, requires_grad=True)
-    loss = named(name, Pairs(policy, torch.zeros(1, 2), torch.ones(1, 2)), 0.1, 0.1)
+    loss = named(name, Pairs(policy, torch.zeros(1, 2), torch.ones(1, 2), scores_B2=torch.tensor([[2, 1]])), 0.1, 0.1)
     loss.sum().backward()
     assert torch.isfinite(loss).all()
     assert policy.grad is not None

@@ -30,7 +30,7 @@ from tests.waiting import NoWaiting
 
 Sides = Mapping[str, Sequence[torch.Tensor]]
 """Log-probabilities of each token, by row id and completion."""
-NEEDED = {"label_smoothing": 0.1, "gamma": 0.5, "weighting": "none"}
+NEEDED = {"label_smoothing": 0.1, "gamma": 0.5, "rdpo_alpha": 0.05, "weighting": "none"}
 
 
 def section(loss: Any, **changes: Any) -> TrainParams:
@@ -82,8 +82,8 @@ def objective_of(
     for name, each in sides.items() if settings.ld_alpha is not None else ():
         lengths = torch.tensor([[len(side) for side in each]])
         shared[name] = shared_length_logps(torch.cat([*each]), lengths, settings.ld_alpha or 0.0)[0].tolist()
-    gaps = {name: 0.5 * index for index, name in enumerate(sides)}
-    return preference_objective(settings, reference, shared_length=shared, score_gaps=gaps, ranks=ranks)
+    scores = {name: (1 + 0.5 * index, 1.0) for index, name in enumerate(sides)}
+    return preference_objective(settings, reference, shared_length=shared, scores=scores, ranks=ranks)
 
 
 def step(
@@ -103,6 +103,11 @@ CHANGED: dict[str, dict[str, Any]] = {
     "gamma": {"gamma": 0.3},
     "discopop_tau": {"discopop_tau": 0.5},
     "unlikelihood_alpha": {"unlikelihood_alpha": 0.3},
+    "dpop_lambda": {"dpop_lambda": 5.0},
+    "rdpo_alpha": {"rdpo_alpha": 0.2},
+    "beta_dpo_alpha": {"beta_dpo_alpha": 0.3},
+    "alphapo_alpha": {"alphapo_alpha": 0.5},
+    "rpo_eta": {"rpo_eta": 0.4},
     "divergence": {"divergence": "js"},
     "ld_alpha": {"ld_alpha": 0.3},
     "weighting": {"weighting": "wpo"},
@@ -247,7 +252,7 @@ def test_a_gradient_that_is_no_number_stops_before_the_step(
 # --- losses of a whole batch --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", ["aot", "aot_unpaired"])
+@pytest.mark.parametrize("loss", [name for name, info in LOSSES.items() if info.is_coupled])
 def test_a_coupled_loss_has_the_gradient_of_the_whole_batch(loss: Any, scorer: Any, groups: list[TokenGroup]) -> None:
     """What two passes over micro-batches of single pairs give is what autograd gives through all at once."""
     objective = objective_of(section(loss, beta=0.5), moved(sides_of(scorer, groups), 0.1))

@@ -34,10 +34,16 @@ def pairs(make_groups: Callable[..., list[TokenGroup]]) -> Groups:
 
 
 def run_dpo(
-    model: Any, pairs: Groups, folder: Path, reporter: Any, settings: TrainingParams = SETTINGS, **runtime: Any
+    model: Any,
+    pairs: Groups,
+    folder: Path,
+    reporter: Any,
+    settings: TrainingParams = SETTINGS,
+    loss: Any = "sigmoid",
+    **runtime: Any,
 ) -> Fit:
     scorer = Scorer(model, torch.float32)
-    objective = PairObjective(TrainParams(beta=0.1), reference(scorer, [*pairs[0], *pairs[1]]))
+    objective = PairObjective(TrainParams(loss=loss, beta=0.1), reference(scorer, [*pairs[0], *pairs[1]]))
     return train(Learner(model, scorer, objective), pairs, folder, reporter, settings, **runtime)
 
 
@@ -130,6 +136,17 @@ def test_stopped_and_run_again_it_makes_the_same_bytes(lab: Lab, whole: Run, pai
     assert reporter.meters[0].done == 6
     assert logged(fitted, "loss", "eval_loss") == logged(whole.fitted, "loss", "eval_loss")
     assert same_bytes(adapter(resumed), whole.adapter)
+
+
+def test_a_loss_that_knows_the_steps_before_knows_them_when_it_goes_on(lab: Lab, pairs: Groups) -> None:
+    whole, resumed = lab.policy(), lab.policy()
+    fitted = run_dpo(whole, pairs, lab.folder / "whole", lab.reporter(), loss="beta_dpo")
+    with pytest.raises(Interrupted):
+        run_dpo(lab.policy(), pairs, lab.folder / "stopped", lab.reporter(stop_at(3)), loss="beta_dpo")
+    assert run_dpo(resumed, pairs, lab.folder / "stopped", lab.reporter(), loss="beta_dpo").history == fitted.history
+    assert same_bytes(adapter(resumed), adapter(whole))
+    margins = logged(fitted, "rewards/margins")
+    assert len(set(margins)) > 3, "all margins alike would prove nothing"
 
 
 def test_killed_between_checkpoints_it_goes_on_from_the_last_one_and_event_files_hold_every_step_once(
