@@ -27,6 +27,8 @@ _OTHER_STORES_KEPT = 3
 def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     """Write data/reference: the log-probabilities of all answers of both splits, in pairs and rankings.
 
+    Where the data has single answers, each is scored with another prompt's beside it, which train.loss kto reads.
+
     Rows that an earlier run computed for the same graph are taken over, however the data grew.
 
     Raises:
@@ -36,7 +38,10 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     """
     quiet_libraries()
     project = open_project(params, reporter, "precompute-ref")
-    tables = [project.tokenize_pairs(split) for split in SPLITS]
+    tables = []
+    for split in SPLITS:
+        single, _ = project.tokenize_single_answers(split)
+        tables.append(single if single.groups else project.tokenize_pairs(split))
     if params.reference.rankings:
         tables += [project.tokenize_rankings(split) for split in SPLITS]
     rejects = all_rejects(tables)

@@ -49,7 +49,7 @@ class RowReader:
     def __init__(
         self, formats: Sequence[Format[Any]], name: str, columns: Mapping[str, Column], reading: Reading
     ) -> None:
-        self._formats = [fmt for fmt in formats if name in ("auto", fmt.name)]
+        self._formats = [fmt for fmt in formats if name == fmt.name or (name == "auto" and not fmt.by_name)]
         self._columns = columns
         # a format that is named is not questioned
         self._reading = replace(reading, in_order=reading.in_order or name == "kwise")
@@ -228,8 +228,8 @@ class RowReader:
         if label and any(name in first for name in (*ANSWER_NAMES, *CONVERSATION_NAMES)):
             return (
                 f"its rows are single answers that {label} calls good or bad (unpaired, as KTO takes them);"
-                " DPO needs two answers to the same prompt in a row: chosen and rejected. Where prompts have good and"
-                " bad ones, write a row {prompt, chosen, rejected} for each good one with each bad one of its prompt"
+                " to learn from them with train.loss kto say format: unpaired; DPO's other losses need two answers to"
+                " the same prompt: chosen and rejected"
             )
         known = ", ".join(fmt.name for fmt in self._formats)
         fields = ", ".join(key if key == key.strip() else repr(key) for key in first) or "no fields"
