@@ -38,14 +38,16 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     """
     quiet_libraries()
     project = open_project(params, reporter, "precompute-ref")
-    tables = []
+    tables, groups = [], []
     for split in SPLITS:
-        single, _ = project.tokenize_single_answers(split)
-        tables.append(single if single.groups else project.tokenize_pairs(split))
+        pairs, (answers, _) = project.tokenize_pairs(split), project.tokenize_single_answers(split)
+        tables.append(answers if answers.groups else pairs)
+        groups += [*pairs.groups, *answers.groups]
     if params.reference.rankings:
-        tables += [project.tokenize_rankings(split) for split in SPLITS]
+        rankings = [project.tokenize_rankings(split) for split in SPLITS]
+        tables += rankings
+        groups += [group for table in rankings for group in table.groups]
     rejects = all_rejects(tables)
-    groups = [group for table in tables for group in table.groups]
     wanted = {key for group in groups for key in group.keys}
     if not wanted:
         raise DataError(
