@@ -19,11 +19,18 @@ from dpo_cli.core.errors import ParamsError
 from dpo_cli.core.text import in_one_line
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from dpo_cli.judging.agreement import AgreementTable
     from dpo_cli.statistics.agreement import Coefficient
     from dpo_cli.statistics.intervals import Estimate
 
-_NAMES = {"cohen_kappa": "Cohen's kappa", "fleiss_kappa": "Fleiss' kappa", "krippendorff_alpha": "Krippendorff's alpha"}
+_NAMES = {
+    "cohen_kappa": "Cohen's kappa",
+    "fleiss_kappa": "Fleiss' kappa",
+    "krippendorff_alpha": "Krippendorff's alpha",
+    "krippendorff_alpha_ordinal": "ordinal alpha",
+}
 _NONE = "-"
 
 app, sheet_app = command_app(), command_app()
@@ -76,7 +83,8 @@ def agreement_command(
         list[Path],
         typer.Argument(
             metavar="VOTES...",
-            help="CSV or parquet, a vote a row: item_id, prompt_id, method, baseline, rater, vote (A, B or tie), a_is.",
+            help="Files of dpo-cli label; or tables, a vote a row: item_id, prompt_id, method, baseline, rater, vote"
+            " (A, B or tie), a_is.",
         ),
     ],
     draws: Annotated[
@@ -97,7 +105,8 @@ def agreement_command(
     """Say how far judges and people agree, as in the paper's Table 2: win rates, agreement, kappa or alpha.
 
     A rater is `kind` or `kind:name`, such as `gpt-4-s` and `human:anna`; raters of a kind make one row. `a_is` names
-    the model whose answer was shown as A. A tie is half a win, and agrees by half with a win or a loss. Without
+    the model whose answer was shown as A. A tie is half a win, and agrees by half with a win or a loss. Of raters whom
+    dpo-cli label asked it says, too, whether they prefer a position and how often they agree with themselves. Without
     --csv and --save nothing is written.
     """
     with errors_as_exit_codes(as_json=as_json):
@@ -138,9 +147,41 @@ def print_table(found: AgreementTable, console: Console | None = None) -> None:
     console.print(
         Text(
             f"In brackets {100 * found.confidence:g}% intervals by prompt ({found.draws} draws). A tie is half a win,"
-            " and agrees by half with a win or a loss; for kappa and alpha it is a category of its own."
+            " and agrees by half with a win or a loss; for kappa and alpha it is a category of its own, for the ordinal"
+            " alpha it lies between the two."
         )
     )
+    if found.raters:
+        console.print()
+        console.print(_rater_table(found))
+        console.print()
+        console.print(
+            Text(
+                "Noise is the share of wrong votes behind what was voted on differently when it came again. The last"
+                " column is how much more often the answer shown first was chosen than the second: 0 without bias."
+            )
+        )
+
+
+def _rater_table(found: AgreementTable) -> Table:
+    """A row a rater whom ``dpo-cli label`` asked."""
+    table = plain_table()
+    for name in ("rater", "votes", "ties", "shown again", "same again %", "noise %", "first less second"):
+        table.add_column(Text(name))
+    for each in found.raters:
+        bias = each.position_bias
+        is_biased = bias is not None and not bias.low <= 0 <= bias.high
+        cells = (
+            each.rater,
+            str(each.num_votes),
+            str(each.num_ties),
+            str(each.num_repeats),
+            _percent(each.consistency) if each.consistency else _NONE,
+            _percent(each.noise) if each.noise else _NONE,
+            f"{_decimal(bias)}{' biased' if is_biased else ''}" if bias else _NONE,
+        )
+        table.add_row(*(Text(cell, "bold red" if is_biased and place == 6 else "") for place, cell in enumerate(cells)))
+    return table
 
 
 def _rows(found: AgreementTable) -> list[tuple[str, list[str]]]:
@@ -160,6 +201,7 @@ def _rows(found: AgreementTable) -> list[tuple[str, list[str]]]:
         rows += _coefficient_rows(f"{first} - {second}", [each.coefficient if each else None for each in mine])
     if len(found.kinds) > 1:
         rows += _coefficient_rows("all raters", [each.overall for each in found.methods])
+    rows += _coefficient_rows("all raters", [each.ordinal for each in found.methods])
     return rows
 
 

@@ -16,6 +16,7 @@ SFT_DATA = Path("data/sft")
 PREFERENCE_DATA = Path("data/preference")
 REFERENCE = Path("data/reference")
 SAMPLED = Path("data/samples")
+VOTES = Path("data/votes")
 
 BASE = Path("models/base")
 SFT_MODEL = Path("models/sft")

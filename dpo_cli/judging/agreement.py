@@ -11,16 +11,18 @@ from typing import Any
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import write_csv_table, write_json
 from dpo_cli.core.errors import DataError, ParamsError
-from dpo_cli.judging.votes import read_votes
+from dpo_cli.judging.votes import read_shown, read_votes
 from dpo_cli.statistics.agreement import MethodAgreement, summarize_votes
 from dpo_cli.statistics.intervals import Estimate, Sampling
+from dpo_cli.statistics.raters import RaterQuality, rater_quality
 
 
 @dataclass(frozen=True)
 class AgreementTable:
-    """What votes say of each method and baseline, with intervals of so many bootstrap draws."""
+    """What votes say of each method and baseline, and of their raters, with intervals of so many bootstrap draws."""
 
     methods: list[MethodAgreement]
+    raters: list[RaterQuality]
     draws: int
     confidence: float
     seed: int
@@ -41,15 +43,18 @@ def agreement_of_files(files: Sequence[Path], *, draws: int, confidence: float, 
     """Read votes files and compute all figures over all of them.
 
     Raises:
-        DataError: One is no votes file, a rater voted on an item twice, or no item has votes of two raters.
+        DataError: One is no votes file, a rater voted on an item twice, or there is nothing to say: no item has votes
+            of two raters, and none was shown by ``dpo-cli label``.
     """
-    methods = summarize_votes(read_votes(*files), Sampling(draws, confidence, seed))
-    if not any(each.pairs for each in methods):
+    sampling = Sampling(draws, confidence, seed)
+    methods = summarize_votes(read_votes(*files), sampling)
+    raters = rater_quality(read_shown(*files), sampling)
+    if not raters and not any(each.pairs for each in methods):
         raise DataError(
             f"{', '.join(map(str, files))}: no item has votes of two raters, so there is no agreement; give all votes"
             " on the same two answers the same item_id"
         )
-    return AgreementTable(methods, draws, confidence, seed)
+    return AgreementTable(methods, raters, draws, confidence, seed)
 
 
 def refuse_outside_a_project() -> None:
@@ -93,8 +98,13 @@ def as_json(found: AgreementTable) -> dict[str, Any]:
                     for pair in each.pairs
                 ],
                 "overall": {each.overall.name: _estimate(each.overall.estimate)} if each.overall else None,
+                "ordinal": {each.ordinal.name: _estimate(each.ordinal.estimate)} if each.ordinal else None,
             }
             for each in found.methods
+        ],
+        "raters": [
+            {name: _estimate(value) if isinstance(value, Estimate) else value for name, value in each._asdict().items()}
+            for each in found.raters
         ],
     }
 
@@ -112,10 +122,15 @@ def write_csv(found: AgreementTable, path: Path) -> None:
         for pair in each.pairs:
             for name, estimate in (("agreement", pair.agreement), (pair.coefficient.name, pair.coefficient.estimate)):
                 figures.append((name, pair.first, pair.second, pair.num_pairs, estimate))
-        if each.overall:
-            count = sum(rate.num_votes for rate in each.win_rates.values())
-            figures.append((each.overall.name, "", "", count, each.overall.estimate))
+        count = sum(rate.num_votes for rate in each.win_rates.values())
+        for overall in filter(None, (each.overall, each.ordinal)):
+            figures.append((overall.name, "", "", count, overall.estimate))
         rows += [(each.method, each.baseline, *who, *_estimate(estimate).values()) for *who, estimate in figures]
+    for rater in found.raters:
+        for name in ("position_bias", "consistency", "noise"):
+            if (estimate := getattr(rater, name)) is not None:
+                num = rater.num_votes if name == "position_bias" else rater.num_repeats
+                rows.append(("", "", name, rater.rater, "", num, *_estimate(estimate).values()))
     write_csv_table(path, ("method", "baseline", "figure", "first", "second", "num", "value", "low", "high"), rows)
 
 

@@ -28,6 +28,7 @@ from dpo_cli.data.schema import text_of
 from dpo_cli.judging.judge import INVALID, Judgment, Question, from_half
 from dpo_cli.judging.templates import transcript
 from dpo_cli.statistics.agreement import LOSS, TIE, WIN, Vote
+from dpo_cli.statistics.raters import ShownVote
 
 COLUMNS = ("item_id", "prompt_id", "method", "baseline", "rater", "vote", "a_is")
 
@@ -93,6 +94,24 @@ def read_votes(*paths: Path) -> list[Vote]:
     if not votes:
         raise DataError(f"{named} has no vote on a pair; it must hold a vote a row: {', '.join(COLUMNS)}")
     return votes
+
+
+def read_shown(*paths: Path) -> list[ShownVote]:
+    """The votes on pairs that ``dpo-cli label`` wrote into files, repeats among them, with where the answers stood.
+
+    Raises:
+        DataError: A file cannot be read.
+    """
+    found = []
+    for row in (row for path in paths for _, row in read_rows(path)):
+        is_shown = "number" in row and row.get("mode") == "pair"
+        if is_shown and isinstance(votes := votes_in(row), list) and votes:
+            [vote] = votes
+            first = None if vote.result == TIE else row["vote"] == A
+            found.append(
+                ShownVote(vote.rater, vote.item, vote.prompt, vote.result, first, row.get("drawn") == REPEATED)
+            )
+    return found
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -13,52 +13,36 @@ import random
 from array import array
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 
 from dpo_cli.core.errors import DataError
 from dpo_cli.judging.votes import REPEATED, UNDONE, A, B
-from dpo_cli.labeling.items import Item, ItemStore
-from dpo_cli.labeling.order import item_order, shown_order
+from dpo_cli.labeling.items import ItemStore
+from dpo_cli.labeling.order import Asked, Drawn, item_order, shown_order
 from dpo_cli.labeling.progress import Progress, progress_of
 from dpo_cli.labeling.settings import Settings
-from dpo_cli.labeling.votes import MOST_STRENGTH, By, VoteFile, file_of, is_choice, lines_of, num_results, result_of
+from dpo_cli.labeling.votes import (
+    MOST_STRENGTH,
+    BadVote,
+    By,
+    VoteFile,
+    file_of,
+    is_choice,
+    lines_of,
+    num_results,
+    result_of,
+)
 
-Drawn = Literal["random", "uncertain", "repeat"]
 _UNCERTAIN, _RANDOM = "uncertain", "random"
 
 FEWEST_BETWEEN = 10
 """Questions between an item and its coming again: fewer, and the rater remembers it."""
 _PACE_OF = 20
 _LONGEST_KEY = 64
-
-
-class BadVote(Exception):
-    """A vote that does not answer the question at hand; ``is_late``: it was asked anew or answered meanwhile."""
-
-    def __init__(self, problem: str, *, is_late: bool = False) -> None:
-        super().__init__(problem)
-        self.is_late = is_late
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A question to a rater.
-
-    Attributes:
-        number: Of the line that the answer will be.
-        index: Of the item.
-        order: Places of the item's answers, as they are shown.
-        drawn: Why this item.
-    """
-
-    number: int
-    index: int
-    order: tuple[int, ...]
-    drawn: Drawn
 
 
 class _Rater:
@@ -245,7 +229,6 @@ class Engine:
         asked = self.ask(rater)
         if asked is None or number != asked.number:
             raise BadVote("this question was answered elsewhere", is_late=True)
-        item = self.items[asked.index]
         if not is_choice(self.settings.mode, vote, len(asked.order)):
             raise BadVote(f"no vote on {self.settings.mode}")
         if strength is not None and (
@@ -254,27 +237,51 @@ class Engine:
             raise BadVote(f"strength must be 1 to {MOST_STRENGTH}, of A or B")
         if seconds is not None and not (isinstance(seconds, int | float) and 0 <= seconds < float("inf")):
             raise BadVote("seconds must be a number")
-        self._append(mine, self._row(asked, item, key, vote, strength, seconds))
-        mine.num_rows, mine.last_key = number + 1, key
-        mine.asked = mine.undone = None
-        self._count(mine, number, asked.index, result_of(vote, asked.order), asked.drawn, seconds)
+        self._keep(mine, asked, {"key": key, "vote": vote, "strength": strength, "seconds": seconds})
 
-    def _row(
-        self, asked: Asked, item: Item, key: str, vote: Any, strength: int | None, seconds: float | None
-    ) -> dict[str, Any]:
+    def all_for_judge(self, rater: str) -> list[Asked]:
+        """What a judge has not voted on, in order, and then what comes again: a judge answers in any order."""
+        mine = self._raters[rater]
+        first = [int(index) for index in self._order if not mine.seen[index]]
+        again = [
+            int(index)
+            for index in self._order
+            if index not in mine.repeated
+            and random.Random(f"{self.settings.seed} {rater} {index}").random() < self.settings.repeats
+        ]
+        drawn: dict[bool, Drawn] = {True: _UNCERTAIN, False: _RANDOM}
+        return [
+            Asked(-1, index, self._shown_as(rater, index, ""), drawn[self._is_uncertain[index]]) for index in first
+        ] + [Asked(-1, index, self._shown_as(rater, index, REPEATED), REPEATED) for index in again]
+
+    def keep_judgment(self, rater: str, asked: Asked, vote: Any) -> None:
+        """Keep what a judge said to one of these."""
+        mine = self._raters[rater]
+        assert is_choice(self.settings.mode, vote, len(asked.order))
+        asked = replace(asked, number=mine.num_rows)
+        self._keep(mine, asked, {"key": str(asked.number), "vote": vote, "strength": None, "seconds": None})
+
+    def _keep(self, mine: _Rater, asked: Asked, said: Mapping[str, Any]) -> None:
+        self._append(mine, self._row(asked, said))
+        mine.num_rows, mine.last_key = asked.number + 1, said["key"]
+        mine.asked = mine.undone = None
+        self._count(mine, asked.number, asked.index, result_of(said["vote"], asked.order), asked.drawn, said["seconds"])
+
+    def _row(self, asked: Asked, said: Mapping[str, Any]) -> dict[str, Any]:
+        item, seconds = self.items[asked.index], said["seconds"]
         row: dict[str, Any] = {
             "number": asked.number,
-            "key": key,
+            "key": said["key"],
             "mode": self.settings.mode,
             "item_id": item.id,
             "prompt_id": item.prompt_id,
-            "vote": vote,
+            "vote": said["vote"],
         }
         if self.settings.mode == "pair":
             method, baseline = item.authors
             row |= {"method": method, "baseline": baseline, "a_is": item.authors[asked.order[0]]}
         return row | {
-            "strength": strength,
+            "strength": said["strength"],
             "seconds": None if seconds is None else round(seconds, 3),
             "guideline": self.guideline_version,
             "drawn": asked.drawn,

@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from dpo_cli.labeling.items import ItemStore
 from dpo_cli.labeling.settings import Settings
+
+Drawn = Literal["random", "uncertain", "repeat"]
+"""Why an item is asked."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question to a rater.
+
+    Attributes:
+        number: Of the line that the answer will be.
+        index: Of the item.
+        order: Places of the item's answers, as they are shown.
+        drawn: Why this item.
+    """
+
+    number: int
+    index: int
+    order: tuple[int, ...]
+    drawn: Drawn
 
 
 def shown_order(seed: int, rater: str, item_id: str, num_answers: int, *, is_flipped: bool) -> tuple[int, ...]:

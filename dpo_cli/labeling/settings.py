@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from dpo_cli.core.artifacts import read_json, write_json
 from dpo_cli.core.errors import ParamsError
@@ -74,6 +74,7 @@ def _check(settings: Settings) -> None:
     problems = [
         f"--{name} must be {meaning}, got {getattr(settings, name)}"
         for name, meaning, holds in (
+            ("mode", "pair, ranking or thumbs", settings.mode in get_args(Mode)),
             ("pairs", "at least 1", settings.pairs >= 1),
             ("overlap", "at least 1", settings.overlap >= 1),
             ("repeats", "a share from 0 to 0.5", 0 <= settings.repeats <= 0.5),

@@ -39,6 +39,14 @@ _NOT_IN_NAMES = re.compile(r"[^\w.-]+")
 _JUDGE_FILE = "judge-"
 
 
+class BadVote(Exception):
+    """A vote that does not answer the question at hand; ``is_late``: it was asked anew or answered meanwhile."""
+
+    def __init__(self, problem: str, *, is_late: bool = False) -> None:
+        super().__init__(problem)
+        self.is_late = is_late
+
+
 def person(name: str) -> str:
     """The rater that a person's name stands for.
 
@@ -93,18 +101,20 @@ class VoteFile:
 
     def close(self) -> None:
         """Let others write it."""
+        os.fsync(self._file.fileno())
         self._file.close()
         self._lock.release()
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write a line; when this returns it is on the disk."""
+        """Write a line; when this returns, a person's is on the disk. A judge can be asked again, so it need not be."""
         told = {**row, "rater": self.rater, "by": self.by, "at": datetime.now(UTC).isoformat(timespec="seconds")}
         data = json.dumps(told, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         begin = os.fstat(self._file.fileno()).st_size
         try:
             if self._file.write(data) != len(data):
                 raise OSError(28, "No space left on device", str(self.path))
-            os.fsync(self._file.fileno())
+            if self.by == "person":
+                os.fsync(self._file.fileno())
         except OSError:
             self._file.truncate(begin)  # nobody is told that it counts, and the next one begins a line
             raise

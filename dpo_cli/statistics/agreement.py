@@ -3,7 +3,8 @@
 Win rates count a tie as one half. Two votes on an item agree by 1 where they are the same, by 1/2
 where one of them alone is a tie, else by 0; every pair of votes counts the same. So a rater who
 always says tie agrees by one half with one who never does. The coefficients that correct for
-chance are nominal: a tie is a category of its own, beside win and loss of the method. Raw
+chance are nominal: a tie is a category of its own, beside win and loss of the method. One more, of
+all raters, is ordinal: a tie lies between the two. Raw
 agreement grows with skewed wins (two raters who both say win nine times in ten agree in 82% by
 chance), the coefficients do not.
 
@@ -32,7 +33,7 @@ WIN, TIE, LOSS = 0, 1, 2
 NUM_RESULTS = 3
 """Win, tie and loss."""
 
-CoefficientName = Literal["cohen_kappa", "fleiss_kappa", "krippendorff_alpha"]
+CoefficientName = Literal["cohen_kappa", "fleiss_kappa", "krippendorff_alpha", "krippendorff_alpha_ordinal"]
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class MethodAgreement(NamedTuple):
         win_rates: By kind of rater, in the order of their first votes.
         pairs: Two kinds, or a kind with itself, that voted on the same items.
         overall: All raters together; None where no item has two votes.
+        ordinal: The same with a tie between win and loss: Krippendorff's ordinal alpha.
         num_items: Pairs of answers.
     """
 
@@ -109,6 +111,7 @@ class MethodAgreement(NamedTuple):
     win_rates: dict[str, WinRate]
     pairs: list[PairAgreement]
     overall: Coefficient | None
+    ordinal: Coefficient | None
     num_items: int
     num_prompts: int
 
@@ -137,12 +140,14 @@ def _summarize(votes: Sequence[Vote], kinds: Sequence[str], sampling: Sampling) 
             win_rates[kind] = WinRate(estimate, len(mine), sum(vote.result == TIE for vote in mine))
     across = [_between(items, first, second, sampling) for first, second in itertools.combinations(kinds, 2)]
     within = [_within(items, kind, sampling) for kind in kinds]
+    everybody = list(items.values())
     return MethodAgreement(
         method=votes[0].method,
         baseline=votes[0].baseline,
         win_rates=win_rates,
         pairs=[each for each in (*across, *within) if each is not None],
-        overall=_of_many(list(items.values()), sampling),
+        overall=_of_many(everybody, sampling),
+        ordinal=_of_many(everybody, sampling, "krippendorff_alpha_ordinal"),
         num_items=len(items),
         num_prompts=len({vote.prompt for vote in votes}),
     )
@@ -180,14 +185,17 @@ def _pair_agreement(
     return PairAgreement(first, second, estimate, coefficient, len({one.item for one, _ in pairs}), len(pairs))
 
 
-def _of_many(items: Sequence[Sequence[Vote]], sampling: Sampling) -> Coefficient | None:
+def _of_many(
+    items: Sequence[Sequence[Vote]], sampling: Sampling, name: CoefficientName | None = None
+) -> Coefficient | None:
     """Fleiss' kappa where each item has the same number of votes, else Krippendorff's alpha; None without a pair."""
     counts = np.array([np.bincount([vote.result for vote in votes], minlength=NUM_RESULTS) for votes in items])
     prompts = [votes[0].prompt for votes in items]
     num_votes = counts.sum(-1) if len(counts) else np.zeros(0)
     if not (num_votes > 1).any():
         return None
-    name: CoefficientName = "fleiss_kappa" if (num_votes == num_votes[0]).all() else "krippendorff_alpha"
+    if name is None:
+        name = "fleiss_kappa" if (num_votes == num_votes[0]).all() else "krippendorff_alpha"
     return Coefficient(name, sampling.of_sums(_OF_SUMS[name], _COLUMNS[name](counts), prompts))
 
 
@@ -275,6 +283,32 @@ def _krippendorff_of_sums(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return _ratio(expected - (total - 1) * sums[:, 0], expected)
 
 
+def _coincidences(counts: np.ndarray) -> np.ndarray:
+    """By item its coincidences o_ck = n_c (n_k - [c = k]) / (m - 1) of m >= 2 votes: [items, C * C]."""
+    num_votes = counts.sum(-1)[:, None, None]
+    pairs = counts[:, :, None] * (counts[:, None, :] - np.eye(counts.shape[1]))
+    return np.where(num_votes > 1, pairs / np.maximum(num_votes - 1, 1), 0).reshape(len(counts), -1)
+
+
+def _ordinal_of_sums(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Krippendorff's alpha where the categories are in order: 1 - D_o / D_e with squared distances in ranks.
+
+    With n_c = sum_k o_ck and n = sum_c n_c, the distance of c <= k is the values from one to the other, of both ends
+    half: sum_{g=c..k} n_g - (n_c + n_k) / 2. D_o = sum o_ck d_ck^2 and D_e = sum n_c n_k d_ck^2 / (n - 1). The four
+    observers' values have n_c = 9 13 10 5 3, so that 1 and 2 are 22 - 11 = 11 apart.
+
+    Source: Krippendorff 2011, Computing Krippendorff's alpha-reliability, section E.
+    """
+    size = math.isqrt(sums.shape[1])
+    table = sums.reshape(len(sums), size, size)
+    totals = table.sum(-1)
+    middles = totals.cumsum(-1) - totals / 2
+    distances = (middles[:, :, None] - middles[:, None, :]) ** 2
+    observed = (table * distances).sum((-1, -2)) * (totals.sum(-1) - 1)
+    expected = (totals[:, :, None] * totals[:, None, :] * distances).sum((-1, -2))
+    return _ratio(expected - observed, expected)
+
+
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     """The ratio; NaN where nothing, within rounding, is below."""
     defined = below > 1e-9
@@ -285,9 +319,11 @@ _COLUMNS: dict[CoefficientName, Callable[[np.ndarray], np.ndarray]] = {
     "cohen_kappa": lambda counts: counts,
     "fleiss_kappa": _fleiss_columns,
     "krippendorff_alpha": _krippendorff_columns,
+    "krippendorff_alpha_ordinal": _coincidences,
 }
 _OF_SUMS = {
     "cohen_kappa": _cohen_of_sums,
     "fleiss_kappa": _fleiss_of_sums,
     "krippendorff_alpha": _krippendorff_of_sums,
+    "krippendorff_alpha_ordinal": _ordinal_of_sums,
 }

@@ -194,6 +194,7 @@ def krippendorff_counts() -> np.ndarray:
 def test_krippendorffs_alpha_of_four_observers() -> None:
     """Krippendorff 2011, example C: nominal, four observers, twelve units, values missing."""
     assert round(coefficient("krippendorff_alpha", krippendorff_counts()), 3) == 0.743
+    assert round(coefficient("krippendorff_alpha_ordinal", krippendorff_counts()), 3) == 0.815  # section E
 
 
 def test_raters_who_vote_at_random_agree_as_by_chance() -> None:
