@@ -67,17 +67,20 @@ def beside_others(table: TokenTable, max_length: int) -> tuple[TokenTable, dict[
         answers.append((group.id, place, (group, 0), side != "rejected"))
         if side == "both":
             answers.append((f"{group.id}-", place, (group, 1), False))
-    groups: list[TokenGroup] = []
+    groups: dict[str, TokenGroup] = {}
     rejects = []
     for number, (id, place, own, _) in enumerate(answers):
+        if id in groups:  # the same row once more, which gets the same one beside it
+            continue
         following = islice(_from(answers, number), _MOST_TRIED)
         other = next((each for _, _, each, _ in following if _fits(own[0], each, max_length)), None)
         if other is None:
             rejects.append(_reject(table, place, "no_other_prompt", "finds no answer to another prompt that fits"))
         else:
-            groups.append(_group_of(id, own, other))
+            groups[id] = _group_of(id, own, other)
+    found = [groups[id] for id, *_ in answers if id in groups]
     good = {id: is_good for id, _, _, is_good in answers}
-    return replace(table, groups=groups, rejects=[*table.rejects, *rejects] if table.sides else [], sides=[]), good
+    return replace(table, groups=found, rejects=[*table.rejects, *rejects] if table.sides else [], sides=[]), good
 
 
 def _from(answers: Sequence[Any], number: int) -> Any:

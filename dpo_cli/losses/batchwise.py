@@ -73,7 +73,7 @@ def beta_dpo(pairs: Pairs, /, beta: float, beta_dpo_alpha: float) -> Tensor:
 @Loss(
     "λ - λ σ(±beta (log(π / ref) - z)), + of a good answer, z = max(0, mean log(π / ref) of other prompts' answers)",
     "KTO: Ethayarajh et al. 2024, eq. 8",
-    "thumbs up and down on single answers (data/preference/*.unpaired.parquet); λ is the label's weight",
+    "thumbs up and down on single answers; λ is desirable_weight or undesirable_weight",
     is_coupled=True,
     is_unpaired=True,
 )

@@ -143,11 +143,15 @@ class Project(Workplace, FrozenBase):
 
     def tokenize_pairs(self, split: str) -> TokenTable:
         """The preference pairs of a split as token groups (chosen, rejected)."""
-        return pairs_of(self._tokenize(paths.preference_table(split), ("chosen", "rejected")))
+        return pairs_of(self.tokenize_preferences(split))
 
     def tokenize_single_answers(self, split: str) -> tuple[TokenTable, dict[str, bool]]:
         """The answers of a split that has single ones, each with another prompt's; and by id which are good."""
-        return beside_others(self._tokenize(paths.preference_table(split), ("chosen", "rejected")), self.max_length)
+        return beside_others(self.tokenize_preferences(split), self.max_length)
+
+    def tokenize_preferences(self, split: str) -> TokenTable:
+        """The pairs and single answers of a split as token groups, as the table has them."""
+        return self._tokenize(paths.preference_table(split), ("chosen", "rejected"))
 
     def tokenize_rankings(self, split: str) -> TokenTable:
         """The rankings of a split as token groups, best answer first; an empty table where there are none."""

@@ -15,6 +15,7 @@ from dpo_cli.core.row_store import RowStore, forget_other_stores
 from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.tokenize import SPLITS, all_rejects, explain_found, explain_rejects
 from dpo_cli.data.tokens import TokenGroup
+from dpo_cli.data.unpaired import beside_others, pairs_of
 from dpo_cli.models.device import memory_in_words, memory_metrics
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.models.project import Project, open_project
@@ -40,7 +41,8 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     project = open_project(params, reporter, "precompute-ref")
     tables, groups = [], []
     for split in SPLITS:
-        pairs, (answers, _) = project.tokenize_pairs(split), project.tokenize_single_answers(split)
+        table = project.tokenize_preferences(split)
+        pairs, (answers, _) = pairs_of(table), beside_others(table, project.max_length)
         tables.append(answers if answers.groups else pairs)
         groups += [*pairs.groups, *answers.groups]
     if params.reference.rankings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,14 @@ def test_an_answer_stands_beside_the_next_one_to_another_prompt() -> None:
 def test_what_is_too_long_behind_the_prompt_is_passed_over(max_length: int, beside: list[int]) -> None:
     found, _ = beside_others(table_of(("a", "chosen", 1), ("b", "chosen", 4), ("c", "rejected", 1)), max_length)
     assert [group.completions[1][0] for group in found.groups] == beside
+
+
+def test_a_row_that_is_there_twice_has_the_same_one_beside_it() -> None:
+    """What is known of a group goes by its id."""
+    table = table_of(("a", "chosen", 1), ("b", "chosen", 2), ("a", "chosen", 1), ("c", "chosen", 3))
+    table = replace(table, groups=[*table.groups[:2], table.groups[0], table.groups[3]])
+    found, _ = beside_others(table, 100)
+    assert [group.completions[1][0] for group in found.groups] == [1, 0, 1, 0]
 
 
 def test_without_another_prompt_nothing_is_left() -> None:
