@@ -83,9 +83,9 @@ class Source(Section):
 
 SftFormat = Literal[
     "auto", "alpaca", "prompt_completion", "messages", "oasst",
-    "sharegpt", "pairs", "hh", "implicit", "two_outputs", "kwise",
+    "sharegpt", "pairs", "hh", "implicit", "two_outputs", "kwise", "unpaired",
 ]  # fmt: skip
-PreferenceFormat = Literal["auto", "sharegpt", "pairs", "hh", "implicit", "two_outputs", "kwise", "oasst"]
+PreferenceFormat = Literal["auto", "sharegpt", "pairs", "hh", "implicit", "two_outputs", "kwise", "oasst", "unpaired"]
 
 
 class SftSource(Source):

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 else:  # the catalogues say which there are
     JudgeName = Literal[("none", *JUDGES)]
     LossName = Literal[tuple(LOSSES)]
-    PairwiseName = Literal[tuple(name for name, loss in LOSSES.items() if not loss.is_ranking)]
+    PairwiseName = Literal[tuple(name for name, loss in LOSSES.items() if not (loss.is_ranking or loss.is_unpaired))]
 
 
 class ModelParams(Section):
@@ -154,6 +154,14 @@ class TrainParams(TrainingParams):
     )
     alphapo_alpha: float = param(0.25, "Shape of the reward in alphapo; at 0 it is simpo.", ge=-10, le=10)
     rpo_eta: float = param(1.0, "What a difference of scores counts in rpo_bwd_kl, nats of the margin.", gt=0, le=1e6)
+    desirable_weight: float = param(1.0, "What a good answer counts in kto.", gt=0, le=1000)
+    undesirable_weight: float = param(
+        1.0,
+        "What a bad answer counts in kto. The paper advises that all good answers together count 1 to 4/3 of all bad"
+        " ones.",
+        gt=0,
+        le=1000,
+    )
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = param(
         "reverse_kl", "What keeps the policy near the reference (f-DPO, Wang et al. 2023); for losses of the margin."
     )

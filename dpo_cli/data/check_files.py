@@ -18,7 +18,7 @@ from dpo_cli.data.checks import TokenView
 from dpo_cli.data.convert import convert_aside
 from dpo_cli.data.plan import Treatment, by_kind
 from dpo_cli.data.problem import RowProblem
-from dpo_cli.data.tokenize import tokenize_row
+from dpo_cli.data.tokenize import answered, tokenize_row
 
 _ROWS_NAMED = 5
 
@@ -86,7 +86,7 @@ def _check_tokens(
             before = block.first - block.file.first
             for row in block.rows():
                 try:
-                    _, found = tokenize_row(row, columns, view)
+                    _, found = tokenize_row(row, answered(row, columns), view)
                 except RowProblem as problem:
                     found = [problem.reason]
                 for name in found:

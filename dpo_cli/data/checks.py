@@ -102,10 +102,12 @@ def check_example(example: SftExample | PreferenceExample) -> list[str]:
         if is_empty(example.completion):
             found.append("empty_completion")
         return found
-    if is_empty(example.chosen):
+    if example.chosen and is_empty(example.chosen):
         found.append("empty_chosen")
-    if is_empty(example.rejected):
+    if example.rejected and is_empty(example.rejected):
         found.append("empty_rejected")
+    if not (example.chosen and example.rejected):  # a single answer, good or bad
+        return found
     if chosen == rejected or chosen.strip() == rejected.strip():
         found.append("equal_sides")
     elif chosen and rejected and (chosen.startswith(rejected) or rejected.startswith(chosen)):

@@ -195,10 +195,11 @@ def _answers_of(example: AnyExample) -> list[dict[str, Any]]:
     if isinstance(example, SftExample):
         return [{"name": "completion", "messages": example.completion}]
     if isinstance(example, PreferenceExample):
-        return [
-            {"name": "chosen", "messages": example.chosen, "score": example.chosen_score},
-            {"name": "rejected", "messages": example.rejected, "score": example.rejected_score},
-        ]
+        sides = (
+            ("chosen", example.chosen, example.chosen_score),
+            ("rejected", example.rejected, example.rejected_score),
+        )
+        return [{"name": name, "messages": side, "score": score} for name, side, score in sides if side]
     scores = example.scores or [None] * len(example.ranks)
     return [
         {"name": f"answer {place}", "messages": messages, "rank": rank, "score": score}
@@ -209,10 +210,11 @@ def _answers_of(example: AnyExample) -> list[dict[str, Any]]:
 
 
 def _identity(example: AnyExample, treatment: Treatment) -> dict[str, Any]:
+    sides = (example.chosen, example.rejected) if isinstance(example, PreferenceExample) else example.answers
     try:
         is_held_out = split_position(example.prompt, treatment.split_by) < treatment.eval_fraction
         return {
-            "id": content_id(example.prompt, *example.answers),
+            "id": content_id(example.prompt, *sides),
             "split": "eval" if is_held_out else "train",
         }
     except UnicodeEncodeError:  # half of a surrogate pair, for which the row is left out

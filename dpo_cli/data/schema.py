@@ -248,7 +248,10 @@ class SftExample(Example):
 @final
 @dataclass(slots=True)
 class PreferenceExample(Example):
-    """A prompt with the answer that was preferred and the one that was not."""
+    """A prompt with the answer that was preferred and the one that was not.
+
+    A single answer that is good or bad stands on its side alone: no message is on the other one.
+    """
 
     schema: ClassVar[pa.Schema] = PREFERENCE_SCHEMA
     chosen: Messages
@@ -258,8 +261,8 @@ class PreferenceExample(Example):
 
     @property
     def answers(self) -> list[Messages]:
-        """Both answers."""
-        return [self.chosen, self.rejected]
+        """Both answers; of a single one it alone."""
+        return [side for side in (self.chosen, self.rejected) if side]
 
 
 @final

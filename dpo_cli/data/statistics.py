@@ -171,7 +171,7 @@ class DataStatistics:
             RowProblem: It cannot be measured; then nothing of it is counted.
         """
         prompt = rows[0]["prompt"]
-        sides = [name for name in ("completion", "chosen", "rejected") if name in rows[0]]
+        sides = [name for name in ("completion", "chosen", "rejected") if rows[0].get(name)]
         prompt_length = len(text_of(prompt) if self._encoder is None else self._encoder.encode_prompt(prompt))
         lengths: dict[str, int] = {}  # of each answer, which several pairs may have
         measured = [[self._length(prompt, row[side], lengths) for side in sides] for row in rows]

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import polars as pl
 import pyarrow as pa
@@ -30,9 +30,14 @@ from dpo_cli.data.schema import TOOLS, Messages, content_id, from_table
 from dpo_cli.data.tokens import TokenGroup, TokenWriter, stored_groups
 from dpo_cli.losses.ranking import MAX_TIED, Ties
 
+Kind = Literal["pairs", "rankings", "answers"]
+"""What a loss learns from."""
 SPLITS = ("train", "eval")
 TOKENS_VERSION = 1
 """Of the code that decides token ids and the checks of them: a change of it makes no use of what was kept before."""
+
+UNPAIRED = "is a single answer, good or bad, and no pair: of the losses only kto learns from it"
+"""What is said of a row where pairs are asked for."""
 
 _MANY = 0.05
 """Share of rows left out above which a stage warns."""
@@ -50,12 +55,17 @@ class TokenTable:
         rejects: One entry for each row left out: file, row, reason, detail.
         found: For each check, the rows that fail it and stay.
         path: The table.
+        sides: Of each group its row, and whether it is a pair (``both``) or a single answer that is good (``chosen``)
+            or bad (``rejected``); empty: all are pairs, or the table is of other rows.
+        of_rows: Of a pair that was made of two single answers the ids of the good and the bad one, by its id.
     """
 
     groups: Sequence[TokenGroup]
     rejects: list[dict[str, Any]]
     found: dict[str, list[int]] = field(default_factory=dict)
     path: Path | None = None
+    sides: list[tuple[int, str]] = field(default_factory=list)
+    of_rows: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     @cached_property
     def prompts(self) -> dict[str, Messages]:
@@ -120,7 +130,8 @@ def _open(folder: Path, path: Path) -> TokenTable | None:
     try:
         others = json.loads((folder / _OTHERS).read_text(encoding="utf-8"))
         rejects = [{"file": path.as_posix(), **one} for one in others["rejects"]]
-        return TokenTable(stored_groups(folder), rejects, dict(others["found"]), path)
+        sides = [(row, side) for row, side in others.get("sides", [])]
+        return TokenTable(stored_groups(folder), rejects, dict(others["found"]), path, sides)
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
@@ -128,20 +139,24 @@ def _open(folder: Path, path: Path) -> TokenTable | None:
 def _write(folder: Path, rows: Iterable[dict[str, Any]], columns: Sequence[str], view: TokenView) -> None:
     rejects: list[dict[str, Any]] = []
     kept: dict[str, list[int]] = {}
+    sides: list[tuple[int, str]] = []
     writer = TokenWriter(folder)
     try:
         for index, row in enumerate(rows):
             try:
-                group, found = tokenize_row(row, columns, view)
+                present = answered(row, columns)
+                group, found = tokenize_row(row, present, view)
             except RowProblem as problem:
                 rejects.append({"row": index, "reason": problem.reason, "detail": problem.detail})
                 continue
             writer.add(group)
+            sides.append((index, "both" if present == columns else present[0]))
             for name in found:
                 kept.setdefault(name, []).append(index)
     finally:
         writer.close()
-    write_json(folder / _OTHERS, {"rejects": rejects, "found": kept})
+    has_singles = any(side != "both" for _, side in sides)
+    write_json(folder / _OTHERS, {"rejects": rejects, "found": kept, **({"sides": sides} if has_singles else {})})
 
 
 def _rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -210,12 +225,20 @@ def explain_rejects(tables: Sequence[TokenTable], setting: str, max_length: int)
     return f"{len(rejects)} of {num_rows} rows ({len(rejects) / num_rows:.0%}) are left out: {named}{remedy}{said}"
 
 
+def answered(row: Mapping[str, Any], columns: Sequence[str]) -> Sequence[str]:
+    """The columns of a row that hold an answer: all of them, but where it is a single answer, good or bad."""
+    sides = tuple(name for name in columns if row[name])
+    return columns if len(sides) == len(columns) else sides
+
+
 def tokenize_row(row: dict[str, Any], columns: Sequence[str], view: TokenView) -> tuple[TokenGroup, list[str]]:
     """The tokens of a row as :func:`from_table` has it, and the checks that it fails and stays nevertheless.
 
     Raises:
-        RowProblem: The template refuses the row, it is over long, or a check leaves it out.
+        RowProblem: The template refuses the row, it is over long, a check leaves it out, or an answer is missing.
     """
+    if answered(row, columns) != columns:
+        raise RowProblem("unpaired", UNPAIRED)
     prompt = row["prompt"]
     completions = row["completions"] if "completions" in columns else [row[column] for column in columns]
     encoding = view.encoder.encode(prompt, completions)
@@ -229,14 +252,14 @@ def tokenize_row(row: dict[str, Any], columns: Sequence[str], view: TokenView) -
 # --- what stages read of tables besides tokens ----------------------------------------------
 
 
-def refuse_empty(tables: Sequence[TokenTable], max_length: int, *, section: str, ranked: bool) -> None:
+def refuse_empty(tables: Sequence[TokenTable], max_length: int, *, section: str, of: Kind) -> None:
     """Refuse preference data of which nothing is left to train on, or nothing to hold out.
 
     Args:
         tables: Those of :data:`SPLITS`.
         max_length: reference.max_length, for the message.
         section: Whose loss asks for them.
-        ranked: Whether they are rankings.
+        of: What the loss learns from.
 
     Raises:
         DataError: A table has no group.
@@ -244,12 +267,14 @@ def refuse_empty(tables: Sequence[TokenTable], max_length: int, *, section: str,
     for split, table in zip(SPLITS, tables, strict=True):
         if table.groups:
             continue
-        path = paths.ranking_table(split) if ranked else paths.preference_table(split)
+        path = paths.ranking_table(split) if of == "rankings" else paths.preference_table(split)
         if not table.rejects:
-            loss = f"params.yaml: {section}.loss plackett_luce learns from rankings of several answers, and "
-            raise DataError(
-                f"{loss if ranked else ''}{path.as_posix()} {'has no rows' if path.is_file() else 'is missing'}"
-            )
+            loss = {
+                "rankings": f"params.yaml: {section}.loss plackett_luce learns from rankings of several answers, and ",
+                "answers": f"params.yaml: {section}.loss kto learns from single answers that are good or bad, and ",
+            }.get(of, "")
+            lacks = "has none" if of == "answers" else "has no rows"
+            raise DataError(f"{loss}{path.as_posix()} {lacks if path.is_file() else 'is missing'}")
         raise DataError(f"{path.as_posix()}: {explain_rejects([table], 'reference.max_length', max_length)}")
 
 

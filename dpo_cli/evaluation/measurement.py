@@ -63,7 +63,7 @@ class Measurement(Steps):
         self.models = models
         self.prompts = _prompts(table, evaluate.num_prompts)
         self._answers: dict[tuple[str, float], dict[str, Answer]] = {}
-        self._texts = _texts_of_pairs()
+        self._texts = _texts_of_pairs(table)
         longest = max(len(prompt.tokens) for prompt in self.prompts)
         project.check_context(longest + evaluate.max_new_tokens, "evaluate.max_new_tokens + the longest prompt")
 
@@ -170,10 +170,11 @@ def _prompts(table: TokenTable, limit: int) -> list[PromptTokens]:
     return [PromptTokens(group, tokens[group], table.prompts[group]) for group in chosen]
 
 
-def _texts_of_pairs() -> dict[str, tuple[str, str]]:
+def _texts_of_pairs(table: TokenTable) -> dict[str, tuple[str, str]]:
     """The texts of chosen and rejected answer of the held-out pairs by row id."""
     rows = read_columns(paths.preference_table("eval"), "chosen", "rejected")
-    return {id: (text_of(chosen), text_of(rejected)) for id, (chosen, rejected) in rows.items()}
+    texts = {id: (text_of(chosen), text_of(rejected)) for id, (chosen, rejected) in rows.items()}
+    return texts | {id: (texts[good][0], texts[bad][1]) for id, (good, bad) in table.of_rows.items()}
 
 
 # --- comparisons ----------------------------------------------------------------------------

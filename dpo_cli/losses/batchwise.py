@@ -65,3 +65,37 @@ def beta_dpo(pairs: Pairs, /, beta: float, beta_dpo_alpha: float) -> Tensor:
     surprise = margins_B.detach().mean() - pairs.usual_margin
     scaled = (beta * (1 + beta_dpo_alpha * surprise)).clamp(min=1e-3)
     return -log_sigmoid(scaled * pairs.deltas_B)
+
+
+# --- of single answers that are good or bad -------------------------------------------------------
+
+
+@Loss(
+    "λ - λ σ(±beta (log(π / ref) - z)), + of a good answer, z = max(0, mean log(π / ref) of other prompts' answers)",
+    "KTO: Ethayarajh et al. 2024, eq. 8",
+    "thumbs up and down on single answers; λ is desirable_weight or undesirable_weight",
+    is_coupled=True,
+    is_unpaired=True,
+)
+def kto(
+    answers: Pairs, is_good_B: Tensor, /, beta: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+) -> Tensor:
+    """lambda_y - v: Kahneman-Tversky optimization (Ethayarajh et al. 2024, eq. 8 and section 4).
+
+    With l = log(pi / ref) of an answer, v is lambda_D * sigma(beta * (l - z)) of a good one and
+    lambda_U * sigma(beta * (z - l)) of a bad one. z stands for KL(pi || ref): the mean of l over answers that belong to
+    other prompts of the same data, at least 0. No gradient flows through it.
+
+    Args:
+        answers: Column 0 the answer of the row, column 1 another prompt's answer to its prompt.
+        is_good_B: bool [B], what the answer of the row is called.
+        beta: Strength of the pull towards the reference.
+        desirable_weight: lambda_D.
+        undesirable_weight: lambda_U.
+
+    Returns:
+        float64 [B].
+    """
+    own_B, others_B = answers.log_ratios_B2.unbind(1)
+    above_B = beta * (own_B - others_B.detach().mean().clamp(min=0))
+    return (desirable_weight * (-above_B).sigmoid()).where(is_good_B, undesirable_weight * above_B.sigmoid())

@@ -26,6 +26,8 @@ SETTINGS = (
     "beta_dpo_alpha",
     "alphapo_alpha",
     "rpo_eta",
+    "desirable_weight",
+    "undesirable_weight",
     "divergence",
     "ld_alpha",
     "weighting",
@@ -54,6 +56,7 @@ class Loss:
         learns_log_ratio: Whether the reward that it learns is beta log(pi / ref), summed over tokens.
         is_coupled: Whether one loss depends on all pairs of an optimizer step.
         is_ranking: Whether it is a loss of rankings, not of pairs.
+        is_unpaired: Whether it is a loss of single answers that are good or bad, not of pairs.
         reads_scores: Whether it reads the answers' scores in the data.
         name: That of the function, and of the loss in ``train.loss``.
         function: What is compared (positional only), then settings of section train, to float64 [B].
@@ -69,6 +72,7 @@ class Loss:
     learns_log_ratio: bool = True
     is_coupled: bool = False
     is_ranking: bool = False
+    is_unpaired: bool = False
     reads_scores: bool = False
     name: str = field(init=False)
     function: Callable[..., Tensor] = field(init=False)

@@ -23,6 +23,7 @@ from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.checks import TokenView
 from dpo_cli.data.tokenize import TokenTable, table_digests, tokenize_table
 from dpo_cli.data.tokens import TokenGroup
+from dpo_cli.data.unpaired import beside_others, pairs_of
 from dpo_cli.models.adapters import FrozenBase, read_sft_result
 from dpo_cli.models.device import Machine, prepare_machine, token_budget
 from dpo_cli.models.folder import base_folder
@@ -142,6 +143,14 @@ class Project(Workplace, FrozenBase):
 
     def tokenize_pairs(self, split: str) -> TokenTable:
         """The preference pairs of a split as token groups (chosen, rejected)."""
+        return pairs_of(self.tokenize_preferences(split))
+
+    def tokenize_single_answers(self, split: str) -> tuple[TokenTable, dict[str, bool]]:
+        """The answers of a split that has single ones, each with another prompt's; and by id which are good."""
+        return beside_others(self.tokenize_preferences(split), self.max_length)
+
+    def tokenize_preferences(self, split: str) -> TokenTable:
+        """The pairs and single answers of a split as token groups, as the table has them."""
         return self._tokenize(paths.preference_table(split), ("chosen", "rejected"))
 
     def tokenize_rankings(self, split: str) -> TokenTable:

@@ -114,6 +114,11 @@ def _evaluate(params: Params, project: Project, evaluated: Evaluated, reporter: 
     evaluate = params.evaluate
     table = project.tokenize_pairs("eval")
     if not table.groups:
+        if any(reject["reason"] == "unpaired" for reject in table.rejects):
+            raise DataError(
+                "data/preference/eval.parquet: no held-out prompt has both a good and a bad answer, which the implicit"
+                " reward is tested on; add such answers, or pairs as a source with split: eval"
+            )
         raise DataError(
             f"data/preference/eval.parquet: {explain_rejects([table], 'reference.max_length', project.max_length)}"
         )

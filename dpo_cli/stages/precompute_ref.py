@@ -15,6 +15,7 @@ from dpo_cli.core.row_store import RowStore, forget_other_stores
 from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.tokenize import SPLITS, all_rejects, explain_found, explain_rejects
 from dpo_cli.data.tokens import TokenGroup
+from dpo_cli.data.unpaired import beside_others, pairs_of
 from dpo_cli.models.device import memory_in_words, memory_metrics
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.models.project import Project, open_project
@@ -27,6 +28,8 @@ _OTHER_STORES_KEPT = 3
 def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     """Write data/reference: the log-probabilities of all answers of both splits, in pairs and rankings.
 
+    Where the data has single answers, each is scored with another prompt's beside it, which train.loss kto reads.
+
     Rows that an earlier run computed for the same graph are taken over, however the data grew.
 
     Raises:
@@ -36,11 +39,17 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     """
     quiet_libraries()
     project = open_project(params, reporter, "precompute-ref")
-    tables = [project.tokenize_pairs(split) for split in SPLITS]
+    tables, groups = [], []
+    for split in SPLITS:
+        table = project.tokenize_preferences(split)
+        pairs, (answers, _) = pairs_of(table), beside_others(table, project.max_length)
+        tables.append(answers if answers.groups else pairs)
+        groups += [*pairs.groups, *answers.groups]
     if params.reference.rankings:
-        tables += [project.tokenize_rankings(split) for split in SPLITS]
+        rankings = [project.tokenize_rankings(split) for split in SPLITS]
+        tables += rankings
+        groups += [group for table in rankings for group in table.groups]
     rejects = all_rejects(tables)
-    groups = [group for table in tables for group in table.groups]
     wanted = {key for group in groups for key in group.keys}
     if not wanted:
         raise DataError(

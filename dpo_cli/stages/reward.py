@@ -75,7 +75,7 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
     train, held_out = (
         project.tokenize_rankings(split) if ranked else project.tokenize_pairs(split) for split in SPLITS
     )
-    refuse_empty((train, held_out), project.max_length, section="reward", ranked=ranked)
+    refuse_empty((train, held_out), project.max_length, section="reward", of="rankings" if ranked else "pairs")
     pairs = project.tokenize_pairs("eval") if ranked else held_out
     if not pairs.groups:
         raise DataError(f"{paths.preference_table('eval').as_posix()}: no pair is held out to measure with")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from dpo_cli.core.manifest import DPO
 from dpo_cli.core.params import EMBEDDED, Params, TrainParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.text import markdown
-from dpo_cli.data.tokenize import SPLITS, all_rejects, read_columns, read_ranks, refuse_empty
+from dpo_cli.data.tokenize import SPLITS, Kind, all_rejects, read_columns, read_ranks, refuse_empty
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.losses.changes import shared_length_logps
 from dpo_cli.models.adapters import adapter_size, size_in_words
@@ -54,15 +54,22 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
 def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, Any]:
     settings = params.train
     project = open_project(params, reporter, "train")
-    ranked = "plackett_luce" in settings.losses
-    train, held_out = (
-        project.tokenize_rankings(split) if ranked else project.tokenize_pairs(split) for split in SPLITS
-    )
-    refuse_empty((train, held_out), project.max_length, section="train", ranked=ranked)
-    objective = _objective(settings, project, [*train.groups, *held_out.groups])
+    kind = _kind(settings)
+    good: dict[str, bool] = {}
+    tables = []
+    for split in SPLITS:
+        if kind == "answers":
+            table, labels = project.tokenize_single_answers(split)
+            good |= labels
+        else:
+            table = project.tokenize_rankings(split) if kind == "rankings" else project.tokenize_pairs(split)
+        tables.append(table)
+    train, held_out = tables
+    refuse_empty(tables, project.max_length, section="train", of=kind)
+    objective = _objective(settings, project, [*train.groups, *held_out.groups], good)
     if objective.is_coupled and replicas.size > 1:
         raise ParamsError(
-            f"params.yaml: train.loss {_named(settings)} compares all pairs of a step and runs as one process;"
+            f"params.yaml: train.loss {_named(settings)} is of all {kind} of a step and runs as one process;"
             f" {replicas.size} were started"
         )
     manifest = project.manifest(params, "train")
@@ -81,7 +88,7 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
             return {}
         metrics = _metrics(step_zero, result) | result.metrics("pairs", (train, held_out), project.machine, layout)
         metrics |= adapter_size(policy)
-        if ranked:
+        if kind == "rankings":
             metrics["eval_kendall_tau"] = result.kept("eval_rewards/kendall_tau")
         trained = {"num_steps": result.num_steps, "kept_step": result.kept_step}
         card = _card(params, project, metrics)
@@ -93,7 +100,9 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
     return metrics
 
 
-def _objective(settings: TrainParams, project: Project, groups: Sequence[TokenGroup]) -> PreferenceObjective:
+def _objective(
+    settings: TrainParams, project: Project, groups: Sequence[TokenGroup], good: Mapping[str, bool]
+) -> PreferenceObjective:
     """What is minimized, with the reference's log-probabilities and what else it reads of the data."""
     reference = reference_logps(read_cache(paths.REFERENCE, project.identity), groups)
     shared_length = None
@@ -102,6 +111,8 @@ def _objective(settings: TrainParams, project: Project, groups: Sequence[TokenGr
         shared_length = {id: _shared_length(sides, settings.ld_alpha) for id, sides in tokens.items()}
     if "plackett_luce" in settings.losses:
         return preference_objective(settings, reference, ranks=read_ranks(groups, settings.ties, "train"))
+    if "kto" in settings.losses:
+        return preference_objective(settings, reference, good=good)
     scores = _scores(settings, groups) if reads_scores(settings) else None
     return preference_objective(settings, reference, shared_length=shared_length, scores=scores)
 
@@ -154,7 +165,7 @@ def _metrics(step_zero: StepZero, result: Fit) -> dict[str, Any]:
 
 def _card(params: Params, project: Project, metrics: dict[str, Any]) -> Card:
     settings = params.train
-    unit = _unit(settings)
+    unit = _kind(settings)
     held = "4-bit nf4 with double quantization" if project.quantization == "nf4" else "plain"
     return Card(
         tags=("dpo", "lora"),
@@ -177,13 +188,14 @@ def _named(settings: TrainParams) -> str:
     return ", ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in settings.losses.items())
 
 
-def _unit(settings: TrainParams) -> str:
-    return "rankings" if "plackett_luce" in settings.losses else "pairs"
+def _kind(settings: TrainParams) -> Kind:
+    """What the loss learns from."""
+    return "rankings" if "plackett_luce" in settings.losses else "answers" if "kto" in settings.losses else "pairs"
 
 
 def _print_summary(settings: TrainParams, metrics: dict[str, Any], steps: str, reporter: Reporter) -> None:
     expected = f" (ln 2 = {math.log(2):.6f})" if list(settings.losses) == ["sigmoid"] else ""
-    unit = _unit(settings)
+    unit = _kind(settings)
     speed, tokens = f"{metrics['pairs_per_s']:.1f}", f"{metrics['logical_tokens_per_s']:.0f}"
     reporter.table(
         "train",

@@ -10,30 +10,27 @@ import torch
 
 from dpo_cli.core.params import TrainParams
 from dpo_cli.data.tokens import TokenGroup
+from dpo_cli.losses.batchwise import kto
 from dpo_cli.losses.catalogue import LOSSES
 from dpo_cli.losses.changes import divergence_of, shared_length_logps, under_divergence, with_offset, wpo_weights
 from dpo_cli.losses.pairwise import Pairs, difference, log_ratios
-from dpo_cli.losses.ranking import Ties, kendall_tau, plackett_luce, plackett_luce_nll
+from dpo_cli.losses.ranking import Ties, plackett_luce, plackett_luce_nll
 from dpo_cli.scoring.reward_scorer import Rewards
 from dpo_cli.scoring.scorer import Scores, Statistics
 from dpo_cli.training.history import TOKEN_METRICS
+from dpo_cli.training.objective_metrics import (
+    KL,
+    PAIR_METRICS,
+    REWARD_METRICS,
+    TAU,
+    pair_metrics,
+    ranking_metrics,
+    reward_metrics,
+    token_means,
+    values_of,
+)
 from dpo_cli.training.protocols import GroupLosses, Objective
 
-REWARD_METRICS = (
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "rewards/ties",
-    "gradient_weight",
-)
-PAIR_METRICS = (
-    *REWARD_METRICS,
-    "logps/chosen",
-    "logps/rejected",
-    *TOKEN_METRICS,
-)
-TAU = "rewards/kendall_tau"
 _MOMENTUM = 0.9
 """Of the moving average of margins, as in the code of beta-DPO's authors."""
 
@@ -63,7 +60,7 @@ class SftObjective:
 
     def losses(self, groups: Sequence[TokenGroup], scores: Scores, step: Sequence[TokenGroup]) -> GroupLosses:
         """Losses summed over tokens, nats."""
-        return GroupLosses(-scores.logps_BK[:, 0], _statistics(scores, step))
+        return GroupLosses(-scores.logps_BK[:, 0], token_means(scores, step))
 
 
 def preference_objective(
@@ -73,6 +70,7 @@ def preference_objective(
     shared_length: Mapping[str, Sequence[float]] | None = None,
     scores: Mapping[str, Sequence[float]] | None = None,
     ranks: Mapping[str, Sequence[int]] | None = None,
+    good: Mapping[str, bool] | None = None,
 ) -> PreferenceObjective:
     """The objective that section train asks for.
 
@@ -82,7 +80,10 @@ def preference_objective(
         shared_length: The same of :func:`~dpo_cli.losses.changes.shared_length_logps`, for ``ld_alpha``.
         scores: The answers' scores in the data (chosen, rejected) by row id, where :func:`reads_scores`.
         ranks: Ranks of each group's completions by row id, for ``plackett_luce``.
+        good: Whether the answer of each row is good, by row id, for ``kto``.
     """
+    if "kto" in train.losses:
+        return UnpairedObjective(train, reference, good or {})
     if "plackett_luce" in train.losses:
         return RankingObjective(train, reference, ranks or {})
     return PairObjective(train, reference, shared_length, scores)
@@ -122,7 +123,7 @@ class PairObjective:
 
     def reference_logps(self, groups: Sequence[TokenGroup], device: torch.device) -> torch.Tensor:
         """float64 [B, 2]."""
-        return _values(self._reference, groups, device)
+        return values_of(self._reference, groups, device)
 
     def policy_logps(self, scores: Scores) -> torch.Tensor:
         """float64 [B, 2], with gradient."""
@@ -150,14 +151,14 @@ class PairObjective:
             scores.num_tokens_BK,
             mean_chosen_tokens,
             self._usual_margin,
-            None if self._scores is None else _values(self._scores, groups, device),
+            None if self._scores is None else values_of(self._scores, groups, device),
         )
         plain = shared
         if self._train.ld_alpha is not None:
-            plain = replace(shared, policy_B2=scores.logps_BK, reference_B2=_values(self._plain, groups, device))
+            plain = replace(shared, policy_B2=scores.logps_BK, reference_B2=values_of(self._plain, groups, device))
         losses = self._losses(shared, plain, weights)
         rewards = self._train.beta * log_ratios(shared.policy_B2.detach(), shared.reference_B2)
-        return GroupLosses(losses, {**_metrics(rewards, scores.logps_BK.detach()), **_statistics(scores, step)})
+        return GroupLosses(losses, {**pair_metrics(rewards, scores.logps_BK.detach()), **token_means(scores, step)})
 
     def after_step(self, metrics: Mapping[str, float]) -> None:
         """Let a step's mean margin into the moving average that ``beta_dpo`` compares the next one's with."""
@@ -191,14 +192,14 @@ def pairwise_losses(
         weights_B: float64 [B], what each pair counts; for ``weighting``.
 
     Raises:
-        ValueError: A loss is one of rankings.
+        ValueError: A loss is one of rankings, or of single answers.
     """
     derivative = divergence_of(train.divergence, train.divergence_alpha)
     parts: list[tuple[float, torch.Tensor]] = []
     for name in names:
         loss, changed = LOSSES[name], pairs
-        if loss.is_ranking:
-            raise ValueError(f"{name} is a loss of rankings, not of pairs")
+        if loss.is_ranking or loss.is_unpaired:
+            raise ValueError(f"{name} is no loss of pairs")
         if derivative is not None and "divergence" in loss.reads:
             changed = under_divergence(changed, derivative)
         if train.margin_scale and "margin_scale" in loss.reads:
@@ -210,14 +211,6 @@ def pairwise_losses(
     if len(parts) == 1 and parts[0][0] == 1:
         return parts[0][1]
     return torch.stack([weight * losses for weight, losses in parts]).sum(0)
-
-
-def _values(
-    table: Mapping[str, float] | Mapping[str, Sequence[float]], groups: Sequence[TokenGroup], device: torch.device
-) -> torch.Tensor:
-    """float64 [B] or [B, K], the values of some groups; no copy is waited for, as it stands behind a whole forward."""
-    values = torch.tensor([table[group.id] for group in groups], dtype=torch.float64)
-    return values.to(device, non_blocking=True)
 
 
 class RankingObjective:
@@ -242,7 +235,7 @@ class RankingObjective:
 
     def reference_logps(self, groups: Sequence[TokenGroup], device: torch.device) -> torch.Tensor:
         """float64 [B, K]."""
-        return _values(self._reference, groups, device)
+        return values_of(self._reference, groups, device)
 
     def policy_logps(self, scores: Scores) -> torch.Tensor:
         """float64 [B, K], with gradient."""
@@ -258,8 +251,73 @@ class RankingObjective:
         policy, reference = scores.logps_BK, self.reference_logps(groups, scores.logps_BK.device)
         losses = plackett_luce(policy, reference, ranks, self._train.beta, self._train.ties)
         rewards = self._train.beta * (policy.detach() - reference)
-        metrics = {**_metrics(rewards, policy.detach()), **_statistics(scores, step)}
+        metrics = {**pair_metrics(rewards, policy.detach()), **token_means(scores, step)}
         return GroupLosses(losses, metrics | ranking_metrics(rewards, ranks))
+
+
+class UnpairedObjective:
+    """KTO over single answers against cached reference log-probabilities, a mean over answers.
+
+    A group is a prompt with its answer and, second, another prompt's.
+
+    Args:
+        train: Section train: beta and the weights of good and bad answers.
+        reference: Reference log-probabilities of both by row id, nats.
+        good: Whether the row's answer is good, by row id.
+    """
+
+    is_coupled = True
+    statistics: Statistics = "plain"
+    metric_names: Sequence[str] = (*PAIR_METRICS, KL)
+
+    def __init__(self, train: TrainParams, reference: Mapping[str, Sequence[float]], good: Mapping[str, bool]) -> None:
+        self._train = train
+        self._reference = reference
+        self._good = good
+
+    def reference_logps(self, groups: Sequence[TokenGroup], device: torch.device) -> torch.Tensor:
+        """float64 [B, 2]."""
+        return values_of(self._reference, groups, device)
+
+    def policy_logps(self, scores: Scores) -> torch.Tensor:
+        """float64 [B, 2], with gradient."""
+        return scores.logps_BK
+
+    def weight(self, groups: Sequence[TokenGroup]) -> float:
+        """The number of answers."""
+        return float(len(groups))
+
+    def losses(self, groups: Sequence[TokenGroup], scores: Scores, step: Sequence[TokenGroup]) -> GroupLosses:
+        """Losses and metrics: means over good answers (chosen) and over bad ones (rejected), 0 where there are none.
+
+        The accuracy is the share of answers on their side of the KL: good ones above it, bad ones below.
+        """
+        device, train = scores.logps_BK.device, self._train
+        answers = Pairs(scores.logps_BK, self.reference_logps(groups, device), scores.num_tokens_BK)
+        good_B = values_of(self._good, groups, device) > 0
+        losses = kto(answers, good_B, train.beta, train.desirable_weight, train.undesirable_weight)
+        log_ratios_B2 = answers.log_ratios_B2.detach()
+        kl = log_ratios_B2[:, 1].mean().clamp(min=0)
+        rewards_B, logps_B = train.beta * log_ratios_B2[:, 0], scores.logps_BK[:, 0].detach()
+        right_B = torch.where(good_B, 1.0, -1.0) * (rewards_B - train.beta * kl)
+        metrics = {"rewards": rewards_B, "logps": logps_B}
+        means = {
+            f"{what}/{name}": values_B * side_B * (len(groups) / side_B.sum().clamp(min=1))
+            for what, values_B in metrics.items()
+            for name, side_B in (("chosen", good_B), ("rejected", ~good_B))
+        }
+        return GroupLosses(
+            losses,
+            {
+                **means,
+                "rewards/margins": means["rewards/chosen"] - means["rewards/rejected"],
+                "rewards/accuracies": (right_B.sign() + 1) / 2,
+                "rewards/ties": (right_B == 0).double(),
+                "gradient_weight": right_B.sigmoid() * (-right_B).sigmoid(),
+                KL: kl.expand(len(groups)),
+                **token_means(scores, step),
+            },
+        )
 
 
 class RewardObjective:
@@ -296,57 +354,3 @@ class RewardObjective:
         if self._ranks is not None:
             metrics |= ranking_metrics(detached, ranks)
         return GroupLosses(losses, metrics)
-
-
-def _statistics(scores: Scores, step: Sequence[TokenGroup]) -> dict[str, torch.Tensor]:
-    """Means over tokens, as sums of each group whose mean over the step's groups they are; float64 [B] each.
-
-    The entropy, nats, is over the tokens of all answers; the accuracy, how often no token was likelier, over those
-    of the first.
-    """
-    if scores.statistics is None:
-        return {}
-    lengths_BK = scores.num_tokens_BK
-    lengths, total = lengths_BK.flatten(), len(scores.token_logps_M)
-    owners = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths, output_size=total)
-    values = torch.stack([scores.statistics.entropies_N, scores.statistics.is_likeliest_N]).double()
-    sums = torch.zeros(2, len(lengths), dtype=torch.float64, device=lengths.device).index_add(1, owners, values)
-    entropies_BK, right_BK = sums.view(2, *lengths_BK.shape)
-    num_tokens = sum(map(len, (completion for group in step for completion in group.completions)))
-    num_first = sum(len(group.completions[0]) for group in step)
-    return {
-        "entropy": entropies_BK.sum(1) * (len(step) / num_tokens),
-        "mean_token_accuracy": right_BK[:, 0] * (len(step) / num_first),
-    }
-
-
-def _metrics(rewards_BK: torch.Tensor, policy_BK: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What is logged of the first and the last answer of each group."""
-    return {
-        **reward_metrics(rewards_BK),
-        "logps/chosen": policy_BK[:, 0],
-        "logps/rejected": policy_BK[:, -1],
-    }
-
-
-def reward_metrics(rewards_BK: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What is logged of the rewards of the first and the last answer of each group.
-
-    The gradient weight is sigma(r_l - r_w), by which DPO's gradient weighs a pair (Rafailov et al. 2023, section 4).
-    """
-    margins = rewards_BK[:, 0] - rewards_BK[:, -1]
-    return {
-        "rewards/chosen": rewards_BK[:, 0],
-        "rewards/rejected": rewards_BK[:, -1],
-        "rewards/margins": margins,
-        "rewards/accuracies": (margins.sign() + 1) / 2,
-        "rewards/ties": (margins == 0).double(),
-        "gradient_weight": (-margins).sigmoid(),
-    }
-
-
-def ranking_metrics(rewards_BK: torch.Tensor, ranks_BK: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Kendall's tau and, as the accuracy, the share of pairs of a ranking that the rewards order alike."""
-    ranks_BK = ranks_BK.to(rewards_BK.device, non_blocking=True)
-    tau = kendall_tau(rewards_BK, ranks_BK).nan_to_num(0.0)  # of one tie: neither right nor wrong
-    return {TAU: tau, "rewards/accuracies": (tau + 1) / 2}

@@ -51,13 +51,15 @@ def test_every_format_has_a_section_and_a_setting() -> None:
 
 @pytest.mark.parametrize(("name", "row"), EXAMPLES)
 def test_every_example_is_read_by_auto_as_its_section_says(name: str, row: dict[str, Any]) -> None:
-    fmt, found = RowReader(formats_of(name), "auto", {}, Reading()).read(row)
+    fmt, found = RowReader(formats_of(name), "unpaired" if name == "unpaired" else "auto", {}, Reading()).read(row)
     assert fmt.name == name
     examples = [found] if isinstance(found, SftExample | PreferenceExample | RankingExample) else [e for _, e in found]
     assert examples
     assert not any(isinstance(example, RowProblem) for example in examples)
     for example in examples:  # the examples ask simple questions, whose right answer is preferred
-        if isinstance(example, PreferenceExample):
+        if name == "unpaired":
+            assert bool(example.chosen) == (example.answers[0][0]["content"] == "5")
+        elif isinstance(example, PreferenceExample):
             assert example.chosen[0]["content"].strip() in ("5", "6 cats", "Hello!", "ugly.")
         if isinstance(example, RankingExample):
             assert example.completions[0][0]["content"] in ("5", "Hello!")

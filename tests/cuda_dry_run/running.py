@@ -142,6 +142,7 @@ def _accumulator(case: Case, model: Any, scorer: Scorer, groups: Sequence[TokenG
         shared_length=reference,
         scores={group.id: (2.0, 1.0) for group in groups},
         ranks=ranks,
+        good={group.id: True for group in groups},
     )
     return DryAccumulator(Learner(model, scorer, objective), case.max_tokens)
 

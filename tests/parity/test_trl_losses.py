@@ -23,7 +23,7 @@ from dpo_cli.losses.pairwise import Pairs
 from dpo_cli.losses.reference_free import orpo
 from dpo_cli.scoring.head import TokenStatistics
 from dpo_cli.scoring.scorer import Scores
-from dpo_cli.training.objective import PairObjective
+from dpo_cli.training.objective import PairObjective, UnpairedObjective
 
 TOLERANCE = 1e-6
 NUM_PAIRS = 7
@@ -255,3 +255,66 @@ def test_orpo_is_trls() -> None:
     mean = sums / lengths
     trls = -ORPOTrainer.odds_ratio_loss(trainer, mean[:, 0], mean[:, 1])[0]  # type: ignore[arg-type]
     assert_equal(orpo(Pairs(sums, torch.zeros_like(sums), lengths), beta).mean(), trls.mean(), batch.policy, 1e-6)
+
+
+# --- single answers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labels", [[1, 0, 1, 1, 0, 0, 1], [1] * 7, [0] * 7])
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.3, 0.6)])
+def test_kto_is_trls(labels: list[int], weights: tuple[float, float]) -> None:
+    """TRL's ``KTOTrainer._compute_loss`` on the same answers and the same answers of other prompts."""
+    from trl import KTOTrainer
+
+    batch = Batch.draw(9)  # the first rows are the rows' own answers, the rest those of other prompts
+    own, other = slice(0, NUM_PAIRS), slice(NUM_PAIRS, None)
+    logps = (batch.policy * batch.mask)[own], (batch.policy * batch.mask)[other]
+    ids = torch.zeros(NUM_PAIRS, batch.policy.shape[1] + 1, dtype=torch.long)
+
+    def model(input_ids: torch.Tensor, **_: Any) -> SimpleNamespace:
+        found = logps[int(input_ids[0, 0])]
+        return SimpleNamespace(log_probs=found, entropy=torch.zeros_like(found), mean_logits=torch.zeros_like(found))
+
+    model.training = True  # type: ignore[attr-defined]
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"), gather=lambda value: value, gather_for_metrics=lambda value: value
+    )
+    trainer = SimpleNamespace(
+        model=model,
+        accelerator=accelerator,
+        aux_loss_enabled=False,
+        precompute_ref_logps=True,
+        calculate_KL=True,
+        loss_type="kto",
+        beta=0.5,
+        desirable_weight=weights[0],
+        undesirable_weight=weights[1],
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    trainer._compute_kl_logps = lambda model, batch: KTOTrainer._compute_kl_logps(trainer, model, batch)  # type: ignore[attr-defined, arg-type]
+    reference = batch.sums(batch.reference)
+    mask = torch.ones_like(ids)
+    inputs = {"input_ids": ids, "attention_mask": mask, "completion_mask": mask}
+    inputs |= {f"KL_{name}": value for name, value in inputs.items()} | {"KL_input_ids": ids + 1}
+    inputs |= {
+        "label": torch.tensor(labels, dtype=torch.bool),
+        "ref_logps": reference[own],
+        "ref_KL_logps": reference[other],
+    }
+    trls = KTOTrainer._compute_loss(trainer, model, inputs, return_outputs=False)  # type: ignore[arg-type]
+    lengths = in_pairs(batch.lengths)
+    groups = [
+        TokenGroup(str(index), str(index), (0,), tuple((0,) * int(length) for length in row))
+        for index, row in enumerate(lengths)
+    ]
+    scores = Scores(in_pairs(batch.sums(batch.policy)), lengths, flat_tokens(batch, batch.policy), None)
+    settings = TrainParams(loss="kto", beta=0.5, desirable_weight=weights[0], undesirable_weight=weights[1])
+    rows = dict(zip(map(str, range(NUM_PAIRS)), in_pairs(reference).tolist(), strict=True))
+    objective = UnpairedObjective(settings, rows, {group.id: labels[int(group.id)] > 0 for group in groups})
+    ours = objective.losses(groups, scores, groups)
+    assert_equal(ours.losses_B.sum() / objective.weight(groups), trls, batch.policy)
+    logged = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    for name, theirs in {"kl": "kl"}.items():
+        assert ours.metrics[name].mean().item() == pytest.approx(logged[theirs], abs=TOLERANCE)

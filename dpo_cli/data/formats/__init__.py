@@ -13,6 +13,7 @@ from dpo_cli.data.formats.instructions import ALPACA, MESSAGES, PROMPT_COMPLETIO
 from dpo_cli.data.formats.pairs import HH, IMPLICIT, PAIRS, SHAREGPT
 from dpo_cli.data.formats.rankings import KWISE, OASST, OASST_SFT
 from dpo_cli.data.formats.two_outputs import TWO_OUTPUTS
+from dpo_cli.data.formats.unpaired import UNPAIRED
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import PreferenceExample, RankingExample, RawRow, SftExample
 
@@ -27,6 +28,8 @@ def preferred_of(source: Format[Any]) -> Format[Any]:
     def read(row: RawRow, reading: Reading) -> SftExample:
         example = source.read(row, reading)
         if isinstance(example, PreferenceExample):
+            if not example.chosen:
+                raise RowProblem("bad_answer", "is a bad answer: it is not to be learned")
             return SftExample(example.prompt, example.chosen)
         assert isinstance(example, RankingExample)
         if example.ranks[0] == example.ranks[-1]:
@@ -45,14 +48,14 @@ def preferred_of(source: Format[Any]) -> Format[Any]:
     return replace(source, read=read, note=note, matches=matches)
 
 
-PREFERENCE_FORMATS: tuple[Format[Any], ...] = (SHAREGPT, PAIRS, HH, IMPLICIT, TWO_OUTPUTS, KWISE, OASST)
+PREFERENCE_FORMATS: tuple[Format[Any], ...] = (SHAREGPT, PAIRS, HH, IMPLICIT, TWO_OUTPUTS, KWISE, OASST, UNPAIRED)
 SFT_FORMATS: tuple[Format[Any], ...] = (
     *map(preferred_of, (SHAREGPT, PAIRS, HH, IMPLICIT)),
     ALPACA,
     PROMPT_COMPLETION,
     MESSAGES,
     OASST_SFT,
-    *map(preferred_of, (TWO_OUTPUTS, KWISE)),
+    *map(preferred_of, (TWO_OUTPUTS, KWISE, UNPAIRED)),
 )
 """In the order in which they are tried; the earlier one reads a row that fits both. A row that says which answer was
 rejected may have that answer under another name, too, so the preferred one comes before any other."""

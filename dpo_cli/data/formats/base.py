@@ -76,6 +76,7 @@ class Format(Generic[Found]):
             say it, beside those that the user names.
         alternatives: Two fields of which the second is not read where the first holds something.
         of_a_turn: What it reads of a turn beside role, text and the like; None: its fields hold no such turns.
+        by_name: Whether only the user can say that rows are of it: ``auto`` never finds it.
         unread: What it leaves of a row's fields beside such turns, by the fields' names: parts, or all of it (empty).
     """
 
@@ -91,6 +92,7 @@ class Format(Generic[Found]):
     suggest: Callable[[Collection[str], Mapping[str, Column]], Suggestion | None] = lambda keys, named: None
     alternatives: tuple[tuple[str, str], ...] = ()
     of_a_turn: tuple[str, ...] | None = ()
+    by_name: bool = False
     unread: Mapping[str, Callable[[RawRow], Iterable[str]]] = field(default_factory=dict)
 
     def fits(self, row: RawRow) -> bool:

@@ -49,7 +49,7 @@ class RowReader:
     def __init__(
         self, formats: Sequence[Format[Any]], name: str, columns: Mapping[str, Column], reading: Reading
     ) -> None:
-        self._formats = [fmt for fmt in formats if name in ("auto", fmt.name)]
+        self._formats = [fmt for fmt in formats if name == fmt.name or (name == "auto" and not fmt.by_name)]
         self._columns = columns
         # a format that is named is not questioned
         self._reading = replace(reading, in_order=reading.in_order or name == "kwise")
@@ -228,8 +228,8 @@ class RowReader:
         if label and any(name in first for name in (*ANSWER_NAMES, *CONVERSATION_NAMES)):
             return (
                 f"its rows are single answers that {label} calls good or bad (unpaired, as KTO takes them);"
-                " DPO needs two answers to the same prompt in a row: chosen and rejected. Where prompts have good and"
-                " bad ones, write a row {prompt, chosen, rejected} for each good one with each bad one of its prompt"
+                f" {_how_to_take(first, label)}; the other losses need two answers to the same prompt, chosen and"
+                " rejected"
             )
         known = ", ".join(fmt.name for fmt in self._formats)
         fields = ", ".join(key if key == key.strip() else repr(key) for key in first) or "no fields"
@@ -351,3 +351,11 @@ def _explain(read: Sequence[tuple[Plan, RawRow]], num_rows: int) -> str:
     told = f"{plan.format.name}: {len(read)} of the first {num_rows} rows have {plan.format.fields}"
     note = plan.format.note(row, plan.reading)
     return f"{told}{f' ({moved})' if moved else ''}{f'; {note}' if note else ''}"
+
+
+def _how_to_take(row: RawRow, label: str) -> str:
+    """How single answers that a label calls good or bad are learned from."""
+    if not any(name in row for name in ANSWER_NAMES):
+        return "train.loss kto takes them with format: unpaired, as rows of prompt, completion and label"
+    columns = "" if label == "label" else f" and columns: {{label: {label}}}"
+    return f"to learn from them with train.loss kto say format: unpaired{columns}"

@@ -83,7 +83,8 @@ def objective_of(
         lengths = torch.tensor([[len(side) for side in each]])
         shared[name] = shared_length_logps(torch.cat([*each]), lengths, settings.ld_alpha or 0.0)[0].tolist()
     scores = {name: (1 + 0.5 * index, 1.0) for index, name in enumerate(sides)}
-    return preference_objective(settings, reference, shared_length=shared, scores=scores, ranks=ranks)
+    good = {name: index % 3 > 0 for index, name in enumerate(sides)}
+    return preference_objective(settings, reference, shared_length=shared, scores=scores, ranks=ranks, good=good)
 
 
 def step(
@@ -108,6 +109,8 @@ CHANGED: dict[str, dict[str, Any]] = {
     "beta_dpo_alpha": {"beta_dpo_alpha": 0.3},
     "alphapo_alpha": {"alphapo_alpha": 0.5},
     "rpo_eta": {"rpo_eta": 0.4},
+    "desirable_weight": {"desirable_weight": 1.5},
+    "undesirable_weight": {"undesirable_weight": 0.5},
     "divergence": {"divergence": "js"},
     "ld_alpha": {"ld_alpha": 0.3},
     "weighting": {"weighting": "wpo"},

@@ -16,7 +16,7 @@ import torch
 from dpo_cli.core.errors import MachineError
 from dpo_cli.core.params import RuntimeParams
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.training.objective import PAIR_METRICS
+from dpo_cli.training.objective_metrics import PAIR_METRICS
 from dpo_cli.training.parallel import ALONE, Replicas, join_replicas
 from tests.replica_worker import Worker
 

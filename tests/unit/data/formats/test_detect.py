@@ -278,7 +278,8 @@ def test_a_path_that_no_row_has_is_refused(columns: dict[str, str], message: str
         ),
         ([{"data": [PAIR]}], "if the rows are nested, set records: data"),
         ([{"prompt": "q", "completion": "a", "label": True}], "label calls good or bad (unpaired, as KTO takes them)"),
-        ([{"messages": [Q, A], "label": False}], "DPO needs two answers to the same prompt in a row"),
+        ([{"messages": [Q, A], "label": False}], "the other losses need two answers to the same prompt"),
+        ([{"prompt": "q", "response": "a", "thumbs": "up"}], "say format: unpaired and columns: {label: thumbs}; the"),
     ],
 )
 def test_a_file_of_no_known_format_is_refused_with_what_to_do(rows: list[Any], message: str) -> None:
