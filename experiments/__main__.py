@@ -11,7 +11,7 @@ import typer
 
 from dpo_cli.cli.console import ConsoleReporter
 from dpo_cli.cli.exits import errors_as_exit_codes
-from dpo_cli.core.errors import ParamsError
+from dpo_cli.core.errors import MachineError, ParamsError
 
 NAMES = ("sentiment", "answers", "reviews")
 
@@ -35,7 +35,12 @@ def main(
         from dpo_cli.models.load import quiet_libraries
 
         quiet_libraries()
-        experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
+        try:
+            experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
+        except ModuleNotFoundError as error:
+            raise MachineError(
+                f"{name} needs {error.name}; run: pip install --constraint constraints.txt --editable '.[real]'"
+            ) from None
         work = experiment.folder / "work" / Path(grid).stem
         processes = workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
         typer.echo(experiment.run(grid, work, processes, ConsoleReporter(show_tables=False)))
