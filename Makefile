@@ -87,11 +87,10 @@ bench-trl: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/against_trl.py
 
 # What is done is not done again. The real model is fetched once (89 MB).
-experiments: export DPO_MODEL_PATH := $(MODEL)
 experiments: $(MODEL)/config.json $(VENV)/.installed-real
 	$(THREADS) $(BIN)/python -m experiments sentiment
 	$(THREADS) $(BIN)/python -m experiments answers
-	$(THREADS) $(BIN)/python -m experiments reviews
+	$(THREADS) DPO_MODEL_PATH=$(MODEL) $(BIN)/python -m experiments reviews
 
 experiments-fast: setup
 	$(THREADS) $(BIN)/python -m experiments sentiment --grid fast.yaml

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import chdir
@@ -45,6 +46,7 @@ class Answers:
             Interrupted: The user asked to stop; what was done is kept.
         """
         grid = read_grid(self.folder, grid_file)
+        os.environ.pop("DPO_MODEL_PATH", None)  # of another experiment; the model of this one is embedded
         work.mkdir(parents=True, exist_ok=True)
         work = work.resolve()
         params = PARAMS.read_text(encoding="utf-8")
