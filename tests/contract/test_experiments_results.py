@@ -1,4 +1,4 @@
-"""The committed frontiers: of the whole grid; and of the sentiment experiment, what theory asks of them holds."""
+"""The committed results are those of the whole grids, and what must hold of them holds."""
 
 from __future__ import annotations
 
@@ -63,3 +63,15 @@ def test_the_page_loads_nothing_and_has_every_policy(name: str, num_seeds: int) 
 def test_figures_are_files_of_their_own(name: str, num_seeds: int) -> None:
     for figure in ("frontier", "curves"):
         assert (FOLDER / name / "results" / f"{figure}.svg").read_text(encoding="utf-8").startswith("<svg xmlns=")
+
+
+def test_every_training_of_answers_has_a_row_and_those_by_reward_beat_sft() -> None:
+    grid = YAML(typ="safe").load((FOLDER / "answers" / "grid.yaml").read_text(encoding="utf-8"))
+    trained = {row["method"]: len(row["steps"].split()) for row in rows("training", "answers")}
+    assert trained == {
+        **{cell.method: len(grid["seeds"]) for cell in read_cells(grid, 1)},
+        **{f"{cell.method} {cell.value:g}": 1 for cell in read_cells({**grid, "cells": grid["also"]}, 1)},
+    }
+    rates = {(row["method"], row["temperature"]): row for row in rows("win_rates", "answers")}
+    for method in ("dpo", "ppo", "rloo"):
+        assert all(float(rates[method, temperature]["sft_low"]) > 0.5 for temperature in ("0", "1"))
