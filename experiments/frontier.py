@@ -114,7 +114,7 @@ class Ideal:
         betas: Descending. Where few answers count, the optimum of reward - beta KL comes out too low.
         rewards: Of each seed float64 [prompts, betas].
         kls: The same, nats.
-        num_drawn: The first betas, for which enough answers count in every seed.
+        num_sure: The first betas, for which enough answers count in every seed.
         fewest: Effective samples of the prompt that has the fewest, at the last of these; nan if there are none.
         start: Mean reward of the reference.
         most: The largest reward that an answer of the reference had.
@@ -123,16 +123,16 @@ class Ideal:
     betas: Sequence[float]
     rewards: Sequence[np.ndarray]
     kls: Sequence[np.ndarray]
-    num_drawn: int
+    num_sure: int
     fewest: float
     start: float
     most: float
 
     @property
     def curve(self) -> list[tuple[float, float]]:
-        """Mean (KL, reward), from the reference on, for the betas that are drawn."""
+        """Mean (KL, reward), from the reference on, then of each beta."""
         kls, rewards = (np.mean([each.mean(0) for each in values], axis=0) for values in (self.kls, self.rewards))
-        return [(0.0, self.start), *zip(kls.tolist(), rewards.tolist(), strict=True)][: self.num_drawn + 1]
+        return [(0.0, self.start), *zip(kls.tolist(), rewards.tolist(), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -213,15 +213,13 @@ def _run(tables: Mapping[int, pl.DataFrame], step: int) -> Run:
 
 def _ideal(samples: Sequence[Mapping[str, np.ndarray]]) -> Ideal:
     found = [ideal_frontier(each["known"], IDEAL_BETAS) for each in samples]
-    num_drawn = int(np.cumprod([each.valid_B for each in found], axis=1).all(0).sum())
+    num_sure = int(np.cumprod([each.valid_B for each in found], axis=1).all(0).sum())
     return Ideal(
         IDEAL_BETAS,
         rewards=[each.rewards_PB for each in found],
         kls=[each.kls_PB for each in found],
-        num_drawn=num_drawn,
-        fewest=float(min(each.effective_samples_PB[:, num_drawn - 1].min() for each in found))
-        if num_drawn
-        else math.nan,
+        num_sure=num_sure,
+        fewest=float(min(each.effective_samples_PB[:, num_sure - 1].min() for each in found)) if num_sure else math.nan,
         start=float(np.mean([each["known"].mean() for each in samples])),
         most=float(max(each["known"].max() for each in samples)),
     )
@@ -338,7 +336,7 @@ def _below_ideal(points: Sequence[Point], ideal: Ideal) -> Check:
     """Whether no policy has more reward - beta KL than the optimum, beta log Z, for any beta.
 
     Where few answers count the optimum comes out too low, which is a harder test of what was trained. Best-of-N, of
-    which the bound of the KL is taken, is made of the same answers: it is tested at those betas alone that are drawn. A
+    which the bound of the KL is taken, is made of the same answers: it is tested where enough answers count alone. A
     policy far from the reference could not be above, whatever it earned: how many could is counted.
 
     Source: Rafailov et al. 2023, appendix A.1: the difference is beta KL(pi || pi*).
@@ -347,7 +345,7 @@ def _below_ideal(points: Sequence[Point], ideal: Ideal) -> Check:
     optima = [rewards - betas * kls for rewards, kls in zip(ideal.rewards, ideal.kls, strict=True)]
     found, able = [], 0
     for one in points:
-        tried = betas if one.runs else betas[: ideal.num_drawn]
+        tried = betas if one.runs else betas[: ideal.num_sure]
         for place, beta in enumerate(tried):
             each = zip(one.rewards, one.kls, optima, strict=True)
             found.append((of_seeds([reward - beta * kl - best[:, place] for reward, kl, best in each]), one))

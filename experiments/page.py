@@ -32,8 +32,9 @@ def frontier_chart(results: Results) -> Chart:
     shown = [method for method in _LINES if results.of(method)]
 
     def paint(axes: Axes) -> None:
-        if results.ideal.num_drawn:
-            axes.plot(*zip(*results.ideal.curve, strict=True), color=INK, linewidth=1, linestyle=(0, (1, 2)))
+        sure, curve = results.ideal.num_sure, results.ideal.curve
+        axes.plot(*zip(*curve[: sure + 1], strict=True), color=INK, linewidth=1)
+        axes.plot(*zip(*curve[sure:], strict=True), color=INK, linewidth=0.7, linestyle=(0, (1, 2)))
         for name, style in (("best-of-n", DASHED), ("best-of-n-gt", "-")):
             best = [(point.kl.value, point.reward.value) for point in results.best_of_n[name]]
             axes.plot(*zip(*best, strict=True), color=MUTED, linewidth=0.7, linestyle=style)
@@ -56,13 +57,13 @@ def frontier_chart(results: Results) -> Chart:
 
     keys = [Key(LABELS[method], _LINES[method][0]) for method in shown]
     keys += [Key(LABELS["best-of-n"], "muted dash"), Key(LABELS["best-of-n-gt"], "muted train")]
-    keys += [Key("ideal", "ink dash")] if results.ideal.num_drawn else []
+    keys += [Key("ideal", "ink train"), Key("ideal, estimated too low", "ink dash")]
     return Chart(
         "frontier",
         "Reward against KL",
         "Numbers are beta of DPO, the target KL of PPO and alpha of Unlikelihood. Bars are 95% intervals, seed by seed,"
-        " then prompt by prompt. The ideal is estimated from the reference's own answers and ends where too few of them"
-        " count for one prompt in 20. Best-of-N is drawn at its bound of the KL.",
+        " then prompt by prompt. The ideal is estimated from the reference's own answers; it is dotted where too few of"
+        " them count for one prompt in 20, and really higher there. Best-of-N is drawn at its bound of the KL.",
         Path("points.csv"),
         keys,
         paint,
@@ -116,8 +117,15 @@ def write_results(title: str, work: Path, grid: Mapping[str, Any], folder: Path)
     folder.mkdir(parents=True, exist_ok=True)
     _write_csv(folder / "points.csv", [_row(point) for point in points])
     _write_csv(folder / "curves.csv", results.curves)
-    curve = results.ideal.curve
-    _write_csv(folder / "ideal.csv", [dict(zip(("kl", "reward"), pair, strict=True)) for pair in curve])
+    ideal = results.ideal
+    rows = zip((math.inf, *ideal.betas), ideal.curve, strict=True)
+    _write_csv(
+        folder / "ideal.csv",
+        [
+            {"beta": f"{beta:.4g}", "kl": kl, "reward": reward, "enough_answers": place <= ideal.num_sure}
+            for place, (beta, (kl, reward)) in enumerate(rows)
+        ],
+    )
     _write_csv(
         folder / "checks.csv",
         [
@@ -139,7 +147,7 @@ def write_results(title: str, work: Path, grid: Mapping[str, Any], folder: Path)
         "colors": COLOR_NAMES,
         "checks": held,
         "points": points,
-        "ideal": results.ideal,
+        "ideal": ideal,
     }
     page = template.render(**shown, title=title, labels=LABELS, prompt=results.prompt, seeds=grid["seeds"])
     write_text(folder / "index.html", page)
