@@ -8,7 +8,7 @@
 # docs    write the generated files again
 # docs-site  the documentation as a site in build/site; a broken link is an error
 # bench   benchmarks, printed as ratios;  `make bench-trl` compares with TRL, for most of an hour
-# experiments   the DPO paper's experiments, for hours; started again they go on;  `make experiments-fast` takes minutes
+# experiments   the DPO paper's experiments: hours, and a run that was stopped continues;  `make experiments-fast`: minutes
 # gpu-check eight minutes on a GPU: does the code for it run, is it right, how fast is it; small where there is none
 PYTHON ?= python3
 VENV ?= .venv
@@ -87,11 +87,10 @@ bench-trl: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/against_trl.py
 
 # What is done is not done again. The real model is fetched once (89 MB).
-experiments: export DPO_MODEL_PATH := $(MODEL)
 experiments: $(MODEL)/config.json $(VENV)/.installed-real
 	$(THREADS) $(BIN)/python -m experiments sentiment
 	$(THREADS) $(BIN)/python -m experiments answers
-	$(THREADS) $(BIN)/python -m experiments reviews
+	$(THREADS) DPO_MODEL_PATH=$(MODEL) $(BIN)/python -m experiments reviews
 
 experiments-fast: setup
 	$(THREADS) $(BIN)/python -m experiments sentiment --grid fast.yaml

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +10,7 @@ import typer
 
 from dpo_cli.cli.console import ConsoleReporter
 from dpo_cli.cli.exits import errors_as_exit_codes
-from dpo_cli.core.errors import ParamsError
+from dpo_cli.core.errors import MachineError, ParamsError
 
 NAMES = ("sentiment", "answers", "reviews")
 
@@ -20,25 +19,28 @@ def main(
     name: Annotated[str, typer.Argument(help=f"One of {', '.join(NAMES)}.")],
     grid: Annotated[str, typer.Option(help="File of the grid in its folder: grid.yaml, or fast.yaml.")] = "grid.yaml",
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes that train at once; by default one for each core, or one GPU.")
+        int | None, typer.Option(min=1, help="Processes that train at once; by default one a core, or one on a GPU.")
     ] = None,
 ) -> None:
     """Run what is left of an experiment, and write its results.
 
-    Killed or stopped it goes on where it was.
+    A run that was stopped or killed continues where it ended.
     """
     with errors_as_exit_codes(as_json=False):
         if name not in NAMES:
             raise ParamsError(f"there is no experiment {name}; there are {', '.join(NAMES)}")
-        import torch  # here, so that --help does not wait for it
-
-        from dpo_cli.models.load import quiet_libraries
+        from dpo_cli.models.load import quiet_libraries  # here, so that --help does not wait for it
+        from experiments.grid import default_workers
 
         quiet_libraries()
-        experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
+        try:
+            experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
+        except ModuleNotFoundError as error:
+            raise MachineError(
+                f"{name} needs {error.name}; run: pip install --constraint constraints.txt --editable '.[real]'"
+            ) from None
         work = experiment.folder / "work" / Path(grid).stem
-        processes = workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
-        typer.echo(experiment.run(grid, work, processes, ConsoleReporter(show_tables=False)))
+        typer.echo(experiment.run(grid, work, workers or default_workers(), ConsoleReporter(show_tables=False)))
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ from dpo_cli.training.protocols import BatchSource, Learner
 Reward = Callable[[str, str], float]
 """From prompt and answer to what is known of it."""
 VERSION = 2
+"""To be raised when a cell is trained or measured otherwise: then all are run again."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def _on_pairs(params: Params, project: Project) -> _Opened:
 
 def _reinforced(cell: Cell, params: Params, project: Project, known: Reward) -> _Opened:
     """A training by reinforcement, as section ppo describes it."""
-    prompts = training_prompts(project)
+    prompts = training_prompts(project, params.ppo.prompts_a_round)
     asked = {prompt.id: prompt.messages for prompt in prompts}
     ppo = params.ppo.model_copy(update={"reward": "reward-model"})
 
@@ -320,6 +321,13 @@ def reference_samples(number: int, seed: int, known: Reward, out: Path) -> None:
                 texts=np.array([each.text for each in texts[:number]]),
             )
         scratch.clear()
+
+
+def measured_tables(folder: Path) -> dict[int, Path]:
+    """What a finished cell measured, by step; a table of an earlier run with other settings is none of them."""
+    key = read_json(folder / "cell.json", "run the experiment again")["key"]
+    paths = [path for path in sorted(folder.glob("*.parquet")) if pl.read_parquet_metadata(path).get("key") == key]
+    return {int(path.stem): path for path in paths}
 
 
 def half(rows: pl.DataFrame, which: int) -> pl.DataFrame:

@@ -17,11 +17,10 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
-from dpo_cli.core.artifacts import read_json
 from dpo_cli.core.errors import DataError
 from dpo_cli.statistics.best_of_n import best_of_n, best_of_n_kl_bound, ideal_frontier
 from dpo_cli.statistics.intervals import Estimate, Sampling
-from experiments.cells import half, read_cells
+from experiments.cells import half, measured_tables, read_cells
 
 SAMPLING = Sampling(draws=2000, confidence=0.95, seed=0)
 IDEAL_BETAS = tuple(float(beta) for beta in np.geomspace(3.0, 0.03, 25))
@@ -112,22 +111,26 @@ class Ideal:
     """The optimal policies of reward - beta KL, estimated from the reference's answers to the reported prompts.
 
     Attributes:
-        betas: Those for which enough answers count in every seed, descending.
+        betas: Descending. Where few answers count, the optimum of reward - beta KL comes out too low.
         rewards: Of each seed float64 [prompts, betas].
         kls: The same, nats.
-        fewest: Effective samples of the prompt that has the fewest, at the last beta.
+        num_sure: The first betas, for which enough answers count in every seed.
+        fewest: Effective samples of the prompt that has the fewest, at the last of these; nan if there are none.
         start: Mean reward of the reference.
+        most: The largest reward that an answer of the reference had.
     """
 
     betas: Sequence[float]
     rewards: Sequence[np.ndarray]
     kls: Sequence[np.ndarray]
+    num_sure: int
     fewest: float
     start: float
+    most: float
 
     @property
     def curve(self) -> list[tuple[float, float]]:
-        """Mean (KL, reward), from the reference on."""
+        """Mean (KL, reward), from the reference on, then of each beta."""
         kls, rewards = (np.mean([each.mean(0) for each in values], axis=0) for values in (self.kls, self.rewards))
         return [(0.0, self.start), *zip(kls.tolist(), rewards.tolist(), strict=True)]
 
@@ -139,14 +142,14 @@ class Results:
     Attributes:
         points: The reference, then trained policies at the checkpoints that were chosen.
         best_of_n: By the learned reward and by the known one.
-        ideal: None where the reference answered too rarely.
+        ideal: Of the same prompts.
         curves: Mean reward and KL of each measured step, on all held-out prompts.
         prompt: Whose answers the points show.
     """
 
     points: Sequence[Point]
     best_of_n: Mapping[str, Sequence[Point]]
-    ideal: Ideal | None
+    ideal: Ideal
     curves: Sequence[dict[str, Any]]
     prompt: str
 
@@ -168,7 +171,8 @@ def read_results(work: Path, grid: Mapping[str, Any]) -> Results:
     for seed in grid["seeds"]:
         tables: dict[int, pl.DataFrame] = {}
         for cell in read_cells(grid, seed):
-            tables = _tables(work / "cells" / cell.name)
+            found = measured_tables(work / "cells" / cell.name)
+            tables = {step: pl.read_parquet(path) for step, path in found.items()}
             curves += [
                 {"method": cell.method, "value": cell.value, "seed": seed, "step": step}
                 | {name: table[name].mean() for name in ("reward", "kl", "k1", "num_tokens", "finished")}
@@ -203,34 +207,29 @@ def read_results(work: Path, grid: Mapping[str, Any]) -> Results:
     return Results(points, bests, _ideal(samples), curves, start[0].reported["prompt"][0])
 
 
-def _tables(folder: Path) -> dict[int, pl.DataFrame]:
-    """What a finished cell measured, by step; a table of an earlier run with other settings is none of them."""
-    key = read_json(folder / "cell.json", "run the experiment again")["key"]
-    paths = [path for path in sorted(folder.glob("*.parquet")) if pl.read_parquet_metadata(path).get("key") == key]
-    return {int(path.stem): pl.read_parquet(path) for path in paths}
-
-
 def _run(tables: Mapping[int, pl.DataFrame], step: int) -> Run:
     return Run(step, half(tables[step], 0), half(tables[step], 1), half(tables[max(tables)], 1))
 
 
-def _ideal(samples: Sequence[Mapping[str, np.ndarray]]) -> Ideal | None:
+def _ideal(samples: Sequence[Mapping[str, np.ndarray]]) -> Ideal:
     found = [ideal_frontier(each["known"], IDEAL_BETAS) for each in samples]
-    valid = np.all([each.valid_B for each in found], axis=0)
-    if not valid.any():
-        return None
+    num_sure = int(np.cumprod([each.valid_B for each in found], axis=1).all(0).sum())
     return Ideal(
-        betas=[beta for beta, is_valid in zip(IDEAL_BETAS, valid, strict=True) if is_valid],
-        rewards=[each.rewards_PB[:, valid] for each in found],
-        kls=[each.kls_PB[:, valid] for each in found],
-        fewest=float(min(each.effective_samples_PB[:, valid][:, -1].min() for each in found)),
+        IDEAL_BETAS,
+        rewards=[each.rewards_PB for each in found],
+        kls=[each.kls_PB for each in found],
+        num_sure=num_sure,
+        fewest=float(min(each.effective_samples_PB[:, num_sure - 1].min() for each in found)) if num_sure else math.nan,
         start=float(np.mean([each["known"].mean() for each in samples])),
+        most=float(max(each["known"].max() for each in samples)),
     )
 
 
 # --- what holds -------------------------------------------------------------------------------
 
-Verdict = Literal["holds", "fails", "more", "less", "not told apart"]
+Verdict = Literal["holds", "fails", "more", "less", "not told apart", "too far in KL", "not checked"]
+MOST_KL_RATIO = 1.5
+"""Two policies whose KLs differ by a larger factor are not compared in reward."""
 
 
 @dataclass(frozen=True)
@@ -239,7 +238,8 @@ class Check:
 
     Attributes:
         statement: In words.
-        verdict: Of what theory asks for ``holds`` or ``fails``; of two methods, whether the first one earns more.
+        verdict: Of what must hold ``holds``, ``fails`` or ``not checked``; of two methods, whether the first one earns
+            more, if their KLs are near enough.
         difference: In reward, or what the statement says, paired by prompt.
         kl: Difference in KL, nats; None where it says nothing of it.
     """
@@ -251,28 +251,27 @@ class Check:
 
 
 def checks(results: Results) -> list[Check]:
-    """What theory asks of the points; then DPO beside each point of the other methods, whoever wins."""
+    """What must hold of the points; then DPO beside each point of the other methods, whoever wins."""
     sft, dpo = results.points[0], results.of("dpo")
+    bests = [point for found in results.best_of_n.values() for point in found]
     found = [_above(f"{_best(dpo).name} earns more than SFT", _best(dpo), sft)]
     for other in results.of("preferred-ft"):
         found.append(_above(f"{_best(dpo).name} earns more than {other.name}", _best(dpo), other))
         found.append(_at_matched_kl([sft, *dpo], other))
     found += [_kl_falls(one, other) for one, other in itertools.pairwise(dpo)]
-    if results.ideal is not None:
-        found.append(_below_ideal(results.points[1:], results.ideal))
+    found.append(_below_ideal([*results.points[1:], *bests], results.ideal))
     for one in results.of("ppo-gt"):
-        for other in (point for point in results.of("ppo") if point.value == one.value):
-            difference = _difference(one.rewards, other.rewards)
-            statement = f"{one.name}, is not shown to earn less than {other.name}"
-            verdict: Verdict = "holds" if difference.high >= 0 else "fails"
-            found.append(Check(statement, verdict, difference, _difference(one.kls, other.kls)))
+        found += [_true_beside_learned(one, other) for other in results.of("ppo") if other.value == one.value]
     for method in ("unlikelihood", "ppo", "ppo-gt"):
         for other in results.of(method):
             nearest = min(dpo, key=lambda point: abs(point.chosen_on("kl") - other.chosen_on("kl")))
-            difference = _difference(nearest.rewards, other.rewards)
-            verdict = "more" if difference.low > 0 else "less" if difference.high < 0 else "not told apart"
-            statement = f"{nearest.name}, whose KL is the nearest, beside {other.name}"
-            found.append(Check(statement, verdict, difference, _difference(nearest.kls, other.kls)))
+            kls = sorted((nearest.kl.value, other.kl.value))
+            is_near = kls[1] <= MOST_KL_RATIO * kls[0]
+            found.append(
+                _beside(f"{nearest.name}, the nearest in KL, beside {other.name}", nearest, other, is_near=is_near)
+            )
+    for points in results.best_of_n.values():
+        found.append(_beside(f"{_best(dpo).name} beside {points[-1].name}", _best(dpo), points[-1], is_near=True))
     return found
 
 
@@ -291,21 +290,38 @@ def _above(statement: str, one: Point, other: Point) -> Check:
     return Check(statement, "holds" if difference.low > 0 else "fails", difference, _difference(one.kls, other.kls))
 
 
-def _at_matched_kl(frontier: Sequence[Point], other: Point) -> Check:
-    """Whether a frontier is not shown to lie below a point: its two neighbors in KL are mixed to have as much.
+def _beside(statement: str, one: Point, other: Point, *, is_near: bool) -> Check:
+    difference = _difference(one.rewards, other.rewards)
+    verdict: Verdict = "more" if difference.low > 0 else "less" if difference.high < 0 else "not told apart"
+    return Check(statement, verdict if is_near else "too far in KL", difference, _difference(one.kls, other.kls))
 
-    Reward grows with the square root of KL near the reference, so that is what the mixture matches.
+
+def _true_beside_learned(one: Point, other: Point) -> Check:
+    """Whether the true reward is not shown to be the worse one to train with; at the last step, where KLs are alike."""
+    rewards, kls = (
+        [[run.last[name].to_numpy() for run in point.runs] for point in (one, other)] for name in ("reward", "kl")
+    )
+    difference = _difference(*rewards)
+    statement = f"{one.name}, is not shown to earn less than {other.name}, at the last step"
+    return Check(statement, "holds" if difference.high >= 0 else "fails", difference, _difference(*kls))
+
+
+def _at_matched_kl(frontier: Sequence[Point], other: Point) -> Check:
+    """Whether a frontier is not shown to lie below a point: its two neighbors in KL are mixed.
+
+    To answer with one policy or with the other, by chance, earns the mean of their rewards, and has at most the mean of
+    their KLs, which is that of the point.
     """
-    by_kl = sorted(frontier, key=lambda point: point.chosen_on("kl"))
-    roots = [math.sqrt(max(point.chosen_on("kl"), 0)) for point in by_kl]
-    place = min(max(int(np.searchsorted(roots, math.sqrt(max(other.chosen_on("kl"), 0)))), 1), len(by_kl) - 1)
-    below, above = by_kl[place - 1], by_kl[place]
-    span = roots[place] - roots[place - 1]
-    share = min(max((math.sqrt(max(other.chosen_on("kl"), 0)) - roots[place - 1]) / span if span else 0.0, 0.0), 1.0)
-    mixed = [(1 - share) * low + share * high for low, high in zip(below.rewards, above.rewards, strict=True)]
-    difference = _difference(mixed, other.rewards)
-    statement = f"{below.name} and {above.name}, mixed to the KL of {other.name}, are not shown to earn less"
-    return Check(statement, "fails" if difference.high < 0 else "holds", difference)
+    wanted = max(other.chosen_on("kl"), 0.0)
+    for below, above in itertools.pairwise(sorted(frontier, key=lambda point: point.chosen_on("kl"))):
+        low, high = max(below.chosen_on("kl"), 0.0), above.chosen_on("kl")
+        if low <= wanted <= high:
+            share = (wanted - low) / (high - low)
+            mixed = [(1 - share) * a + share * b for a, b in zip(below.rewards, above.rewards, strict=True)]
+            difference = _difference(mixed, other.rewards)
+            statement = f"{below.name} and {above.name}, mixed to the KL of {other.name}, are not shown to earn less"
+            return Check(statement, "fails" if difference.high < 0 else "holds", difference)
+    return Check(f"no policy of DPO has as much KL as {other.name}", "not checked", Estimate(*[math.nan] * 3))
 
 
 def _kl_falls(one: Point, other: Point) -> Check:
@@ -319,23 +335,26 @@ def _kl_falls(one: Point, other: Point) -> Check:
 def _below_ideal(points: Sequence[Point], ideal: Ideal) -> Check:
     """Whether no policy has more reward - beta KL than the optimum, beta log Z, for any beta.
 
+    Where few answers count the optimum comes out too low, which is a harder test of what was trained. Best-of-N, of
+    which the bound of the KL is taken, is made of the same answers: it is tested where enough answers count alone. A
+    policy far from the reference could not be above, whatever it earned: how many could is counted.
+
     Source: Rafailov et al. 2023, appendix A.1: the difference is beta KL(pi || pi*).
     """
-    worst: tuple[Estimate, Point, float] | None = None
-    for point in points:
-        for place, beta in enumerate(ideal.betas):
-            over = of_seeds(
-                [
-                    reward - beta * kl - (best[:, place] - beta * dear[:, place])
-                    for reward, kl, best, dear in zip(point.rewards, point.kls, ideal.rewards, ideal.kls, strict=True)
-                ]
-            )
-            if worst is None or over.low > worst[0].low:
-                worst = over, point, beta
-    assert worst is not None
-    over, point, beta = worst
+    betas = np.array(ideal.betas)
+    optima = [rewards - betas * kls for rewards, kls in zip(ideal.rewards, ideal.kls, strict=True)]
+    found, able = [], 0
+    for one in points:
+        tried = betas if one.runs else betas[: ideal.num_sure]
+        for place, beta in enumerate(tried):
+            each = zip(one.rewards, one.kls, optima, strict=True)
+            found.append((of_seeds([reward - beta * kl - best[:, place] for reward, kl, best in each]), one))
+        highest = np.mean([best.mean(0) for best in optima], axis=0)[: len(tried)]
+        able += bool((ideal.most - tried * one.kl.value > highest).any())
+    over, point = max(found, key=lambda each: each[0].low)
     statement = (
-        f"none of {len(points)} policies is above the ideal frontier at any of {len(ideal.betas)} betas (reward - beta"
-        f" KL less its optimum; the largest: {point.name} at beta {beta:.2g})"
+        f"none of {len(points)} policies, Best-of-N among them, is above the ideal frontier at any of {len(betas)}"
+        f" betas (reward - beta KL less its optimum; the largest: {point.name}); {able} of them would be,"
+        f" with a reward of {ideal.most:.2g}"
     )
     return Check(statement, "fails" if over.low > 0 else "holds", over)

@@ -1,6 +1,6 @@
 """A whole grid: the project of each seed, all its cells, and many answers of the reference, by several processes.
 
-What is done stands in ``work/``, so a grid that was killed goes on where it was, and one that is finished is only read.
+All that was done is in ``work/``: a grid that was killed continues, and of a finished one only the results are written.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from ruamel.yaml import YAML
 
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_files, read_json, write_json
-from dpo_cli.core.errors import DataError, ParamsError, StaleArtifactError
+from dpo_cli.core.environment import usable_cores
+from dpo_cli.core.errors import DataError, MachineError, ParamsError, StaleArtifactError
 from dpo_cli.core.progress import Meter, Reporter, SilentReporter
 from experiments.cells import Cell, Reward, read_cells, reference_samples, run_cell
 from experiments.page import write_results
@@ -73,10 +74,15 @@ def run_experiment(experiment: Experiment, grid_file: str, work: Path, workers: 
 
     Raises:
         ParamsError: There is no such grid.
+        MachineError: DPO_MODEL_PATH is set to what is no folder.
         StaleArtifactError: What was begun in the folder was begun with other settings or code.
         DataError: Something does not hold that must; the results are written.
     """
     grid = read_grid(experiment.folder, grid_file)
+    if given := os.environ.get("DPO_MODEL_PATH"):
+        if not Path(given).is_dir():
+            raise MachineError(f"DPO_MODEL_PATH: there is no folder {given}")
+        os.environ["DPO_MODEL_PATH"] = str(Path(given).resolve())  # it is read in the folders of the projects
     work.mkdir(parents=True, exist_ok=True)
     refuse_other(work, _made_of(experiment, grid))
     model = experiment.model(work, grid).resolve()
@@ -114,12 +120,15 @@ def read_grid(folder: Path, grid_file: str) -> dict[str, Any]:
     """The grid of an experiment's folder.
 
     Raises:
-        ParamsError: There is no such file.
+        ParamsError: There is no such file, or it has no seeds.
     """
-    if not (folder / grid_file).is_file():
-        found = ", ".join(sorted(path.name for path in folder.glob("*.yaml")))
-        raise ParamsError(f"{folder / grid_file} is missing; there are {found}")
-    return YAML(typ="safe").load((folder / grid_file).read_text(encoding="utf-8"))
+    grids = {
+        path.name: YAML(typ="safe").load(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.yaml"))
+    }
+    grids = {name: grid for name, grid in grids.items() if "seeds" in grid}
+    if grid_file not in grids:
+        raise ParamsError(f"{folder / grid_file} is no grid; there are {', '.join(grids)}")
+    return grids[grid_file]
 
 
 def refuse_other(work: Path, made_of: Mapping[str, Any]) -> None:
@@ -142,6 +151,20 @@ def _made_of(experiment: Experiment, grid: dict[str, Any]) -> dict[str, Any]:
         "code": digest_files(experiment.folder, [path.name for path in experiment.folder.glob("*.py")]),
         "params": (experiment.folder / paths.PARAMS).read_text(encoding="utf-8"),
     }
+
+
+_WORKER_BYTES = 3 * 2**30
+"""What a process takes that trains SmolLM2-135M, and more than one that trains a tiny model."""
+
+
+def default_workers() -> int:
+    """Processes at once: one for each core that has memory, or one on a GPU."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        return 1
+    return max(1, min(usable_cores(), psutil.virtual_memory().available // _WORKER_BYTES))
 
 
 Task = Cell | tuple[str, int]

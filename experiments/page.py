@@ -12,18 +12,19 @@ from jinja2 import ChoiceLoader, FileSystemLoader
 from matplotlib.axes import Axes
 
 from dpo_cli.core.artifacts import atomic_path, write_text
-from dpo_cli.report.figures import COLOR_NAMES, DASHED, INK, LINE, MUTED, A, B, Chart, Key, scale_axes, standalone
+from dpo_cli.report.figures import COLOR_NAMES, DASHED, INK, MUTED, A, B, Chart, Key, scale_axes, standalone
 from dpo_cli.report.style import page_environment
 from dpo_cli.statistics.intervals import Estimate
 from experiments.frontier import LABELS, Check, Point, Results, checks, read_results
 
-_LINES: Mapping[str, tuple[str, str, Any, str]] = {
-    "dpo": ("a eval", A, "-", "o"),
-    "ppo": ("b eval", B, "-", "o"),
-    "ppo-gt": ("b dash", B, DASHED, "^"),
-    "unlikelihood": ("muted eval", MUTED, "-", "s"),
-    "preferred-ft": ("muted dot", MUTED, "", "D"),
+_LINES: Mapping[str, tuple[str, str, Any, tuple[float, float]]] = {
+    "dpo": ("a eval", A, "-", (4, -9)),
+    "ppo": ("b eval", B, "-", (4, -9)),
+    "ppo-gt": ("b dash", B, DASHED, (-8, 5)),
+    "unlikelihood": ("muted eval", MUTED, "-", (-8, 5)),
+    "preferred-ft": ("muted dot", MUTED, "", (4, -9)),
 }
+"""Of each method its mark in the key, color, line, and where its labels stand, points."""
 
 
 def frontier_chart(results: Results) -> Chart:
@@ -31,36 +32,38 @@ def frontier_chart(results: Results) -> Chart:
     shown = [method for method in _LINES if results.of(method)]
 
     def paint(axes: Axes) -> None:
-        if results.ideal is not None:
-            axes.plot(*zip(*results.ideal.curve, strict=True), color=INK, linewidth=1, linestyle=(0, (1, 2)))
-        for name, color in (("best-of-n", MUTED), ("best-of-n-gt", LINE)):
+        sure, curve = results.ideal.num_sure, results.ideal.curve
+        axes.plot(*zip(*curve[: sure + 1], strict=True), color=INK, linewidth=1)
+        axes.plot(*zip(*curve[sure:], strict=True), color=INK, linewidth=0.7, linestyle=(0, (1, 2)))
+        for name, style in (("best-of-n", DASHED), ("best-of-n-gt", "-")):
             best = [(point.kl.value, point.reward.value) for point in results.best_of_n[name]]
-            axes.plot(*zip(*best, strict=True), color=color, linewidth=0.9, linestyle=DASHED)
+            axes.plot(*zip(*best, strict=True), color=MUTED, linewidth=0.7, linestyle=style)
         for method in shown:
-            _, color, style, marker = _LINES[method]
+            _, color, style, (right, up) = _LINES[method]
             points = sorted(results.of(method), key=lambda point: point.kl.value)
             x, y = [point.kl.value for point in points], [point.reward.value for point in points]
             axes.errorbar(
                 x, y, xerr=_reach(points, "kl"), yerr=_reach(points, "reward"), color=color, linestyle=style or "none",
-                linewidth=0.9, elinewidth=0.6, marker=marker, markersize=3.6,
+                linewidth=0.9, elinewidth=0.6, marker="o", markersize=3.6,
             )  # fmt: skip
-            for point, kl, reward in zip(points, x, y, strict=True):
-                if point.value is not None:
+            for place, (point, kl, reward) in enumerate(zip(points, x, y, strict=True)):
+                if point.value is not None:  # beside its point, on one side and on the other in turn
                     axes.annotate(
-                        f"{point.value:g}", (kl, reward), xytext=(4, -9), textcoords="offset points", color=color,
-                        fontsize=7.5,
+                        f"{point.value:g}", (kl, reward), xytext=(right, -9 - up if place % 2 else up),
+                        textcoords="offset points", color=color, fontsize=7.5,
                     )  # fmt: skip
         axes.margins(x=0.05, y=0.08)
         scale_axes(axes, "KL from the reference, nats an answer")
 
     keys = [Key(LABELS[method], _LINES[method][0]) for method in shown]
-    keys += [Key(LABELS["best-of-n"], "muted dash"), Key(LABELS["best-of-n-gt"], "line dash"), Key("ideal", "ink dash")]
+    keys += [Key(LABELS["best-of-n"], "muted dash"), Key(LABELS["best-of-n-gt"], "muted train")]
+    keys += [Key("ideal", "ink train"), Key("ideal, estimated too low", "ink dash")]
     return Chart(
         "frontier",
         "Reward against KL",
         "Numbers are beta of DPO, the target KL of PPO and alpha of Unlikelihood. Bars are 95% intervals, seed by seed,"
-        " then prompt by prompt. The ideal is estimated from the reference's own answers and ends where too few of them"
-        " count. Best-of-N is drawn at its bound of the KL.",
+        " then prompt by prompt. The ideal is estimated from the reference's own answers; it is dotted where too few of"
+        " them count for one prompt in 20, and really higher there. Best-of-N is drawn at its bound of the KL.",
         Path("points.csv"),
         keys,
         paint,
@@ -72,6 +75,7 @@ def curve_chart(results: Results) -> Chart:
     """Reward of dpo and ppo at each measured step, a mean over seeds, each value of its setting."""
 
     def paint(axes: Axes) -> None:
+        ends: list[tuple[float, int, str, str]] = []
         for method in ("dpo", "ppo"):
             values = sorted({row["value"] for row in results.curves if row["method"] == method})
             for value in values:
@@ -81,10 +85,13 @@ def curve_chart(results: Results) -> Chart:
                         steps.setdefault(row["step"], []).append(row["reward"])
                 means = [sum(found) / len(found) for _, found in sorted(steps.items())]
                 axes.plot(sorted(steps), means, color=_LINES[method][1], linewidth=0.9)
-                axes.annotate(
-                    f"{value:g}", (max(steps), means[-1]), xytext=(3, -3), textcoords="offset points", fontsize=7.5,
-                    color=_LINES[method][1],
-                )  # fmt: skip
+                ends.append((means[-1], max(steps), f"{value:g}", _LINES[method][1]))
+        lowest, (bottom, top) = -math.inf, axes.get_ylim()
+        for reward, step, label, color in sorted(ends):  # labels at the ends of lines, none on another one
+            lowest = max(reward, lowest + 0.045 * (top - bottom))
+            axes.annotate(
+                label, (step, lowest), xytext=(3, -3), textcoords="offset points", fontsize=7.5, color=color
+            )  # fmt: skip
         scale_axes(axes, "optimizer steps", integer=True)
 
     keys = [Key("DPO, by beta", "a train"), Key("PPO, learned reward, by target KL", "b train")]
@@ -107,12 +114,18 @@ def write_results(title: str, work: Path, grid: Mapping[str, Any], folder: Path)
     results = read_results(work, grid)
     held = checks(results)
     points = [*results.points, *(point for found in results.best_of_n.values() for point in found)]
-    ideal = results.ideal
     folder.mkdir(parents=True, exist_ok=True)
     _write_csv(folder / "points.csv", [_row(point) for point in points])
     _write_csv(folder / "curves.csv", results.curves)
-    if ideal is not None:
-        _write_csv(folder / "ideal.csv", [dict(zip(("kl", "reward"), pair, strict=True)) for pair in ideal.curve])
+    ideal = results.ideal
+    rows = zip((math.inf, *ideal.betas), ideal.curve, strict=True)
+    _write_csv(
+        folder / "ideal.csv",
+        [
+            {"beta": f"{beta:.4g}", "kl": kl, "reward": reward, "enough_answers": place <= ideal.num_sure}
+            for place, (beta, (kl, reward)) in enumerate(rows)
+        ],
+    )
     _write_csv(
         folder / "checks.csv",
         [
@@ -129,7 +142,13 @@ def write_results(title: str, work: Path, grid: Mapping[str, Any], folder: Path)
     assert environment.loader is not None
     environment.loader = ChoiceLoader([environment.loader, FileSystemLoader(Path(__file__).parent)])
     template = environment.get_template("experiment.html.jinja")
-    shown: dict[str, Any] = {"charts": charts, "colors": COLOR_NAMES, "checks": held, "points": points, "ideal": ideal}
+    shown: dict[str, Any] = {
+        "charts": charts,
+        "colors": COLOR_NAMES,
+        "checks": held,
+        "points": points,
+        "ideal": ideal,
+    }
     page = template.render(**shown, title=title, labels=LABELS, prompt=results.prompt, seeds=grid["seeds"])
     write_text(folder / "index.html", page)
     return held

@@ -243,7 +243,8 @@ def _of_ppo(params: Params) -> Iterable[str]:
         yield f"ppo.batch_size must be <= ppo.prompts_a_round, {ppo.prompts_a_round}, got {ppo.batch_size}"
     if ppo.estimator == "gae" and ppo.value_coefficient == 0 and differs(ppo, "value_clip"):
         yield "ppo.value_clip has no effect with ppo.value_coefficient 0"
-    if ppo.max_step_kl is not None and ppo.epochs == 1 and ppo.batch_size == ppo.prompts_a_round:
-        yield "ppo.max_step_kl has no effect where a round is one step: raise ppo.epochs or lower ppo.batch_size"
+    if ppo.epochs == 1 and ppo.batch_size == ppo.prompts_a_round:
+        for name in (name for name in ("clip", "value_clip", "max_step_kl") if differs(ppo, name)):
+            yield f"ppo.{name} has no effect where a round is one step: raise ppo.epochs or lower ppo.batch_size"
     if ppo.optimizer == "rmsprop" and ppo.weight_decay != 0:
         yield "ppo.weight_decay has no effect with ppo.optimizer rmsprop"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError
 from dpo_cli.core.training_params import PpoParams
 from dpo_cli.data.tokenize import explain_rejects
@@ -107,14 +108,19 @@ def _longest_rollouts(prompts: Sequence[PromptTokens], settings: PpoParams) -> l
     return found
 
 
-def training_prompts(project: Project) -> list[PromptTokens]:
-    """The prompts of the training pairs, in the order of their ids.
+def training_prompts(project: Project, at_least: int) -> list[PromptTokens]:
+    """The prompts of the training pairs, in the order of their ids; a round needs ``at_least`` so many.
 
     Raises:
-        DataError: No pair fits.
+        DataError: No pair fits, or there are fewer prompts.
     """
     table = project.tokenize_pairs("train")
     if not table.groups:
         raise DataError(f"{table.path}: {explain_rejects([table], 'reference.max_length', project.max_length)}")
     first = {group.group: group.prompt for group in table.groups}
+    if len(first) < at_least:
+        raise DataError(
+            f"{paths.preference_table('train').as_posix()} has {len(first)} prompts; set ppo.prompts_a_round, now"
+            f" {at_least}, to no more"
+        )
     return [PromptTokens(id, first[id], table.prompts[id]) for id in sorted(first)]

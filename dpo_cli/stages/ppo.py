@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_json, publish_folder
 from dpo_cli.core.environment import importing
-from dpo_cli.core.errors import DataError
 from dpo_cli.core.manifest import PPO, REWARD, Manifest
 from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
@@ -57,12 +56,7 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
     quiet_libraries()
     settings = params.ppo
     project = open_project(params, reporter, "ppo")
-    prompts = training_prompts(project)
-    if len(prompts) < settings.prompts_a_round:
-        raise DataError(
-            f"{paths.preference_table('train').as_posix()} has {len(prompts)} prompts; set ppo.prompts_a_round, now"
-            f" {settings.prompts_a_round}, to no more"
-        )
+    prompts = training_prompts(project, settings.prompts_a_round)
     longest = max(len(prompt.tokens) for prompt in prompts)
     project.check_context(longest + settings.max_new_tokens, "ppo.max_new_tokens + the longest prompt")
     manifest = project.manifest(params, "ppo")
@@ -111,7 +105,7 @@ def _train(params: Params, reporter: Reporter) -> dict[str, Any]:
 def _ends(loop: Loop[Any], settings: PpoParams) -> dict[str, float]:
     """Reward, KL and entropy of the first round's answers and of the last one's: means over the prompts of a pass.
 
-    A round that ended in its first pass has those that were trained on.
+    Of a round that ended within its first pass, only the answers that were trained on count.
     """
     size, found = settings.batch_size, {}
     weights = [min(size, settings.prompts_a_round - start) for start in range(0, settings.prompts_a_round, size)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 MIN_EFFECTIVE_SAMPLES = 30.0
-"""Effective samples, a mean over prompts, below which a point of the ideal frontier says little."""
+"""Effective samples of a prompt below which its part of the ideal frontier says little."""
 
 
 def best_of_n(choosing_PM: np.ndarray, reported_PM: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
@@ -95,11 +95,12 @@ class IdealFrontier:
 
     @property
     def valid_B(self) -> np.ndarray:
-        """Whether the mean of effective samples over prompts suffices, bool [B]; say their minimum, too.
+        """Whether 19 of 20 prompts have effective samples enough, bool [B]; say their minimum, too.
 
-        Where it does not, a few samples have all the weight: reward and KL come out too low, the KL never above log M.
+        Where they have not, a few samples have all the weight: reward, KL and reward - beta KL come out too low, the KL
+        never above log M.
         """
-        return self.effective_samples_PB.mean(0) >= MIN_EFFECTIVE_SAMPLES
+        return np.quantile(self.effective_samples_PB, 0.05, axis=0) >= MIN_EFFECTIVE_SAMPLES
 
 
 def ideal_frontier(rewards_PM: np.ndarray, betas: Sequence[float]) -> IdealFrontier:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import chdir
@@ -18,7 +19,7 @@ from dpo_cli.report.figures import standalone
 from experiments.answers.figures import shift_chart, temperature_chart
 from experiments.answers.measure import PARAMS, measure, prepare
 from experiments.answers.tables import SFT, TRUTH, Measured, rate_rows, shift_rows, training_rows
-from experiments.cells import Cell, read_cells, run_cell
+from experiments.cells import Cell, measured_tables, read_cells, run_cell
 from experiments.grid import begin_worker, read_grid, refuse_other, wait_for
 
 
@@ -45,6 +46,7 @@ class Answers:
             Interrupted: The user asked to stop; what was done is kept.
         """
         grid = read_grid(self.folder, grid_file)
+        os.environ.pop("DPO_MODEL_PATH", None)  # of another experiment; the model of this one is embedded
         work.mkdir(parents=True, exist_ok=True)
         work = work.resolve()
         params = PARAMS.read_text(encoding="utf-8")
@@ -75,7 +77,7 @@ def write_results(grid: Mapping[str, Any], cells: list[Cell], work: Path, result
     last: dict[str, list[Path]] = {}
     for cell in cells:
         name = cell.method if cell.value is None else f"{cell.method} {cell.value:g}"
-        last.setdefault(name, []).append(max((work / "cells" / cell.name).glob("*.parquet")))
+        last.setdefault(name, []).append([*measured_tables(work / "cells" / cell.name).values()][-1])
     results.mkdir(parents=True, exist_ok=True)
     tables = {
         "win_rates": rate_rows(measured),

@@ -77,9 +77,17 @@ class Measured:
         return found
 
     def lead(self, prompts: Sequence[str], one: str, other: str, temperature: float) -> Estimate:
-        """Win rate of a method against the ground truth less another's, paired by seed and prompt."""
+        """Win rate of a method against the ground truth less another's, paired by seed and prompt.
+
+        Where no prompt tells them apart the interval is the exact one of none among as many.
+        """
         both = (self.wins(prompts, method, temperature, TRUTH) for method in (one, other))
-        return SAMPLING.of_runs([ours - theirs for ours, theirs in zip(*both, strict=True)], same_prompts=True)
+        found = SAMPLING.of_runs([ours - theirs for ours, theirs in zip(*both, strict=True)], same_prompts=True)
+        if found.low == found.high == 0:
+            size = len(self.wins(prompts, one, temperature, TRUTH)[0])
+            end = exact_interval(0, size, SAMPLING.confidence)[1] / 2
+            return Estimate(0.0, -end, end)
+        return found
 
     def _by_seed(self, prompts: Sequence[str], method: str, temperature: float) -> list[tuple[np.ndarray, ...]]:
         if method == TRUTH:

@@ -1,4 +1,4 @@
-"""The committed results of the sentiment experiment: of the whole grid, and what theory asks of them holds."""
+"""The committed results are those of the whole grids, and what must hold of them holds."""
 
 from __future__ import annotations
 
@@ -6,25 +6,34 @@ import csv
 from pathlib import Path
 
 import pytest
+from markupsafe import escape
 from ruamel.yaml import YAML
 
 from experiments.cells import read_cells
+from experiments.frontier import LABELS
 
-FOLDER = Path(__file__).parents[2] / "experiments" / "sentiment"
+FOLDER = Path(__file__).parents[2] / "experiments"
+NAMES = pytest.mark.parametrize(("name", "num_seeds"), [("sentiment", 3), ("reviews", 2)])
 
 
-def rows(name: str) -> list[dict[str, str]]:
-    with (FOLDER / "results" / f"{name}.csv").open(encoding="utf-8") as file:
+def rows(table: str, name: str = "sentiment") -> list[dict[str, str]]:
+    with (FOLDER / name / "results" / f"{table}.csv").open(encoding="utf-8") as file:
         return [*csv.DictReader(file)]
 
 
-def test_every_cell_of_the_grid_has_a_point_of_all_seeds() -> None:
-    grid = YAML(typ="safe").load((FOLDER / "grid.yaml").read_text(encoding="utf-8"))
-    assert len(grid["seeds"]) >= 3
+@NAMES
+def test_every_cell_of_the_grid_has_a_point_of_all_seeds(name: str, num_seeds: int) -> None:
+    grid = YAML(typ="safe").load((FOLDER / name / "grid.yaml").read_text(encoding="utf-8"))
+    assert len(grid["seeds"]) == num_seeds
     expected = {(cell.method, "" if cell.value is None else f"{cell.value:g}") for cell in read_cells(grid, 1)}
-    trained = [row for row in rows("points") if row["steps"] and row["method"] != "sft"]
+    points = rows("points", name)
+    trained = [row for row in points if row["steps"] and row["method"] != "sft"]
     assert {(row["method"], row["value"]) for row in trained} == expected
-    assert {len(row["steps"].split()) for row in trained} == {len(grid["seeds"])}
+    assert {len(row["steps"].split()) for row in trained} == {num_seeds}
+    assert {row["method"] for row in points} >= {"sft", "dpo", "ppo", "preferred-ft", "best-of-n", "best-of-n-gt"}
+    for row in points:
+        assert float(row["reward_low"]) <= float(row["reward"]) <= float(row["reward_high"])
+        assert row["text"], "an answer to the same prompt at each point"
 
 
 def test_what_theory_asks_holds_and_the_figures_say_so() -> None:
@@ -40,20 +49,29 @@ def test_what_theory_asks_holds_and_the_figures_say_so() -> None:
     assert means == sorted(means, reverse=True), "the KL falls as beta grows"
 
 
-def test_the_page_loads_nothing_and_has_every_policy() -> None:
-    page = (FOLDER / "results" / "index.html").read_text(encoding="utf-8")
+@NAMES
+def test_the_page_loads_nothing_and_has_every_policy(name: str, num_seeds: int) -> None:
+    page = (FOLDER / name / "results" / "index.html").read_text(encoding="utf-8")
     assert "<script" not in page
     assert page.count("<svg") == 2
-    for label in (
-        "DPO 0.05",
-        "PPO, learned reward 12",
-        "PPO, true reward 3",
-        "Unlikelihood 1",
-        "Best-of-N, true reward 128",
-    ):
-        assert label in page
+    for row in rows("points", name):
+        policy, text = f"{LABELS[row['method']]} {row['value']}".strip(), escape(row["text"])
+        assert f'<tr><th scope="row">{policy}</th><td class="text">{text}</td></tr>' in page
 
 
-@pytest.mark.parametrize("name", ["frontier", "curves"])
-def test_figures_are_files_of_their_own(name: str) -> None:
-    assert (FOLDER / "results" / f"{name}.svg").read_text(encoding="utf-8").startswith("<svg xmlns=")
+@NAMES
+def test_figures_are_files_of_their_own(name: str, num_seeds: int) -> None:
+    for figure in ("frontier", "curves"):
+        assert (FOLDER / name / "results" / f"{figure}.svg").read_text(encoding="utf-8").startswith("<svg xmlns=")
+
+
+def test_every_training_of_answers_has_a_row_and_those_by_reward_beat_sft() -> None:
+    grid = YAML(typ="safe").load((FOLDER / "answers" / "grid.yaml").read_text(encoding="utf-8"))
+    trained = {row["method"]: len(row["steps"].split()) for row in rows("training", "answers")}
+    assert trained == {
+        **{cell.method: len(grid["seeds"]) for cell in read_cells(grid, 1)},
+        **{f"{cell.method} {cell.value:g}": 1 for cell in read_cells({**grid, "cells": grid["also"]}, 1)},
+    }
+    rates = {(row["method"], row["temperature"]): row for row in rows("win_rates", "answers")}
+    for method in ("dpo", "ppo", "rloo"):
+        assert all(float(rates[method, temperature]["sft_low"]) > 0.5 for temperature in ("0", "1"))

@@ -49,6 +49,16 @@ def test_the_fast_grid_goes_on_after_a_kill_and_holds(tmp_path: Path) -> None:
         points = list(csv.DictReader(file))
     assert {point["method"] for point in points} >= {"sft", "dpo", "preferred-ft", "ppo", "ppo-gt", "best-of-n"}
     assert all(float(point["reward_low"]) <= float(point["reward"]) <= float(point["reward_high"]) for point in points)
+    with (results / "checks.csv").open(encoding="utf-8") as file:
+        held = [row["statement"] for row in csv.DictReader(file) if row["verdict"] == "holds"]
+    for part in (
+        "than SFT",
+        "mixed to the KL of",
+        "the KL of DPO 5",
+        "above the ideal",
+        "than PPO, learned reward 3, at",
+    ):
+        assert [statement for statement in held if part in statement], part
     page = (results / "index.html").read_text(encoding="utf-8")
     assert "<script" not in page
     assert "http://" not in page.replace("http://www.w3.org", "")

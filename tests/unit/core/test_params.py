@@ -236,6 +236,10 @@ OWN = {"name": "mine"}
             "ppo.max_step_kl has no effect where a round is one step",
         ),
         (
+            {"ppo": {"reward": "world", "epochs": 1, "batch_size": 64, "value_clip": 0.5}},
+            "ppo.value_clip has no effect where a round is one step",
+        ),
+        (
             {"ppo": {"reward": "world", "optimizer": "rmsprop", "weight_decay": 0.1}},
             "ppo.weight_decay has no effect with ppo.optimizer rmsprop",
         ),

@@ -83,7 +83,6 @@ def test_what_was_measured_with_other_settings_or_not_to_its_end_is_no_result(tm
 def test_the_ideal_begins_with_the_reference_and_rises(tmp_path: Path) -> None:
     write_cells(tmp_path, {0: (0.5, 0.5), 10: (0.8, 0.2)})
     ideal = read_results(tmp_path, GRID).ideal
-    assert ideal is not None
     kls, rewards = zip(*ideal.curve, strict=True)
     assert [*kls] == sorted(kls)
     assert [*rewards] == sorted(rewards)
@@ -109,7 +108,9 @@ def results(**changes: tuple[float, float]) -> Results:
         points.append(Point.of(method, float(value) if value else None, [Run(10, each, each, each) for each in tables]))
     betas = [0.5, 0.1]
     best = [np.tile([0.65, 0.9], (40, 1))] * 2
-    return Results(points, {}, Ideal(betas, best, [np.tile([0.1, 1.0], (40, 1))] * 2, 40.0, 0.5), [], "")
+    ideal = Ideal(betas, best, [np.tile([0.1, 1.0], (40, 1))] * 2, 2, 40.0, 0.5, 1.5)
+    bests = [Point("best-of-n", 4.0, (), [np.full(40, 0.6)] * 2, [np.full(40, 0.5)] * 2)]
+    return Results(points, {"best-of-n": bests}, ideal, [], "")
 
 
 def failed(found: Results) -> list[str]:
@@ -128,9 +129,12 @@ def test_what_theory_allows_passes() -> None:
         ({"preferred-ft": (0.2, 0.65)}, "DPO 5 and DPO 1, mixed to the KL of Preferred-FT, are not shown to earn less"),
         ({"preferred-ft": (0.05, 0.59)}, "SFT, the reference and DPO 5, mixed to the KL of Preferred-FT"),
         ({"dpo_5": (2, 0.75)}, "the KL of DPO 5 is not shown to be above that of DPO 1"),
-        ({"dpo_1": (1, 0.95)}, "none of 6 policies is above the ideal frontier"),
-        ({"dpo_0.1": (4, 1.3)}, "DPO 0.1 at beta 0.1"),
-        ({"ppo-gt_6": (4, 0.7)}, "PPO, true reward 6, is not shown to earn less than PPO, learned reward 6"),
+        ({"dpo_1": (1, 0.95)}, "none of 7 policies, Best-of-N among them, is above the ideal frontier"),
+        ({"dpo_0.1": (4, 1.3)}, "the largest: DPO 0.1)"),
+        (
+            {"ppo-gt_6": (4, 0.7)},
+            "PPO, true reward 6, is not shown to earn less than PPO, learned reward 6, at the last step",
+        ),
     ],
 )
 def test_a_planted_fault_is_named(changes: dict[str, tuple[float, float]], statement: str) -> None:
@@ -140,4 +144,13 @@ def test_a_planted_fault_is_named(changes: dict[str, tuple[float, float]], state
 @pytest.mark.parametrize(("reward", "verdict"), [(0.5, "more"), (0.9, "less"), (0.7, "not told apart")])
 def test_another_method_may_win(reward: float, verdict: str) -> None:
     (check,) = (each for each in checks(results(unlikelihood=(1, reward))) if "beside Unlikelihood" in each.statement)
-    assert (check.verdict, check.statement) == (verdict, "DPO 1, whose KL is the nearest, beside Unlikelihood")
+    assert (check.verdict, check.statement) == (verdict, "DPO 1, the nearest in KL, beside Unlikelihood")
+
+
+def test_policies_far_apart_in_kl_are_not_compared() -> None:
+    found = {
+        check.statement: check.verdict for check in checks(results(unlikelihood=(7, 0.9), **{"preferred-ft": (7, 0.9)}))
+    }
+    assert found["DPO 0.1, the nearest in KL, beside Unlikelihood"] == "too far in KL"
+    assert found["no policy of DPO has as much KL as Preferred-FT"] == "not checked"
+    assert found["DPO 0.1 beside Best-of-N, learned reward 4"] == "more"
