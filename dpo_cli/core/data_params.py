@@ -51,7 +51,9 @@ class Source(Section):
     """A source of data: a file, or several of one kind."""
 
     path: str = Field(
-        min_length=1, description="File under data/raw, where DVC sees a change; * and ? stand for several files."
+        min_length=1,
+        description="File under data/raw, where DVC sees a change; * and ? stand for several files, a folder for its"
+        " *.jsonl.",
     )
     format: Any = param("auto", "Format of its rows; auto detects it and says what it found.")
     columns: dict[str, Column] = param(
@@ -83,9 +85,11 @@ class Source(Section):
 
 SftFormat = Literal[
     "auto", "alpaca", "prompt_completion", "messages", "oasst",
-    "sharegpt", "pairs", "hh", "implicit", "two_outputs", "kwise", "unpaired",
+    "sharegpt", "pairs", "hh", "implicit", "two_outputs", "kwise", "unpaired", "votes",
 ]  # fmt: skip
-PreferenceFormat = Literal["auto", "sharegpt", "pairs", "hh", "implicit", "two_outputs", "kwise", "oasst", "unpaired"]
+PreferenceFormat = Literal[
+    "auto", "sharegpt", "pairs", "hh", "implicit", "two_outputs", "kwise", "oasst", "unpaired", "votes",
+]  # fmt: skip
 
 
 class SftSource(Source):
@@ -118,7 +122,8 @@ class SftData(SftSource):
 
     path: str = param(
         "data/raw/instructions.json",
-        "File of instruction data under data/raw, where DVC sees a change; * and ? stand for several files."
+        "File of instruction data under data/raw, where DVC sees a change; * and ? stand for several files, a folder"
+        " for its *.jsonl."
         " preferences: the preference data, read as data.preferences says, so that its preferred answers are learned.",
         min_length=1,
     )
@@ -130,7 +135,7 @@ class PreferenceData(PreferenceSource):
 
     path: str = param(
         "data/raw/preferences.json",
-        "File of preference data under data/raw; * and ? stand for several files.",
+        "File of preference data under data/raw; * and ? stand for several files, a folder for its *.jsonl.",
         min_length=1,
     )
     also: list[PreferenceSource] = param([], "Further sources: a list of mappings with the settings above.")

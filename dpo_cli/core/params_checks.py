@@ -162,10 +162,10 @@ def _of_source(source: SftSource | PreferenceSource) -> Iterator[str]:
     if source.labels and kind not in ("auto", "two_outputs"):
         yield f"labels has no effect with format {kind}; two_outputs reads it"
     if isinstance(source, PreferenceSource):
-        if source.compare == "first" and kind in ("kwise", "oasst"):
+        if source.compare == "first" and kind in ("kwise", "oasst", "votes"):
             yield f"compare has no effect with format {kind}; it has single answers"
-        if source.pairs != "all" and kind not in ("auto", "kwise", "oasst", "pairs", "sharegpt"):
-            yield f"pairs has no effect with format {kind}; kwise, oasst, pairs and sharegpt read it"
+        if source.pairs != "all" and kind not in ("auto", "kwise", "oasst", "pairs", "sharegpt", "votes"):
+            yield f"pairs has no effect with format {kind}; kwise, oasst, pairs, sharegpt and votes read it"
 
 
 def _of_adapters(params: Params) -> Iterator[str]:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from dpo_cli.core.data_params import Source
-from dpo_cli.data.blocks import SAMPLED_OUT, RowCounts, read_arrow
+from dpo_cli.data.blocks import RowCounts, read_arrow
+from dpo_cli.data.checks import NO_FAULTS
 from dpo_cli.data.problem import shown_name
 from dpo_cli.data.schema import from_table
 
@@ -318,9 +319,9 @@ def warnings_of(report: Conversion) -> list[str]:
             " are the answers, or the scores, the wrong way round?"
         )
     warnings += _template_warnings(report)
-    lost = report.num_rejected_rows - report.rejected[SAMPLED_OUT]
+    lost = report.num_rejected_rows - sum(report.rejected[reason] for reason in NO_FAULTS)
     if report.num_read and lost > 0.2 * report.num_read:
-        reasons = Counter({reason: n for reason, n in report.rejected.items() if reason != SAMPLED_OUT})
+        reasons = Counter({reason: n for reason, n in report.rejected.items() if reason not in NO_FAULTS})
         named = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in reasons.most_common(3))
         warnings.append(f"{lost} of {report.num_read} rows ({lost / report.num_read:.0%}) are left out: {named}")
     if any(account.source.split != "auto" for account in report.files):

@@ -18,7 +18,9 @@ import pyarrow as pa
 from dpo_cli.data.checks import (
     DESCRIPTIONS,
     FORMAT_CHECK,
+    NO_FAULTS,
     ROW_REASONS,
+    SAMPLED_OUT,
     check_example,
     has_chat_markers,
     is_empty,
@@ -49,9 +51,6 @@ from dpo_cli.data.schema import (
     table_of,
     text_of,
 )
-
-SAMPLED_OUT = "sampled_out"
-"""The reason for which a source's weight leaves a row out."""
 
 DIGESTS = np.dtype(
     [
@@ -204,7 +203,7 @@ class _Rows:
 
     def refuse(self, problem: RowProblem, part: str) -> None:
         """Leave out what does not fit its format."""
-        check = problem.reason if problem.reason in ROW_REASONS else FORMAT_CHECK
+        check = "" if problem.reason in NO_FAULTS else ROW_REASONS.get(problem.reason, FORMAT_CHECK)
         self._reject(part, problem.reason, problem.detail, check)
 
     def _reject(self, part: str, reason: str, detail: str, check: str = "") -> None:

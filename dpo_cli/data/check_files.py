@@ -13,8 +13,7 @@ from dpo_cli.core.errors import ParamsError
 from dpo_cli.core.params import Params, TokenChecks
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.account import Conversion, Finding, account_rows, checks_of, metrics_of, unread_of, warnings_of
-from dpo_cli.data.blocks import SAMPLED_OUT
-from dpo_cli.data.checks import TokenView
+from dpo_cli.data.checks import NO_FAULTS, TokenView
 from dpo_cli.data.convert import convert_aside
 from dpo_cli.data.plan import Treatment, by_kind
 from dpo_cli.data.problem import RowProblem
@@ -58,7 +57,7 @@ def check_sources(
             view = view_of(mine[0]) if view_of else None
             tokens = _check_tokens(report, mine[0], view, listed, reporter) if view else None
         figures[kind] = {**metrics_of(report), "checks": checks_of(report), "unread_columns": unread_of(report)}
-        accepted &= not set(report.rejected) - {SAMPLED_OUT} and not report.cannot_split
+        accepted &= not set(report.rejected) - NO_FAULTS and not report.cannot_split
         reporter.table(f"{kind}: what goes in", account_rows(report, None, examples))
         rates = {name: report.rate(name) for name in report.checks}
         _print_findings(f"{kind}: checks", report.checks, rates, listed, reporter)

@@ -22,8 +22,15 @@ if TYPE_CHECKING:
 FORMAT_CHECK = "malformed"
 """The check that rows fail which do not fit their format, whatever the reason."""
 
-ROW_REASONS = ("tie", "empty_prompt")
-"""Reasons for which a format refuses a row that are checks of their own."""
+ROW_REASONS: Mapping[str, str] = {
+    "tie": "tie", "both_bad": "tie", "empty_prompt": "empty_prompt", "contradiction": "contradiction",
+}  # fmt: skip
+"""The checks of which a row fails one where a format refuses it for these reasons."""
+
+SAMPLED_OUT = "sampled_out"
+"""The reason for which a source's weight leaves a row out."""
+NO_FAULTS = frozenset((SAMPLED_OUT, "skipped", "undone", "taken_back", "repeat", "counted_together"))
+"""Reasons to leave a row out that say nothing against it: the weight of its source, and those of votes."""
 
 _OF_BOTH = ("malformed", "empty_prompt", "duplicate", "shared_prompt", "repeated_prompt", "turn_order", "no_input")
 _OF_TEXTS = ("chat_markers", "placeholders", "replacement_characters")

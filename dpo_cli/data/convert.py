@@ -9,6 +9,7 @@ content. Memory does not grow with the files.
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,7 +37,8 @@ from dpo_cli.data.blocks import (
     write_arrow,
 )
 from dpo_cli.data.checks import CHECKS_OF
-from dpo_cli.data.plan import Treatment, find_files, num_bytes, plan_of
+from dpo_cli.data.formats.votes import VOTES, Tally
+from dpo_cli.data.plan import Treatment, find_files, num_bytes, plan_of, tally_of
 from dpo_cli.data.reading.base import Block
 from dpo_cli.data.reading.files import read_blocks, read_records
 from dpo_cli.data.repeats import CHECKS, Repeats, find_repeats
@@ -80,7 +82,7 @@ def convert(
     Raises:
         DataError: A file cannot be read, has no known format, leaves a split empty, or fails a
             check whose policy is ``error``.
-        ParamsError: A source's columns name a field that there is none of.
+        ParamsError: A source's columns name a field that there is none of, or those of votes.
     """
     kind = "sft" if isinstance(sources[0], SftSource) else "preference"
     run = _Run(kind, treatment, work)
@@ -133,6 +135,7 @@ class _Run:
             split_by=treatment.split_by,
         )
         self._blocks = self.report.blocks
+        self._tallies: dict[int, Tally] = {}  # of the votes of a source
 
     # --- reading ------------------------------------------------------------------------------
 
@@ -143,11 +146,13 @@ class _Run:
         plan, why = plan_of(source, path, self._treatment)
         account = FileAccount(path, source, why, first=self.report.num_read)
         self.report.files.append(account)
-        if max_rows is None:
+        if plan.fallback == VOTES.name:
+            tally = self._tallies.get(id(source)) or self._tallies.setdefault(id(source), tally_of(source))
+            blocks = self._limited(tally.records(path, on_bytes), max_rows or sys.maxsize, account)
+        elif max_rows is None:
             blocks = read_blocks(path, on_bytes, source.records)
         else:
-            records = islice(read_records(path, on_bytes, source.records), max_rows + 1)
-            blocks = self._limited(records, max_rows, account)
+            blocks = self._limited(read_records(path, on_bytes, source.records), max_rows, account)
         pool = workers if path.stat().st_size >= _BYTES_WORTH_A_POOL and max_rows is None else 1
         with self._digests.open("ab") as digests:
             for result in convert_blocks(plan, blocks, self._work, len(self._blocks), pool):

@@ -14,7 +14,8 @@ from dpo_cli.core.errors import DataError
 from dpo_cli.data.blocks import convert_block, examples_file, fit_answers, read_arrow
 from dpo_cli.data.chat import Encoding
 from dpo_cli.data.checks import TokenView, check_example
-from dpo_cli.data.plan import BlockPlan, Treatment, find_files, plan_of
+from dpo_cli.data.formats.votes import VOTES
+from dpo_cli.data.plan import BlockPlan, Treatment, find_files, plan_of, tally_of
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.reading.base import Record
 from dpo_cli.data.reading.files import read_records
@@ -43,7 +44,11 @@ def describe_row(source: Source, row: int, view: TokenView | None, data: DataPar
     if others:
         raise DataError(f"{source.path} stands for {1 + len(others)} files; name one of them, such as {path}")
     plan, why = plan_of(source, path, Treatment.of(data or DataParams()), before_broken=True)
-    record = _record_at(path, source.records, row)
+    if plan.fallback == VOTES.name:
+        records = tally_of(source).records(path)
+    else:
+        records = read_records(path, within=source.records)
+    record = _record_at(path, records, row)
     stage = "convert-sft" if plan.kind == "sft" else "convert-preferences"
     found: dict[str, Any] = {
         "file": path.as_posix(),
@@ -75,9 +80,9 @@ def describe_row(source: Source, row: int, view: TokenView | None, data: DataPar
     return found
 
 
-def _record_at(path: Path, within: str, row: int) -> Record:
+def _record_at(path: Path, records: Iterator[Record], row: int) -> Record:
     count = 0
-    for record in read_records(path, within=within):
+    for record in records:
         if record.row == row:
             return record
         count = record.row + 1

@@ -9,14 +9,16 @@ from itertools import islice
 from pathlib import Path
 
 from dpo_cli.core.data_params import DataParams, PreferenceSource, SftSource, Source
-from dpo_cli.core.errors import DataError
+from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.data.checks import without_stops
 from dpo_cli.data.formats import PREFERENCE_FORMATS, SFT_FORMATS
 from dpo_cli.data.formats.base import Reading
 from dpo_cli.data.formats.detect import RowReader
 from dpo_cli.data.formats.labels import label_text
+from dpo_cli.data.formats.votes import Tally
 from dpo_cli.data.reading.base import BrokenLines
 from dpo_cli.data.reading.files import read_records
+from dpo_cli.data.votes import is_torn, unended_line
 
 _DETECTION_ROWS = 100
 
@@ -82,12 +84,14 @@ class BlockPlan:
 
 
 def find_files(source: Source) -> list[Path]:
-    """The files of a source, in order: the one of its name, or those of a pattern with * and ?.
+    """The files of a source, in order: the one of its name, those of a pattern with * and ?, or a folder's JSON lines.
 
     Raises:
         DataError: A pattern matches none.
     """
     path = Path(source.path)
+    if path.is_dir() and (found := sorted(path.glob("*.jsonl"))):
+        return found
     if path.exists() or not any(mark in source.path for mark in "*?"):
         return [path]
     pattern = source.path.replace("[", "[[]")  # brackets are part of the name
@@ -95,6 +99,20 @@ def find_files(source: Source) -> list[Path]:
     if not found:
         raise DataError(f"{source.path}: no file has such a name; put your data there, or name it in params.yaml")
     return found
+
+
+def tally_of(source: Source) -> Tally:
+    """The votes of a source, of all its files together.
+
+    Raises:
+        DataError: A file cannot be read.
+        ParamsError: The source names columns.
+    """
+    if source.columns:
+        raise ParamsError(
+            f"{source.path}: columns has no effect on votes, whose fields have their own names; leave it out"
+        )
+    return Tally(find_files(source), source.records)
 
 
 def by_kind(sources: Sequence[Source]) -> Iterator[tuple[str, list[Source]]]:
@@ -134,7 +152,8 @@ def plan_of(source: Source, path: Path, treatment: Treatment, *, before_broken: 
         for record in islice(read_records(path, within=source.records), _DETECTION_ROWS):
             head.append(record.value)
     except BrokenLines:
-        if not head or not before_broken:
+        # of votes, a last line that was cut off is none; whoever reads another file stops at it
+        if not head or not (before_broken or is_torn(unended_line(path))):
             raise
     why = f"{source.format}: named by you"
     if source.format in ("auto", "two_outputs"):  # to name two_outputs does not say what its labels mean

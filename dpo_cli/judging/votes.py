@@ -14,17 +14,14 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from dpo_cli.core.artifacts import digest_bytes
 from dpo_cli.core.errors import DataError
-from dpo_cli.data.reading.base import BrokenLines, Record
-from dpo_cli.data.reading.files import read_records
 from dpo_cli.data.schema import text_of
+from dpo_cli.data.votes import BOTH_BAD, DOWN, REPEATED, SKIPPED, TIED, UP, A, B, with_standing
 from dpo_cli.judging.judge import INVALID, Judgment, Question, from_half
 from dpo_cli.judging.templates import transcript
 from dpo_cli.statistics.agreement import LOSS, TIE, WIN, Vote
@@ -32,18 +29,11 @@ from dpo_cli.statistics.raters import ShownVote
 
 COLUMNS = ("item_id", "prompt_id", "method", "baseline", "rater", "vote", "a_is")
 
-A, B, TIED, BOTH_BAD, SKIPPED, UNDONE = "A", "B", "tie", "both bad", "skip", "undone"
-"""What a vote on a pair may be. Both answers may be equally bad, which is a tie; the last two say nothing of them."""
-UP, DOWN = "up", "down"
-"""Thumbs, and method and baseline of votes by them."""
 FIRST, SECOND = "first", "second"
 """Method and baseline where nobody is compared, such as two answers of one model: their texts in alphabetical order."""
-REPEATED = "repeat"
-"""What ``drawn`` says of an item that was shown before, so that the rater can be compared with himself."""
 
 _RESULTS = (A, B, TIED, BOTH_BAD)
 _NAMED = 8
-_STEP = 1 << 16
 _LEADS = {WIN: 0.5, LOSS: -0.5}
 
 
@@ -125,52 +115,13 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         DataError: The file cannot be read, or a row is no object.
     """
-    superseded = {
-        (row.get("rater"), row["supersedes"])
-        for _, row in _all_rows(path)
-        if row.get("supersedes") is not None  # absent from a table that was filled in by hand
-    }
-    for place, row in _all_rows(path):
-        if row.get("vote") != UNDONE and (row.get("rater"), row.get("number")) not in superseded:
-            yield place, row
-
-
-def _all_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for record in _whole_records(path):
+    for record, stands in with_standing(path):
         here = f"row {record.row}" if record.line is None else f"line {record.line}"
         place = f"{path.as_posix()}, {here}"
         if not isinstance(record.value, dict):
             raise DataError(f"{place}: not a row of a table; it must have the columns {', '.join(COLUMNS)}")
-        yield place, record.value
-
-
-def _whole_records(path: Path) -> Iterator[Record]:
-    try:
-        yield from read_records(path)
-    except BrokenLines as error:
-        if len(error.problems) > 1 or not is_torn(unended_line(path)):
-            raise
-
-
-def unended_line(path: Path) -> bytes:
-    """What stands behind the last line end of a file: nothing, unless the last write was cut off."""
-    found = b""
-    with path.open("rb") as file:
-        position = file.seek(0, os.SEEK_END)
-        while position and b"\n" not in found:
-            step = min(position, _STEP)
-            position -= step
-            file.seek(position)
-            found = file.read(step) + found
-    return found.rpartition(b"\n")[2]
-
-
-def is_torn(line: bytes) -> bool:
-    """Whether a line is there, and is no whole vote."""
-    try:
-        return bool(line) and not isinstance(json.loads(line), dict)
-    except ValueError:
-        return True
+        if stands:
+            yield place, record.value
 
 
 def _missing(file: str, missing: list[str], row: Mapping[str, Any]) -> str:

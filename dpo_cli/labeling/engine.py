@@ -20,7 +20,7 @@ from typing import Any, Self
 import numpy as np
 
 from dpo_cli.core.errors import DataError
-from dpo_cli.judging.votes import REPEATED, UNDONE, A, B
+from dpo_cli.data.votes import REPEATED, UNDONE, A, B
 from dpo_cli.labeling.items import ItemStore
 from dpo_cli.labeling.order import Asked, Drawn, is_repeat, item_order, shown_order
 from dpo_cli.labeling.progress import Progress, progress_of

@@ -18,12 +18,12 @@ from dpo_cli.core.errors import DataError, ParamsError, first_line
 from dpo_cli.core.judges import JUDGES
 from dpo_cli.core.progress import Reporter
 from dpo_cli.data.formats.rankings import ranks_of_scores
+from dpo_cli.data.votes import DOWN, UP
 from dpo_cli.data.world import task_of
 from dpo_cli.judging.answers import Answer
 from dpo_cli.judging.judge import Judge, Question
 from dpo_cli.judging.known_reward import RewardJudge
 from dpo_cli.judging.templates import transcript
-from dpo_cli.judging.votes import DOWN, UP
 from dpo_cli.labeling.engine import Asked, Engine
 from dpo_cli.labeling.items import Item
 

@@ -26,7 +26,7 @@ import orjson
 from filelock import FileLock, Timeout
 
 from dpo_cli.core.errors import DataError, MachineError, ParamsError
-from dpo_cli.judging.votes import BOTH_BAD, DOWN, SKIPPED, TIED, UP, A, B, is_torn, unended_line
+from dpo_cli.data.votes import BOTH_BAD, DOWN, SKIPPED, TIED, UP, A, B, is_torn, unended_line
 
 By = Literal["person", "judge"]
 MOST_STRENGTH = 3

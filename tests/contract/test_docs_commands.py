@@ -186,7 +186,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path
     """A trained project in a home of its own, with the files that the pages name."""
     home = tmp_path_factory.mktemp("home")
     folder = home / "mine"
-    (folder / "data/raw").mkdir(parents=True)
+    (folder / "data/raw/votes").mkdir(parents=True)
     (home / "models").mkdir()
     for name in ("Qwen2.5-0.5B", "Qwen2.5-0.5B-Instruct"):
         (home / "models" / name).symlink_to(tiny_folder)
@@ -212,6 +212,16 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path
     files: dict[str, list[Any]] = {
         "data/raw/instructions.json": world.instruction_rows(0, 60),
         "data/raw/preferences.json": pairs,
+        "data/raw/votes/anna.jsonl": [
+            {
+                "item_id": str(number),
+                "rater": "human:anna",
+                "vote": "A",
+                "prompt": row["prompt"],
+                "completions": ["a", "b"],
+            }
+            for number, row in enumerate(pairs)
+        ],
         "instructions.json": world.instruction_rows(0, 60),
         "pairs.jsonl": pairs,
         "new_pairs.jsonl": pairs[:6],

@@ -14,6 +14,7 @@ from dpo_cli.data.formats.pairs import HH, IMPLICIT, PAIRS, SHAREGPT
 from dpo_cli.data.formats.rankings import KWISE, OASST, OASST_SFT
 from dpo_cli.data.formats.two_outputs import TWO_OUTPUTS
 from dpo_cli.data.formats.unpaired import UNPAIRED
+from dpo_cli.data.formats.votes import VOTES
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import PreferenceExample, RankingExample, RawRow, SftExample
 
@@ -48,9 +49,11 @@ def preferred_of(source: Format[Any]) -> Format[Any]:
     return replace(source, read=read, note=note, matches=matches)
 
 
-PREFERENCE_FORMATS: tuple[Format[Any], ...] = (SHAREGPT, PAIRS, HH, IMPLICIT, TWO_OUTPUTS, KWISE, OASST, UNPAIRED)
+PREFERENCE_FORMATS: tuple[Format[Any], ...] = (
+    VOTES, SHAREGPT, PAIRS, HH, IMPLICIT, TWO_OUTPUTS, KWISE, OASST, UNPAIRED,
+)  # fmt: skip
 SFT_FORMATS: tuple[Format[Any], ...] = (
-    *map(preferred_of, (SHAREGPT, PAIRS, HH, IMPLICIT)),
+    *map(preferred_of, (VOTES, SHAREGPT, PAIRS, HH, IMPLICIT)),
     ALPACA,
     PROMPT_COMPLETION,
     MESSAGES,

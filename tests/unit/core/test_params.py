@@ -400,7 +400,7 @@ def test_a_source_may_have_columns_roles_labels_and_further_sources() -> None:
         ({"columns": {"prompt": "prompt"}}, "columns.prompt has no effect: it names itself"),
         (
             {"format": "hh", "pairs": "adjacent"},
-            "pairs has no effect with format hh; kwise, oasst, pairs and sharegpt read it",
+            "pairs has no effect with format hh; kwise, oasst, pairs, sharegpt and votes read it",
         ),
         ({"format": "hh", "labels": {"1": "first"}}, "labels has no effect with format hh; two_outputs reads it"),
     ],
