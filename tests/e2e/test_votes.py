@@ -19,8 +19,9 @@ NUM_PROMPTS, NUM_ANSWERS = 200, 4
 SETTINGS = {
     "data.preferences.path": "data/raw/votes",
     "data.preferences.also": [{"path": "data/raw/preferences.json", "split": "eval"}],
-    "model.pretrain_steps": 600,
-    "train.epochs": 2.0,
+    "model.pretrain_steps": 1200,
+    "train.epochs": 5.0,
+    "train.beta": 0.5,
     "evaluate.opponents": ["sft"],
     "evaluate.judge_pairs": 0,
     "evaluate.temperatures": [],
@@ -33,7 +34,7 @@ def test_what_the_world_votes_for_is_learned(project: Path) -> None:
     rows = {row["prompt"]: row for row in world.preference_rows(0, 1600)}
     held_out = {prompt for prompt in rows if split_position([user(prompt)]) < EMBEDDED_PRESET["data.eval_fraction"]}
     asked = [prompt for prompt in rows if prompt not in held_out][:NUM_PROMPTS]
-    write_raw([rows[prompt] for prompt in rows if prompt in held_out], instructions=1000)
+    write_raw([rows[prompt] for prompt in rows if prompt in held_out], instructions=1600)
     Path("prompts.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in asked), encoding="utf-8")
     paths.PARAMS.write_text(params_yaml(EMBEDDED_PRESET | SETTINGS), encoding="utf-8")
     for command in (
