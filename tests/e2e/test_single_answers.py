@@ -13,6 +13,7 @@ import pytest
 
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError
+from dpo_cli.core.load_params import parse_params
 from dpo_cli.data import world
 from tests.tiny_project import run_stages, tiny_params, write_raw
 
@@ -87,3 +88,29 @@ def test_each_loss_says_what_it_learns_from(steps: Callable[..., Any]) -> None:
         DataError, match=r"train\.loss kto learns from single answers that are good or bad, and .* none"
     ):
         steps("train", data=pairs)
+
+
+def test_thumbs_from_the_worlds_reward_beat_sft(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_reporter: Any
+) -> None:
+    """What the known reward says of single answers, most prompts with one: the interval is above one half."""
+    monkeypatch.chdir(tmp_path)
+    write_raw(thumbs(world.preference_rows(0, 900), both=0.3), instructions=900)
+    params = parse_params(
+        {
+            "data": UNPAIRED | {"eval_fraction": 0.15},
+            "model": {"pretrain_steps": 400},
+            "sft": {"learning_rate": 2e-3, "batch_size": 32, "epochs": 2.0},
+            "train": {"loss": "kto", "beta": 1.0, "learning_rate": 7.5e-4, "batch_size": 16, "epochs": 2.0},
+            "evaluate": {"judge": "world", "num_prompts": 0, "temperature": 0.7, "max_new_tokens": 48},
+        }
+    )
+    names = ("base", "convert_sft", "convert_preferences", "sft", "precompute_ref", "train")
+    trained = run_stages(params, make_reporter(), *names)
+    found = run_stages(params, make_reporter(), "evaluate")
+    print(
+        f"held-out loss {trained['eval_loss_start']:.3f} -> {trained['eval_loss']:.3f}, on the right side of the KL"
+        f" {trained['eval_accuracy']:.3f}; win rate over SFT {found['win_rate']:.3f} {found['win_rate_ci']}"
+    )
+    assert trained["eval_loss"] < trained["eval_loss_start"]
+    assert found["win_rate_ci"][0] > 0.5
