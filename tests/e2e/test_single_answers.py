@@ -93,24 +93,26 @@ def test_each_loss_says_what_it_learns_from(steps: Callable[..., Any]) -> None:
 def test_thumbs_from_the_worlds_reward_beat_sft(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_reporter: Any
 ) -> None:
-    """What the known reward says of single answers, most prompts with one: the interval is above one half."""
+    """By what the known reward says of single answers; most prompts have one."""
     monkeypatch.chdir(tmp_path)
-    write_raw(thumbs(world.preference_rows(0, 900), both=0.3), instructions=900)
+    write_raw(thumbs(world.preference_rows(0, 800), both=0.4), instructions=900)
     params = parse_params(
         {
-            "data": UNPAIRED | {"eval_fraction": 0.15},
+            "data": UNPAIRED | {"eval_fraction": 0.3},
             "model": {"pretrain_steps": 400},
             "sft": {"learning_rate": 2e-3, "batch_size": 32, "epochs": 2.0},
-            "train": {"loss": "kto", "beta": 1.0, "learning_rate": 7.5e-4, "batch_size": 16, "epochs": 2.0},
+            "train": {"loss": "kto", "beta": 1.0, "learning_rate": 1.5e-3, "batch_size": 8},
             "evaluate": {"judge": "world", "num_prompts": 0, "temperature": 0.7, "max_new_tokens": 48},
+            "runtime": {"threads": 1},
         }
     )
-    names = ("base", "convert_sft", "convert_preferences", "sft", "precompute_ref", "train")
-    trained = run_stages(params, make_reporter(), *names)
+    stages = ("base", "convert_sft", "convert_preferences", "sft", "precompute_ref", "train")
+    trained = run_stages(params, make_reporter(), *stages)
     found = run_stages(params, make_reporter(), "evaluate")
+    low, high = found["win_rate_ci"]
     print(
-        f"held-out loss {trained['eval_loss_start']:.3f} -> {trained['eval_loss']:.3f}, on the right side of the KL"
-        f" {trained['eval_accuracy']:.3f}; win rate over SFT {found['win_rate']:.3f} {found['win_rate_ci']}"
+        f"{trained['num_pairs']} answers: held-out loss {trained['eval_loss_start']:.3f} -> {trained['eval_loss']:.3f};"
+        f" win rate over SFT {found['win_rate']:.3f} [{low:.3f}, {high:.3f}] on {found['num_pairs']} prompts"
     )
-    assert trained["eval_loss"] < trained["eval_loss_start"]
-    assert found["win_rate_ci"][0] > 0.5
+    assert trained["eval_loss"] < 0.4 < trained["eval_loss_start"]
+    assert low > 0.5
