@@ -144,21 +144,25 @@ class TrainParams(TrainingParams):
     gamma: float = param(0.0, "Target margin of simpo and alphapo.", unit="nats", ge=0, le=1000)
     discopop_tau: float = param(0.05, "Temperature of the blend in discopop.", ge=1e-3, le=1)
     unlikelihood_alpha: float = param(1.0, "Weight of the rejected answer in unlikelihood; at 0 it is sft.", ge=0, le=1)
-    dpop_lambda: float = param(50.0, "Weight of the penalty in dpop.", gt=0, le=1e6)
+    dpop_lambda: float = param(
+        50.0, "Weight of dpop's penalty on chosen answers that become less likely.", gt=0, le=1e6
+    )
     rdpo_alpha: float = param(0.0, "What r_dpo takes from the reward for each token.", unit="1/token", ge=0, le=1000)
     beta_dpo_alpha: float = param(
         0.6,
-        "How much beta_dpo changes beta for a nat by which a batch's mean margin is above the usual one.",
+        "Share by which beta_dpo raises beta for each nat of a batch's mean margin above the usual one.",
         gt=0,
         le=100,
     )
     alphapo_alpha: float = param(0.25, "Shape of the reward in alphapo; at 0 it is simpo.", ge=-10, le=10)
-    rpo_eta: float = param(1.0, "What a difference of scores counts in rpo_bwd_kl, nats of the margin.", gt=0, le=1e6)
-    desirable_weight: float = param(1.0, "What a good answer counts in kto.", gt=0, le=1000)
+    rpo_eta: float = param(
+        1.0, "Margin that rpo_bwd_kl wants for a difference of 1 in the scores.", unit="nats", gt=0, le=1e6
+    )
+    desirable_weight: float = param(1.0, "Weight of a good answer in kto.", gt=0, le=1000)
     undesirable_weight: float = param(
         1.0,
-        "What a bad answer counts in kto. The paper advises that all good answers together count 1 to 4/3 of all bad"
-        " ones.",
+        "Weight of a bad answer in kto. The paper advises that all good answers together weigh 1 to 1.5 times as much"
+        " as all bad ones.",
         gt=0,
         le=1000,
     )

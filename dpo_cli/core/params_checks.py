@@ -162,7 +162,7 @@ def _of_source(source: SftSource | PreferenceSource) -> Iterator[str]:
     if source.labels and kind not in ("auto", "two_outputs"):
         yield f"labels has no effect with format {kind}; two_outputs reads it"
     if isinstance(source, PreferenceSource):
-        if source.compare == "first" and kind in ("kwise", "oasst", "votes"):
+        if source.compare == "first" and kind in ("kwise", "oasst", "unpaired", "votes"):
             yield f"compare has no effect with format {kind}; it has single answers"
         if source.pairs != "all" and kind not in ("auto", "kwise", "oasst", "pairs", "sharegpt", "votes"):
             yield f"pairs has no effect with format {kind}; kwise, oasst, pairs, sharegpt and votes read it"
@@ -204,9 +204,10 @@ def _of_objective(train: TrainParams) -> Iterator[str]:
                 yield f"train.loss {name} needs train.{setting} > 0{at_zero}"
     coupled = [name for name in train.losses if LOSSES[name].is_coupled]
     if coupled and len(train.losses) > 1:
-        yield f"train.loss {coupled[0]} is of all pairs of a step together and cannot be mixed with others"
+        yield f"train.loss {coupled[0]} looks at all pairs of a step together and cannot be mixed with others"
     if coupled and train.batch_size == 1:
-        yield f"train.loss {coupled[0]} compares the pairs of a step: train.batch_size must be > 1, got 1"
+        rows = "answers" if LOSSES[coupled[0]].is_unpaired else "pairs"
+        yield f"train.loss {coupled[0]} looks at all {rows} of a step together: train.batch_size must be > 1, got 1"
 
 
 def _listed(names: list[str]) -> str:

@@ -36,7 +36,7 @@ SPLITS = ("train", "eval")
 TOKENS_VERSION = 1
 """Of the code that decides token ids and the checks of them: a change of it makes no use of what was kept before."""
 
-UNPAIRED = "is a single answer, good or bad, and no pair: of the losses only kto learns from it"
+UNPAIRED = "is a single answer that is good or bad, not a pair; of the losses, only kto learns from it"
 """What is said of a row where pairs are asked for."""
 
 _MANY = 0.05
@@ -226,7 +226,7 @@ def explain_rejects(tables: Sequence[TokenTable], setting: str, max_length: int)
 
 
 def answered(row: Mapping[str, Any], columns: Sequence[str]) -> Sequence[str]:
-    """The columns of a row that hold an answer: all of them, but where it is a single answer, good or bad."""
+    """The columns of a row that hold an answer: all of them, or one where it is a single answer, good or bad."""
     sides = tuple(name for name in columns if row[name])
     return columns if len(sides) == len(columns) else sides
 

@@ -50,7 +50,7 @@ def aot_unpaired(pairs: Pairs, /, beta: float, label_smoothing: float = 0.0) -> 
     "-log σ((1 + a (M - M_0)) m), M the mean margin of the step, M_0 that of the steps before, a = beta_dpo_alpha",
     "β-DPO: Wu et al. 2024",
     "beta is hard to choose: it grows where a batch is told apart by more than usual",
-    ("divergence", "ld_alpha"),
+    ("ld_alpha",),
     is_coupled=True,
 )
 def beta_dpo(pairs: Pairs, /, beta: float, beta_dpo_alpha: float) -> Tensor:
@@ -58,8 +58,8 @@ def beta_dpo(pairs: Pairs, /, beta: float, beta_dpo_alpha: float) -> Tensor:
 
     M is the mean margin, beta * delta, of the optimizer batch and M_0 its moving average over the steps before
     (``usual_margin`` of the pairs). No gradient flows through beta', which is at least a thousandth, as in the authors'
-    code. The paper's other half is not done: it draws the pairs of a batch by how near their margin is to M_0, so that
-    outliers are left out.
+    code. The paper's other half is not done: it draws the pairs of a batch by how near their margins are to M_0, which
+    leaves out outliers.
     """
     margins_B = beta * pairs.deltas_B
     surprise = margins_B.detach().mean() - pairs.usual_margin
@@ -71,7 +71,8 @@ def beta_dpo(pairs: Pairs, /, beta: float, beta_dpo_alpha: float) -> Tensor:
 
 
 @Loss(
-    "λ - λ σ(±beta (log(π / ref) - z)), + of a good answer, z = max(0, mean log(π / ref) of other prompts' answers)",
+    "λ - λ σ(±beta (log(π / ref) - z)), + for good answers, - for bad ones, z = max(0, mean log(π / ref) of other"
+    " prompts' answers)",
     "KTO: Ethayarajh et al. 2024, eq. 8",
     "thumbs up and down on single answers; λ is desirable_weight or undesirable_weight",
     is_coupled=True,

@@ -246,7 +246,7 @@ def sigmoid_norm(pairs: Pairs, /, beta: float) -> Tensor:
 def dpop(pairs: Pairs, /, beta: float, dpop_lambda: float) -> Tensor:
     """-log sigma(beta * (delta - lambda * max(0, log(ref_w / pi_w)))): DPO-positive (Pal et al. 2024, eq. 3).
 
-    The penalty is what the chosen answer became less likely by.
+    The penalty is how much log-probability the chosen answer has lost, if it has.
     """
     fallen_B = (-pairs.log_ratios_B2[:, 0]).relu()
     return -log_sigmoid(beta * (pairs.deltas_B - dpop_lambda * fallen_B))
@@ -255,7 +255,7 @@ def dpop(pairs: Pairs, /, beta: float, dpop_lambda: float) -> Tensor:
 @Loss(
     "-log σ(m + rdpo_alpha (|w| - |l|))",
     "R-DPO: Park et al. 2024",
-    "chosen answers are the longer ones, and length is not to be learned; rdpo_alpha is rewards a token",
+    "chosen answers are the longer ones, and length is not to be learned; rdpo_alpha is in units of reward a token",
     ON_MARGIN,
     needs=("rdpo_alpha",),
     learns_log_ratio=False,
@@ -264,7 +264,7 @@ def r_dpo(pairs: Pairs, /, beta: float, rdpo_alpha: float) -> Tensor:
     """-log sigma(beta * delta + alpha * (|w| - |l|)): length-regularized DPO (Park et al. 2024).
 
     It is DPO where the policy is to maximize r - alpha * |y|: beta * log(pi / ref) + alpha * |y| is then the reward r
-    that explains the data, so length explains what it can, and the policy does not learn it.
+    that explains the data, so what length explains the policy need not learn.
     """
     return -log_sigmoid(beta * pairs.deltas_B + rdpo_alpha * difference(pairs.num_tokens_B2.double()))
 

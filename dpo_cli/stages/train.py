@@ -69,8 +69,8 @@ def _run(params: Params, reporter: Reporter, replicas: Replicas) -> dict[str, An
     objective = _objective(settings, project, [*train.groups, *held_out.groups], good)
     if objective.is_coupled and replicas.size > 1:
         raise ParamsError(
-            f"params.yaml: train.loss {_named(settings)} is of all {kind} of a step and runs as one process;"
-            f" {replicas.size} were started"
+            f"params.yaml: train.loss {_named(settings)} looks at all {kind} of a step together and runs as one"
+            f" process; {replicas.size} were started"
         )
     manifest = project.manifest(params, "train")
     with shared_scratch("train", digest_json(asdict(manifest)), replicas) as scratch:
@@ -127,7 +127,7 @@ def _scores(settings: TrainParams, groups: Sequence[TokenGroup]) -> dict[str, tu
     """Chosen and rejected score by row id.
 
     Raises:
-        DataError: A pair has no scores, or none that can be numbers of votes where these are read.
+        DataError: A pair has no scores, or, for soft_label, scores that cannot be numbers of votes.
     """
     found = {
         id: scores
@@ -144,13 +144,14 @@ def _scores(settings: TrainParams, groups: Sequence[TokenGroup]) -> dict[str, tu
             f"data/preference: {len(without)} of {len(groups)} pairs have no scores, or none with a finite difference;"
             f" the first is {without[0]}; params.yaml: {reader} reads them, {remedy}"
         )
+    found = {group.id: found[group.id] for group in groups}
     for id, scores in found.items() if "soft_label" in settings.losses else ():
         if min(scores) < 0 or sum(scores) == 0:
             raise DataError(
-                f"data/preference: the scores of the pair {id} are {scores[0]:g} and {scores[1]:g}, no numbers of"
-                " votes; params.yaml: train.loss soft_label reads shares of votes, rpo_bwd_kl reads any scores"
+                f"data/preference: the scores of pair {id} are {scores[0]:g} and {scores[1]:g}, which cannot be numbers"
+                " of votes; params.yaml: train.loss soft_label reads votes or shares of them, rpo_bwd_kl any scores"
             )
-    return {group.id: found[group.id] for group in groups}
+    return found
 
 
 def _metrics(step_zero: StepZero, result: Fit) -> dict[str, Any]:

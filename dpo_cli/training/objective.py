@@ -161,7 +161,7 @@ class PairObjective:
         return GroupLosses(losses, {**pair_metrics(rewards, scores.logps_BK.detach()), **token_means(scores, step)})
 
     def after_step(self, metrics: Mapping[str, float]) -> None:
-        """Let a step's mean margin into the moving average that ``beta_dpo`` compares the next one's with."""
+        """Take a step's mean margin into the moving average with which ``beta_dpo`` compares the next step's."""
         self._usual_margin += (1 - _MOMENTUM) * (metrics["rewards/margins"] - self._usual_margin)
 
     def _losses(self, shared: Pairs, plain: Pairs, weights_B: torch.Tensor | None) -> torch.Tensor:

@@ -116,10 +116,10 @@ class Objective(Protocol[Takes]):
 
 @runtime_checkable
 class Adaptive(Protocol):
-    """An objective that depends on what came of the steps before."""
+    """An objective that depends on the metrics of earlier steps."""
 
     def after_step(self, metrics: Mapping[str, float]) -> None:
-        """Take notice of the means of a step that was taken; a run that goes on tells of all its steps again."""
+        """Take in the mean metrics of a finished step; a resumed run reports its earlier steps again, in order."""
         ...
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError
+from dpo_cli.core.load_params import parse_params
 from dpo_cli.data import world
 from tests.tiny_project import run_stages, tiny_params, write_raw
 
@@ -87,3 +88,31 @@ def test_each_loss_says_what_it_learns_from(steps: Callable[..., Any]) -> None:
         DataError, match=r"train\.loss kto learns from single answers that are good or bad, and .* none"
     ):
         steps("train", data=pairs)
+
+
+def test_thumbs_from_the_worlds_reward_beat_sft(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_reporter: Any
+) -> None:
+    """By what the known reward says of single answers; most prompts have one."""
+    monkeypatch.chdir(tmp_path)
+    write_raw(thumbs(world.preference_rows(0, 800), both=0.4), instructions=900)
+    params = parse_params(
+        {
+            "data": UNPAIRED | {"eval_fraction": 0.3},
+            "model": {"pretrain_steps": 400},
+            "sft": {"learning_rate": 2e-3, "batch_size": 32, "epochs": 2.0},
+            "train": {"loss": "kto", "beta": 1.0, "learning_rate": 1.5e-3, "batch_size": 8},
+            "evaluate": {"judge": "world", "num_prompts": 0, "temperature": 0.7, "max_new_tokens": 48},
+            "runtime": {"threads": 1},
+        }
+    )
+    stages = ("base", "convert_sft", "convert_preferences", "sft", "precompute_ref", "train")
+    trained = run_stages(params, make_reporter(), *stages)
+    found = run_stages(params, make_reporter(), "evaluate")
+    low, high = found["win_rate_ci"]
+    print(
+        f"{trained['num_pairs']} answers: held-out loss {trained['eval_loss_start']:.3f} -> {trained['eval_loss']:.3f};"
+        f" win rate over SFT {found['win_rate']:.3f} [{low:.3f}, {high:.3f}] on {found['num_pairs']} prompts"
+    )
+    assert trained["eval_loss"] < 0.4 < trained["eval_loss_start"]
+    assert low > 0.5

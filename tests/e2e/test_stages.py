@@ -15,6 +15,7 @@ from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, StaleArtifactError
 from dpo_cli.core.manifest import REWARD
 from dpo_cli.core.progress import SilentReporter
+from dpo_cli.data import world
 from tests.tiny_project import CONVERTED, run_stages, tiny_params, write_raw
 
 Steps = Callable[..., dict[str, Any]]
@@ -32,8 +33,20 @@ def begun(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     folder = tmp_path_factory.mktemp("begun")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        write_raw()
+        rows = enumerate(world.preference_rows(0, 90))
+        write_raw([{**row, "chosen_score": 2 + index % 3, "rejected_score": 1} for index, row in rows])
         run_stages(tiny_params(tiny_folder), SilentReporter(), *CONVERTED)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory, begun: Path, tiny_folder: Path) -> Path:
+    """A copy of it with the reference's log-probabilities; not to be changed."""
+    folder = tmp_path_factory.mktemp("scored") / "project"
+    shutil.copytree(begun, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run_stages(tiny_params(tiny_folder), SilentReporter(), "sft", "precompute_ref")
     return folder
 
 
@@ -117,6 +130,28 @@ def test_policy_and_reward_model_start_from_whatever_sft_made(
     assert config["base_model_name_or_path"] == "tiny"
     card = (paths.REWARD_MODEL / "README.md").read_text(encoding="utf-8")
     assert f"{metrics['num_groups']} for training" in card
+
+
+@pytest.mark.parametrize(
+    ("loss", "settings"),
+    [
+        ("dpop", {"max_steps": 20}),  # at first the penalty outweighs the margin
+        ("r_dpo", {"rdpo_alpha": 0.01}),
+        ("soft_label", {}),
+        ("rpo_bwd_kl", {}),
+        ("beta_dpo", {}),
+        ("alphapo", {"beta": 2.0, "gamma": 0.5}),
+    ],
+)
+def test_training_improves_what_an_objective_is_after(
+    loss: str, settings: dict[str, Any], steps: Steps, project: Path, scored: Path
+) -> None:
+    """On held-out pairs: its own loss falls, and the chosen answers win over the rejected ones."""
+    shutil.copytree(scored, project, dirs_exist_ok=True)
+    found = steps("train", train={"loss": loss, "beta": 0.5, **settings})
+    print(f"{loss}: {found['eval_loss_start']:.4f} -> {found['eval_loss']:.4f}, accuracy {found['eval_accuracy']:.3f}")
+    assert found["eval_loss"] < found["eval_loss_start"]
+    assert found["eval_margin"] > 0
 
 
 # --- stage reward ---------------------------------------------------------------------------

@@ -127,10 +127,13 @@ def _doubt_of(name: str) -> Callable[[Sequence[RawRow], Reading], str]:
         label = unpaired_label(rows)
         if label is None:
             return ""
+        good = "keep the good ones in a file of their own"
+        if name != "messages":
+            columns = "" if label == "label" else f" and columns: {{label: {label}}}"
+            good = f"say format: unpaired{columns} to take the good ones"
         return (
-            f"{label} calls single answers good or bad (unpaired, as KTO takes them): they make no pairs, and the bad"
-            f" ones no instructions; keep the good ones in a file of their own, or say format: {name} to take all of"
-            " them"
+            f"{label} calls single answers good or bad (unpaired, as KTO takes them), and the bad ones are no"
+            f" instructions; {good}, or say format: {name} to take all of them"
         )
 
     return doubt

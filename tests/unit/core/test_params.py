@@ -165,7 +165,7 @@ OWN = {"name": "mine"}
         ({"train": {"lora": {"r": 4}}}, "train.lora has no effect with sft.method qlora"),
         ({"train": {"loss": "cdpo"}}, "train.loss cdpo needs train.label_smoothing > 0"),
         ({"train": {"label_smoothing": 0.1}}, "train.label_smoothing has no effect with train.loss sigmoid"),
-        ({"train": {"loss": "aot", "batch_size": 1}}, "train.loss aot compares the pairs of a step"),
+        ({"train": {"loss": "aot", "batch_size": 1}}, "train.loss aot looks at all pairs of a step together: "),
         ({"train": {"gamma": 0.5}}, "train.gamma has no effect with train.loss sigmoid; simpo and alphapo read it"),
         (
             {"train": {"loss": "simpo", "ld_alpha": 0.5}},
@@ -177,7 +177,7 @@ OWN = {"name": "mine"}
         ),
         (
             {"train": {"loss": {"aot": 1.0, "sft": 0.5}}},
-            "train.loss aot is of all pairs of a step together and cannot be mixed",
+            "train.loss aot looks at all pairs of a step together and cannot be mixed",
         ),
         ({"train": {"loss": "exo_pair"}}, "train.loss exo_pair needs train.label_smoothing > 0"),
         ({"train": {"loss": "robust"}}, "train.loss robust needs train.label_smoothing > 0; at 0 it is the sigmoid"),
@@ -206,6 +206,10 @@ OWN = {"name": "mine"}
         (
             {"data": {"sft": {"format": "alpaca", "turns": "all"}}},
             "data.sft.turns has no effect with format alpaca; messages reads it",
+        ),
+        (
+            {"data": {"preferences": {"format": "unpaired", "compare": "first"}}},
+            "data.preferences.compare has no effect with format unpaired; it has single answers",
         ),
         (
             {"reward": {"loss": "bradley_terry", "ties": "groups"}},

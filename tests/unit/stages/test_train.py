@@ -20,8 +20,8 @@ from dpo_cli.stages.train import _scores
     [
         ("rpo_bwd_kl", (1.0, -2.0), None),
         ("soft_label", (1.0, 0.0), None),
-        ("soft_label", (1.0, -2.0), r"scores of the pair c are 1 and -2, no numbers of votes; .* rpo_bwd_kl reads any"),
-        ("soft_label", (0.0, 0.0), r"scores of the pair c are 0 and 0, no numbers of votes"),
+        ("soft_label", (1.0, -2.0), r"scores of pair c are 1 and -2, which cannot be .* votes; .* rpo_bwd_kl any"),
+        ("soft_label", (0.0, 0.0), r"scores of pair c are 0 and 0, which cannot be numbers of votes"),
         (
             "rpo_bwd_kl",
             (1.0, None),

@@ -34,7 +34,7 @@ def undone(number: int, prompt: str = "p") -> dict[str, Any]:
 
 @pytest.fixture
 def converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Convert:
-    """``converted(anna=[...], ben=[...])``: a folder with a file a rater, and one held-out row; the account, the rows and the rejects."""
+    """``converted(anna=[...])``: a folder with a file a rater, and a held-out row; the account, rows and rejects."""
     monkeypatch.chdir(tmp_path)
 
     def run(source: Source | None = None, torn: str = "", **raters: Sequence[dict[str, Any]]) -> Any:
