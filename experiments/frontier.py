@@ -311,8 +311,8 @@ def _at_matched_kl(frontier: Sequence[Point], other: Point, *, earns_more: bool)
     """Whether a frontier is not shown to lie below a point: its two neighbors in KL are mixed.
 
     To answer with one policy or with the other, by chance, earns the mean of their rewards, and has at most the mean of
-    their KLs, which is that of the point. Near the reference a point can be about ideal; of one that is further away it can
-    be asked that the mixture ``earns_more``.
+    their KLs, which is that of the point. Near the reference a point can be about ideal; of one that is further away it
+    can be asked that the mixture ``earns_more``.
     """
     wanted = max(other.chosen_on("kl"), 0.0)
     for below, above in itertools.pairwise(sorted(frontier, key=lambda point: point.chosen_on("kl"))):
