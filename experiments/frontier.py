@@ -255,9 +255,10 @@ def checks(results: Results) -> list[Check]:
     sft, dpo = results.points[0], results.of("dpo")
     bests = [point for found in results.best_of_n.values() for point in found]
     found = [_above(f"{_best(dpo).name} earns more than SFT", _best(dpo), sft)]
-    for other in results.of("preferred-ft"):
+    preferred = sorted(results.of("preferred-ft"), key=lambda point: point.chosen_on("kl"))
+    for place, other in enumerate(preferred, start=1):
         found.append(_above(f"{_best(dpo).name} earns more than {other.name}", _best(dpo), other))
-        found.append(_at_matched_kl([sft, *dpo], other))
+        found.append(_at_matched_kl([sft, *dpo], other, earns_more=1 < place == len(preferred)))
     found += [_kl_falls(one, other) for one, other in itertools.pairwise(dpo)]
     found.append(_below_ideal([*results.points[1:], *bests], results.ideal))
     for one in results.of("ppo-gt"):
@@ -306,11 +307,12 @@ def _true_beside_learned(one: Point, other: Point) -> Check:
     return Check(statement, "holds" if difference.high >= 0 else "fails", difference, _difference(*kls))
 
 
-def _at_matched_kl(frontier: Sequence[Point], other: Point) -> Check:
+def _at_matched_kl(frontier: Sequence[Point], other: Point, *, earns_more: bool) -> Check:
     """Whether a frontier is not shown to lie below a point: its two neighbors in KL are mixed.
 
     To answer with one policy or with the other, by chance, earns the mean of their rewards, and has at most the mean of
-    their KLs, which is that of the point.
+    their KLs, which is that of the point. Near the reference a point can be about ideal; of one that is further away it
+    can be asked that the mixture ``earns_more``.
     """
     wanted = max(other.chosen_on("kl"), 0.0)
     for below, above in itertools.pairwise(sorted(frontier, key=lambda point: point.chosen_on("kl"))):
@@ -319,8 +321,11 @@ def _at_matched_kl(frontier: Sequence[Point], other: Point) -> Check:
             share = (wanted - low) / (high - low)
             mixed = [(1 - share) * a + share * b for a, b in zip(below.rewards, above.rewards, strict=True)]
             difference = _difference(mixed, other.rewards)
-            statement = f"{below.name} and {above.name}, mixed to the KL of {other.name}, are not shown to earn less"
-            return Check(statement, "fails" if difference.high < 0 else "holds", difference)
+            least, claim = (
+                (difference.low, "earn more") if earns_more else (difference.high, "are not shown to earn less")
+            )
+            statement = f"{below.name} and {above.name}, mixed to the KL of {other.name}, {claim}"
+            return Check(statement, "fails" if least < 0 else "holds", difference)
     return Check(f"no policy of DPO has as much KL as {other.name}", "not checked", Estimate(*[math.nan] * 3))
 
 

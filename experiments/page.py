@@ -47,7 +47,9 @@ def frontier_chart(results: Results) -> Chart:
                 linewidth=0.9, elinewidth=0.6, marker="o", markersize=3.6,
             )  # fmt: skip
             for place, (point, kl, reward) in enumerate(zip(points, x, y, strict=True)):
-                if point.value is not None:  # beside its point, on one side and on the other in turn
+                if (
+                    point.value is not None and point.method != "preferred-ft"
+                ):  # beside its point, on one side and on the other in turn
                     axes.annotate(
                         f"{point.value:g}", (kl, reward), xytext=(right, -9 - up if place % 2 else up),
                         textcoords="offset points", color=color, fontsize=7.5,
@@ -61,9 +63,10 @@ def frontier_chart(results: Results) -> Chart:
     return Chart(
         "frontier",
         "Reward against KL",
-        "Numbers are beta of DPO, the target KL of PPO and alpha of Unlikelihood. Bars are 95% intervals, seed by seed,"
-        " then prompt by prompt. The ideal is estimated from the reference's own answers; it is dotted where too few of"
-        " them count for one prompt in 20, and really higher there. Best-of-N is drawn at its bound of the KL.",
+        "Numbers are beta of DPO, the target KL of PPO and alpha of Unlikelihood. Preferred-FT may have several learning"
+        " rates. Bars are 95% intervals, seed by seed, then prompt by prompt. The ideal is estimated from the reference's"
+        " own answers; it is dotted where too few of them count for one prompt in 20, and really higher there. Best-of-N"
+        " is drawn at its bound of the KL.",
         Path("points.csv"),
         keys,
         paint,

@@ -37,7 +37,12 @@ def test_every_cell_of_the_grid_has_a_point_of_all_seeds(name: str, num_seeds: i
 
 
 def test_what_theory_asks_holds_and_the_figures_say_so() -> None:
-    assert "fails" not in {row["verdict"] for row in rows("checks")}
+    verdicts = {row["statement"]: row["verdict"] for row in rows("checks")}
+    assert "fails" not in verdicts.values()
+    assert [verdict for statement, verdict in verdicts.items() if "KL of Preferred-FT" in statement].count("holds") == 3
+    assert [statement for statement in verdicts if statement.endswith("earn more")], (
+        "far from the reference DPO is better"
+    )
     points = {(row["method"], row["value"]): row for row in rows("points")}
     sft, preferred = points["sft", ""], points["preferred-ft", ""]
     dpo = sorted((row for row in rows("points") if row["method"] == "dpo"), key=lambda row: float(row["value"]))

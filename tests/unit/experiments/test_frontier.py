@@ -127,6 +127,7 @@ def test_what_theory_allows_passes() -> None:
         ({"dpo_0.1": (4, 0.5), "dpo_1": (1, 0.5), "dpo_5": (0.1, 0.5)}, "earns more than SFT"),
         ({"preferred-ft": (0.2, 0.85)}, "DPO 0.1 earns more than Preferred-FT"),
         ({"preferred-ft": (0.2, 0.65)}, "DPO 5 and DPO 1, mixed to the KL of Preferred-FT, are not shown to earn less"),
+        ({"preferred-ft_1": (0.5, 0.648)}, "DPO 5 and DPO 1, mixed to the KL of Preferred-FT 1, earn more"),
         ({"preferred-ft": (0.05, 0.59)}, "SFT, the reference and DPO 5, mixed to the KL of Preferred-FT"),
         ({"dpo_5": (2, 0.75)}, "the KL of DPO 5 is not shown to be above that of DPO 1"),
         ({"dpo_1": (1, 0.95)}, "none of 7 policies, Best-of-N among them, is above the ideal frontier"),
