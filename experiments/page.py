@@ -63,10 +63,10 @@ def frontier_chart(results: Results) -> Chart:
     return Chart(
         "frontier",
         "Reward against KL",
-        "Numbers are beta of DPO, the target KL of PPO and alpha of Unlikelihood. Preferred-FT may have several learning"
-        " rates. Bars are 95% intervals, seed by seed, then prompt by prompt. The ideal is estimated from the reference's"
-        " own answers; it is dotted where too few of them count for one prompt in 20, and really higher there. Best-of-N"
-        " is drawn at its bound of the KL.",
+        "Numbers are beta of DPO, the target KL of PPO and alpha of Unlikelihood. Preferred-FT may have several"
+        " learning rates. Bars are 95% intervals, seed by seed, then prompt by prompt. The ideal is estimated from"
+        " the reference's own answers; it is dotted where too few of them count for one prompt in 20, and really"
+        " higher there. Best-of-N is drawn at its bound of the KL.",
         Path("points.csv"),
         keys,
         paint,
