@@ -23,6 +23,7 @@ from dpo_cli.core import paths
 from dpo_cli.core.artifacts import digest_files, read_json, write_json
 from dpo_cli.core.environment import usable_cores
 from dpo_cli.core.errors import DataError, MachineError, ParamsError, StaleArtifactError
+from dpo_cli.core.load_params import read_yaml
 from dpo_cli.core.progress import Meter, Reporter, SilentReporter
 from experiments.cells import Cell, Reward, read_cells, reference_samples, run_cell
 from experiments.page import write_results
@@ -116,19 +117,24 @@ def wait_for(running: Sequence[Future[str]], pool: ProcessPoolExecutor, meter: M
         raise
 
 
+_OF_EVERY_GRID = ("seeds", "cells", "eval_steps")
+
+
 def read_grid(folder: Path, grid_file: str) -> dict[str, Any]:
     """The grid of an experiment's folder.
 
     Raises:
-        ParamsError: There is no such file, or it has no seeds.
+        ParamsError: There is no such file, or it is no grid.
     """
-    grids = {
-        path.name: YAML(typ="safe").load(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.yaml"))
-    }
-    grids = {name: grid for name, grid in grids.items() if "seeds" in grid}
-    if grid_file not in grids:
-        raise ParamsError(f"{folder / grid_file} is no grid; there are {', '.join(grids)}")
-    return grids[grid_file]
+    path = folder / grid_file
+    others = "there are grid.yaml and fast.yaml"
+    if not path.is_file():
+        raise ParamsError(f"{path} is missing; {others}")
+    grid = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    lacking = [name for name in _OF_EVERY_GRID if not isinstance(grid, dict) or name not in grid]
+    if lacking:
+        raise ParamsError(f"{path} is no grid, it lacks {', '.join(lacking)}; {others}")
+    return grid
 
 
 def refuse_other(work: Path, made_of: Mapping[str, Any]) -> None:

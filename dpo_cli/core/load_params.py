@@ -37,7 +37,7 @@ def load_params(path: Path, overrides: Sequence[str] = ()) -> Params:
     if path.stat().st_size > _LARGEST_FILE:
         raise ParamsError(f"{path} is larger than {_LARGEST_FILE >> 20} MiB: too large for a settings file; rewrite it")
     try:
-        tree = _read_yaml(path.read_text(encoding="utf-8-sig"), str(path))
+        tree = read_yaml(path.read_text(encoding="utf-8-sig"), str(path))
     except UnicodeDecodeError as error:
         raise ParamsError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     tree = {} if tree is None else tree
@@ -108,7 +108,12 @@ def parse_params(tree: Mapping[str, Any], source: str = "params.yaml") -> Params
     return params
 
 
-def _read_yaml(text: str, where: str) -> Any:
+def read_yaml(text: str, where: str) -> Any:
+    """What a YAML text says; ``where`` is what an error begins with.
+
+    Raises:
+        ParamsError: It is not valid, or its aliases spell out too much.
+    """
     try:
         if "&" in text:  # anchors: what a few lines of aliases spell out may fill any memory
             num_values = _count_values(YAML(typ="safe", pure=True).compose(text), {})
@@ -158,7 +163,7 @@ def set_value(tree: dict[str, Any], key: str, text: str) -> None:
     Raises:
         ParamsError: It is not YAML, or the key goes through a value.
     """
-    value = _read_yaml(text, f"--set {key}")
+    value = read_yaml(text, f"--set {key}")
     parts = key.strip().split(".")
     node = tree
     for part in parts[:-1]:

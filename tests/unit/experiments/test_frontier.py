@@ -11,9 +11,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-from dpo_cli.core.errors import StaleArtifactError
+from dpo_cli.core.errors import ParamsError, StaleArtifactError
 from experiments.cells import read_cells
 from experiments.frontier import NUMBERS, Ideal, Point, Results, Run, checks, read_results
+from experiments.grid import read_grid
 
 GRID: Mapping[str, Any] = {
     "seeds": [1, 2],
@@ -155,3 +156,19 @@ def test_policies_far_apart_in_kl_are_not_compared() -> None:
     assert found["DPO 0.1, the nearest in KL, beside Unlikelihood"] == "too far in KL"
     assert found["no policy of DPO has as much KL as Preferred-FT"] == "not checked"
     assert found["DPO 0.1 beside Best-of-N, learned reward 4"] == "more"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "grid.yaml is missing; there are grid.yaml and fast.yaml"),
+        ("", "is no grid, it lacks seeds, cells, eval_steps"),
+        ("seeds: [1]\ncells: []\n", "is no grid, it lacks eval_steps"),
+        ("seeds: [1\n", r"grid.yaml, line 2, column 1: not valid YAML"),
+    ],
+)
+def test_what_is_no_grid_is_refused(tmp_path: Path, text: str | None, words: str) -> None:
+    if text is not None:
+        (tmp_path / "grid.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ParamsError, match=words):
+        read_grid(tmp_path, "grid.yaml")
