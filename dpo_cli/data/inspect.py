@@ -44,11 +44,9 @@ def describe_row(source: Source, row: int, view: TokenView | None, data: DataPar
     if others:
         raise DataError(f"{source.path} stands for {1 + len(others)} files; name one of them, such as {path}")
     plan, why = plan_of(source, path, Treatment.of(data or DataParams()), before_broken=True)
-    if plan.fallback == VOTES.name:
-        records = tally_of(source).records(path)
-    else:
-        records = read_records(path, within=source.records)
-    record = _record_at(path, records, row)
+    record = raw = _record_at(path, read_records(path, within=source.records), row)
+    if plan.fallback == VOTES.name:  # with what the other votes on its item say
+        record = _record_at(path, tally_of(source).records(path), row)
     stage = "convert-sft" if plan.kind == "sft" else "convert-preferences"
     found: dict[str, Any] = {
         "file": path.as_posix(),
@@ -76,7 +74,7 @@ def describe_row(source: Source, row: int, view: TokenView | None, data: DataPar
         found["left_out"].append(_left_out("", stage, problem.reason, problem.detail))
     found["left_out"] += describing.left_out
     if not any("prompt" in part for part in found["parts"]):
-        found["raw"] = _as_json(record.value)
+        found["raw"] = _as_json(raw.value)
     return found
 
 

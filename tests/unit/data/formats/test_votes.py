@@ -142,6 +142,14 @@ def test_as_instructions_the_better_answers_are_learned_but_no_tie(converted: Co
     assert report.rejected == {"tie": 1, "counted_together": 1}
 
 
+def test_a_vote_is_shown_as_it_is_counted_and_as_the_file_has_it(converted: Convert) -> None:
+    converted(anna=[vote(0, "A"), vote(1, "A", rater="human:ben")])
+    first, second = (describe_row(PreferenceSource(path="votes"), row, None) for row in (0, 1))
+    assert first["parts"][0]["answers"][0]["score"] == 2.0
+    assert second["left_out"][0]["reason"] == "counted_together"
+    assert second["raw"]["vote"] == "A"
+
+
 def test_a_torn_last_line_is_no_vote_and_columns_have_no_effect(converted: Convert) -> None:
     report, [row], _ = converted(torn='{"number": 1, "item', anna=[vote(0, "A")])
     assert (report.num_read - 1, texts(row, "chosen")) == (1, "x")
