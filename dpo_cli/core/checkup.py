@@ -173,7 +173,8 @@ def dvc(process: subprocess.Popen[str] | None, timeout_s: float, *, in_project: 
     try:
         changed = json.loads(out)
     except ValueError:
-        words = next((line for line in said.splitlines() if line.startswith("ERROR:")), said.strip() or out)
+        lines = (said.strip() or out).strip().splitlines() or ["nothing was said"]
+        words = next((line for line in lines if line.startswith("ERROR:")), lines[-1])
         is_locked = "lock" in words.lower()
         remedy = "wait for the other dvc to end, or end it" if is_locked else "run: dvc status"
         return Finding("dvc", "bad", f"{named}: {words.removeprefix('ERROR: ').strip()}", remedy)
