@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -96,6 +97,21 @@ def test_without_llama_cpp_files_are_read_back_and_it_is_said(project: Path, mon
     found = json.loads(result.stdout)["targets"]
     assert {one["read_by"] for one in found.values()} == {"dpo-cli"}
     assert found["gguf-f16"]["mean_nats"] < 2e-3
+
+
+def test_k_quants_are_made_by_llama_quantize(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that only copies stands for it: what it is given is the file in F16."""
+    quantizer = Path("bin/llama-quantize")
+    quantizer.parent.mkdir()
+    quantizer.write_text('#!/bin/sh\necho "to $3"\n[ "$3" = Q6_K ] && cp "$1" "$2"\n', encoding="utf-8")
+    quantizer.chmod(0o755)
+    monkeypatch.setenv("PATH", str(quantizer.parent.resolve()), prepend=os.pathsep)
+    result = export(*to("gguf-q6_k", "gguf-q4_k_m"), "--json")
+    found = json.loads(result.stdout)["targets"]
+    assert found["gguf-q6_k"]["mean_nats"] < 2e-3
+    assert result.exit_code == 6
+    assert "gguf-q4_k_m is refused: llama-quantize failed" in result.stderr
+    assert Path("out/gguf-q6_k/tiny-Q6_K.gguf").is_file()
 
 
 def test_one_that_is_too_far_is_refused_and_the_others_are_kept(project: Path) -> None:
