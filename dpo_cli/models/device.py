@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from dpo_cli.core.environment import is_gpu, refuse_several_processes, usable_threads
+from dpo_cli.core.environment import available_memory_bytes, is_gpu, refuse_several_processes, usable_threads
 from dpo_cli.core.errors import MachineError
 from dpo_cli.core.params import RuntimeParams
 
@@ -181,7 +181,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 def free_memory_bytes(device: torch.device) -> int:
     """Memory that is still to be had: of the GPU, what PyTorch holds unused included, or of the machine."""
     if not is_gpu(device):
-        return psutil.virtual_memory().available
+        return available_memory_bytes()
     import torch
 
     free, total = torch.cuda.mem_get_info(device)

@@ -83,7 +83,7 @@ def test_a_command_is_loaded_when_it_is_named() -> None:
     assert not {"dpo_cli.cli.score", "dpo_cli.cli.init", "dpo_cli.cli.data"} & loaded
 
 
-@pytest.mark.parametrize(("arguments", "meant"), [(["scor"], "score"), (["data", "chek"], "check")])
+@pytest.mark.parametrize(("arguments", "meant"), [(["sampl"], "sample"), (["data", "chek"], "check")])
 def test_a_command_that_there_is_not_names_one_like_it(arguments: list[str], meant: str) -> None:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2

@@ -24,6 +24,7 @@ from dpo_cli.core.params import HfJudgeParams, Params, RuntimeParams
 from dpo_cli.core.progress import SilentReporter
 from dpo_cli.data.schema import user
 from dpo_cli.data.tokens import TokenGroup
+from dpo_cli.exporting.llama_cpp import serve
 from dpo_cli.models.adapters import FrozenBase
 from dpo_cli.models.load import keep_weights_unpacked, load_config, load_model, load_tokenizer
 from dpo_cli.models.project import Project, Workplace, open_project
@@ -284,7 +285,7 @@ def post(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callabl
     if len(pieces) > 1:
         whole = tmp_path_factory.mktemp("joined") / "model.gguf"
         whole.write_bytes(b"".join(piece.read_bytes() for piece in pieces))
-    with gguf_files.llama_cpp(whole, 1024) as post:
+    with serve(whole, 1024) as post:
         yield post
 
 
