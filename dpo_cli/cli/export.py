@@ -97,9 +97,10 @@ def export_command(
             reporter.table(f"export: {each.name}", each.rows())
         if recommended:
             reporter.say(f"export: {recommended}")
-        if as_json:
-            figures = {each.name: each.figures() for each in exported}
-            typer.echo(json.dumps({"targets": figures, "recommended": recommended}, ensure_ascii=False))
+    if as_json:
+        figures = {each.name: each.figures() for each in exported}
+        typer.echo(json.dumps({"targets": figures, "recommended": recommended}, ensure_ascii=False))
+    with errors_as_exit_codes(as_json=False):  # the figures name the problems, too
         problems = [f"{each.name} is refused: {problem}" for each in exported for problem in each.found.problems]
         if problems:
             raise MachineError(problems)

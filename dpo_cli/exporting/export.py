@@ -216,7 +216,8 @@ def judge(target: Target, built: Path, options: ExportOptions) -> Found:
     if math.isnan(kept.value) or not options.min_kept <= kept.value <= 1 / options.min_kept:
         side = "more" if kept.value > 1 else "less"
         bound = 1 / options.min_kept if kept.value > 1 else options.min_kept
-        numbers.append(f"it has {in_percent(kept)} of the tuned margin, {side} than {bound:.0%} (--min-kept)")
+        doubt = "; more --pairs would tell, the interval holds the bound" if kept.low < bound < kept.high else ""
+        numbers.append(f"it has {in_percent(kept)} of the tuned margin, {side} than {bound:.0%} (--min-kept){doubt}")
     if numbers:
         found.problems += target.name_weights(built)
     found.problems += numbers

@@ -64,7 +64,7 @@ class Vocabulary:
         types: What each is: normal, control, defined by the user or unused.
         merges: Two tokens each, in their order.
         ids: Of the special tokens, by llama.cpp's names.
-        begins: Whether a text begins with the BOS token.
+        begins: Whether the BOS token is put before every text: the tokenizer does so, and prompts begin with it.
         template: The chat template.
         notes: What is cut otherwise than by the tokenizer, whole sentences.
     """
@@ -127,9 +127,9 @@ def vocabulary_of(tokenizer: Any, encoder: ChatEncoder, num_rows: int, texts: Se
     ids |= {"eot": others[0]} if others else {}
     for name, number in (("bos", tokenizer.bos_token_id), ("padding", tokenizer.pad_token_id)):
         ids |= {} if number is None else {name: number}
-    begins = tokenizer.bos_token_id is not None and all(
-        encoder.tokenize(text)[:1] == [tokenizer.bos_token_id] for text in texts
-    )
+    bos = [tokenizer.bos_token_id]
+    adds_bos = bos != [None] and list(tokenizer("a")["input_ids"])[:1] == bos
+    begins = adds_bos and all(encoder.tokenize(text)[:1] == bos for text in texts)
     merges = [each if isinstance(each, str) else " ".join(each) for each in model["merges"]]
     tokens = [known.get(number, f"[PAD{number}]") for number in range(num_rows)]
     return Vocabulary(rule, tokens, types, merges, ids, begins, encoder.template, tuple(notes))

@@ -50,7 +50,8 @@ class Turns:
         start = self.opening
         if self.system is not None:
             before, after = self.system
-            start = f"{{{{ if .System }}}}{before}{{{{ .System }}}}{after}{{{{ else }}}}{self.opening}{{{{ end }}}}"
+            otherwise = f"{{{{ else }}}}{self.opening}" if self.opening else ""
+            start = f"{{{{ if .System }}}}{before}{{{{ .System }}}}{after}{otherwise}{{{{ end }}}}"
         return f"{start}{{{{ range .Messages }}}}{cases}{{{{ end }}}}{{{{ end }}}}{self.end}"
 
 
