@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GROUPS = {"data": ["data check", "data show", "data stats"], "model": ["model import", "model info"]}
 NAMED = [name for command in COMMANDS for name in GROUPS.get(command, [command])]
 
-HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "lm_eval", "datasets", "polars", "pydantic", "dvc")
+HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "lm_eval", "datasets", "polars", "pydantic", "dvc", "textual")
 
 
 def run(*arguments: str) -> Result:
