@@ -22,9 +22,6 @@ from dpo_cli.models.shapes import random_model
 from dpo_cli.models.trials import say
 from dpo_cli.training.bench import Case, measure_reference, measure_training
 
-_USUAL_TOKENS = 4
-"""Micro-batches that are timed."""
-
 
 def rehearse(subject: Subject, params: Params) -> None:
     """Say of each training what its largest micro-batch takes, and how fast usual ones are."""
@@ -37,7 +34,7 @@ def rehearse(subject: Subject, params: Params) -> None:
         budget = token_budget(params.runtime, machine.device)
         size = task.settings.batch_size
         with scorer:
-            usual = _usual(task.groups, _USUAL_TOKENS * budget, scorer)
+            usual = _usual(task.groups, budget, scorer)
             timed = measure_training(Case(model, scorer, usual, min(size, len(usual)), work, 1))
             passed = measure_reference(Case(model, scorer, usual, size, work, 1))
             longest = _longest(task.groups, budget, scorer)

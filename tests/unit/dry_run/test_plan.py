@@ -18,7 +18,16 @@ from dpo_cli.core.training_params import LoraParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.dry_run import outlook, target
 from dpo_cli.dry_run.outlook import look_ahead, stage_seconds
-from dpo_cli.dry_run.plan import Plan, Target, Task, changes, measure_lengths, micro_batches, plan_training
+from dpo_cli.dry_run.plan import (
+    RESIDENT_SHARE,
+    Plan,
+    Target,
+    Task,
+    changes,
+    measure_lengths,
+    micro_batches,
+    plan_training,
+)
 from dpo_cli.dry_run.tasks import other_subject
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine
@@ -65,7 +74,7 @@ def test_without_numbers_a_model_takes_what_it_takes_with_them(quantization: str
             own[part.untyped_storage()._cdata] = part.untyped_storage().nbytes()
     assert plan.counted.weight_bytes == sum(own.values())
     for grade, per_token in kept.per_token.items():
-        assert plan.counted.kept.per_token[grade] == pytest.approx(per_token, rel=0.05)
+        assert plan.counted.kept.per_token[grade] == pytest.approx(RESIDENT_SHARE * per_token, rel=0.05)
     trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
     assert (plan.counted.adapter_bytes, plan.counted.training_bytes) == (4 * trained, 12 * trained)
 
