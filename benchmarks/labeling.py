@@ -75,6 +75,7 @@ def convert_votes(num_votes: int, num_raters: int) -> None:
         for part in ("votes", "work", "out"):
             (folder / part).mkdir()
         files = [(folder / f"votes/rater{number}.jsonl").open("w", encoding="utf-8") for number in range(num_raters)]
+        answers: list[str] = []
         for number in range(num_votes):
             if number % 2 == 0:
                 answers = [" ".join(draw.choices(("some", "words", "of", "an", "answer"), k=WORDS)) for _ in range(2)]
