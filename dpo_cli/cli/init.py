@@ -19,6 +19,7 @@ app = command_app()
     rich_help_panel="Projects",
     epilog=examples(
         "dpo-cli init demo",
+        "dpo-cli init mine --ask",
         "dpo-cli init mine --sft instructions.json --preferences pairs.jsonl --model ~/models/Qwen2.5-0.5B",
         "dpo-cli init mine --preferences pairs.csv --set 'columns={chosen: good, rejected: bad}' --set sft.method=none",
     ),
@@ -35,6 +36,9 @@ def init_command(
         Path | None,
         typer.Option("--model", metavar="DIR", help="Base model in Hugging Face layout; none: the embedded model."),
     ] = None,
+    ask: Annotated[
+        bool, typer.Option("--ask", help="Ask for the files and the model that are not given, one by one.")
+    ] = False,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -54,4 +58,11 @@ def init_command(
 
     with errors_as_exit_codes(as_json=False):
         files = ProjectFiles(sft=sft, preferences=preferences, model=model)
-        create_project(folder, files, ConsoleReporter(), settings or [])
+        reporter = ConsoleReporter()
+        if ask:
+            from dpo_cli.cli.ask import ask_for_files, next_steps
+
+            files = ask_for_files(files, reporter)
+        create_project(folder, files, reporter, settings or [])
+        if ask:
+            next_steps(folder, files, reporter)
