@@ -66,7 +66,7 @@ def round_rows(metrics: Mapping[str, Metrics]) -> list[tuple[str, ...]]:
 
     Returns:
         A row a round: number and project, pairs, win rate over the model that it began with, its interval, KL from that
-        model, and the known reward of the answers before and after.
+        model, and the mean reward of the answers before and after, where the judge has one.
     """
     before = metrics["sft"].get("rounds", [])
     last = {"project": "this project", **metrics["evaluate"], "num_pairs": metrics["train"]["num_pairs"]}
