@@ -108,12 +108,18 @@ def _train_rows(trained: Metrics) -> Rows:
 
 def _evaluate_rows(evaluated: Metrics) -> Rows:
     lengths = f"{evaluated['answer_tokens_sft']:.1f} {_ARROW} {evaluated['answer_tokens_dpo']:.1f}"
+    held_out, reference = [], []
+    if "num_pairs" in evaluated:
+        held_out += [("held-out pairs", _count(evaluated["num_pairs"]), "")]
+        held_out += [("of them ties", _count(evaluated["num_ties"]), "")]
+        reference = [("accuracy of the SFT model itself", f"{100 * evaluated['reference_accuracy']:.1f}", "%")]
+    if "num_good" in evaluated:
+        held_out += [(f"held-out {side} answers", _count(evaluated[f"num_{side}"]), "") for side in ("good", "bad")]
     return [
-        ("held-out pairs", _count(evaluated["num_pairs"]), ""),
-        ("of them ties", _count(evaluated["num_ties"]), ""),
+        *held_out,
         ("prompts answered", _count(evaluated["num_generated_prompts"]), ""),
         ("answer length, SFT to DPO", lengths, "tokens"),
-        ("accuracy of the SFT model itself", f"{100 * evaluated['reference_accuracy']:.1f}", "%"),
+        *reference,
         ("KL, over the whole vocabulary", f"{evaluated['kl']:.2f}", "nats"),
         ("KL, from the sampled tokens", f"{evaluated['kl_k1']:.2f}", "nats"),
         _peak_memory(evaluated),
