@@ -108,7 +108,7 @@ def import_command(
         tool = _tool("--from", source)
         from dpo_cli.labeling.exchange import import_votes
 
-        names = dict(each.rpartition("=")[::2] for each in raters or [])
+        names = {said: name for said, _, name in (each.rpartition("=") for each in raters or [])}
         if not all((*names, *names.values())):
             raise ParamsError("--rater must be ID=NAME, such as --rater 7=anna")
         reporter = ConsoleReporter(show_tables=not as_json)

@@ -99,8 +99,11 @@ def _read(row: dict[str, Any]) -> Iterator[Annotation]:
     item_id = text_in(metadata or {}, "item_id")
     task, names = task_in({**fields, "prompt": parsed(fields.get("prompt"))}, item_id)
     for each in _responses(row):
+        if each.status == "draft":
+            yield Annotation(each.user, None, left_out=DRAFT)
+            continue
         vote = SKIPPED if each.status == "discarded" else _vote_of(each.value, names)
-        left_out = DRAFT if each.status == "draft" else OTHER if vote is None else ""
+        left_out = OTHER if vote is None else ""
         doubt = "" if each.status or left_out else _NO_STATUS
         yield Annotation(each.user, vote, item_id, task, at=each.at, left_out=left_out, doubt=doubt)
 

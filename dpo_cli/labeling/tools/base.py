@@ -22,6 +22,8 @@ VOTE = "vote"
 """The name of the question in every tool."""
 WORDS: dict[Mode, tuple[str, ...]] = {"pair": (A, B, TIED, BOTH_BAD), "thumbs": (UP, DOWN)}
 """What may be chosen where nothing is ranked."""
+KEYS = {A: "f", B: "j", TIED: "t", BOTH_BAD: "b", UP: "j", DOWN: "f", SKIPPED: "s"}
+"""The same as on our own page."""
 ASKED: dict[Mode, str] = {
     "pair": "Which answer is better?",
     "ranking": "Rank the answers, the best one first.",

@@ -18,6 +18,7 @@ from dpo_cli.labeling.items import Mode
 from dpo_cli.labeling.tools.base import (
     ASKED,
     DRAFT,
+    KEYS,
     LETTERS,
     OTHER,
     VOTE,
@@ -32,9 +33,6 @@ from dpo_cli.labeling.tools.base import (
     text_in,
     word_of,
 )
-
-_KEYS = dict(zip(("A", "B", "tie", "both bad", "up", "down"), "fjtbjf", strict=True))
-"""The same as on our own page."""
 
 
 def _write(tasks: Iterator[Task], mode: Mode, most: int, folder: Path) -> None:
@@ -57,7 +55,7 @@ def _config(mode: Mode, most: int) -> str:
         shown = '    <List name="answers" value="$items" title="Answers"/>\n'
         control = f'  <Ranker name="{VOTE}" toName="answers"/>\n'
     else:
-        choices = "".join(f'    <Choice value="{word}" hotkey="{_KEYS[word]}"/>\n' for word in WORDS[mode])
+        choices = "".join(f'    <Choice value="{word}" hotkey="{KEYS[word]}"/>\n' for word in WORDS[mode])
         control = f'  <Choices name="{VOTE}" toName="A" choice="single-radio" required="true">\n{choices}  </Choices>\n'
     return (
         f'<View>\n  <Header value="{ASKED[mode]}"/>\n'

@@ -19,6 +19,7 @@ from dpo_cli.data.votes import SKIPPED
 from dpo_cli.labeling.items import Mode
 from dpo_cli.labeling.tools.base import (
     ASKED,
+    KEYS,
     LETTERS,
     OTHER,
     VOTE,
@@ -29,7 +30,6 @@ from dpo_cli.labeling.tools.base import (
     text_in,
 )
 
-_KEYS = {"A": "f", "B": "j", "tie": "t", "both bad": "b", "up": "j", "down": "f", SKIPPED: "s"}
 _RANKS = "rank_order"
 """What Potato calls a ranking's answer: names with commas between, the best first."""
 
@@ -49,7 +49,7 @@ def _config(mode: Mode, most: int) -> dict[str, Any]:
         words = (*WORDS[mode], SKIPPED)
         scheme |= {
             "annotation_type": "radio",
-            "labels": [{"name": word, "key_value": _KEYS[word]} for word in words],
+            "labels": [{"name": word, "key_value": KEYS[word]} for word in words],
             "label_requirement": {"required": True},
         }
     turns = {"speaker_key": "role", "text_key": "content"}
@@ -79,7 +79,8 @@ def _read(row: dict[str, Any]) -> Iterator[Annotation]:
     if isinstance(row.get("labels"), dict):
         said = [(scheme, name, value) for scheme, some in row["labels"].items() for name, value in some.items()]
     else:  # a table has a column for each label of a scheme
-        said = [(*name.split(".", 1), value) for name, value in row.items() if "." in name and value not in (None, "")]
+        named = [(*name.partition("."), value) for name, value in row.items()]
+        said = [(scheme, name, value) for scheme, _, name, value in named if name]
     yield from _annotation(text_in(row, "user_id"), text_in(row, "instance_id"), said, {})
 
 
