@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dpo_cli.core.judges import JUDGES
@@ -59,6 +59,36 @@ def run_tables(metrics: Mapping[str, Metrics]) -> dict[str, Rows]:
         "DPO": _train_rows(metrics["train"]),
         "Evaluation": _evaluate_rows(metrics["evaluate"]),
     }
+
+
+def round_rows(metrics: Mapping[str, Metrics]) -> list[tuple[str, ...]]:
+    """The rounds beside each other, this one last, where the SFT model is what an earlier project tuned.
+
+    Returns:
+        A row a round: number and project, pairs, win rate over the model that it began with, its interval, KL from that
+        model, and the mean reward of the answers before and after, where the judge has one.
+    """
+    before = metrics["sft"].get("rounds", [])
+    last = {"project": "this project", **metrics["evaluate"], "num_pairs": metrics["train"]["num_pairs"]}
+    rows = []
+    for number, each in enumerate([*before, last] if before else [], start=1):
+        low, high = each.get("win_rate_ci") or (None, None)
+        rewards = [each.get(f"reward_{model}") for model in ("sft", "dpo")]
+        rows.append(
+            (
+                f"{number}: {each['project']}",
+                _or_none(each.get("num_pairs"), _count),
+                _or_none(each.get("win_rate"), _percent),
+                "" if low is None or high is None else f"[{_percent(low)}, {_percent(high)}]",
+                _or_none(each.get("kl"), "{:.2f}".format),
+                _NONE if None in rewards else f"{rewards[0]:.3f} {_ARROW} {rewards[1]:.3f}",
+            )
+        )
+    return rows
+
+
+def _or_none(value: float | None, text: Callable[[float], str]) -> str:
+    return _NONE if value is None else text(value)
 
 
 def _sft_rows(sft: Metrics) -> Rows:
