@@ -88,9 +88,11 @@ def init_command(
         files = ProjectFiles(sft=sft, preferences=preferences, model=model)
         reporter = ConsoleReporter()
         if ask:
-            from dpo_cli.cli.ask import ask_for_files, next_steps
+            from dpo_cli.cli.ask import ask_for_files
 
             files = ask_for_files(files, reporter)
         create_project(folder, files, reporter, settings or [])
         if ask:
+            from dpo_cli.cli.ask import next_steps
+
             next_steps(folder, files, reporter)
