@@ -58,7 +58,7 @@ def _config(mode: Mode, most: int) -> str:
         choices = "".join(f'    <Choice value="{word}" hotkey="{KEYS[word]}"/>\n' for word in WORDS[mode])
         control = f'  <Choices name="{VOTE}" toName="A" choice="single-radio" required="true">\n{choices}  </Choices>\n'
     return (
-        f'<View>\n  <Header value="{ASKED[mode]}"/>\n'
+        f'<View style="white-space: pre-wrap">\n  <Header value="{ASKED[mode]}"/>\n'
         '  <Paragraphs name="prompt" value="$prompt" layout="dialogue" nameKey="role" textKey="content"/>\n'
         '  <View style="display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; gap: 1em">\n'
         f"{shown}  </View>\n{control}</View>\n"
