@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.core.artifacts import digest_bytes, digest_json, write_json_lines
-from dpo_cli.core.errors import DataError
+from dpo_cli.core.errors import DataError, first_line
 from dpo_cli.data.problem import RowProblem, kind_of
 from dpo_cli.data.reading.files import read_records
 from dpo_cli.data.schema import content_id, text_of
@@ -122,6 +122,13 @@ def import_votes(
                 problems.append(f"{place} {problem}")
             except UnicodeEncodeError:
                 problems.append(f"{place} has half a character in a text (a lone surrogate)")
+            except (
+                AttributeError,
+                KeyError,
+                TypeError,
+                ValueError,
+            ) as error:  # no list where the tool has one
+                problems.append(f"{place} is not as {tool.name} writes it: {type(error).__name__}: {first_line(error)}")
     if problems:
         more = len(problems) - _MOST_PROBLEMS
         raise DataError([*problems[:_MOST_PROBLEMS], *([f"{more} more such rows"] if more > 0 else [])])

@@ -367,6 +367,7 @@ def test_projects_of_others_are_read_where_their_fields_have_the_documented_name
     [
         ("label-studio", {"data": {}}, "row 0 is no task of Label Studio's JSON export"),
         ("argilla", {"prompt": "q"}, "row 0 is no record of Argilla"),
+        ("label-studio", {"data": {}, "annotations": [7]}, "row 0 is not as label-studio writes it: AttributeError"),
         ("potato", {"user_id": "anna"}, "name the folder that you exported: --tasks DIR"),
         (
             "label-studio",
