@@ -38,7 +38,9 @@ app, try_app = command_app(), command_app()
 def sample_command(
     files: Annotated[
         list[Path],
-        typer.Argument(metavar="PROMPTS...", help="Rows with a prompt: text, or messages; in any kind of file."),
+        typer.Argument(
+            metavar="PROMPTS...", help="Files with prompts, in any format of the data, or a folder of votes."
+        ),
     ],
     answers: Annotated[int, typer.Option("--answers", metavar="K", min=1, help="Answers to each prompt.")] = 4,
     model: Annotated[
@@ -57,10 +59,10 @@ def sample_command(
 ) -> None:
     """Sample answers of the SFT model to prompts of your own, and score them where the reward is known.
 
-    Answers are sampled as evaluate says (temperature, max_new_tokens, seed), and scored where evaluate.judge is world
-    or rule. In data/raw such a table is preference data of format kwise: pairs are made of answers with different
-    scores. Answers that did not end are left out and counted, and those with the same text are merged. What was sampled
-    before is not sampled again.
+    Answers are sampled as evaluate says (temperature, max_new_tokens, seed), and scored where evaluate.judge is rule,
+    or world and it knows the prompt. In data/raw such a table is preference data of format kwise: pairs are made of
+    answers with different scores. Answers that did not end are left out and counted, and those with the same text are
+    merged. What was sampled before is not sampled again.
     """
     with errors_as_exit_codes(as_json=as_json):
         from dpo_cli.core.load_params import load_params  # here, so that --help does not wait for them

@@ -13,6 +13,8 @@ from typing import Any
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
@@ -108,38 +110,58 @@ def test_from_prompts_to_a_win_rate(tuned: Params, make_reporter: Callable[[], A
     # with --model another model is asked
     reporter = make_reporter()
     sample_files([UNSEEN], K, paths.DPO_MODEL, paths.SAMPLED, tuned, reporter)
-    [meter] = reporter.meters
-    assert "dpo" in meter.label
+    assert [meter.label.count("dpo") for meter in reporter.meters] == [1, 1], "it answers, and is scored"
     made_by = [pq.read_schema(folder / "unseen.parquet").metadata[b"model"] for folder in (paths.RAW, paths.SAMPLED)]
     assert made_by[0] != made_by[1]
 
 
 def test_what_was_sampled_is_not_sampled_again(tuned: Params, make_reporter: Callable[..., Any]) -> None:
     """A stopped run goes on where it was, and both the files and one more answer leave what is there as it is."""
-    sample_files([TRAIN], K, None, paths.SAMPLED, tuned, make_reporter())
+    small = tuned.model_copy(update={"runtime": tuned.runtime.model_copy(update={"max_tokens_per_microbatch": 16})})
+    sample_files([TRAIN], K, None, paths.SAMPLED, small, make_reporter())
     whole = (paths.SAMPLED / "train.parquet").read_bytes()
 
     def stop(done: int) -> None:
         raise KeyboardInterrupt
 
-    small = tuned.model_copy(update={"runtime": tuned.runtime.model_copy(update={"max_tokens_per_microbatch": 16})})
     scratch = Path(".scratch/sample")
     scratch.rename("elsewhere")
     with pytest.raises(KeyboardInterrupt):
         sample_files([TRAIN], K, None, paths.SAMPLED, small, make_reporter(stop))
     again = make_reporter()
     sample_files([TRAIN], K, None, paths.SAMPLED, small, again)
-    [left] = [meter.total for meter in again.meters]
+    left, _ = [meter.total for meter in again.meters]
     assert 0 < left < 8 * K
     assert (paths.SAMPLED / "train.parquet").read_bytes() == whole
 
     more = make_reporter()
     sample_files([TRAIN], K + 1, None, paths.SAMPLED, small, more)
-    assert [meter.total for meter in more.meters] == [8]
+    assert more.meters[0].total == 8
     known = make_reporter()
     sample_files([TRAIN], K, None, paths.SAMPLED, small, known)
     assert known.meters == []
     assert (paths.SAMPLED / "train.parquet").read_bytes() == whole
+
+
+def test_an_answers_log_probability_is_that_of_its_tokens(
+    tuned: Params, tokenizer: Any, make_reporter: Callable[[], Any]
+) -> None:
+    """Summed over the answer and the token that ends it, at temperature 1, whatever it was sampled at."""
+    changes = {
+        "evaluate": tuned.evaluate.model_copy(update={"temperature": 0.7}),
+        "reference": tuned.reference.model_copy(update={"quantization": "none"}),
+    }
+    sample_files([UNSEEN], K, None, paths.SAMPLED, tuned.model_copy(update=changes), make_reporter())
+    model = AutoModelForCausalLM.from_pretrained(paths.SFT_MODEL, dtype=torch.float32).eval()
+    [row, *_] = rows_of(paths.SAMPLED / "unseen.parquet")
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": row["prompt"][0]["content"]}], add_generation_prompt=True, return_dict=False
+    )
+    for tokens, logp in zip(row["token_ids"], row["logps"], strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        each = logits.log_softmax(-1)[torch.arange(len(tokens)), tokens]
+        assert logp == pytest.approx(each.sum().item(), abs=1e-4)
 
 
 @pytest.mark.parametrize(

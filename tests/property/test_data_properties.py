@@ -156,12 +156,14 @@ PREFERENCES: dict[str, Callable[[Messages, str, str], dict[str, Any]]] = {
         "annotator4": 1,
     },
 }
+SCORES_OF = {"votes": (2.0, 1.0)}
+"""Forms that say by how much: the numbers of votes."""
 
 
 @pytest.mark.parametrize("form", PREFERENCES)
 @given(prompt=conversations(), chosen=VISIBLE, rejected=VISIBLE)
 def test_preferences_read_back(form: str, prompt: Messages, chosen: str, rejected: str) -> None:
-    expected = PreferenceExample(prompt, [assistant(chosen)], [assistant(rejected)])
+    expected = PreferenceExample(prompt, [assistant(chosen)], [assistant(rejected)], *SCORES_OF.get(form, ()))
     assert read_auto(PREFERENCE_FORMATS, PREFERENCES[form](prompt, chosen, rejected)) == expected
 
 
