@@ -92,7 +92,8 @@ class _Help(ModalScreen[None]):
 
     def __init__(self, mode: Mode, guideline: str) -> None:
         super().__init__()
-        self._mode, self._guideline = mode, guideline
+        self._mode: Mode = mode
+        self._guideline = guideline
 
     def compose(self) -> ComposeResult:
         rows = Table.grid(padding=(0, 2))
