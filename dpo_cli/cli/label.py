@@ -138,7 +138,7 @@ def label_command(
         if adjudicate and not folder.is_dir():
             raise DataError(f"{folder} is missing: there are no votes to adjudicate; --out names the folder of votes")
         given = {"mode": mode, "pairs": pairs, "overlap": overlap, "repeats": repeats, "seed": seed}
-        settings, store, account = _open_items(items, folder, given)
+        settings, store, account = open_items(items, folder, given)
         with Engine(store, settings, folder, text, adjudicates=adjudicate) as engine:
             if open_judge is None:
                 where = None if terminal else _PORT if port is None else port
@@ -148,11 +148,11 @@ def label_command(
 
                 path, num_votes, num_without = judge_items(engine, open_judge, most, reporter)
                 figures = {"num_votes": num_votes, "num_without": num_without, "file": path.as_posix()}
-                _print(items, account, reporter, [("votes", f"{num_votes} in {path.as_posix()}")])
+                print_account(items, account, reporter, [("votes", f"{num_votes} in {path.as_posix()}")])
                 if num_without:
                     reporter.warn(f"label: the judge had no verdict on {num_without} items; run it again to ask again")
         if as_json:
-            typer.echo(json.dumps(_account(account) | figures, ensure_ascii=False))
+            typer.echo(json.dumps(account_of(account) | figures, ensure_ascii=False))
 
 
 def _user() -> str:
@@ -207,7 +207,7 @@ def _ask_people(
         _refuse_agreement(engine)
     if engine.num_unknown:
         reporter.warn(f"label: {engine.num_unknown} votes are on items that {path} does not have; they are kept")
-    _print(path, account, reporter, [("votes in", engine.folder.as_posix())])
+    print_account(path, account, reporter, [("votes in", engine.folder.as_posix())])
     if port is None:
         from dpo_cli.labeling.terminal import vote_in_terminal
 
@@ -244,7 +244,7 @@ def _serve(engine: Engine, raters: list[str], port: int, reporter: Reporter) -> 
         heard(stop)
 
 
-def _open_items(path: Path, folder: Path, given: dict[str, Any]) -> tuple[Settings, ItemStore, Account]:
+def open_items(path: Path, folder: Path, given: dict[str, Any]) -> tuple[Settings, ItemStore, Account]:
     """The settings of a labeling and its items, as they are found in a file."""
     from dpo_cli.labeling.items import Account, ItemStore, read_items
     from dpo_cli.labeling.settings import settle
@@ -259,7 +259,8 @@ def _open_items(path: Path, folder: Path, given: dict[str, Any]) -> tuple[Settin
     return settings, items, account
 
 
-def _account(account: Account) -> dict[str, Any]:
+def account_of(account: Account) -> dict[str, Any]:
+    """What became of the rows of a file, for ``--json``."""
     return {**asdict(account), "left_out": dict(account.left_out)}
 
 
@@ -267,7 +268,8 @@ def _left_out(account: Account) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in account.left_out.items())
 
 
-def _print(path: Path, account: Account, reporter: Reporter, more: list[tuple[str, str]]) -> None:
+def print_account(path: Path, account: Account, reporter: Reporter, more: list[tuple[str, str]]) -> None:
+    """Show what became of the rows of a file."""
     rows = [
         ("rows", str(account.num_rows)),
         ("items", str(account.num_items)),

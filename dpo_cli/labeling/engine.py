@@ -34,6 +34,7 @@ from dpo_cli.labeling.votes import (
     is_choice,
     lines_of,
     num_results,
+    order_of,
     result_of,
     row_of,
 )
@@ -136,7 +137,7 @@ class Engine:
 
     def _replay(self, mine: _Rater, row: Mapping[str, Any]) -> None:
         if row["vote"] == UNDONE:
-            self._take_back(mine)
+            self._take_back(mine, mine.numbers.index(row["supersedes"]))
         else:
             if row["mode"] != self.settings.mode:
                 raise DataError(
@@ -144,8 +145,7 @@ class Engine:
                 )
             index = self._index.get(row["item_id"], -1)
             self.num_unknown += index < 0
-            order = self._shown_as(mine.name, index, row["drawn"]) if index >= 0 else ()
-            self._count(mine, row["number"], index, result_of(row["vote"], order), row["drawn"], row["seconds"])
+            self._count(mine, row["number"], index, result_of(row["vote"], order_of(row)), row["drawn"], row["seconds"])
         mine.num_rows, mine.last_key = row["number"] + 1, row["key"]
         mine.asked = None
 
@@ -343,9 +343,9 @@ class Engine:
             mine.repeatable.append(index)
             self._add(mine, index, result, 1)
 
-    def _take_back(self, mine: _Rater) -> None:
-        mine.numbers.pop()
-        index, result, drawn = mine.indices.pop(), mine.results.pop(), mine.drawn.pop()
+    def _take_back(self, mine: _Rater, place: int = -1) -> None:
+        mine.numbers.pop(place)
+        index, result, drawn = mine.indices.pop(place), mine.results.pop(place), mine.drawn.pop(place)
         mine.asked = None
         if index < 0:
             return
