@@ -41,9 +41,6 @@ _GITIGNORE = """\
 *.tmp
 .*.jsonl.lock
 
-# made by dpo-cli sample
-/data/samples
-
 # made by the pipeline, kept by DVC
 """ + "".join(f"/{path.as_posix()}\n" for stage in STAGES for path in stage.kept_by_dvc)
 

@@ -12,6 +12,7 @@ from typing import Any
 from dpo_cli.cli.new_project import refuse_project, write_project
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import atomic_path
+from dpo_cli.core.data_params import AS_PREFERENCES, PreferenceSource
 from dpo_cli.core.errors import DataError, DpoCliError, MachineError
 from dpo_cli.core.load_params import apply_overrides, changed_settings, load_params
 from dpo_cli.core.manifest import DPO
@@ -95,12 +96,8 @@ def create_round(folder: Path, earlier: Path, reporter: Reporter, *, reuse: bool
         reporter.say(
             "earlier preferences are not trained on again; to do so, name them in data.preferences.also, or say --reuse"
         )
-    steps = [
-        "repro sft",
-        f"sample {found.params.data.preferences.path}",
-        f"label data/samples/FILE --out {votes.as_posix()}",
-        "repro",
-    ]
+    prompts = "" if params.sample.prompts else f"sample {found.params.data.preferences.path}"
+    steps = ["repro sft", prompts or "repro sample", f"label data/samples/FILE --out {votes.as_posix()}", "repro"]
     reporter.say(
         f"{folder.name} is ready: round {found.number}, from {earlier / paths.DPO_MODEL}. In {folder} run: "
         + "; ".join(f"dpo-cli {step}" for step in steps)
@@ -135,7 +132,8 @@ def _look_at() -> _Earlier:
 def _named_files(params: Params) -> Iterator[Path]:
     """The files of the project that the settings name: data, prompts, and templates of judges."""
     evaluate = params.evaluate
-    for source in (*params.data.sft_sources, *params.data.preference_sources):
+    prompts = [PreferenceSource(path=path) for path in params.sample.prompts]
+    for source in (*params.data.sft_sources, *params.data.preference_sources, *prompts):
         yield from (path for path in find_files(source) if _is_ours(path))
     yield from (path for path in (Path(evaluate.hf.template), Path(evaluate.openai.template)) if _is_ours(path))
 
@@ -161,6 +159,11 @@ def _settings(found: _Earlier, home: Path, votes: Path, *, reuse: bool) -> dict[
     if params.evaluate.judge == "votes":  # on other answers
         values = {name: value for name, value in values.items() if not name.startswith("evaluate.votes.")}
         values["evaluate.judge"] = "none"
+    if params.data.sft.path == AS_PREFERENCES:  # those of before, since those to come are not there yet
+        first, *rest = (source.model_dump(exclude_defaults=True) for source in params.data.sft_sources)
+        values |= {f"data.sft.{name}": value for name, value in first.items()} | (
+            {"data.sft.also": rest} if rest else {}
+        )
     kept = [source for source in params.data.preference_sources if reuse or source.split == "eval"]
     if kept:
         also = [{"path": each.path, **each.model_dump(exclude_defaults=True, exclude={"also"})} for each in kept]

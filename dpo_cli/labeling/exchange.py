@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.core.artifacts import digest_bytes, digest_json, write_json_lines
-from dpo_cli.core.errors import DataError
+from dpo_cli.core.errors import DataError, ParamsError, first_line
 from dpo_cli.data.problem import RowProblem, kind_of
 from dpo_cli.data.reading.files import read_records
 from dpo_cli.data.schema import content_id, text_of
@@ -29,6 +29,8 @@ from dpo_cli.labeling.votes import VoteFile, file_of, is_choice, lines_of, perso
 
 KEY_FILE = "key.jsonl"
 _MOST_PROBLEMS = 5
+_MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
+"""What reading raises where an export has no list, object or number, and the tool has one."""
 
 
 def export_tasks(items: ItemStore, settings: Settings, tool: Tool, folder: Path) -> None:
@@ -90,7 +92,7 @@ def import_votes(
     Raises:
         DataError: An export cannot be read, or one of its annotations is malformed or on an unknown item; it names the
             first of them, and nothing is written.
-        ParamsError: A name cannot be a rater's.
+        ParamsError: A name cannot be a rater's, or is of nobody in the exports.
         MachineError: A rater's file is written by another process.
     """
     key = None if tasks is None else _key_in(tasks)
@@ -102,29 +104,36 @@ def import_votes(
     problems: list[str] = []
     votes: dict[str, list[dict[str, Any]]] = {}
     raters: dict[str, str] = {}
-    for path in paths:
-        for record in read_records(path):
-            place = f"{path}, row {record.row}"
-            try:
-                if not isinstance(record.value, dict):
-                    raise RowProblem("bad_row", f"must be an object, got {kind_of(record.value)}")
-                for each in tool.read(record.value):
-                    account.num_annotations += 1
-                    if each.left_out:
-                        account.left_out[each.left_out] += 1
-                        continue
-                    rater = _rater(each.rater, names)
-                    if raters.setdefault(rater, each.rater) != each.rater and each.rater not in names:
-                        raise RowProblem("bad_rater", f"{rater} is both {raters[rater]} and {each.rater}; use --rater")
-                    votes.setdefault(rater, []).append(_vote(each, key))
-                    account.doubts.update([each.doubt] if each.doubt else [])
-            except RowProblem as problem:
-                problems.append(f"{place} {problem}")
-            except UnicodeEncodeError:
-                problems.append(f"{place} has half a character in a text (a lone surrogate)")
+    unread = set(names)
+    for path, record in ((each, record) for each in paths for record in read_records(each)):
+        try:
+            if not isinstance(record.value, dict):
+                raise RowProblem("bad_row", f"must be an object, got {kind_of(record.value)}")
+            for each in tool.read(record.value):
+                account.num_annotations += 1
+                if each.left_out:
+                    account.left_out[each.left_out] += 1
+                    continue
+                rater = _rater(each.rater, names)
+                if raters.setdefault(rater, each.rater) != each.rater and each.rater not in names:
+                    raise RowProblem("bad_rater", f"{rater} is both {raters[rater]} and {each.rater}; use --rater")
+                unread.discard(each.rater)
+                votes.setdefault(rater, []).append(_vote(each, key))
+                account.doubts.update([each.doubt] if each.doubt else [])
+        except RowProblem as problem:
+            problems.append(f"{path}, row {record.row} {problem}")
+        except _MALFORMED as error:
+            what = f"{type(error).__name__}: {first_line(error)}"
+            problems.append(f"{path}, row {record.row} is not as {tool.name} writes it: {what}")
     if problems:
         more = len(problems) - _MOST_PROBLEMS
         raise DataError([*problems[:_MOST_PROBLEMS], *([f"{more} more such rows"] if more > 0 else [])])
+    if not account.num_annotations:
+        raise DataError(f"{', '.join(map(str, paths))}: nobody has annotated anything in it")
+    if unread:
+        raise ParamsError(
+            f"--rater {', '.join(sorted(unread))}: there is no such annotator, only {', '.join(raters.values())}"
+        )
     for rater, rows in votes.items():
         account.num_votes[rater] = _append(folder, rater, rows, account.left_out)
     return account

@@ -93,7 +93,9 @@ def _or_none(value: float | None, text: Callable[[float], str]) -> str:
 
 def _sft_rows(sft: Metrics) -> Rows:
     if sft["method"] in _UNTRAINED:
-        return [("method", sft["method"], _UNTRAINED[sft["method"]])]
+        rounds = sft.get("rounds")
+        what = f"that of {rounds[-1]['project']}, as it is" if rounds else _UNTRAINED[sft["method"]]
+        return [("method", sft["method"], what)]
     return [
         ("method", sft["method"], ""),
         _steps(sft),

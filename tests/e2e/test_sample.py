@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 from dpo_cli.cli.app import app
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, ParamsError
-from dpo_cli.core.params import Params
+from dpo_cli.core.params import Params, SampleParams
+from dpo_cli.data import world
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.evaluation.sampling import read_prompts, repeated, sample_files
 from dpo_cli.judging.known_reward import RULES
@@ -212,6 +213,36 @@ def test_a_file_without_rows_and_a_file_that_is_not_ours_are_refused(
         sample_files([TRAIN], K, None, paths.SAMPLED, tuned, make_reporter())
 
 
+def test_the_stage_answers_the_files_of_its_section(tuned: Params, make_reporter: Callable[[], Any]) -> None:
+    """What lies there stays, and by default that is all that it does."""
+    mine = paths.SAMPLED / "mine.parquet"
+    run_stages(tuned, make_reporter(), "sample")
+    assert list(paths.SAMPLED.iterdir()) == []
+    mine.write_bytes(b"mine")
+    write_rows(paths.RAW / "asked.jsonl", [{"messages": [{"role": "user", "content": text}]} for text in PROMPTS[:3]])
+    section = SampleParams(prompts=["data/raw/asked.jsonl"], answers=2)
+    run_stages(tuned.model_copy(update={"sample": section}), make_reporter(), "sample")
+    assert pq.read_schema(paths.SAMPLED / "asked.parquet").metadata[b"num_answers"] == b"2"
+    assert mine.read_bytes() == b"mine"
+    section = SampleParams(prompts=[TRAIN.as_posix()])
+    with pytest.raises(DataError, match="sample.prompts: data/prompts/train.jsonl is not under data/raw"):
+        run_stages(tuned.model_copy(update={"sample": section}), make_reporter(), "sample")
+
+
+def test_a_prompt_that_the_world_does_not_know_is_answered_and_not_scored(
+    tuned: Params, tiny_folder: Path, make_reporter: Callable[[], Any]
+) -> None:
+    [known, *_] = (row["prompt"] for row in world.preference_rows(0, 1))
+    write_rows(TRAIN, [{"prompt": "What is love?"}, {"prompt": known}])
+    params = make_params(tiny_folder, judge="world", rule=None)
+    figures = sample_files([TRAIN], K, None, paths.SAMPLED, params, make_reporter())[TRAIN.as_posix()]
+    assert figures["num_unscored"] == 1
+    assert figures["reward"] is not None
+    unknown, scored = rows_of(paths.SAMPLED / "train.parquet")
+    assert unknown["scores"] is None
+    assert set(scored["scores"]) <= {0.0, 1.0}
+
+
 def test_options_without_effect_are_refused(tuned: Params, make_reporter: Callable[[], Any], tiny_folder: Path) -> None:
     with pytest.raises(ParamsError, match=r"evaluate\.temperature 0 gives one answer 6 times"):
         sample_files([TRAIN], K, None, paths.SAMPLED, make_params(tiny_folder, temperature=0.0), make_reporter())
@@ -219,6 +250,8 @@ def test_options_without_effect_are_refused(tuned: Params, make_reporter: Callab
         sample_files([TRAIN, TRAIN], K, None, paths.SAMPLED, tuned, make_reporter())
     result = CliRunner().invoke(app, ["sample", str(TRAIN), "--set", "train.beta=1"])
     assert result.exit_code == ParamsError.exit_code
+    result = CliRunner().invoke(app, ["sample", "--answers", "3"])
+    assert "--answers, --model and --out have no effect without PROMPTS" in result.stderr
 
 
 def test_a_language_model_votes_on_samples_as_a_rater(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from dpo_cli.data.formats.base import Reading
 from dpo_cli.data.formats.prompts import read_prompt
 from dpo_cli.data.formats.rankings import read_completions
-from dpo_cli.data.problem import RowProblem, kind_of
+from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.schema import Messages, text_of
 from dpo_cli.data.votes import BOTH_BAD, DOWN, SKIPPED, TIED, UP, A, B
 from dpo_cli.labeling.items import Mode
@@ -166,12 +166,5 @@ def parsed(value: Any) -> Any:
 
 
 def text_in(row: Mapping[str, Any], name: str) -> str:
-    """A field of a row as a text: empty where there is none.
-
-    Raises:
-        RowProblem: It holds a list or an object.
-    """
-    value = row.get(name)
-    if isinstance(value, list | dict):
-        raise RowProblem("bad_row", f"{name!r} must be a text or a number, got {kind_of(value)}")
-    return "" if value is None else str(value)
+    """A field of a row as a text: empty where there is none."""
+    return "" if row.get(name) is None else str(row[name])

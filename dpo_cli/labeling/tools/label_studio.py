@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.core.artifacts import write_json_array, write_text
-from dpo_cli.data.problem import RowProblem, kind_of
+from dpo_cli.data.formats.base import optional_number
+from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.votes import SKIPPED, A, B
 from dpo_cli.labeling.items import Mode
 from dpo_cli.labeling.tools.base import (
@@ -58,7 +59,7 @@ def _config(mode: Mode, most: int) -> str:
         choices = "".join(f'    <Choice value="{word}" hotkey="{KEYS[word]}"/>\n' for word in WORDS[mode])
         control = f'  <Choices name="{VOTE}" toName="A" choice="single-radio" required="true">\n{choices}  </Choices>\n'
     return (
-        f'<View>\n  <Header value="{ASKED[mode]}"/>\n'
+        f'<View style="white-space: pre-wrap">\n  <Header value="{ASKED[mode]}"/>\n'
         '  <Paragraphs name="prompt" value="$prompt" layout="dialogue" nameKey="role" textKey="content"/>\n'
         '  <View style="display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; gap: 1em">\n'
         f"{shown}  </View>\n{control}</View>\n"
@@ -73,8 +74,6 @@ def _read(row: dict[str, Any]) -> Iterator[Annotation]:
     if not isinstance(data, dict) or not isinstance(annotations, list):
         raise RowProblem("bad_row", "is no task of Label Studio's JSON export: it needs data and annotations")
     for each in (*annotations, *({"draft": True} for _ in row.get("drafts") or ())):
-        if not isinstance(each, dict):
-            raise RowProblem("bad_row", f"an annotation must be an object, got {kind_of(each)}")
         yield Annotation("", None, left_out=DRAFT) if each.get("draft") else _annotation(data, each)
 
 
@@ -83,14 +82,13 @@ def _annotation(data: Mapping[str, Any], said: Mapping[str, Any]) -> Annotation:
     if isinstance(by, dict):
         by = by.get("email") or by.get("id")
     if isinstance(items := parsed(data.get("items")), list):
-        answers = {str(each.get("id")): each.get("body") for each in items if isinstance(each, dict)}
+        answers = {str(each["id"]): each["body"] for each in items}
         names = list(answers)
         task = task_of(data["prompt"], list(answers.values()), item_id) if data.get("prompt") else None
     else:
         task, names = task_in(data, item_id)
     is_skipped = said.get("was_cancelled") or said.get("skipped")
     vote = SKIPPED if is_skipped else _vote(said, names)
-    seconds = said.get("lead_time")
     return Annotation(
         "" if by is None else str(by),
         vote,
@@ -98,7 +96,7 @@ def _annotation(data: Mapping[str, Any], said: Mapping[str, Any]) -> Annotation:
         task,
         id=text_in(said, "id"),
         at=text_in(said, "updated_at") or text_in(said, "created_at") or None,
-        seconds=None if seconds in (None, "") else float(seconds),
+        seconds=optional_number(dict(said), "lead_time"),
         left_out="" if vote is not None else OTHER,
     )
 
@@ -109,7 +107,7 @@ def _vote(said: Mapping[str, Any], names: list[str]) -> Any:
         value = parsed(said.get(VOTE))
         results = value if isinstance(value, list) else [value]
     else:
-        results = [each.get("value") for each in said["result"] or [] if isinstance(each, dict)]
+        results = [each.get("value") for each in said["result"] or []]
     votes = [vote for value in results if (vote := _vote_of(value, names)) is not None]
     if len(votes) > 1:
         raise RowProblem("bad_vote", f"one annotation says {votes[0]} and {votes[1]}")

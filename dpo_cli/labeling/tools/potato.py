@@ -16,6 +16,7 @@ import yaml
 from dpo_cli.core.artifacts import write_json_lines, write_text
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.votes import SKIPPED
+from dpo_cli.judging.templates import transcript
 from dpo_cli.labeling.items import Mode
 from dpo_cli.labeling.tools.base import (
     ASKED,
@@ -36,7 +37,7 @@ _RANKS = "rank_order"
 
 def _write(tasks: Iterator[Task], mode: Mode, most: int, folder: Path) -> None:
     blank = dict.fromkeys(LETTERS[:most], "")
-    rows = ({"id": task.item_id, "prompt": task.turns, **blank, **task.answers} for task in tasks)
+    rows = ({"id": task.item_id, "prompt": transcript(task.prompt), **blank, **task.answers} for task in tasks)
     write_json_lines(folder / "items.jsonl", rows)
     write_text(folder / "config.yaml", yaml.safe_dump(_config(mode, most), sort_keys=False))
 
@@ -52,9 +53,7 @@ def _config(mode: Mode, most: int) -> dict[str, Any]:
             "labels": [{"name": word, "key_value": KEYS[word]} for word in words],
             "label_requirement": {"required": True},
         }
-    turns = {"speaker_key": "role", "text_key": "content"}
-    shown = [{"key": "prompt", "type": "dialogue", "label": "Prompt", "display_options": turns}]
-    shown += [{"key": letter, "type": "text", "label": letter} for letter in LETTERS[:most]]
+    shown = {"prompt": "Prompt", **{letter: letter for letter in LETTERS[:most]}}
     return {
         "annotation_task_name": ASKED[mode],
         "task_dir": ".",
@@ -62,7 +61,7 @@ def _config(mode: Mode, most: int) -> dict[str, Any]:
         "item_properties": {"id_key": "id", "text_key": "A"},
         "output_annotation_dir": "annotation_output",
         "user_config": {"allow_all_users": True, "users": []},
-        "instance_display": {"fields": shown},
+        "instance_display": {"fields": [{"key": key, "type": "text", "label": shown[key]} for key in shown]},
         "annotation_schemes": [scheme],
     }
 

@@ -98,6 +98,25 @@ def test_earlier_preferences_are_used_again_where_that_is_asked_for(round1: Path
     ]  # fmt: skip
 
 
+def test_preferred_answers_of_before_stay_the_instructions(round1: Path, reporter: Any) -> None:
+    """Stage sft comes before the new votes, so it cannot wait for them."""
+    make_project(Path("mine"), {"data.sft.path": "preferences"})
+    create_round(Path("round2"), Path("mine"), reporter, reuse=False, settings=[])
+    sources = load_params(Path("round2/params.yaml")).data.sft_sources
+    assert [(each.path, each.split) for each in sources] == [
+        ("data/raw/votes", "auto"), ("data/raw/held.jsonl", "eval"), ("data/raw/more.jsonl", "auto"),
+    ]  # fmt: skip
+
+
+def test_prompts_of_stage_sample_are_carried_over(round1: Path, reporter: Any) -> None:
+    write_files(Path("mine/data/raw"), "prompts.jsonl")
+    make_project(Path("mine"), {"sample.prompts": ["data/raw/prompts.jsonl"]})
+    create_round(Path("round2"), Path("mine"), reporter, reuse=False, settings=[])
+    assert load_params(Path("round2/params.yaml")).sample.prompts == ["data/raw/prompts.jsonl"]
+    assert Path("round2/data/raw/prompts.jsonl").is_file()
+    assert "dpo-cli repro sample" in reporter.said[-1]
+
+
 def test_paths_outside_stay_what_they_were(round1: Path, reporter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     make_project(Path("mine"), {"model.name": "tiny", "runtime.model_path": "../tiny", "evaluate.judge": "none"})
     create_round(Path("deep/er/round2"), Path("mine"), reporter, reuse=False, settings=[])

@@ -154,7 +154,6 @@ ANNOTATE: dict[str, Callable[[Path, Meant, int], Any]] = {
     "argilla": argilla,
     "potato": potato,
 }
-NAMED = [option for rater in RATERS for option in ("--rater", f"{rater}@example.org={rater}")]
 
 
 def exported(tool: str, mode: str, num: int) -> dict[str, list[str]]:
@@ -170,7 +169,8 @@ def exported(tool: str, mode: str, num: int) -> dict[str, list[str]]:
 def imported(tool: str, meant: Meant, day: int, *more: object) -> dict[str, Any]:
     paths = ANNOTATE[tool](Path("tasks"), meant, day)
     paths = paths if isinstance(paths, list) else [paths]
-    names = NAMED if tool == "label-studio" else []
+    voters = {rater for rater, _ in meant}
+    names = [f"--rater={rater}@example.org={rater}" for rater in voters] if tool == "label-studio" else []
     return run("votes", "import", *paths, "--from", tool, "--out", "votes", *names, *more)
 
 
@@ -366,7 +366,9 @@ def test_projects_of_others_are_read_where_their_fields_have_the_documented_name
     ("tool", "row", "message"),
     [
         ("label-studio", {"data": {}}, "row 0 is no task of Label Studio's JSON export"),
+        ("label-studio", {"data": {"prompt": "q"}, "annotations": []}, "nobody has annotated anything"),
         ("argilla", {"prompt": "q"}, "row 0 is no record of Argilla"),
+        ("label-studio", {"data": {}, "annotations": [7]}, "row 0 is not as label-studio writes it: AttributeError"),
         ("potato", {"user_id": "anna"}, "name the folder that you exported: --tasks DIR"),
         (
             "label-studio",
@@ -411,6 +413,15 @@ def test_what_cannot_be_a_vote_is_named_and_nothing_is_written(
     Path("export.json").write_text(json.dumps([row]), encoding="utf-8")
     assert message in refused("votes", "import", "export.json", "--from", tool, "--out", "votes")
     assert not Path("votes").exists()
+
+
+def test_a_name_of_nobody_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = argilla(Path("tasks"), dict.fromkeys((("anna", item) for item in exported("argilla", "thumbs", 1)), "up"), 1)
+    arguments = ("votes", "import", str(path), "--from", "argilla", "--out", "votes", "--rater", "ana=bo")
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 3
+    assert "there is no such annotator, only anna" in " ".join(result.output.split())
 
 
 def test_an_item_that_the_exported_folder_does_not_have_is_an_error(
