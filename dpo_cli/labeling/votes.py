@@ -8,8 +8,9 @@ counts once. ``mode`` is pair, ranking or thumbs. ``prompt`` and ``completions``
 order in which they were shown. ``vote``: on a pair A, B, tie or both bad, of a ranking the ranks of the completions as
 shown (1 is best, equal is tied), for thumbs up or down; or skip, or undone. ``strength`` is 1 (a little better) to 3
 (much better), or null. ``seconds`` passed before the vote. ``guideline`` is the first part of the SHA-256 of the text
-that raters went by. ``drawn`` says why the item was asked: random, uncertain, or repeat (shown before, now flipped);
-null if another tool asked. ``by`` is person or judge. ``at`` is the time, UTC; null if that tool does not say.
+that raters went by. ``drawn`` says why the item was asked: random, uncertain, repeat (shown before, now flipped), or
+adjudication (people disagree on it); null if another tool asked. ``by`` is person or judge. ``at`` is the time, UTC;
+null if that tool does not say.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from filelock import FileLock, Timeout
 from dpo_cli.core.errors import DataError, MachineError, ParamsError
 from dpo_cli.data.schema import text_of
 from dpo_cli.data.votes import BOTH_BAD, DOWN, SKIPPED, TIED, UP, A, B, is_torn, unended_line
+from dpo_cli.labeling.items import Item, Mode
+from dpo_cli.labeling.order import Asked
 
 By = Literal["person", "judge"]
 MOST_STRENGTH = 3
@@ -167,6 +170,41 @@ def lines_of(path: Path) -> Iterator[dict[str, Any]]:
                     " restore the file, or move it away"
                 )
             yield row
+
+
+def row_of(
+    item: Item, asked: Asked, mode: Mode, guideline_version: str | None, said: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The line of a vote.
+
+    Args:
+        item: What was shown.
+        asked: Why, and in which order.
+        mode: What was asked.
+        guideline_version: By which the rater went.
+        said: ``key``, ``vote``, ``strength`` and ``seconds``.
+    """
+    seconds = said["seconds"]
+    row: dict[str, Any] = {
+        "number": asked.number,
+        "key": said["key"],
+        "mode": mode,
+        "item_id": item.id,
+        "prompt_id": item.prompt_id,
+        "vote": said["vote"],
+    }
+    if mode == "pair":
+        method, baseline = item.authors
+        row |= {"method": method, "baseline": baseline, "a_is": item.authors[asked.order[0]]}
+    return row | {
+        "strength": said["strength"],
+        "seconds": None if seconds is None else round(seconds, 3),
+        "guideline": guideline_version,
+        "drawn": asked.drawn,
+        "supersedes": None,
+        "prompt": item.prompt,
+        "completions": [item.completions[place] for place in asked.order],
+    }
 
 
 def _sync_folder(folder: Path) -> None:

@@ -22,7 +22,7 @@ GROUPS = {
 }
 NAMED = [name for command in COMMANDS for name in GROUPS.get(command, [command])]
 
-HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "lm_eval", "datasets", "polars", "pydantic", "dvc")
+HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "lm_eval", "datasets", "polars", "pydantic", "dvc", "textual")
 
 
 def run(*arguments: str) -> Result:
@@ -101,6 +101,7 @@ def test_a_command_that_there_is_not_names_one_like_it(arguments: list[str], mea
         ("evaluation.compare", ()),
         ("judging.agreement", ("polars",)),
         ("labeling.desk", ("polars", "pydantic")),
+        ("labeling.terminal", ("polars", "pydantic", "textual")),
         ("stages.report", ("pydantic",)),
         ("stages.base", ("polars", "pydantic")),
         ("stages.convert_sft", ("polars", "pydantic")),
