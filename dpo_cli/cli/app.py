@@ -26,7 +26,7 @@ _EXIT_CODES = (
 
 _NAMES = (
     "evaluate", "report", "bench", "compare", "agreement", "capability", "rating-sheet", "score", "sample", "label",
-    "try", "watch", "init", "repro", "doctor", "data", "model", "export",
+    "votes", "try", "watch", "init", "repro", "doctor", "data", "model", "export",
 )  # fmt: skip
 COMMANDS: dict[str, Stage | str] = {
     **{stage.command: stage for stage in STAGES},

@@ -1,4 +1,4 @@
-"""``dpo-cli sample`` and ``try``: answers to the prompts of some files, and one prompt on both models."""
+"""``dpo-cli sample`` and ``try``: answers to the prompts of some files, or the stage; one prompt on both models."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from rich.text import Text
 from dpo_cli.cli.command import JsonOption, SetOption, command_app, examples, refuse_unread
 from dpo_cli.cli.console import ConsoleReporter, open_console, plain_table
 from dpo_cli.cli.exits import errors_as_exit_codes
+from dpo_cli.cli.stage import PANEL, run_stage
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, ParamsError
+from dpo_cli.core.pipeline import STAGES
 
 if TYPE_CHECKING:
     from dpo_cli.judging.answers import Answer
 
+_STAGE = next(stage for stage in STAGES if stage.name == "sample")
 _NARROW = 60
 _READ = ("model", "reference", "evaluate", "runtime")
 
@@ -27,7 +30,7 @@ app, try_app = command_app(), command_app()
 
 @app.command(
     "sample",
-    rich_help_panel="Data",
+    rich_help_panel=PANEL,
     epilog=examples(
         "dpo-cli sample prompts.jsonl",
         "dpo-cli sample prompts.jsonl --answers 8 --set evaluate.max_new_tokens=64",
@@ -37,10 +40,15 @@ app, try_app = command_app(), command_app()
 )
 def sample_command(
     files: Annotated[
-        list[Path],
-        typer.Argument(metavar="PROMPTS...", help="Rows with a prompt: text, or messages; in any kind of file."),
-    ],
-    answers: Annotated[int, typer.Option("--answers", metavar="K", min=1, help="Answers to each prompt.")] = 4,
+        list[Path] | None,
+        typer.Argument(
+            metavar="[PROMPTS]...",
+            help="Files with prompts, in any format of the data, or a folder of votes; none: those of sample.prompts.",
+        ),
+    ] = None,
+    answers: Annotated[
+        int | None, typer.Option("--answers", metavar="K", min=1, help="Answers to each prompt; 4 if left out.")
+    ] = None,
     model: Annotated[
         Path | None,
         typer.Option(
@@ -50,26 +58,39 @@ def sample_command(
         ),
     ] = None,
     out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Folder of the tables, one for each file, as parquet.")
-    ] = paths.SAMPLED,
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="Folder of the tables, one for each file, as parquet; data/samples if left out.",
+        ),
+    ] = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Sample answers of the SFT model to prompts of your own, and score them where the reward is known.
 
-    Answers are sampled as evaluate says (temperature, max_new_tokens, seed), and scored where evaluate.judge is world
-    or rule. In data/raw such a table is preference data of format kwise: pairs are made of answers with different
-    scores. Answers that did not end are left out and counted, and those with the same text are merged. What was sampled
-    before is not sampled again.
+    Answers are sampled as evaluate says (temperature, max_new_tokens, seed), and scored where evaluate.judge is rule,
+    or world and it knows the prompt. In data/raw such a table is preference data of format kwise: pairs are made of
+    answers with different scores. Answers that did not end are left out and counted, and those with the same text are
+    merged. What was sampled before is not sampled again. Without PROMPTS it is the stage, which samples as section
+    sample says, and nothing by default.
     """
+    if not files and not (answers or model or out):
+        run_stage(_STAGE, overrides or [], as_json=as_json)
+        return
     with errors_as_exit_codes(as_json=as_json):
+        if not files:
+            raise ParamsError("--answers, --model and --out have no effect without PROMPTS; see section sample")
         from dpo_cli.core.load_params import load_params  # here, so that --help does not wait for them
 
         params = load_params(paths.PARAMS, overrides or [])
         refuse_unread("sample", _READ, overrides or [])
         from dpo_cli.evaluation.sampling import sample_files
 
-        figures = sample_files(files, answers, model, out, params, ConsoleReporter(show_tables=not as_json))
+        figures = sample_files(
+            files, answers or 4, model, out or paths.SAMPLED, params, ConsoleReporter(show_tables=not as_json)
+        )
     if as_json:
         typer.echo(json.dumps(figures, ensure_ascii=False))
 

@@ -15,7 +15,11 @@ from typer.testing import CliRunner, Result
 from dpo_cli.cli.app import COMMANDS, app
 
 ROOT = Path(__file__).resolve().parents[2]
-GROUPS = {"data": ["data check", "data show", "data stats"], "model": ["model import", "model info"]}
+GROUPS = {
+    "data": ["data check", "data show", "data stats"],
+    "model": ["model import", "model info"],
+    "votes": ["votes export", "votes import"],
+}
 NAMED = [name for command in COMMANDS for name in GROUPS.get(command, [command])]
 
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "lm_eval", "datasets", "polars", "pydantic", "dvc", "textual")
@@ -97,6 +101,7 @@ def test_a_command_that_there_is_not_names_one_like_it(arguments: list[str], mea
         ("evaluation.compare", ()),
         ("judging.agreement", ("polars",)),
         ("labeling.desk", ("polars", "pydantic")),
+        ("labeling.terminal", ("polars", "pydantic", "textual")),
         ("stages.report", ("pydantic",)),
         ("stages.base", ("polars", "pydantic")),
         ("stages.convert_sft", ("polars", "pydantic")),
