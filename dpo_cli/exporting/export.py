@@ -213,7 +213,9 @@ def judge(target: Target, built: Path, options: ExportOptions) -> Found:
             f"its log-probabilities are {survival.mean_nats:.3g} nats a token away from the trained model's, more than"
             f" --max-nats {options.max_nats:g}"
         )
-    if math.isnan(kept.value) or not options.min_kept <= kept.value <= 1 / options.min_kept:
+    if math.isnan(kept.value):
+        found.notes.append("all of the trained model's margins are 0, so nothing says how much of them is kept")
+    elif not options.min_kept <= kept.value <= 1 / options.min_kept:
         side = "more" if kept.value > 1 else "less"
         bound = 1 / options.min_kept if kept.value > 1 else options.min_kept
         doubt = "; more --pairs would tell, the interval holds the bound" if kept.low < bound < kept.high else ""

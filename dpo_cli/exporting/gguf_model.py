@@ -83,7 +83,7 @@ def layout_of(config: Any, names: Sequence[str]) -> Layout:
             continue
         stem, _, end = name.rpartition(".")
         place = known.get_name(stem)
-        if place is None or end not in ("weight", "bias") or (kind == "llama" and end == "bias"):
+        if place is None or end not in ("weight", "bias") or (kind != "qwen2" and end == "bias"):
             raise MachineError(f"GGUF: {name} has no place in a file of the family {kind}")
         found[name] = f"{place}.{end}"
     heads = {}

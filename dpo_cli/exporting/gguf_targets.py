@@ -86,6 +86,8 @@ class Gguf(Target):
         try:
             turns = turns_of(encoder, self.begins_with)
             write_text(folder / "Modelfile", modelfile(self.file, turns, encoder.end_texts))
+            if turns.system is None:
+                notes.append("the Modelfile leaves system messages out: the chat template has no turn for them")
         except MachineError as error:
             notes += error.problems
         copy_license(trained.project, folder)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dpo_cli.core.errors import MachineError
@@ -40,6 +40,11 @@ class Turns:
     assistant: tuple[str, str]
     end: str
 
+    @property
+    def text(self) -> str:
+        """All that is written around messages."""
+        return "".join((self.opening, *(self.system or ()), *self.user, *self.assistant, self.end))
+
     def go(self) -> str:
         """As a template of Go."""
         roles = [("user", self.user), ("assistant", self.assistant)]
@@ -65,40 +70,39 @@ def turns_of(encoder: ChatEncoder, begins_with: str) -> Turns:
     Raises:
         MachineError: It is no chain of turns.
     """
-    one, other = user(_USER), user(_AGAIN)
-    answer = assistant(_ANSWER)
-    problem = "the chat template is no chain of turns, each with a fixed text around it: write the Modelfile by hand"
+    one, other, answer = user(_USER), user(_AGAIN), assistant(_ANSWER)
+    rules: Messages = [{"role": "system", "content": _SYSTEM}]
+
+    def asked(messages: Messages) -> str:
+        return encoder.render(messages, add_generation_prompt=True) + encoder.opener
+
+    def fits(turns: Turns, conversations: Sequence[Messages]) -> bool:
+        return all(begins_with + render(turns.go(), each) == asked(each) for each in conversations)
+
+    plain = [[one], [one, answer, other], [other, answer, one, answer, other]]
     try:
-        alone = encoder.render([one])
-        asked = encoder.render([one], add_generation_prompt=True) + encoder.opener
-        answered = encoder.render([one, answer])
-        again = encoder.render([one, answer, other])
+        alone, again = encoder.render([one]), encoder.render([one, answer, other])
         head, user_end = alone.split(_USER)
-        answer_end = answered.split(_ANSWER)[1]
-        between = again.split(_ANSWER)[1].split(_AGAIN)[0].removeprefix(answer_end)
-        answer_start = answered.split(_USER)[1].split(_ANSWER)[0].removeprefix(user_end)
-        opening = head.removesuffix(between).removeprefix(begins_with)
+        before, middle = again.split(_ANSWER)
+        answer_end = encoder.render([one, answer]).split(_ANSWER)[1]
+        user_start = middle.split(_AGAIN)[0].removeprefix(answer_end)
+        answer_start = before.split(_USER)[1].removeprefix(user_end)
+        opening = head.removesuffix(user_start).removeprefix(begins_with)
+        end = asked([one]).removeprefix(alone)
+        turns = Turns(opening, None, (user_start, user_end), (answer_start, answer_end), end)
+        if not alone.startswith(begins_with) or "{{" in turns.text or _QUOTES in turns.text or not fits(turns, plain):
+            raise ValueError(turns)
     except (RowProblem, ValueError, IndexError):
-        raise MachineError(f"Modelfile: {problem}") from None
-    system = None
+        raise MachineError(
+            "no Modelfile was written: the chat template is no chain of turns, each with a fixed text around it"
+        ) from None
     try:
-        with_rules = encoder.render([{"role": "system", "content": _SYSTEM}, one])
-        before, behind = with_rules.split(_SYSTEM)
-        system = before.removeprefix(begins_with), behind.split(_USER)[0].removesuffix(between)
+        before, behind = encoder.render([*rules, one]).split(_SYSTEM)
+        system = before.removeprefix(begins_with), behind.split(_USER)[0].removesuffix(user_start)
+        if fits(with_system := replace(turns, system=system), [rules + each for each in plain]):
+            return with_system
     except (RowProblem, ValueError):
         pass
-    turns = Turns(opening, system, (between, user_end), (answer_start, answer_end), asked.removeprefix(alone))
-    texts = [turns.opening, *(system or ()), *turns.user, *turns.assistant, turns.end]
-    tried: list[Messages] = [[one], [one, answer, other], [other, answer, one, answer, other]]
-    if system is not None:
-        tried += [[{"role": "system", "content": _SYSTEM}, *messages] for messages in tried]
-    wholes = [encoder.render(messages, add_generation_prompt=True) + encoder.opener for messages in tried]
-    if (
-        any("{{" in text or _QUOTES in text for text in texts)
-        or not alone.startswith(begins_with)
-        or any(begins_with + render(turns.go(), each) != whole for each, whole in zip(tried, wholes, strict=True))
-    ):
-        raise MachineError(f"Modelfile: {problem}")
     return turns
 
 
@@ -115,7 +119,7 @@ def problems_of_modelfile(text: str, encoder: ChatEncoder, prompts: Sequence[Mes
     Args:
         text: Its text.
         encoder: The chat encoder that the model was trained with.
-        prompts: On which the ids must be equal; those with tools are left out.
+        prompts: On which the ids must be equal; those with tools, or with white space at an end, are left out.
         begins_with: What is put before every text.
     """
     found = []
@@ -126,6 +130,8 @@ def problems_of_modelfile(text: str, encoder: ChatEncoder, prompts: Sequence[Mes
         found.append("the Modelfile has no TEMPLATE")
     else:
         for prompt in filter(is_plain, prompts):
+            if any(message["content"] != message["content"].strip() for message in prompt):
+                continue  # some templates strip it
             try:
                 ids = encoder.tokenize(begins_with + render(template[1], prompt))
             except (ValueError, RowProblem) as error:

@@ -114,6 +114,25 @@ def test_k_quants_are_made_by_llama_quantize(project: Path, monkeypatch: pytest.
     assert Path("out/gguf-q6_k/tiny-Q6_K.gguf").is_file()
 
 
+def test_after_full_sft_on_plain_weights_with_another_scale(
+    tmp_path: Path, train_tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter stands on models/sft, and rsLoRA's factor is not alpha / rank."""
+    settings = {"sft.method": "full", "train.lora": {"rslora": True}, "train.learning_rate": 3e-3, "train.beta": 0.5}
+    train_tiny(tmp_path, settings | {"evaluate.max_new_tokens": 8})
+    monkeypatch.chdir(tmp_path)
+    assert "--to merged-nf4 has no effect" in export(*to("merged-nf4")).stderr
+    result = export("--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)["targets"]
+    assert list(found) == ["adapter", "merged"]
+    assert "the whole model in models/sft" in found["adapter"]["what"]
+    result = export(*to("gguf-f16", "gguf-lora"), "--json")
+    found |= json.loads(result.stdout)["targets"]
+    assert result.exit_code == 0, result.output
+    assert max(one["mean_nats"] for one in found.values()) < 3e-3
+
+
 def test_one_that_is_too_far_is_refused_and_the_others_are_kept(project: Path) -> None:
     result = export(*to("merged-nf4", "merged"), "--max-nats", "0.01")
     assert result.exit_code == 6

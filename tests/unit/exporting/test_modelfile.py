@@ -11,6 +11,7 @@ from dpo_cli.core.errors import MachineError
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.schema import Messages, assistant, user
 from dpo_cli.exporting.modelfile import modelfile, problems_of_modelfile, render, turns_of
+from tests.unit.data.test_chat_templates import GEMMA2, LLAMA3, MISTRAL, QWEN3, SPECIAL
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and message.role != 'system' %}<|system|>You help.<|end|>\n"
@@ -29,23 +30,35 @@ CONVERSATIONS: list[Messages] = [
 WITH_SYSTEM: list[Messages] = [[{"role": "system", "content": "Be brief."}, *each] for each in CONVERSATIONS]
 
 
-def encoder_of(tokenizer: Any, template: str) -> ChatEncoder:
+def encoder_of(tokenizer: Any, template: str, options: dict[str, Any] | None = None) -> ChatEncoder:
     other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({"additional_special_tokens": SPECIAL})
     other.chat_template = template
-    return ChatEncoder(other)
+    return ChatEncoder(other, options=options)
 
 
 @pytest.mark.parametrize(
-    ("template", "conversations"),
-    [(CHATML, CONVERSATIONS + WITH_SYSTEM), (NO_SYSTEM, CONVERSATIONS)],
-    ids=["a default system message", "no system message"],
+    ("template", "takes_system", "options"),
+    [
+        (CHATML, True, {}),
+        (NO_SYSTEM, False, {}),
+        (LLAMA3, True, {}),
+        (QWEN3, True, {"enable_thinking": False}),
+        (MISTRAL, False, {}),
+        (GEMMA2, False, {}),
+    ],
+    ids=["a default system message", "no system message", "Llama 3", "Qwen 3", "Mistral", "Gemma 2"],
 )
-def test_it_makes_the_tokenizers_own_tokens(template: str, conversations: list[Messages], tokenizer: Any) -> None:
-    encoder = encoder_of(tokenizer, template)
-    text = modelfile("model.gguf", turns_of(encoder, ""), encoder.end_texts)
-    assert problems_of_modelfile(text, encoder, conversations, "") == []
+def test_it_makes_the_tokenizers_own_tokens(
+    template: str, takes_system: bool, options: dict[str, Any], tokenizer: Any
+) -> None:
+    encoder = encoder_of(tokenizer, template, options)
+    turns = turns_of(encoder, "")
+    assert (turns.system is not None) == takes_system
+    text = modelfile("model.gguf", turns, encoder.end_texts)
+    assert problems_of_modelfile(text, encoder, CONVERSATIONS + WITH_SYSTEM * takes_system, "") == []
     assert text.startswith("FROM ./model.gguf\n")
-    assert 'PARAMETER stop "<|end|>"' in text
+    assert all(f'PARAMETER stop "{stop}"' in text for stop in encoder.end_texts)
 
 
 def test_what_the_server_puts_before_every_text_is_left_out(tokenizer: Any) -> None:
