@@ -20,6 +20,7 @@ app = command_app()
     rich_help_panel="Projects",
     epilog=examples(
         "dpo-cli init demo",
+        "dpo-cli init mine --ask",
         "dpo-cli init mine --sft instructions.json --preferences pairs.jsonl --model ~/models/Qwen2.5-0.5B",
         "dpo-cli init round2 --from round1",
         "dpo-cli init mine --preferences pairs.csv --set 'columns={chosen: good, rejected: bad}' --set sft.method=none",
@@ -37,6 +38,9 @@ def init_command(
         Path | None,
         typer.Option("--model", metavar="DIR", help="Base model in Hugging Face layout; none: the embedded model."),
     ] = None,
+    ask: Annotated[
+        bool, typer.Option("--ask", help="Ask for the files and the model that are not given, one by one.")
+    ] = False,
     earlier: Annotated[
         Path | None,
         typer.Option(
@@ -69,7 +73,8 @@ def init_command(
         if earlier is not None:
             from dpo_cli.cli.next_round import create_round
 
-            for option, given in {"--sft": sft, "--preferences": preferences, "--model": model}.items():
+            others = {"--sft": sft, "--preferences": preferences, "--model": model, "--ask": ask or None}
+            for option, given in others.items():
                 if given is not None:
                     raise ParamsError(
                         f"{option} has no place beside --from, which takes the data and model of {earlier}"
@@ -81,4 +86,13 @@ def init_command(
         from dpo_cli.cli.new_project import ProjectFiles, create_project
 
         files = ProjectFiles(sft=sft, preferences=preferences, model=model)
-        create_project(folder, files, ConsoleReporter(), settings or [])
+        reporter = ConsoleReporter()
+        if ask:
+            from dpo_cli.cli.ask import ask_for_files
+
+            files = ask_for_files(files, reporter)
+        create_project(folder, files, reporter, settings or [])
+        if ask:
+            from dpo_cli.cli.ask import next_steps
+
+            next_steps(folder, files, reporter)

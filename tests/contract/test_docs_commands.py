@@ -42,7 +42,7 @@ NOT_RUN = {
     r"^\S+ capability": "tasks of the harness: tests/e2e/test_capability.py",
     r"^\S+ model ": "a model file: tests/unit/models/test_importing.py",
     r"^\S+ (-C \S+ )?bench": "it measures for minutes: tests/unit/cli/test_bench.py",
-    r"^\S+ sample data/prompts/|max_steps=50|^\S+ evaluate --set evaluate.temperature=0$": "the project of make real",
+    r"/real/Smol|^\S+ sample data/prompts/|max_steps=50|^\S+ evaluate --set evaluate.temperature=0$": "make real's",
 }
 """Commands of dpo-cli that are parsed only: a pattern, and why, with the test that runs the like."""
 
