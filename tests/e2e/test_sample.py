@@ -253,7 +253,7 @@ def test_options_without_effect_are_refused(tuned: Params, make_reporter: Callab
     result = CliRunner().invoke(app, ["sample", str(TRAIN), "--set", "train.beta=1"])
     assert result.exit_code == ParamsError.exit_code
     result = CliRunner().invoke(app, ["sample", "--answers", "3"])
-    assert "--answers, --model and --out have no effect without PROMPTS" in result.stderr
+    assert "--answers, --top-p, --model and --out have no effect without PROMPTS" in result.stderr
 
 
 def test_a_language_model_votes_on_samples_as_a_rater(
