@@ -43,6 +43,14 @@ def sample_command(
     answers: Annotated[
         int | None, typer.Option("--answers", metavar="K", min=1, help="Answers to each prompt; 4 if left out.")
     ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            "--top-p",
+            metavar="P",
+            help="Draw each token from the likeliest ones that together have probability P; 1 if left out: from all.",
+        ),
+    ] = None,
     model: Annotated[
         Path | None,
         typer.Option(
@@ -70,20 +78,23 @@ def sample_command(
     merged. What was sampled before is not sampled again. Without PROMPTS it is the stage, which samples as section
     sample says, and nothing by default.
     """
-    if not files and not (answers or model or out):
+    if not files and answers is top_p is model is out is None:
         run_stage(_STAGE, overrides or [], as_json=as_json)
         return
     with errors_as_exit_codes(as_json=as_json):
         if not files:
-            raise ParamsError("--answers, --model and --out have no effect without PROMPTS; see section sample")
+            raise ParamsError(
+                "--answers, --top-p, --model and --out have no effect without PROMPTS; see section sample"
+            )
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ParamsError(f"--top-p must be above 0 and at most 1, got {top_p:g}")
         from dpo_cli.core.load_params import load_params  # here, so that --help does not wait for them
 
         params = load_params(paths.PARAMS, overrides or [])
         refuse_unread("sample", _READ, overrides or [])
         from dpo_cli.evaluation.sampling import sample_files
 
-        figures = sample_files(
-            files, answers or 4, model, out or paths.SAMPLED, params, ConsoleReporter(show_tables=not as_json)
-        )
+        reporter = ConsoleReporter(show_tables=not as_json)
+        figures = sample_files(files, answers or 4, model, out or paths.SAMPLED, params, reporter, top_p or 1.0)
     if as_json:
         typer.echo(json.dumps(figures, ensure_ascii=False))

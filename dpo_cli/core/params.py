@@ -294,6 +294,13 @@ class SampleParams(Section):
         " sample FILE made stays.",
     )
     answers: int = param(4, "Answers to each prompt.", ge=1, le=10**4)
+    top_p: float = param(
+        1.0,
+        "Each token is drawn from the fewest likeliest ones that together have this probability (nucleus sampling,"
+        " Holtzman et al. 2020); 1: from all.",
+        gt=0,
+        le=1,
+    )
 
 
 class RuntimeParams(Section):

@@ -58,6 +58,7 @@ class Decoding:
         stop_ids: Tokens that end an answer.
         seed: With the prompt's id and ``stream`` it fixes the random stream.
         stream: Name of the model that answers, so that two models get different streams.
+        top_p: A token is drawn from the fewest likeliest ones that together have this probability; 1: from all.
     """
 
     temperature: float
@@ -65,11 +66,21 @@ class Decoding:
     stop_ids: tuple[int, ...]
     seed: int = 0
     stream: str = ""
+    top_p: float = 1.0
 
 
-def pick(logits_RV: torch.Tensor, uniforms_R: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The tokens int64 [R] that uniforms of [0, 1), float64, pick by inverting the cumulative distribution."""
-    cumulative = (logits_RV.float() / temperature).softmax(-1).double().cumsum(-1)
+def pick(logits_RV: torch.Tensor, uniforms_R: torch.Tensor, temperature: float, top_p: float = 1.0) -> torch.Tensor:
+    """The tokens int64 [R] that uniforms of [0, 1), float64, pick by inverting the cumulative distribution.
+
+    With ``top_p`` below 1 it is that of the nucleus (Holtzman et al. 2020): the fewest likeliest tokens whose
+    probabilities sum to at least ``top_p``.
+    """
+    probabilities_RV = (logits_RV.float() / temperature).softmax(-1).double()
+    if top_p < 1:
+        ordered_RV, places_RV = probabilities_RV.sort(dim=-1, descending=True, stable=True)
+        is_outside_RV = ordered_RV.cumsum(-1) - ordered_RV >= top_p
+        probabilities_RV = ordered_RV.scatter(-1, places_RV, ordered_RV.masked_fill(is_outside_RV, 0.0))
+    cumulative = probabilities_RV.cumsum(-1)
     targets = uniforms_R[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, targets, right=True).clamp(max=logits_RV.shape[1] - 1)[:, 0]
 
@@ -298,7 +309,7 @@ class _Run:
             tokens_R = logits_RV.float().argmax(-1)
         else:
             uniforms_R = self._uniforms_RS.index_select(1, self._step_1)[:, 0]
-            tokens_R = pick(logits_RV, uniforms_R, self._sampling.temperature)
+            tokens_R = pick(logits_RV, uniforms_R, self._sampling.temperature, self._sampling.top_p)
         self.answers_RS.index_copy_(1, self._step_1, tokens_R[:, None])
         self.ended_R |= (tokens_R[:, None] == self._stop_ids).any(1)
         self.token_R1.copy_(tokens_R[:, None])

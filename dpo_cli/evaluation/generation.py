@@ -64,14 +64,14 @@ class Sampled(NamedTuple):
 class _InverseCdf(LogitsProcessor):
     """Leaves one token possible in each row: the one that the row's next uniform picks."""
 
-    def __init__(self, uniforms_RS: torch.Tensor, temperature: float) -> None:
+    def __init__(self, uniforms_RS: torch.Tensor, decoding: Decoding) -> None:
         self._uniforms = uniforms_RS
-        self._temperature = temperature
+        self._decoding = decoding
         self._step = 0
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:  # type: ignore[override]
         """Scores [R, V] to minus infinity everywhere but at the sampled token."""
-        tokens = pick(scores, self._uniforms[:, self._step], self._temperature)
+        tokens = pick(scores, self._uniforms[:, self._step], self._decoding.temperature, self._decoding.top_p)
         self._step += 1
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)  # type: ignore[return-value]
 
@@ -100,7 +100,7 @@ def sample_answers(
     keep: Callable[[Mapping[str, Sampled]], None] | None = None,
     listener: Listener | None = None,
 ) -> dict[str, Sampled]:
-    """Sample one answer to each prompt, without truncating the distribution.
+    """Sample one answer to each prompt; the distribution is cut by ``top_p`` alone.
 
     Args:
         model: A causal LM in eval mode.
@@ -144,7 +144,7 @@ def sample_answers(
                 return found.tolist()
             processors = LogitsProcessorList()
             if uniforms is not None:
-                processors.append(_InverseCdf(uniforms, temperature))
+                processors.append(_InverseCdf(uniforms, decoding))
             output = model.generate(
                 input_ids=tokens,
                 attention_mask=mask,

@@ -172,7 +172,13 @@ def refuse_foreign(path: Path) -> None:
 
 
 def sample_files(
-    files: Sequence[Path], num_answers: int, model: Path | None, out: Path, params: Params, reporter: Reporter
+    files: Sequence[Path],
+    num_answers: int,
+    model: Path | None,
+    out: Path,
+    params: Params,
+    reporter: Reporter,
+    top_p: float = 1.0,
 ) -> dict[str, Any]:
     """Sample so many answers to each prompt of some files, as section evaluate says, and write a table for each file.
 
@@ -183,6 +189,7 @@ def sample_files(
         out: Folder of the tables, which go by the names of the files.
         params: All settings.
         reporter: Shows progress, and what is counted of each file.
+        top_p: Each token is drawn from the likeliest ones that together have this probability.
 
     Returns:
         The same, by file.
@@ -201,6 +208,8 @@ def sample_files(
         raise ParamsError("two of the files have one name, and would make one table; rename one, or sample one by one")
     if settings.temperature == 0 and num_answers > 1:
         raise ParamsError(f"evaluate.temperature 0 gives one answer {num_answers} times; raise it, or say --answers 1")
+    if settings.temperature == 0 and top_p < 1:
+        raise ParamsError("top_p has no effect with evaluate.temperature 0, the likeliest token; leave it out")
     for table in tables.values():
         refuse_foreign(table)
     found = [read_prompts(path) for path in files]
@@ -211,12 +220,13 @@ def sample_files(
     asked_model = reference_model(project) if model is None else open_models(project, model).policy
     with stage_scratch("sample", "run") as scratch:
         steps = Steps(project, settings, scratch.folder.parent / "models")
-        answers = steps.answers(asked_model, asked, settings.temperature)
+        answers = steps.answers(asked_model, asked, settings.temperature, top_p)
         logps = steps.scored(asked_model, [*answers.values()], f"answers under {asked_model}").logps
     judge = known_reward(settings)
     made_by = {
         "model": asked_model.digest,
         **settings.model_dump(include={"temperature", "max_new_tokens", "seed"}),
+        "top_p": top_p,
         "num_answers": num_answers,
         "score": judge.name if judge else "",
     }

@@ -125,7 +125,8 @@ class Terminal(App[None]):
     .answer { height: auto; border-top: solid ansi_bright_black; border-title-style: bold; }
     .ranked { border-top: heavy ansi_cyan; }
     _Help { align: center middle; }
-    _Help VerticalScroll { width: 90%; max-width: 76; height: auto; max-height: 90%; border: round; padding: 0 2; }
+    _Help VerticalScroll { width: 90%; max-width: 76; height: auto; max-height: 90%; padding: 0 2; }
+    _Help VerticalScroll { border: round ansi_bright_black; }
     """
 
     def __init__(self, engine: Engine, rater: str) -> None:

@@ -32,4 +32,4 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
         return {}
     with importing():
         from dpo_cli.evaluation.sampling import sample_files
-    return sample_files(files, params.sample.answers, None, paths.SAMPLED, params, reporter)
+    return sample_files(files, params.sample.answers, None, paths.SAMPLED, params, reporter, params.sample.top_p)

@@ -246,12 +246,14 @@ def test_a_prompt_that_the_world_does_not_know_is_answered_and_not_scored(
 def test_options_without_effect_are_refused(tuned: Params, make_reporter: Callable[[], Any], tiny_folder: Path) -> None:
     with pytest.raises(ParamsError, match=r"evaluate\.temperature 0 gives one answer 6 times"):
         sample_files([TRAIN], K, None, paths.SAMPLED, make_params(tiny_folder, temperature=0.0), make_reporter())
+    with pytest.raises(ParamsError, match="top_p has no effect"):
+        sample_files([TRAIN], 1, None, paths.SAMPLED, make_params(tiny_folder, temperature=0.0), make_reporter(), 0.9)
     with pytest.raises(ParamsError, match="two of the files have one name"):
         sample_files([TRAIN, TRAIN], K, None, paths.SAMPLED, tuned, make_reporter())
     result = CliRunner().invoke(app, ["sample", str(TRAIN), "--set", "train.beta=1"])
     assert result.exit_code == ParamsError.exit_code
     result = CliRunner().invoke(app, ["sample", "--answers", "3"])
-    assert "--answers, --model and --out have no effect without PROMPTS" in result.stderr
+    assert "--answers, --top-p, --model and --out have no effect without PROMPTS" in result.stderr
 
 
 def test_a_language_model_votes_on_samples_as_a_rater(

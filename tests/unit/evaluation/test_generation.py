@@ -172,6 +172,26 @@ def test_the_first_token_follows_the_models_distribution(
     assert uniform > 100, "the test could not tell the model from a uniform one"
 
 
+@pytest.mark.parametrize(("top_p", "num_tokens"), [(0.05, 1), (0.5, None)])
+def test_top_p_draws_from_the_fewest_likeliest_tokens(
+    model: Any, sample: Callable[..., dict[str, Sampled]], top_p: float, num_tokens: int | None
+) -> None:
+    """In the proportions of the model; chi-square as above, with at most 11 degrees of freedom."""
+    count = 2000
+    prompt = (5, 7, 3)
+    answers = sample([PromptTokens(f"{number}", prompt) for number in range(count)], top_p=top_p, max_new_tokens=1)
+    seen = Counter(answer.tokens[0] for answer in answers.values())
+    chances = dict(enumerate(distribution(model, prompt, 1.0).tolist()))
+    nucleus: list[int] = []
+    while sum(chances[token] for token in nucleus) < top_p:
+        nucleus.append(max(chances.keys() - nucleus, key=lambda token: chances[token]))
+    assert seen.keys() <= set(nucleus)
+    assert len(nucleus) == num_tokens or 1 < len(nucleus) < 12
+    whole = sum(chances[token] for token in nucleus)
+    means = {token: chances[token] / whole * count for token in nucleus}
+    assert sum((seen[token] - mean) ** 2 / mean for token, mean in means.items()) < 31.3
+
+
 def test_the_second_token_is_drawn_apart_from_the_first(model: Any, sample: Callable[..., dict[str, Sampled]]) -> None:
     """Pairs of tokens follow the joint distribution; pooled below 5 expected, about 60 degrees of freedom."""
     count, prompt = 3000, (5, 7, 3)
