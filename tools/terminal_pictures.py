@@ -8,11 +8,9 @@ from __future__ import annotations
 import asyncio
 import re
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 from textual.app import App
-from textual.pilot import Pilot
 from textual.widgets import Input
 
 from dpo_cli.cli.console import ConsoleReporter
@@ -24,31 +22,28 @@ from dpo_cli.labeling.chat_votes import ChatVotes
 from dpo_cli.report.watch_terminal import WatchTerminal
 
 ROOT = Path(__file__).resolve().parent.parent
-SAID = ("Greet Olga and Tina in the evening.", "Name three fruits.")
+SAID = "Greet Kate and Oscar in the morning."
 
 
 def main() -> None:
     """Write docs/images/watch.svg and chat.svg; to be run in the repository's root."""
-    _write("watch", asyncio.run(_picture(WatchTerminal("train"), "dpo-cli watch", 34, ())))
+    _write("watch", asyncio.run(_picture(WatchTerminal("train"), "dpo-cli watch", 34, "")))
     chat = Chat(load_params(PARAMS, []), None, ConsoleReporter())
     with tempfile.TemporaryDirectory() as folder, ChatVotes(Path(folder), "human:anna") as votes:
-        _write("chat", asyncio.run(_picture(ChatTerminal(chat, votes, None, 0.0), "dpo-cli chat", 24, SAID)))
+        _write("chat", asyncio.run(_picture(ChatTerminal(chat, votes, None, 0.7), "dpo-cli chat", 16, SAID)))
 
 
-async def _picture(app: App[None], title: str, height: int, said: Sequence[str]) -> str:
+async def _picture(app: App[None], title: str, height: int, said: str) -> str:
+    """The screen; with what is said first, the answers to it and a vote for the tuned model's."""
     async with app.run_test(size=(100, height)) as pilot:
         await pilot.pause(0.5)
-        for number, text in enumerate(said):
-            await _say(app, pilot, text)
-            await pilot.press(*(["j", "enter"] if number == 0 else []))
+        if said:
+            app.query_one(Input).value = said
+            await pilot.press("enter")
+            await app.workers.wait_for_complete()
+            await pilot.press("j")
+            await pilot.pause(0.2)
         return app.export_screenshot(title=title)
-
-
-async def _say(app: App[None], pilot: Pilot[None], text: str) -> None:
-    app.query_one(Input).value = text
-    await pilot.press("enter")
-    await app.workers.wait_for_complete()
-    await pilot.pause(0.2)
 
 
 def _write(name: str, svg: str) -> None:

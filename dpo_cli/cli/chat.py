@@ -16,9 +16,9 @@ from dpo_cli.cli.console import ConsoleReporter, open_console, plain_table
 from dpo_cli.cli.exits import errors_as_exit_codes
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, ParamsError
-from dpo_cli.core.params import Params
 
 if TYPE_CHECKING:
+    from dpo_cli.core.params import Params
     from dpo_cli.judging.answers import Answer
 
 _NARROW = 30

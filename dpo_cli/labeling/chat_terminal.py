@@ -35,7 +35,7 @@ from dpo_cli.labeling.terminal import is_right_to_left, readable
 _NARROWEST = 30
 _REFRESH_S = 0.1
 """An answer that comes is drawn so often at most."""
-_GAP = 3
+_GAP = 2
 _VOTES = {"f": A, "j": B, "t": TIED, "b": BOTH_BAD}
 _HINT = "Say something, or /system TEXT   /temperature T   /new   /quit"
 
@@ -186,7 +186,10 @@ class ChatTerminal(App[None]):
         self._chosen = self._speakers.names[-1]
         self._cards = {name: Vertical(Static(), classes="answer") for name in self._speakers.names}
         await self._main.mount(Grid(*self._cards.values(), classes="answers"))
+        self._main.focus()  # what is typed meanwhile is neither said nor a vote
+        self._tell("")
         self._arrange()
+        self._show()
         self._stop.clear()
         self.run_worker(self._answer, thread=True, exclusive=True)
 
@@ -224,9 +227,8 @@ class ChatTerminal(App[None]):
             self._turns.pop()
             self._answers, self._cards = {}, {}
             self.query(".answers").last().remove()
+            self._said.focus()
         self._tell(problem)
-        if not problem:
-            self._main.focus()
         self._arrange()
         self._show()
 
@@ -248,7 +250,7 @@ class ChatTerminal(App[None]):
         if self._answers and not self._is_busy:
             keys = [
                 ("F", f"{first} is better", A), ("J", f"{second} is better", B), ("T", "tie", TIED),
-                ("B", "both bad", BOTH_BAD), ("U", "undo", ""), ("R", "again", ""), ("1-9", "go on from", ""),
+                ("B", "both bad", BOTH_BAD), ("U", "undo", ""), ("R", "again", ""), ("1-9", "choose", ""),
                 ("Enter", "go on", ""),
             ]  # fmt: skip
         line = Text()

@@ -21,13 +21,13 @@ def test_two_turns_with_a_vote_on_each(finished: Path, tmp_path: Path) -> None:
     def vote(number: int) -> None:
         """Say that the tuned model's answer is better, after another try where the two cannot be voted on."""
         for _ in range(MOST_TRIES):
-            seat.wait_for(lambda: "dpo is better" in seat.text)
+            seat.wait_for(lambda: "dpo is better" in seat.text and seat.text.count(" tokens") == 3 * number)
             seat.press("j")
             seat.wait_for(lambda: f"{number} vote" in seat.lines[0] or "Not saved" in seat.text)
             if f"{number} vote" in seat.lines[0]:
                 return
             seat.press("r")
-            seat.wait_for(lambda: "Not saved" not in seat.text)
+            seat.wait_for(lambda: "Not saved" not in seat.text)  # and the keys are those of answers that come
 
     try:
         seat.wait_for(lambda: "base, sft, dpo   T = 1   0 votes" in seat.text, 120)
