@@ -1,13 +1,10 @@
-"""Tiny random GGUF files, as llama.cpp names their parts, and llama.cpp itself behind its server."""
+"""Tiny random GGUF files, as llama.cpp names their parts, and what llama.cpp says of a next token."""
 
 from __future__ import annotations
 
-import json
 import math
 import random
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,34 +150,6 @@ def write(
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-@contextmanager
-def llama_cpp(path: Path, num_context: int = 256) -> Iterator[Callable[[str, dict[str, Any]], Any]]:
-    """llama.cpp's server with a model in float32: ``post(address, body)`` is its answer."""
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path = str(path)
-    params.n_ctx, params.n_parallel, params.warmup = num_context, 1, False
-    params.cpuparams.n_threads = 1
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    server = xllamacpp.Server(params)
-    url = server.listening_address
-
-    def post(address: str, body: dict[str, Any]) -> Any:
-        request = urllib.request.Request(
-            f"{url}{address}", json.dumps(body).encode(), {"content-type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=300) as answer:
-            return json.load(answer)
-
-    post.url = url  # type: ignore[attr-defined]
-    try:
-        yield post
-    finally:
-        del server
 
 
 def next_log_probs(post: Callable[[str, dict[str, Any]], Any], prompt: Sequence[int], number: int) -> dict[int, float]:

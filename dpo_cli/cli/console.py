@@ -20,7 +20,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from dpo_cli.core.progress import Meter, Status
-from dpo_cli.core.text import in_one_line, printable
+from dpo_cli.core.text import duration, in_one_line, printable
 
 _PLAIN_INTERVAL_S = 10.0
 _COLORS: dict[Status, tuple[str, str]] = {
@@ -154,10 +154,10 @@ class _StateColumn(ProgressColumn):
         total = None if task.total is None else int(task.total)
         rate = f", {_rate(task.speed, self._unit)}" if task.speed else ""
         done = f"{_amount(int(task.completed), total, self._unit)}{rate}"
-        passed = _duration((task.finished_time if task.finished else task.elapsed) or 0)
+        passed = duration((task.finished_time if task.finished else task.elapsed) or 0)
         if task.finished:
             return Text(f"{done} in {passed}")
-        left = "" if task.time_remaining is None else f", {_duration(task.time_remaining)} left"
+        left = "" if task.time_remaining is None else f", {duration(task.time_remaining)} left"
         return Text(f"{done} {passed} passed{left}")
 
 
@@ -189,7 +189,7 @@ class _PlainMeter:
             self._said = now
             rate = self._done / (now - self._begun)
             left = (self._total - self._done) / rate
-            self._say(f", {_rate(rate, self._unit)}, {_duration(left)} left")
+            self._say(f", {_rate(rate, self._unit)}, {duration(left)} left")
 
     def note(self, text: str) -> None:
         self._note = text
@@ -198,7 +198,7 @@ class _PlainMeter:
         """No more is said of it, but that the work is done, where it is."""
         self._timer.cancel()
         if is_done:
-            self._say(f" in {_duration(time.monotonic() - self._begun)}")
+            self._say(f" in {duration(time.monotonic() - self._begun)}")
 
     def _say(self, rest: str) -> None:
         note = f", {self._note}" if self._note else ""
@@ -216,7 +216,7 @@ def _rate(per_second: float, unit: str) -> str:
     if unit == "bytes" or per_second >= 1 or not per_second:
         return f"{_number(per_second, unit)}/s"
     seconds = 1 / per_second
-    took = f"{seconds:.1f} s" if seconds < 10 else _duration(seconds)
+    took = f"{seconds:.1f} s" if seconds < 10 else duration(seconds)
     return f"{took} a {unit.removesuffix('s')}"
 
 
@@ -228,9 +228,3 @@ def _number(value: float, unit: str) -> str:
             return f"{value:.0f} {name}" if name == "B" else f"{value:.1f} {name}"
         value /= 1024
     return f"{value:.1f} GiB"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -14,7 +14,7 @@ from typing import NoReturn
 import typer
 
 from dpo_cli.core.environment import is_first_process
-from dpo_cli.core.errors import DpoCliError, Interrupted, MachineError, is_out_of_memory
+from dpo_cli.core.errors import DISK_FULL, DpoCliError, Interrupted, MachineError, is_out_of_memory
 from dpo_cli.core.interrupts import heard
 from dpo_cli.core.pipeline import STAGES
 from dpo_cli.core.text import in_one_line, shown
@@ -22,7 +22,6 @@ from dpo_cli.core.text import in_one_line, shown
 EXIT_CODE_FILE = "DPO_CLI_EXIT_CODE_FILE"
 """Environment variable: the file to which a failing stage writes its exit code, which DVC hides."""
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NOT_A_NAME = (errno.ENAMETOOLONG,)
 _SAYS_FULL = (
@@ -95,7 +94,7 @@ def _problem_of_a_file(error: BaseException) -> str | None:
     said = str(error).lower()
     number = error.errno if isinstance(error, OSError) else None
     name = (error.filename if isinstance(error, OSError) else None) or "a file"
-    if number in _FULL or any(words in said for words in _SAYS_FULL) or _SAYS_CUT_OFF.search(said):
+    if number in DISK_FULL or any(words in said for words in _SAYS_FULL) or _SAYS_CUT_OFF.search(said):
         return f"{name} cannot be written: the disk is full; free some space, then run it again to resume"
     if number in _FORBIDDEN or any(words in said for words in _SAYS_FORBIDDEN):
         why = error.strerror if isinstance(error, OSError) and error.strerror else "permission denied"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import sys
 from dataclasses import asdict
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dpo_cli.cli.command import JsonOption, command_app, examples
+from dpo_cli.cli.command import JsonOption, account_name, command_app, examples
 from dpo_cli.cli.console import ConsoleReporter
 from dpo_cli.cli.exits import errors_as_exit_codes
 from dpo_cli.core import paths
@@ -142,7 +141,7 @@ def label_command(
         with Engine(store, settings, folder, text, adjudicates=adjudicate) as engine:
             if open_judge is None:
                 where = None if terminal else _PORT if port is None else port
-                figures = _ask_people(engine, raters or [_user()], where, items, account, reporter)
+                figures = _ask_people(engine, raters or [account_name()], where, items, account, reporter)
             else:
                 from dpo_cli.labeling.judges import judge_items
 
@@ -153,13 +152,6 @@ def label_command(
                     reporter.warn(f"label: the judge had no verdict on {num_without} items; run it again to ask again")
         if as_json:
             typer.echo(json.dumps(account_of(account) | figures, ensure_ascii=False))
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # as in a container without a list of users
-        return "me"
 
 
 def _refuse_options(

@@ -24,6 +24,7 @@ _SWITCHES = {
     "DVC_NO_ANALYTICS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+_given: dict[str, str | None] = {}
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -67,11 +68,18 @@ def prepare_environment() -> None:
     one alone. Torch compiles nothing: bitsandbytes asks for it as it is imported, and loads the compiler, which takes a
     sixth of a stage's start.
     """
+    if not _given:
+        _given.update((name, os.environ.get(name)) for name in _SWITCHES)
     os.environ.update(_SWITCHES)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     let_segments_grow()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def users_environment() -> dict[str, str]:
+    """This process's environment with the switches as the user's shell has them."""
+    return {name: value for name, value in (os.environ | _given).items() if value is not None}
 
 
 @contextmanager
@@ -127,6 +135,29 @@ def _quota(cgroup: Path) -> float:
     return math.inf if unlimited else int(quota) / int(period)
 
 
+def available_memory_bytes() -> int:
+    """Memory that this process can still take without swapping: of the machine, or within its cgroup's limit."""
+    import psutil  # here: what starts a command imports this file
+
+    return min(psutil.virtual_memory().available, _left_in_cgroup(_CGROUP))
+
+
+def _left_in_cgroup(cgroup: Path) -> int:
+    """Bytes below the limit of a cgroup, version 2 or 1; caches of files count as free, as they give way."""
+    for folder, limit, usage in (
+        (cgroup, "memory.max", "memory.current"),
+        (cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            most, used = (int((folder / name).read_text(encoding="ascii")) for name in (limit, usage))
+            lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+        except (OSError, ValueError):  # no such file, or no limit, which version 2 calls max
+            continue
+        cached = {name: int(value) for name, value in (line.split() for line in lines)}
+        return max(0, most - used + cached.get("inactive_file", 0))
+    return sys.maxsize
+
+
 # --- GPUs, before torch is imported ------------------------------------------------------------
 
 GPU_TYPES = ("cuda",)
@@ -135,6 +166,11 @@ _ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALL
 """The variable that PyTorch's allocator reads, and what it was called before, on ROCm, too."""
 _WSL_GPU = Path("/dev/dxg")
 """Where WSL2 has its GPU, whatever the kernel is called."""
+
+
+def is_wsl() -> bool:
+    """Whether this Linux runs within Windows."""
+    return "microsoft" in platform.uname().release.lower() or _WSL_GPU.exists()
 
 
 class HasType(Protocol):
@@ -158,6 +194,5 @@ def let_segments_grow() -> None:
     Not under WSL, where some drivers fail at it, and not on Windows, which has no such segments. It is read when
     torch is imported.
     """
-    is_wsl = "microsoft" in platform.uname().release.lower() or _WSL_GPU.exists()
-    if sys.platform == "linux" and not is_wsl and not any(name in os.environ for name in _ALLOCATORS):
+    if sys.platform == "linux" and not is_wsl() and not any(name in os.environ for name in _ALLOCATORS):
         os.environ[_ALLOCATORS[0]] = "expandable_segments:True"

@@ -16,6 +16,7 @@ Exit code 2 is a usage error of the command line, 1 is a bug and comes with its 
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -72,6 +73,9 @@ def first_line(error: BaseException, most: int | None = 100) -> str:
     """The first line of what an error says, or its kind where it says nothing; at most so many characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
 
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""The system's numbers for a disk without room."""
 
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",

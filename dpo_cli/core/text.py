@@ -73,6 +73,13 @@ def visible_token(text: str) -> str:
     return visible(text.replace("\n", "⏎\n").replace("\t", "⇥"))
 
 
+def duration(seconds: float) -> str:
+    """A time in hours and minutes, minutes and seconds, or seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
 def _escaped(character: str) -> str:
     code = ord(character)
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

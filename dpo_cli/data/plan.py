@@ -16,7 +16,7 @@ from dpo_cli.data.formats.base import Reading
 from dpo_cli.data.formats.detect import RowReader
 from dpo_cli.data.formats.labels import label_text
 from dpo_cli.data.formats.votes import Tally
-from dpo_cli.data.reading.base import BrokenLines
+from dpo_cli.data.reading.base import BrokenLines, missing
 from dpo_cli.data.reading.files import read_records
 from dpo_cli.data.votes import is_torn, unended_line
 
@@ -99,6 +99,22 @@ def find_files(source: Source) -> list[Path]:
     if not found:
         raise DataError(f"{source.path}: no file has such a name; put your data there, or name it in params.yaml")
     return found
+
+
+def refuse_missing(data: DataParams) -> None:
+    """Refuse settings that name files that are not there.
+
+    Raises:
+        DataError: With all of them.
+    """
+    problems: list[str] = []
+    for source in {source.path: source for source in (*data.sft_sources, *data.preference_sources)}.values():
+        try:
+            problems += [str(missing(path)) for path in find_files(source) if not path.exists()]
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems)
 
 
 def tally_of(source: Source) -> Tally:

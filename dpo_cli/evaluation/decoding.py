@@ -43,6 +43,11 @@ _MAX_TOLERANCE = 0.2
 """The most that is allowed, however much rounding alone moves a distribution."""
 
 
+Listener = Callable[[list[list[int]]], bool]
+"""Hears the tokens so far of each row of a batch, and says whether that is enough; behind an answer's end there may be
+anything."""
+
+
 @dataclass(frozen=True)
 class Decoding:
     """How an answer is sampled.
@@ -105,7 +110,11 @@ class StaticDecoder:
         self.unrecorded: str | None = None
 
     def decode(
-        self, tokens_RL: torch.Tensor, mask_RL: torch.Tensor, uniforms_RS: torch.Tensor | None
+        self,
+        tokens_RL: torch.Tensor,
+        mask_RL: torch.Tensor,
+        uniforms_RS: torch.Tensor | None,
+        listener: Listener | None = None,
     ) -> torch.Tensor | None:
         """Answers to a batch of prompts.
 
@@ -113,6 +122,7 @@ class StaticDecoder:
             tokens_RL: int64, prompts padded at their beginning, on the device.
             mask_RL: int64, 0 for padding.
             uniforms_RS: float64 in [0, 1); None takes the likeliest tokens.
+            listener: Hears of every eighth step.
 
         Returns:
             int64 [R, up to S]; behind an answer's first stop token there may be anything. None where :attr:`refused`.
@@ -125,11 +135,11 @@ class StaticDecoder:
                 self._forward, PlacesCache(self._config, length), tokens_RL, mask_RL, uniforms_RS, self._sampling
             )
             run.begin()
-            num_tokens = self._go_on(run)
+            num_tokens = self._go_on(run, listener)
             if num_tokens is not None:
                 return run.answers_RS[:, :num_tokens]
 
-    def _go_on(self, run: _Run) -> int | None:
+    def _go_on(self, run: _Run, listener: Listener | None) -> int | None:
         """Take the steps behind the first token.
 
         Returns:
@@ -140,8 +150,10 @@ class StaticDecoder:
         step: Callable[[], object] = run.step
         record: _Record | None = None
         for done in range(1, num_steps):
-            if done % _STEPS_A_LOOK == 0 and bool(run.ended_R.all()):
-                return done
+            if done % _STEPS_A_LOOK == 0:
+                is_enough = listener is not None and listener(run.answers_RS[:, :done].tolist())
+                if is_enough or bool(run.ended_R.all()):
+                    return done
             if is_recorded and done == _RECORDED_STEP:  # libraries have made by now what they need
                 found = _reason_to_wait(run) or _record(run.step)
                 record, self.unrecorded = (None, found) if isinstance(found, str) else (found, None)

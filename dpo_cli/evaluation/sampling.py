@@ -1,4 +1,4 @@
-"""Answers to prompts of one's own: several to each prompt of some files, as a table, or one of each model to a prompt.
+"""Answers to prompts of one's own: several to each prompt of some files, as a table.
 
 A prompt's k-th answer has a random stream of its own, so it depends on the seed, the prompt, k and the model alone:
 more answers to a prompt leave those that are there as they are. The table can be read as preference data of format
@@ -16,18 +16,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_cli.core import paths
 from dpo_cli.core.artifacts import atomic_path
-from dpo_cli.core.errors import DataError, ParamsError
+from dpo_cli.core.errors import ParamsError
 from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.data.problem import RowProblem
 from dpo_cli.data.prompt_files import PromptFile, read_prompts, refuse_rows
-from dpo_cli.data.schema import MESSAGES, Message, Messages, assistant, content_id, table_of, user
+from dpo_cli.data.schema import MESSAGES, Messages, assistant, table_of
 from dpo_cli.data.world import task_of
-from dpo_cli.evaluation import DPO, SFT
 from dpo_cli.evaluation.generation import PromptTokens
 from dpo_cli.evaluation.models import open_models, reference_model
 from dpo_cli.evaluation.steps import Steps
@@ -270,50 +268,3 @@ def _lines(file: PromptFile, table: SampleTable) -> list[tuple[str, str]]:
         lines.append(("mean reward", f"{table.reward:.3f} of all answers, those that did not end among them"))
         lines.append(("no pair", f"{table.num_tied} prompts, whose answers all have one reward"))
     return [(name, value) for name, value in lines if value]
-
-
-# --- one prompt -----------------------------------------------------------------------------
-
-
-def try_prompt(
-    prompt: str, system: str | None, model: Path | None, params: Params, reporter: Reporter
-) -> dict[str, Answer]:
-    """One answer of each model, by what it is called, to a prompt, sampled as section evaluate says.
-
-    Args:
-        prompt: What the user says.
-        system: A system message before it.
-        model: The tuned model: an adapter for the project's SFT model, or a whole model; None: models/dpo.
-        params: All settings.
-        reporter: Shows progress.
-
-    Raises:
-        DataError: The chat template refuses the prompt.
-        StaleArtifactError: There is no such model, or an earlier stage's result is missing.
-        Interrupted: The user asked to stop.
-    """
-    quiet_libraries()
-    settings = params.evaluate
-    project = open_project(params, reporter, "try")
-    before: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-    messages = [*before, user(prompt)]
-    try:
-        tokens = PromptTokens(content_id(messages), tuple(project.encoder.encode_prompt(messages)), messages)
-    except RowProblem as problem:
-        raise DataError(f"the prompt: {problem}") from None
-    project.check_context(len(tokens.tokens) + settings.max_new_tokens, "evaluate.max_new_tokens + the prompt")
-    folder = model or paths.DPO_MODEL
-    models = open_models(project, folder)
-    names = {SFT: models.reference, folder.resolve().name if model else DPO: models.policy}
-    with stage_scratch("try", "run") as scratch:
-        steps = Steps(project, settings, scratch.folder.parent / "models")
-        return {name: steps.answers(each, [tokens], settings.temperature)[tokens.id] for name, each in names.items()}
-
-
-def tried_json(prompt: str, answers: Mapping[str, Answer], temperature: float) -> dict[str, Any]:
-    """The answers as one JSON value."""
-    rows = [
-        {"model": name, "text": each.text, "num_tokens": each.num_tokens, "finished": each.finished}
-        for name, each in answers.items()
-    ]
-    return {"prompt": prompt, "temperature": temperature, "answers": rows}

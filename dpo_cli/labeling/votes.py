@@ -9,7 +9,8 @@ order in which they were shown. ``vote``: on a pair A, B, tie or both bad, of a 
 shown (1 is best, equal is tied), for thumbs up or down; or skip, or undone. ``strength`` is 1 (a little better) to 3
 (much better), or null. ``seconds`` passed before the vote. ``guideline`` is the first part of the SHA-256 of the text
 that raters went by. ``drawn`` says why the item was asked: random, uncertain, repeat (shown before, now flipped), or
-adjudication (people disagree on it); null if another tool asked. ``by`` is person or judge. ``at`` is the time, UTC;
+adjudication (people disagree on it), or chat (answers that a rater asked for himself, knowing who wrote them); null if
+another tool asked. ``by`` is person or judge. ``at`` is the time, UTC;
 null if that tool does not say.
 """
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from dpo_cli.core.environment import is_gpu, refuse_several_processes, usable_threads
+from dpo_cli.core.environment import available_memory_bytes, is_gpu, refuse_several_processes, usable_threads
 from dpo_cli.core.errors import MachineError
 from dpo_cli.core.params import RuntimeParams
 
@@ -104,8 +104,13 @@ def _bound_memory(device: torch.device, max_gib: float | None) -> None:
             f"params.yaml: runtime.max_gpu_gib must be <= {total / 2**30:.1f}, the memory of {device}, got {max_gib:g};"
             " set it to null"
         )
-    limit = _USABLE_OF_FREE * (free + torch.cuda.memory_reserved(device)) if max_gib is None else max_gib * 2**30
+    limit = usable_of_gpu(free + torch.cuda.memory_reserved(device), max_gib)
     torch.cuda.set_per_process_memory_fraction(limit / total, device)
+
+
+def usable_of_gpu(free_bytes: float, max_gib: float | None) -> float:
+    """Bytes that PyTorch may hold of a GPU of which so many are free; ``max_gib`` is runtime.max_gpu_gib."""
+    return _USABLE_OF_FREE * free_bytes if max_gib is None else max_gib * 2**30
 
 
 _TOKENS_ON_GPU = 4096
@@ -181,7 +186,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 def free_memory_bytes(device: torch.device) -> int:
     """Memory that is still to be had: of the GPU, what PyTorch holds unused included, or of the machine."""
     if not is_gpu(device):
-        return psutil.virtual_memory().available
+        return available_memory_bytes()
     import torch
 
     free, total = torch.cuda.mem_get_info(device)

@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from html import escape
 from pathlib import Path
-from typing import Literal
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-Role = Literal["a", "b", "muted"]
+from dpo_cli.report.steps import Role
 
 WIDTH_INCHES, HEIGHT_INCHES = 4.0, 2.35
 _FONT_POINTS = 9.5

@@ -63,9 +63,9 @@ def read_inputs() -> Inputs:
     accuracy_by = _read_further("accuracy_by", ("num_pairs", "accuracy", "low", "high"), ("kind", "label"))
     return Inputs(
         metrics={stage: _read_metrics(stage) for stage in STAGES},
-        sft_steps=_read_rows(steps_file("sft"), _LOSSES),
-        train_steps=_read_rows(steps_file("train"), (*_LOSSES, *_REWARDS, *(f"eval_{name}" for name in _REWARDS))),
-        margins=_read_rows(evaluation_table("margins"), ("margin", "share")),
+        sft_steps=read_rows(steps_file("sft"), _LOSSES),
+        train_steps=read_rows(steps_file("train"), (*_LOSSES, *_REWARDS, *(f"eval_{name}" for name in _REWARDS))),
+        margins=read_rows(evaluation_table("margins"), ("margin", "share")),
         samples=_read_samples(),
         pairs=_read_further("pairs", _TOKENS, ("id", "prompt", "source")) if accuracy_by else [],
         reliability=_read_further("reliability", _RELIABILITY),
@@ -126,10 +126,10 @@ def _read_samples() -> list[dict[str, Any]]:
 def _read_further(name: str, numbers: Sequence[str], texts: Sequence[str] = ()) -> list[Row]:
     """Rows of a table that stage evaluate may have left."""
     path = evaluation_table(name)
-    return _read_rows(path, numbers, texts) if path.is_file() else []
+    return read_rows(path, numbers, texts) if path.is_file() else []
 
 
-def _read_rows(path: Path, numbers: Sequence[str], texts: Sequence[str] = ()) -> list[Row]:
+def read_rows(path: Path, numbers: Sequence[str], texts: Sequence[str] = ()) -> list[Row]:
     """Rows of a CSV or TSV file that must have these columns; further ones hold numbers, too."""
     try:
         text = path.read_text(encoding="utf-8")

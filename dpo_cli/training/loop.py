@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -23,6 +23,7 @@ from dpo_cli.core.artifacts import digest_json
 from dpo_cli.core.environment import is_gpu
 from dpo_cli.core.errors import Interrupted, ParamsError
 from dpo_cli.core.interrupts import StopRequest, graceful_stop
+from dpo_cli.core.live_log import LiveLog
 from dpo_cli.core.progress import Meter
 from dpo_cli.training.accumulation import Accumulator, Limits
 from dpo_cli.training.checkpoint import (
@@ -119,6 +120,7 @@ class Loop(Generic[Scored]):
         self._checkpoint = last_checkpoint(job.folder, with_best=course.keeps_best)
         self._saved_at = time.monotonic()
         self._events: EventFiles | None = None
+        self._live: LiveLog | None = None
         self._patience_ended = False
         self.step = self.first_step = self.kept_step = step_of(self._checkpoint)
         self.history: list[dict[str, Any]] = []
@@ -137,15 +139,14 @@ class Loop(Generic[Scored]):
         job.replicas.agree_on_parameters("before the first step", trained)
         if self._checkpoint is not None:
             self._go_on(self._checkpoint)
-        if job.work.runtime.tensorboard and job.replicas.is_first:
-            folder = job.folder.parents[1] / "tensorboard" / f"{job.work.command}-{job.folder.name}"
-            self._events = EventFiles(folder, self.first_step)
         label = f"{job.work.command}: {course.what}"
         with (
+            ExitStack() as logs,
             graceful_stop() as stop,
             job.work.reporter.meter(label, course.num_steps, "steps") as meter,
-            closing(self._events) if self._events is not None else nullcontext(),
         ):
+            if job.replicas.is_first:
+                self._open_logs(logs)
             begun = time.monotonic()
             stopped = self._train(Accumulator(self._learner, self._limits, stop, job.replicas), stop, meter)
             self.elapsed_s = time.monotonic() - begun
@@ -159,6 +160,14 @@ class Loop(Generic[Scored]):
         if self.kept_step != self.step:
             restore_best(job.folder, self.kept_step, self._trained)
         job.replicas.agree_on_parameters("after the last step", trained)
+
+    def _open_logs(self, logs: ExitStack) -> None:
+        """Where the log goes as it comes."""
+        job = self._job
+        self._live = logs.enter_context(closing(LiveLog(job.folder, self._course.num_steps, self.history)))
+        if job.work.runtime.tensorboard:
+            folder = job.folder.parents[1] / "tensorboard" / f"{job.work.command}-{job.folder.name}"
+            self._events = logs.enter_context(closing(EventFiles(folder, self.first_step)))
 
     def _train(self, accumulator: Accumulator[Scored], stop: StopRequest, meter: Meter) -> bool:
         """Steps until the last one, or until someone asks to stop; returns whether someone did."""
@@ -223,6 +232,8 @@ class Loop(Generic[Scored]):
 
     def _log(self, values: dict[str, float]) -> None:
         self.history.append({**values, "step": self.step})
+        if self._live is not None:
+            self._live.add(self.history[-1])
         if self._events is not None:
             self._events.add(values, self.step)
 

@@ -82,12 +82,12 @@ def test_help_imports_neither_torch_nor_its_like() -> None:
 
 
 def test_a_command_is_loaded_when_it_is_named() -> None:
-    loaded = loaded_by(shown("try", "--help"))
-    assert "dpo_cli.cli.sample" in loaded
+    loaded = loaded_by(shown("chat", "--help"))
+    assert "dpo_cli.cli.chat" in loaded
     assert not {"dpo_cli.cli.score", "dpo_cli.cli.init", "dpo_cli.cli.data"} & loaded
 
 
-@pytest.mark.parametrize(("arguments", "meant"), [(["scor"], "score"), (["data", "chek"], "check")])
+@pytest.mark.parametrize(("arguments", "meant"), [(["sampl"], "sample"), (["data", "chek"], "check")])
 def test_a_command_that_there_is_not_names_one_like_it(arguments: list[str], meant: str) -> None:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2

@@ -1,4 +1,4 @@
-"""What `model import` makes of a GGUF file against llama.cpp, which reads the file by itself."""
+"""GGUF files that are read (`model import`) and written (`export`) against llama.cpp, which reads them by itself."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dpo_cli.exporting.llama_cpp import serve
 from tests import gguf_files
 from tests.gguf_files import llama3_divisors, settings_of, tensors_of
 
@@ -99,7 +100,7 @@ def test_log_probabilities_are_llama_cpps(name: str, tmp_path: Path, reporter: A
     ids = [1, *(rng.randrange(gguf_files.FIRST_WORD, gguf_files.NUM_TOKENS - 2) for _ in range(47))]
     with torch.inference_mode():
         logps_TV = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-    with gguf_files.llama_cpp(file) as post:
+    with serve(file) as post:
         for length in (5, 24, 48):
             theirs = gguf_files.next_log_probs(post, ids[:length], 50)
             ours = [float(logps_TV[length - 1, token]) for token in theirs]
@@ -123,7 +124,69 @@ def test_token_ids_are_llama_cpps(says: dict[str, bool], tmp_path: Path, reporte
     rng = random.Random(0)
     texts = ["the quick fox", "  the  fox", "fox<|end|>the dog", " the<think> dog the<eos>the", "<bos> a", ""]
     texts += ["".join(rng.choice(_CHARACTERS) for _ in range(rng.randint(1, 30))) for _ in range(100)]
-    with gguf_files.llama_cpp(file) as post:
+    with serve(file) as post:
         for text in texts:
             theirs = post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
             assert tokenizer(text)["input_ids"] == theirs, text
+
+
+WRITTEN: dict[str, dict[str, Any]] = {
+    "llama": {"head_dim": 32, "tie_word_embeddings": False},
+    "llama with Llama 3's rotary embedding": {
+        "max_position_embeddings": 32768,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+    "llama, linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_file_that_is_written_is_the_same_model_in_llama_cpp(
+    name: str, tmp_path: Path, reporter: Any, tokenizer: Any
+) -> None:
+    """Every family that is written, with weights and norms at random, in float16: which leaves 0.01 nats at most."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from dpo_cli.data.chat import ChatEncoder
+    from dpo_cli.exporting.gguf_model import write_model
+    from dpo_cli.exporting.gguf_tokenizer import vocabulary_of
+
+    config = AutoConfig.for_model(
+        name.replace(",", " ").split()[0],
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        **{"max_position_embeddings": 256, "tie_word_embeddings": True} | WRITTEN[name],
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn_like(weight) * 0.1 + (1.0 if weight.ndim == 1 else 0.0))
+            weight.copy_(weight.half() if weight.ndim == 2 else weight)
+    encoder = ChatEncoder(tokenizer)
+    vocabulary = vocabulary_of(tokenizer, encoder, len(tokenizer), ["Add 1 to 2."])
+    path = tmp_path / "model.gguf"
+    write_model(model, vocabulary, path, "f16", name="tiny", reporter=reporter)
+    rng = random.Random(name)
+    ids = [rng.randrange(5, len(tokenizer)) for _ in range(40)]
+    with torch.inference_mode():
+        logps_TV = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    ours = [float(logps_TV[place - 1, ids[place]]) for place in range(10, 40)]
+    with serve(path) as server:
+        theirs = server.token_logps(ids[:10], ids[10:])
+    assert ours == pytest.approx([each for each in theirs if each is not None], abs=0.01)
+    assert None not in theirs

@@ -29,6 +29,7 @@ def answer(
     model: Any, reporter: Any, prompts: Sequence[PromptTokens], max_tokens: int = 4096, **changes: Any
 ) -> dict[str, Sampled]:
     """Answers of a model to prompts, and what is kept of them on the way."""
+    listener = changes.pop("listener", None)
     settings: dict[str, Any] = {"stop_ids": (STOP,), "temperature": 1.0, "max_new_tokens": 8, "stream": "dpo"} | changes
     kept: dict[str, Sampled] = {}
     with reporter.meter("answers", len(prompts), "prompts") as meter:
@@ -40,6 +41,7 @@ def answer(
             autocast_dtype=torch.float32,
             meter=meter,
             keep=kept.update,
+            listener=listener,
         )
     assert kept == found
     return found
@@ -73,6 +75,28 @@ def test_a_scorer_that_is_still_open_changes_no_answer(
     assert model.config._attn_implementation != scorer.own_attention
     assert sample(prompts) == before
     scorer.close()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_who_listens_hears_every_token_and_may_end_an_answer(
+    sample: Callable[..., dict[str, Sampled]], temperature: float
+) -> None:
+    prompts = some_prompts(24)
+    together = sample(prompts, temperature=temperature)
+    for prompt in prompts:
+        heard: list[list[int]] = []
+
+        def listen(rows: list[list[int]], heard: list[list[int]] = heard) -> bool:
+            heard.extend(rows)
+            return False
+
+        found = sample([prompt], temperature=temperature, listener=listen)
+        assert found == {prompt.id: together[prompt.id]}
+        tokens = list(found[prompt.id].tokens)
+        assert heard == [tokens[:end] for end in range(1, len(tokens) + 1)]
+        stopped = sample([prompt], temperature=temperature, listener=lambda rows: len(rows[0]) == 2)
+        assert stopped == {prompt.id: Sampled(tuple(tokens[:2]), finished=STOP in tokens[:2])}
+    assert len({answer.tokens for answer in together.values()}) > 3, "answers all alike would prove little"
 
 
 # --- determinism --------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pytest
 from dpo_cli.core import paths
 from dpo_cli.core.artifacts import write_text
 from dpo_cli.core.errors import StaleArtifactError
-from dpo_cli.report import curves
+from dpo_cli.report import steps
 from dpo_cli.report.browser import MOST_BYTES, make_browser, pack_log_ratios
 from dpo_cli.report.figures import DARK, LIGHT
 from dpo_cli.report.inputs import evaluation_table, steps_file
@@ -211,18 +211,18 @@ def test_displacement_is_where_the_chosen_reward_is_below_zero(
 ) -> None:
     """Between two points the reward is taken for a straight line."""
     for column in ("eval_rewards/chosen", "rewards/chosen"):
-        assert curves.displaced([{"step": float(step), column: reward} for step, reward in enumerate(chosen)]) == spans
+        assert steps.displaced([{"step": float(step), column: reward} for step, reward in enumerate(chosen)]) == spans
 
 
 def test_a_long_series_keeps_its_spikes() -> None:
     points = [(float(step), 0.0) for step in range(20_000)]
     points[7_003] = (7_003.0, 9.0)
     points[7_010] = (7_010.0, -9.0)
-    shown = curves.thinned(points)
+    shown = steps.thinned(points)
     assert len(shown) <= 500
     assert {points[0], points[7_003], points[7_010]} <= set(shown)
     assert list(shown) == sorted(shown)
-    assert curves.thinned(points[:500]) == points[:500]
+    assert steps.thinned(points[:500]) == points[:500]
 
 
 # --- texts of models and data ---------------------------------------------------------------

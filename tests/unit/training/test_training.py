@@ -13,6 +13,7 @@ import torch
 
 from dpo_cli.core import environment
 from dpo_cli.core.errors import Interrupted, MachineError, ParamsError
+from dpo_cli.core.live_log import LIVE_LOG, read_live_log
 from dpo_cli.core.params import TrainParams
 from dpo_cli.core.training_params import TrainingParams
 from dpo_cli.data.tokens import TokenGroup
@@ -168,6 +169,18 @@ def test_killed_between_checkpoints_it_goes_on_from_the_last_one_and_event_files
     assert [event.step for event in found.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
     assert [event.value for event in found.Scalars("train/loss")] == pytest.approx(logged(fitted, "loss"))
     assert {event.step: event.value for event in found.Scalars("eval/loss")} == pytest.approx(held_out_losses(fitted))
+
+
+def test_who_watches_reads_every_step_as_it_is_taken_and_once_after_a_kill(lab: Lab, pairs: Groups) -> None:
+    with pytest.raises(Killed):
+        run_dpo(lab.policy(), pairs, lab.folder, lab.reporter(kill_at(4)), checkpoint_minutes=60)
+    killed = read_live_log(lab.folder / LIVE_LOG)
+    assert killed is not None
+    assert (killed.entries[-1]["step"], killed.is_running) == (3, True)  # which was not saved yet
+    fitted = run_dpo(lab.policy(), pairs, lab.folder, lab.reporter(), **EVERY_STEP)
+    found = read_live_log(lab.folder / LIVE_LOG)
+    assert found is not None
+    assert [{name: each[name] for name in each if name != "time"} for each in found.entries] == fitted.history
 
 
 def test_killed_after_the_last_step_it_trains_no_step_more(lab: Lab, pairs: Groups) -> None:
