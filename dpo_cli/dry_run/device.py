@@ -139,6 +139,22 @@ def dry_cuda(
         yield stack.enter_context(FakeTensorMode())
 
 
+@contextmanager
+def dry_cpu() -> Iterator[FakeTensorMode]:
+    """Tensors without numbers on the CPU, as the code for the CPU takes them; no compiler is needed."""
+    pretended = {
+        "torch._subclasses.fake_tensor.CONSTANT_NUMEL_LIMIT": _HOST_NUMBERS,
+        "transformers.utils.import_utils.is_fake_tensor": lambda _: False,
+        "transformers.masking_utils.find_packed_sequence_indices": lambda _: None,
+    }
+    with ExitStack() as stack:
+        for name, value in pretended.items():
+            stack.enter_context(patch(name, value))
+        stack.enter_context(patch.object(Scorer, "_agree", lambda _, ours, theirs: ours.shape == theirs.shape))
+        _know_grouped_products(stack)
+        yield stack.enter_context(FakeTensorMode())
+
+
 def prepare_dry_machine(runtime: RuntimeParams) -> Machine:
     """The dry device with the dtype and the bound on memory that a real one would get; call under ``dry_cuda``.
 
@@ -191,10 +207,14 @@ def _keep_whole(stack: ExitStack) -> None:
     """Register what has a kernel of its own on CUDA, so that autograd does not take it apart."""
     library = stack.enter_context(torch.library._scoped_library("aten", "IMPL"))
     library.impl("silu_backward", lambda grad_output, inputs: torch.empty_like(inputs), "CUDA")
+    _know_grouped_products(stack)
+
+
+def _know_grouped_products(stack: ExitStack) -> None:
+    """Products of experts: what PyTorch knows of their shape without numbers it knows in bfloat16 alone."""
     shape_of = _meta_registrations._meta_grouped_mm_common
 
     def grouped_product(left: torch.Tensor, right: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Products of experts: what PyTorch knows of their shape without numbers it knows in bfloat16 alone."""
         return shape_of(left.bfloat16(), right.bfloat16(), *args, **kwargs).to(left.dtype)
 
     stack.enter_context(patch.object(_meta_registrations, "_meta_grouped_mm_common", grouped_product))

@@ -12,12 +12,12 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
+from dpo_cli.core.environment import is_gpu
 from dpo_cli.core.interrupts import StopRequest
 from dpo_cli.core.params import RuntimeParams
 from dpo_cli.core.progress import SilentReporter
 from dpo_cli.core.training_params import LoraParams
 from dpo_cli.data.tokens import TokenGroup
-from dpo_cli.dry_run.device import CUDA
 from dpo_cli.models.adapters import add_adapter
 from dpo_cli.models.device import Machine
 from dpo_cli.models.load import nf4
@@ -35,7 +35,7 @@ _BLOCK, _BLOCKS = 64, 256
 
 
 def dry_model(shape: Mapping[str, Any], machine: Machine, quantization: str, lora: LoraParams) -> Any:
-    """A frozen model with a trainable adapter; call under ``dry_cuda``.
+    """A frozen model with a trainable adapter; call under ``dry_cuda`` or ``dry_cpu``.
 
     Its shape is ``model_type``, and what its configuration says; quantization is ``nf4`` or ``none``.
     """
@@ -48,9 +48,10 @@ def dry_model(shape: Mapping[str, Any], machine: Machine, quantization: str, lor
             _to_four_bits(model, machine.compute_dtype)
         model.requires_grad_(False)
         model.eval()
-        install(model, [NORM, SWIGLU, ROTATION])
+        if is_gpu(machine.device):
+            install(model, [NORM, SWIGLU, ROTATION])
         model = add_adapter(model, lora, 0)
-    _put_on_device(model, machine.compute_dtype)
+    _put_on_device(model, machine)
     return model
 
 
@@ -62,7 +63,7 @@ def _to_four_bits(model: Any, dtype: torch.dtype) -> None:
     model.is_loaded_in_4bit = True
 
 
-def _put_on_device(model: torch.nn.Module, dtype: torch.dtype) -> None:
+def _put_on_device(model: torch.nn.Module, machine: Machine) -> None:
     """Put a tensor of the dry device in place of each of a model's; shared ones stay shared."""
     done: dict[int, torch.nn.Parameter] = {}
     meta = []  # so that no id is used twice
@@ -73,41 +74,41 @@ def _put_on_device(model: torch.nn.Module, dtype: torch.dtype) -> None:
             meta.append(parameter)
             if id(parameter) not in done:
                 if isinstance(module, Linear4bit) and name == "weight":
-                    done[id(parameter)] = _packed(module, dtype)
+                    done[id(parameter)] = _packed(module, machine)
                 else:
-                    done[id(parameter)] = _plain(parameter)
+                    done[id(parameter)] = _plain(parameter, machine.device)
             module._parameters[name] = done[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=CUDA)
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=machine.device)
 
 
-def _plain(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-    data = torch.empty(parameter.shape, dtype=parameter.dtype, device=CUDA)
+def _plain(parameter: torch.nn.Parameter, device: torch.device) -> torch.nn.Parameter:
+    data = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
     return torch.nn.Parameter(data, requires_grad=parameter.requires_grad)
 
 
-def _packed(layer: Any, dtype: torch.dtype) -> torch.nn.Parameter:
+def _packed(layer: Any, machine: Machine) -> torch.nn.Parameter:
     """A 4-bit weight with its scales; bitsandbytes' own kind of parameter cannot be without numbers."""
-    size = layer.in_features * layer.out_features
+    device, size = machine.device, layer.in_features * layer.out_features
     num_scales = -(-size // _BLOCK)
     weight: Any = torch.nn.Parameter(
-        torch.empty((size + 1) // 2, 1, dtype=torch.uint8, device=CUDA), requires_grad=False
+        torch.empty((size + 1) // 2, 1, dtype=torch.uint8, device=device), requires_grad=False
     )
     scales_of_scales = QuantState(
-        absmax=torch.empty(-(-num_scales // _BLOCKS), device=CUDA),
-        code=torch.empty(256, device=CUDA),
+        absmax=torch.empty(-(-num_scales // _BLOCKS), device=device),
+        code=torch.empty(256, device=device),
         blocksize=_BLOCKS,
         dtype=torch.float32,
     )
     weight.quant_state = QuantState(
-        absmax=torch.empty(num_scales, dtype=torch.uint8, device=CUDA),
+        absmax=torch.empty(num_scales, dtype=torch.uint8, device=device),
         shape=torch.Size((layer.out_features, layer.in_features)),
-        dtype=dtype,
+        dtype=machine.compute_dtype,
         blocksize=_BLOCK,
-        code=torch.empty(16, device=CUDA),
+        code=torch.empty(16, device=device),
         quant_type="nf4",
-        offset=torch.empty((), device=CUDA),
+        offset=torch.empty((), device=device),
         state2=scales_of_scales,
     )
     layer.quant_state = weight.quant_state

@@ -104,8 +104,13 @@ def _bound_memory(device: torch.device, max_gib: float | None) -> None:
             f"params.yaml: runtime.max_gpu_gib must be <= {total / 2**30:.1f}, the memory of {device}, got {max_gib:g};"
             " set it to null"
         )
-    limit = _USABLE_OF_FREE * (free + torch.cuda.memory_reserved(device)) if max_gib is None else max_gib * 2**30
+    limit = usable_of_gpu(free + torch.cuda.memory_reserved(device), max_gib)
     torch.cuda.set_per_process_memory_fraction(limit / total, device)
+
+
+def usable_of_gpu(free_bytes: float, max_gib: float | None) -> float:
+    """Bytes that PyTorch may hold of a GPU of which so many are free; ``max_gib`` is runtime.max_gpu_gib."""
+    return _USABLE_OF_FREE * free_bytes if max_gib is None else max_gib * 2**30
 
 
 _TOKENS_ON_GPU = 4096

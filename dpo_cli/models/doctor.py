@@ -15,6 +15,7 @@ from dpo_cli.core import checkup, paths
 from dpo_cli.core.checkup import GIB, Finding, faults_of, pip, run
 from dpo_cli.core.environment import users_environment
 from dpo_cli.core.errors import DpoCliError, MachineError, says_out_of_memory
+from dpo_cli.models import trials
 from dpo_cli.models.trials import Trial
 
 if TYPE_CHECKING:  # pydantic may be what is missing
@@ -33,7 +34,7 @@ def examine(look_at_data: Callable[[Params], None]) -> Iterator[Finding]:
         look_at_data: Raises errors of the data that the settings name.
     """
     in_project = paths.PARAMS.is_file()
-    products = Trial.start("four-bits")
+    products = Trial.start(trials.__name__, "four-bits")
     dvc = checkup.start_dvc(in_project=in_project)
     are_right = True
     for finding in checkup.packages():
@@ -100,7 +101,7 @@ def read_card() -> dict[str, str]:
     tool = shutil.which("nvidia-smi") or shutil.which("/usr/lib/wsl/lib/nvidia-smi")
     if tool is None:
         return {}
-    asked = ("name", "driver_version", "memory.total", "memory.used")
+    asked = ("name", "driver_version", "power.limit")
     try:
         line, words = run(tool, f"--query-gpu={','.join(asked)}", "--format=csv,noheader,nounits").stdout, run(tool)
     except (OSError, subprocess.TimeoutExpired):
@@ -251,7 +252,7 @@ _SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 def start_offline(params: Params) -> Trial:
     """Open what the settings name, with no way out: see :func:`_offline`. The switches against downloads are off."""
     environment = {name: value for name, value in users_environment().items() if name not in _SWITCHES}
-    return Trial.start("offline", params.model_dump_json(), environment=environment)
+    return Trial.start(trials.__name__, "offline", params.model_dump_json(), environment=environment)
 
 
 def offline(tried: Mapping[str, Any]) -> Iterator[Finding]:

@@ -23,14 +23,14 @@ from dpo_cli.core.errors import DpoCliError, MachineError, ParamsError, StaleArt
 
 @dataclass(frozen=True)
 class Trial:
-    """A part of this file that runs in a process of its own, which says what it found as lines of JSON."""
+    """A process of its own that says what it found as lines of JSON, and may die without harm."""
 
     process: subprocess.Popen[str]
 
     @classmethod
-    def start(cls, name: str, *arguments: str, environment: Mapping[str, str] | None = None) -> Trial:
-        """Start one of those in ``_TRIALS``."""
-        command = [sys.executable, "-m", __name__, name, *arguments]
+    def start(cls, module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> Trial:
+        """Run a module of this package."""
+        command = [sys.executable, "-m", module, *arguments]
         pipe = subprocess.PIPE
         return cls(
             subprocess.Popen(
@@ -38,7 +38,7 @@ class Trial:
             )
         )
 
-    def result(self, timeout_s: float) -> dict[str, Any]:
+    def result(self, timeout_s: float | None = None) -> dict[str, Any]:
         """All that it said; ``ended`` says how, where it did not end well."""
         try:
             out, said = self.process.communicate(timeout=timeout_s)
@@ -58,7 +58,8 @@ class Trial:
         return found
 
 
-def _say(**found: Any) -> None:
+def say(**found: Any) -> None:
+    """Say something to the process that started this one."""
     print(json.dumps(found), flush=True)
 
 
@@ -75,12 +76,12 @@ def _four_bits() -> None:
         import torch
 
         available = torch.cuda.is_available()
-    _say(torch=torch.__version__, cuda=torch.version.cuda, hip=torch.version.hip, available=available)
+    say(torch=torch.__version__, cuda=torch.version.cuda, hip=torch.version.hip, available=available)
     if heard:
-        _say(warning=str(heard[-1].message).strip().partition("\n")[0])
+        say(warning=str(heard[-1].message).strip().partition("\n")[0])
     if available:
         free, total = torch.cuda.mem_get_info()
-        _say(
+        say(
             name=torch.cuda.get_device_name(),
             capability=torch.cuda.get_device_capability(),
             kernels=torch.cuda.get_arch_list(),
@@ -88,9 +89,9 @@ def _four_bits() -> None:
             total=total,
         )
     try:
-        _say(**_try_four_bits(torch))
+        say(**_try_four_bits(torch))
     except Exception as error:
-        _say(error=first_line(error, 300))
+        say(error=first_line(error, 300))
 
 
 def _try_four_bits(torch: Any) -> dict[str, Any]:
@@ -166,7 +167,7 @@ def _offline() -> None:
                 opened.append(f"{name} {what}")
         except DpoCliError as error:
             problems += [(problem, error.exit_code) for problem in error.problems]
-    _say(problems=problems, opened=opened, attempts=sorted(set(attempts)), blocked=how)
+    say(problems=problems, opened=opened, attempts=sorted(set(attempts)), blocked=how)
 
 
 def _open_base(params: Any) -> str:

@@ -156,7 +156,7 @@ def measure_kept(model: torch.nn.Module, forward: Callable[[int], int], num_laye
         "elementwise": min(none, inputs + products + made_again + gradients),
         "layers": min(none, inputs + a_layer + gradients),
     }
-    fixed = max(0.0, short[1] - kept * num_short) + max(head_bytes, _largest_weight(model))
+    fixed = max(0.0, short[1] - kept * num_short) + max(head_bytes, largest_weight_bytes(model))
     return KeptBytes(fixed, per_token)
 
 
@@ -219,7 +219,7 @@ class _ProductCounter(TorchDispatchMode):
         return result
 
 
-def _largest_weight(model: torch.nn.Module) -> int:
+def largest_weight_bytes(model: torch.nn.Module) -> int:
     """Bytes of the largest 4-bit weight in the dtype that it is unpacked to; 0 where there is none."""
     states = [state for parameter in model.parameters() if (state := getattr(parameter, "quant_state", None))]
     return max((math.prod(state.shape) * state.dtype.itemsize for state in states), default=0)

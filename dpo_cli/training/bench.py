@@ -29,7 +29,7 @@ from dpo_cli.scoring.reference import missing_groups, score_groups, tokens_at_on
 from dpo_cli.scoring.scorer import Scorer
 from dpo_cli.training.accumulation import Accumulator, Limits
 from dpo_cli.training.memory import choose_memory
-from dpo_cli.training.objective import PairObjective
+from dpo_cli.training.objective import PairObjective, SftObjective
 from dpo_cli.training.protocols import Learner
 
 Pass = Literal["precompute-ref", "train"]
@@ -66,7 +66,7 @@ def measure(options: BenchOptions, params: Params, reporter: Reporter) -> dict[s
     quiet_libraries()
     machine = prepare_machine(params.runtime, embedded=options.shape is None and params.model.name == EMBEDDED)
     model, groups, what, regime = _subject(options, params, machine, reporter)
-    peak = _product_flops(machine)
+    peak = product_flops(machine)
     device = torch.cuda.get_device_name(machine.device) if is_gpu(machine.device) else ""
     gpu = gpu_called(device)
     sheet = gpu.tflops * 1e12 if gpu else None
@@ -85,10 +85,10 @@ def measure(options: BenchOptions, params: Params, reporter: Reporter) -> dict[s
     work = Workplace("bench", reporter, params.runtime, machine)
     scorer, verdict = work.scorer(model)
     figures |= verdict.metrics()
-    case = _Case(model, scorer, groups, params.train.batch_size, work, options.num_turns)
+    case = Case(model, scorer, groups, params.train.batch_size, work, options.num_turns)
     attention = verdict.describe_attention()
     for name in options.which:
-        bench = _reference_pass if name == "precompute-ref" else _training
+        bench = measure_reference if name == "precompute-ref" else measure_training
         found = bench(case)
         achieved = found["least_operations"] / found["seconds"]
         found |= {"mfu": achieved / peak, "mfu_datasheet": achieved / sheet if sheet else None}
@@ -126,7 +126,7 @@ def _subject(
 
 
 @dataclass(frozen=True)
-class _Case:
+class Case:
     """What is measured."""
 
     model: Any
@@ -140,7 +140,7 @@ class _Case:
 # --- the passes ---------------------------------------------------------------------------
 
 
-def _reference_pass(case: _Case) -> dict[str, Any]:
+def measure_reference(case: Case) -> dict[str, Any]:
     """What precompute-ref does, but for its files."""
     case.model.eval()
     scorer, budget = case.scorer, case.work.budget()
@@ -155,18 +155,20 @@ def _reference_pass(case: _Case) -> dict[str, Any]:
     return _figures(case, timed, work, budget, recompute=None)
 
 
-def _training(case: _Case) -> dict[str, Any]:
-    """Optimizer steps as train does them, against the model's own log-probabilities."""
+def measure_training(case: Case) -> dict[str, Any]:
+    """Optimizer steps as train does them, against the model's own log-probabilities; of single answers as sft does."""
     model, scorer, groups, size = case.model, case.scorer, case.groups, case.pairs_a_step
     chosen = choose_memory(model, scorer, groups, size, case.work)
     limits = Limits.of(case.work, chosen.max_tokens)
     model.eval()
     reference: dict[str, list[float]] = {}
+    is_single = len(groups[0].completions) == 1
     with torch.no_grad():
         for batch in ([groups[index] for index in indices] for indices in scorer.split(groups, chosen.max_tokens)):
             rows = scorer.score(batch).logps_BK.tolist()
             reference |= {group.id: row for group, row in zip(batch, rows, strict=True)}
-    learner = Learner(model, scorer, PairObjective(TrainParams(beta=0.1), reference))
+    objective: Any = SftObjective() if is_single else PairObjective(TrainParams(beta=0.1), reference)
+    learner: Learner[Any] = Learner(model, scorer, objective)
     accumulator = Accumulator(learner, limits, StopRequest())
     trained = [*learner.trained.values()]
     optimizer = torch.optim.AdamW(trained, lr=1e-6)
@@ -185,7 +187,7 @@ def _training(case: _Case) -> dict[str, Any]:
     return _figures(case, timed, work, limits.budget, recompute=chosen.grade)
 
 
-def _time(turn: Callable[[], None], case: _Case) -> tuple[list[float], int]:
+def _time(turn: Callable[[], None], case: Case) -> tuple[list[float], int]:
     """Seconds of each turn, and the most bytes that were held; one turn warms up."""
     device = case.scorer.device
     times: list[float] = []
@@ -222,7 +224,7 @@ def work_of(scorer: Scorer, steps: Sequence[Sequence[TokenGroup]], max_tokens: i
 
 
 def _figures(
-    case: _Case, timed: tuple[list[float], int], work: Work, budget: TokenBudget, recompute: Recompute | None
+    case: Case, timed: tuple[list[float], int], work: Work, budget: TokenBudget, recompute: Recompute | None
 ) -> dict[str, Any]:
     """Of a pass; of one without a backward pass ``recompute`` is None."""
     (times, peak), train = timed, recompute is not None
@@ -273,7 +275,7 @@ def _rows(found: dict[str, Any], figures: dict[str, Any], attention: str) -> lis
     ]
 
 
-def _product_flops(machine: Machine) -> float:
+def product_flops(machine: Machine) -> float:
     """Operations a second in the best of some large matrix products."""
     size = 8192 if is_gpu(machine.device) else 1024
     left, right = (torch.randn(size, size, device=machine.device, dtype=machine.compute_dtype) for _ in range(2))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpo_cli.core.environment import is_gpu
 from dpo_cli.core.errors import MachineError
+from dpo_cli.core.params import RuntimeParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.models.device import free_memory_bytes, token_budget
 from dpo_cli.models.project import Workplace
@@ -18,12 +19,16 @@ from dpo_cli.scoring.recompute import (
     CannotRecomputeError,
     KeptBytes,
     MemoryPlan,
+    Recompute,
     StepShape,
     measure_kept,
     plan_memory,
     set_recompute,
 )
 from dpo_cli.training.protocols import GroupScorer
+
+if TYPE_CHECKING:
+    import torch
 
 _BYTES_A_TRAINED_NUMBER = 12
 """Its gradient and the optimizer's two moments, float32; made after the first forward pass."""
@@ -59,42 +64,68 @@ def choose_memory(
     """
     runtime = work.runtime
     set_recompute(model, "none")
-    on_gpu = is_gpu(scorer.device)
-    budgets = (token_budget(runtime, scorer.device),)
-    if runtime.max_tokens_per_microbatch is None and on_gpu:
-        budgets = _BUDGETS_ON_GPU
-    grades = GRADES
-    if runtime.recompute != "auto":
-        grades = (runtime.recompute,)
-        try:
-            set_recompute(model, runtime.recompute)
-        except CannotRecomputeError as error:
-            raise MachineError(f"params.yaml: runtime.recompute {runtime.recompute}: {error}; set it to none") from None
-        if len(budgets) == 1:
-            return MemoryPlan(runtime.recompute, budgets[0], 0.0, fits=True)
-        set_recompute(model, "none")
-    elif not _can_recompute(model):
-        grades = ("none",)
-    weights = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    free = free_memory_bytes(scorer.device) - _BYTES_A_TRAINED_NUMBER * trained
-    plan = plan_memory(
-        kept_bytes(model, scorer, groups),
-        _shape_of(scorer, groups, groups_a_step),
-        _USABLE * free,
-        grades,
-        budgets,
-        layer_weights=sum(map(num_product_weights, weights)) / scorer.config.num_hidden_layers,
-        is_quantized=is_in_4_bit(weights),
-    )
+    if runtime.recompute != "auto" and (runtime.max_tokens_per_microbatch is not None or not is_gpu(scorer.device)):
+        grades, budgets = choices(model, runtime, scorer.device)
+        set_recompute(model, grades[0])
+        return MemoryPlan(grades[0], budgets[0], 0.0, fits=True)
+    free = free_memory_bytes(scorer.device) - num_training_bytes(model)
+    shape = step_shape(scorer, groups, groups_a_step)
+    plan = plan_step(model, scorer, kept_bytes(model, scorer, groups), shape, runtime, free)
     set_recompute(model, plan.grade)
-    if on_gpu or plan.grade != "none":
+    if is_gpu(scorer.device) or plan.grade != "none":
         work.reporter.say(
             f"{work.command}: {plan.max_tokens} tokens at once, recompute {plan.grade}: activations take up to"
             f" {plan.num_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
             " (runtime.max_tokens_per_microbatch, runtime.recompute)"
         )
     return plan
+
+
+def plan_step(
+    model: Any, scorer: GroupScorer[Any], kept: KeptBytes, shape: StepShape, runtime: RuntimeParams, free_bytes: float
+) -> MemoryPlan:
+    """The fastest way that fits into so many bytes, among those that the settings leave.
+
+    Raises:
+        MachineError: The model cannot do what runtime.recompute says.
+    """
+    weights = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    return plan_memory(
+        kept,
+        shape,
+        _USABLE * free_bytes,
+        *choices(model, runtime, scorer.device),
+        layer_weights=sum(map(num_product_weights, weights)) / scorer.config.num_hidden_layers,
+        is_quantized=is_in_4_bit(weights),
+    )
+
+
+def choices(model: Any, runtime: RuntimeParams, device: torch.device) -> tuple[Sequence[Recompute], Sequence[int]]:
+    """What the settings leave to choose from: grades of recomputing, and tokens of a micro-batch.
+
+    Nothing is computed again when it returns.
+
+    Raises:
+        MachineError: The model cannot do what runtime.recompute says.
+    """
+    set_recompute(model, "none")
+    budgets = (token_budget(runtime, device),)
+    if runtime.max_tokens_per_microbatch is None and is_gpu(device):
+        budgets = _BUDGETS_ON_GPU
+    if runtime.recompute == "auto":
+        return GRADES if _can_recompute(model) else ("none",), budgets
+    try:
+        set_recompute(model, runtime.recompute)
+    except CannotRecomputeError as error:
+        raise MachineError(f"params.yaml: runtime.recompute {runtime.recompute}: {error}; set it to none") from None
+    set_recompute(model, "none")
+    return (runtime.recompute,), budgets
+
+
+def num_training_bytes(model: Any) -> int:
+    """Bytes that training takes for what is trained, beside its numbers, before the first step is over."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return _BYTES_A_TRAINED_NUMBER * trained
 
 
 def _can_recompute(model: Any) -> bool:
@@ -122,7 +153,9 @@ def kept_bytes(model: Any, scorer: GroupScorer[Any], groups: Sequence[TokenGroup
     return measure_kept(model, forward, scorer.config.num_hidden_layers, scorer.head_bytes)
 
 
-def _shape_of(scorer: GroupScorer[Any], groups: Sequence[TokenGroup], groups_a_step: int) -> StepShape:
+def step_shape(scorer: GroupScorer[Any], groups: Sequence[TokenGroup], groups_a_step: int) -> StepShape:
+    """What a step puts through the model: its mean from a sample, its most from the longest groups."""
+
     def size(group: TokenGroup) -> int:
         return sum(group.sizes)
 

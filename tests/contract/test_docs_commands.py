@@ -41,6 +41,7 @@ NOT_RUN = {
     r"^\S+ label": "answers to vote on: tests/unit/labeling",
     r"^\S+ capability": "tasks of the harness: tests/e2e/test_capability.py",
     r"^\S+ model ": "a model file: tests/unit/models/test_importing.py",
+    r"^\S+ plan": "it counts models for seconds: tests/unit/dry_run/test_plan.py",
     r"^\S+ doctor": "it looks at the machine: tests/unit/cli/test_doctor.py",
     r"^\S+ (-C \S+ )?bench": "it measures for minutes: tests/unit/cli/test_bench.py",
     r"^\S+ sample data/prompts/|max_steps=50|^\S+ evaluate --set evaluate.temperature=0$": "the project of make real",

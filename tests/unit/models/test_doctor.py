@@ -14,12 +14,12 @@ import pytest
 from dpo_cli.core import environment
 from dpo_cli.core.checkup import Finding
 from dpo_cli.core.params import Params
-from dpo_cli.models import doctor
+from dpo_cli.models import doctor, trials
 from dpo_cli.models.trials import Trial
 from tests.tiny_project import tiny_params
 
 GIB = 2**30
-RTX_3060 = {"name": "RTX 3060", "driver_version": "550.54", "memory.total": "12288", "memory.used": "1", "cuda": "12.4"}
+RTX_3060 = {"name": "RTX 3060", "driver_version": "550.54", "power.limit": "170.00", "cuda": "12.4"}
 NEWER = RTX_3060 | {"driver_version": "580.65", "cuda": "13.0"}
 NO_GPU = {"torch": "2.13.0", "cuda": None, "hip": None, "available": False}
 FOUND = {"torch": "2.13.0", "cuda": "13.0", "hip": None, "available": True, "name": "RTX 3060", "capability": [8, 6],
@@ -84,13 +84,13 @@ def test_what_4_bit_products_may_come_to(said: Any, status: str, found: str, rem
 
 
 def test_4_bit_products_are_right_here() -> None:
-    tried = Trial.start("four-bits").result(60)
+    tried = Trial.start(trials.__name__, "four-bits").result(60)
     assert doctor.four_bits(tried).status == "good", tried
     assert 0.05 < tried["rounding"] < 0.12
 
 
 def test_a_process_that_dies_is_no_crash() -> None:
-    assert "KeyError" in Trial.start("nothing").result(60)["ended"]
+    assert "KeyError" in Trial.start(trials.__name__, "nothing").result(60)["ended"]
 
 
 # --- files, without a network ---------------------------------------------------------------
