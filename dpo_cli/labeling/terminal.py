@@ -173,9 +173,9 @@ class Terminal(App[None]):
         question = state["question"]
         self._strength, self._is_tying = None, False
         self._ranks = [None] * len(question["answers"]) if question and state["mode"] == "ranking" else []
-        self._tell(notice or state["progress"]["hint"])
-        self._show_progress()
         with self.batch_update():
+            self._tell(notice or state["progress"]["hint"])
+            self._show_progress()
             self._prompt.update(_turns(question["prompt"]) if question else _end())
             await self._answers.remove_children()
             self._cards = [_card(text) for text in (question["answers"] if question else [])]
