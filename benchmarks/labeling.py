@@ -1,8 +1,9 @@
-"""How long ``dpo-cli label`` takes to ask: 100,000 items, 10 raters who vote in turn.
+"""How long ``dpo-cli label`` takes to ask: 100,000 items, 10 raters who vote in turn; and votes to be converted.
 
-    python benchmarks/labeling.py
+    python benchmarks/labeling.py                      # the median and the slowest question, and peak memory
+    python benchmarks/labeling.py --convert 100000     # so many votes of 10 raters, two on each pair, made into pairs
 
-Prints the median and the slowest question (asked, answered, progress told; the vote is on the disk), and peak memory.
+A question is asked and answered, the progress told, and the vote is on the disk.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from dpo_cli.core.data_params import DataChecks, PreferenceSource
+from dpo_cli.data.convert import convert
+from dpo_cli.data.plan import Treatment
 from dpo_cli.labeling.engine import Engine
 from dpo_cli.labeling.items import Account, ItemStore, read_items
 from dpo_cli.labeling.settings import Settings
@@ -28,7 +32,11 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=100_000)
     parser.add_argument("--raters", type=int, default=10)
     parser.add_argument("--votes", type=int, default=2000, help="in all")
+    parser.add_argument("--convert", type=int, metavar="VOTES", help="measure conversion instead")
     given = parser.parse_args()
+    if given.convert:
+        convert_votes(given.convert, given.raters)
+        return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "items.jsonl"
         draw = random.Random(0)
@@ -54,8 +62,44 @@ def main() -> None:
                 engine.progress(rater)
                 times.append(1000 * (time.perf_counter() - begin))
     times.sort()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"median {times[len(times) // 2]:.2f} ms, slowest {times[-1]:.1f} ms of {len(times)}; peak {peak:.0f} MiB")
+    print(
+        f"median {times[len(times) // 2]:.2f} ms, slowest {times[-1]:.1f} ms of {len(times)}; peak {peak_mib():.0f} MiB"
+    )
+
+
+def convert_votes(num_votes: int, num_raters: int) -> None:
+    """Two raters vote on each pair; the votes are read as preferences, in one process."""
+    draw = random.Random(0)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part in ("votes", "work", "out"):
+            (folder / part).mkdir()
+        files = [(folder / f"votes/rater{number}.jsonl").open("w", encoding="utf-8") for number in range(num_raters)]
+        answers: list[str] = []
+        for number in range(num_votes):
+            if number % 2 == 0:
+                answers = [" ".join(draw.choices(("some", "words", "of", "an", "answer"), k=WORDS)) for _ in range(2)]
+            row = {
+                "number": number // num_raters,
+                "item_id": str(number // 2),
+                "mode": "pair",
+                "vote": draw.choice("AB"),
+            }
+            row |= {"rater": f"human:rater{number % num_raters}", "prompt": f"prompt {number // 2}"}
+            files[number % num_raters].write(json.dumps(row | {"completions": draw.sample(answers, 2)}) + "\n")
+        for file in files:
+            file.close()
+        begin = time.perf_counter()
+        source = PreferenceSource(path=str(folder / "votes"))
+        treatment = Treatment(DataChecks().model_dump(), 0.1)
+        found = convert([source], treatment, folder / "work", folder / "out", folder / "rejects.jsonl")
+        seconds = time.perf_counter() - begin
+    print(f"{num_votes} votes, {sum(found.num_written.values())} pairs: {seconds:.1f} s; peak {peak_mib():.0f} MiB")
+
+
+def peak_mib() -> float:
+    """Of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

@@ -35,13 +35,15 @@ class PseudoTerminal:
             stdout=inner,
             stderr=inner,
             start_new_session=True,
-            env=os.environ | {"TERM": "xterm-256color"},
+            env={name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+            | {"TERM": "xterm-256color"},
         )
         os.close(inner)
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._cells: dict[int, dict[int, str]] = {}
         self._row = self._column = 1
         self._rest = ""
+        self._is_quiet = False
 
     @property
     def lines(self) -> list[str]:
@@ -57,7 +59,8 @@ class PseudoTerminal:
 
     def read(self, seconds: float) -> bool:
         """Take in what is written; False: the terminal is closed."""
-        if not select.select([self._pty], [], [], seconds)[0]:
+        self._is_quiet = not select.select([self._pty], [], [], seconds)[0]
+        if self._is_quiet:
             return True
         try:
             text = self._rest + self._decoder.decode(os.read(self._pty, 1 << 16))
@@ -83,9 +86,11 @@ class PseudoTerminal:
             self._column += 1
 
     def wait_for(self, check: Callable[[], bool], seconds: float = 30) -> None:
+        """Until it holds of a screen on which nothing moves."""
         deadline = time.monotonic() + seconds
-        while not check():
-            assert self.read(0.05), self.text
+        self._is_quiet = False
+        while not (self._is_quiet and check()):
+            assert self.read(0.1), self.text
             assert time.monotonic() < deadline, self.text
 
     def press(self, *keys: str) -> None:

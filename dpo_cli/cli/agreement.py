@@ -194,6 +194,9 @@ def _rows(found: AgreementTable) -> list[tuple[str, list[str]]]:
         rows.append((f"N votes, {kind}", [str(mine[kind].num_votes) if kind in mine else _NONE for mine in rates]))
     for kind in found.kinds:
         rows.append((f"win %, {kind}", [_percent(mine[kind].estimate) if kind in mine else _NONE for mine in rates]))
+    if any(adjudicated := [each.adjudicated for each in found.methods]):
+        rows.append(("N adjudications", [str(rate.num_votes) if rate else _NONE for rate in adjudicated]))
+        rows.append(("win %, adjudications", [_percent(rate.estimate) if rate else _NONE for rate in adjudicated]))
     pairs = {names: [each.pair(*names) for each in found.methods] for names in found.pairs}
     for (first, second), mine in pairs.items():
         rows.append((f"agree %, {first} - {second}", [_percent(each.agreement) if each else _NONE for each in mine]))

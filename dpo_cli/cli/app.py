@@ -26,13 +26,12 @@ _EXIT_CODES = (
 
 _NAMES = (
     "evaluate", "report", "bench", "plan", "compare", "agreement", "capability", "rating-sheet", "score", "sample",
-    "label", "try", "watch", "init", "repro", "doctor", "data", "model", "export",
+    "label", "votes", "chat", "watch", "init", "repro", "doctor", "data", "model", "export",
 )  # fmt: skip
 COMMANDS: dict[str, Stage | str] = {
     **{stage.command: stage for stage in STAGES},
     **{name: name for name in _NAMES},
     "rating-sheet": "agreement.sheet_app",
-    "try": "sample.try_app",
 }
 """Each command's file, ``dpo_cli/cli/<name>.py``, with what it is called there if it is not the file's ``app``, or the
 stage that has none of its own; in the order of the help."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -51,3 +52,11 @@ def refuse_unread(command: str, read: Sequence[str], overrides: Sequence[str]) -
     ]
     if problems:
         raise ParamsError(problems)
+
+
+def account_name() -> str:
+    """Who votes, where nobody is named."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # as in a container without a list of users
+        return "me"

@@ -10,6 +10,7 @@ import typer
 from dpo_cli.cli.command import command_app, examples
 from dpo_cli.cli.console import ConsoleReporter
 from dpo_cli.cli.exits import errors_as_exit_codes
+from dpo_cli.core.errors import ParamsError
 
 app = command_app()
 
@@ -19,7 +20,9 @@ app = command_app()
     rich_help_panel="Projects",
     epilog=examples(
         "dpo-cli init demo",
+        "dpo-cli init mine --ask",
         "dpo-cli init mine --sft instructions.json --preferences pairs.jsonl --model ~/models/Qwen2.5-0.5B",
+        "dpo-cli init round2 --from round1",
         "dpo-cli init mine --preferences pairs.csv --set 'columns={chosen: good, rejected: bad}' --set sft.method=none",
     ),
 )
@@ -35,6 +38,20 @@ def init_command(
         Path | None,
         typer.Option("--model", metavar="DIR", help="Base model in Hugging Face layout; none: the embedded model."),
     ] = None,
+    ask: Annotated[
+        bool, typer.Option("--ask", help="Ask for the files and the model that are not given, one by one.")
+    ] = False,
+    earlier: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="DIR",
+            help="Another project: start from the model that it tuned, with its settings and prompts.",
+        ),
+    ] = None,
+    reuse: Annotated[
+        bool, typer.Option("--reuse", help="With --from: train on that project's preferences again, too.")
+    ] = False,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -49,9 +66,33 @@ def init_command(
 
     Without files it holds the embedded small world, without a model the embedded tiny model.
     Existing files in the folder are never overwritten. If the data cannot be read, no project is made.
+    With --from it is the next round: the tuned adapter of the other project is its SFT model and reference.
     """
-    from dpo_cli.cli.new_project import ProjectFiles, create_project  # here, so that --help does not wait for it
-
     with errors_as_exit_codes(as_json=False):
+        # here, so that --help does not wait for them
+        if earlier is not None:
+            from dpo_cli.cli.next_round import create_round
+
+            others = {"--sft": sft, "--preferences": preferences, "--model": model, "--ask": ask or None}
+            for option, given in others.items():
+                if given is not None:
+                    raise ParamsError(
+                        f"{option} has no place beside --from, which takes the data and model of {earlier}"
+                    )
+            create_round(folder, earlier, ConsoleReporter(), reuse=reuse, settings=settings or [])
+            return
+        if reuse:
+            raise ParamsError("--reuse has no effect without --from")
+        from dpo_cli.cli.new_project import ProjectFiles, create_project
+
         files = ProjectFiles(sft=sft, preferences=preferences, model=model)
-        create_project(folder, files, ConsoleReporter(), settings or [])
+        reporter = ConsoleReporter()
+        if ask:
+            from dpo_cli.cli.ask import ask_for_files
+
+            files = ask_for_files(files, reporter)
+        create_project(folder, files, reporter, settings or [])
+        if ask:
+            from dpo_cli.cli.ask import next_steps
+
+            next_steps(folder, files, reporter)

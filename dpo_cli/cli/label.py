@@ -1,16 +1,16 @@
-"""``dpo-cli label``: people vote on answers in a browser, or a judge does."""
+"""``dpo-cli label``: people vote on answers in a browser or the terminal, or a judge does."""
 
 from __future__ import annotations
 
-import getpass
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dpo_cli.cli.command import JsonOption, command_app, examples
+from dpo_cli.cli.command import JsonOption, account_name, command_app, examples
 from dpo_cli.cli.console import ConsoleReporter
 from dpo_cli.cli.exits import errors_as_exit_codes
 from dpo_cli.core import paths
@@ -35,6 +35,8 @@ app = command_app()
         "dpo-cli label data/samples/prompts.parquet --rater anna",
         "dpo-cli label data/samples/prompts.parquet --rater anna --rater ben --overlap 2 --guideline guideline.md",
         "dpo-cli label reports/evaluate/samples.json --rater anna --out data/raw/votes",
+        "dpo-cli label data/samples/prompts.parquet --terminal",
+        "dpo-cli label data/samples/prompts.parquet --rater chloe --adjudicate",
         "dpo-cli label data/samples/prompts.parquet --judge world",
         "dpo-cli label data/samples/prompts.parquet --judge rule:shorter.py --mode ranking",
         "dpo-cli label reports/evaluate/samples.json --judge hf --set evaluate.hf.template=summary",
@@ -84,9 +86,14 @@ def label_command(
     seed: Annotated[
         int | None, typer.Option("--seed", metavar="N", help="Of the order of items and answers; 0 if left out.")
     ] = None,
+    terminal: Annotated[bool, typer.Option("--terminal", help="Vote here, in the terminal, not on a page.")] = False,
+    adjudicate: Annotated[
+        bool,
+        typer.Option("--adjudicate", help="Vote on what people disagree on, and nothing else: this vote then stands."),
+    ] = False,
     guideline: Annotated[
         Path | None,
-        typer.Option("--guideline", metavar="FILE", help="What people go by, as Markdown: part of the page's help."),
+        typer.Option("--guideline", metavar="FILE", help="What people go by, as Markdown: part of the help."),
     ] = None,
     port: Annotated[
         int | None,
@@ -107,14 +114,16 @@ def label_command(
 ) -> None:
     """Vote on answers: which of two is better, in which order several are, or whether one is good.
 
-    People vote on a page that this machine alone can open, by keys (? lists them), without learning who wrote what.
+    People vote on a page that this machine alone can open, or in the terminal, by keys (? lists them), without learning
+    who wrote what.
     Every vote is on the disk at once, and Ctrl-C, a crash or another day lose none. Each rater has a file, NAME.jsonl;
     some pairs come again, flipped. A judge votes in the same way into judge-NAME.jsonl, on what it has not voted on.
     Mode, pairs, overlap, repeats and seed stay as they were when a folder's votes were begun. `dpo-cli agreement` says
     how far raters agree with each other and with themselves.
     """
     with errors_as_exit_codes(as_json=as_json):
-        _refuse_options(raters, judge, {"--max": most, "--set": overrides}, {"--guideline": guideline, "--port": port})
+        of_people = {"--guideline": guideline, "--port": port, "--terminal": terminal, "--adjudicate": adjudicate}
+        _refuse_options(raters, judge, {"--max": most, "--set": overrides}, of_people)
         from dpo_cli.labeling.engine import Engine  # here, so that --help does not wait for them
 
         reporter = ConsoleReporter(show_tables=not as_json)
@@ -125,28 +134,24 @@ def label_command(
             open_judge = prepare(judge, overrides or [], reporter)
         text = "" if guideline is None else _read(guideline)
         folder = out or paths.VOTES / items.name.split(".")[0]
+        if adjudicate and not folder.is_dir():
+            raise DataError(f"{folder} is missing: there are no votes to adjudicate; --out names the folder of votes")
         given = {"mode": mode, "pairs": pairs, "overlap": overlap, "repeats": repeats, "seed": seed}
-        settings, store, account = _open_items(items, folder, given)
-        with Engine(store, settings, folder, text) as engine:
+        settings, store, account = open_items(items, folder, given)
+        with Engine(store, settings, folder, text, adjudicates=adjudicate) as engine:
             if open_judge is None:
-                figures = _ask_people(engine, raters or [_user()], port, items, account, reporter)
+                where = None if terminal else _PORT if port is None else port
+                figures = _ask_people(engine, raters or [account_name()], where, items, account, reporter)
             else:
                 from dpo_cli.labeling.judges import judge_items
 
                 path, num_votes, num_without = judge_items(engine, open_judge, most, reporter)
                 figures = {"num_votes": num_votes, "num_without": num_without, "file": path.as_posix()}
-                _print(items, account, reporter, [("votes", f"{num_votes} in {path.as_posix()}")])
+                print_account(items, account, reporter, [("votes", f"{num_votes} in {path.as_posix()}")])
                 if num_without:
                     reporter.warn(f"label: the judge had no verdict on {num_without} items; run it again to ask again")
         if as_json:
-            typer.echo(json.dumps(_account(account) | figures, ensure_ascii=False))
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # as in a container without a list of users
-        return "me"
+            typer.echo(json.dumps(account_of(account) | figures, ensure_ascii=False))
 
 
 def _refuse_options(
@@ -159,6 +164,14 @@ def _refuse_options(
     if named := [name for name, value in unread.items() if value]:
         who = "people vote: it is a judge's" if judge is None else "a judge votes: it is people's"
         raise ParamsError(f"{' and '.join(named)} has no effect where {who}; leave it out")
+    alone = [name for name in ("--terminal", "--adjudicate") if of_people[name]]
+    if alone and len(raters or []) > 1:
+        raise ParamsError(f"{' and '.join(alone)} is for one rater, got {len(raters or [])}; name one with --rater")
+    if of_people["--terminal"]:
+        if of_people["--port"] is not None:
+            raise ParamsError("--port has no effect with --terminal, which opens no page; leave one of them out")
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+            raise ParamsError("--terminal needs a terminal; without it, people vote on a page")
 
 
 def _read(guideline: Path) -> str:
@@ -171,36 +184,59 @@ def _read(guideline: Path) -> str:
 def _ask_people(
     engine: Engine, names: list[str], port: int | None, path: Path, account: Account, reporter: Reporter
 ) -> dict[str, Any]:
-    """Open the page, and wait until Ctrl-C."""
-    from dpo_cli.labeling.desk import Desk, seat
+    """Let people vote, on the page until Ctrl-C, or in the terminal if the port is None."""
     from dpo_cli.labeling.votes import file_of, person
 
-    seats = seat(engine, [person(name) for name in dict.fromkeys(names)])
-    desk = Desk(engine, seats, _PORT if port is None else port)
-    for each in seats:
-        if each.num_torn:
+    raters = [person(name) for name in dict.fromkeys(names)]
+    for rater in raters:
+        if num_torn := engine.join(rater).num_torn:
             reporter.warn(
-                f"label: {file_of(engine.folder, each.rater)}: its last vote was cut off when dpo-cli was killed; those"
-                f" {each.num_torn} bytes were set aside in the file that ends with .torn"
+                f"label: {file_of(engine.folder, rater)}: its last vote was cut off when dpo-cli was killed; those"
+                f" {num_torn} bytes were set aside in the file that ends with .torn"
             )
+    engine.count_absent()
+    if engine.adjudicates:
+        _refuse_agreement(engine)
     if engine.num_unknown:
         reporter.warn(f"label: {engine.num_unknown} votes are on items that {path} does not have; they are kept")
-    _print(path, account, reporter, [("votes in", engine.folder.as_posix())])
-    for each in seats:
-        name = each.rater.partition(":")[2]
-        reporter.say(f"{name} votes at {desk.address(each)}")
-    reporter.say("Ctrl-C ends it; all votes are on the disk")
-    try:
-        desk.serve()
-    except KeyboardInterrupt as stop:  # the usual end
-        heard(stop)
-    done = {each.rater: engine.progress(each.rater) for each in seats}
+    print_account(path, account, reporter, [("votes in", engine.folder.as_posix())])
+    if port is None:
+        from dpo_cli.labeling.terminal import vote_in_terminal
+
+        vote_in_terminal(engine, raters[0])
+    else:
+        _serve(engine, raters, port, reporter)
+    done = {rater: engine.progress(rater) for rater in raters}
     for rater, progress in done.items():
         reporter.say(f"{rater}: {progress.done} votes in {file_of(engine.folder, rater)}, {progress.left} items left")
     return {"raters": {rater: {"num_votes": each.done, "num_left": each.left} for rater, each in done.items()}}
 
 
-def _open_items(path: Path, folder: Path, given: dict[str, Any]) -> tuple[Settings, ItemStore, Account]:
+def _refuse_agreement(engine: Engine) -> None:
+    """Refuse to adjudicate where nobody disagrees."""
+    num_shared, num_contested = engine.count_shared()
+    if num_contested:
+        return
+    why = f"people agree on all {num_shared} items that two of them voted on"
+    if not num_shared:
+        why = "no item has votes of two people; --overlap 2 asks two about each, in a folder whose votes begin with it"
+    raise DataError(f"{engine.folder}: there is nothing to adjudicate: {why}")
+
+
+def _serve(engine: Engine, raters: list[str], port: int, reporter: Reporter) -> None:
+    from dpo_cli.labeling.desk import Desk
+
+    desk = Desk(engine, raters, port)
+    for rater in raters:
+        reporter.say(f"{rater.partition(':')[2]} votes at {desk.address(rater)}")
+    reporter.say("Ctrl-C ends it; all votes are on the disk")
+    try:
+        desk.serve()
+    except KeyboardInterrupt as stop:  # the usual end
+        heard(stop)
+
+
+def open_items(path: Path, folder: Path, given: dict[str, Any]) -> tuple[Settings, ItemStore, Account]:
     """The settings of a labeling and its items, as they are found in a file."""
     from dpo_cli.labeling.items import Account, ItemStore, read_items
     from dpo_cli.labeling.settings import settle
@@ -215,7 +251,8 @@ def _open_items(path: Path, folder: Path, given: dict[str, Any]) -> tuple[Settin
     return settings, items, account
 
 
-def _account(account: Account) -> dict[str, Any]:
+def account_of(account: Account) -> dict[str, Any]:
+    """What became of the rows of a file, for ``--json``."""
     return {**asdict(account), "left_out": dict(account.left_out)}
 
 
@@ -223,7 +260,8 @@ def _left_out(account: Account) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in account.left_out.items())
 
 
-def _print(path: Path, account: Account, reporter: Reporter, more: list[tuple[str, str]]) -> None:
+def print_account(path: Path, account: Account, reporter: Reporter, more: list[tuple[str, str]]) -> None:
+    """Show what became of the rows of a file."""
     rows = [
         ("rows", str(account.num_rows)),
         ("items", str(account.num_items)),

@@ -41,9 +41,6 @@ _GITIGNORE = """\
 *.tmp
 .*.jsonl.lock
 
-# made by dpo-cli sample
-/data/samples
-
 # made by the pipeline, kept by DVC
 """ + "".join(f"/{path.as_posix()}\n" for stage in STAGES for path in stage.kept_by_dvc)
 
@@ -97,15 +94,20 @@ def create_project(folder: Path, files: ProjectFiles, reporter: Reporter, settin
                 shutil.copyfile(source, temporary)
         elif source is None and not (rows is world.instruction_rows and files.preferences):
             write_text(target, rows_json(rows(0)))
+    write_project(folder, values, reporter)
+    if files.model is None and (files.sft or files.preferences):
+        reporter.warn("no --model is given: using the embedded tiny model, which learns next to nothing from real text")
+    reporter.say(f"{folder} is ready. Look at {folder / 'params.yaml'}, then run: dpo-cli -C {folder} repro")
+
+
+def write_project(folder: Path, values: Mapping[str, Any], reporter: Reporter) -> None:
+    """Write the files of a project into a folder that holds its data, and put them into git."""
     for name, text in project_files(values).items():
         if (folder / name).exists():
             reporter.warn(f"{folder / name} is kept as it is; dpo-cli would have written {text.split()!r}")
             continue
         write_text(folder / name, text)
     _ensure_git(folder)
-    if files.model is None and (files.sft or files.preferences):
-        reporter.warn("no --model is given: using the embedded tiny model, which learns next to nothing from real text")
-    reporter.say(f"{folder} is ready. Look at {folder / 'params.yaml'}, then run: dpo-cli -C {folder} repro")
 
 
 def _with_sections(settings: Sequence[str], files: ProjectFiles) -> list[str]:
@@ -285,12 +287,21 @@ def _check(folder: Path, files: ProjectFiles) -> None:
             raise missing(path)
     if files.sft is not None and files.preferences is not None and files.sft.name == files.preferences.name:
         raise DataError(f"both files are named {files.sft.name}; they are copied into one folder, so rename one")
-    for name in ("params.yaml", "dvc.yaml", ".dvc"):
-        if (folder / name).exists():
-            raise DataError(f"{folder / name} exists already; give a new folder, or delete it first")
+    refuse_project(folder)
     for source, target in _raw_files(folder, files):
         if target.exists() and not (source and target.samefile(source)):
             raise DataError(f"{target} exists already; name it with --sft or --preferences, or move it away")
+
+
+def refuse_project(folder: Path) -> None:
+    """Refuse a folder that is a project already.
+
+    Raises:
+        DataError: It is one.
+    """
+    for name in ("params.yaml", "dvc.yaml", ".dvc"):
+        if (folder / name).exists():
+            raise DataError(f"{folder / name} exists already; give a new folder, or delete it first")
 
 
 def _raw_files(folder: Path, files: ProjectFiles) -> list[tuple[Path | None, Path]]:

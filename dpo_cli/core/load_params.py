@@ -80,6 +80,13 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> tupl
     return {path: _value_at(params.model_dump(), path) for path in given}, params
 
 
+def changed_settings(params: Params) -> dict[str, Any]:
+    """The settings that differ from their defaults, by dotted path."""
+    tree = params.model_dump(exclude_defaults=True)
+    values = {path: _value_at(tree, path) for path, _ in iter_settings()}
+    return {path: value for path, value in values.items() if value is not None}
+
+
 def _value_at(tree: Any, path: str) -> Any:
     for part in path.split("."):
         tree = tree.get(part) if isinstance(tree, dict) else None

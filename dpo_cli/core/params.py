@@ -285,6 +285,24 @@ class EvaluateParams(Section):
     seed: int = param(0, "Seeds sampling and bootstrap.", ge=0, le=2**32 - 1)
 
 
+class SampleParams(Section):
+    """Answers of the SFT model to prompts of your own, to be voted on. Read by sample; section evaluate says how."""
+
+    prompts: list[str] = param(
+        [],
+        "Files of prompts under data/raw, in any format of the data, or folders of votes; []: none, and what dpo-cli"
+        " sample FILE made stays.",
+    )
+    answers: int = param(4, "Answers to each prompt.", ge=1, le=10**4)
+    top_p: float = param(
+        1.0,
+        "Each token is drawn from the fewest likeliest ones that together have this probability (nucleus sampling,"
+        " Holtzman et al. 2020); 1: from all.",
+        gt=0,
+        le=1,
+    )
+
+
 class RuntimeParams(Section):
     """This machine. No stage lists it: it never changes a result beyond rounding."""
 
@@ -375,6 +393,7 @@ class Params(Section):
     data: DataParams = Field(default_factory=DataParams)
     model: ModelParams = Field(default_factory=ModelParams)
     sft: SftParams = Field(default_factory=SftParams)
+    sample: SampleParams = Field(default_factory=SampleParams)
     reference: ReferenceParams = Field(default_factory=ReferenceParams)
     train: TrainParams = Field(default_factory=TrainParams)
     reward: RewardParams = Field(default_factory=RewardParams)

@@ -56,6 +56,12 @@ def contradictions(params: Params) -> list[str]:
             f"data.eval_fraction must be <= {WORLD_HELD_OUT:g} with evaluate.judge world, got"
             f" {params.data.eval_fraction:g}: the embedded model has read the other prompts"
         )
+    if not params.sample.prompts:
+        found += [
+            f"sample.{name} has no effect with sample.prompts []; dpo-cli sample FILE has {option}"
+            for name, option in (("answers", "--answers"), ("top_p", "--top-p"))
+            if differs(params.sample, name)
+        ]
     if "plackett_luce" in params.train.losses and not params.reference.rankings:
         found.append("train.loss plackett_luce needs reference.rankings true")
     return [

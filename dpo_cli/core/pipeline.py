@@ -43,8 +43,9 @@ class Stage:
         pages: What it draws of the files of other stages. Neither metric nor plot, so DVC keeps no run of it in its
             cache: it is made again in seconds.
         more_examples: Further command lines for its help.
-        is_always_run: Whether DVC runs it at every repro, and leaves what it made before in place: it looks outside of
-            the project, where DVC does not, and finds out by itself whether anything changed.
+        is_always_run: Whether DVC runs it at every repro: it looks outside of the project, where DVC does not, and
+            finds out by itself whether anything changed.
+        is_kept: Whether DVC leaves what is in its output in place when it runs it.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Stage:
     pages: tuple[Path, ...] = ()
     more_examples: tuple[str, ...] = ()
     is_always_run: bool = False
+    is_kept: bool = False
 
     @property
     def kept_by_dvc(self) -> tuple[Path, ...]:
@@ -92,6 +94,7 @@ _BEFORE_REPORT = (
         output=paths.BASE,
         metrics=False,
         is_always_run=True,
+        is_kept=True,
     ),
     Stage(
         name="convert_sft",
@@ -120,6 +123,16 @@ _BEFORE_REPORT = (
         output=paths.SFT_MODEL,
         plots=(_table("sft", "steps.tsv", "step", "grad_norm", "gradient norm of SFT"),),
         lists=(paths.rejects_file("sft"),),
+    ),
+    Stage(
+        name="sample",
+        summary="Sample answers of the SFT model to prompts of your own, to be voted on; off by default.",
+        example="dpo-cli sample prompts.jsonl",
+        params=("model", "reference", "sample", "evaluate"),
+        inputs=(paths.RAW, paths.SFT_MODEL),
+        output=paths.SAMPLED,
+        metrics=False,
+        is_kept=True,  # what the command makes of other files lies there, too
     ),
     Stage(
         name="precompute_ref",
@@ -271,7 +284,7 @@ def _stage_entry(stage: Stage) -> dict[str, Any]:
     if params := [name for name in stage.params if not set(_HELD_BY.get(name, ())) & set(stage.inputs)]:
         entry["params"] = params
     kept = [path.as_posix() for path in stage.kept_by_dvc]
-    outs: list[Any] = [{path: {"persist": True}} for path in kept] if stage.is_always_run else kept
+    outs: list[Any] = [{path: {"persist": True}} for path in kept] if stage.is_kept else kept
     outs += [{path.as_posix(): {"cache": False}} for path in stage.pages]
     if outs:
         entry["outs"] = outs

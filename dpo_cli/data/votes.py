@@ -20,6 +20,8 @@ UP, DOWN = "up", "down"
 """Thumbs, and method and baseline of votes by them."""
 REPEATED = "repeat"
 """What ``drawn`` says of an item that was shown before, so that the rater can be compared with himself."""
+ADJUDICATED = "adjudication"
+"""What ``drawn`` says of an item on which people disagree: this vote stands in place of theirs."""
 
 _STEP = 1 << 16
 

@@ -46,7 +46,10 @@ MAIN_METRICS = tuple(
 """The metrics that a comparison begins with, in the order in which a user wants to know them."""
 
 _OF_PROMPTS = ("win_rate", "tie_rate", "kl")
-_SCALED = ("evaluate.loss", "evaluate.margin", "evaluate.chosen_reward", "evaluate.rejected_reward")
+_SCALED = tuple(
+    f"evaluate.{name}"
+    for name in ("loss", "margin", "chosen_reward", "rejected_reward", "kto_loss", "good_reward", "bad_reward")
+)
 _SCALES = ("train.beta", "train.loss", "train.divergence", "train.divergence_alpha", "train.ld_alpha")
 """What decides which reward a training learns, and so the scale of a margin; entries of a mapping go with it."""
 _SAMPLED = ("evaluate.judge", "evaluate.temperature", "evaluate.max_new_tokens")

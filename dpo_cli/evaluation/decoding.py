@@ -43,6 +43,11 @@ _MAX_TOLERANCE = 0.2
 """The most that is allowed, however much rounding alone moves a distribution."""
 
 
+Listener = Callable[[list[list[int]]], bool]
+"""Hears the tokens so far of each row of a batch, and says whether that is enough; behind an answer's end there may be
+anything."""
+
+
 @dataclass(frozen=True)
 class Decoding:
     """How an answer is sampled.
@@ -53,6 +58,7 @@ class Decoding:
         stop_ids: Tokens that end an answer.
         seed: With the prompt's id and ``stream`` it fixes the random stream.
         stream: Name of the model that answers, so that two models get different streams.
+        top_p: A token is drawn from the fewest likeliest ones that together have this probability; 1: from all.
     """
 
     temperature: float
@@ -60,11 +66,21 @@ class Decoding:
     stop_ids: tuple[int, ...]
     seed: int = 0
     stream: str = ""
+    top_p: float = 1.0
 
 
-def pick(logits_RV: torch.Tensor, uniforms_R: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The tokens int64 [R] that uniforms of [0, 1), float64, pick by inverting the cumulative distribution."""
-    cumulative = (logits_RV.float() / temperature).softmax(-1).double().cumsum(-1)
+def pick(logits_RV: torch.Tensor, uniforms_R: torch.Tensor, temperature: float, top_p: float = 1.0) -> torch.Tensor:
+    """The tokens int64 [R] that uniforms of [0, 1), float64, pick by inverting the cumulative distribution.
+
+    With ``top_p`` below 1 it is that of the nucleus (Holtzman et al. 2020): the fewest likeliest tokens whose
+    probabilities sum to at least ``top_p``.
+    """
+    probabilities_RV = (logits_RV.float() / temperature).softmax(-1).double()
+    if top_p < 1:
+        ordered_RV, places_RV = probabilities_RV.sort(dim=-1, descending=True, stable=True)
+        is_outside_RV = ordered_RV.cumsum(-1) - ordered_RV >= top_p
+        probabilities_RV = ordered_RV.scatter(-1, places_RV, ordered_RV.masked_fill(is_outside_RV, 0.0))
+    cumulative = probabilities_RV.cumsum(-1)
     targets = uniforms_R[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, targets, right=True).clamp(max=logits_RV.shape[1] - 1)[:, 0]
 
@@ -94,7 +110,11 @@ class StaticDecoder:
         self.unrecorded: str | None = None
 
     def decode(
-        self, tokens_RL: torch.Tensor, mask_RL: torch.Tensor, uniforms_RS: torch.Tensor | None
+        self,
+        tokens_RL: torch.Tensor,
+        mask_RL: torch.Tensor,
+        uniforms_RS: torch.Tensor | None,
+        listener: Listener | None = None,
     ) -> torch.Tensor | None:
         """Answers to a batch of prompts.
 
@@ -102,6 +122,7 @@ class StaticDecoder:
             tokens_RL: int64, prompts padded at their beginning, on the device.
             mask_RL: int64, 0 for padding.
             uniforms_RS: float64 in [0, 1); None takes the likeliest tokens.
+            listener: Hears of every eighth step.
 
         Returns:
             int64 [R, up to S]; behind an answer's first stop token there may be anything. None where :attr:`refused`.
@@ -114,11 +135,11 @@ class StaticDecoder:
                 self._forward, PlacesCache(self._config, length), tokens_RL, mask_RL, uniforms_RS, self._sampling
             )
             run.begin()
-            num_tokens = self._go_on(run)
+            num_tokens = self._go_on(run, listener)
             if num_tokens is not None:
                 return run.answers_RS[:, :num_tokens]
 
-    def _go_on(self, run: _Run) -> int | None:
+    def _go_on(self, run: _Run, listener: Listener | None) -> int | None:
         """Take the steps behind the first token.
 
         Returns:
@@ -129,8 +150,10 @@ class StaticDecoder:
         step: Callable[[], object] = run.step
         record: _Record | None = None
         for done in range(1, num_steps):
-            if done % _STEPS_A_LOOK == 0 and bool(run.ended_R.all()):
-                return done
+            if done % _STEPS_A_LOOK == 0:
+                is_enough = listener is not None and listener(run.answers_RS[:, :done].tolist())
+                if is_enough or bool(run.ended_R.all()):
+                    return done
             if is_recorded and done == _RECORDED_STEP:  # libraries have made by now what they need
                 found = _reason_to_wait(run) or _record(run.step)
                 record, self.unrecorded = (None, found) if isinstance(found, str) else (found, None)
@@ -286,7 +309,7 @@ class _Run:
             tokens_R = logits_RV.float().argmax(-1)
         else:
             uniforms_R = self._uniforms_RS.index_select(1, self._step_1)[:, 0]
-            tokens_R = pick(logits_RV, uniforms_R, self._sampling.temperature)
+            tokens_R = pick(logits_RV, uniforms_R, self._sampling.temperature, self._sampling.top_p)
         self.answers_RS.index_copy_(1, self._step_1, tokens_R[:, None])
         self.ended_R |= (tokens_R[:, None] == self._stop_ids).any(1)
         self.token_R1.copy_(tokens_R[:, None])

@@ -28,6 +28,7 @@ LESS_DISTINCT = 0.5
 FEW_END = 0.5
 """Share of answers that end by themselves below which most are cut off."""
 MUCH_REPETITION = 0.5
+_SIDES = ("chosen", "good"), ("rejected", "bad")
 
 
 @dataclass(frozen=True)
@@ -67,16 +68,18 @@ def flags(metrics: Mapping[str, Any]) -> list[Finding]:
     found = [_displacement(metrics), _length_exploitation(metrics)]
     if metrics.get("num_smaller_steps"):
         found.append(_over_optimization(metrics))
-    return [*found, _degeneration(metrics)]
+    return [*(one for one in found if one is not None), _degeneration(metrics)]
 
 
-def _displacement(metrics: Mapping[str, Any]) -> Finding:
+def _displacement(metrics: Mapping[str, Any]) -> Finding | None:
     """Chosen answers that became less likely: amber alone, red with a falling win rate or a collapsed entropy.
 
     Source: Razin et al. 2024, Unintentional unalignment: likelihood displacement in direct preference optimization.
     """
-    chosen = metrics["chosen_reward"]
-    value = f"{chosen:+.3f} (rejected {metrics['rejected_reward']:+.3f})"
+    chosen, rejected = (metrics.get(f"{pair}_reward", metrics.get(f"{single}_reward")) for pair, single in _SIDES)
+    if chosen is None:
+        return None
+    value = f"{chosen:+.3f}" + ("" if rejected is None else f" (rejected {rejected:+.3f})")
     if chosen >= 0:
         change = "became more likely than before" if chosen > 0 else "are as likely as before"
         return Finding("reward of chosen answers", value, "plain", f"chosen answers {change}")

@@ -14,13 +14,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from dpo_cli.core.artifacts import digest_json
 from dpo_cli.core.environment import is_gpu
 from dpo_cli.core.progress import Meter
 from dpo_cli.data.schema import Messages
-from dpo_cli.evaluation.decoding import Decoding, StaticDecoder, describe, pick
+from dpo_cli.evaluation.decoding import Decoding, Listener, StaticDecoder, describe, pick
 from dpo_cli.models.lora import cast_adapters
 from dpo_cli.scoring.budget import TokenBudget, in_micro_batches
 from dpo_cli.scoring.limits import is_in_4_bit
@@ -58,16 +64,29 @@ class Sampled(NamedTuple):
 class _InverseCdf(LogitsProcessor):
     """Leaves one token possible in each row: the one that the row's next uniform picks."""
 
-    def __init__(self, uniforms_RS: torch.Tensor, temperature: float) -> None:
+    def __init__(self, uniforms_RS: torch.Tensor, decoding: Decoding) -> None:
         self._uniforms = uniforms_RS
-        self._temperature = temperature
+        self._decoding = decoding
         self._step = 0
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:  # type: ignore[override]
         """Scores [R, V] to minus infinity everywhere but at the sampled token."""
-        tokens = pick(scores, self._uniforms[:, self._step], self._temperature)
+        tokens = pick(scores, self._uniforms[:, self._step], self._decoding.temperature, self._decoding.top_p)
         self._step += 1
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)  # type: ignore[return-value]
+
+
+class _Told(StoppingCriteria):
+    """Tells a listener of every token, and stops where it says so."""
+
+    def __init__(self, listener: Listener, prompt_length: int) -> None:
+        self._listener = listener
+        self._length = prompt_length
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> torch.BoolTensor:  # type: ignore[override]
+        """Whether each row [R] ends here."""
+        is_over = self._listener(input_ids[:, self._length :].tolist())
+        return torch.full(input_ids.shape[:1], is_over, device=input_ids.device)  # type: ignore[return-value]
 
 
 def sample_answers(
@@ -79,8 +98,9 @@ def sample_answers(
     autocast_dtype: torch.dtype,
     meter: Meter,
     keep: Callable[[Mapping[str, Sampled]], None] | None = None,
+    listener: Listener | None = None,
 ) -> dict[str, Sampled]:
-    """Sample one answer to each prompt, without truncating the distribution.
+    """Sample one answer to each prompt; the distribution is cut by ``top_p`` alone.
 
     Args:
         model: A causal LM in eval mode.
@@ -90,6 +110,7 @@ def sample_answers(
         autocast_dtype: Compute dtype.
         meter: Called with every answer.
         keep: Gets each batch's answers by prompt id as they are made; what it raises ends the sampling.
+        listener: Hears a batch's tokens as they come, and may end its answers; the tokens are the same without it.
 
     Returns:
         The answers by prompt id.
@@ -118,14 +139,18 @@ def sample_answers(
         dtype = autocast_dtype if autocast_dtype != torch.float32 else None
         # a cast that is kept for the next step has no place in a recorded one
         with torch.no_grad(), torch.autocast(device.type, dtype, dtype is not None, cache_enabled=decoder is None):
-            found = None if decoder is None else decoder.decode(tokens, mask, uniforms)
+            found = None if decoder is None else decoder.decode(tokens, mask, uniforms, listener)
             if found is not None:
                 return found.tolist()
             processors = LogitsProcessorList()
             if uniforms is not None:
-                processors.append(_InverseCdf(uniforms, temperature))
+                processors.append(_InverseCdf(uniforms, decoding))
             output = model.generate(
-                input_ids=tokens, attention_mask=mask, generation_config=config, logits_processor=processors
+                input_ids=tokens,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=processors,
+                stopping_criteria=StoppingCriteriaList([_Told(listener, length)] if listener is not None else []),
             )
         return output[:, length:].tolist()
 

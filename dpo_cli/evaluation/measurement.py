@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,9 +15,10 @@ from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError
 from dpo_cli.core.params import EvaluateParams
 from dpo_cli.core.progress import Reporter
-from dpo_cli.data.schema import text_of
-from dpo_cli.data.tokenize import TokenTable, read_columns
+from dpo_cli.data.schema import Messages, text_of
+from dpo_cli.data.tokenize import TokenTable, explain_rejects, read_columns
 from dpo_cli.data.tokens import TokenGroup, pieces_of
+from dpo_cli.data.unpaired import beside_others, pairs_of
 from dpo_cli.evaluation import SFT
 from dpo_cli.evaluation.generation import PromptTokens
 from dpo_cli.evaluation.kl import SequenceKl
@@ -41,12 +42,50 @@ Key = tuple[str, float, str]
 Results = Mapping[Key, ComparisonResult]
 
 
+class HeldOut(NamedTuple):
+    """What is held out.
+
+    Attributes:
+        pairs: Pairs, those of a good and a bad answer to one prompt among them.
+        answers: Where there are single answers all answers, each with another prompt's beside it.
+        is_good: Of each of them, by its id.
+    """
+
+    pairs: TokenTable
+    answers: TokenTable
+    is_good: Mapping[str, bool]
+
+    @property
+    def groups(self) -> list[TokenGroup]:
+        """Pairs and answers."""
+        return [*self.pairs.groups, *self.answers.groups]
+
+    @property
+    def prompts(self) -> dict[str, Messages]:
+        """The prompts' messages, by group id."""
+        return self.pairs.prompts | (self.answers.prompts if self.answers.groups else {})
+
+
+def read_held_out(project: Project) -> HeldOut:
+    """The held-out preferences as token groups.
+
+    Raises:
+        DataError: There are none.
+    """
+    table = project.tokenize_preferences("eval")
+    found = HeldOut(pairs_of(table), *beside_others(table, project.max_length))
+    if not found.groups:
+        why = explain_rejects([table], "reference.max_length", project.max_length)
+        raise DataError(f"data/preference/eval.parquet: {why}")
+    return found
+
+
 class Measurement(Steps):
-    """The steps of an evaluation with its models and the held-out pairs.
+    """The steps of an evaluation with its models and the held-out preferences.
 
     Args:
         project: Whose models they are.
-        table: The held-out pairs.
+        held_out: The pairs and single answers.
         evaluate: How many prompts are answered, and how.
         models: Policy and reference.
         folder: Where rows are kept, in the scratch area.
@@ -56,21 +95,32 @@ class Measurement(Steps):
     """
 
     def __init__(
-        self, project: Project, table: TokenTable, evaluate: EvaluateParams, models: EvaluatedModels, folder: Path
+        self, project: Project, held_out: HeldOut, evaluate: EvaluateParams, models: EvaluatedModels, folder: Path
     ) -> None:
         super().__init__(project, evaluate, folder)
-        self.table = table
         self.models = models
-        self.prompts = _prompts(table, evaluate.num_prompts)
+        self.prompts = _prompts(held_out, evaluate.num_prompts)
+        self._held_out = held_out
+        self._messages = held_out.prompts
         self._answers: dict[tuple[str, float], dict[str, Answer]] = {}
-        self._texts = _texts_of_pairs(table)
+        self._texts, self._texts_of_answers = _texts_of(held_out)
         longest = max(len(prompt.tokens) for prompt in self.prompts)
         project.check_context(longest + evaluate.max_new_tokens, "evaluate.max_new_tokens + the longest prompt")
 
-    def held_out(self, cache: Mapping[str, float], beta: float) -> list[ScoredGroup]:
+    def pairs(self, cache: Mapping[str, float], beta: float) -> list[ScoredGroup]:
         """The held-out pairs by policy and cached reference, in the order of their ids."""
-        reference = reference_logps(cache, self.table.groups)
-        logps = self.scored(self.models.policy, self.table.groups, "scoring held-out pairs").logps
+        return self._implicit(self._held_out.pairs, cache, beta, "scoring held-out pairs")
+
+    def single_answers(self, cache: Mapping[str, float], beta: float) -> tuple[list[ScoredGroup], Mapping[str, bool]]:
+        """The same of the held-out answers, each with another prompt's beside it; and which are good, by id."""
+        answers = self._implicit(self._held_out.answers, cache, beta, "scoring held-out answers")
+        return answers, self._held_out.is_good
+
+    def _implicit(self, table: TokenTable, cache: Mapping[str, float], beta: float, what: str) -> list[ScoredGroup]:
+        if not table.groups:
+            return []
+        reference = reference_logps(cache, table.groups)
+        logps = self.scored(self.models.policy, table.groups, what).logps
         return [
             ScoredGroup.implicit(
                 (group.id, group.group),
@@ -79,7 +129,7 @@ class Measurement(Steps):
                 group.sizes[1:],
                 beta,
             )
-            for group in self._by_id()
+            for group in _by_id(table)
         ]
 
     def perplexities(self) -> dict[str, float]:
@@ -140,41 +190,53 @@ class Measurement(Steps):
         return found
 
     def data_answers(self) -> tuple[Answers, Answers]:
-        """The chosen and rejected answers of the first pair of each prompt, by prompt id."""
-        first: dict[str, TokenGroup] = {}
-        for group in self._by_id():
-            first.setdefault(group.group, group)
-        wanted = [first[prompt.id] for prompt in self.prompts]
-        chosen, rejected = ({group.group: self._data_answer(group, side) for group in wanted} for side in (0, 1))
+        """The chosen and rejected answers of the first pair of each prompt, by prompt id; else its first answer."""
+        first: tuple[dict[str, tuple[TokenGroup, int, str]], ...] = {}, {}
+        for group in _by_id(self._held_out.pairs):
+            for side, text in enumerate(self._texts[group.id]):
+                first[side].setdefault(group.group, (group, side, text))
+        for group in _by_id(self._held_out.answers):
+            side = 0 if self._held_out.is_good[group.id] else 1
+            first[side].setdefault(group.group, (group, 0, self._texts_of_answers[group.id]))
+        chosen, rejected = (
+            {prompt.id: self._data_answer(*each[prompt.id]) for prompt in self.prompts if prompt.id in each}
+            for each in first
+        )
         return chosen, rejected
 
     def judged_pairs(self) -> tuple[Answers, Answers]:
         """Chosen and rejected answers of the held-out pairs that the judge is tried on, by row id."""
-        groups = self._by_id()
+        groups = _by_id(self._held_out.pairs)
         groups = groups if self.evaluate.judge_pairs < 0 else groups[: self.evaluate.judge_pairs]
-        chosen, rejected = ({group.id: self._data_answer(group, side) for group in groups} for side in (0, 1))
+        chosen, rejected = (
+            {group.id: self._data_answer(group, side, self._texts[group.id][side]) for group in groups}
+            for side in (0, 1)
+        )
         return chosen, rejected
 
-    def _by_id(self) -> list[TokenGroup]:
-        return sorted(self.table.groups, key=lambda group: group.id)
-
-    def _data_answer(self, group: TokenGroup, side: int) -> Answer:
-        messages, text = self.table.prompts[group.group], self._texts[group.id][side]
+    def _data_answer(self, group: TokenGroup, side: int, text: str) -> Answer:
+        messages = self._messages[group.group]
         return Answer(group.id, group.group, group.prompt, (group.completions[side],), messages, text)
 
 
-def _prompts(table: TokenTable, limit: int) -> list[PromptTokens]:
+def _by_id(table: TokenTable) -> list[TokenGroup]:
+    return sorted(table.groups, key=lambda group: group.id)
+
+
+def _prompts(held_out: HeldOut, limit: int) -> list[PromptTokens]:
     """The held-out prompts to answer, each once, in the order of their ids, which is random."""
-    tokens = {group.group: group.prompt for group in table.groups}
-    chosen = sorted(tokens)[: limit or None]
-    return [PromptTokens(group, tokens[group], table.prompts[group]) for group in chosen]
+    tokens = {group.group: group.prompt for group in held_out.groups}
+    chosen, messages = sorted(tokens)[: limit or None], held_out.prompts
+    return [PromptTokens(group, tokens[group], messages[group]) for group in chosen]
 
 
-def _texts_of_pairs(table: TokenTable) -> dict[str, tuple[str, str]]:
-    """The texts of chosen and rejected answer of the held-out pairs by row id."""
+def _texts_of(held_out: HeldOut) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
+    """The texts of chosen and rejected answer of the held-out pairs, and those of single answers, by id."""
     rows = read_columns(paths.preference_table("eval"), "chosen", "rejected")
     texts = {id: (text_of(chosen), text_of(rejected)) for id, (chosen, rejected) in rows.items()}
-    return texts | {id: (texts[good][0], texts[bad][1]) for id, (good, bad) in table.of_rows.items()}
+    of_pairs = {id: (texts[good][0], texts[bad][1]) for id, (good, bad) in held_out.pairs.of_rows.items()}
+    single = {id: texts[id.removesuffix("-")][0 if good else 1] for id, good in held_out.is_good.items()}
+    return texts | of_pairs, single
 
 
 # --- comparisons ----------------------------------------------------------------------------
@@ -187,6 +249,9 @@ def make_pairings(measurement: Measurement, chosen: Answers, scaled: Scaled) -> 
         measurement: Samples the answers.
         chosen: The data's chosen answers by prompt id.
         scaled: Answers of the model at other scales.
+
+    Raises:
+        DataError: There are no chosen answers to compare with.
     """
     evaluate = measurement.evaluate
     if evaluate.judge == "none":
@@ -195,6 +260,8 @@ def make_pairings(measurement: Measurement, chosen: Answers, scaled: Scaled) -> 
     policy, reference = measurement.models.policy, measurement.models.reference
     found: dict[Key, tuple[Answers, Answers]] = {}
     kinds = [("main", evaluate.temperature), *(("temperature", each) for each in evaluate.temperatures)]
+    if "chosen" in evaluate.opponents and not chosen:
+        raise DataError("evaluate.opponents: no held-out prompt has a chosen answer; take 'chosen' out")
     for kind, temperature in kinds:
         ours = sampled(policy, temperature)
         for opponent in evaluate.opponents:
@@ -205,8 +272,9 @@ def make_pairings(measurement: Measurement, chosen: Answers, scaled: Scaled) -> 
         found["scale", 1.0, SFT] = sampled(policy, 1.0), theirs
         for scale, (ours, _) in scaled.items():
             found["scale", scale, SFT] = ours, theirs
-    if evaluate.judge_pairs:
-        found["data", 0.0, "rejected"] = measurement.judged_pairs()
+    tried = measurement.judged_pairs()
+    if tried[0]:
+        found["data", 0.0, "rejected"] = tried
     return found
 
 

@@ -9,10 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from dpo_cli.core.params import TrainParams
 from dpo_cli.evaluation import DPO, SFT
 from dpo_cli.evaluation.kl import SequenceKl, estimates_disagree
 from dpo_cli.evaluation.rewards import ScoredGroup
 from dpo_cli.judging.win_rate import Answers, ComparisonResult, paired_difference
+from dpo_cli.losses.batchwise import kto
+from dpo_cli.losses.pairwise import Pairs
+from dpo_cli.statistics.auc import auc
 from dpo_cli.statistics.calibration import calibration_error, fit_temperature, half_ties
 from dpo_cli.statistics.intervals import Sampling, detectable_of_interval, ends, exact_interval, with_interval
 from dpo_cli.statistics.logistic import control_length
@@ -65,6 +69,44 @@ def held_out_metrics(pairs: Sequence[ScoredGroup], losses: Sequence[float], samp
         "num_pairs": len(pairs),
         "num_prompts": len(set(groups)),
     }
+
+
+def answer_reward_metrics(
+    answers: Sequence[ScoredGroup], is_good: Mapping[str, bool], train: TrainParams, sampling: Sampling
+) -> dict[str, Any]:
+    """What held-out answers that are good or bad by themselves say, whether or not a prompt has both.
+
+    Args:
+        answers: With their implicit rewards; second in each is another prompt's answer, which KTO's KL is taken from.
+        is_good: By the id of each.
+        train: beta and the weights of good and bad answers.
+        sampling: How intervals are drawn, clustered by prompt.
+    """
+    good = np.array([is_good[answer.id] for answer in answers])
+    prompts = np.array([answer.group for answer in answers])
+    rewards, lengths = (np.array([getattr(each, name)[0] for each in answers]) for name in ("rewards", "num_tokens"))
+    policy, reference = (
+        torch.tensor([getattr(each, name) for each in answers], dtype=torch.float64) for name in ("policy", "reference")
+    )
+    weights = train.beta, train.desirable_weight, train.undesirable_weight
+    losses, before = (
+        kto(Pairs(logps, reference, torch.ones_like(reference)), torch.from_numpy(good), *weights).tolist()
+        for logps in (policy, reference)
+    )
+    metrics: dict[str, Any] = {
+        **with_interval("kto_loss", sampling.interval(losses, prompts.tolist())),
+        "kto_loss_at_reference": _mean(before),
+        "num_good": int(good.sum()),
+        "num_bad": int((~good).sum()),
+        "num_answer_prompts": len(set(prompts.tolist())),
+    }
+    for name, side in (("good_reward", good), ("bad_reward", ~good)):
+        if side.any():
+            metrics |= with_interval(name, sampling.interval(rewards[side].tolist(), prompts[side].tolist()))
+    if 0 < good.sum() < len(good):
+        metrics |= with_interval("auc", auc(rewards.tolist(), good.tolist(), prompts.tolist(), sampling))
+        metrics["longer_auc"] = auc(lengths.tolist(), good.tolist(), prompts.tolist(), sampling).value
+    return metrics
 
 
 def _share_first(values_B2: torch.Tensor) -> float:

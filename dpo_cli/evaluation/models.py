@@ -5,7 +5,7 @@ They are loaded when the first of them is needed, and not at all where everythin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from dpo_cli.core.manifest import Manifest
 from dpo_cli.core.params import TrainParams
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.text import in_one_line
-from dpo_cli.data.tokenize import TokenTable, prompt_ids
+from dpo_cli.data.tokenize import prompt_ids
 from dpo_cli.evaluation import BASE, DPO, SFT
 from dpo_cli.models.adapters import ADAPTER_FILES, ModelPair, is_dora
 from dpo_cli.models.device import release_memory
@@ -299,8 +299,8 @@ def training_of(
     return train, None, is_ours
 
 
-def count_leaked_prompts(held_out: TokenTable) -> int:
-    """Held-out prompts that are in any training data.
+def count_leaked_prompts(held_out: Iterable[str]) -> int:
+    """Held-out prompts, by their ids, that are in any training data.
 
     Raises:
         StaleArtifactError: There is none.
@@ -310,4 +310,4 @@ def count_leaked_prompts(held_out: TokenTable) -> int:
         if not path.is_file():
             raise StaleArtifactError(f"{path} is missing; run: dpo-cli repro")
         seen |= prompt_ids(path)
-    return sum(group in seen for group in held_out.prompts)
+    return sum(group in seen for group in held_out)

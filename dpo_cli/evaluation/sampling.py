@@ -1,4 +1,4 @@
-"""Answers to prompts of one's own: several to each prompt of some files, as a table, or one of each model to a prompt.
+"""Answers to prompts of one's own: several to each prompt of some files, as a table.
 
 A prompt's k-th answer has a random stream of its own, so it depends on the seed, the prompt, k and the model alone:
 more answers to a prompt leave those that are there as they are. The table can be read as preference data of format
@@ -9,32 +9,28 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_cli.core import paths
 from dpo_cli.core.artifacts import atomic_path
-from dpo_cli.core.errors import DataError, ParamsError
+from dpo_cli.core.errors import ParamsError
 from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
 from dpo_cli.data.chat import ChatEncoder
-from dpo_cli.data.formats.base import Reading
-from dpo_cli.data.formats.content import read_tools
-from dpo_cli.data.formats.prompts import read_prompt, tools_of
-from dpo_cli.data.problem import RowProblem, kind_of
-from dpo_cli.data.reading.files import read_records
-from dpo_cli.data.schema import MESSAGES, Message, Messages, assistant, content_id, table_of, user, with_tools
-from dpo_cli.evaluation import DPO, SFT
+from dpo_cli.data.problem import RowProblem
+from dpo_cli.data.prompt_files import PromptFile, read_prompts, refuse_rows
+from dpo_cli.data.schema import MESSAGES, Messages, assistant, table_of
+from dpo_cli.data.world import task_of
 from dpo_cli.evaluation.generation import PromptTokens
 from dpo_cli.evaluation.models import open_models, reference_model
 from dpo_cli.evaluation.steps import Steps
 from dpo_cli.judging.answers import Answer
-from dpo_cli.judging.known_reward import known_reward
+from dpo_cli.judging.known_reward import RewardJudge, known_reward, world_reward
 from dpo_cli.models.load import quiet_libraries
 from dpo_cli.models.project import open_project
 
@@ -45,51 +41,11 @@ SCHEMA = pa.schema(
         ("scores", pa.list_(pa.float64())),
         ("counts", pa.list_(pa.int32())),
         ("token_ids", pa.list_(pa.list_(pa.int32()))),
+        ("logps", pa.list_(pa.float64())),
     ]
 )
-"""A row a prompt: its different answers with their rewards, how often each came, and its token ids as sampled."""
-
-_MOST_PROBLEMS = 5
-
-
-@dataclass
-class PromptFile:
-    """The prompts of a file, each once, in its order, by content id; the row of each, from 0; and rows in all."""
-
-    path: Path
-    prompts: dict[str, Messages] = field(default_factory=dict)
-    rows: dict[str, int] = field(default_factory=dict)
-    num_read: int = 0
-
-
-def read_prompts(path: Path) -> PromptFile:
-    """The prompts of a file: rows with ``prompt`` (text or messages), or ``instruction`` and perhaps ``input``.
-
-    Raises:
-        DataError: The file cannot be read or has no rows, or a row of it has no prompt; it names the first of them.
-    """
-    found = PromptFile(path)
-    problems: list[tuple[Path, int, RowProblem]] = []
-    for record in read_records(path):
-        found.num_read += 1
-        try:
-            if not isinstance(record.value, dict):
-                raise RowProblem("bad_row", f"must be an object with a 'prompt', got {kind_of(record.value)}")
-            messages = read_prompt(record.value, Reading())
-            if tools := read_tools(tools_of(record.value)):
-                messages = with_tools(messages, tools)
-            if not any(message["content"].strip() for message in messages):
-                raise RowProblem("empty_prompt", "asks nothing: 'prompt' is empty")
-        except RowProblem as problem:
-            problems.append((path, record.row, problem))
-            continue
-        id = content_id(messages)
-        found.prompts.setdefault(id, messages)
-        found.rows.setdefault(id, record.row)
-    _refuse(problems)
-    if not found.prompts:
-        raise DataError(f"{path} has no rows: there is nothing to answer")
-    return found
+"""A row a prompt: its different answers with their rewards, how often each came, its token ids as sampled, and the sum
+of their log-probabilities under the model that sampled it, at temperature 1, in nats; the token that ends it counts."""
 
 
 def repeated(files: Sequence[PromptFile], num_answers: int, encoder: ChatEncoder) -> list[PromptTokens]:
@@ -105,20 +61,12 @@ def repeated(files: Sequence[PromptFile], num_answers: int, encoder: ChatEncoder
             try:
                 tokens[id] = tuple(encoder.encode_prompt(messages))
             except RowProblem as problem:
-                problems.append((file.path, file.rows[id], problem))
-    _refuse(problems)
+                problems.append((*file.rows[id], problem))
+    refuse_rows(problems)
     messages = {id: prompt for file in files for id, prompt in file.prompts.items()}
     return [
         PromptTokens(_answer_id(id, number), tokens[id], messages[id]) for id in tokens for number in range(num_answers)
     ]
-
-
-def _refuse(problems: Sequence[tuple[Path, int, RowProblem]]) -> None:
-    """Refuse files by their first bad rows."""
-    lines = [f"{path}, row {row} {problem}; correct the row, or take it out" for path, row, problem in problems]
-    more = len(lines) - _MOST_PROBLEMS
-    if lines:
-        raise DataError([*lines[:_MOST_PROBLEMS], *([f"{more} more rows are like that"] if more > 0 else [])])
 
 
 def _answer_id(prompt: str, number: int) -> str:
@@ -137,7 +85,8 @@ class SampleTable:
         num_repeated: Answers that say what another one to the same prompt says; they are counted in its ``counts``.
         num_without: Prompts of which no answer is left.
         num_tied: Prompts whose answers all have the same reward, so that no pair can be made of them.
-        reward: Mean reward of all sampled answers, those that were cut off among them; None where it is not known.
+        num_unscored: Prompts of whose answers the judge does not know the reward.
+        reward: Mean reward of all scored answers, those that were cut off among them; None where there is none.
     """
 
     rows: list[dict[str, Any]]
@@ -146,6 +95,7 @@ class SampleTable:
     num_repeated: int = 0
     num_without: int = 0
     num_tied: int = 0
+    num_unscored: int = 0
     reward: float | None = None
 
     def metrics(self) -> dict[str, Any]:
@@ -156,19 +106,29 @@ class SampleTable:
 def sample_table(
     prompts: Mapping[str, Messages],
     answers: Mapping[str, Answer],
+    logps: Mapping[str, float],
     num_answers: int,
-    reward: Callable[[str, str], float] | None,
+    reward: Callable[[str, str], float | None] | None,
 ) -> SampleTable:
-    """Put the answers, by the ids of :func:`repeated`, to some prompts together.
+    """Put the answers to some prompts together.
 
-    Those with the same text are one, and those that were cut off are left out. A known reward is of prompt and answer.
+    Those with the same text are one, and those that were cut off are left out.
+
+    Args:
+        prompts: The prompts by id.
+        answers: By the ids of :func:`repeated`.
+        logps: Of each answer, by its key, nats.
+        num_answers: Answers to each prompt.
+        reward: From prompt and answer to its known reward, None of a prompt of which it is not known.
     """
     table = SampleTable([], len(prompts) * num_answers)
     rewards: list[float] = []
     for id, messages in prompts.items():
         mine = [answers[_answer_id(id, number)] for number in range(num_answers)]
-        if reward is not None:
-            rewards += [reward(answer.asked, answer.text) for answer in mine]
+        scored = [] if reward is None else [reward(answer.asked, answer.text) for answer in mine]
+        is_scored = reward is not None and None not in scored
+        rewards += [score for score in scored if score is not None]
+        table.num_unscored += reward is not None and not is_scored
         finished = [answer for answer in mine if answer.finished]
         counts = Counter(answer.text for answer in finished)
         table.num_cut_off += num_answers - len(finished)
@@ -177,7 +137,8 @@ def sample_table(
             table.num_without += 1
             continue
         first = {answer.text: answer for answer in reversed(finished)}
-        scores = None if reward is None else [reward(mine[0].asked, text) for text in counts]
+        by_text = dict(zip((answer.text for answer in mine), scored, strict=False))
+        scores = [by_text[text] for text in counts] if is_scored else None
         table.num_tied += scores is not None and len(set(scores)) == 1
         table.rows.append(
             {
@@ -186,6 +147,7 @@ def sample_table(
                 "scores": scores,
                 "counts": list(counts.values()),
                 "token_ids": [list(first[text].tokens) for text in counts],
+                "logps": [logps[first[text].keys[0]] for text in counts],
             }
         )
     if rewards:
@@ -210,7 +172,13 @@ def refuse_foreign(path: Path) -> None:
 
 
 def sample_files(
-    files: Sequence[Path], num_answers: int, model: Path | None, out: Path, params: Params, reporter: Reporter
+    files: Sequence[Path],
+    num_answers: int,
+    model: Path | None,
+    out: Path,
+    params: Params,
+    reporter: Reporter,
+    top_p: float = 1.0,
 ) -> dict[str, Any]:
     """Sample so many answers to each prompt of some files, as section evaluate says, and write a table for each file.
 
@@ -221,6 +189,7 @@ def sample_files(
         out: Folder of the tables, which go by the names of the files.
         params: All settings.
         reporter: Shows progress, and what is counted of each file.
+        top_p: Each token is drawn from the likeliest ones that together have this probability.
 
     Returns:
         The same, by file.
@@ -239,6 +208,8 @@ def sample_files(
         raise ParamsError("two of the files have one name, and would make one table; rename one, or sample one by one")
     if settings.temperature == 0 and num_answers > 1:
         raise ParamsError(f"evaluate.temperature 0 gives one answer {num_answers} times; raise it, or say --answers 1")
+    if settings.temperature == 0 and top_p < 1:
+        raise ParamsError("top_p has no effect with evaluate.temperature 0, the likeliest token; leave it out")
     for table in tables.values():
         refuse_foreign(table)
     found = [read_prompts(path) for path in files]
@@ -249,18 +220,20 @@ def sample_files(
     asked_model = reference_model(project) if model is None else open_models(project, model).policy
     with stage_scratch("sample", "run") as scratch:
         steps = Steps(project, settings, scratch.folder.parent / "models")
-        answers = steps.answers(asked_model, asked, settings.temperature)
+        answers = steps.answers(asked_model, asked, settings.temperature, top_p)
+        logps = steps.scored(asked_model, [*answers.values()], f"answers under {asked_model}").logps
     judge = known_reward(settings)
     made_by = {
         "model": asked_model.digest,
         **settings.model_dump(include={"temperature", "max_new_tokens", "seed"}),
+        "top_p": top_p,
         "num_answers": num_answers,
         "score": judge.name if judge else "",
     }
     schema = SCHEMA.with_metadata({name: str(value) for name, value in made_by.items()})
     figures = {}
     for one in found:
-        table = sample_table(one.prompts, answers, num_answers, judge.reward if judge else None)
+        table = sample_table(one.prompts, answers, logps, num_answers, _reward(judge))
         with atomic_path(tables[one.path]) as temporary:
             pq.write_table(table_of(table.rows, schema), temporary)
         title = f"{one.path}: {asked_model} at T = {settings.temperature:g}"
@@ -269,63 +242,29 @@ def sample_files(
     return figures
 
 
+def _reward(judge: RewardJudge | None) -> Callable[[str, str], float | None] | None:
+    """The reward that a judge knows; that of the embedded world is of its own prompts alone."""
+    if judge is None or judge.reward is not world_reward:
+        return None if judge is None else judge.reward
+    return lambda prompt, answer: None if (task := task_of(prompt)) is None else task.reward(answer)
+
+
 def _lines(file: PromptFile, table: SampleTable) -> list[tuple[str, str]]:
-    num_same = file.num_read - len(file.prompts)
+    num_same = file.num_read - len(file.left_out) - len(file.prompts)
     lines = [
-        ("prompts", f"{len(file.prompts)}" + (f" ({num_same} more rows repeat one)" if num_same else "")),
+        ("prompts", f"{len(file.prompts)}" + (f" ({num_same} more rows repeat one)" if num_same > 0 else "")),
         ("answers", str(table.num_answers)),
         ("left out", f"{table.num_cut_off} did not end within evaluate.max_new_tokens" if table.num_cut_off else ""),
         ("the same as another", f"{table.num_repeated}, merged and counted" if table.num_repeated else ""),
         ("prompts without an answer", str(table.num_without or "")),
+        ("not scored", f"{table.num_unscored} prompts, which the judge does not know" if table.num_unscored else ""),
     ]
+    if file.left_out:
+        path, row, problem = file.left_out[0]
+        lines.append(
+            ("rows without a prompt", f"{len(file.left_out)}; the first is {path}, row {row}, which {problem}")
+        )
     if table.reward is not None:
         lines.append(("mean reward", f"{table.reward:.3f} of all answers, those that did not end among them"))
         lines.append(("no pair", f"{table.num_tied} prompts, whose answers all have one reward"))
     return [(name, value) for name, value in lines if value]
-
-
-# --- one prompt -----------------------------------------------------------------------------
-
-
-def try_prompt(
-    prompt: str, system: str | None, model: Path | None, params: Params, reporter: Reporter
-) -> dict[str, Answer]:
-    """One answer of each model, by what it is called, to a prompt, sampled as section evaluate says.
-
-    Args:
-        prompt: What the user says.
-        system: A system message before it.
-        model: The tuned model: an adapter for the project's SFT model, or a whole model; None: models/dpo.
-        params: All settings.
-        reporter: Shows progress.
-
-    Raises:
-        DataError: The chat template refuses the prompt.
-        StaleArtifactError: There is no such model, or an earlier stage's result is missing.
-        Interrupted: The user asked to stop.
-    """
-    quiet_libraries()
-    settings = params.evaluate
-    project = open_project(params, reporter, "try")
-    before: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-    messages = [*before, user(prompt)]
-    try:
-        tokens = PromptTokens(content_id(messages), tuple(project.encoder.encode_prompt(messages)), messages)
-    except RowProblem as problem:
-        raise DataError(f"the prompt: {problem}") from None
-    project.check_context(len(tokens.tokens) + settings.max_new_tokens, "evaluate.max_new_tokens + the prompt")
-    folder = model or paths.DPO_MODEL
-    models = open_models(project, folder)
-    names = {SFT: models.reference, folder.resolve().name if model else DPO: models.policy}
-    with stage_scratch("try", "run") as scratch:
-        steps = Steps(project, settings, scratch.folder.parent / "models")
-        return {name: steps.answers(each, [tokens], settings.temperature)[tokens.id] for name, each in names.items()}
-
-
-def tried_json(prompt: str, answers: Mapping[str, Answer], temperature: float) -> dict[str, Any]:
-    """The answers as one JSON value."""
-    rows = [
-        {"model": name, "text": each.text, "num_tokens": each.num_tokens, "finished": each.finished}
-        for name, each in answers.items()
-    ]
-    return {"prompt": prompt, "temperature": temperature, "answers": rows}

@@ -109,7 +109,9 @@ class Steps:
         """The log-probabilities of the groups' completions."""
         return score_answers(self.project, model, groups, self._store(model, "logps", LOGP_SCHEMA), what)
 
-    def answers(self, model: EvaluatedModel, prompts: Sequence[PromptTokens], temperature: float) -> dict[str, Answer]:
+    def answers(
+        self, model: EvaluatedModel, prompts: Sequence[PromptTokens], temperature: float, top_p: float = 1.0
+    ) -> dict[str, Answer]:
         """One answer to each prompt by prompt id.
 
         Raises:
@@ -117,7 +119,7 @@ class Steps:
         """
         project, settings = self.project, self.evaluate
         stop_ids = tuple(project.encoder.stop_ids)
-        decoding = Decoding(temperature, settings.max_new_tokens, stop_ids, settings.seed, model.name)
+        decoding = Decoding(temperature, settings.max_new_tokens, stop_ids, settings.seed, model.name, top_p)
         how = digest_json(
             {"version": GENERATION_VERSION, **vars(decoding), "seed": settings.seed if temperature else 0}
         )

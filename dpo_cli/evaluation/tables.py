@@ -170,7 +170,8 @@ def sample_rows(
             answer = answers[name][prompt.id]
             row[name] = {"text": answer.text, "num_tokens": answer.num_tokens, "finished": answer.finished}
         row[DPO]["heat"] = [list(piece) for piece in log_ratios[prompt.id]]
-        row |= {"chosen": chosen[prompt.id].text, "rejected": rejected[prompt.id].text}
+        of_data = {"chosen": chosen, "rejected": rejected}
+        row |= {side: found[prompt.id].text for side, found in of_data.items() if prompt.id in found}
         if judged.judge is not None and judged.main is not None:
             _add_judgment(row, judged.judge, judged.main, judged.against, prompt.id)
         if measurement.evaluate.judge == "world":
@@ -191,7 +192,7 @@ def _add_judgment(
         middle = 0.0 if judge.is_exact else (ours + theirs) / 2
         row[SFT]["reward"], row[DPO]["reward"] = theirs - middle, ours - middle
     for name, result in (("win", main), ("win_chosen", against)):
-        if result is not None and (win := result.comparisons[id].win) is not None:
+        if result is not None and id in result.comparisons and (win := result.comparisons[id].win) is not None:
             row[name] = win
     if judge.reads and main.comparisons[id].ours_first is not None:
         row["consistent"] = main.comparisons[id].is_consistent

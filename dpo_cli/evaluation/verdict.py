@@ -28,7 +28,9 @@ def verdict(metrics: Mapping[str, Any]) -> list[Finding]:
     findings: list[Finding | None] = []
     if "win_rate" in metrics:
         findings += [_win_rate(metrics), _length_controlled(metrics), _against_chosen(metrics), judge_quality(metrics)]
-    findings += [_accuracy(metrics), _loss(metrics), _calibration(metrics), _kl(metrics)]
+    if "reward_accuracy" in metrics:
+        findings += [_accuracy(metrics), _loss(metrics), _calibration(metrics)]
+    findings += [_auc(metrics), _kto_loss(metrics), _kl(metrics)]
     if "well_formed_dpo" in metrics:
         findings.append(_well_formed(metrics))
     findings += [_perplexity(metrics), *flags(metrics)]
@@ -49,12 +51,13 @@ def headline(metrics: Mapping[str, Any]) -> tuple[str, Status]:
     if red:  # a win rate or, without a judge, an accuracy below one half is among them
         return f"Tuning did harm: {', '.join(red)}.{too_far}", "bad"
     if "win_rate" not in metrics:
-        accuracy = _around_half(metrics["reward_accuracy_ci"], metrics["num_prompts"])
-        if accuracy == "good":
+        of_pairs = "reward_accuracy" in metrics
+        number = metrics["num_prompts" if of_pairs else "num_answer_prompts"]
+        if _around_half(metrics.get("reward_accuracy_ci" if of_pairs else "auc_ci"), number) == "good":
             return "The tuned model learned the preferences; no judge compared its answers.", "good"
-        if metrics["num_prompts"] < FEWEST:
+        if number < FEWEST:
             return "Too few prompts are held out to show whether the preferences were learned.", "warn"
-        return "The held-out pairs do not show that the preferences were learned.", "warn"
+        return "The held-out preferences do not show that they were learned.", "warn"
     if _around_half(metrics["win_rate_ci"], metrics["num_decided"]) == "good":
         return "The tuned model is better than the SFT model.", "good"
     if metrics["num_decided"] < FEWEST:
@@ -154,22 +157,47 @@ def _accuracy(metrics: Mapping[str, Any]) -> Finding:
     )
 
 
+def _auc(metrics: Mapping[str, Any]) -> Finding | None:
+    if "auc" not in metrics:
+        return None
+    return Finding(
+        "held-out AUC",
+        rate_text(metrics, "auc"),
+        _around_half(metrics["auc_ci"], metrics["num_answer_prompts"]),
+        "how often a good held-out answer has a higher implicit reward than a bad one, to whichever prompts"
+        f" ({metrics['num_good']} good, {metrics['num_bad']} bad); taking the longer one gives"
+        f" {percent(metrics['longer_auc'])}",
+    )
+
+
 def _loss(metrics: Mapping[str, Any]) -> Finding:
-    before, after = metrics["loss_at_reference"], metrics["loss"]
-    low, high = metrics["loss_ci"] or (-math.inf, math.inf)
+    of = "-log σ(margin) of pairs that were not trained on, before and after"
+    return _fall(metrics, "held-out loss", "loss", metrics["num_prompts"], of)
+
+
+def _kto_loss(metrics: Mapping[str, Any]) -> Finding | None:
+    if "kto_loss" not in metrics:
+        return None
+    of = "KTO's loss of single answers that were not trained on, before and after"
+    return _fall(metrics, "held-out KTO loss", "kto_loss", metrics["num_answer_prompts"], of)
+
+
+def _fall(metrics: Mapping[str, Any], name: str, loss: str, num_prompts: int, meaning: str) -> Finding:
+    """A loss before and after."""
+    before, after, ci = metrics[f"{loss}_at_reference"], metrics[loss], metrics[f"{loss}_ci"]
+    low, high = ci or (-math.inf, math.inf)
     another = not metrics["learns_log_ratio"]
     return Finding(
-        "held-out loss",
-        f"{before:.4f} -> {after:.4f}" + (f" [{low:.4f}, {high:.4f}]" if metrics["loss_ci"] else ""),
+        name,
+        f"{before:.4f} -> {after:.4f}" + (f" [{low:.4f}, {high:.4f}]" if ci else ""),
         "plain"
         if another
         else "good"
         if after < before
         else "bad"
-        if low > before and metrics["num_prompts"] >= FEWEST
+        if low > before and num_prompts >= FEWEST
         else "warn",
-        "-log σ(margin) of pairs that were not trained on, before and after"
-        + ("; the training loss learned a reward of another form (docs/objectives.md)" if another else ""),
+        meaning + ("; the training loss learned a reward of another form (docs/objectives.md)" if another else ""),
     )
 
 

@@ -12,7 +12,7 @@ from dpo_cli.core import paths
 from dpo_cli.core.artifacts import write_csv_table, write_json
 from dpo_cli.core.errors import DataError, ParamsError
 from dpo_cli.judging.votes import read_shown, read_votes
-from dpo_cli.statistics.agreement import MethodAgreement, summarize_votes
+from dpo_cli.statistics.agreement import MethodAgreement, WinRate, summarize_votes
 from dpo_cli.statistics.intervals import Estimate, Sampling
 from dpo_cli.statistics.raters import RaterQuality, rater_quality
 
@@ -82,10 +82,8 @@ def as_json(found: AgreementTable) -> dict[str, Any]:
                 "baseline": each.baseline,
                 "num_prompts": each.num_prompts,
                 "num_items": each.num_items,
-                "win_rates": {
-                    kind: {"num_votes": rate.num_votes, "num_ties": rate.num_ties, **_estimate(rate.estimate)}
-                    for kind, rate in each.win_rates.items()
-                },
+                "win_rates": {kind: _win_rate(rate) for kind, rate in each.win_rates.items()},
+                "adjudicated": _win_rate(each.adjudicated) if each.adjudicated else None,
                 "pairs": [
                     {
                         "first": pair.first,
@@ -118,7 +116,8 @@ def write_csv(found: AgreementTable, path: Path) -> None:
     """Write the figures as CSV, one a line: num counts votes, or pairs of them; an undefined figure is empty."""
     rows: list[tuple[Any, ...]] = []
     for each in found.methods:
-        figures = [("win_rate", kind, "", rate.num_votes, rate.estimate) for kind, rate in each.win_rates.items()]
+        rates = each.win_rates | ({"adjudication": each.adjudicated} if each.adjudicated else {})
+        figures = [("win_rate", kind, "", rate.num_votes, rate.estimate) for kind, rate in rates.items()]
         for pair in each.pairs:
             for name, estimate in (("agreement", pair.agreement), (pair.coefficient.name, pair.coefficient.estimate)):
                 figures.append((name, pair.first, pair.second, pair.num_pairs, estimate))
@@ -132,6 +131,10 @@ def write_csv(found: AgreementTable, path: Path) -> None:
                 num = rater.num_votes if name == "position_bias" else rater.num_repeats
                 rows.append(("", "", name, rater.rater, "", num, *_estimate(estimate).values()))
     write_csv_table(path, ("method", "baseline", "figure", "first", "second", "num", "value", "low", "high"), rows)
+
+
+def _win_rate(rate: WinRate) -> dict[str, Any]:
+    return {"num_votes": rate.num_votes, "num_ties": rate.num_ties, **_estimate(rate.estimate)}
 
 
 def _estimate(estimate: Estimate) -> dict[str, float | None]:

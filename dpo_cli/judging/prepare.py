@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_cli.core import paths
+from dpo_cli.core.artifacts import digest_json
 from dpo_cli.core.errors import DataError, MachineError, ParamsError
+from dpo_cli.core.manifest import REWARD
 from dpo_cli.core.params import EvaluateParams
 from dpo_cli.judging.answers import Answer
 from dpo_cli.judging.cache import CachedJudge
@@ -35,7 +37,7 @@ class ReadyJudge:
     Attributes:
         judge: Who is asked.
         name: What it is called.
-        rater: Its kind as a rater in a votes file: with another model or template it is another one.
+        rater: Its kind as a rater in a votes file: with another model, training or template it is another one.
         reads: Whether it reads two texts, one before the other, so that their order may move it.
     """
 
@@ -115,7 +117,8 @@ def _learned_rewards(project: Project, judged: Sequence[Answer]) -> ReadyJudge:
         for text, reward in zip(answers, some, strict=True)
     }
     judge = RewardJudge("the reward model", lambda prompt, answer: rewards[prompt, answer], is_exact=False)
-    return ReadyJudge(judge, judge.name, "reward-model")
+    trained = digest_json(REWARD.read().files)[:6]  # one that was trained anew is another rater
+    return ReadyJudge(judge, judge.name, f"reward-model-{trained}")
 
 
 def _votes_file(name: str) -> Path:

@@ -4,7 +4,7 @@ A vote is a row with ``item_id``, ``prompt_id``, ``rater`` and ``vote``; on a pa
 and ``a_is``: who wrote the two answers, and which of them was shown as A. It may be filled in by hand, in any kind of
 table. ``dpo-cli label`` writes JSON lines with more in them (:mod:`dpo_cli.labeling.votes`): ``mode`` (a pair, where
 there is none), what ``supersedes`` what, and whether a pair was only shown again. Of each rater and item one vote is
-read. A ranking is read as votes on all its pairs, and a thumb as one for up against down.
+read, and an adjudication. A ranking is read as votes on all its pairs, and a thumb as one for up against down.
 
 A vote on a pair is known by the hash of the prompt and both answers (:func:`item_id`). So a vote on other answers than
 today's counts for nothing: that item is invalid, and counted as such.
@@ -15,13 +15,14 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from dpo_cli.core.artifacts import digest_bytes
 from dpo_cli.core.errors import DataError
 from dpo_cli.data.schema import text_of
-from dpo_cli.data.votes import BOTH_BAD, DOWN, REPEATED, SKIPPED, TIED, UP, A, B, with_standing
+from dpo_cli.data.votes import ADJUDICATED, BOTH_BAD, DOWN, REPEATED, SKIPPED, TIED, UP, A, B, with_standing
 from dpo_cli.judging.judge import INVALID, Judgment, Question, from_half
 from dpo_cli.judging.templates import transcript
 from dpo_cli.statistics.agreement import LOSS, TIE, WIN, Vote
@@ -53,7 +54,7 @@ def read_votes(*paths: Path) -> list[Vote]:
     named = ", ".join(path.as_posix() for path in paths)
     votes: list[Vote] = []
     problems: list[str] = []
-    voted: dict[tuple[str, str, str, str], str] = {}
+    voted: dict[tuple[str, str, str, str, bool], str] = {}
     prompts: dict[tuple[str, str, str], tuple[str, str]] = {}
     for file, place, row in ((path.as_posix(), place, row) for path in paths for place, row in read_rows(path)):
         if row.get("drawn") == REPEATED:
@@ -61,12 +62,13 @@ def read_votes(*paths: Path) -> list[Vote]:
         if missing := [name for name in COLUMNS if name not in row and row.get("mode", "pair") == "pair"]:
             raise DataError(_missing(file, missing, row))
         found = votes_in(row)
+        is_adjudication = row.get("drawn") == ADJUDICATED
         if isinstance(found, str):
             problems.append(f"{place}: {found}")
             continue
         for each in found:
             item = (each.method, each.baseline, each.item)
-            if (first := voted.setdefault((*item, each.rater), place)) is not place:
+            if (first := voted.setdefault((*item, each.rater, is_adjudication), place)) is not place:
                 problems.append(
                     f"{place}: {each.rater} voted on item {each.item} of {each.method} already, in"
                     f" {first.removeprefix(f'{file}, ')};"
@@ -79,7 +81,7 @@ def read_votes(*paths: Path) -> list[Vote]:
                     f" {first.removeprefix(f'{file}, ')}; an item is two answers to one prompt: fix prompt_id or"
                     " item_id"
                 )
-            votes.append(each)
+            votes.append(replace(each, is_adjudication=is_adjudication))
     if problems:
         rest = len(problems) - _NAMED
         raise DataError([*problems[:_NAMED], *([f"{named}: {rest} more such problems"] if rest > 0 else [])])
@@ -101,9 +103,10 @@ def read_shown(*paths: Path) -> list[ShownVote]:
             continue
         for vote in votes:
             first = row["vote"] == A if row["vote"] in (A, B) else None
-            found.append(
-                ShownVote(vote.rater, vote.item, vote.prompt, vote.result, first, row.get("drawn") == REPEATED)
-            )
+            drawn = row.get("drawn")
+            # whoever adjudicates, on his own earlier votes, too, is not compared with himself
+            rater = f"{vote.rater}, adjudicating" if drawn == ADJUDICATED else vote.rater
+            found.append(ShownVote(rater, vote.item, vote.prompt, vote.result, first, drawn == REPEATED))
     return found
 
 
@@ -197,6 +200,8 @@ def item_id(prompt: str, of_method: str, of_baseline: str) -> str:
 class VotesJudge:
     """Answers from votes, whatever the order it is asked in: raters saw one order, so no consistency comes of it.
 
+    An adjudication stands in place of all other votes on its item.
+
     Args:
         votes: All of them.
         rule: ``share``: p is the share of the votes, ties as one half; ``majority``: 1, 0 or a tie.
@@ -215,11 +220,11 @@ class VotesJudge:
         baseline: str,
         kind: str | None = None,
     ) -> None:
-        found: dict[str, list[float]] = {}
+        found: dict[bool, dict[str, list[float]]] = {False: {}, True: {}}  # the adjudications are the latter
         for vote in votes:
             if (vote.method, vote.baseline) == (method, baseline) and kind in (None, vote.kind):
-                found.setdefault(vote.item, []).append(_LEADS.get(vote.result, 0.0))
-        self._leads = {item: sum(leads) / len(leads) for item, leads in found.items()}
+                found[vote.is_adjudication].setdefault(vote.item, []).append(_LEADS.get(vote.result, 0.0))
+        self._leads = {item: sum(leads) / len(leads) for item, leads in (found[False] | found[True]).items()}
         if rule == "majority":
             self._leads = {item: 0.5 * ((lead > 0) - (lead < 0)) for item, lead in self._leads.items()}
 

@@ -1,4 +1,4 @@
-"""Opens a labeling for people: their addresses, which stay the same from day to day, and the page behind them."""
+"""The page's desk: raters' addresses, which stay the same from day to day, and the page behind them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_cli.core import paths
@@ -17,36 +16,13 @@ from dpo_cli.labeling.server import LOOPBACK, make_app, open_socket, serve
 _NUM_BYTES = 18
 
 
-@dataclass(frozen=True)
-class Seat:
-    """A rater's place.
+def tokens_of(folder: Path, raters: Sequence[str]) -> dict[str, str]:
+    """A secret for each rater, kept where nobody else on the machine reads it and no version control sees it.
 
-    Attributes:
-        rater: Who.
-        num_torn: Bytes of a last vote that a kill had torn, and that were set aside.
-        token: Says who he is.
+    Args:
+        folder: Of the votes.
+        raters: Who.
     """
-
-    rater: str
-    num_torn: int
-    token: str
-
-
-def seat(engine: Engine, raters: Sequence[str]) -> list[Seat]:
-    """Let people join, and find or draw their tokens.
-
-    Raises:
-        MachineError: One of them votes in another process already.
-        DataError: A votes file is damaged, or of another mode.
-    """
-    torn = {rater: engine.join(rater).num_torn for rater in raters}
-    tokens = _tokens(engine.folder, raters)
-    engine.count_absent()
-    return [Seat(rater, torn[rater], tokens[rater]) for rater in raters]
-
-
-def _tokens(folder: Path, raters: Sequence[str]) -> dict[str, str]:
-    """A secret for each rater, kept where nobody else on the machine reads it and no version control sees it."""
     path = paths.scratch_root() / "label" / f"{digest_bytes(str(folder.resolve()).encode())}.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -60,24 +36,25 @@ def _tokens(folder: Path, raters: Sequence[str]) -> dict[str, str]:
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         json.dump(tokens, file)
     os.replace(temporary, path)
-    return tokens
+    return {rater: tokens[rater] for rater in raters}
 
 
 class Desk:
-    """The page of some raters, on a port.
+    """The page of raters who have joined, on a port.
 
     Raises:
         MachineError: The port is taken.
     """
 
-    def __init__(self, engine: Engine, seats: Sequence[Seat], port: int) -> None:
+    def __init__(self, engine: Engine, raters: Sequence[str], port: int) -> None:
         self._listening = open_socket(port)
         self._port = self._listening.getsockname()[1]
-        self._app = make_app(engine, {each.token: each.rater for each in seats}, self._port)
+        self._tokens = tokens_of(engine.folder, raters)
+        self._app = make_app(engine, {token: rater for rater, token in self._tokens.items()}, self._port)
 
-    def address(self, seat: Seat) -> str:
+    def address(self, rater: str) -> str:
         """Where a rater votes."""
-        return f"http://{LOOPBACK}:{self._port}/?token={seat.token}"
+        return f"http://{LOOPBACK}:{self._port}/?token={self._tokens[rater]}"
 
     def serve(self) -> None:
         """Until Ctrl-C."""

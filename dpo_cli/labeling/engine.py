@@ -20,7 +20,7 @@ from typing import Any, Self
 import numpy as np
 
 from dpo_cli.core.errors import DataError
-from dpo_cli.data.votes import REPEATED, UNDONE, A, B
+from dpo_cli.data.votes import ADJUDICATED, REPEATED, UNDONE, A, B
 from dpo_cli.labeling.items import ItemStore
 from dpo_cli.labeling.order import Asked, Drawn, is_repeat, item_order, shown_order
 from dpo_cli.labeling.progress import Progress, progress_of
@@ -34,7 +34,9 @@ from dpo_cli.labeling.votes import (
     is_choice,
     lines_of,
     num_results,
+    order_of,
     result_of,
+    row_of,
 )
 
 _UNCERTAIN, _RANDOM = "uncertain", "random"
@@ -51,7 +53,7 @@ class _Rater:
     def __init__(self, name: str, by: By, num_items: int) -> None:
         self.name, self.by = name, by
         self.file: VoteFile | None = None
-        self.seen = np.zeros(num_items, dtype=bool)
+        self.seen, self.adjudicated = np.zeros((2, num_items), dtype=bool)
         self.num_rows = 0
         self.last_key = ""
         self.numbers, self.indices, self.results = array("q"), array("q"), array("b")  # of votes that stand
@@ -72,11 +74,14 @@ class Engine:
         settings: How.
         folder: Of the votes.
         guideline: What raters go by, as text; empty where there is none.
+        adjudicates: Whether one who joins votes on what people disagree on, and on nothing else.
     """
 
-    def __init__(self, items: ItemStore, settings: Settings, folder: Path, guideline: str = "") -> None:
+    def __init__(
+        self, items: ItemStore, settings: Settings, folder: Path, guideline: str = "", *, adjudicates: bool = False
+    ) -> None:
         self.items, self.settings, self.folder = items, settings, folder
-        self.guideline = guideline
+        self.guideline, self.adjudicates = guideline, adjudicates
         self.guideline_version = hashlib.sha256(guideline.encode()).hexdigest()[:12] if guideline else None
         self.num_unknown = 0
         self._order, self._is_uncertain = item_order(items, settings)
@@ -86,6 +91,7 @@ class Engine:
         num = num_results(settings.mode, int(items.sizes.max(initial=0)))
         self._results = np.zeros((len(items), num), dtype=np.int16)  # how many people's votes have each
         self._voters = np.zeros(len(items), dtype=np.int16)
+        self._num_adjudications = np.zeros(len(items), dtype=np.int16)
         self._contested: list[int] = []
         self._raters: dict[str, _Rater] = {}
 
@@ -131,7 +137,7 @@ class Engine:
 
     def _replay(self, mine: _Rater, row: Mapping[str, Any]) -> None:
         if row["vote"] == UNDONE:
-            self._take_back(mine)
+            self._take_back(mine, mine.numbers.index(row["supersedes"]))
         else:
             if row["mode"] != self.settings.mode:
                 raise DataError(
@@ -139,8 +145,7 @@ class Engine:
                 )
             index = self._index.get(row["item_id"], -1)
             self.num_unknown += index < 0
-            order = self._shown_as(mine.name, index, row["drawn"]) if index >= 0 else ()
-            self._count(mine, row["number"], index, result_of(row["vote"], order), row["drawn"], row["seconds"])
+            self._count(mine, row["number"], index, result_of(row["vote"], order_of(row)), row["drawn"], row["seconds"])
         mine.num_rows, mine.last_key = row["number"] + 1, row["key"]
         mine.asked = None
 
@@ -161,6 +166,9 @@ class Engine:
     def _next(self, mine: _Rater) -> tuple[int, Drawn] | None:
         if mine.undone is not None:
             return mine.undone
+        if self.adjudicates:
+            index = self._first_left(mine)
+            return None if index is None else (index, ADJUDICATED)
         seed, number = self.settings.seed, len(mine.numbers)
         is_again = is_repeat(seed, mine.name, number, self.settings.repeats)
         if is_again and (index := self._to_repeat(mine)) is not None:
@@ -177,9 +185,12 @@ class Engine:
             mine.position += 1
         if (index := self._next_contested(mine)) is not None:
             return index, _UNCERTAIN
-        left = self._left(mine)  # shown to somebody who does not answer
-        index = int(left[np.argmin(self._rank[left])]) if len(left) else -1
-        return None if index < 0 else (index, _UNCERTAIN if self._is_uncertain[index] else _RANDOM)
+        index = self._first_left(mine)  # shown to somebody who does not answer
+        return None if index is None else (index, _UNCERTAIN if self._is_uncertain[index] else _RANDOM)
+
+    def _first_left(self, mine: _Rater) -> int | None:
+        left = self._left(mine)
+        return int(left[np.argmin(self._rank[left])]) if len(left) else None
 
     def _is_open(self, mine: _Rater, index: int, wanted: int) -> bool:
         """Whether the item waits for this rater: not for a judge's sake, who sees all."""
@@ -202,7 +213,7 @@ class Engine:
         return None
 
     def _is_contested(self, index: int) -> bool:
-        return int(np.count_nonzero(self._results[index])) > 1
+        return int(np.count_nonzero(self._results[index])) > 1 and not self._num_adjudications[index]
 
     def _to_repeat(self, mine: _Rater) -> int | None:
         while mine.repeatable and mine.repeatable[0] in mine.repeated:
@@ -212,7 +223,7 @@ class Engine:
 
     def _shown_as(self, rater: str, index: int, drawn: str) -> tuple[int, ...]:
         id, size = self.items.ids[index], int(self.items.sizes[index])
-        return shown_order(self.settings.seed, rater, id, size, is_flipped=drawn == REPEATED)
+        return shown_order(self.settings.seed, rater, id, size, is_flipped=drawn in (REPEATED, ADJUDICATED))
 
     # --- answers ------------------------------------------------------------------------------
 
@@ -271,33 +282,10 @@ class Engine:
         self._keep(mine, asked, {"key": str(asked.number), "vote": vote, "strength": None, "seconds": None})
 
     def _keep(self, mine: _Rater, asked: Asked, said: Mapping[str, Any]) -> None:
-        self._append(mine, self._row(asked, said))
+        self._append(mine, row_of(self.items[asked.index], asked, self.settings.mode, self.guideline_version, said))
         mine.num_rows, mine.last_key = asked.number + 1, said["key"]
         mine.asked = mine.undone = None
         self._count(mine, asked.number, asked.index, result_of(said["vote"], asked.order), asked.drawn, said["seconds"])
-
-    def _row(self, asked: Asked, said: Mapping[str, Any]) -> dict[str, Any]:
-        item, seconds = self.items[asked.index], said["seconds"]
-        row: dict[str, Any] = {
-            "number": asked.number,
-            "key": said["key"],
-            "mode": self.settings.mode,
-            "item_id": item.id,
-            "prompt_id": item.prompt_id,
-            "vote": said["vote"],
-        }
-        if self.settings.mode == "pair":
-            method, baseline = item.authors
-            row |= {"method": method, "baseline": baseline, "a_is": item.authors[asked.order[0]]}
-        return row | {
-            "strength": said["strength"],
-            "seconds": None if seconds is None else round(seconds, 3),
-            "guideline": self.guideline_version,
-            "drawn": asked.drawn,
-            "supersedes": None,
-            "prompt": item.prompt,
-            "completions": [item.completions[place] for place in asked.order],
-        }
 
     def undo(self, rater: str, number: int, key: str) -> bool:
         """Take back the rater's last vote that stands, and ask it again; False: there is none.
@@ -346,20 +334,28 @@ class Engine:
         if drawn == REPEATED:
             mine.repeated.add(index)
             return
+        if drawn == ADJUDICATED:
+            mine.adjudicated[index] = True
+            self._num_adjudications[index] += result >= 0
+            return
         mine.seen[index] = True
         if result >= 0:
             mine.repeatable.append(index)
             self._add(mine, index, result, 1)
 
-    def _take_back(self, mine: _Rater) -> None:
-        mine.numbers.pop()
-        index, result, drawn = mine.indices.pop(), mine.results.pop(), mine.drawn.pop()
+    def _take_back(self, mine: _Rater, place: int = -1) -> None:
+        mine.numbers.pop(place)
+        index, result, drawn = mine.indices.pop(place), mine.results.pop(place), mine.drawn.pop(place)
         mine.asked = None
         if index < 0:
             return
         mine.undone = index, drawn
         if drawn == REPEATED:
             mine.repeated.discard(index)
+            return
+        if drawn == ADJUDICATED:
+            mine.adjudicated[index] = False
+            self._num_adjudications[index] -= result >= 0
             return
         mine.seen[index] = False
         if result >= 0:
@@ -383,10 +379,22 @@ class Engine:
     def progress(self, rater: str) -> Progress:
         """How far the rater is."""
         mine = self._raters[rater]
+        left = len(self._left(mine))
+        if self.adjudicates:
+            return progress_of(int(mine.adjudicated.sum()), left, mine.seconds, 0, None)
         # only items drawn at random say how often all others would be won
         results = self._results[~self._is_uncertain] if self.items.are_compared else None
-        return progress_of(len(mine.numbers), len(self._left(mine)), mine.seconds, self.settings.repeats, results)
+        return progress_of(len(mine.numbers), left, mine.seconds, self.settings.repeats, results)
+
+    def count_shared(self) -> tuple[int, int]:
+        """Items that two people have voted on, and those of them on which they disagree, adjudicated or not."""
+        return int(np.count_nonzero(self._voters > 1)), int(self._are_contested().sum())
+
+    def _are_contested(self) -> np.ndarray:
+        return np.count_nonzero(self._results, axis=1) > 1
 
     def _left(self, mine: _Rater) -> np.ndarray:
         """Items that wait for the rater."""
+        if self.adjudicates:
+            return np.flatnonzero(self._are_contested() & (self._num_adjudications == 0) & ~mine.adjudicated)
         return np.flatnonzero(~mine.seen & ((mine.by == "judge") | (self._voters < self.settings.overlap)))

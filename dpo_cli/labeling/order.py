@@ -11,7 +11,7 @@ import numpy as np
 from dpo_cli.labeling.items import ItemStore
 from dpo_cli.labeling.settings import Settings
 
-Drawn = Literal["random", "uncertain", "repeat"]
+Drawn = Literal["random", "uncertain", "repeat", "adjudication", "chat"]
 """Why an item is asked."""
 
 

@@ -34,6 +34,24 @@ class Progress:
     half_width: float | None
     may_stop: bool
 
+    def figures(self) -> str:
+        """In a line: votes, pace and time left."""
+        parts = [f"{self.done} done", f"{self.left} to go"]
+        if self.pace_s is not None:
+            parts.append(f"{self.pace_s:.{1 if self.pace_s < 10 else 0}f} s a vote")
+        if self.left_s and self.left:
+            minutes = round(self.left_s / 60)
+            hours = f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
+            parts.append(f"{hours if minutes else '< 1 min'} left")
+        return " · ".join(parts)
+
+    def hint(self) -> str:
+        """That he may stop; empty: he may not yet, or nobody knows."""
+        if not self.may_stop or self.half_width is None:
+            return ""
+        width = f"{100 * self.half_width:.1f}"
+        return f"You may stop: the result is known to ± {width} points, and more votes narrow that slowly."
+
 
 def progress_of(
     done: int, left: int, seconds: Collection[float], repeats: float, results: np.ndarray | None

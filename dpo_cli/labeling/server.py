@@ -14,7 +14,6 @@ import ipaddress
 import json
 import socket
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict
 from importlib import resources
 from typing import Any
 
@@ -26,8 +25,9 @@ from starlette.routing import Route
 
 from dpo_cli.core.errors import MachineError
 from dpo_cli.core.text import visible
-from dpo_cli.data.schema import Messages, text_of
 from dpo_cli.labeling.engine import Engine
+from dpo_cli.labeling.keys import KEYS, NOT_RANKED, NOTE, STRENGTHS, help_of
+from dpo_cli.labeling.state import state_of
 from dpo_cli.labeling.votes import BadVote
 from dpo_cli.report.style import page_environment
 
@@ -66,18 +66,18 @@ def make_app(engine: Engine, tokens: Mapping[str, str], port: int) -> Starlette:
         return HTMLResponse(page, headers={"Content-Security-Policy": policy})
 
     async def state(request: Request, rater: str) -> Response:
-        return JSONResponse(_state(engine, rater) | {"guideline": visible(engine.guideline)})
+        return JSONResponse(state_of(engine, rater) | {"guideline": visible(engine.guideline)})
 
     async def vote(request: Request, rater: str) -> Response:
         said = await _body(request)
         told = {name: said.get(name) for name in ("strength", "seconds")}
         engine.vote(rater, said.get("number", -1), said.get("key", ""), said.get("vote"), **told)
-        return JSONResponse(_state(engine, rater))
+        return JSONResponse(state_of(engine, rater))
 
     async def undo(request: Request, rater: str) -> Response:
         said = await _body(request)
         engine.undo(rater, said.get("number", -1), said.get("key", ""))
-        return JSONResponse(_state(engine, rater))
+        return JSONResponse(state_of(engine, rater))
 
     async def nothing(request: Request, rater: str) -> Response:
         raise _Refused(404, "not found")
@@ -145,35 +145,20 @@ async def _body(request: Request) -> dict[str, Any]:
     return found
 
 
-def _state(engine: Engine, rater: str) -> dict[str, Any]:
-    """The rater's question, or none, and how far he is."""
-    asked = engine.ask(rater)
-    question = None
-    if asked is not None:
-        item = engine.items[asked.index]
-        question = {
-            "prompt": [{"role": message["role"], "text": _shown([message])} for message in item.prompt],
-            "answers": [_shown(item.completions[place]) for place in asked.order],
-        }
-    return {
-        "mode": engine.settings.mode,
-        "number": engine.next_number(rater),
-        "question": question,
-        "progress": asdict(engine.progress(rater)),
-    }
-
-
-def _shown(messages: Messages) -> str:
-    """A text of which nothing is hidden: control characters as signs, and those that turn its direction."""
-    return visible(text_of(messages).replace("\r\n", "\n"))
-
-
 def _page() -> tuple[str, str]:
     """The page, and the policy that lets nothing run or load but what is in it."""
     folder = resources.files("dpo_cli.labeling").joinpath("page")
     theme = page_environment().get_template("theme.css.jinja").render()
     style = theme + folder.joinpath("label.css").read_text(encoding="utf-8")
-    script = "".join(folder.joinpath(name).read_text(encoding="utf-8") for name in ("markdown.js", "label.js"))
+    keys = {mode: {each.key: each._asdict() for each in keys} for mode, keys in KEYS.items()}
+    told = {
+        "KEYS": keys,
+        "HELP": {mode: help_of(mode) for mode in KEYS},
+        "STRENGTHS": STRENGTHS,
+        "NOT_RANKED": NOT_RANKED,
+    }
+    script = '"use strict";\n' + "".join(f"const {name} = {json.dumps(value)};\n" for name, value in told.items())
+    script += "".join(folder.joinpath(name).read_text(encoding="utf-8") for name in ("markdown.js", "label.js"))
     template = Environment(autoescape=False, undefined=StrictUndefined).from_string(  # holds nothing but our own files
         folder.joinpath("label.html.jinja").read_text(encoding="utf-8")
     )
@@ -182,7 +167,7 @@ def _page() -> tuple[str, str]:
         " img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
         " require-trusted-types-for 'script'"
     )
-    return template.render(style=style, script=script), policy
+    return template.render(style=style, script=script, note=NOTE), policy
 
 
 def _digest(text: str) -> str:

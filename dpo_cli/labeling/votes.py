@@ -8,8 +8,10 @@ counts once. ``mode`` is pair, ranking or thumbs. ``prompt`` and ``completions``
 order in which they were shown. ``vote``: on a pair A, B, tie or both bad, of a ranking the ranks of the completions as
 shown (1 is best, equal is tied), for thumbs up or down; or skip, or undone. ``strength`` is 1 (a little better) to 3
 (much better), or null. ``seconds`` passed before the vote. ``guideline`` is the first part of the SHA-256 of the text
-that raters went by. ``drawn`` says why the item was asked: random, uncertain, or repeat (shown before, now flipped).
-``by`` is person or judge. ``at`` is the time, UTC.
+that raters went by. ``drawn`` says why the item was asked: random, uncertain, repeat (shown before, now flipped), or
+adjudication (people disagree on it), or chat (answers that a rater asked for himself, knowing who wrote them); null if
+another tool asked. ``by`` is person or judge. ``at`` is the time, UTC;
+null if that tool does not say.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ import orjson
 from filelock import FileLock, Timeout
 
 from dpo_cli.core.errors import DataError, MachineError, ParamsError
+from dpo_cli.data.schema import text_of
 from dpo_cli.data.votes import BOTH_BAD, DOWN, SKIPPED, TIED, UP, A, B, is_torn, unended_line
+from dpo_cli.labeling.items import Item, Mode
+from dpo_cli.labeling.order import Asked
 
 By = Literal["person", "judge"]
 MOST_STRENGTH = 3
@@ -106,15 +111,20 @@ class VoteFile:
         self._file.close()
         self._lock.release()
 
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Write a line; when this returns, a person's is on the disk. A judge can be asked again, so it need not be."""
-        told = {**row, "rater": self.rater, "by": self.by, "at": datetime.now(UTC).isoformat(timespec="seconds")}
+    def append(self, row: Mapping[str, Any], *, is_synced: bool = True) -> None:
+        """Write a line, of now if it does not say of when.
+
+        When this returns, a person's is on the disk, unless it is not synced: what can be had again need not be. A
+        judge can be asked again.
+        """
+        at = row.get("at", datetime.now(UTC).isoformat(timespec="seconds"))
+        told = {**row, "rater": self.rater, "by": self.by, "at": at}
         data = json.dumps(told, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         begin = os.fstat(self._file.fileno()).st_size
         try:
             if self._file.write(data) != len(data):
                 raise OSError(28, "No space left on device", str(self.path))
-            if self.by == "person":
+            if self.by == "person" and is_synced:
                 os.fsync(self._file.fileno())
         except OSError:
             self._file.truncate(begin)  # nobody is told that it counts, and the next one begins a line
@@ -163,6 +173,41 @@ def lines_of(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
+def row_of(
+    item: Item, asked: Asked, mode: Mode, guideline_version: str | None, said: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The line of a vote.
+
+    Args:
+        item: What was shown.
+        asked: Why, and in which order.
+        mode: What was asked.
+        guideline_version: By which the rater went.
+        said: ``key``, ``vote``, ``strength`` and ``seconds``.
+    """
+    seconds = said["seconds"]
+    row: dict[str, Any] = {
+        "number": asked.number,
+        "key": said["key"],
+        "mode": mode,
+        "item_id": item.id,
+        "prompt_id": item.prompt_id,
+        "vote": said["vote"],
+    }
+    if mode == "pair":
+        method, baseline = item.authors
+        row |= {"method": method, "baseline": baseline, "a_is": item.authors[asked.order[0]]}
+    return row | {
+        "strength": said["strength"],
+        "seconds": None if seconds is None else round(seconds, 3),
+        "guideline": guideline_version,
+        "drawn": asked.drawn,
+        "supersedes": None,
+        "prompt": item.prompt,
+        "completions": [item.completions[place] for place in asked.order],
+    }
+
+
 def _sync_folder(folder: Path) -> None:
     """Put a new file's name on the disk, where the system can."""
     if os.name == "nt":
@@ -199,6 +244,14 @@ def result_of(vote: Any, order: Sequence[int]) -> int:
         first = order[0] if order else 0
         return 0 if (vote == A) == (first == 0) else 2
     return 0 if vote == UP else 1
+
+
+def order_of(row: Mapping[str, Any]) -> tuple[int, ...]:
+    """The places in the item of a vote's answers, as they were shown."""
+    if row["mode"] == "pair":
+        return (0, 1) if row["a_is"] == row["method"] else (1, 0)
+    texts = [text_of(each) for each in row["completions"]]
+    return tuple(sorted(texts).index(text) for text in texts)
 
 
 def num_results(mode: str, most_answers: int) -> int:

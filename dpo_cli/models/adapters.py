@@ -152,11 +152,13 @@ class SftResult:
         method: none, adapter, full, lora or qlora.
         digest: One digest of everything in it that the graph depends on.
         data: SHA-256 of the tables it was trained on, by split; None where it was not trained.
+        rounds: Those that made it, where an earlier project did (:mod:`dpo_cli.models.rounds`).
     """
 
     method: str
     digest: str
     data: dict[str, str] | None = None
+    rounds: Sequence[Mapping[str, Any]] = ()
 
     @property
     def has_adapter(self) -> bool:
@@ -173,7 +175,8 @@ def read_sft_result(base: str) -> SftResult:
     manifest = SFT.check({"base": base})
     method = manifest.settings["sft"]["method"]
     digest = digest_json({"method": method, "base": base, "files": digest_json(manifest.files)})
-    return SftResult(method, digest, manifest.made_of.get("data/sft"))
+    made_of = manifest.made_of
+    return SftResult(method, digest, made_of.get("data/sft"), made_of.get("rounds", ()))
 
 
 @dataclass(frozen=True)

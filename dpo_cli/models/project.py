@@ -139,7 +139,8 @@ class Project(Workplace, FrozenBase):
         No time and no path is in it, so equal runs give equal bytes.
         """
         settings = {name: getattr(params, name).model_dump() for name in ("model", "reference", section)}
-        return Manifest({"base": read_lock(), **self.made_of()}, settings=settings)
+        rounds = {"rounds": self.sft.rounds} if self.sft.rounds else {}
+        return Manifest({"base": read_lock(), **self.made_of(), **rounds}, settings=settings)
 
     def tokenize_pairs(self, split: str) -> TokenTable:
         """The preference pairs of a split as token groups (chosen, rejected)."""

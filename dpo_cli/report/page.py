@@ -24,7 +24,7 @@ from dpo_cli.report.figures import COLOR_NAMES, Chart, standalone
 from dpo_cli.report.inputs import read_inputs
 from dpo_cli.report.pairs import pair_charts
 from dpo_cli.report.style import page_environment, shades_of
-from dpo_cli.report.tables import data_account, judge_rows, run_tables
+from dpo_cli.report.tables import data_account, judge_rows, round_rows, run_tables
 from dpo_cli.report.win_rates import judge_charts, missing_win_rates, win_rate_charts
 
 _SCRIPTS = ("answers.js", "browser.js")
@@ -57,6 +57,7 @@ def write_report(path: Path) -> None:
             headline=text,
             status=status,
             findings=verdict(evaluated),
+            rounds=round_rows(inputs.metrics),
             charts=charts,
             missing=missing_win_rates(inputs),
             judge=judge_rows(evaluated),

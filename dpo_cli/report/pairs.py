@@ -34,12 +34,14 @@ def pair_charts(inputs: Inputs) -> list[Chart | None]:
     return [
         _margins(inputs.margins),
         _reliability(inputs.reliability, metrics),
-        _accuracy_by(inputs.accuracy_by, _longer_by_source(inputs.pairs), metrics["longer_accuracy"]),
+        _accuracy_by(inputs.accuracy_by, _longer_by_source(inputs.pairs), metrics.get("longer_accuracy", 0.5)),
     ]
 
 
-def _margins(rows: Sequence[Row]) -> Chart:
+def _margins(rows: Sequence[Row]) -> Chart | None:
     """The distribution of held-out margins, those below zero apart."""
+    if not rows:
+        return None
     middles = [row["margin"] for row in rows]
     width = 0.86 * (middles[1] - middles[0]) if len(middles) > 1 else 1.0
 

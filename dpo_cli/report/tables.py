@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dpo_cli.core.judges import JUDGES
@@ -61,9 +61,41 @@ def run_tables(metrics: Mapping[str, Metrics]) -> dict[str, Rows]:
     }
 
 
+def round_rows(metrics: Mapping[str, Metrics]) -> list[tuple[str, ...]]:
+    """The rounds beside each other, this one last, where the SFT model is what an earlier project tuned.
+
+    Returns:
+        A row a round: number and project, pairs, win rate over the model that it began with, its interval, KL from that
+        model, and the mean reward of the answers before and after, where the judge has one.
+    """
+    before = metrics["sft"].get("rounds", [])
+    last = {"project": "this project", **metrics["evaluate"], "num_pairs": metrics["train"]["num_pairs"]}
+    rows = []
+    for number, each in enumerate([*before, last] if before else [], start=1):
+        low, high = each.get("win_rate_ci") or (None, None)
+        rewards = [each.get(f"reward_{model}") for model in ("sft", "dpo")]
+        rows.append(
+            (
+                f"{number}: {each['project']}",
+                _or_none(each.get("num_pairs"), _count),
+                _or_none(each.get("win_rate"), _percent),
+                "" if low is None or high is None else f"[{_percent(low)}, {_percent(high)}]",
+                _or_none(each.get("kl"), "{:.2f}".format),
+                _NONE if None in rewards else f"{rewards[0]:.3f} {_ARROW} {rewards[1]:.3f}",
+            )
+        )
+    return rows
+
+
+def _or_none(value: float | None, text: Callable[[float], str]) -> str:
+    return _NONE if value is None else text(value)
+
+
 def _sft_rows(sft: Metrics) -> Rows:
     if sft["method"] in _UNTRAINED:
-        return [("method", sft["method"], _UNTRAINED[sft["method"]])]
+        rounds = sft.get("rounds")
+        what = f"that of {rounds[-1]['project']}, as it is" if rounds else _UNTRAINED[sft["method"]]
+        return [("method", sft["method"], what)]
     return [
         ("method", sft["method"], ""),
         _steps(sft),
@@ -108,12 +140,18 @@ def _train_rows(trained: Metrics) -> Rows:
 
 def _evaluate_rows(evaluated: Metrics) -> Rows:
     lengths = f"{evaluated['answer_tokens_sft']:.1f} {_ARROW} {evaluated['answer_tokens_dpo']:.1f}"
+    held_out, reference = [], []
+    if "num_pairs" in evaluated:
+        held_out += [("held-out pairs", _count(evaluated["num_pairs"]), "")]
+        held_out += [("of them ties", _count(evaluated["num_ties"]), "")]
+        reference = [("accuracy of the SFT model itself", f"{100 * evaluated['reference_accuracy']:.1f}", "%")]
+    if "num_good" in evaluated:
+        held_out += [(f"held-out {side} answers", _count(evaluated[f"num_{side}"]), "") for side in ("good", "bad")]
     return [
-        ("held-out pairs", _count(evaluated["num_pairs"]), ""),
-        ("of them ties", _count(evaluated["num_ties"]), ""),
+        *held_out,
         ("prompts answered", _count(evaluated["num_generated_prompts"]), ""),
         ("answer length, SFT to DPO", lengths, "tokens"),
-        ("accuracy of the SFT model itself", f"{100 * evaluated['reference_accuracy']:.1f}", "%"),
+        *reference,
         ("KL, over the whole vocabulary", f"{evaluated['kl']:.2f}", "nats"),
         ("KL, from the sampled tokens", f"{evaluated['kl_k1']:.2f}", "nats"),
         _peak_memory(evaluated),

@@ -21,11 +21,19 @@ from dpo_cli.core.manifest import PPO as PPO_MODEL
 from dpo_cli.core.params import Params
 from dpo_cli.core.progress import Reporter
 from dpo_cli.core.scratch import stage_scratch
-from dpo_cli.data.tokenize import explain_rejects, read_columns
+from dpo_cli.data.tokenize import read_columns
 from dpo_cli.evaluation import DPO, SFT, tables
-from dpo_cli.evaluation.measurement import Measurement, frontier, judge_pairings, judged_metrics, make_pairings
+from dpo_cli.evaluation.measurement import (
+    Measurement,
+    frontier,
+    judge_pairings,
+    judged_metrics,
+    make_pairings,
+    read_held_out,
+)
 from dpo_cli.evaluation.metrics import (
     answer_metrics,
+    answer_reward_metrics,
     cheaper_step,
     correlation,
     divergence_metrics,
@@ -112,17 +120,8 @@ def evaluate_model(
 def _evaluate(params: Params, project: Project, evaluated: Evaluated, reporter: Reporter) -> dict[str, Any]:
     """All steps of one model, and the files that they make."""
     evaluate = params.evaluate
-    table = project.tokenize_pairs("eval")
-    if not table.groups:
-        if any(reject["reason"] == "unpaired" for reject in table.rejects):
-            raise DataError(
-                "data/preference/eval.parquet: no held-out prompt has both a good and a bad answer, which the implicit"
-                " reward is tested on; add such answers, or pairs as a source with split: eval"
-            )
-        raise DataError(
-            f"data/preference/eval.parquet: {explain_rejects([table], 'reference.max_length', project.max_length)}"
-        )
-    num_leaked = count_leaked_prompts(table)
+    held_out = read_held_out(project)
+    num_leaked = count_leaked_prompts(held_out.prompts)
     if num_leaked:
         raise DataError(
             f"{num_leaked} held-out prompts are in the training data; run: dpo-cli convert-sft, convert-preferences"
@@ -132,7 +131,7 @@ def _evaluate(params: Params, project: Project, evaluated: Evaluated, reporter: 
         root = scratch.folder.parent
         models = open_models(project, evaluated.folder)
         load_judge = prepare_judge(evaluate, project, (evaluated.name, SFT), root / "judgments")
-        measurement = Measurement(project, table, evaluate, models, root / "models")
+        measurement = Measurement(project, held_out, evaluate, models, root / "models")
         metrics = _measure(measurement, cache, evaluated, load_judge, reporter)
         metrics["num_leaked_prompts"] = num_leaked if evaluated.is_of_this_data else None
         metrics |= memory_metrics(project.machine)
@@ -154,10 +153,14 @@ def _measure(
     """All steps in their order, the tables that they make, and the metrics."""
     evaluate, models = measurement.evaluate, measurement.models
     sampling = Sampling(evaluate.bootstrap_draws, evaluate.confidence, evaluate.seed)
-    # held-out pairs and text
-    pairs = measurement.held_out(cache, evaluated.train.beta)
-    losses = pair_losses(pairs, evaluated.train.beta)
-    metrics = held_out_metrics(pairs, losses, sampling) | measurement.perplexities()
+    # held-out pairs, single answers and text
+    pairs = measurement.pairs(cache, evaluated.train.beta)
+    losses = pair_losses(pairs, evaluated.train.beta) if pairs else []
+    metrics = held_out_metrics(pairs, losses, sampling) if pairs else {}
+    single, is_good = measurement.single_answers(cache, evaluated.train.beta)
+    if single:
+        metrics |= answer_reward_metrics(single, is_good, evaluated.train, sampling)
+    metrics |= measurement.perplexities()
     # answers, and how far the policy went
     answers = {
         name: measurement.sampled(model, evaluate.temperature)
@@ -198,7 +201,7 @@ def _measure(
     # tables
     sources = {id: row[0] for id, row in read_columns(paths.preference_table("eval"), "source").items()}
     margins = [pair.margin for pair in pairs]
-    bins = reliability_table(np.array(margins), [pair.group for pair in pairs], sampling)
+    bins = reliability_table(np.array(margins), [pair.group for pair in pairs], sampling) if pairs else []
     curve = [
         tables.temperature_row(temperature, opponent, result)
         for (kind, temperature, opponent), result in results.items()
@@ -208,9 +211,9 @@ def _measure(
     write_json_array(out / paths.SAMPLES, samples)
     for name, columns, rows in (
         ("pairs.csv", tables.PAIRS, tables.pair_rows(pairs, losses, sources)),
-        ("margins.csv", tables.MARGINS, tables.margin_rows(margins)),
+        ("margins.csv", tables.MARGINS, tables.margin_rows(margins) if pairs else []),
         ("reliability.csv", tables.RELIABILITY, tables.reliability_rows(bins)),
-        ("accuracy_by.csv", tables.ACCURACY_BY, tables.accuracy_rows(pairs, sources, sampling)),
+        ("accuracy_by.csv", tables.ACCURACY_BY, tables.accuracy_rows(pairs, sources, sampling) if pairs else []),
         ("temperatures.csv", tables.TEMPERATURES, curve),
         ("frontier.csv", tables.FRONTIER, [tables.frontier_row(*point) for point in points]),
         ("length.csv", tables.LENGTH, tables.length_rows(main, sampling) if main else []),

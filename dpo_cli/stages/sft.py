@@ -36,6 +36,7 @@ from dpo_cli.models.identity import (
     verify_model,
 )
 from dpo_cli.models.load import context_length, keep_weights_unpacked, load_model, quiet_libraries, save_tokenizer
+from dpo_cli.models.rounds import figures_behind, rounds_behind
 from dpo_cli.training.history import TOKEN_METRICS, write_reports
 
 if TYPE_CHECKING:  # what computes is imported where there is something to compute
@@ -58,7 +59,8 @@ def run(params: Params, reporter: Reporter) -> dict[str, Any]:
     reports, the others return nothing.
 
     Raises:
-        StaleArtifactError: models/base or data/sft is missing or stale.
+        StaleArtifactError: models/base or data/sft is missing or stale, or the adapter of sft.method adapter is another
+            model's.
         DataError: No row of a split is within sft.max_length.
         MachineError: The adapter of sft.method adapter is missing, or does not fit the base model.
         Interrupted: The user asked to stop; a checkpoint is kept.
@@ -168,21 +170,27 @@ def _publish_untrained(params: Params, base: Path, scratch: Scratch, reporter: R
     metrics: dict[str, Any] = {"method": method}
     rows = [("method", "none: the base model is taken as it is")]
     files: list[str] = []
+    lock = read_base_lock()
+    made_of: dict[str, Any] = {"base": base_digest()}
     if method == "adapter":
         with importing():
             from dpo_cli.models.verify import copy_adapter
 
         quiet_libraries()
         source = adapter_folder(params.runtime)
-        if changed := changed_files(read_base_lock().adapter, lock_files(source, ADAPTER_FILES)):
+        if changed := changed_files(lock.adapter, lock_files(source, ADAPTER_FILES)):
             raise StaleArtifactError(
                 f"{source / changed[0]} is not the file that was locked; set sft.method to"
                 " adapter in params.yaml, then run: dpo-cli base"
             )
+        rounds = rounds_behind(source, lock, reporter)
         metrics |= copy_adapter(source, base, built, params.model.name)
         files = [*ADAPTER_FILES]
         rows = [("method", f"adapter: {source} is taken as it is"), ("adapter", size_in_words(metrics))]
-    _write_manifest(params, built, files, {"base": base_digest()})
+        if rounds:
+            made_of["rounds"], metrics["rounds"] = rounds, figures_behind(source, rounds)
+            rows.append(("round", f"{len(rounds) + 1}, after {', '.join(each['project'] for each in rounds)}"))
+    _write_manifest(params, built, files, made_of)
     publish_folder(built, paths.SFT_MODEL)
     scratch.clear()
     write_reports("sft", metrics, _COLUMNS)

@@ -47,6 +47,7 @@ class Vote:
         baseline: What wrote the other.
         rater: Who voted: `kind` or `kind:name`.
         result: WIN, TIE or LOSS of the method.
+        is_adjudication: Whether it was asked for because others disagree on the item.
     """
 
     item: str
@@ -55,6 +56,7 @@ class Vote:
     baseline: str
     rater: str
     result: int
+    is_adjudication: bool = False
 
     @property
     def kind(self) -> str:
@@ -104,6 +106,8 @@ class MethodAgreement(NamedTuple):
         overall: All raters together; None where no item has two votes.
         ordinal: The same with a tie between win and loss: Krippendorff's ordinal alpha.
         num_items: Pairs of answers.
+        adjudicated: The win rate of adjudications, which no other figure counts: they were asked for because others had
+            disagreed, so they are no independent votes. None without.
     """
 
     method: str
@@ -114,6 +118,7 @@ class MethodAgreement(NamedTuple):
     ordinal: Coefficient | None
     num_items: int
     num_prompts: int
+    adjudicated: WinRate | None = None
 
     def pair(self, first: str, second: str) -> PairAgreement | None:
         """The agreement of two kinds; None where no item has both."""
@@ -122,7 +127,7 @@ class MethodAgreement(NamedTuple):
 
 def summarize_votes(votes: Sequence[Vote], sampling: Sampling) -> list[MethodAgreement]:
     """Figures for each method and baseline, in the order of their first votes, one a rater and item."""
-    kinds = list(dict.fromkeys(vote.kind for vote in votes))
+    kinds = list(dict.fromkeys(vote.kind for vote in votes if not vote.is_adjudication))
     groups: dict[tuple[str, str], list[Vote]] = {}
     for vote in votes:
         groups.setdefault((vote.method, vote.baseline), []).append(vote)
@@ -131,13 +136,12 @@ def summarize_votes(votes: Sequence[Vote], sampling: Sampling) -> list[MethodAgr
 
 def _summarize(votes: Sequence[Vote], kinds: Sequence[str], sampling: Sampling) -> MethodAgreement:
     items: dict[str, list[Vote]] = {}
+    by_kind: dict[str | None, list[Vote]] = {}  # None: adjudications
     for vote in votes:
-        items.setdefault(vote.item, []).append(vote)
-    win_rates = {}
-    for kind in kinds:
-        if mine := [vote for vote in votes if vote.kind == kind]:
-            estimate = sampling.rate([1 - vote.result / 2 for vote in mine], [vote.prompt for vote in mine])
-            win_rates[kind] = WinRate(estimate, len(mine), sum(vote.result == TIE for vote in mine))
+        by_kind.setdefault(None if vote.is_adjudication else vote.kind, []).append(vote)
+        if not vote.is_adjudication:
+            items.setdefault(vote.item, []).append(vote)
+    win_rates = {kind: _win_rate(by_kind[kind], sampling) for kind in kinds if kind in by_kind}
     across = [_between(items, first, second, sampling) for first, second in itertools.combinations(kinds, 2)]
     within = [_within(items, kind, sampling) for kind in kinds]
     everybody = list(items.values())
@@ -150,7 +154,13 @@ def _summarize(votes: Sequence[Vote], kinds: Sequence[str], sampling: Sampling) 
         ordinal=_of_many(everybody, sampling, "krippendorff_alpha_ordinal"),
         num_items=len(items),
         num_prompts=len({vote.prompt for vote in votes}),
+        adjudicated=_win_rate(by_kind[None], sampling) if None in by_kind else None,
     )
+
+
+def _win_rate(votes: Sequence[Vote], sampling: Sampling) -> WinRate:
+    estimate = sampling.rate([1 - vote.result / 2 for vote in votes], [vote.prompt for vote in votes])
+    return WinRate(estimate, len(votes), sum(vote.result == TIE for vote in votes))
 
 
 def _between(items: dict[str, list[Vote]], first: str, second: str, sampling: Sampling) -> PairAgreement | None:

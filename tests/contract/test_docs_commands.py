@@ -38,13 +38,14 @@ NOT_RUN = {
     r"^\S+ .*evaluations/another|^\S+ .*/adapters/": "an adapter from elsewhere: tests/e2e/test_evaluate.py",
     r"judge=(hf|openai)": "a judge's model or server: tests/e2e/test_evaluate.py, test_judge_server.py",
     r"judge=votes|^\S+ agreement": "sheets that people fill in: tests/e2e/test_evaluate.py, unit/cli/test_agreement.py",
-    r"^\S+ label": "answers to vote on: tests/unit/labeling",
+    r"^\S+ (label|votes) ": "answers to vote on: tests/unit/labeling",
     r"^\S+ capability": "tasks of the harness: tests/e2e/test_capability.py",
     r"^\S+ model ": "a model file: tests/unit/models/test_importing.py",
+    r"^\S+ chat( --system .*)?$": "it needs a terminal: tests/e2e/test_chat_terminal.py",
     r"^\S+ plan": "it counts models for seconds: tests/unit/dry_run/test_plan.py",
     r"^\S+ doctor": "it looks at the machine: tests/unit/cli/test_doctor.py",
     r"^\S+ (-C \S+ )?bench": "it measures for minutes: tests/unit/cli/test_bench.py",
-    r"^\S+ sample data/prompts/|max_steps=50|^\S+ evaluate --set evaluate.temperature=0$": "the project of make real",
+    r"/real/Smol|^\S+ sample data/prompts/|max_steps=50|^\S+ evaluate --set evaluate.temperature=0$": "make real's",
 }
 """Commands of dpo-cli that are parsed only: a pattern, and why, with the test that runs the like."""
 

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 import pytest
 
-from dpo_cli.core.params import EvaluateParams, JudgeName
+from dpo_cli.core.params import EvaluateParams, JudgeName, TrainParams
 from dpo_cli.data.schema import Messages
 from dpo_cli.evaluation import BASE, DPO, SFT
 from dpo_cli.evaluation.flags import (
@@ -28,6 +28,7 @@ from dpo_cli.evaluation.kl import ALARM_STANDARD_ERRORS, SequenceKl
 from dpo_cli.evaluation.metrics import (
     against_chosen_metrics,
     answer_metrics,
+    answer_reward_metrics,
     cheaper_step,
     divergence_metrics,
     form_metrics,
@@ -70,7 +71,7 @@ def rows_of(*sections: str) -> dict[str, str]:
 
 
 def documented_metrics() -> set[str]:
-    first_cells = rows_of("Held-out pairs", "Divergence and text", "Win rates")
+    first_cells = rows_of("Held-out pairs", "Single answers", "Divergence and text", "Win rates")
     # length_ratio stands in the row of the lengths that it is made of
     return {name for cell in first_cells for name in re.findall(r"`([a-z0-9_]+)`", cell)} | {"length_ratio"}
 
@@ -121,6 +122,7 @@ def all_metrics() -> dict[str, Any]:
     }
     return {
         **held_out_metrics(pairs, pair_losses(pairs, 0.1), SAMPLING),
+        **answer_reward_metrics(pairs, {"a": True, "b": False}, TrainParams(), SAMPLING),
         **divergence_metrics(kls, SAMPLING),
         **answer_metrics(answers),
         **win_metrics(result(), SAMPLING, reads=True),
@@ -226,6 +228,7 @@ def metrics_with(**changes: Any) -> dict[str, Any]:
         ({}, 6, "green"),
         ({"win_rate_ci": [0.2, 0.4]}, 7, "red"),
         ({"well_formed_dpo": 0.1, "num_form_decided": 9, "form_win_rate_ci": [0.0, 0.4]}, 7, "red"),
+        ({"win_rate": None, "reward_accuracy": None, "auc_ci": [0.6, 0.8], "num_answer_prompts": 100}, 3, "green"),
         ({"num_decided": FEWEST - 1}, 8, "amber"),
         ({"win_rate_ci": [0.4, 0.6]}, 9, "amber"),
     ],

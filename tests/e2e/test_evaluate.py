@@ -212,7 +212,7 @@ def test_people_as_judges_by_a_sheet(evaluate: Evaluate) -> None:
 
 
 def invoke(tiny_folder: Path, *arguments: str) -> Any:
-    read = SETTINGS.keys() - ({"temperature"} if arguments[0] == "try" else set())
+    read = SETTINGS.keys() - ({"temperature"} if arguments[0] == "chat" else set())
     settings = {f"evaluate.{name}": SETTINGS[name] for name in SETTINGS if name in read}
     settings |= {
         "model.name": "tiny",
@@ -246,26 +246,34 @@ def test_an_adapter_of_ones_own_is_judged_without_training(evaluate: Evaluate, t
         assert words in result.output
 
 
-def test_a_prompt_is_tried_on_both_models(evaluate: Evaluate, tiny_folder: Path) -> None:
+def test_a_prompt_is_put_to_all_models(evaluate: Evaluate, tiny_folder: Path) -> None:
     """Its answers are those that the evaluation sampled, whose random stream is the prompt's."""
     evaluate()
     sample = samples()[0]
     (asked,) = sample["prompt"]
-    result = invoke(tiny_folder, "try", asked["content"], "--temperature", str(SETTINGS["temperature"]), "--json")
+    once = ("chat", "--once", asked["content"])
+    result = invoke(tiny_folder, *once, "--temperature", str(SETTINGS["temperature"]), "--json")
     assert result.exit_code == 0, result.output
     answers = json.loads(result.stdout)["answers"]
-    assert [(each["model"], each["text"]) for each in answers] == [
+    assert answers[0]["model"] == "base"
+    assert [(each["model"], each["text"]) for each in answers[1:]] == [
         (name, sample[name]["text"]) for name in ("sft", "dpo")
     ]
-    greedy = [json.loads(invoke(tiny_folder, "try", asked["content"], *seed, "--json").stdout)["answers"]
+    greedy = [json.loads(invoke(tiny_folder, *once, *seed, "--json").stdout)["answers"]
               for seed in ((), ("--set", "evaluate.seed=5"))]  # fmt: skip
     assert greedy[0] == greedy[1]
-    shown = invoke(tiny_folder, "try", asked["content"], "--system", "Be kind.")
+    shown = invoke(tiny_folder, *once, "--system", "Be kind.")
     assert shown.exit_code == 0, shown.output
-    head = shown.stdout.splitlines()[0]
-    assert head.startswith("sft (")
-    assert " dpo (" in head
-    assert invoke(tiny_folder, "try", " ").exit_code == DataError.exit_code
+    assert [name in shown.stdout for name in ("base (", "sft (", "dpo (")] == [True] * 3
+    assert invoke(tiny_folder, "chat", "--once", " ").exit_code == DataError.exit_code
+    for arguments, words in (
+        ((*once, "--rater", "anna"), "--rater has no effect with --once"),
+        (("chat", "--json"), "--json has no effect without --once"),
+        (("chat",), "dpo-cli chat needs a terminal; without one, say --once PROMPT"),
+    ):
+        result = invoke(tiny_folder, *arguments)
+        assert result.exit_code == ParamsError.exit_code
+        assert words in result.output
 
 
 def test_a_model_of_unknown_training_is_judged_with_a_warning(here: Path, tiny_folder: Path) -> None:

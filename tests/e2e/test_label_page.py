@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(
 
 ENTER = "\ue007"
 ATTACK = (
-    "<script>alert(1)</script> <img src=x onerror=alert(2)> </textarea></style>"
+    "\x00\x07\x1b[31m\u202e<script>alert(1)</script> <img src=x onerror=alert(2)> </textarea></style>"
     " [link](javascript:alert(3)) ![picture](http://example.com/x.png)\n\n```html\n<script>alert(4)</script>\n```\n"
 )
 
@@ -174,6 +174,7 @@ def better(levels: list[int]) -> str:
 def test_forty_pairs_by_keyboard_with_undo_strength_help_and_a_reload(tmp_path: Path, voter: Voter) -> None:
     write_items(tmp_path, 40)
     meant: dict[str, tuple[str, int | None]] = {}  # by prompt: which answer, and by how much
+    says_what_is_written = False
     with served(tmp_path, "--rater", "anna", "--port", "0", "--repeats", "0") as server:
         voter.open(server.addresses["anna"])
         for turn in range(40):
@@ -183,6 +184,11 @@ def test_forty_pairs_by_keyboard_with_undo_strength_help_and_a_reload(tmp_path: 
                 assert voter.prompt != prompt
                 voter.press("u")  # takes it back, and asks it again in the same order
                 assert (voter.prompt, voter.levels) == (prompt, levels)
+            if turn == 15:
+                says_what_is_written = voter.driver.execute_script(
+                    "const main = document.querySelector('#main'); return !main.querySelector('script, img, a, style')"
+                    " && main.textContent.split('␀␇␛[31m\\\\u202e<script>alert(1)</script>').length === 4"
+                )
             if turn == 20:
                 voter.open(server.addresses["anna"])  # a reload in the middle
                 assert (voter.prompt, voter.levels) == (prompt, levels)
@@ -204,6 +210,7 @@ def test_forty_pairs_by_keyboard_with_undo_strength_help_and_a_reload(tmp_path: 
         voter.wait_for("return !document.querySelector('#end').hidden")
         assert voter.levels == []
         assert not voter.complaints()  # no script of the answers ran, nothing was refused
+        assert says_what_is_written
         assert voter.hosts() == {f"http://127.0.0.1:{server.port}"}
     assert len(rows_of(tmp_path)) == 42
     said = {}

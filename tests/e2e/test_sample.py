@@ -13,12 +13,15 @@ from typing import Any
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from dpo_cli.cli.app import app
 from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError, ParamsError
-from dpo_cli.core.params import Params
+from dpo_cli.core.params import Params, SampleParams
+from dpo_cli.data import world
 from dpo_cli.data.chat import ChatEncoder
 from dpo_cli.evaluation.sampling import read_prompts, repeated, sample_files
 from dpo_cli.judging.known_reward import RULES
@@ -108,38 +111,58 @@ def test_from_prompts_to_a_win_rate(tuned: Params, make_reporter: Callable[[], A
     # with --model another model is asked
     reporter = make_reporter()
     sample_files([UNSEEN], K, paths.DPO_MODEL, paths.SAMPLED, tuned, reporter)
-    [meter] = reporter.meters
-    assert "dpo" in meter.label
+    assert [meter.label.count("dpo") for meter in reporter.meters] == [1, 1], "it answers, and is scored"
     made_by = [pq.read_schema(folder / "unseen.parquet").metadata[b"model"] for folder in (paths.RAW, paths.SAMPLED)]
     assert made_by[0] != made_by[1]
 
 
 def test_what_was_sampled_is_not_sampled_again(tuned: Params, make_reporter: Callable[..., Any]) -> None:
     """A stopped run goes on where it was, and both the files and one more answer leave what is there as it is."""
-    sample_files([TRAIN], K, None, paths.SAMPLED, tuned, make_reporter())
+    small = tuned.model_copy(update={"runtime": tuned.runtime.model_copy(update={"max_tokens_per_microbatch": 16})})
+    sample_files([TRAIN], K, None, paths.SAMPLED, small, make_reporter())
     whole = (paths.SAMPLED / "train.parquet").read_bytes()
 
     def stop(done: int) -> None:
         raise KeyboardInterrupt
 
-    small = tuned.model_copy(update={"runtime": tuned.runtime.model_copy(update={"max_tokens_per_microbatch": 16})})
     scratch = Path(".scratch/sample")
     scratch.rename("elsewhere")
     with pytest.raises(KeyboardInterrupt):
         sample_files([TRAIN], K, None, paths.SAMPLED, small, make_reporter(stop))
     again = make_reporter()
     sample_files([TRAIN], K, None, paths.SAMPLED, small, again)
-    [left] = [meter.total for meter in again.meters]
+    left, _ = [meter.total for meter in again.meters]
     assert 0 < left < 8 * K
     assert (paths.SAMPLED / "train.parquet").read_bytes() == whole
 
     more = make_reporter()
     sample_files([TRAIN], K + 1, None, paths.SAMPLED, small, more)
-    assert [meter.total for meter in more.meters] == [8]
+    assert more.meters[0].total == 8
     known = make_reporter()
     sample_files([TRAIN], K, None, paths.SAMPLED, small, known)
     assert known.meters == []
     assert (paths.SAMPLED / "train.parquet").read_bytes() == whole
+
+
+def test_an_answers_log_probability_is_that_of_its_tokens(
+    tuned: Params, tokenizer: Any, make_reporter: Callable[[], Any]
+) -> None:
+    """Summed over the answer and the token that ends it, at temperature 1, whatever it was sampled at."""
+    changes = {
+        "evaluate": tuned.evaluate.model_copy(update={"temperature": 0.7}),
+        "reference": tuned.reference.model_copy(update={"quantization": "none"}),
+    }
+    sample_files([UNSEEN], K, None, paths.SAMPLED, tuned.model_copy(update=changes), make_reporter())
+    model = AutoModelForCausalLM.from_pretrained(paths.SFT_MODEL, dtype=torch.float32).eval()
+    [row, *_] = rows_of(paths.SAMPLED / "unseen.parquet")
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": row["prompt"][0]["content"]}], add_generation_prompt=True, return_dict=False
+    )
+    for tokens, logp in zip(row["token_ids"], row["logps"], strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        each = logits.log_softmax(-1)[torch.arange(len(tokens)), tokens]
+        assert logp == pytest.approx(each.sum().item(), abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -190,13 +213,47 @@ def test_a_file_without_rows_and_a_file_that_is_not_ours_are_refused(
         sample_files([TRAIN], K, None, paths.SAMPLED, tuned, make_reporter())
 
 
+def test_the_stage_answers_the_files_of_its_section(tuned: Params, make_reporter: Callable[[], Any]) -> None:
+    """What lies there stays, and by default that is all that it does."""
+    mine = paths.SAMPLED / "mine.parquet"
+    run_stages(tuned, make_reporter(), "sample")
+    assert list(paths.SAMPLED.iterdir()) == []
+    mine.write_bytes(b"mine")
+    write_rows(paths.RAW / "asked.jsonl", [{"messages": [{"role": "user", "content": text}]} for text in PROMPTS[:3]])
+    section = SampleParams(prompts=["data/raw/asked.jsonl"], answers=2)
+    run_stages(tuned.model_copy(update={"sample": section}), make_reporter(), "sample")
+    assert pq.read_schema(paths.SAMPLED / "asked.parquet").metadata[b"num_answers"] == b"2"
+    assert mine.read_bytes() == b"mine"
+    section = SampleParams(prompts=[TRAIN.as_posix()])
+    with pytest.raises(DataError, match="sample.prompts: data/prompts/train.jsonl is not under data/raw"):
+        run_stages(tuned.model_copy(update={"sample": section}), make_reporter(), "sample")
+
+
+def test_a_prompt_that_the_world_does_not_know_is_answered_and_not_scored(
+    tuned: Params, tiny_folder: Path, make_reporter: Callable[[], Any]
+) -> None:
+    [known, *_] = (row["prompt"] for row in world.preference_rows(0, 1))
+    write_rows(TRAIN, [{"prompt": "What is love?"}, {"prompt": known}])
+    params = make_params(tiny_folder, judge="world", rule=None)
+    figures = sample_files([TRAIN], K, None, paths.SAMPLED, params, make_reporter())[TRAIN.as_posix()]
+    assert figures["num_unscored"] == 1
+    assert figures["reward"] is not None
+    unknown, scored = rows_of(paths.SAMPLED / "train.parquet")
+    assert unknown["scores"] is None
+    assert set(scored["scores"]) <= {0.0, 1.0}
+
+
 def test_options_without_effect_are_refused(tuned: Params, make_reporter: Callable[[], Any], tiny_folder: Path) -> None:
     with pytest.raises(ParamsError, match=r"evaluate\.temperature 0 gives one answer 6 times"):
         sample_files([TRAIN], K, None, paths.SAMPLED, make_params(tiny_folder, temperature=0.0), make_reporter())
+    with pytest.raises(ParamsError, match="top_p has no effect"):
+        sample_files([TRAIN], 1, None, paths.SAMPLED, make_params(tiny_folder, temperature=0.0), make_reporter(), 0.9)
     with pytest.raises(ParamsError, match="two of the files have one name"):
         sample_files([TRAIN, TRAIN], K, None, paths.SAMPLED, tuned, make_reporter())
     result = CliRunner().invoke(app, ["sample", str(TRAIN), "--set", "train.beta=1"])
     assert result.exit_code == ParamsError.exit_code
+    result = CliRunner().invoke(app, ["sample", "--answers", "3"])
+    assert "--answers, --top-p, --model and --out have no effect without PROMPTS" in result.stderr
 
 
 def test_a_language_model_votes_on_samples_as_a_rater(

@@ -15,6 +15,7 @@ from dpo_cli.core import paths
 from dpo_cli.core.errors import DataError
 from dpo_cli.core.load_params import parse_params
 from dpo_cli.data import world
+from dpo_cli.report.page import write_report
 from tests.tiny_project import run_stages, tiny_params, write_raw
 
 UNPAIRED = {"preferences": {"path": "data/raw/preferences.json", "format": "unpaired"}, "eval_fraction": 0.2}
@@ -74,13 +75,20 @@ def test_thumbs_are_converted_learned_from_and_evaluated(steps: Callable[..., An
 
 
 def test_each_loss_says_what_it_learns_from(steps: Callable[..., Any]) -> None:
-    write_raw(thumbs(world.preference_rows(0, 60), both=0.0))
+    write_raw(thumbs(world.preference_rows(0, 240), both=0.0))
     steps("base", "convert_sft", "convert_preferences", "sft", "precompute_ref")
-    with pytest.raises(DataError, match=r"left out: 50 unpaired; row 0 is a single .* only kto learns from it"):
+    with pytest.raises(DataError, match=r"left out: 188 unpaired; row 0 is a single .* only kto learns from it"):
         steps("train", train={**KTO, "loss": "sigmoid"})
-    steps("train")
-    with pytest.raises(DataError, match=r"no held-out prompt has both a good and a bad answer"):
-        steps("evaluate")
+    steps("train", train={**KTO, "max_steps": 12})
+    # no prompt has both a good and a bad answer
+    found = steps("evaluate")
+    write_report(Path("report.html"))
+    assert "reward_accuracy" not in found
+    assert (found["num_good"] + found["num_bad"], found["num_generated_prompts"]) == (51, 4)
+    assert found["good_reward"] > found["bad_reward"]
+    assert found["auc"] > 0.5
+    assert found["kto_loss"] < found["kto_loss_at_reference"] == 0.5
+    assert "held-out AUC" in Path("report.html").read_text("utf-8")
     write_raw()
     pairs = {"eval_fraction": 0.2}
     steps("convert_preferences", "precompute_ref", data=pairs)
@@ -112,7 +120,7 @@ def test_thumbs_from_the_worlds_reward_beat_sft(
     low, high = found["win_rate_ci"]
     print(
         f"{trained['num_pairs']} answers: held-out loss {trained['eval_loss_start']:.3f} -> {trained['eval_loss']:.3f};"
-        f" win rate over SFT {found['win_rate']:.3f} [{low:.3f}, {high:.3f}] on {found['num_pairs']} prompts"
+        f" win rate over SFT {found['win_rate']:.3f} [{low:.3f}, {high:.3f}] on {found['num_judged']} prompts"
     )
     assert trained["eval_loss"] < 0.4 < trained["eval_loss_start"]
     assert low > 0.5

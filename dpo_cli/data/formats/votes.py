@@ -4,8 +4,8 @@ All votes on an item, of all files of a source, are counted together, in the row
 left out as ``counted_together``. On a pair the answer with more votes is chosen, and the numbers of votes are the
 scores; ties and ``both bad`` count for neither side, and equal numbers are a tie. A ranking has the order of the mean
 ranks over its raters. A thumb becomes a single answer, good or bad (:mod:`dpo_cli.data.formats.unpaired`), by the
-majority. Votes that say nothing of the answers (skipped, taken back, asked again to check the rater) are left out, each
-by its name.
+majority. Where there is an adjudication, it alone counts. Votes that say nothing of the answers (skipped, taken back,
+asked again to check the rater) are left out, each by its name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dpo_cli.data.formats.rankings import ranks_of_scores, read_completions
 from dpo_cli.data.problem import RowProblem, kind_of
 from dpo_cli.data.reading.base import OnBytes, Record
 from dpo_cli.data.schema import Messages, PreferenceExample, RankingExample, RawRow, content_id, text_of
-from dpo_cli.data.votes import BOTH_BAD, DOWN, REPEATED, SKIPPED, TIED, UNDONE, UP, A, B, with_standing
+from dpo_cli.data.votes import ADJUDICATED, BOTH_BAD, DOWN, REPEATED, SKIPPED, TIED, UNDONE, UP, A, B, with_standing
 
 _Choice = int | str | tuple[int, ...]
 """A vote whatever the shown order: on a pair the place of the better answer among the two in alphabetical order, a tie
@@ -34,7 +34,7 @@ _WORDS = {("pair", 2): (TIED, BOTH_BAD), ("thumbs", 1): (UP, DOWN)}
 
 @dataclass(frozen=True)
 class _Counted:
-    """In place of a row's vote: the votes of all raters on its item."""
+    """In place of a row's vote: the votes of all raters on its item, or the one that adjudicates it."""
 
     choices: tuple[_Choice, ...]
 
@@ -145,7 +145,8 @@ class Tally:
 
     def __init__(self, paths: Sequence[Path], within: str = "") -> None:
         self._within = within
-        self._votes: dict[str, dict[str, tuple[tuple[Path, int], _Choice]]] = {}
+        # by item and rater; None: whoever adjudicates
+        self._votes: dict[str, dict[str | None, tuple[tuple[Path, int], _Choice]]] = {}
         for path in paths:
             for record, stands in with_standing(path, within=within):
                 if stands and (found := _item_of(record.value)):
@@ -171,15 +172,17 @@ class Tally:
         (file, row), _ = next(iter(votes.values()))
         if votes[rater][0] != (path, record.row):
             file, row = votes[rater][0]
-            detail = f"is a second vote of {rater} on an item, after row {row} of {file.as_posix()}; take one out"
+            who = rater or "an adjudicator"
+            detail = f"is a second vote of {who} on an item, after row {row} of {file.as_posix()}; take one out"
             return _LeftOut("voted_twice", detail)
         if (file, row) != (path, record.row):
             return _LeftOut("counted_together", f"is counted together with row {row} of {file.as_posix()}")
-        return _Counted(tuple(choice for _, choice in votes.values()))
+        counted = [votes[None]] if None in votes else votes.values()
+        return _Counted(tuple(choice for _, choice in counted))
 
 
-def _item_of(row: Any) -> tuple[str, str, _Choice] | None:
-    """The item that a row votes on, its rater and the vote; None: none can be had of it."""
+def _item_of(row: Any) -> tuple[str, str | None, _Choice] | None:
+    """The item that a row votes on, its rater (None: who adjudicates) and the vote; None: none can be had of it."""
     try:
         ballot = _ballot_of(row, Reading()) if isinstance(row, dict) else None
         if ballot is None:
@@ -187,7 +190,7 @@ def _item_of(row: Any) -> tuple[str, str, _Choice] | None:
         item = f"{ballot.mode} {content_id(ballot.prompt, *ballot.answers)}"
     except (RowProblem, UnicodeEncodeError):
         return None
-    return item, str(row.get("rater")), ballot.choices[0]
+    return item, None if row.get("drawn") == ADJUDICATED else str(row.get("rater")), ballot.choices[0]
 
 
 VOTES = Format(

@@ -4,7 +4,6 @@ const TOKEN = new URLSearchParams(location.search).get("token") ?? "";
 const RETRY_MS = 1000;
 const at = id => document.getElementById(id);
 const LETTERS = "AB";
-const STRENGTHS = ["a little better", "better", "much better"];
 
 const page = {
   state: null, // what the server said last
@@ -19,31 +18,8 @@ const page = {
 
 // --- keys -----------------------------------------------------------------------------------
 
-// What each key does in a mode: its name for buttons, and the vote, or an action.
-const COMMON = {
-  S: { name: "Skip", about: "skip: you cannot say", vote: "skip" },
-  U: { name: "Undo", about: "take back your last vote", act: undo },
-};
-const KEYS = {
-  pair: {
-    F: { name: "A is better", about: "A, the first answer, is better", vote: "A" },
-    J: { name: "B is better", about: "B, the second answer, is better", vote: "B" },
-    T: { name: "Tie", about: "both are equally good", vote: "tie" },
-    B: { name: "Both bad", about: "neither is acceptable", vote: "both bad" },
-    ...COMMON,
-  },
-  ranking: {
-    Enter: { name: "Save", about: "save the ranking, when every answer has its rank", act: saveRanking },
-    T: { name: "Tie", about: "the next one has the same rank as the last", act: toggleTie },
-    R: { name: "Start over", about: "take all ranks away", act: clearRanks },
-    ...COMMON,
-  },
-  thumbs: {
-    F: { name: "Bad", about: "thumbs down", vote: "down" },
-    J: { name: "Good", about: "thumbs up", vote: "up" },
-    ...COMMON,
-  },
-};
+// What the keys do beside votes.
+const ACTS = { undo, save: saveRanking, tie: toggleTie, clear: clearRanks };
 
 function press(key) {
   const { state } = page;
@@ -53,7 +29,7 @@ function press(key) {
     return true;
   }
   const known = KEYS[state.mode][key];
-  if (known?.act) known.act();
+  if (known?.act) ACTS[known.act]();
   else if (known && state.question) vote(known.vote);
   else if (/^[1-9]$/.test(key) && state.question) digit(Number(key));
   else return false;
@@ -159,7 +135,7 @@ function clearRanks() {
 
 function saveRanking() {
   if (!page.state.question) return;
-  if (page.ranks.includes(null)) notice("Give every answer a rank first: press the numbers of the answers, the best one first.");
+  if (page.ranks.includes(null)) notice(NOT_RANKED);
   else vote(page.ranks);
 }
 
@@ -238,10 +214,8 @@ function showKeys(mode, isAsking) {
   box.replaceChildren();
   const main = make("div", "main");
   const rest = make("div", "rest");
-  for (const [key, { name }] of Object.entries(KEYS[mode])) {
-    if (!isAsking && key !== "U") continue;
-    const isMain = ["F", "J", "Enter"].includes(key);
-    (isMain ? main : rest).append(button(key, name));
+  for (const { key, name, act, is_main: isMain } of Object.values(KEYS[mode])) {
+    if (isAsking || act === "undo") (isMain ? main : rest).append(button(key, name));
   }
   if (mode === "pair" && isAsking) {
     const strength = make("div", "strength");
@@ -257,32 +231,18 @@ function showKeys(mode, isAsking) {
   box.append(main, rest);
 }
 
-function showProgress({ done, left, pace_s: pace, left_s: leftS, half_width: halfWidth, may_stop: mayStop }) {
+function showProgress({ done, left, figures, hint }) {
   at("bar").max = Math.max(1, done + left);
   at("bar").value = done;
-  const parts = [`${done} done`, `${left} to go`];
-  if (pace !== null) parts.push(`${pace.toFixed(pace < 10 ? 1 : 0)} s a vote`);
-  if (leftS !== null && left) parts.push(`${duration(leftS)} left`);
-  at("figures").textContent = parts.join(" · ");
-  at("hint").hidden = !mayStop;
-  if (mayStop) at("hint").textContent =
-    `You may stop: the result is known to ± ${(100 * halfWidth).toFixed(1)} points, and more votes narrow that slowly.`;
-}
-
-function duration(seconds) {
-  const minutes = Math.round(seconds / 60);
-  if (minutes < 1) return "< 1 min";
-  return minutes < 60 ? `${minutes} min` : `${Math.floor(minutes / 60)} h ${String(minutes % 60).padStart(2, "0")} min`;
+  at("figures").textContent = figures;
+  at("hint").hidden = !hint;
+  at("hint").textContent = hint;
 }
 
 function showHelp(mode, guideline) {
   at("guideline").replaceChildren(...(guideline ? [markdown(guideline)] : []));
-  const rows = Object.entries(KEYS[mode]).map(([key, { about }]) => [key, about]);
-  if (mode === "pair") rows.splice(2, 0, ["1 2 3", "before F or J: by how much (a little better, better, much better)"]);
-  if (mode === "ranking") rows.unshift(["1 ... 9", "the best answer first, then the next one; once more takes its rank away"]);
-  rows.push(["?", "this help"]);
   at("help-keys").replaceChildren(
-    ...rows.flatMap(([key, about]) => [make("dt", "", ...key.split(" ").map(one => make("kbd", "", one))), make("dd", "", about)]),
+    ...HELP[mode].flatMap(([key, about]) => [make("dt", "", ...key.split(" ").map(one => make("kbd", "", one))), make("dd", "", about)]),
   );
 }
 

@@ -1,4 +1,3 @@
-"use strict";
 // Markdown as elements: paragraphs, headings, lists, quotes, tables, code, and within a line code, bold and italics.
 // Texts reach the page as text nodes alone, so no tag in them means anything; links and pictures stay as they are
 // written, since nothing is loaded.

@@ -29,6 +29,7 @@ def answer(
     model: Any, reporter: Any, prompts: Sequence[PromptTokens], max_tokens: int = 4096, **changes: Any
 ) -> dict[str, Sampled]:
     """Answers of a model to prompts, and what is kept of them on the way."""
+    listener = changes.pop("listener", None)
     settings: dict[str, Any] = {"stop_ids": (STOP,), "temperature": 1.0, "max_new_tokens": 8, "stream": "dpo"} | changes
     kept: dict[str, Sampled] = {}
     with reporter.meter("answers", len(prompts), "prompts") as meter:
@@ -40,6 +41,7 @@ def answer(
             autocast_dtype=torch.float32,
             meter=meter,
             keep=kept.update,
+            listener=listener,
         )
     assert kept == found
     return found
@@ -73,6 +75,28 @@ def test_a_scorer_that_is_still_open_changes_no_answer(
     assert model.config._attn_implementation != scorer.own_attention
     assert sample(prompts) == before
     scorer.close()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_who_listens_hears_every_token_and_may_end_an_answer(
+    sample: Callable[..., dict[str, Sampled]], temperature: float
+) -> None:
+    prompts = some_prompts(24)
+    together = sample(prompts, temperature=temperature)
+    for prompt in prompts:
+        heard: list[list[int]] = []
+
+        def listen(rows: list[list[int]], heard: list[list[int]] = heard) -> bool:
+            heard.extend(rows)
+            return False
+
+        found = sample([prompt], temperature=temperature, listener=listen)
+        assert found == {prompt.id: together[prompt.id]}
+        tokens = list(found[prompt.id].tokens)
+        assert heard == [tokens[:end] for end in range(1, len(tokens) + 1)]
+        stopped = sample([prompt], temperature=temperature, listener=lambda rows: len(rows[0]) == 2)
+        assert stopped == {prompt.id: Sampled(tuple(tokens[:2]), finished=STOP in tokens[:2])}
+    assert len({answer.tokens for answer in together.values()}) > 3, "answers all alike would prove little"
 
 
 # --- determinism --------------------------------------------------------------------------
@@ -146,6 +170,26 @@ def test_the_first_token_follows_the_models_distribution(
     assert sum((seen[token] - mean) ** 2 / mean for token, mean in enumerate(expected)) < 31.3
     uniform = sum((seen[token] - count / 12) ** 2 / (count / 12) for token in range(12))
     assert uniform > 100, "the test could not tell the model from a uniform one"
+
+
+@pytest.mark.parametrize(("top_p", "num_tokens"), [(0.05, 1), (0.5, None)])
+def test_top_p_draws_from_the_fewest_likeliest_tokens(
+    model: Any, sample: Callable[..., dict[str, Sampled]], top_p: float, num_tokens: int | None
+) -> None:
+    """In the proportions of the model; chi-square as above, with at most 11 degrees of freedom."""
+    count = 2000
+    prompt = (5, 7, 3)
+    answers = sample([PromptTokens(f"{number}", prompt) for number in range(count)], top_p=top_p, max_new_tokens=1)
+    seen = Counter(answer.tokens[0] for answer in answers.values())
+    chances = dict(enumerate(distribution(model, prompt, 1.0).tolist()))
+    nucleus: list[int] = []
+    while sum(chances[token] for token in nucleus) < top_p:
+        nucleus.append(max(chances.keys() - nucleus, key=lambda token: chances[token]))
+    assert seen.keys() <= set(nucleus)
+    assert len(nucleus) == num_tokens or 1 < len(nucleus) < 12
+    whole = sum(chances[token] for token in nucleus)
+    means = {token: chances[token] / whole * count for token in nucleus}
+    assert sum((seen[token] - mean) ** 2 / mean for token, mean in means.items()) < 31.3
 
 
 def test_the_second_token_is_drawn_apart_from_the_first(model: Any, sample: Callable[..., dict[str, Sampled]]) -> None:

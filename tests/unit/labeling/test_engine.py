@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -279,6 +280,20 @@ def test_who_always_picks_left_is_said_to_be_biased(tmp_path: Path) -> None:
     [left, good] = json.loads(CliRunner().invoke(app, ["agreement", *files, "--json"]).stdout)["raters"]
     assert left["position_bias"]["low"] > 0.8 > 0 > good["position_bias"]["low"]
     assert (left["consistency"]["value"], good["consistency"]["value"]) == (0, 1)
+
+
+def test_ten_percent_of_noise_are_found_within_the_interval_in_most_draws(tmp_path: Path) -> None:
+    inside = []
+    for seed in range(5):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        desk, draw = Desk(write_items(folder, 300), ANNA, repeats=0.5), random.Random(seed)
+        desk.run(ANNA, choose=lambda texts, draw=draw: "AB"[(texts[0] > texts[1]) == (draw.random() < 0.1)])
+        [found] = rater_quality(read_shown(folder / "votes/anna.jsonl"), Sampling(200, 0.95, seed))
+        assert found.noise is not None
+        assert 0 < found.noise.low < found.noise.high < 0.2
+        inside.append(found.noise.low <= 0.1 <= found.noise.high)
+    assert sum(inside) >= 4
 
 
 def test_one_writer_a_file(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from dpo_cli.labeling.desk import seat
+from dpo_cli.labeling.desk import tokens_of
 from dpo_cli.labeling.engine import Engine
 from dpo_cli.labeling.items import Account, ItemStore, read_items
-from dpo_cli.labeling.server import make_app
+from dpo_cli.labeling.server import make_app, open_socket
 from dpo_cli.labeling.settings import Settings
 
 PORT = 8384
@@ -43,7 +43,9 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
 
 @pytest.fixture
 def tokens(engine: Engine) -> dict[str, str]:
-    return {each.rater: each.token for each in seat(engine, ["human:anna", "human:ben"])}
+    for rater in ("human:anna", "human:ben"):
+        engine.join(rater)
+    return tokens_of(engine.folder, ["human:anna", "human:ben"])
 
 
 @pytest.fixture
@@ -84,6 +86,8 @@ def test_what_may_not_ask_is_refused(engine: Engine, client: TestClient, tokens:
     for peer in ("192.168.0.7", "10.0.0.1", "2001:db8::1", "testclient"):
         other = TestClient(app, base_url=HERE, client=(peer, 5000))
         assert other.get("/state", headers=mine).status_code == 403, peer
+    with open_socket(0) as listening:
+        assert listening.getsockname()[0] == "127.0.0.1"  # so that no other machine reaches it at all
     for data, kind, status in (
         ("{", "application/json", 400),
         ("[]", "application/json", 400),
@@ -155,8 +159,7 @@ def test_votes_of_two_raters_and_a_late_one(engine: Engine, client: TestClient, 
 
 
 def test_tokens_stay_the_same_and_are_for_their_owner(engine: Engine, tokens: dict[str, str], tmp_path: Path) -> None:
-    engine.__exit__()
-    again = {each.rater: each.token for each in seat(engine, ["human:anna", "human:chloe"])}
+    again = tokens_of(engine.folder, ["human:anna", "human:chloe"])
     assert again["human:anna"] == tokens["human:anna"]
     assert again["human:chloe"] not in tokens.values()
     [kept] = (tmp_path / ".scratch/label").iterdir()

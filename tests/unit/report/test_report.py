@@ -172,6 +172,23 @@ def test_without_a_judge_there_are_no_outcomes() -> None:
 
 
 @pytest.mark.usefixtures("reports", "undrawn")
+def test_rounds_stand_beside_each_other() -> None:
+    """Those of earlier projects, as far as anything is known of them, and this one."""
+    assert "Rounds" not in Elements(render()).text
+    first = {"project": "<first>"}
+    second = {"project": "second", "win_rate": 0.7, "win_rate_ci": [0.6, 0.8], "kl": 1.234, "num_pairs": 1200}
+    write_metrics("sft", {**METRICS["sft"], "rounds": [first, {**second, "reward_sft": 0.25, "reward_dpo": 0.5}]})
+    section = re.search(r'<section id="rounds".*?</section>', render(), flags=re.DOTALL)
+    assert section is not None
+    rows = [
+        re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", row)).strip()
+        for row in re.findall(r"<tr>(.*?)</tr>", section[0], flags=re.DOTALL)
+    ]
+    assert rows[1:3] == ["1: &lt;first&gt; – – – –", "2: second 1,200 70.0% [60.0%, 80.0%] 1.23 0.250 → 0.500"]
+    assert rows[3].startswith("3: this project 3,039 74.6% [")
+
+
+@pytest.mark.usefixtures("reports", "undrawn")
 def test_without_sft_there_is_no_sft_curve() -> None:
     write_metrics("sft", {"method": "none"})
     write_text(steps_file("sft"), steps_file("sft").read_text(encoding="utf-8").split("\n")[0] + "\n")

@@ -155,3 +155,17 @@ def test_a_torn_last_line_is_no_vote_and_columns_have_no_effect(converted: Conve
     assert (report.num_read - 1, texts(row, "chosen")) == (1, "x")
     with pytest.raises(ParamsError, match="votes: columns has no effect on votes"):
         describe_row(PreferenceSource(path="votes", columns={"mode": "number"}), 0, None)
+
+
+def test_an_adjudication_stands_in_place_of_the_votes_that_disagree(converted: Convert) -> None:
+    decided = {"drawn": "adjudication"}
+    _, rows, rejects = converted(
+        anna=[vote(0, "A"), vote(1, "A", prompt="q"), vote(2, "B", **decided)],  # one of them decides
+        ben=[vote(0, "A"), vote(1, "B", prompt="q"), vote(2, "tie", prompt="r")],
+        chloe=[vote(0, "tie", prompt="q", **decided), vote(1, "A", prompt="q", **decided)],
+    )
+    assert [(texts(row, "chosen"), row["chosen_score"], row["rejected_score"]) for row in rows] == [("y", 1.0, 0.0)]
+    assert Counter(reject["reason"] for reject in rejects) == {"counted_together": 4, "tie": 2, "voted_twice": 1}
+    assert [reject["detail"] for reject in rejects if reject["reason"] == "voted_twice"] == [
+        "is a second vote of an adjudicator on an item, after row 0 of votes/chloe.jsonl; take one out"
+    ]
