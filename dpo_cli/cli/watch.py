@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
+from time import sleep
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -116,7 +116,7 @@ def _write_pages(stage: str | None, path: Path) -> None:
             if not is_said:
                 reporter.say(f"{path} follows {watched.stage} until it ends, or Ctrl-C")
                 is_said = True
-            time.sleep(_REFRESH_S)
+            sleep(_REFRESH_S)
             watched = (read_log(watched.stage, find_logs().get(watched.stage, watched.source))) or watched
     except KeyboardInterrupt as stop:  # the usual end
         heard(stop)

@@ -149,7 +149,7 @@ def test_the_page_is_written_until_the_training_ends(monkeypatch: pytest.MonkeyP
             path.unlink()
             finish("train")
 
-    monkeypatch.setattr(watch.time, "sleep", sleep)
+    monkeypatch.setattr(watch, "sleep", sleep)
     assert run("--html", "page.html").exit_code == 0
     pages.append(Path("page.html").read_text(encoding="utf-8"))
     assert ["train: running, step 30 of 120" in page for page in pages] == [True, True, False]

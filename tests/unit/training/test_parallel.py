@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from dpo_cli.core.errors import MachineError
+from dpo_cli.core.live_log import LIVE_LOG
 from dpo_cli.core.params import RuntimeParams
 from dpo_cli.data.tokens import TokenGroup
 from dpo_cli.training.objective_metrics import PAIR_METRICS
@@ -112,7 +113,7 @@ def test_memory_that_runs_out_in_one_process_is_its_own_affair(
     first, second = both["out_of_memory"]
     assert curve(second, "loss") == pytest.approx(curve(alone["curve"], "loss"), rel=1e-5)
     assert same_bytes(first, second)
-    assert first["files"] == ["1_token_budget.json"]
+    assert first["files"] == ["1_token_budget.json", LIVE_LOG]
     assert first["sizes"] == both["curve"][0]["sizes"], "what is done again is not exchanged"
 
 
@@ -140,7 +141,7 @@ def test_a_step_is_one_exchange(alone: dict[str, Any], both: dict[str, list[Any]
 def test_a_stop_that_one_process_hears_of_stops_all_after_the_same_step(both: dict[str, list[Any]]) -> None:
     for outcome in both["stopped"]:
         assert outcome["error"] == "Interrupted: train: stopped and saved at step 3 of 9; run it again to resume"
-        assert outcome["files"] == ["checkpoint-3"]
+        assert outcome["files"] == ["checkpoint-3", LIVE_LOG]
 
 
 def test_stopped_and_run_again_they_make_the_same_bytes(both: dict[str, list[Any]]) -> None:
