@@ -243,6 +243,8 @@ def open_items(path: Path, folder: Path, given: dict[str, Any]) -> tuple[Setting
 
     if not path.exists():
         raise DataError(f"{path} is missing; dpo-cli sample makes answers to prompts")
+    if (file := next((each for each in (folder, *folder.parents) if each.exists()), folder)).is_file():
+        raise DataError(f"--out {folder}: {file} is a file; name a folder")
     settings = settle(folder, given)
     account = Account()
     items = ItemStore(read_items(path, settings.mode, settings.pairs, settings.seed, account), folder)

@@ -55,7 +55,9 @@ def export_command(
     """
     with errors_as_exit_codes(as_json=as_json):
         tool = _tool("--to", to)
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        from dpo_cli.labeling.settings import SETTINGS_FILE  # here, so that --help does not wait for it
+
+        if out.exists() and (not out.is_dir() or any(each.name != SETTINGS_FILE for each in out.iterdir())):
             raise DataError(f"--out {out} exists, and is no empty folder; name another one")
         from dpo_cli.cli.label import account_of, open_items, print_account
         from dpo_cli.labeling.exchange import export_tasks

@@ -137,6 +137,11 @@ class Engine:
 
     def _replay(self, mine: _Rater, row: Mapping[str, Any]) -> None:
         if row["vote"] == UNDONE:
+            if row["supersedes"] not in mine.numbers:
+                raise DataError(
+                    f"{file_of(self.folder, mine.name)}, line {row['number'] + 1}: takes back vote {row['supersedes']},"
+                    " which does not stand; restore the file, or move it away"
+                )
             self._take_back(mine, mine.numbers.index(row["supersedes"]))
         else:
             if row["mode"] != self.settings.mode:
@@ -164,7 +169,7 @@ class Engine:
         return self._raters[rater].num_rows
 
     def _next(self, mine: _Rater) -> tuple[int, Drawn] | None:
-        if mine.undone is not None:
+        if mine.undone is not None and self._is_own(mine.undone[1]):
             return mine.undone
         if self.adjudicates:
             index = self._first_left(mine)
@@ -298,7 +303,7 @@ class Engine:
             return True
         if number != mine.num_rows:
             raise BadVote("another vote came meanwhile", is_late=True)
-        if not mine.numbers:
+        if not mine.numbers or not self._is_own(mine.drawn[-1]):
             return False
         self._append(
             mine,
@@ -308,9 +313,14 @@ class Engine:
         self._take_back(mine)
         return True
 
+    def _is_own(self, drawn: Drawn) -> bool:
+        """Whether a vote is of the kind that is asked for here: adjudications are apart from all others."""
+        return (drawn == ADJUDICATED) == self.adjudicates
+
     @staticmethod
     def _is_known(mine: _Rater, number: Any, key: Any) -> bool:
-        if not isinstance(key, str) or not 0 < len(key) <= _LONGEST_KEY or type(number) is not int:
+        is_key = isinstance(key, str) and key.isascii() and 0 < len(key) <= _LONGEST_KEY
+        if not is_key or type(number) is not int:
             raise BadVote("a vote needs a number and a key")
         return number == mine.num_rows - 1 and key == mine.last_key
 

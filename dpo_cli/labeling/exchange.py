@@ -7,13 +7,14 @@ the item, the same for all raters, since a tool shows all of them the same task.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.core.artifacts import digest_bytes, digest_json, write_json_lines
+from dpo_cli.core.artifacts import digest_bytes, digest_json, read_json, write_json_lines
 from dpo_cli.core.errors import DataError, ParamsError, first_line
 from dpo_cli.data.problem import RowProblem, kind_of
 from dpo_cli.data.reading.files import read_records
@@ -23,7 +24,7 @@ from dpo_cli.judging.templates import transcript
 from dpo_cli.judging.votes import FIRST, SECOND
 from dpo_cli.labeling.items import ItemStore
 from dpo_cli.labeling.order import item_order, shown_order
-from dpo_cli.labeling.settings import Settings
+from dpo_cli.labeling.settings import SETTINGS_FILE, Settings
 from dpo_cli.labeling.tools.base import LETTERS, Annotation, Task, Tool, ranks_of
 from dpo_cli.labeling.votes import VoteFile, file_of, is_choice, lines_of, person
 
@@ -39,7 +40,7 @@ def export_tasks(items: ItemStore, settings: Settings, tool: Tool, folder: Path)
     rows = (_question(items, int(index), settings) for index in order)
     write_json_lines(folder / KEY_FILE, rows)
     tool.write(
-        (Task(row["item_id"], row["prompt"], row["completions"]) for row in _rows(folder / KEY_FILE)),
+        (Task(_shown_id(row), row["prompt"], row["completions"]) for row in _rows(folder / KEY_FILE)),
         settings.mode,
         int(items.sizes.max(initial=0)),
         folder,
@@ -54,6 +55,12 @@ def _question(items: ItemStore, index: int, settings: Settings) -> dict[str, Any
     if settings.mode == "pair":
         row |= {"method": item.authors[0], "baseline": item.authors[1], "a_is": item.authors[order[0]]}
     return row | {"prompt": item.prompt, "completions": [item.completions[place] for place in order]}
+
+
+def _shown_id(row: Mapping[str, Any]) -> str:
+    """What an item is called in a tool: not by its own id, whose hash says in which order its models come."""
+    id = _id_of(Task("", row["prompt"], row["completions"]))
+    return id if row.get("method") in (None, FIRST) else digest_bytes(b"compared", id.encode())
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -134,6 +141,7 @@ def import_votes(
         raise ParamsError(
             f"--rater {', '.join(sorted(unread))}: there is no such annotator, only {', '.join(raters.values())}"
         )
+    _refuse_other_modes(folder, votes)
     for rater, rows in votes.items():
         account.num_votes[rater] = _append(folder, rater, rows, account.left_out)
     return account
@@ -143,7 +151,13 @@ def _key_in(tasks: Path) -> dict[str, dict[str, Any]]:
     path = tasks / KEY_FILE
     if not path.is_file():
         raise DataError(f"{path} is missing; --tasks names the folder that `dpo-cli votes export` made")
-    return {row["item_id"]: row for row in _rows(path)}
+    try:
+        return {_shown_id(row) if row["item_id"] else "": row for row in _rows(path)}
+    except _MALFORMED as error:
+        raise DataError(
+            f"{path} is damaged ({type(error).__name__}: {first_line(error)}); restore it as `dpo-cli votes export`"
+            " made it"
+        ) from None
 
 
 def _rater(said: str, names: Mapping[str, str]) -> str:
@@ -213,22 +227,38 @@ def _id_of(task: Task) -> str:
     return digest_bytes(transcript(task.prompt).encode(), *(text.encode() for text in texts))
 
 
+def _refuse_other_modes(folder: Path, votes: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Refuse votes of several modes in one folder."""
+    modes = {row["mode"] for rows in votes.values() for row in rows}
+    for path in (file_of(folder, rater) for rater in votes):
+        modes |= {row["mode"] for row in itertools.islice(lines_of(path), 1)}
+    if (begun := folder / SETTINGS_FILE).exists():
+        modes.add(read_json(begun, "restore it, or name another folder with --out")["mode"])
+    if len(modes) > 1:
+        raise DataError(
+            f"{folder} would have votes of the modes {' and '.join(sorted(modes))}; name another folder with --out"
+        )
+
+
 def _append(folder: Path, rater: str, rows: list[dict[str, Any]], left_out: Counter[str]) -> int:
     """Append a rater's votes; of two on an item, the later one takes the earlier one back."""
     path = file_of(folder, rater)
     standing: dict[str, tuple[int, str]] = {}
     known: set[str] = set()
     number = 0
-    for line in lines_of(path) if path.exists() else ():
+    for line in lines_of(path):
         number = line["number"] + 1
         known.add(line["key"])
         if line["vote"] != UNDONE:
             standing[line["item_id"]] = line["number"], line["key"]
+        else:
+            standing = {item: stands for item, stands in standing.items() if stands[0] != line["supersedes"]}
+    stands = {key for _, key in standing.values()}
     new = {
         row["key"]: row
         for row in rows
         # without a time, a vote that stands no more may have been given again
-        if row["key"] not in known or (row["at"] is None and standing[row["item_id"]][1] != row["key"])
+        if row["key"] not in known or (row["key"] not in stands and row["at"] is None)
     }
     left_out["imported before"] += len(rows) - len(new)
     by_time = sorted(new.values(), key=lambda row: row["at"] or "")

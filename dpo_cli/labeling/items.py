@@ -107,7 +107,8 @@ def read_items(path: Path, mode: Mode, pairs: int, seed: int, account: Account) 
                     "bad_row", f"must be an object with a prompt and completions, got {kind_of(record.value)}"
                 )
             found = list(_items_in(record.value, mode, pairs, seed, account))
-        except RowProblem as problem:
+        except (RowProblem, UnicodeEncodeError) as error:
+            problem = error if isinstance(error, RowProblem) else "holds half of a character (a lone surrogate)"
             problems.append(f"{path}, row {record.row} {problem}; correct the row, or take it out")
             continue
         for item in found:

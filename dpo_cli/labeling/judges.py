@@ -45,7 +45,7 @@ def rule_in(path: Path) -> RewardJudge:
         raise DataError(f"{path} is missing; name a Python file with a function {REWARD}(prompt, answer)")
     try:
         found = runpy.run_path(str(path)).get(REWARD)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise DataError(f"{path} does not run: {type(error).__name__}: {first_line(error)}") from error
     if not callable(found):
         raise DataError(f"{path} has no function {REWARD}(prompt, answer); write one that returns a number")

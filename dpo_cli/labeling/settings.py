@@ -49,14 +49,13 @@ def settle(folder: Path, given: dict[str, Any]) -> Settings:
     path = folder / SETTINGS_FILE
     said = {name: value for name, value in given.items() if value is not None}
     if not path.exists():
-        settings = Settings(**said)
-        _check(settings)
-        write_json(path, asdict(settings))
-        return settings
+        return _begin(path, Settings(**said))
     stored = read_json(path, "restore it, or name another folder with --out")
     names = [each.name for each in fields(Settings)]
     if not isinstance(stored, dict) or sorted(stored) != sorted(names):
         raise ParamsError(f"{path} must hold {', '.join(names)}; restore it, or name another folder with --out")
+    if not any(each.stat().st_size for each in folder.glob("*.jsonl")):
+        return _begin(path, Settings(**stored | said))  # nobody has voted
     problems = [
         f"--{name} {value}: the votes in {folder} were begun with {stored[name]}; leave it out, or name another folder"
         " with --out"
@@ -67,6 +66,12 @@ def settle(folder: Path, given: dict[str, Any]) -> Settings:
         raise ParamsError(problems)
     settings = Settings(**stored)
     _check(settings)
+    return settings
+
+
+def _begin(path: Path, settings: Settings) -> Settings:
+    _check(settings)
+    write_json(path, asdict(settings))
     return settings
 
 

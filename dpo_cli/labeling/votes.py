@@ -94,8 +94,7 @@ class VoteFile:
                 f"{self.path}: another dpo-cli writes {rater}'s votes; stop it, or wait for it"
             ) from None
         self.num_torn = self._mend()
-        self._file: IO[bytes] = self.path.open("ab", buffering=0)
-        _sync_folder(folder)
+        self._file: IO[bytes] | None = None  # there is none before the first vote: an empty file would be no table
 
     def __enter__(self) -> Self:
         return self
@@ -105,10 +104,9 @@ class VoteFile:
 
     def close(self) -> None:
         """Let others write it."""
-        if self._file.closed:
-            return
-        os.fsync(self._file.fileno())
-        self._file.close()
+        if self._file is not None and not self._file.closed:
+            os.fsync(self._file.fileno())
+            self._file.close()
         self._lock.release()
 
     def append(self, row: Mapping[str, Any], *, is_synced: bool = True) -> None:
@@ -120,14 +118,18 @@ class VoteFile:
         at = row.get("at", datetime.now(UTC).isoformat(timespec="seconds"))
         told = {**row, "rater": self.rater, "by": self.by, "at": at}
         data = json.dumps(told, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        begin = os.fstat(self._file.fileno()).st_size
+        if self._file is None:
+            self._file = self.path.open("ab", buffering=0)
+            _sync_folder(self.path.parent)
+        file = self._file
+        begin = os.fstat(file.fileno()).st_size
         try:
-            if self._file.write(data) != len(data):
+            if file.write(data) != len(data):
                 raise OSError(28, "No space left on device", str(self.path))
             if self.by == "person" and is_synced:
-                os.fsync(self._file.fileno())
+                os.fsync(file.fileno())
         except OSError:
-            self._file.truncate(begin)  # nobody is told that it counts, and the next one begins a line
+            file.truncate(begin)  # nobody is told that it counts, and the next one begins a line
             raise
 
     def _mend(self) -> int:
@@ -149,12 +151,14 @@ class VoteFile:
 
 
 def lines_of(path: Path) -> Iterator[dict[str, Any]]:
-    """All whole lines of a rater's file, in order.
+    """All whole lines of a rater's file, in order; none where he has not voted, and so has no file.
 
     Raises:
         DataError: One is no vote, or not the next one of the same rater.
     """
     rater = None
+    if not path.exists():
+        return
     with path.open("rb") as file:
         for number, line in enumerate(file):
             if not line.endswith(b"\n") and is_torn(line):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from dpo_cli.evaluation.chat import Hear
 from dpo_cli.judging.answers import Answer
 from dpo_cli.labeling.chat_terminal import ChatTerminal
 from dpo_cli.labeling.chat_votes import ChatVotes
+from dpo_cli.labeling.votes import lines_of
 
 Drive = Callable[[ChatTerminal, Pilot[None], "Parrots"], Awaitable[None]]
 
@@ -56,7 +56,7 @@ def talk(folder: Path, drive: Drive, system: str | None = None, size: tuple[int,
 
     with ChatVotes(folder, "human:anna") as votes:
         asyncio.run(go(votes))
-    return [json.loads(line) for line in (folder / "anna.jsonl").read_text("utf-8").splitlines()]
+    return list(lines_of(folder / "anna.jsonl"))
 
 
 async def say(app: ChatTerminal, pilot: Pilot[None], text: str) -> None:

@@ -344,6 +344,8 @@ def test_what_sample_writes_is_read(tmp_path: Path) -> None:
 def test_settings_are_those_of_the_first_day(tmp_path: Path) -> None:
     assert settle(tmp_path, {"overlap": 2, "seed": None}).overlap == 2
     assert settle(tmp_path, {}).overlap == 2
+    assert settle(tmp_path, {"mode": "thumbs"}) == Settings("thumbs", overlap=2), "nobody has voted"
+    (tmp_path / "anna.jsonl").write_text("{}\n", encoding="utf-8")
     with pytest.raises(ParamsError, match=r"--overlap 3: the votes in .* were begun with 2; .* --out"):
         settle(tmp_path, {"overlap": 3})
     with pytest.raises(ParamsError, match="--pairs has no effect on mode thumbs"):

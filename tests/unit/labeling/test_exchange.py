@@ -268,7 +268,9 @@ def test_raters_learn_nothing_and_the_key_has_the_models(tmp_path: Path, monkeyp
         )
         assert "of the first" in told
         assert not [word for word in ("sft", "dpo", "method", "baseline", "a_is") if word in told]
-    item = json.loads(Path("argilla/key.jsonl").read_text("utf-8"))["item_id"]
+        # the item's own id is a hash that says in which order its models come
+        assert json.loads(Path(tool, "key.jsonl").read_text("utf-8"))["item_id"] not in told
+    item = json.loads(Path("label-studio/tasks.json").read_text("utf-8"))[0]["data"]["item_id"]
     path = argilla(Path("argilla"), {("anna", item): "of the second"}, 1)
     run("votes", "import", path, "--from", "argilla", "--tasks", "argilla", "--out", "votes")
     [vote] = read_votes(Path("votes/anna.jsonl"))
@@ -433,3 +435,30 @@ def test_an_item_that_the_exported_folder_does_not_have_is_an_error(
     Path("user_state.json").write_text(json.dumps(state), encoding="utf-8")
     told = refused("votes", "import", "user_state.json", "--from", "potato", "--tasks", "tasks", "--out", "votes")
     assert f"user_state.json, row 0 is on item {'f' * 16}" in told
+
+
+def test_an_import_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the line that takes a vote back, before the new vote."""
+    monkeypatch.chdir(tmp_path)
+    ((item, texts),) = exported("label-studio", "pair", 1).items()
+    imported("label-studio", {("anna", item): texts[0]}, 1)
+    imported("label-studio", {("anna", item): texts[1]}, 2)
+    votes = Path("votes/anna.jsonl")
+    lines = votes.read_text("utf-8").splitlines(keepends=True)
+    assert [json.loads(line)["vote"] == "undone" for line in lines] == [False, True, False]
+    votes.write_text("".join(lines[:2]), encoding="utf-8")
+    imported("label-studio", {("anna", item): texts[1]}, 2)
+    assert [json.loads(line)["supersedes"] for line in votes.read_text("utf-8").splitlines()] == [None, 0, None]
+
+
+def test_votes_of_another_mode_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ((item, texts),) = exported("label-studio", "pair", 1).items()
+    imported("label-studio", {("anna", item): texts[0]}, 1)
+    before = Path("votes/anna.jsonl").read_bytes()
+    Path("tasks").rename("tasks-of-pairs")
+    item = next(iter(exported("label-studio", "thumbs", 1)))
+    path = label_studio(Path("tasks"), {("anna", item): "up"}, 1)
+    names = ("--rater", "anna@example.org=anna", "--tasks", "tasks", "--out", "votes")
+    assert "votes of the modes pair and thumbs" in refused("votes", "import", path, "--from", "label-studio", *names)
+    assert Path("votes/anna.jsonl").read_bytes() == before

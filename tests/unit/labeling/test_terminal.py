@@ -19,6 +19,7 @@ from dpo_cli.labeling.engine import Engine
 from dpo_cli.labeling.items import Account, ItemStore, Mode, read_items
 from dpo_cli.labeling.settings import Settings
 from dpo_cli.labeling.terminal import Terminal, readable
+from dpo_cli.labeling.votes import lines_of
 
 ANNA = "human:anna"
 ENGLISH = [["worse", "better"]] * 3
@@ -52,7 +53,7 @@ def run(
     with Engine(store, Settings(mode=mode, repeats=0), folder / "votes", guideline="Be *fair*.") as engine:
         engine.join(ANNA)
         asyncio.run(vote(engine))
-    return [json.loads(line) for line in (folder / "votes/anna.jsonl").read_text("utf-8").splitlines()]
+    return list(lines_of(folder / "votes/anna.jsonl"))
 
 
 def shown(app: Terminal) -> list[str]:
