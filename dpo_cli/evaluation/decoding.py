@@ -122,7 +122,7 @@ class StaticDecoder:
             tokens_RL: int64, prompts padded at their beginning, on the device.
             mask_RL: int64, 0 for padding.
             uniforms_RS: float64 in [0, 1); None takes the likeliest tokens.
-            listener: Hears of every eighth step.
+            listener: Called at every eighth step with the tokens so far; True ends the answers.
 
         Returns:
             int64 [R, up to S]; behind an answer's first stop token there may be anything. None where :attr:`refused`.

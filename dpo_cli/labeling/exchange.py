@@ -152,7 +152,7 @@ def _key_in(tasks: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         raise DataError(f"{path} is missing; --tasks names the folder that `dpo-cli votes export` made")
     try:
-        return {_shown_id(row) if row["item_id"] else "": row for row in _rows(path)}
+        return {_shown_id(row): row for row in _rows(path)}
     except _MALFORMED as error:
         raise DataError(
             f"{path} is damaged ({type(error).__name__}: {first_line(error)}); restore it as `dpo-cli votes export`"
